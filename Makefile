@@ -1,0 +1,48 @@
+# `make generate` and `make test` need nothing first: each builds .venv when it is missing, then does its job.
+PYTHON ?= python3
+PROMPT ?= a red ball rolls left
+OUT ?= out/red-ball.mp4
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := postgen pipelines rewards kernels apps benchmarks tests
+
+.PHONY: help install generate test style check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv and install postgen into it, editable
+
+# The constraints pin everything that has ever mattered, torch among them.
+$(STAMP): pyproject.toml constraints.txt requirements-assets.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
+	touch $(STAMP)
+
+generate: $(STAMP)  ## make a video: make generate PROMPT="a blue cube falls" OUT=out/cube.mp4
+	@mkdir -p $(dir $(OUT))
+	$(BIN)/postgen generate "$(PROMPT)" -o "$(OUT)" $(ARGS)
+	@echo "The video is $(OUT)"
+
+test: $(STAMP)  ## run the tests: make test ARGS="-k video"
+	$(BIN)/python -m pytest $(ARGS)
+
+style: $(STAMP)  ## format and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(STAMP)  ## lint and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## recompute the gates of every benchmark result
+	$(BIN)/python -m benchmarks.gates
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

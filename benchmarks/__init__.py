@@ -1,0 +1,1 @@
+"""Scripts that measure postgen; each writes one file of `benchmarks/results/`."""

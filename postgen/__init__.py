@@ -1,0 +1,50 @@
+"""postgen makes a trained diffusers video model better, faster and longer, without forking it.
+
+Nothing heavy is imported here: each public name is fetched from its module when it is first used, so `import postgen`
+costs a few milliseconds and pulls in neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from postgen.assets import embedded_model as embedded_model
+    from postgen.errors import UserError as UserError
+    from postgen.video import VideoError as VideoError
+    from postgen.video import VideoInfo as VideoInfo
+    from postgen.video import contact_sheet as contact_sheet
+    from postgen.video import iter_video as iter_video
+    from postgen.video import probe as probe
+    from postgen.video import read_video as read_video
+    from postgen.video import side_by_side as side_by_side
+    from postgen.video import write_video as write_video
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "UserError": "postgen.errors",
+    "VideoError": "postgen.video",
+    "VideoInfo": "postgen.video",
+    "contact_sheet": "postgen.video",
+    "embedded_model": "postgen.assets",
+    "iter_video": "postgen.video",
+    "probe": "postgen.video",
+    "read_video": "postgen.video",
+    "side_by_side": "postgen.video",
+    "write_video": "postgen.video",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list of names
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module, once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'postgen' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""Reward functions, one file per reward. Import as `postgen.rewards`; none exists yet."""
