@@ -34,7 +34,7 @@ _HOMES = {
     "write_video": "postgen.video",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table above is the one list of names
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

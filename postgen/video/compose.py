@@ -1,0 +1,108 @@
+"""Views of clips: a contact sheet, two clips side by side."""
+
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from postgen.files import replacing
+from postgen.video.ffmpeg import VideoError
+from postgen.video.pictures import Frames, pictures
+
+_MARGIN = 6
+_TEXT = 11
+_LINE = 15
+
+
+def contact_sheet(
+    clip: Frames, path: str | Path, *, columns: int = 6, title: str | None = None, limit: int = 36
+) -> Path:
+    """Draw the frames of a clip in a grid, each under its index, and save the grid as a PNG.
+
+    Args:
+        clip: (F, 3, H, W), or an iterable as for `write_video` (held in memory as bytes until the sheet is drawn).
+        path: where the picture goes; an old one is replaced.
+        columns: frames per row, at least 1.
+        title: text above the grid, wrapped to its width.
+        limit: most frames shown; of a longer clip that many are drawn, evenly spread, first and last among them.
+
+    Returns:
+        `path` as a `Path`.
+
+    Raises:
+        VideoError: no frame, a bad number, frames that `write_video` would refuse, or a place that cannot be written.
+    """
+    if columns < 1 or limit < 2:
+        raise VideoError(f"columns must be >= 1 and limit >= 2, got {columns=}, {limit=}")
+    shown = list(enumerate(pictures(clip)))
+    if not shown:
+        raise VideoError("there is no frame to show")
+    if len(shown) > limit:
+        kept = torch.linspace(0, len(shown) - 1, limit).round().int().tolist()
+        shown = [shown[index] for index in kept]
+    target = Path(path)
+    try:
+        with replacing(target) as part:
+            _draw_sheet(shown, min(columns, len(shown)), title).save(part, format="PNG")
+    except OSError as error:
+        raise VideoError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def side_by_side(a: Frames, b: Frames, *, gap: int = 8) -> Iterator[Tensor]:
+    """Yield frames (3, H, W) with `a` on the left and `b` on the right, a white bar of `gap` pixels between them.
+
+    Nothing is resized: the lower one gets black rows below it, and the shorter one holds its last frame. The result
+    feeds `write_video`; one frame of each is in memory at a time.
+
+    Raises:
+        VideoError: a side without frames, or frames that `write_video` would refuse.
+    """
+    left = right = None
+    for new_left, new_right in zip_longest(pictures(a), pictures(b)):
+        left = new_left if new_left is not None else left
+        right = new_right if new_right is not None else right
+        if left is None or right is None:
+            raise VideoError("cannot put two clips side by side: one of them has no frame")
+        height = max(left.shape[0], right.shape[0])
+        bar = torch.full((height, gap, 3), 255, dtype=torch.uint8)
+        joined = torch.cat([_padded(left, height), bar, _padded(right, height)], dim=1)
+        yield joined.permute(2, 0, 1).float().div(255)
+
+
+def _padded(picture: Tensor, height: int) -> Tensor:
+    return torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, height - picture.shape[0]))
+
+
+def _draw_sheet(shown: list[tuple[int, Tensor]], columns: int, title: str | None) -> Image.Image:
+    height, width, _ = shown[0][1].shape
+    rows = -(-len(shown) // columns)
+    sheet_width = columns * (width + _MARGIN) + _MARGIN
+    font = ImageFont.load_default(_TEXT)
+    heading = _wrapped(title or "", font.getlength, sheet_width - 2 * _MARGIN)
+    top = _MARGIN + len(heading) * _LINE
+    sheet = Image.new("RGB", (sheet_width, top + rows * (height + _LINE + _MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(heading):
+        draw.text((_MARGIN, _MARGIN + number * _LINE), line, fill="black", font=font)
+    for place, (index, picture) in enumerate(shown):
+        row, column = divmod(place, columns)
+        x, y = _MARGIN + column * (width + _MARGIN), top + row * (height + _LINE + _MARGIN)
+        draw.text((x, y), str(index), fill="gray", font=font)
+        sheet.paste(Image.fromarray(picture.numpy()), (x, y + _LINE))
+    return sheet
+
+
+def _wrapped(text: str, measure: Callable[[str], float], width: float) -> list[str]:
+    """Break text into lines that fit; a word wider than the line is left to be cut by the edge."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and measure(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
