@@ -1,0 +1,119 @@
+"""What a method must know of a transformer class to measure or change its attention: one frozen row per class."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from postgen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TokenOrder = Literal["video", "video-text", "text-video", "history-video", "history-video-text"]
+"""Order of the tokens that self-attention sees; `history-video`: the current frames are the last of the video."""
+
+LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "packed"]
+"""Axes of `hidden_states` as the transformer's forward takes them; `packed` is (B, T*H*W, C)."""
+
+TimestepShape = Literal["B", "BT", "BL"]
+"""One timestep per sample (B,), per latent frame (B, T) or per token (B, T*H*W)."""
+
+ScaleTarget = Literal["attention", "norm2"]
+"""Which module's output a scalar on the attention output must multiply: the self-attention itself, or the block's
+`norm2` where a norm behind the attention would cancel any scalar."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Token grid of the video after patching: the tokens are ordered frame by frame, each frame row by row."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of video tokens, frames * height * width."""
+        return self.frames * self.height * self.width
+
+
+GridRule = Callable[[Any, Mapping[str, Any]], Grid]
+"""(config of the transformer, its forward arguments by name) -> grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One row: everything a method needs to know of a transformer class."""
+
+    transformer: str
+    """Class name in diffusers (or of the third party that registers the row)."""
+    self_attention: str
+    """Pattern that the names of the video self-attention modules match in full."""
+    blocks: str
+    """Pattern that the names of the repeated blocks match in full."""
+    token_order: TokenOrder
+    """Order of the tokens inside self-attention."""
+    latent_axes: LatentAxes
+    """Axes of `hidden_states`."""
+    timestep_shapes: tuple[TimestepShape, ...]
+    """Shapes of `timestep` that forward accepts."""
+    grid_rule: GridRule
+    """How to read the token grid off the forward arguments."""
+    attention_call: Literal["dispatch", "sdpa"]
+    """Whether the processor goes through diffusers' attention dispatcher or calls torch's SDPA itself."""
+    scale_target: ScaleTarget = "attention"
+    """Where a scalar on the attention output takes effect."""
+
+    def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Return the video self-attention modules by name, in the order of the model.
+
+        Raises:
+            UserError: none matches; the model's structure is not what the row says.
+        """
+        return _matching(transformer, self.self_attention, "self-attention modules")
+
+    def block_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Return the repeated blocks by name, in the order of the model.
+
+        Raises:
+            UserError: none matches.
+        """
+        return _matching(transformer, self.blocks, "blocks")
+
+    def grid(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Grid:
+        """Return the token grid of a call `transformer(*args, **kwargs)`, without making the call."""
+        # The class's own forward: hooks may have replaced the instance's by one that takes anything.
+        call = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs)
+        return self.grid_rule(transformer.config, call.arguments)
+
+
+def _matching(transformer: nn.Module, pattern: str, what: str) -> dict[str, nn.Module]:
+    full = re.compile(pattern)
+    found = {name: module for name, module in transformer.named_modules() if full.fullmatch(name)}
+    if not found:
+        raise UserError(f"{type(transformer).__name__} has no {what} named {pattern!r}: its layout row is out of date")
+    return found
+
+
+def _grid_bcthw(config: Any, arguments: Mapping[str, Any]) -> Grid:
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    patch_t, patch_h, patch_w = config.patch_size
+    return Grid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
+
+
+LAYOUTS = (
+    Layout(
+        transformer="WanTransformer3DModel",
+        self_attention=r"blocks\.\d+\.attn1",
+        blocks=r"blocks\.\d+",
+        token_order="video",
+        latent_axes="BCTHW",
+        timestep_shapes=("B", "BL"),
+        grid_rule=_grid_bcthw,
+        attention_call="dispatch",
+    ),
+)
