@@ -1,0 +1,119 @@
+"""Who may import whom inside postgen: the rules, and the function that finds offences in a module's source."""
+
+import ast
+from collections.abc import Iterator
+
+METHODS = {"enhance", "lit", "grpo", "worldweaver", "fused"}
+GROUND = {"errors", "files"}
+LOWER = {*GROUND, "compat", "families", "kernels", "training", "metrics", "rewards", "video"}
+TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "train"}
+"""Rooms that put everything together: they may import any room."""
+
+ALLOWED = {
+    "errors": set(),
+    "files": set(),
+    "assets": GROUND,
+    "compat": GROUND,
+    "kernels": set(),
+    "video": GROUND,
+    "world": GROUND,
+    "metrics": {*GROUND, "assets", "video", "world"},
+    "rewards": {*GROUND, "assets", "metrics", "video", "world"},
+    "families": {*GROUND, "assets", "compat"},
+    "training": {*GROUND, "assets", "compat", "families", "video"},
+    "pipelines": {*GROUND, "compat", "families", *METHODS},
+    **dict.fromkeys(METHODS, LOWER),
+    # The recipe of the embedded model builds one model, so it knows that model's classes, and the world it learns.
+    "pretrain": {*LOWER, "assets", "world"},
+}
+"""Room -> other rooms it may import."""
+
+MODEL_LIBRARIES = {"accelerate", "diffusers", "peft", "transformers", "trl"}
+VIDEO_LIBRARIES = {"av", "decord", "imageio", "imageio_ffmpeg", "moviepy", "torchcodec"}
+VIDEO_NAMES = {
+    "export_to_video",
+    "export_to_gif",
+    "load_video",
+    "read_video",
+    "write_video",
+    "VideoCapture",
+    "VideoWriter",
+}
+MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "assets"}
+CLASS_FREE = {*METHODS, "training"}
+GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
+
+
+def room(module: str) -> str:
+    """Return the room of a dotted module name: "" for `postgen` itself."""
+    return [*module.split("."), ""][1]
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, module, name) of every import, at any depth; name is "" for a plain `import module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from ((node.lineno, module, alias.name) for alias in node.names)
+
+
+def offences(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """Return what a module imports against the rules, one line each."""
+    tree = ast.parse(source)
+    package = module if is_package else module.rpartition(".")[0]
+    found = [
+        f"{module}:{line}: {problem}"
+        for line, target, name in imports(tree, package)
+        for problem in (_inside(module, target, name), *_outside(module, target, name))
+        if problem
+    ]
+    return found + [f"{module}:{line}: private {chain}" for line, chain in _private_chains(module, tree)]
+
+
+def _inside(module: str, target: str, name: str) -> str:
+    if target.split(".")[0] != "postgen":
+        return ""
+    here, there = room(module), room(target) or name
+    if here in TOP or there in ("", here, "__version__"):
+        return ""
+    if here not in ALLOWED:
+        return f"{here} is a new room: give it a row in tests/arrows.py"
+    return "" if there in ALLOWED[here] else f"{here} must not import {there}"
+
+
+def _outside(module: str, target: str, name: str) -> Iterator[str]:
+    here, library = room(module), target.split(".")[0]
+    if here in MODEL_FREE and library in MODEL_LIBRARIES:
+        yield f"{here} knows no model, it must not import {library}"
+    # postgen.info asks the libraries for their versions.
+    if here not in ("video", "info") and (
+        library in VIDEO_LIBRARIES or (library != "postgen" and name in VIDEO_NAMES)
+    ):
+        yield f"only postgen.video opens videos, not {here}: {target} {name}"
+    if library not in MODEL_LIBRARIES:
+        return
+    if here != "compat" and any(part.startswith("_") for part in (*target.split("."), name)):
+        yield f"private {target} {name}: only postgen.compat may"
+    if here in CLASS_FREE and library in ("diffusers", "transformers") and _is_concrete(name):
+        yield f"{here} knows no concrete model class: {name}"
+    if library == "trl" and name != "TrlParser":
+        yield f"TrlParser is the only name taken from trl, not {name or target}"
+
+
+def _is_concrete(name: str) -> bool:
+    endings = ("Model", "Pipeline", "ForCausalLM", "ForConditionalGeneration")
+    return name not in GENERIC_CLASSES and (name.endswith(endings) or name.startswith("AutoencoderKL"))
+
+
+def _private_chains(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Find `diffusers.a._b`: an underscore attribute reached from the library's own name."""
+    if room(module) == "compat":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            chain = ast.unparse(node)
+            if chain.split(".")[0] in MODEL_LIBRARIES:
+                yield node.lineno, chain
