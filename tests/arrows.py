@@ -88,10 +88,9 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
     here, library = room(module), target.split(".")[0]
     if here in MODEL_FREE and library in MODEL_LIBRARIES:
         yield f"{here} knows no model, it must not import {library}"
+    opens = library in VIDEO_LIBRARIES or (library != "postgen" and name in VIDEO_NAMES)
     # postgen.info asks the libraries for their versions.
-    if here not in ("video", "info") and (
-        library in VIDEO_LIBRARIES or (library != "postgen" and name in VIDEO_NAMES)
-    ):
+    if opens and here not in ("video", "info"):
         yield f"only postgen.video opens videos, not {here}: {target} {name}"
     if library not in MODEL_LIBRARIES:
         return
