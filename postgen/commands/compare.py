@@ -1,0 +1,142 @@
+"""`postgen compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from postgen.commands import options as o
+from postgen.errors import UserError
+
+# Short names, as the options of the command line have them.
+_NAMES = {
+    "model": "model",
+    "lora": "lora",
+    "width": "width",
+    "height": "height",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative-prompt": "negative_prompt",
+    "prompt": "prompt",
+    "image": "image",
+    "dtype": "dtype",
+    "device": "device",
+    "offload": "offload",
+}
+_NUMBERS: dict[str, type[int] | type[float]] = {
+    "width": int,
+    "height": int,
+    "num_frames": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+}
+
+Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_default=False)]
+A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
+B = Annotated[list[str] | None, typer.Option("--b", help="Setting of the right one, as steps=50; repeatable.")]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", help="The side-by-side video; -a and -b stand beside.", rich_help_panel=o.FILES),
+]
+
+
+def compare(
+    prompt: Prompt,
+    a: A = None,
+    b: B = None,
+    output: Output = Path("compare.mp4"),
+    model: o.Model = None,
+    lora: o.Lora = None,
+    size: o.Size = None,
+    width: o.Width = None,
+    height: o.Height = None,
+    frames: o.Frames = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    negative_prompt: o.Negative = None,
+    seed: o.Seed = None,
+    image: o.Image = None,
+    fps: o.Fps = None,
+    dtype: o.Dtype = None,
+    device: o.Device = None,
+    offload: o.Offload = None,
+    format: o.Format = None,
+) -> None:
+    """Make the same seed under two settings: both videos, one side by side, and a contact sheet of both rows."""
+    shared = o.settings(
+        size,
+        model=model,
+        lora=lora,
+        width=width,
+        height=height,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        image=image,
+        fps=fps,
+        dtype=dtype,
+        device=device,
+        offload=offload,
+    )
+    sides = [parse_side("--a", a or []), parse_side("--b", b or [])]
+    if sides[0] == sides[1]:
+        raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
+    labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
+    _make({"prompt": prompt} | shared, sides, labels, output, format)
+
+
+def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
+    """Turn `key=value` texts into keywords of `GenerateConfig`.
+
+    Raises:
+        UserError: no equals sign, an unknown key, a value that is no number.
+
+    >>> parse_side("--a", ["steps=10", "guidance=1"])
+    {'num_inference_steps': 10, 'guidance_scale': 1.0}
+    """
+    side: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        name = _NAMES.get(key.replace("_", "-"))
+        if not equals or name is None:
+            raise UserError(f"{option} {text!r} must be key=value. Known keys: {', '.join(_NAMES)}")
+        if name == "lora":
+            side[name] = (*side.get(name, ()), value)
+        elif name in side:
+            raise UserError(f"{option} gives {key} twice")
+        else:
+            side[name] = _number(option, text, name, value)
+    return side
+
+
+def _number(option: str, text: str, name: str, value: str) -> Any:
+    kind = _NUMBERS.get(name, str)
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{option} {text!r}: the value must be {kind.__name__}") from None
+
+
+def _make(
+    shared: dict[str, Any], sides: list[dict[str, Any]], labels: list[str], output: Path, format: str | None
+) -> None:
+    from postgen.compare import compare_videos, pair_paths
+    from postgen.generate import GenerateConfig, prepare
+
+    jobs = [prepare(GenerateConfig(**(shared | side))) for side in sides]
+    if not output.suffix and format is None:
+        format = "mp4"
+    paths = pair_paths(output, format)
+
+    from postgen.commands.progress import steps
+    from postgen.compat import quiet_libraries
+
+    quiet_libraries()
+    with steps("Comparing") as on_step:
+        compare_videos(jobs[0], jobs[1], paths, labels=(labels[0], labels[1]), on_step=on_step)
+    typer.echo(f"Side by side {paths.both}, contact sheet {paths.sheet}")
+    for label, side in zip(labels, (paths.a, paths.b), strict=True):
+        typer.echo(f"{label}: video {side.video}, contact sheet {side.sheet}, settings {side.sidecar}")

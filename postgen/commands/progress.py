@@ -1,0 +1,36 @@
+"""Progress on the terminal (standard error, so that standard output stays clean for scripts)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from postgen.generate import StepCallback
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def steps(title: str) -> Iterator[StepCallback]:
+    """Show a bar of denoising steps with the time left; the block gets the function to call after each step."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps,"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show that something without steps is going on."""
+    with console.status(title):
+        yield

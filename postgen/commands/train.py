@@ -1,0 +1,20 @@
+"""`postgen train`: hands its arguments to `postgen.train`, which `accelerate launch -m postgen.train` runs as well."""
+
+from typing import Annotated
+
+import typer
+
+# Everything after the command belongs to the recipe, options that we do not know included.
+SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def train(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE.yaml [--KEY VALUE]...", help="Recipe, and values that replace its own."),
+    ],
+) -> None:
+    """Run a training recipe; `--key value` replaces a value of the recipe."""
+    from postgen.train import main
+
+    main(arguments)

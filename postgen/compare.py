@@ -1,0 +1,111 @@
+"""The same seed under two settings: what stands behind `postgen compare`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from postgen.errors import UserError
+from postgen.generate import Job, StepCallback, Written, load, output_paths, run, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROW = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairPaths:
+    """The files of a comparison."""
+
+    both: Path
+    """The two videos side by side."""
+    sheet: Path
+    """Contact sheet: a row of frames of each."""
+    a: Written
+    """The left video."""
+    b: Written
+    """The right video."""
+    kind: str
+    """Format of the three videos."""
+
+
+def pair_paths(output: Path, format: str | None = None) -> PairPaths:
+    """Name the files of a comparison after the side-by-side video: `x.mp4` gets `x-a.mp4` and `x-b.mp4` beside it.
+
+    Raises:
+        VideoError: an unknown format, or a place that cannot be written.
+    """
+    both, kind = output_paths(output, format)
+    a, b = (output_paths(output.with_name(f"{output.stem}-{side}{output.suffix}"), format)[0] for side in "ab")
+    return PairPaths(both=both.video, sheet=both.sheet, a=a, b=b, kind=kind)
+
+
+def compare_videos(
+    a: Job, b: Job, paths: PairPaths, *, labels: tuple[str, str] = ("a", "b"), on_step: StepCallback | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make two videos and write both, the two side by side, and a contact sheet with a row of each.
+
+    Args:
+        a: the left one, from `postgen.generate.prepare`.
+        b: the right one; the loaded model is used again where it is the same.
+        paths: from `pair_paths`.
+        labels: what tells them apart, for the contact sheet.
+        on_step: called after each step with (steps done, steps in all) of both together.
+
+    Returns:
+        The two clips, (F, 3, H, W) in [0, 1].
+
+    Raises:
+        UserError: seeds that differ, or anything that `generate_video` would raise.
+    """
+    if a.config.seed != b.config.seed:
+        raise UserError(f"a comparison needs one seed, got {a.config.seed} and {b.config.seed}")
+    steps = [job.config.num_inference_steps or 0 for job in (a, b)]
+    total = sum(steps) if all(steps) else 0
+    clips: list[Tensor] = []
+    notes: list[tuple[float, str]] = []
+    pipe: Any = None
+    for number, job in enumerate((a, b)):
+        if pipe is None or job.loading != a.loading:
+            pipe = None  # frees the first model before the second is loaded
+            pipe = load(job)
+        start = time.perf_counter()
+        clips.append(run(pipe, job, _shifted(on_step, steps[0] * number, total)))
+        notes.append((time.perf_counter() - start, str(pipe._execution_device)))
+    for job, clip, files, (seconds, place) in zip((a, b), clips, (paths.a, paths.b), notes, strict=True):
+        write(clip, job, files, paths.kind, seconds=seconds, place=place)
+    _write_both(clips[0], clips[1], paths, labels, a.config.fps or 8.0)
+    return clips[0], clips[1]
+
+
+def _shifted(on_step: StepCallback | None, before: int, total: int) -> StepCallback | None:
+    if on_step is None:
+        return None
+    return lambda done, own: on_step(before + done, total or own)
+
+
+def _write_both(a: Tensor, b: Tensor, paths: PairPaths, labels: tuple[str, str], fps: float) -> None:
+    from postgen.files import replacing
+    from postgen.video import contact_sheet, side_by_side, write_video
+
+    with replacing(paths.both) as both, replacing(paths.sheet) as sheet:
+        write_video(both, side_by_side(a, b), fps=fps, format=paths.kind)
+        rows, columns = _rows(a, b)
+        contact_sheet(rows, sheet, columns=columns, title=f"upper: {labels[0]}   lower: {labels[1]}")
+
+
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    """Return up to `_ROW` frames of each, evenly spread in time, first those of `a`; all of one size."""
+    import torch
+    from torch.nn.functional import pad
+
+    columns = min(_ROW, len(a), len(b))
+    height, width = (max(a.shape[axis], b.shape[axis]) for axis in (-2, -1))
+    picked = []
+    for clip in (a, b):
+        index = torch.linspace(0, len(clip) - 1, columns).round().long()
+        picked.append(pad(clip[index], (0, width - clip.shape[-1], 0, height - clip.shape[-2])))
+    return torch.cat(picked), columns

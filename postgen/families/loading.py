@@ -1,0 +1,243 @@
+"""Know a model from its small files before it is loaded, then load it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from postgen.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+OFFLOADS = ("none", "model", "sequential")
+
+# Copied by hand from the pipelines' signatures: reading them there would cost seconds of import.
+_WAN_ARGUMENTS = frozenset(
+    {"prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale"}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What a call uses where the user says nothing. None leaves it to the pipeline.
+
+    A model folder may carry its own in `postgen.json`, under these names.
+    """
+
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
+    num_frames: int | None = None
+    """Frames of the clip."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance."""
+    fps: float = 8.0
+    """Frames per second of the written video."""
+    dtype: str | None = None
+    """Number type that `auto` stands for, whatever the device."""
+
+
+_WAN_DEFAULTS = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
+# Pipelines whose rules we know from their configuration alone.
+_WAN_PIPELINES = {"WanPipeline": False, "WanImageToVideoPipeline": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    source: str
+    """What `from_pretrained` is given: a folder or a hub id."""
+    pipeline: str
+    """Class name of the pipeline."""
+    takes_image: bool
+    """Whether a first frame is an input."""
+    arguments: frozenset[str]
+    """Names of the settings that its call accepts."""
+    defaults: Defaults
+    """What holds where the user says nothing."""
+    multiples: tuple[int, int, int] | None
+    """What height, width and frames - 1 must divide by; None where only the pipeline knows."""
+    full_precision: tuple[str, ...] = ()
+    """Components that stay in float32, whatever the dtype."""
+
+    def check_size(self, num_frames: int | None, height: int | None, width: int | None) -> None:
+        """Refuse sizes that the model cannot make.
+
+        Raises:
+            UserError: names the nearest allowed ones.
+        """
+        if self.multiples is not None and None not in (num_frames, height, width):
+            from postgen.families.wan_sizes import check_size
+
+            check_size(num_frames or 0, height or 0, width or 0, *self.multiples)
+
+
+def inspect_model(model: str | Path) -> ModelFacts:
+    """Read the small files of a model, a local diffusers folder or a hub id; no weights are touched.
+
+    Raises:
+        UserError: no such model, no pipeline in the folder, not a video pipeline, a damaged file.
+    """
+    folder, source = _small_files(str(model))
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+    pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(pipeline, str):
+        raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
+    own = _own_defaults(folder / "postgen.json")
+    if pipeline in _WAN_PIPELINES:
+        return ModelFacts(
+            source=source,
+            pipeline=pipeline,
+            takes_image=_WAN_PIPELINES[pipeline],
+            arguments=_WAN_ARGUMENTS,
+            defaults=Defaults(**{**_WAN_DEFAULTS, "fps": 16.0, **own}),
+            multiples=_wan_multiples(folder),
+            full_precision=("vae",),  # its decoder loses detail in half precision
+        )
+    parameters = _call_parameters(pipeline, source)
+    return ModelFacts(
+        source=source,
+        pipeline=pipeline,
+        takes_image="image" in parameters,
+        arguments=frozenset(_WAN_ARGUMENTS & parameters),
+        defaults=Defaults(**own),
+        multiples=None,
+    )
+
+
+def check_device(device: str) -> str:
+    """Return the device that `device` (one of `DEVICES`, or cuda:N) stands for on this machine.
+
+    Raises:
+        UserError: it is not there.
+    """
+    import torch
+
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in DEVICES or (index and (kind != "cuda" or not index.isdigit())):
+        raise UserError(f"unknown device {device!r}. Known: {', '.join(DEVICES)}, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch finds no CUDA GPU here: use --device cpu or auto")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"there is no {device}: torch finds {torch.cuda.device_count()} CUDA GPU(s)")
+    if kind == "mps" and not mps:
+        raise UserError("device mps was asked for, but torch finds none here: use --device cpu or auto")
+    return device
+
+
+def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto", offload: str = "none") -> Any:
+    """Load the pipeline of a model onto a device.
+
+    Args:
+        facts: from `inspect_model`.
+        dtype: one of `DTYPES`; `auto` is what the model's `postgen.json` says, else bfloat16 on CUDA and float32
+            elsewhere.
+        device: one of `DEVICES`, or cuda:N.
+        offload: `model` keeps one component at a time on the GPU, `sequential` one layer at a time.
+
+    Raises:
+        UserError: no such device, offload without a GPU, files that cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = check_device(device)
+    if offload != "none" and place == "cpu":
+        raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=place)
+    else:
+        pipe.to(place)
+    return pipe
+
+
+def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]:
+    """Name the dtype of every component: left to itself, diffusers loads text encoders in the dtype of their file."""
+    import torch
+
+    if dtype == "auto":
+        dtype = facts.defaults.dtype or ("bfloat16" if place.startswith("cuda") else "float32")
+    kept = dict.fromkeys(facts.full_precision, torch.float32)
+    # T5 encoders overflow in float16.
+    text = {"text_encoder": torch.float32} if dtype == "float16" else {}
+    return {"default": getattr(torch, dtype), **text, **kept}
+
+
+def _small_files(model: str) -> tuple[Path, str]:
+    """Return a folder with the model's JSON files, and what to load it by."""
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local, str(local.resolve())
+    if local.exists():
+        raise UserError(f"{model} is a file: a model is a folder with a model_index.json, or a hub id")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"there is no model folder {model} (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["model_index.json", "postgen.json", "*/config.json"]
+        return Path(snapshot_download(model, allow_patterns=patterns)), model
+    except Exception as error:  # every kind of network and hub trouble means the same here
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"there is no model folder {model}, and the hub does not give it: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: expected a JSON object")
+    return content
+
+
+def _own_defaults(path: Path) -> dict[str, Any]:
+    own = _read_json(path) if path.is_file() else {}
+    known = Defaults.__dataclass_fields__
+    for name, value in own.items():
+        kind = str if name == "dtype" else (int, float)
+        if name not in known or not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
+            raise UserError(f"{path}: bad entry {name}={value!r}. Known: {', '.join(known)}")
+    return own
+
+
+def _wan_multiples(folder: Path) -> tuple[int, int, int]:
+    from postgen.families.wan_sizes import multiples
+
+    vae = _read_json(folder / "vae" / "config.json")
+    transformer = next((name for name in ("transformer", "transformer_2") if (folder / name).is_dir()), "transformer")
+    patch = _read_json(folder / transformer / "config.json").get("patch_size", (1, 2, 2))
+    return multiples(vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4), patch)
+
+
+def _call_parameters(pipeline: str, source: str) -> frozenset[str]:
+    import diffusers
+
+    kind = getattr(diffusers, pipeline, None)
+    if kind is None:
+        raise UserError(f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks")
+    parameters = frozenset(inspect.signature(kind.__call__).parameters)
+    if "num_frames" not in parameters:
+        raise UserError(f"{source} holds a {pipeline}, which makes no video")
+    return parameters

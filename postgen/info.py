@@ -1,0 +1,156 @@
+"""What this machine can do: versions, devices and optional parts, each probed by using it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import postgen
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "trl", "imageio-ffmpeg")
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    """What was looked at."""
+    usable: bool
+    """Whether it works here."""
+    detail: str
+    """Version or place if it works, the reason if not."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of postgen, Python and the packages it stands on; `missing` for one not installed."""
+    found = {"postgen": postgen.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def devices() -> list[Finding]:
+    """Return the devices that torch can compute on, each after one small addition there."""
+    import torch
+
+    findings = [Finding("cpu", True, f"{torch.get_num_threads()} threads")]
+    if not torch.cuda.is_available():
+        findings.append(Finding("cuda", False, "torch finds no CUDA GPU"))
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        detail = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm{card.major}{card.minor}"
+        findings.append(_probed(f"cuda:{index}", partial(_adds, f"cuda:{index}", detail)))
+    if torch.backends.mps.is_available():
+        findings.append(_probed("mps", lambda: _adds("mps", "Apple GPU")))
+    else:
+        findings.append(Finding("mps", False, "torch finds none"))
+    return findings
+
+
+def optional_parts() -> list[Finding]:
+    """Return the optional parts and whether each really works here."""
+    return [_probed(name, probe) for name, probe in _PROBES.items()]
+
+
+def _probed(name: str, probe: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, probe())
+    except Exception as error:  # a part may break in any way; the report must go on and say how
+        reason = str(error).strip().splitlines() or [""]
+        return Finding(name, False, f"{type(error).__name__}: {reason[0][:120]}")
+
+
+def _adds(place: str, detail: str) -> str:
+    import torch
+
+    if float(torch.ones(2, device=place).sum()) != 2:
+        raise RuntimeError("a sum of two ones is wrong")
+    return detail
+
+
+def _need_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("installed, but needs a CUDA GPU")
+
+
+def _embedded() -> str:
+    return str(postgen.embedded_model())
+
+
+def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
+    return f"{imageio_ffmpeg.get_ffmpeg_version()} at {imageio_ffmpeg.get_ffmpeg_exe()}"
+
+
+def _triton() -> str:
+    import triton
+
+    _need_cuda()
+    return str(triton.__version__)
+
+
+def _xformers() -> str:
+    # It may import beside a torch it was not built for, and only fail when it is used.
+    import torch
+    from xformers.ops import memory_efficient_attention
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.ones(1, 8, 1, 16, device=place, dtype=torch.float16 if place == "cuda" else torch.float32)
+    try:
+        memory_efficient_attention(query, query, query)
+    except NotImplementedError:
+        raise RuntimeError(f"no operator of it runs on {place} with this torch") from None
+    return version("xformers")
+
+
+def _flash_attention() -> str:
+    import torch
+    from flash_attn import flash_attn_func
+
+    _need_cuda()
+    query = torch.ones(1, 8, 1, 64, device="cuda", dtype=torch.float16)
+    flash_attn_func(query, query, query)
+    return version("flash-attn")
+
+
+def _torchvision() -> str:
+    import torch
+    import torchvision
+
+    torchvision.ops.nms(
+        torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5
+    )  # fails where its C++ part does not fit
+    return str(torchvision.__version__)
+
+
+def _imports(module: str, package: str | None = None) -> Callable[[], str]:
+    def probe() -> str:
+        from importlib import import_module
+
+        import_module(module)
+        return version(package or module)
+
+    return probe
+
+
+_PROBES: dict[str, Callable[[], str]] = {
+    "embedded model": _embedded,
+    "ffmpeg": _ffmpeg,
+    "triton": _triton,
+    "xformers": _xformers,
+    "flash-attn": _flash_attention,
+    "torchvision": _torchvision,
+    "trl (training recipes)": _imports("trl"),
+    "datasets": _imports("datasets"),
+    "tensorboard": _imports("tensorboard"),
+    "gradio": _imports("gradio"),
+}
