@@ -11,7 +11,6 @@ import operator
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from postgen.files import replacing
+from postgen.info import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
-PACKAGES = ("postgen", "torch", "diffusers", "transformers", "accelerate", "peft", "trl", "triton")
 
 Gate = dict[str, Any]
 
@@ -86,17 +85,6 @@ def device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Return the installed versions of Python and of the packages a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def recompute(path: Path) -> list[Gate]:

@@ -1,6 +1,8 @@
 """The house rules: who imports whom, what is where, how large things are, how light the start is."""
 
 import ast
+import doctest
+import importlib
 import importlib.util
 import os
 import re
@@ -193,6 +195,13 @@ def test_help_is_quick_and_light():
     assert time.monotonic() - start < 3
     assert "generate" in output
     assert output.rstrip().endswith("HEAVY []")
+
+
+@pytest.mark.parametrize("module", [name for name, path in library() if ">>> " in path.read_text(encoding="utf-8")])
+def test_examples_of_docstrings(module):
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried
+    assert not failed
 
 
 def test_public_names_are_few_and_real():

@@ -78,7 +78,7 @@ def test_one_frame_is_a_video(tmp_path):
         path = tmp_path / f"one{suffix}"
         write_video(path, ramp(1)[0], fps=16, format=kind)
         assert probe(path).frames == 1
-    assert probe(tmp_path / "one.mp4").fps == 16
+        assert probe(path).fps == pytest.approx(16, rel=0.05)  # the clock of a gif ticks 100 times a second
     assert probe(tmp_path / "one").seconds == 1 / 16
 
 

@@ -43,8 +43,8 @@ def probe(path: str | Path) -> VideoInfo:
     source = _existing(path)
     if source.is_dir():
         return _probe_folder(source)
-    size, time_base, stamps = (0, 0), Fraction(0), (0, 0)
-    frames = 0
+    size, time_base = (0, 0), Fraction(0)
+    frames = first = last = duration = 0
     with decoder(source, ["-f", "framecrc"]) as output:
         for line in output:
             if line.startswith(b"#dimensions 0:"):
@@ -53,14 +53,13 @@ def probe(path: str | Path) -> VideoInfo:
             elif line.startswith(b"#tb 0:"):
                 time_base = Fraction(line.split()[-1].decode())
             elif not line.startswith(b"#"):
-                stamp = int(line.split(b",")[2])
-                stamps = (stamps[0] if frames else stamp, stamp)
+                last, duration = (int(field) for field in line.split(b",")[2:4])
+                first = last if not frames else first
                 frames += 1
     if not frames:
         raise VideoError(f"{source} holds no frame")
-    # The clock ticks once per frame where the rate is constant; elsewhere the time stamps give the mean rate.
-    ticks = (stamps[1] - stamps[0]) or 1
-    rate = Fraction(max(frames - 1, 1), ticks) / time_base
+    # Mean rate between the first and the last frame; a single frame has its duration only.
+    rate = Fraction(max(frames - 1, 1), (last - first) or duration or 1) / time_base
     return VideoInfo(width=size[0], height=size[1], fps=float(rate), frames=frames)
 
 
