@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from postgen.compat import execution_device, quiet_libraries
 from postgen.errors import UserError
 from postgen.generate import Job, StepCallback, Written, load, output_paths, run, write
 
@@ -71,10 +72,11 @@ def compare_videos(
     for number, job in enumerate((a, b)):
         if pipe is None or job.loading != a.loading:
             pipe = None  # frees the first model before the second is loaded
-            pipe = load(job)
+            with quiet_libraries():
+                pipe = load(job)
         start = time.perf_counter()
         clips.append(run(pipe, job, _shifted(on_step, steps[0] * number, total)))
-        notes.append((time.perf_counter() - start, str(pipe._execution_device)))
+        notes.append((time.perf_counter() - start, str(execution_device(pipe))))
     for job, clip, files, (seconds, place) in zip((a, b), clips, (paths.a, paths.b), notes, strict=True):
         write(clip, job, files, paths.kind, seconds=seconds, place=place)
     _write_both(clips[0], clips[1], paths, labels, a.config.fps or 8.0)

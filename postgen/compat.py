@@ -5,9 +5,12 @@ Light to import: every library is imported inside the function that needs it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -30,11 +33,27 @@ def command_error(error: BaseException) -> tuple[str, int] | None:
     return (str(text()), code) if callable(text) and isinstance(code, int) else None
 
 
-def quiet_libraries() -> None:
-    """Switch off the progress bars and notices that diffusers and transformers write while they load a model."""
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers and transformers from writing progress bars and notices while a model is loaded."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
+    loggers: list[Any] = [diffusers_logging, transformers_logging]
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggers]
+    for logging in loggers:
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, (verbosity, bars) in zip(loggers, before, strict=True):
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device that a pipeline computes on, also when offloading keeps its parts elsewhere."""
+    place: torch.device = pipe._execution_device
+    return place

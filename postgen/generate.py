@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import postgen
+from postgen.compat import execution_device
 from postgen.errors import UserError
 from postgen.families.loading import DEVICES, DTYPES, OFFLOADS, ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
@@ -132,7 +133,7 @@ def prepare(config: GenerateConfig) -> Job:
         _open_image(config.image)
     for lora in config.lora:
         check_lora(lora)
-    if config.device != "auto" or config.offload != "none":
+    if config.device != "auto":
         check_device(config.device)
     return Job(config=config, facts=facts)
 
@@ -263,7 +264,7 @@ def generate_video(
     pipe = pipe if pipe is not None else load(job)
     start = time.perf_counter()
     clip = run(pipe, job, on_step)
-    write(clip, job, paths, kind, seconds=time.perf_counter() - start, place=str(pipe._execution_device))
+    write(clip, job, paths, kind, seconds=time.perf_counter() - start, place=str(execution_device(pipe)))
     return paths
 
 

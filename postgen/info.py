@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -101,12 +102,12 @@ def _triton() -> str:
 def _xformers() -> str:
     # It may import beside a torch it was not built for, and only fail when it is used.
     import torch
-    from xformers.ops import memory_efficient_attention
 
+    attention = import_module("xformers.ops").memory_efficient_attention
     place = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.ones(1, 8, 1, 16, device=place, dtype=torch.float16 if place == "cuda" else torch.float32)
     try:
-        memory_efficient_attention(query, query, query)
+        attention(query, query, query)
     except NotImplementedError:
         raise RuntimeError(f"no operator of it runs on {place} with this torch") from None
     return version("xformers")
@@ -114,18 +115,18 @@ def _xformers() -> str:
 
 def _flash_attention() -> str:
     import torch
-    from flash_attn import flash_attn_func
 
+    attention = import_module("flash_attn").flash_attn_func
     _need_cuda()
     query = torch.ones(1, 8, 1, 64, device="cuda", dtype=torch.float16)
-    flash_attn_func(query, query, query)
+    attention(query, query, query)
     return version("flash-attn")
 
 
 def _torchvision() -> str:
     import torch
-    import torchvision
 
+    torchvision = import_module("torchvision")
     torchvision.ops.nms(
         torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5
     )  # fails where its C++ part does not fit
@@ -134,8 +135,6 @@ def _torchvision() -> str:
 
 def _imports(module: str, package: str | None = None) -> Callable[[], str]:
     def probe() -> str:
-        from importlib import import_module
-
         import_module(module)
         return version(package or module)
 

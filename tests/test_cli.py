@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -394,9 +395,9 @@ def test_info(cli: Any) -> None:
 
 
 def test_train_hands_its_words_on(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import postgen.train
-
     seen: list[str] = []
-    monkeypatch.setattr(postgen.train, "main", seen.extend)
+    trainer = types.ModuleType("postgen.train")
+    trainer.main = seen.extend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "postgen.train", trainer)
     assert cli("train", "recipe.yaml", "--learning_rate", "1e-4", "--resume").code == 0
     assert seen == ["recipe.yaml", "--learning_rate", "1e-4", "--resume"]

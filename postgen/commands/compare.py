@@ -132,9 +132,7 @@ def _make(
     paths = pair_paths(output, format)
 
     from postgen.commands.progress import steps
-    from postgen.compat import quiet_libraries
 
-    quiet_libraries()
     with steps("Comparing") as on_step:
         compare_videos(jobs[0], jobs[1], paths, labels=(labels[0], labels[1]), on_step=on_step)
     typer.echo(f"Side by side {paths.both}, contact sheet {paths.sheet}")

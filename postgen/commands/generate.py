@@ -140,8 +140,7 @@ def _make(texts: list[str], said: dict[str, Any], count: int, output: Path, form
     from postgen.commands.progress import steps, waiting
     from postgen.compat import quiet_libraries
 
-    with waiting(f"Loading {jobs[0].facts.source}"):
-        quiet_libraries()
+    with waiting(f"Loading {jobs[0].facts.source}"), quiet_libraries():
         pipe = load(jobs[0])
     for number, (config, name) in enumerate(zip(configs, names, strict=True), 1):
         title = "Generating" if len(configs) == 1 else f"Generating {number} of {len(configs)}"

@@ -152,13 +152,14 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     Raises:
         UserError: no such device, offload without a GPU, files that cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     place = check_device(device)
     if offload != "none" and place == "cpu":
         raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
     try:
-        pipe = DiffusionPipeline.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place))
+        loader: Any = diffusers.DiffusionPipeline
+        pipe = loader.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
