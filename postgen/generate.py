@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import postgen
@@ -124,6 +125,10 @@ def prepare(config: GenerateConfig) -> Job:
             raise UserError(f"{facts.pipeline} has no {name}: leave it out")
     own = {name: getattr(facts.defaults, name) for name in (*_CALL, "fps") if getattr(config, name) is None}
     config = dataclasses.replace(config, **own)
+    if config.negative_prompt is not None and (config.guidance_scale or math.inf) <= 1:
+        raise UserError(
+            f"a negative prompt needs guidance above 1, got {config.guidance_scale}: change one of the two"
+        )
     facts.check_size(config.num_frames, config.height, config.width)
     if config.image is not None and not facts.takes_image:
         raise UserError(f"{facts.pipeline} takes text only: leave --image out or use an image-to-video model")
@@ -185,13 +190,14 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
     """Name the files of a video and say its format, before anything is made.
 
     Raises:
-        VideoError: an unknown format, or a place that cannot be written.
+        UserError: an unknown format, or a place that cannot be written.
     """
     from postgen.video import FORMATS, check_target
 
     if not output.suffix and format is not None and FORMATS.get(format):
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
+    _check_place(output)
     base = output.with_suffix("") if FORMATS[kind] and output.suffix else output
     return Written(video=output, sheet=_sibling(base, ".png"), sidecar=_sibling(base, ".json")), kind
 
@@ -311,6 +317,16 @@ def versions() -> dict[str, str]:
 
     found = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {"postgen": postgen.__version__, "python": platform.python_version(), **found}
+
+
+def _check_place(output: Path) -> None:
+    """Write a file that vanishes at once: permissions alone do not tell (full disks, read-only and special mounts)."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=".postgen-"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _sibling(base: Path, suffix: str) -> Path:

@@ -105,3 +105,41 @@ def tiny_wan_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     components = wan_components(in_channels=2 * LATENT_CHANNELS + 4)
     WanImageToVideoPipeline(**components).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA whose weights are not zero, as training leaves it."""
+    import torch
+    from diffusers import WanPipeline, WanTransformer3DModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(1)
+    state = {name: torch.randn_like(value) for name, value in get_peft_model_state_dict(transformer).items()}
+    folder = tmp_path_factory.mktemp("lora")
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=state)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+class Outcome:
+    """How a call of the command line ended: exit code, standard output, standard error."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command line in this process: `cli("generate", "a ball", "-o", path) -> Outcome`."""
+    from postgen.cli import main
+
+    def call(*words: str | Path) -> Outcome:
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(left.value.code, captured.out, captured.err)
+
+    return call

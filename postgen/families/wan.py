@@ -71,6 +71,7 @@ class WanDenoiser:
             negative_prompt=negative_prompts if negative_prompts is not None else [""] * len(prompts),
             do_classifier_free_guidance=guidance,
             max_sequence_length=self.max_sequence_length,
+            device=self._model.device,  # the text encoder may have been left on another
         )
         dtype = self._model.dtype
         condition = {"prompt": positive.to(dtype)}
@@ -98,7 +99,7 @@ class WanDenoiser:
         if self._model.config.image_dim is not None:
             pictures = [self.pipe.video_processor.pt_to_numpy(image[None]) for image in images]
             pictures = [self.pipe.video_processor.numpy_to_pil(picture)[0] for picture in pictures]
-            condition["image"] = self.pipe.encode_image(pictures).to(self._model.dtype)
+            condition["image"] = self.pipe.encode_image(pictures, self._model.device).to(self._model.dtype)
         return condition
 
     def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
@@ -111,7 +112,7 @@ class WanDenoiser:
         distribution = vae.encode(video).latent_dist
         latents: Tensor = (distribution.sample(generator) if sample else distribution.mode()).float()
         mean, std = self._statistics(latents)
-        return (latents - mean) / std
+        return ((latents - mean) / std).to(self._model.device)
 
     def initial_latents(
         self,

@@ -52,6 +52,7 @@ def test_euler_loop_equals_pipeline(tiny_wan: Path, guidance: float, experts: in
     call = {"num_inference_steps": 4, "guidance_scale": guidance, "output_type": "pt", **SIZE}
     expected = pipe(prompts, negative_prompt=["blurry", "dark"], generator=noise_source(), **call).frames
     denoiser = denoiser_for(pipe)
+    assert isinstance(denoiser, Denoiser)
     with torch.no_grad():
         condition = denoiser.encode_prompt(prompts, ["blurry", "dark"], guidance=guidance > 1)
         latents = euler(denoiser, condition, 4, guidance)

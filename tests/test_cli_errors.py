@@ -1,0 +1,230 @@
+"""The command line given wrong input, and stopped: one line, the right exit code, no file."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import postgen.generate
+
+SMALL = ["--size", "32x16", "--frames", "5", "--steps", "2"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny_lora)
+    other = tmp_path / "other.safetensors"
+    words = ["generate", "a ball", "-o", tmp_path / "x.mp4", "--model", tiny_wan, *SMALL, "--lora"]
+    save_file({name.replace("blocks", "layers"): value for name, value in state.items()}, other)
+    assert "0 of its 8 layer names match, these match no layer: transformer.layers.0" in cli(*words, other).err
+    save_file({name.replace("blocks.1", "blocks.7"): value for name, value in state.items()}, other)
+    assert "4 of its 8 layer names match" in cli(*words, other).err
+    save_file({"transformer.blocks.0.attn1.to_q.weight": torch.ones(2)}, other)
+    assert "is no LoRA" in cli(*words, other).err
+    other.write_text("nothing")
+    assert "cannot read the LoRA" in cli(*words, other).err
+    done = cli(*words, tmp_path / "absent.safetensors:0.5")
+    assert done.code == 2
+    assert f"there is no LoRA file {tmp_path / 'absent.safetensors'}" in done.err
+    assert names(tmp_path) == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--a", "steps=1", "--b", "steps=1"], "--a and --b say the same"),
+        (["--a", "stepz=1"], "'stepz=1' must be key=value. Known keys: model, lora"),
+        (["--a", "steps"], "'steps' must be key=value"),
+        (["--a", "steps=many"], "the value must be int"),
+        (["--a", "steps=1", "--a", "steps=2"], "gives steps twice"),
+    ],
+)
+def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    done = cli("compare", "a ball", "--model", tiny_wan, "-o", tmp_path / "c.mp4", *words)
+    assert (done.code, message in done.err, names(tmp_path)) == (2, True, []), done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["  "], "the prompt is empty"),
+        ([], "there is no prompt"),
+        (["a", "--frames", "6"], "the number of frames must be 4n+1, got 6: use 5 or 9"),
+        (["a", "--width", "100"], "width must be a multiple of 16, got 100: use 96 or 112"),
+        (["a", "--height", "-16"], "height must be above 0, got -16"),
+        (["a", "--size", "96"], "--size must look like 96x96"),
+        (["a", "--size", "96x96", "--width", "96"], "say the same"),
+        (["a", "--steps", "0"], "num_inference_steps must be above 0"),
+        (["a", "--steps", "many"], "Invalid value for '--steps'"),
+        (["a", "--guidance", "nan"], "guidance_scale must be at least 0, got nan"),
+        (["a", "--guidance", "1", "--negative-prompt", "b"], "a negative prompt needs guidance above 1, got 1"),
+        (["a", "--seed", "-1"], "seed must be between 0"),
+        (["a", "--count", "0"], "--count must be at least 1"),
+        (["a", "--dtype", "float8"], "unknown dtype 'float8'. Known: auto, float32, bfloat16, float16"),
+        (["a", "--device", "tpu"], "unknown device 'tpu'"),
+        (["a", "--offload", "disk"], "unknown offload 'disk'"),
+        (["a", "--format", "mov"], "unknown video format 'mov'"),
+        (["a", "--image", "absent.png"], "WanPipeline takes text only"),
+        (["a", "--model", "./absent"], "there is no model folder ./absent"),
+        (["a", "--frobnicate", "1"], "No such option: --frobnicate"),
+        (["a", "--prompts", "absent.txt"], "not both"),
+        (["--prompts", "absent.txt"], "cannot read the prompts absent.txt"),
+        (["--from", "absent.json"], "cannot read the sidecar absent.json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_no_file(
+    cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(postgen.generate, "load", lambda job: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    model = [] if "--model" in words else ["--model", tiny_wan]
+    done = cli("generate", *words, *model, "-o", "x.mp4")
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+def test_models_that_are_none(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    broken = shutil.copytree(tiny_wan, tmp_path / "broken")
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_text("no weights")
+    image = shutil.copytree(tiny_wan, tmp_path / "image")
+    (image / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    unknown = shutil.copytree(tiny_wan, tmp_path / "unknown")
+    (unknown / "model_index.json").write_text('{"_class_name": "NobodysPipeline"}')
+    for model, message in {
+        tmp_path / "empty": "it has no model_index.json",
+        tmp_path / "file": "is a file",
+        broken: "cannot load",
+        image: "FluxPipeline, which makes no video",
+        unknown: "NobodysPipeline, which the installed diffusers",
+        "nobody/nothing": "there is no model folder nobody/nothing, and the hub does not give it",
+    }.items():
+        done = cli("generate", "a", "--model", model, "-o", tmp_path / "x.mp4", *SMALL)
+        assert (done.code, message in done.err, done.err.count("\n")) == (2, True, 1), done.err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_missing_embedded_model(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import postgen.assets
+
+    def missing() -> Path:
+        raise postgen.UserError("the embedded model is missing")
+
+    monkeypatch.setattr(postgen.assets, "embedded_model", missing)
+    monkeypatch.setattr(postgen, "embedded_model", missing, raising=False)
+    assert "the embedded model is missing" in cli("generate", "a", "-o", tmp_path / "x.mp4").err
+
+
+def test_devices_that_are_absent(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL]
+    assert "cuda was asked for, but torch finds no CUDA GPU here" in cli(*words, "--device", "cuda").err
+    assert "moves parts to a GPU" in cli(*words, "--device", "cpu", "--offload", "model").err
+    assert names(tmp_path) == []
+
+
+def test_places_that_cannot_be_written(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.mp4").mkdir()
+    for out, message in {
+        tmp_path / "file" / "x.mp4": "is not a folder",
+        tmp_path / "folder.mp4": "it is a folder",
+        tmp_path / "x.mov": "unknown video format '.mov'",
+        Path("/proc/x.mp4"): "cannot write /proc/x.mp4",
+    }.items():
+        done = cli("generate", "a", "--model", tiny_wan, "-o", out, *SMALL)
+        assert (done.code, message in done.err) == (2, True), done.err
+    assert names(tmp_path) == ["file", "folder.mp4"]
+
+
+def test_pictures(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:
+    words = ["generate", "a", "--model", tiny_wan_image, "-o", tmp_path / "x.mp4", *SMALL]
+    assert "makes video from a picture: name one with --image" in cli(*words).err
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    for name in ("bad.png", "absent.png"):
+        assert "cannot read the picture" in cli(*words, "--image", tmp_path / name).err
+    assert names(tmp_path) == ["bad.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the sidecar"),
+        ("[1]", "is no sidecar of postgen"),
+        ('{"settings": {"prompt": "a", "hight": 3}, "format": "mp4"}', "unknown settings hight"),
+        ('{"settings": {"prompt": "a", "height": "tall"}, "format": "mp4"}', "height must be int"),
+        ('{"settings": {"prompt": "a", "lora": "x"}, "format": "mp4"}', "lora must be a list"),
+        ('{"settings": {"height": 16}, "format": "mp4"}', "is damaged: the prompt is empty"),
+    ],
+)
+def test_corrupt_sidecars(cli: Any, tmp_path: Path, text: str, message: str) -> None:
+    sidecar = tmp_path / "x.json"
+    sidecar.write_text(text)
+    done = cli("generate", "--from", sidecar, "-o", tmp_path / "y.mp4")
+    assert (done.code, message in done.err, names(tmp_path)) == (2, True, ["x.json"]), done.err
+
+
+def test_control_c_from_the_terminal(tiny_wan: Path, tmp_path: Path) -> None:
+    words = ["generate", "a", "--model", str(tiny_wan), "-o", str(tmp_path / "x.mp4"), "--size", "32x16"]
+    command = [sys.executable, "-m", "postgen", *words, "--frames", "5", "--steps", "1000000"]
+
+    # A shell that runs tests in the background makes its children deaf to Ctrl-C.
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+        assert process.stderr is not None
+        watch = threading.Timer(60, process.kill)
+        watch.start()
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        watch.cancel()
+    assert process.returncode == 130, told
+    assert told.rstrip().endswith("postgen: stopped; no half-written file was left")
+    assert "Traceback" not in told
+    assert names(tmp_path) == []
+
+
+def test_interrupt_while_generating(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rich.progress.Progress.update", interrupt)
+    done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL)
+    assert done.code == 130
+    assert "postgen: stopped" in done.err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["postgen.video.contact_sheet", "postgen.generate.versions"])
+def test_interrupt_while_writing(
+    cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "x.mp4").write_text("old")
+
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    assert cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL).code == 130
+    assert names(tmp_path) == ["x.mp4"]
+    assert (tmp_path / "x.mp4").read_text() == "old"
