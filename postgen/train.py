@@ -1,0 +1,47 @@
+"""Run a training recipe: `accelerate launch -m postgen.train RECIPE.yaml [--key value] [--resume]`."""
+
+import sys
+
+from postgen.errors import UserError
+
+USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume]
+
+  RECIPE.yaml    flat YAML with 'method:' and the fields of that method's configuration
+  --key value    replaces a value of the recipe
+  --resume       go on from the newest checkpoint of output_dir, if there is one
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe named by `argv` (default: the command line) and return the exit code.
+
+    0 done, 2 wrong input (one line on stderr), 130 interrupted after saving a checkpoint.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str]) -> int:
+    recipes = [word for word in words[:1] if not word.startswith("--")]
+    if not recipes:
+        raise UserError("The recipe comes first: postgen train RECIPE.yaml [--key value ...] [--resume].")
+    overrides = [word for word in words[1:] if word != "--resume"]
+    if "--resume" in words:
+        overrides += ["--resume_from_checkpoint", "latest"]
+
+    from postgen.training import Reason, load_recipe
+
+    trainer_class, config = load_recipe(recipes[0], overrides)
+    result = trainer_class(config).train()
+    return 130 if result.reason is Reason.INTERRUPTED else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

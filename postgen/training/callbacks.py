@@ -1,0 +1,48 @@
+"""Calls `transformers.TrainerCallback`s with the state and control objects they know."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .config import TrainingConfig
+
+
+class Callbacks:
+    """Callbacks of a run with their shared `state` and `control`.
+
+    Events: on_train_begin, on_step_begin, on_step_end, on_log, on_evaluate, on_save, on_train_end. The flags that
+    callbacks set in `control` (should_training_stop, should_save, should_evaluate, should_log) are honoured after each
+    step. `args` is our configuration, which carries the names of `TrainingArguments`.
+    """
+
+    def __init__(self, callbacks: Iterable[TrainerCallback], args: TrainingConfig, *, is_main: bool) -> None:
+        self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
+        self.args = args
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            max_steps=args.max_steps,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps,
+            save_steps=args.save_steps,
+            train_batch_size=args.per_device_train_batch_size,
+            num_train_epochs=1,
+            is_local_process_zero=is_main,
+            is_world_process_zero=is_main,
+        )
+
+    def at(self, step: int) -> None:
+        """Tell `state` which step it is; the whole run counts as one epoch."""
+        self.state.global_step = step
+        self.state.epoch = step / self.args.max_steps
+
+    def call(self, event: str, **extra: Any) -> None:
+        """Call `event` on every callback; one that returns a control object replaces the shared one."""
+        for callback in self.callbacks:
+            self.control = getattr(callback, event)(self.args, self.state, self.control, **extra) or self.control
+
+    def take(self, flag: str) -> bool:
+        """Return a flag of `control` and lower it."""
+        raised = bool(getattr(self.control, flag))
+        setattr(self.control, flag, False)
+        return raised

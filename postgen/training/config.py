@@ -1,0 +1,203 @@
+"""Settings of every run, under the names of `transformers.TrainingArguments` where the meaning is the same."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from postgen.errors import UserError
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Settings of a run. A method adds its own fields in a subclass; the class stays flat, so a recipe is a flat YAML.
+
+    Raises:
+        UserError: a value has the wrong type or lies outside its range.
+    """
+
+    output_dir: str
+    """Folder of the run: checkpoints, `metrics.jsonl`, `config.yaml`, `export/`."""
+
+    method: str = ""
+    """Name of the training method, a key of `postgen.training.METHODS` or `package.module:Class`."""
+
+    init_from: str | None = None
+    """Folder with safetensors weights to start from: an export, a diffusers folder or a checkpoint. Weights alone."""
+
+    resume_from_checkpoint: str | None = None
+    """A `checkpoint-N` folder, or "latest" (in YAML also true): the newest complete one of `output_dir`, if any."""
+
+    max_steps: int = 1000
+    """Optimiser steps of the whole run, those before a resume included. At least 1."""
+
+    max_seconds: float = 0.0
+    """Stop after the first step that ends this many seconds after `train` began; 0 is no limit. The run then saves a
+    checkpoint and exports, which takes additional time."""
+
+    per_device_train_batch_size: int = 1
+    """Samples that one process draws for one micro-batch."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches whose mean gradient makes one optimiser step."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW, above 0."""
+
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; without effect for "constant", where it must be 0."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+
+    adam_beta2: float = 0.999
+    """Decay of the second moment, in [0, 1)."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+
+    ema_decay: float = 0.0
+    """Highest decay of the moving average of the trained weights, in [0, 1); 0 keeps none. Used by evaluation, export."""
+
+    ema_warmup: bool = False
+    """Decay of the n-th update: with True 1-(1+n)^(-2/3), with False (1+n)/(10+n), never above `ema_decay`."""
+
+    bf16: bool = False
+    """Run the models' forward passes under bfloat16 autocast; weights stay as they are."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; "auto" takes what accelerate finds."""
+
+    seed: int = 42
+    """Seed of everything random; each process derives its own streams from it. At least 0."""
+
+    logging_steps: int = 10
+    """Metrics are averaged over this many steps and written. Numbers leave the device only then."""
+
+    eval_steps: int = 0
+    """Evaluate every so many steps; 0 never."""
+
+    eval_on_start: bool = False
+    """Evaluate before the first step."""
+
+    save_steps: int = 500
+    """Write a checkpoint every so many steps; 0 only at the end. One is always written at the end."""
+
+    save_seconds: float = 0.0
+    """Write a checkpoint and export also every so many seconds; 0 never."""
+
+    save_total_limit: int | None = 2
+    """Checkpoints to keep; none keeps all."""
+
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside `metrics.jsonl`: tensorboard, trackio, wandb; "none" for no other."""
+
+    disable_tqdm: bool = False
+    """Show no progress bar."""
+
+    def __post_init__(self) -> None:
+        """Bring values into their declared types and check ranges."""
+        self.report_to = _names(self.report_to)
+        self.resume_from_checkpoint = _resume(self.resume_from_checkpoint)
+        self.save_total_limit = self.save_total_limit or None
+        coerce(self)
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("learning_rate", "adam_epsilon"):
+            self.require(getattr(self, name) > 0, name, "above 0")
+        for name in (
+            *("warmup_steps", "weight_decay", "max_grad_norm", "max_seconds", "seed"),
+            *("eval_steps", "save_steps", "save_seconds"),
+        ):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self.require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self.require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
+        self.require(bool(self.output_dir), "output_dir", "the name of a folder")
+        warms = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
+        self.require(warms, "warmup_steps", '0 when lr_scheduler_type is "constant" (use "constant_with_warmup")')
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise UserError(f"report_to: unknown tracker {name!r}. Known: {', '.join(TRACKERS)}, or none.")
+
+    def require(self, holds: bool, name: str, allowed: str) -> None:
+        """Raise a `UserError` about field `name` unless `holds`; `allowed` says what it must be."""
+        if not holds:
+            raise UserError(f"{name} is {getattr(self, name)!r}, it must be {allowed}.")
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, in their order."""
+        return dataclasses.asdict(self)
+
+
+def coerce(config: TrainingConfig) -> None:
+    """Check each field against its annotation; whole floats become ints, ints become floats, paths strings.
+
+    YAML and Python callers give values that no argument parser has seen.
+    """
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [option for option in options if option is not type(None)]
+        if len(inner) == len(options):
+            return value
+        return None if value is None else _coerced(name, value, inner[0])
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{name} is {value!r}. Allowed: {', '.join(map(str, options))}.")
+    if origin is list:
+        if isinstance(value, list | tuple):
+            return [_coerced(name, item, options[0]) for item in value] if options else list(value)
+        raise UserError(f"{name} is {value!r}, it must be a list.")
+    return _scalar(name, value, hint)
+
+
+def _scalar(name: str, value: Any, hint: Any) -> Any:
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) if isinstance(hint, type) else True
+    if right and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{name} is {value!r}, it must be a value of type {hint.__name__}.")
+
+
+def _names(value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else list(value or ())
+    return [] if names == ["none"] else names
+
+
+def _resume(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() in ("true", "latest"):
+        return "latest"
+    if value in (False, "", "false", "False"):
+        return None
+    return "latest" if value is True else value

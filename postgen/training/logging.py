@@ -1,0 +1,155 @@
+"""What a run tells: metrics averaged on the device, `metrics.jsonl`, trackers, a progress bar."""
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from postgen.files import replacing
+
+
+class Sums(TypedDict):
+    """State of an average in progress: sums and counts by name."""
+
+    sums: dict[str, float]
+    counts: dict[str, int]
+
+
+class Averages:
+    """Means of metrics between two log lines. Adding never reads a tensor, so the device is not waited for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float | Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add one value of each metric: a number or a tensor with one element."""
+        for name, value in metrics.items():
+            value = value.detach().float().reshape(()) if isinstance(value, Tensor) else float(value)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> Sums:
+        """Return sums and counts as plain numbers. Waits for the device, once."""
+        names = [name for name, value in self._sums.items() if isinstance(value, Tensor)]
+        read = torch.stack([torch.as_tensor(self._sums[name]) for name in names]).tolist() if names else []
+        plain = dict(zip(names, read, strict=True))
+        return {
+            "sums": {name: float(plain.get(name, value)) for name, value in self._sums.items()},
+            "counts": dict(self._counts),
+        }
+
+    def load(self, state: Sums) -> None:
+        """Go on from the state of a checkpoint."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+    def clear(self) -> None:
+        """Start again."""
+        self._sums, self._counts = {}, {}
+
+
+def merged_means(parts: list[Sums]) -> dict[str, float]:
+    """Return the means over the processes' sums; a metric that only some of them have is averaged over those."""
+    names = dict.fromkeys(name for part in parts for name in part["sums"])
+    return {
+        name: math.fsum(part["sums"].get(name, 0.0) for part in parts)
+        / sum(part["counts"].get(name, 0) for part in parts)
+        for name in names
+    }
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per line, each with `step`.
+
+    Args:
+        path: the file; created when missing.
+        resumed_step: lines of later steps are dropped, since the run will write them again. 0 starts a new file.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if resumed_step and line["step"] <= resumed_step]
+        with replacing(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line. Numbers that JSON lacks (nan, inf) are written as null."""
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines; a line cut off by a kill is left out."""
+    found = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+class Progress:
+    """Bar on the first process: loss, learning rate, seconds per step, peak memory."""
+
+    def __init__(self, *, step: int, max_steps: int, shown: bool) -> None:
+        self._bar = tqdm(total=max_steps, initial=step, disable=not shown, dynamic_ncols=True, desc="train")
+
+    def step(self) -> None:
+        """One step is done."""
+        self._bar.update(1)
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Show the newest numbers."""
+        labels = {"loss": "loss", "learning_rate": "lr", "step_time": "s/step", "memory/peak_gb": "GB"}
+        self._bar.set_postfix({label: f"{metrics[name]:.3g}" for name, label in labels.items() if name in metrics})
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def say(text: str) -> None:
+    """Write a line for the user to stderr without tearing a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class StepTimer:
+    """Seconds per step since the last reading."""
+
+    def __init__(self) -> None:
+        self._since, self._steps = time.monotonic(), 0
+
+    def step(self) -> None:
+        """One step is done."""
+        self._steps += 1
+
+    def read(self) -> float:
+        """Return the mean and start again; 0 when no step was done."""
+        now = time.monotonic()
+        mean = (now - self._since) / self._steps if self._steps else 0.0
+        self._since, self._steps = now, 0
+        return mean
+
+
+def available_trackers(names: list[str]) -> list[str]:
+    """Return those of `names` that are installed; one warning names the others."""
+    from accelerate.tracking import get_available_trackers
+
+    installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    if absent := [name for name in names if name not in installed]:
+        text = f"not installed, so not reported to: {', '.join(absent)} (metrics.jsonl is written; report_to: none)"
+        warnings.warn(text, stacklevel=2)
+    return [name for name in names if name in installed]

@@ -1,0 +1,120 @@
+"""Recipes: flat YAML with `method:`, and `--key value` words, become a trainer class and its configuration."""
+
+import dataclasses
+import difflib
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import yaml
+
+from postgen.errors import UserError
+
+from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+METHODS = {
+    "autoencoder": "postgen.pretrain.autoencoder:AutoencoderTrainer",
+    "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
+}
+"""Method name -> `package.module:Class` of its trainer."""
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["type[Trainer[Any]]", TrainingConfig]:
+    """Return the trainer class of a recipe and its checked configuration.
+
+    Args:
+        path: a YAML file with `method:` and fields of the method's configuration; `env:` sets environment variables.
+        overrides: `["--key", "value", ...]`, stronger than the file.
+
+    Raises:
+        UserError: the file cannot be read, the method or a key is unknown, a value does not fit.
+    """
+    overrides = list(overrides or ())
+    values = _read(Path(path))
+    method = _last_value(overrides, "method") or values.get("method")
+    if not isinstance(method, str) or not method:
+        raise UserError(f"{path} names no method. Add a line 'method: NAME', one of: {', '.join(METHODS)}.")
+    trainer = find_method(method)
+    known = [item.name for item in dataclasses.fields(trainer.config_class)]
+    for key in values:
+        _check_key(str(key), [*known, "env"], str(path))
+    for word in overrides:
+        if word.startswith("--"):
+            _check_key(_key(word), known, "the command line", negatable=True)
+    return trainer, _parse(trainer.config_class, Path(path), overrides)
+
+
+def find_method(method: str) -> "type[Trainer[Any]]":
+    """Return the trainer class for a name in `METHODS` or a `package.module:Class`.
+
+    Raises:
+        UserError: nobody knows it, or it cannot be imported.
+    """
+    place = METHODS.get(method, method)
+    module, colon, name = place.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"Unknown method {method!r}.{hint} Known: {', '.join(METHODS)}. Or give a class as 'package.module:Class'."
+        )
+    from .trainer import Trainer
+
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method {method!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Trainer)):
+        raise UserError(f"method {method!r} is no subclass of postgen.training.Trainer.")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Recipe {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"Recipe {path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"Recipe {path} must be a list of 'key: value' lines.")
+    return values
+
+
+def _key(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _last_value(overrides: list[str], key: str) -> str | None:
+    found = None
+    for position, word in enumerate(overrides):
+        if word.startswith("--") and _key(word) == key:
+            found = word.partition("=")[2] if "=" in word else "".join(overrides[position + 1 : position + 2])
+    return found
+
+
+def _check_key(key: str, known: list[str], place: str, *, negatable: bool = False) -> None:
+    if key in known or (negatable and key.startswith("no_") and key.removeprefix("no_") in known):
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+    raise UserError(f"Unknown key {key!r} in {place}.{hint}")
+
+
+def _parse(config_class: type[TrainingConfig], path: Path, overrides: list[str]) -> TrainingConfig:
+    try:
+        from trl.scripts.utils import TrlParser
+    except ImportError as error:
+        raise UserError("Recipes are read with trl, which is not installed: pip install 'postgen[train]'.") from error
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{path}: {message}.")
+
+    parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
+    config: TrainingConfig
+    (config,) = parser.parse_args_and_config(["--config", str(path), *overrides])
+    return config

@@ -1,0 +1,117 @@
+"""The log of one run: averages of all processes to `metrics.jsonl`, the trackers and the progress bar."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from postgen.files import replacing
+
+from .config import TrainingConfig
+from .logging import Averages, MetricsFile, Progress, StepTimer, Sums, merged_means
+
+
+class RunLog:
+    """Collects metrics without waiting for the device, and writes them when asked.
+
+    Args:
+        args: the configuration; it is saved beside the metrics as `config.yaml`.
+        accelerator: its trackers get every line too.
+    """
+
+    def __init__(self, args: TrainingConfig, accelerator: Accelerator) -> None:
+        self._args, self._accelerator = args, accelerator
+        self._averages = Averages()
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
+        self._seconds_before, self._began = 0.0, time.monotonic()
+        self.newest: dict[str, float] = {}
+
+    def restore(self, averages: Sums, seconds: float) -> None:
+        """Go on from a checkpoint: averages in progress, and seconds that the run took so far."""
+        self._averages.load(averages)
+        self._seconds_before = seconds
+
+    def open(self, step: int) -> None:
+        """Start files, trackers and bar after `step` steps; lines of later steps are dropped from the file."""
+        args, main = self._args, self._accelerator.is_main_process
+        self._timer = StepTimer()
+        self._progress = Progress(step=step, max_steps=args.max_steps, shown=main and not args.disable_tqdm)
+        if main:
+            with replacing(args.folder / "config.yaml") as part:
+                part.write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
+            self._file = MetricsFile(args.folder / "metrics.jsonl", step)
+        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, int | float | str)}
+        options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": args.folder.name}}
+        self._accelerator.init_trackers("postgen", config=plain, init_kwargs=options)
+
+    def add(self, loss: Tensor, metrics: Mapping[str, float | Tensor], step: int) -> None:
+        """Add the loss and metrics of a micro-batch of step `step`."""
+        self._averages.add({"loss": loss, **metrics})
+        # Remembers the first bad step on the device: it is read, and raised, with the next log line.
+        fine = torch.isfinite(loss.detach()) | (self._first_bad >= 0)
+        self._first_bad = torch.where(fine, self._first_bad, step)
+
+    def step_done(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Count an optimiser step and add its metrics."""
+        self._averages.add(metrics)
+        self._timer.step()
+        self._progress.step()
+
+    def averages(self) -> Sums:
+        """Return the averages in progress of this process."""
+        return self._averages.state()
+
+    def seconds(self) -> float:
+        """Return the seconds of the run so far, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def check_finite(self) -> None:
+        """Raise when a loss was not finite in any process.
+
+        Raises:
+            FloatingPointError: it names the first such step.
+        """
+        bad = max(gather_object([int(self._first_bad)]))
+        if bad >= 0:
+            raise FloatingPointError(
+                f"the loss of step {bad} is not finite; lower learning_rate or max_grad_norm, or resume from an "
+                f"earlier checkpoint in {self._args.folder}"
+            )
+
+    def training_means(self, learning_rate: float) -> dict[str, float]:
+        """Return the means since the last call over all processes, with rate, times and memory; start again."""
+        self.check_finite()
+        means = merged_means(gather_object([self._averages.state()]))
+        self._averages.clear()
+        means |= {"learning_rate": learning_rate, "step_time": self._timer.read(), "seconds": self.seconds()}
+        device = self._accelerator.device
+        if device.type == "cuda":
+            means["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+        self._progress.show(means)
+        return means
+
+    def evaluation_means(self, own: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over the processes' evaluations, under `eval_<name>`."""
+        means = merged_means(gather_object([{"sums": dict(own), "counts": dict.fromkeys(own, 1)}]))
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line to the file and the trackers."""
+        self.newest.update(values)
+        if self._accelerator.is_main_process:
+            self._file.append(step, values)
+        self._accelerator.log(dict(values), step=step)
+
+    def pause(self) -> None:
+        """Leave the time since the last log line out of the seconds per step: something else than training ran."""
+        self._timer.read()
+
+    def close(self) -> None:
+        """Close the bar and the trackers."""
+        if hasattr(self, "_progress"):
+            self._progress.close()
+        self._accelerator.end_training()

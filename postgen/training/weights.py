@@ -1,0 +1,78 @@
+"""Weights to start from: an export, a diffusers folder, or a checkpoint of another run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from postgen.errors import UserError
+
+from .checkpoint import find
+
+
+def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
+    """Load weights alone into `models`.
+
+    `folder` may be a checkpoint (its averaged weights are taken when it has them), the folder of a run (its newest
+    checkpoint), a folder with one sub-folder of safetensors per model name (an export, a diffusers pipeline), or, for
+    a single model, the folder with its safetensors files. Every trained parameter must be found; tensors that are not
+    trained may be absent.
+
+    Raises:
+        UserError: nothing is found there, or names or shapes differ.
+    """
+    if not folder.is_dir():
+        raise UserError(f"init_from: {folder} is no folder. Give one with safetensors weights.")
+    newest = find(folder)
+    found = _from_checkpoint(newest[-1] if newest else folder)
+    for name, model in models.items():
+        tensors = _part(found, name) if found else _from_folder(folder, name, alone=len(models) == 1)
+        _load(model, tensors, f"init_from: {folder} ({name})")
+
+
+def _from_checkpoint(folder: Path) -> dict[str, Tensor]:
+    if not (folder / "state.json").is_file():
+        return {}
+    return {**_read(folder / "weights.safetensors"), **_read(folder / "ema.safetensors")}
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _from_folder(folder: Path, name: str, *, alone: bool) -> dict[str, Tensor]:
+    places = [folder / name, *([folder] if alone else [])]
+    for place in places:
+        files = sorted(place.glob("*.safetensors"))
+        if files:
+            return {key: value for file in files for key, value in _read(file).items()}
+    raise UserError(f"init_from: no *.safetensors in {' or '.join(map(str, places))}.")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"init_from: {path} cannot be read ({error}).") from error
+
+
+def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:
+    own = model.state_dict()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    wrong = [
+        *(f"{name} is missing" for name in trained if name not in tensors),
+        *(f"{name} is unknown" for name in tensors if name not in own),
+        *(
+            f"{name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} here"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{place} does not fit: {'; '.join(wrong[:3])}{more}.")
+    model.load_state_dict(dict(tensors), strict=False)
