@@ -125,19 +125,8 @@ def prepare(config: GenerateConfig) -> Job:
             raise UserError(f"{facts.pipeline} has no {name}: leave it out")
     own = {name: getattr(facts.defaults, name) for name in (*_CALL, "fps") if getattr(config, name) is None}
     config = dataclasses.replace(config, **own)
-    if config.negative_prompt is not None and (config.guidance_scale or math.inf) <= 1:
-        raise UserError(
-            f"a negative prompt needs guidance above 1, got {config.guidance_scale}: change one of the two"
-        )
     facts.check_size(config.num_frames, config.height, config.width)
-    if config.image is not None and not facts.takes_image:
-        raise UserError(f"{facts.pipeline} takes text only: leave --image out or use an image-to-video model")
-    if config.image is None and facts.takes_image:
-        raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
-    if config.image is not None:
-        _open_image(config.image)
-    for lora in config.lora:
-        check_lora(lora)
+    _check_inputs(config, facts)
     if config.device != "auto":
         check_device(config.device)
     return Job(config=config, facts=facts)
@@ -327,6 +316,20 @@ def _check_place(output: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
+    guidance = config.guidance_scale
+    if config.negative_prompt is not None and guidance is not None and guidance <= 1:
+        raise UserError(f"a negative prompt needs guidance above 1, got {guidance}: change one of the two")
+    if config.image is not None and not facts.takes_image:
+        raise UserError(f"{facts.pipeline} takes text only: leave --image out or use an image-to-video model")
+    if config.image is None and facts.takes_image:
+        raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
+    if config.image is not None:
+        _open_image(config.image)
+    for lora in config.lora:
+        check_lora(lora)
 
 
 def _sibling(base: Path, suffix: str) -> Path:

@@ -69,7 +69,7 @@ def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str
         (["a", "--steps", "0"], "num_inference_steps must be above 0"),
         (["a", "--steps", "many"], "Invalid value for '--steps'"),
         (["a", "--guidance", "nan"], "guidance_scale must be at least 0, got nan"),
-        (["a", "--guidance", "1", "--negative-prompt", "b"], "a negative prompt needs guidance above 1, got 1"),
+        (["a", "--guidance", "0", "--negative-prompt", "b"], "a negative prompt needs guidance above 1, got 0"),
         (["a", "--seed", "-1"], "seed must be between 0"),
         (["a", "--count", "0"], "--count must be at least 1"),
         (["a", "--dtype", "float8"], "unknown dtype 'float8'. Known: auto, float32, bfloat16, float16"),
