@@ -177,7 +177,7 @@ def test_info(cli: Any) -> None:
 def test_train_hands_its_words_on(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     trainer = types.ModuleType("postgen.train")
-    trainer.main = seen.extend  # type: ignore[attr-defined]
+    trainer.main = lambda words: seen.extend(words) or 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "postgen.train", trainer)
-    assert cli("train", "recipe.yaml", "--learning_rate", "1e-4", "--resume").code == 0
+    assert cli("train", "recipe.yaml", "--learning_rate", "1e-4", "--resume").code == 3
     assert seen == ["recipe.yaml", "--learning_rate", "1e-4", "--resume"]

@@ -17,4 +17,5 @@ def train(
     """Run a training recipe; `--key value` replaces a value of the recipe."""
     from postgen.train import main
 
-    main(arguments)
+    # It has printed what there is to say, so its code goes out as it is.
+    raise SystemExit(main(arguments))
