@@ -11,7 +11,7 @@ SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 def train(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE.yaml [--KEY VALUE]...", help="Recipe, and values that replace its own."),
+        typer.Argument(metavar="RECIPE.yaml", help="Recipe, and values that replace its own."),
     ],
 ) -> None:
     """Run a training recipe; `--key value` replaces a value of the recipe."""
