@@ -1,0 +1,75 @@
+"""The camera: a pinhole 7.5 m in front of the arena, 3 m up, and the paths that it can take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .spec import Spec
+
+POSITION = (0.0, -7.5, 3.0)
+TARGET = (0.0, 0.3, 0.75)
+#: Focal length in half picture heights (half field of view 19.9 degrees).
+FOCAL = 2.77
+
+
+def project_point(point: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Project a world point with the first camera: (u, v, depth); u right and v down in half picture heights, depth in m."""
+    forward, right, up = _axes(POSITION, TARGET)
+    offset = [p - c for p, c in zip(point, POSITION, strict=True)]
+    depth = sum(f * o for f, o in zip(forward, offset, strict=True))
+    u = sum(r * o for r, o in zip(right, offset, strict=True))
+    v = -sum(a * o for a, o in zip(up, offset, strict=True))
+    return FOCAL * u / depth, FOCAL * v / depth, depth
+
+
+def _axes(position: tuple[float, ...], target: tuple[float, ...]) -> tuple[list[float], list[float], list[float]]:
+    forward = [t - p for t, p in zip(target, position, strict=True)]
+    norm = math.sqrt(sum(f * f for f in forward))
+    forward = [f / norm for f in forward]
+    flat = math.hypot(forward[0], forward[1])
+    right = [forward[1] / flat, -forward[0] / flat, 0.0]
+    up = [
+        right[1] * forward[2] - right[2] * forward[1],
+        right[2] * forward[0] - right[0] * forward[2],
+        right[0] * forward[1] - right[1] * forward[0],
+    ]
+    return forward, right, up
+
+
+def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]:
+    """Pose at a frame: position, and rows right, down, forward of the world-to-camera rotation.
+
+    Beyond `spec.num_frames` the camera runs its path back and forth, so it returns to its first pose for good measure.
+    """
+    phase = frame / max(1, spec.num_frames - 1)
+    there_and_back = 1.0 - abs(1.0 - phase % 2.0)
+    if spec.camera == "dolly return":
+        there_and_back = 1.0 - abs(1.0 - (2.0 * phase) % 2.0)
+    kind, _, way = spec.camera.partition(" ")
+    sign = -1.0 if way in ("left", "in", "return") else 1.0
+    shift = sign * spec.camera_amount * there_and_back
+    position, target = list(POSITION), list(TARGET)
+    if kind == "pan":
+        target = _turn(target, position, -shift)
+    elif kind == "orbit":
+        position = _turn(position, target, shift)
+    elif kind == "dolly":
+        position = [t + (p - t) * (1.0 + shift) for p, t in zip(position, target, strict=True)]
+    forward, right, up = _axes(tuple(position), tuple(target))
+    return position, [right, [-u for u in up], forward]
+
+
+def _turn(point: list[float], centre: list[float], angle: float) -> list[float]:
+    x, y = point[0] - centre[0], point[1] - centre[1]
+    cos, sin = math.cos(angle), math.sin(angle)
+    return [centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y, point[2]]
+
+
+def camera_path(spec: Spec, start: int, stop: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Poses of frames start..stop-1: positions (F,3) and world-to-camera rotations (F,3,3), float32."""
+    poses = [camera_pose(spec, frame) for frame in range(start, stop)]
+    positions = torch.tensor([p for p, _ in poses], device=device)
+    return positions, torch.tensor([r for _, r in poses], device=device)

@@ -1,0 +1,265 @@
+"""Pictures of a scene: RGB, metric depth, instance ids, exact optical flow and camera poses, on any device.
+
+The same code runs on CPU and GPU; a clip is a pure function of its spec (and its spec of a seed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .camera import FOCAL, camera_path
+from .physics import Motion, Simulation
+from .raycast import BACKDROP, FAR, FLOOR, Solids, camera_rays, nearest, normals
+from .spec import BACKGROUNDS, COLOURS, SHAPES, Spec
+
+_BACKDROP_TOP = (0.80, 0.84, 0.88)
+_BACKDROP_LOW = (0.72, 0.74, 0.76)
+_AMBIENT, _DIFFUSE = 0.42, 0.68
+_RAYS_AT_ONCE = 24_000_000
+
+
+@dataclass(slots=True)
+class Frames:
+    """What the renderer gives for B scenes and F frames (`flow` has one frame less, `None` where it was not asked for).
+
+    rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8, 0 for
+    floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next, exact at every
+    pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down, forward) and position.
+    positions_BFK3: centres of the bodies in metres.
+    """
+
+    rgb_BF3HW: Tensor
+    positions_BFK3: Tensor
+    pose_BF34: Tensor
+    contact_BFK: Tensor
+    depth_BFHW: Tensor | None = None
+    ids_BFHW: Tensor | None = None
+    flow_BF2HW: Tensor | None = None
+
+
+def render(
+    specs: Sequence[Spec],
+    *,
+    num_frames: int | None = None,
+    size: int = 96,
+    supersample: int = 2,
+    geometry: bool = True,
+    device: torch.device | str = "cpu",
+) -> Frames:
+    """Render the first frames of several scenes at once.
+
+    Args:
+        specs: scenes; those with fewer bodies are padded.
+        num_frames: length; default: what the first spec was planned for. All clips of a call have one length.
+        size: height and width in pixels.
+        supersample: rays per pixel and axis for antialiasing; 1 is none.
+        geometry: also return depth, ids and flow (one more pass with one ray a pixel).
+        device: where to compute.
+
+    Raises:
+        UserError: no spec, or a size, length or supersample below 1.
+    """
+    if min(size, supersample, 1 if num_frames is None else num_frames) < 1:
+        raise UserError(f"size={size}, num_frames={num_frames}, supersample={supersample}: each must be at least 1.")
+    simulation = Simulation(specs, device)
+    frames = num_frames or specs[0].num_frames
+    return _render_motion(specs, simulation.run(frames), 0, size, supersample, geometry, device)
+
+
+def stream(
+    spec: Spec,
+    num_frames: int,
+    *,
+    size: int = 96,
+    supersample: int = 2,
+    chunk: int = 16,
+    geometry: bool = True,
+    device: torch.device | str = "cpu",
+) -> Iterator[Frames]:
+    """Render one scene of any length in pieces of at most `chunk` frames, in constant memory.
+
+    The pieces joined are the same as `render` of the whole, flow across the seams included (the first frame of a later
+    piece's flow belongs to the last frame of the one before, so a later piece has as many flow fields as frames).
+    """
+    if chunk < 1 or num_frames < 1:
+        raise UserError(f"num_frames={num_frames} and chunk={chunk} must be at least 1.")
+    simulation = Simulation([spec], device)
+    last: Motion | None = None
+    for start in range(0, num_frames, chunk):
+        count = min(chunk, num_frames - start)
+        motion = simulation.run(count)
+        joined = motion if last is None else _join(last, motion)
+        frames = _render_motion([spec], joined, start - (last is not None), size, supersample, geometry, device)
+        yield frames if last is None else _without_first(frames)
+        last = Motion(motion.positions_BFK3[:, -1:], motion.rotations_BFK33[:, -1:], motion.contact_BFK[:, -1:])
+
+
+def _join(first: Motion, second: Motion) -> Motion:
+    return Motion(
+        torch.cat((first.positions_BFK3, second.positions_BFK3), 1),
+        torch.cat((first.rotations_BFK33, second.rotations_BFK33), 1),
+        torch.cat((first.contact_BFK, second.contact_BFK), 1),
+    )
+
+
+def _without_first(frames: Frames) -> Frames:
+    return Frames(
+        frames.rgb_BF3HW[:, 1:],
+        frames.positions_BFK3[:, 1:],
+        frames.pose_BF34[:, 1:],
+        frames.contact_BFK[:, 1:],
+        None if frames.depth_BFHW is None else frames.depth_BFHW[:, 1:],
+        None if frames.ids_BFHW is None else frames.ids_BFHW[:, 1:],
+        frames.flow_BF2HW,
+    )
+
+
+def _render_motion(
+    specs: Sequence[Spec], motion: Motion, start: int, size: int, supersample: int, geometry: bool, device: torch.device | str
+) -> Frames:
+    frames = motion.positions_BFK3.shape[1]
+    poses = [camera_path(spec, start, start + frames, device) for spec in specs]
+    position, rotation = torch.stack([p for p, _ in poses]), torch.stack([r for _, r in poses])
+    per_scene = frames * (size * supersample) ** 2 * motion.positions_BFK3.shape[2]
+    batch = max(1, _RAYS_AT_ONCE // per_scene)
+    pieces = []
+    for low in range(0, len(specs), batch):
+        part = slice(low, low + batch)
+        scene = _Scene(specs[part], motion, part, position[part], rotation[part])
+        rgb = scene.shade(size, supersample)
+        pieces.append((rgb, *scene.geometry(size)) if geometry else (rgb,))
+    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+    pose = torch.cat((rotation, position[..., None]), -1)
+    return Frames(columns[0], motion.positions_BFK3, pose, motion.contact_BFK, *columns[1:])
+
+
+class _Scene:
+    """A batch of scenes with F frames each, flattened to M = B * F pictures."""
+
+    def __init__(self, specs: Sequence[Spec], motion: Motion, part: slice, position: Tensor, rotation: Tensor) -> None:
+        self.specs, self.frames = specs, position.shape[1]
+        self.position, self.rotation = position.flatten(0, 1), rotation.flatten(0, 1)
+        self.motion = Motion(motion.positions_BFK3[part], motion.rotations_BFK33[part], motion.contact_BFK[part])
+        self.device = position.device
+        self.solids = self._solids()
+
+    def _repeat(self, values: list[object]) -> Tensor:
+        """A value per scene (nested lists) -> tensor with one row per picture."""
+        return torch.tensor(values, device=self.device).repeat_interleave(self.frames, 0)
+
+    def _solids(self) -> Solids:
+        slots = self.motion.positions_BFK3.shape[2]
+        shapes = [[SHAPES.index(s.bodies[k].shape) if k < len(s.bodies) else -1 for k in range(slots)] for s in self.specs]
+        radii = [[s.bodies[k].radius if k < len(s.bodies) else 0.0 for k in range(slots)] for s in self.specs]
+        yaws = [[s.bodies[k].yaw if k < len(s.bodies) else 0.0 for k in range(slots)] for s in self.specs]
+        members = []
+        for shape in range(len(SHAPES)):
+            pairs = [
+                (b * self.frames + f, k)
+                for b, row in enumerate(shapes)
+                for k, name in enumerate(row)
+                if name == shape
+                for f in range(self.frames)
+            ]
+            table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(self.device)
+            members.append((table[:, 0], table[:, 1]))
+        centres = self.motion.positions_BFK3.flatten(0, 1)
+        return Solids(centres, self._repeat(radii), self._repeat(yaws), self._repeat(shapes), members)
+
+    def _trace(self, size: int, supersample: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Depth, slot (body, FLOOR or BACKDROP), hit points and rays of every pixel."""
+        ray = camera_rays(self.rotation, size, supersample)
+        ox, oy, oz = (self.position[:, i, None] for i in range(3))
+        t, slot = nearest((ox, oy, oz), ray, self.solids)
+        floor = torch.where(ray[2] < -1e-4, -oz / ray[2].clamp_max(-1e-4), FAR)
+        slot = torch.where(t < floor, slot, torch.where(floor < FAR, FLOOR, BACKDROP))
+        t = torch.minimum(t, floor)
+        point = (ox + t * ray[0], oy + t * ray[1], oz + t * ray[2])
+        return t, slot, point, ray
+
+    def shade(self, size: int, supersample: int) -> Tensor:
+        """RGB (B,F,3,H,W) in [0,1]: Lambert with a hard shadow, pixels averaged over supersample^2 rays."""
+        t, slot, point, ray = self._trace(size, supersample)
+        normal = normals((point[0], point[1], point[2]), slot, self.solids)
+        light = self._light()
+        facing = sum(n * v for n, v in zip(normal, light, strict=True))
+        shadow_from = tuple((p + 2e-3 * n).clamp(-1e3, 1e3) for p, n in zip(point, normal, strict=True))
+        blocked, _ = nearest((shadow_from[0], shadow_from[1], shadow_from[2]), light, self.solids)
+        lit = torch.where(blocked < FAR, 0.0, facing.clamp_min(0))
+        shading = _AMBIENT * (0.8 + 0.2 * normal[2]) + _DIFFUSE * lit
+        fog = 1.0 - torch.exp(-((t / 26.0) ** 2))
+        height = (ray[2] * 4.0 + 0.5).clamp(0, 1)
+        pattern = self._floor_pattern(point, t)
+        floor, body = self._repeat([list(BACKGROUNDS[s.background]) for s in self.specs]), self._albedo()
+        index = slot.clamp_min(0)
+        channels = []
+        for c in range(3):
+            sky = _BACKDROP_LOW[c] + (_BACKDROP_TOP[c] - _BACKDROP_LOW[c]) * height
+            ground = floor[:, c, None] * pattern * shading
+            ground = ground + (sky - ground) * fog
+            solid = body[..., c].gather(1, index) * shading
+            channels.append(torch.where(slot >= 0, solid, torch.where(slot == FLOOR, ground, sky)))
+        n = size * supersample
+        rgb = torch.stack(channels, 1).reshape(-1, 3, n, n).clamp(0, 1)
+        if supersample > 1:
+            rgb = torch.nn.functional.avg_pool2d(rgb, supersample)
+        return rgb.unflatten(0, (-1, self.frames))
+
+    def _light(self) -> tuple[Tensor, Tensor, Tensor]:
+        table = self._repeat([list(s.light) for s in self.specs])
+        azimuth, elevation = table[:, :1], table[:, 1:]
+        return azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()
+
+    def _albedo(self) -> Tensor:
+        slots = self.motion.positions_BFK3.shape[2]
+        black = (0.0, 0.0, 0.0)
+        return self._repeat(
+            [[COLOURS[s.bodies[k].colour] if k < len(s.bodies) else black for k in range(slots)] for s in self.specs]
+        )
+
+    def _floor_pattern(self, point: tuple[Tensor, ...], t: Tensor) -> Tensor:
+        """Brightness factor of the floor, faded out with the distance so that it never aliases at the horizon."""
+        phase = self._repeat([list(s.floor_phase) for s in self.specs])
+        x, y = point[0].clamp(-60, 60), point[1].clamp(-60, 60)
+        fade = 0.09 * torch.exp(-((t / 13.0) ** 2))
+        return 1.0 + fade * torch.sin(1.1 * x + phase[:, :1]) * torch.sin(0.9 * y + phase[:, 1:])
+
+    def geometry(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Depth (B,F,H,W), ids (B,F,H,W) uint8 and flow (B,F-1,2,H,W) at pixel centres."""
+        t, slot, point, ray = self._trace(size, 1)
+        scenes, shape = len(self.specs), (-1, self.frames, size, size)
+        depth = torch.where(slot == BACKDROP, torch.inf, t).reshape(shape)
+        ids = (slot + 1).clamp_min(0).to(torch.uint8).reshape(shape)
+        if self.frames == 1:
+            return depth, ids, depth.new_zeros((scenes, 0, 2, size, size))
+        moved = self._carried(torch.stack(point, -1), slot)
+        rotation = self.rotation.unflatten(0, (scenes, self.frames))
+        position = self.position.unflatten(0, (scenes, self.frames))
+        offset = moved - position[:, 1:, None]
+        direction = torch.stack(ray, -1).unflatten(0, (scenes, self.frames))[:, :-1]
+        offset = torch.where((slot == BACKDROP).unflatten(0, (scenes, self.frames))[:, :-1, :, None], direction, offset)
+        seen = torch.einsum("bfij,bfpj->bfpi", rotation[:, 1:], offset)
+        pixel = (seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * FOCAL + 1.0) * (size / 2)
+        steps = torch.arange(size, device=self.device) + 0.5
+        v, u = torch.meshgrid(steps, steps, indexing="ij")
+        flow = pixel - torch.stack((u, v), -1).reshape(-1, 2)
+        return depth, ids, flow.movedim(-1, 2).unflatten(-1, (size, size))
+
+    def _carried(self, point_MP3: Tensor, slot_MP: Tensor) -> Tensor:
+        """Where the material point seen at frame f is at frame f + 1: (B, F-1, P, 3)."""
+        scenes = len(self.specs)
+        centre, rotation = self.motion.positions_BFK3, self.motion.rotations_BFK33
+        point = point_MP3.unflatten(0, (scenes, self.frames))[:, :-1]
+        slot = slot_MP.unflatten(0, (scenes, self.frames))[:, :-1]
+        turn = rotation[:, 1:] @ rotation[:, :-1].mT
+        index = slot.clamp_min(0)[..., None]
+        old = centre[:, :-1].gather(2, index.expand(-1, -1, -1, 3))
+        new = centre[:, 1:].gather(2, index.expand(-1, -1, -1, 3))
+        turn_P = turn.flatten(-2).gather(2, index.expand(-1, -1, -1, 9)).unflatten(-1, (3, 3))
+        carried = new + (turn_P @ (point - old)[..., None])[..., 0]
+        return torch.where((slot >= 0)[..., None], carried, point)

@@ -1,0 +1,183 @@
+"""What a clip of the synthetic world shows: bodies, events, camera, light. Plain data, no tensors.
+
+World axes: x to the right of the first camera, y away from it, z up; lengths in metres, time in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..errors import UserError
+
+#: Linear-light-free albedo (RGB in [0,1]) of the eight named colours; saturated, while everything else in the world is grey-ish.
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.10, 0.10),
+    "orange": (0.98, 0.50, 0.05),
+    "yellow": (0.96, 0.88, 0.10),
+    "green": (0.12, 0.70, 0.15),
+    "cyan": (0.10, 0.82, 0.85),
+    "blue": (0.12, 0.25, 0.92),
+    "purple": (0.52, 0.14, 0.80),
+    "pink": (0.98, 0.30, 0.66),
+}
+SHAPES: tuple[str, ...] = ("ball", "cube", "cylinder")
+#: Radius of the ball, and of the contact circle of the other solids, in metres.
+SIZES: dict[str, float] = {"small": 0.45, "medium": 0.6, "large": 0.8}
+EVENTS: tuple[str, ...] = (
+    "moves left",
+    "moves right",
+    "moves closer",
+    "moves away",
+    "stays",
+    "bounces",
+    "falls",
+    "collides",
+    "passes behind",
+)
+#: Events of a body together with another one, its partner (which has the event "stays").
+PAIR_EVENTS: tuple[str, ...] = ("collides", "passes behind")
+PLACES: tuple[str, ...] = ("left", "middle", "right")
+CAMERAS: tuple[str, ...] = (
+    "static",
+    "pan left",
+    "pan right",
+    "orbit left",
+    "orbit right",
+    "dolly in",
+    "dolly out",
+    "dolly return",
+)
+#: Floor albedo of each background; saturation is at most 0.2, so that a body is told from it by saturation.
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "grey": (0.62, 0.62, 0.63),
+    "sand": (0.68, 0.64, 0.57),
+    "slate": (0.48, 0.52, 0.56),
+    "sage": (0.56, 0.61, 0.56),
+}
+FPS = 8
+
+Split = Literal["train", "held_out", "all"]
+
+
+def is_held_out(colour: str, shape: str, event: str) -> bool:
+    """Whether training never sees this (colour, shape, event): one colour of each (shape, event), so every word is seen.
+
+    Args:
+        colour, shape, event: names from `COLOURS`, `SHAPES`, `EVENTS`.
+    """
+    index = list(COLOURS).index(colour) + 2 * SHAPES.index(shape) + 3 * EVENTS.index(event)
+    return index % len(COLOURS) == 0
+
+
+def _check(kind: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"Unknown {kind} {value!r}. Known: {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Body:
+    """One solid and what it does.
+
+    Raises:
+        UserError: a colour, shape, size, event or place that the world does not know.
+    """
+
+    colour: str
+    shape: str
+    size: str = "medium"
+    event: str = "stays"
+    #: Index of the body that a `PAIR_EVENTS` event happens with.
+    partner: int | None = None
+    #: Centre at frame 0 in metres, velocity in m/s, rotation about z in radians.
+    position: tuple[float, float, float] = (0.0, 0.0, 0.6)
+    velocity: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    yaw: float = 0.0
+    #: Share of the vertical speed that is kept at the floor, in [0,1].
+    restitution: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("colour", self.colour, tuple(COLOURS))
+        _check("shape", self.shape, SHAPES)
+        _check("size", self.size, tuple(SIZES))
+        _check("event", self.event, EVENTS)
+        if (self.partner is not None) != (self.event in PAIR_EVENTS):
+            raise UserError(f"Event {self.event!r} with partner {self.partner!r}: a partner goes with {PAIR_EVENTS} only.")
+
+    @property
+    def radius(self) -> float:
+        """Radius of the contact circle in metres."""
+        return SIZES[self.size]
+
+    @property
+    def half_height(self) -> float:
+        """Height of the centre above the floor at rest, in metres."""
+        return self.radius * HALF_HEIGHT[self.shape]
+
+    @property
+    def place(self) -> str:
+        """Where the body stands at frame 0 of a first camera: left, middle or right."""
+        x = self.position[0]
+        return "left" if x < -0.75 else "right" if x > 0.75 else "middle"
+
+
+#: Half height of each solid in radii, and half width (edge of the cube, radius of the cylinder).
+HALF_HEIGHT = {"ball": 1.0, "cube": 0.85, "cylinder": 1.2}
+HALF_WIDTH = {"ball": 1.0, "cube": 0.85, "cylinder": 0.68}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """A whole scene; with a seed it fixes every pixel of a clip of any length.
+
+    Raises:
+        UserError: no body, more than four, an unknown camera or background, or a partner that does not exist.
+    """
+
+    bodies: tuple[Body, ...]
+    camera: str = "static"
+    #: How far the camera goes within `num_frames`: radians for pan and orbit, a factor of the distance for dolly.
+    camera_amount: float = 0.0
+    background: str = "grey"
+    #: Direction to the light: azimuth and elevation in radians.
+    light: tuple[float, float] = (-0.9, 0.95)
+    #: Phases of the floor's low-frequency pattern, in radians.
+    floor_phase: tuple[float, float] = (0.0, 0.0)
+    #: Length that the motion was planned for; a clip may be longer (bodies turn at the arena's walls, the camera goes back).
+    num_frames: int = 17
+    fps: int = FPS
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.bodies) <= 4:
+            raise UserError(f"A spec has 1 to 4 bodies, not {len(self.bodies)}.")
+        _check("camera", self.camera, CAMERAS)
+        _check("background", self.background, tuple(BACKGROUNDS))
+        for index, body in enumerate(self.bodies):
+            if body.partner is not None and (body.partner == index or not 0 <= body.partner < len(self.bodies)):
+                raise UserError(f"Body {index} has partner {body.partner}, but the bodies are 0..{len(self.bodies) - 1}.")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether any body is a held-out (colour, shape, event)."""
+        return any(is_held_out(b.colour, b.shape, b.event) for b in self.bodies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """Read the JSON form of `to_dict`.
+
+        Raises:
+            UserError: keys or values that no spec has.
+        """
+        try:
+            bodies = tuple(
+                Body(**{**b, "position": tuple(b["position"]), "velocity": tuple(b["velocity"])}) for b in data["bodies"]
+            )
+            rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "bodies"}
+            return cls(bodies=bodies, **rest)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"Not a world spec: {error}. Write one with Spec.to_dict().") from None
