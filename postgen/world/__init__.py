@@ -1,7 +1,23 @@
 """A small synthetic 3-D world whose ground truth is exact: a clip is a pure function of a spec, a spec of a seed."""
 
-from .plan import arrange, sample
+from .grammar import caption, simple_caption
+from .parse import parse
+from .plan import Wish, arrange, eligible_events, sample
 from .render import Frames, render, stream
 from .spec import Body, Spec, is_held_out
 
-__all__ = ["Body", "Frames", "Spec", "arrange", "is_held_out", "render", "sample", "stream"]
+__all__ = [
+    "Body",
+    "Frames",
+    "Spec",
+    "Wish",
+    "arrange",
+    "caption",
+    "eligible_events",
+    "is_held_out",
+    "parse",
+    "render",
+    "sample",
+    "simple_caption",
+    "stream",
+]

@@ -1,0 +1,137 @@
+"""Prompts back to scenes: which bodies, events and camera a sentence asks for."""
+
+from __future__ import annotations
+
+import random
+import re
+
+from .plan import Wish, arrange
+from .spec import COLOURS, Spec
+from .words import (
+    BACKGROUND_PHRASES,
+    CAMERA_PHRASES,
+    COLOUR_SYNONYMS,
+    EVENT_PHRASES,
+    PLACE_PHRASES,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+)
+
+_COLOUR = {**{name: name for name in COLOURS}, **COLOUR_SYNONYMS}
+_SHAPE = {word: shape for shape, words in SHAPE_WORDS.items() for word in words}
+_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
+
+
+def _any(words: dict[str, str]) -> str:
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
+_NOUN = re.compile(rf"(?:\b({_any(_SIZE)})\s+)?\b({_any(_COLOUR)})\s+({_any(_SHAPE)})s?\b")
+#: Looser readings of the verbs, tried after the exact phrases; the order matters (a two-body event names a direction too).
+_LOOSE: tuple[tuple[str, str], ...] = (
+    ("passes behind", r"\bbehind\b"),
+    ("collides", r"\b(hit|hits|hitting|collid\w+|bump\w*|crash\w*|knock\w*)\b|\binto (an? |the )?\{other\}"),
+    ("bounces", r"\b(bounc\w+|jump\w*)\b"),
+    ("falls", r"\b(fall\w*|drop\w*|lands?)\b"),
+    ("moves closer", r"\b(closer|nearer|approach\w*|towards? the (camera|viewer)|forward)\b"),
+    ("moves away", r"\b(away|distance|reced\w*|back(ward)?s?)\b"),
+    ("moves left", r"\b(leftwards?|from right to left|(to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding) left)\b"),
+    ("moves right", r"\b(rightwards?|from left to right|(to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding) right)\b"),
+    ("stays", r"\b(stays?|stands?|still|rests?|resting|remains?|not move|in place|motionless)\b"),
+)
+
+
+def parse(prompt: str) -> Spec | None:
+    """Read a prompt as a scene with a fixed layout, or None when it names no body of the world.
+
+    A body is "[size] colour shape"; what follows it up to the next one that is not its partner says what it does. Without a
+    known verb it stays. When the wishes cannot be laid out together (more than three bodies, say), None as well.
+
+    Args:
+        prompt: any text.
+
+    >>> parse("A red ball rolls to the left").bodies[0].event
+    'moves left'
+    >>> parse("a cat on a sofa") is None
+    True
+    """
+    text = " ".join(prompt.lower().split())
+    camera = _phrase_in(text, CAMERA_PHRASES) or "static"
+    text = _without(_without(text, CAMERA_PHRASES), BACKGROUND_PHRASES)
+    nouns = list(_NOUN.finditer(text))
+    if not nouns or len(nouns) > 3:
+        return None
+    wishes = _wishes(text, nouns)
+    if camera != "static" and any(w.event != "stays" for w in wishes):
+        camera = "static"
+    rng = random.Random(f"postgen-parse-{text}")
+    for frames in (17,) * 12 + (33,) * 4:
+        spec = arrange(wishes, rng, num_frames=frames, camera=camera)
+        if spec is not None:
+            return spec
+    return None
+
+
+def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
+    wishes: list[Wish] = []
+    taken: set[int] = set()
+    for index, noun in enumerate(nouns):
+        end = nouns[index + 1].start() if index + 1 < len(nouns) else len(text)
+        tail = text[noun.end() : end]
+        event, partner = "stays", None
+        if index not in taken:
+            event = _event(tail + ("{other}" if _expects_other(tail) and index + 1 < len(nouns) else ""))
+            if event in ("collides", "passes behind"):
+                if index + 1 < len(nouns):
+                    partner = index + 1
+                    taken.add(partner)
+                    tail += text[nouns[partner].end() :].split(" and ")[0]
+                else:
+                    event = "moves left" if "left" in tail else "moves right"
+        size, colour, shape = noun.groups()
+        wishes.append(
+            Wish(
+                colour=_COLOUR[colour],
+                shape=_SHAPE[shape],
+                event=event,
+                size=_SIZE.get(size or ""),
+                partner=partner,
+                place=_phrase_in(tail, PLACE_PHRASES) if event in ("stays", "falls", "bounces") else None,
+                heading=_heading(tail) if partner is not None else None,
+            )
+        )
+    return wishes
+
+
+def _expects_other(tail: str) -> bool:
+    """A tail that ends in a preposition and an article at most: the next noun is the partner."""
+    return re.search(r"(into|with|behind|hits?)\s*(an?|the)?\s*$", tail) is not None
+
+
+def _heading(tail: str) -> str | None:
+    if "from the left" in tail or "to the right" in tail:
+        return "right"
+    return "left" if "from the right" in tail or "to the left" in tail else None
+
+
+def _event(tail: str) -> str:
+    tail = _without(tail, PLACE_PHRASES)
+    for event, pattern in _LOOSE:
+        if re.search(pattern, tail):
+            return event
+    for event, phrases in EVENT_PHRASES.items():
+        if any(p in tail for p in phrases if "{" not in p):
+            return event
+    return "stays"
+
+
+def _phrase_in(text: str, table: dict[str, tuple[str, ...]]) -> str | None:
+    hits = [(len(phrase), name) for name, phrases in table.items() for phrase in phrases if phrase in text]
+    return max(hits)[1] if hits else None
+
+
+def _without(text: str, table: dict[str, tuple[str, ...]]) -> str:
+    """The text without the phrases of a table: "the camera backs off" must not move a body."""
+    for phrase in sorted((p for phrases in table.values() for p in phrases), key=len, reverse=True):
+        text = text.replace(phrase, "")
+    return text

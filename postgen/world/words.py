@@ -1,0 +1,138 @@
+"""The words of the world: one table for writing captions and for reading prompts."""
+
+from __future__ import annotations
+
+#: First name of each list is the canonical one.
+SHAPE_WORDS: dict[str, tuple[str, ...]] = {
+    "ball": ("ball", "sphere"),
+    "cube": ("cube", "box", "block"),
+    "cylinder": ("cylinder", "pillar", "can"),
+}
+SIZE_WORDS: dict[str, tuple[str, ...]] = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "big"),
+}
+#: Words that are understood in a prompt besides the eight names; never written in a caption.
+COLOUR_SYNONYMS: dict[str, str] = {
+    "crimson": "red",
+    "scarlet": "red",
+    "golden": "yellow",
+    "lime": "green",
+    "emerald": "green",
+    "turquoise": "cyan",
+    "teal": "cyan",
+    "navy": "blue",
+    "violet": "purple",
+    "magenta": "pink",
+}
+
+#: At least five ways of saying each event. {roll} is "rolls" for a ball and "slides" for the others; {other} is the partner,
+#: {side} the way it goes.
+EVENT_PHRASES: dict[str, tuple[str, ...]] = {
+    "moves left": (
+        "moves left",
+        "{roll} left",
+        "{roll} to the left",
+        "moves to the left",
+        "goes from right to left",
+        "travels left across the floor",
+        "heads left",
+    ),
+    "moves right": (
+        "moves right",
+        "{roll} right",
+        "{roll} to the right",
+        "moves to the right",
+        "goes from left to right",
+        "travels right across the floor",
+        "heads right",
+    ),
+    "moves closer": (
+        "moves closer",
+        "{roll} closer",
+        "comes closer",
+        "{roll} toward the camera",
+        "approaches the camera",
+        "moves toward the viewer",
+    ),
+    "moves away": (
+        "moves away",
+        "{roll} away",
+        "goes away from the camera",
+        "{roll} into the distance",
+        "moves away from the viewer",
+        "recedes",
+    ),
+    "stays": ("stays still", "stands still", "does not move", "stays in place", "rests on the floor", "remains still"),
+    "bounces": (
+        "bounces",
+        "bounces up and down",
+        "bounces on the floor",
+        "keeps bouncing",
+        "jumps up and down",
+        "is bouncing",
+    ),
+    "falls": (
+        "falls",
+        "falls down",
+        "falls to the floor",
+        "drops to the floor",
+        "drops down and lands",
+        "is dropped",
+    ),
+    "collides": (
+        "hits {other}",
+        "collides with {other}",
+        "bumps into {other}",
+        "{roll} into {other}",
+        "crashes into {other}",
+    ),
+    "passes behind": (
+        "passes behind {other}",
+        "moves behind {other} and reappears",
+        "goes behind {other} and comes out again",
+        "{roll} behind {other}",
+        "disappears behind {other} and reappears",
+    ),
+}
+PLACE_PHRASES: dict[str, tuple[str, ...]] = {
+    "left": ("on the left", "at the left", "on the left side", "to the left of the middle", "in the left half"),
+    "middle": ("in the middle", "in the center", "at the center", "in the centre", "near the middle"),
+    "right": ("on the right", "at the right", "on the right side", "to the right of the middle", "in the right half"),
+}
+CAMERA_PHRASES: dict[str, tuple[str, ...]] = {
+    "static": ("static camera", "the camera stays still", "fixed camera", "still camera", "the camera does not move"),
+    "pan left": ("the camera pans left", "camera pan left", "panning left", "the camera turns left", "pan to the left"),
+    "pan right": ("the camera pans right", "camera pan right", "panning right", "the camera turns right", "pan to the right"),
+    "orbit left": (
+        "the camera orbits left",
+        "orbit left",
+        "the camera circles left",
+        "camera orbiting left",
+        "the camera goes around to the left",
+    ),
+    "orbit right": (
+        "the camera orbits right",
+        "orbit right",
+        "the camera circles right",
+        "camera orbiting right",
+        "the camera goes around to the right",
+    ),
+    "dolly in": ("the camera moves in", "dolly in", "the camera dollies in", "zooming in", "the camera comes nearer"),
+    "dolly out": ("the camera moves out", "dolly out", "the camera dollies out", "zooming out", "the camera backs off"),
+    "dolly return": (
+        "the camera moves in and back",
+        "dolly in and back",
+        "the camera dollies in and returns",
+        "zooming in and out",
+        "the camera comes nearer and goes back",
+    ),
+}
+BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
+    "grey": ("on a grey floor", "on a gray floor", "on grey ground", "over a grey floor", "grey floor"),
+    "sand": ("on sand", "on a sandy floor", "on sandy ground", "over a sand floor", "sandy floor"),
+    "slate": ("on slate", "on a slate floor", "on blue-grey ground", "over a slate floor", "slate floor"),
+    "sage": ("on a sage floor", "on sage ground", "on grey-green ground", "over a sage floor", "sage floor"),
+}
+JOINERS: tuple[str, ...] = (" and ", ", ", " while ", ", and ", "; ")
