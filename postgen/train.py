@@ -39,8 +39,15 @@ def _run(words: list[str]) -> int:
     from postgen.training import Reason, load_recipe
 
     trainer_class, config = load_recipe(recipes[0], overrides)
-    result = trainer_class(config).train()
-    return 130 if result.reason is Reason.INTERRUPTED else 0
+    try:
+        result = trainer_class(config).train()
+    except KeyboardInterrupt:
+        print("interrupted before a checkpoint could be written", file=sys.stderr)
+        return 130
+    if result.reason is not Reason.INTERRUPTED:
+        return 0
+    print(f"interrupted after step {result.global_step}; go on with --resume", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class TrainingConfig:
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
 
     ema_decay: float = 0.0
-    """Highest decay of the moving average of the trained weights, in [0, 1); 0 keeps none. Used by evaluation, export."""
+    """Highest decay of the moving average of the trained weights, in [0, 1); 0 keeps none. Evaluated and exported."""
 
     ema_warmup: bool = False
     """Decay of the n-th update: with True 1-(1+n)^(-2/3), with False (1+n)/(10+n), never above `ema_decay`."""

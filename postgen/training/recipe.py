@@ -43,7 +43,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
         _check_key(str(key), [*known, "env"], str(path))
     for word in overrides:
         if word.startswith("--"):
-            _check_key(_key(word), known, "the command line", negatable=True)
+            _check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")
     return trainer, _parse(trainer.config_class, Path(path), overrides)
 
 
@@ -96,11 +96,11 @@ def _last_value(overrides: list[str], key: str) -> str | None:
     return found
 
 
-def _check_key(key: str, known: list[str], place: str, *, negatable: bool = False) -> None:
-    if key in known or (negatable and key.startswith("no_") and key.removeprefix("no_") in known):
+def _check_key(key: str, known: list[str], place: str) -> None:
+    if key in known:
         return
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"Unknown key {key!r} in {place}.{hint}")
 
 
@@ -116,5 +116,11 @@ def _parse(config_class: type[TrainingConfig], path: Path, overrides: list[str])
 
     parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
     config: TrainingConfig
-    (config,) = parser.parse_args_and_config(["--config", str(path), *overrides])
+    try:
+        (config,) = parser.parse_args_and_config(["--config", str(path), *overrides])
+    except UserError:
+        raise
+    except ValueError as error:
+        # A word that is neither a key nor a value.
+        raise UserError(f"{path}: {error}. Settings are given as --key value.") from error
     return config

@@ -75,6 +75,11 @@ class RunState:
         )
 
     @torch.no_grad()
+    def checksum(self) -> float:
+        """Return a number that two processes share when their trained weights are equal. Waits for the device."""
+        return float(torch.stack([parameter.double().abs().sum() for parameter in self.parameters]).sum())
+
+    @torch.no_grad()
     def restore(self, snapshot: Snapshot, place: str) -> None:
         """Take the values of a checkpoint. Learning rate, decay and the like stay as this run was configured.
 

@@ -3,14 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import TrainerCallback, get_scheduler
 
@@ -72,7 +72,8 @@ class Trainer(ABC, Generic[C]):
         self.models: dict[str, nn.Module] = {}
         self.accelerator = Accelerator(
             mixed_precision="bf16" if args.bf16 else "no",
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Accumulation is ours: accelerate counts micro-batches in a state that all trainers of a process share.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             cpu=args.device == "cpu",
             log_with=available_trackers(args.report_to) or None,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir),
@@ -97,8 +98,8 @@ class Trainer(ABC, Generic[C]):
         """Draw one micro-batch with `self.generator`; return its mean loss and metrics (numbers or scalar tensors).
 
         Reading a tensor here (`item`, `float`) makes every step wait for the device: return it instead.
-        A method with several backward passes calls `self.accelerator.backward` inside `self.no_sync()` for all but
-        the last, whose loss it returns.
+        A method with several backward passes calls `self.backward` inside `self.no_sync()` for all but the last,
+        whose loss it returns.
         """
 
     @abstractmethod
@@ -136,6 +137,10 @@ class Trainer(ABC, Generic[C]):
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by `<model>.<parameter>`."""
         return trained_parameters(self._raw)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch, or of a part of its loss."""
+        self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -216,7 +221,7 @@ class Trainer(ABC, Generic[C]):
             weight_decay=args.weight_decay,
             **kind,
         )
-        self._optimizer = self.accelerator.prepare_optimizer(adamw)
+        self.optimizer = self.accelerator.prepare_optimizer(adamw)
         # Not prepared: accelerate would step it once per process.
         scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -249,17 +254,18 @@ class Trainer(ABC, Generic[C]):
 
     def _step(self) -> None:
         """One optimiser step: forward and backward of each micro-batch, clipping, AdamW, schedule, average."""
-        for _ in range(self.args.gradient_accumulation_steps):
-            with self.accelerator.accumulate(*self.models.values()):
+        count = self.args.gradient_accumulation_steps
+        for micro_batch in range(count):
+            with self.no_sync() if micro_batch < count - 1 else nullcontext():
                 loss, metrics = self.training_step()
-                self.accelerator.backward(loss)
+                self.backward(loss)
             self.log.add(loss, metrics, self.global_step + 1)
         # An infinite limit leaves the gradients alone and still gives their norm.
         limit = self.args.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self._parts.parameters, limit)
-        self._optimizer.step()
+        self.optimizer.step()
         self._parts.scheduler.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
         if self._parts.ema is not None:
             self._parts.ema.update()
@@ -326,6 +332,7 @@ class Trainer(ABC, Generic[C]):
 
     def _save(self) -> None:
         self.log.check_finite()
+        self._check_processes_agree()
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
             **{f"method.{name}": value for name, value in self.state_dict().items()},
@@ -339,6 +346,15 @@ class Trainer(ABC, Generic[C]):
         self.accelerator.wait_for_everyone()
         self._saved_step, self._saved_at = self.global_step, time.monotonic()
         self._event("on_save")
+
+    def _check_processes_agree(self) -> None:
+        """Raise when the processes train different weights: each would waste what the others learn."""
+        sums = gather_object([self._parts.checksum()])
+        if any(other != sums[0] for other in sums):
+            raise RuntimeError(
+                "the processes hold different weights: passes that carry gradients must go through self.models[name], "
+                "not through unwrap(name), so that gradients are averaged"
+            )
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)

@@ -1,0 +1,207 @@
+"""Checkpoints: exact resume, whole or absent, only for the model that wrote them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from postgen.errors import UserError
+from postgen.train import main
+from postgen.training import checkpoint
+from tests.training.tiny import TinyConfig, TinyTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "rank-0.safetensors", "rank-0.json")
+SETTINGS = {
+    "max_steps": 14,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "ema_decay": 0.9,
+    "save_steps": 5,
+    "logging_steps": 4,
+    "eval_steps": 7,
+    "save_total_limit": None,
+    "disable_tqdm": True,
+    "report_to": [],
+    "device": "cpu",
+}
+
+
+def make(folder, **settings):
+    return TinyTrainer(TinyConfig(output_dir=str(folder), **{**SETTINGS, **settings}))
+
+
+def parts(folder):
+    return {name: (folder / name).read_bytes() for name in PARTS}
+
+
+def metrics(folder):
+    """Lines without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("step_time", "seconds")} for row in rows]
+
+
+def recipe(folder, **settings):
+    path = folder / "recipe.yaml"
+    values = {"method": "tests.training.tiny:TinyTrainer", "output_dir": str(folder / "run"), **SETTINGS, **settings}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def launch(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path):
+    straight = make(tmp_path / "straight")
+    straight.train()
+    path = recipe(tmp_path, signal_at=8)
+    assert launch("postgen.train", str(path)).returncode == -signal.SIGKILL
+    run = tmp_path / "run"
+    assert [found.name for found in checkpoint.find(run)] == ["checkpoint-5"]
+    assert main([str(path), "--resume", "--signal_at", "0"]) == 0
+    assert parts(run / "checkpoint-14") == parts(tmp_path / "straight" / "checkpoint-14")
+    assert metrics(run) == metrics(tmp_path / "straight")
+    exports = [folder / "export" / "net.safetensors" for folder in (run, tmp_path / "straight")]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+    assert straight.cursor == 28
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
+    make(tmp_path).train()
+    before, lines = parts(tmp_path / "checkpoint-14"), metrics(tmp_path)
+    result = make(tmp_path, resume_from_checkpoint="latest").train()
+    assert result.global_step == 14
+    assert parts(tmp_path / "checkpoint-14") == before
+    assert metrics(tmp_path) == lines
+    assert "resumed from" in capsys.readouterr().err
+
+
+def test_settings_of_the_resumed_run_count(tmp_path, capsys):
+    make(tmp_path, max_steps=5).train()
+    run = make(tmp_path, resume_from_checkpoint=True, learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0)
+    run.train()
+    assert run.log.newest["learning_rate"] == 0.5
+    assert "learning_rate: 0.01 -> 0.5" in capsys.readouterr().err
+
+
+def test_latest_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    run = make(tmp_path, resume_from_checkpoint="latest", max_steps=2)
+    run.train()
+    assert len(run.history) == 2
+
+
+def test_an_old_run_is_not_overwritten(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    with pytest.raises(UserError, match="holds the checkpoints of an earlier run"):
+        make(tmp_path).train()
+
+
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
+    make(tmp_path, max_steps=14).train()
+    make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"), max_steps=6).train()
+    assert [line["step"] for line in metrics(tmp_path)] == [4, 6]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    make(tmp_path, save_steps=2, save_total_limit=3).train()
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-10", "checkpoint-12", "checkpoint-14"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
+    make(tmp_path, max_steps=10).train()
+    (tmp_path / ".checkpoint-12.ab12.part").mkdir()
+    torn = tmp_path / "checkpoint-10" / "weights.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-3])
+    (tmp_path / "checkpoint-12").mkdir()
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-5"]
+    run = make(tmp_path, max_steps=7, resume_from_checkpoint="latest")
+    run.train()
+    assert len(run.history) == 2
+    assert not list(tmp_path.glob(".*.part"))
+    with pytest.raises(UserError, match="checkpoint-12 is no complete checkpoint"):
+        make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12")).train()
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    run = make(tmp_path)
+    run.state_dict = lambda: {"broken": object()}
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        run.train()
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    before = (tmp_path / "export" / "net.safetensors").read_bytes()
+    run = make(tmp_path, max_steps=4, resume_from_checkpoint="latest")
+
+    def export(folder):
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+
+    run.export = export
+    with pytest.raises(OSError, match="disk full"):
+        run.train()
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["net.safetensors"]
+    assert (tmp_path / "export" / "net.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 9}, r"does not fit this model: .*net.0.weight is \(8, 4\) there and \(9, 4\) here"),
+        ({"frozen": True, "width": 9}, "does not fit this model"),
+        ({"ema_decay": 0.0}, "has averaged weights: set ema_decay"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, settings, message):
+    make(tmp_path, max_steps=2).train()
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, resume_from_checkpoint="latest", **settings).train()
+
+
+def test_frozen_weights_are_not_in_a_checkpoint(tmp_path):
+    make(tmp_path, frozen=True, max_steps=2).train()
+    saved = checkpoint.read(tmp_path / "checkpoint-2")
+    assert "net.3.weight" in saved.weights
+    assert saved.ema.keys() == {"net.3.weight", "net.3.bias"}
+    assert {name.partition("|")[0] for name in saved.optimizer} == saved.ema.keys()
+
+
+@pytest.mark.parametrize("place", ["export", "", "checkpoint-6", "pipeline"])
+def test_init_from_takes_weights_alone(tmp_path, place):
+    make(tmp_path / "first", max_steps=6).train()
+    exported = load_file(tmp_path / "first" / "export" / "net.safetensors")
+    if place == "pipeline":
+        (tmp_path / "first" / "pipeline").mkdir()
+        (tmp_path / "first" / "export").rename(tmp_path / "first" / "pipeline" / "net")
+    run = make(tmp_path / "second", init_from=str(tmp_path / "first" / place), max_steps=1, learning_rate=1e-12)
+    run.train()
+    assert run.cursor == 2
+    # The averaged weights, moved by one step of a vanishing rate.
+    for name, value in exported.items():
+        torch.testing.assert_close(run.history[0][f"net.{name}"], value, rtol=0, atol=1e-6)
+
+
+def test_init_from_that_does_not_fit(tmp_path):
+    make(tmp_path / "first", max_steps=1).train()
+    export = str(tmp_path / "first" / "export")
+    with pytest.raises(UserError, match=r"does not fit: .*0.weight is \(8, 4\) there and \(5, 4\) here"):
+        make(tmp_path / "second", init_from=export, width=5).train()
+    with pytest.raises(UserError, match="is no folder"):
+        make(tmp_path / "third", init_from=str(tmp_path / "nowhere")).train()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \*.safetensors in"):
+        make(tmp_path / "fourth", init_from=str(tmp_path / "empty")).train()

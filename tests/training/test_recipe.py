@@ -1,0 +1,122 @@
+"""Recipes and configuration: what is accepted, and what each mistake is told."""
+
+import pytest
+import yaml
+
+from postgen.errors import UserError
+from postgen.train import main
+from postgen.training import METHODS, TrainingConfig, load_recipe
+from tests.training.tiny import TinyConfig, TinyTrainer
+
+TINY = "tests.training.tiny:TinyTrainer"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text=None, **values):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            yaml.safe_dump({"method": TINY, "output_dir": str(tmp_path / "run"), **values}) if text is None else text
+        )
+        return path
+
+    return write
+
+
+def test_file_and_overrides(recipe):
+    path = recipe(learning_rate="3e-4", width=5, report_to="none", resume_from_checkpoint=True)
+    trainer, config = load_recipe(path, ["--width", "7", "--bf16", "--adam-beta2=0.95", "--report_to", "wandb"])
+    assert trainer is TinyTrainer
+    assert isinstance(config, TinyConfig)
+    assert (config.learning_rate, config.width, config.bf16, config.adam_beta2) == (3e-4, 7, True, 0.95)
+    assert (config.method, config.resume_from_checkpoint, config.report_to) == (TINY, "latest", ["wandb"])
+
+
+def test_the_saved_config_is_a_recipe(recipe, tmp_path):
+    path = recipe(max_steps=2, disable_tqdm=True, report_to="none", device="cpu")
+    assert main([str(path)]) == 0
+    again = load_recipe(tmp_path / "run" / "config.yaml")
+    assert again == load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "message"),
+    [
+        ({"lerning_rate": 1}, [], r"Unknown key 'lerning_rate' in .*recipe.yaml. Did you mean 'learning_rate'\?"),
+        ({}, ["--max_step", "3"], r"Unknown key 'max_step' in the command line. Did you mean 'max_steps'\?"),
+        ({}, ["--max_steps", "many"], "invalid int value: 'many'"),
+        ({}, ["stray"], "Settings are given as --key value"),
+        ({}, ["--no_bf16"], "Settings are given as --key value"),
+        ({}, ["--lr_scheduler_type", "step"], "invalid choice: 'step'"),
+        ({"max_steps": 1.5}, [], "max_steps is 1.5, it must be a value of type int"),
+        ({"width": [3]}, [], r"width is \[3\], it must be a value of type int"),
+        ({"bf16": "perhaps"}, [], "bf16"),
+        ({"device": "tpu"}, [], "device is 'tpu'. Allowed: auto, cpu, cuda"),
+        ({"method": "autoencodr"}, [], "Unknown method 'autoencodr'. Did you mean 'autoencoder'.*text_to_video"),
+        ({"method": "no.such:Thing"}, [], "cannot be imported: No module named 'no'"),
+        ({"method": "tests.training.tiny:TinyConfig"}, [], "is no subclass of postgen.training.Trainer"),
+        ({"method": ""}, [], "names no method"),
+    ],
+)
+def test_mistakes(recipe, values, words, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe(**values), words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "must be a list of 'key: value' lines"),
+        ("a: [", "is no valid YAML"),
+        ("max_steps: 3", "names no method"),
+    ],
+)
+def test_files_that_are_no_recipe(recipe, text, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe(text))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 0}, "max_steps is 0, it must be at least 1"),
+        ({"learning_rate": 0}, "learning_rate is 0.0, it must be above 0"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1.0, it must be in \[0, 1\)"),
+        ({"seed": -1}, "seed is -1"),
+        ({"save_total_limit": -1}, "save_total_limit is -1"),
+        ({"output_dir": ""}, "output_dir is ''"),
+        ({"report_to": ["mlflow"]}, "unknown tracker 'mlflow'. Known: tensorboard, trackio, wandb"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps is 3, it must be 0 when"),
+        ({"max_grad_norm": True}, "max_grad_norm is True"),
+    ],
+)
+def test_values_out_of_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**{"output_dir": "run", **settings})
+
+
+def test_every_method_is_named_by_module_and_class():
+    assert all(place.startswith("postgen.") and ":" in place for place in METHODS.values())
+
+
+def test_exit_codes(recipe, capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "usage: postgen train RECIPE.yaml" in capsys.readouterr().out
+    assert main(["--max_steps", "3"]) == 2
+    assert "The recipe comes first" in capsys.readouterr().err
+    assert main([str(recipe()), "--wdith", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: Unknown key 'wdith'")
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_told_and_exits_130(recipe, capsys):
+    path = recipe(max_steps=9, signal_at=3, signal_name="SIGINT", disable_tqdm=True, report_to="none", device="cpu")
+    assert main([str(path)]) == 130
+    assert "interrupted after step 3; go on with --resume" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""A real method, small: a two-layer net learns the sum of four numbers that it draws itself."""
+
+import os
+import random
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from postgen.training import Trainer, TrainingConfig
+
+
+@dataclass(kw_only=True)
+class TinyConfig(TrainingConfig):
+    width: int = 8
+    """Hidden units."""
+
+    dropout: float = 0.1
+    """Makes the loss depend on torch's global random state."""
+
+    frozen: bool = False
+    """Freeze the first layer."""
+
+    raw_pass: bool = False
+    """The mistake of going round `models`, so that processes do not average their gradients."""
+
+    signal_at: int = 0
+    """Send this process `signal_name` after this many steps."""
+
+    signal_name: str = "SIGKILL"
+    """Name of that signal."""
+
+    nan_at: int = 0
+    """The loss of this step is not a number."""
+
+
+class TinyTrainer(Trainer[TinyConfig]):
+    config_class = TinyConfig
+
+    def build(self):
+        self.cursor = 0
+        self.drawn = torch.zeros(())
+        self.history = []
+        self.seen = []
+        net = nn.Sequential(
+            nn.Linear(4, self.args.width), nn.Tanh(), nn.Dropout(self.args.dropout), nn.Linear(self.args.width, 1)
+        )
+        net[0].requires_grad_(not self.args.frozen)
+        return {"net": net}
+
+    def training_step(self):
+        size = self.args.per_device_train_batch_size
+        # One sample at a time: the stream does not depend on how samples are batched.
+        x = torch.stack([torch.randn(4, generator=self.generator, device=self.device) for _ in range(size)])
+        self.cursor += size
+        self.drawn = self.drawn + x.sum().cpu()
+        self.seen.append(x)
+        noise = 0.01 * (random.random() + np.random.rand() + torch.rand(()).item())
+        net = self.unwrap("net") if self.args.raw_pass else self.models["net"]
+        loss = (net(x).float() - x.sum(1, keepdim=True)).square().mean() * (1 + noise * bool(self.args.dropout))
+        if self.global_step + 1 == self.args.nan_at:
+            loss = loss * float("nan")
+        return loss, {"size": size, "root": loss.detach().sqrt()}
+
+    def on_optimizer_step(self):
+        self.history.append({name: value.detach().clone() for name, value in self.trained().items()})
+        if self.global_step == self.args.signal_at:
+            os.kill(os.getpid(), signal.Signals[self.args.signal_name])
+
+    def evaluate(self):
+        assert not self.unwrap("net").training
+        torch.rand(3)
+        torch.rand(3, generator=self.generator, device=self.device)
+        return {"bias": float(self.unwrap("net")[3].bias)}
+
+    def export(self, folder):
+        save_file(self.unwrap("net").state_dict(), folder / "net.safetensors")
+
+    def state_dict(self):
+        return {"cursor": self.cursor, "drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.cursor, self.drawn = state["cursor"], state["drawn"]
+
+
+class WitnessTrainer(TinyTrainer):
+    """Writes what each process holds after the first step."""
+
+    def on_optimizer_step(self):
+        super().on_optimizer_step()
+        if self.global_step == 1:
+            weights = {name: value.detach() for name, value in self.trained().items()}
+            path = self.args.folder / f"rank-{self.accelerator.process_index}.safetensors"
+            save_file({**weights, "data": torch.stack(self.seen)}, path)
