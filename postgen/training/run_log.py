@@ -51,9 +51,10 @@ class RunLog:
     def add(self, loss: Tensor, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Add the loss and metrics of a micro-batch of step `step`."""
         self._averages.add({"loss": loss, **metrics})
-        # Remembers the first bad step on the device: it is read, and raised, with the next log line.
-        fine = torch.isfinite(loss.detach()) | (self._first_bad >= 0)
-        self._first_bad = torch.where(fine, self._first_bad, step)
+        # Remembers the first bad step on the device: it is read, and raised, with the next log line. A fill, because
+        # torch.where would copy the number to the device and wait for it.
+        fine = torch.isfinite(loss.detach()).reshape(()) | (self._first_bad >= 0)
+        self._first_bad.masked_fill_(~fine, step)
 
     def step_done(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Count an optimiser step and add its metrics."""

@@ -1,6 +1,7 @@
 """Two processes on one machine (gloo): equal weights from different data, one checkpoint, both random states."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(folder, **settings):
+    folder.mkdir(exist_ok=True)
     values = {
         "method": "tests.training.tiny:WitnessTrainer",
         "output_dir": str(folder / "run"),
@@ -56,6 +58,18 @@ def test_two_processes_learn_the_same(tmp_path):
     trainer, config = load_recipe(path, ["--resume_from_checkpoint", "latest", "--bf16", "false"])
     with pytest.raises(UserError, match="was written by 2 processes, this run has 1"):
         trainer(config).train()
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path):
+    launch(tmp_path / "straight", save_steps=1, logging_steps=3, save_total_limit=None)
+    straight, resumed = (tmp_path / name / "run" for name in ("straight", "resumed"))
+    shutil.copytree(straight / "checkpoint-1", resumed / "checkpoint-1")
+    _, done = launch(tmp_path / "resumed", save_steps=1, logging_steps=3, resume_from_checkpoint="latest")
+    assert done.returncode == 0, done.stderr
+    for name in ("weights", "ema", "optimizer", "rank-0", "rank-1"):
+        left, right = (run / "checkpoint-3" / f"{name}.safetensors" for run in (straight, resumed))
+        assert left.read_bytes() == right.read_bytes(), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""The same loop on an accelerator: fused AdamW, bfloat16 autocast, and no step that waits for the device."""
+
+import pytest
+import torch
+
+from postgen.training import TrainingConfig
+from postgen.training.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+class WatchedTrainer(Trainer[TrainingConfig]):
+    """Draws on the device; any wait for the device inside a step is an error."""
+
+    def build(self):
+        return {"net": torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))}
+
+    def training_step(self):
+        x = torch.randn(32, 16, generator=self.generator, device=self.device)
+        loss = (self.models["net"](x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"root": loss.detach().sqrt()}
+
+    def _step(self):
+        # Not the first one: libraries set themselves up there.
+        torch.cuda.set_sync_debug_mode("error" if self.global_step else "default")
+        try:
+            super()._step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def evaluate(self):
+        return {"norm": float(self.unwrap("net")[0].weight.norm())}
+
+    def export(self, folder):
+        (folder / "done").touch()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_steps_do_not_wait_and_resume(tmp_path, bf16):
+    settings = {
+        "output_dir": str(tmp_path),
+        "device": "cuda",
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "ema_decay": 0.99,
+        "eval_steps": 20,
+        "save_steps": 20,
+        "bf16": bf16,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    # One process holds one precision: accelerate's state is shared by its trainers.
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    first = WatchedTrainer(TrainingConfig(max_steps=60, **settings))
+    losses = [line["loss"] for line in _logged(first)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert first.optimizer.param_groups[0]["fused"]
+    assert first.log.newest["memory/peak_gb"] > 0
+    again = WatchedTrainer(TrainingConfig(max_steps=80, **settings, resume_from_checkpoint="latest"))
+    result = again.train()
+    assert result.global_step == 80
+    assert result.metrics["loss"] < losses[0]
+
+
+def _logged(trainer):
+    trainer.train()
+    return [line for line in trainer.callbacks.state.log_history if "loss" in line]
