@@ -108,6 +108,29 @@ def find(output_dir: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps)]
 
 
+def to_resume(output_dir: Path, wanted: str | None) -> Path | None:
+    """Return the checkpoint that a run in `output_dir` goes on from: `wanted` may be None, "latest" or a folder.
+
+    Raises:
+        UserError: the folder holds checkpoints that this run would mix with its own.
+    """
+    found = find(output_dir)
+    if wanted == "latest":
+        return found[-1] if found else None
+    if wanted is None:
+        if found:
+            raise UserError(
+                f"{output_dir} holds the checkpoints of an earlier run. Resume it (--resume), or name another "
+                "output_dir."
+            )
+        return None
+    source = Path(wanted)
+    # Kept, the later ones would pass for newer than what this run writes.
+    if source in found[:-1]:
+        raise UserError(f"{found[-1]} is newer than {source.name}: remove what follows it, or copy it elsewhere.")
+    return source
+
+
 def prune(output_dir: Path, keep: int | None) -> None:
     """Remove all but the newest `keep` checkpoints; None keeps all."""
     for path in find(output_dir)[: -keep if keep else 0]:
@@ -118,7 +141,13 @@ def prune(output_dir: Path, keep: int | None) -> None:
 
 
 def sweep(output_dir: Path) -> None:
-    """Remove the temporary folders that a killed run left behind."""
+    """Remove the temporary files and folders that a killed run left behind."""
+    for path in output_dir.glob(".export.*.old"):
+        # Killed between stepping aside and being replaced, the old export is the only one.
+        if (output_dir / "export").exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(output_dir / "export")
     for path in output_dir.glob(".*.part"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,5 +1,6 @@
 """Ways to stop a run between two steps: Ctrl-C, a termination signal, a deadline."""
 
+import os
 import signal
 import threading
 from enum import StrEnum
@@ -42,6 +43,8 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         self._give_back()
+        # Written past the streams, which the interrupted code may be in the middle of using.
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

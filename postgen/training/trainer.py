@@ -189,7 +189,7 @@ class Trainer(ABC, Generic[C]):
         self.log.close()
 
     def _setup(self) -> None:
-        source = self._resume_source()
+        source = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
         # The same weights in every process; afterwards each process has its own streams.
         set_seed(self.args.seed)
         self._raw = dict(self.build())
@@ -373,20 +373,6 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.is_main_process:
             changed = changed_settings(snapshot.meta["config"], self.args)
             say(f"resumed from {folder}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
-
-    def _resume_source(self) -> Path | None:
-        """Return the checkpoint to go on from, if any."""
-        wanted, found = self.args.resume_from_checkpoint, checkpoint.find(self.args.folder)
-        if wanted == "latest":
-            return found[-1] if found else None
-        if wanted is not None:
-            return Path(wanted)
-        if found:
-            raise UserError(
-                f"{self.args.folder} holds the checkpoints of an earlier run. Resume it (--resume), or "
-                "choose another output_dir."
-            )
-        return None
 
 
 def _due(step: int, every: int) -> bool:

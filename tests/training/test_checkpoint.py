@@ -108,8 +108,12 @@ def test_an_old_run_is_not_overwritten(tmp_path):
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path):
-    make(tmp_path, max_steps=14).train()
-    make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"), max_steps=6).train()
+    make(tmp_path, max_steps=10).train()
+    earlier = str(tmp_path / "checkpoint-5")
+    with pytest.raises(UserError, match="checkpoint-10 is newer than checkpoint-5"):
+        make(tmp_path, resume_from_checkpoint=earlier).train()
+    (tmp_path / "checkpoint-10").rename(tmp_path / "put-away")
+    make(tmp_path, resume_from_checkpoint=earlier, max_steps=6).train()
     assert [line["step"] for line in metrics(tmp_path)] == [4, 6]
 
 
@@ -122,14 +126,17 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
     make(tmp_path, max_steps=10).train()
     (tmp_path / ".checkpoint-12.ab12.part").mkdir()
+    (tmp_path / "export").rename(tmp_path / ".export.ab12.old")
     torn = tmp_path / "checkpoint-10" / "weights.safetensors"
     torn.write_bytes(torn.read_bytes()[:-3])
     (tmp_path / "checkpoint-12").mkdir()
     assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-5"]
     run = make(tmp_path, max_steps=7, resume_from_checkpoint="latest")
+    checkpoint.sweep(tmp_path)
+    assert (tmp_path / "export" / "net.safetensors").is_file()
     run.train()
     assert len(run.history) == 2
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*"))
     with pytest.raises(UserError, match="checkpoint-12 is no complete checkpoint"):
         make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12")).train()
 
