@@ -115,4 +115,5 @@ class RunLog:
         """Close the bar and the trackers."""
         if hasattr(self, "_progress"):
             self._progress.close()
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()

@@ -180,12 +180,15 @@ class Trainer(ABC, Generic[C]):
         self._setup()
         try:
             with Signals() as self._signals:
-                return self._loop()
+                result = self._loop()
         finally:
             self.close()
+        # Not after an error: the others would fail for want of this process before it has told what went wrong.
+        self.accelerator.state.destroy_process_group()
+        return result
 
     def close(self) -> None:
-        """Close trackers and the progress bar."""
+        """Close trackers and the progress bar; a method may let go of more. Called at the end, after an error too."""
         self.log.close()
 
     def _setup(self) -> None:
