@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import imageio_ffmpeg
-
 from postgen.errors import UserError
 
 # Real containers only: without this list ffmpeg would draw the text of a text file, or follow a playlist.
@@ -65,6 +63,9 @@ def encoder(path: Path, arguments: Sequence[str]) -> Iterator[IO[bytes]]:
 def _process(
     arguments: Sequence[str], *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    # Imported here: the contact sheets and the training loop need no ffmpeg.
+    import imageio_ffmpeg
+
     # The log goes to a file, as nobody reads a pipe of it while frames flow. A session of its own keeps the terminal's
     # Ctrl-C from reaching ffmpeg, which would otherwise finish its file as if all were well.
     with tempfile.TemporaryFile() as log:

@@ -1,0 +1,60 @@
+"""Encoded clips with tokenized captions, kept on the training device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import world
+from ..world import Spec
+from .pool import render_in_batches, to_model
+from .text import tokenize
+from .whole_clip import WholeClip
+
+
+class PoolSettings(Protocol):
+    """What `build_pool` reads of a configuration."""
+
+    size: int
+    captions_per_clip: int
+    text_length: int
+
+
+@dataclass(slots=True)
+class LatentPool:
+    """Normalised latents (N,C,T,h,w) in half precision and token ids (N,V,L) int16 of V wordings of each clip."""
+
+    latents: Tensor
+    ids_NVL: Tensor
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random clips with a random wording each: float32 latents (batch,C,T,h,w) and ids (batch,L)."""
+        device = self.latents.device
+        index = torch.randint(len(self.latents), (batch,), generator=generator, device=device)
+        wording = torch.randint(self.ids_NVL.shape[1], (batch,), generator=generator, device=device)
+        return self.latents[index].float(), self.ids_NVL[index, wording]
+
+
+def build_pool(
+    specs: list[Spec], vae: Any, tokenizer: Any, settings: PoolSettings, device: torch.device, *, bf16: bool
+) -> LatentPool:
+    """Render and encode scenes of one length, and word each in several ways (the first is the plainest)."""
+    whole = WholeClip(vae, folded=device.type == "cuda")
+    mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
+    parts = []
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        label = f"encoding {len(specs)} clips of {specs[0].num_frames} frames"
+        for rgb, _ in render_in_batches(specs, settings.size, device, mask=False, label=label):
+            z, _ = whole.encode(to_model(rgb))
+            parts.append(((z - mean) / std).to(torch.float16))
+    wordings = [
+        world.simple_caption(spec) if variant == 0 else world.caption(spec, 1000 * index + variant)
+        for index, spec in enumerate(specs)
+        for variant in range(settings.captions_per_clip)
+    ]
+    ids = tokenize(tokenizer, wordings, settings.text_length).unflatten(0, (len(specs), -1))
+    return LatentPool(torch.cat(parts), ids.to(device))

@@ -1,0 +1,118 @@
+"""The embedded model as a plain diffusers folder, and samples of it while it trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import world
+from ..video import contact_sheet
+from ..world.spec import FPS
+
+
+class ModelSettings(Protocol):
+    """What these functions read of a configuration."""
+
+    size: int
+    lengths: list[int]
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    text_width: int
+    shift: float
+    eval_prompts: int
+    eval_num_inference_steps: int
+    eval_guidance_scale: float
+    output_dir: str
+
+
+def new_transformer(settings: ModelSettings, channels: int) -> Any:
+    """A `WanTransformer3DModel` with random weights, patches of 1x2x2."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=settings.num_heads,
+        attention_head_dim=settings.head_dim,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=settings.text_width,
+        freq_dim=256,
+        ffn_dim=settings.ffn_dim,
+        num_layers=settings.num_layers,
+        cross_attn_norm=True,
+    )
+
+
+def make_pipeline(components: dict[str, Any], shift: float) -> Any:
+    """A `WanPipeline` with an Euler flow-matching scheduler of the given shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipe = WanPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSettings) -> None:
+    """Save a pipeline folder: float16 but for the text encoder (diffusers would load a half one in half precision)."""
+    half = {name: copy.deepcopy(components[name]).to("cpu", torch.float16) for name in ("vae", "transformer")}
+    text_encoder = copy.deepcopy(components["text_encoder"]).to("cpu", torch.float32)
+    pipe = make_pipeline({**components, **half, "text_encoder": text_encoder}, settings.shift)
+    pipe.save_pretrained(folder)
+    defaults = {
+        "width": settings.size,
+        "height": settings.size,
+        "num_frames": settings.lengths[0],
+        "num_inference_steps": settings.eval_num_inference_steps,
+        "guidance_scale": settings.eval_guidance_scale,
+        "fps": FPS,
+        "dtype": "float32",
+    }
+    (folder / "postgen.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def evaluation_prompts(count: int) -> list[str]:
+    """Plain prompts of scenes that training never renders: three of four with one body, the others with two."""
+    specs = [world.sample(seed, num_bodies=2 if seed % 4 == 3 else 1, camera="static") for seed in range(count)]
+    return [world.simple_caption(spec) for spec in specs]
+
+
+@torch.no_grad()
+def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: torch.device) -> dict[str, float]:
+    """Sample the evaluation prompts, write their contact sheet into the run's folder and let the world's checker judge."""
+    prompts = evaluation_prompts(settings.eval_prompts)
+    pipe = make_pipeline(components, settings.shift)
+    output = pipe(
+        prompts,
+        height=settings.size,
+        width=settings.size,
+        num_frames=settings.lengths[0],
+        num_inference_steps=settings.eval_num_inference_steps,
+        guidance_scale=settings.eval_guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="pt",
+    ).frames
+    clips = output.float()
+    rows = clips[: min(12, len(clips)), ::4].flatten(0, 1).cpu()
+    contact_sheet(rows, Path(settings.output_dir) / "samples.png", columns=clips[0, ::4].shape[0])
+    return judged(clips, prompts)
+
+
+def judged(clips_BF3HW: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+    """Shares of clips that the checker calls right, by attribute, and the mean score."""
+    from ..world.check import check_batch
+
+    specs = [world.parse(prompt) for prompt in prompts]
+    reports = check_batch(clips_BF3HW, [spec for spec in specs if spec is not None])
+    names = ("count", "colour", "shape", "direction", "event", "all_right", "score")
+    result = {}
+    for name in names:
+        values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
+        if values:
+            result[name] = sum(values) / len(values)
+    return result

@@ -1,0 +1,66 @@
+"""Rendered clips and captions kept on the training device, drawn from the synthetic world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import world
+from ..world import Spec
+from ..world.spec import Split
+
+#: Clips of the training split start here; evaluation uses seeds below it.
+FIRST_TRAINING_SEED = 1_000_000
+
+
+def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train", num_bodies: int | None = None) -> list[Spec]:
+    """Scenes of consecutive seeds."""
+    return [
+        world.sample(seed, num_frames=num_frames, split=split, num_bodies=num_bodies)
+        for seed in range(first_seed, first_seed + count)
+    ]
+
+
+@dataclass(slots=True)
+class Clips:
+    """Clips of one length: rgb_NT3HW and mask_NTHW (1 on bodies), both uint8, and the scenes they show."""
+
+    rgb_NT3HW: Tensor
+    mask_NTHW: Tensor
+    specs: list[Spec]
+
+
+def render_in_batches(
+    specs: Sequence[Spec], size: int, device: torch.device | str, *, mask: bool, batch: int = 64, label: str = "rendering"
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
+    starts = range(0, len(specs), batch)
+    for low in tqdm(starts, desc=label, unit="batch", disable=len(starts) < 4, leave=False):
+        frames = world.render(specs[low : low + batch], size=size, geometry=mask, device=device)
+        yield frames.rgb_BF3HW, frames.ids_BFHW
+
+
+def render_clips(specs: list[Spec], size: int, device: torch.device | str) -> Clips:
+    """Render all scenes (of one length) into one pool of bytes."""
+    rgb, masks = [], []
+    for picture, ids in render_in_batches(specs, size, device, mask=True):
+        rgb.append((picture * 255).round().to(torch.uint8))
+        assert ids is not None
+        masks.append((ids > 0).to(torch.uint8))
+    return Clips(torch.cat(rgb), torch.cat(masks), specs)
+
+
+def to_model(rgb_BT3HW: Tensor) -> Tensor:
+    """Bytes or floats in [0,1] (B,T,3,H,W) -> (B,3,T,H,W) in [-1,1]."""
+    x = rgb_BT3HW.float() / 127.5 - 1.0 if rgb_BT3HW.dtype == torch.uint8 else rgb_BT3HW * 2.0 - 1.0
+    return x.transpose(1, 2)
+
+
+def dilated(mask_BTHW: Tensor, pixels: int = 2) -> Tensor:
+    """Grow a mask by some pixels in each direction of the picture; float32."""
+    window = 2 * pixels + 1
+    return torch.nn.functional.max_pool2d(mask_BTHW.float(), window, stride=1, padding=pixels)

@@ -1,0 +1,132 @@
+"""Text side of the embedded model: a tokenizer trained on captions, a small UMT5, and padding that costs nothing.
+
+Wan pads prompt embeddings with zeros to 512 tokens without a mask, so every padded key is the same. Attention over n equal
+keys is attention over one key with log(n) added to its score; `PaddedCrossAttention` uses that to train on the short
+sequence and still compute exactly what the pipeline computes with 512 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SEQUENCE_LENGTH = 512
+"""Tokens that `WanPipeline.encode_prompt` pads to by default."""
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
+    """A fast BPE tokenizer with byte fallback through byte-level pieces: lower-cases, knows every string.
+
+    Args:
+        captions: texts to learn the merges from.
+        vocabulary: most pieces to keep, at least 300 (256 bytes and the special tokens are always there).
+
+    Returns:
+        A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_SEQUENCE_LENGTH,
+        padding_side="right",
+    )
+
+
+def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> Any:
+    """A `UMT5EncoderModel` with random weights."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_decoder_layers=0,
+        num_heads=heads,
+        dropout_rate=0.0,
+        is_gated_act=True,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    return UMT5EncoderModel(config)
+
+
+def tokenize(tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    """Token ids (N, length) int16, padded with 0; a longer caption is cut and still ends in </s>."""
+    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    return torch.tensor(encoded, dtype=torch.int16)
+
+
+def encode_text(text_encoder: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, L+1, D), zero beyond each text as the pipeline pads them, and the score offset (B, L+1) of the keys.
+
+    The offset is 0 for tokens, log(512 - n) for the first zero (it stands for all of them) and -inf behind it.
+    """
+    mask = ids_BL != 0
+    hidden = text_encoder(input_ids=ids_BL.long(), attention_mask=mask.long()).last_hidden_state
+    hidden = F.pad(hidden * mask[..., None], (0, 0, 0, 1))
+    position = torch.arange(ids_BL.shape[1] + 1, device=ids_BL.device)
+    count = mask.sum(1, keepdim=True)
+    repeats = torch.log((MAX_SEQUENCE_LENGTH - count).float())
+    offset = torch.where(position < count, 0.0, torch.where(position == count, repeats, -torch.inf))
+    return hidden, offset
+
+
+class PaddedCrossAttention:
+    """Processor of Wan's text cross-attention over a short sequence with score offsets (see the head of this file).
+
+    `offset` (B, 1, 1, S) is set before each forward pass, shared by all layers.
+    """
+
+    def __init__(self) -> None:
+        self.offset: Tensor | None = None
+
+    def set(self, offset_BS: Tensor, dtype: torch.dtype) -> None:
+        """Take the offsets of the next forward pass, in the dtype of its attention."""
+        # Memory-efficient attention reads rows of the mask that start at multiples of 8 elements.
+        keys = offset_BS.shape[1]
+        room = F.pad(offset_BS.to(dtype), (0, -keys % 8), value=-math.inf)
+        self.offset = room[:, None, None, :keys]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        v = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        assert self.offset is not None
+        mask = self.offset.expand(-1, attn.heads, q.shape[2], -1)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask.to(v.dtype))
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2, 3))
+        return attn.to_out[1](out)  # type: ignore[no-any-return]

@@ -1,0 +1,206 @@
+"""Method `text_to_video`: trains a Wan denoiser and its text encoder by flow matching on latents of the synthetic world.
+
+Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747), sigma logit-normal and shifted
+(arXiv:2403.03206, eq. 19 and section 5.3.2).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..training import Trainer, TrainingConfig
+from .latents import LatentPool, build_pool
+from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
+from .pool import FIRST_TRAINING_SEED, specs_of
+from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer
+
+
+@dataclass(kw_only=True)
+class TextToVideoConfig(TrainingConfig):
+    """Settings of the method.
+
+    Raises:
+        UserError: a value outside its range, or a missing autoencoder.
+    """
+
+    autoencoder: str
+    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline folder that has one in `vae`."""
+
+    size: int = 96
+    """Height and width of the clips in pixels, a multiple of 16."""
+
+    lengths: list[int] = field(default_factory=lambda: [17, 9, 25, 33])
+    """Clip lengths to train on, each 4n+1; the first is the default of the model."""
+
+    length_weights: list[float] = field(default_factory=lambda: [0.6, 0.1, 0.15, 0.15])
+    """How often each length is drawn, and the share of the pool that it gets."""
+
+    pool_clips: int = 32768
+    """Encoded clips kept on the device, all lengths together."""
+
+    captions_per_clip: int = 4
+    """Wordings of each clip."""
+
+    pool_round: int = 0
+    """Another number renders another pool, so that a run that goes on from an export sees new clips."""
+
+    num_layers: int = 6
+    """Blocks of the denoiser."""
+
+    num_heads: int = 4
+    """Attention heads of the denoiser."""
+
+    head_dim: int = 64
+    """Width of a head."""
+
+    ffn_dim: int = 576
+    """Width of the feed-forward layers."""
+
+    text_width: int = 192
+    """Width of the text encoder."""
+
+    text_layers: int = 2
+    """Layers of the text encoder."""
+
+    text_length: int = 39
+    """Most tokens of a training caption; longer ones are cut."""
+
+    vocabulary: int = 640
+    """Most pieces of the tokenizer."""
+
+    shift: float = 2.0
+    """Shift of sigma in training, and of the scheduler that is exported; at least 1."""
+
+    caption_dropout: float = 0.1
+    """Share of captions replaced by "", for classifier-free guidance."""
+
+    compile: bool = False
+    """Compile the denoiser's blocks."""
+
+    eval_prompts: int = 16
+    """Prompts that evaluation samples and judges."""
+
+    eval_num_inference_steps: int = 20
+    """Sampler steps of evaluation, also the default of the exported model."""
+
+    eval_guidance_scale: float = 4.0
+    """Guidance of evaluation, also the default of the exported model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.size % 16 == 0, "size", "a multiple of 16")
+        self.require(bool(self.lengths) and all(n >= 5 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 5")
+        self.require(len(self.length_weights) == len(self.lengths), "length_weights", "as many numbers as lengths")
+        self.require(self.pool_clips >= len(self.lengths), "pool_clips", "at least one per length")
+        self.require(self.shift >= 1, "shift", "at least 1")
+        self.require(0 <= self.caption_dropout < 1, "caption_dropout", "in [0,1)")
+        self.require(self.head_dim % 2 == 0 and self.head_dim >= 12, "head_dim", "even, at least 12")
+        self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
+        self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
+        if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
+            raise UserError(f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml.")
+
+
+def load_autoencoder(folder: str) -> Any:
+    """The autoencoder of an export or of a pipeline folder, in float32."""
+    from diffusers import AutoencoderKLWan
+
+    path = Path(folder)
+    return AutoencoderKLWan.from_pretrained(path / "vae" if (path / "vae").is_dir() else path)
+
+
+class TextToVideoTrainer(Trainer[TextToVideoConfig]):
+    """Trains denoiser and text encoder together; exports a plain `WanPipeline` folder."""
+
+    config_class: ClassVar[type[TrainingConfig]] = TextToVideoConfig
+
+    def build(self) -> Mapping[str, nn.Module]:
+        args = self.args
+        self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
+        # The tokenizer does not depend on the pool, so weights stay usable with another pool.
+        words = [text for seed in range(3000) for text in _wordings(seed)]
+        self.tokenizer = train_tokenizer(words, args.vocabulary)
+        self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
+        self.transformer = new_transformer(args, self.vae.config.z_dim)
+        self.cross_attention = PaddedCrossAttention()
+        self.stock_processors = [block.attn2.processor for block in self.transformer.blocks]
+        if args.compile:
+            self.transformer.compile_repeated_blocks(dynamic=True)
+        self.empty = tokenize(self.tokenizer, [""], args.text_length).to(self.device)
+        self.pools = [self._pool(i) for i in range(len(args.lengths))]
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+
+    def _pool(self, index: int) -> LatentPool:
+        args, frames = self.args, self.args.lengths[index]
+        share = args.length_weights[index] / sum(args.length_weights)
+        count = max(1, round(args.pool_clips * share))
+        part = (args.pool_round * self.accelerator.num_processes + self.accelerator.process_index) * 1_000_000
+        specs = specs_of(FIRST_TRAINING_SEED + part + 200_000 * index, count, frames)
+        return build_pool(specs, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
+
+    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        args, batch = self.args, self.args.per_device_train_batch_size
+        pool = random.choices(self.pools, args.length_weights)[0]
+        x0, ids = pool.draw(batch, self.generator)
+        dropped = torch.rand(batch, 1, generator=self.generator, device=self.device) < args.caption_dropout
+        ids = torch.where(dropped, self.empty, ids)
+        noise = torch.randn(x0.shape, generator=self.generator, device=self.device)
+        u = torch.randn(batch, generator=self.generator, device=self.device).sigmoid()
+        sigma = args.shift * u / (1 + (args.shift - 1) * u)
+        s = sigma[:, None, None, None, None]
+        x = (1 - s) * x0 + s * noise
+        prediction = self._predict(x, sigma, ids)
+        error = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
+        late = (sigma > 0.75).float()
+        metrics: dict[str, float | Tensor] = {
+            "loss_noisy": (error.detach() * late).sum() / late.sum().clamp_min(1),
+            "loss_clean": (error.detach() * (1 - late)).sum() / (1 - late).sum().clamp_min(1),
+        }
+        return error.mean(), metrics
+
+    def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            hidden, offset = encode_text(self.models["text_encoder"], ids)
+            self._use([self.cross_attention] * len(self.stock_processors))
+            self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
+            return self.models["transformer"](  # type: ignore[no-any-return]
+                hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
+            )[0]
+
+    def _use(self, processors: list[Any]) -> None:
+        for block, processor in zip(self.transformer.blocks, processors, strict=True):
+            block.attn2.processor = processor
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.args.eval_prompts:
+            return {}
+        self._use(self.stock_processors)
+        return sample_sheet(self.components(), self.args, self.device)
+
+    def export(self, folder: Path) -> None:
+        self._use(self.stock_processors)
+        write_pipeline(folder, self.components(), self.args)
+
+    def components(self) -> dict[str, Any]:
+        """The modules of the pipeline by their names there."""
+        return {
+            "vae": self.vae,
+            "transformer": self.transformer,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+        }
+
+
+def _wordings(seed: int) -> list[str]:
+    from .. import world
+
+    spec = world.sample(seed, split="all")
+    return [world.caption(spec, seed), world.simple_caption(spec)]

@@ -1,0 +1,134 @@
+"""Wan's causal autoencoder on a whole clip at once: the function of `AutoencoderKLWan`, without its loop over frame chunks.
+
+`encode` and `decode` of diffusers walk through a clip four frames at a time with a cache of past features; for training that
+is thousands of small launches. Every layer but the temporal resampling is causal already, so the same values come from one
+pass. Unlike the stock decoder, no clamp stops the gradient at -1 and 1. Shapes: (B, C, T, H, W), T = 4n + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU of the RMS norm over channels (dim 1), statistics in float32 or wider; gamma has shape (C,1,1,1)."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    scale = (wide.square().mean(1, keepdim=True) + 1e-24).rsqrt()
+    return F.silu(wide * scale * gamma.to(wide.dtype)).to(x.dtype)
+
+
+class WholeClip(nn.Module):
+    """Whole-clip `encode` and `decode` over the weights of an `AutoencoderKLWan`, which it holds and does not copy.
+
+    Args:
+        vae: the autoencoder; blocks of the residual kind (`is_residual=True`, Wan 2.2) are not supported.
+        folded: compute a 3x3x3 convolution as a 2-D one over three stacked frames; on GPUs often faster with few channels.
+        compiled: fuse norm and activation with `torch.compile`.
+
+    Raises:
+        UserError: an autoencoder with residual blocks.
+    """
+
+    def __init__(self, vae: Any, *, folded: bool = False, compiled: bool = False) -> None:
+        super().__init__()
+        if vae.config.is_residual:
+            raise UserError("WholeClip supports autoencoders with is_residual=False (Wan 2.1) only.")
+        self.vae = vae
+        self.folded = folded
+        self._norm_silu: Callable[[Tensor, Tensor], Tensor] = norm_silu
+        if compiled:
+            self._norm_silu = torch.compile(norm_silu, dynamic=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip in [-1,1] -> reconstruction (unclamped), mean and log-variance of the latents (a draw is decoded)."""
+        mean, logvar = self.encode(x)
+        noise = torch.randn_like(mean)
+        return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, z, 1 + (T-1)/4, h, w) of the latents, not normalised; log-variance within [-30, 20]."""
+        if (x.shape[2] - 1) % 4:
+            raise UserError(f"A clip for this autoencoder has 4n+1 frames, not {x.shape[2]}.")
+        encoder = self.vae.encoder
+        h = self._conv(encoder.conv_in, self._patchify(x).contiguous(memory_format=torch.channels_last_3d))
+        for block in encoder.down_blocks:
+            h = self._down(block, h) if hasattr(block, "resample") else self._residual(block, h)
+        h = self._middle(encoder.mid_block, h)
+        h = self._conv(encoder.conv_out, self._norm_silu(h, encoder.norm_out.gamma))
+        mean, logvar = self._wide(self.vae.quant_conv(h)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Clip (B, 3, T, H, W), about in [-1,1], of latents that are not normalised."""
+        decoder = self.vae.decoder
+        h = self.vae.post_quant_conv(z).contiguous(memory_format=torch.channels_last_3d)
+        h = self._middle(decoder.mid_block, self._conv(decoder.conv_in, h))
+        for block in decoder.up_blocks:
+            for layer in block.resnets:
+                h = self._residual(layer, h)
+            if block.upsamplers is not None:
+                h = self._up(block.upsamplers[0], h)
+        h = self._conv(decoder.conv_out, self._norm_silu(h, decoder.norm_out.gamma))
+        return self._wide(self._unpatchify(h))
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    def _conv(self, conv: Any, x: Tensor) -> Tensor:
+        if not self.folded or conv.kernel_size != (3, 3, 3):
+            return conv(x)  # type: ignore[no-any-return]
+        frames = x.shape[2]
+        padded = F.pad(x, (0, 0, 0, 0, 2, 0)).transpose(1, 2)
+        stacked = torch.cat([padded[:, i : i + frames] for i in range(3)], dim=2).flatten(0, 1)
+        weight = conv.weight.transpose(1, 2).flatten(1, 2)
+        y = F.conv2d(stacked.contiguous(memory_format=torch.channels_last), weight, conv.bias, padding=1)
+        return y.unflatten(0, (-1, frames)).transpose(1, 2)
+
+    def _residual(self, block: Any, x: Tensor) -> Tensor:
+        shortcut = block.conv_shortcut(x)
+        h = self._conv(block.conv1, self._norm_silu(x, block.norm1.gamma))
+        return self._conv(block.conv2, self._norm_silu(h, block.norm2.gamma)) + shortcut
+
+    def _middle(self, block: Any, x: Tensor) -> Tensor:
+        x = self._residual(block.resnets[0], x)
+        for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+            x = self._residual(resnet, attention(x))
+        return x
+
+    def _down(self, layer: Any, x: Tensor) -> Tensor:
+        x = _per_frame(layer.resample, x)
+        if layer.mode == "downsample3d" and x.shape[2] > 1:
+            x = torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)
+        return x
+
+    def _up(self, layer: Any, x: Tensor) -> Tensor:
+        if layer.mode == "upsample3d" and x.shape[2] > 1:
+            pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))
+            later = torch.stack((pairs[:, 0], pairs[:, 1]), dim=3).flatten(2, 3)
+            x = torch.cat((x[:, :, :1], later), dim=2)
+        return _per_frame(layer.resample, x)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        p = self.vae.config.patch_size or 1
+        b, c, t, height, width = x.shape
+        cells = x.reshape(b, c, t, height // p, p, width // p, p)
+        return cells.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, t, height // p, width // p)
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        p = self.vae.config.patch_size or 1
+        b, channels, t, height, width = x.shape
+        cells = x.reshape(b, channels // (p * p), p, p, t, height, width)
+        return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, channels // (p * p), t, height * p, width * p)
+
+
+def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    frames = x.shape[2]
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
