@@ -37,7 +37,7 @@ class TrainingConfig:
 
     max_seconds: float = 0.0
     """Stop after the first step that ends this many seconds after `train` began; 0 is no limit. The run then saves a
-    checkpoint and exports, which takes additional time."""
+    checkpoint and exports, which takes more time; several processes agree on it every 10 steps."""
 
     per_device_train_batch_size: int = 1
     """Samples that one process draws for one micro-batch."""

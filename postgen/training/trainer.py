@@ -192,6 +192,10 @@ class Trainer(ABC, Generic[C]):
         self.log.close()
 
     def _setup(self) -> None:
+        try:
+            self.args.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.args.folder} cannot be made: {error}.") from error
         source = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
         # The same weights in every process; afterwards each process has its own streams.
         set_seed(self.args.seed)
@@ -210,6 +214,7 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.args.folder)
         self.log.open(self.global_step)
+        self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
 
     def _build_parts(self) -> RunState:

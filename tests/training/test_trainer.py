@@ -244,6 +244,12 @@ def test_absent_cuda_is_a_clear_error(tmp_path):
         TinyTrainer(TinyConfig(output_dir=str(tmp_path), device="cuda"))
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output_dir .*file/run cannot be made"):
+        TinyTrainer(TinyConfig(output_dir=str(tmp_path / "file" / "run"), report_to=[], device="cpu")).train()
+
+
 def test_nothing_to_train_is_a_clear_error(trainer):
     class Frozen(TinyTrainer):
         def build(self):
