@@ -160,7 +160,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         if self.accelerator.is_main_process:
             rows = torch.cat((x[:4, :, ::4], y[:4, :, ::4]), 0).transpose(1, 2)
             sheet = ((rows.flatten(0, 1) + 1) / 2).float().cpu()
-            contact_sheet(sheet, self.args.folder / "reconstructions.png", columns=x[:, :, ::4].shape[2])
+            contact_sheet(sheet, self.args.folder / "reconstructions.png", columns=x[:, :, ::4].shape[2], limit=len(sheet))
         return {
             "psnr": masked_psnr(x, y, torch.ones_like(mask)),
             "psnr_objects": masked_psnr(x, y, mask),

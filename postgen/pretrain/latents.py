@@ -8,9 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import world
-from ..world import Spec
-from .pool import render_in_batches, to_model
+from .pool import Scene, render_in_batches, to_model
 from .text import tokenize
 from .whole_clip import WholeClip
 
@@ -19,7 +17,6 @@ class PoolSettings(Protocol):
     """What `build_pool` reads of a configuration."""
 
     size: int
-    captions_per_clip: int
     text_length: int
 
 
@@ -39,22 +36,20 @@ class LatentPool:
 
 
 def build_pool(
-    specs: list[Spec], vae: Any, tokenizer: Any, settings: PoolSettings, device: torch.device, *, bf16: bool
+    scenes: list[Scene], vae: Any, tokenizer: Any, settings: PoolSettings, device: torch.device, *, bf16: bool
 ) -> LatentPool:
-    """Render and encode scenes of one length, and word each in several ways (the first is the plainest)."""
-    whole = WholeClip(vae, folded=device.type == "cuda")
+    """Render and encode scenes of one length; each has the same number of wordings."""
+    specs = [scene.spec for scene in scenes]
+    whole = WholeClip(vae, folded=device.type == "cpu")
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     parts = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         label = f"encoding {len(specs)} clips of {specs[0].num_frames} frames"
         for rgb, _ in render_in_batches(specs, settings.size, device, mask=False, label=label):
-            z, _ = whole.encode(to_model(rgb))
-            parts.append(((z - mean) / std).to(torch.float16))
-    wordings = [
-        world.simple_caption(spec) if variant == 0 else world.caption(spec, 1000 * index + variant)
-        for index, spec in enumerate(specs)
-        for variant in range(settings.captions_per_clip)
-    ]
-    ids = tokenize(tokenizer, wordings, settings.text_length).unflatten(0, (len(specs), -1))
+            for part in rgb.split(64):
+                z, _ = whole.encode(to_model(part))
+                parts.append(((z - mean) / std).to(torch.float16))
+    wordings = [text for scene in scenes for text in scene.captions]
+    ids = tokenize(tokenizer, wordings, settings.text_length).unflatten(0, (len(scenes), -1))
     return LatentPool(torch.cat(parts), ids.to(device))

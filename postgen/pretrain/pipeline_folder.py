@@ -99,7 +99,7 @@ def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: to
     ).frames
     clips = output.float()
     rows = clips[: min(12, len(clips)), ::4].flatten(0, 1).cpu()
-    contact_sheet(rows, Path(settings.output_dir) / "samples.png", columns=clips[0, ::4].shape[0])
+    contact_sheet(rows, Path(settings.output_dir) / "samples.png", columns=clips[0, ::4].shape[0], limit=len(rows))
     return judged(clips, prompts)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -15,14 +19,43 @@ from ..world.spec import Split
 
 #: Clips of the training split start here; evaluation uses seeds below it.
 FIRST_TRAINING_SEED = 1_000_000
+_CHUNK = 512
 
 
-def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train", num_bodies: int | None = None) -> list[Spec]:
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A scene and its wordings, the plainest first."""
+
+    spec: Spec
+    captions: tuple[str, ...]
+
+
+def draw_scenes(
+    first_seed: int, count: int, num_frames: int, *, captions: int = 0, split: Split = "train"
+) -> list[Scene]:
+    """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes."""
+    task = partial(_draw, num_frames=num_frames, captions=captions, split=split)
+    starts = range(first_seed, first_seed + count, _CHUNK)
+    spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
+    workers = min(len(spans), os.cpu_count() or 1)
+    if workers < 4:
+        return [scene for span in spans for scene in task(span)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        return [scene for part in executor.map(task, spans) for scene in part]
+
+
+def _draw(seeds: range, num_frames: int, captions: int, split: Split) -> list[Scene]:
+    scenes = []
+    for seed in seeds:
+        spec = world.sample(seed, num_frames=num_frames, split=split)
+        first = (world.simple_caption(spec),) if captions else ()
+        scenes.append(Scene(spec, first + tuple(world.caption(spec, 1000 * seed + i) for i in range(1, captions))))
+    return scenes
+
+
+def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train") -> list[Spec]:
     """Scenes of consecutive seeds."""
-    return [
-        world.sample(seed, num_frames=num_frames, split=split, num_bodies=num_bodies)
-        for seed in range(first_seed, first_seed + count)
-    ]
+    return [scene.spec for scene in draw_scenes(first_seed, count, num_frames, split=split)]
 
 
 @dataclass(slots=True)
@@ -35,7 +68,7 @@ class Clips:
 
 
 def render_in_batches(
-    specs: Sequence[Spec], size: int, device: torch.device | str, *, mask: bool, batch: int = 64, label: str = "rendering"
+    specs: Sequence[Spec], size: int, device: torch.device | str, *, mask: bool, batch: int = 256, label: str = "rendering"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
     starts = range(0, len(specs), batch)

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..training import Trainer, TrainingConfig
 from .latents import LatentPool, build_pool
 from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
-from .pool import FIRST_TRAINING_SEED, specs_of
+from .pool import FIRST_TRAINING_SEED, draw_scenes
 from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer
 
 
@@ -143,8 +143,9 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         share = args.length_weights[index] / sum(args.length_weights)
         count = max(1, round(args.pool_clips * share))
         part = (args.pool_round * self.accelerator.num_processes + self.accelerator.process_index) * 1_000_000
-        specs = specs_of(FIRST_TRAINING_SEED + part + 200_000 * index, count, frames)
-        return build_pool(specs, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
+        first = FIRST_TRAINING_SEED + part + 200_000 * index
+        scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip)
+        return build_pool(scenes, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         args, batch = self.args, self.args.per_device_train_batch_size

@@ -40,7 +40,10 @@ class WholeClip(nn.Module):
         super().__init__()
         if vae.config.is_residual:
             raise UserError("WholeClip supports autoencoders with is_residual=False (Wan 2.1) only.")
-        self.vae = vae
+        # The same names as in the autoencoder, so that its weight files fit.
+        self.encoder, self.decoder = vae.encoder, vae.decoder
+        self.quant_conv, self.post_quant_conv = vae.quant_conv, vae.post_quant_conv
+        self.patch = int(vae.config.patch_size or 1)
         self.folded = folded
         self._norm_silu: Callable[[Tensor, Tensor], Tensor] = norm_silu
         if compiled:
@@ -56,19 +59,19 @@ class WholeClip(nn.Module):
         """Mean and log-variance (B, z, 1 + (T-1)/4, h, w) of the latents, not normalised; log-variance within [-30, 20]."""
         if (x.shape[2] - 1) % 4:
             raise UserError(f"A clip for this autoencoder has 4n+1 frames, not {x.shape[2]}.")
-        encoder = self.vae.encoder
+        encoder: Any = self.encoder
         h = self._conv(encoder.conv_in, self._patchify(x).contiguous(memory_format=torch.channels_last_3d))
         for block in encoder.down_blocks:
             h = self._down(block, h) if hasattr(block, "resample") else self._residual(block, h)
         h = self._middle(encoder.mid_block, h)
         h = self._conv(encoder.conv_out, self._norm_silu(h, encoder.norm_out.gamma))
-        mean, logvar = self._wide(self.vae.quant_conv(h)).chunk(2, dim=1)
+        mean, logvar = self._wide(self.quant_conv(h)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """Clip (B, 3, T, H, W), about in [-1,1], of latents that are not normalised."""
-        decoder = self.vae.decoder
-        h = self.vae.post_quant_conv(z).contiguous(memory_format=torch.channels_last_3d)
+        decoder: Any = self.decoder
+        h = self.post_quant_conv(z).contiguous(memory_format=torch.channels_last_3d)
         h = self._middle(decoder.mid_block, self._conv(decoder.conv_in, h))
         for block in decoder.up_blocks:
             for layer in block.resnets:
@@ -117,13 +120,13 @@ class WholeClip(nn.Module):
         return _per_frame(layer.resample, x)
 
     def _patchify(self, x: Tensor) -> Tensor:
-        p = self.vae.config.patch_size or 1
+        p = self.patch
         b, c, t, height, width = x.shape
         cells = x.reshape(b, c, t, height // p, p, width // p, p)
         return cells.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * p * p, t, height // p, width // p)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
-        p = self.vae.config.patch_size or 1
+        p = self.patch
         b, channels, t, height, width = x.shape
         cells = x.reshape(b, channels // (p * p), p, p, t, height, width)
         return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, channels // (p * p), t, height * p, width * p)

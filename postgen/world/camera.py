@@ -17,11 +17,11 @@ FOCAL = 2.77
 
 def project_point(point: tuple[float, float, float]) -> tuple[float, float, float]:
     """Project a world point with the first camera: (u, v, depth); u right and v down in half picture heights, depth in m."""
-    forward, right, up = _axes(POSITION, TARGET)
-    offset = [p - c for p, c in zip(point, POSITION, strict=True)]
-    depth = sum(f * o for f, o in zip(forward, offset, strict=True))
-    u = sum(r * o for r, o in zip(right, offset, strict=True))
-    v = -sum(a * o for a, o in zip(up, offset, strict=True))
+    forward, right, up = _FIRST_AXES
+    x, y, z = point[0] - POSITION[0], point[1] - POSITION[1], point[2] - POSITION[2]
+    depth = forward[0] * x + forward[1] * y + forward[2] * z
+    u = right[0] * x + right[1] * y
+    v = -(up[0] * x + up[1] * y + up[2] * z)
     return FOCAL * u / depth, FOCAL * v / depth, depth
 
 
@@ -37,6 +37,9 @@ def _axes(position: tuple[float, ...], target: tuple[float, ...]) -> tuple[list[
         right[0] * forward[1] - right[1] * forward[0],
     ]
     return forward, right, up
+
+
+_FIRST_AXES = _axes(POSITION, TARGET)
 
 
 def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]:
@@ -70,6 +73,9 @@ def _turn(point: list[float], centre: list[float], angle: float) -> list[float]:
 
 def camera_path(spec: Spec, start: int, stop: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Poses of frames start..stop-1: positions (F,3) and world-to-camera rotations (F,3,3), float32."""
-    poses = [camera_pose(spec, frame) for frame in range(start, stop)]
+    if spec.camera == "static":
+        poses = [camera_pose(spec, 0)] * (stop - start)
+    else:
+        poses = [camera_pose(spec, frame) for frame in range(start, stop)]
     positions = torch.tensor([p for p, _ in poses], device=device)
     return positions, torch.tensor([r for _, r in poses], device=device)
