@@ -134,6 +134,10 @@ class Trainer(ABC, Generic[C]):
         """Return the module that `build` gave for `name`."""
         return self._raw[name]
 
+    def progress(self) -> float:
+        """Return the share of `max_steps` that is done, in [0, 1]."""
+        return min(1.0, self.global_step / self.args.max_steps)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by `<model>.<parameter>`."""
         return trained_parameters(self._raw)

@@ -131,6 +131,24 @@ def test_means_are_weighted_by_what_each_process_counted():
     assert merged_means([one.state(), two.state()]) == {"loss": 3.0, "rare": 5.0}
 
 
+def test_progress_goes_on_after_a_resume(trainer):
+    class Noting(TinyTrainer):
+        def training_step(self):
+            self.noted = [*getattr(self, "noted", []), self.progress()]
+            return super().training_step()
+
+    first = Noting(trainer(max_steps=4).args)
+    first.train()
+    assert first.noted == [0.0, 0.25, 0.5, 0.75]
+    assert first.progress() == 1.0
+    longer = Noting(trainer(max_steps=8, resume_from_checkpoint="latest").args)
+    longer.train()
+    assert longer.noted == [0.5, 0.625, 0.75, 0.875]
+    shorter = Noting(trainer(max_steps=2, resume_from_checkpoint="latest").args)
+    assert shorter.train().global_step == 8
+    assert shorter.progress() == 1.0
+
+
 def test_a_bad_loss_is_named_and_never_saved(trainer):
     run = trainer(nan_at=6, logging_steps=4, save_steps=1, max_steps=20)
     with pytest.raises(FloatingPointError, match="step 6 is not finite"):
