@@ -22,6 +22,7 @@ from .callbacks import Callbacks
 from .config import TrainingConfig
 from .ema import Ema
 from .logging import available_trackers, say
+from .processes import check_equal, leave_group
 from .run_log import RunLog
 from .run_state import RunState, changed_settings, trained_parameters
 from .stop import Reason, Signals
@@ -188,7 +189,8 @@ class Trainer(ABC, Generic[C]):
         finally:
             self.close()
         # Not after an error: the others would fail for want of this process before it has told what went wrong.
-        self.accelerator.state.destroy_process_group()
+        self.models = dict(self._raw)
+        leave_group(self.accelerator)
         return result
 
     def close(self) -> None:
@@ -344,7 +346,7 @@ class Trainer(ABC, Generic[C]):
 
     def _save(self) -> None:
         self.log.check_finite()
-        self._check_processes_agree()
+        check_equal(self._parts.checksum())
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
             **{f"method.{name}": value for name, value in self.state_dict().items()},
@@ -358,15 +360,6 @@ class Trainer(ABC, Generic[C]):
         self.accelerator.wait_for_everyone()
         self._saved_step, self._saved_at = self.global_step, time.monotonic()
         self._event("on_save")
-
-    def _check_processes_agree(self) -> None:
-        """Raise when the processes train different weights: each would waste what the others learn."""
-        sums = gather_object([self._parts.checksum()])
-        if any(other != sums[0] for other in sums):
-            raise RuntimeError(
-                "the processes hold different weights: passes that carry gradients must go through self.models[name], "
-                "not through unwrap(name), so that gradients are averaged"
-            )
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)

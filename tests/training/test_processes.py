@@ -38,7 +38,9 @@ def launch(folder, **settings):
     config = ROOT / "recipes" / "accelerate" / "ddp_cpu.yaml"
     words = ["accelerate.commands.launch", "--config_file", str(config), "-m", "postgen.train", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     return path, done
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,10 +88,21 @@ class TinyTrainer(Trainer[TinyConfig]):
 
 
 class WitnessTrainer(TinyTrainer):
-    """Writes what each process holds after the first step."""
+    """Writes what each process holds after the first step; sees that DDP is gone when the group ends."""
+
+    def train(self):
+        end_group = torch.distributed.destroy_process_group
+
+        def watched(group=None):
+            assert self.wrapper() is None, "DDP outlives its group, so that leaving can hang"
+            end_group(group)
+
+        torch.distributed.destroy_process_group = watched
+        return super().train()
 
     def on_optimizer_step(self):
         super().on_optimizer_step()
+        self.wrapper = weakref.ref(self.models["net"])
         if self.global_step == 1:
             weights = {name: value.detach() for name, value in self.trained().items()}
             path = self.args.folder / f"rank-{self.accelerator.process_index}.safetensors"
