@@ -1,0 +1,258 @@
+"""What a body does, from its way through the picture. Every test gives a value in [0,1]; 0.5 and more is "yes"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tracks import JUMP, Track
+
+Array = NDArray[np.float64]
+
+
+def ramp(value: float, low: float, high: float) -> float:
+    """0 at `low`, 1 at `high`, linear between (either may be the larger one)."""
+    return float(np.clip((value - low) / (high - low), 0.0, 1.0))
+
+
+@dataclass(slots=True)
+class Way:
+    """A track in units of the body's own size (root of its area): x right, y down, and s the log of its size.
+
+    `frames` are the numbers of the frames used, `count` the length of the clip, `step` its largest move from a frame to the
+    next in allowed steps (above 1: it was elsewhere at once), `seen` the share of frames in which it is there.
+    """
+
+    frames: Array
+    x: Array
+    y: Array
+    s: Array
+    count: int
+    step: float
+    seen: float
+
+    @property
+    def dx(self) -> float:
+        """Net move to the right."""
+        return _net(self.x)
+
+    @property
+    def dy(self) -> float:
+        """Net move down."""
+        return _net(self.y)
+
+    @property
+    def ds(self) -> float:
+        """Net growth (log)."""
+        return _net(self.s)
+
+    @property
+    def steady(self) -> float:
+        """1 for a body that is always there and never leaps."""
+        return min(ramp(self.step, 1.2, 0.8), ramp(self.seen, 0.5, 0.9))
+
+    @property
+    def needed(self) -> float:
+        """Part of the full move that a short clip has time for."""
+        return min(1.0, (self.count - 1) / 8)
+
+
+def way(track: Track, frames: list[int] | None = None) -> Way:
+    """The way of a track through the given frames (default: those with a clean outline)."""
+    used = track.clean() if frames is None else frames
+    pieces = [p for p in (track.pieces[f] for f in used) if p is not None]
+    area = np.array([p.area for p in pieces])
+    size = float(np.sqrt(np.median(area)))
+    points = [(f, p.x, p.y) for f, p in enumerate(track.pieces) if p is not None]
+    steps = [np.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in zip(points, points[1:], strict=False)]
+    present = track.seen | np.array(track.hidden or [False] * len(track.pieces))
+    return Way(
+        frames=np.array(used, float),
+        x=np.array([p.x for p in pieces]) / size,
+        y=np.array([p.y for p in pieces]) / size,
+        s=0.5 * np.log(area),
+        count=len(track.pieces),
+        step=max(steps, default=0.0) / JUMP,
+        seen=float(present.mean()),
+    )
+
+
+def _net(value: Array) -> float:
+    """Last against first, two values each where there are enough."""
+    n = 2 if len(value) >= 9 else 1
+    return float(value[-n:].mean() - value[:n].mean())
+
+
+def order(value: Array) -> float:
+    """Rank correlation with time in [-1,1]; 0 for fewer than three values."""
+    if len(value) < 3:
+        return 0.0
+    ranks = np.argsort(np.argsort(value, kind="stable"), kind="stable")
+    return float(np.corrcoef(ranks, np.arange(len(value)))[0, 1])
+
+
+def moves(w: Way, sign: float) -> float:
+    """Goes to the right (sign 1) or left (-1) at one distance and height."""
+    far = w.needed * 0.55
+    return min(
+        ramp(sign * w.dx, 0.0, 2 * far),
+        ramp(sign * order(w.x), 0.6, 1.0),
+        ramp(abs(w.ds), 0.25, 0.05),
+        ramp(abs(w.dy) / max(abs(w.dx), 1e-6), 0.9, 0.3),
+        w.steady,
+    )
+
+
+def approaches(w: Way, sign: float) -> float:
+    """Comes closer (sign 1: grows and goes down the picture) or goes away (-1)."""
+    far = w.needed * 0.11
+    return min(
+        ramp(sign * w.ds, 0.0, 2 * far),
+        ramp(sign * order(w.s), 0.6, 1.0),
+        ramp(sign * w.dy, -0.1, 0.3),
+        w.steady,
+    )
+
+
+def stays(w: Way) -> float:
+    """Rests where it is."""
+    spread = max(np.ptp(w.x), np.ptp(w.y))
+    return min(ramp(float(spread), 0.45, 0.05), ramp(float(np.ptp(w.s)), 0.25, 0.05), w.steady)
+
+
+def falls(w: Way) -> float:
+    """Goes down, never up again, and rests at the end."""
+    drop = float(w.y.max() - w.y[0])
+    steps = np.diff(w.y)
+    rise = float(np.clip(-steps, 0, None).sum())
+    last = abs(float(steps[-1])) if len(steps) else 1.0
+    return min(
+        ramp(drop, 0.0, 0.7 * max(0.5, w.needed)),
+        ramp(rise / max(drop, 1e-6), 0.35, 0.05),
+        ramp(last / max(float(steps.max(initial=0.0)), 1e-6), 0.8, 0.2),
+        ramp(abs(w.dx) / max(drop, 1e-6), 0.7, 0.1),
+        ramp(w.ds, 0.2, 0.04),
+        w.steady,
+    )
+
+
+def bounces(w: Way) -> float:
+    """Goes down and up again at least once, not more often than gravity lets it."""
+    height = float(np.ptp(w.y))
+    turns = _turns(w.y, 0.25 * height)
+    down_first = len(turns) > 1 and turns[1] > turns[0]
+    ups = sum(b < a for a, b in zip(turns, turns[1:], strict=False))
+    allowed = 2 + (w.count - 1) / 7
+    return min(
+        ramp(height, 0.0, 0.7),
+        1.0 if ups >= 1 and (down_first or len(turns) > 2) else 0.0,
+        ramp(len(turns) - 1, allowed + 1, allowed - 1),
+        ramp(float(np.ptp(w.x)) / max(height, 1e-6), 1.2, 0.4),
+        w.steady,
+    )
+
+
+def _turns(value: Array, least: float) -> list[float]:
+    """Values at the turning points of a curve whose swings below `least` do not count, first and last included."""
+    points, direction = [float(value[0])], 0
+    for v in map(float, value[1:]):
+        if direction and (v - points[-1]) * direction > 0:
+            points[-1] = v
+        elif abs(v - points[-1]) >= max(least, 1e-6):
+            direction = 1 if v > points[-1] else -1
+            points.append(v)
+    return points
+
+
+def collides(first: Track, second: Track) -> float:
+    """First comes up to second, which rests; then second goes on the same way."""
+    both = [f for f in range(len(first.pieces)) if first.pieces[f] is not None and second.pieces[f] is not None]
+    if len(both) < 6:
+        return 0.0
+    a, b = way(first, both), way(second, both)
+    scale = _size(second, both) / _size(first, both)
+    ax = a.x / scale
+    sign = float(np.sign(b.x[0] - ax[0]))
+    moved = sign * (b.x - b.x[0])
+    started = np.flatnonzero(moved > 0.12)
+    if not len(started) or started[0] < 2:
+        return 0.0
+    start = int(started[0])
+    gap = np.array([_gap(first, second, f) for f in both])
+    before = slice(0, start)
+    return min(
+        ramp(sign * float(ax[start - 1] - ax[0]), 0.0, 0.5),
+        ramp(sign * order(ax[before]) if start > 2 else 1.0, 0.5, 1.0),
+        ramp(float(np.ptp(b.x[before])), 0.35, 0.05),
+        ramp(float(gap[max(0, start - 2) : start + 1].min()), 1.0, 0.2),
+        ramp(sign * b.dx, 0.0, 0.5),
+        ramp(sign * order(b.x[start - 1 :]), 0.5, 0.9),
+        min(ramp(a.step, 1.2, 0.8), ramp(b.step, 1.2, 0.8)),
+        min(ramp(a.seen, 0.5, 0.8), ramp(b.seen, 0.5, 0.8)),
+    )
+
+
+def _size(track: Track, frames: list[int]) -> float:
+    return float(np.sqrt(np.median([p.area for f in frames if (p := track.pieces[f]) is not None])))
+
+
+def _gap(first: Track, second: Track, frame: int) -> float:
+    """Free space between two bodies along x in mean root areas; negative where they overlap in the picture."""
+    a, b = first.pieces[frame], second.pieces[frame]
+    if a is None or b is None:
+        return 9.0
+    left, right = (a, b) if a.x < b.x else (b, a)
+    return (right.box[0] - left.box[2]) / (0.5 * (np.sqrt(a.area) + np.sqrt(b.area)))
+
+
+def passes_behind(first: Track, second: Track) -> float:
+    """First goes across from one side of second to the other and is covered on the way, second never is."""
+    w = way(first, [f for f, p in enumerate(first.pieces) if p is not None])
+    front = [p for p in second.pieces if p is not None]
+    if len(w.x) < 4 or len(front) < 4:
+        return 0.0
+    side = [
+        (first.pieces[f].x - second.pieces[f].x) / np.sqrt(second.pieces[f].area)  # type: ignore[union-attr]
+        for f in range(len(first.pieces))
+        if first.pieces[f] is not None and second.pieces[f] is not None
+    ]
+    sign = float(np.sign(w.dx))
+    areas = np.array([0.0 if p is None else p.area for p in first.pieces])
+    full = float(np.percentile(areas, 85))
+    held = np.array([p.area for p in front])
+    fixed = Way(w.frames, w.x, w.y, w.s, w.count, w.step, w.seen)
+    return min(
+        ramp(sign * order(w.x), 0.6, 1.0),
+        ramp(-sign * side[0], 0.0, 0.6),
+        ramp(sign * side[-1], 0.0, 0.6),
+        ramp(float(areas.min()) / full, 0.9, 0.4),
+        ramp(float(held.min() / np.median(held)), 0.6, 0.95),
+        fixed.steady,
+    )
+
+
+#: Events of one body.
+SINGLE: dict[str, Callable[[Way], float]] = {
+    "moves left": lambda w: moves(w, -1.0),
+    "moves right": lambda w: moves(w, 1.0),
+    "moves closer": lambda w: approaches(w, 1.0),
+    "moves away": lambda w: approaches(w, -1.0),
+    "stays": stays,
+    "bounces": bounces,
+    "falls": falls,
+}
+#: Events of a body with a second one.
+PAIR: dict[str, Callable[[Track, Track], float]] = {"collides": collides, "passes behind": passes_behind}
+
+
+def heading(w: Way, event: str) -> float:
+    """Whether the net move has the asked direction, however far it goes: the test `direction` of the four moves."""
+    if event in ("moves left", "moves right"):
+        sign = 1.0 if event == "moves right" else -1.0
+        main = ramp(abs(w.dx) / max(abs(w.dy), 1e-6), 0.5, 1.5)
+        return min(ramp(sign * w.dx, 0.0, 0.4 * w.needed), ramp(sign * order(w.x), 0.2, 1.0), main)
+    sign = 1.0 if event == "moves closer" else -1.0
+    return min(ramp(sign * w.ds, 0.0, 0.1 * w.needed), ramp(sign * order(w.s), 0.2, 1.0))

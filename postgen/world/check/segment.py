@@ -1,0 +1,212 @@
+"""Pixels to blobs: which pixels belong to a coloured body, which of them hang together, and where each piece lies.
+
+Everything but the bodies is nearly grey and all light is white, so a body's pixel is `a` times its albedo and an edge pixel a
+mix of that and grey: p = a * albedo + b * (1, 1, 1). The colour share a / (a + b) tells body from floor whatever the light.
+
+Suffixes: M pictures, K blob slots of a picture, P pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..spec import COLOURS
+
+SLOTS = 10
+#: Colour share above which a pixel belongs to a body; the floor stays below 0.2, bodies lie above 0.8.
+SHARE = 0.45
+_MIN_CHROMA = 0.06
+#: Areas as parts of the picture: a fragment that is still looked at, and the largest thing that can be a body.
+_FRAGMENT, _LARGEST = 0.0012, 0.33
+_NEAR = 2
+
+
+@dataclass(slots=True)
+class Blobs:
+    """Connected one-coloured pieces of M pictures, the largest first.
+
+    `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and `group`
+    (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid and `box`
+    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of a
+    pixel or -1; `soft_M2HW` colour share as a soft mask and brightness; `hue_MHW` nearest colour of every pixel.
+    """
+
+    valid: Tensor
+    touch: Tensor
+    border: Tensor
+    colour: Tensor
+    group: Tensor
+    area: Tensor
+    x: Tensor
+    y: Tensor
+    box: Tensor
+    sharp: Tensor
+    slot_MP: Tensor
+    soft_M2HW: Tensor
+    hue_MHW: Tensor
+
+
+def smooth(rgb_M3HW: Tensor) -> Tensor:
+    """Binomial 3x3 filter: takes most of the pixel noise, costs half a pixel of sharpness."""
+    x = functional.pad(rgb_M3HW, (1, 1, 1, 1), mode="replicate")
+    x = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
+    return (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
+
+
+def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour share in [0,1], index of the colour with the nearest hue, and brightness relative to that albedo (M,H,W)."""
+    table = rgb_M3HW.new_tensor(list(COLOURS.values()))
+    high, low = rgb_M3HW.amax(1), rgb_M3HW.amin(1)
+    angle = _hue(rgb_M3HW)
+    own = _hue(table[:, :, None, None])[:, 0, 0]
+    gap = (angle[..., None] - own).abs()
+    nearest = torch.minimum(gap, 6 - gap).argmin(-1)
+    albedo = table[nearest].movedim(-1, 1)
+    mean_p, mean_c = rgb_M3HW.mean(1), albedo.mean(1)
+    centred = albedo - mean_c[:, None]
+    part = ((rgb_M3HW - mean_p[:, None]) * centred).sum(1) / (centred * centred).sum(1)
+    part = part.clamp_min(0)
+    white = (mean_p - part * mean_c).clamp_min(0)
+    share = torch.where(high - low > _MIN_CHROMA, part / (part + white).clamp_min(1e-6), 0.0)
+    return share, nearest, high / albedo.amax(1)
+
+
+def _hue(rgb: Tensor) -> Tensor:
+    """Hue in [0,6) of (M,3,H,W)."""
+    red, green, blue = rgb.unbind(1)
+    high, low = rgb.amax(1), rgb.amin(1)
+    chroma = (high - low).clamp_min(1e-6)
+    hue = torch.where(
+        high == red,
+        (green - blue) / chroma,
+        torch.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+    )
+    return hue % 6
+
+
+def label(kind_MHW: Tensor) -> Tensor:
+    """Connected pieces of equal kind (4 neighbours): every pixel gets the least pixel number of its piece; -1 where kind < 0.
+
+    Minimum over the neighbours, then twice the label's own label, until nothing changes: about ten rounds.
+    """
+    pictures, height, width = kind_MHW.shape
+    number = torch.arange(height * width, device=kind_MHW.device).reshape(1, height, width)
+    labels = number.expand(pictures, -1, -1).clone()
+    down = (kind_MHW[:, 1:] == kind_MHW[:, :-1]) & (kind_MHW[:, 1:] >= 0)
+    right = (kind_MHW[..., 1:] == kind_MHW[..., :-1]) & (kind_MHW[..., 1:] >= 0)
+    while True:
+        new = labels.clone()
+        pair = torch.minimum(new[:, 1:], new[:, :-1])
+        new[:, 1:] = torch.where(down, pair, new[:, 1:])
+        new[:, :-1] = torch.where(down, torch.minimum(pair, new[:, :-1]), new[:, :-1])
+        pair = torch.minimum(new[..., 1:], new[..., :-1])
+        new[..., 1:] = torch.where(right, pair, new[..., 1:])
+        new[..., :-1] = torch.where(right, torch.minimum(pair, new[..., :-1]), new[..., :-1])
+        flat = new.flatten(1)
+        flat = flat.gather(1, flat)
+        new = flat.gather(1, flat).reshape(labels.shape)
+        if torch.equal(new, labels):
+            return torch.where(kind_MHW >= 0, labels, -1)
+        labels = new
+
+
+def find_blobs(smooth_M3HW: Tensor) -> Blobs:
+    """Pieces of saturated colour in smoothed pictures."""
+    share, hue, bright = colour_share(smooth_M3HW)
+    kind = torch.where(share > SHARE, hue, -1)
+    pictures, height, width = kind.shape
+    pixels = height * width
+    labels = label(kind).flatten(1)
+    groups = label(torch.where(kind >= 0, 0, -1)).flatten(1)
+    inside = labels >= 0
+    index = labels.clamp_min(0)
+    count = torch.zeros(pictures, pixels, device=kind.device).scatter_add_(1, index, inside.float())
+    area, top = count.topk(SLOTS, dim=1)
+    slot_of = torch.full((pictures, pixels), -1, device=kind.device).scatter_(
+        1, top, torch.arange(SLOTS, device=kind.device).expand(pictures, -1)
+    )
+    slot = torch.where(inside, slot_of.gather(1, index), -1)
+    slot = torch.where(area.gather(1, slot.clamp_min(0)) >= _FRAGMENT * pixels, slot, -1)
+    core = _same_around(slot.reshape(kind.shape))
+    sums = _Sums(slot, SLOTS)
+    core_area = sums.add(core.flatten(1).float())
+    slot = torch.where((core_area.gather(1, slot.clamp_min(0)) >= 4) & (slot >= 0), slot, -1)
+    y, x = torch.meshgrid(*(torch.arange(n, device=kind.device).float() for n in (height, width)), indexing="ij")
+    x, y = (c.reshape(1, -1).expand(pictures, -1) for c in (x, y))
+    sums = _Sums(slot, SLOTS)
+    size = area.clamp_min(1)
+    touch = sums.add(_touching(slot.reshape(kind.shape)).flatten(1).float())
+    rim = _rim(slot.reshape(kind.shape)).flatten(1)
+    slope = _slope(share).flatten(1)
+    box = torch.stack((sums.least(x, width), sums.least(y, height), -sums.least(-x, 1), -sums.least(-y, 1)), -1)
+    valid = (area >= _FRAGMENT * pixels) & (area <= _LARGEST * pixels) & (core_area >= 4)
+    edge = (box[..., :2] <= 0).any(-1) | (box[..., 2] >= width - 1) | (box[..., 3] >= height - 1)
+    soft = torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1)
+    return Blobs(
+        valid=valid,
+        touch=touch > 2,
+        border=edge,
+        colour=kind.flatten(1).gather(1, top),
+        group=groups.gather(1, top),
+        area=area,
+        x=sums.add(x) / size,
+        y=sums.add(y) / size,
+        box=box,
+        sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
+        slot_MP=slot,
+        soft_M2HW=soft,
+        hue_MHW=hue,
+    )
+
+
+class _Sums:
+    """Sums and minima over the pixels of each slot."""
+
+    def __init__(self, slot_MP: Tensor, slots: int) -> None:
+        self.index = torch.where(slot_MP >= 0, slot_MP, slots)
+        self.slots = slots
+
+    def add(self, value_MP: Tensor) -> Tensor:
+        """(M,P) -> (M,K). Sums of pixel numbers are exact in float32, so the order of adding does not matter there."""
+        out = value_MP.new_zeros(len(value_MP), self.slots + 1)
+        return out.scatter_add_(1, self.index, value_MP)[:, :-1]
+
+    def least(self, value_MP: Tensor, empty: float) -> Tensor:
+        """Minimum per slot, `empty` where a slot has no pixel."""
+        out = value_MP.new_full((len(value_MP), self.slots + 1), float(empty))
+        return out.scatter_reduce_(1, self.index, value_MP, "amin", include_self=False)[:, :-1]
+
+
+def _same_around(slot_MHW: Tensor) -> Tensor:
+    """Pixels whose 3x3 neighbourhood is of one blob: thin seams of mixed colour have none."""
+    value = slot_MHW[:, None].float()
+    high = functional.max_pool2d(value, 3, 1, 1)
+    low = -functional.max_pool2d(-value, 3, 1, 1)
+    return ((high == low) & (value >= 0))[:, 0]
+
+
+def _touching(slot_MHW: Tensor) -> Tensor:
+    """Pixels of a blob with another blob within `_NEAR` pixels."""
+    window = 2 * _NEAR + 1
+    value = slot_MHW[:, None].float()
+    high = functional.max_pool2d(value, window, 1, _NEAR)
+    low = -functional.max_pool2d(-torch.where(value >= 0, value, 1e3), window, 1, _NEAR)
+    return ((high > value) | (low < value))[:, 0] & (slot_MHW >= 0)
+
+
+def _rim(slot_MHW: Tensor) -> Tensor:
+    """Pixels of a blob next to the background."""
+    value = slot_MHW[:, None].float()
+    low = -functional.max_pool2d(-value, 3, 1, 1)
+    return (low < 0)[:, 0] & (slot_MHW >= 0)
+
+
+def _slope(share_MHW: Tensor) -> Tensor:
+    """Length of the gradient by central differences, per pixel."""
+    x = functional.pad(share_MHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    dx, dy = (x[:, 1:-1, 2:] - x[:, 1:-1, :-2]) / 2, (x[:, 2:, 1:-1] - x[:, :-2, 1:-1]) / 2
+    return (dx * dx + dy * dy).sqrt()

@@ -1,0 +1,128 @@
+"""Which solid a blob is: its outline and its shading against those of the world's solids seen from all sides.
+
+Outlines are brought to unit area around their centroid. Shading: light is white and Lambertian, so within the lit part the
+brightness is linear in the surface normal; a template explains a blob when its own normals do (least squares, 4 unknowns).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..raycast import FAR, Solids, camera_rays, nearest, normals
+from ..spec import SHAPES
+from .segment import Blobs
+
+GRID = 24
+#: Half side of the normalised window in square roots of the blob's area.
+WINDOW = 0.95
+_PITCH = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60)
+_YAWS = 9
+#: Blur of the templates in parts of the square root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
+_BLURS = (0.03, 0.05, 0.075, 0.11)
+_RENDER = 160
+
+
+def _views() -> list[tuple[int, float, float]]:
+    cubes = [(1, pitch, (k - _YAWS // 2) * (math.pi / 2) / _YAWS) for pitch in _PITCH for k in range(_YAWS)]
+    return [(0, 0.3, 0.0)] + cubes + [(2, pitch, 0.0) for pitch in _PITCH]
+
+
+@functools.lru_cache(maxsize=4)
+def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outlines (blurs, T, P), shading bases (T, P, 4) with orthonormal columns, inner pixels (T, P), shape of each (T,).
+
+    Rendered by the world's own ray caster from 8 m at several pitches and turns; T views, P = GRID^2.
+    """
+    views = _views()
+    count = len(views)
+    rotation, position = torch.zeros(count, 3, 3), torch.zeros(count, 3)
+    for row, (_, pitch, _yaw) in enumerate(views):
+        cos, sin = math.cos(pitch), math.sin(pitch)
+        rotation[row] = torch.tensor([[1.0, 0.0, 0.0], [0.0, -sin, -cos], [0.0, cos, -sin]])
+        position[row] = torch.tensor([0.0, -5.0 * cos, 5.0 * sin])
+    shape = torch.tensor([v[0] for v in views])
+    members = [
+        ((shape == s).nonzero()[:, 0], torch.zeros(int((shape == s).sum()), dtype=torch.long)) for s in range(3)
+    ]
+    yaw = torch.tensor([[v[2]] for v in views])
+    solids = Solids(torch.zeros(count, 1, 3), torch.full((count, 1), 0.8), yaw, shape[:, None], members)
+    ray = camera_rays(rotation, _RENDER, 1)
+    origin = (position[:, :1], position[:, 1:2], position[:, 2:3])
+    t, slot = nearest(origin, ray, solids)
+    point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
+    normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).unflatten(-1, (_RENDER, _RENDER))
+    hit = (t < FAR).float().unflatten(-1, (_RENDER, _RENDER))
+    area = hit.sum((1, 2))
+    steps = torch.arange(_RENDER).float()
+    x, y = (hit * steps).sum((1, 2)) / area, (hit * steps[:, None]).sum((1, 2)) / area
+    window = crop(torch.cat((hit[:, None], normal * hit[:, None]), 1), x, y, area)
+    masks = torch.stack([_gauss(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in _BLURS])
+    inner = (-functional.max_pool2d(-window[:, :1], 3, 1, 1) > 0.99).flatten(1).float()
+    basis = torch.cat((torch.ones(count, 1, GRID, GRID), window[:, 1:]), 1).flatten(2) * inner[:, None]
+    left, value, _ = torch.linalg.svd(basis.mT, full_matrices=False)
+    basis = left * (value > 1e-3 * value[:, :1])[:, None]
+    return masks.flatten(2).to(device), basis.to(device), inner.to(device), shape.to(device)
+
+
+def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
+    """Windows (N,C,GRID,GRID) around (x, y) px whose side is 2 * WINDOW * sqrt(area)."""
+    height, width = maps_NCHW.shape[-2:]
+    steps = ((torch.arange(GRID, device=x.device) + 0.5) / GRID * 2 - 1) * WINDOW
+    reach = area.clamp_min(1).sqrt()[:, None] * steps
+    gx = ((x[:, None] + reach + 0.5) / width * 2 - 1)[:, None, :].expand(-1, GRID, -1)
+    gy = ((y[:, None] + reach + 0.5) / height * 2 - 1)[:, :, None].expand(-1, -1, GRID)
+    return functional.grid_sample(maps_NCHW, torch.stack((gx, gy), -1), align_corners=False)
+
+
+def _gauss(maps_NCHW: Tensor, sigma: float) -> Tensor:
+    steps = torch.arange(-6, 7, device=maps_NCHW.device).float()
+    kernel = torch.exp(-0.5 * (steps / max(sigma, 0.2)) ** 2)
+    kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
+    x = functional.conv2d(maps_NCHW, kernel[..., None], padding=(6, 0))
+    return functional.conv2d(x, kernel[:, :, None], padding=(0, 6))
+
+
+def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
+    """Misfit of outline and of shading with the best view of every shape: (N, 2, 3), both 0 for a perfect match."""
+    masks, basis, inner, shape = templates(str(blobs.area.device))
+    area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
+    height, width = blobs.hue_MHW.shape[1:]
+    own = (blobs.slot_MP[picture_N].unflatten(-1, (height, width)) == slot_N[:, None, None]).float()
+    same = (blobs.hue_MHW[picture_N] == blobs.colour[picture_N, slot_N][:, None, None]).float()
+    near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
+    soft = blobs.soft_M2HW[picture_N]
+    window = crop(torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1), x, y, area).flatten(2)
+    mask, bright = window[:, 0], window[:, 1]
+    level = (1.1 / area.clamp_min(1).sqrt())[:, None] - masks.new_tensor(_BLURS)
+    chosen = level.abs().argmin(1)
+    outline = torch.empty(len(mask), masks.shape[1], device=mask.device)
+    for blur in range(len(_BLURS)):
+        rows = (chosen == blur).nonzero()[:, 0]
+        outline[rows] = _distance(mask[rows], masks[blur])
+    shading = _unexplained(bright, basis, inner)
+    total = outline + 0.0
+    result = []
+    for s in range(len(SHAPES)):
+        view = torch.where(shape == s, total, torch.inf).argmin(1, keepdim=True)
+        result.append(torch.cat((outline.gather(1, view), shading.gather(1, view)), 1))
+    return torch.stack(result, -1)
+
+
+def _distance(mask_NP: Tensor, template_TP: Tensor) -> Tensor:
+    """Squared difference of soft outlines over their mean area (N,T)."""
+    one, two = (mask_NP**2).sum(1)[:, None], (template_TP**2).sum(1)
+    return (one + two - 2 * mask_NP @ template_TP.T).clamp_min(0) / (0.5 * (one + two))
+
+
+def _unexplained(bright_NP: Tensor, basis_TP4: Tensor, inner_TP: Tensor) -> Tensor:
+    """Root mean square brightness inside the outline that the template's normals leave over, over its mean (N,T)."""
+    power = (bright_NP**2) @ inner_TP.T
+    held = torch.einsum("np,tpk->ntk", bright_NP, basis_TP4).square().sum(-1)
+    count = inner_TP.sum(1)
+    mean = (bright_NP @ inner_TP.T) / count
+    return ((power - held).clamp_min(0) / count).sqrt() / mean.clamp_min(1e-3)
