@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .tracks import JUMP, Track
+from postgen.world.check.tracks import JUMP, Track
 
 Array = NDArray[np.float64]
 
@@ -22,11 +23,10 @@ def ramp(value: float, low: float, high: float) -> float:
 class Way:
     """A track in units of the body's own size (root of its area): x right, y down, and s the log of its size.
 
-    `frames` are the numbers of the frames used, `count` the length of the clip, `step` its largest move from a frame to the
-    next in allowed steps (above 1: it was elsewhere at once), `seen` the share of frames in which it is there.
+    `count` is the length of the clip, `step` the largest move from a frame to the next in allowed steps (above 1: it
+    was elsewhere at once), `seen` the share of frames in which it is there.
     """
 
-    frames: Array
     x: Array
     y: Array
     s: Array
@@ -60,17 +60,24 @@ class Way:
         return min(1.0, (self.count - 1) / 8)
 
 
-def way(track: Track, frames: list[int] | None = None) -> Way:
-    """The way of a track through the given frames (default: those with a clean outline)."""
-    used = track.clean() if frames is None else frames
-    pieces = [p for p in (track.pieces[f] for f in used) if p is not None]
+def ways(track: Track) -> list[Way]:
+    """The way through all frames where the body is seen and, if those are most, where its outline is clean.
+
+    Something that passes in front moves the centroid of what is left, so a test may take the better one.
+    """
+    clean = track.clean()
+    return [way(track, track.visible())] + ([way(track, clean)] if len(clean) >= 0.6 * len(track.pieces) else [])
+
+
+def way(track: Track, frames: list[int]) -> Way:
+    """The way of a track through the given frames, in each of which it is seen."""
+    pieces = [p for p in (track.pieces[f] for f in frames) if p is not None]
     area = np.array([p.area for p in pieces])
     size = float(np.sqrt(np.median(area)))
     points = [(f, p.x, p.y) for f, p in enumerate(track.pieces) if p is not None]
-    steps = [np.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in zip(points, points[1:], strict=False)]
+    steps = [np.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
     present = track.seen | np.array(track.hidden or [False] * len(track.pieces))
     return Way(
-        frames=np.array(used, float),
         x=np.array([p.x for p in pieces]) / size,
         y=np.array([p.y for p in pieces]) / size,
         s=0.5 * np.log(area),
@@ -144,7 +151,7 @@ def bounces(w: Way) -> float:
     height = float(np.ptp(w.y))
     turns = _turns(w.y, 0.25 * height)
     down_first = len(turns) > 1 and turns[1] > turns[0]
-    ups = sum(b < a for a, b in zip(turns, turns[1:], strict=False))
+    ups = sum(b < a for a, b in pairwise(turns))
     allowed = 2 + (w.count - 1) / 7
     return min(
         ramp(height, 0.0, 0.7),
@@ -205,12 +212,12 @@ def _gap(first: Track, second: Track, frame: int) -> float:
     if a is None or b is None:
         return 9.0
     left, right = (a, b) if a.x < b.x else (b, a)
-    return (right.box[0] - left.box[2]) / (0.5 * (np.sqrt(a.area) + np.sqrt(b.area)))
+    return float((right.box[0] - left.box[2]) / (0.5 * (np.sqrt(a.area) + np.sqrt(b.area))))
 
 
 def passes_behind(first: Track, second: Track) -> float:
     """First goes across from one side of second to the other and is covered on the way, second never is."""
-    w = way(first, [f for f, p in enumerate(first.pieces) if p is not None])
+    w = way(first, first.visible())
     front = [p for p in second.pieces if p is not None]
     if len(w.x) < 4 or len(front) < 4:
         return 0.0
@@ -223,14 +230,13 @@ def passes_behind(first: Track, second: Track) -> float:
     areas = np.array([0.0 if p is None else p.area for p in first.pieces])
     full = float(np.percentile(areas, 85))
     held = np.array([p.area for p in front])
-    fixed = Way(w.frames, w.x, w.y, w.s, w.count, w.step, w.seen)
     return min(
         ramp(sign * order(w.x), 0.6, 1.0),
         ramp(-sign * side[0], 0.0, 0.6),
         ramp(sign * side[-1], 0.0, 0.6),
         ramp(float(areas.min()) / full, 0.9, 0.4),
         ramp(float(held.min() / np.median(held)), 0.6, 0.95),
-        fixed.steady,
+        w.steady,
     )
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import UserError
-from ..spec import COLOURS, SHAPES, Spec
-from . import events
-from .segment import Blobs, colour_share, find_blobs, smooth
-from .shapes import shape_features
-from .tracks import BODY_AREA, Piece, Track, follow
+from postgen.errors import UserError
+from postgen.world.check import events
+from postgen.world.check.segment import Blobs, colour_share, find_blobs, smooth
+from postgen.world.check.shapes import shape_features
+from postgen.world.check.tracks import BODY_AREA, Piece, Track, follow
+from postgen.world.spec import COLOURS, SHAPES, Spec
 
 _AT_ONCE = 16
 _SHADING = 0.1
@@ -33,8 +33,8 @@ _MOVES = ("moves left", "moves right", "moves closer", "moves away")
 class BodyReport:
     """What was found for one body that was asked for. Values in [0,1], yes from 0.5; None: was not judged.
 
-    `found_*` name what the pixels show (None: nothing). `track` is one (x, y, area) a frame in parts of the picture, None where
-    the body is not seen.
+    `found_*` name what the pixels show (None: nothing). `track` is one (x, y, area) a frame in parts of the picture,
+    None where the body is not seen.
     """
 
     colour: float
@@ -51,10 +51,10 @@ class BodyReport:
 class Report:
     """Judgement of a clip.
 
-    `score` in [0,1] is the mean of the judged values over the bodies, at most 0.15 with a wrong count, times `world` in
-    [0,1] (is it a picture of this world at all: calm, nearly grey surroundings). `count`, `colour`, `shape`, `direction`,
-    `event`: whether that is right for every body; None where nothing asks for it (no move, a camera that moves).
-    `found_count` is the number of bodies seen.
+    `score` in [0,1] is the mean of the judged values over the bodies, at most 0.15 with a wrong count, times `world`
+    in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings). `count`, `colour`, `shape`,
+    `direction`, `event`: whether that is right for every body; None where nothing asks for it (no move, a camera that
+    moves). `found_count` is the number of bodies seen.
     """
 
     score: float
@@ -72,8 +72,8 @@ class Report:
 def check(frames: Tensor, spec_or_prompt: Spec | str) -> Report:
     """Judge one clip against a scene or a prompt, from its pixels alone.
 
-    Colour, shape, event and the number of bodies are judged; size, place, background, light and the exact layout of the spec
-    are not. With a moving camera the events are not judged either (nor is the camera itself).
+    Colour, shape, event and the number of bodies are judged; size, place, background, light and the exact layout of
+    the spec are not. With a moving camera the events are not judged either (nor is the camera itself).
 
     Args:
         frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 128 px.
@@ -116,7 +116,7 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str]) -> list[Report]:
 def _scene(spec: Spec | str) -> Spec:
     if isinstance(spec, Spec):
         return spec
-    from ..parse import parse
+    from postgen.world.parse import parse
 
     scene = parse(spec)
     if scene is None:
@@ -127,7 +127,7 @@ def _scene(spec: Spec | str) -> Spec:
 def world_likeness(pictures_M3HW: Tensor, blobs: Blobs, frames: int) -> list[float]:
     """1 for clips whose surroundings are calm and nearly grey, 0 for anything else; one value a clip."""
     height, width = pictures_M3HW.shape[-2:]
-    body = (blobs.slot_MP >= 0).float().unflatten(-1, (height, width))
+    body = (blobs.slot_MP >= 0).float().reshape(-1, height, width)
     share, _, _ = colour_share(pictures_M3HW)
     ground = 1 - functional.max_pool2d(body[:, None], 5, 1, 2)[:, 0]
     space = ground.mean((1, 2))
@@ -137,7 +137,7 @@ def world_likeness(pictures_M3HW: Tensor, blobs: Blobs, frames: int) -> list[flo
     rough = (dx.mean((1, 2)) + dy.mean((1, 2))) / space.clamp_min(0.05)
     stray = ((share > 0.35).float() * ground).mean((1, 2)) / space.clamp_min(0.05)
     level = (light * ground).mean((1, 2)) / space.clamp_min(0.05)
-    measures = torch.stack((space, rough, stray, level), 1).unflatten(0, (-1, frames)).mean(1).tolist()
+    measures = torch.stack((space, rough, stray, level), 1).reshape(-1, frames, 4).mean(1).tolist()
     return [_likeness(*m) for m in measures]
 
 
@@ -248,7 +248,7 @@ def _all(values: list[float | None]) -> bool | None:
 
 
 def _match(tracks: list[Track], scene: Spec) -> tuple[BodyReport, ...]:
-    """Give every body that is asked for one that is there, so that as much as possible is right; colour weighs most."""
+    """Give each body asked for one that is there, so that as much as possible is right; colour weighs most."""
     tracks = sorted(tracks, key=lambda t: -sum(t.seen))[:5]
     slots: list[Track | None] = [*tracks, *[None] * max(0, len(scene.bodies) - len(tracks))]
     looks = [[_looks(track, body.colour, body.shape) for track in slots] for body in scene.bodies]
@@ -272,8 +272,15 @@ def _looks(track: Track | None, colour: str, shape: str) -> tuple[float, float]:
 
 
 def _misfit(track: Track) -> tuple[NDArray[np.float64], float] | None:
-    """Median misfit with every shape over the frames with a clean outline, and the median sharpness of the rim."""
-    pieces = [p for f in track.clean() if (p := track.pieces[f]) is not None and p.misfit is not None]
+    """Median misfit with every shape over the frames with a clean outline, and the median sharpness of the rim.
+
+    Without two clean frames, the third of the frames in which most of the body is seen.
+    """
+    clean = track.clean()
+    pieces = [p for f in clean if (p := track.pieces[f]) is not None and p.misfit is not None]
+    if len(pieces) < 2:
+        pieces = sorted((p for p in track.pieces if p is not None and p.misfit is not None), key=lambda p: -p.area)
+        pieces = pieces[: max(1, len(pieces) // 3)]
     if not pieces:
         return None
     return np.median([p.misfit for p in pieces], 0), float(np.median([p.sharp for p in pieces]))
@@ -295,7 +302,7 @@ def shape_value(track: Track, shape: str) -> float:
 
 
 def _event_value(scene: Spec, index: int, chosen: list[Track | None]) -> float | None:
-    """Value of the event of a body; None for a moving camera and for the partner of a collision (it is part of that)."""
+    """Value of the event of a body; None for a moving camera and for the partner of a collision."""
     body, track = scene.bodies[index], chosen[index]
     hit = any(b.partner == index and b.event == "collides" for b in scene.bodies)
     if scene.camera != "static" or hit:
@@ -303,7 +310,7 @@ def _event_value(scene: Spec, index: int, chosen: list[Track | None]) -> float |
     if track is None:
         return 0.0
     if body.partner is None:
-        return events.SINGLE[body.event](events.way(track))
+        return max(events.SINGLE[body.event](way) for way in events.ways(track))
     other = chosen[body.partner]
     return 0.0 if other is None else events.PAIR[body.event](track, other)
 
@@ -315,8 +322,8 @@ def _body_report(scene: Spec, index: int, chosen: list[Track | None]) -> BodyRep
         event = _event_value(scene, index, chosen)
         return BodyReport(colour=0.0, shape=0.0, event=event, direction=0.0 if asked else None)
     colour, shape = _looks(track, body.colour, body.shape)
-    way = events.way(track)
-    ranked = {name: value(way) for name, value in events.SINGLE.items()}
+    ways = events.ways(track)
+    ranked = {name: max(map(value, ways)) for name, value in events.SINGLE.items()}
     for other in chosen:
         if other is not None and other is not track:
             for name, pair in events.PAIR.items():
@@ -326,7 +333,7 @@ def _body_report(scene: Spec, index: int, chosen: list[Track | None]) -> BodyRep
         colour=colour,
         shape=shape,
         event=_event_value(scene, index, chosen),
-        direction=events.heading(way, body.event) if asked else None,
+        direction=max(events.heading(way, body.event) for way in ways) if asked else None,
         found_colour=list(COLOURS)[track.colour],
         found_shape=max(SHAPES, key=lambda name: shape_value(track, name)) if _misfit(track) is not None else None,
         found_event=top if ranked[top] >= 0.5 and scene.camera == "static" else None,

@@ -1,7 +1,8 @@
 """Pixels to blobs: which pixels belong to a coloured body, which of them hang together, and where each piece lies.
 
-Everything but the bodies is nearly grey and all light is white, so a body's pixel is `a` times its albedo and an edge pixel a
-mix of that and grey: p = a * albedo + b * (1, 1, 1). The colour share a / (a + b) tells body from floor whatever the light.
+Everything but the bodies is nearly grey and all light is white, so a body's pixel is `a` times its albedo and an edge
+pixel a mix of that and grey: p = a * albedo + b * (1, 1, 1). The colour share a / (a + b) tells body from floor
+whatever the light.
 
 Suffixes: M pictures, K blob slots of a picture, P pixels.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..spec import COLOURS
+from postgen.world.spec import COLOURS
 
 SLOTS = 10
 #: Colour share above which a pixel belongs to a body; the floor stays below 0.2, bodies lie above 0.8.
@@ -29,10 +30,10 @@ _NEAR = 2
 class Blobs:
     """Connected one-coloured pieces of M pictures, the largest first.
 
-    `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and `group`
-    (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid and `box`
-    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of a
-    pixel or -1; `soft_M2HW` colour share as a soft mask and brightness; `hue_MHW` nearest colour of every pixel.
+    `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
+    `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid and `box`
+    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of
+    a pixel or -1; `soft_M2HW` colour share as a soft mask and brightness; `hue_MHW` nearest colour of every pixel.
     """
 
     valid: Tensor
@@ -58,7 +59,7 @@ def smooth(rgb_M3HW: Tensor) -> Tensor:
 
 
 def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour share in [0,1], index of the colour with the nearest hue, and brightness relative to that albedo (M,H,W)."""
+    """Colour share in [0,1], index of the nearest colour by hue, brightness relative to that albedo; each (M,H,W)."""
     table = rgb_M3HW.new_tensor(list(COLOURS.values()))
     high, low = rgb_M3HW.amax(1), rgb_M3HW.amin(1)
     angle = _hue(rgb_M3HW)
@@ -89,7 +90,7 @@ def _hue(rgb: Tensor) -> Tensor:
 
 
 def label(kind_MHW: Tensor) -> Tensor:
-    """Connected pieces of equal kind (4 neighbours): every pixel gets the least pixel number of its piece; -1 where kind < 0.
+    """Connected pieces of equal kind (4 neighbours): a pixel gets the least number of its piece, -1 where kind < 0.
 
     Minimum over the neighbours, then twice the label's own label, until nothing changes: about ten rounds.
     """
@@ -209,4 +210,5 @@ def _slope(share_MHW: Tensor) -> Tensor:
     """Length of the gradient by central differences, per pixel."""
     x = functional.pad(share_MHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     dx, dy = (x[:, 1:-1, 2:] - x[:, 1:-1, :-2]) / 2, (x[:, 2:, 1:-1] - x[:, :-2, 1:-1]) / 2
-    return (dx * dx + dy * dy).sqrt()
+    # In steps of 1/1024, so that sums over a blob are exact in whatever order a device adds them.
+    return ((dx * dx + dy * dy).sqrt() * 1024).round() / 1024

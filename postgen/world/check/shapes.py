@@ -1,7 +1,8 @@
 """Which solid a blob is: its outline and its shading against those of the world's solids seen from all sides.
 
-Outlines are brought to unit area around their centroid. Shading: light is white and Lambertian, so within the lit part the
-brightness is linear in the surface normal; a template explains a blob when its own normals do (least squares, 4 unknowns).
+Outlines are brought to unit area around their centroid. Shading: light is white and Lambertian, so within the lit part
+the brightness is linear in the surface normal; a template explains a blob when its own normals do (least squares, 4
+unknowns).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..raycast import FAR, Solids, camera_rays, nearest, normals
-from ..spec import SHAPES
-from .segment import Blobs
+from postgen.world.check.segment import Blobs
+from postgen.world.raycast import FAR, Solids, camera_rays, nearest, normals
+from postgen.world.spec import SHAPES
 
 GRID = 24
 #: Half side of the normalised window in square roots of the blob's area.
 WINDOW = 0.95
 _PITCH = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60)
 _YAWS = 9
-#: Blur of the templates in parts of the square root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
+#: Blur of the templates in parts of the root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
 _BLURS = (0.03, 0.05, 0.075, 0.11)
 _RENDER = 160
 
@@ -34,9 +35,9 @@ def _views() -> list[tuple[int, float, float]]:
 
 @functools.lru_cache(maxsize=4)
 def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outlines (blurs, T, P), shading bases (T, P, 4) with orthonormal columns, inner pixels (T, P), shape of each (T,).
+    """Outlines (blurs,T,P), shading bases (T,P,4) with orthonormal columns, inner pixels (T,P), shapes (T,).
 
-    Rendered by the world's own ray caster from 8 m at several pitches and turns; T views, P = GRID^2.
+    Rendered by the world's own ray caster from 5 m at several pitches and turns; T views, P = GRID^2.
     """
     views = _views()
     count = len(views)
@@ -55,8 +56,8 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     origin = (position[:, :1], position[:, 1:2], position[:, 2:3])
     t, slot = nearest(origin, ray, solids)
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
-    normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).unflatten(-1, (_RENDER, _RENDER))
-    hit = (t < FAR).float().unflatten(-1, (_RENDER, _RENDER))
+    normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
+    hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
     area = hit.sum((1, 2))
     steps = torch.arange(_RENDER).float()
     x, y = (hit * steps).sum((1, 2)) / area, (hit * steps[:, None]).sum((1, 2)) / area
@@ -92,7 +93,7 @@ def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
     masks, basis, inner, shape = templates(str(blobs.area.device))
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
-    own = (blobs.slot_MP[picture_N].unflatten(-1, (height, width)) == slot_N[:, None, None]).float()
+    own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
     same = (blobs.hue_MHW[picture_N] == blobs.colour[picture_N, slot_N][:, None, None]).float()
     near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
     soft = blobs.soft_M2HW[picture_N]
@@ -105,10 +106,9 @@ def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
         rows = (chosen == blur).nonzero()[:, 0]
         outline[rows] = _distance(mask[rows], masks[blur])
     shading = _unexplained(bright, basis, inner)
-    total = outline + 0.0
     result = []
     for s in range(len(SHAPES)):
-        view = torch.where(shape == s, total, torch.inf).argmin(1, keepdim=True)
+        view = torch.where(shape == s, outline, torch.inf).argmin(1, keepdim=True)
         result.append(torch.cat((outline.gather(1, view), shading.gather(1, view)), 1))
     return torch.stack(result, -1)
 

@@ -1,4 +1,4 @@
-"""Blobs to bodies: pieces of one colour followed through the frames, split by what stands in front and joined again."""
+"""Blobs to bodies: pieces of one colour followed through the frames, whatever passes in front."""
 
 from __future__ import annotations
 
@@ -50,11 +50,13 @@ class Track:
         """Whether it is seen, per frame."""
         return np.array([p is not None for p in self.pieces])
 
+    def visible(self) -> list[int]:
+        """Frames where it is seen."""
+        return [f for f, p in enumerate(self.pieces) if p is not None]
+
     def clean(self) -> list[int]:
-        """Frames where its whole outline is seen; all frames where it is seen when those are few."""
-        good = [f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border)]
-        seen = [f for f, p in enumerate(self.pieces) if p is not None]
-        return good if len(good) >= max(3, 0.4 * len(seen)) else seen
+        """Frames where its whole outline is seen: nothing near it, not cut by the picture's edge."""
+        return [f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border)]
 
 
 def follow(frames: Sequence[dict[int, list[Piece]]]) -> list[Track]:
@@ -135,7 +137,7 @@ def _continues(one: Track, two: Track) -> bool:
 
 
 def _explained(track: Track) -> list[bool]:
-    """A gap counts as hidden when the body is cut off by another one before and after it, or has left over the edge."""
+    """A gap is explained when the body is cut off by another one before and after it, or has left over the edge."""
     count = len(track.pieces)
     hidden = [False] * count
     frame = 0
