@@ -24,6 +24,8 @@ _SHADING = 0.1
 #: Misfit above which an outline is none of the shapes, and the difference of misfits that is a sure answer.
 _NO_SHAPE, _SURE = 0.14, 0.03
 _SHARP = (0.10, 0.16)
+#: A body with a softer rim than this is a smear, and the picture none of this world.
+_SMEAR = (0.06, 0.12)
 #: Score of a clip with the wrong number of bodies, at most.
 _WRONG_COUNT = 0.15
 _MOVES = ("moves left", "moves right", "moves closer", "moves away")
@@ -52,9 +54,9 @@ class Report:
     """Judgement of a clip.
 
     `score` in [0,1] is the mean of the judged values over the bodies, at most 0.15 with a wrong count, times `world`
-    in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings). `count`, `colour`, `shape`,
-    `direction`, `event`: whether that is right for every body; None where nothing asks for it (no move, a camera that
-    moves). `found_count` is the number of bodies seen.
+    in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings, bodies with a rim). `count`,
+    `colour`, `shape`, `direction`, `event`: whether that is right for every body; None where nothing asks for it (no
+    move, a camera that moves). `found_count` is the number of bodies seen.
     """
 
     score: float
@@ -222,6 +224,8 @@ def _judge(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> Re
     share = float((there == wanted).mean())
     found = len(tracks)
     count = found == wanted and share >= 0.75 and likeness > 0
+    sharp = [m[1] for t in tracks if (m := _misfit(t)) is not None]
+    likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
     bodies = _match(tracks, scene)
     values = [[v for v in (b.colour, b.shape, b.direction, b.event) if v is not None] for b in bodies]
     score = float(np.mean([np.mean(v) for v in values])) * likeness
@@ -328,7 +332,8 @@ def _body_report(scene: Spec, index: int, chosen: list[Track | None]) -> BodyRep
         if other is not None and other is not track:
             for name, pair in events.PAIR.items():
                 ranked[name] = max(ranked.get(name, 0.0), pair(track, other))
-    top = max(ranked, key=lambda name: ranked[name])
+    # What a body does with another one says more than its own way does.
+    top = max(ranked, key=lambda name: (name in events.PAIR and ranked[name] >= 0.5, ranked[name]))
     return BodyReport(
         colour=colour,
         shape=shape,

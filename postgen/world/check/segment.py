@@ -31,7 +31,7 @@ class Blobs:
     """Connected one-coloured pieces of M pictures, the largest first.
 
     `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
-    `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid and `box`
+    `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
     (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of
     a pixel or -1; `soft_M2HW` colour share as a soft mask and brightness; `hue_MHW` nearest colour of every pixel.
     """
