@@ -1,0 +1,157 @@
+"""The shipped recipes, and both methods for a few steps at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from postgen.errors import UserError
+from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
+from postgen.pretrain.text_to_video import TextToVideoTrainer
+from postgen.train import main
+from postgen.training import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PLAIN = {
+    "size": 32,
+    "per_device_train_batch_size": 1,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "device": "cpu",
+}
+PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "rank-0.safetensors", "rank-0.json")
+
+
+def recipe(folder, **values):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, "output_dir": str(folder / "run"), **values}))
+    return path
+
+
+def text_to_video(folder, autoencoder):
+    values = {
+        "method": "text_to_video",
+        "autoencoder": str(autoencoder),
+        "pool_clips": 8,
+        "lengths": [17, 5],
+        "length_weights": [0.5, 0.5],
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "num_layers": 1,
+        "num_heads": 2,
+        "head_dim": 12,
+        "ffn_dim": 32,
+        "text_width": 16,
+        "text_layers": 1,
+        "eval_prompts": 2,
+        "eval_steps": 4,
+        "eval_num_inference_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": None,
+        "ema_decay": 0.9,
+        "learning_rate": 1e-2,
+    }
+    return recipe(folder, **values)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoencoder")
+    new_autoencoder(8, [1, 2, 2], 4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory, autoencoder):
+    folder = tmp_path_factory.mktemp("text")
+    assert main([str(text_to_video(folder, autoencoder))]) == 0
+    return folder / "run"
+
+
+def test_shipped_recipes_are_read(autoencoder):
+    trainer, config = load_recipe(RECIPES / "tiny-autoencoder.yaml")
+    assert trainer is AutoencoderTrainer
+    assert (config.size, config.dim_mult, config.folded) == (96, [1, 2, 2], True)
+    trainer, settings = load_recipe(RECIPES / "tiny-wan.yaml", ["--autoencoder", str(autoencoder)])
+    assert trainer is TextToVideoTrainer
+    assert settings.size == config.size
+    written = yaml.safe_load((RECIPES / "tiny-wan.yaml").read_text())
+    assert Path(written["autoencoder"]) == Path(config.output_dir) / "export"
+
+
+def test_a_recipe_without_its_autoencoder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no autoencoder\. Train one: recipes/tiny-autoencoder\.yaml"):
+        load_recipe(RECIPES / "tiny-wan.yaml", ["--autoencoder", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [("size", "30", "size.*of 16"), ("lengths", "[16]", "lengths.*4n"), ("shift", "0.5", "shift.*at least 1")],
+)
+def test_values_out_of_range_are_refused(tmp_path, autoencoder, key, value, text):
+    path = text_to_video(tmp_path, autoencoder)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: yaml.safe_load(value)}))
+    with pytest.raises(UserError, match=text):
+        load_recipe(path)
+
+
+def test_the_autoencoder_is_trained_and_exported(tmp_path):
+    from diffusers import AutoencoderKLWan
+
+    values = {
+        "method": "autoencoder",
+        "base_dim": 8,
+        "z_dim": 4,
+        "pool_clips": 8,
+        "max_steps": 3,
+        "image_until": 0.3,
+        "short_until": 0.6,
+        "eval_steps": 3,
+        "eval_clips": 2,
+    }
+    assert main([str(recipe(tmp_path, **values))]) == 0
+    run = tmp_path / "run"
+    vae = AutoencoderKLWan.from_pretrained(run / "export")
+    assert (vae.config.base_dim, vae.config.z_dim) == (8, 4)
+    assert all(value > 0 for value in vae.config.latents_std)
+    assert vae.config.latents_std != [1.0] * 4
+    with torch.no_grad():
+        clip = torch.zeros(1, 3, 5, 32, 32)
+        z = vae.encode(clip).latent_dist.mode()
+        assert z.shape == (1, 4, 2, 4, 4)
+        assert vae.decode(z).sample.shape == clip.shape
+    assert (run / "reconstructions.png").is_file()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("psnr_objects" in name for row in rows for name in row)
+
+
+def test_the_export_is_a_plain_pipeline(text_run):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(text_run / "export")
+    pipe.set_progress_bar_config(disable=True)
+    defaults = json.loads((text_run / "export" / "postgen.json").read_text())
+    assert (defaults["width"], defaults["num_frames"], defaults["num_inference_steps"]) == (32, 17, 2)
+    frames = pipe(
+        "a red ball", height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=3.0, output_type="pt"
+    ).frames
+    assert frames.shape == (1, 5, 3, 32, 32)
+    assert frames.isfinite().all()
+    assert (text_run / "samples.png").is_file()
+
+
+def test_a_resumed_run_is_the_same_bit_by_bit(text_run, autoencoder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(text_run / "checkpoint-2", run / "checkpoint-2")
+    assert main([str(text_to_video(tmp_path, autoencoder)), "--resume"]) == 0
+    for name in PARTS:
+        assert (run / "checkpoint-4" / name).read_bytes() == (text_run / "checkpoint-4" / name).read_bytes(), name
+    weights = (text_run / "checkpoint-2" / PARTS[0]).read_bytes()
+    assert weights != (run / "checkpoint-4" / PARTS[0]).read_bytes()
