@@ -1,8 +1,9 @@
-"""Training step of Wan's autoencoder: frame chunks as diffusers runs them, against whole clips (native and folded convolutions).
+"""Training step of Wan's autoencoder: frame chunks as diffusers runs them, against whole clips (native and folded).
 
     python -m benchmarks.whole_clip [--batch 24] [--frames 17] [--steps 10] [--compile]
 
-Floor: the convolutions' multiply-adds at the bfloat16 rate of the device. Prints a table and writes benchmarks/results/whole_clip.json.
+Floor: the convolutions' multiply-adds at the bfloat16 rate of the device. Prints a table and writes
+benchmarks/results/whole_clip.json.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def main() -> None:
     rows = []
     for name, function in variants.items():
         seconds = seconds_per_step(function, vae, x, args.steps)
-        rows.append({"variant": name, "seconds": seconds, "speedup": (rows[0]["seconds"] if rows else seconds) / seconds})
+        rows.append(
+            {"variant": name, "seconds": seconds, "speedup": (rows[0]["seconds"] if rows else seconds) / seconds}
+        )
         print(f"{name:24s} {1000 * seconds:8.1f} ms  {rows[-1]['speedup']:.2f}x", flush=True)
-    settings = {key: value for key, value in vars(args).items()}
+    settings = dict(vars(args))
     write_result("whole_clip", {"settings": settings, "seed": 0, "rows": rows, "gates": []})
 
 

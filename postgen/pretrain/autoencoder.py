@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..training import Trainer, TrainingConfig
-from ..video import contact_sheet
+from postgen.training import Trainer, TrainingConfig
+from postgen.video import contact_sheet
+
 from .measure import masked_psnr
 from .pool import FIRST_TRAINING_SEED, Clips, dilated, render_clips, specs_of, to_model
 from .whole_clip import WholeClip
@@ -21,7 +22,7 @@ from .whole_clip import WholeClip
 
 @dataclass(kw_only=True)
 class AutoencoderConfig(TrainingConfig):
-    """Settings of the method; the batch size counts 17-frame clips, shorter clips come in proportionally larger batches.
+    """Settings of the method; the batch size counts 17-frame clips; shorter clips come in larger batches.
 
     Raises:
         UserError: a value outside its range.
@@ -71,7 +72,9 @@ class AutoencoderConfig(TrainingConfig):
         self.require(self.size % 8 == 0 and self.size >= 16, "size", "a multiple of 8, at least 16")
         self.require(len(self.dim_mult) == 3, "dim_mult", "three multipliers")
         self.require(self.pool_clips >= 8, "pool_clips", "at least 8")
-        self.require(0 <= self.image_until <= self.short_until <= 1, "image_until", "in [0, short_until], both within [0,1]")
+        self.require(
+            0 <= self.image_until <= self.short_until <= 1, "image_until", "in [0, short_until], both within [0,1]"
+        )
         self.require(self.eval_clips >= 2, "eval_clips", "at least 2")
 
 
@@ -99,6 +102,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
     config_class: ClassVar[type[TrainingConfig]] = AutoencoderConfig
 
     def build(self) -> Mapping[str, nn.Module]:
+        """A new autoencoder run on whole clips; also renders the clips to train on and to evaluate."""
         args = self.args
         self.vae = new_autoencoder(args.base_dim, args.dim_mult, args.z_dim)
         whole = WholeClip(self.vae, folded=args.folded, compiled=args.compile)
@@ -113,6 +117,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return {"autoencoder": whole}
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Loss of one batch of random clips; metrics: KL, squared error everywhere and on the bodies."""
         rgb, mask = self._draw()
         x = to_model(rgb)
         with self.accelerator.autocast():
@@ -121,7 +126,11 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         weight = mask[:, None]
         objects = (error.square() * weight).sum() / (weight.sum() * 3).clamp_min(1)
-        metrics: dict[str, float | Tensor] = {"kl": kl.detach(), "mse_objects": objects.detach(), "mse": error.square().mean()}
+        metrics: dict[str, float | Tensor] = {
+            "kl": kl.detach(),
+            "mse_objects": objects.detach(),
+            "mse": error.square().mean(),
+        }
         return loss + self.args.kl_weight * kl, metrics
 
     def _draw(self) -> tuple[Tensor, Tensor]:
@@ -154,13 +163,16 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return loss, error.detach()
 
     def evaluate(self) -> dict[str, float]:
+        """PSNR in dB on unseen scenes (everywhere, on the bodies, there in the last frame); writes a contact sheet."""
         x = to_model(self.held_out.rgb_NT3HW)
         y = torch.cat([self._reconstruct(part) for part in x.split(8)])
         mask = dilated(self.held_out.mask_NTHW)[:, None]
         if self.accelerator.is_main_process:
             rows = torch.cat((x[:4, :, ::4], y[:4, :, ::4]), 0).transpose(1, 2)
             sheet = ((rows.flatten(0, 1) + 1) / 2).float().cpu()
-            contact_sheet(sheet, self.args.folder / "reconstructions.png", columns=x[:, :, ::4].shape[2], limit=len(sheet))
+            contact_sheet(
+                sheet, self.args.folder / "reconstructions.png", columns=x[:, :, ::4].shape[2], limit=len(sheet)
+            )
         return {
             "psnr": masked_psnr(x, y, torch.ones_like(mask)),
             "psnr_objects": masked_psnr(x, y, mask),

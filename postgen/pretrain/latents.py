@@ -44,11 +44,12 @@ def build_pool(
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     parts = []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad():
         label = f"encoding {len(specs)} clips of {specs[0].num_frames} frames"
         for rgb, _ in render_in_batches(specs, settings.size, device, mask=False, label=label):
             for part in rgb.split(64):
-                z, _ = whole.encode(to_model(part))
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    z, _ = whole.encode(to_model(part))
                 parts.append(((z - mean) / std).to(torch.float16))
     wordings = [text for scene in scenes for text in scene.captions]
     ids = tokenize(tokenizer, wordings, settings.text_length).unflatten(0, (len(scenes), -1))

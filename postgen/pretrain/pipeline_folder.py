@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import world
-from ..video import contact_sheet
-from ..world.spec import FPS
+from postgen import world
+from postgen.video import contact_sheet
+from postgen.world.spec import FPS
 
 
 class ModelSettings(Protocol):
@@ -53,7 +53,7 @@ def make_pipeline(components: dict[str, Any], shift: float) -> Any:
     """A `WanPipeline` with an Euler flow-matching scheduler of the given shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    pipe = WanPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **components)
+    pipe: Any = WanPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -84,7 +84,7 @@ def evaluation_prompts(count: int) -> list[str]:
 
 @torch.no_grad()
 def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: torch.device) -> dict[str, float]:
-    """Sample the evaluation prompts, write their contact sheet into the run's folder and let the world's checker judge."""
+    """Sample the evaluation prompts, write their contact sheet into the run's folder and let the world judge them."""
     prompts = evaluation_prompts(settings.eval_prompts)
     pipe = make_pipeline(components, settings.shift)
     output = pipe(
@@ -105,7 +105,7 @@ def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: to
 
 def judged(clips_BF3HW: torch.Tensor, prompts: list[str]) -> dict[str, float]:
     """Shares of clips that the checker calls right, by attribute, and the mean score."""
-    from ..world.check import check_batch
+    from postgen.world.check import check_batch
 
     specs = [world.parse(prompt) for prompt in prompts]
     reports = check_batch(clips_BF3HW, [spec for spec in specs if spec is not None])

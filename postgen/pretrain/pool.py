@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import world
-from ..world import Spec
-from ..world.spec import Split
+from postgen import world
+from postgen.world import Spec
+from postgen.world.spec import Split
 
 #: Clips of the training split start here; evaluation uses seeds below it.
 FIRST_TRAINING_SEED = 1_000_000
@@ -68,7 +68,13 @@ class Clips:
 
 
 def render_in_batches(
-    specs: Sequence[Spec], size: int, device: torch.device | str, *, mask: bool, batch: int = 256, label: str = "rendering"
+    specs: Sequence[Spec],
+    size: int,
+    device: torch.device | str,
+    *,
+    mask: bool,
+    batch: int = 256,
+    label: str = "rendering",
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
     starts = range(0, len(specs), batch)

@@ -1,8 +1,8 @@
 """Text side of the embedded model: a tokenizer trained on captions, a small UMT5, and padding that costs nothing.
 
-Wan pads prompt embeddings with zeros to 512 tokens without a mask, so every padded key is the same. Attention over n equal
-keys is attention over one key with log(n) added to its score; `PaddedCrossAttention` uses that to train on the short
-sequence and still compute exactly what the pipeline computes with 512 tokens.
+Wan pads prompt embeddings with zeros to 512 tokens without a mask, so every padded key is the same. Attention over n
+equal keys is attention over one key with log(n) added to its score; `PaddedCrossAttention` uses that to train on the
+short sequence and still compute exactly what the pipeline computes with 512 tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> An
     """A `UMT5EncoderModel` with random weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    config = UMT5Config(
+    # is_gated_act and tie_word_embeddings are taken, but the declared signature lacks them.
+    config = UMT5Config(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         d_model=width,
         d_kv=width // heads,
@@ -84,7 +85,7 @@ def tokenize(tokenizer: Any, captions: list[str], length: int) -> Tensor:
 
 
 def encode_text(text_encoder: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, L+1, D), zero beyond each text as the pipeline pads them, and the score offset (B, L+1) of the keys.
+    """Embeddings (B, L+1, D), zero beyond each text as the pipeline pads them, and the keys' score offset (B, L+1).
 
     The offset is 0 for tokens, log(512 - n) for the first zero (it stands for all of them) and -inf behind it.
     """
@@ -122,6 +123,7 @@ class PaddedCrossAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
+        """Attention output (B, N, D) of video tokens (B, N, D) over text embeddings (B, S, D)."""
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         v = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)

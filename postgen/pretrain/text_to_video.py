@@ -1,4 +1,4 @@
-"""Method `text_to_video`: trains a Wan denoiser and its text encoder by flow matching on latents of the synthetic world.
+"""Method `text_to_video`: trains a Wan denoiser and its text encoder by flow matching on latents of the world.
 
 Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747), sigma logit-normal and shifted
 (arXiv:2403.03206, eq. 19 and section 5.3.2).
@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..training import Trainer, TrainingConfig
+from postgen.errors import UserError
+from postgen.training import Trainer, TrainingConfig
+
 from .latents import LatentPool, build_pool
 from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
 from .pool import FIRST_TRAINING_SEED, draw_scenes
@@ -32,7 +33,7 @@ class TextToVideoConfig(TrainingConfig):
     """
 
     autoencoder: str
-    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline folder that has one in `vae`."""
+    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline with one in `vae`."""
 
     size: int = 96
     """Height and width of the clips in pixels, a multiple of 16."""
@@ -97,7 +98,9 @@ class TextToVideoConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.size % 16 == 0, "size", "a multiple of 16")
-        self.require(bool(self.lengths) and all(n >= 5 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 5")
+        self.require(
+            bool(self.lengths) and all(n >= 5 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 5"
+        )
         self.require(len(self.length_weights) == len(self.lengths), "length_weights", "as many numbers as lengths")
         self.require(self.pool_clips >= len(self.lengths), "pool_clips", "at least one per length")
         self.require(self.shift >= 1, "shift", "at least 1")
@@ -106,7 +109,9 @@ class TextToVideoConfig(TrainingConfig):
         self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
         if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
-            raise UserError(f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml.")
+            raise UserError(
+                f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
+            )
 
 
 def load_autoencoder(folder: str) -> Any:
@@ -123,6 +128,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
     config_class: ClassVar[type[TrainingConfig]] = TextToVideoConfig
 
     def build(self) -> Mapping[str, nn.Module]:
+        """Denoiser and text encoder with random weights; also encodes the clips to train on."""
         args = self.args
         self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
         # The tokenizer does not depend on the pool, so weights stay usable with another pool.
@@ -148,6 +154,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return build_pool(scenes, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Flow-matching loss of one batch; metrics: its mean over noisy (sigma above 0.75) and cleaner clips."""
         args, batch = self.args, self.args.per_device_train_batch_size
         pool = random.choices(self.pools, args.length_weights)[0]
         x0, ids = pool.draw(batch, self.generator)
@@ -181,12 +188,14 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             block.attn2.processor = processor
 
     def evaluate(self) -> dict[str, float]:
+        """What `sample_sheet` measures on samples of the evaluation prompts; empty without prompts."""
         if not self.args.eval_prompts:
             return {}
         self._use(self.stock_processors)
         return sample_sheet(self.components(), self.args, self.device)
 
     def export(self, folder: Path) -> None:
+        """Write the pipeline folder."""
         self._use(self.stock_processors)
         write_pipeline(folder, self.components(), self.args)
 
@@ -201,7 +210,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
 
 
 def _wordings(seed: int) -> list[str]:
-    from .. import world
+    from postgen import world
 
     spec = world.sample(seed, split="all")
     return [world.caption(spec, seed), world.simple_caption(spec)]

@@ -1,8 +1,9 @@
-"""Wan's causal autoencoder on a whole clip at once: the function of `AutoencoderKLWan`, without its loop over frame chunks.
+"""Wan's causal autoencoder on a whole clip at once: the function of `AutoencoderKLWan` without its loop over chunks.
 
-`encode` and `decode` of diffusers walk through a clip four frames at a time with a cache of past features; for training that
-is thousands of small launches. Every layer but the temporal resampling is causal already, so the same values come from one
-pass. Unlike the stock decoder, no clamp stops the gradient at -1 and 1. Shapes: (B, C, T, H, W), T = 4n + 1.
+`encode` and `decode` of diffusers walk through a clip four frames at a time with a cache of past features; for
+training that is thousands of small launches. Every layer but the temporal resampling is causal already, so the same
+values come from one pass. Unlike the stock decoder, no clamp stops the gradient at -1 and 1. Shapes: (B, C, T, H, W),
+T = 4n + 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from postgen.errors import UserError
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ class WholeClip(nn.Module):
 
     Args:
         vae: the autoencoder; blocks of the residual kind (`is_residual=True`, Wan 2.2) are not supported.
-        folded: compute a 3x3x3 convolution as a 2-D one over three stacked frames; on GPUs often faster with few channels.
+        folded: compute a 3x3x3 convolution as a 2-D one over three stacked frames; often faster with few channels.
         compiled: fuse norm and activation with `torch.compile`.
 
     Raises:
@@ -56,7 +57,7 @@ class WholeClip(nn.Module):
         return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, z, 1 + (T-1)/4, h, w) of the latents, not normalised; log-variance within [-30, 20]."""
+        """Mean and log-variance (B, z, 1 + (T-1)/4, h, w) of the latents, not normalised; the latter in [-30, 20]."""
         if (x.shape[2] - 1) % 4:
             raise UserError(f"A clip for this autoencoder has 4n+1 frames, not {x.shape[2]}.")
         encoder: Any = self.encoder
@@ -93,12 +94,14 @@ class WholeClip(nn.Module):
         stacked = torch.cat([padded[:, i : i + frames] for i in range(3)], dim=2).flatten(0, 1)
         weight = conv.weight.transpose(1, 2).flatten(1, 2)
         y = F.conv2d(stacked.contiguous(memory_format=torch.channels_last), weight, conv.bias, padding=1)
-        return y.unflatten(0, (-1, frames)).transpose(1, 2)
+        clip: Tensor = y.unflatten(0, (-1, frames)).transpose(1, 2)
+        return clip
 
     def _residual(self, block: Any, x: Tensor) -> Tensor:
         shortcut = block.conv_shortcut(x)
         h = self._conv(block.conv1, self._norm_silu(x, block.norm1.gamma))
-        return self._conv(block.conv2, self._norm_silu(h, block.norm2.gamma)) + shortcut
+        h = self._conv(block.conv2, self._norm_silu(h, block.norm2.gamma))
+        return h + shortcut  # type: ignore[no-any-return]
 
     def _middle(self, block: Any, x: Tensor) -> Tensor:
         x = self._residual(block.resnets[0], x)
@@ -134,4 +137,5 @@ class WholeClip(nn.Module):
 
 def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     frames = x.shape[2]
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
+    clip: Tensor = layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
+    return clip

@@ -16,7 +16,7 @@ FOCAL = 2.77
 
 
 def project_point(point: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Project a world point with the first camera: (u, v, depth); u right and v down in half picture heights, depth in m."""
+    """Project a world point with the first camera: (u, v, depth); u right, v down in half heights, depth in m."""
     forward, right, up = _FIRST_AXES
     x, y, z = point[0] - POSITION[0], point[1] - POSITION[1], point[2] - POSITION[2]
     depth = forward[0] * x + forward[1] * y + forward[2] * z

@@ -27,7 +27,8 @@ def _any(words: dict[str, str]) -> str:
 
 
 _NOUN = re.compile(rf"(?:\b({_any(_SIZE)})\s+)?\b({_any(_COLOUR)})\s+({_any(_SHAPE)})s?\b")
-#: Looser readings of the verbs, tried after the exact phrases; the order matters (a two-body event names a direction too).
+_GOES = "to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding"
+#: Readings of the verbs, tried before the phrases; the order matters (a two-body event names a direction too).
 _LOOSE: tuple[tuple[str, str], ...] = (
     ("passes behind", r"\bbehind\b"),
     ("collides", r"\b(hit|hits|hitting|collid\w+|bump\w*|crash\w*|knock\w*)\b|\binto (an? |the )?\{other\}"),
@@ -35,8 +36,14 @@ _LOOSE: tuple[tuple[str, str], ...] = (
     ("falls", r"\b(fall\w*|drop\w*|lands?)\b"),
     ("moves closer", r"\b(closer|nearer|approach\w*|towards? the (camera|viewer)|forward)\b"),
     ("moves away", r"\b(away|distance|reced\w*|back(ward)?s?)\b"),
-    ("moves left", r"\b(leftwards?|from right to left|(to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding) left)\b"),
-    ("moves right", r"\b(rightwards?|from left to right|(to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding) right)\b"),
+    (
+        "moves left",
+        rf"\b(leftwards?|from right to left|({_GOES}) left)\b",
+    ),
+    (
+        "moves right",
+        rf"\b(rightwards?|from left to right|({_GOES}) right)\b",
+    ),
     ("stays", r"\b(stays?|stands?|still|rests?|resting|remains?|not move|in place|motionless)\b"),
 )
 
@@ -44,8 +51,9 @@ _LOOSE: tuple[tuple[str, str], ...] = (
 def parse(prompt: str) -> Spec | None:
     """Read a prompt as a scene with a fixed layout, or None when it names no body of the world.
 
-    A body is "[size] colour shape"; what follows it up to the next one that is not its partner says what it does. Without a
-    known verb it stays. When the wishes cannot be laid out together (more than three bodies, say), None as well.
+    A body is "[size] colour shape"; what follows it up to the next one that is not its partner says what it does.
+    Without a known verb it stays. When the wishes cannot be laid out together (more than three bodies, say), None
+    as well.
 
     Args:
         prompt: any text.

@@ -1,4 +1,4 @@
-"""Motion of the bodies: gravity, bouncing floor, rolling, collisions, walls; batched over scenes and integrated in torch."""
+"""Motion of the bodies: gravity, bouncing floor, rolling, collisions, walls; batched over scenes, in torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from postgen.errors import UserError
+
 from .plan import GRAVITY
 from .spec import Body, Spec
 
@@ -22,8 +23,8 @@ _COLLISION_RESTITUTION = 0.9
 class Motion:
     """State of every body at every frame (B scenes, F frames, K body slots; an absent body lies 1 km away).
 
-    `positions_BFK3` in metres, `rotations_BFK33` body to world, `contacts` (frame, body, what) per scene: what is -1 for the
-    floor, -2 for a wall, else the other body.
+    `positions_BFK3` in metres, `rotations_BFK33` body to world, `contact_BFK` int8: since the frame before, bit 1 is a
+    landing on the floor, bit 2 a hit between bodies.
     """
 
     positions_BFK3: Tensor

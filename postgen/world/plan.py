@@ -6,10 +6,25 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import UserError
+from postgen.errors import UserError
+
 from .camera import FOCAL, project_point
-from .spec import BACKGROUNDS, CAMERAS, COLOURS, EVENTS, FPS, PAIR_EVENTS, SHAPES, SIZES, Body, Spec, Split, is_held_out
+from .spec import (
+    BACKGROUNDS,
+    CAMERAS,
+    COLOURS,
+    EVENTS,
+    FPS,
+    PAIR_EVENTS,
+    SHAPES,
+    SIZES,
+    Body,
+    Spec,
+    Split,
+    is_held_out,
+)
 
 GRAVITY = 2.5
 """m/s^2. Slower than on earth, so that a fall at 8 frames a second moves a few pixels a frame at 96 px."""
@@ -60,7 +75,7 @@ def sample(
         num_bodies: 1 to 3; None draws 1 (50 %), 2 (40 %) or 3.
         event: event of the first body; None draws one.
         camera: name from `CAMERAS`; None draws "static" in 80 %. A camera other than static films bodies that stay.
-        split: "train" never holds a held-out (colour, shape, event), "held_out" always holds one, "all" ignores the split.
+        split: "train" never holds a held-out (colour, shape, event), "held_out" always holds one, "all" may.
 
     Raises:
         UserError: an argument outside these ranges.
@@ -78,7 +93,9 @@ def sample(
         spec = arrange(wishes, rng, num_frames=num_frames, camera=chosen)
         if spec is not None:
             return spec
-    raise UserError(f"No scene found for num_frames={num_frames}, event={event!r}, camera={camera!r}, split={split!r}.")
+    raise UserError(
+        f"No scene found for num_frames={num_frames}, event={event!r}, camera={camera!r}, split={split!r}."
+    )
 
 
 def _draw(
@@ -89,7 +106,9 @@ def _draw(
     chosen = camera or (rng.choice(CAMERAS[1:]) if event in (None, "stays") and rng.random() < 0.2 else "static")
     known = eligible_events(num_frames, count)
     if event is not None and event not in known:
-        raise UserError(f"Event {event!r} with {count} bodies in {num_frames} frames: possible are {', '.join(known)}.")
+        raise UserError(
+            f"Event {event!r} with {count} bodies in {num_frames} frames: possible are {', '.join(known)}."
+        )
     colours = rng.sample(list(COLOURS), count)
     wishes = []
     for index, colour in enumerate(colours):
@@ -109,8 +128,8 @@ def _draw(
 def arrange(wishes: Sequence[Wish], rng: random.Random, *, num_frames: int, camera: str = "static") -> Spec | None:
     """Find places and speeds for what is wished, or None when nothing fits.
 
-    Every body stays in the picture, is at least 13 px wide at 96 px and is never mostly hidden by another one, except where
-    the event says so.
+    Every body stays in the picture, is at least 13 px wide at 96 px and is never mostly hidden by another one, except
+    where the event says so.
     """
     duration = (num_frames - 1) / FPS
     for _ in range(_TRIES):
@@ -145,9 +164,9 @@ def _bodies(wishes: Sequence[Wish], rng: random.Random, duration: float) -> list
     return [b for b in bodies if b is not None]
 
 
-def _body(wish: Wish, rng: random.Random, size: str, x: float, y: float, **motion: object) -> Body:
+def _body(wish: Wish, rng: random.Random, size: str, x: float, y: float, **motion: Any) -> Body:
     probe = Body(colour=wish.colour, shape=wish.shape, size=size)
-    lift = float(motion.pop("lift", 0.0))  # type: ignore[arg-type]
+    lift = float(motion.pop("lift", 0.0))
     yaw = rng.uniform(0.15, 0.6) * rng.choice((-1, 1)) if wish.shape == "cube" else 0.0
     return replace(
         probe, event=wish.event, partner=wish.partner, position=(x, y, probe.half_height + lift), yaw=yaw, **motion

@@ -1,7 +1,8 @@
 """Analytic ray casting of spheres, upright boxes and upright cylinders over a floor, batched in plain torch.
 
-Suffixes: M pictures, P rays of a picture, K body slots, N (picture, body) pairs of one shape. Rays have forward component 1,
-so the ray parameter t is the depth along the optical axis. Shapes are looked up on the host, so nothing waits for the GPU.
+Suffixes: M pictures, P rays of a picture, K body slots, N (picture, body) pairs of one shape. Rays have forward
+component 1, so the ray parameter t is the depth along the optical axis. Shapes are looked up on the host, so nothing
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FLOOR, BACKDROP = -1, -2
 
 @dataclass(slots=True)
 class Solids:
-    """Geometry of the bodies in M pictures. `members`: per shape, the picture and slot indices (N,) where it occurs."""
+    """Geometry of the bodies in M pictures. `members`: per shape, picture and slot indices (N,) where it occurs."""
 
     centre_MK3: Tensor
     radius_MK: Tensor
@@ -30,7 +31,7 @@ class Solids:
 
 
 def camera_rays(rotation_M33: Tensor, size: int, supersample: int) -> tuple[Tensor, Tensor, Tensor]:
-    """World directions (x, y, z), each (M, P) with P = (size * supersample)^2, through the centres of the sub-pixels."""
+    """World directions (x, y, z), each (M, P) with P = (size * supersample)^2, through the sub-pixels' centres."""
     n = size * supersample
     steps = (torch.arange(n, device=rotation_M33.device, dtype=torch.float32) + 0.5) * (2.0 / n) - 1.0
     v, u = torch.meshgrid(steps / FOCAL, steps / FOCAL, indexing="ij")
@@ -39,7 +40,9 @@ def camera_rays(rotation_M33: Tensor, size: int, supersample: int) -> tuple[Tens
     return world[0], world[1], world[2]
 
 
-def nearest(origin: tuple[Tensor, Tensor, Tensor], ray: tuple[Tensor, Tensor, Tensor], solids: Solids) -> tuple[Tensor, Tensor]:
+def nearest(
+    origin: tuple[Tensor, Tensor, Tensor], ray: tuple[Tensor, Tensor, Tensor], solids: Solids
+) -> tuple[Tensor, Tensor]:
     """First hit of every ray: depth t (M,P), `FAR` if none, and body slot (M,P) or -1.
 
     Args:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from postgen.errors import UserError
+
 from .camera import FOCAL, camera_path
 from .physics import Motion, Simulation
 from .raycast import BACKDROP, FAR, FLOOR, Solids, camera_rays, nearest, normals
@@ -26,12 +28,12 @@ _RAYS_AT_ONCE = {"cpu": 24_000_000, "cuda": 160_000_000}
 
 @dataclass(slots=True)
 class Frames:
-    """What the renderer gives for B scenes and F frames (`flow` has one frame less, `None` where it was not asked for).
+    """What the renderer gives for B scenes and F frames (`flow` has one less; `None` where not asked for).
 
     rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8, 0 for
-    floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next, exact at every
-    pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down, forward) and position.
-    positions_BFK3: centres of the bodies in metres.
+    floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next, exact at
+    every pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down, forward),
+    position. positions_BFK3: centres of the bodies in metres.
     """
 
     rgb_BF3HW: Tensor
@@ -121,7 +123,13 @@ def _without_first(frames: Frames) -> Frames:
 
 
 def _render_motion(
-    specs: Sequence[Spec], motion: Motion, start: int, size: int, supersample: int, geometry: bool, device: torch.device | str
+    specs: Sequence[Spec],
+    motion: Motion,
+    start: int,
+    size: int,
+    supersample: int,
+    geometry: bool,
+    device: torch.device | str,
 ) -> Frames:
     frames = motion.positions_BFK3.shape[1]
     poses = [camera_path(spec, start, start + frames, device) for spec in specs]
@@ -150,13 +158,15 @@ class _Scene:
         self.device = position.device
         self.solids = self._solids()
 
-    def _repeat(self, values: list[object]) -> Tensor:
+    def _repeat(self, values: Sequence[Any]) -> Tensor:
         """A value per scene (nested lists) -> tensor with one row per picture."""
         return torch.tensor(values, device=self.device).repeat_interleave(self.frames, 0)
 
     def _solids(self) -> Solids:
         slots = self.motion.positions_BFK3.shape[2]
-        shapes = [[SHAPES.index(s.bodies[k].shape) if k < len(s.bodies) else -1 for k in range(slots)] for s in self.specs]
+        shapes = [
+            [SHAPES.index(s.bodies[k].shape) if k < len(s.bodies) else -1 for k in range(slots)] for s in self.specs
+        ]
         radii = [[s.bodies[k].radius if k < len(s.bodies) else 0.0 for k in range(slots)] for s in self.specs]
         yaws = [[s.bodies[k].yaw if k < len(s.bodies) else 0.0 for k in range(slots)] for s in self.specs]
         members = []
@@ -189,7 +199,7 @@ class _Scene:
         t, slot, point, ray = self._trace(size, supersample)
         normal = normals((point[0], point[1], point[2]), slot, self.solids)
         light = self._light()
-        facing = sum(n * v for n, v in zip(normal, light, strict=True))
+        facing = normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2]
         shadow_from = tuple((p + 2e-3 * n).clamp(-1e3, 1e3) for p, n in zip(point, normal, strict=True))
         blocked, _ = nearest((shadow_from[0], shadow_from[1], shadow_from[2]), light, self.solids)
         lit = torch.where(blocked < FAR, 0.0, facing.clamp_min(0))
@@ -210,7 +220,8 @@ class _Scene:
         rgb = torch.stack(channels, 1).reshape(-1, 3, n, n).clamp(0, 1)
         if supersample > 1:
             rgb = torch.nn.functional.avg_pool2d(rgb, supersample)
-        return rgb.unflatten(0, (-1, self.frames))
+        clips: Tensor = rgb.unflatten(0, (-1, self.frames))
+        return clips
 
     def _light(self) -> tuple[Tensor, Tensor, Tensor]:
         table = self._repeat([list(s.light) for s in self.specs])
@@ -244,7 +255,9 @@ class _Scene:
         position = self.position.unflatten(0, (scenes, self.frames))
         offset = moved - position[:, 1:, None]
         direction = torch.stack(ray, -1).unflatten(0, (scenes, self.frames))[:, :-1]
-        offset = torch.where((slot == BACKDROP).unflatten(0, (scenes, self.frames))[:, :-1, :, None], direction, offset)
+        offset = torch.where(
+            (slot == BACKDROP).unflatten(0, (scenes, self.frames))[:, :-1, :, None], direction, offset
+        )
         seen = torch.einsum("bfij,bfpj->bfpi", rotation[:, 1:], offset)
         pixel = (seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * FOCAL + 1.0) * (size / 2)
         steps = torch.arange(size, device=self.device) + 0.5

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..errors import UserError
+from postgen.errors import UserError
 
-#: Linear-light-free albedo (RGB in [0,1]) of the eight named colours; saturated, while everything else in the world is grey-ish.
+#: Linear-light-free albedo (RGB in [0,1]) of the eight named colours; saturated, while all else is grey-ish.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
     "orange": (0.98, 0.50, 0.05),
@@ -62,7 +62,7 @@ Split = Literal["train", "held_out", "all"]
 
 
 def is_held_out(colour: str, shape: str, event: str) -> bool:
-    """Whether training never sees this (colour, shape, event): one colour of each (shape, event), so every word is seen.
+    """Whether training never sees this (colour, shape, event): one colour of each (shape, event); every word is seen.
 
     Args:
         colour, shape, event: names from `COLOURS`, `SHAPES`, `EVENTS`.
@@ -103,7 +103,9 @@ class Body:
         _check("size", self.size, tuple(SIZES))
         _check("event", self.event, EVENTS)
         if (self.partner is not None) != (self.event in PAIR_EVENTS):
-            raise UserError(f"Event {self.event!r} with partner {self.partner!r}: a partner goes with {PAIR_EVENTS} only.")
+            raise UserError(
+                f"Event {self.event!r} with partner {self.partner!r}: a partner goes with {PAIR_EVENTS} only."
+            )
 
     @property
     def radius(self) -> float:
@@ -144,7 +146,7 @@ class Spec:
     light: tuple[float, float] = (-0.9, 0.95)
     #: Phases of the floor's low-frequency pattern, in radians.
     floor_phase: tuple[float, float] = (0.0, 0.0)
-    #: Length that the motion was planned for; a clip may be longer (bodies turn at the arena's walls, the camera goes back).
+    #: Length that the motion was planned for; a clip may be longer (bodies turn at walls, the camera goes back).
     num_frames: int = 17
     fps: int = FPS
 
@@ -155,7 +157,9 @@ class Spec:
         _check("background", self.background, tuple(BACKGROUNDS))
         for index, body in enumerate(self.bodies):
             if body.partner is not None and (body.partner == index or not 0 <= body.partner < len(self.bodies)):
-                raise UserError(f"Body {index} has partner {body.partner}, but the bodies are 0..{len(self.bodies) - 1}.")
+                raise UserError(
+                    f"Body {index} has partner {body.partner}, but the bodies are 0..{len(self.bodies) - 1}."
+                )
 
     @property
     def held_out(self) -> bool:
@@ -175,9 +179,12 @@ class Spec:
         """
         try:
             bodies = tuple(
-                Body(**{**b, "position": tuple(b["position"]), "velocity": tuple(b["velocity"])}) for b in data["bodies"]
+                Body(**{**b, "position": tuple(b["position"]), "velocity": tuple(b["velocity"])})
+                for b in data["bodies"]
             )
-            rest = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "bodies"}
+            rest: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "bodies"
+            }
             return cls(bodies=bodies, **rest)
         except (KeyError, TypeError) as error:
             raise UserError(f"Not a world spec: {error}. Write one with Spec.to_dict().") from None

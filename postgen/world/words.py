@@ -27,8 +27,8 @@ COLOUR_SYNONYMS: dict[str, str] = {
     "magenta": "pink",
 }
 
-#: At least five ways of saying each event. {roll} is "rolls" for a ball and "slides" for the others; {other} is the partner,
-#: {side} the way it goes.
+#: At least five ways of saying each event. {roll} is "rolls" for a ball and "slides" for the others; {other} is the
+#: partner, {side} the way it goes.
 EVENT_PHRASES: dict[str, tuple[str, ...]] = {
     "moves left": (
         "moves left",
@@ -103,8 +103,20 @@ PLACE_PHRASES: dict[str, tuple[str, ...]] = {
 }
 CAMERA_PHRASES: dict[str, tuple[str, ...]] = {
     "static": ("static camera", "the camera stays still", "fixed camera", "still camera", "the camera does not move"),
-    "pan left": ("the camera pans left", "camera pan left", "panning left", "the camera turns left", "pan to the left"),
-    "pan right": ("the camera pans right", "camera pan right", "panning right", "the camera turns right", "pan to the right"),
+    "pan left": (
+        "the camera pans left",
+        "camera pan left",
+        "panning left",
+        "the camera turns left",
+        "pan to the left",
+    ),
+    "pan right": (
+        "the camera pans right",
+        "camera pan right",
+        "panning right",
+        "the camera turns right",
+        "pan to the right",
+    ),
     "orbit left": (
         "the camera orbits left",
         "orbit left",
@@ -120,7 +132,13 @@ CAMERA_PHRASES: dict[str, tuple[str, ...]] = {
         "the camera goes around to the right",
     ),
     "dolly in": ("the camera moves in", "dolly in", "the camera dollies in", "zooming in", "the camera comes nearer"),
-    "dolly out": ("the camera moves out", "dolly out", "the camera dollies out", "zooming out", "the camera backs off"),
+    "dolly out": (
+        "the camera moves out",
+        "dolly out",
+        "the camera dollies out",
+        "zooming out",
+        "the camera backs off",
+    ),
     "dolly return": (
         "the camera moves in and back",
         "dolly in and back",
