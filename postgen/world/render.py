@@ -30,10 +30,10 @@ _RAYS_AT_ONCE = {"cpu": 24_000_000, "cuda": 160_000_000}
 class Frames:
     """What the renderer gives for B scenes and F frames (`flow` has one less; `None` where not asked for).
 
-    rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8, 0 for
-    floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next, exact at
-    every pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down, forward),
-    position. positions_BFK3: centres of the bodies in metres.
+    rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8,
+    0 for floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next,
+    exact at every pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down,
+    forward), position. positions_BFK3: centres of the bodies in metres.
     """
 
     rgb_BF3HW: Tensor
