@@ -64,6 +64,7 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
     text_encoder = copy.deepcopy(components["text_encoder"]).to("cpu", torch.float32)
     pipe = make_pipeline({**components, **half, "text_encoder": text_encoder}, settings.shift)
     pipe.save_pretrained(folder)
+    _name_tokenizer_class(folder)
     defaults = {
         "width": settings.size,
         "height": settings.size,
@@ -74,6 +75,12 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
         "dtype": "float32",
     }
     (folder / "postgen.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def _name_tokenizer_class(folder: Path) -> None:
+    """Write the class name that transformers 4 and 5 both know; transformers 5 saves a name of its own."""
+    for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def evaluation_prompts(count: int) -> list[str]:

@@ -59,9 +59,9 @@ def predict(pipe, x, sigma, hidden, offset=None):
         processor.set(offset, torch.float32)
         for block in blocks:
             block.attn2.processor = processor
-    result = pipe.transformer(
-        hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
-    )[0]
+    result = pipe.transformer(hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False)[
+        0
+    ]
     for block, processor in zip(blocks, kept, strict=True):
         block.attn2.processor = processor
     return result
