@@ -137,14 +137,14 @@ def true_rows(make: Maker, clips: int, quick: bool) -> tuple[dict[str, Any], lis
         "true": {**shares(reports), "wrong": wrong_ones(reports, specs, -(-clips // len(EVENTS)))},
         "softened": shares(check_batch(spoil.softened(plain, 1), specs)),
     }
-    few = specs[:: 6 if quick else 3]
+    few = specs[::6]
     for size in (64, 128):
         other = Maker(make.device, size, make.supersample)(few)
         rows[f"{size} px"] = shares(check_batch(other, few))
     for frames in (9, 33):
-        longer = scenes(4 if quick else 25, frames, 50)
+        longer = scenes(4 if quick else 12, frames, 50)
         rows[f"{frames} frames"] = shares(check_batch(make(longer, frames), longer))
-    filmed = [world.sample(70 + k, camera=CAMERAS[1 + k % 7], split="all") for k in range(7 if quick else 105)]
+    filmed = [world.sample(70 + k, camera=CAMERAS[1 + k % 7], split="all") for k in range(7 if quick else 63)]
     rows["moving camera"] = shares(check_batch(make(filmed), filmed))
     return rows, specs, plain
 
@@ -196,8 +196,10 @@ def show(title: str, rows: dict[str, Any]) -> None:
     Console(width=120).print(table)
 
 
-def gates(true: dict[str, Any], spoilt: dict[str, Any], gaming: dict[str, float], rate: float) -> list[dict[str, Any]]:
-    """The numbers asked for, as gates."""
+def gates(
+    true: dict[str, Any], spoilt: dict[str, Any], gaming: dict[str, float], rate: float | None
+) -> list[dict[str, Any]]:
+    """The numbers asked for, as gates; `rate` counts only where it was measured on a GPU."""
     result = [gate(name, true["true"][name], ">=", 0.98) for name in ATTRIBUTES]
     result += [gate(f"clips_{name}", true["true"][f"n_{name}"], ">=", 300) for name in ATTRIBUTES]
     for kind, (wrong, stay, _) in CORRUPTIONS.items():
@@ -210,15 +212,21 @@ def gates(true: dict[str, Any], spoilt: dict[str, Any], gaming: dict[str, float]
     return result
 
 
-def main() -> None:
-    """Calibrate and print; write the result file unless --quick."""
+def options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few clips, no result file")
     parser.add_argument("--clips", type=int, default=720, help="true clips (default: 720)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
     parser.add_argument("--output", default="world_check", help="name or path of the result file")
-    args = parser.parse_args()
-    make = Maker(args.device)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Calibrate and print; write the result file unless --quick."""
+    args = options()
+    make = Maker(args.device, supersample=args.supersample)
     true, specs, clips = true_rows(make, 36 if args.quick else args.clips, args.quick)
     show("true clips: share called right", true)
     part = slice(None, None, 1 if args.quick else 3)
@@ -229,14 +237,13 @@ def main() -> None:
     for name, value in gaming.items():
         print(f"{name:36s} {value:.3f}")
     print(f"{rate:.1f} clips/s on {args.device}")
-    rows = gates(true, spoilt, gaming, rate)
     print("true clips not called right:", *true["true"]["wrong"], sep="\n  ")
+    rows = gates(true, spoilt, gaming, rate if clips.is_cuda else None)
     print(f"{sum(r['ok'] for r in rows)} of {len(rows)} gates met:", *[r["name"] for r in rows if not r["ok"]])
     if not args.quick:
-        settings = {"clips": len(specs), "frames": FRAMES, "size": 96, "device": args.device}
-        write_result(
-            args.output, {"settings": settings, "true": true, "spoilt": spoilt, "gaming": gaming, "gates": rows}
-        )
+        settings = {"clips": len(specs), "frames": FRAMES, "size": make.size, "supersample": make.supersample}
+        tables = {"true": true, "spoilt": spoilt, "gaming": gaming, "clips_per_second": rate}
+        write_result(args.output, {"settings": {**settings, "device": args.device}, **tables, "gates": rows})
 
 
 if __name__ == "__main__":

@@ -61,12 +61,15 @@ class Way:
 
 
 def ways(track: Track) -> list[Way]:
-    """The way through all frames where the body is seen and, if those are most, where its outline is clean.
+    """The way through all frames where the body is seen and, if those are most, where it is nearly whole or clean.
 
-    Something that passes in front moves the centroid of what is left, so a test may take the better one.
+    Something that passes in front moves the centroid of what is left, so a test may take the best one.
     """
-    clean = track.clean()
-    return [way(track, track.visible())] + ([way(track, clean)] if len(clean) >= 0.6 * len(track.pieces) else [])
+    visible = track.visible()
+    full = float(np.percentile([p.area for p in track.pieces if p is not None], 85))
+    most = [f for f in visible if (p := track.pieces[f]) is not None and p.area >= 0.65 * full]
+    choices = [frames for frames in (most, track.clean()) if len(frames) >= 0.6 * len(track.pieces)]
+    return [way(track, frames) for frames in (visible, *choices)]
 
 
 def way(track: Track, frames: list[int]) -> Way:
@@ -74,17 +77,22 @@ def way(track: Track, frames: list[int]) -> Way:
     pieces = [p for p in (track.pieces[f] for f in frames) if p is not None]
     area = np.array([p.area for p in pieces])
     size = float(np.sqrt(np.median(area)))
-    points = [(f, p.x, p.y) for f, p in enumerate(track.pieces) if p is not None]
-    steps = [np.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
     present = track.seen | np.array(track.hidden or [False] * len(track.pieces))
     return Way(
         x=np.array([p.x for p in pieces]) / size,
         y=np.array([p.y for p in pieces]) / size,
         s=0.5 * np.log(area),
         count=len(track.pieces),
-        step=max(steps, default=0.0) / JUMP,
+        step=_leap(track, track.visible()),
         seen=float(present.mean()),
     )
+
+
+def _leap(track: Track, frames: list[int]) -> float:
+    """Largest move from a frame to the next among the given ones, in allowed steps."""
+    points = [(f, p.x, p.y) for f in frames if (p := track.pieces[f]) is not None]
+    steps = [float(np.hypot(b[1] - a[1], b[2] - a[2])) / (b[0] - a[0]) for a, b in pairwise(points)]
+    return max(steps, default=0.0) / JUMP
 
 
 def _net(value: Array) -> float:
@@ -236,7 +244,9 @@ def passes_behind(first: Track, second: Track) -> float:
         ramp(sign * side[-1], 0.0, 0.6),
         ramp(float(areas.min()) / full, 0.9, 0.4),
         ramp(float(held.min() / np.median(held)), 0.6, 0.95),
-        w.steady,
+        # Slivers at either side of the front body lie further apart than a body moves in a frame.
+        ramp(_leap(first, first.clean()), 1.2, 0.8),
+        ramp(w.seen, 0.5, 0.9),
     )
 
 
