@@ -229,10 +229,13 @@ write_video({str(tmp_path / "v.mp4")!r}, frames(), fps=16)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    assert process.stdout.readline() == b"going\n"
-    time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=20)
+    try:
+        assert process.stdout.readline() == b"going\n"
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert b"KeyboardInterrupt" in error
     assert leftovers(tmp_path) == []
 
