@@ -82,6 +82,10 @@ def sample(
     """
     if num_frames < 5:
         raise UserError(f"A scene needs at least 5 frames to show an event, not {num_frames}.")
+    if split not in ("train", "held_out", "all"):
+        raise UserError(f"Unknown split {split!r}. Known: train, held_out, all.")
+    if event not in (None, "stays") and camera not in (None, "static"):
+        raise UserError(f"Event {event!r} with camera {camera!r}: a camera that moves films bodies that stay.")
     if num_bodies is not None and not 1 <= num_bodies <= 3:
         raise UserError(f"num_bodies must be 1, 2 or 3, not {num_bodies}.")
     rng = random.Random(f"postgen-world-{seed}-{num_frames}-{num_bodies}-{event}-{camera}-{split}")

@@ -94,7 +94,7 @@ class Body:
     position: tuple[float, float, float] = (0.0, 0.0, 0.6)
     velocity: tuple[float, float, float] = (0.0, 0.0, 0.0)
     yaw: float = 0.0
-    #: Share of the vertical speed that is kept at the floor, in [0,1].
+    #: Share of the vertical speed that is kept at the floor, in [0,1]; up to 0.5 a body lands and rests.
     restitution: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,6 +102,8 @@ class Body:
         _check("shape", self.shape, SHAPES)
         _check("size", self.size, tuple(SIZES))
         _check("event", self.event, EVENTS)
+        if not 0 <= self.restitution <= 1:
+            raise UserError(f"restitution is {self.restitution}, it must be in [0, 1].")
         if (self.partner is not None) != (self.event in PAIR_EVENTS):
             raise UserError(
                 f"Event {self.event!r} with partner {self.partner!r}: a partner goes with {PAIR_EVENTS} only."
@@ -153,6 +155,8 @@ class Spec:
     def __post_init__(self) -> None:
         if not 1 <= len(self.bodies) <= 4:
             raise UserError(f"A spec has 1 to 4 bodies, not {len(self.bodies)}.")
+        if self.fps < 1 or self.num_frames < 1:
+            raise UserError(f"fps={self.fps}, num_frames={self.num_frames}: both must be at least 1.")
         _check("camera", self.camera, CAMERAS)
         _check("background", self.background, tuple(BACKGROUNDS))
         for index, body in enumerate(self.bodies):

@@ -133,3 +133,22 @@ def test_specs_that_are_refused():
         Spec.from_dict({"camera": "static"})
     with pytest.raises(UserError, match=r"Not a world spec.*weather"):
         Spec.from_dict({**Spec(bodies=(BALL,)).to_dict(), "weather": "rain"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "bogus"}, "Known: train, held_out, all"),
+        ({"event": "bounces", "camera": "pan left"}, "bodies that stay"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        world.sample(0, **arguments)
+
+
+def test_numbers_of_a_spec_are_checked():
+    with pytest.raises(UserError, match="restitution is 7"):
+        world.Body(colour="red", shape="ball", restitution=7.0)
+    with pytest.raises(UserError, match="fps=0"):
+        world.Spec(bodies=(world.Body(colour="red", shape="ball"),), fps=0)
