@@ -11,7 +11,17 @@ from typing import NamedTuple
 
 import postgen
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "trl", "triton", "imageio-ffmpeg")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "trl",
+    "triton",
+    "imageio-ffmpeg",
+)
 
 
 class Finding(NamedTuple):
