@@ -96,7 +96,7 @@ def corrupted(kind: str, specs: Sequence[Spec], clips: Tensor, make: Maker) -> t
     if kind == "frozen":
         return kept, torch.stack([spoil.frozen(c) for c in true])
     if kind == "blurred to nothing":
-        return kept, spoil.blurred(true, 6.0)
+        return kept, torch.stack([spoil.blurred(c, 6.0) for c in true])
     new = make([s for i in rows if (s := changed[i]) is not None], clips.shape[1])
     if kind in ("removed half-way", "teleported"):
         return kept, torch.stack([spoil.spliced(a, b) for a, b in zip(true, new, strict=True)])
@@ -132,10 +132,11 @@ def true_rows(make: Maker, clips: int, quick: bool) -> tuple[dict[str, Any], lis
     """Accuracy on true clips: the plain case, softened, other sizes, lengths and cameras."""
     specs = scenes(-(-clips // len(EVENTS)))
     plain = make(specs)
+    soft = torch.stack([spoil.softened(clip, k) for k, clip in enumerate(plain)])
     reports = check_batch(plain, specs)
     rows = {
         "true": {**shares(reports), "wrong": wrong_ones(reports, specs, -(-clips // len(EVENTS)))},
-        "softened": shares(check_batch(spoil.softened(plain, 1), specs)),
+        "softened": shares(check_batch(soft, specs)),
     }
     few = specs[::6]
     for size in (64, 128):
