@@ -178,3 +178,16 @@ def test_bad_input_is_refused(shape, prompt, message):
 def test_as_many_specs_as_clips():
     with pytest.raises(UserError, match="2 clips and 1 specs"):
         check_batch(torch.zeros(2, 5, 3, 64, 64), ["a red ball stays"])
+
+
+@pytest.mark.parametrize("event", ["collides", "passes behind"])
+def test_two_bodies_that_are_never_seen_together_are_judged(make, event):
+    """A model may turn one body into the other: the pair's event is wrong, and nothing breaks."""
+    spec = world.sample(7, event=event, num_bodies=2, camera="static", split="all")
+    alone = [
+        world.Spec(bodies=(replace(b, event="stays", partner=None, velocity=(0.0, 0.0, 0.0)),)) for b in spec.bodies
+    ]
+    first, second = make(alone)
+    report = check(torch.cat((first[:9], second[9:])), spec)
+    assert report.event is False
+    assert not report.all_right

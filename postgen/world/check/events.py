@@ -234,6 +234,9 @@ def passes_behind(first: Track, second: Track) -> float:
         for f in range(len(first.pieces))
         if first.pieces[f] is not None and second.pieces[f] is not None
     ]
+    if not side:
+        # Never in the picture together, as in a clip where one turns into the other.
+        return 0.0
     sign = float(np.sign(w.dx))
     areas = np.array([0.0 if p is None else p.area for p in first.pieces])
     full = float(np.percentile(areas, 85))
