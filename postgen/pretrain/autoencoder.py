@@ -136,7 +136,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Bytes (B,T,3,H,W) and dilated mask (B,T,H,W) of random clips; their length follows the run's progress."""
         args, batch = self.args, self.args.per_device_train_batch_size
-        done = self.global_step / args.max_steps
+        done = self.progress()
         if done < args.image_until:
             return self._pick(self.clips, batch * 12, 1)
         if done < args.short_until:
