@@ -77,7 +77,7 @@ def text_run(tmp_path_factory, autoencoder):
 def test_shipped_recipes_are_read(autoencoder):
     trainer, config = load_recipe(RECIPES / "tiny-autoencoder.yaml")
     assert trainer is AutoencoderTrainer
-    assert (config.size, config.dim_mult, config.folded) == (96, [1, 2, 2], True)
+    assert (config.size, config.dim_mult, config.folded) == (96, [1, 2, 2], False)
     trainer, settings = load_recipe(RECIPES / "tiny-wan.yaml", ["--autoencoder", str(autoencoder)])
     assert trainer is TextToVideoTrainer
     assert settings.size == config.size
