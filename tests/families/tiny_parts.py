@@ -1,0 +1,93 @@
+"""What the builders of tiny models share: sizes, random arguments, the table that they enter themselves into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS, COLUMNS = 2, 3
+"""Tokens per frame, down and across."""
+HEADS, HEAD_DIM = 2, 16
+INNER = HEADS * HEAD_DIM
+TEXT_TOKENS, TEXT_DIM = 5, 16
+CHANNELS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is asked of a builder."""
+
+    batch: int
+    frames: int
+    layers: int
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", self.frames * ROWS * COLUMNS)
+
+    def latents(self, channels: int = CHANNELS, patch: int = 2, patch_t: int = 1) -> Tensor:
+        """(B, C, T, H, W)"""
+        return torch.randn(self.batch, channels, self.frames * patch_t, ROWS * patch, COLUMNS * patch)
+
+    def text(self, width: int = TEXT_DIM, tokens: int = TEXT_TOKENS) -> Tensor:
+        return torch.randn(self.batch, tokens, width)
+
+    def text_mask(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The last token of every text is padding."""
+        mask = torch.ones(self.batch, TEXT_TOKENS, dtype=dtype)
+        mask[:, -1] = 0
+        return mask
+
+    def timestep(self, value: float = 500.0) -> Tensor:
+        return torch.full((self.batch,), value)
+
+    def rotary(self, dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T*H*W, dim) of angles that come in pairs."""
+        angles = torch.rand(self.tokens, dim // 2).repeat_interleave(2, dim=1)
+        return angles.cos(), angles.sin()
+
+
+Built = tuple[Any, dict[str, Any], dict[str, Any]]
+"""Class, configuration, arguments of forward."""
+
+BUILDERS: dict[str, Callable[[Size], Built]] = {}
+
+
+def builder(name: str) -> Callable[[Callable[[Size], Built]], Callable[[Size], Built]]:
+    """Enter a function into the table."""
+
+    def enter(function: Callable[[Size], Built]) -> Callable[[Size], Built]:
+        BUILDERS[name] = function
+        return function
+
+    return enter
+
+
+def wan_config(size: Size, **changes: Any) -> dict[str, Any]:
+    """Configuration that Wan and its relatives share."""
+    config = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": size.layers,
+        "rope_max_seq_len": 32,
+    }
+    return {**config, **changes}
+
+
+def wan_arguments(size: Size, **changes: Any) -> dict[str, Any]:
+    """Arguments that Wan and its relatives share."""
+    arguments = {
+        "hidden_states": size.latents(),
+        "timestep": size.timestep(),
+        "encoder_hidden_states": size.text(),
+    }
+    return {**arguments, **changes}
