@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from postgen.assets import embedded_model as embedded_model
+    from postgen.enhance import EnhanceAVideoConfig as EnhanceAVideoConfig
+    from postgen.enhance import EnhanceAVideoHandle as EnhanceAVideoHandle
+    from postgen.enhance import apply_enhance_a_video as apply_enhance_a_video
+    from postgen.enhance import remove_enhance_a_video as remove_enhance_a_video
     from postgen.errors import UserError as UserError
+    from postgen.families.summary import summary as summary
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -22,15 +27,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EnhanceAVideoConfig": "postgen.enhance",
+    "EnhanceAVideoHandle": "postgen.enhance",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
+    "apply_enhance_a_video": "postgen.enhance",
     "contact_sheet": "postgen.video",
     "embedded_model": "postgen.assets",
     "iter_video": "postgen.video",
     "probe": "postgen.video",
     "read_video": "postgen.video",
+    "remove_enhance_a_video": "postgen.enhance",
     "side_by_side": "postgen.video",
+    "summary": "postgen.families.summary",
     "write_video": "postgen.video",
 }
 

@@ -5,12 +5,17 @@ Light to import: every library is imported inside the function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from postgen.errors import UserError
+
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
 
 
@@ -57,3 +62,108 @@ def execution_device(pipe: Any) -> torch.device:
     """Return the device that a pipeline computes on, also when offloading keeps its parts elsewhere."""
     place: torch.device = pipe._execution_device
     return place
+
+
+class _Tap(threading.local):
+    """Who looks at the attention calls of this thread."""
+
+    sink: Callable[..., None] | None = None
+
+
+_tap = _Tap()
+
+
+class tap_dispatched:
+    """While open, show every attention call that goes through diffusers' dispatcher to a function.
+
+    `sink(query, key, scale, parallel_config)` gets (B, L, heads, D) tensors, as the backend will see them: under
+    context parallelism the shard of this rank. It must not keep them. Taps nest: the innermost one sees.
+    """
+
+    def __init__(self, sink: Callable[..., None]) -> None:
+        self.sink = sink
+
+    def __enter__(self) -> None:
+        self.before = _tap.sink
+        _tap.sink = self.sink
+
+    def __exit__(self, *failure: object) -> None:
+        _tap.sink = self.before
+
+
+def install_attention_tap() -> None:
+    """Let `tap_dispatched` see every backend of diffusers' dispatcher, those registered later included.
+
+    Nothing changes for calls outside `tap_dispatched`. It is never taken off: deep copies of a model may rely on it.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    registry: Any = _AttentionBackendRegistry
+    backends: dict[Any, Any] = registry._backends
+    for name, backend in backends.items():
+        if not hasattr(backend, "postgen_untapped"):
+            backends[name] = _tapped(backend)
+    register = registry.register.__func__
+    if hasattr(register, "postgen_untapped"):
+        return
+
+    @functools.wraps(register)
+    def register_tapped(cls: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+        decorate = register(cls, backend, *args, **kwargs)
+
+        def decorate_and_tap(function: Any) -> Any:
+            decorated = decorate(function)
+            cls._backends[backend] = _tapped(cls._backends[backend])
+            return decorated
+
+        return decorate_and_tap
+
+    register_tapped.postgen_untapped = register  # type: ignore[attr-defined]
+    registry.register = classmethod(register_tapped)
+
+
+def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(backend)
+    def call(**kwargs: Any) -> Any:
+        sink = _tap.sink
+        if sink is None:
+            return backend(**kwargs)
+        _tap.sink = None  # a backend may hand over to another one: a call is seen once
+        try:
+            sink(kwargs["query"], kwargs["key"], kwargs.get("scale"), kwargs.get("_parallel_config"))
+            return backend(**kwargs)
+        finally:
+            _tap.sink = sink
+
+    call.postgen_untapped = backend  # type: ignore[attr-defined]
+    return call
+
+
+def register_processor_class(kind: type, parent: type) -> None:
+    """Tell diffusers' hooks that look processors up by their exact class what they know of the parent class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(parent)
+    except ValueError:
+        return
+    AttentionProcessorRegistry.register(kind, metadata)
+
+
+def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:
+    """Return the group among which Ulysses attention splits the tokens; None where nothing is split.
+
+    Raises:
+        UserError: ring attention, or uneven shards.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise UserError(
+            f"Enhance-A-Video does not work with ring attention (ring_degree={config.ring_degree}): use ulysses_degree"
+        )
+    if config.ulysses_anything:
+        raise UserError("Enhance-A-Video needs even shards: leave ulysses_anything off")
+    group: dist.ProcessGroup = config._ulysses_mesh.get_group()
+    return group

@@ -13,8 +13,9 @@ from postgen.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-TokenOrder = Literal["video", "video-text", "text-video", "history-video", "history-video-text"]
-"""Order of the tokens that self-attention sees; `history-video`: the current frames are the last of the video."""
+TokenOrder = Literal["video", "video-text", "text-video", "history-video", "history-video-text", "video-reference"]
+"""Order of the tokens that self-attention sees. `history-video`: the current frames are the last of the video;
+`video-reference`: they are the first, tokens of reference frames may follow in the same stream."""
 
 LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "packed"]
 """Axes of `hidden_states` as the transformer's forward takes them; `packed` is (B, T*H*W, C)."""
@@ -41,8 +42,11 @@ class Grid:
         return self.frames * self.height * self.width
 
 
-GridRule = Callable[[Any, Mapping[str, Any]], Grid]
-"""(config of the transformer, its forward arguments by name) -> grid."""
+GridRule = Callable[[Any, Mapping[str, Any]], Grid | None]
+"""(config of the transformer, its forward arguments by name) -> grid, or None where the arguments do not tell."""
+
+CausalRule = Callable[[Any], int]
+"""config of the transformer -> frames in a block of block-causal attention, 0 where attention is not causal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +71,10 @@ class Layout:
     """Whether the processor goes through diffusers' attention dispatcher or calls torch's SDPA itself."""
     scale_target: ScaleTarget = "attention"
     """Where a scalar on the attention output takes effect."""
+    factorised: bool = False
+    """Whether self-attention is temporal by itself: (batch * locations) sequences of T tokens."""
+    causal_rule: CausalRule | None = None
+    """How many frames are in a block, where a frame attends to no later block; None: every frame sees every frame."""
 
     def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Return the video self-attention modules by name, in the order of the model.
@@ -84,8 +92,8 @@ class Layout:
         """
         return _matching(transformer, self.blocks, "blocks")
 
-    def grid(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Grid:
-        """Return the token grid of a call `transformer(*args, **kwargs)`, without making the call."""
+    def grid(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Grid | None:
+        """Return the token grid of a call `transformer(*args, **kwargs)`, without making it; None: unknown."""
         # The class's own forward: hooks may have replaced the instance's by one that takes anything.
         call = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs)
         return self.grid_rule(transformer.config, call.arguments)
@@ -99,13 +107,68 @@ def _matching(transformer: nn.Module, pattern: str, what: str) -> dict[str, nn.M
     return found
 
 
-def _grid_bcthw(config: Any, arguments: Mapping[str, Any]) -> Grid:
+def grid_bcthw(config: Any, arguments: Mapping[str, Any]) -> Grid:
+    """Read (B, C, T, H, W) latents patched by `config.patch_size`, three numbers, or one and `patch_size_t`."""
     _, _, frames, height, width = arguments["hidden_states"].shape
-    patch_t, patch_h, patch_w = config.patch_size
+    patch_t, patch_h, patch_w = _patch(config)
     return Grid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
 
+def grid_btchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
+    """Read (B, T, C, H, W) latents; a last patch that is not full counts as one in time."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    patch_t, patch_h, patch_w = _patch(config)
+    return Grid(frames=-(-frames // patch_t), height=height // patch_h, width=width // patch_w)
+
+
+def grid_packed(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
+    """Read `num_frames`, `height`, `width` of packed tokens (B, T*H*W, C); None where they are not given."""
+    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    if frames is None or height is None or width is None:
+        return None
+    return Grid(frames=frames, height=height, width=width)
+
+
+def _patch(config: Any) -> tuple[int, int, int]:
+    size = config.patch_size
+    if isinstance(size, int):
+        # CogVideoX writes None for no patches in time.
+        return config.get("patch_size_t") or 1, size, size
+    patch_t, patch_h, patch_w = size
+    return patch_t, patch_h, patch_w
+
+
 LAYOUTS = (
+    Layout(
+        transformer="CogVideoXTransformer3DModel",
+        self_attention=r"transformer_blocks\.\d+\.attn1",
+        blocks=r"transformer_blocks\.\d+",
+        token_order="text-video",
+        latent_axes="BTCHW",
+        timestep_shapes=("B",),
+        grid_rule=grid_btchw,
+        attention_call="sdpa",
+    ),
+    Layout(
+        transformer="HunyuanVideoTransformer3DModel",
+        self_attention=r"(single_)?transformer_blocks\.\d+\.attn",
+        blocks=r"(single_)?transformer_blocks\.\d+",
+        token_order="video-text",
+        latent_axes="BCTHW",
+        timestep_shapes=("B",),
+        grid_rule=grid_bcthw,
+        attention_call="dispatch",
+    ),
+    Layout(
+        transformer="LTXVideoTransformer3DModel",
+        self_attention=r"transformer_blocks\.\d+\.attn1",
+        blocks=r"transformer_blocks\.\d+",
+        token_order="video",
+        latent_axes="packed",
+        timestep_shapes=("B", "BL"),
+        grid_rule=grid_packed,
+        attention_call="dispatch",
+    ),
     Layout(
         transformer="WanTransformer3DModel",
         self_attention=r"blocks\.\d+\.attn1",
@@ -113,7 +176,7 @@ LAYOUTS = (
         token_order="video",
         latent_axes="BCTHW",
         timestep_shapes=("B", "BL"),
-        grid_rule=_grid_bcthw,
+        grid_rule=grid_bcthw,
         attention_call="dispatch",
     ),
 )

@@ -1,0 +1,91 @@
+"""`temporal_self_share` as a torch custom operation: `naive.py` a few locations at a time, so memory does not grow.
+
+Shapes as in `naive.py`. No gradient: what is measured is a constant of the call.
+"""
+
+import torch
+from torch import Tensor
+
+_BUDGET = 64 * 2**20
+"""Bytes that one chunk of locations may take where the caller names no size."""
+
+
+@torch.library.custom_op("postgen::temporal_self_share", mutates_args=())
+def temporal_self_share(
+    query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
+) -> Tensor:
+    """Return the mean diagonal of the temporal attention maps of every sample, (B,), between 0 and 1.
+
+    The maths is done and returned in float32 (float64 for float64 inputs), whatever the inputs' dtype.
+
+    Args:
+        query: (B, T, S, H, D), any strides.
+        key: (B, T, S, Hk, D), any strides; H is a multiple of Hk.
+        scale: factor of the logits; None is D ** -0.5.
+        causal_block: frames are grouped into blocks of so many, and a frame sees no later block; 0 is no mask.
+        chunk_size: locations at a time; None takes as many as fit 64 MiB.
+
+    Raises:
+        ValueError: shapes that do not belong together, nothing to measure, or a chunk below 1.
+    """
+    _check(query, key, chunk_size)
+    batch, frames, places, heads, channels = query.shape
+    scale = channels**-0.5 if scale is None else scale
+    dtype = _compute_dtype(query)
+    chunk = min(places, chunk_size or _locations_within(_BUDGET, query, dtype))
+    # Buffers that every chunk is copied into: one copy does the cast, the transposition and the repeated key heads.
+    q_BSHTD = query.new_empty(batch, chunk, heads, frames, channels, dtype=dtype)
+    k_BSHTD = torch.empty_like(q_BSHTD)
+    mask = _later_blocks(frames, causal_block, query.device)
+    total = query.new_zeros(batch, dtype=dtype)
+    for low in range(0, places, chunk):
+        count = min(chunk, places - low)
+        q, k = q_BSHTD[:, :count], k_BSHTD[:, :count]
+        q.copy_(query[:, :, low : low + count].permute(0, 2, 3, 1, 4))
+        k_grouped = k.unflatten(2, (key.shape[3], -1))
+        k_grouped.copy_(key[:, :, low : low + count].permute(0, 2, 3, 1, 4).unsqueeze(3))
+        logits = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
+        if mask is not None:
+            logits.masked_fill_(mask, float("-inf"))
+        own = logits.diagonal(dim1=-2, dim2=-1) - logits.logsumexp(dim=-1)
+        total += own.exp_().sum(dim=(1, 2, 3))
+    return total / (places * heads * frames)
+
+
+@temporal_self_share.register_fake
+def _(
+    query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
+) -> Tensor:
+    return query.new_empty(query.shape[0], dtype=_compute_dtype(query))
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _locations_within(budget: int, query: Tensor, dtype: torch.dtype) -> int:
+    """Two buffers of (T, D) and about four maps of (T, T) for every sample, location and head."""
+    batch, frames, _, heads, channels = query.shape
+    each = batch * heads * (2 * frames * channels + 4 * frames * frames) * dtype.itemsize
+    return max(1, budget // each)
+
+
+def _later_blocks(frames: int, causal_block: int, device: torch.device) -> Tensor | None:
+    if not causal_block:
+        return None
+    block = torch.arange(frames, device=device) // causal_block
+    return block[None, :] > block[:, None]
+
+
+def _check(query: Tensor, key: Tensor, chunk_size: int | None) -> None:
+    if query.dim() != 5 or key.dim() != 5:
+        raise ValueError(f"query and key must be (B, T, S, heads, D), got {tuple(query.shape)} and {tuple(key.shape)}")
+    (*places, heads, channels), (*key_places, key_heads, key_channels) = query.shape, key.shape
+    if places != key_places or channels != key_channels:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} may differ in their heads only")
+    if query.numel() == 0 or key.numel() == 0:
+        raise ValueError(f"there is nothing to measure in {tuple(query.shape)} and {tuple(key.shape)}")
+    if heads % key_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {key_heads} key heads")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

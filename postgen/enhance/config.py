@@ -1,0 +1,92 @@
+"""Settings of Enhance-A-Video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from postgen.errors import UserError
+from postgen.families import Grid
+
+FrameCount = int | Callable[[Mapping[str, Any]], int | Grid]
+"""Latent frames of a call, or a function of the transformer's forward arguments giving them or the whole grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnhanceAVideoConfig:
+    """How strongly, where and when attention between frames is amplified.
+
+    A layer's gain is min(max(1, (T + w) (1 - d) / (T - 1)), max_gain) with T latent frames, weight w and d the mean
+    share of itself in a frame's attention over the frames (arXiv:2502.07508, eq. 6-8).
+    """
+
+    weight: float | Mapping[str, float] | Literal["auto"] = "auto"
+    """w. `auto`: the recommended strength of the model, scaled to the clip's length. A mapping gives weights by layer:
+    keys are patterns that layer names match in full, a layer that none matches is left alone."""
+    relative_weight: float | None = None
+    """w/T instead of w: the same strength at every clip length. Leave `weight` out then."""
+    start: float = 0.0
+    """Fraction of the denoising steps before which nothing happens."""
+    stop: float = 1.0
+    """Fraction of the denoising steps from which on nothing happens."""
+    reduction: Literal["sample", "batch"] = "sample"
+    """One gain per sample, or one for the whole batch, as the official code has it."""
+    max_gain: float | None = None
+    """Upper bound of the gain, above 1; None has none."""
+    min_frames: int = 2
+    """Calls with fewer latent frames are left alone; at least 2."""
+    num_frames: FrameCount | None = None
+    """Latent frames, only where the call does not tell them (packed tokens without `num_frames`)."""
+    max_locations: int | None = None
+    """Measure on so many locations of the picture, evenly spread, instead of all."""
+    chunk_size: int | None = None
+    """Locations measured at a time; None takes as many as fit 64 MiB."""
+    progress: Callable[[], float] | None = None
+    """Where the denoising is, from 0 to 1; None reads it off the pipeline's scheduler. Only for start and stop."""
+    train: bool = False
+    """Whether to act also while the transformer is in training mode."""
+
+    def __post_init__(self) -> None:
+        self._check_weights()
+        if not (_is_number(self.start) and _is_number(self.stop) and 0 <= self.start < self.stop <= 1):
+            raise UserError(f"0 <= start < stop <= 1 is needed, got start={self.start!r}, stop={self.stop!r}")
+        if self.reduction not in ("sample", "batch"):
+            raise UserError(f"unknown reduction {self.reduction!r}. Known: sample, batch")
+        if self.max_gain is not None and not (_is_number(self.max_gain) and self.max_gain > 1):
+            raise UserError(f"max_gain must be above 1 or None, got {self.max_gain!r}")
+        for name, least in (("min_frames", 2), ("max_locations", 1), ("chunk_size", 1), ("num_frames", 1)):
+            value = getattr(self, name)
+            if value is None or (name == "num_frames" and callable(value)):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.progress is not None and not callable(self.progress):
+            raise UserError(f"progress must be a function that returns 0 to 1, got {self.progress!r}")
+
+    def _check_weights(self) -> None:
+        if self.relative_weight is not None:
+            if not _is_number(self.relative_weight):
+                raise UserError(f"relative_weight must be a finite number, got {self.relative_weight!r}")
+            if self.weight != "auto":
+                raise UserError(f"weight={self.weight!r} and relative_weight={self.relative_weight}: give one of them")
+        weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
+        named = isinstance(self.weight, Mapping)
+        if not all(_is_number(weight) or (weight == "auto" and not named) for weight in weights):
+            raise UserError(f"weight must be a finite number, auto, or numbers by layer pattern, got {self.weight!r}")
+        if named and not weights:
+            raise UserError("weight names no layer: give a pattern, or a number for all layers")
+
+    @property
+    def whole_range(self) -> bool:
+        """Whether every denoising step is meant, so that nobody needs to know the step."""
+        return self.start == 0 and self.stop == 1
+
+    def covers(self, progress: float) -> bool:
+        """Whether a step at this fraction of the denoising is meant."""
+        return self.whole_range or self.start <= progress < self.stop
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,27 @@
+"""Context parallelism (Ulysses): each rank holds a stretch of the tokens, so the frames are spread over the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from postgen.errors import UserError
+
+
+def whole_sequence(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Trade tokens for heads: (B, L/P, H, D) of every rank -> (B, L, H/P, D), all tokens of a P-th of the heads.
+
+    What is averaged over tokens and heads is then the mean over the ranks. As much memory as `shard` twice.
+
+    Raises:
+        UserError: the heads cannot be divided among the ranks.
+    """
+    ranks = group.size()
+    batch, tokens, heads, channels = shard.shape
+    if heads % ranks:
+        raise UserError(f"{heads} attention heads cannot be divided among {ranks} ranks: change ulysses_degree")
+    parts = shard.unflatten(2, (ranks, heads // ranks)).permute(2, 0, 1, 3, 4).contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received.transpose(0, 1).reshape(batch, ranks * tokens, heads // ranks, channels)

@@ -1,0 +1,237 @@
+"""Enhance-A-Video on one transformer: what its layers share, and what is known of the call under way."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.compat import install_attention_tap
+from postgen.enhance.config import EnhanceAVideoConfig
+from postgen.enhance.layer import EnhancedAttention
+from postgen.enhance.progress import PipelineProgress
+from postgen.enhance.recommended import recommended_weight
+from postgen.errors import UserError
+from postgen.families import Grid, layout_of
+from postgen.families.installed import installed
+from postgen.families.processors import processor_stack
+
+NAME = "enhance_a_video"
+"""Name on the processor stack and among the plug-ins of a transformer."""
+
+STRONG = 0.5
+"""w/T from which on a warning is given; the strongest official setting has 0.26."""
+
+
+class Enhancement:
+    """Everything on one transformer. `install` puts it there, `remove` takes it off."""
+
+    def __init__(self, model: nn.Module, config: EnhanceAVideoConfig, progress: PipelineProgress | None) -> None:
+        self.layout = layout_of(model)
+        self.model_config: Any = model.config
+        self.progress = progress
+        self.enabled = True
+        self.active = False
+        """Whether the call under way is enhanced."""
+        self.frames, self.places = 0, 0
+        """T and S of the call under way."""
+        self.layers = {name: EnhancedAttention(self) for name in self.layout.attention_modules(model)}
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._hooks: list[Any] = []
+        self._warned: set[str] = set()
+        self.configure(config)
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of the call under way."""
+        return self.frames * self.places
+
+    def configure(self, config: EnhanceAVideoConfig) -> None:
+        """Take new settings; nothing changes where they are wrong.
+
+        Raises:
+            UserError: a pattern that no layer matches, or start and stop without a way to know the step.
+        """
+        if not config.whole_range and config.progress is None and self.progress is None:
+            raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
+        weights = {name: _weight_of(name, config, self.layout.transformer) for name in self.layers}
+        if isinstance(config.weight, Mapping):
+            for pattern in config.weight:
+                if not any(re.fullmatch(pattern, name) for name in self.layers):
+                    known = ", ".join(list(self.layers)[:3])
+                    raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
+        self.config = config
+        for name, layer in self.layers.items():
+            chosen = weights[name]
+            layer.on = chosen is not None
+            layer.weight, layer.relative_weight = chosen or (0.0, 0.0)
+
+    def install(self, model: nn.Module) -> None:
+        """Put the wrappers on the processors and the hooks on the transformer."""
+        install_attention_tap()
+        processor_stack(model).push(NAME, {name: layer.around for name, layer in self.layers.items()})
+        # Native hooks: the hooks of diffusers and accelerate replace `forward`, and these survive that.
+        self._hooks.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self.after_forward))
+        if self.layout.scale_target != "attention":
+            for name, layer in self.layers.items():
+                norm = model.get_submodule(f"{name.rpartition('.')[0]}.{self.layout.scale_target}")
+                self._hooks.append(norm.register_forward_hook(layer.scale_norm))
+        installed(model).plug_ins[NAME] = self
+
+    def remove(self, model: nn.Module) -> None:
+        """Take everything off."""
+        for hook in self._hooks:
+            hook.remove()
+        processor_stack(model).pop(NAME)
+        del installed(model).plug_ins[NAME]
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the geometry of the call that comes."""
+        self.active = False
+        if not self.enabled or (model.training and not self.config.train):
+            return
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if not self.config.whole_range and not self.config.covers(self._progress(arguments)):
+            return
+        grid = self._grid(arguments)
+        if grid is None or grid.frames < self.config.min_frames:
+            return
+        self.frames, self.places = grid.frames, grid.height * grid.width
+        self.active = True
+        self._warn_of_displaced(model)
+        self._warn_of_strength()
+
+    def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Say what went wrong in the layers, where a warning does not break compiled code."""
+        if not self.active:
+            return
+        # Gradient checkpointing runs the layers again, outside a call of the transformer.
+        self.active = torch.is_grad_enabled()
+        if any(layer.mismatch for layer in self.layers.values()):
+            self._warn_of_tokens()
+        elif all(layer.unseen for layer in self.layers.values()):
+            self._warn("unseen", "no attention call was seen: the processors do not go through diffusers. It is off")
+        for layer in self.layers.values():
+            layer.unseen = layer.mismatch = False
+
+    def locate(self, query: Tensor, key: Tensor, text: int) -> tuple[Tensor, Tensor] | None:
+        """Cut the video tokens out of (B, L, heads, D) queries and keys, as (B, T, S, heads, D) views.
+
+        Args:
+            query: as attention sees it.
+            key: as attention sees it; it may be longer than the queries where the video's tokens come first.
+            text: tokens of the text stream, as the module was called.
+
+        Returns:
+            None where the tokens do not match the geometry of the call.
+        """
+        frames, places, order = self.frames, self.places, self.layout.token_order
+        if self.layout.factorised:
+            if query.shape[1] != frames or query.shape[0] % places:
+                return None
+            return query.unflatten(0, (-1, places)).transpose(1, 2), key.unflatten(0, (-1, places)).transpose(1, 2)
+        length = query.shape[1]
+        others = {"video": 0, "video-text": text, "text-video": text}.get(order)
+        if length < self.tokens or (others is not None and length > self.tokens + others):
+            return None
+        step = 1 if self.config.max_locations is None else -(-places // self.config.max_locations)
+        first = order in ("video", "video-text", "video-reference")
+        found = []
+        for x in (query, key):
+            start = 0 if first else x.shape[1] - self.tokens - (text if order == "history-video-text" else 0)
+            if start < 0:
+                return None
+            found.append(x[:, start : start + self.tokens].unflatten(1, (frames, places))[:, :, ::step])
+        return found[0], found[1]
+
+    def gains(self) -> dict[str, tuple[float, ...]]:
+        """Return the gains of the last measured call, one per sample, by layer."""
+        return {name: tuple(layer.gain.tolist()) for name, layer in self.layers.items() if layer.gain is not None}
+
+    def describe(self) -> str:
+        """Say in one line what is on and how it is set."""
+        config, relative = self.config, self.config.relative_weight
+        if config.weight == "auto" and relative is None:
+            relative = recommended_weight(self.layout.transformer).relative_weight
+        weight = f"weight {config.weight}" if relative is None else f"weight {relative:.3g} x latent frames"
+        on = sum(layer.on for layer in self.layers.values())
+        parts = [weight, f"{on} of {len(self.layers)} layers"]
+        if not config.whole_range:
+            parts.append(f"steps {config.start:.0%} to {config.stop:.0%}")
+        if gains := [gain for layer in self.gains().values() for gain in layer]:
+            parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self.frames} frames")
+        return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+    def _progress(self, arguments: Mapping[str, Any]) -> float:
+        if self.config.progress is not None:
+            return self.config.progress()
+        assert self.progress is not None  # configure saw to it
+        return self.progress(arguments)
+
+    def _grid(self, arguments: Mapping[str, Any]) -> Grid | None:
+        """Return the token grid, or None after a warning."""
+        packed = self.layout.latent_axes == "packed"
+        grid = self.layout.grid_rule(self.model_config, arguments)
+        given = self.config.num_frames
+        if given is not None:
+            frames = given(arguments) if callable(given) else given
+            if isinstance(frames, Grid):
+                return frames
+            tokens = arguments["hidden_states"].shape[1] if packed or grid is None else grid.tokens
+            grid = Grid(frames=frames, height=1, width=tokens // frames) if tokens % frames == 0 else None
+        if grid is None:
+            self._warn("grid", "the call does not tell its frames: give num_frames=. It is off")
+        elif packed and self.layout.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
+            self.frames, self.places = grid.frames, grid.height * grid.width
+            self._warn_of_tokens()
+            return None
+        return grid
+
+    def _warn_of_tokens(self) -> None:
+        self._warn(
+            "tokens",
+            f"the tokens do not match {self.frames} frames of {self.places} tokens (reference frames?)."
+            " It is off: give num_frames= or leave it off",
+        )
+
+    def _warn_of_displaced(self, model: nn.Module) -> None:
+        displaced = set(processor_stack(model).displaced()) & set(self.layers)
+        if displaced:
+            self._warn(
+                "displaced",
+                f"the processors of {len(displaced)} of {len(self.layers)} layers were replaced since"
+                " (fuse_qkv_projections and set_attn_processor do that), so it is off there: remove it, apply it again",
+            )
+
+    def _warn_of_strength(self) -> None:
+        if self.config.max_gain is not None:
+            return
+        strength = max(layer.weight / self.frames + layer.relative_weight for layer in self.layers.values())
+        if strength > STRONG:
+            self._warn(
+                "strength",
+                f"weight {strength * self.frames:.3g} is strong for {self.frames} latent frames (expect noise):"
+                " lower it, use relative_weight=, or bound it with max_gain=",
+            )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"Enhance-A-Video on {self.layout.transformer}: {text}", stacklevel=2)
+
+
+def _weight_of(layer: str, config: EnhanceAVideoConfig, transformer: str) -> tuple[float, float] | None:
+    """Return (weight, relative weight) of a layer; None leaves it alone."""
+    if config.relative_weight is not None:
+        return 0.0, config.relative_weight
+    if isinstance(config.weight, Mapping):
+        return next(((float(w), 0.0) for pattern, w in config.weight.items() if re.fullmatch(pattern, layer)), None)
+    if config.weight == "auto":
+        return 0.0, recommended_weight(transformer).relative_weight
+    return float(config.weight), 0.0

@@ -1,0 +1,66 @@
+"""What postgen has put on a model, kept on the model itself: a deep copy carries its own, and nothing is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from postgen.compat import unwrap
+from postgen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from postgen.families.processors import ProcessorStack
+
+_ATTRIBUTE = "_postgen_installed"
+
+
+class PlugIn(Protocol):
+    """What a method leaves on a transformer."""
+
+    def describe(self) -> str:
+        """Say in one line what is on and how it is set."""
+
+
+@dataclass(slots=True)
+class Installed:
+    """Everything of ours on one transformer."""
+
+    stack: ProcessorStack | None = None
+    """Wrappers on its attention processors."""
+    plug_ins: dict[str, Any] = field(default_factory=dict)
+    """`PlugIn` objects by the name of their method, in the order they were applied."""
+
+
+def installed(transformer: nn.Module) -> Installed:
+    """Return the record of a transformer (DDP, peft, compile wrappers are looked through), an empty one at first."""
+    model = unwrap(transformer)
+    found: Installed | None = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        found = Installed()
+        model.__dict__[_ATTRIBUTE] = found
+    return found
+
+
+def transformers_of(target: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline by component name, or a bare transformer under the name "".
+
+    Raises:
+        UserError: neither a pipeline with a transformer nor a module.
+    """
+    from torch import nn
+
+    if isinstance(target, nn.Module):
+        return {"": unwrap(target)}
+    components = getattr(target, "components", {})
+    found = {
+        name: unwrap(module)
+        for name, module in components.items()
+        if name.startswith("transformer") and isinstance(module, nn.Module)
+    }
+    if not found:
+        raise UserError(
+            f"{type(target).__name__} has no transformer: give a diffusers video pipeline or its transformer"
+        )
+    return found
