@@ -206,7 +206,7 @@ class Enhancement:
             self._warn(
                 "displaced",
                 f"the processors of {len(displaced)} of {len(self.layers)} layers were replaced since"
-                " (fuse_qkv_projections and set_attn_processor do that), so it is off there: remove it, apply it again",
+                " (fuse_qkv_projections and set_attn_processor do that), so it is off there: remove and reapply it",
             )
 
     def _warn_of_strength(self) -> None:

@@ -1,0 +1,65 @@
+"""The official formula of Enhance-A-Video, step by step as the paper and its code say it, independent of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def cfi(query: Tensor, key: Tensor, frames: int) -> Tensor:
+    """Cross-frame intensity: one number for (B, heads, T*S, D) queries and keys of the video tokens."""
+    batch, heads, tokens, channels = query.shape
+
+    def temporal(x: Tensor) -> Tensor:
+        x = x.reshape(batch, heads, frames, tokens // frames, channels)
+        return x.permute(0, 3, 1, 2, 4).reshape(-1, heads, frames, channels)
+
+    q, k = temporal(query) * channels**-0.5, temporal(key)
+    attention = (q @ k.transpose(-2, -1)).float().softmax(dim=-1)
+    diagonal = torch.eye(frames, dtype=torch.bool)
+    off_diagonal = attention.masked_fill(diagonal, 0)
+    return (off_diagonal.sum(dim=(-2, -1)) / (frames * frames - frames)).mean()
+
+
+@contextmanager
+def official(transformer: nn.Module, modules: list[str], video: slice, frames: int, weight: float) -> Iterator[None]:
+    """Multiply the video output of attention modules by the official gain.
+
+    Args:
+        transformer: the model.
+        modules: names of its self-attention modules.
+        video: where the video tokens are among all tokens.
+        frames: T.
+        weight: the official weight.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = F.scaled_dot_product_attention
+
+    def record(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((query[:, :, video], key[:, :, video]))
+        return original(query, key, *args, **kwargs)
+
+    def forget(module: nn.Module, args: Any) -> None:
+        seen.clear()
+
+    def scale(module: nn.Module, args: Any, output: Any) -> Any:
+        (query, key), *_ = seen
+        gain = (cfi(query, key, frames) * (frames + weight)).clamp(min=1)
+        return (output[0] * gain, *output[1:]) if isinstance(output, tuple) else output * gain
+
+    hooks = []
+    for name in modules:
+        module = transformer.get_submodule(name)
+        hooks += [module.register_forward_pre_hook(forget), module.register_forward_hook(scale)]
+    F.scaled_dot_product_attention = record
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+        for hook in hooks:
+            hook.remove()
