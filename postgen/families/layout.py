@@ -20,8 +20,8 @@ TokenOrder = Literal["video", "video-text", "text-video", "history-video", "hist
 LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "packed"]
 """Axes of `hidden_states` as the transformer's forward takes them; `packed` is (B, T*H*W, C)."""
 
-TimestepShape = Literal["B", "BT", "BL"]
-"""One timestep per sample (B,), per latent frame (B, T) or per token (B, T*H*W)."""
+TimestepShape = Literal["B", "BT", "B1T11", "BL"]
+"""One timestep per sample (B,), per latent frame (B, T) or (B, 1, T, 1, 1), or per token (B, T*H*W)."""
 
 ScaleTarget = Literal["attention", "norm2"]
 """Which module's output a scalar on the attention output must multiply: the self-attention itself, or the block's

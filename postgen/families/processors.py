@@ -103,7 +103,7 @@ class ProcessorStack:
         stacked.__class__ = _stacked_class(kind)
         stacked.postgen_wrappers = ()
         self._originals[name], self._stacked[name] = original, stacked
-        module.set_processor(stacked)
+        _set_processor(module, stacked)
 
     def _uninstall(self, name: str) -> None:
         module, original, stacked = (kept.pop(name) for kept in (self._modules, self._originals, self._stacked))
@@ -113,11 +113,18 @@ class ProcessorStack:
         for key in ("_attention_backend", "_parallel_config"):
             if key in vars(stacked):
                 setattr(original, key, getattr(stacked, key))
-        module.set_processor(original)
+        _set_processor(module, original)
 
     def _refresh(self) -> None:
         for module, stacked in self._stacked.items():
             stacked.postgen_wrappers = tuple(wrappers[module] for _, wrappers in self._layers if module in wrappers)
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # MochiAttention
+        module.processor = processor
 
 
 @functools.cache

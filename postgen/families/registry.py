@@ -7,13 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
+from postgen.families import rows_others, rows_wan
 from postgen.families.denoiser import Denoiser
 from postgen.families.layout import LAYOUTS, Layout
+from postgen.families.rows_refused import REFUSED
 
 if TYPE_CHECKING:
     from torch import nn
 
-_layouts: dict[str, Layout] = {row.transformer: row for row in LAYOUTS}
+_layouts: dict[str, Layout] = {row.transformer: row for row in (*LAYOUTS, *rows_wan.ROWS, *rows_others.ROWS)}
 _denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
     "WanImageToVideoPipeline": "postgen.families.wan:WanDenoiser",
     "WanPipeline": "postgen.families.wan:WanDenoiser",
@@ -34,7 +36,7 @@ def layout_of(transformer: nn.Module) -> Layout:
     """Return the layout of a transformer, which may be wrapped (DDP, compiled, peft) or of a subclass.
 
     Raises:
-        UserError: nothing is known of the class.
+        UserError: nothing is known of the class, or it is known that it has no layout.
     """
     from postgen.compat import unwrap
 
@@ -42,6 +44,8 @@ def layout_of(transformer: nn.Module) -> Layout:
     for parent in kind.__mro__:
         if parent.__name__ in _layouts:
             return _layouts[parent.__name__]
+        if reason := REFUSED.get(parent.__name__):
+            raise UserError(f"no layout for {kind.__name__}: {reason}. Known: {', '.join(sorted(_layouts))}")
     raise UserError(
         f"no layout for {kind.__name__}. Known: {', '.join(sorted(_layouts))}."
         " To add one, pass a row to postgen.families.register_layout"
