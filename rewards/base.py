@@ -1,0 +1,199 @@
+"""What a reward is: the contract of a reward function, the base of those that hold a network, and the named wrapper.
+
+A reward function is called by keyword, with a batch in and one number per clip out:
+
+    r(prompts, completions, *, fps=None, latents=None, trainer_state=None, log_extra=None, log_metric=None, **columns)
+        -> list[float | None]
+
+`completions` are float32 tensors (F,3,H,W) in [0,1], F = 1 for images; sizes may differ within a batch. Larger is
+better. None says that this clip cannot be scored; a failure raises. `columns` are the other columns of the data set,
+one value a row. A function gets only the arguments that its signature names, or all of them with `**columns`. It may
+be `async def`. An attribute `groupwise = True` asks for the rows of one prompt at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.errors import UserError
+
+Scores = Sequence[float | None] | Tensor
+"""One number per clip of a batch."""
+
+_VIDEO_FORMS = ("videos", "images", "frames_pil")
+
+
+class RewardModel(ABC):
+    """Base of the rewards that hold a network: it is built at its first use, moved by `load` and `offload`.
+
+    A subclass sets `name`, writes `build`, and `__call__` with the signature of a reward function. One with several
+    outputs names them in `outputs` and returns a dict of lists; it is scored once a batch, whatever of it is used.
+
+    Args:
+        device: where to compute when `load` names no other device.
+        dtype: of the weights; float32 scores are what the published numbers were made with.
+    """
+
+    name: str
+    outputs: tuple[str, ...] = ()
+    groupwise: bool = False
+    batch_bytes: int | None = None
+    """Most bytes of clips (float32) in one call; None takes the runner's."""
+
+    __call__: Callable[..., Any]
+
+    def __init__(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._net: nn.Module | None = None
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the network with its weights, on any device.
+
+        Raises:
+            UserError: the weights cannot be found or do not fit.
+        """
+
+    @property
+    def net(self) -> Any:
+        """The network, ready to use on `device`."""
+        if self._net is None:
+            self.load()
+        return self._net
+
+    def load(self, device: torch.device | str | None = None) -> None:
+        """Bring the network to a device (None: where it was last), building it if this is the first time.
+
+        Raises:
+            UserError: as `build`.
+        """
+        self.device = self.device if device is None else torch.device(device)
+        if self._net is None:
+            self._net = self.build().eval().requires_grad_(False)
+        self._net.to(self.device, self.dtype)
+
+    def offload(self) -> None:
+        """Give the accelerator's memory back; the next use, or `load`, brings the network to `device` again."""
+        if self._net is not None:
+            self._net.to("cpu")
+
+
+class Reward:
+    """A reward function with its name: what `get_reward` returns and `RewardRunner` takes.
+
+    Args:
+        function: a reward function, or an object that is called like one.
+        name: how it is named in tables and metrics; None takes the function's own name.
+        output: which output of a function with several (`outputs`) this is a view of.
+
+    Raises:
+        UserError: it cannot be called, takes neither prompts nor completions, or has no such output.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, name: str | None = None, output: str | None = None) -> None:
+        self.name = name or _name_of(function)
+        if not callable(function):
+            raise UserError(
+                f"the reward {self.name} is no function: it must be called as r(prompts, completions, ...)"
+            )
+        outputs = tuple(getattr(function, "outputs", ()))
+        if (output is None) != (not outputs) or (output is not None and output not in outputs):
+            raise UserError(f"the reward {self.name} has the outputs {', '.join(outputs) or 'none'}, not {output}")
+        self.function, self.output = function, output
+        self.groupwise = bool(getattr(function, "groupwise", False))
+        self.batch_bytes: int | None = getattr(function, "batch_bytes", None)
+        call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+        self._parameters = inspect.signature(function).parameters
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        if not self._takes_all and not {"prompts", "completions", *_VIDEO_FORMS} & set(self._parameters):
+            raise UserError(f"the reward {self.name} takes neither prompts nor completions: it could score nothing")
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+        """Score a batch directly: no failure is caught. For a reward that is not async."""
+        with torch.no_grad():
+            raw = self.function(**self.arguments({"prompts": prompts, "completions": completions, **columns}))
+        return self.read(raw, len(completions))
+
+    def __repr__(self) -> str:
+        return f"Reward({self.name!r})"
+
+    def load(self, device: torch.device | str | None = None) -> None:
+        """Bring a reward that holds a network to a device."""
+        if hasattr(self.function, "load"):
+            self.function.load(device)
+
+    def offload(self) -> None:
+        """Let a reward that holds a network give its accelerator memory back."""
+        if hasattr(self.function, "offload"):
+            self.function.offload()
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Find out before anything is scored whether the function's arguments can be given.
+
+        Raises:
+            UserError: it needs a column that is not there.
+        """
+        always = {"prompts", "completions", "fps", "latents", "trainer_state", "log_extra", "log_metric"}
+        known = always | set(_VIDEO_FORMS) | set(columns)
+        for name, p in self._parameters.items():
+            optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            if not optional and name not in known:
+                raise UserError(
+                    f"the reward {self.name} needs the column {name!r}, the data has "
+                    f"{', '.join(sorted(set(columns))) or 'no columns besides the prompt'}"
+                )
+
+    def arguments(self, available: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the available arguments that the function takes, clips in the form it names."""
+        forms = [f for f in _VIDEO_FORMS if f in self._parameters and f not in available]
+        taken = {k: v for k, v in available.items() if self._takes_all or k in self._parameters}
+        return taken | {form: _as_form(form, available["completions"], self.name) for form in forms}
+
+    def read(self, raw: Any, count: int) -> list[float | None]:
+        """Turn what the function returned into numbers; None where it gave None or no finite number.
+
+        Raises:
+            ValueError: another number of scores than of clips, or something that is no score.
+        """
+        if self.output is not None:
+            if not isinstance(raw, Mapping) or self.output not in raw:
+                raise ValueError(f"{self.name} must return a dict with {self.output!r}, got {type(raw).__name__}")
+            raw = raw[self.output]
+        if isinstance(raw, Tensor):
+            raw = raw.detach().float().cpu().tolist()
+        if isinstance(raw, str | Mapping) or not isinstance(raw, Iterable):
+            raise ValueError(f"{self.name} must return a list of numbers, got {type(raw).__name__}")
+        values = list(raw)
+        if len(values) != count:
+            raise ValueError(f"{self.name} returned {len(values)} scores for {count} clips")
+        return [_finite(value) for value in values]
+
+
+def _finite(value: Any) -> float | None:
+    number = float("nan") if value is None else float(value)
+    return number if abs(number) < float("inf") else None
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
+
+
+def _as_form(form: str, completions: Sequence[Tensor], name: str) -> list[Any]:
+    """The clips as the argument `videos` (as they are), `images` (3,H,W) or `frames_pil` (a list of pictures each)."""
+    if form == "videos":
+        return list(completions)
+    if form == "images":
+        if any(len(clip) != 1 for clip in completions):
+            raise ValueError(f"{name} scores images, not videos: wrap it in postgen.rewards.compose.per_frame")
+        return [clip[0] for clip in completions]
+    from PIL import Image
+
+    bytes_ = [(clip.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for clip in completions]
+    return [[Image.fromarray(picture) for picture in clip] for clip in bytes_]

@@ -1,0 +1,119 @@
+"""A batch as rewards see it: sliced into pieces that fit the memory, with places for what they log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from postgen.errors import UserError
+
+Rows = list[int]
+"""Indices of clips in a batch."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """N clips with their prompts and columns.
+
+    Raises:
+        UserError: something has another number of rows, or a clip another form than (F,3,H,W).
+    """
+
+    prompts: list[str]
+    completions: list[Tensor]
+    fps: float | Sequence[float | None] | None
+    latents: Tensor | None
+    trainer_state: Any
+    columns: Mapping[str, Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        count = len(self.completions)
+        sized: dict[str, Any] = {"prompts": self.prompts, **self.columns}
+        sized |= {"latents": self.latents} if self.latents is not None else {}
+        sized |= {"fps": self.fps} if isinstance(self.fps, Sequence) else {}
+        for name, values in sized.items():
+            if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != count:
+                got = len(values) if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
+                raise UserError(f"{name} must have one value for each of the {count} clips, got {got}")
+        for clip in self.completions:
+            if clip.ndim != 4 or clip.shape[1] != 3 or not clip.is_floating_point():
+                raise UserError(
+                    f"rewards need clips (F,3,H,W) of floats in [0,1], not {tuple(clip.shape)} {clip.dtype}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def fps_of(self, row: int) -> float | None:
+        """Frames per second of one clip."""
+        return self.fps[row] if isinstance(self.fps, Sequence) else self.fps
+
+    def rows(self, rows: Rows) -> dict[str, Any]:
+        """Return the arguments of a reward function for some rows, which have one frame rate."""
+        return {
+            **{name: [values[row] for row in rows] for name, values in self.columns.items()},
+            "prompts": [self.prompts[row] for row in rows],
+            "completions": [self.completions[row] for row in rows],
+            "fps": self.fps_of(rows[0]),
+            "latents": None if self.latents is None else self.latents[rows],
+            "trainer_state": self.trainer_state,
+        }
+
+
+def micro_batches(batch: Batch, most_bytes: int, groupwise: bool) -> list[Rows]:
+    """Cut a batch into pieces of one frame rate with at most so many bytes of clips (4 a value), one clip at least.
+
+    A groupwise reward gets the rows of one prompt in one piece, however large.
+    """
+    groups: dict[Any, Rows] = {}
+    for row in range(len(batch)):
+        key = (batch.fps_of(row), batch.prompts[row] if groupwise else None)
+        groups.setdefault(key, []).append(row)
+    if groupwise:
+        return list(groups.values())
+    pieces: list[Rows] = []
+    for rows in groups.values():
+        room = 0
+        for row in rows:
+            size = 4 * batch.completions[row].numel()
+            if room < size or row == rows[0]:
+                pieces.append([])
+                room = most_bytes
+            pieces[-1].append(row)
+            room -= size
+    return pieces
+
+
+class Notes:
+    """What rewards hand to `log_extra(column, values)` and `log_metric(name, value)`, joined over the pieces."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.extra: dict[str, list[Any]] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def loggers(self, rows: Rows) -> dict[str, Callable[..., None]]:
+        """Return the two functions for a call with these rows."""
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            if len(values) != len(rows):
+                raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(rows)} clips")
+            place = self.extra.setdefault(column, [None] * self.count)
+            for row, value in zip(rows, values, strict=True):
+                place[row] = value
+
+        def log_metric(name: str, value: float) -> None:
+            number = float(value)
+            if math.isfinite(number):
+                total, weight = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + number * len(rows), weight + len(rows)
+
+        return {"log_extra": log_extra, "log_metric": log_metric}
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means."""
+        return {name: total / weight for name, (total, weight) in self._sums.items()}

@@ -1,0 +1,108 @@
+"""The names of the rewards, and how a name, an import path, an address or a function becomes a `Reward`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+from postgen.errors import UserError
+from postgen.rewards.base import Reward
+
+_PLACES = {
+    # name: "module of postgen.rewards:function or class", with ":output" for a view of a model with several outputs
+    "world": "world:world",
+}
+
+# Views of one model with equal options share it as long as any of them lives.
+_SHARED: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
+
+
+def known_rewards() -> tuple[str, ...]:
+    """Return the names that `get_reward` knows, in alphabetical order."""
+    return tuple(sorted(_PLACES))
+
+
+def get_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Reward:
+    """Return a reward by its name, import path, address or function; no weights are read before it is used.
+
+    Args:
+        reward: a name from `known_rewards()`, an import path `pkg.mod.fn`, an `http://` address that serves a reward,
+            a reward function, or a class of one.
+        options: keywords of the class or function, for instance `model`, `frames`, `device`.
+
+    Raises:
+        UserError: an unknown name (the message lists the known ones), a path that cannot be imported, or options
+            that it does not have.
+    """
+    if isinstance(reward, Reward):
+        if options:
+            raise UserError(f"{reward} is made already: it takes no more options, got {', '.join(options)}")
+        return reward
+    if not isinstance(reward, str):
+        return Reward(_with_options(reward, options, getattr(reward, "__name__", str(reward))))
+    if reward.startswith(("http://", "https://")):
+        from postgen.rewards.remote import RemoteReward
+
+        return Reward(_with_options(RemoteReward, {"url": reward, **options}, reward))
+    if reward in _PLACES:
+        return _registered(reward, options)
+    if "." in reward:
+        return Reward(_with_options(_imported(reward), options, reward))
+    near = difflib.get_close_matches(reward, known_rewards(), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(
+        f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or give an import path 'pkg.mod.fn'."
+    )
+
+
+def _registered(name: str, options: dict[str, Any]) -> Reward:
+    module, attribute, *output = _PLACES[name].split(":")
+    target = getattr(import_module(f"postgen.rewards.{module}"), attribute)
+    if not output:
+        return Reward(_with_options(target, options, name), name=name)
+    key = (f"{module}:{attribute}", repr(sorted(options.items())))
+    model = _SHARED.get(key)
+    if model is None:
+        model = _SHARED[key] = _with_options(target, options, name)
+    return Reward(model, name=name, output=output[0])
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.rpartition(".")
+    try:
+        function: Callable[..., Any] = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"cannot import the reward {path!r}: {error}. Known names: {', '.join(known_rewards())}."
+        ) from error
+    return function
+
+
+def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str) -> Callable[..., Any]:
+    """Make an object of a class, bind options to a function; an option that it does not have is an error."""
+    parameters = dict(inspect.signature(target).parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
+        parameters |= _inherited(target)
+    unknown = [o for o in options if o not in parameters]
+    if unknown:
+        raise UserError(f"the reward {name} has no option {unknown[0]!r}: it has {', '.join(parameters) or 'none'}")
+    if inspect.isclass(target):
+        return cast(Callable[..., Any], target(**options))
+    return _bound(target, options) if options else target
+
+
+def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    bound = functools.partial(function, **options)
+    functools.update_wrapper(bound, function)
+    del bound.__wrapped__  # type: ignore[attr-defined]  # it would hide the bound options from inspect.signature
+    return bound
+
+
+def _inherited(cls: type) -> dict[str, inspect.Parameter]:
+    """Parameters of the constructors of all bases: those that `**place` hands on."""
+    return {k: p for base in reversed(cls.__mro__[:-1]) for k, p in inspect.signature(base).parameters.items()}

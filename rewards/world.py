@@ -1,0 +1,67 @@
+"""The exact reward of the synthetic world: how well a clip shows what its prompt, or its spec, asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.world import Spec
+from postgen.world.check import Report, check_batch
+from postgen.world.parse import parse
+
+_LEAST_FRAMES, _LEAST_SIDE = 5, 32
+
+
+def world(
+    prompts: Sequence[str],
+    completions: Sequence[Tensor],
+    *,
+    spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
+    log_metric: Any = None,
+) -> list[float | None]:
+    """Score clips by `postgen.world.check`: 1 for a clip that shows all of it, graded down to 0.
+
+    Args:
+        prompts: read by `world.parse` where there is no spec.
+        completions: clips (F,3,H,W) in [0,1], F >= 5, at least 32 px.
+        spec: column of scenes, as `Spec` or as its JSON form.
+        log_metric: gets the shares of clips with the right count, colour, shape, direction and event.
+
+    Returns:
+        One score in [0,1] a clip; None for a prompt that names no body of the world, and for a clip that is too short
+        or too small to be judged.
+    """
+    wanted = [_scene(prompt, None if spec is None else spec[row]) for row, prompt in enumerate(prompts)]
+    reports: dict[int, Report] = {}
+    for rows in _alike(completions, wanted):
+        clips = torch.stack([completions[row] for row in rows])
+        reports |= zip(rows, check_batch(clips, [s for row in rows if (s := wanted[row]) is not None]), strict=True)
+    if log_metric is not None:
+        _log_shares(list(reports.values()), log_metric)
+    return [reports[row].score if row in reports else None for row in range(len(completions))]
+
+
+def _scene(prompt: str, spec: Spec | Mapping[str, Any] | None) -> Spec | None:
+    if spec is None:
+        return parse(prompt)
+    return spec if isinstance(spec, Spec) else Spec.from_dict(spec)
+
+
+def _alike(completions: Sequence[Tensor], wanted: Sequence[Spec | None]) -> list[list[int]]:
+    """Rows that can be judged, those of one size together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for row, clip in enumerate(completions):
+        large_enough = len(clip) >= _LEAST_FRAMES and min(clip.shape[-2:]) >= _LEAST_SIDE
+        if large_enough and wanted[row] is not None:
+            groups.setdefault(clip.shape, []).append(row)
+    return list(groups.values())
+
+
+def _log_shares(reports: Sequence[Report], log_metric: Any) -> None:
+    for name in ("count", "colour", "shape", "direction", "event"):
+        values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
+        if values:
+            log_metric(f"world/{name}", sum(values) / len(values))
