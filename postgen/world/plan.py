@@ -228,24 +228,38 @@ def _pair(wish: Wish, other: Wish, rng: random.Random, duration: float) -> tuple
 
 
 def _path(body: Body, seconds: float) -> tuple[float, float, float]:
-    """Where a body is if it meets nothing; a bounce or fall counts as its height at the start or at the floor."""
+    """Where a body is if it meets nothing."""
     x, y, z = (p + v * seconds for p, v in zip(body.position, body.velocity, strict=True))
     if body.event in ("falls", "bounces"):
-        z = max(body.half_height, z - 0.5 * GRAVITY * seconds**2)
+        z = body.half_height + _drop(z - body.half_height, body.restitution, seconds)
     return x, y, z
+
+
+def _drop(lift: float, restitution: float, seconds: float) -> float:
+    """Height above the floor of a body let go at `lift` metres, which keeps a share of its speed at each landing."""
+    fall = math.sqrt(2 * lift / GRAVITY)
+    if seconds < fall:
+        return lift - 0.5 * GRAVITY * seconds**2
+    if restitution <= 0.5:
+        return 0.0
+    seconds, speed = seconds - fall, restitution * GRAVITY * fall
+    while speed > 0.05 and seconds > 2 * speed / GRAVITY:
+        seconds -= 2 * speed / GRAVITY
+        speed *= restitution
+    return max(0.0, (speed - 0.5 * GRAVITY * seconds) * seconds)
 
 
 def _fits(bodies: Sequence[Body], duration: float) -> bool:
     tracks = []
     for body in bodies:
         track = []
-        for step in (0, 6, 1, 2, 3, 4, 5):
-            x, y, z = _path(body, duration * step / 6)
+        for step in (0, 12, *range(1, 12)):
+            x, y, z = _path(body, duration * step / 12)
             u, v, depth = project_point((x, y, z))
             radius = FOCAL * body.radius / depth
             wide = abs(u) + radius * 0.9
             tall = abs(v) + radius * max(0.9, body.half_height / body.radius) * 0.9
-            stops_early = body.event == "collides" and step > 2
+            stops_early = body.event == "collides" and step > 5
             if not stops_early and (max(wide, tall) > _VISIBLE_X + 0.12 or 2 * radius * 48 < 13):
                 return False
             track.append((u, v, radius))

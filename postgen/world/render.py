@@ -132,8 +132,9 @@ def _render_motion(
     device: torch.device | str,
 ) -> Frames:
     frames = motion.positions_BFK3.shape[1]
-    poses = [camera_path(spec, start, start + frames, device) for spec in specs]
-    position, rotation = torch.stack([p for p, _ in poses]), torch.stack([r for _, r in poses])
+    poses = [camera_path(spec, start, start + frames) for spec in specs]
+    # Stacked on the host: one copy to the device instead of two a scene.
+    position, rotation = torch.stack([p for p, _ in poses]).to(device), torch.stack([r for _, r in poses]).to(device)
     per_scene = frames * (size * supersample) ** 2 * motion.positions_BFK3.shape[2]
     limit = _RAYS_AT_ONCE.get(torch.device(device).type, _RAYS_AT_ONCE["cpu"])
     batch = max(1, limit // per_scene)
