@@ -19,6 +19,7 @@ class ModelSettings(Protocol):
 
     size: int
     lengths: list[int]
+    patch: int
     num_layers: int
     num_heads: int
     head_dim: int
@@ -32,11 +33,11 @@ class ModelSettings(Protocol):
 
 
 def new_transformer(settings: ModelSettings, channels: int) -> Any:
-    """A `WanTransformer3DModel` with random weights, patches of 1x2x2."""
+    """A `WanTransformer3DModel` with random weights, a patch in time and `settings.patch` in space."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+        patch_size=(1, settings.patch, settings.patch),
         num_attention_heads=settings.num_heads,
         attention_head_dim=settings.head_dim,
         in_channels=channels,
@@ -111,7 +112,7 @@ def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: to
 
 
 def judged(clips_BF3HW: torch.Tensor, prompts: list[str]) -> dict[str, float]:
-    """Shares of clips that the checker calls right, by attribute, and the mean score."""
+    """Shares of clips that the checker calls right, by attribute and for two bodies wholly, and the mean score."""
     from postgen.world.check import check_batch
 
     specs = [world.parse(prompt) for prompt in prompts]
@@ -122,4 +123,7 @@ def judged(clips_BF3HW: torch.Tensor, prompts: list[str]) -> dict[str, float]:
         values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
         if values:
             result[name] = sum(values) / len(values)
+    pairs = [report.all_right for report in reports if len(report.bodies) == 2]
+    if pairs:
+        result["two_objects"] = sum(pairs) / len(pairs)
     return result

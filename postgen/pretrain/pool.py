@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,10 +32,22 @@ class Scene:
 
 
 def draw_scenes(
-    first_seed: int, count: int, num_frames: int, *, captions: int = 0, split: Split = "train"
+    first_seed: int,
+    count: int,
+    num_frames: int,
+    *,
+    captions: int = 0,
+    split: Split = "train",
+    bodies: tuple[float, ...] | None = None,
 ) -> list[Scene]:
-    """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes."""
-    task = partial(_draw, num_frames=num_frames, captions=captions, split=split)
+    """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes.
+
+    Args:
+        first_seed, count, num_frames, split: as in `world.sample`.
+        captions: wordings of each scene, the plainest first.
+        bodies: shares of scenes with one, two and three bodies; None leaves that to `world.sample`.
+    """
+    task = partial(_draw, num_frames=num_frames, captions=captions, split=split, bodies=bodies)
     starts = range(first_seed, first_seed + count, _CHUNK)
     spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
     workers = min(len(spans), os.cpu_count() or 1)
@@ -44,10 +57,11 @@ def draw_scenes(
         return [scene for part in executor.map(task, spans) for scene in part]
 
 
-def _draw(seeds: range, num_frames: int, captions: int, split: Split) -> list[Scene]:
+def _draw(seeds: range, num_frames: int, captions: int, split: Split, bodies: tuple[float, ...] | None) -> list[Scene]:
     scenes = []
     for seed in seeds:
-        spec = world.sample(seed, num_frames=num_frames, split=split)
+        number = None if bodies is None else random.Random(f"bodies-{seed}").choices((1, 2, 3), bodies)[0]
+        spec = world.sample(seed, num_frames=num_frames, num_bodies=number, split=split)
         first = (world.simple_caption(spec),) if captions else ()
         scenes.append(Scene(spec, first + tuple(world.caption(spec, 1000 * seed + i) for i in range(1, captions))))
     return scenes
@@ -73,10 +87,11 @@ def render_in_batches(
     device: torch.device | str,
     *,
     mask: bool,
-    batch: int = 256,
     label: str = "rendering",
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
+    # On a GPU the physics takes as long for one clip as for thousands.
+    batch = 256 if torch.device(device).type == "cpu" else 2048
     starts = range(0, len(specs), batch)
     for low in tqdm(starts, desc=label, unit="batch", disable=len(starts) < 4, leave=False):
         frames = world.render(specs[low : low + batch], size=size, geometry=mask, device=device)

@@ -7,7 +7,7 @@ Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.training import Trainer, TrainingConfig
 
+from .fast_step import GraphedCall, RowRotaryAttention
 from .latents import LatentPool, build_pool
 from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
 from .pool import FIRST_TRAINING_SEED, draw_scenes
@@ -53,6 +54,9 @@ class TextToVideoConfig(TrainingConfig):
     pool_round: int = 0
     """Another number renders another pool, so that a run that goes on from an export sees new clips."""
 
+    patch: int = 2
+    """Latent pixels in a row or column of a token of the denoiser, 1 or 2."""
+
     num_layers: int = 6
     """Blocks of the denoiser."""
 
@@ -83,8 +87,14 @@ class TextToVideoConfig(TrainingConfig):
     caption_dropout: float = 0.1
     """Share of captions replaced by "", for classifier-free guidance."""
 
+    bodies: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.1])
+    """Shares of scenes with one, two and three bodies."""
+
     compile: bool = False
     """Compile the denoiser's blocks."""
+
+    cuda_graphs: bool = False
+    """Replay forward and backward passes as CUDA graphs; one GPU, gradient_accumulation_steps 1."""
 
     eval_prompts: int = 16
     """Prompts that evaluation samples and judges."""
@@ -103,11 +113,16 @@ class TextToVideoConfig(TrainingConfig):
         )
         self.require(len(self.length_weights) == len(self.lengths), "length_weights", "as many numbers as lengths")
         self.require(self.pool_clips >= len(self.lengths), "pool_clips", "at least one per length")
+        self.require(len(self.bodies) == 3 and min(self.bodies) >= 0 < sum(self.bodies), "bodies", "three shares")
         self.require(self.shift >= 1, "shift", "at least 1")
         self.require(0 <= self.caption_dropout < 1, "caption_dropout", "in [0,1)")
+        self.require(self.patch in (1, 2), "patch", "1 or 2")
         self.require(self.head_dim % 2 == 0 and self.head_dim >= 12, "head_dim", "even, at least 12")
         self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
+        if self.cuda_graphs:
+            alone = self.gradient_accumulation_steps == 1
+            self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
         if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
             raise UserError(
                 f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
@@ -136,13 +151,24 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.tokenizer = train_tokenizer(words, args.vocabulary)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
         self.transformer = new_transformer(args, self.vae.config.z_dim)
-        self.cross_attention = PaddedCrossAttention()
-        self.stock_processors = [block.attn2.processor for block in self.transformer.blocks]
+        self.cross_attention, self.self_attention = PaddedCrossAttention(), RowRotaryAttention()
+        self.stock_processors = [(block.attn1.processor, block.attn2.processor) for block in self.transformer.blocks]
         if args.compile:
             self.transformer.compile_repeated_blocks(dynamic=True)
         self.empty = tokenize(self.tokenizer, [""], args.text_length).to(self.device)
         self.pools = [self._pool(i) for i in range(len(args.lengths))]
+        self.predict: Callable[..., Tensor] = self._predict
+        if args.cuda_graphs:
+            self._check_graphs()
+            self.predict = GraphedCall(self._predict, {"transformer": self.transformer, "text": self.text_encoder})
         return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+
+    def _check_graphs(self) -> None:
+        if self.device.type != "cuda" or self.accelerator.num_processes > 1:
+            raise UserError(
+                f"cuda_graphs needs one process on a GPU, not {self.accelerator.num_processes} on {self.device.type}."
+                " Leave it out."
+            )
 
     def _pool(self, index: int) -> LatentPool:
         args, frames = self.args, self.args.lengths[index]
@@ -150,7 +176,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         count = max(1, round(args.pool_clips * share))
         part = (args.pool_round * self.accelerator.num_processes + self.accelerator.process_index) * 1_000_000
         first = FIRST_TRAINING_SEED + part + 200_000 * index
-        scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip)
+        scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip, bodies=tuple(args.bodies))
         return build_pool(scenes, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
@@ -165,7 +191,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         sigma = args.shift * u / (1 + (args.shift - 1) * u)
         s = sigma[:, None, None, None, None]
         x = (1 - s) * x0 + s * noise
-        prediction = self._predict(x, sigma, ids)
+        prediction = self.predict(x, sigma, ids)
         error = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
         late = (sigma > 0.75).float()
         metrics: dict[str, float | Tensor] = {
@@ -175,24 +201,26 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return error.mean(), metrics
 
     def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
-        with self.accelerator.autocast():
-            hidden, offset = encode_text(self.models["text_encoder"], ids)
-            self._use([self.cross_attention] * len(self.stock_processors))
-            self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
-            return self.models["transformer"](  # type: ignore[no-any-return]
-                hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
-            )[0]
+        # Each model enters its own autocast: a cache of casts that outlived one would be recorded into a graph.
+        hidden, offset = encode_text(self.models["text_encoder"], ids)
+        self._use([(self.self_attention, self.cross_attention)] * len(self.stock_processors))
+        self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
+        return self.models["transformer"](  # type: ignore[no-any-return]
+            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
+        )[0]
 
-    def _use(self, processors: list[Any]) -> None:
-        for block, processor in zip(self.transformer.blocks, processors, strict=True):
-            block.attn2.processor = processor
+    def _use(self, processors: Sequence[tuple[Any, Any]]) -> None:
+        for block, (own, text) in zip(self.transformer.blocks, processors, strict=True):
+            block.attn1.processor, block.attn2.processor = own, text
 
     def evaluate(self) -> dict[str, float]:
         """What `sample_sheet` measures on samples of the evaluation prompts; empty without prompts."""
         if not self.args.eval_prompts:
             return {}
         self._use(self.stock_processors)
-        return sample_sheet(self.components(), self.args, self.device)
+        # Compiling the blocks anew for these few calls would take longer than they do.
+        with torch.compiler.set_stance("force_eager"):
+            return sample_sheet(self.components(), self.args, self.device)
 
     def export(self, folder: Path) -> None:
         """Write the pipeline folder."""
