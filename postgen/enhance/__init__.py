@@ -12,9 +12,10 @@ from postgen.enhance.apply import (
     remove_enhance_a_video,
 )
 from postgen.enhance.config import EnhanceAVideoConfig
-from postgen.enhance.recommended import RECOMMENDED, Recommendation, recommended_weight
+from postgen.enhance.recommended import OTHERS, RECOMMENDED, Recommendation, recommended_weight
 
 __all__ = [
+    "OTHERS",
     "RECOMMENDED",
     "EnhanceAVideoConfig",
     "EnhanceAVideoHandle",
