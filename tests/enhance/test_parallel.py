@@ -1,0 +1,65 @@
+"""Context parallelism on two processes: Ulysses gives what one process gives, ring attention is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import postgen
+from tests.families.tiny_models import TinyModel, tiny_model
+
+CONFIG = postgen.EnhanceAVideoConfig(relative_weight=0.4)
+
+
+def rank_main(rank: int, folder: Path, degree: str) -> None:
+    """One of two processes: the prediction of Wan with its tokens split, or the message it ended with."""
+    from diffusers import ContextParallelConfig
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    tiny = wan()
+    # diffusers asks how many accelerators there are, even on the CPU.
+    with patch.object(torch.accelerator, "device_count", lambda: 1):
+        tiny.transformer.enable_parallelism(config=ContextParallelConfig(**{degree: 2}))
+    handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
+    result: dict[str, Any] = {}
+    try:
+        result["prediction"] = tiny()
+        result["gains"] = handle.stats()
+    except postgen.UserError as error:
+        result["error"] = str(error)
+    torch.save(result, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def wan() -> TinyModel:
+    return tiny_model("Wan", batch=2)
+
+
+def both_ranks(folder: Path, degree: str) -> list[dict[str, Any]]:
+    torch.multiprocessing.spawn(rank_main, args=(folder, degree), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_ulysses_gives_what_one_process_gives(tmp_path: Path) -> None:
+    tiny = wan()
+    off = tiny()
+    handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
+    expected = tiny()
+    assert (expected - off).abs().max() > 1e-3
+    for rank in both_ranks(tmp_path, "ulysses_degree"):
+        assert torch.allclose(rank["prediction"], expected, atol=1e-5)
+        for layer, gains in handle.stats().items():
+            assert rank["gains"][layer] == pytest.approx(gains, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_ring_attention_is_refused(tmp_path: Path) -> None:
+    for rank in both_ranks(tmp_path, "ring_degree"):
+        assert "does not work with ring attention (ring_degree=2): use ulysses_degree" in rank["error"]
