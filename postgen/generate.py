@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
+from postgen.families import layout_named
 from postgen.families.loading import DEVICES, DTYPES, OFFLOADS, ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
 
@@ -67,6 +68,8 @@ class GenerateConfig:
     """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
     fps: float | None = None
     """Frames per second of the written video."""
+    enhance: str | None = None
+    """Enhance-A-Video: auto, or its weight as a number; None and 0 are off."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -81,8 +84,24 @@ class GenerateConfig:
                 raise UserError(f"{name} must be above 0, got {value}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        enhance_setting(self.enhance)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+
+
+def enhance_setting(text: str | None) -> float | str:
+    """Return `auto` or the weight that a text names; 0 is off, and so is None.
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        weight = 0.0 if text in (None, "auto") else float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"enhance must be auto or a number, got {text!r}")
+    return "auto" if text == "auto" else weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +172,8 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
     """
     import torch
 
+    from postgen.enhance import enhance_for_call
+
     config = job.config
     call = {name: getattr(config, name) for name in job.facts.arguments if getattr(config, name) is not None}
     if config.image is not None:
@@ -166,7 +187,8 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
 
     generator = torch.Generator().manual_seed(config.seed)
     try:
-        frames = pipe(**call, generator=generator, output_type="pt", callback_on_step_end=after_step).frames
+        with enhance_for_call(pipe, enhance_setting(config.enhance)):
+            frames = pipe(**call, generator=generator, output_type="pt", callback_on_step_end=after_step).frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
     except ValueError as error:
@@ -330,6 +352,10 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
         _open_image(config.image)
     for lora in config.lora:
         check_lora(lora)
+    if enhance_setting(config.enhance) != 0:
+        if facts.transformer is None:
+            raise UserError(f"{facts.pipeline} has no transformer, which --enhance works on: leave it out")
+        layout_named(facts.transformer)
 
 
 def _sibling(base: Path, suffix: str) -> Path:

@@ -44,6 +44,15 @@ Image = Annotated[
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second. [default: the model's]", rich_help_panel=LOOK)
 ]
+Enhance = Annotated[
+    str | None,
+    typer.Option(
+        "--enhance",
+        metavar="WEIGHT|auto",
+        help="Enhance-A-Video: its weight, or auto for the model's. [default: off]",
+        rich_help_panel=LOOK,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="auto, float32, bfloat16 or float16. [default: auto]", rich_help_panel=RUN),

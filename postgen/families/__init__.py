@@ -5,7 +5,7 @@ A layout is a data row per transformer class, a denoiser is a small class per pi
 
 from postgen.families.denoiser import Condition, Denoiser, PredictionType
 from postgen.families.layout import Grid, Layout
-from postgen.families.registry import denoiser_for, layout_of, register_denoiser, register_layout
+from postgen.families.registry import denoiser_for, layout_named, layout_of, register_denoiser, register_layout
 
 __all__ = [
     "Condition",
@@ -14,6 +14,7 @@ __all__ = [
     "Layout",
     "PredictionType",
     "denoiser_for",
+    "layout_named",
     "layout_of",
     "register_denoiser",
     "register_layout",

@@ -67,6 +67,8 @@ class ModelFacts:
     """What holds where the user says nothing."""
     multiples: tuple[int, int, int] | None
     """What height, width and frames - 1 must divide by; None where only the pipeline knows."""
+    transformer: str | None = None
+    """Class name of the transformer; None where the pipeline has none."""
     full_precision: tuple[str, ...] = ()
     """Components that stay in float32, whatever the dtype."""
 
@@ -91,10 +93,12 @@ def inspect_model(model: str | Path) -> ModelFacts:
     folder, source = _small_files(str(model))
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-    pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    index = _read_json(folder / "model_index.json")
+    pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
     own = _own_defaults(folder / "postgen.json")
+    transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
     if pipeline in _WAN_PIPELINES:
         return ModelFacts(
             source=source,
@@ -103,6 +107,7 @@ def inspect_model(model: str | Path) -> ModelFacts:
             arguments=_WAN_ARGUMENTS,
             defaults=Defaults(**{**_WAN_DEFAULTS, "fps": 16.0, **own}),
             multiples=_wan_multiples(folder),
+            transformer=transformer,
             full_precision=("vae",),  # its decoder loses detail in half precision
         )
     parameters = _call_parameters(pipeline, source)
@@ -113,6 +118,7 @@ def inspect_model(model: str | Path) -> ModelFacts:
         arguments=frozenset(_WAN_ARGUMENTS & parameters),
         defaults=Defaults(**own),
         multiples=None,
+        transformer=transformer,
     )
 
 
@@ -211,6 +217,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"cannot read {path}: expected a JSON object")
     return content
+
+
+def _component_class(index: dict[str, Any], name: str) -> str | None:
+    """Read an entry such as `"transformer": ["diffusers", "WanTransformer3DModel"]`; an absent one is [null, null]."""
+    entry = index.get(name)
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return kind if isinstance(kind, str) else None
 
 
 def _own_defaults(path: Path) -> dict[str, Any]:

@@ -40,14 +40,22 @@ def layout_of(transformer: nn.Module) -> Layout:
     """
     from postgen.compat import unwrap
 
-    kind = type(unwrap(transformer))
-    for parent in kind.__mro__:
-        if parent.__name__ in _layouts:
-            return _layouts[parent.__name__]
-        if reason := REFUSED.get(parent.__name__):
-            raise UserError(f"no layout for {kind.__name__}: {reason}. Known: {', '.join(sorted(_layouts))}")
+    return layout_named(*(parent.__name__ for parent in type(unwrap(transformer)).__mro__))
+
+
+def layout_named(kind: str, *parents: str) -> Layout:
+    """Return the layout of a transformer class by its name, or that of the first of its parents that has one.
+
+    Raises:
+        UserError: nothing is known of the class, or it is known that it has no layout.
+    """
+    for name in (kind, *parents):
+        if name in _layouts:
+            return _layouts[name]
+        if reason := REFUSED.get(name):
+            raise UserError(f"no layout for {kind}: {reason}. Known: {', '.join(sorted(_layouts))}")
     raise UserError(
-        f"no layout for {kind.__name__}. Known: {', '.join(sorted(_layouts))}."
+        f"no layout for {kind}. Known: {', '.join(sorted(_layouts))}."
         " To add one, pass a row to postgen.families.register_layout"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,38 @@ def test_for_one_call(pipe: Any) -> None:
     assert (handle.enabled, handle.config) == (False, CONFIG)
     handle.remove()
     assert torch.equal(make(pipe), off)
+
+
+SMALL = ("--size", "32x16", "--frames", "9", "--steps", "2", "--guidance", "1")
+
+
+def test_generate_enhanced(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    clips = {}
+    for name, words in {"off": (), "zero": ("--enhance", "0"), "auto": ("--enhance", "auto")}.items():
+        target = tmp_path / name
+        words = ("generate", "a ball", "--model", tiny_wan, "--format", "frames", *SMALL, *words, "-o", target)
+        assert cli(*words).code == 0
+        clips[name] = postgen.read_video(target)
+    assert torch.equal(clips["off"], clips["zero"])
+    assert not torch.equal(clips["off"], clips["auto"])
+    assert json.loads((tmp_path / "auto.json").read_text())["settings"]["enhance"] == "auto"
+    assert cli("generate", "--from", tmp_path / "auto.json", "-o", tmp_path / "again").code == 0
+    assert torch.equal(postgen.read_video(tmp_path / "again"), clips["auto"])
+
+
+def test_compare_with_and_without(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    words = ("compare", "a ball", "--model", tiny_wan, *SMALL, "--format", "frames", "-o", tmp_path / "pair")
+    assert cli(*words, "--a", "enhance=0", "--b", "enhance=0.5").code == 0
+    assert not torch.equal(postgen.read_video(tmp_path / "pair-a"), postgen.read_video(tmp_path / "pair-b"))
+    assert json.loads((tmp_path / "pair-b.json").read_text())["settings"]["enhance"] == "0.5"
+
+
+def test_a_model_that_cannot_be_enhanced(cli: Any, tmp_path: Path) -> None:
+    index = {"_class_name": "LTXPipeline", "transformer": ["diffusers", "SanaVideoTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    words = ("generate", "a ball", "--model", tmp_path, "-o", tmp_path / "x.mp4", "--enhance")
+    for weight, message in (("much", "auto or a number"), ("auto", "no layout for SanaVideoTransformer3DModel")):
+        outcome = cli(*words, weight)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert message in outcome.err
+    assert not (tmp_path / "x.mp4").exists()
