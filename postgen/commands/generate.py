@@ -72,15 +72,20 @@ def generate(
         offload=offload,
     )
     if sidecar is not None:
-        from postgen.generate import read_sidecar
-
-        old, old_format = read_sidecar(sidecar)
-        said = old | said
-        if output is None:
-            output = sidecar.with_name(f"{sidecar.stem}-again")
-        format = format or (None if output.suffix else old_format)
+        said, output, format = _again(sidecar, said, output, format)
     texts = _texts(prompt, prompts, said.pop("prompt", None))
     _make(texts, said, count, output or Path(_file_name(texts[0])), format)
+
+
+def _again(
+    sidecar: Path, said: dict[str, Any], output: Path | None, format: str | None
+) -> tuple[dict[str, Any], Path, str | None]:
+    """Fill in what a sidecar says where the options say nothing."""
+    from postgen.generate import read_sidecar
+
+    old, old_format = read_sidecar(sidecar)
+    output = output or sidecar.with_name(f"{sidecar.stem}-again")
+    return old | said, output, format or (None if output.suffix else old_format)
 
 
 def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[str]:
