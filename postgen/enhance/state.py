@@ -145,7 +145,7 @@ class Enhancement:
         found = []
         for x in (query, key):
             start = 0 if first else x.shape[1] - self.tokens - (text if order == "history-video-text" else 0)
-            if start < 0:
+            if start < 0 or x.shape[1] < start + self.tokens:
                 return None
             found.append(x[:, start : start + self.tokens].unflatten(1, (frames, places))[:, :, ::step])
         return found[0], found[1]

@@ -30,6 +30,8 @@ class TinyModel:
     arguments: dict[str, Any]
     frames: int
     """Token frames of the clip in `arguments`."""
+    attention_layers: int
+    """Blocks that the configuration asks for, each with one self-attention over the video."""
 
     @torch.no_grad()
     def __call__(self, **changes: Any) -> Tensor:
@@ -49,4 +51,5 @@ def tiny_model(name: str, *, batch: int = 1, frames: int = 4, layers: int = 2, s
         for parameter in transformer.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames)
+    blocks = config.get("num_visual_blocks", config.get("num_layers")) + config.get("num_single_layers", 0)
+    return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames, attention_layers=blocks)

@@ -14,7 +14,8 @@ ROWS, COLUMNS = 2, 3
 HEADS, HEAD_DIM = 2, 16
 INNER = HEADS * HEAD_DIM
 TEXT_TOKENS, TEXT_DIM = 5, 16
-CHANNELS = 4
+CHANNELS = 5
+"""Another number than the frames, so that the two cannot be mixed up unnoticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
