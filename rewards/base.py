@@ -142,6 +142,8 @@ class Reward:
         """
         always = {"prompts", "completions", "fps", "latents", "trainer_state", "log_extra", "log_metric"}
         known = always | set(_VIDEO_FORMS) | set(columns)
+        for part in getattr(self.function, "parts", ()):
+            part.check_columns(columns)
         for name, p in self._parameters.items():
             optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             if not optional and name not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -13,8 +13,14 @@ from weakref import WeakValueDictionary
 from postgen.errors import UserError
 from postgen.rewards.base import Reward
 
+Source = str | Callable[..., Any] | Reward
+"""What `get_reward` takes: a name, an import path, an address, a function or class, or what it returned before."""
+
 _PLACES = {
     # name: "module of postgen.rewards:function or class", with ":output" for a view of a model with several outputs
+    "brightness_band": "guards:BrightnessBand",
+    "motion_floor": "guards:MotionFloor",
+    "sharpness_band": "guards:SharpnessBand",
     "world": "world:world",
 }
 
@@ -27,7 +33,7 @@ def known_rewards() -> tuple[str, ...]:
     return tuple(sorted(_PLACES))
 
 
-def get_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Reward:
+def get_reward(reward: Source, **options: Any) -> Reward:
     """Return a reward by its name, import path, address or function; no weights are read before it is used.
 
     Args:
@@ -58,6 +64,12 @@ def get_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Rew
     raise UserError(
         f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or give an import path 'pkg.mod.fn'."
     )
+
+
+def get_rewards(rewards: Sequence[Source] | Source) -> list[Reward]:
+    """Return one or several rewards as a list; see `get_reward`."""
+    several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    return [get_reward(reward) for reward in several]
 
 
 def _registered(name: str, options: dict[str, Any]) -> Reward:

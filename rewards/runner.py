@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import threading
@@ -17,9 +18,19 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.rewards.base import Reward
 from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
-from postgen.rewards.registry import get_reward
+from postgen.rewards.registry import Source, get_rewards
 
 _log = logging.getLogger(__name__)
+# Threads of functions that took too long. A process that ends while torch computes in one of them would crash.
+_left: dict[int, threading.Thread] = {}
+_GRACE = 10.0
+
+
+@atexit.register
+def _await_left() -> None:
+    end = time.monotonic() + _GRACE
+    for thread in _left.values():
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 class AllRewardsFailed(RuntimeError):
@@ -35,7 +46,7 @@ class RewardResult:
     names: tuple[str, ...]
     """The K rewards."""
     weights: tuple[float, ...]
-    """Weight of each reward."""
+    """Weight of each reward, 0 for a held-out one."""
     failed: dict[str, int]
     """Reward -> rows without a number, for whatever reason."""
     errors: dict[str, str]
@@ -48,10 +59,13 @@ class RewardResult:
     """What rewards gave to `log_extra`: N values each, None where there is none."""
 
     def weighted(self) -> Tensor:
-        """Return the weighted sum of the rewards that scored each clip, (N,); NaN for a clip that none scored."""
+        """Return the weighted sum of the rewards that scored each clip, (N,); NaN for a clip that none scored.
+
+        A reward of weight 0 is only looked at: it makes no clip count as scored.
+        """
         weights = torch.tensor(self.weights)
         total = (self.values.nan_to_num() * weights).sum(1)
-        return torch.where(self.values.isnan().all(1), torch.nan, total)
+        return torch.where(self.values[:, weights != 0].isnan().all(1), torch.nan, total)
 
     def column(self, name: str) -> Tensor:
         """Return the scores (N,) of one reward."""
@@ -67,6 +81,7 @@ class RewardRunner:
     Args:
         reward_funcs: one or several of what `get_reward` takes.
         weights: one a reward; None is 1 for each.
+        held_out: more rewards, of weight 0: measured beside the others so that hacking those is seen.
         device: where rewards that hold a network compute; None leaves each where it is.
         offload: bring networks to the device for a call only. Saves memory, costs the way there and back.
         timeout: seconds a call may take; None waits for ever. A function that does not return in time is left to
@@ -87,32 +102,37 @@ class RewardRunner:
 
     def __init__(
         self,
-        reward_funcs: Sequence[str | Callable[..., Any] | Reward] | str | Callable[..., Any] | Reward,
+        reward_funcs: Sequence[Source] | Source,
         weights: Sequence[float] | None = None,
         *,
+        held_out: Sequence[Source] | Source = (),
         device: torch.device | str | None = None,
         offload: bool = False,
         timeout: float | None = None,
         batch_bytes: int = 2**30,
         reward_error: Literal["none", "raise"] = "none",
     ) -> None:
-        several = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
-        self.rewards = [get_reward(reward) for reward in several]
+        trained, watched = get_rewards(reward_funcs), get_rewards(held_out)
+        self._check_weights(len(trained), weights)
+        self.rewards = [*trained, *watched]
         self.names = tuple(reward.name for reward in self.rewards)
-        self.weights = tuple(1.0 for _ in self.rewards) if weights is None else tuple(float(w) for w in weights)
+        own = [1.0] * len(trained) if weights is None else [float(weight) for weight in weights]
+        self.weights = (*own, *[0.0] * len(watched))
         self.device, self.offload, self.timeout = device, offload, timeout
         self.batch_bytes, self.reward_error = batch_bytes, reward_error
         self._check()
-        self._stuck: dict[int, threading.Thread] = {}
+
+    @staticmethod
+    def _check_weights(count: int, weights: Sequence[float] | None) -> None:
+        if not count:
+            raise UserError("there is no reward: give at least one name or function")
+        if weights is not None and (len(weights) != count or not all(math.isfinite(w) for w in weights)):
+            raise UserError(f"{count} rewards need as many finite weights, got {list(weights)}")
 
     def _check(self) -> None:
-        if not self.rewards:
-            raise UserError("there is no reward: give at least one name or function")
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise UserError(f"two rewards are named {twice[0]!r}: their results could not be told apart")
-        if len(self.weights) != len(self.rewards) or not all(math.isfinite(w) for w in self.weights):
-            raise UserError(f"{len(self.rewards)} rewards need as many finite weights, got {list(self.weights)}")
         if self.batch_bytes < 1 or (self.timeout is not None and not self.timeout > 0):
             raise UserError(f"batch_bytes and timeout must be above 0, got {self.batch_bytes} and {self.timeout}")
         if self.reward_error not in ("none", "raise"):
@@ -143,26 +163,29 @@ class RewardRunner:
         Raises:
             UserError: columns of other lengths, a column that a reward needs is missing, or weights that cannot be
                 loaded.
-            AllRewardsFailed: every reward failed on every row.
+            AllRewardsFailed: every reward with a weight failed on every row.
         """
         batch = Batch(list(prompts), list(completions), fps, latents, trainer_state, columns)
         for reward in self.rewards:
             reward.check_columns(columns)
         work = _Work(self, batch)
         work.run()
-        if must_score and len(batch) and bool(work.values.isnan().all()):
+        if must_score and len(batch) and bool(work.values[:, [w != 0 for w in self.weights]].isnan().all()):
             told = "; ".join(f"{name}: {error}" for name, error in work.errors.items()) or "they returned no number"
             raise AllRewardsFailed(f"every reward failed on every one of {len(batch)} clips: {told}")
         return work.result()
 
     def load(self) -> None:
-        """Load every reward that holds a network now rather than at the first batch.
+        """Make every reward ready now rather than at the first batch: load networks, ask servers whether they are up.
 
         Raises:
             UserError: weights that cannot be found.
+            RemoteError: a server that cannot be reached.
         """
         for reward in self.rewards:
             reward.load(self.device)
+            if hasattr(reward.function, "health"):
+                reward.function.health()
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function that is not async, within the time limit.
@@ -174,7 +197,7 @@ class RewardRunner:
         if self.timeout is None:
             with torch.no_grad():
                 return function(**arguments)
-        old = self._stuck.get(id(function))
+        old = _left.get(id(function))
         if old is not None and old.is_alive():
             raise TimeoutError("still busy with an earlier batch")
         outcome: dict[str, Any] = {}
@@ -182,7 +205,7 @@ class RewardRunner:
         thread.start()
         thread.join(self.timeout)
         if thread.is_alive():
-            self._stuck[id(function)] = thread
+            _left[id(function)] = thread
             raise TimeoutError(f"no answer within {self.timeout:g} s")
         if "error" in outcome:
             raise outcome["error"]
@@ -213,19 +236,32 @@ class _Work:
     def run(self) -> None:
         """Run the async rewards in a loop of their own thread, the others meanwhile in this one."""
         asynchronous = [views for views in self.jobs.values() if self.runner.rewards[views[0]].is_async]
+        for views in asynchronous:
+            self.runner.rewards[views[0]].load(self.runner.device)
         outcome: dict[str, Any] = {}
-        thread = threading.Thread(
-            target=_into, args=(outcome, asyncio.run, {"main": self._gather(asynchronous)}), daemon=True
-        )
+        loop = threading.Thread(target=_into, args=(outcome, self._run_loop, {"jobs": asynchronous}), daemon=True)
         if asynchronous:
-            thread.start()
+            loop.start()
         for views in self.jobs.values():
             if views not in asynchronous:
                 self._score(views)
         if asynchronous:
-            thread.join()
+            self._join(loop, asynchronous)
         if "error" in outcome:
             raise outcome["error"]
+
+    def _run_loop(self, jobs: list[list[int]]) -> None:
+        asyncio.run(self._gather(jobs))
+
+    def _join(self, loop: threading.Thread, jobs: list[list[int]]) -> None:
+        limit = self.runner.timeout
+        loop.join(None if limit is None else limit + _GRACE)
+        if loop.is_alive():
+            # Its time limit is kept by the loop itself, so one of them never lets the loop run.
+            _left[id(loop)] = loop
+            self.values = self.values.clone()
+            for views in jobs:
+                self._failed(views, TimeoutError("an async reward blocks its event loop"))
 
     def result(self) -> RewardResult:
         runner = self.runner
@@ -273,7 +309,6 @@ class _Work:
 
     async def _score_async(self, views: list[int]) -> None:
         reward, start = self.runner.rewards[views[0]], time.perf_counter()
-        reward.load(self.runner.device)
         await asyncio.gather(*(self._await_rows(views, reward, rows) for rows in self._pieces(reward)))
         if self.runner.offload:
             reward.offload()

@@ -1,0 +1,157 @@
+"""Guards: cheap rewards in [0,1] that are 1 for every sound clip and fall where a policy cheats another reward.
+
+Add them with a weight, or put them in front of a reward with `postgen.rewards.compose.guarded`. They are no measure
+of quality: two clips inside the bounds are equal. `GoldWatch` is the guard of a whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
+
+from postgen.errors import UserError
+
+_LUMA = (0.299, 0.587, 0.114)
+_MOVING = 0.05
+
+
+def _luma(clip: Tensor) -> Tensor:
+    """(F,3,H,W) -> (F,H,W), ITU-R BT.601."""
+    return (clip.float() * clip.new_tensor(_LUMA).float()[:, None, None]).sum(1)
+
+
+def motion(clip: Tensor) -> float:
+    """Mean change of the most changing 5 % of the pixels from a frame to the next, the whole frame's change taken off.
+
+    0 for a frozen clip, whatever its brightness does; of a clip (F,3,H,W) in [0,1].
+    """
+    light = functional.avg_pool2d(_luma(clip)[:, None], 3, 1, 1)[:, 0]
+    change = light.diff(dim=0).flatten(1)
+    if not change.numel():
+        return 0.0
+    change = (change - change.median(1, keepdim=True).values).abs()
+    count = max(1, int(_MOVING * change.shape[1]))
+    return float(change.topk(count, dim=1).values.mean())
+
+
+def brightness(clip: Tensor) -> float:
+    """Mean luma of a clip, in [0,1]."""
+    return float(_luma(clip).mean())
+
+
+def sharpness(clip: Tensor) -> float:
+    """Share of the contrast that a 3x3 mean takes away, mean over the frames.
+
+    Near 0 for a blurred clip, and above 0.5 for one of noise or of a fine grid, which some rewards of images invite.
+    """
+    light = _luma(clip)[:, None]
+    fine = light - functional.avg_pool2d(functional.pad(light, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    contrast = light.flatten(1).std(1, correction=0)
+    return float((fine.flatten(1).square().mean(1).sqrt() / contrast.clamp_min(1e-3)).mean())
+
+
+class MotionFloor:
+    """1 for clips with `motion` of at least `floor`, falling to 0 for a frozen one.
+
+    Rewards of consistency, smoothness and single frames are all raised by freezing a clip.
+
+    Raises:
+        UserError: a floor that is not above 0.
+    """
+
+    name = "motion_floor"
+
+    def __init__(self, *, floor: float = 0.02) -> None:
+        if not floor > 0:
+            raise UserError(f"the floor of motion must be above 0, got {floor}")
+        self.floor = floor
+
+    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+        """Score clips."""
+        return [min(1.0, motion(clip) / self.floor) for clip in completions]
+
+
+class Band:
+    """1 for clips whose measure lies in [low, high], falling to 0 at `margin` outside.
+
+    Raises:
+        UserError: a band that is empty, or a margin that is not above 0.
+    """
+
+    def __init__(self, *, low: float, high: float, margin: float) -> None:
+        if not low < high or not margin > 0:
+            raise UserError(f"a band needs low < high and margin > 0, got {low}, {high} and {margin}")
+        self.low, self.high, self.margin = low, high, margin
+
+    def inside(self, value: float) -> float:
+        """Return 1 inside, less outside."""
+        beyond = max(self.low - value, value - self.high, 0.0)
+        return max(0.0, 1.0 - beyond / self.margin)
+
+
+class BrightnessBand(Band):
+    """`brightness` within a band: against over-exposed and against black clips."""
+
+    name = "brightness_band"
+
+    def __init__(self, *, low: float = 0.15, high: float = 0.8, margin: float = 0.1) -> None:
+        super().__init__(low=low, high=high, margin=margin)
+
+    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+        """Score clips."""
+        return [self.inside(brightness(clip)) for clip in completions]
+
+
+class SharpnessBand(Band):
+    """`sharpness` within a band: against blur, noise and grids."""
+
+    name = "sharpness_band"
+
+    def __init__(self, *, low: float = 0.03, high: float = 0.4, margin: float = 0.02) -> None:
+        super().__init__(low=low, high=high, margin=margin)
+
+    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+        """Score clips."""
+        return [self.inside(sharpness(clip)) for clip in completions]
+
+
+class GoldWatch:
+    """Watches a run for reward hacking: what is trained on rises while a held-out reward has been falling.
+
+    Args:
+        patience: evaluations in a row.
+
+    Raises:
+        UserError: a patience below 1.
+
+    >>> watch = GoldWatch(patience=2)
+    >>> [watch.update(train, gold) for train, gold in [(0.1, 0.5), (0.2, 0.6), (0.3, 0.5), (0.4, 0.4)]]
+    [False, False, False, True]
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        if patience < 1:
+            raise UserError(f"patience must be at least 1, got {patience}")
+        self.patience, self.run = patience, 0
+        self.best_gold = self.trained_then = float("-inf")
+
+    def update(self, trained: float, gold: float) -> bool:
+        """Take the means of an evaluation; True when the gold reward lies below its best for `patience` evaluations.
+
+        Only evaluations count at which the trained reward is higher than it was at the best gold one.
+        """
+        if gold >= self.best_gold:
+            self.best_gold, self.trained_then, self.run = gold, trained, 0
+        else:
+            self.run = self.run + 1 if trained > self.trained_then else 0
+        return self.run >= self.patience
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
+        return {"run": self.run, "best_gold": self.best_gold, "trained_then": self.trained_then}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take back what `state_dict` returned."""
+        self.run, self.best_gold, self.trained_then = int(state["run"]), state["best_gold"], state["trained_then"]

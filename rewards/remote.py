@@ -1,0 +1,183 @@
+"""A reward that another process computes, asked over HTTP (the form of the requests: `postgen.rewards.wire`).
+
+`POST <url>/score` takes a request and answers `{"scores": [number or null, ...]}`, or `{"error": text}` with a code of
+400 and more. `GET <url>/health` answers `{"reward": name, "max_bytes": most bytes of a request}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.rewards.wire import MEDIA_TYPE, pack, read_scores
+
+_LONGEST_ANSWER = 2**22
+_LONGEST_WAIT = 30.0
+
+
+class RemoteError(RuntimeError):
+    """A server that could not be reached, refused, or answered something else than scores."""
+
+
+class _Passing(RemoteError):
+    """An error that may be gone at the next try."""
+
+
+class RemoteReward:
+    """A reward behind an `http://` or `https://` address; its calls run beside the other rewards.
+
+    Args:
+        url: address, with a path where the server has one, as `http://127.0.0.1:8765`.
+        name: how it is named in tables; None takes host and port.
+        timeout: seconds for one try.
+        retries: tries after the first one, where the server is busy, broken or silent.
+        backoff: seconds before the second try; doubled each time, 30 at most.
+        exact: send float32 frames (4 times the bytes) rather than 8-bit ones.
+        batch_bytes: most bytes of clips (float32) in one request.
+
+    Raises:
+        UserError: no such address, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 0.5,
+        exact: bool = False,
+        batch_bytes: int = 2**28,
+    ) -> None:
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            raise UserError(f"{url!r} is no address of a reward: it must look like http://127.0.0.1:8765")
+        if not 0 < timeout < math.inf or retries < 0 or backoff < 0 or batch_bytes < 1:
+            raise UserError(
+                f"timeout and batch_bytes must be above 0, retries and backoff at least 0, got {timeout}, "
+                f"{batch_bytes}, {retries}, {backoff}"
+            )
+        self.host, self.port, self._path = parts.hostname, port, parts.path.rstrip("/")
+        self._secure = parts.scheme == "https"
+        self.name = name or f"{self.host}:{port or (443 if self._secure else 80)}"
+        self.timeout, self.retries, self.backoff, self.exact = timeout, retries, backoff, exact
+        self.batch_bytes = batch_bytes
+        self._limit: int | None = None
+
+    async def __call__(
+        self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None, **columns: Any
+    ) -> list[float | None]:
+        """Score a batch.
+
+        Raises:
+            RemoteError: no usable answer after all tries, or a request above the server's limit.
+            WireError: a column that cannot be sent, or an answer that holds other things than one score a clip.
+        """
+        rest = {k: v for k, v in columns.items() if k not in ("latents", "trainer_state", "log_extra", "log_metric")}
+        body = pack(prompts, completions, fps=fps, columns=rest, exact=self.exact)
+        stop = threading.Event()
+        try:
+            return read_scores(await _in_thread(lambda: self._ask(body, stop)), len(completions))
+        finally:
+            stop.set()
+
+    def health(self) -> dict[str, Any]:
+        """Return what the server says about itself: `reward`, `max_bytes`.
+
+        Raises:
+            RemoteError: it cannot be reached, or is no server of a reward.
+        """
+        answer = self._request("GET", "/health", b"")
+        try:
+            told: dict[str, Any] = json.loads(answer)
+            self._limit = int(told["max_bytes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RemoteError(f"{self.name} is no server of a reward: {answer[:80]!r}") from error
+        return told
+
+    def _ask(self, body: bytes, stop: threading.Event) -> bytes:
+        for attempt in range(self.retries + 1):
+            try:
+                if self._limit is None:
+                    self.health()
+                if self._limit is not None and len(body) > self._limit:
+                    raise RemoteError(
+                        f"a request of {len(body)} bytes is above the limit of {self.name}, {self._limit}: "
+                        "use a smaller batch_bytes, or a larger --max-mb there"
+                    )
+                return self._request("POST", "/score", body)
+            except _Passing:
+                wait = min(self.backoff * 2**attempt, _LONGEST_WAIT)
+                if attempt == self.retries or stop.wait(wait):
+                    raise
+        raise AssertionError("the loop ends by return or raise")
+
+    def _request(self, method: str, path: str, body: bytes) -> bytes:
+        """One try: send, and read the answer within `timeout` seconds in all."""
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=self.timeout)
+        deadline = time.monotonic() + self.timeout
+        try:
+            connection.request(method, self._path + path, body, {"Content-Type": MEDIA_TYPE} if body else {})
+            response = connection.getresponse()
+            answer = _read(response, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            raise _Passing(f"{self.name}: {type(error).__name__} {error}".strip()) from error
+        finally:
+            connection.close()
+        if response.status == 200:
+            return answer
+        told = f"{self.name} answered {response.status}: {answer[:200].decode(errors='replace')}"
+        raise (_Passing if response.status >= 500 or response.status == 429 else RemoteError)(told)
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    data = b""
+    while chunk := response.read1(65536):
+        data += chunk
+        if len(data) > _LONGEST_ANSWER:
+            raise http.client.HTTPException(f"an answer of more than {_LONGEST_ANSWER} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer takes too long")
+    return data
+
+
+async def _in_thread(function: Callable[[], bytes]) -> bytes:
+    """Run a function in a thread that nobody has to wait for: asyncio's own threads hold up the end of the loop."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[bytes] = loop.create_future()
+
+    def settle(value: bytes | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value or b"")
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await future

@@ -1,0 +1,110 @@
+"""How clips and scores cross a wire: one safetensors file there, one small JSON object back; no file name, no pickle.
+
+Tensors of the file: `request`, uint8, a JSON object {"prompts": [...], "fps": number or null, "columns": {...}};
+`clip.N` for each clip, (F,3,H,W) uint8 (255 is 1.0) or float32; `column.NAME.N` for each value of a tensor column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+MEDIA_TYPE = "application/x-safetensors"
+
+
+class WireError(ValueError):
+    """A request or an answer that is not of this form."""
+
+
+def pack(
+    prompts: Sequence[str],
+    completions: Sequence[Tensor],
+    *,
+    fps: float | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    exact: bool = False,
+) -> bytes:
+    """Return a request; clips are rounded to 8 bits unless `exact`.
+
+    Raises:
+        WireError: a column whose values are neither tensors nor JSON (objects with `to_dict` count as JSON).
+    """
+    tensors = {f"clip.{row}": _pixels(clip, exact) for row, clip in enumerate(completions)}
+    plain: dict[str, Any] = {}
+    for name, values in (columns or {}).items():
+        if len(values) and all(isinstance(value, Tensor) for value in values):
+            tensors |= {f"column.{name}.{row}": v.detach().cpu().contiguous() for row, v in enumerate(values)}
+        else:
+            plain[name] = list(values)
+    try:
+        text = json.dumps({"prompts": list(prompts), "fps": fps, "columns": plain}, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise WireError(f"a column cannot be sent: {error}") from error
+    tensors["request"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return save(tensors)
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """Return the arguments of a reward function from a request: prompts, completions, fps and the columns.
+
+    Raises:
+        WireError: anything that `pack` does not write.
+    """
+    try:
+        tensors = load(data)
+        asked = json.loads(tensors.pop("request").numpy().tobytes())
+        prompts, fps, columns = asked["prompts"], asked["fps"], dict(asked["columns"])
+        clips = [_clip(tensors.pop(f"clip.{row}")) for row in range(len(prompts))]
+        for name in {key.removeprefix("column.").rpartition(".")[0] for key in tensors}:
+            columns[name] = [tensors.pop(f"column.{name}.{row}") for row in range(len(prompts))]
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WireError(f"not a request for scores: {error}") from error
+    uneven = [name for name, values in columns.items() if not isinstance(values, list) or len(values) != len(prompts)]
+    if uneven or not all(isinstance(prompt, str) for prompt in prompts):
+        raise WireError(f"prompts must be texts and columns have one value a prompt: {', '.join(uneven) or 'prompts'}")
+    if fps is not None and not isinstance(fps, int | float):
+        raise WireError(f"fps must be a number or null, got {fps!r}")
+    return {**columns, "prompts": prompts, "completions": clips, "fps": fps}
+
+
+def read_scores(data: bytes, count: int) -> list[float | None]:
+    """Return the scores of an answer.
+
+    Raises:
+        WireError: not JSON, another number of scores, or something that is neither a number nor null.
+    """
+    try:
+        scores = json.loads(data)["scores"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WireError(f"the answer holds no scores: {data[:80]!r}") from error
+    if not isinstance(scores, list) or len(scores) != count:
+        raise WireError(f"{len(scores) if isinstance(scores, list) else 'no list of'} scores for {count} clips")
+    if not all(s is None or (isinstance(s, int | float) and not isinstance(s, bool)) for s in scores):
+        raise WireError(f"scores must be numbers or null: {str(scores)[:80]}")
+    return [None if s is None or not math.isfinite(s) else float(s) for s in scores]
+
+
+def _pixels(clip: Tensor, exact: bool) -> Tensor:
+    clip = clip.detach().cpu().float()
+    return (clip if exact else (clip.clamp(0, 1) * 255).round().byte()).contiguous()
+
+
+def _clip(pixels: Tensor) -> Tensor:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in (torch.uint8, torch.float32):
+        raise WireError(f"a clip must be (F,3,H,W) uint8 or float32, got {tuple(pixels.shape)} {pixels.dtype}")
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is neither JSON nor a tensor")
