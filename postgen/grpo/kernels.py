@@ -1,0 +1,289 @@
+"""Transition kernels: one step x -> y of a diffusion sampler as a Gaussian with a density.
+
+All published flow SDEs are one formula. With s the noise level, s' the next one, D = s - s' > 0, v = noise - clean the
+prediction, e = x + (1 - s) v the noise that x contains, x0 = x - s v the clean latents:
+
+    mean = x - D (v + g^2 / (2 s) e)     std = g sqrt(D)     y = mean + std z                                     (K1)
+    log p(y|x) = reduce(-(y - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)                                      (K2)
+
+    dance  g = a                            DanceGRPO, arXiv:2505.07818, eq. 8
+    flow   g = a sqrt(s / (1 - s))          Flow-GRPO, arXiv:2505.05470, eq. 9
+    exact  std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2 over the step; SAGE, arXiv:2603.21872
+    cps    std = s' sin(a pi / 2), y = (1 - s') x0 + sqrt(s'^2 - std^2) e + std z; arXiv:2509.05952
+    ddim   for models with alpha-bar A: std = a sqrt((1 - A') / (1 - A) (1 - A / A')); arXiv:2010.02502, eq. 12 and 16
+    ode    no noise: Euler's step, for models with alpha-bar the ddim step with a = 0
+
+`flow` and `exact` have a pole at s = 1: there 1 - s is not taken smaller than 1 minus the second noise level, and
+`exact`, whose integral diverges, is `flow`. Sampling and training call the same function, so that the probability
+ratio of an unchanged policy is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families import Denoiser, PredictionType
+
+Kind = Literal["dance", "flow", "exact", "cps", "ddim", "ode"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NOISE_LEVEL: dict[Kind, float] = {"dance": 0.3, "flow": 0.7, "exact": 0.7, "cps": 0.8, "ddim": 1.0, "ode": 0.0}
+"""The published strength `a` of each kind."""
+
+Reduction = Literal["mean", "sum", "sqrt"]
+Weighting = Literal["none", "std", "inv_grad"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Levels:
+    """Where steps begin and end, one entry a row, float64."""
+
+    s: Tensor
+    """(B,) noise level before the step: what the network is told."""
+    after: Tensor
+    """(B,) noise level after it."""
+    second: Tensor
+    """() second noise level of the schedule, where the pole at 1 is cut off."""
+    alpha_bar: Tensor | None = None
+    """(B,) alpha-bar before the step, for models that have one."""
+    alpha_bar_after: Tensor | None = None
+    """(B,) alpha-bar after it."""
+
+    def mix(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return (clean, noise) factors of the latents before and after the step: x = clean x0 + noise e."""
+        if self.alpha_bar is None or self.alpha_bar_after is None:
+            return (1 - self.s, self.s), (1 - self.after, self.after)
+        before, after = self.alpha_bar, self.alpha_bar_after
+        return (before.sqrt(), (1 - before).sqrt()), (after.sqrt(), (1 - after).sqrt())
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Noise levels of a rollout.
+
+    Raises:
+        UserError: fewer than two steps, or levels that do not fall.
+    """
+
+    sigmas: Tensor
+    """(T + 1,) float64, falling to 0."""
+    prediction_type: PredictionType = "flow"
+    """What the network predicts."""
+    alpha_bars: Tensor | None = None
+    """(T + 1,) float64, for models that are no flow."""
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) < 3 or not bool((self.sigmas[1:] < self.sigmas[:-1]).all()):
+            raise UserError(f"a rollout needs at least 2 steps of falling noise, got {self.sigmas.tolist()}")
+
+    @property
+    def steps(self) -> int:
+        """Transitions."""
+        return len(self.sigmas) - 1
+
+    def levels(self, start: Tensor, stop: Tensor) -> Levels:
+        """Return the levels of steps from index `start` to index `stop`, (B,) each."""
+        bars = self.alpha_bars
+        return Levels(
+            s=self.sigmas[start],
+            after=self.sigmas[stop],
+            second=self.sigmas[1],
+            alpha_bar=None if bars is None else bars[start],
+            alpha_bar_after=None if bars is None else bars[stop],
+        )
+
+
+def schedule_of(denoiser: Denoiser, steps: int) -> Schedule:
+    """Return the noise levels that a denoiser's pipeline would use for so many steps."""
+    sigmas = denoiser.sigmas(steps)
+    kind = denoiser.prediction_type
+    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()  # type: ignore[attr-defined]
+    return Schedule(sigmas.double(), kind, bars)
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A step as a Gaussian over the next latents."""
+
+    mean: Tensor
+    """(B, ...)"""
+    std: Tensor
+    """(B,), 0 for a step without noise."""
+    clean: Tensor
+    """(B, ...) estimate of the clean latents."""
+    slope: Tensor
+    """(B,) derivative of the mean by the prediction, at most 0 for a flow."""
+    has_scale: bool
+    """Whether the log-probability divides by the variance: all kinds but `cps`."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return the next latents for standard normal noise."""
+        return self.mean + _wide(self.std, self.mean) * noise
+
+    def log_prob(self, y: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return (B,) log-probabilities (K2), reduced over all other dimensions.
+
+        `cps` leaves out 1 / (2 std^2) and the constants, as published.
+        """
+        square = (y - self.mean).square()
+        if not self.has_scale:
+            return reduced(-square, reduction)
+        std = _wide(self.std, y)
+        return reduced(-square / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+
+    def gradient_scale(self) -> Tensor:
+        """Return (B,): the gradient of the summed log-probability by the prediction is so many times the noise z.
+
+        It weights the steps of a rollout without being asked to: c_t of arXiv:2605.15980.
+        """
+        return self.slope.abs() / self.std if self.has_scale else 2 * self.std * self.slope.abs()
+
+
+def reduced(values: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce (B, ...) to (B,): the mean, the sum, or the sum over the root of the number of values."""
+    flat = values.flatten(1)
+    if reduction == "mean":
+        return flat.mean(1)
+    return flat.sum(1) if reduction == "sum" else flat.sum(1) / math.sqrt(flat.shape[1])
+
+
+def split(x: Tensor, prediction: Tensor, levels: Levels, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    """Return the clean latents and the noise that a prediction sees in x."""
+    (clean, noise), _ = levels.mix()
+    a, b = _wide(clean, x), _wide(noise, x)
+    if prediction_type == "flow":
+        return x - b * prediction, x + a * prediction
+    if prediction_type == "epsilon":
+        return (x - b * prediction) / a, prediction
+    if prediction_type == "v_prediction":
+        return a * x - b * prediction, a * prediction + b * x
+    return prediction, (x - a * prediction) / b
+
+
+def transition(
+    kind: Kind,
+    x: Tensor,
+    prediction: Tensor,
+    levels: Levels,
+    noise_level: float,
+    prediction_type: PredictionType = "flow",
+) -> Transition:
+    """Return the Gaussian of one step, a row each.
+
+    Args:
+        kind: the kernel.
+        x: (B, ...) latents, float32 or float64: in half precision the ratio of an unchanged policy would not be 1.
+        prediction: what the network said about x, of the same shape; computed with in the dtype of x.
+        levels: where the step begins and ends.
+        noise_level: strength a of the noise, see `NOISE_LEVEL`.
+        prediction_type: meaning of `prediction`.
+
+    Raises:
+        ValueError: latents in half precision.
+        UserError: a kind that is not for this model.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"latents must be float32 or float64, got {x.dtype}")
+    check_kind(kind, prediction_type)
+    prediction = prediction.to(x.dtype)
+    clean, noise = split(x, prediction, levels, prediction_type)
+    if levels.alpha_bar is not None or kind == "cps":
+        return _mixed(kind, clean, noise, levels, noise_level, prediction_type)
+    variance = _variance(kind, levels, noise_level)
+    delta, s = levels.s - levels.after, levels.s
+    pull = variance / (2 * s)  # D g^2 / (2 s)
+    mean = x - _wide(delta, x) * prediction - _wide(pull, x) * noise
+    return Transition(mean, variance.sqrt(), clean, -(delta + pull * (1 - s)), True)
+
+
+def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
+    """Refuse a kernel that is not for such a model.
+
+    Raises:
+        UserError: names those that are.
+    """
+    allowed = [k for k in KINDS if (k != "ddim" if prediction_type == "flow" else k in ("ddim", "ode"))]
+    if kind not in allowed:
+        raise UserError(
+            f"sde_type {kind!r} is not for a model that predicts {prediction_type}: use {', '.join(allowed)}"
+        )
+
+
+def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
+    """Return std^2 = g^2 D of the kinds that follow (K1), (B,) float64."""
+    s, delta = levels.s, levels.s - levels.after
+    if kind == "ode":
+        return torch.zeros_like(s)
+    if kind == "dance":
+        return a**2 * delta
+    kept = torch.maximum(1 - s, 1 - levels.second)
+    flow = a**2 * s / kept * delta
+    if kind == "flow":
+        return flow
+    integral = a**2 * (((1 - levels.after) / kept).log() - delta)
+    return torch.where(1 - s < 1 - levels.second, flow, integral)
+
+
+def _mixed(
+    kind: Kind, clean: Tensor, noise: Tensor, levels: Levels, a: float, prediction_type: PredictionType
+) -> Transition:
+    """Kernels that mix the clean latents and the noise anew: cps, ddim, and the ode of models with alpha-bar."""
+    (clean_before, noise_before), (clean_after, noise_after) = levels.mix()
+    if kind == "cps":
+        std = levels.after * math.sin(a * math.pi / 2)
+    elif kind == "ode":
+        std = torch.zeros_like(levels.s)
+    else:
+        # 1 - A / A' in factors of the latents, where A' may be 1 and A may be 0.
+        std = a * (noise_after / noise_before) * (1 - (clean_before / clean_after).square()).sqrt()
+    kept = (noise_after.square() - std.square()).clamp_min(0).sqrt()
+    mean = _wide(clean_after, clean) * clean + _wide(kept, noise) * noise
+    by_clean, by_noise = _slopes(clean_before, noise_before, prediction_type)
+    return Transition(mean, std, clean, clean_after * by_clean + kept * by_noise, kind != "cps")
+
+
+def _slopes(clean: Tensor, noise: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of the clean latents and of the noise by the prediction."""
+    if prediction_type in ("flow", "v_prediction"):
+        return -noise, clean
+    if prediction_type == "epsilon":
+        return -noise / clean, torch.ones_like(noise)
+    return torch.ones_like(noise), -clean / noise
+
+
+def step_weights(
+    kind: Kind, schedule: Schedule, noise_level: float, weighting: Weighting, steps: Sequence[int], *, guard: bool
+) -> Tensor:
+    """Return the (T,) weight of each step's loss, with mean 1 over `steps` and 0 elsewhere.
+
+    Args:
+        kind, schedule, noise_level: the rollout.
+        weighting: `none`; `std`, in proportion to the noise (TempFlow-GRPO, arXiv:2508.04324); `inv_grad`, inversely
+            to `Transition.gradient_scale` (Flash-GRPO, arXiv:2605.15980), so that all steps learn equally.
+        steps: those that may be trained.
+        guard: whether the log-ratio is normalised (`loss.log_ratio`), which rescales the gradient by std / D already.
+    """
+    index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
+    levels = schedule.levels(index, index + 1)
+    nothing = torch.zeros(len(index), 1, dtype=torch.float64, device=index.device)
+    step = transition(kind, nothing, nothing, levels, noise_level, schedule.prediction_type)
+    weights = torch.ones_like(step.std)
+    if weighting == "std":
+        weights = step.std
+    elif weighting == "inv_grad":
+        scale = step.gradient_scale()
+        weights = 1 / (scale * step.std / (levels.s - levels.after) if guard else scale)
+    table = torch.zeros(schedule.steps, dtype=torch.float64, device=index.device)
+    table[index] = weights / weights.mean()
+    return table
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """Give (B,) the dimensions and the dtype of latents."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
