@@ -1,0 +1,147 @@
+"""Advantages against hand numbers and TRL's formulas; groups without spread; missing rewards; best of N."""
+
+import math
+
+import pytest
+import torch
+
+from postgen.grpo.advantages import best_and_worst, compute_advantages
+
+NAN = float("nan")
+AGGREGATIONS = ("sum_of_advantages", "sum_then_normalize", "normalize_then_sum")
+# Two prompts with three samples, a reward of scale 1 and one of scale 100.
+REWARDS = torch.tensor([[0.0, 300.0], [1.0, 100.0], [2.0, 200.0], [1.0, 0.0], [1.0, 100.0], [4.0, 200.0]])
+WEIGHTS = torch.tensor([1.0, 0.5])
+
+
+def advantages(rewards=REWARDS, weights=WEIGHTS, group=3, **settings):
+    return compute_advantages(rewards, weights, group, **{"eps": 0.0, **settings})
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def trl(rewards, weights, group, aggregation, scale, eps=1e-4):
+    """TRL 1.16's GRPOTrainer, `_generate_and_score_completions`, in its words."""
+    from trl.trainer.utils import nanstd
+
+    if aggregation == "sum_then_normalize":
+        total = (rewards * weights).nansum(dim=1)
+        total[rewards.isnan().all(1)] = NAN
+        grouped = total.view(-1, group)
+        mean = grouped.nanmean(dim=1).repeat_interleave(group)
+        std = nanstd(total).expand_as(total) if scale == "batch" else nanstd(grouped, dim=1).repeat_interleave(group)
+        found = total - mean if scale == "none" else (total - mean) / (std + eps)
+    else:
+        grouped = rewards.view(-1, group, rewards.shape[1])
+        normal = (grouped - grouped.nanmean(1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + eps)
+        total = (normal.view(rewards.shape) * weights).nansum(dim=1)
+        total[rewards.isnan().all(1)] = NAN
+        found = (total - total.nanmean()) / (nanstd(total) + eps)
+    return found.nan_to_num(0.0)
+
+
+def test_grpo_advantage_sum_of_advantages_by_hand():
+    # Stds of the groups: 1 and 100; sqrt(3) and 100.
+    close(advantages().values, [-0.5, 0.5 - 1.0 + 0.0, 1.0, -1 / 3**0.5 - 0.5, -1 / 3**0.5, 2 / 3**0.5 + 0.5])
+    none = advantages(scale="none").values
+    close(none, [5.0, -5.0, 1.0, -5.0, -1.0, 5.0])
+    close(advantages(scale="none", clip=1e9).values, [49.0, -50.0, 1.0, -51.0, -1.0, 52.0])
+
+
+def test_grpo_advantage_sum_then_normalize_by_hand():
+    # Weighted sums 150, 51, 102 and 1, 51, 104.
+    total = torch.tensor([150.0, 51.0, 102.0, 1.0, 51.0, 104.0])
+    first, second = total[:3], total[3:]
+    expected = torch.cat([(first - 101) / first.std(), (second - 52) / second.std()])
+    close(advantages(aggregation="sum_then_normalize").values, expected.tolist())
+    over_batch = torch.cat([first - 101, second - 52]) / total.std()
+    close(advantages(aggregation="sum_then_normalize", scale="batch").values, over_batch.tolist())
+
+
+def test_grpo_advantage_normalize_then_sum_by_hand():
+    raw = torch.tensor([-0.5, -0.5, 1.0, -1 / 3**0.5 - 0.5, -1 / 3**0.5, 2 / 3**0.5 + 0.5])
+    close(advantages(aggregation="normalize_then_sum").values, (raw / raw.std()).tolist())
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_grpo_advantage_equals_trl(aggregation, scale, missing):
+    source = torch.Generator().manual_seed(0)
+    rewards = torch.randn(12, 2, generator=source, dtype=torch.float64) * torch.tensor([1.0, 100.0])
+    if missing:
+        rewards[1, 0] = rewards[4, 1] = NAN
+        rewards[6] = NAN
+    weights = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    found = compute_advantages(rewards, weights, 4, aggregation=aggregation, scale=scale, clip=1e9)
+    expected = trl(rewards.clone(), weights, 4, aggregation, scale)
+    torch.testing.assert_close(found.unclipped.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_grpo_advantage_is_free_of_each_rewards_scale():
+    scaled = REWARDS * torch.tensor([1.0, 1000.0]) + torch.tensor([0.0, 7.0])
+    for aggregation in ("sum_of_advantages", "normalize_then_sum"):
+        torch.testing.assert_close(
+            advantages(aggregation=aggregation).values, advantages(scaled, aggregation=aggregation).values
+        )
+    summed = advantages(aggregation="sum_then_normalize").values
+    assert (summed - advantages(scaled, aggregation="sum_then_normalize").values).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_grpo_advantage_of_a_group_without_spread_is_zero(aggregation, scale):
+    rewards = torch.tensor([[0.7], [0.7 + 1e-7], [0.7], [0.0], [1.0], [0.0]])
+    found = compute_advantages(rewards, torch.ones(1), 3, aggregation=aggregation, scale=scale)
+    assert found.values[:3].tolist() == [0, 0, 0]
+    assert found.values[4] > 0.5
+    assert found.zero_std.tolist() == [True, False]
+    assert found.metrics()["frac_reward_zero_std"] == 0.5
+    same = compute_advantages(torch.ones(6, 2), torch.ones(2), 3, aggregation=aggregation, scale=scale)
+    assert same.values.tolist() == [0.0] * 6
+    assert same.zero_std.all()
+
+
+def test_grpo_advantage_of_a_spread_that_is_small_but_real():
+    rewards = torch.tensor([[1e-5], [3e-5], [2e-5]])
+    found = compute_advantages(rewards, torch.ones(1), 3, eps=0.0)
+    close(found.values, [-1.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_grpo_advantage_with_missing_rewards(aggregation):
+    rewards = torch.tensor([[0.0, NAN], [1.0, NAN], [NAN, NAN], [2.0, 3.0], [NAN, 5.0], [4.0, 1.0]])
+    found = compute_advantages(rewards, torch.ones(2), 3, aggregation=aggregation)
+    assert torch.isfinite(found.values).all()
+    assert found.values[2] == 0
+    assert found.rewards.isnan().tolist() == [False, False, True, False, False, False]
+    assert found.metrics()["reward"] == pytest.approx((0 + 1 + 5 + 5 + 5) / 5)
+    alone = compute_advantages(torch.tensor([[1.0], [NAN], [NAN]]), torch.ones(1), 3, aggregation=aggregation)
+    assert alone.values.tolist() == [0, 0, 0]
+
+
+def test_grpo_advantage_clip():
+    rewards = torch.tensor([[0.0]] * 63 + [[1.0]])
+    found = compute_advantages(rewards, torch.ones(1), 64)
+    assert found.values.max() == 5
+    assert found.unclipped.max() == pytest.approx(63 / 64 / (1 / 64) ** 0.5, rel=1e-2)
+    assert found.metrics()["advantage/clipped"] == pytest.approx(1 / 64)
+
+
+def test_grpo_advantage_best_of_n():
+    scores = torch.tensor([3.0, 1.0, 2.0, 0.0, -1.0, -5.0, 7.0, -2.0])
+    assert best_and_worst(scores, 4, 2).tolist() == [0, 3, 5, 6]
+    # An odd number keeps one more of the best.
+    assert best_and_worst(scores, 4, 3).tolist() == [0, 2, 3, 4, 5, 6]
+    assert best_and_worst(scores, 4, 4).tolist() == list(range(8))
+    assert best_and_worst(scores, 8, 2).tolist() == [5, 6]
+
+
+def test_grpo_advantage_refuses_broken_groups():
+    with pytest.raises(ValueError, match="7 rewards are no groups of 3"):
+        compute_advantages(torch.zeros(7, 1), torch.ones(1), 3)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        compute_advantages(torch.zeros(7, 1), torch.ones(1), 1)
+    assert math.isnan(compute_advantages(torch.full((2, 1), NAN), torch.ones(1), 2).metrics()["reward"])
