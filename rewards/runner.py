@@ -259,7 +259,6 @@ class _Work:
         if loop.is_alive():
             # Its time limit is kept by the loop itself, so one of them never lets the loop run.
             _left[id(loop)] = loop
-            self.values = self.values.clone()
             for views in jobs:
                 self._failed(views, TimeoutError("an async reward blocks its event loop"))
 
@@ -267,7 +266,7 @@ class _Work:
         runner = self.runner
         missing = self.values.isnan().sum(0).tolist()
         return RewardResult(
-            values=self.values,
+            values=self.values.clone(),  # a call that was given up may still write its own
             names=runner.names,
             weights=runner.weights,
             failed=dict(zip(runner.names, missing, strict=True)),

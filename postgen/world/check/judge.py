@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,23 +96,43 @@ def check(frames: Tensor, spec_or_prompt: Spec | str) -> Report:
 @torch.no_grad()
 def check_batch(clips: Tensor, specs: Sequence[Spec | str]) -> list[Report]:
     """Judge clips (B,F,3,H,W) against one scene or prompt each; see `check`."""
-    if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] < 5 or min(clips.shape[-2:]) < 32:
-        raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(clips.shape)}.")
+    _check_form(clips)
     if len(clips) != len(specs):
         raise UserError(f"check got {len(clips)} clips and {len(specs)} specs: give one spec a clip.")
     scenes = [_scene(spec) for spec in specs]
-    reports: list[Report] = []
-    for low in range(0, len(clips), _AT_ONCE):
-        part = clips[low : low + _AT_ONCE].detach().float().nan_to_num(0.5).clamp(0, 1)
-        frames = part.shape[1]
-        pictures = smooth(part.flatten(0, 1))
-        blobs = find_blobs(pictures)
-        likeness = world_likeness(pictures, blobs, frames)
-        table = _Table(blobs, _misfits(blobs))
-        for b, scene in enumerate(scenes[low : low + _AT_ONCE]):
-            pieces = [table.pieces(b * frames + f) for f in range(frames)]
-            reports.append(_judge(follow(pieces), scene, likeness[b], frames))
-    return reports
+    found = (look for part in clips.split(_AT_ONCE) for look in _look(part))
+    return [
+        _judge(tracks, scene, likeness, clips.shape[1])
+        for (tracks, likeness), scene in zip(found, scenes, strict=True)
+    ]
+
+
+@torch.no_grad()
+def find_tracks(clips: Tensor) -> list[list[Track]]:
+    """Return the bodies of each clip (B,F,3,H,W) with their way through the frames, whatever was asked for.
+
+    Raises:
+        UserError: as `check`.
+    """
+    _check_form(clips)
+    return [tracks for part in clips.split(_AT_ONCE) for tracks, _ in _look(part)]
+
+
+def _check_form(clips: Tensor) -> None:
+    if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] < 5 or min(clips.shape[-2:]) < 32:
+        raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(clips.shape)}.")
+
+
+def _look(clips: Tensor) -> Iterator[tuple[list[Track], float]]:
+    """Bodies of each clip, and how much it looks like the world."""
+    clips = clips.detach().float().nan_to_num(0.5).clamp(0, 1)
+    frames = clips.shape[1]
+    pictures = smooth(clips.flatten(0, 1))
+    blobs = find_blobs(pictures)
+    likeness = world_likeness(pictures, blobs, frames)
+    table = _Table(blobs, _misfits(blobs))
+    for b in range(len(clips)):
+        yield follow([table.pieces(b * frames + f) for f in range(frames)]), likeness[b]
 
 
 def _scene(spec: Spec | str) -> Spec:
