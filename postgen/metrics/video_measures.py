@@ -1,0 +1,106 @@
+"""How a clip behaves in time: flicker, what is left after exact flow, how much moves. No network, no reference clip.
+
+Each is one number a clip. Flicker and warp error are lowest for a frozen clip, so read them beside `motion`.
+
+Shapes: B clips, F frames, values in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgen.errors import UserError
+
+
+def flicker(clips: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return how much of the change between frames reverses at once, (B,): mean |x[t-1] - 2 x[t] + x[t+1]| / 2.
+
+    A steady drift or fade counts nothing, a value that jumps to and fro by a counts a.
+
+    Args:
+        clips: (B, F, 3, H, W), F >= 3.
+        mask: bool (B, F, H, W), pixels that count; a pixel is taken where all three frames have it. None: all.
+
+    Raises:
+        UserError: fewer than 3 frames, or another form.
+    """
+    _check(clips, 3)
+    change = (clips[:, :-2] - 2 * clips[:, 1:-1] + clips[:, 2:]).abs().mean(dim=2) / 2
+    return _mean(change, None if mask is None else mask[:, :-2] & mask[:, 1:-1] & mask[:, 2:])
+
+
+def warp_error(clips: Tensor, flow: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean absolute difference between a frame and the next one carried back along the flow, (B,).
+
+    Args:
+        clips: (B, F, 3, H, W), F >= 2.
+        flow: (B, F-1, 2, H, W), pixels (right, down) from a frame to the next, as `postgen.world.render` gives it.
+        mask: bool (B, F-1, H, W), pixels whose flow is right and whose target is visible. None: all. A target outside
+            the picture never counts.
+
+    Raises:
+        UserError: forms that do not belong together.
+    """
+    _check(clips, 2)
+    batch, frames, _, height, width = clips.shape
+    if flow.shape != (batch, frames - 1, 2, height, width):
+        raise UserError(f"flow must be {(batch, frames - 1, 2, height, width)}, got {tuple(flow.shape)}")
+    y, x = (torch.arange(n, device=clips.device, dtype=clips.dtype) for n in (height, width))
+    target = torch.stack([x[None, :] + flow[:, :, 0], y[:, None] + flow[:, :, 1]], dim=-1)
+    size = clips.new_tensor([width, height])
+    inside = ((target >= 0) & (target <= size - 1)).all(dim=-1)
+    # Pixel centres stand at (i + 1/2) / n of the picture.
+    grid = ((2 * target + 1) / size - 1).flatten(0, 1)
+    carried = functional.grid_sample(clips[:, 1:].flatten(0, 1), grid, padding_mode="border", align_corners=False)
+    error = (carried.unflatten(0, (batch, frames - 1)) - clips[:, :-1]).abs().mean(dim=2)
+    return _mean(error, inside if mask is None else inside & mask)
+
+
+def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> Tensor:
+    """Return how far things move in a frame, (B,): pixels, mean over the blocks of all frames (a still one counts 0).
+
+    Every block is looked for `gap` frames later by its mean squared difference, so the answer comes in steps of 1/gap.
+    A shift of n pixels must gain n / 10000 over none: flat ground and its noise do not move.
+
+    Args:
+        clips: (B, F, 3, H, W), F > gap.
+        gap: frames from a picture to the one it is compared with.
+        block: side of a block in pixels.
+        reach: largest shift looked for, in pixels along each axis.
+
+    Raises:
+        UserError: too few frames, or a picture smaller than a block.
+    """
+    _check(clips, gap + 1)
+    if min(gap, block, reach) < 1 or min(clips.shape[-2:]) < block:
+        raise UserError(f"{gap=}, {block=}, {reach=} do not suit pictures of {tuple(clips.shape[-2:])}")
+    now, later = clips[:, :-gap].flatten(0, 1), clips[:, gap:].flatten(0, 1)
+    height, width = now.shape[-2:]
+    later = functional.pad(later, (reach,) * 4, mode="replicate")
+    best = now.new_full((len(now), height // block, width // block), torch.inf)
+    length = torch.zeros_like(best)
+    for down in range(-reach, reach + 1):
+        for right in range(-reach, reach + 1):
+            top, left, far = reach + down, reach + right, math.hypot(down, right)
+            error = (later[..., top : top + height, left : left + width] - now).square().mean(dim=1)
+            cost = functional.avg_pool2d(error, block) + 1e-4 * far
+            length = torch.where(cost < best, length.new_tensor(far), length)
+            best = torch.minimum(best, cost)
+    lengths: Tensor = length.unflatten(0, (len(clips), -1))
+    return lengths.mean(dim=(1, 2, 3)) / gap
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over (F, H, W); NaN where a clip has no pixel that counts."""
+    if mask is None:
+        return values.mean(dim=(1, 2, 3))
+    return (values * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+
+
+def _check(clips: Tensor, least: int) -> None:
+    if clips.dim() != 5 or clips.shape[2] != 3 or clips.shape[1] < least:
+        raise UserError(f"clips must be (B, F, 3, H, W) with at least {least} frames, got {tuple(clips.shape)}")
