@@ -18,8 +18,16 @@ Source = str | Callable[..., Any] | Reward
 
 _PLACES = {
     # name: "module of postgen.rewards:function or class", with ":output" for a view of a model with several outputs
+    "aesthetic": "aesthetic:Aesthetic",
     "brightness_band": "guards:BrightnessBand",
+    "depth_consistency": "depth_consistency:depth_consistency",
+    "clip_score": "clip_score:ClipScore",
+    "hps_v2_1": "hps_v2_1:HPSv21",
+    "image_reward": "image_reward:ImageReward",
     "motion_floor": "guards:MotionFloor",
+    "parabola": "parabola:parabola",
+    "permanence": "permanence:permanence",
+    "pickscore": "pickscore:PickScore",
     "sharpness_band": "guards:SharpnessBand",
     "world": "world:world",
 }

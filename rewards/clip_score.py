@@ -1,0 +1,43 @@
+"""CLIP score: how well frames fit the prompt (arXiv 2104.08718, without its weight 2.5 and its floor at 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from postgen.rewards.clip import ClipReward, open_clip_net, open_clip_shape
+from postgen.rewards.weights import find_file
+
+
+class ClipScore(ClipReward):
+    """Cosine of frame and prompt, about .15 to .35 with OpenAI's L/14.
+
+    Args:
+        model: Hub id or local folder of a `CLIPModel`; OpenAI's L/14 (MIT) by default.
+        open_clip: file of open_clip weights in `model`, for instance `open_clip_model.safetensors`; the shape is read
+            from `open_clip_config.json` beside it. None reads the layout of transformers.
+        tokenizer, frames, reduce, device, dtype: as `ClipReward`.
+    """
+
+    name = "clip_score"
+    model = "openai/clip-vit-large-patch14"
+
+    def __init__(self, model: str | None = None, open_clip: str | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.open_clip = open_clip
+
+    def build(self) -> nn.Module:
+        """Read the network in either layout.
+
+        Raises:
+            UserError: it cannot be found or does not fit.
+        """
+        if self.open_clip is None:
+            return super().build()
+        return open_clip_net(find_file(self.model, self.open_clip), open_clip_shape(self.model))
+
+    def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosines."""
+        return self.cosines(frames_BK3HW, prompts)
