@@ -10,6 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import postgen
+from tests.families.tiny_models import tiny_model
+
+# Where the 4 * 6 video tokens stand among 5 text tokens.
+_FIRST, _ALONE, _LAST = slice(None, 24), slice(None), slice(5, None)
+MODELS = {
+    "CogVideoX 1.0": _LAST,
+    "CogVideoX 1.5": _LAST,
+    "HunyuanVideo": _FIRST,
+    "LTX": _ALONE,
+    "Wan": _ALONE,
+}
+"""Tiny models, and their video tokens among all tokens of attention."""
+
 
 def cfi(query: Tensor, key: Tensor, frames: int) -> Tensor:
     """Cross-frame intensity: one number for (B, heads, T*S, D) queries and keys of the video tokens."""
@@ -63,3 +77,16 @@ def official(transformer: nn.Module, modules: list[str], video: slice, frames: i
         F.scaled_dot_product_attention = original
         for hook in hooks:
             hook.remove()
+
+
+def parity(name: str, weight: float = 4.0) -> tuple[float, float]:
+    """Return the largest difference between ours and the official one, and what the official one changes at all."""
+    tiny = tiny_model(name, batch=2)
+    plain = tiny()
+    config = postgen.EnhanceAVideoConfig(weight=weight, reduction="batch")
+    handle = postgen.apply_enhance_a_video(tiny.transformer, config)
+    ours, layers = tiny(), list(handle.stats())
+    handle.remove()
+    with official(tiny.transformer, layers, MODELS[name], tiny.frames, weight):
+        theirs = tiny()
+    return float((ours - theirs).abs().max()), float((theirs - plain).abs().max())

@@ -4,35 +4,16 @@ import pytest
 import torch
 
 import postgen
-from tests.enhance.official import official
+from tests.enhance.official import MODELS, parity
 from tests.families.tiny_models import tiny_model
-
-WEIGHT = 4.0
-# Where the 4 * 6 video tokens stand among 5 text tokens.
-FIRST, ALONE, LAST = slice(None, 24), slice(None), slice(5, None)
-MODELS = {
-    "CogVideoX 1.0": LAST,
-    "CogVideoX 1.5": LAST,
-    "HunyuanVideo": FIRST,
-    "LTX": ALONE,
-    "Wan": ALONE,
-}
 
 
 @pytest.mark.filterwarnings("ignore:Enhance-A-Video.*is strong")
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_official_formula(name: str) -> None:
-    tiny = tiny_model(name, batch=2)
-    plain = tiny()
-    config = postgen.EnhanceAVideoConfig(weight=WEIGHT, reduction="batch")
-    handle = postgen.apply_enhance_a_video(tiny.transformer, config)
-    ours = tiny()
-    layers = list(handle.stats())
-    handle.remove()
-    with official(tiny.transformer, layers, MODELS[name], tiny.frames, WEIGHT):
-        theirs = tiny()
-    assert (theirs - plain).abs().max() > 1e-3
-    assert (ours - theirs).abs().max() <= 1e-5
+    difference, effect = parity(name)
+    assert effect > 1e-3
+    assert difference <= 1e-5
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

@@ -1,0 +1,220 @@
+"""What Enhance-A-Video does to the embedded model, whether it is the official method, what it costs.
+
+    python -m benchmarks.enhance_a_video [--prompts 128] [--weights 0.5 1 2 4] [--device cuda] [--quick]
+
+Prompts of one and of two bodies under a static camera, clip i from seed i, the same seeds at every weight. The checker
+judges every clip; flicker is measured on the whole picture and on the ground (floor and backdrop, where no body is
+seen in the frames compared), warp error on the ground, whose exact flow under a static camera is zero, motion on the
+whole picture: a frozen clip has no flicker, so less of it counts only with motion unchanged. Differences to the plain
+model are paired by clip, with 95 % bootstrap intervals. Writes benchmarks/results/enhance_a_video.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import postgen
+from benchmarks.embedded_model import STEPS, generate, load, shares
+from benchmarks.enhance_cost import extra_memory_mib, layer_cost
+from benchmarks.enhance_families import passing_families
+from benchmarks.gates import gate, write_result
+from postgen import world
+from postgen.assets import embedded_model
+from postgen.metrics.bootstrap import Interval, bootstrap, ratio_of_means
+from postgen.metrics.video_measures import flicker, motion, warp_error
+from postgen.world.check import check_batch
+from postgen.world.check.segment import colour_share, smooth
+from postgen.world.spec import Spec
+from tests.enhance.official import MODELS, parity
+
+WEIGHTS = (0.25, 1.0, 2.0, 4.0)
+AT_ONCE = 32
+FRAMES = 17
+
+Rows = dict[str, Tensor]
+"""One number a clip, by measure."""
+
+
+def ground(clips: Tensor) -> Tensor:
+    """Pixels of (B, F, 3, H, W) at least 4 px from whatever is coloured like a body, bool (B, F, H, W)."""
+    share, _, _ = colour_share(smooth(clips.flatten(0, 1)))
+    body = functional.max_pool2d((share > 0.25).float()[:, None], 9, 1, 4)[:, 0]
+    return (body == 0).unflatten(0, clips.shape[:2])
+
+
+def measured(clips: Tensor) -> Rows:
+    """Measures of every clip that ask for no prompt."""
+    parts = defaultdict(list)
+    for part in clips.split(AT_ONCE):
+        still = ground(part)
+        no_flow = part.new_zeros(len(part), part.shape[1] - 1, 2, *part.shape[-2:])
+        parts["flicker"].append(flicker(part))
+        parts["flicker_ground"].append(flicker(part, still))
+        parts["warp_error_ground"].append(warp_error(part, no_flow, still[:, :-1] & still[:, 1:]))
+        parts["motion"].append(motion(part))
+    return {name: torch.cat(values).cpu() for name, values in parts.items()}
+
+
+class Gains:
+    """Mean gain of every layer over all calls of the transformer while open."""
+
+    def __init__(self, pipe: Any, handle: postgen.EnhanceAVideoHandle) -> None:
+        self.transformer, self.handle = pipe.transformer, handle
+        self.found: dict[str, list[float]] = defaultdict(list)
+
+    def __enter__(self) -> Gains:
+        self.hook = self.transformer.register_forward_hook(self._note)
+        return self
+
+    def _note(self, *call: Any) -> None:
+        for layer, gains in self.handle.stats().items():
+            self.found[layer] += gains
+
+    def __exit__(self, *failure: object) -> None:
+        self.hook.remove()
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """By layer: mean and largest gain, and the share of samples and steps whose gain is above 1."""
+        return {
+            layer: {
+                "mean": sum(gains) / len(gains),
+                "largest": max(gains),
+                "active": sum(gain > 1 for gain in gains) / len(gains),
+            }
+            for layer, gains in self.found.items()
+        }
+
+
+def scenes(count: int) -> list[Spec]:
+    """As many scenes of one body as of two, filmed by a static camera."""
+    return [world.sample(i, num_bodies=bodies, camera="static") for bodies in (1, 2) for i in range(count)]
+
+
+def judged(pipe: Any, specs: list[Spec], guidance: float, label: str) -> tuple[Rows, dict[str, Any]]:
+    """Numbers of every clip, and the checker's shares by number of bodies."""
+    half = len(specs) // 2
+    groups = {"one": specs[:half], "two": specs[half:]}
+    clips, reports, checker = [], [], {}
+    for name, part in groups.items():
+        prompts = [world.simple_caption(spec) for spec in part]
+        clips.append(generate(pipe, prompts, guidance, FRAMES, f"{label}, {name}"))
+        reports += check_batch(clips[-1], part)
+        checker[name] = shares(reports[-half:])
+    rows = measured(torch.cat(clips).clamp(0, 1))
+    rows["score"] = torch.tensor([report.score for report in reports])
+    rows["all_right"] = torch.tensor([float(report.all_right) for report in reports])
+    return rows, checker
+
+
+def compared(rows: Rows, plain: Rows) -> dict[str, dict[str, float]]:
+    """Difference to the plain model by measure, and the ratio for motion; with intervals."""
+    found: dict[str, Interval] = {}
+    for name, values in rows.items():
+        # The ground of a clip that is one big body is empty.
+        both = torch.stack([values, plain[name]], dim=1).double()
+        both = both[both.isfinite().all(dim=1)]
+        found[f"{name}_delta"] = bootstrap(both[:, 0] - both[:, 1])
+        if name == "motion":
+            found["motion_ratio"] = bootstrap(both, ratio_of_means)
+    return {name: dataclasses.asdict(interval) for name, interval in found.items()}
+
+
+def means(rows: Rows) -> dict[str, float]:
+    """Mean of every measure."""
+    return {name: float(values.nanmean()) for name, values in rows.items()}
+
+
+def sweep(pipe: Any, specs: list[Spec], guidance: float, weights: list[float]) -> dict[str, Any]:
+    """The plain model, `auto` and every weight, on the same prompts and seeds."""
+    plain, checker = judged(pipe, specs, guidance, "plain")
+    table: dict[str, Any] = {"plain": {"means": means(plain), "checker": checker}}
+    for weight in ("auto", *weights):
+        handle = postgen.apply_enhance_a_video(pipe, postgen.EnhanceAVideoConfig(weight=weight))
+        with Gains(pipe, handle) as gains:
+            rows, checker = judged(pipe, specs, guidance, f"weight {weight}")
+        handle.remove()
+        against = compared(rows, plain)
+        table[f"{weight}"] = {
+            "means": means(rows),
+            "checker": checker,
+            "against_plain": against,
+            "gains": gains.table(),
+        }
+        for name, interval in against.items():
+            print(
+                f"{weight!s:5s} {name:24s}{interval['value']:+.5f}  [{interval['low']:+.5f}, {interval['high']:+.5f}]"
+            )
+    return table
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=128, help="prompts of each number of bodies (default: 128)")
+    parser.add_argument("--weights", type=float, nargs="*", default=WEIGHTS, help="weights beside auto")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", default="enhance_a_video", help="name or path of the result file")
+    parser.add_argument("--quick", action="store_true", help="prints only")
+    return parser.parse_args()
+
+
+def gates(auto: dict[str, Any], worst: float, families: int, memory: float) -> list[dict[str, Any]]:
+    """The numbers asked for."""
+    ratio = auto["against_plain"]["motion_ratio"]["value"]
+    return [
+        gate("parity_max_abs", worst, "<=", 1e-5),
+        gate("families_passing", families, ">=", 20),
+        gate("extra_memory_mib", memory, "<=", 128),
+        gate("motion_ratio_auto", ratio, ">=", 0.9),
+        gate("motion_ratio_auto", ratio, "<=", 1.1),
+    ]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = options()
+    folder = embedded_model()
+    guidance = args.guidance or json.loads((folder / "postgen.json").read_text())["guidance_scale"]
+    differences = {name: parity(name)[0] for name in MODELS}
+    families = passing_families()
+    memory = extra_memory_mib(args.device)
+    cost = layer_cost() if args.device == "cuda" else None
+    print(f"parity {max(differences.values()):.1e}, {sum(families.values())} families, {memory:.0f} MiB, cost {cost}")
+    table = sweep(load(folder, args.device), scenes(args.prompts), guidance, list(args.weights))
+    rows = gates(table["auto"], max(differences.values()), sum(families.values()), memory)
+    for row in rows:
+        print(
+            f"{row['name']:20s}{row['value']:10.3g} {row['op']} {row['target']:g}  {'ok' if row['ok'] else 'MISSED'}"
+        )
+    if args.quick:
+        return
+    settings = {
+        "prompts": 2 * args.prompts,
+        "guidance_scale": guidance,
+        "steps": STEPS,
+        "frames": FRAMES,
+        "first_seed": 0,
+    }
+    payload = {
+        "settings": settings,
+        "parity": differences,
+        "families": families,
+        "wan_14b_480p_block": cost,
+        "by_weight": table,
+        "flicker_delta_auto": table["auto"]["against_plain"]["flicker_delta"],
+        "gates": rows,
+    }
+    write_result(args.output, payload)
+
+
+if __name__ == "__main__":
+    main()
