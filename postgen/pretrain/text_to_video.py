@@ -145,6 +145,8 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """Denoiser and text encoder with random weights; also encodes the clips to train on."""
         args = self.args
+        if args.cuda_graphs:
+            self._check_graphs()
         self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
         # The tokenizer does not depend on the pool, so weights stay usable with another pool.
         words = [text for seed in range(3000) for text in _wordings(seed)]
@@ -159,7 +161,6 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.pools = [self._pool(i) for i in range(len(args.lengths))]
         self.predict: Callable[..., Tensor] = self._predict
         if args.cuda_graphs:
-            self._check_graphs()
             self.predict = GraphedCall(self._predict, {"transformer": self.transformer, "text": self.text_encoder})
         return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 

@@ -14,7 +14,7 @@ from postgen.pretrain.text import PaddedCrossAttention, encode_text, new_text_en
 CAPTIONS = ["a red ball moves left", "a blue cube falls and a green cylinder stays still"] * 20
 PROMPTS = ["a red ball moves left", "", "a green cube falls while the camera orbits"]
 LENGTH = 29
-SETTINGS = SimpleNamespace(num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_width=16)
+SETTINGS = SimpleNamespace(patch=2, num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_width=16)
 
 
 @pytest.fixture(scope="module")
