@@ -29,6 +29,19 @@ def temporal_self_share(
         ValueError: shapes that do not belong together, nothing to measure, or a chunk below 1.
     """
     _check(query, key, chunk_size)
+    # Autocast would do the products in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        return _share(query, key, scale, causal_block, chunk_size)
+
+
+@temporal_self_share.register_fake
+def _(
+    query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
+) -> Tensor:
+    return query.new_empty(query.shape[0], dtype=_compute_dtype(query))
+
+
+def _share(query: Tensor, key: Tensor, scale: float | None, causal_block: int, chunk_size: int | None) -> Tensor:
     batch, frames, places, heads, channels = query.shape
     scale = channels**-0.5 if scale is None else scale
     dtype = _compute_dtype(query)
@@ -50,13 +63,6 @@ def temporal_self_share(
         own = logits.diagonal(dim1=-2, dim2=-1) - logits.logsumexp(dim=-1)
         total += own.exp_().sum(dim=(1, 2, 3))
     return total / (places * heads * frames)
-
-
-@temporal_self_share.register_fake
-def _(
-    query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
-) -> Tensor:
-    return query.new_empty(query.shape[0], dtype=_compute_dtype(query))
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

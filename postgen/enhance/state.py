@@ -43,7 +43,7 @@ class Enhancement:
         self.layers = {name: EnhancedAttention(self) for name in self.layout.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._hooks: list[Any] = []
-        self._warned: set[str] = set()
+        self._notes: dict[str, str] = {}  # what was warned of under these settings, by kind
         self.configure(config)
 
     @property
@@ -66,6 +66,7 @@ class Enhancement:
                     known = ", ".join(list(self.layers)[:3])
                     raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
         self.config = config
+        self._notes.clear()
         for name, layer in self.layers.items():
             chosen = weights[name]
             layer.on = chosen is not None
@@ -94,7 +95,10 @@ class Enhancement:
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the geometry of the call that comes."""
         self.active = False
-        if not self.enabled or (model.training and not self.config.train):
+        if not self.enabled:
+            return
+        if model.training and not self.config.train:
+            self._warn("training", "it is off in training mode: call eval(), or set train=True")
             return
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if not self.config.whole_range and not self.config.covers(self._progress(arguments)):
@@ -166,6 +170,7 @@ class Enhancement:
             parts.append(f"steps {config.start:.0%} to {config.stop:.0%}")
         if gains := [gain for layer in self.gains().values() for gain in layer]:
             parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self.frames} frames")
+        parts += [f"note: {text}" for text in self._notes.values()]
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
     def _progress(self, arguments: Mapping[str, Any]) -> float:
@@ -221,8 +226,11 @@ class Enhancement:
             )
 
     def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if kind in self._notes:
+            return
+        self._notes[kind] = text
+        # A warning would break the graph of a model that is compiled as a whole: the summary tells it.
+        if not torch.compiler.is_compiling():
             warnings.warn(f"Enhance-A-Video on {self.layout.transformer}: {text}", stacklevel=2)
 
 

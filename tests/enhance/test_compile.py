@@ -77,3 +77,14 @@ def test_a_whole_model_in_one_graph() -> None:
     expected = tiny()
     tiny.transformer.compile(fullgraph=True, backend="aot_eager")
     assert torch.allclose(tiny(), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error:Enhance-A-Video")
+def test_a_whole_model_keeps_its_warnings_for_the_summary() -> None:
+    tiny = tiny_model("Wan")
+    handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight=9.0))
+    tiny.transformer.compile(fullgraph=True, backend="eager")
+    tiny()
+    assert "note: weight 9 is strong for 4 latent frames" in str(postgen.summary(tiny.transformer))
+    handle.update(weight=0.5)
+    assert "note" not in str(postgen.summary(tiny.transformer))

@@ -54,6 +54,13 @@ def test_the_maths_is_done_in_float32_at_least(dtype: torch.dtype) -> None:
     assert torch.allclose(found.double(), naive.temporal_self_share(query.double(), key.double()), atol=1e-6)
 
 
+def test_autocast_does_not_round() -> None:
+    query, key = pair(channels=16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = temporal_self_share(query, key)
+    assert torch.equal(found, temporal_self_share(query, key))
+
+
 def test_is_registered_well() -> None:
     query, key = pair(key_heads=2)
     torch.library.opcheck(temporal_self_share, (query, key, None, 2, 3))
