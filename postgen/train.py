@@ -40,7 +40,7 @@ def _run(words: list[str]) -> int:
 
     trainer_class, config = load_recipe(recipes[0], overrides)
     try:
-        result = trainer_class(config).train()
+        result = trainer_class.from_config(config).train()
     except KeyboardInterrupt:
         print("interrupted before a checkpoint could be written", file=sys.stderr)
         return 130

@@ -84,8 +84,12 @@ class ModelFacts:
             check_size(num_frames or 0, height or 0, width or 0, *self.multiples)
 
 
-def inspect_model(model: str | Path) -> ModelFacts:
+def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """Read the small files of a model, a local diffusers folder or a hub id; no weights are touched.
+
+    Args:
+        model: the folder or id.
+        images: whether a pipeline that makes pictures will do.
 
     Raises:
         UserError: no such model, no pipeline in the folder, not a video pipeline, a damaged file.
@@ -110,7 +114,7 @@ def inspect_model(model: str | Path) -> ModelFacts:
             transformer=transformer,
             full_precision=("vae",),  # its decoder loses detail in half precision
         )
-    parameters = _call_parameters(pipeline, source)
+    parameters = _call_parameters(pipeline, source, images)
     return ModelFacts(
         source=source,
         pipeline=pipeline,
@@ -245,13 +249,13 @@ def _wan_multiples(folder: Path) -> tuple[int, int, int]:
     return multiples(vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4), patch)
 
 
-def _call_parameters(pipeline: str, source: str) -> frozenset[str]:
+def _call_parameters(pipeline: str, source: str, images: bool) -> frozenset[str]:
     import diffusers
 
     kind = getattr(diffusers, pipeline, None)
     if kind is None:
         raise UserError(f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks")
     parameters = frozenset(inspect.signature(kind.__call__).parameters)
-    if "num_frames" not in parameters:
+    if "num_frames" not in parameters and not images:
         raise UserError(f"{source} holds a {pipeline}, which makes no video")
     return parameters

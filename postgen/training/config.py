@@ -93,6 +93,9 @@ class TrainingConfig:
     eval_on_start: bool = False
     """Evaluate before the first step."""
 
+    evaluate_only: bool = False
+    """Evaluate the weights (of `init_from`, or of the checkpoint that is resumed) and end; nothing is trained."""
+
     save_steps: int = 500
     """Write a checkpoint every so many steps; 0 only at the end. One is always written at the end."""
 

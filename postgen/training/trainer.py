@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -89,6 +89,11 @@ class Trainer(ABC, Generic[C]):
         self._saved_step = -1
 
     # Hooks of a method.
+
+    @classmethod
+    def from_config(cls, args: C) -> Self:
+        """Return the trainer of a recipe, which has nothing but its configuration."""
+        return cls(args)
 
     @abstractmethod
     def build(self) -> Mapping[str, nn.Module]:
@@ -248,6 +253,9 @@ class Trainer(ABC, Generic[C]):
 
     def _loop(self) -> TrainResult:
         args = self.args
+        if args.evaluate_only:
+            self._evaluate()
+            return TrainResult(global_step=self.global_step, reason=Reason.DONE, metrics=self.log.newest)
         self._event("on_train_begin")
         if args.eval_on_start and self.global_step == 0:
             self._evaluate()
