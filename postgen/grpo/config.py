@@ -1,0 +1,328 @@
+"""Settings of `DanceGRPOTrainer`, under TRL's names where the meaning is the same."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from postgen.training import TrainingConfig
+
+from .advantages import Aggregation, Scale
+from .kernels import NOISE_LEVEL, Kind, Reduction, Weighting
+
+Strategy = Literal["fixed", "progressive", "random"]
+WindowPer = Literal["rollout", "prompt", "sample"]
+Solver = Literal["euler", "dpm++"]
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(TrainingConfig):
+    """What rollouts and evaluations need: the model, prompts, rewards, sampling.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""
+
+    weight_decay: float = 1e-4
+    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
+
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
+
+    model: str | None = None
+    """A diffusers folder or hub id; none is the embedded model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the frozen weights. Trained weights are float32 in any case."""
+
+    train_dataset: str | None = None
+    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset`, or `package.module:function`.
+    Further columns (`negative_prompt`, `image`, anything a reward takes) are handed on."""
+
+    eval_dataset: str | None = None
+    """The same for held-out prompts; none evaluates nothing."""
+
+    shuffle_dataset: bool = True
+    """Draw prompts in a new random order in each pass over them."""
+
+    reward_funcs: list[str] = field(default_factory=list)
+    """Names of rewards, or import paths `package.module.function`."""
+
+    reward_weights: list[float] = field(default_factory=list)
+    """A weight for each reward; empty is 1 for all."""
+
+    eval_reward_funcs: list[str] = field(default_factory=list)
+    """Rewards that are only ever measured, never trained on: what they lose while the others rise is hacked."""
+
+    height: int | None = None
+    """Pixels; none takes the model's default, as for `width` and `num_frames`."""
+
+    width: int | None = None
+    """Pixels."""
+
+    num_frames: int | None = None
+    """Frames of a clip, 1 for image models."""
+
+    fps: float | None = None
+    """Frames per second that rewards are told and videos are written with; none takes the model's default."""
+
+    num_inference_steps: int = 16
+    """Steps of a rollout."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in rollouts and in training passes alike; up to 1 is off, which halves the cost."""
+
+    negative_prompt: str = ""
+    """Text of the unconditional pass for rows without one of their own."""
+
+    flow_shift: float | None = None
+    """Shift of the noise levels; none keeps the scheduler's."""
+
+    max_sequence_length: int | None = None
+    """Tokens of a prompt; none is the pipeline's default."""
+
+    share_initial_noise: bool = True
+    """All samples of a prompt start from one noise. Without it rewards are hacked more easily, says DanceGRPO."""
+
+    rollout_solver: Solver = "euler"
+    """How the steps after the stochastic ones are taken; dpm++ is DPM-Solver++ (2M)."""
+
+    rollout_solver_fraction: float = 1.0
+    """Share of the steps after the stochastic ones that are taken, on a coarser grid, in (0, 1]."""
+
+    rollout_batch_size: int | None = None
+    """Samples that a process generates at a time; none is `per_device_train_batch_size`."""
+
+    decode_batch_size: int | None = None
+    """Samples that are decoded at a time; none is the batch size of rollouts."""
+
+    eval_prompts: int = 64
+    """Rows of `eval_dataset` that are evaluated, from the first on."""
+
+    num_generations_eval: int = 1
+    """Samples of each of them; with 2 or more their diversity is measured."""
+
+    eval_num_inference_steps: int | None = None
+    """Steps of the deterministic sampler in evaluation; none is `num_inference_steps`."""
+
+    eval_guidance_scale: float | None = None
+    """Guidance in evaluation; none is `guidance_scale`."""
+
+    eval_grid: int = 9
+    """Clips of the fixed-seed grid that each evaluation writes to `samples/`; 0 writes none."""
+
+    hacking_patience: int = 2
+    """Evaluations in a row with a rising reward and a falling gold reward that count as reward hacking; 0 never."""
+
+    on_hacking: Literal["flag", "stop"] = "flag"
+    """What follows: a warning and the metric `eval_hacking`, or the end of the run as well."""
+
+    log_completions: bool = False
+    """Write a table of each logged rollout and some of its clips to `completions/`."""
+
+    num_completions_to_log: int = 4
+    """Clips of it."""
+
+    reward_device: str | None = None
+    """Where rewards with a network compute; none leaves each where it is."""
+
+    offload_reward: bool = False
+    """Bring them there only for the call."""
+
+    precompute_prompt_embeds: bool = False
+    """Encode all prompts before training, keep the encodings, and move the text encoders to the CPU."""
+
+    use_peft: bool = True
+    """Train LoRA adapters; without it all weights of the denoiser."""
+
+    lora_r: int = 32
+    """Rank."""
+
+    lora_alpha: int = 64
+    """The update is scaled by lora_alpha / lora_r."""
+
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Endings of layer names; empty takes those of the model's attention."""
+
+    lora_path: str | None = None
+    """A LoRA to go on from; its rank and layers hold."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    dry_run: bool = False
+    """Build nothing larger than a description of the model; print an estimate of memory and cost, then end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width", "num_frames", "rollout_batch_size", "decode_batch_size", "lora_r"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "at least 1")
+        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
+        eval_steps = self.eval_num_inference_steps
+        self.require(eval_steps is None or eval_steps >= 2, "eval_num_inference_steps", "at least 2")
+        for name in ("eval_prompts", "num_generations_eval", "lora_alpha"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("guidance_scale", "hacking_patience", "num_completions_to_log", "eval_grid"):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
+        self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
+        fits = not self.reward_weights or len(self.reward_weights) == len(self.reward_funcs)
+        self.require(fits or not self.reward_funcs, "reward_weights", "one number for each of reward_funcs")
+
+    @property
+    def rollout_batch(self) -> int:
+        """Samples that a process generates at a time."""
+        return self.rollout_batch_size or self.per_device_train_batch_size
+
+
+@dataclass(kw_only=True)
+class GroupConfig(RolloutConfig):
+    """Groups of samples, their rewards and advantages: what every trainer of the family shares.
+
+    Raises:
+        UserError: a value outside its range, or groups that do not fit into batches.
+    """
+
+    num_generations: int = 12
+    """Samples of each prompt, at least 2."""
+
+    steps_per_generation: int | None = None
+    """Micro-batches that a process trains on per rollout; none is `gradient_accumulation_steps`, one update."""
+
+    generation_batch_size: int | None = None
+    """Samples of a rollout over all processes, instead of `steps_per_generation`."""
+
+    num_iterations: int = 1
+    """Times that a rollout is trained on."""
+
+    best_of_n: int | None = None
+    """Train only on so many samples of each prompt, the best and the worst half; none is all."""
+
+    scale_rewards: Scale = "group"
+    """Std that a reward's difference to its group's mean is divided by: of the group, of the batch, or none."""
+
+    multi_objective_aggregation: Aggregation = "sum_of_advantages"
+    """How several rewards become one advantage; the other two have TRL's meaning."""
+
+    advantage_clip: float = 5.0
+    """Advantages are kept in [-advantage_clip, advantage_clip]."""
+
+    advantage_eps: float = 1e-4
+    """Added to the std."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.num_generations >= 2, "num_generations", "at least 2: advantages compare samples")
+        self.require(self.num_iterations >= 1, "num_iterations", "at least 1")
+        kept = self.best_of_n
+        self.require(kept is None or 2 <= kept <= self.num_generations, "best_of_n", "in 2..num_generations")
+        for name in ("advantage_clip", "advantage_eps"):
+            self.require(getattr(self, name) > 0, name, "above 0")
+        both = self.steps_per_generation is not None and self.generation_batch_size is not None
+        self.require(not both, "generation_batch_size", "left out when steps_per_generation is given")
+        for name in ("steps_per_generation", "generation_batch_size"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "at least 1")
+
+    @property
+    def kept(self) -> int:
+        """Samples of a prompt that are trained on."""
+        return self.best_of_n or self.num_generations
+
+
+@dataclass(kw_only=True)
+class DanceGRPOConfig(GroupConfig):
+    """Settings of `DanceGRPOTrainer`. The defaults are DanceGRPO's (arXiv:2505.07818, Table 6), but for LoRA.
+
+    Raises:
+        UserError: a value outside its range, or values that contradict each other.
+    """
+
+    sde_type: Kind = "dance"
+    """Transition kernel of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
+
+    noise_level: float | None = None
+    """Strength of the noise; none is the kernel's published one."""
+
+    sde_window_size: int | None = None
+    """Stochastic steps in a row; only they are trained. None is all steps but the last."""
+
+    sde_window_range: list[int] = field(default_factory=list)
+    """First step, and the one after the last, that the window may cover; empty is the first half, or as many as it
+    needs."""
+
+    sde_window_strategy: Strategy = "random"
+    """Where the window lies: at the start of the range, moving on every `sde_window_interval` rollouts, or random."""
+
+    sde_window_interval: int = 25
+    """Rollouts between two moves of the progressive window, by one step each."""
+
+    sde_window_per: WindowPer = "prompt"
+    """What draws its own random window. Advantages compare like with like only if a prompt's samples share it."""
+
+    timestep_fraction: float = 0.6
+    """Share of the stochastic steps of a sample that it is trained on, chosen at random."""
+
+    epsilon: float = 1e-4
+    """The ratio is clipped at 1 - epsilon."""
+
+    epsilon_high: float | None = None
+    """And at 1 + epsilon_high; none is `epsilon`."""
+
+    beta: float = 0.0
+    """Weight of the divergence from the reference policy: adapters off, or the weights at the start."""
+
+    kl_type: Literal["mean", "velocity"] = "mean"
+    """That divergence: KL between the two kernels per latent value, or mean square of the predictions' difference."""
+
+    ratio_norm: bool = False
+    """GRPO-Guard's normalisation of the ratio (arXiv:2510.22319); wants `epsilon` 2e-6 to 4e-6."""
+
+    step_weighting: Weighting = "none"
+    """Weights of the steps' losses: none, std, or inv_grad, which lets all steps learn equally."""
+
+    log_prob_reduction: Reduction = "mean"
+    """Over the values of a latent. `epsilon` is meant for the mean."""
+
+    check_on_policy_ratio: Literal["warn", "raise", "off"] = "warn"
+    """What follows when the ratio of a policy that has not changed yet is not 1."""
+
+    max_ratio_error: float = 1e-5
+    """Largest difference of log-probabilities that counts as none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.sde_type != "ode", "sde_type", "a kernel with noise: without it nothing is explored")
+        self.require(self.noise_level is None or self.noise_level > 0, "noise_level", "above 0")
+        self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
+        self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")
+        self.require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high", "above 0")
+        self.require(self.beta >= 0, "beta", "at least 0")
+        self.require(self.max_ratio_error > 0, "max_ratio_error", "above 0")
+        self.require(self.sde_window_interval >= 1, "sde_window_interval", "at least 1")
+        last = self.num_inference_steps - 1
+        size = self.sde_window_size
+        self.require(size is None or 1 <= size <= last, "sde_window_size", f"in 1..{last}: the last step has no noise")
+        if self.sde_window_range:
+            first, stop = (*self.sde_window_range, -1)[:2]
+            fits = len(self.sde_window_range) == 2 and first >= 0 and first + (size or 1) <= stop <= last
+            self.require(fits, "sde_window_range", f"[first, stop] that hold the window within 0..{last}")
+        if self.ratio_norm:
+            self.require(self.sde_type != "cps", "sde_type", "another than cps with ratio_norm, which needs its std")
+
+    @property
+    def noise(self) -> float:
+        """Strength of the noise."""
+        return NOISE_LEVEL[self.sde_type] if self.noise_level is None else self.noise_level
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """(size, first, stop): stochastic steps, and the range that they lie in."""
+        last = self.num_inference_steps - 1
+        size = self.sde_window_size or (last if not self.sde_window_range else 0)
+        if self.sde_window_range:
+            first, stop = self.sde_window_range
+            return size or stop - first, first, stop
+        return size, 0, last if self.sde_window_size is None else min(last, max(size, self.num_inference_steps // 2))

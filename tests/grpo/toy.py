@@ -1,0 +1,155 @@
+"""A flow model of 12 numbers that is exact for a Gaussian until it is trained, and trainers of it, through the whole
+trainer: pipeline, denoiser, rewards.
+
+Data are N(0, 0.5^2); the velocity that makes them is linear in x. A small net adds to it, with output weights of zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.families import register_denoiser
+from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+
+SPREAD = 0.5
+SHAPE = (3, 1, 2, 2)
+
+
+class ToyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(13, 32)
+        self.outer = nn.Linear(32, 12)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.view(-1, 1, 1, 1, 1)
+        variance = (1 - s) ** 2 * SPREAD**2 + s**2
+        exact = (s - (1 - s) * SPREAD**2) / variance * x
+        learned = self.outer(torch.tanh(self.inner(torch.cat([x.flatten(1), sigma[:, None]], 1))))
+        return exact + learned.view(x.shape)
+
+    def enable_gradient_checkpointing(self) -> None:
+        raise AssertionError("nothing to recompute")
+
+    def save_pretrained(self, folder: Any, state_dict: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file(state_dict or self.state_dict(), folder / "model.safetensors")
+
+
+class ToyPipeline:
+    """As much of a pipeline as the trainer looks at."""
+
+    def __init__(self, prediction_type: str = "flow") -> None:
+        torch.manual_seed(0)
+        self.prediction_type = prediction_type
+        self.transformer = ToyModel()
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"transformer": self.transformer}
+
+    def to(self, device: Any) -> ToyPipeline:
+        self.transformer.to(device)
+        return self
+
+    def __call__(self, prompt: str) -> None:
+        raise AssertionError("training does not call the pipeline")
+
+
+class ToyDenoiser:
+    timestep_scale = 1000.0
+    lora_targets = ("outer",)
+
+    def __init__(self, pipe: ToyPipeline) -> None:
+        self.transformers = {"transformer": pipe.transformer}
+        self.prediction_type = pipe.prediction_type
+        if self.prediction_type != "flow":
+            # Levels of noise with the same ratio of signal to noise as the flow's.
+            s = torch.linspace(1, 0, 1001, dtype=torch.float64)
+            self.bars = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+
+    def encode_prompt(self, prompts: list[str], negative: Any = None, *, guidance: bool = True) -> dict[str, Tensor]:
+        condition = {"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+        return {**condition, "negative": torch.zeros(len(prompts), 1)} if guidance else condition
+
+    def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
+        return torch.randn(batch, *SHAPE, generator=generator)
+
+    def sigmas(self, steps: int) -> Tensor:
+        s = torch.linspace(0.99 if self.prediction_type != "flow" else 1, 0, steps + 1, dtype=torch.float64)
+        return 3 * s / (1 + 2 * s)
+
+    def alpha_bar(self, sigma: Tensor) -> Tensor:
+        return self.bars[(1000 - sigma * 1000).round().long()]
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Any, guidance: float = 1.0) -> Tensor:
+        if self.prediction_type == "flow":
+            return self.transformers["transformer"](x, sigma)
+        # The flow's x and v from those with variances that add up to 1: x_flow = x / (a + b).
+        a, b = (part.float().view(-1, 1, 1, 1, 1) for part in self._factors(sigma))
+        scale = a + b
+        flow = x / scale
+        velocity = self.transformers["transformer"](flow, (b / scale).flatten())
+        clean, noise = flow - b / scale * velocity, flow + a / scale * velocity
+        return noise if self.prediction_type == "epsilon" else a * noise - b * clean
+
+    def _factors(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        bar = self.alpha_bar(sigma.double())
+        return bar.sqrt(), (1 - bar).sqrt()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)
+
+
+register_denoiser("ToyPipeline", ToyDenoiser)
+
+
+def near(completions: list[Tensor], **columns: Any) -> list[float]:
+    """Reward: minus the squared distance to 1."""
+    return [-(clip - 1).square().mean().item() for clip in completions]
+
+
+ROWS = [{"prompt": "a" * length, "number": length} for length in range(1, 9)]
+SETTINGS: dict[str, Any] = {
+    "height": 2,
+    "width": 2,
+    "num_frames": 1,
+    "num_generations": 8,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "num_inference_steps": 8,
+    "learning_rate": 1e-2,
+    "use_peft": False,
+    "share_initial_noise": False,
+    "timestep_fraction": 1.0,
+    "epsilon": 1e-2,
+    "max_steps": 2,
+    "eval_grid": 0,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "device": "cpu",
+    "disable_tqdm": True,
+    "report_to": [],
+}
+
+
+def settings(folder: Any, config: Any = DanceGRPOConfig, **changes: Any) -> Any:
+    """Configuration of a toy run; only what the method knows of `SETTINGS`."""
+    known = {name: value for name, value in SETTINGS.items() if name in config.__dataclass_fields__}
+    return config(output_dir=str(folder), **{**known, **changes})
+
+
+def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows: Any = ROWS, **changes: Any) -> Any:
+    """A toy trainer."""
+    config = DiffusionNFTConfig if issubclass(kind, DiffusionNFTTrainer) else DanceGRPOConfig
+    prediction_type = changes.pop("prediction_type", "flow")
+    extra = {name: changes.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in changes}
+    return kind(ToyPipeline(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
