@@ -124,7 +124,7 @@ class Transition:
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return the next latents for standard normal noise."""
-        return self.mean + _wide(self.std, self.mean) * noise
+        return self.mean + wide(self.std, self.mean) * noise
 
     def log_prob(self, y: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return (B,) log-probabilities (K2), reduced over all other dimensions.
@@ -134,7 +134,7 @@ class Transition:
         square = (y - self.mean).square()
         if not self.has_scale:
             return reduced(-square, reduction)
-        std = _wide(self.std, y)
+        std = wide(self.std, y)
         return reduced(-square / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
     def gradient_scale(self) -> Tensor:
@@ -156,7 +156,7 @@ def reduced(values: Tensor, reduction: Reduction) -> Tensor:
 def split(x: Tensor, prediction: Tensor, levels: Levels, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
     """Return the clean latents and the noise that a prediction sees in x."""
     (clean, noise), _ = levels.mix()
-    a, b = _wide(clean, x), _wide(noise, x)
+    a, b = wide(clean, x), wide(noise, x)
     if prediction_type == "flow":
         return x - b * prediction, x + a * prediction
     if prediction_type == "epsilon":
@@ -198,7 +198,7 @@ def transition(
     variance = _variance(kind, levels, noise_level)
     delta, s = levels.s - levels.after, levels.s
     pull = variance / (2 * s)  # D g^2 / (2 s)
-    mean = x - _wide(delta, x) * prediction - _wide(pull, x) * noise
+    mean = x - wide(delta, x) * prediction - wide(pull, x) * noise
     return Transition(mean, variance.sqrt(), clean, -(delta + pull * (1 - s)), True)
 
 
@@ -243,7 +243,7 @@ def _mixed(
         # 1 - A / A' in factors of the latents, where A' may be 1 and A may be 0.
         std = a * (noise_after / noise_before) * (1 - (clean_before / clean_after).square()).sqrt()
     kept = (noise_after.square() - std.square()).clamp_min(0).sqrt()
-    mean = _wide(clean_after, clean) * clean + _wide(kept, noise) * noise
+    mean = wide(clean_after, clean) * clean + wide(kept, noise) * noise
     by_clean, by_noise = _slopes(clean_before, noise_before, prediction_type)
     return Transition(mean, std, clean, clean_after * by_clean + kept * by_noise, kind != "cps")
 
@@ -284,6 +284,6 @@ def step_weights(
     return table
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def wide(values: Tensor, like: Tensor) -> Tensor:
     """Give (B,) the dimensions and the dtype of latents."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))

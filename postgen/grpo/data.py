@@ -1,0 +1,126 @@
+"""Prompts: rows of a JSONL file, of a data set or of a function, and the order they are taken in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgen.errors import UserError
+
+from .seeds import seed_of
+
+Row = dict[str, Any]
+
+_OWN = ("prompt", "negative_prompt", "image")
+"""Columns that are ours; the others are handed to the rewards."""
+
+
+class Prompts:
+    """Rows with a `prompt`, in a random order that follows from the seed.
+
+    Args:
+        source: a JSONL file, a name for `datasets.load_dataset`, `package.module:function`, or rows.
+        name: what messages call it.
+        seed: of the order.
+        shuffle: whether the order is random.
+
+    Raises:
+        UserError: it cannot be read, is empty, or a row has no prompt.
+    """
+
+    def __init__(self, source: str | Iterable[Mapping[str, Any]], name: str, *, seed: int, shuffle: bool) -> None:
+        self.name, self.seed, self.shuffle = name, seed, shuffle
+        self.rows = [_checked(row, number, name) for number, row in enumerate(_read(source, name))]
+        if not self.rows:
+            raise UserError(f"{name} has no rows: give prompts, one JSON object a line")
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, position: int) -> Row:
+        """Return the row at a position of the endless order: every row once, then every row again in another order."""
+        turn, place = divmod(position, len(self.rows))
+        if not self.shuffle:
+            return self.rows[place]
+        if self._order[0] != turn:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", turn))
+            self._order = turn, torch.randperm(len(self.rows), generator=generator).tolist()
+        return self.rows[self._order[1][place]]
+
+
+def columns(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return the columns that rewards get: all but the prompt, the negative prompt and the image."""
+    rows = list(rows)
+    names = dict.fromkeys(key for row in rows for key in row if key not in _OWN)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(source, str):
+        return source
+    path = Path(source).expanduser()
+    if path.suffix in (".jsonl", ".json", ".txt") or path.is_file():
+        return _read_lines(path, name)
+    module, colon, function = source.partition(":")
+    if colon and "/" not in source:
+        try:
+            made = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{name}: {source} cannot be imported: {error}") from error
+        rows: Iterable[Mapping[str, Any]] = made()
+        return rows
+    return _load_dataset(source, name)
+
+
+def _read_lines(path: Path, name: str) -> list[Mapping[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} {path} cannot be read: {error}") from error
+    if path.suffix == ".txt":
+        return [{"prompt": line} for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name} {path}, line {number} is no JSON: {error}") from error
+    return rows
+
+
+def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{name} {source} needs datasets: pip install 'postgen[train]', or give a JSONL file"
+        ) from error
+    try:
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(source, split="train")
+    except Exception as error:  # the hub and the readers raise all kinds
+        raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    return rows
+
+
+def _checked(row: Any, number: int, name: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise UserError(f"row {number} of {name} is {row!r}, it must be an object with a prompt")
+    if "prompt" not in row:
+        known = ", ".join(map(str, row)) or "nothing"
+        raise UserError(f"row {number} of {name} has no column 'prompt', it has {known}")
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        # A conversation: what the user said last.
+        said = [turn["content"] for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        prompt = said[-1] if said else None
+    if not isinstance(prompt, str):
+        raise UserError(f"row {number} of {name}: the prompt is {row['prompt']!r}, it must be a text")
+    return {**row, "prompt": prompt}

@@ -1,0 +1,381 @@
+"""What the trainers of the family share: rollouts of groups, their rewards and advantages, evaluation, the state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from postgen.errors import UserError
+from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
+from postgen.training import Trainer, TrainingConfig, TrainResult
+
+from .advantages import Advantages, best_and_worst, compute_advantages
+from .batches import Batches
+from .conditions import Embeddings
+from .config import GroupConfig
+from .data import Prompts, Row, columns
+from .evaluation import Evaluator
+from .guards import HackingGuard
+from .kernels import schedule_of
+from .logging import CompletionLog
+from .meter import Meter
+from .policy import Policy, load_policy
+from .quality import diversity
+from .rollout import Conditions, Sample, Sampler, Sampling, Trajectories
+from .seeds import seed_of
+
+G = TypeVar("G", bound=GroupConfig)
+RewardLike = str | Callable[..., Any]
+Metrics = dict[str, float | Tensor]
+
+
+@dataclass(slots=True)
+class Buffer:
+    """The samples of a rollout that this process trains on, in the order of its micro-batches."""
+
+    number: int
+    """Of the rollout."""
+    paths: Trajectories
+    advantages: Tensor
+    """(n,)"""
+    prompts: list[int]
+    """Number of each sample's prompt within the rollout."""
+    samples: list[int]
+    """Number of each sample within the rollout."""
+
+
+class GroupTrainer(Trainer[G]):
+    """Rolls groups of samples out, scores them and hands micro-batches with advantages to `learn`.
+
+    Args:
+        model: a diffusers folder or hub id, a pipeline, or None for the embedded model.
+        reward_funcs: what `postgen.rewards.get_reward` takes, one or several.
+        args: the configuration.
+        train_dataset: prompts, as in the configuration or as rows.
+        eval_dataset: held-out prompts.
+        peft_config: a `peft.LoraConfig`, instead of the one that `args` describes.
+        callbacks: `transformers.TrainerCallback`s.
+        eval_reward_funcs: gold rewards, only ever measured.
+
+    Raises:
+        UserError: no prompts or rewards, batches that do not divide, an unknown reward.
+    """
+
+    config_class: ClassVar[type[TrainingConfig]] = GroupConfig
+
+    def __init__(
+        self,
+        model: Any = None,
+        reward_funcs: RewardLike | Sequence[RewardLike] = (),
+        args: G | None = None,
+        train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        peft_config: Any = None,
+        callbacks: Iterable[TrainerCallback] = (),
+        eval_reward_funcs: RewardLike | Sequence[RewardLike] = (),
+    ) -> None:
+        if args is None:
+            raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}")
+        super().__init__(args, callbacks)
+        self._model, self._peft_config = model, peft_config
+        if train_dataset is None:
+            raise UserError("there are no prompts: give train_dataset")
+        self.runner = self._runner(reward_funcs, args.reward_weights or None)
+        gold = [eval_reward_funcs] if isinstance(eval_reward_funcs, str) else eval_reward_funcs
+        self.gold = self._runner(gold, None) if gold else None
+        self.prompts = Prompts(train_dataset, "train_dataset", seed=args.seed, shuffle=args.shuffle_dataset)
+        self.eval_prompts = None
+        if eval_dataset is not None:
+            self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
+        process = self.accelerator
+        self.batches = Batches.of(args, process.num_processes, process.process_index)
+        self.micro = 0
+        self.buffer: Buffer | None = None
+        self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
+        self.hacking = HackingGuard(args.hacking_patience)
+
+    @classmethod
+    def from_config(cls, args: G) -> Self:
+        """Return the trainer of a recipe."""
+        return cls(
+            args.model,
+            args.reward_funcs,
+            args,
+            args.train_dataset,
+            args.eval_dataset,
+            eval_reward_funcs=args.eval_reward_funcs,
+        )
+
+    def _runner(self, rewards: Any, weights: Sequence[float] | None) -> RewardRunner:
+        if not rewards:
+            raise UserError("there is no reward: give reward_funcs, names or functions")
+        return RewardRunner(rewards, weights, device=self.args.reward_device, offload=self.args.offload_reward)
+
+    # Hooks of the family.
+
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """Return how rollouts are drawn."""
+
+    @abstractmethod
+    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+        """Return the first stochastic step of a sample."""
+
+    @abstractmethod
+    def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
+        """Return loss and metrics of some rows of `self.buffer`, as `training_step` does.
+
+        Args:
+            rows: (B,) row numbers.
+            first_update: whether the policy is still the one that drew them.
+        """
+
+    def prepare(self) -> None:
+        """Do something once the models stand, before the first rollout and before a checkpoint is read."""
+
+    @contextmanager
+    def rollout_policy(self) -> Iterator[None]:
+        """Inside, rollouts are drawn; a method may put other weights in."""
+        yield
+
+    def before_rollout(self) -> None:
+        """Do something between two rollouts."""
+
+    # The trainer's hooks.
+
+    def train(self) -> TrainResult:
+        """Run as `Trainer.train`, or with `dry_run` print an estimate and return."""
+        if self.args.dry_run:
+            from .cost import report
+
+            return report(self)
+        return super().train()
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """Load the model, add adapters, encode prompts."""
+        args = self.args
+        self.policy: Policy = load_policy(self._model, args, self.device, self._peft_config)
+        self.size = self.policy.size
+        evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+        self.embeddings = Embeddings(
+            self.policy.denoiser,
+            size=self.size,
+            guidance=max(args.guidance_scale, evaluated) > 1,
+            negative_prompt=args.negative_prompt,
+            keep_all=args.precompute_prompt_embeds,
+            device=self.device,
+        )
+        if args.precompute_prompt_embeds:
+            self._encode_all()
+        denoiser = self.policy.denoiser
+        self.sampler = Sampler(
+            denoiser, schedule_of(denoiser, args.num_inference_steps), self.sampling(), self.meter, self.device
+        )
+        self.evaluator = Evaluator(self, evaluated)
+        self.completions = CompletionLog(args, self.policy.fps)
+        self.prepare()
+        return self.policy.modules
+
+    def training_step(self) -> tuple[Tensor, Metrics]:
+        """Train on the next micro-batch, after a new rollout where the last one is used up."""
+        place = self.micro % self.batches.per_rollout
+        metrics = self._new_rollout() if place == 0 else {}
+        size = self.batches.per_device
+        low = place % self.batches.micro_batches * size
+        rows = torch.arange(low, low + size, device=self.device)
+        with self._networks(wrapped=True), self.meter.time("train_seconds"):
+            loss, found = self.learn(rows, place < self.batches.accumulation)
+        self.micro += 1
+        return loss, {**metrics, **found}
+
+    def evaluate(self) -> dict[str, float]:
+        """Score deterministic samples of the held-out prompts; nothing without any."""
+        if self.eval_prompts is None:
+            return {}
+        with self._networks(wrapped=False):
+            return self.evaluator.run(self.eval_prompts)
+
+    def export(self, folder: Path) -> None:
+        """Write the LoRA or the trained models, and a model card."""
+        from .card import write_card
+
+        self.policy.save(folder)
+        write_card(self, folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, what the run has cost, and the rollout if it is not used up."""
+        state: dict[str, Any] = {"micro": self.micro, "cost": self.meter.read(), **self.hacking.state()}
+        buffer = self.buffer
+        if buffer is None or self.micro % self.batches.per_rollout == 0:
+            return state
+        paths = buffer.paths
+        state |= {"number": buffer.number, "prompts": buffer.prompts, "samples": buffer.samples}
+        state |= {f"buffer.{name}": getattr(paths, name) for name in ("clean", "start", "states", "log_probs")}
+        state["buffer.advantages"] = buffer.advantages
+        return state | ({"buffer.means": paths.means} if paths.means is not None else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.micro = int(state["micro"])
+        self.meter.load(state["cost"])
+        self.hacking.load(state["history"], state["parted"])
+        if "number" not in state:
+            return
+        held = {key.removeprefix("buffer."): value for key, value in state.items() if key.startswith("buffer.")}
+        held = {name: value.to(self.device) for name, value in held.items()}
+        advantages, means = held.pop("advantages"), held.pop("means", None)
+        paths = Trajectories(**held, means=means)
+        self.buffer = Buffer(state["number"], paths, advantages, state["prompts"], state["samples"])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients, and the time that takes."""
+        with self.meter.time("transformer_seconds"):
+            super().backward(loss)
+
+    # A rollout.
+
+    def row_of(self, rollout: int, prompt: int) -> Row:
+        """Return the row of a prompt of a rollout."""
+        return self.prompts.at(rollout * self.batches.prompts + prompt)
+
+    def conditions(self, rollout: int) -> Conditions:
+        """Return the function from prompt numbers of a rollout to their stacked conditions."""
+        return self.embeddings.table(lambda prompt: self.row_of(rollout, prompt))
+
+    def _new_rollout(self) -> Metrics:
+        """Draw, score and select the samples of the next rollout."""
+        for module in self.policy.modules.values():
+            module.eval()  # no dropout, neither here nor in training passes
+        self.before_rollout()
+        number = self.micro // self.batches.per_rollout
+        before = self.meter.read()
+        samples = [self._sample(number, index) for index in self.batches.mine()]
+        with self.meter.time("rollout_seconds"):
+            paths = self.draw(number, samples)
+        rows = [self.row_of(number, sample.prompt) for sample in samples]
+        clips = self.decode(paths.clean)
+        with self.meter.time("reward_seconds"):
+            result = self.score(rows, clips, paths.clean)
+        advantages = self.advantages(self._everyone(result.values, samples))
+        chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
+        place = {sample.index: row for row, sample in enumerate(samples)}
+        mine = [index for index in chosen if index in place]
+        picked = torch.tensor([place[index] for index in mine], device=self.device)
+        own = advantages.values[torch.tensor(mine)].to(self.device)
+        self.buffer = Buffer(number, paths.rows(picked), own, [index // self.batches.group for index in mine], mine)
+        if self.global_step % self.args.logging_steps == 0:
+            values = [advantages.values[sample.index].item() for sample in samples]
+            self.completions.write(self.global_step, rows, clips, result, values, self.accelerator.is_main_process)
+        metrics = self._metrics(result, advantages, before)
+        metrics["diversity/latent_pairwise"] = diversity(paths.clean, [sample.prompt for sample in samples])
+        return metrics
+
+    def draw(self, number: int, samples: Sequence[Sample]) -> Trajectories:
+        """Draw the samples of rollout `number`."""
+        with self._networks(wrapped=False), self.rollout_policy():
+            return self.sampler.draw(samples, self.conditions(number), self.args.rollout_batch)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Tensor]:
+        """Turn latents into clips (F,3,H,W) in [0,1]."""
+        size = self.args.decode_batch_size or self.args.rollout_batch
+        with self.meter.time("decode_seconds"):
+            return [clip for part in latents.split(size) for clip in self.policy.denoiser.decode(part)]
+
+    def score(self, rows: Sequence[Row], clips: Sequence[Tensor], latents: Tensor) -> RewardResult:
+        """Call the rewards on samples of this process."""
+        return self.runner(
+            [row["prompt"] for row in rows],
+            clips,
+            fps=self.policy.fps,
+            latents=latents,
+            trainer_state=self.callbacks.state,
+            must_score=False,
+            **columns(rows),
+        )
+
+    def advantages(self, rewards: Tensor) -> Advantages:
+        """Turn the rewards (N, K) of a whole rollout into advantages."""
+        args = self.args
+        return compute_advantages(
+            rewards,
+            torch.tensor(self.runner.weights),
+            args.num_generations,
+            aggregation=args.multi_objective_aggregation,
+            scale=args.scale_rewards,
+            clip=args.advantage_clip,
+            eps=args.advantage_eps,
+        )
+
+    def _sample(self, number: int, index: int) -> Sample:
+        prompt, seed = index // self.batches.group, self.args.seed
+        shared = self.args.share_initial_noise
+        initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, index + 1)
+        return Sample(
+            index=index,
+            prompt=prompt,
+            initial=seed_of(seed, *initial),
+            step_seed=lambda step: seed_of(seed, "step", number, index, step),
+            start=self.window_start(number, prompt, index),
+        )
+
+    def _everyone(self, values: Tensor, samples: Sequence[Sample]) -> Tensor:
+        """Return the rewards of all processes in the order of the samples, on the CPU.
+
+        Raises:
+            AllRewardsFailed: no sample of any process has a reward.
+        """
+        pairs = gather_object([([sample.index for sample in samples], values)])
+        rewards = torch.full((self.batches.samples, values.shape[1]), torch.nan)
+        for indices, part in pairs:
+            rewards[torch.tensor(indices)] = part
+        if bool(rewards.isnan().all()):
+            raise AllRewardsFailed(
+                f"every reward failed on every one of {len(rewards)} samples of step {self.global_step + 1}: "
+                "the warnings above say why"
+            )
+        return rewards
+
+    def _metrics(self, result: RewardResult, advantages: Advantages, before: Mapping[str, float]) -> Metrics:
+        found: Metrics = {**advantages.metrics(), **result.metrics}
+        for name in result.names:
+            known = result.column(name)
+            known = known[~known.isnan()]
+            found[f"rewards/{name}/failed"] = float(result.failed[name])
+            if len(known):
+                found[f"rewards/{name}/mean"] = known.mean().item()
+                found[f"rewards/{name}/std"] = known.std().item() if len(known) > 1 else 0.0
+        spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
+        found["nfe/rollout"] = spent["forwards"] / max(1, len(result.values))
+        for name in ("rollout", "decode", "reward"):
+            found[f"timing/{name}"] = spent[f"{name}_seconds"]
+        return found
+
+    # Networks.
+
+    @contextmanager
+    def _networks(self, *, wrapped: bool) -> Iterator[None]:
+        """Let the denoiser call the networks that average gradients, or those inside, whose calls may be unequal."""
+        table = self.policy.denoiser.transformers
+        for name in self.policy.modules:
+            model = self.models.get(name, self.policy.modules[name])
+            table[name] = model.module if isinstance(model, DistributedDataParallel) and not wrapped else model
+        yield
+
+    def _encode_all(self) -> None:
+        for prompts in (self.prompts, self.eval_prompts):
+            for row in prompts.rows if prompts is not None else ():
+                self.embeddings.of(row)
+        for name, part in self.policy.pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                part.to("cpu")

@@ -1,0 +1,73 @@
+"""What tells a broken or a cheating run: the ratio of an unchanged policy, and rewards that part ways."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from postgen.errors import UserError
+
+
+class RatioCheck:
+    """Before the first update after a rollout the policy is the one that drew it: every log-ratio must be 0.
+
+    It is not when sampling and training differ in anything: guidance, precision of latents, timesteps, dropout,
+    attention backend, padding of prompts. Training would then follow that difference.
+
+    Args:
+        mode: what to do about it.
+        limit: largest log-ratio that counts as 0.
+    """
+
+    def __init__(self, mode: Literal["warn", "raise", "off"], limit: float) -> None:
+        self.mode, self.limit = mode, limit
+        self.warned = False
+
+    def __call__(self, worst: float) -> None:
+        """Look at the largest log-ratio of a batch.
+
+        Raises:
+            UserError: it is not 0, and `mode` is "raise".
+        """
+        if self.mode == "off" or worst <= self.limit:
+            return
+        text = (
+            f"the policy has not changed since the rollout, but its log-probabilities differ by {worst:.3g} (allowed: "
+            f"{self.limit:g}): sampling and training do not compute the same. Set rollout_batch_size to "
+            "per_device_train_batch_size, use float32, or raise max_ratio_error"
+        )
+        if self.mode == "raise":
+            raise UserError(text)
+        if not self.warned:
+            warnings.warn(text, stacklevel=2)
+        self.warned = True
+
+
+class HackingGuard:
+    """Compares the trained reward with a gold reward from evaluation to evaluation.
+
+    Args:
+        patience: evaluations in a row with a trained reward above the last and a gold reward below the last that count
+            as hacking; 0 never.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.history: list[tuple[float, float]] = []
+        self.parted = 0
+
+    def see(self, reward: float, gold: float) -> bool:
+        """Take the means of an evaluation; return whether the rewards have parted for long enough."""
+        if self.history:
+            before = self.history[-1]
+            self.parted = self.parted + 1 if reward > before[0] and gold < before[1] else 0
+        self.history.append((reward, gold))
+        return bool(self.patience) and self.parted >= self.patience
+
+    def state(self) -> dict[str, object]:
+        """Return what a checkpoint keeps."""
+        return {"history": [list(pair) for pair in self.history], "parted": self.parted}
+
+    def load(self, history: list[list[float]], parted: int) -> None:
+        """Take it back."""
+        self.history, self.parted = [(a, b) for a, b in history], parted

@@ -1,0 +1,88 @@
+"""What a run shows: a table and clips of its rollouts, and a grid of samples at every evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from postgen.files import replacing
+from postgen.rewards import RewardResult
+from postgen.video import contact_sheet, write_video
+
+from .config import RolloutConfig
+from .data import Row
+
+
+class CompletionLog:
+    """Writes `completions/step-N.jsonl`, a row per sample of the first process, and clips of the first of them."""
+
+    def __init__(self, args: RolloutConfig, fps: float) -> None:
+        self.args, self.fps = args, fps
+
+    def write(
+        self,
+        step: int,
+        rows: Sequence[Row],
+        clips: Sequence[Tensor],
+        result: RewardResult,
+        advantages: Sequence[float],
+        is_main: bool,
+    ) -> None:
+        """Write a rollout, if it is wanted and this is the first process."""
+        if not (self.args.log_completions and is_main):
+            return
+        folder = self.args.folder / "completions"
+        lines = []
+        for place, row in enumerate(rows):
+            scores = {name: _number(result.values[place, k].item()) for k, name in enumerate(result.names)}
+            extra = {name: values[place] for name, values in result.extra.items()}
+            lines.append({"step": step, "prompt": row["prompt"], **scores, "advantage": advantages[place], **extra})
+        with replacing(folder / f"step-{step:06d}.jsonl") as part:
+            part.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines))
+        for place, clip in enumerate(clips[: self.args.num_completions_to_log]):
+            write_clip(folder / f"step-{step:06d}-{place}", clip, self.fps)
+
+
+def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> None:
+    """Write `step-N.mp4` (for pictures only the sheet) with the clips side by side, and `step-N.png`, a sheet."""
+    if not clips:
+        return
+    shown = [_displayable(clip) for clip in clips]
+    columns = math.ceil(math.sqrt(len(shown)))
+    name = f"step-{step:06d}"
+    if len(shown[0]) > 1:
+        write_video(folder / f"{name}.mp4", tiled(shown, columns), fps=fps)
+    moments = torch.linspace(0, len(shown[0]) - 1, min(5, len(shown[0]))).round().long()
+    frames = torch.cat([clip[moments] for clip in shown])
+    title = f"step {step}: " + "; ".join(prompts[:3])
+    contact_sheet(frames, folder / f"{name}.png", columns=len(moments), limit=max(2, len(frames)), title=title)
+
+
+def write_clip(path: Path, clip: Tensor, fps: float) -> None:
+    """Write a clip as `path`.mp4, a picture as `path`.png."""
+    clip = _displayable(clip)
+    if len(clip) > 1:
+        write_video(path.with_suffix(".mp4"), clip, fps=fps)
+    else:
+        contact_sheet(clip, path.with_suffix(".png"), columns=1)
+
+
+def tiled(clips: Sequence[Tensor], columns: int) -> Tensor:
+    """Return clips (F,3,H,W) of one size as one clip, row by row; missing places are black."""
+    blank = torch.zeros_like(clips[0])
+    padded = [*clips, *[blank] * (-len(clips) % columns)]
+    rows = [torch.cat(padded[low : low + columns], dim=3) for low in range(0, len(padded), columns)]
+    return torch.cat(rows, dim=2)
+
+
+def _displayable(clip: Tensor) -> Tensor:
+    return clip.detach().float().nan_to_num(0.0).clamp(0, 1).cpu()
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,194 @@
+"""DiffusionNFT (arXiv:2509.16117): reinforcement learning on the forward process.
+
+Samples are drawn by any deterministic solver under an old policy. Noise is added to the finished samples again, and
+with o = clip(A / A_max, -1, 1) / 2 + 1/2 in [0, 1], the optimality of a sample, the policy learns (eq. 9 and 10)
+
+    v+ = beta v_new + (1 - beta) v_old        v- = (1 + beta) v_old - beta v_new
+    loss = o |x0(v+) - x0|^2 / w+  +  (1 - o) |x0(v-) - x0|^2 / w-        w = mean |x0(v) - x0|, without gradient
+
+No log-probabilities, no trajectories, no stochastic sampler. The old policy follows the new one slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from postgen.families import PredictionType
+from postgen.training import TrainingConfig
+
+from .config import GroupConfig
+from .group import GroupTrainer, Metrics
+from .kernels import Levels, split, wide
+from .loss import velocity_kl
+from .policy import Snapshot
+from .rollout import Sampling
+from .seeds import normal, seed_of
+
+
+@dataclass(kw_only=True)
+class DiffusionNFTConfig(GroupConfig):
+    """Settings of `DiffusionNFTTrainer`; the defaults are those of the published code.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+
+    nft_beta: float = 1.0
+    """How far v+ and v- stand from the old policy, above 0."""
+
+    beta: float = 1e-4
+    """Weight of the mean square difference of the prediction from that of the reference policy."""
+
+    old_decay: float = 0.5
+    """Highest decay of the old policy, in [0, 1): after each rollout old = decay old + (1 - decay) new."""
+
+    old_decay_rate: float = 0.001
+    """That decay is min(old_decay, old_decay_rate * steps done)."""
+
+    train_timesteps: int = 1
+    """Noise levels that each sample is trained at, drawn from those of the rollout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.nft_beta > 0, "nft_beta", "above 0")
+        self.require(self.beta >= 0, "beta", "at least 0")
+        self.require(0 <= self.old_decay < 1, "old_decay", "in [0, 1)")
+        self.require(self.old_decay_rate >= 0, "old_decay_rate", "at least 0")
+        self.require(self.train_timesteps >= 1, "train_timesteps", "at least 1")
+
+
+def nft_loss(
+    x: Tensor,
+    clean: Tensor,
+    new: Tensor,
+    old: Tensor,
+    optimality: Tensor,
+    levels: Levels,
+    beta: float,
+    prediction_type: PredictionType = "flow",
+) -> Tensor:
+    """Return the (B,) losses of noised samples.
+
+    Args:
+        x: (B, ...) the samples with noise.
+        clean: the samples.
+        new, old: predictions of the two policies.
+        optimality: (B,) in [0, 1].
+        levels: the noise level of each row, as `s`.
+        beta: distance from the old policy.
+        prediction_type: meaning of the predictions.
+    """
+    parts = []
+    for prediction in (beta * new + (1 - beta) * old, (1 + beta) * old - beta * new):
+        error = split(x, prediction, levels, prediction_type)[0] - clean
+        with torch.no_grad():
+            weight = error.double().abs().flatten(1).mean(1).clamp_min(1e-5)
+        parts.append(error.square().flatten(1).mean(1) / weight.to(error.dtype))
+    return (optimality * parts[0] + (1 - optimality) * parts[1]) / beta
+
+
+class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
+    """Forward-process reinforcement learning. See `GroupTrainer` for the arguments."""
+
+    config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
+
+    def prepare(self) -> None:
+        """Keep the reference policy."""
+        if self.args.beta:
+            self.policy.keep_reference()
+        self._old: Snapshot | None = None
+
+    @property
+    def old(self) -> Snapshot:
+        """The old policy; made when it is first needed, after weights have been loaded and moved."""
+        if self._old is None:
+            self._old = Snapshot(self.trained())
+        return self._old
+
+    def sampling(self) -> Sampling:
+        """Return how rollouts are drawn."""
+        args = self.args
+        return Sampling(
+            kind="ode",
+            guidance=args.guidance_scale,
+            solver=args.rollout_solver,
+            fraction=args.rollout_solver_fraction,
+            size=self.size,
+        )
+
+    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+        """Return 0: no step is stochastic."""
+        return 0
+
+    @contextmanager
+    def rollout_policy(self) -> Iterator[None]:
+        """Draw rollouts under the old policy."""
+        with self.old.swapped_in():
+            yield
+
+    def before_rollout(self) -> None:
+        """Let the old policy follow."""
+        if self.global_step:
+            self.old.blend(min(self.args.old_decay, self.args.old_decay_rate * self.global_step))
+
+    def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
+        """Train on some samples at random noise levels; all passes but the last are passed back here."""
+        count = self.args.train_timesteps
+        losses: list[Tensor] = []
+        for number in range(count):
+            loss, metrics = self._pass(rows, number)
+            loss = loss / count
+            losses.append(loss.detach())
+            if number < count - 1:
+                with self.no_sync():
+                    self.backward(loss)
+        total = torch.stack(losses).sum()
+        return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(count)}
+
+    def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
+        assert self.buffer is not None
+        args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
+        clean, advantages = buffer.paths.clean[rows], buffer.advantages[rows]
+        condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
+        seeds = [seed_of(args.seed, "forward", self.micro, number, buffer.samples[row]) for row in rows.tolist()]
+        index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
+        levels = schedule.levels(index, index + 1)
+        (a, b), _ = levels.mix()
+        noise = normal(clean.shape[1:], seeds, self.device)
+        x = wide(a, clean) * clean + wide(b, noise) * noise
+        optimality = (advantages / args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+        with torch.no_grad(), self.meter.rollout(self.sampler.passes * len(rows)), self.old.swapped_in():
+            old = self.sampler.predict(x, index, condition)
+        reference = self._reference(x, index, condition) if args.beta else None
+        with self.meter.training(self.sampler.passes * len(rows)):
+            new = self.sampler.predict(x, index, condition)
+            policy = nft_loss(x, clean, new, old, optimality, levels, args.nft_beta, schedule.prediction_type)
+            loss = policy.mean() * args.advantage_clip
+        metrics: Metrics = {"old_difference": velocity_kl(new.detach(), old).mean()}
+        if reference is not None:
+            kl = velocity_kl(new, reference).mean()
+            loss, metrics["kl"] = loss + args.beta * kl, kl.detach()
+        return loss, metrics
+
+    @torch.no_grad()
+    def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
+        with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
+            return self.sampler.predict(x, index, condition)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the common state and the old policy."""
+        return {**super().state_dict(), **self.old.state("old.")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.old.load(state, "old.")
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith("old.")})

@@ -1,0 +1,140 @@
+"""DanceGRPO (arXiv:2505.07818, Algorithm 1) and what made it cheaper since.
+
+A prompt's samples are drawn with a stochastic sampler, scored, compared with one another, and the policy is moved to
+make the transitions of the better ones more probable: for each trained transition x -> y,
+
+    r = p_new(y|x) / p_old(y|x)      loss = max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon_high))
+
+Differences from the published code: groups may span processes; best-of-N is per prompt; a group without spread gets
+exactly 0; LoRA by default. The cheaper family (window of few stochastic steps, fast solver, shared prefix, weighted
+steps, normalised ratio) is described at the fields of `DanceGRPOConfig`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from postgen.training import TrainingConfig
+
+from .config import DanceGRPOConfig
+from .group import Buffer, GroupTrainer, Metrics
+from .guards import RatioCheck
+from .kernels import check_kind, step_weights
+from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
+from .rollout import Sampling
+from .window import Window
+
+
+class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
+    """Policy gradient on the stochastic steps of rollouts. See `GroupTrainer` for the arguments.
+
+    >>> from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+    >>> args = DanceGRPOConfig(output_dir="runs/grpo", num_generations=4, per_device_train_batch_size=4)
+    >>> rows = [{"prompt": "a red ball rolls left"}]
+    >>> trainer = DanceGRPOTrainer(reward_funcs="world", args=args, train_dataset=rows)
+    >>> trainer.batches.samples
+    4
+    """
+
+    config_class: ClassVar[type[TrainingConfig]] = DanceGRPOConfig
+
+    def prepare(self) -> None:
+        """Fix the window and the weights of its steps."""
+        args, schedule = self.args, self.sampler.schedule
+        check_kind(args.sde_type, schedule.prediction_type)
+        self.window = Window.of(args)
+        self.weights = step_weights(
+            args.sde_type,
+            schedule,
+            args.noise,
+            args.step_weighting,
+            self.window.steps,
+            guard=args.ratio_norm,
+        )
+        self.ratio_check = RatioCheck(args.check_on_policy_ratio, args.max_ratio_error)
+        if args.beta:
+            self.policy.keep_reference()
+
+    def sampling(self) -> Sampling:
+        """Return how rollouts are drawn."""
+        args = self.args
+        return Sampling(
+            kind=args.sde_type,
+            noise=args.noise,
+            window=args.window[0],
+            guidance=args.guidance_scale,
+            solver=args.rollout_solver,
+            fraction=args.rollout_solver_fraction,
+            reduction=args.log_prob_reduction,
+            keep_means=args.ratio_norm,
+            size=self.size,
+        )
+
+    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+        """Return the first stochastic step of a sample."""
+        index = {"rollout": (), "prompt": (prompt,), "sample": (prompt, sample)}[self.args.sde_window_per]
+        return self.window.start(rollout, *index)
+
+    def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
+        """Go through the trained steps of some samples; all but the last are passed back here."""
+        assert self.buffer is not None
+        buffer, count = self.buffer, self.window.kept
+        places = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
+        condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
+        parts = []
+        for number in range(count):
+            place = places[:, number].to(self.device)
+            last = number == count - 1
+            with nullcontext() if last else self.no_sync():
+                loss, metrics, worst = self._transition_loss(buffer, rows, place, condition)
+                loss = loss / count
+                if not last:
+                    self.backward(loss)
+            parts.append(metrics)
+            if first_update and number == 0:
+                metrics["logp_diff/max"] = worst
+                if self.args.check_on_policy_ratio != "off":
+                    self.ratio_check(float(worst))
+        means = {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in parts[0]}
+        return loss, {**means, "loss": means["policy_loss"], "nfe/train": float(self.sampler.passes * count)}
+
+    def _transition_loss(
+        self, buffer: Buffer, rows: Tensor, place: Tensor, condition: Any
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the loss of one trained step of each row, metrics, and the largest log-ratio."""
+        args, paths = self.args, buffer.paths
+        index = paths.start[rows] + place
+        x, y, old = paths.states[rows, place], paths.states[rows, place + 1], paths.log_probs[rows, place]
+        reference = self._reference(x, index, condition) if args.beta else None
+        with self.meter.training(self.sampler.passes * len(rows)):
+            prediction = self.sampler.predict(x, index, condition)
+        step = self.sampler.step(x, prediction, index)
+        log_prob = step.log_prob(y, args.log_prob_reduction)
+        old_mean = None if paths.means is None else paths.means[rows, place]
+        ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)
+        weight = self.weights[index].float()
+        if args.ratio_norm:
+            schedule = self.sampler.schedule
+            weight = weight / (schedule.sigmas[index] - schedule.sigmas[index + 1]).float()
+        loss, metrics = (found.loss * weight).mean(), found.metrics()
+        if reference is not None:
+            kl = gaussian_kl(step, self.sampler.step(x, reference, index))
+            kl = kl if args.kl_type == "mean" else velocity_kl(prediction, reference)
+            loss = loss + args.beta * kl.mean()
+            metrics["kl"] = kl.detach().mean()
+        metrics |= {"policy_loss": loss.detach()}
+        return loss, metrics, (log_prob - old).detach().abs().max()
+
+    @torch.no_grad()
+    def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
+        with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
+            return self.sampler.predict(x, index, condition)
+
+
+__all__ = ["DanceGRPOConfig", "DanceGRPOTrainer", "StepLoss"]

@@ -1,0 +1,68 @@
+"""Does it learn? The toy's reward rises under every kernel and under NFT, and not when advantages are shuffled."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from postgen.grpo.nft import DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOTrainer
+from tests.grpo.toy import ROWS, grpo
+
+
+def rise(trainer) -> float:
+    """How much the reward of deterministic samples gains."""
+    trainer.train()
+    rewards = [row["eval_reward"] for row in trainer.callbacks.state.log_history if "eval_reward" in row]
+    return rewards[-1] - rewards[0]
+
+
+def run(folder, **changes) -> float:
+    evaluation = {"eval_dataset": ROWS, "eval_on_start": True, "num_generations_eval": 8}
+    steps = changes.get("max_steps", 40)
+    return rise(grpo(folder, **{**evaluation, "max_steps": steps, "eval_steps": steps, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sde_type": "dance", "noise_level": 0.6},
+        {"sde_type": "flow"},
+        {"sde_type": "exact", "sde_window_size": 2, "step_weighting": "inv_grad", "rollout_solver": "dpm++"},
+        {"sde_type": "flow", "sde_window_size": 1, "ratio_norm": True, "share_initial_noise": True},
+        {"sde_type": "cps", "sde_window_size": 2, "sde_window_range": [0, 4]},
+        {"sde_type": "ddim", "prediction_type": "epsilon"},
+        {"sde_type": "ddim", "prediction_type": "v_prediction", "sde_window_size": 2},
+        {"sde_type": "dance", "noise_level": 0.6, "best_of_n": 4, "steps_per_generation": 2, "num_iterations": 2},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_grpo_learns(tmp_path, changes):
+    assert run(tmp_path, **changes) > 0.3
+
+
+def test_grpo_nft_learns(tmp_path):
+    assert run(tmp_path, kind=DiffusionNFTTrainer, learning_rate=1e-2, max_steps=60, old_decay=0.2) > 0.3
+
+
+class Shuffled:
+    """Advantages of other samples of the batch."""
+
+    def advantages(self, rewards):
+        found = super().advantages(rewards)
+        order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(self.micro))
+        return dataclasses.replace(found, values=found.values[order])
+
+
+class ShuffledGRPO(Shuffled, DanceGRPOTrainer):
+    pass
+
+
+class ShuffledNFT(Shuffled, DiffusionNFTTrainer):
+    pass
+
+
+@pytest.mark.parametrize("kind", [ShuffledGRPO, ShuffledNFT])
+def test_grpo_does_not_learn_from_shuffled_advantages(tmp_path, kind):
+    noise = {} if kind is ShuffledNFT else {"noise_level": 0.6}
+    assert run(tmp_path, kind=kind, **noise) < 0.15
