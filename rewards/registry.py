@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, cast
@@ -23,12 +25,17 @@ _PLACES = {
     "depth_consistency": "depth_consistency:depth_consistency",
     "clip_score": "clip_score:ClipScore",
     "hps_v2_1": "hps_v2_1:HPSv21",
+    "hps_v3": "hps_v3:HPSv3",
     "image_reward": "image_reward:ImageReward",
     "motion_floor": "guards:MotionFloor",
     "parabola": "parabola:parabola",
     "permanence": "permanence:permanence",
     "pickscore": "pickscore:PickScore",
     "sharpness_band": "guards:SharpnessBand",
+    "videoalign": "videoalign:VideoAlign:overall",
+    "videoalign_mq": "videoalign:VideoAlign:mq",
+    "videoalign_ta": "videoalign:VideoAlign:ta",
+    "videoalign_vq": "videoalign:VideoAlign:vq",
     "world": "world:world",
 }
 
@@ -46,7 +53,7 @@ def get_reward(reward: Source, **options: Any) -> Reward:
 
     Args:
         reward: a name from `known_rewards()`, an import path `pkg.mod.fn`, an `http://` address that serves a reward,
-            a reward function, or a class of one.
+            a reward function, or a class of one. A text may end in options, as "clip_score(frames=8, reduce='min')".
         options: keywords of the class or function, for instance `model`, `frames`, `device`.
 
     Raises:
@@ -59,6 +66,8 @@ def get_reward(reward: Source, **options: Any) -> Reward:
         return reward
     if not isinstance(reward, str):
         return Reward(_with_options(reward, options, getattr(reward, "__name__", str(reward))))
+    reward, written = _options(reward)
+    options = {**written, **options}
     if reward.startswith(("http://", "https://")):
         from postgen.rewards.remote import RemoteReward
 
@@ -72,6 +81,31 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     raise UserError(
         f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or give an import path 'pkg.mod.fn'."
     )
+
+
+def split_rewards(text: str) -> list[str]:
+    """Cut a list of rewards at the commas that stand outside brackets and quotes.
+
+    >>> split_rewards("world, clip_score(frames=8, reduce='min')")
+    ['world', "clip_score(frames=8, reduce='min')"]
+    """
+    return [part.strip() for part in re.findall(r"(?:[^,()]|\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\))+", text)]
+
+
+def _options(text: str) -> tuple[str, dict[str, Any]]:
+    """Cut `name(key=value, ...)` into the name and its options; values are Python literals."""
+    name, bracket, inner = text.partition("(")
+    if not bracket:
+        return text.strip(), {}
+    try:
+        call = ast.parse(f"f({inner}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("expected key=value pairs")
+        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"cannot read the options of the reward {text!r} ({error}): write name(key=value), texts in quotes"
+        ) from error
 
 
 def get_rewards(rewards: Sequence[Source] | Source) -> list[Reward]:

@@ -1,0 +1,88 @@
+"""HPSv3: human preference for a picture and its prompt, by Qwen2-VL-7B (arXiv 2508.03789).
+
+The network reads one special token after a rubric and the prompt; its head gives mean and log deviation of the
+preference, of which the mean is the score. Weights: one safetensors file, body and head together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from postgen.rewards.frames import FrameReward
+from postgen.rewards.qwen import Asker, assemble_score, fitting_size, split_state
+from postgen.rewards.weights import fill, find_file, read_state
+
+MARK = "<|Reward|>"
+PIXELS = 256 * 28 * 28
+"""Area of the resized frame, least and most: 448x448 for a square."""
+
+
+@functools.cache
+def rubric() -> str:
+    """Return the question the network was trained with; `{text_prompt}` stands for the prompt.
+
+    It is an input constant, character for character that of the published code (MIT; notice in `data/NOTICE.md`).
+    """
+    return (Path(__file__).parent / "data" / "hps_v3_prompt.txt").read_text(encoding="utf-8")
+
+
+def rank_head(width: int) -> nn.Sequential:
+    """Return the published head: width-1024-16-2 with rectifiers between."""
+    layers = nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    return nn.Sequential(*layers)
+
+
+class HPSv3(FrameReward):
+    """Preference for frames with their prompt, about -5 to 15.
+
+    16 GB in bfloat16: give `dtype=torch.bfloat16`, or serve it from another machine. The head then has 16 bits too,
+    where the published code keeps it in float32.
+
+    Args:
+        model: Hub id, local folder or file.
+        file: the checkpoint in `model`.
+        base: Hub id or local folder of Qwen2-VL, for its configuration and tokenizer.
+        frames, reduce, device, dtype: as `FrameReward`.
+    """
+
+    name = "hps_v3"
+
+    def __init__(
+        self,
+        model: str = "MizzenAI/HPSv3",
+        file: str = "HPSv3.safetensors",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.model, self.file, self.base = model, file, base
+        self.asker: Asker | None = None
+
+    def build(self) -> nn.Module:
+        """Read the checkpoint.
+
+        Raises:
+            UserError: a file cannot be found or does not fit.
+        """
+        path = find_file(self.model, self.file)
+        parts = split_state(read_state(path))
+        self.asker = Asker(self.base, [MARK], "image")
+        width = parts["body"]["language_model.norm.weight"].numel() if parts["body"] else 1
+        head = fill(rank_head(width), parts["head"], path)
+        return assemble_score(self.base, parts, head, "image", path)
+
+    def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the mean preference."""
+        assert self.asker is not None
+        count = frames_BK3HW.shape[1]
+        size = fitting_size(frames_BK3HW.shape[-2:], PIXELS, PIXELS)
+        pictures = [frame[None] for frame in frames_BK3HW.flatten(0, 1)]
+        texts = [rubric().format(text_prompt=prompt) for prompt in prompts for _ in range(count)]
+        tokens, mask, patches, grids, marks = self.asker(pictures, texts, size)
+        scores: Tensor = self.net(tokens, mask, patches.to(self.dtype), grids, marks)
+        return scores[:, 0, 0].view(frames_BK3HW.shape[:2])

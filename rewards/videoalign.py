@@ -1,0 +1,178 @@
+"""VideoAlign's VideoReward: visual quality, motion quality and text alignment of a video (arXiv 2501.13918).
+
+Qwen2-VL-2B reads two frames a second and a rubric with one special token per axis; a linear layer is read at the three
+tokens. The prompt comes last in the text, so the first two axes do not depend on it. Scores are standardised with the
+constants of the checkpoint's `model_config.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.errors import UserError
+from postgen.rewards.base import RewardModel
+from postgen.rewards.qwen import Asker, QwenScore, assemble_score, fitting_size, merge_lora, split_state
+from postgen.rewards.weights import State, fill, find_file, read_state
+
+MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
+AXES = ("vq", "mq", "ta")
+
+LEAST_PIXELS = 128 * 28 * 28
+MOST_PIXELS = 448 * 448
+LEAST_FRAMES, MOST_FRAMES = 4, 768
+
+CONSTANTS = {
+    "VQ_mean": 3.6757,
+    "VQ_std": 2.2476,
+    "MQ_mean": 1.1646,
+    "MQ_std": 1.3811,
+    "TA_mean": 2.8105,
+    "TA_std": 2.5121,
+}
+"""The published `inference_config`; that of the checkpoint at hand is what is used."""
+
+
+@functools.cache
+def rubric() -> str:
+    """Return the question the network was trained with; `{text_prompt}` stands for the prompt.
+
+    It is an input constant, character for character that of the published code (MIT; notice in `data/NOTICE.md`).
+    """
+    return (Path(__file__).parent / "data" / "videoalign_prompt.txt").read_text(encoding="utf-8")
+
+
+def sampled(clip: Tensor, fps: float, rate: float = 2.0) -> Tensor:
+    """Return `rate` frames a second at equal distances, the first and the last among them.
+
+    Their number is even and between 4 and 768 as far as the clip allows.
+    """
+    most = min(MOST_FRAMES, len(clip)) // 2 * 2
+    count = round(min(max(len(clip) / fps * rate, LEAST_FRAMES), most) / 2) * 2
+    return clip[torch.linspace(0, len(clip) - 1, min(count, len(clip))).round().long().to(clip.device)]
+
+
+class VideoAlign(RewardModel):
+    """The three axes and their sum, each about -2 to 2 with mean 0 over the training set.
+
+    Takes float32, or bfloat16 as it was trained (5 GB). Text beyond the frame rate is not used; a clip of one frame
+    cannot be scored. The first axis alone drives a policy to over-exposure.
+
+    Args:
+        model: Hub id, local folder, or path of the checkpoint file.
+        file: the checkpoint in `model`, with `model_config.json` two folders up or beside it.
+        base: Hub id or local folder of Qwen2-VL, for its configuration and tokenizer; None takes the one named in
+            `model_config.json`.
+        device, dtype: as `RewardModel`.
+    """
+
+    name = "videoalign"
+    outputs = (*AXES, "overall")
+
+    def __init__(
+        self,
+        model: str = "KwaiVGI/VideoReward",
+        file: str = "checkpoint-11352/model.pth",
+        base: str | None = None,
+        **place: Any,
+    ) -> None:
+        super().__init__(**place)
+        self.model, self.file, self.base = model, file, base
+        self.settings: dict[str, Any] = {}
+        self.asker: Asker | None = None
+
+    def build(self) -> nn.Module:
+        """Read the checkpoint, add its adapters to the layers, and make the network.
+
+        Raises:
+            UserError: a file cannot be found or does not fit.
+        """
+        path = find_file(self.model, self.file)
+        self.settings = _settings(self.model, path)
+        base = self.base or self.settings["model_config"]["model_name_or_path"]
+        self.asker = Asker(base, MARKS, "video")
+        return video_score(base, read_state(path), self.settings["peft_lora_config"], path)
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None
+    ) -> dict[str, list[float | None]]:
+        """Score clips.
+
+        Args:
+            prompts: one a clip.
+            completions: clips of any sizes.
+            fps: frames per second of all of them.
+
+        Raises:
+            UserError: there is no frame rate.
+        """
+        if not fps or fps <= 0:
+            raise UserError(f"videoalign samples 2 frames a second: give fps above 0, got {fps}")
+        self.load()
+        scores: dict[str, list[float | None]] = {name: [None] * len(completions) for name in self.outputs}
+        for rows in _alike(completions):
+            clips = [sampled(completions[row].to(self.device, torch.float32), fps) for row in rows]
+            axes_B3 = self.axes(clips, [prompts[row] for row in rows])
+            for row, axes in zip(rows, axes_B3.tolist(), strict=True):
+                for name, value in zip(self.outputs, (*axes, sum(axes)), strict=True):
+                    scores[name][row] = value
+        return scores
+
+    def axes(self, clips: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """Return the standardised axes (B,3) of sampled clips of one size."""
+        assert self.asker is not None
+        config = self.settings["data_config"]
+        size = fitting_size(clips[0].shape[-2:], LEAST_PIXELS, config.get("max_frame_pixels", MOST_PIXELS))
+        texts = [rubric().format(text_prompt=prompt) for prompt in prompts]
+        tokens, mask, patches, grids, marks = self.asker(clips, texts, size)
+        raw_BM = self.net(tokens, mask, patches.to(self.dtype), grids, marks)
+        # One output for all axes, or one for each of which only its own token counts.
+        raw_B3 = raw_BM[..., 0] if raw_BM.shape[-1] == 1 else raw_BM.diagonal(dim1=1, dim2=2)
+        shift = self.settings.get("inference_config") or CONSTANTS
+        means, stds = (raw_B3.new_tensor([shift[f"{a.upper()}_{kind}"] for a in AXES]) for kind in ("mean", "std"))
+        axes: Tensor = (raw_B3 - means) / stds
+        return axes
+
+
+def _settings(model: str, path: Path) -> dict[str, Any]:
+    """Read `model_config.json`, which lies above the folder of the checkpoint."""
+    for place in (path.parent.parent, path.parent):
+        if (place / "model_config.json").is_file():
+            return json.loads((place / "model_config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    if path == Path(model):
+        raise UserError(f"{path} needs its model_config.json, one folder up or beside it")
+    return json.loads(find_file(model, "model_config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _alike(completions: Sequence[Tensor]) -> list[list[int]]:
+    """Rows that can be scored, those of one frame size together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for row, clip in enumerate(completions):
+        if len(clip) > 1:
+            groups.setdefault(clip.shape[-2:], []).append(row)
+    return list(groups.values())
+
+
+def video_score(base: str, state: State, lora: dict[str, Any], source: object) -> QwenScore:
+    """Make the network of a published checkpoint, adapters merged or not.
+
+    Raises:
+        UserError: the base cannot be found, or the weights do not fit.
+    """
+    rank = lora.get("lora_r") or 1
+    scale = (lora.get("lora_alpha") or rank) / (rank**0.5 if lora.get("use_rslora") else rank)
+    parts = split_state(merge_lora(state, scale))
+    return assemble_score(base, parts, _linear_head(parts["head"], source), "video", source)
+
+
+def _linear_head(state: State, source: object) -> nn.Module:
+    weight = state.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise UserError(f"the weights of {source} are those of another model: it lacks rm_head.weight")
+    return fill(nn.Linear(weight.shape[1], weight.shape[0], bias=False), state, source)
