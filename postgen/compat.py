@@ -67,7 +67,9 @@ def execution_device(pipe: Any) -> torch.device:
 class _Tap(threading.local):
     """Who looks at the attention calls of this thread."""
 
-    sink: Callable[..., None] | None = None
+    # Set in every thread rather than on the class: compiled code guards on the attribute being there.
+    def __init__(self) -> None:
+        self.sink: Callable[..., None] | None = None
 
 
 _tap = _Tap()

@@ -71,12 +71,13 @@ def test_new_weights_are_not_compiled_again_and_again() -> None:
     assert counter.frame_count == graphs
 
 
-def test_a_whole_model_in_one_graph() -> None:
-    tiny = tiny_model("Wan")
-    postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
-    expected = tiny()
-    tiny.transformer.compile(fullgraph=True, backend="aot_eager")
-    assert torch.allclose(tiny(), expected, atol=1e-5)
+def test_whole_models_in_one_graph_each() -> None:
+    for name in ("Wan", "LTX"):
+        tiny = tiny_model(name)
+        postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
+        expected = tiny()
+        tiny.transformer.compile(fullgraph=True, backend="aot_eager")
+        assert torch.allclose(tiny(), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("error:Enhance-A-Video")
