@@ -29,9 +29,11 @@ class Recommendation:
 
 _OFFICIAL = "scripts of the method's authors"
 _COMMUNITY = "default of the ComfyUI nodes for this model"
+_FORK = "fork of the authors' code for this model"
 
 RECOMMENDED = {
     "CogVideoXTransformer3DModel": Recommendation(weight=3.4, frames=13, source=_OFFICIAL),
+    "EasyAnimateTransformer3DModel": Recommendation(weight=1.0, frames=13, source=_FORK),
     "HunyuanVideoTransformer3DModel": Recommendation(weight=4.0, frames=33, source=_OFFICIAL),
     "LTXVideoTransformer3DModel": Recommendation(weight=4.0, frames=21, source=_COMMUNITY),
     "WanTransformer3DModel": Recommendation(weight=2.0, frames=21, source=_COMMUNITY),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -329,3 +330,12 @@ class Replace(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.tokens
+
+
+def test_the_page_says_what_is_recommended() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "enhance_a_video.md").read_text(encoding="utf-8")
+    rows = {f"`{name}`": row for name, row in RECOMMENDED.items()} | {"others": OTHERS}
+    for name, row in rows.items():
+        assert f"| {name} | {row.weight:g} | {row.frames} | {row.source} |" in page
+    for field in postgen.EnhanceAVideoConfig.__dataclass_fields__:
+        assert f"`{field}`" in page
