@@ -1,1 +1,151 @@
-"""Drop-in diffusers pipeline classes, one file per model family. Import as `postgen.pipelines`; none exists yet."""
+"""Drop-in diffusers pipelines: the same names, calls and folders, and `enhance_a_video=`.
+
+    from postgen.pipelines import WanPipeline  # instead of: from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    pipe("a red ball rolls left", enhance_a_video="auto")
+
+A class is imported when it is first asked for, and only with its own family.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from postgen.pipelines.allegro import AllegroPipeline as AllegroPipeline
+    from postgen.pipelines.anyflow import AnyFlowPipeline as AnyFlowPipeline
+    from postgen.pipelines.chronoedit import ChronoEditPipeline as ChronoEditPipeline
+    from postgen.pipelines.cogvideox import CogVideoXFunControlPipeline as CogVideoXFunControlPipeline
+    from postgen.pipelines.cogvideox import CogVideoXImageToVideoPipeline as CogVideoXImageToVideoPipeline
+    from postgen.pipelines.cogvideox import CogVideoXPipeline as CogVideoXPipeline
+    from postgen.pipelines.cogvideox import CogVideoXVideoToVideoPipeline as CogVideoXVideoToVideoPipeline
+    from postgen.pipelines.consisid import ConsisIDPipeline as ConsisIDPipeline
+    from postgen.pipelines.cosmos import Cosmos2_5_PredictBasePipeline as Cosmos2_5_PredictBasePipeline
+    from postgen.pipelines.cosmos import Cosmos2_5_TransferPipeline as Cosmos2_5_TransferPipeline
+    from postgen.pipelines.cosmos import Cosmos2VideoToWorldPipeline as Cosmos2VideoToWorldPipeline
+    from postgen.pipelines.cosmos import CosmosTextToWorldPipeline as CosmosTextToWorldPipeline
+    from postgen.pipelines.cosmos import CosmosVideoToWorldPipeline as CosmosVideoToWorldPipeline
+    from postgen.pipelines.easyanimate import EasyAnimateControlPipeline as EasyAnimateControlPipeline
+    from postgen.pipelines.easyanimate import EasyAnimateInpaintPipeline as EasyAnimateInpaintPipeline
+    from postgen.pipelines.easyanimate import EasyAnimatePipeline as EasyAnimatePipeline
+    from postgen.pipelines.helios import HeliosPipeline as HeliosPipeline
+    from postgen.pipelines.helios import HeliosPyramidPipeline as HeliosPyramidPipeline
+    from postgen.pipelines.hunyuan_video import (
+        HunyuanSkyreelsImageToVideoPipeline as HunyuanSkyreelsImageToVideoPipeline,
+    )
+    from postgen.pipelines.hunyuan_video import HunyuanVideoFramepackPipeline as HunyuanVideoFramepackPipeline
+    from postgen.pipelines.hunyuan_video import HunyuanVideoImageToVideoPipeline as HunyuanVideoImageToVideoPipeline
+    from postgen.pipelines.hunyuan_video import HunyuanVideoPipeline as HunyuanVideoPipeline
+    from postgen.pipelines.hunyuan_video15 import (
+        HunyuanVideo15ImageToVideoPipeline as HunyuanVideo15ImageToVideoPipeline,
+    )
+    from postgen.pipelines.hunyuan_video15 import HunyuanVideo15Pipeline as HunyuanVideo15Pipeline
+    from postgen.pipelines.kandinsky import Kandinsky5I2VPipeline as Kandinsky5I2VPipeline
+    from postgen.pipelines.kandinsky import Kandinsky5T2VPipeline as Kandinsky5T2VPipeline
+    from postgen.pipelines.kandinsky import Kandinsky6TI2VAPipeline as Kandinsky6TI2VAPipeline
+    from postgen.pipelines.latte import LattePipeline as LattePipeline
+    from postgen.pipelines.ltx import LTXConditionPipeline as LTXConditionPipeline
+    from postgen.pipelines.ltx import LTXI2VLongMultiPromptPipeline as LTXI2VLongMultiPromptPipeline
+    from postgen.pipelines.ltx import LTXImageToVideoPipeline as LTXImageToVideoPipeline
+    from postgen.pipelines.ltx import LTXPipeline as LTXPipeline
+    from postgen.pipelines.ltx2 import LTX2ConditionPipeline as LTX2ConditionPipeline
+    from postgen.pipelines.ltx2 import LTX2DFRPipeline as LTX2DFRPipeline
+    from postgen.pipelines.ltx2 import LTX2DFRTemporalRefinePipeline as LTX2DFRTemporalRefinePipeline
+    from postgen.pipelines.ltx2 import LTX2HDRPipeline as LTX2HDRPipeline
+    from postgen.pipelines.ltx2 import LTX2ImageToVideoPipeline as LTX2ImageToVideoPipeline
+    from postgen.pipelines.ltx2 import LTX2InContextPipeline as LTX2InContextPipeline
+    from postgen.pipelines.ltx2 import LTX2Pipeline as LTX2Pipeline
+    from postgen.pipelines.lucy import LucyEditPipeline as LucyEditPipeline
+    from postgen.pipelines.mochi import MochiPipeline as MochiPipeline
+    from postgen.pipelines.motif import MotifVideoImage2VideoPipeline as MotifVideoImage2VideoPipeline
+    from postgen.pipelines.motif import MotifVideoPipeline as MotifVideoPipeline
+    from postgen.pipelines.skyreels_v2 import (
+        SkyReelsV2DiffusionForcingImageToVideoPipeline as SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    )
+    from postgen.pipelines.skyreels_v2 import SkyReelsV2DiffusionForcingPipeline as SkyReelsV2DiffusionForcingPipeline
+    from postgen.pipelines.skyreels_v2 import (
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline as SkyReelsV2DiffusionForcingVideoToVideoPipeline,
+    )
+    from postgen.pipelines.skyreels_v2 import SkyReelsV2ImageToVideoPipeline as SkyReelsV2ImageToVideoPipeline
+    from postgen.pipelines.skyreels_v2 import SkyReelsV2Pipeline as SkyReelsV2Pipeline
+    from postgen.pipelines.wan import WanAnimatePipeline as WanAnimatePipeline
+    from postgen.pipelines.wan import WanImageToVideoPipeline as WanImageToVideoPipeline
+    from postgen.pipelines.wan import WanPipeline as WanPipeline
+    from postgen.pipelines.wan import WanVACEPipeline as WanVACEPipeline
+    from postgen.pipelines.wan import WanVideoToVideoPipeline as WanVideoToVideoPipeline
+
+_FAMILIES = {
+    "allegro": ("AllegroPipeline",),
+    "anyflow": ("AnyFlowPipeline",),
+    "chronoedit": ("ChronoEditPipeline",),
+    "cogvideox": (
+        "CogVideoXFunControlPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXPipeline",
+        "CogVideoXVideoToVideoPipeline",
+    ),
+    "consisid": ("ConsisIDPipeline",),
+    "cosmos": (
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+        "Cosmos2_5_TransferPipeline",
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+    ),
+    "easyanimate": ("EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline", "EasyAnimatePipeline"),
+    "helios": ("HeliosPipeline", "HeliosPyramidPipeline"),
+    "hunyuan_video": (
+        "HunyuanSkyreelsImageToVideoPipeline",
+        "HunyuanVideoFramepackPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "HunyuanVideoPipeline",
+    ),
+    "hunyuan_video15": ("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
+    "kandinsky": ("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline", "Kandinsky6TI2VAPipeline"),
+    "latte": ("LattePipeline",),
+    "ltx": ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline", "LTXImageToVideoPipeline", "LTXPipeline"),
+    "ltx2": (
+        "LTX2ConditionPipeline",
+        "LTX2DFRPipeline",
+        "LTX2DFRTemporalRefinePipeline",
+        "LTX2HDRPipeline",
+        "LTX2ImageToVideoPipeline",
+        "LTX2InContextPipeline",
+        "LTX2Pipeline",
+    ),
+    "lucy": ("LucyEditPipeline",),
+    "mochi": ("MochiPipeline",),
+    "motif": ("MotifVideoImage2VideoPipeline", "MotifVideoPipeline"),
+    "skyreels_v2": (
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2Pipeline",
+    ),
+    "wan": (
+        "WanAnimatePipeline",
+        "WanImageToVideoPipeline",
+        "WanPipeline",
+        "WanVACEPipeline",
+        "WanVideoToVideoPipeline",
+    ),
+}
+"""Module of a family -> its pipeline classes."""
+
+_HOMES = {name: family for family, names in _FAMILIES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a pipeline class with its family, once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'postgen.pipelines' has no attribute {name!r}. It has: {', '.join(__all__)}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

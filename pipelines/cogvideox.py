@@ -1,0 +1,21 @@
+"""CogVideoX, as in diffusers and with `enhance_a_video=`."""
+
+import diffusers
+
+from postgen.pipelines.drop_in import DropIn
+
+
+class CogVideoXPipeline(DropIn, diffusers.CogVideoXPipeline):
+    """Text to video."""
+
+
+class CogVideoXImageToVideoPipeline(DropIn, diffusers.CogVideoXImageToVideoPipeline):
+    """Image to video."""
+
+
+class CogVideoXVideoToVideoPipeline(DropIn, diffusers.CogVideoXVideoToVideoPipeline):
+    """Video to video."""
+
+
+class CogVideoXFunControlPipeline(DropIn, diffusers.CogVideoXFunControlPipeline):
+    """Control video to video."""

@@ -1,0 +1,25 @@
+"""Cosmos, as in diffusers and with `enhance_a_video=`."""
+
+import diffusers
+
+from postgen.pipelines.drop_in import DropIn
+
+
+class CosmosTextToWorldPipeline(DropIn, diffusers.CosmosTextToWorldPipeline):
+    """Text to video."""
+
+
+class CosmosVideoToWorldPipeline(DropIn, diffusers.CosmosVideoToWorldPipeline):
+    """Image or video to video."""
+
+
+class Cosmos2VideoToWorldPipeline(DropIn, diffusers.Cosmos2VideoToWorldPipeline):
+    """Image or video to video, second generation."""
+
+
+class Cosmos2_5_PredictBasePipeline(DropIn, diffusers.Cosmos2_5_PredictBasePipeline):
+    """Text, image or video to video, generation 2.5."""
+
+
+class Cosmos2_5_TransferPipeline(DropIn, diffusers.Cosmos2_5_TransferPipeline):
+    """Control video to video, generation 2.5."""

@@ -1,0 +1,13 @@
+"""HunyuanVideo 1.5, as in diffusers and with `enhance_a_video=`."""
+
+import diffusers
+
+from postgen.pipelines.drop_in import DropIn
+
+
+class HunyuanVideo15Pipeline(DropIn, diffusers.HunyuanVideo15Pipeline):
+    """Text to video."""
+
+
+class HunyuanVideo15ImageToVideoPipeline(DropIn, diffusers.HunyuanVideo15ImageToVideoPipeline):
+    """Image to video."""

@@ -1,0 +1,21 @@
+"""LTX-Video, as in diffusers and with `enhance_a_video=`."""
+
+import diffusers
+
+from postgen.pipelines.drop_in import DropIn
+
+
+class LTXPipeline(DropIn, diffusers.LTXPipeline):
+    """Text to video."""
+
+
+class LTXImageToVideoPipeline(DropIn, diffusers.LTXImageToVideoPipeline):
+    """Image to video."""
+
+
+class LTXConditionPipeline(DropIn, diffusers.LTXConditionPipeline):
+    """Text, images and videos at given frames to video."""
+
+
+class LTXI2VLongMultiPromptPipeline(DropIn, diffusers.LTXI2VLongMultiPromptPipeline):
+    """Image to long video with a prompt per window."""
