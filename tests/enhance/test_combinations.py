@@ -117,7 +117,15 @@ def accelerate_hook(tiny: TinyModel) -> None:
     add_hook_to_module(tiny.transformer, CpuOffload(execution_device="cpu"))
 
 
-@pytest.mark.parametrize("add", [to_group_offload("block"), to_group_offload("leaf"), accelerate_hook])
+def sequential_offload(tiny: TinyModel) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(tiny.transformer, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "add", [sequential_offload, to_group_offload("block"), to_group_offload("leaf"), accelerate_hook]
+)
 def test_offloading_changes_nothing(pair: Pair, add: Callable[[TinyModel], None]) -> None:
     for tiny in pair.either_order(add):
         assert torch.equal(tiny(), pair.on)

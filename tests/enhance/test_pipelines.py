@@ -173,3 +173,18 @@ def test_a_model_that_cannot_be_enhanced(cli: Any, tmp_path: Path) -> None:
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert message in outcome.err
     assert not (tmp_path / "x.mp4").exists()
+
+
+def test_offloading_a_pipeline(tiny_wan: Path, pipe: Any) -> None:
+    with enhance_for_call(pipe, CONFIG):
+        expected = make(pipe)
+    for offload_first in (True, False):
+        other = load(tiny_wan)
+        if offload_first:
+            other.enable_model_cpu_offload(device="cpu")
+        postgen.apply_enhance_a_video(other, CONFIG)
+        if not offload_first:
+            other.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(make(other), expected)
+        other.remove_all_hooks()
+        assert torch.equal(make(other), expected)
