@@ -10,6 +10,8 @@ import postgen
 from postgen.commands.compare import compare
 from postgen.commands.generate import generate
 from postgen.commands.info import info
+from postgen.commands.score import score
+from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
 from postgen.compat import command_error
 from postgen.errors import UserError
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(compare)
 app.command(context_settings=SETTINGS)(train)
+app.command()(score)
+app.command("serve-reward")(serve_reward)
 app.command()(info)
 
 

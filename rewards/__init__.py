@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from postgen.rewards.frames import uniform_frames as uniform_frames
     from postgen.rewards.registry import get_reward as get_reward
     from postgen.rewards.registry import known_rewards as known_rewards
+    from postgen.rewards.registry import split_rewards as split_rewards
     from postgen.rewards.runner import AllRewardsFailed as AllRewardsFailed
     from postgen.rewards.runner import RewardResult as RewardResult
     from postgen.rewards.runner import RewardRunner as RewardRunner
@@ -23,6 +24,7 @@ _HOMES = {
     "RewardRunner": "runner",
     "get_reward": "registry",
     "known_rewards": "registry",
+    "split_rewards": "registry",
     "uniform_frames": "frames",
 }
 

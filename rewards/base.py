@@ -134,6 +134,12 @@ class Reward:
         if hasattr(self.function, "offload"):
             self.function.offload()
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the function, or one that it is composed of, looks at the prompts."""
+        parts = getattr(self.function, "parts", ())
+        return any(part.needs_prompts for part in parts) if parts else "prompts" in self._parameters
+
     def check_columns(self, columns: Iterable[str]) -> None:
         """Find out before anything is scored whether the function's arguments can be given.
 

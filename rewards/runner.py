@@ -179,13 +179,15 @@ class RewardRunner:
         """Make every reward ready now rather than at the first batch: load networks, ask servers whether they are up.
 
         Raises:
-            UserError: weights that cannot be found.
-            RemoteError: a server that cannot be reached.
+            UserError: weights that cannot be found, or a server that cannot be reached.
         """
         for reward in self.rewards:
             reward.load(self.device)
             if hasattr(reward.function, "health"):
-                reward.function.health()
+                try:
+                    reward.function.health()
+                except RuntimeError as error:
+                    raise UserError(f"the reward {reward.name} does not answer: {error}; is its server up?") from error
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function that is not async, within the time limit.

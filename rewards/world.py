@@ -34,14 +34,24 @@ def world(
         One score in [0,1] a clip; None for a prompt that names no body of the world, and for a clip that is too short
         or too small to be judged.
     """
-    wanted = [_scene(prompt, None if spec is None else spec[row]) for row, prompt in enumerate(prompts)]
+    wanted = scenes(prompts, spec)
     reports: dict[int, Report] = {}
-    for rows in _alike(completions, wanted):
+    for rows in alike(completions, [scene is not None for scene in wanted]):
         clips = torch.stack([completions[row] for row in rows])
         reports |= zip(rows, check_batch(clips, [s for row in rows if (s := wanted[row]) is not None]), strict=True)
     if log_metric is not None:
         _log_shares(list(reports.values()), log_metric)
     return [reports[row].score if row in reports else None for row in range(len(completions))]
+
+
+def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | None] | None = None) -> list[Spec | None]:
+    """What each row asks for: its spec, else what the prompt says, else None.
+
+    Raises:
+        UserError: a spec in a form that none has.
+    """
+    given = spec if spec is not None else [None] * len(prompts)
+    return [_scene(prompt, own) for prompt, own in zip(prompts, given, strict=True)]
 
 
 def _scene(prompt: str, spec: Spec | Mapping[str, Any] | None) -> Spec | None:
@@ -50,12 +60,11 @@ def _scene(prompt: str, spec: Spec | Mapping[str, Any] | None) -> Spec | None:
     return spec if isinstance(spec, Spec) else Spec.from_dict(spec)
 
 
-def _alike(completions: Sequence[Tensor], wanted: Sequence[Spec | None]) -> list[list[int]]:
-    """Rows that can be judged, those of one size together."""
+def alike(completions: Sequence[Tensor], wanted: Sequence[bool]) -> list[list[int]]:
+    """Wanted rows whose clips are long and large enough for the judge, those of one size together."""
     groups: dict[torch.Size, list[int]] = {}
     for row, clip in enumerate(completions):
-        large_enough = len(clip) >= _LEAST_FRAMES and min(clip.shape[-2:]) >= _LEAST_SIDE
-        if large_enough and wanted[row] is not None:
+        if wanted[row] and len(clip) >= _LEAST_FRAMES and min(clip.shape[-2:]) >= _LEAST_SIDE:
             groups.setdefault(clip.shape, []).append(row)
     return list(groups.values())
 

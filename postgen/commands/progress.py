@@ -12,13 +12,13 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def steps(title: str) -> Iterator[StepCallback]:
-    """Show a bar of denoising steps with the time left; the block gets the function to call after each step."""
+def steps(title: str, unit: str = "steps") -> Iterator[StepCallback]:
+    """Show a bar of denoising steps (or of `unit`) with the time left; the block gets what to call after each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps,"),
+        TextColumn(f"{unit},"),
         TimeElapsedColumn(),
         TextColumn("gone,"),
         TimeRemainingColumn(),

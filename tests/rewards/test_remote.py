@@ -111,6 +111,8 @@ def test_health(server):
     assert remote(server.url).health() == {"reward": "level", "max_bytes": 100_000}
     RewardRunner([remote(server.url)]).load()
     with pytest.raises(RemoteError, match="Refused"):
+        remote(f"http://127.0.0.1:{free_port()}").health()
+    with pytest.raises(UserError, match="is its server up"):
         RewardRunner([remote(f"http://127.0.0.1:{free_port()}")]).load()
 
 

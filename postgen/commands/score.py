@@ -1,0 +1,193 @@
+"""`postgen score`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from postgen.errors import UserError
+
+if TYPE_CHECKING:
+    from postgen.rewards.scoring import Clip
+
+Paths = Annotated[list[Path], typer.Argument(help="Videos, folders of them, or folders of PNG frames.")]
+Reward = Annotated[
+    str,
+    typer.Option(
+        "--reward", help="Rewards with commas between: names as clip_score(frames=8), pkg.mod.fn, http://..."
+    ),
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="What every video should show.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="One prompt a video, in the order of their names: text lines, or JSONL with `prompt` (`file`).",
+    ),
+]
+Weights = Annotated[str | None, typer.Option("--weights", help="Weights of the rewards' sum, with commas between.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Table to write: .jsonl or .csv.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
+
+
+def score(
+    paths: Paths,
+    reward: Reward = "world",
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    weights: Weights = None,
+    output: Output = None,
+    device: Device = "auto",
+    timeout: Timeout = None,
+) -> None:
+    """Score videos with rewards; two folders are also compared prompt by prompt.
+
+    Without --prompt or --prompts, the prompt of a video is that of its sidecar, as `postgen generate` writes it.
+    """
+    if prompt is not None and prompts is not None:
+        raise UserError("give --prompt or --prompts, not both")
+    if output is not None and output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output must end in .jsonl or .csv, got {output}")
+    rows = None if prompts is None else read_rows(prompts)
+
+    from postgen.commands.progress import steps
+    from postgen.rewards import RewardRunner, split_rewards
+    from postgen.rewards.scoring import check_needs, find_clips, score_clips, set_prompts
+
+    clips = find_clips(paths)
+    set_prompts(clips, prompt, rows)
+    runner = RewardRunner(
+        split_rewards(reward),
+        None if weights is None else _numbers(weights),
+        device=_device(device),
+        timeout=timeout,
+    )
+    check_needs(clips, runner)
+    runner.load()
+    with steps("Scoring", "videos") as report:
+        score_clips(clips, runner, lambda done: report(done, len(clips)))
+    if weights is not None:
+        _add_sum(clips, runner.weights)
+    _show(clips, paths, runner.names)
+    if output is not None:
+        _write(output, clips)
+    unread = [clip for clip in clips if clip.error]
+    for clip in unread:
+        typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
+    if unread:
+        raise typer.Exit(1)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a prompt file: JSONL objects with `prompt` and other keys, or one prompt a line.
+
+    Raises:
+        UserError: as `postgen.commands.generate.read_prompts`.
+    """
+    from postgen.commands.generate import read_prompts
+
+    texts = read_prompts(path)
+    if path.suffix != ".jsonl":
+        return [{"prompt": text} for text in texts]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--weights must be numbers with commas between, got {text!r}") from None
+
+
+def _device(asked: str) -> str:
+    from postgen.families.loading import check_device
+
+    if asked != "auto":
+        check_device(asked)
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_sum(clips: Sequence[Clip], weights: Sequence[float]) -> None:
+    """Put the weighted sum beside the scores of each clip; none where a reward gave none."""
+    for clip in clips:
+        values = list(clip.scores.values())
+        known = [w * v for w, v in zip(weights, values, strict=True) if v is not None] if values else []
+        if values:
+            clip.scores["sum"] = sum(known) if len(known) == len(values) else None
+
+
+def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for clip in clips for name in clip.scores)) or list(rewards)
+    table = Table("video", "prompt", *names)
+    for clip in clips:
+        cells = ["unreadable" if clip.error else _cell(clip.scores.get(name)) for name in names]
+        table.add_row(clip.path.name, clip.prompt or "", *cells)
+    table.add_section()
+    for origin, path in enumerate(paths):
+        own = [clip for clip in clips if clip.origin == origin]
+        if len(own) > 1:
+            table.add_row(f"mean of {path}", "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in names))
+    console = Console()
+    console.print(table)
+    if len(paths) == 2 and all(path.is_dir() for path in paths):
+        _show_wins(clips, paths, names)
+
+
+def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from postgen.rewards.scoring import win_rates
+
+    rates = win_rates(clips, names)
+    if not rates:
+        typer.echo("postgen: the two folders have no prompt in common, so there is nothing to compare", err=True)
+        return
+    table = Table("prompt", *names, title=f"how often {paths[0]} is better than {paths[1]}")
+    for prompt, row in rates.items():
+        table.add_row(prompt, *(_cell(row.get(name)) for name in names))
+    table.add_section()
+    table.add_row("all prompts", *(_cell(_mean([row.get(name) for row in rates.values()])) for name in names))
+    Console().print(table)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _write(path: Path, clips: Sequence[Clip]) -> None:
+    from postgen.files import replacing
+
+    rows = [clip.to_dict() for clip in clips]
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        buffer = io.StringIO(newline="")
+        names = list(dict.fromkeys(key for row in rows for key in row if key != "error"))
+        writer = csv.DictWriter(buffer, [*names, "error"])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    try:
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,158 @@
+"""Do the depth maps that come with a clip belong to it: do they move with its pixels, and have its edges?
+
+For models that give a depth video beside the picture. Nothing is estimated but the motion, by matching blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CHANGE = (0.06, 0.2)
+"""Change of the log depth of a pixel along its motion that is fine, and that is not."""
+_FLICKER = (0.02, 0.08)
+"""The same for the change of the whole map's median from one pair of frames to the next."""
+_STEP = 0.06
+"""Step of the inverse depth between neighbours that makes an outline, as a part of the frame's nearest twentieth."""
+_STRONG = 0.9
+"""Quantile of a frame's colour gradients from which they are edges."""
+_FOUND = (0.25, 0.95)
+"""Share of the outlines that lies at edges, beyond chance: bad, and fine."""
+_SIDE, _REACH, _BLOCK = 96, 6, 7
+"""Blocks of 7 px are looked for within 6 px, in a picture of at most 96 px."""
+
+
+def depth_consistency(
+    completions: Sequence[Tensor],
+    *,
+    depth: Sequence[Tensor],
+    flow: Sequence[Tensor | None] | None = None,
+) -> list[float | None]:
+    """Score depth maps against their clip: the smaller of `carried` and `outlined`.
+
+    Args:
+        completions: clips (F,3,H,W) in [0,1].
+        depth: column of (F,H,W), distances in any unit that is the same for all frames; infinite at the sky, not
+            positive or NaN where nothing is known.
+        flow: column of (F-1,2,H,W) in pixels, u right and v down, from a frame to the next; None matches blocks.
+
+    Returns:
+        One score in [0,1] a clip; None for a single frame.
+
+    Raises:
+        ValueError: depth or flow of another size than the clip.
+    """
+    motions: Sequence[Any] = flow if flow is not None else [None] * len(completions)
+    return [_score(*row) for row in zip(completions, depth, motions, strict=True)]
+
+
+def _score(clip: Tensor, depth: Tensor, flow: Tensor | None) -> float | None:
+    frames, _, height, width = clip.shape
+    maps = torch.as_tensor(depth).to(clip.device, torch.float32)
+    if maps.shape != (frames, height, width):
+        raise ValueError(f"depth must be {(frames, height, width)} like its clip, got {tuple(maps.shape)}")
+    if frames < 2:
+        return None
+    motion = block_motion(clip) if flow is None else torch.as_tensor(flow).to(clip.device, torch.float32)
+    if motion.shape != (frames - 1, 2, height, width):
+        raise ValueError(f"flow must be {(frames - 1, 2, height, width)}, got {tuple(motion.shape)}")
+    return min(carried(maps, motion), outlined(clip, maps))
+
+
+def _ramp(value: Tensor, fine_bad: tuple[float, float]) -> Tensor:
+    """1 up to the first bound, 0 from the second on."""
+    fine, bad = fine_bad
+    return ((bad - value) / (bad - fine)).clamp(0, 1)
+
+
+def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
+    """How far pixels keep their depth on their way to the next frame, in [0,1].
+
+    The smaller of two means: over the pixels (the standing and the moving ones apart, whichever is worse), and over
+    the frames, of how evenly the median changes. Outlines, and pixels that leave the picture, are left out.
+    """
+    known = depth_FHW.isfinite() & (depth_FHW > 0)
+    log = torch.where(known, depth_FHW, 1.0).log()
+    calm = known & ~_widened(_outlines(depth_FHW))
+    height, width = log.shape[1:]
+    ys, xs = (torch.arange(n, device=log.device) for n in (height, width))
+    to_x, to_y = xs + flow_F2HW[:, 0], ys[:, None] + flow_F2HW[:, 1]
+    grid = torch.stack(((to_x + 0.5) / width * 2 - 1, (to_y + 0.5) / height * 2 - 1), -1)
+    after, after_calm = functional.grid_sample(
+        torch.stack((log[1:], calm[1:].float()), 1), grid, align_corners=False
+    ).unbind(1)
+    use = calm[:-1] & (after_calm > 0.99) & (grid.abs() < 1).all(-1)
+    change = torch.where(use, after - log[:-1], torch.nan)
+    kept = _ramp(change.abs().nan_to_num(0), _CHANGE)
+    moving = flow_F2HW.norm(dim=1) > 0.5
+    groups = [part for part in (use & moving, use & ~moving) if part.any()]
+    if not groups:
+        return 0.0
+    median = change.flatten(1).nanmedian(1).values.nan_to_num(0)
+    even = _ramp(median.diff().abs(), _FLICKER).mean() if len(median) > 1 else log.new_ones(())
+    return min(float(even), *(float(kept[part].mean()) for part in groups))
+
+
+def outlined(clip: Tensor, depth_FHW: Tensor) -> float:
+    """Whether the outlines of the depth lie within a pixel of edges of the picture, in [0,1].
+
+    1 when 95 % do beyond chance, 0 when 25 % do. 0 for maps without any outline: nothing ties them to the picture.
+    """
+    outline = _outlines(depth_FHW)
+    colour = functional.avg_pool2d(clip.float(), 3, 1, 1)
+    dx = functional.pad(colour[..., 1:] - colour[..., :-1], (0, 1)).abs().amax(1)
+    dy = functional.pad(colour[..., 1:, :] - colour[..., :-1, :], (0, 0, 0, 1)).abs().amax(1)
+    slope = torch.maximum(dx, dy)
+    bound = _quantile(slope, _STRONG)
+    edge = _widened((slope >= bound) & (slope > 0.02))
+    if not outline.any():
+        return 0.0
+    found, chance = float(edge[outline].float().mean()), float(edge.float().mean())
+    bad, fine = _FOUND
+    share = (found - chance) / max(1 - chance, 1e-6)
+    return min(1.0, max(0.0, (share - bad) / (fine - bad)))
+
+
+def _outlines(depth_FHW: Tensor) -> Tensor:
+    """Pixels with a step to the pixel right or below. Inverse depth is linear on every plane: those have no steps."""
+    inverse = torch.where(depth_FHW > 0, 1 / depth_FHW, torch.nan)
+    bound = _STEP * _quantile(inverse, 0.95)
+    right = (inverse[..., 1:] - inverse[..., :-1]).abs() > bound
+    below = (inverse[:, 1:] - inverse[:, :-1]).abs() > bound
+    return functional.pad(right, (0, 1)) | functional.pad(below, (0, 0, 0, 1))
+
+
+def _quantile(maps_FHW: Tensor, part: float) -> Tensor:
+    """Quantile of each frame (F,1,1) without unknown pixels; one by one, as torch takes only so many values."""
+    return torch.stack([frame.flatten().nanquantile(part) for frame in maps_FHW])[:, None, None]
+
+
+def _widened(mask_FHW: Tensor) -> Tensor:
+    return functional.max_pool2d(mask_FHW[:, None].float(), 3, 1, 1)[:, 0] > 0
+
+
+def block_motion(clip: Tensor) -> Tensor:
+    """Motion (F-1,2,H,W) in whole pixels of a picture of at most 96 px, by the least difference of 7 px blocks.
+
+    Up to 6 of these pixels a frame. Where nothing distinguishes the blocks, the smallest motion is taken.
+    """
+    height, width = clip.shape[-2:]
+    scale = min(1.0, _SIDE / max(height, width))
+    small = functional.interpolate(clip.float(), scale_factor=scale, mode="area") if scale < 1 else clip.float()
+    padded = functional.pad(small[1:], (_REACH,) * 4, mode="replicate")
+    high, wide = small.shape[-2:]
+    best = torch.full((len(clip) - 1, high, wide), torch.inf, device=clip.device)
+    motion = torch.zeros(len(clip) - 1, 2, high, wide, device=clip.device)
+    for v in range(-_REACH, _REACH + 1):
+        for u in range(-_REACH, _REACH + 1):
+            moved = padded[..., _REACH + v : _REACH + v + high, _REACH + u : _REACH + u + wide]
+            gap = functional.avg_pool2d((moved - small[:-1]).abs().mean(1, keepdim=True), _BLOCK, 1, _BLOCK // 2)[:, 0]
+            gap = gap + 1e-3 * (u * u + v * v) ** 0.5
+            better = gap < best
+            best = torch.where(better, gap, best)
+            motion = torch.where(better[:, None], motion.new_tensor([u, v])[:, None, None], motion)
+    return functional.interpolate(motion / (wide / width), (height, width), mode="nearest")

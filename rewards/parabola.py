@@ -1,0 +1,176 @@
+"""Free flight: does a falling, thrown or bouncing body move on parabolas, all with one gravity?
+
+Between two contacts, x is linear and y quadratic in time, and y bends downwards (the frames of a clip lie equally far
+apart, so no frame rate is needed). Under gravity a body is never lowest within a flight, so the lowest points of a
+track are its contacts and cut it into flights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.polynomial import polynomial
+from numpy.typing import NDArray
+from torch import Tensor
+
+from postgen.rewards.world import alike, scenes
+from postgen.world import Spec
+from postgen.world.check import check_batch
+
+Array = NDArray[np.floating[Any]]
+
+_LEAST = 4
+"""Fewest frames of a flight that is judged: a parabola through three fits whatever it is."""
+_REST = 0.08
+"""Part of the height of the flights within which a body at the end lies still."""
+_SWING = 0.1
+"""Part of it that a track must rise again after a lowest point, to have touched something there."""
+_FLYING = ("falls", "bounces")
+
+
+def parabola(
+    prompts: Sequence[str],
+    completions: Sequence[Tensor],
+    *,
+    track: Sequence[Any] | None = None,
+    spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
+) -> list[float | None]:
+    """Score the flights of clips by `flight_score`; the worst body of a clip counts.
+
+    Args:
+        prompts: read by `world.parse` where there is neither a track nor a spec.
+        completions: clips (F,3,H,W) in [0,1] of the synthetic world; not looked at where there is a track.
+        track: column of tracks, (F,2) of x right and y down in any unit, NaN where the body is not seen.
+        spec: column of scenes, as `Spec` or as its JSON form.
+
+    Returns:
+        One score in [0,1] a clip, 0 where nothing flies; None where no falling or bouncing body was asked for.
+    """
+    scores: list[float | None] = [None] * len(completions)
+    given = track if track is not None else [None] * len(completions)
+    wanted = [scene if _flyers(scene) else None for scene in scenes(prompts, spec)]
+    for row, points in enumerate(given):
+        if points is not None:
+            scores[row] = flight_score(np.asarray(points, dtype=np.float64))
+    for rows in alike(completions, [w is not None and t is None for w, t in zip(wanted, given, strict=True)]):
+        asked = [scene for row in rows if (scene := wanted[row]) is not None]
+        reports = check_batch(torch.stack([completions[row] for row in rows]), asked)
+        for row, scene, report in zip(rows, asked, reports, strict=True):
+            scores[row] = min(flight_score(_points(report.bodies[body].track)) for body in _flyers(scene))
+    return scores
+
+
+def _flyers(scene: Spec | None) -> list[int]:
+    if scene is None or scene.camera != "static":
+        return []
+    return [index for index, body in enumerate(scene.bodies) if body.event in _FLYING]
+
+
+def _points(track: Sequence[tuple[float, float, float] | None]) -> Array:
+    return np.array([(np.nan, np.nan) if p is None else p[:2] for p in track], dtype=np.float64).reshape(-1, 2)
+
+
+def flight_score(track_F2: Array) -> float:
+    """Score one track (x right, y down): 1 for parabolas of one gravity, 0 for anything else, falling in between.
+
+    The smallest of five values: how far the track lies from the best parabolas (root mean square, as a part of the
+    height of the flights: 0.02 is fine, 0.08 is not), how bent these are (a fall at constant speed is not), how equal
+    their gravities are, whether each begins where the one before ended, and which part of the frames in the air
+    belongs to flights that are long enough to tell.
+
+    >>> t = np.arange(12.0)
+    >>> flight_score(np.stack((t, 0.1 * (t - 5) ** 2), 1))
+    1.0
+    >>> flight_score(np.stack((t, t), 1))
+    0.0
+    """
+    time = np.flatnonzero(np.isfinite(track_F2).all(1)).astype(np.float64)
+    points = track_F2[time.astype(int)]
+    if len(time) < _LEAST or np.ptp(points[:, 1]) == 0:
+        return 0.0
+    flights, airborne = _flights(time, points[:, 1])
+    judged = [f for f in flights if len(f) >= _LEAST]
+    if not judged:
+        return 0.0
+    arcs = [_fit(time[f], points[f]) for f in judged]
+    lengths = np.array([len(f) for f in judged], dtype=np.float64)
+    height = max(float(np.ptp(points[f, 1])) for f in judged) or 1.0
+    error = np.sqrt(sum(arc.error for arc in arcs) / lengths.sum()) / height
+    gravity = np.array([arc.y[2] for arc in arcs])
+    mean = float(np.average(gravity, weights=lengths))
+    spread = np.sqrt(np.average((gravity - mean) ** 2, weights=lengths)) / max(mean, 1e-12)
+    # Height of the arc over its chord, as a part of the height: 1/4 for a fall from rest, 1 for a throw.
+    bend = max(mean * float(np.ptp(time[f])) ** 2 / 4 for f in judged) / height
+    gap = max((_gap(a, b) for a, b in pairwise(arcs)), default=0.0) / height
+    return min(
+        _ramp(float(error), 0.08, 0.02),
+        _ramp(bend, 0.05, 0.15),
+        _ramp(float(spread), 0.8, 0.3),
+        _ramp(gap, 0.3, 0.1),
+        _ramp(float(lengths.sum()) / max(airborne, 1), 0.3, 0.7),
+    )
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    """0 at `low`, 1 at `high`, linear between (either may be the larger one)."""
+    return float(np.clip((value - low) / (high - low), 0.0, 1.0))
+
+
+def _flights(time: Array, y: Array) -> tuple[list[NDArray[np.intp]], int]:
+    """Frames of each flight, those of contacts left out, and the number of frames in the air."""
+    span = float(np.ptp(y))
+    resting = y >= y.max() - _REST * span
+    end = len(y)
+    while end > 1 and resting[end - 1] and resting[end - 2]:
+        end -= 1
+    contacts = [f for f in _lowest(y[:end], _SWING * span) if f > 0]
+    if end < len(y):
+        contacts.append(end - 1)
+    bounds = [-1, *sorted(set(contacts)), end]
+    return [np.arange(a + 1, b) for a, b in pairwise(bounds)], end - len(contacts)
+
+
+def _lowest(y: Array, swing: float) -> list[int]:
+    """Frames at which y is largest before it goes back by `swing`, having come from as much above."""
+    found: list[int] = []
+    least, high = float(y[0]), -1
+    for frame, value in enumerate(y):
+        if high < 0:
+            least = min(least, float(value))
+            high = frame if value - least >= swing else -1
+        elif value > y[high]:
+            high = frame
+        elif y[high] - value >= swing:
+            found.append(high)
+            least, high = float(value), -1
+    return found
+
+
+class _Arc(NamedTuple):
+    """The best parabola of a flight: polynomials of the time, and the squared distance of the flight from it."""
+
+    x: Array
+    y: Array
+    first: float
+    last: float
+    error: float
+
+    def at(self, time: Array) -> Array:
+        """Places (n,2) at times (n,)."""
+        return np.stack((polynomial.polyval(time, self.x), polynomial.polyval(time, self.y)), 1)
+
+
+def _fit(time: Array, points: Array) -> _Arc:
+    x, y = polynomial.polyfit(time, points[:, 0], 1), polynomial.polyfit(time, points[:, 1], 2)
+    arc = _Arc(x, y, float(time[0]), float(time[-1]), 0.0)
+    return arc._replace(error=float(((points - arc.at(time)) ** 2).sum()))
+
+
+def _gap(before: _Arc, after: _Arc) -> float:
+    """Least distance of two flights between the last frame of one and the first of the other: where they touch."""
+    time = np.linspace(before.last, after.first, 17)
+    return float(np.hypot(*(before.at(time) - after.at(time)).T).min())

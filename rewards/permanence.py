@@ -1,0 +1,71 @@
+"""Object permanence in the synthetic world: bodies are there in every frame, or behind another one, and never leap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from postgen.rewards.world import alike, scenes
+from postgen.world import Spec
+from postgen.world.check import find_tracks
+from postgen.world.check.events import ramp
+from postgen.world.check.tracks import JUMP, Track
+
+_MOST = 0.65
+"""Part of a body's full area that is most of it."""
+
+
+def permanence(
+    prompts: Sequence[str],
+    completions: Sequence[Tensor],
+    *,
+    spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
+) -> list[float | None]:
+    """Score clips by their worst body (`body_permanence`), times the share of the bodies asked for that are there.
+
+    A body counts as there while something in front of it, or the picture's edge, explains that it is not seen.
+
+    Args:
+        prompts: read by `world.parse` for the number of bodies, where there is no spec.
+        completions: clips (F,3,H,W) in [0,1] of the synthetic world, F >= 5, at least 32 px.
+        spec: column of scenes, as `Spec` or as its JSON form.
+
+    Returns:
+        One score in [0,1] a clip, 0 without any body; None for a clip that is too short or too small.
+    """
+    wanted = scenes(prompts, spec)
+    scores: list[float | None] = [None] * len(completions)
+    for rows in alike(completions, [True] * len(completions)):
+        for row, tracks in zip(rows, find_tracks(torch.stack([completions[r] for r in rows])), strict=True):
+            scene = wanted[row]
+            count = 1 if scene is None else len(scene.bodies)
+            worst = min((body_permanence(track) for track in tracks), default=0.0)
+            scores[row] = worst * min(1.0, len(tracks) / count)
+    return scores
+
+
+def body_permanence(track: Track) -> float:
+    """Score one body in [0,1]: 1 if it is always there and never leaps, 0 if it is missing in 4 of 10 frames.
+
+    Leaps are looked for between frames that show most of it: slivers beside a body in front may jump about.
+    """
+    there = [piece is not None or hidden for piece, hidden in zip(track.pieces, track.hidden, strict=True)]
+    return min(ramp(sum(there) / len(there), 0.6, 1.0), ramp(_longest_leap(track), 1.5, 1.0))
+
+
+def _longest_leap(track: Track) -> float:
+    """Longest way from a frame to the next in allowed steps, among frames that show most of the body."""
+    seen = {f: piece for f in track.visible() if (piece := track.pieces[f]) is not None}
+    if not seen:
+        return 0.0
+    full = float(np.percentile([piece.area for piece in seen.values()], 85))
+    clean = set(track.clean())
+    points = [(f, p.x, p.y) for f, p in seen.items() if f in clean or p.area >= _MOST * full]
+    steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
+    return max(steps, default=0.0) / JUMP
