@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from postgen.enhance.config import EnhanceAVideoConfig
@@ -160,45 +160,51 @@ def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | N
             number is the weight; a config is taken as it is.
 
     Raises:
-        UserError: settings that are wrong.
+        UserError: an unknown model, or settings that are wrong.
     """
     if setting is None:
         yield
         return
-    handle = handle_of(target)
-    if setting is False or setting == 0:
-        with _switched_off(handle):
-            yield
-        return
-    config = setting if isinstance(setting, EnhanceAVideoConfig) else _config_of(setting)
-    if handle is None:
-        handle = apply_enhance_a_video(target, config)
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
-    before, enabled = handle.config, handle.enabled
-    handle.update(config)
-    handle.enable()
-    try:
+    config = _config_of(setting)
+    models = transformers_of(target)
+    progress = PipelineProgress(target) if "" not in models else None
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(_one_for_call(model, config, progress))
         yield
-    finally:
-        handle.update(before)
-        handle._switch(enabled)
 
 
 @contextmanager
-def _switched_off(handle: EnhanceAVideoHandle | None) -> Iterator[None]:
-    if handle is None or not handle.enabled:
-        yield
+def _one_for_call(
+    model: nn.Module, config: EnhanceAVideoConfig | None, progress: PipelineProgress | None
+) -> Iterator[None]:
+    found: Enhancement | None = installed(model).plug_ins.get(NAME)
+    if found is None:
+        added = None if config is None else Enhancement(model, config, progress)
+        if added is not None:
+            added.install(model)
+        try:
+            yield
+        finally:
+            if added is not None:
+                added.remove(model)
         return
-    handle.disable()
+    before, enabled = found.config, found.enabled
+    if config is not None:
+        found.configure(config)
+    found.enabled = config is not None
     try:
         yield
     finally:
-        handle.enable()
+        if config is not None:
+            found.configure(before)
+        found.enabled = enabled
 
 
-def _config_of(setting: float | str) -> EnhanceAVideoConfig:
-    return EnhanceAVideoConfig() if setting is True else EnhanceAVideoConfig(weight=setting)  # type: ignore[arg-type]
+def _config_of(setting: EnhanceAVideoConfig | float | str) -> EnhanceAVideoConfig | None:
+    """Return the settings that a short form stands for; None is off."""
+    if isinstance(setting, EnhanceAVideoConfig):
+        return setting
+    if setting is True or setting == "auto":
+        return EnhanceAVideoConfig()
+    return EnhanceAVideoConfig(weight=setting) if setting else None  # type: ignore[arg-type]

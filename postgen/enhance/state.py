@@ -75,7 +75,8 @@ class Enhancement:
     def install(self, model: nn.Module) -> None:
         """Put the wrappers on the processors and the hooks on the transformer."""
         install_attention_tap()
-        processor_stack(model).push(NAME, {name: layer.around for name, layer in self.layers.items()})
+        self._stack = processor_stack(model)
+        self._stack.push(NAME, {name: layer.around for name, layer in self.layers.items()})
         # Native hooks: the hooks of diffusers and accelerate replace `forward`, and these survive that.
         self._hooks.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self.after_forward))
@@ -89,7 +90,7 @@ class Enhancement:
         """Take everything off."""
         for hook in self._hooks:
             hook.remove()
-        processor_stack(model).pop(NAME)
+        self._stack.pop(NAME)
         del installed(model).plug_ins[NAME]
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class Enhancement:
             return
         self.frames, self.places = grid.frames, grid.height * grid.width
         self.active = True
-        self._warn_of_displaced(model)
+        self._warn_of_displaced()
         self._warn_of_strength()
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -119,7 +120,7 @@ class Enhancement:
         self.active = torch.is_grad_enabled()
         if any(layer.mismatch for layer in self.layers.values()):
             self._warn_of_tokens()
-        elif all(layer.unseen for layer in self.layers.values()):
+        elif all(layer.unseen for layer in self.layers.values() if layer.on):
             self._warn("unseen", "no attention call was seen: the processors do not go through diffusers. It is off")
         for layer in self.layers.values():
             layer.unseen = layer.mismatch = False
@@ -189,7 +190,9 @@ class Enhancement:
             if isinstance(frames, Grid):
                 return frames
             tokens = arguments["hidden_states"].shape[1] if packed or grid is None else grid.tokens
-            grid = Grid(frames=frames, height=1, width=tokens // frames) if tokens % frames == 0 else None
+            if tokens % frames:
+                raise UserError(f"num_frames={frames} does not divide the call's {tokens} tokens: give another number")
+            grid = Grid(frames=frames, height=1, width=tokens // frames)
         if grid is None:
             self._warn("grid", "the call does not tell its frames: give num_frames=. It is off")
         elif packed and self.layout.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
@@ -205,8 +208,8 @@ class Enhancement:
             " It is off: give num_frames= or leave it off",
         )
 
-    def _warn_of_displaced(self, model: nn.Module) -> None:
-        displaced = set(processor_stack(model).displaced()) & set(self.layers)
+    def _warn_of_displaced(self) -> None:
+        displaced = set(self._stack.displaced()) & set(self.layers)
         if displaced:
             self._warn(
                 "displaced",

@@ -96,10 +96,14 @@ class ProcessorStack:
         module: Any = self._model.get_submodule(name)
         self._modules[name] = module
         original = module.processor
-        if name in self._stacked and original is self._stacked[name]:
-            return
+        if name in self._stacked:
+            if original is self._stacked[name]:
+                return
+            # Somebody replaced it and may put it back: nothing of ours acts on it then.
+            self._stacked[name].postgen_wrappers = ()
         stacked = copy.copy(original)
-        kind: Any = type(original)
+        # A processor that was ours, and that somebody kept and put back, is not wrapped twice.
+        kind: Any = getattr(type(original), "postgen_parent", type(original))
         stacked.__class__ = _stacked_class(kind)
         stacked.postgen_wrappers = ()
         self._originals[name], self._stacked[name] = original, stacked
@@ -145,7 +149,7 @@ def _stacked_class(parent: Any) -> Any:
 
     # The same name: diffusers looks for words such as "Added" in it.
     body = {"__call__": __call__, "__reduce__": __reduce__, "__module__": parent.__module__, "__doc__": parent.__doc__}
-    made = type(parent.__name__, (parent,), body)
+    made = type(parent.__name__, (parent,), {**body, "postgen_parent": parent})
     register_processor_class(made, parent)
     return made
 

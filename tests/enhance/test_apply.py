@@ -178,6 +178,13 @@ def test_frames_that_the_call_does_not_tell() -> None:
         assert len(handle.stats()) == 2
 
 
+def test_frames_that_do_not_divide_the_tokens() -> None:
+    tiny = tiny_model("Wan")
+    postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(num_frames=5))
+    with pytest.raises(postgen.UserError, match="num_frames=5 does not divide the call's 24 tokens"):
+        tiny()
+
+
 def test_weights_by_layer(wan: TinyModel) -> None:
     handle = postgen.apply_enhance_a_video(
         wan.transformer, postgen.EnhanceAVideoConfig(weight={r"blocks\.1\..*": 1.5})

@@ -174,6 +174,8 @@ def test_projections_fused_after(pair: Pair) -> None:
     postgen.remove_enhance_a_video(tiny.transformer)
     tiny.transformer.unfuse_qkv_projections()
     assert torch.allclose(tiny(), pair.off, atol=1e-5)
+    postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
+    assert torch.allclose(tiny(), pair.on, atol=1e-5)
 
 
 def test_layerwise_casting(pair: Pair) -> None:

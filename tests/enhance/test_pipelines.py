@@ -67,6 +67,12 @@ def test_both_experts_are_taken(tiny_wan: Path) -> None:
     assert str(postgen.summary(pipe)).count("enhance_a_video: on") == 2
     handle.remove()
     assert torch.equal(make(pipe), off)
+    # Each expert may have settings of its own; a call puts every one of them back.
+    single = postgen.apply_enhance_a_video(pipe.transformer_2, postgen.EnhanceAVideoConfig(weight=0.2))
+    with enhance_for_call(pipe, CONFIG):
+        assert torch.equal(make(pipe), on)
+    assert handle_of(pipe.transformer) is None
+    assert single.config.weight == 0.2
 
 
 def test_start_and_stop_count_steps(pipe: Any, applied: Any) -> None:
