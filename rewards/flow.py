@@ -1,0 +1,117 @@
+"""Optical flow for the rewards of motion: OpenCV's DIS, which needs no weights, or torchvision's RAFT.
+
+Flow is in px: what frame t has at (x, y), frame t + 1 has at (x + u, y + v). DIS: arXiv 1603.03590; RAFT: 2003.12039.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grid_sample, pad
+
+from postgen.errors import UserError
+from postgen.rewards.base import RewardModel
+from postgen.rewards.pictures import luma
+from postgen.rewards.weights import fill, find_file, read_state
+
+FLOWS = ("dis", "raft")
+
+_LEAST = {"dis": 12, "raft": 128}
+"""Smallest side, in px, that the method takes."""
+
+
+def dis_flow(frames_F3HW: Tensor) -> Tensor:
+    """Return the flow between neighbouring frames (F-1,2,H,W) by dense inverse search, on the CPU.
+
+    Raises:
+        UserError: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "optical flow needs OpenCV: pip install opencv-python-headless, or give flow='raft'"
+        ) from error
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    levels = (luma(frames_F3HW.float().clamp(0, 1)) * 255).round().byte().cpu().numpy()
+    start = np.zeros((*levels.shape[1:], 2), np.float32)
+    flows = [search.calc(a, b, start.copy()) for a, b in pairwise(levels)]
+    return torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2).contiguous()
+
+
+def raft(weights: str | None) -> nn.Module:
+    """Return torchvision's large RAFT.
+
+    Args:
+        weights: local file or https address of its weights; None takes those trained on FlyingChairs and
+            FlyingThings, as VBench's are, from torchvision's own place.
+
+    Raises:
+        UserError: torchvision is not installed, or the weights cannot be found or do not fit.
+    """
+    try:
+        from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
+    except (ImportError, RuntimeError) as error:  # the second when it was built for another torch
+        raise UserError("flow='raft' needs torchvision: pip install torchvision, or give flow='dis'") from error
+    path = find_file(weights or Raft_Large_Weights.C_T_V1.url)
+    return fill(raft_large(weights=None), read_state(path), path)
+
+
+def raft_flow(net: nn.Module, frames_F3HW: Tensor, updates: int = 20) -> Tensor:
+    """Return the flow between neighbouring frames (F-1,2,H,W), borders filled up to multiples of 8 px."""
+    height, width = frames_F3HW.shape[-2:]
+    below, right = -height % 8, -width % 8
+    edges = (right // 2, right - right // 2, below // 2, below - below // 2)
+    x = pad(frames_F3HW * 2 - 1, edges, mode="replicate")
+    flow: Tensor = net(x[:-1].contiguous(), x[1:].contiguous(), num_flow_updates=updates)[-1]
+    return flow[..., edges[2] : edges[2] + height, edges[0] : edges[0] + width]
+
+
+def carried(values_NCHW: Tensor, flow_N2HW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values where the flow leads to, (N,C,H,W), and where that is inside the frame, (N,H,W)."""
+    height, width = flow_N2HW.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    to = torch.stack((x + flow_N2HW[:, 0], y + flow_N2HW[:, 1]), -1)
+    grid = (to + 0.5) / to.new_tensor((width, height)) * 2 - 1
+    inside = ((to >= 0) & (to <= to.new_tensor((width - 1, height - 1)))).all(-1)
+    return grid_sample(values_NCHW, grid, padding_mode="border", align_corners=False), inside
+
+
+class FlowReward(RewardModel):
+    """Base of the rewards of motion: a subclass scores a clip with `flows`.
+
+    Args:
+        flow: "dis" or "raft".
+        weights: of RAFT, see `raft`.
+        device, dtype: as `RewardModel`; DIS runs on the CPU.
+    """
+
+    def __init__(self, flow: str = "dis", weights: str | None = None, **place: Any) -> None:
+        super().__init__(**place)
+        if flow not in FLOWS:
+            raise UserError(f"unknown flow {flow!r}: known are {', '.join(FLOWS)}")
+        if weights is not None and flow != "raft":
+            raise UserError(f"flow={flow!r} has no weights: give flow='raft' with them")
+        self.flow, self.weights = flow, weights
+
+    def build(self) -> nn.Module:
+        """Read RAFT; for DIS there is nothing to read.
+
+        Raises:
+            UserError: as `raft`.
+        """
+        return raft(self.weights) if self.flow == "raft" else nn.Identity()
+
+    def fits(self, clip: Tensor, frames: int) -> bool:
+        """Tell whether a clip is long and large enough."""
+        return len(clip) >= frames and min(clip.shape[-2:]) >= _LEAST[self.flow]
+
+    def flows(self, frames_F3HW: Tensor) -> Tensor:
+        """Return the flow between neighbouring frames (F-1,2,H,W), float32 on the CPU."""
+        if self.flow == "dis":
+            return dis_flow(frames_F3HW)
+        return raft_flow(self.net, frames_F3HW.to(self.device, self.dtype)).float().cpu()

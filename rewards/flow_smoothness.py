@@ -1,0 +1,45 @@
+"""How smoothly things move: does each point keep its velocity from frame to frame? Ours, not a published measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from postgen.rewards.flow import FlowReward, carried
+
+_STILL = 0.005
+"""Part of the frame's shorter side: velocities below it count as this much, so that noise of the flow is no jerk."""
+
+
+def smoothness(flow_N2HW: Tensor, shorter: int) -> float:
+    """Return 1 - mean of |v' - v| / (|v'| + |v| + c) over points that move or jump, in [0,1].
+
+    v is a point's flow from frame t to t + 1, v' that from t + 1 to t + 2 at the place it went to. The mean is
+    weighted with the denominator, so that the still background counts little.
+    """
+    before = flow_N2HW[:-1]
+    after, inside = carried(flow_N2HW[1:], before)
+    change = (after - before).norm(dim=1)
+    size = after.norm(dim=1) + before.norm(dim=1) + _STILL * shorter
+    return 1 - float((change * inside).sum() / (size * inside).sum().clamp(min=1e-6))
+
+
+class FlowSmoothness(FlowReward):
+    """1 for even motion, less for jerks, jumps and flicker; in [0,1].
+
+    A frozen clip gets 1 too: pair it with `dynamic_degree` or `motion_floor`. A bounce is a jerk.
+
+    Args:
+        flow, weights, device, dtype: as `FlowReward`.
+    """
+
+    name = "flow_smoothness"
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float | None]:
+        """Score clips of any sizes; one of fewer than three frames, or below 12 px (RAFT: 128 px), gets None."""
+        self.load()
+        return [
+            smoothness(self.flows(clip.float()), min(clip.shape[-2:])) if self.fits(clip, 3) else None
+            for clip in completions
+        ]
