@@ -220,3 +220,15 @@ def test_an_attention_backend_may_be_chosen(pair: Pair) -> None:
     finally:
         pair.plain.transformer.set_attention_backend("native")
         pair.plain.transformer.reset_attention_backend()
+
+
+def test_a_batch_is_its_rows(pair: Pair) -> None:
+    """Guidance may come in one batch or in separate calls: a clip's gain does not see what it is batched with."""
+    arguments = pair.enhanced.arguments
+    for row in range(2):
+        alone = {
+            name: value[row : row + 1] if isinstance(value, Tensor) and len(value) == 2 else value
+            for name, value in arguments.items()
+        }
+        assert alone["hidden_states"].shape[0] == 1
+        assert torch.allclose(pair.enhanced(**alone), pair.on[row : row + 1], atol=1e-5)
