@@ -21,6 +21,7 @@ Source = str | Callable[..., Any] | Reward
 _PLACES = {
     # name: "module of postgen.rewards:function or class", with ":output" for a view of a model with several outputs
     "aesthetic": "aesthetic:Aesthetic",
+    "brisque": "brisque:Brisque",
     "brightness_band": "guards:BrightnessBand",
     "depth_consistency": "depth_consistency:depth_consistency",
     "clip_score": "clip_score:ClipScore",
