@@ -51,8 +51,22 @@ class Snapshot:
 
 
 def write(output_dir: Path, snapshot: Snapshot) -> Path:
-    """Write `checkpoint-<step>` in `output_dir`, under a temporary name first, and return its path."""
+    """Write `checkpoint-<step>` in `output_dir`, under a temporary name first, and return its path.
+
+    Raises:
+        UserError: it cannot be written; nothing of it is left, and earlier checkpoints are as they were.
+    """
     target = output_dir / f"checkpoint-{snapshot.step}"
+    try:
+        _write(target, snapshot)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target} cannot be written: {error}. Make room, then go on from the last checkpoint with --resume."
+        ) from error
+    return target
+
+
+def _write(target: Path, snapshot: Snapshot) -> None:
     with replacing(target) as part:
         part.mkdir()
         for name in ("weights", "ema", "optimizer"):
@@ -70,7 +84,6 @@ def write(output_dir: Path, snapshot: Snapshot) -> Path:
             "meta": snapshot.meta,
         }
         (part / "state.json").write_text(json.dumps(head, indent=1))
-    return target
 
 
 def read(folder: Path) -> Snapshot:
