@@ -44,9 +44,7 @@ class Batches:
         steps = args.steps_per_generation or accumulation
         if (size := args.generation_batch_size) is not None:
             if size % group:
-                raise UserError(
-                    f"generation_batch_size is {size}, it must be a multiple of num_generations ({group})."
-                )
+                raise UserError(f"generation_batch_size is {size}: it must be a multiple of num_generations {group}.")
             if size * kept % (group * at_once):
                 raise UserError(
                     f"generation_batch_size is {size}: its {size * kept // group} samples to train on must be a "

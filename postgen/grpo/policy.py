@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.assets import embedded_model
-from postgen.compat import save_lora
+from postgen.compat import quiet_libraries, save_lora
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
@@ -195,7 +195,8 @@ def load_policy(model: Any, args: RolloutConfig, device: torch.device, peft_conf
     if model is not None and not isinstance(model, str | Path):
         return Policy(model.to(device), args, peft_config)
     facts = inspect_model(model if model is not None else embedded_model(), images=True)
-    pipe = load_pipeline(facts, dtype=args.dtype, device=str(device))
+    with quiet_libraries():
+        pipe = load_pipeline(facts, dtype=args.dtype, device=str(device))
     pipe.set_progress_bar_config(disable=True)
     return Policy(pipe, args, peft_config, facts.defaults)
 

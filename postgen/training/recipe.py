@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 METHODS = {
     "autoencoder": "postgen.pretrain.autoencoder:AutoencoderTrainer",
+    "dancegrpo": "postgen.grpo.trainer:DanceGRPOTrainer",
+    "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
 }
 """Method name -> `package.module:Class` of its trainer."""

@@ -6,6 +6,7 @@ Data are N(0, 0.5^2); the velocity that makes them is linear in x. A small net a
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -153,3 +154,8 @@ def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows
     prediction_type = changes.pop("prediction_type", "flow")
     extra = {name: changes.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in changes}
     return kind(ToyPipeline(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
+
+
+def lines(trainer: Any) -> list[dict[str, Any]]:
+    """Rows of the run's log."""
+    return [json.loads(line) for line in (trainer.args.folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,59 @@
+"""The toy run from a recipe, in a process that is killed with signal 9 at a named point."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+from postgen.training import checkpoint
+from tests.grpo.toy import ROWS, ToyPipeline, near
+
+
+@dataclass(kw_only=True)
+class KilledConfig(DanceGRPOConfig):
+    kill_at: str = ""
+    """rollout, reward, update or checkpoint."""
+
+    kill_step: int = 0
+    """In the update after so many."""
+
+
+class KilledGRPO(DanceGRPOTrainer):
+    config_class = KilledConfig
+
+    @classmethod
+    def from_config(cls, args: Any) -> Any:
+        return cls(ToyPipeline(), near, args, ROWS, ROWS)
+
+    def _maybe(self, point: str) -> None:
+        if (self.args.kill_at, self.args.kill_step) == (point, self.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def draw(self, number, samples):
+        paths = super().draw(number, samples)
+        self._maybe("rollout")
+        return paths
+
+    def score(self, rows, clips, latents):
+        result = super().score(rows, clips, latents)
+        self._maybe("reward")
+        return result
+
+    def backward(self, loss):
+        super().backward(loss)
+        self._maybe("update")
+
+    def _save(self):
+        write = checkpoint._save_tensors
+
+        def dying(path, tensors):
+            write(path, tensors)
+            if path.name == "optimizer.safetensors":
+                self._maybe("checkpoint")
+
+        checkpoint._save_tensors = dying
+        super()._save()
+        checkpoint._save_tensors = write

@@ -1,0 +1,100 @@
+"""A real tiny video pipeline: LoRA and full weights, the reference, images, files that plain diffusers loads."""
+
+import pytest
+import torch
+
+from postgen.errors import UserError
+from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+from tests.grpo.toy import lines, near
+
+
+def video_run(model, folder, kind=DanceGRPOTrainer, **changes):
+    config = DiffusionNFTConfig if kind is DiffusionNFTTrainer else DanceGRPOConfig
+    values = {"height": 16, "width": 16, "num_frames": 5, "num_generations": 2, "per_device_train_batch_size": 2}
+    values |= {"num_inference_steps": 4, "lora_r": 2, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1}
+    values |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "max_sequence_length": 16, **changes}
+    rows = [{"prompt": "a ball"}, {"prompt": "a cube"}]
+    return kind(str(model), near, config(output_dir=str(folder / "run"), **values), rows, rows)
+
+
+def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path):
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+
+    run = video_run(tiny_wan, tmp_path, eval_steps=2, gradient_checkpointing=True, guidance_scale=3.0, beta=0.1)
+    run._peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_v"])
+    run.train()
+    export = tmp_path / "run" / "export"
+    assert {path.name for path in export.iterdir()} >= {"pytorch_lora_weights.safetensors", "README.md"}
+    call = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"max_sequence_length": 16}
+    stock = DiffusionPipeline.from_pretrained(tiny_wan)
+
+    def sample(pipe):
+        return pipe("a ball", generator=torch.Generator().manual_seed(0), **call).frames
+
+    before = sample(stock)
+    stock.load_lora_weights(export)
+    after = sample(stock)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, sample(run.policy.pipe))
+    card = (export / "README.md").read_text()
+    assert "lora" in card
+    assert "near (weight 1)" in card
+    assert (tmp_path / "run" / "samples" / "step-000002.mp4").is_file()
+    again = video_run(tiny_wan, tmp_path / "again", lora_path=str(export), max_steps=1, beta=0.1)
+    again.train()
+    assert lines(again)[0]["kl"] == 0
+    assert len(again.trained()) == len(run.trained())
+
+
+def test_grpo_generate_takes_the_lora(tiny_wan, tmp_path, cli):
+    video_run(tiny_wan, tmp_path).train()
+    lora = tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors"
+    words = ("generate", "a ball", "--model", tiny_wan, "--lora", lora, "-o", tmp_path / "a.mp4", "--frames", "5")
+    told = cli(*words, "--height", "16", "--width", "16", "--steps", "2")
+    assert told.code == 0, told.err
+
+
+def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    run = video_run(tiny_wan, tmp_path, kind=DiffusionNFTTrainer, use_peft=False, learning_rate=1e-4)
+    run.train()
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "run" / "export" / "transformer")
+    trained = run.policy.modules["transformer"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_grpo_lora_targets_that_match_nothing(tiny_wan, tmp_path):
+    with pytest.raises(UserError, match=r"'to_x' matches no layer of WanTransformer3DModel. Its layers end in .*to_q"):
+        video_run(tiny_wan, tmp_path, lora_target_modules=["to_q", "to_x"]).train()
+
+
+def test_grpo_image_to_video(tiny_wan_image, tmp_path):
+    run = video_run(tiny_wan_image, tmp_path)
+    run.prompts.rows = [{"prompt": "a", "image": torch.rand(3, 16, 16)}]
+    run.eval_prompts = None
+    run.train()
+    assert lines(run)[-1]["step"] == 2
+
+
+def test_grpo_reference_of_lora_is_the_model_without_it(tiny_wan, tmp_path):
+    run = video_run(tiny_wan, tmp_path)
+    run.train()
+    x, index = torch.randn(1, 4, 2, 2, 2), torch.tensor([1])
+    with torch.no_grad():
+        condition = run.conditions(0)([0])
+        trained = run.sampler.predict(x, index, condition)
+        with run.policy.reference():
+            reference = run.sampler.predict(x, index, condition)
+        assert torch.equal(trained, run.sampler.predict(x, index, condition))
+    from postgen.families import denoiser_for
+    from tests.families.test_wan import load
+
+    denoiser = denoiser_for(load(tiny_wan))
+    with torch.no_grad():
+        stock = denoiser.predict(x, run.sampler.schedule.sigmas[index].float(), condition)
+    assert torch.equal(reference, stock)
+    assert not torch.equal(trained, stock)

@@ -1,0 +1,238 @@
+"""The trainers: batches, bad input, rewards, evaluation, guards, what is written."""
+
+import json
+import resource
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from postgen.errors import UserError
+from postgen.grpo.batches import Batches
+from postgen.grpo.guards import HackingGuard
+from postgen.rewards import AllRewardsFailed
+from postgen.training import load_recipe
+from tests.grpo.toy import ROWS, grpo, lines, settings
+
+# Batches.
+
+
+@pytest.mark.parametrize(
+    ("changes", "updates", "samples"),
+    [
+        ({}, 1, 16),
+        ({"steps_per_generation": 3}, 3, 48),
+        ({"generation_batch_size": 32}, 2, 32),
+        ({"best_of_n": 4}, 1, 32),
+        ({"best_of_n": 4, "generation_batch_size": 64}, 2, 64),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}, 2, 16),
+    ],
+)
+def test_grpo_batches(tmp_path, changes, updates, samples):
+    batches = Batches.of(settings(tmp_path, **changes), 1, 0)
+    assert (batches.updates, batches.samples) == (updates, samples)
+    assert batches.mine() == list(range(samples))
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps_per_generation": 2}, {"best_of_n": 4, "steps_per_generation": 2}])
+def test_grpo_processes_share_each_update(tmp_path, changes):
+    alone = Batches.of(settings(tmp_path, gradient_accumulation_steps=1, **changes), 1, 0)
+    half = {"per_device_train_batch_size": 8, **changes}
+    parts = [Batches.of(settings(tmp_path, **half), 2, rank).mine() for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == alone.mine()
+    size = len(alone.mine()) // alone.updates
+    for update in range(alone.updates):
+        low, part = update * size, size // 2
+        both = [rank[update * part : (update + 1) * part] for rank in parts]
+        assert sorted(both[0] + both[1]) == list(range(low, low + size))
+
+
+def test_grpo_groups_may_span_processes(tmp_path):
+    parts = [
+        Batches.of(settings(tmp_path, per_device_train_batch_size=6, num_generations=4), 2, rank).mine()
+        for rank in (0, 1)
+    ]
+    assert parts == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generations": 1}, "num_generations is 1, it must be at least 2"),
+        ({"num_generations": 5}, r"trains on 16 samples .*, they must be a multiple of the 5 of a prompt"),
+        ({"generation_batch_size": 20}, "generation_batch_size is 20: it must be a multiple of num_generations 8"),
+        ({"generation_batch_size": 24}, "its 24 samples to train on must be a multiple of 16"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "must be a multiple of gradient_accumulation"),
+        ({"best_of_n": 3, "steps_per_generation": 3}, "so that no prompt is split"),
+        ({"steps_per_generation": 1, "generation_batch_size": 16}, "left out when steps_per_generation"),
+        ({"best_of_n": 9}, "best_of_n is 9, it must be in 2..num_generations"),
+        ({"sde_window_size": 8}, "sde_window_size is 8, it must be in 1..7: the last step has no noise"),
+        ({"sde_window_range": [3, 9]}, "hold the window within 0..7"),
+        ({"sde_type": "ode"}, "a kernel with noise"),
+        ({"sde_type": "cps", "ratio_norm": True}, "another than cps with ratio_norm"),
+        ({"sde_type": "ddim"}, "'ddim' is not for a model that predicts flow"),
+        ({"reward_funcs": ["a"], "reward_weights": [1.0, 2.0]}, "one number for each of reward_funcs"),
+        ({"rows": [{"text": "a"}]}, "row 0 of train_dataset has no column 'prompt', it has text"),
+        ({"rows": []}, "train_dataset has no rows"),
+        ({"rows": "nowhere.jsonl"}, "train_dataset nowhere.jsonl cannot be read"),
+        ({"rows": "postgen.nothing:rows"}, "train_dataset: postgen.nothing:rows cannot be imported"),
+        ({"rows": None}, "there are no prompts: give train_dataset"),
+        ({"reward": []}, "there is no reward: give reward_funcs"),
+        ({"reward": "wrold"}, "wrold"),
+        ({"height": None}, "height is not given, and ToyPipeline has no default"),
+    ],
+)
+def test_grpo_bad_input(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        grpo(tmp_path, **changes).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_grpo_unknown_key_of_a_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"method: dancegrpo\noutput_dir: {tmp_path}/run\nnum_generation: 4\n")
+    with pytest.raises(UserError, match=r"Unknown key 'num_generation' in .* Did you mean 'num_generations'"):
+        load_recipe(path)
+
+
+def test_grpo_jsonl_lines_are_checked(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(UserError, match=r"line 2 is no JSON"):
+        grpo(tmp_path / "run", rows=str(path))
+    path.write_text('{"prompt": [{"role": "user", "content": "said"}], "target": 3}\n\n')
+    assert grpo(tmp_path / "run", rows=str(path)).prompts.rows == [{"prompt": "said", "target": 3}]
+
+
+# Rewards.
+
+
+def test_grpo_rewards_get_columns_and_failures_are_survived(tmp_path):
+    seen = []
+
+    def picky(prompts, completions, number, trainer_state, latents, fps):
+        seen.append((list(number), trainer_state.global_step, latents.shape, fps))
+        assert [len(prompt) for prompt in prompts] == list(number)
+        return [None if n == 3 else -(clip - 1).square().mean() for n, clip in zip(number, completions, strict=True)]
+
+    def failing(completions):
+        raise RuntimeError("out of order")
+
+    run = grpo(tmp_path, reward=[picky, failing], reward_weights=[1.0, 0.5], max_steps=4)
+    run.train()
+    assert len(seen) == 4
+    assert seen[1][1:3] == (1, torch.Size([16, 3, 1, 2, 2]))
+    assert sorted(run.prompts.at(position)["number"] for position in range(8)) == list(range(1, 9))
+    rows = lines(run)
+    assert {row["rewards/failing/failed"] for row in rows} == {16.0}
+    assert {row["rewards/picky/failed"] for row in rows} == {0.0, 8.0}
+    # A prompt without rewards is no signal.
+    assert [row["frac_reward_zero_std"] for row in rows if row["rewards/picky/failed"]] == [0.5]
+
+
+def test_grpo_reward_that_always_fails_ends_the_run(tmp_path):
+    def failing(completions):
+        raise RuntimeError("out of order")
+
+    with pytest.raises(AllRewardsFailed, match="every reward failed on every one of 16 samples of step 1"):
+        grpo(tmp_path, reward=failing).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_grpo_best_of_n_trains_on_the_extremes(tmp_path):
+    run = grpo(tmp_path, best_of_n=4, max_steps=1, reward=lambda completions: list(range(32)))
+    run.train()
+    kept = [sample % 8 for sample in run.buffer.samples]
+    assert kept == [0, 1, 6, 7] * 4
+    assert sorted(run.buffer.prompts) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+# Evaluation and files.
+
+
+def test_grpo_evaluation_is_fixed_and_measures_gold(tmp_path):
+    def gold(completions):
+        return [clip.mean() for clip in completions]
+
+    run = grpo(
+        tmp_path, eval_dataset=ROWS, eval_on_start=True, eval_steps=1, eval_reward_funcs=[gold], max_steps=1,
+        num_generations_eval=2, learning_rate=1e-9,
+    )  # fmt: skip
+    run.train()
+    first, last = (row for row in lines(run) if "eval_reward" in row)
+    assert first["eval_samples"] == 16
+    assert first["eval_reward"] == pytest.approx(last["eval_reward"], rel=1e-4)
+    assert {"eval_gold/gold/mean", "eval_rewards/near/mean", "eval_brightness", "eval_sharpness"} <= first.keys()
+    assert first["eval_diversity"] > 0.1
+    assert (first["eval_hacking"], first["eval_cost/forward_equivalents"]) == (0, 0)
+    assert last["eval_cost/forward_equivalents"] == 16 * 8 + 3 * 16 * 7
+
+
+def test_grpo_hacking_guard():
+    guard = HackingGuard(2)
+    assert [guard.see(*pair) for pair in [(1, 5), (2, 4), (3, 4.5), (4, 4), (5, 3)]] == [False] * 4 + [True]
+    again = HackingGuard(2)
+    again.load(**guard.state())
+    assert again.see(6, 2)
+    assert not HackingGuard(0).see(1, 1)
+
+
+def test_grpo_stops_when_the_gold_reward_falls(tmp_path):
+    def gold(completions):
+        return [(clip - 1).square().mean() for clip in completions]
+
+    run = grpo(
+        tmp_path, eval_dataset=ROWS, eval_steps=5, eval_reward_funcs=[gold], max_steps=100, on_hacking="stop",
+        num_generations_eval=4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="reward hacking"):
+        result = run.train()
+    assert result.global_step < 100
+    assert lines(run)[-1]["eval_hacking"] == 1
+
+
+def test_grpo_log_has_trls_names(tmp_path):
+    run = grpo(tmp_path, log_completions=True, max_steps=1, beta=0.1)
+    run.train()
+    assert {
+        *("reward", "reward_std", "rewards/near/mean", "rewards/near/std", "frac_reward_zero_std", "policy_loss"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl", "ratio/mean", "approx_kl"),
+        *("timing/rollout", "timing/decode", "timing/reward", "nfe/rollout", "nfe/train", "step_time", "grad_norm"),
+        *("advantage/abs_mean", "diversity/latent_pairwise", "learning_rate", "logp_diff/max"),
+    } <= lines(run)[0].keys()
+    table = [json.loads(line) for line in (tmp_path / "completions" / "step-000000.jsonl").read_text().splitlines()]
+    assert len(table) == 16
+    assert set(table[0]) == {"step", "prompt", "near", "advantage"}
+    assert sum(row["advantage"] for row in table) == pytest.approx(0, abs=1e-4)
+    assert len(list((tmp_path / "completions").glob("*.png"))) == 4
+
+
+def test_grpo_disk_full_while_saving_leaves_no_half_checkpoint(tmp_path):
+    class Full(TrainerCallback):
+        def on_step_end(self, args, state, control, **extra):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = grpo(tmp_path, max_steps=3, save_steps=1, callbacks=[Full()])
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written.*go on from the last checkpoint"):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
+    grpo(tmp_path, max_steps=3, resume_from_checkpoint="latest").train()
+
+
+def test_grpo_dry_run_prints_an_estimate(tmp_path, capsys):
+    result = grpo(tmp_path, dry_run=True, max_steps=10, sde_window_size=2).train()
+    told = capsys.readouterr().out
+    assert "2 prompts x 8 samples a rollout, 1 update(s) each, 10 updates" in told
+    assert "forward_equivalents/run" in told
+    assert result.global_step == 0
+    assert not tmp_path.joinpath("metrics.jsonl").exists()
+    window = {"sde_window_size": 2, "sde_window_range": [3, 5], "share_initial_noise": True, "max_steps": 2}
+    guess = grpo(tmp_path / "guess", dry_run=True, **window).train()
+    run = grpo(tmp_path / "run", **window)
+    run.train()
+    assert guess.metrics["forward_equivalents/run"] == pytest.approx(run.meter.forward_equivalents)
