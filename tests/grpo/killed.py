@@ -57,3 +57,14 @@ class KilledGRPO(DanceGRPOTrainer):
         checkpoint._save_tensors = dying
         super()._save()
         checkpoint._save_tensors = write
+
+
+class WitnessGRPO(KilledGRPO):
+    """Writes what each process holds after the last update."""
+
+    def on_optimizer_step(self) -> None:
+        if self.global_step == self.args.max_steps:
+            from safetensors.torch import save_file
+
+            weights = {name: value.detach().clone() for name, value in self.trained().items()}
+            save_file(weights, self.args.folder / f"rank-{self.accelerator.process_index}.safetensors")

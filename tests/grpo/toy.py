@@ -158,4 +158,9 @@ def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows
 
 def lines(trainer: Any) -> list[dict[str, Any]]:
     """Rows of the run's log."""
-    return [json.loads(line) for line in (trainer.args.folder / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(trainer.args.folder)
+
+
+def lines_of(folder: Any) -> list[dict[str, Any]]:
+    """Rows of the log in a run's folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
