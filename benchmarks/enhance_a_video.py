@@ -25,7 +25,7 @@ import postgen
 from benchmarks.embedded_model import STEPS, generate, load, shares
 from benchmarks.enhance_cost import extra_memory_mib, layer_cost
 from benchmarks.enhance_families import passing_families
-from benchmarks.gates import gate, write_result
+from benchmarks.gates import RESULTS, gate, write_result
 from postgen import world
 from postgen.assets import embedded_model
 from postgen.metrics.bootstrap import Interval, bootstrap, ratio_of_means
@@ -155,6 +155,23 @@ def sweep(pipe: Any, specs: list[Spec], guidance: float, weights: list[float]) -
     return table
 
 
+def markdown(table: dict[str, Any]) -> str:
+    """The sweep as a table for the documentation."""
+    headings = ("weight", "score", "flicker", "flicker of the ground", "warp error of the ground", "motion ratio")
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    plain = table["plain"]["means"]
+    names = ("score", "flicker", "flicker_ground", "warp_error_ground")
+    lines.append("| off | " + " | ".join(f"{plain[name]:.4f}" for name in names) + " | 1 |")
+    for weight, row in table.items():
+        if weight != "plain":
+            intervals = [row["against_plain"][name] for name in (*(f"{name}_delta" for name in names), "motion_ratio")]
+            cells = [f"{i['value']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]" for i in intervals[:-1]]
+            ratio = intervals[-1]
+            cells.append(f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+            lines.append(f"| {weight} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,6 +180,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="enhance_a_video", help="name or path of the result file")
+    parser.add_argument("--table", action="store_true", help="print the table of the result file; nothing is measured")
     parser.add_argument("--quick", action="store_true", help="prints only")
     return parser.parse_args()
 
@@ -182,6 +200,9 @@ def gates(auto: dict[str, Any], worst: float, families: int, memory: float) -> l
 def main() -> None:
     """Measure, print, write."""
     args = options()
+    if args.table:
+        print(markdown(json.loads((RESULTS / "enhance_a_video.json").read_text())["by_weight"]))
+        return
     folder = embedded_model()
     guidance = args.guidance or json.loads((folder / "postgen.json").read_text())["guidance_scale"]
     differences = {name: parity(name)[0] for name in MODELS}

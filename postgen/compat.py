@@ -125,11 +125,12 @@ def install_attention_tap() -> None:
 
 
 def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
+    # The dispatcher passes everything by name.
     @functools.wraps(backend)
-    def call(**kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         sink = _tap.sink
-        if sink is None:
-            return backend(**kwargs)
+        if sink is None or args:
+            return backend(*args, **kwargs)
         _tap.sink = None  # a backend may hand over to another one: a call is seen once
         try:
             sink(kwargs["query"], kwargs["key"], kwargs.get("scale"), kwargs.get("_parallel_config"))

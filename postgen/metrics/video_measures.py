@@ -83,11 +83,12 @@ def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> T
     later = functional.pad(later, (reach,) * 4, mode="replicate")
     best = now.new_full((len(now), height // block, width // block), torch.inf)
     length = torch.zeros_like(best)
+    error = torch.empty_like(now)  # one for all shifts: allocating takes longer than subtracting
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):
             top, left, far = reach + down, reach + right, math.hypot(down, right)
-            error = (later[..., top : top + height, left : left + width] - now).square().mean(dim=1)
-            cost = functional.avg_pool2d(error, block) + 1e-4 * far
+            torch.sub(later[..., top : top + height, left : left + width], now, out=error).square_()
+            cost = functional.avg_pool2d(error, block).mean(dim=1) + 1e-4 * far
             length = torch.where(cost < best, length.new_tensor(far), length)
             best = torch.minimum(best, cost)
     lengths: Tensor = length.unflatten(0, (len(clips), -1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.enhance_a_video import compared, ground, measured
+from benchmarks.enhance_a_video import compared, ground, markdown, means, measured
 from benchmarks.enhance_cost import extra_memory_mib
 from postgen import world
 
@@ -22,12 +22,17 @@ def test_ground_is_where_no_body_is(scenes: world.Frames) -> None:
 
 
 def test_flicker_is_told_from_less_motion(scenes: world.Frames) -> None:
-    plain = measured(scenes.rgb_BF3HW)
+    score = torch.linspace(0, 1, len(scenes.rgb_BF3HW))
+    plain = {**measured(scenes.rgb_BF3HW), "score": score}
     noise = 0.01 * torch.randn(scenes.rgb_BF3HW.shape, generator=torch.Generator().manual_seed(0))
-    noisy = compared(measured((scenes.rgb_BF3HW + noise).clamp(0, 1)), plain)
+    noisy = compared({**measured((scenes.rgb_BF3HW + noise).clamp(0, 1)), "score": score}, plain)
     assert noisy["flicker_ground_delta"]["low"] > 0.005
     assert noisy["warp_error_ground_delta"]["low"] > 0.005
     assert noisy["motion_ratio"]["value"] == pytest.approx(1, abs=0.1)
+    row = {"against_plain": noisy}
+    table = markdown({"plain": {"means": means(plain)}, "auto": row}).splitlines()
+    assert [line.split(" | ")[0] for line in table] == ["| weight", "|---|---|---|---|---|---|", "| off", "| auto"]
+    assert f"{noisy['flicker_delta']['value']:+.4f}" in table[-1]
     frozen = compared(measured(scenes.rgb_BF3HW[:, :1].expand_as(scenes.rgb_BF3HW)), plain)
     assert frozen["flicker_delta"]["value"] < 0
     assert frozen["motion_ratio"]["value"] == 0
