@@ -25,12 +25,15 @@ _PLACES = {
     "brightness_band": "guards:BrightnessBand",
     "depth_consistency": "depth_consistency:depth_consistency",
     "clip_score": "clip_score:ClipScore",
+    "conse": "conse:Conse",
     "dynamic_degree": "dynamic_degree:DynamicDegree",
     "flow_smoothness": "flow_smoothness:FlowSmoothness",
+    "geneval_hf": "geneval_hf:GenevalHF",
     "hps_v2_1": "hps_v2_1:HPSv21",
     "hps_v3": "hps_v3:HPSv3",
     "image_reward": "image_reward:ImageReward",
     "motion_floor": "guards:MotionFloor",
+    "ocr": "ocr:OCR",
     "parabola": "parabola:parabola",
     "permanence": "permanence:permanence",
     "pickscore": "pickscore:PickScore",
@@ -44,6 +47,10 @@ _PLACES = {
     "videoalign_ta": "videoalign:VideoAlign:ta",
     "videoalign_vq": "videoalign:VideoAlign:vq",
     "world": "world:world",
+    "world_clip": "world_clip:WorldClip",
+    "world_judge": "world_judge:WorldJudge:overall",
+    "world_judge_motion": "world_judge:WorldJudge:motion",
+    "world_judge_visual": "world_judge:WorldJudge:visual",
 }
 
 # Views of one model with equal options share it as long as any of them lives.

@@ -56,6 +56,10 @@ class RewardServer(ThreadingHTTPServer):
         except OSError as error:
             raise UserError(f"cannot listen on {HOST}:{port}: {error.strerror}; choose another --port") from error
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Note a client that went away, or what broke its request, in the log rather than on the terminal."""
+        _log.warning("a request from %s ended early", client_address, exc_info=True)
+
     @property
     def url(self) -> str:
         """Address for `get_reward`."""

@@ -1,0 +1,236 @@
+"""Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
+
+Bradley-Terry loss of the head that a corruption is for, as in arXiv:2501.13918, section 3.2: -log sigmoid(better -
+worse). The other head is held to give both the same. Reconstructions and samples of a model are spoilt as renders are,
+and a reconstruction also counts as worse to look at than its render.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from postgen import world
+from postgen.rewards.world_judge import HEADS, WorldJudgeNet
+from postgen.rewards.world_net import save_net
+from postgen.training import Trainer, TrainingConfig
+
+from .corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
+from .pool import FIRST_TRAINING_SEED, specs_of
+
+_FRAMES = 17
+_ON_ANY_CLIP = ("blur", "noise", "colour drift", "flicker", "freeze")
+"""Kinds that need no second render of the scene."""
+
+
+@dataclass(kw_only=True)
+class WorldJudgeConfig(TrainingConfig):
+    """Settings of the method.
+
+    Raises:
+        UserError: a value outside its range, or samples without a pipeline.
+    """
+
+    size: int = 96
+    """Height and width of the clips in pixels."""
+
+    pool_clips: int = 3072
+    """Scenes that are rendered, each in six versions, and kept on the device."""
+
+    pipeline: str | None = None
+    """Folder of a diffusers text-to-video pipeline of the world, for reconstructions and samples; none takes none."""
+
+    reconstructions: int = 1024
+    """Clips that the pipeline's autoencoder reconstructs."""
+
+    samples: int = 256
+    """Clips that the pipeline makes from captions."""
+
+    sampling_steps: int = 20
+    """Denoising steps of these."""
+
+    width: int = 96
+    """Width of the transformer, a multiple of 32."""
+
+    layers: int = 3
+    """Layers of the transformer."""
+
+    other_head_weight: float = 0.1
+    """Weight of the squared difference that the head which a corruption is not for makes between both clips."""
+
+    eval_clips: int = 128
+    """Unseen scenes, half of them with held-out combinations, for the accuracy on pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.size >= 32, "size", "at least 32")
+        self.require(self.width >= 32 and self.width % 32 == 0, "width", "a multiple of 32")
+        for name in ("pool_clips", "eval_clips"):
+            self.require(getattr(self, name) >= 2, name, "at least 2")
+        for name in ("reconstructions", "samples"):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        self.require(self.sampling_steps >= 1, "sampling_steps", "at least 1")
+        self.require(self.other_head_weight >= 0, "other_head_weight", "at least 0")
+        if self.pipeline is not None:
+            self.require(Path(self.pipeline).is_dir(), "pipeline", "a folder")
+
+
+class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
+    """Trains the judge; exports the folder that the reward reads."""
+
+    config_class: ClassVar[type[TrainingConfig]] = WorldJudgeConfig
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """A judge with random weights; also renders the scenes, and makes the pipeline's clips."""
+        args = self.args
+        first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
+        self.takes = render_takes(specs_of(first, args.pool_clips, _FRAMES), args.size, self.device)
+        self.rows_of = {kind: self._rows(kind) for kind in LEVELS}
+        half = args.eval_clips // 2
+        held = [*specs_of(0, half, _FRAMES), *specs_of(half, args.eval_clips - half, _FRAMES, "held_out")]
+        self.unseen = render_takes(held, args.size, self.device)
+        self.made, self.remade = self._of_pipeline()
+        self.config: dict[str, Any] = {
+            "video": {
+                "channels": [32, 48, 64, 96],
+                "width": args.width,
+                "layers": args.layers,
+                "grid": 4,
+                "frames": _FRAMES,
+            }
+        }
+        return {"judge": WorldJudgeNet(**self.config)}
+
+    def _rows(self, kind: str) -> Tensor:
+        """Scenes of the pool that show a kind; all of them where none does."""
+        rows = [row for row, spec in enumerate(self.takes.specs) if shows(kind, spec)]
+        return torch.tensor(rows or range(len(self.takes.specs)), device=self.device)
+
+    def _of_pipeline(self) -> tuple[Tensor | None, Tensor | None]:
+        """Samples of the pipeline, and reconstructions of the pool's first clips; uint8 as the renders."""
+        args = self.args
+        if args.pipeline is None:
+            return None, None
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [world.simple_caption(spec) for spec in self.takes.specs[: args.samples]]
+        parts = [self._sampled(pipe, prompts[k : k + 16], k) for k in range(0, len(prompts), 16)]
+        made = torch.cat(parts) if parts else None
+        clean = self.takes.clean[: args.reconstructions]
+        remade = [_reconstructed(pipe.vae, part) for part in clean.split(16)]
+        return made, torch.cat(remade) if remade else None
+
+    def _sampled(self, pipe: Any, prompts: list[str], first: int) -> Tensor:
+        seeds = [torch.Generator().manual_seed(first + k) for k in range(len(prompts))]
+        frames = pipe(
+            prompts,
+            height=self.args.size,
+            width=self.args.size,
+            num_frames=_FRAMES,
+            num_inference_steps=self.args.sampling_steps,
+            generator=seeds,
+            output_type="pt",
+        ).frames
+        clips: Tensor = (torch.as_tensor(frames).float() * 255).round().to(self.device, torch.uint8)
+        return clips
+
+    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Bradley-Terry loss of one batch of pairs, all of one kind; metric: share of pairs in the right order."""
+        kind = random.choice([*LEVELS, *(["remade"] if self.remade is not None else [])])
+        better, worse = self._remade_pair() if kind == "remade" else self._pair(kind)
+        with self.accelerator.autocast():
+            scores = self.models["judge"](torch.cat((better, worse)))
+        gap = scores[: len(better)] - scores[len(better) :]
+        head = HEADS.index(HEAD.get(kind, "visual"))
+        loss = -functional.logsigmoid(gap[:, head]).mean()
+        loss = loss + self.args.other_head_weight * gap[:, 1 - head].square().mean()
+        # Only differences count above; this keeps the scores near zero.
+        loss = loss + 1e-3 * scores.square().mean()
+        return loss, {"right": (gap[:, head] > 0).float().mean()}
+
+    def _pair(self, kind: str) -> tuple[Tensor, Tensor]:
+        """The same clips at two levels of a kind."""
+        batch = self.args.per_device_train_batch_size
+        takes = self._draw(kind, batch)
+        low = torch.randint(4, (batch,), generator=self.generator, device=self.device)
+        more = torch.randint(1, 5, (batch,), generator=self.generator, device=self.device)
+        high = (low + more).clamp_max(4)
+        seed = random.getrandbits(60)
+        generators = [torch.Generator(self.device).manual_seed(seed) for _ in range(2)]
+        return corrupt(kind, low, takes, generators[0]), corrupt(kind, high, takes, generators[1])
+
+    def _draw(self, kind: str, batch: int) -> Takes:
+        """Scenes that show a kind; every third time clips of the pipeline, where there are some and the kind can."""
+        extra = [clips for clips in (self.made, self.remade) if clips is not None]
+        if extra and kind in _ON_ANY_CLIP and random.random() < 1 / 3:
+            clips = random.choice(extra)
+            rows = torch.randint(len(clips), (batch,), generator=self.generator, device=self.device)
+            picked = clips[rows].float() / 255
+            return Takes(picked, picked, picked[None], [])
+        choice = self.rows_of[kind]
+        rows = choice[torch.randint(len(choice), (batch,), generator=self.generator, device=self.device)]
+        return self.takes.pick(rows)
+
+    def _remade_pair(self) -> tuple[Tensor, Tensor]:
+        assert self.remade is not None
+        batch = self.args.per_device_train_batch_size
+        rows = torch.randint(len(self.remade), (batch,), generator=self.generator, device=self.device)
+        return self.takes.clean[rows].float() / 255, self.remade[rows].float() / 255
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on pairs of unseen clips, clean against the second level, by the mean of both heads."""
+        accuracy = pair_accuracy(lambda clips: self._scores(clips).mean(1), self.unseen, level=2)
+        named = {f"pairs_{kind.replace(' ', '_')}": value for kind, value in accuracy.items()}
+        return {**named, "pairs_min": min(accuracy.values())}
+
+    def _scores(self, clips: Tensor) -> Tensor:
+        judge: Any = self.unwrap("judge")
+        return torch.cat([judge(part) for part in clips.split(32)])
+
+    def export(self, folder: Path) -> None:
+        """Half-precision weights and configuration with the mean and spread of the scores of clean clips."""
+        judge: Any = self.unwrap("judge")
+        scores = torch.cat([self._scores(part.float() / 255) for part in self.unseen.clean.split(64)])
+        spread = scores.std(0, correction=0).clamp_min(1e-3)
+        known = {"size": self.args.size, "mean": scores.mean(0).tolist(), "std": spread.tolist()}
+        save_net(judge, {**self.config, **known}, folder)
+
+
+def _reconstructed(vae: Any, clips_BT3HW: Tensor) -> Tensor:
+    """Clips through an autoencoder and back, uint8."""
+    x = (clips_BT3HW.float() / 127.5 - 1).transpose(1, 2).to(vae.dtype)
+    with torch.no_grad():
+        y: Tensor = vae.decode(vae.encode(x).latent_dist.mode()).sample
+    return ((y.transpose(1, 2).float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def pair_accuracy(score: Any, takes: Takes, level: int, seed: int = 0) -> dict[str, float]:
+    """Share of clean clips that score higher than their spoilt version, by kind.
+
+    Args:
+        score: clips (B,T,3,H,W) in [0,1] -> (B,).
+        takes: from `render_takes`.
+        level: 1 to 4.
+        seed: of what is random in the corruptions.
+    """
+    result = {}
+    device = takes.clean.device
+    for kind in LEVELS:
+        rows = torch.tensor([r for r, s in enumerate(takes.specs) if shows(kind, s)], device=device, dtype=torch.long)
+        wins = []
+        for part in rows.split(32):
+            picked = takes.pick(part)
+            generator = torch.Generator(device).manual_seed(seed + int(part[0]))
+            levels = torch.full((len(part),), level, device=device)
+            wins.append(score(picked.clean) > score(corrupt(kind, levels, picked, generator)))
+        result[kind] = float(torch.cat(wins).float().mean()) if wins else float("nan")
+    return result
