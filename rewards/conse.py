@@ -1,0 +1,83 @@
+"""ConSE: an offline stand-in for text-video alignment (arXiv 1312.5650), from an image classifier and a text encoder.
+
+The classes that EfficientNet-Lite0 sees in a frame, as sentences, are averaged in the space of MiniLM and compared
+with the prompt. Both networks come from packages, nothing is downloaded. It hardly sees direction, number, or who does
+what, and knows only ImageNet's classes: never use it as the only reward, and never call it CLIP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from postgen.assets import verify
+from postgen.rewards.efficientnet import SIDE, EfficientNetLite0
+from postgen.rewards.frames import FrameReward
+from postgen.rewards.pictures import centre_crop, resize, shorter_side
+from postgen.rewards.weights import fill, pretrained, read_state, tokenizer_of
+
+TOP = 10
+"""How many classes are averaged."""
+
+
+def class_sentences() -> list[str]:
+    """Return a sentence for each of the 1000 classes of ImageNet, in the classifier's order."""
+    path = Path(__file__).parent / "data" / "imagenet_names.json"
+    return [f"a photo of a {name}" for name in json.loads(path.read_text(encoding="utf-8"))]
+
+
+class Conse(FrameReward):
+    """Cosine of what is seen in a frame with the prompt, about 0.05 to 0.6.
+
+    Args:
+        top: how many classes are averaged, weighted with their probabilities.
+        frames, reduce, device, dtype: as `FrameReward`.
+    """
+
+    name = "conse"
+
+    def __init__(self, top: int = TOP, **options: Any) -> None:
+        super().__init__(**options)
+        self.top = top
+        self._tokenizer: Any = None
+        self._classes: Tensor | None = None
+
+    def build(self) -> nn.Module:
+        """Read both networks from their packages.
+
+        Raises:
+            UserError: a package is not installed, or its file is another one.
+        """
+        from transformers import AutoModel
+
+        path = verify("efficientnet-lite0")
+        words = verify("minilm").parent
+        self._tokenizer = tokenizer_of(str(words))
+        seen, text = fill(EfficientNetLite0(), read_state(path), path), pretrained(AutoModel, str(words))
+        return nn.ModuleDict({"seen": seen, "text": text})
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Return MiniLM's unit vectors (N,384): the mean over the words."""
+        tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        mask = tokens["attention_mask"][..., None]
+        states = self.net["text"](**tokens).last_hidden_state.float()
+        return normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosines."""
+        net = self.net
+        if self._classes is None or self._classes.device != frames_BK3HW.device:
+            self._classes = self.sentences(class_sentences())
+        x = frames_BK3HW.flatten(0, 1)
+        x = centre_crop(resize(x, *shorter_side(x, SIDE)), SIDE).to(self.dtype)
+        likely, classes = net["seen"](x).float().softmax(-1).topk(self.top, -1)
+        mixed = torch.einsum("nk,nkd->nd", likely / likely.sum(-1, keepdim=True), self._classes[classes])
+        seen = normalize(mixed, dim=-1).unflatten(0, frames_BK3HW.shape[:2])
+        return torch.einsum("bkd,bd->bk", seen, self.sentences(prompts))
