@@ -55,6 +55,16 @@ def test_the_table():
     assert table["least"][0] == 0.336999
 
 
+def test_the_table_is_the_packages():
+    try:
+        lines = locate("brisque-svm").read_text().partition("SV\n")[2].splitlines()
+    except UserError as error:
+        pytest.skip(str(error))
+    rows = [line.split() for line in lines if line.strip()]
+    assert [float(row[0]) for row in rows] == constants()["coefficients"]
+    assert [[float(x.partition(":")[2]) for x in row[1:]] for row in rows] == constants()["vectors"]
+
+
 @pytest.mark.parametrize("name", ["clip-carphone", "clip-bunny", "clip-bikes"])
 def test_clean_pictures_before_degraded_ones(name):
     frame = picture(name)
