@@ -47,11 +47,11 @@ class Takes:
     specs: list[Spec]
 
     def pick(self, rows: Tensor) -> Takes:
-        """Some of the scenes, as floats in [0,1]."""
+        """Some of the scenes, as floats in [0,1]; without their specs, which would have to come from the device."""
         clean, empty, aside = (
             part.float() / 255 for part in (self.clean[rows], self.empty[rows], self.aside[:, rows])
         )
-        return Takes(clean, empty, aside, [self.specs[row] for row in rows.tolist()])
+        return Takes(clean, empty, aside, [])
 
 
 def render_takes(specs: list[Spec], size: int, device: torch.device | str) -> Takes:

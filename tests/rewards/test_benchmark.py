@@ -1,0 +1,96 @@
+"""The benchmark's own parts: random networks of the published forms, its gates, and the numbers it takes."""
+
+import pytest
+import torch
+
+from benchmarks import rewards as bench
+from benchmarks.reward_shapes import QWEN2_VL_2B, VIT_L_14, RandomClip, RandomVideoAlign
+from postgen.rewards.clip import clip_config
+from postgen.rewards.videoalign import MARKS
+
+PROMPTS = ["a red ball rolls left", "blue cubes"]
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+QWEN = {
+    "text_config": {
+        **QWEN2_VL_2B["text_config"],
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+
+
+def test_random_clip_has_the_published_shape_and_scores(clips):
+    config = clip_config(VIT_L_14)
+    assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (1024, 24)
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (768, 12)
+    assert config.vision_config.hidden_act == "quick_gelu"
+    model = RandomClip(VIT, " ".join(PROMPTS), frames=2)
+    with torch.no_grad():
+        scores = model(PROMPTS, clips)
+        seen, read = model.forward_only(clips, PROMPTS)()
+    assert all(abs(score) <= 1 for score in scores)
+    assert seen.pooler_output.shape == (4, 32)
+    assert read.pooler_output.shape == (2, 32)
+
+
+def test_random_videoalign_scores(clips, tmp_path):
+    model = RandomVideoAlign(tmp_path, " ".join(PROMPTS), QWEN)
+    with torch.no_grad():
+        scores = model(PROMPTS, clips, fps=8.0)
+        raw = model.forward_only(clips, PROMPTS)()
+    assert set(scores) == {"vq", "mq", "ta", "overall"}
+    assert raw.shape == (2, len(MARKS), 3)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_batch_is_compared_with_single_calls():
+    def clean(completions):
+        return [float(c.mean()) for c in completions]
+
+    def mixing(completions):
+        return [float(torch.cat(list(completions)).mean())] * len(completions)
+
+    gaps = bench.single_gap([clean, mixing], "cpu", count=3)
+    assert gaps["clean"] == 0.0
+    assert gaps["mixing"] > 1e-4
+
+
+def test_gates_say_what_is_missing():
+    exact = {name: {"scores": [1.0, 0.5, 0.1]} for name in bench.EXACT}
+    bare = {
+        "exact": exact,
+        "world_clip_retrieval": {},
+        "judge_pairs": {},
+        "batch_equals_single": {"a": 0.0},
+        "times": {},
+    }
+    ok = {row["name"]: row["ok"] for row in bench.gates(bare)}
+    assert ok["batch_equals_single"]
+    assert ok["permanence_spoilt_clips"]
+    assert not ok["judge_pair_accuracy_min"]
+    assert not ok["world_clip_retrieval_at_1"]
+    assert not ok["clips_per_s_clip_l"]
+    full = bare | {
+        "world_clip_retrieval": {"all": 0.9},
+        "judge_pairs": {f"level {bench.LEVEL}": {"blur": 0.95, "noise": 0.89}},
+        "times": {"clip_l": {"clips_per_s": 6.0, "forward_only_clips_per_s": 10.0, "peak_gib": 1.0}},
+    }
+    ok = {row["name"]: row["ok"] for row in bench.gates(full)}
+    assert ok["world_clip_retrieval_at_1"]
+    assert ok["clips_per_s_clip_l"]
+    assert not ok["judge_pair_accuracy_min"]
