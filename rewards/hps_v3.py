@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from postgen.rewards.frames import FrameReward
-from postgen.rewards.qwen import Asker, assemble_score, fitting_size, split_state
+from postgen.rewards.qwen import Asker, assemble_score, fitting_size, plain, split_state
 from postgen.rewards.weights import fill, find_file, read_state
 
 MARK = "<|Reward|>"
@@ -82,7 +82,7 @@ class HPSv3(FrameReward):
         count = frames_BK3HW.shape[1]
         size = fitting_size(frames_BK3HW.shape[-2:], PIXELS, PIXELS)
         pictures = [frame[None] for frame in frames_BK3HW.flatten(0, 1)]
-        texts = [rubric().format(text_prompt=prompt) for prompt in prompts for _ in range(count)]
+        texts = [rubric().format(text_prompt=plain(prompt)) for prompt in prompts for _ in range(count)]
         tokens, mask, patches, grids, marks = self.asker(pictures, texts, size)
         scores: Tensor = self.net(tokens, mask, patches.to(self.dtype), grids, marks)
         return scores[:, 0, 0].view(frames_BK3HW.shape[:2])

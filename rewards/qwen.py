@@ -62,7 +62,7 @@ def patches_of(frames_T3HW: Tensor) -> tuple[Tensor, Tensor]:
         frames_T3HW: in [0,1], sides multiples of 28; an odd number is filled up with the last frame.
 
     Returns:
-        Patches (N,1176) and the grid (time, height, width) of patches.
+        Patches (N,1176), and the grid (time, height, width) of patches on the CPU.
     """
     if len(frames_T3HW) % TIME:
         frames_T3HW = torch.cat([frames_T3HW, frames_T3HW[-1:]])
@@ -70,7 +70,7 @@ def patches_of(frames_T3HW: Tensor) -> tuple[Tensor, Tensor]:
     x = normalise(frames_T3HW, CLIP_MEAN, CLIP_STD)
     x = x.view(time, TIME, 3, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(time * height * width, -1)
-    return x, torch.tensor([time, height, width], device=x.device)
+    return x, torch.tensor([time, height, width])
 
 
 def chat(text: str, tokens: int, kind: str) -> str:
@@ -80,6 +80,15 @@ def chat(text: str, tokens: int, kind: str) -> str:
         f"<|im_start|>user\n<|vision_start|>{PADS[kind] * tokens}<|vision_end|>{text}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def plain(prompt: str) -> str:
+    """Take the meaning of a special token from a prompt that spells one, so that it cannot stand in for the rubric's.
+
+    >>> plain("a <|VQ_reward|> sign")
+    'a < |VQ_reward|> sign'
+    """
+    return prompt.replace("<|", "< |")
 
 
 def merge_lora(state: Mapping[str, Tensor], scale: float) -> State:
@@ -182,10 +191,15 @@ class Asker:
     def __call__(self, clips: Sequence[Tensor], texts: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return tokens, mask, patches, grids and marks of clips on one device, resized to `size`."""
         cut = [patches_of(resize(clip, *size)) for clip in clips]
-        chats = [chat(t, int(grid.prod()) // MERGE**2, self.kind) for t, (_, grid) in zip(texts, cut, strict=True)]
-        rows = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in chats]
+        chats = self.tokenizer([chat(text, 1, self.kind) for text in texts])["input_ids"]
+        rows = [self._spread(torch.tensor(row), grid) for row, (_, grid) in zip(chats, cut, strict=True)]
         tokens = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         device = cut[0][0].device
-        patches, grids = (torch.cat([p for p, _ in cut]), torch.stack([g for _, g in cut]))
+        patches, grids = torch.cat([p for p, _ in cut]), torch.stack([g for _, g in cut]).to(device)
         return tokens.to(device), mask.to(device), patches, grids, torch.tensor(self.marks, device=device)
+
+    def _spread(self, row: Tensor, grid: Tensor) -> Tensor:
+        """Repeat the one place for a picture as often as it has tokens: much faster than to tokenise them all."""
+        place = row == self.tokenizer.convert_tokens_to_ids(PADS[self.kind])
+        return row.repeat_interleave(torch.where(place, int(grid.prod()) // MERGE**2, 1))

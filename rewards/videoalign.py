@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.rewards.base import RewardModel
-from postgen.rewards.qwen import Asker, QwenScore, assemble_score, fitting_size, merge_lora, split_state
+from postgen.rewards.qwen import Asker, QwenScore, assemble_score, fitting_size, merge_lora, plain, split_state
 from postgen.rewards.weights import State, fill, find_file, read_state
 
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
@@ -117,7 +117,7 @@ class VideoAlign(RewardModel):
         self.load()
         scores: dict[str, list[float | None]] = {name: [None] * len(completions) for name in self.outputs}
         for rows in _alike(completions):
-            clips = [sampled(completions[row].to(self.device, torch.float32), fps) for row in rows]
+            clips = [sampled(completions[row], fps).to(self.device, torch.float32) for row in rows]
             axes_B3 = self.axes(clips, [prompts[row] for row in rows])
             for row, axes in zip(rows, axes_B3.tolist(), strict=True):
                 for name, value in zip(self.outputs, (*axes, sum(axes)), strict=True):
@@ -129,7 +129,7 @@ class VideoAlign(RewardModel):
         assert self.asker is not None
         config = self.settings["data_config"]
         size = fitting_size(clips[0].shape[-2:], LEAST_PIXELS, config.get("max_frame_pixels", MOST_PIXELS))
-        texts = [rubric().format(text_prompt=prompt) for prompt in prompts]
+        texts = [rubric().format(text_prompt=plain(prompt)) for prompt in prompts]
         tokens, mask, patches, grids, marks = self.asker(clips, texts, size)
         raw_BM = self.net(tokens, mask, patches.to(self.dtype), grids, marks)
         # One output for all axes, or one for each of which only its own token counts.
