@@ -122,3 +122,12 @@ def test_small_clips_are_not_scored():
     assert Brisque(least=64)([""], clips[:1])[0] is not None
     with pytest.raises(UserError, match="at least 16 px"):
         Brisque(least=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.backends.cudnn.flags(allow_tf32=False)
+def test_the_gpu_gives_the_same():
+    clips = [noisy(waves()).roll(k, -1)[None] for k in range(3)]
+    here, there = (Brisque(device=device)([""] * 3, clips) for device in ("cpu", "cuda"))
+    assert there == pytest.approx(here, abs=1e-3)

@@ -220,3 +220,15 @@ def test_offloaded_networks_come_back(folder, clips):
     before = reward(PROMPTS, clips)
     reward.offload()
     assert reward(PROMPTS, clips) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.backends.cudnn.flags(allow_tf32=False)
+@torch.no_grad()
+def test_the_gpu_gives_the_same(tmp_path, folder, clips):
+    torch.save({"state_dict": open_clip.random_state(TINY)}, tmp_path / "HPS_v2.1_compressed.pt")
+    options = {"tokenizer": str(folder), "frames": 3}
+    for cls, more in ((ClipScore, {"model": str(folder)}), (HPSv21, {"model": str(tmp_path), "shape": TINY})):
+        here, there = (cls(**more, **options, device=device)(PROMPTS, clips) for device in ("cpu", "cuda"))
+        assert there == pytest.approx(here, abs=1e-3)

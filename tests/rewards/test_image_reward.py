@@ -219,3 +219,12 @@ def test_errors(tmp_path, folder, clips):
     model = ImageReward(str(folder), shape=TINY, tokenizer=str(tmp_path))
     with pytest.raises(UserError, match="is not BERT's"):
         model(["green"], clips[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.backends.cudnn.flags(allow_tf32=False)
+@torch.no_grad()
+def test_the_gpu_gives_the_same(folder, clips):
+    here, there = (reward(folder, device=device)(PROMPTS, clips) for device in ("cpu", "cuda"))
+    assert there == pytest.approx(here, abs=1e-3)

@@ -246,3 +246,13 @@ def test_names_and_errors(tmp_path):
     assert [get_reward(f"vbench_{k}").name for k in ("subject", "background", "flicker", "aesthetic")]
     with pytest.raises(UserError, match="cannot load"):
         SubjectConsistency(str(tmp_path)).load()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.backends.cudnn.flags(allow_tf32=False)
+@torch.no_grad()
+def test_the_gpu_gives_the_same(dino, clip_folder, clips):
+    for cls, (path, _) in ((SubjectConsistency, dino), (BackgroundConsistency, clip_folder)):
+        here, there = (cls(str(path), device=device)(["", ""], clips) for device in ("cpu", "cuda"))
+        assert there == pytest.approx(here, abs=1e-3)

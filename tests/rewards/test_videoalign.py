@@ -358,3 +358,13 @@ def test_hps_v3_is_the_mean_of_its_head(tmp_path, base, clips):
         x = states[tokens == words.convert_tokens_to_ids("<|Reward|>")]
         x = head[2](F.relu(head[1](F.relu(head[0](x)))))
         assert got[row] == pytest.approx(float(x[0, 0]), abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.backends.cudnn.flags(allow_tf32=False)
+@torch.no_grad()
+def test_the_gpu_gives_the_same(folder, clips):
+    here, there = (VideoAlign(str(folder), device=device)(PROMPTS, clips, fps=4.0) for device in ("cpu", "cuda"))
+    for axis in ("vq", "mq", "ta"):
+        assert there[axis] == pytest.approx(here[axis], abs=1e-3)
