@@ -14,6 +14,8 @@ import typer
 from postgen.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from postgen.rewards.scoring import Clip
 
 Paths = Annotated[list[Path], typer.Argument(help="Videos, folders of them, or folders of PNG frames.")]
@@ -128,27 +130,24 @@ def _add_sum(clips: Sequence[Clip], weights: Sequence[float]) -> None:
 
 def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     names = list(dict.fromkeys(name for clip in clips for name in clip.scores)) or list(rewards)
-    table = Table("video", "prompt", *names)
+    table = _table("video", "prompt", names=names)
     for clip in clips:
-        cells = ["unreadable" if clip.error else _cell(clip.scores.get(name)) for name in names]
+        cells = [_cell(clip.scores.get(name)) for name in names]
         table.add_row(clip.path.name, clip.prompt or "", *cells)
     table.add_section()
     for origin, path in enumerate(paths):
         own = [clip for clip in clips if clip.origin == origin]
         if len(own) > 1:
             table.add_row(f"mean of {path}", "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in names))
-    console = Console()
-    console.print(table)
+    Console().print(table)
     if len(paths) == 2 and all(path.is_dir() for path in paths):
         _show_wins(clips, paths, names)
 
 
 def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from postgen.rewards.scoring import win_rates
 
@@ -156,12 +155,25 @@ def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str
     if not rates:
         typer.echo("postgen: the two folders have no prompt in common, so there is nothing to compare", err=True)
         return
-    table = Table("prompt", *names, title=f"how often {paths[0]} is better than {paths[1]}")
+    table = _table("prompt", names=names)
+    table.title = f"how often {paths[0]} is better than {paths[1]}"
     for prompt, row in rates.items():
         table.add_row(prompt, *(_cell(row.get(name)) for name in names))
     table.add_section()
     table.add_row("all prompts", *(_cell(_mean([row.get(name) for row in rates.values()])) for name in names))
     Console().print(table)
+
+
+def _table(*texts: str, names: Sequence[str]) -> Table:
+    """Texts wrap to what the terminal has room for; names of rewards and numbers stay whole."""
+    from rich.table import Table
+
+    table = Table()
+    for text in texts:
+        table.add_column(text, overflow="fold", min_width=8)
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 7))
+    return table
 
 
 def _cell(value: float | None) -> str:
