@@ -155,21 +155,28 @@ def sweep(pipe: Any, specs: list[Spec], guidance: float, weights: list[float]) -
     return table
 
 
+COLUMNS = {"score": 1, "flicker": 1e3, "flicker_ground": 1e3, "warp_error_ground": 1e3}
+"""Columns of the table beside the motion ratio, and what their numbers are multiplied by."""
+
+
 def markdown(table: dict[str, Any]) -> str:
-    """The sweep as a table for the documentation."""
-    headings = ("weight", "score", "flicker", "flicker of the ground", "warp error of the ground", "motion ratio")
+    """The sweep as a table for the documentation: means of the plain model, then differences to it."""
+    names = [f"{name} x 1000" if factor > 1 else name for name, factor in COLUMNS.items()]
+    headings = ["weight", *(name.replace("_", " ") for name in names), "motion ratio"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-    plain = table["plain"]["means"]
-    names = ("score", "flicker", "flicker_ground", "warp_error_ground")
-    lines.append("| off | " + " | ".join(f"{plain[name]:.4f}" for name in names) + " | 1 |")
+    plain = [f"{factor * table['plain']['means'][name]:.3f}" for name, factor in COLUMNS.items()]
+    lines.append(f"| off | {' | '.join(plain)} | 1 |")
     for weight, row in table.items():
         if weight != "plain":
-            intervals = [row["against_plain"][name] for name in (*(f"{name}_delta" for name in names), "motion_ratio")]
-            cells = [f"{i['value']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]" for i in intervals[:-1]]
-            ratio = intervals[-1]
-            cells.append(f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
-            lines.append(f"| {weight} | " + " | ".join(cells) + " |")
+            found = row["against_plain"]
+            cells = [_cell(found[f"{name}_delta"], factor, "+.3f") for name, factor in COLUMNS.items()]
+            lines.append(f"| {weight} | {' | '.join(cells)} | {_cell(found['motion_ratio'], 1, '.3f')} |")
     return "\n".join(lines)
+
+
+def _cell(interval: dict[str, float], factor: float, form: str) -> str:
+    value, low, high = (format(factor * interval[name], form) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def options() -> argparse.Namespace:

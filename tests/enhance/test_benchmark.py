@@ -32,7 +32,7 @@ def test_flicker_is_told_from_less_motion(scenes: world.Frames) -> None:
     row = {"against_plain": noisy}
     table = markdown({"plain": {"means": means(plain)}, "auto": row}).splitlines()
     assert [line.split(" | ")[0] for line in table] == ["| weight", "|---|---|---|---|---|---|", "| off", "| auto"]
-    assert f"{noisy['flicker_delta']['value']:+.4f}" in table[-1]
+    assert f"{1e3 * noisy['flicker_delta']['value']:+.3f}" in table[-1]
     frozen = compared(measured(scenes.rgb_BF3HW[:, :1].expand_as(scenes.rgb_BF3HW)), plain)
     assert frozen["flicker_delta"]["value"] < 0
     assert frozen["motion_ratio"]["value"] == 0
