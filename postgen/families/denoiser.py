@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -82,8 +82,15 @@ class Denoiser(Protocol):
             UserError: a size or frame count that the model cannot make.
         """
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """Return the (num_steps + 1,) noise levels of the pipeline's schedule, from high to 0."""
+    def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
+        """Return the (num_steps + 1,) noise levels of the pipeline's schedule, from high to 0.
+
+        Args:
+            num_steps: how many steps.
+            shape: of one sample's latents, for schedules that depend on the size.
+
+        For a model that is no flow (another `prediction_type`), `alpha_bar(sigma)` gives alpha-bar of such levels.
+        """
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
         """Run the network: one function for sampling and for training.

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 _layouts: dict[str, Layout] = {row.transformer: row for row in (*LAYOUTS, *rows_wan.ROWS, *rows_others.ROWS)}
 _denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
+    "CogVideoXPipeline": "postgen.families.cogvideox:CogVideoXDenoiser",
+    "FluxPipeline": "postgen.families.flux:FluxDenoiser",
+    "HunyuanVideoPipeline": "postgen.families.hunyuan_video:HunyuanVideoDenoiser",
+    "LTXPipeline": "postgen.families.ltx:LTXDenoiser",
+    "SkyReelsV2Pipeline": "postgen.families.wan:WanDenoiser",
+    "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser",
+    "StableDiffusionPipeline": "postgen.families.stable_diffusion:StableDiffusionDenoiser",
+    "StableDiffusionXLPipeline": "postgen.families.stable_diffusion:StableDiffusionXLDenoiser",
     "WanImageToVideoPipeline": "postgen.families.wan:WanDenoiser",
     "WanPipeline": "postgen.families.wan:WanDenoiser",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from postgen.families.wan_sizes import check_size, multiples
 
 
 class WanDenoiser:
-    """`Denoiser` of `WanPipeline` and `WanImageToVideoPipeline`.
+    """`Denoiser` of `WanPipeline`, `WanImageToVideoPipeline` and `SkyReelsV2Pipeline`, which is built alike.
 
     The prediction is the flow velocity noise - clean; the timestep is sigma * 1000. With `boundary_ratio` (Wan 2.2)
     each row goes to the expert that the pipeline would use: `transformer` from the boundary up, `transformer_2` below.
@@ -36,7 +37,7 @@ class WanDenoiser:
         self.pipe = pipe
         self.max_sequence_length = max_sequence_length
         self.takes_image = hasattr(pipe, "encode_image")
-        if self.takes_image and pipe.config.expand_timesteps:
+        if self.takes_image and self._per_token:
             raise UserError(
                 "Wan image-to-video with expand_timesteps (Wan2.2 5B) has no denoiser yet: use a 14B model"
             )
@@ -58,8 +59,13 @@ class WanDenoiser:
         return self.pipe.transformer if self.pipe.transformer is not None else self.pipe.transformer_2
 
     @property
+    def _per_token(self) -> bool:
+        """Whether every token has a timestep of its own (Wan 2.2 5B)."""
+        return bool(self.pipe.config.get("expand_timesteps", False))
+
+    @property
     def _boundary(self) -> float | None:
-        ratio = self.pipe.config.boundary_ratio
+        ratio = self.pipe.config.get("boundary_ratio")
         return None if ratio is None else float(ratio) * self.timestep_scale
 
     def encode_prompt(
@@ -132,7 +138,7 @@ class WanDenoiser:
         noise: Tensor = randn_tensor(shape, generator=generator, device=self._model.device, dtype=torch.float32)
         return noise
 
-    def sigmas(self, num_steps: int) -> Tensor:
+    def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
         """Return the (num_steps + 1,) noise levels of the pipeline's schedule, float32, the last one 0."""
         scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it, and a rollout may be under way
         scheduler.set_timesteps(num_steps, device=self._model.device)
@@ -179,7 +185,7 @@ class WanDenoiser:
             if "image_latents" not in condition:
                 raise ValueError("an image-to-video model needs condition['image_latents']: call encode_image")
             x = torch.cat([x, condition["image_latents"]], dim=1)
-        if self.pipe.config.expand_timesteps:
+        if self._per_token:
             _, height, width = self._model.config.patch_size
             tokens = x.shape[2] * (x.shape[3] // height) * (x.shape[4] // width)
             timestep = timestep[:, None].expand(-1, tokens)

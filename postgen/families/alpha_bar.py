@@ -1,0 +1,60 @@
+"""Denoisers of models with alpha-bar (DDPM): Stable Diffusion, CogVideoX.
+
+x = sqrt(A) clean + sqrt(1 - A) noise. The noise level of timestep t is (t + 1) / num_train_timesteps, so that 0 is
+left for the end, where alpha-bar is the scheduler's final one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families.pipeline_denoiser import PipelineDenoiser
+
+
+class AlphaBarDenoiser(PipelineDenoiser):
+    """Base of the denoisers whose schedulers have a table of alpha-bars."""
+
+    def __init__(self, pipe: Any, *, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipe, max_sequence_length=max_sequence_length)
+        self.schedule = self.alpha_bar_scheduler()
+        self.prediction_type = pipe.scheduler.config.prediction_type
+        final = torch.as_tensor(self.schedule.final_alpha_cumprod).double().reshape(1)
+        self._table = torch.cat([final.cpu(), self.schedule.alphas_cumprod.double().cpu()])
+
+    def check_scheduler(self) -> None:
+        """Refuse a scheduler of flows."""
+        config = self.pipe.scheduler.config
+        if "prediction_type" not in config or config.get("use_flow_sigmas", False):
+            raise UserError(
+                f"{type(self.pipe.scheduler).__name__} has no alpha-bars: {type(self.pipe).__name__} needs DDIM's, "
+                "or another scheduler of the same betas"
+            )
+
+    def alpha_bar_scheduler(self) -> Any:
+        """Return a scheduler with the pipeline's betas and spacing of timesteps, but not its solver."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(self.pipe.scheduler.config)
+
+    def alpha_bar(self, sigma: Tensor) -> Tensor:
+        """Return alpha-bar, float64, of noise levels of any shape; of 0 the final one."""
+        place = (sigma.double() * self.timestep_scale).round().long()
+        return self._table.to(sigma.device)[place]
+
+    def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
+        """Return the (num_steps + 1,) noise levels of the schedule, float64, the last one 0."""
+        scheduler = copy.deepcopy(self.schedule)
+        scheduler.set_timesteps(num_steps)
+        times = scheduler.timesteps.double()
+        sigmas = torch.cat([(times + 1) / self.timestep_scale, times.new_zeros(1)])
+        return sigmas.to(self.model.device)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Return the network's timesteps for noise levels (B,): whole numbers, as it was trained with."""
+        return (sigma.double() * self.timestep_scale).round().long() - 1

@@ -1,0 +1,77 @@
+"""CogVideoX: text-to-video, 1.0 and 1.5. Its DDIM tells the network a v-prediction and ends at alpha-bar 1."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families.alpha_bar import AlphaBarDenoiser
+
+
+class CogVideoXDenoiser(AlphaBarDenoiser):
+    """`Denoiser` of `CogVideoXPipeline`. Latents are (B, T, C, H, W), as the network has them."""
+
+    default_length = 226
+
+    def alpha_bar_scheduler(self) -> Any:
+        """Return the pipeline's own scheduler: its alpha-bars are shifted in a way that no other knows."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        if not hasattr(scheduler, "final_alpha_cumprod"):
+            raise UserError(f"{type(scheduler).__name__} has no alpha-bars: use CogVideoXDDIMScheduler")
+        return scheduler
+
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        """What height, width and frames - 1 must divide by."""
+        side = math.lcm(8, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
+        return side, side, self.pipe.vae_scale_factor_temporal
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents.
+
+        Raises:
+            UserError: CogVideoX 1.5 would have to pad the clip.
+        """
+        time, space = self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
+        frames, patch = (num_frames - 1) // time + 1, self.model.config.patch_size_t or 1
+        if frames % patch:
+            fits = [(frames + more) * time - time + 1 for more in (-(frames % patch), patch - frames % patch)]
+            raise UserError(f"CogVideoX 1.5 would pad {num_frames} frames: use {' or '.join(map(str, fits))}")
+        return frames, self.model.config.in_channels, height // space, width // space
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Encode texts."""
+        positive, _ = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.model.device,
+        )
+        return (positive,)
+
+    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        """Call the network."""
+        output: Tensor = self.transformers["transformer"](
+            hidden_states=x,
+            encoder_hidden_states=texts["prompt"],
+            timestep=timestep,
+            image_rotary_emb=self._rotary(x),
+            return_dict=False,
+        )[0]
+        return output
+
+    def _rotary(self, x: Tensor) -> Any:
+        if not self.model.config.use_rotary_positional_embeddings:
+            return None
+        space = self.pipe.vae_scale_factor_spatial
+        make = self.pipe._prepare_rotary_positional_embeddings
+        return make(x.shape[3] * space, x.shape[4] * space, x.shape[1], x.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips."""
+        vae = self.pipe.vae
+        return self.to_clips(self.pipe.decode_latents(latents.to(vae.device, vae.dtype)))

@@ -1,0 +1,79 @@
+"""FLUX.1: text-to-image, with a distilled guidance that the network of FLUX.1-dev is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.families.pipeline_denoiser import PipelineDenoiser
+
+
+class FluxDenoiser(PipelineDenoiser):
+    """`Denoiser` of `FluxPipeline`.
+
+    Args:
+        pipe: the pipeline.
+        max_sequence_length: tokens of a prompt.
+        embedded_guidance: strength of the distilled guidance; the `guidance` of `predict` is true guidance on top.
+    """
+
+    default_length = 512
+    per_row = ("pooled",)
+
+    def __init__(self, pipe: Any, *, max_sequence_length: int | None = None, embedded_guidance: float = 3.5) -> None:
+        super().__init__(pipe, max_sequence_length=max_sequence_length)
+        self.embedded_guidance = embedded_guidance
+
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        """What height and width must divide by; one frame."""
+        return 2 * self.pipe.vae_scale_factor, 2 * self.pipe.vae_scale_factor, 0
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents."""
+        space = self.pipe.vae_scale_factor
+        return self.model.config.in_channels // 4, height // space, width // space
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Return the tokens, 2 x 2 latents each."""
+        return int(shape[-1]) // 2 * (int(shape[-2]) // 2)
+
+    def start_sigmas(self, num_steps: int) -> Tensor | None:
+        """Return the levels that the scheduler shifts."""
+        if self.pipe.scheduler.config.get("use_flow_sigmas", False):
+            return None
+        return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Encode texts: T5's encoding and the pooled one of CLIP."""
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts, prompt_2=None, max_sequence_length=self.max_sequence_length, device=self.model.device
+        )
+        return embeds, pooled
+
+    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        """Call the network, which takes tokens and timesteps in [0, 1]."""
+        batch, channels, height, width = x.shape
+        told = self.model.config.guidance_embeds
+        output: Tensor = self.transformers["transformer"](
+            hidden_states=self.pipe._pack_latents(x, batch, channels, height, width),
+            timestep=timestep / 1000,
+            guidance=x.new_full((batch,), self.embedded_guidance, dtype=torch.float32) if told else None,
+            pooled_projections=texts["pooled"],
+            encoder_hidden_states=texts["prompt"],
+            txt_ids=x.new_zeros(texts["prompt"].shape[1], 3),
+            img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype),
+            return_dict=False,
+        )[0]
+        space = self.pipe.vae_scale_factor
+        unpacked: Tensor = self.pipe._unpack_latents(output, height * space, width * space, space)
+        return unpacked
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips of one frame."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return self.to_pictures(vae.decode(latents, return_dict=False)[0])

@@ -1,0 +1,69 @@
+"""HunyuanVideo: text-to-video, with a distilled guidance that the network is told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.families.pipeline_denoiser import PipelineDenoiser
+
+
+class HunyuanVideoDenoiser(PipelineDenoiser):
+    """`Denoiser` of `HunyuanVideoPipeline`.
+
+    Args:
+        pipe: the pipeline.
+        max_sequence_length: tokens of a prompt, the template left out.
+        embedded_guidance: strength of the distilled guidance; the `guidance` of `predict` is true guidance on top.
+    """
+
+    per_row = ("pooled", "mask")
+
+    def __init__(self, pipe: Any, *, max_sequence_length: int | None = None, embedded_guidance: float = 6.0) -> None:
+        super().__init__(pipe, max_sequence_length=max_sequence_length)
+        self.embedded_guidance = embedded_guidance
+
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        """What height, width and frames - 1 must divide by."""
+        side = math.lcm(16, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
+        return side, side, self.pipe.vae_scale_factor_temporal
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents."""
+        space, frames = self.pipe.vae_scale_factor_spatial, (num_frames - 1) // self.pipe.vae_scale_factor_temporal
+        return self.model.config.in_channels, frames + 1, height // space, width // space
+
+    def start_sigmas(self, num_steps: int) -> Tensor:
+        """Return the levels that the scheduler shifts."""
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Encode texts: the encoding, the pooled one of CLIP, and the mask of the tokens."""
+        encoded: tuple[Tensor, ...] = self.pipe.encode_prompt(
+            prompt=prompts, max_sequence_length=self.max_sequence_length, device=self.model.device
+        )
+        return encoded
+
+    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        """Call the network."""
+        guidance = torch.full((len(x),), self.embedded_guidance * 1000.0, dtype=x.dtype, device=x.device)
+        output: Tensor = self.transformers["transformer"](
+            hidden_states=x,
+            timestep=timestep,
+            encoder_hidden_states=texts["prompt"],
+            encoder_attention_mask=texts["mask"].to(x.dtype),
+            pooled_projections=texts["pooled"],
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return output
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return self.to_clips(vae.decode(latents, return_dict=False)[0])

@@ -1,0 +1,97 @@
+"""Stable Diffusion 1 and 2, and XL: text-to-image with a UNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families.alpha_bar import AlphaBarDenoiser
+
+
+class StableDiffusionDenoiser(AlphaBarDenoiser):
+    """`Denoiser` of `StableDiffusionPipeline`.
+
+    Raises:
+        UserError: as `PipelineDenoiser`, or a UNet that is told its guidance (LCM).
+    """
+
+    component = "unet"
+
+    def __init__(self, pipe: Any, *, max_sequence_length: int | None = None) -> None:
+        super().__init__(pipe, max_sequence_length=max_sequence_length)
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise UserError("a UNet that is told its guidance (LCM) has no denoiser: use the model it was made from")
+        if pipe.vae.config.force_upcast and pipe.vae.dtype == torch.float16:
+            pipe.vae.float()  # it overflows
+
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        """What height and width must divide by: whole latents on every level of the UNet; one frame."""
+        side = self.pipe.vae_scale_factor * 2 ** (len(self.model.config.block_out_channels) - 1)
+        return side, side, 0
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents."""
+        space = self.pipe.vae_scale_factor
+        return self.model.config.in_channels, height // space, width // space
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Encode texts."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, self.model.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return (embeds,)
+
+    def added(self, x: Tensor, texts: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return what the UNet is told besides the text."""
+        return None
+
+    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        """Call the network."""
+        output: Tensor = self.transformers["unet"](
+            x,
+            timestep,
+            encoder_hidden_states=texts["prompt"],
+            added_cond_kwargs=self.added(x, texts),
+            return_dict=False,
+        )[0]
+        return output
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips of one frame."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return self.to_pictures(vae.decode(latents, return_dict=False)[0])
+
+
+class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
+    """`Denoiser` of `StableDiffusionXLPipeline`. The empty text is encoded, not replaced by zeros, where a negative
+    prompt is wanted: training passes and rollouts agree, which is what matters."""
+
+    per_row = ("pooled",)
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Encode texts: the encoding and the pooled one."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts, device=self.model.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return embeds, pooled
+
+    def added(self, x: Tensor, texts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the pooled text and the sizes."""
+        height, width = (side * self.pipe.vae_scale_factor for side in x.shape[-2:])
+        sizes = self.pipe._get_add_time_ids(
+            (height, width),
+            (0, 0),
+            (height, width),
+            dtype=x.dtype,
+            text_encoder_projection_dim=self._projection(texts["pooled"]),
+        )
+        return {"text_embeds": texts["pooled"], "time_ids": sizes.to(x.device).repeat(len(x), 1)}
+
+    def _projection(self, pooled: Tensor) -> int:
+        second = self.pipe.text_encoder_2
+        return int(pooled.shape[-1] if second is None else second.config.projection_dim)

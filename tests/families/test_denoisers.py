@@ -1,0 +1,122 @@
+"""Denoisers of the other families against the pipelines themselves."""
+
+import pytest
+import torch
+
+from postgen.errors import UserError
+from postgen.families import Denoiser, denoiser_for
+from postgen.grpo.kernels import schedule_of, transition
+from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def built(request):
+    """A pipeline and its size; read only."""
+    return tiny_pipeline(request.param)
+
+
+def noise_source():
+    return torch.Generator().manual_seed(3)
+
+
+@torch.no_grad()
+def deterministic(denoiser, condition, size, guidance):
+    """Latents and clips of Euler's steps, or DDIM's without noise."""
+    batch = len(condition["prompt"])
+    x = denoiser.initial_latents(batch, **size, generator=noise_source())
+    schedule = schedule_of(denoiser, STEPS, x.shape[1:])
+    for index in range(STEPS):
+        now = torch.full((batch,), index)
+        levels = schedule.levels(now, now + 1)
+        prediction = denoiser.predict(x, levels.s.float(), condition, guidance)
+        x = transition("ode", x, prediction, levels, 0.0, schedule.prediction_type).mean
+    return x, denoiser.decode(x)
+
+
+def call(pipe, size, guidance):
+    """Arguments of the pipeline's own call for the same clips."""
+    import inspect
+
+    known = inspect.signature(type(pipe).__call__).parameters
+    own = {"num_inference_steps": STEPS, "output_type": "pt", "generator": noise_source(), **size}
+    if "true_cfg_scale" in known:
+        own |= {"true_cfg_scale": guidance}
+    else:
+        own |= {"guidance_scale": guidance}
+    return {name: value for name, value in own.items() if name in known}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_denoiser_equals_its_pipeline(built, guidance):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    assert isinstance(denoiser, Denoiser)
+    prompts, negative = ["a red ball", "a blue cube falls"], ["blurry", "dark"]
+    words = {"negative_prompt": negative} if guidance > 1 else {}
+    made = pipe(prompts, **words, **call(pipe, size, guidance))
+    expected = made.frames if hasattr(made, "frames") else made.images[:, None]
+    with torch.no_grad():
+        condition = denoiser.encode_prompt(prompts, negative, guidance=guidance > 1)
+        _, clips = deterministic(denoiser, condition, size, guidance)
+    assert ("negative" in condition) == (guidance > 1)
+    assert all(len(value) == 2 for value in condition.values())
+    assert clips.shape == (2, size["num_frames"], 3, size["height"], size["width"])
+    # UniPC, which SkyReels-V2 comes with, cuts the timesteps that the network is told to whole numbers.
+    whole = "UniPC" in type(pipe.scheduler).__name__
+    assert (clips - torch.as_tensor(expected)).abs().max() <= (1e-3 if whole else 2e-4)
+
+
+def test_denoiser_rows_are_independent(built):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    x = denoiser.initial_latents(3, **size, generator=noise_source())
+    levels = schedule_of(denoiser, 8, x.shape[1:]).sigmas[:3].float()
+    with torch.no_grad():
+        condition = denoiser.encode_prompt(["a", "b", "c"])
+        together = denoiser.predict(x, levels, condition, 2.0)
+        for row in range(3):
+            one = slice(row, row + 1)
+            alone = denoiser.predict(x[one], levels[one], {k: v[one] for k, v in condition.items()}, 2.0)
+            torch.testing.assert_close(together[one], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_denoiser_lora_targets_exist(built):
+    denoiser = denoiser_for(built[0])
+    (model,) = denoiser.transformers.values()
+    names = [layer for layer, _ in model.named_modules()]
+    assert all(any(layer.endswith(f".{target}") for layer in names) for target in denoiser.lora_targets)
+
+
+def test_denoiser_refuses_sizes(built):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    with pytest.raises(UserError, match="height must be a multiple of"):
+        denoiser.initial_latents(1, **{**size, "height": 17})
+    with pytest.raises(UserError, match=r"num_frames must be 1|the number of frames must be"):
+        denoiser.initial_latents(1, **{**size, "num_frames": 3})
+    with pytest.raises(UserError, match="takes text only"):
+        denoiser.encode_image(torch.zeros(1, 3, 16, 16), 5)
+
+
+def test_denoiser_of_cogvideox_15_does_not_pad():
+    pipe, size = tiny_pipeline("CogVideoX")
+    pipe.transformer.register_to_config(patch_size_t=2)
+    with pytest.raises(UserError, match="would pad 9 frames: use 5 or 13"):
+        denoiser_for(pipe).initial_latents(1, **size)
+
+
+def test_denoiser_schedules_need_the_right_scheduler():
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    flux = tiny_pipeline("FLUX")[0]
+    with pytest.raises(UserError, match="depend on the size"):
+        denoiser_for(flux).sigmas(4)
+    flux.scheduler = DDIMScheduler()
+    with pytest.raises(UserError, match="DDIMScheduler is not a flow-matching scheduler"):
+        denoiser_for(flux)
+    stable = tiny_pipeline("Stable Diffusion")[0]
+    stable.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match="has no alpha-bars"):
+        denoiser_for(stable)
