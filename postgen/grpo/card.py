@@ -9,13 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+from .curves import draw_curves
 
 if TYPE_CHECKING:
     from .group import GroupTrainer
-
-_WIDTH, _HEIGHT, _MARGIN = 420, 200, 34
-_COLOUR = (30, 90, 200)
 
 
 def write_card(trainer: GroupTrainer[Any], folder: Path) -> None:
@@ -74,46 +71,3 @@ def _use(trainer: GroupTrainer[Any]) -> list[str]:
     if trainer.policy.adapter is None:
         return []
     return ["```python", 'pipe.load_lora_weights("THIS_FOLDER")', "```", ""]
-
-
-def draw_curves(metrics: Path, target: Path) -> list[str]:
-    """Draw rewards over steps from `metrics.jsonl`, a plot each; return the names of those drawn."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    wanted = [
-        name
-        for name in dict.fromkeys(key for row in rows for key in row)
-        if name in ("reward", "eval_reward", "ratio/mean", "diversity/latent_pairwise")
-        or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean"))
-    ]
-    curves = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in wanted}
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if not curves:
-        return []
-    columns = min(2, len(curves))
-    rows_drawn = -(-len(curves) // columns)
-    sheet = Image.new("RGB", (columns * _WIDTH, rows_drawn * _HEIGHT), "white")
-    for place, (name, points) in enumerate(curves.items()):
-        _plot(ImageDraw.Draw(sheet), name, points, place % columns * _WIDTH, place // columns * _HEIGHT)
-    sheet.save(target)
-    return list(curves)
-
-
-def _plot(draw: ImageDraw.ImageDraw, name: str, points: list[tuple[int, float]], left: int, top: int) -> None:
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    low, high = min(values), max(values)
-    width, height = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
-    across, up = max(1, steps[-1] - steps[0]), (high - low) or 1.0
-    line = [
-        (
-            left + _MARGIN + width * (step - steps[0]) / across,
-            top + _MARGIN + height * (1 - (value - low) / up),
-        )
-        for step, value in points
-    ]
-    frame = [left + _MARGIN, top + _MARGIN, left + _MARGIN + width, top + _MARGIN + height]
-    draw.rectangle(frame, outline=(200, 200, 200))
-    draw.line(line, fill=_COLOUR, width=2)
-    draw.text((left + _MARGIN, top + 8), f"{name}: {values[0]:.4g} -> {values[-1]:.4g}", fill="black")
-    draw.text((left + 2, top + _MARGIN - 2), f"{high:.3g}", fill="grey")
-    draw.text((left + 2, top + _MARGIN + height - 8), f"{low:.3g}", fill="grey")
-    draw.text((left + _MARGIN, top + _MARGIN + height + 4), f"{steps[0]} .. {steps[-1]}", fill="grey")

@@ -14,7 +14,7 @@ from .data import Prompts, Row, columns
 from .kernels import schedule_of
 from .logging import write_samples
 from .quality import clip_statistics, diversity
-from .rollout import Sample, Sampler, Sampling
+from .rollout import Sample, Sampler, Sampling, latent_shape
 from .seeds import seed_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Evaluator:
     def __init__(self, trainer: GroupTrainer[Any], guidance: float) -> None:
         self.trainer, args = trainer, trainer.args
         denoiser = trainer.policy.denoiser
-        schedule = schedule_of(denoiser, args.eval_num_inference_steps or args.num_inference_steps)
+        shape = latent_shape(denoiser, trainer.size, trainer.device)
+        schedule = schedule_of(denoiser, args.eval_num_inference_steps or args.num_inference_steps, shape)
         how = Sampling(kind="ode", guidance=guidance, size=trainer.size)
         # A meter of its own: what evaluation costs is no cost of training.
         meter = type(trainer.meter)(trainer.device)

@@ -31,7 +31,7 @@ from .logging import CompletionLog
 from .meter import Meter
 from .policy import Policy, load_policy
 from .quality import diversity
-from .rollout import Conditions, Sample, Sampler, Sampling, Trajectories
+from .rollout import Conditions, Sample, Sampler, Sampling, Trajectories, latent_shape
 from .seeds import seed_of
 
 G = TypeVar("G", bound=GroupConfig)
@@ -178,9 +178,9 @@ class GroupTrainer(Trainer[G]):
         if args.precompute_prompt_embeds:
             self._encode_all()
         denoiser = self.policy.denoiser
-        self.sampler = Sampler(
-            denoiser, schedule_of(denoiser, args.num_inference_steps), self.sampling(), self.meter, self.device
-        )
+        shape = latent_shape(denoiser, self.size, self.device)
+        schedule = schedule_of(denoiser, args.num_inference_steps, shape)
+        self.sampler = Sampler(denoiser, schedule, self.sampling(), self.meter, self.device)
         self.evaluator = Evaluator(self, evaluated)
         self.completions = CompletionLog(args, self.policy.fps)
         self.prepare()

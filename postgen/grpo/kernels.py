@@ -99,9 +99,9 @@ class Schedule:
         )
 
 
-def schedule_of(denoiser: Denoiser, steps: int) -> Schedule:
-    """Return the noise levels that a denoiser's pipeline would use for so many steps."""
-    sigmas = denoiser.sigmas(steps)
+def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = None) -> Schedule:
+    """Return the noise levels that a denoiser's pipeline would use for so many steps on latents of a shape."""
+    sigmas = denoiser.sigmas(steps, shape)
     kind = denoiser.prediction_type
     bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()  # type: ignore[attr-defined]
     return Schedule(sigmas.double(), kind, bars)

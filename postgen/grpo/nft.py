@@ -45,6 +45,9 @@ class DiffusionNFTConfig(GroupConfig):
     nft_beta: float = 1.0
     """How far v+ and v- stand from the old policy, above 0."""
 
+    share_initial_noise: bool = False
+    """Must stay off: without a stochastic step all samples of a prompt would be the same."""
+
     beta: float = 1e-4
     """Weight of the mean square difference of the prediction from that of the reference policy."""
 
@@ -60,6 +63,7 @@ class DiffusionNFTConfig(GroupConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.nft_beta > 0, "nft_beta", "above 0")
+        self.require(not self.share_initial_noise, "share_initial_noise", "false: only the noise tells samples apart")
         self.require(self.beta >= 0, "beta", "at least 0")
         self.require(0 <= self.old_decay < 1, "old_decay", "in [0, 1)")
         self.require(self.old_decay_rate >= 0, "old_decay_rate", "at least 0")

@@ -99,6 +99,18 @@ class Sampling:
     """`num_frames`, `height` and `width`, as `Denoiser.initial_latents` takes them."""
 
 
+def latent_shape(denoiser: Denoiser, size: dict[str, int], device: torch.device) -> tuple[int, ...]:
+    """Return the shape of one sample's latents.
+
+    Args:
+        denoiser: the model.
+        size: `num_frames`, `height` and `width`.
+        device: of its latents.
+    """
+    source = torch.Generator(device).manual_seed(0)
+    return tuple(denoiser.initial_latents(1, **size, generator=source).shape[1:])
+
+
 class Sampler:
     """Draws samples with a denoiser and scores transitions with it again: one function for both.
 
@@ -146,9 +158,7 @@ class Sampler:
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return initial or step noise, a row for each seed."""
         if self._shape is None:
-            with torch.no_grad():
-                source = torch.Generator(self.device).manual_seed(0)
-                self._shape = tuple(self.denoiser.initial_latents(1, **self.how.size, generator=source).shape[1:])
+            self._shape = latent_shape(self.denoiser, self.how.size, self.device)
         return normal(self._shape, seeds, self.device)
 
     def _draw(self, samples: Sequence[Sample], conditions: Conditions) -> Trajectories:

@@ -14,6 +14,8 @@ RECIPES = {
     "dancegrpo-tiny": DanceGRPOTrainer,
     "fast-image": DanceGRPOTrainer,
     "fast-video": DanceGRPOTrainer,
+    "fast-tiny": DanceGRPOTrainer,
+    "nft-tiny": DiffusionNFTTrainer,
     "nft-video": DiffusionNFTTrainer,
 }
 

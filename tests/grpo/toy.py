@@ -84,7 +84,7 @@ class ToyDenoiser:
     def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
         return torch.randn(batch, *SHAPE, generator=generator)
 
-    def sigmas(self, steps: int) -> Tensor:
+    def sigmas(self, steps: int, shape: Any = None) -> Tensor:
         s = torch.linspace(0.99 if self.prediction_type != "flow" else 1, 0, steps + 1, dtype=torch.float64)
         return 3 * s / (1 + 2 * s)
 

@@ -1,0 +1,43 @@
+"""Video and image models of many families train two updates through one trainer file."""
+
+import pytest
+import torch
+
+from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
+from tests.grpo.toy import lines, near
+
+ROWS = [{"prompt": "a ball"}, {"prompt": "a cube"}]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_grpo_trains_two_updates_of(name, tmp_path):
+    pipe, size = tiny_pipeline(name)
+    flow = pipe.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+    method = name in ("LTX", "Stable Diffusion 3")  # the others by policy gradient
+    kind, config = (DiffusionNFTTrainer, DiffusionNFTConfig) if method else (DanceGRPOTrainer, DanceGRPOConfig)
+    own = {} if method else {"sde_type": "exact" if flow else "ddim", "sde_window_size": 1, "epsilon": 1e-3}
+    own |= {} if method else {"check_on_policy_ratio": "raise", "max_ratio_error": 1e-4}
+    args = config(
+        output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, num_inference_steps=3,
+        learning_rate=1e-2, lora_r=2, max_steps=2, logging_steps=1, device="cpu", disable_tqdm=True, report_to=[],
+        max_sequence_length=16 if name in ("HunyuanVideo", "FLUX", "LTX") else None, rollout_solver="dpm++",
+        save_steps=0, **own, **size,
+    )  # fmt: skip
+    run = kind(pipe, near, args, ROWS, peft_config=None)
+    run.train()
+    rows = lines(run)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    moved = {key: value for key, value in run.trained().items() if "lora_B" in key and bool(value.any())}
+    assert moved
+    before = run.policy.denoiser.predict(*_point(run))
+    with run.policy.reference():
+        assert not torch.equal(before, run.policy.denoiser.predict(*_point(run)))
+    assert (tmp_path / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def _point(run):
+    x = run.sampler.noise([1])
+    return x, run.sampler.schedule.sigmas[1:2].float(), run.conditions(0)([0])
