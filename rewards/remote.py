@@ -58,7 +58,7 @@ class RemoteReward:
         retries: int = 3,
         backoff: float = 0.5,
         exact: bool = False,
-        batch_bytes: int = 2**28,
+        batch_bytes: int = 2**27,
     ) -> None:
         parts = urlsplit(url)
         try:

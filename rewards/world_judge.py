@@ -2,7 +2,7 @@
 
 Two heads, as VideoAlign's VQ and MQ (arXiv:2501.13918): `visual` falls with blur, noise and drifting colours,
 `motion` with flicker, vanishing, leaps and freezing. Learned, and therefore hackable. Scores are in standard
-deviations of clean renders: 0 is a usual one, less is worse.
+deviations of clean renders (one for both heads): 0 is a usual render, less is worse.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WorldJudge(RewardModel):
         super().__init__(**place)
         self.model = model
         self.size = self.frames = 0
-        self.mean, self.std = torch.zeros(2), torch.ones(2)
+        self.mean, self.std = torch.zeros(2), 1.0
 
     def build(self) -> nn.Module:
         """Read the folder.
@@ -68,7 +68,7 @@ class WorldJudge(RewardModel):
         net = WorldJudgeNet(video=config["video"])
         load_weights(net, folder)
         self.size, self.frames = config["size"], config["video"]["frames"]
-        self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+        self.mean, self.std = torch.tensor(config["mean"]), float(config["std"])
         return net
 
     def __call__(self, completions: Sequence[Tensor]) -> dict[str, list[float]]:

@@ -1,8 +1,8 @@
 """Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
 
-Bradley-Terry loss of the head that a corruption is for, as in arXiv:2501.13918, section 3.2: -log sigmoid(better -
-worse). The other head is held to give both the same. Reconstructions and samples of a model are spoilt as renders are,
-and a reconstruction also counts as worse to look at than its render.
+Bradley-Terry loss, as in arXiv:2501.13918, section 3.2: -log sigmoid(better - worse), of the head that a corruption is
+for and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
+spoilt as renders are, and a reconstruction also counts as worse to look at than its render.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WorldJudgeConfig(TrainingConfig):
     layers: int = 3
     """Layers of the transformer."""
 
-    other_head_weight: float = 0.1
+    other_head_weight: float = 0.3
     """Weight of the squared difference that the head which a corruption is not for makes between both clips."""
 
     eval_clips: int = 128
@@ -151,7 +151,8 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
             scores = self.models["judge"](torch.cat((better, worse)))
         gap = scores[: len(better)] - scores[len(better) :]
         head = HEADS.index(HEAD.get(kind, "visual"))
-        loss = -functional.logsigmoid(gap[:, head]).mean()
+        # The mean of both heads must rank the pair as well: it is what a policy is trained on.
+        loss = -functional.logsigmoid(gap[:, head]).mean() - functional.logsigmoid(gap.mean(1)).mean()
         loss = loss + self.args.other_head_weight * gap[:, 1 - head].square().mean()
         # Only differences count above; this keeps the scores near zero.
         loss = loss + 1e-3 * scores.square().mean()
@@ -200,8 +201,9 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         """Half-precision weights and configuration with the mean and spread of the scores of clean clips."""
         judge: Any = self.unwrap("judge")
         scores = torch.cat([self._scores(part.float() / 255) for part in self.unseen.clean.split(64)])
-        spread = scores.std(0, correction=0).clamp_min(1e-3)
-        known = {"size": self.args.size, "mean": scores.mean(0).tolist(), "std": spread.tolist()}
+        # One unit for both heads, so that their mean ranks clips as it did in training.
+        spread = float(scores.var(0, correction=0).mean().sqrt().clamp_min(1e-3))
+        known = {"size": self.args.size, "mean": scores.mean(0).tolist(), "std": spread}
         save_net(judge, {**self.config, **known}, folder)
 
 
