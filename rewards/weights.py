@@ -52,6 +52,7 @@ def pretrained(cls: Any, model: str, **options: Any) -> Any:
     Raises:
         UserError: it cannot be found, or some weights are missing.
     """
+    model = _place(model)
     try:
         net, info = cls.from_pretrained(model, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
@@ -69,6 +70,7 @@ def tokenizer_of(model: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    model = _place(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -143,6 +145,14 @@ def _compare(own: Mapping[str, Tensor], state: State, source: object) -> None:
                 f"the weights of {source} are those of another model: {name} is {tuple(state[name].shape)}, "
                 f"expected {tuple(weight.shape)}"
             )
+
+
+def _place(model: str) -> str:
+    """Take a Hub id as it is, and a path with its folder there."""
+    path = Path(model).expanduser()
+    if model.startswith(("/", ".", "~")) and not path.is_dir():
+        raise UserError(f"there is no folder {path}: give a local folder or a Hub id")
+    return str(path) if path.is_dir() else model
 
 
 def _names(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from postgen.rewards.clip_score import ClipScore
 from postgen.rewards.hps_v2_1 import HPSv21
 from postgen.rewards.pickscore import PickScore
 from postgen.rewards.pictures import CLIP_MEAN, CLIP_STD, centre_crop, clip_pixels, padded_pixels
+from postgen.rewards.weights import find_file
 from tests.rewards import open_clip
 from tests.rewards.open_clip import TINY
 
@@ -186,7 +187,7 @@ def test_odd_margins():
 
 def test_errors(tmp_path, folder):
     clip = torch.rand(1, 3, 32, 32)
-    with pytest.raises(UserError, match=r"cannot load .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         ClipScore(str(tmp_path / "nowhere")).load()
     with pytest.raises(UserError, match=r"holds no HPS_v2.1_compressed.pt"):
         HPSv21(str(tmp_path)).load()
@@ -203,6 +204,22 @@ def test_errors(tmp_path, folder):
         clip_config(TINY | {"text_cfg": TINY["text_cfg"] | {"hf_model_name": "x"}})
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         ClipScore(str(folder), tokenizer=str(tmp_path))(["red"], [clip])
+
+
+def test_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot load nobody/nothing: .*Give a local folder or file"):
+        ClipScore("nobody/nothing").load()
+    with pytest.raises(
+        UserError, match=r"cannot load HPS_v2\.1_compressed\.pt of nobody/nothing: .*Give a local folder"
+    ):
+        HPSv21("nobody/nothing").load()
+    with pytest.raises(UserError, match=r"cannot load https://localhost:1/head\.pth"):
+        find_file("https://localhost:1/head.pth")
+    with pytest.raises(UserError, match=r"there is no file head\.pth"):
+        find_file("head.pth")
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_a_pickle_is_not_run(tmp_path):
