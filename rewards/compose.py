@@ -33,7 +33,7 @@ def per_frame(reward: Source, *, frames: int = 4, reduce: str = "mean", name: st
 
 
 def thresholded(reward: Source, bound: float, *, name: str | None = None) -> Reward:
-    """Make a binary reward: 1 where another one is above `bound`, else 0 (2505.07818, section 4).
+    """Make a binary reward: 1 where another one is above `bound`, else 0 (arXiv:2505.07818).
 
     Raises:
         UserError: an unknown reward.

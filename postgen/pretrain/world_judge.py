@@ -1,6 +1,6 @@
 """Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
 
-Bradley-Terry loss, as in arXiv:2501.13918, section 3.2: -log sigmoid(better - worse), of the head that a corruption is
+Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a corruption is
 for and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
 spoilt as renders are, and a reconstruction also counts as worse to look at than its render.
 """

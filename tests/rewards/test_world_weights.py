@@ -1,0 +1,51 @@
+"""The weights of `world_clip` and `world_judge` that are shipped: small, loadable, and right on unseen scenes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from postgen import assets, world
+from postgen.pretrain.corruptions import render_takes
+from postgen.pretrain.world_clip import evaluation_groups
+from postgen.pretrain.world_judge import pair_accuracy
+from postgen.rewards import get_reward
+
+FOLDERS = [Path(assets.__file__).parent / name for name in ("world-clip", "world-judge")]
+
+pytestmark = pytest.mark.skipif(
+    not all((folder / "model.safetensors").is_file() for folder in FOLDERS),
+    reason="the weights are not trained yet: recipes/world-clip.yaml, recipes/world-judge.yaml",
+)
+
+
+def test_they_are_below_5_megabytes_together():
+    sizes = [file.stat().st_size for folder in FOLDERS for file in folder.iterdir()]
+    assert sum(sizes) < 5_000_000
+    assert {file.suffix for folder in FOLDERS for file in folder.iterdir()} <= {".json", ".safetensors"}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_world_clip_finds_captions_and_feels_one_word():
+    specs = evaluation_groups(1)[0]
+    clips = list(world.render(specs, num_frames=17, supersample=1, geometry=False).rgb_BF3HW)
+    model = get_reward("world_clip").function
+    scores = model.embed_video(clips) @ model.embed_text([world.simple_caption(spec) for spec in specs]).T
+    assert (scores.argmax(1) == torch.arange(len(specs))).float().mean() > 0.7
+    ball = world.Body(colour="red", shape="ball", event="moves left", position=(1.5, 0.5, 0.6), velocity=(-1.2, 0, 0))
+    clip = world.render([world.Spec(bodies=(ball,))], num_frames=17, geometry=False).rgb_BF3HW[0]
+    reward = get_reward("world_clip")
+    right = reward(["a red ball rolls left"], [clip])[0]
+    for wrong in ("a blue ball rolls left", "a red cube slides left", "a red ball rolls right"):
+        assert reward([wrong], [clip])[0] < right
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_world_judge_prefers_clean_clips():
+    specs = [world.sample(300_000 + k, event="moves left", split="held_out") for k in range(8)]
+    takes = render_takes(specs, 96, "cpu")
+    judge = get_reward("world_judge")
+    accuracy = pair_accuracy(lambda clips: torch.tensor(judge([""] * len(clips), list(clips))), takes, level=3)
+    assert min(accuracy.values()) > 0.7
