@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from postgen.errors import UserError
 from postgen.rewards.frames import FrameReward
-from postgen.rewards.pictures import clip_pixels
+from postgen.rewards.pictures import CLIP_MEAN, CLIP_STD, centre_crop, clip_pixels, normalise, resize, shorter_side
 from postgen.rewards.weights import State, assemble, find_file, pretrained, read_state, tokenizer_of
 
 if TYPE_CHECKING:
@@ -136,15 +136,28 @@ def open_clip_net(path: Path, shape: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def open_clip_shape(model: str) -> dict[str, Any]:
-    """Read the shape of an open_clip network from the `open_clip_config.json` beside its weights.
+def open_clip_settings(model: str) -> dict[str, Any]:
+    """Read the `open_clip_config.json` beside open_clip's weights: shape (`model_cfg`) and `preprocess_cfg`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it asks for another preparation of pictures than bicubic, cropped or squashed.
     """
-    config: dict[str, Any] = json.loads(find_file(model, "open_clip_config.json").read_text(encoding="utf-8"))
-    shape: dict[str, Any] = config["model_cfg"]
-    return shape
+    path = find_file(model, "open_clip_config.json")
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    seen = settings.setdefault("preprocess_cfg", {})
+    for key, allowed in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic",))):
+        if seen.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path} asks for {key}={seen[key]!r}: known are {', '.join(allowed)}")
+    return settings
+
+
+def open_clip_pixels(frames_N3HW: Tensor, side: int, seen: Mapping[str, Any]) -> Tensor:
+    """Return what a network of open_clip sees, by its `preprocess_cfg`."""
+    if seen.get("resize_mode", "shortest") == "squash":
+        sized = resize(frames_N3HW, side, side)
+    else:
+        sized = centre_crop(resize(frames_N3HW, *shorter_side(frames_N3HW, side)), side, half_even=True)
+    return normalise(sized, tuple(seen.get("mean") or CLIP_MEAN), tuple(seen.get("std") or CLIP_STD))
 
 
 class ClipReward(FrameReward):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from postgen.rewards.clip import ClipReward, open_clip_net, open_clip_shape
+from postgen.rewards.clip import ClipReward, open_clip_net, open_clip_pixels, open_clip_settings
 from postgen.rewards.weights import find_file
 
 
@@ -16,8 +16,8 @@ class ClipScore(ClipReward):
 
     Args:
         model: Hub id or local folder of a `CLIPModel`; OpenAI's L/14 (MIT) by default.
-        open_clip: file of open_clip weights in `model`, for instance `open_clip_model.safetensors`; the shape is read
-            from `open_clip_config.json` beside it. None reads the layout of transformers.
+        open_clip: file of open_clip weights in `model`, for instance `open_clip_model.safetensors`; shape and
+            preparation of pictures are read from `open_clip_config.json` beside it. None reads transformers' layout.
         tokenizer, frames, reduce, device, dtype: as `ClipReward`.
     """
 
@@ -27,6 +27,7 @@ class ClipScore(ClipReward):
     def __init__(self, model: str | None = None, open_clip: str | None = None, **options: Any) -> None:
         super().__init__(model, **options)
         self.open_clip = open_clip
+        self._settings: dict[str, Any] = {}
 
     def build(self) -> nn.Module:
         """Read the network in either layout.
@@ -36,7 +37,16 @@ class ClipScore(ClipReward):
         """
         if self.open_clip is None:
             return super().build()
-        return open_clip_net(find_file(self.model, self.open_clip), open_clip_shape(self.model))
+        self._settings = open_clip_settings(self.model)
+        return open_clip_net(find_file(self.model, self.open_clip), self._settings["model_cfg"])
+
+    def pixels(self, frames_N3HW: Tensor) -> Tensor:
+        """Return the frames as this network wants them."""
+        if self.open_clip is None:
+            return super().pixels(frames_N3HW)
+        return open_clip_pixels(
+            frames_N3HW, self.net.config.vision_config.image_size, self._settings["preprocess_cfg"]
+        )
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosines."""
