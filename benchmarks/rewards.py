@@ -59,7 +59,7 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
             own = torch.Generator().manual_seed(row)
             some = torch.randperm(FRAMES, generator=own)[: round(part * FRAMES)]
             order[row, some] = order[row, some[torch.randperm(len(some), generator=own)]]
-        return flights[torch.arange(count)[:, None], order.to(flights.device)]
+        return flights[torch.arange(count, device=device)[:, None], order.to(device)]
 
     depth, flow = frames.depth_BFHW, frames.flow_BF2HW
     assert depth is not None
