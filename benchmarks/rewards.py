@@ -89,7 +89,7 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
 
 def mean_score(name: str, count: int, batch: dict[str, Any]) -> float:
     """Mean of a reward over a batch; a clip without a score is an error."""
-    columns = {key: list(value) for key, value in batch.items()}
+    columns: dict[str, Any] = {key: list(value) for key, value in batch.items()}
     values = RewardRunner([name], reward_error="raise")(prompts=[""] * count, **columns).values
     if bool(values.isnan().any()):
         raise RuntimeError(f"{name} gave no score to {int(values.isnan().sum())} of {count} clips")
@@ -129,7 +129,7 @@ def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, flo
     cut = [9 if k % 3 == 2 else FRAMES for k in range(count)]
     assert frames.depth_BFHW is not None
     assert frames.flow_BF2HW is not None
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Any] = {
         "prompts": [world.simple_caption(spec) for spec in specs],
         "completions": [clip[:n] for clip, n in zip(frames.rgb_BF3HW, cut, strict=True)],
         "depth": [d[:n] for d, n in zip(frames.depth_BFHW, cut, strict=True)],
@@ -138,7 +138,7 @@ def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, flo
     }
     runner = RewardRunner(rewards, device=device, reward_error="raise")
     together = runner(**columns, must_score=False).values
-    rows = [{key: [values[k]] for key, values in columns.items()} for k in range(count)]
+    rows: list[dict[str, Any]] = [{key: [values[k]] for key, values in columns.items()} for k in range(count)]
     alone = torch.cat([runner(**row, must_score=False).values for row in rows])
     if not torch.equal(together.isnan(), alone.isnan()):
         raise RuntimeError("a clip is scored alone but not in a batch, or the other way round")

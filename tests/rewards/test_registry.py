@@ -1,10 +1,13 @@
 """Names, import paths and options of rewards, and the base of those that score single frames."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import postgen.rewards
 from postgen.errors import UserError
 from postgen.rewards import FrameReward, get_reward, known_rewards, split_rewards
 
@@ -87,3 +90,11 @@ def test_lists_are_cut_outside_brackets():
         "http://127.0.0.1:1",
         "a.b.c(x='(,)')",
     ]
+
+
+def test_the_package_is_light():
+    script = "import sys, postgen.rewards; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+    assert postgen.rewards.RewardRunner.__name__ == "RewardRunner"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        postgen.rewards.nothing  # noqa: B018
