@@ -91,7 +91,7 @@ class RewardRunner:
         reward_error: "none" turns a failure into NaN, "raise" lets it out.
 
     Raises:
-        UserError: an unknown reward, two with one name, as many weights as rewards missing, or a setting out of range.
+        UserError: an unknown reward, two with one name, not a weight for each reward, or a setting out of range.
 
     >>> def brightness(completions):
     ...     return [clip.mean() for clip in completions]
@@ -126,8 +126,10 @@ class RewardRunner:
     def _check_weights(count: int, weights: Sequence[float] | None) -> None:
         if not count:
             raise UserError("there is no reward: give at least one name or function")
-        if weights is not None and (len(weights) != count or not all(math.isfinite(w) for w in weights)):
-            raise UserError(f"{count} rewards need as many finite weights, got {list(weights)}")
+        if weights is None:
+            return
+        if len(weights) != count or not all(math.isfinite(weight) for weight in weights) or not any(weights):
+            raise UserError(f"{count} rewards need as many finite weights, not all 0, got {list(weights)}")
 
     def _check(self) -> None:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
