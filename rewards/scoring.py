@@ -15,6 +15,7 @@ from postgen.rewards.runner import RewardRunner
 from postgen.video import VideoError, probe, read_video
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mkv", ".mov", ".avi", ".ogv", ".m4v")
+_RESERVED = {"prompts", "completions", "fps", "latents", "trainer_state", "must_score", "log_extra", "log_metric"}
 _MOST_CLIPS, _MOST_BYTES = 16, 2**29
 
 
@@ -96,6 +97,11 @@ def _sidecar_prompt(path: Path) -> str | None:
 
 
 def _take(clip: Clip, row: Mapping[str, Any]) -> None:
+    taken = sorted(_RESERVED & row.keys())
+    if taken:
+        raise UserError(
+            f"a row of the prompts has the key {taken[0]!r}, which says something else to rewards: rename it"
+        )
     clip.prompt = row["prompt"]
     clip.columns = {key: value for key, value in row.items() if key not in ("prompt", "file")}
 
@@ -110,10 +116,14 @@ def _by_name(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _in_order(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
-    for origin in sorted({clip.origin for clip in clips}):
-        own = [clip for clip in clips if clip.origin == origin]
-        if len({clip.origin for clip in clips}) == len(clips):
-            own = list(clips)  # single files: one row each
+    origins = sorted({clip.origin for clip in clips})
+    # Files that were named one by one are one series, a folder is one of its own.
+    series = (
+        [list(clips)]
+        if len(origins) == len(clips)
+        else [[clip for clip in clips if clip.origin == o] for o in origins]
+    )
+    for own in series:
         if len(own) != len(rows):
             raise UserError(f"{len(rows)} prompts for {len(own)} videos: give one each, or rows with 'file'")
         for clip, row in zip(own, rows, strict=True):

@@ -126,6 +126,7 @@ def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
         (["bare.mp4", "--reward", "world"], "world needs a prompt for bare.mp4"),
         (["b", "--prompts", "two.txt"], "2 prompts for 3 videos"),
         (["b", "--prompts", "other.jsonl"], "no row of the prompts has the file 0.mp4"),
+        (["b", "--prompts", "taken.jsonl"], "has the key 'fps'"),
         (["b", "--reward", WORDS], "needs the column 'target'"),
         (["b", "--reward", "http://127.0.0.1:1"], "127.0.0.1:1"),
     ],
@@ -135,6 +136,7 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
     (folders / "empty").mkdir(exist_ok=True)
     (folders / "two.txt").write_text("a\nb\n")
     (folders / "other.jsonl").write_text('{"prompt": "a", "file": "z.mp4"}\n')
+    (folders / "taken.jsonl").write_text('{"prompt": "a", "fps": 8}\n' * 3)
     if not (folders / "bare.mp4").exists():
         write_video(folders / "bare.mp4", grey(0.5), fps=8)
     result = cli("score", *words_)
