@@ -1,11 +1,16 @@
-"""`temporal_self_share` as a torch custom operation: `naive.py` a few locations at a time, so memory does not grow.
+"""`temporal_self_share` as a torch custom operation: the kernel of `triton.py` on a GPU, plain torch elsewhere.
 
-Shapes as in `naive.py`. No gradient: what is measured is a constant of the call.
+Plain torch takes a few locations at a time, so that memory does not grow; the kernel needs none. Shapes as in
+`naive.py`. No gradient: what is measured is a constant of the call.
 """
 
 import torch
 from torch import Tensor
 
+from postgen.kernels.dispatch import uses_triton
+
+MAX_TILE_BYTES = 32768
+"""The kernel's limit: T rows of D numbers, both rounded up to a power of 2 (T = 64 of D = 128 in float32)."""
 _BUDGET = 64 * 2**20
 """Bytes that one chunk of locations may take where the caller names no size."""
 
@@ -23,12 +28,16 @@ def temporal_self_share(
         key: (B, T, S, Hk, D), any strides; H is a multiple of Hk.
         scale: factor of the logits; None is D ** -0.5.
         causal_block: frames are grouped into blocks of so many, and a frame sees no later block; 0 is no mask.
-        chunk_size: locations at a time; None takes as many as fit 64 MiB.
+        chunk_size: locations at a time, in plain torch; None takes as many as fit 64 MiB.
 
     Raises:
         ValueError: shapes that do not belong together, nothing to measure, or a chunk below 1.
     """
     _check(query, key, chunk_size)
+    if uses_triton("temporal_self_share", query, key, obstacle=_obstacle(query, key)):
+        from postgen.kernels.temporal_cfi import triton
+
+        return triton.temporal_self_share(query, key, scale=scale, causal_block=causal_block)
     # Autocast would do the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
         return _share(query, key, scale, causal_block, chunk_size)
@@ -81,6 +90,21 @@ def _later_blocks(frames: int, causal_block: int, device: torch.device) -> Tenso
         return None
     block = torch.arange(frames, device=device) // causal_block
     return block[None, :] > block[:, None]
+
+
+def _obstacle(query: Tensor, key: Tensor) -> str | None:
+    """Return what keeps the kernel from measuring these, beside what `dispatch` looks at."""
+    frames, channels = query.shape[1], query.shape[4]
+    if query.dtype != key.dtype:
+        return f"query is {query.dtype}, key is {key.dtype}"
+    tile = _power_of_2(frames) * _power_of_2(channels) * query.element_size()
+    if tile > MAX_TILE_BYTES:
+        return f"{frames} frames of {channels} channels make a tile of {tile} bytes, at most {MAX_TILE_BYTES} fit"
+    return None
+
+
+def _power_of_2(length: int) -> int:
+    return max(16, 1 << (length - 1).bit_length())
 
 
 def _check(query: Tensor, key: Tensor, chunk_size: int | None) -> None:

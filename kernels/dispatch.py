@@ -1,0 +1,53 @@
+"""Which implementation of an operation runs: the Triton kernel where it can, else plain torch, and never silently."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -> bool:
+    """Say whether the Triton kernel runs; tensors on a GPU that it cannot take give one warning with the reason.
+
+    Args:
+        operation: its name, for the warning.
+        tensors: what the kernel would read.
+        obstacle: what the operation itself finds in the way.
+    """
+    if not tensors[0].is_cuda:
+        return False
+    reason = obstacle or why_not_triton(*tensors)
+    if reason is not None:
+        _warn_once(operation, reason)
+    return reason is None
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    """Return why no Triton kernel of ours can take these tensors, or None when one can."""
+    if any(tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32) for tensor in tensors):
+        dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        return f"the kernel reads bfloat16, float16 and float32, not {dtypes}"
+    if len({tensor.device for tensor in tensors}) > 1:
+        return "the tensors are on more than one device"
+    return None if has_triton() else "triton is not installed (pip install triton)"
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on the tensor's device: it takes the current one otherwise."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Say whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_once(operation: str, reason: str) -> None:
+    warnings.warn(f"{operation} runs as plain torch, not as a fused kernel: {reason}", stacklevel=3)

@@ -1,0 +1,85 @@
+"""What every kernel must bear on a GPU, and a compiler for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOPPER = 90
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def assert_repeats(call: Callable[[], Any], times: int = 20) -> None:
+    """Equal bits, launch after launch."""
+    first = [x.clone() for x in as_tuple(call())]
+    for _ in range(times):
+        for expected, found in zip(first, as_tuple(call()), strict=True):
+            assert torch.equal(expected, found)
+
+
+def assert_records(call: Callable[[], Any]) -> None:
+    """A CUDA graph records it (nothing waits for the GPU) and replays to equal bits."""
+    expected = [x.clone() for x in as_tuple(call())]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        static = as_tuple(call())
+    for x in static:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, found in zip(expected, static, strict=True):
+        assert torch.equal(x, found)
+
+
+def assert_compiles_whole(function: Callable[..., Any], *args: Any) -> None:
+    """torch.compile takes it without a break and gives equal bits."""
+    expected = as_tuple(function(*args))
+    torch.compiler.reset()
+    found = as_tuple(torch.compile(function, fullgraph=True)(*args))
+    for x, y in zip(expected, found, strict=True):
+        assert torch.equal(x, y)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2 of the difference over L2 of what is expected, in float64."""
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def compile_for(
+    kernel: Any,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    floats: Sequence[str] = (),
+    integers: Sequence[str] = (),
+    capability: int = HOPPER,
+    **options: int,
+) -> Any:
+    """Compile a kernel for a GPU that need not be here; other arguments are strides of 64 bits, divisible by 16.
+
+    Returns what Triton compiled; its `metadata.shared` is the shared memory of a program in bytes.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {
+        **dict.fromkeys(names, "i64"),
+        **dict.fromkeys(floats, "fp32"),
+        **dict.fromkeys(integers, "i32"),
+        **{name: f"*{dtype}" for name, dtype in pointers.items()},
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    aligned = [name for name, dtype in types.items() if dtype == "i64" or dtype.startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, types, dict(constants), attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
