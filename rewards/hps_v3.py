@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from postgen.errors import UserError
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.qwen import Asker, assemble_score, fitting_size, plain, split_state
 from postgen.rewards.weights import fill, find_file, read_state
@@ -71,9 +72,11 @@ class HPSv3(FrameReward):
         """
         path = find_file(self.model, self.file)
         parts = split_state(read_state(path))
+        first = parts["head"].get("0.weight")
+        if first is None or first.ndim != 2:
+            raise UserError(f"the weights of {path} are those of another model: it lacks rm_head.0.weight")
+        head = fill(rank_head(first.shape[1]), parts["head"], path)
         self.asker = Asker(self.base, [MARK], "image")
-        width = parts["body"]["language_model.norm.weight"].numel() if parts["body"] else 1
-        head = fill(rank_head(width), parts["head"], path)
         return assemble_score(self.base, parts, head, "image", path)
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:

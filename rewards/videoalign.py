@@ -67,8 +67,7 @@ class VideoAlign(RewardModel):
     Args:
         model: Hub id, local folder, or path of the checkpoint file.
         file: the checkpoint in `model`, with `model_config.json` two folders up or beside it.
-        base: Hub id or local folder of Qwen2-VL, for its configuration and tokenizer; None takes the one named in
-            `model_config.json`.
+        base: Hub id or local folder of Qwen2-VL, for its configuration and tokenizer.
         device, dtype: as `RewardModel`.
     """
 
@@ -79,7 +78,7 @@ class VideoAlign(RewardModel):
         self,
         model: str = "KwaiVGI/VideoReward",
         file: str = "checkpoint-11352/model.pth",
-        base: str | None = None,
+        base: str = "Qwen/Qwen2-VL-2B-Instruct",
         **place: Any,
     ) -> None:
         super().__init__(**place)
@@ -95,9 +94,8 @@ class VideoAlign(RewardModel):
         """
         path = find_file(self.model, self.file)
         self.settings = _settings(self.model, path)
-        base = self.base or self.settings["model_config"]["model_name_or_path"]
-        self.asker = Asker(base, MARKS, "video")
-        return video_score(base, read_state(path), self.settings["peft_lora_config"], path)
+        self.asker = Asker(self.base, MARKS, "video")
+        return video_score(self.base, read_state(path), self.settings["peft_lora_config"], path)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None
@@ -142,12 +140,14 @@ class VideoAlign(RewardModel):
 
 def _settings(model: str, path: Path) -> dict[str, Any]:
     """Read `model_config.json`, which lies above the folder of the checkpoint."""
-    for place in (path.parent.parent, path.parent):
-        if (place / "model_config.json").is_file():
-            return json.loads((place / "model_config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    if path == Path(model):
+    near = [place / "model_config.json" for place in (path.parent.parent, path.parent)]
+    found = next((file for file in near if file.is_file()), None)
+    if found is None and path == Path(model).expanduser():
         raise UserError(f"{path} needs its model_config.json, one folder up or beside it")
-    return json.loads(find_file(model, "model_config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    settings: dict[str, Any] = json.loads((found or find_file(model, "model_config.json")).read_text(encoding="utf-8"))
+    if missing := [part for part in ("data_config", "peft_lora_config") if part not in settings]:
+        raise UserError(f"the model_config.json of {model} has no {' and no '.join(missing)}: it is another model's")
+    return settings
 
 
 def _alike(completions: Sequence[Tensor]) -> list[list[int]]:

@@ -66,13 +66,19 @@ def trained(base, words):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, base, trained):
+def make(base, folder):
+    """VideoAlign on the published folder, or on another one."""
+    return lambda model=folder, **options: VideoAlign(str(model), base=str(base), **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, trained):
     path = tmp_path_factory.mktemp("videoreward")
     (path / "checkpoint-11352").mkdir()
     torch.save(qwen_tiny.old_names(dict(trained.state_dict())), path / "checkpoint-11352" / "model.pth")
     settings = {
         "data_config": {"max_frame_pixels": 200704, "fps": 2.0, "sample_type": "uniform"},
-        "model_config": {"model_name_or_path": str(base), "output_dim": 3, "use_special_tokens": True},
+        "model_config": {"model_name_or_path": "/on/their/disk", "output_dim": 3, "use_special_tokens": True},
         "peft_lora_config": {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "use_rslora": False},
         "inference_config": NORM,
     }
@@ -112,9 +118,9 @@ def straight(trained, words, clip, prompt, picks):
 
 
 @torch.no_grad()
-def test_the_axes_are_those_of_the_published_network(folder, trained, words, clips):
+def test_the_axes_are_those_of_the_published_network(make, trained, words, clips):
     assert len(names_in(qwen_tiny.old_names(dict(trained.state_dict())))) > 40
-    got = VideoAlign(str(folder))(PROMPTS, clips, fps=4.0)
+    got = make()(PROMPTS, clips, fps=4.0)
     # 9 frames at 4 a second are 2.25 s: 4.5 frames at 2 a second, rounded to the even number 4
     picks = [[0, 3, 5, 8], [0, 1], [0, 1, 2, 3]]
     for row, (clip, prompt) in enumerate(zip(clips, PROMPTS, strict=True)):
@@ -126,8 +132,8 @@ def test_the_axes_are_those_of_the_published_network(folder, trained, words, cli
 
 
 @torch.no_grad()
-def test_only_the_last_axis_depends_on_the_prompt(folder, clips):
-    model = VideoAlign(str(folder))
+def test_only_the_last_axis_depends_on_the_prompt(make, clips):
+    model = make()
     one, two = (model([p], clips[1:2], fps=8.0) for p in PROMPTS[:2])
     assert one["vq"] == pytest.approx(two["vq"], abs=1e-5)
     assert one["mq"] == pytest.approx(two["mq"], abs=1e-5)
@@ -135,10 +141,10 @@ def test_only_the_last_axis_depends_on_the_prompt(folder, clips):
 
 
 @torch.no_grad()
-def test_a_batch_scores_like_single_clips(folder):
+def test_a_batch_scores_like_single_clips(make):
     clips = [torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(k)) for k in range(8)]
     prompts = [PROMPTS[k % 3] for k in range(8)]
-    model = VideoAlign(str(folder))
+    model = make()
     together = model(prompts, clips, fps=8.0)
     for row in range(8):
         alone = model(prompts[row : row + 1], clips[row : row + 1], fps=8.0)
@@ -148,20 +154,20 @@ def test_a_batch_scores_like_single_clips(folder):
 
 
 @torch.no_grad()
-def test_a_prompt_cannot_spell_a_special_token(folder, clips):
-    scores = VideoAlign(str(folder))(["<|VQ_reward|> <|video_pad|> {x}", "blue"], [clips[1]] * 2, fps=8.0)
+def test_a_prompt_cannot_spell_a_special_token(make, clips):
+    scores = make()(["<|VQ_reward|> <|video_pad|> {x}", "blue"], [clips[1]] * 2, fps=8.0)
     assert scores["vq"][0] == pytest.approx(scores["vq"][1], abs=1e-4)
 
 
-def test_views_are_scored_once(folder, clips):
-    views = [get_reward(f"videoalign{k}", model=str(folder)) for k in ("_vq", "_mq", "_ta", "")]
+def test_views_are_scored_once(base, folder, clips):
+    views = [get_reward(f"videoalign{k}", model=str(folder), base=str(base)) for k in ("_vq", "_mq", "_ta", "")]
     assert len({id(view.function) for view in views}) == 1
     result = RewardRunner(views)(PROMPTS, [*clips[:2], clips[0][:1]], fps=4.0)
     assert result.values[:2, :3].sum(1).tolist() == pytest.approx(result.values[:2, 3].tolist(), abs=1e-4)
     assert result.values[2].isnan().all()
 
 
-def test_merged_checkpoints_work_too(tmp_path, folder, base, trained, clips):
+def test_merged_checkpoints_work_too(make, tmp_path, folder, clips):
     """A checkpoint whose adapters were merged before, under the names of today's transformers."""
     state = torch.load(folder / "checkpoint-11352" / "model.pth", weights_only=True)
     merged = {name.removeprefix("base_model.model."): w for name, w in merge_lora(state, 2.0).items()}
@@ -169,8 +175,8 @@ def test_merged_checkpoints_work_too(tmp_path, folder, base, trained, clips):
     settings["peft_lora_config"]["lora_enable"] = False
     (tmp_path / "model_config.json").write_text(json.dumps(settings))
     torch.save(merged, tmp_path / "model.pth")
-    one = VideoAlign(str(tmp_path / "model.pth"))(PROMPTS[:1], clips[1:2], fps=4.0)
-    two = VideoAlign(str(folder))(PROMPTS[:1], clips[1:2], fps=4.0)
+    one = make(tmp_path / "model.pth")(PROMPTS[:1], clips[1:2], fps=4.0)
+    two = make()(PROMPTS[:1], clips[1:2], fps=4.0)
     assert one["overall"] == pytest.approx(two["overall"], abs=1e-5)
 
 
@@ -313,20 +319,25 @@ def test_full_size_networks_take_the_published_names(size):
     assert {v.dtype for v in parts["body"].values()} == {torch.bfloat16}
 
 
-def test_errors(tmp_path, folder, clips):
+def test_errors(make, tmp_path, base, folder, clips):
     with pytest.raises(UserError, match="give fps above 0, got None"):
-        VideoAlign(str(folder))(PROMPTS, clips)
+        make()(PROMPTS, clips)
     with pytest.raises(UserError, match=r"holds no checkpoint-11352/model\.pth"):
-        VideoAlign(str(tmp_path)).load()
+        make(tmp_path).load()
     path = folder / "checkpoint-11352" / "model.pth"
     state = torch.load(path, weights_only=True)
     torch.save(state, tmp_path / "model.pth")
     with pytest.raises(UserError, match=r"needs its model_config\.json"):
-        VideoAlign(str(tmp_path / "model.pth")).load()
+        make(tmp_path / "model.pth").load()
+    (tmp_path / "model_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no data_config and no peft_lora_config"):
+        make(tmp_path / "model.pth").load()
     (tmp_path / "model_config.json").write_text((folder / "model_config.json").read_text())
     torch.save({k: v for k, v in state.items() if "rm_head" not in k}, tmp_path / "model.pth")
     with pytest.raises(UserError, match=r"lacks rm_head\.weight"):
-        VideoAlign(str(tmp_path / "model.pth")).load()
+        make(tmp_path / "model.pth").load()
+    with pytest.raises(UserError, match=r"lacks rm_head\.0\.weight"):
+        HPSv3(str(tmp_path / "model.pth"), base=str(base)).load()
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         VideoAlign(str(folder), base=str(tmp_path)).load()
 
@@ -364,7 +375,7 @@ def test_hps_v3_is_the_mean_of_its_head(tmp_path, base, clips):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @torch.backends.cudnn.flags(allow_tf32=False)
 @torch.no_grad()
-def test_the_gpu_gives_the_same(folder, clips):
-    here, there = (VideoAlign(str(folder), device=device)(PROMPTS, clips, fps=4.0) for device in ("cpu", "cuda"))
+def test_the_gpu_gives_the_same(make, clips):
+    here, there = (make(device=device)(PROMPTS, clips, fps=4.0) for device in ("cpu", "cuda"))
     for axis in ("vq", "mq", "ta"):
         assert there[axis] == pytest.approx(here[axis], abs=1e-3)
