@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from postgen.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 TokenOrder = Literal["video", "video-text", "text-video", "history-video", "history-video-text", "video-reference"]
 """Order of the tokens that self-attention sees. `history-video`: the current frames are the last of the video;
@@ -122,11 +122,23 @@ def grid_btchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
 
 
 def grid_packed(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
-    """Read `num_frames`, `height`, `width` of packed tokens (B, T*H*W, C); None where they are not given."""
+    """Read `num_frames`, `height`, `width` of packed tokens (B, T*H*W, C), or count them in `video_coords`.
+
+    None where neither tells: tokens of references among those of the video make the coordinates no grid.
+    """
     frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-    if frames is None or height is None or width is None:
-        return None
-    return Grid(frames=frames, height=height, width=width)
+    # Pipelines that pass coordinates write 1 for each of the sizes, or leave them out.
+    if frames is not None and height is not None and width is not None and frames * height * width > 1:
+        return Grid(frames=frames, height=height, width=width)
+    coordinates = arguments.get("video_coords")
+    return None if coordinates is None else _grid_of_coordinates(coordinates[0])
+
+
+def _grid_of_coordinates(coordinates: Tensor) -> Grid | None:
+    """Coordinates of the tokens in time, height and width (3, L), or where each begins and ends (3, L, 2)."""
+    begins = coordinates if coordinates.dim() == 2 else coordinates[..., 0]
+    frames, height, width = (axis.unique().numel() for axis in begins)
+    return Grid(frames=frames, height=height, width=width) if frames * height * width == begins.shape[1] else None
 
 
 def _patch(config: Any) -> tuple[int, int, int]:

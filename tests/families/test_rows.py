@@ -64,10 +64,21 @@ def test_block_causal_frames() -> None:
     assert rule(tiny_model("SkyReels-V2 block-causal").transformer.config) == 2
 
 
-def test_packed_tokens_without_sizes_have_no_grid() -> None:
-    tiny = tiny_model("LTX-2")
-    sizes = dict.fromkeys(("num_frames", "height", "width"))
-    assert layout_of(tiny.transformer).grid(tiny.transformer, **{**tiny.arguments, **sizes}) is None
+@pytest.mark.parametrize("name", ["LTX", "LTX-2"])
+def test_packed_tokens_without_sizes(name: str) -> None:
+    """Coordinates tell the grid as long as they are one; without them nothing does."""
+    tiny = tiny_model(name)
+    layout = layout_of(tiny.transformer)
+    corners = torch.cartesian_prod(torch.arange(4.0) / 25, torch.arange(2.0) * 32, torch.arange(3.0) * 32).T[None]
+    for coordinates in (corners, torch.stack([corners, corners + 1], -1)):
+        for sizes in (dict.fromkeys(("num_frames", "height", "width")), {"num_frames": 1, "height": 1, "width": 1}):
+            arguments = {**tiny.arguments, **sizes}
+            grid = layout.grid(tiny.transformer, **arguments, video_coords=coordinates)
+            assert grid == Grid(frames=4, height=2, width=3)
+            reference = torch.cat([coordinates[:, :, :2] + 7, coordinates], dim=2)
+            assert layout.grid(tiny.transformer, **arguments, video_coords=reference) is None
+    nothing = dict.fromkeys(("num_frames", "height", "width"))
+    assert layout.grid(tiny.transformer, **{**tiny.arguments, **nothing}) is None
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # Both enter their builders into the table when they are imported.
 from tests.families import tiny_others, tiny_wan  # noqa: F401
-from tests.families.tiny_parts import BUILDERS, Size
+from tests.families.tiny_parts import BUILDERS, Size, build
 
 __all__ = ["BUILDERS", "TinyModel", "tiny_model"]
 
@@ -43,13 +43,9 @@ class TinyModel:
 
 
 def tiny_model(name: str, *, batch: int = 1, frames: int = 4, layers: int = 2, seed: int = 0) -> TinyModel:
-    """Build one of `BUILDERS` with random weights; weights that start at zero are drawn too, or nothing would show."""
+    """Build one of `BUILDERS` with random weights."""
     torch.manual_seed(seed)
     kind, config, arguments = BUILDERS[name](Size(batch=batch, frames=frames, layers=layers))
-    transformer = kind(**config).eval()
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
+    transformer = build(kind, config, seed)
     blocks = config.get("num_visual_blocks", config.get("num_layers")) + config.get("num_single_layers", 0)
     return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames, attention_layers=blocks)

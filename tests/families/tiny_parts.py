@@ -68,6 +68,17 @@ def builder(name: str) -> Callable[[Callable[[Size], Built]], Callable[[Size], B
     return enter
 
 
+def build(kind: Any, config: dict[str, Any], seed: int = 0) -> Any:
+    """A module with random weights, always the same. Zeros are drawn too: they would hide what comes before them."""
+    torch.manual_seed(seed)
+    module = kind(**config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return module
+
+
 def wan_config(size: Size, **changes: Any) -> dict[str, Any]:
     """Configuration that Wan and its relatives share."""
     config = {
