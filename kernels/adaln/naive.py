@@ -1,0 +1,100 @@
+"""The norms around the layers of a diffusion transformer (DiT, arXiv:2212.09748, section 3.2): the reference.
+
+A layer reads LayerNorm(x) * (1 + scale) + shift and adds its answer times a gate to x. Shapes: x is (B, N, C); scale,
+shift and gate are (B, 1, C), one set a sample, or (B, N, C), one set a token; weight and bias are (C,). Everything is
+computed in float32 (float64 for float64) and rounded once to the dtype of x.
+"""
+
+import torch
+from torch import Tensor
+
+
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift; what is None is left out."""
+    normed = _affine(_normalised(_exact(x), eps)[0], weight, bias)
+    if scale is not None:
+        normed = normed * (1 + _exact(scale))
+    if shift is not None:
+        normed = normed + _exact(shift)
+    return normed.to(x.dtype)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return x + y * gate, rounded to the dtype of x, and `norm_modulate` of it."""
+    branch = _exact(y) if gate is None else _exact(y) * _exact(gate)
+    total = (_exact(x) + branch).to(x.dtype)
+    return total, norm_modulate(total, scale, shift, weight, bias, eps=eps)
+
+
+def norm_modulate_backward(
+    gradient: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, scale, shift, weight and bias, given that of `norm_modulate`'s result.
+
+    With n the normalised x and r its reciprocal deviation: dx = r * (dn - mean(dn) - n * mean(dn * n)).
+    """
+    gradient = _exact(gradient)
+    normed, reciprocal = _normalised(_exact(x), eps)
+    of_scale = _summed(gradient * _affine(normed, weight, bias), scale) if scale is not None else None
+    of_shift = _summed(gradient, shift)
+    if scale is not None:
+        gradient = gradient * (1 + _exact(scale))
+    of_weight, of_bias = _summed(gradient * normed, weight), _summed(gradient, bias)
+    if weight is not None:
+        gradient = gradient * _exact(weight)
+    mean, along = gradient.mean(-1, keepdim=True), (gradient * normed).mean(-1, keepdim=True)
+    of_x = reciprocal * (gradient - mean - normed * along)
+    return of_x.to(x.dtype), of_scale, of_shift, of_weight, of_bias
+
+
+def gate_residual_backward(gradient: Tensor, y: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of y and gate, given that of x + y * gate."""
+    gradient = _exact(gradient)
+    of_y = gradient if gate is None else gradient * _exact(gate)
+    return of_y.to(y.dtype), _summed(gradient * _exact(y), gate)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    centred = x - x.mean(-1, keepdim=True)
+    reciprocal = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * reciprocal, reciprocal
+
+
+def _affine(normed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normed = normed * _exact(weight)
+    return normed if bias is None else normed + _exact(bias)
+
+
+def _summed(gradient: Tensor, like: Tensor | None) -> Tensor | None:
+    """Add up what a broadcast copied."""
+    return None if like is None else gradient.sum_to_size(like.shape).to(like.dtype)

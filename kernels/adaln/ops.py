@@ -1,0 +1,159 @@
+"""`norm_modulate` and `gate_residual_norm_modulate` as torch custom operations: one kernel each on a GPU.
+
+Shapes as in `naive.py`. The gradients are its formulas in plain torch, which torch.compile fuses.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.kernels.adaln import naive
+from postgen.kernels.dispatch import uses_triton
+
+MAX_CHANNELS = 16384
+"""The longest token that one program of the kernel holds in registers."""
+
+
+@torch.library.custom_op("postgen::norm_modulate", mutates_args=())
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift in the dtype of x; what is None is left out.
+
+    Args:
+        x: (B, N, C), any strides.
+        scale: (B, 1, C) or (B, N, C), any dtype; a leading 1 serves all samples.
+        shift: as `scale`.
+        weight: (C,).
+        bias: (C,).
+        eps: added to the variance.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(x, scale=scale, shift=shift)
+    _check_channels(x, weight=weight, bias=bias)
+    if _on_kernel("norm_modulate", x, scale, shift, weight, bias):
+        from postgen.kernels.adaln import triton
+
+        return triton.norm_modulate(x, scale, shift, weight, bias, eps=eps)
+    return naive.norm_modulate(x, scale, shift, weight, bias, eps=eps).contiguous()
+
+
+@torch.library.custom_op("postgen::gate_residual_norm_modulate", mutates_args=())
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return x + y * gate in the dtype of x, and `norm_modulate` of it.
+
+    Args:
+        x: (B, N, C), the stream that layers add to; any strides.
+        y: (B, N, C), what a layer answered; any strides.
+        gate: (B, 1, C) or (B, N, C), any dtype; None is 1.
+        scale: as in `norm_modulate`, like all that follow.
+        shift: see there.
+        weight: see there.
+        bias: see there.
+        eps: see there.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(x, gate=gate, scale=scale, shift=shift)
+    _check_channels(x, weight=weight, bias=bias)
+    if y.shape != x.shape:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have one shape")
+    if _on_kernel("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias):
+        from postgen.kernels.adaln import triton
+
+        return triton.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps)
+    total, out = naive.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps)
+    return total.contiguous(), out.contiguous()
+
+
+@norm_modulate.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@gate_residual_norm_modulate.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *naive.norm_modulate_backward(gradient, *ctx.saved_tensors, eps=ctx.eps), None
+
+
+def _keep_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, y, gate, *modulation, ctx.eps = inputs
+    ctx.save_for_backward(y, gate, output[0], *modulation)
+
+
+def _residual_backward(ctx: Any, of_total: Tensor, of_normed: Tensor) -> tuple[Tensor | None, ...]:
+    y, gate, total, *modulation = ctx.saved_tensors
+    through_norm, *of_modulation = naive.norm_modulate_backward(of_normed, total, *modulation, eps=ctx.eps)
+    of_x = of_total + through_norm
+    return of_x, *naive.gate_residual_backward(of_x, y, gate), *of_modulation, None
+
+
+norm_modulate.register_autograd(_norm_backward, setup_context=_keep_norm)
+gate_residual_norm_modulate.register_autograd(_residual_backward, setup_context=_keep_residual)
+
+
+def _on_kernel(operation: str, x: Tensor, *others: Tensor | None) -> bool:
+    channels = x.shape[-1]
+    obstacle = f"{channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+    return uses_triton(operation, x, *(each for each in others if each is not None), obstacle=obstacle)
+
+
+def _check(x: Tensor, **modulation: Tensor | None) -> None:
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"x must be (B, N, C) and not empty, got {tuple(x.shape)}")
+    batch, tokens, channels = x.shape
+    for name, tensor in modulation.items():
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, tokens) or shape[2] != channels:
+            raise ValueError(f"{name} must be (B, 1, C) or (B, N, C) for x {tuple(x.shape)}, got {shape}")
+
+
+def _check_channels(x: Tensor, **affine: Tensor | None) -> None:
+    for name, tensor in affine.items():
+        if tensor is not None and tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must be (C,) for x {tuple(x.shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,136 @@
+"""Gate, residual, LayerNorm and modulation of one token in one program: everything is read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from postgen.kernels.dispatch import launching_on
+
+
+@triton.jit
+def _norm_modulate(
+    x,
+    y,
+    gate,
+    scale,
+    shift,
+    weight,
+    bias,
+    total,
+    out,
+    x_b,
+    x_n,
+    y_b,
+    y_n,
+    gate_b,
+    gate_n,
+    scale_b,
+    scale_n,
+    shift_b,
+    shift_n,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(1).to(tl.int64)
+    row = (sample * tl.num_programs(0) + token) * CHANNELS
+    c = tl.arange(0, BLOCK)
+    inside = c < CHANNELS
+
+    # A token is read once; what all tokens of a sample share stays in the caches.
+    value = tl.load(x + sample * x_b + token * x_n + c, mask=inside, other=0.0, eviction_policy="evict_first")
+    value = value.to(tl.float32)
+    if y is not None:
+        branch = tl.load(y + sample * y_b + token * y_n + c, mask=inside, other=0.0, eviction_policy="evict_first")
+        branch = branch.to(tl.float32)
+        if gate is not None:
+            branch *= tl.load(gate + sample * gate_b + token * gate_n + c, mask=inside, other=0.0).to(tl.float32)
+        rounded = (value + branch).to(total.dtype.element_ty)
+        tl.store(total + row + c, rounded, mask=inside)
+        # The norm is that of the sum which later layers read.
+        value = rounded.to(tl.float32)
+
+    centred = tl.where(inside, value - tl.sum(value, axis=0) / CHANNELS, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / CHANNELS
+    value = centred * (1.0 / tl.sqrt(variance + eps))
+    if weight is not None:
+        value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        value *= 1.0 + tl.load(scale + sample * scale_b + token * scale_n + c, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        value += tl.load(shift + sample * shift_b + token * shift_n + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + c, value.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Compute `naive.norm_modulate`; `ops.py` has checked the shapes. Any strides; channels are read one by one."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, None, scale, shift, weight, bias, None, out, eps)
+    return out
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Compute `naive.gate_residual_norm_modulate`; `ops.py` has checked the shapes. Any strides."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(total)
+    _launch(x, y, gate, scale, shift, weight, bias, total, out, eps)
+    return total, out
+
+
+def block(channels: int) -> tuple[int, int]:
+    """Return the numbers that a program holds, a power of 2, and its warps."""
+    size = max(128, triton.next_power_of_2(channels))
+    return size, 4 if size <= 2048 else 8 if size <= 8192 else 16
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    eps: float,
+) -> None:
+    batch, tokens, channels = x.shape
+    size, warps = block(channels)
+    rows = [None if row is None else _rows(row, x) for row in (x, y, gate, scale, shift)]
+    strides = [stride for row in rows for stride in ((0, 0) if row is None else row.stride()[:2])]
+    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
+    with launching_on(x):
+        _norm_modulate[(tokens, batch)](
+            *rows, weight, bias, total, out, *strides, eps, CHANNELS=channels, BLOCK=size, num_warps=warps
+        )
+
+
+def _rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a (B, N, C) view; only channels that are not neighbours are copied."""
+    tensor = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor.expand(like.shape)
