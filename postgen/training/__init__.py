@@ -2,7 +2,7 @@
 
 from .config import TrainingConfig
 from .recipe import METHODS, load_recipe
-from .stop import Reason
-from .trainer import Trainer, TrainResult
+from .stop import Reason, TrainResult
+from .trainer import Trainer
 
 __all__ = ["METHODS", "Reason", "TrainResult", "Trainer", "TrainingConfig", "load_recipe"]

@@ -78,6 +78,9 @@ class TrainingConfig:
     bf16: bool = False
     """Run the models' forward passes under bfloat16 autocast; weights stay as they are."""
 
+    fully_shard: bool = False
+    """Cut weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), on GPUs or CPUs."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; "auto" takes what accelerate finds."""
 

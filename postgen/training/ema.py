@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .sharding import cut_like, local
+
 
 class Ema:
     """Average of named parameters; one for all of them, kept beside them in float32.
@@ -39,12 +41,13 @@ class Ema:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Put the average into the model; afterwards the trained weights stand there again, bit by bit."""
-        trained = [parameter.detach().clone() for parameter in self._parameters]
-        self._model.copy_to(self._parameters)
+        places = [local(parameter.data) for parameter in self._parameters]
+        trained = [place.clone() for place in places]
+        torch._foreach_copy_(places, [local(shadow) for shadow in self._model.shadow_params])
         try:
             yield
         finally:
-            torch._foreach_copy_([parameter.data for parameter in self._parameters], trained)
+            torch._foreach_copy_(places, trained)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by name."""
@@ -53,5 +56,5 @@ class Ema:
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Take averages and number of updates from a checkpoint; names and shapes must be the same."""
         for name, shadow in self.tensors().items():
-            shadow.copy_(tensors[name])
+            shadow.copy_(cut_like(tensors[name], shadow))
         self._model.optimization_step = steps

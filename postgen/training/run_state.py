@@ -12,6 +12,7 @@ from postgen.errors import UserError
 from .checkpoint import Snapshot, check_names
 from .config import TrainingConfig
 from .ema import Ema
+from .sharding import cut_like, whole
 
 _RUN_ONLY = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "max_seconds", "save_seconds"}
 """Settings that do not change what is learned."""
@@ -59,16 +60,19 @@ class RunState:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.named.items()}
 
     def snapshot(self, step: int, ranks: list[dict[str, Any]], meta: Mapping[str, Any]) -> Snapshot:
-        """Return the state after `step` steps with the parts that the caller collected; no tensor is copied."""
+        """Return the state after `step` steps with the parts that the caller collected; no tensor is copied.
+
+        With sharded weights every process must call this.
+        """
         moments = {
-            f"{self._names[parameter]}|{key}": value
+            f"{self._names[parameter]}|{key}": whole(value)
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
         }
         return Snapshot(
             step=step,
-            weights=self._tensors(),
-            ema=self.ema.tensors() if self.ema else {},
+            weights={name: whole(tensor) for name, tensor in self._tensors().items()},
+            ema={name: whole(tensor) for name, tensor in self.ema.tensors().items()} if self.ema else {},
             optimizer=moments,
             ranks=ranks,
             meta={**meta, "ema_steps": self.ema.steps if self.ema else 0},
@@ -77,7 +81,7 @@ class RunState:
     @torch.no_grad()
     def checksum(self) -> float:
         """Return a number that two processes share when their trained weights are equal. Waits for the device."""
-        return float(torch.stack([parameter.double().abs().sum() for parameter in self.parameters]).sum())
+        return float(torch.stack([whole(parameter.double().abs().sum()) for parameter in self.parameters]).sum())
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot, place: str) -> None:
@@ -92,7 +96,7 @@ class RunState:
             has = "has" if snapshot.ema else "has no"
             raise UserError(f"{place} {has} averaged weights: set ema_decay as in the run that wrote it.")
         for name, tensor in tensors.items():
-            tensor.copy_(snapshot.weights[name])
+            tensor.copy_(cut_like(snapshot.weights[name], tensor))
         if self.ema is not None:
             self.ema.load(snapshot.ema, snapshot.meta["ema_steps"])
         self._restore_moments(snapshot.optimizer)
@@ -100,6 +104,14 @@ class RunState:
         rates = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, base, shape in rates:
             group["lr"] = base * shape(snapshot.step)
+
+    @torch.no_grad()
+    def whole_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return all weights by model and name, on the CPU; every process must call this."""
+        return {
+            name: {key: whole(value.detach()).cpu() for key, value in module.state_dict().items()}
+            for name, module in self.modules.items()
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return trained parameters, and buffers that belong to the state."""
@@ -116,5 +128,9 @@ class RunState:
             by_parameter.setdefault(parameter, {})[key] = tensor
         order = [self._names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
         state = self.optimizer.state_dict()
-        state["state"] = {index: by_parameter[name] for index, name in enumerate(order) if name in by_parameter}
+        state["state"] = {
+            index: {key: cut_like(value, self.named[name]) for key, value in by_parameter[name].items()}
+            for index, name in enumerate(order)
+            if name in by_parameter
+        }
         self.optimizer.load_state_dict(state)

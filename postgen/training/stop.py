@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,6 +16,20 @@ class Reason(StrEnum):
     CALLBACK = "callback"
     DEADLINE = "deadline"
     INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    global_step: int
+    """Optimiser steps done."""
+
+    reason: Reason
+    """Why it ended."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last logged metrics."""
 
 
 class Signals:

@@ -3,8 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -25,7 +24,8 @@ from .logging import available_trackers, say
 from .processes import check_equal, leave_group
 from .run_log import RunLog
 from .run_state import RunState, changed_settings, trained_parameters
-from .stop import Reason, Signals
+from .sharding import no_sync, prepare, whole
+from .stop import Reason, Signals, TrainResult
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -33,27 +33,14 @@ _AGREE_EVERY = 10
 """Steps between two agreements of several processes about stopping; one process looks after every step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """How a run ended."""
-
-    global_step: int
-    """Optimiser steps done."""
-
-    reason: Reason
-    """Why it ended."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The last logged metrics."""
-
-
 class Trainer(ABC, Generic[C]):
     """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
 
     Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `on_optimizer_step`, `evaluate`,
     `state_dict`, `load_state_dict`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`
-    (a generator on the device, seeded for this process, kept in checkpoints), `models` (prepared by accelerate; the
-    forward passes that carry gradients go through these, so that several processes average them).
+    (a generator on the device, seeded for this process, kept in checkpoints), `whole_weights` (in `export`, with
+    `fully_shard`: all weights by model and name, of which the models hold only parts), `models` (prepared by
+    accelerate; the forward passes that carry gradients go through these, so that several processes average them).
 
     Args:
         args: the configuration, an instance of `config_class`.
@@ -87,6 +74,7 @@ class Trainer(ABC, Generic[C]):
         self._raw: dict[str, nn.Module] = {}
         self.log = RunLog(args, self.accelerator)
         self._saved_step = -1
+        self.whole_weights: dict[str, dict[str, Tensor]] | None = None
 
     # Hooks of a method.
 
@@ -152,13 +140,9 @@ class Trainer(ABC, Generic[C]):
         """Add the gradients of a micro-batch, or of a part of its loss."""
         self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, backward passes do not average gradients over processes: the next pass outside does, for all."""
-        with ExitStack() as stack:
-            for module in self.models.values():
-                stack.enter_context(self.accelerator.no_sync(module))
-            yield
+        return no_sync(self.models, self.accelerator)
 
     @contextmanager
     def for_inference(self) -> Iterator[None]:
@@ -216,7 +200,7 @@ class Trainer(ABC, Generic[C]):
         if self.args.init_from and source is None:
             weights.initialise(self._raw, Path(self.args.init_from))
         for name, module in self._raw.items():
-            self.models[name] = self.accelerator.prepare_model(module.train())
+            self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard)
         self._parts = self._build_parts()
         set_seed(self.args.seed, device_specific=True)
         self.generator.manual_seed(rng.stream_seed(self.args.seed, self.accelerator.process_index))
@@ -284,7 +268,7 @@ class Trainer(ABC, Generic[C]):
             self.log.add(loss, metrics, self.global_step + 1)
         # An infinite limit leaves the gradients alone and still gives their norm.
         limit = self.args.max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self._parts.parameters, limit)
+        norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, limit))
         self.optimizer.step()
         self._parts.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -340,6 +324,7 @@ class Trainer(ABC, Generic[C]):
 
     def _export(self) -> None:
         with self.for_inference():
+            self.whole_weights = self._parts.whole_weights() if self.args.fully_shard else None
             if self.accelerator.is_main_process:
                 with replacing(self.args.folder / "export") as part:
                     part.mkdir()
@@ -361,9 +346,10 @@ class Trainer(ABC, Generic[C]):
             "averages": self.log.averages(),
         }
         ranks = gather_object([own])
+        meta = {"config": self.args.to_dict(), "seconds": self.log.seconds(), "torch": torch.__version__}
+        snapshot = self._parts.snapshot(self.global_step, ranks, meta)
         if self.accelerator.is_main_process:
-            meta = {"config": self.args.to_dict(), "seconds": self.log.seconds(), "torch": torch.__version__}
-            checkpoint.write(self.args.folder, self._parts.snapshot(self.global_step, ranks, meta))
+            checkpoint.write(self.args.folder, snapshot)
             checkpoint.prune(self.args.folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._saved_step, self._saved_at = self.global_step, time.monotonic()
