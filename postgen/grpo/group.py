@@ -101,6 +101,7 @@ class GroupTrainer(Trainer[G]):
         self.batches = Batches.of(args, process.num_processes, process.process_index)
         self.micro = 0
         self.buffer: Buffer | None = None
+        self._check_shards()
         self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
         self.hacking = HackingGuard(args.hacking_patience)
 
@@ -120,6 +121,18 @@ class GroupTrainer(Trainer[G]):
         if not rewards:
             raise UserError("there is no reward: give reward_funcs, names or functions")
         return RewardRunner(rewards, weights, device=self.args.reward_device, offload=self.args.offload_reward)
+
+    def _check_shards(self) -> None:
+        """With sharded weights every process must call the network equally often."""
+        args, processes = self.args, self.accelerator.num_processes
+        if not args.fully_shard:
+            return
+        if getattr(args, "sde_window_per", "rollout") != "rollout" and getattr(args, "sde_window_size", None):
+            raise UserError("fully_shard needs sde_window_per: rollout, or processes would wait for one another")
+        if self.eval_prompts is not None and min(args.eval_prompts, len(self.eval_prompts)) % processes:
+            raise UserError(f"fully_shard needs eval_prompts that {processes} processes share equally")
+        if getattr(args, "beta", 0.0) and (not args.use_peft or args.lora_path):
+            raise UserError("fully_shard keeps no copy of all weights: set beta to 0, or train a new LoRA")
 
     # Hooks of the family.
 
@@ -209,7 +222,7 @@ class GroupTrainer(Trainer[G]):
         """Write the LoRA or the trained models, and a model card."""
         from .card import write_card
 
-        self.policy.save(folder)
+        self.policy.save(folder, self.whole_weights)
         write_card(self, folder)
 
     def state_dict(self) -> dict[str, Any]:

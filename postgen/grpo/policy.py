@@ -154,7 +154,7 @@ class Policy:
             weights = None if state is None else state[name]
             alone = len(self.modules) == 1
             if self.adapter is None:
-                module.save_pretrained(folder / name, state_dict=weights)
+                (module if weights is None else _plain(module, weights)).save_pretrained(folder / name)
             else:
                 save_lora(self.pipe, folder if alone else folder / name, name, module, self.adapter, weights)
 
@@ -196,9 +196,19 @@ def load_policy(model: Any, args: RolloutConfig, device: torch.device, peft_conf
         return Policy(model.to(device), args, peft_config)
     facts = inspect_model(model if model is not None else embedded_model(), images=True)
     with quiet_libraries():
-        pipe = load_pipeline(facts, dtype=args.dtype, device=str(device))
+        place = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
+        pipe = load_pipeline(facts, dtype=args.dtype, device=place)
     pipe.set_progress_bar_config(disable=True)
     return Policy(pipe, args, peft_config, facts.defaults)
+
+
+def _plain(module: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Return a sharded model as one of its own class; the one it has now is made up by torch."""
+    kind: Any = next(parent for parent in type(module).__mro__ if not parent.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        made = kind.from_config(module.config)
+    made.load_state_dict(dict(weights), assign=True)
+    return made
 
 
 def _check_targets(module: nn.Module, targets: Any) -> None:

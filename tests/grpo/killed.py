@@ -65,6 +65,11 @@ class WitnessGRPO(KilledGRPO):
     def on_optimizer_step(self) -> None:
         if self.global_step == self.args.max_steps:
             from safetensors.torch import save_file
+            from torch.distributed.tensor import DTensor
 
-            weights = {name: value.detach().clone() for name, value in self.trained().items()}
+            from postgen.training.sharding import whole
+
+            cut = {isinstance(value, DTensor) for value in self.trained().values()}
+            assert cut == {self.args.fully_shard}, "sharding fell back to something else"
+            weights = {name: whole(value.detach()).clone() for name, value in self.trained().items()}
             save_file(weights, self.args.folder / f"rank-{self.accelerator.process_index}.safetensors")

@@ -7,7 +7,7 @@ Data are N(0, 0.5^2); the velocity that makes them is linear in x. A small net a
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,17 @@ class ToyModel(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         raise AssertionError("nothing to recompute")
 
-    def save_pretrained(self, folder: Any, state_dict: Any = None) -> None:
+    config: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_config(cls, config: Any) -> ToyModel:
+        return cls()
+
+    def save_pretrained(self, folder: Any) -> None:
         from safetensors.torch import save_file
 
         folder.mkdir()
-        save_file(state_dict or self.state_dict(), folder / "model.safetensors")
+        save_file(self.state_dict(), folder / "model.safetensors")
 
 
 class ToyPipeline:
