@@ -101,6 +101,9 @@ def compare(folder: Path) -> dict[str, Any]:
         if not (rows and faithful):
             continue
         score = min(max(row["eval_reward"] for row in part) for part in (faithful, rows))
+        # Below where either began, there is nothing to compare.
+        if score <= max(rows[0]["eval_reward"], faithful[0]["eval_reward"]):
+            continue
         costs = {
             key: (cost_to(rows, score, column), cost_to(faithful, score, column)) for key, column in COSTS.items()
         }
