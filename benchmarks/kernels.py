@@ -1,0 +1,251 @@
+"""Kernels against their floors: ours, plain torch as models write it, the same compiled, and the bytes that must move.
+
+`python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only. Times
+are medians over replays of a CUDA graph that walks over input sets larger than the caches, so launches cost nothing
+for anybody. The floor is bytes over the bandwidth of a large copy in the same run. Inputs are random: time does not
+depend on them. Errors are against float64 from the same rounded inputs, on the first set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gates import gate, write_result
+from postgen.kernels.adaln import naive as adaln_naive
+from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
+from postgen.kernels.temporal_cfi import naive as cfi_naive
+from postgen.kernels.temporal_cfi.ops import temporal_self_share
+
+MIB = 2**20
+ROTATED_BYTES = 256 * MIB
+"""Input sets are made until they are this large together: five times the caches of an H100."""
+REPLAYS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Tokens of a clip in a transformer: frames x places, heads x channels."""
+
+    name: str
+    frames: int
+    places: int
+    heads: int
+    channels: int
+
+
+WAN = (
+    Shape(name="Wan 1.3B 480p 81f", frames=21, places=1560, heads=12, channels=128),
+    Shape(name="Wan 14B 720p 81f", frames=21, places=3600, heads=40, channels=128),
+)
+OTHERS = (
+    Shape(name="Wan 14B 480p 81f", frames=21, places=1560, heads=40, channels=128),
+    Shape(name="HunyuanVideo 720p 129f", frames=33, places=3600, heads=24, channels=128),
+    Shape(name="CogVideoX-5B 49f", frames=13, places=1350, heads=48, channels=64),
+    Shape(name="LTX 97f 512x768", frames=13, places=384, heads=32, channels=64),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one shape."""
+
+    op: str
+    shape: str
+    moved_bytes: int
+    """What must be read and written once."""
+    make: Callable[[], tuple[Any, ...]]
+    """Draws one set of inputs."""
+    ours: Callable[..., Any]
+    eager: Callable[..., Any]
+    """As models write it today."""
+    exact: Callable[..., Any]
+    """The reference, given float64."""
+
+    def error(self) -> float:
+        """Relative L2 error of ours, the worst of its results."""
+        inputs = self.make()
+        found = _tuple(self.ours(*inputs))
+        expected = _tuple(self.exact(*(x.double() for x in inputs)))
+        return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True))
+
+
+def temporal_cfi(shape: Shape, device: str = "cuda") -> Case:
+    """The measurement of Enhance-A-Video, queries and keys in token order."""
+    size = (1, shape.frames, shape.places, shape.heads, shape.channels)
+
+    def make() -> tuple[Tensor, Tensor]:
+        query, key = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
+        return query, key
+
+    return Case(
+        op="temporal_cfi",
+        shape=shape.name,
+        moved_bytes=2 * 2 * torch.Size(size).numel(),
+        make=make,
+        ours=temporal_self_share,
+        eager=official_self_share,
+        exact=cfi_naive.temporal_self_share,
+    )
+
+
+def official_self_share(query: Tensor, key: Tensor) -> Tensor:
+    """What the authors of Enhance-A-Video compute (arXiv:2502.07508, eq. 5-6), map by map, as a diagonal share."""
+    frames, channels = query.shape[1], query.shape[-1]
+    query, key = (x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for x in (query, key))
+    logits = (query * channels**-0.5) @ key.transpose(-2, -1)
+    maps = logits.float().softmax(dim=-1).flatten(0, 1)
+    others = maps.masked_fill(torch.eye(frames, dtype=torch.bool, device=maps.device), 0.0)
+    intensity = others.sum(dim=(-2, -1)) / (frames * (frames - 1))
+    return 1 - (frames - 1) * intensity.mean(dim=0, keepdim=True)
+
+
+def adaln(shape: Shape, *, residual: bool, per_token: bool = False, device: str = "cuda") -> Case:
+    """The norm before a layer, with the gate and residual of the layer before it or without."""
+    tokens, width = shape.frames * shape.places, shape.heads * shape.channels
+    rows, streams = (tokens if per_token else 1), (2 if residual else 1)
+
+    def make() -> tuple[Tensor, ...]:
+        streamed = [torch.randn(1, tokens, width, dtype=torch.bfloat16, device=device) for _ in range(streams)]
+        return *streamed, *(torch.randn(1, rows, width, device=device) for _ in range(streams + 1))
+
+    kind = "per token" if per_token else "per sample"
+    return Case(
+        op="adaln gate + residual + norm + modulate" if residual else "adaln norm + modulate",
+        shape=f"{shape.name}, modulation {kind}",
+        moved_bytes=2 * streams * tokens * width * 2 + (streams + 1) * rows * width * 4,
+        make=make,
+        ours=gate_residual_norm_modulate if residual else norm_modulate,
+        eager=official_residual if residual else official_norm,
+        exact=adaln_naive.gate_residual_norm_modulate if residual else adaln_naive.norm_modulate,
+    )
+
+
+def official_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The line of a Wan block in diffusers: the norm in float32, then modulation."""
+    return (F.layer_norm(x.float(), x.shape[-1:], None, None, 1e-6) * (1 + scale) + shift).type_as(x)
+
+
+def official_residual(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Two lines of a Wan block in diffusers: the gated residual in float32, then the norm of the next layer."""
+    total = (x.float() + y * gate).type_as(x)
+    return total, official_norm(total, scale, shift)
+
+
+def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
+    """Return the median time of one call on the GPU."""
+    for inputs in sets[:2]:
+        function(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            function(*inputs)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(sets))
+    return statistics.median(times)
+
+
+def bytes_per_millisecond() -> float:
+    """Return the bandwidth of a copy of 1 GiB, read and write together."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), [()])
+
+
+def extra_mib(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
+    """Return MiB that a call takes at its peak beyond inputs and results."""
+    function(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*inputs)
+    peak = torch.cuda.max_memory_allocated() - before
+    return (peak - sum(x.numel() * x.element_size() for x in _tuple(result))) / MIB
+
+
+def measure(case: Case, bandwidth: float) -> dict[str, Any]:
+    """Return the row of one case."""
+    error = case.error()
+    torch.cuda.empty_cache()
+    sets = [case.make() for _ in range(max(2, -(-ROTATED_BYTES // case.moved_bytes)))]
+    torch.compiler.reset()
+    compiled = torch.compile(case.eager, fullgraph=True, dynamic=False)
+    row: dict[str, Any] = {
+        "op": case.op,
+        "shape": case.shape,
+        "ours_ms": milliseconds(case.ours, sets),
+        "eager_ms": milliseconds(case.eager, sets),
+        "compiled_ms": milliseconds(compiled, sets),
+        "floor_ms": case.moved_bytes / bandwidth,
+        "relative_error": error,
+        "extra_mib": extra_mib(case.ours, sets[0]),
+    }
+    row["over_floor"] = row["ours_ms"] / row["floor_ms"]
+    row["vs_eager"] = row["eager_ms"] / row["ours_ms"]
+    row["vs_compiled"] = row["compiled_ms"] / row["ours_ms"]
+    print({name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    return row
+
+
+def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the gates: the worst shape of each operation counts."""
+    cfi = [row for row in rows if row["op"] == "temporal_cfi"]
+    norms = [row for row in rows if row["op"].startswith("adaln")]
+    return [
+        gate("cfi_over_floor", max(row["over_floor"] for row in cfi), "<=", 1.3),
+        gate("cfi_extra_mib", max(row["extra_mib"] for row in cfi), "<=", 1),
+        gate("cfi_vs_official_eager", min(row["vs_eager"] for row in cfi), ">=", 7),
+        gate("cfi_relative_error", max(row["relative_error"] for row in cfi), "<=", 1e-4),
+        gate("adaln_over_floor", max(row["over_floor"] for row in norms), "<=", 1.3),
+        gate("adaln_vs_best_peer", min(min(row["vs_eager"], row["vs_compiled"]) for row in norms), ">=", 1),
+        gate("adaln_relative_error", max(row["relative_error"] for row in norms), "<=", 4e-3),
+    ]
+
+
+def cases(shapes: tuple[Shape, ...]) -> list[Case]:
+    """Return every operation at every shape."""
+    found = [temporal_cfi(shape) for shape in shapes]
+    for shape in shapes:
+        found += [adaln(shape, residual=False), adaln(shape, residual=True)]
+    return [*found, adaln(shapes[0], residual=True, per_token=True)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the rows and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
+    parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.kernels needs a GPU: torch sees none", file=sys.stderr)
+        return 2
+    with torch.no_grad():
+        bandwidth = bytes_per_millisecond()
+        rows = [measure(case, bandwidth) for case in cases(WAN if options.quick else WAN + OTHERS)]
+    payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": gates(rows)}
+    print(write_result(options.output, payload))
+    return 0
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The benchmark of kernels compares things that compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import kernels as benchmark
+from benchmarks.kernels import Shape, adaln, gates, temporal_cfi
+
+TINY = Shape(name="tiny", frames=3, places=4, heads=2, channels=8)
+CASES = [
+    temporal_cfi(TINY, device="cpu"),
+    adaln(TINY, residual=False, device="cpu"),
+    adaln(TINY, residual=True, device="cpu"),
+    adaln(TINY, residual=True, per_token=True, device="cpu"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}, {case.shape}")
+def test_the_peer_computes_the_same(case: benchmark.Case) -> None:
+    inputs = tuple(x.float() for x in case.make())
+    ours, eager = case.ours(*inputs), case.eager(*inputs)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}, {case.shape}")
+def test_errors_are_those_of_bfloat16(case: benchmark.Case) -> None:
+    assert 0 < case.error() < (1e-4 if case.op == "temporal_cfi" else 4e-3)
+
+
+def test_bytes_that_must_move() -> None:
+    tokens, width = 12, 16
+    assert CASES[0].moved_bytes == 2 * tokens * width * 2
+    assert CASES[1].moved_bytes == 2 * tokens * width * 2 + 2 * width * 4
+    assert CASES[3].moved_bytes == 4 * tokens * width * 2 + 3 * tokens * width * 4
+
+
+def test_gates_take_the_worst_shape() -> None:
+    row: dict[str, Any] = {
+        "over_floor": 1.1, "extra_mib": 0.1, "vs_eager": 9.0, "vs_compiled": 2.0, "relative_error": 1e-5
+    }  # fmt: skip
+    slow = {**row, "over_floor": 1.5, "vs_compiled": 0.9}
+    rows = [{**row, "op": "temporal_cfi"}, {**row, "op": "adaln x"}, {**slow, "op": "adaln y"}]
+    found = {each["name"]: each["ok"] for each in gates(rows)}
+    assert found.pop("adaln_over_floor") is False
+    assert found.pop("adaln_vs_best_peer") is False
+    assert all(found.values())
+    assert len(found) == 5
