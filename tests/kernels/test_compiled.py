@@ -43,9 +43,10 @@ def test_temporal_cfi(frames: int, channels: int, dtype: str, capability: int) -
     assert compiled.metadata.shared <= SHARED_MEMORY
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("channels", [1536, 5120])
-def test_adaln(channels: int, residual: bool) -> None:
+def test_adaln(channels: int, residual: bool, capability: int) -> None:
     from postgen.kernels.adaln import triton
 
     size, warps = triton.block(channels)
@@ -54,6 +55,8 @@ def test_adaln(channels: int, residual: bool) -> None:
     if residual:
         pointers |= {"y": "bf16", "gate": "fp32", "total": "bf16"}
     constants = {**dict.fromkeys(absent), "CHANNELS": channels, "BLOCK": size}
-    compiled = compile_for(triton._norm_modulate, pointers, constants, floats=("eps",), num_warps=warps)
+    compiled = compile_for(
+        triton._norm_modulate, pointers, constants, floats=("eps",), capability=capability, num_warps=warps
+    )
     # Sixteen bytes a load: the compiler saw that neighbours are neighbours.
     assert "v4.b32" in compiled.asm["ptx"]
