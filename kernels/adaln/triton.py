@@ -12,29 +12,10 @@ from postgen.kernels.dispatch import launching_on
 
 @triton.jit
 def _norm_modulate(
-    x,
-    y,
-    gate,
-    scale,
-    shift,
-    weight,
-    bias,
-    total,
-    out,
-    x_b,
-    x_n,
-    y_b,
-    y_n,
-    gate_b,
-    gate_n,
-    scale_b,
-    scale_n,
-    shift_b,
-    shift_n,
-    eps,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, y, gate, scale, shift, weight, bias, total, out, x_b, x_n, y_b, y_n, gate_b, gate_n, scale_b, scale_n,
+    shift_b, shift_n, eps,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
     row = (sample * tl.num_programs(0) + token) * CHANNELS

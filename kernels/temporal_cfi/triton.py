@@ -21,30 +21,11 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _diagonal_share(
-    query,
-    key,
-    partial,
-    query_b,
-    query_t,
-    query_s,
-    query_h,
-    query_d,
-    key_b,
-    key_t,
-    key_s,
-    key_h,
-    key_d,
-    tiles,
-    logit_scale,
-    inverse_count,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    FRAMES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CAUSAL_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, partial, query_b, query_t, query_s, query_h, query_d, key_b, key_t, key_s, key_h, key_d, tiles,
+    logit_scale, inverse_count,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
+    CAUSAL_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     sample = tl.program_id(1).to(tl.int64)
     # 64 bits: a frame of a large video is 10^8 numbers away from the next.
