@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postgen.assets import embedded_model
+import postgen
 from postgen.compat import quiet_libraries, save_lora
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
@@ -194,7 +194,7 @@ def load_policy(model: Any, args: RolloutConfig, device: torch.device, peft_conf
     """
     if model is not None and not isinstance(model, str | Path):
         return Policy(model.to(device), args, peft_config)
-    facts = inspect_model(model if model is not None else embedded_model(), images=True)
+    facts = inspect_model(model if model is not None else postgen.embedded_model(), images=True)
     with quiet_libraries():
         place = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
         pipe = load_pipeline(facts, dtype=args.dtype, device=place)
