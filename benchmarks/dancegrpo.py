@@ -242,6 +242,11 @@ def exact(folder: Path) -> None:
         resumed = small_run(place / "resumed")
         two = small_run(place / "two", processes=2)
         one = small_run(place / "one", gradient_accumulation_steps=2, steps_per_generation=4)
+        for name in ("straight", "one", "two"):
+            rows = read_metrics(place / name / "run" / "metrics.jsonl")
+            # Without advantages nothing is learned, and everything would be equal.
+            if not any(row.get("advantage/abs_mean") for row in rows):
+                sys.exit(f"the run {name!r} learned nothing, so that it proves nothing: change SMALL")
     result = {
         "resume_identical": int(all(bool((straight[key] == resumed[key]).all()) for key in straight)),
         "ranks_max_abs": max(float((two[key] - one[key]).abs().max()) for key in two),
