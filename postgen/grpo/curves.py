@@ -34,8 +34,12 @@ def draw_curves(metrics: Path, target: Path) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; none when there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Return the rows of a `metrics.jsonl`; none when there is no such file.
+
+    The last line may be half written: the run goes on, or was killed.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_plots(plots: Mapping[str, tuple[str, Mapping[str, Points]]], target: Path) -> None:

@@ -56,6 +56,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             guard=args.ratio_norm,
         )
         self.ratio_check = RatioCheck(args.check_on_policy_ratio, args.max_ratio_error)
+        self._worst = torch.zeros((), device=self.device)
         if args.beta:
             self.policy.keep_reference()
 
@@ -85,22 +86,31 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         buffer, count = self.buffer, self.window.kept
         places = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
-        parts = []
+        parts, differences = [], []
         for number in range(count):
             place = places[:, number].to(self.device)
             last = number == count - 1
             with nullcontext() if last else self.no_sync():
-                loss, metrics, worst = self._transition_loss(buffer, rows, place, condition)
+                loss, metrics, difference = self._transition_loss(buffer, rows, place, condition)
                 loss = loss / count
                 if not last:
                     self.backward(loss)
             parts.append(metrics)
-            if first_update and number == 0:
-                metrics["logp_diff/max"] = worst
-                if self.args.check_on_policy_ratio != "off":
-                    self.ratio_check(float(worst))
-        means = {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in parts[0]}
+            differences.append(difference)
+        means: Metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        if first_update:
+            means |= self._check_ratio(torch.stack(differences).max())
         return loss, {**means, "loss": means["policy_loss"], "nfe/train": float(self.sampler.passes * count)}
+
+    def _check_ratio(self, difference: Tensor) -> Metrics:
+        """Keep the largest log-ratio of a first update; with its last micro-batch look at it and log it."""
+        self._worst = torch.maximum(self._worst, difference)
+        if self.micro % self.batches.per_rollout < self.batches.accumulation - 1:
+            return {}
+        worst, self._worst = self._worst, torch.zeros_like(self._worst)
+        if self.args.check_on_policy_ratio != "off":
+            self.ratio_check(float(worst))
+        return {"logp_diff/max": worst}
 
     def _transition_loss(
         self, buffer: Buffer, rows: Tensor, place: Tensor, condition: Any
