@@ -14,7 +14,7 @@ ALLOWED = {
     "files": set(),
     "assets": GROUND,
     "compat": GROUND,
-    "kernels": set(),
+    "kernels": {"files"},
     "video": GROUND,
     "world": GROUND,
     "metrics": {*GROUND, "assets", "video", "world"},

@@ -1,0 +1,189 @@
+"""`attention`: exact softmax attention on the fastest kernel that is installed, with key lengths and LSE.
+
+`router.py` chooses among `backends.py`; `naive.py` is the reference. On a CPU, and where a gradient is asked for,
+torch's own `scaled_dot_product_attention` runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from postgen.kernels.attention.backends import LAST_RESORTS, MATH, SDPA, TIMED, Call, Result
+from postgen.kernels.attention.router import TOLERANCE, Router
+from postgen.kernels.attention.store import Store, cache_file
+
+WORTH_TIMING = 1e9
+"""Multiplications of a call below which kernels are not timed: it takes as long as its launch, whoever runs it."""
+
+_BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS)}
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None,
+    return_lse: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None,
+    return_lse: Literal[True], backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), contiguous, in the dtype of the query.
+
+    The first call of a shape on a GPU times the kernels that work there, on its own tensors, and the choice is kept
+    on disk (`postgen.kernels.attention.store.cache_file`). Not timed: calls too small to tell, and shapes that a CUDA
+    graph meets first while it is recorded (torch's choice runs: call once before recording). In compiled code the
+    operation is opaque, so tracing times nothing. Where a gradient is asked for, torch's
+    `scaled_dot_product_attention` computes (plain torch if the LSE is asked for too), or the named backend.
+
+    Args:
+        query: (B, N, H, D), any strides.
+        key: (B, M, Hk, D); H is a multiple of Hk, and query head h reads key head h * Hk // H.
+        value: (B, M, Hk, D).
+        scale: factor of the logits; None is D ** -0.5.
+        key_lengths: (B,) integers from 1 to M: of sample b only the first `key_lengths[b]` keys count. On the CPU they
+            are known before the launch: samples are cut to their keys, and nothing is masked. On the device of the
+            query nothing waits for them; a CUDA graph reads them anew at every replay.
+        return_lse: also return log(sum(exp(scale * query @ key^T))), (B, H, N), float32 (float64 for float64).
+        backend: one of `backend_names()`, for this call; one that does not work here gives one warning that says why,
+            and the fastest runs. None is the fastest.
+
+    Raises:
+        ValueError: shapes that do not belong together, an unknown backend, lengths on the CPU out of range.
+    """
+    _check(query, key, value, key_lengths)
+    if backend is not None and backend not in _BY_NAME:
+        raise ValueError(f"unknown attention backend {backend!r}. Known: {', '.join(_BY_NAME)}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, lse = _differentiable(Call(query, key, value, scale, key_lengths, return_lse), backend)
+    else:
+        out, lse = _attention(query, key, value, scale, key_lengths, return_lse, backend)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names that `attention` takes as `backend`."""
+    return tuple(_BY_NAME)
+
+
+@functools.cache
+def router() -> Router:
+    """Return the router that `attention` asks, one for the process."""
+    packages = {package for backend in TIMED for package in backend.packages}
+    return Router(store=Store(cache_file(), tuple(sorted(packages))))
+
+
+@torch.library.custom_op("postgen::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    call = Call(query, key, value, scale, key_lengths, return_lse)
+    lengths = None if key_lengths is None or key_lengths.device.type != "cpu" else key_lengths.tolist()
+    if lengths is None:
+        out, lse = _run(call, backend)
+        return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
+    _check_range(lengths, key.shape[1])
+    if len(set(lengths)) == 1:
+        out, lse = _run(_first_keys(call, slice(None), lengths[0]), backend)
+    else:
+        rows = [_run(_first_keys(call, slice(row, row + 1), length), backend) for row, length in enumerate(lengths)]
+        out = torch.cat([out for out, _ in rows])
+        lse = torch.cat([lse for _, lse in rows if lse is not None]) if return_lse else None
+    return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
+
+
+@_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(batch, heads, tokens, dtype=dtype) if return_lse else query.new_empty(0)
+    return query.new_empty(query.shape), lse
+
+
+def _run(call: Call, name: str | None) -> Result:
+    if call.key_lengths is not None:
+        call = call._replace(key_lengths=call.key_lengths.to(torch.int32))
+    if name is not None:
+        return router().named(name, call).run(call)
+    if not call.query.is_cuda or call.work < WORTH_TIMING:
+        return router().last_resort(call).run(call)
+    return router().choose(call).run(call)
+
+
+def _first_keys(call: Call, samples: slice, keys: int) -> Call:
+    """Return a call on some samples and their first keys, without key lengths."""
+    return call._replace(
+        query=call.query[samples], key=call.key[samples, :keys], value=call.value[samples, :keys], key_lengths=None
+    )
+
+
+def _differentiable(call: Call, name: str | None) -> Result:
+    """Run a call through which gradients flow; torch.compile can trace it."""
+    tracing = torch.compiler.is_compiling()
+    if call.key_lengths is not None:
+        if call.key_lengths.device.type == "cpu" and not tracing:
+            _check_range(call.key_lengths.tolist(), call.key.shape[1])
+        call = call._replace(key_lengths=call.key_lengths.to(call.query.device, torch.int32))
+    if name is None:
+        return (MATH if call.lse else SDPA).run(call)
+    # What is traced is never tried: that takes numbers.
+    return (_BY_NAME[name] if tracing else router().named(name, call)).run(call)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if any(x.dim() != 4 for x in (query, key, value)):
+        raise ValueError(f"query must be (B, N, H, D), key and value (B, M, Hk, D), got {shapes}")
+    batch, _, heads, channels = query.shape
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != channels or heads % key.shape[2]:
+        raise ValueError(f"query (B, N, H, D), key and value (B, M, Hk, D), H a multiple of Hk, do not fit: {shapes}")
+    if query.numel() == 0 or key.numel() == 0:
+        raise ValueError(f"nothing to attend to: {shapes}")
+    if len({x.dtype for x in (query, key, value)}) > 1 or len({x.device for x in (query, key, value)}) > 1:
+        raise ValueError("query, key and value must have one dtype and one device")
+    if query.dtype not in TOLERANCE:
+        raise ValueError(f"attention takes float16, bfloat16, float32 and float64, not {query.dtype}")
+    if key_lengths is None:
+        return
+    if key_lengths.shape != (batch,) or key_lengths.dtype not in (torch.int32, torch.int64):
+        given = f"{tuple(key_lengths.shape)} {key_lengths.dtype}"
+        raise ValueError(f"key_lengths must be ({batch},) int32 or int64, got {given}")
+    if key_lengths.device not in (torch.device("cpu"), query.device):
+        raise ValueError(f"key_lengths must be on the CPU or on {query.device}, not on {key_lengths.device}")
+
+
+def _check_range(lengths: list[int], keys: int) -> None:
+    if not all(1 <= length <= keys for length in lengths):
+        raise ValueError(f"key_lengths must be from 1 to {keys}, the keys there are, got {lengths}")

@@ -1,0 +1,275 @@
+"""Which attention kernel runs: the fastest on this GPU at this shape, among those whose numbers are right.
+
+A backend is tried on a tiny input before it is trusted: one that raises, or differs from plain torch by more than its
+number format explains, is left alone in this process. The rest are timed once for a shape, on the tensors of the
+call, and the choice is kept, in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from postgen.kernels.attention import naive
+from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Backend, Call
+from postgen.kernels.attention.store import Store
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+"""Largest relative L2 error, against float64, of a backend that is trusted. float32 leaves room for TF32."""
+ROUNDS = 5
+"""How often each backend is timed; the median counts."""
+HOPELESS = 1.5
+"""A backend this many times slower than the best in the first round is not timed again."""
+
+Clock = Callable[[Callable[[], object], torch.device], float]
+"""Runs a function on a device and returns how long it took, in milliseconds."""
+
+
+class Problem(NamedTuple):
+    """What a choice depends on; numbers of tokens are rounded, so that a model is not timed for every clip length."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    channels: int
+    lengths: bool
+    lse: bool
+
+    @classmethod
+    def of(cls, call: Call) -> Problem:
+        """Return the problem that a call is one of."""
+        batch, queries, heads, channels = call.query.shape
+        keys, key_heads = call.key.shape[1:3]
+        of_tensor = call.query.device, call.query.dtype
+        sizes = batch, bucket(queries), bucket(keys), heads, key_heads, channels
+        return cls(*of_tensor, *sizes, call.key_lengths is not None, call.lse)
+
+    def __str__(self) -> str:
+        """Return its name on disk, which says nothing of the device."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{dtype} B{self.batch} N{self.queries} M{self.keys} H{self.heads}/{self.key_heads} D{self.channels}"
+        return sizes + " lengths" * self.lengths + " lse" * self.lse
+
+
+class Trait(NamedTuple):
+    """What decides whether a backend is right: everything but the number of samples, tokens and heads."""
+
+    device: torch.device
+    dtype: torch.dtype
+    channels: int
+    grouped: bool
+    lengths: bool
+    lse: bool
+
+    @classmethod
+    def of(cls, call: Call) -> Trait:
+        """Return the trait of a call."""
+        query = call.query
+        return cls(query.device, query.dtype, query.shape[-1], call.grouped, call.key_lengths is not None, call.lse)
+
+
+class Router:
+    """Chooses a backend for every call, and remembers.
+
+    Args:
+        timed: the backends it times against each other.
+        last_resorts: those that run, untimed, where none of these can; the first that can. The last must always run.
+        store: keeps choices on disk; None keeps them in memory only.
+        clock: how a backend is timed.
+    """
+
+    def __init__(
+        self,
+        timed: Sequence[Backend] = TIMED,
+        last_resorts: Sequence[Backend] = LAST_RESORTS,
+        *,
+        store: Store | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.timed, self.last_resorts = tuple(timed), tuple(last_resorts)
+        self.times: dict[Problem, dict[str, float]] = {}
+        """Milliseconds of what this process has timed."""
+        self._store, self._clock = store, clock or milliseconds
+        self._chosen: dict[Problem, Backend] = {}
+        self._failures: dict[tuple[str, Trait], str | None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all backends."""
+        return tuple(backend.name for backend in (*self.timed, *self.last_resorts))
+
+    def why_not(self, backend: Backend, call: Call) -> str | None:
+        """Return why a backend is not to be trusted with calls like this one, or None; each is tried once."""
+        if reason := backend.refusal(call):
+            return reason
+        trait = Trait.of(call)
+        if (backend.name, trait) not in self._failures:
+            if _recording(call):
+                # Nothing can be compared now; torch's own choice is as good as untried kernels get.
+                return None if backend in self.last_resorts else "it was not tried before a CUDA graph was recorded"
+            self._failures[backend.name, trait] = _failure(backend, trait)
+        return self._failures[backend.name, trait]
+
+    def named(self, name: str, call: Call) -> Backend:
+        """Return the backend of this name, or the chosen one, with a warning that says why, where it can't be had.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        found = [backend for backend in (*self.timed, *self.last_resorts) if backend.name == name]
+        if not found:
+            raise ValueError(f"unknown attention backend {name!r}. Known: {', '.join(self.names)}")
+        reason = self.why_not(found[0], call)
+        if reason is None:
+            return found[0]
+        chosen = self.choose(call)
+        _warn_once(f"attention runs on {chosen.name}, not on {name}: {reason}")
+        return chosen
+
+    def choose(self, call: Call) -> Backend:
+        """Return the fastest backend for a call; times them where that is not known yet.
+
+        While a CUDA graph is recorded nothing is timed: what is not known then runs on a last resort.
+        """
+        problem = Problem.of(call)
+        if (known := self._chosen.get(problem)) is not None:
+            return known
+        if _recording(call):
+            return self.last_resort(call)
+        chosen = self._stored(problem, call) or self._fastest(problem, call)
+        self._chosen[problem] = chosen
+        return chosen
+
+    def last_resort(self, call: Call) -> Backend:
+        """Return the backend that needs no timing."""
+        usable = (backend for backend in self.last_resorts[:-1] if self.why_not(backend, call) is None)
+        return next(usable, self.last_resorts[-1])
+
+    def _stored(self, problem: Problem, call: Call) -> Backend | None:
+        name = self._store.get(problem) if self._store is not None else None
+        found = [backend for backend in self.timed if backend.name == name]
+        return found[0] if found and self.why_not(found[0], call) is None else None
+
+    def _fastest(self, problem: Problem, call: Call) -> Backend:
+        usable = [backend for backend in self.timed if self.why_not(backend, call) is None]
+        if not usable:
+            return self.last_resort(call)
+        times = self._time(usable, call)
+        if not times:
+            return self.last_resort(call)
+        self.times[problem] = times
+        fastest = min(times, key=times.__getitem__)
+        if self._store is not None:
+            self._store.put(problem, fastest, times)
+        return next(backend for backend in usable if backend.name == fastest)
+
+    def _time(self, backends: Sequence[Backend], call: Call) -> dict[str, float]:
+        """Return the median milliseconds of every backend that runs at this size."""
+        runs: dict[str, list[float]] = {}
+        for backend in backends:
+            try:
+                # The first run compiles and fills caches.
+                backend.run(call)
+                runs[backend.name] = [self._clock(partial(backend.run, call), call.query.device)]
+            except Exception as error:  # whatever a kernel does not like about this size
+                _warn_once(f"attention backend {backend.name} is not used at this size: {_first_line(error)}")
+        best = min((times[0] for times in runs.values()), default=0.0)
+        runs = {name: times for name, times in runs.items() if times[0] <= HOPELESS * best}
+        racing = [backend for backend in backends if backend.name in runs]
+        # In turns, so that a GPU that slows down slows all of them.
+        for _ in range(ROUNDS - 1 if len(racing) > 1 else 0):
+            for backend in racing:
+                runs[backend.name].append(self._clock(partial(backend.run, call), call.query.device))
+        return {name: statistics.median(times) for name, times in runs.items()}
+
+
+def bucket(tokens: int) -> int:
+    """Return a number of tokens rounded up to a power of 2 or halfway between two.
+
+    >>> [bucket(n) for n in (1, 100, 4992, 17776, 32760, 75600)]
+    [1, 128, 6144, 24576, 32768, 98304]
+    """
+    power = 1 << max(0, tokens - 1).bit_length()
+    return power * 3 // 4 if tokens <= power * 3 // 4 else power
+
+
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """Return how long a function takes on a device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _recording(call: Call) -> bool:
+    return call.query.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _failure(backend: Backend, trait: Trait) -> str | None:
+    """Try a backend on a tiny input; return what is wrong with it, or None."""
+    call = _tiny(trait)
+    try:
+        out, lse = backend.run(call)
+        error = _error(call, out, lse)
+    except Exception as raised:  # a kernel may break in any way, its import included
+        return f"{type(raised).__name__}: {_first_line(raised)}"
+    limit = TOLERANCE[trait.dtype]
+    return None if error <= limit else f"its numbers are wrong (relative error {error:.1e}, at most {limit:.0e})"
+
+
+def _tiny(trait: Trait) -> Call:
+    """Return a small call of a kind: odd sizes, a scale that is not the usual one, the same numbers every time."""
+    numbers = torch.Generator().manual_seed(0)
+    heads, key_heads = (4, 2) if trait.grouped else (2, 2)
+
+    def drawn(tokens: int, heads: int) -> Tensor:
+        return torch.randn(2, tokens, heads, trait.channels, generator=numbers).to(trait.device, trait.dtype)
+
+    lengths = torch.tensor([201, 37], dtype=torch.int32, device=trait.device) if trait.lengths else None
+    query, key, value = drawn(70, heads), drawn(201, key_heads), drawn(201, key_heads)
+    return Call(query, key, value, 1.5 * trait.channels**-0.5, lengths, trait.lse)
+
+
+def _error(call: Call, out: Tensor, lse: Tensor | None) -> float:
+    """Return the larger of the relative errors of the output and of the LSE; infinite where something is missing."""
+    exact = (x.double() for x in call[:3])
+    expected, divisor = naive.attention(*exact, scale=call.scale, key_lengths=call.key_lengths)
+    pairs = [(out, expected)]
+    if call.lse:
+        if lse is None:
+            return float("inf")
+        pairs.append((lse, divisor))
+    if any(found.shape != wanted.shape for found, wanted in pairs):
+        return float("inf")
+    return max(float((found.double() - wanted).norm() / wanted.norm()) for found, wanted in pairs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)

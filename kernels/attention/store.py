@@ -1,0 +1,95 @@
+"""Choices of the router on disk: one JSON file that processes and GPUs share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from postgen.files import replacing
+
+if TYPE_CHECKING:
+    from postgen.kernels.attention.router import Problem
+
+
+def cache_file() -> Path:
+    """Return where choices are kept: `$XDG_CACHE_HOME/postgen/attention.json`, by default below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "postgen" / "attention.json"
+
+
+class Store:
+    """A JSON file: device and versions -> shape -> {"backend": name, "ms": {name: milliseconds}}.
+
+    What cannot be read counts as empty, and is replaced at the next choice. What cannot be written is said once.
+    """
+
+    def __init__(self, path: Path, packages: tuple[str, ...] = ()) -> None:
+        """Keep choices in a file; they hold for these versions of the packages (and of torch) only."""
+        self.path, self.packages = path, packages
+        self._choices: dict[str, Any] | None = None
+        self._writable = True
+
+    def get(self, problem: Problem) -> str | None:
+        """Return the name of the backend that was chosen for a problem, or None."""
+        if self._choices is None:
+            self._choices = self._read()
+        row = self._section(self._choices, problem).get(str(problem))
+        name = row.get("backend") if isinstance(row, dict) else None
+        return name if isinstance(name, str) else None
+
+    def put(self, problem: Problem, name: str, milliseconds: dict[str, float]) -> None:
+        """Keep a choice, beside those that other processes wrote meanwhile."""
+        self._choices = self._read()
+        row = {"backend": name, "ms": {each: round(value, 4) for each, value in milliseconds.items()}}
+        section = self._section(self._choices, problem)
+        section[str(problem)] = row
+        self._choices[self._place(problem)] = section
+        if not self._writable:
+            return
+        try:
+            with replacing(self.path) as part:
+                part.write_text(json.dumps(self._choices, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            self._writable = False
+            warnings.warn(f"attention times are not kept: {self.path} cannot be written ({error})", stacklevel=2)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        known = found if isinstance(found, dict) else {}
+        # Where nothing can be written, what this process has chosen must not be forgotten.
+        return known if self._writable or self._choices is None else self._choices
+
+    def _section(self, choices: dict[str, Any], problem: Problem) -> dict[str, Any]:
+        found = choices.get(self._place(problem))
+        return found if isinstance(found, dict) else {}
+
+    def _place(self, problem: Problem) -> str:
+        return f"{_device_name(problem.device)}; {_versions(self.packages)}"
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def _versions(packages: tuple[str, ...]) -> str:
+    found = [f"torch {torch.__version__}", f"cuda {torch.version.cuda}"]
+    if torch.backends.cudnn.is_available():
+        found.append(f"cudnn {torch.backends.cudnn.version()}")
+    for name in sorted({*packages} - {"torch"}):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
