@@ -65,6 +65,8 @@ class Backend:
     """Whether query heads may share key heads."""
     gives_lse: bool = True
     needs_gpu: bool = True
+    races_without_lengths: bool = True
+    """Whether the router times it where no keys are masked."""
 
     def refusal(self, call: Call) -> str | None:
         """Return why it cannot take a call, as far as can be said without trying."""
@@ -190,7 +192,7 @@ def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # `fullgraph` makes it raise where torch gives up compiling: uncompiled it would hold all N * M logits.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def key_blocks(key_lengths: Tensor, queries: int, keys: int, size: int = 128) -> Any:
@@ -224,7 +226,8 @@ FLASH_3 = Backend(name="fa3", run=_flash_3, packages=("flash-attn-3",), takes_le
 XFORMERS = Backend(name="xformers", run=_xformers, packages=("xformers",), takes_lengths=False, takes_groups=False)
 FLASH = Backend(name="flash", run=_flash)
 EFFICIENT = Backend(name="efficient", run=_efficient, takes_groups=False)
-FLEX = Backend(name="flex", run=_flex, packages=("torch", "triton"))
+# It compiles for many seconds, and only among those that mask keys has it ever been the fastest.
+FLEX = Backend(name="flex", run=_flex, packages=("torch", "triton"), races_without_lengths=False)
 SDPA = Backend(name="sdpa", run=_sdpa, gives_lse=False, needs_gpu=False)
 MATH = Backend(name="math", run=_math, needs_gpu=False)
 

@@ -135,11 +135,9 @@ def _(
 def _run(call: Call, name: str | None) -> Result:
     if call.key_lengths is not None:
         call = call._replace(key_lengths=call.key_lengths.to(torch.int32))
-    if name is not None:
-        return router().named(name, call).run(call)
-    if not call.query.is_cuda or call.work < WORTH_TIMING:
+    if name is None and (not call.query.is_cuda or call.work < WORTH_TIMING):
         return router().last_resort(call).run(call)
-    return router().choose(call).run(call)
+    return router().run(call, name)
 
 
 def _first_keys(call: Call, samples: slice, keys: int) -> Call:
@@ -159,7 +157,7 @@ def _differentiable(call: Call, name: str | None) -> Result:
     if name is None:
         return (MATH if call.lse else SDPA).run(call)
     # What is traced is never tried: that takes numbers.
-    return (_BY_NAME[name] if tracing else router().named(name, call)).run(call)
+    return _BY_NAME[name].run(call) if tracing else router().run(call, name)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from postgen.kernels.attention import naive
-from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Backend, Call
+from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Backend, Call, Result
 from postgen.kernels.attention.store import Store
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -121,6 +121,25 @@ class Router:
             self._failures[backend.name, trait] = _failure(backend, trait)
         return self._failures[backend.name, trait]
 
+    def run(self, call: Call, name: str | None = None) -> Result:
+        """Run a call on the backend of this name, or on the fastest.
+
+        Where a backend that was fine so far raises, a last resort runs, with a warning, now and from then on.
+        """
+        backend = self.choose(call) if name is None else self.named(name, call)
+        try:
+            return backend.run(call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a kernel may dislike a size that nobody has tried
+            if backend in self.last_resorts:
+                raise
+            reason = self._failures[backend.name, Trait.of(call)] = _first_line(error)
+        self._chosen.pop(Problem.of(call), None)
+        instead = self.last_resort(call)
+        _warn_once(f"attention runs on {instead.name}, not on {backend.name}: {reason}")
+        return instead.run(call)
+
     def named(self, name: str, call: Call) -> Backend:
         """Return the backend of this name, or the chosen one, with a warning that says why, where it can't be had.
 
@@ -162,9 +181,8 @@ class Router:
         return found[0] if found and self.why_not(found[0], call) is None else None
 
     def _fastest(self, problem: Problem, call: Call) -> Backend:
-        usable = [backend for backend in self.timed if self.why_not(backend, call) is None]
-        if not usable:
-            return self.last_resort(call)
+        racing = [each for each in self.timed if call.key_lengths is not None or each.races_without_lengths]
+        usable = [backend for backend in racing if self.why_not(backend, call) is None]
         times = self._time(usable, call)
         if not times:
             return self.last_resort(call)
