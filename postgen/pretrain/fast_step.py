@@ -65,7 +65,8 @@ class _Call(nn.Module):
 class GraphedCall:
     """`function(*inputs)` replayed as CUDA graphs, forward and backward, one graph for each set of input shapes.
 
-    The gradients of two calls must not be accumulated: a replay writes into the memory of the one before.
+    The gradients of two calls must not be accumulated: a replay writes into the memory of the one before. While graphs
+    are recorded, at the first call with a set of shapes, no other autograd graph over `models` may be alive.
 
     Args:
         function: computes with the parameters of `models`, draws no random number, never waits for the device.
