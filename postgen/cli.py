@@ -8,6 +8,7 @@ import typer
 
 import postgen
 from postgen.commands.compare import compare
+from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
 from postgen.commands.score import score
@@ -29,6 +30,7 @@ app.command()(compare)
 app.command(context_settings=SETTINGS)(train)
 app.command()(score)
 app.command("serve-reward")(serve_reward)
+app.command("export-lora")(export_lora)
 app.command()(info)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras
+from postgen.families.lora_export import NOTE
 from postgen.training.run_state import trained_parameters
 
 from .config import RolloutConfig
@@ -156,7 +158,10 @@ class Policy:
             if self.adapter is None:
                 (module if weights is None else _plain(module, weights)).save_pretrained(folder / name)
             else:
-                save_lora(self.pipe, folder if alone else folder / name, name, module, self.adapter, weights)
+                place = folder if alone else folder / name
+                save_lora(self.pipe, place, name, module, self.adapter, weights)
+                # For `postgen export-lora`: layers of different families have the same names.
+                (place / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
 
     def _add_lora(self, peft_config: Any) -> None:
         if self.args.lora_path:

@@ -49,6 +49,25 @@ def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path):
     assert len(again.trained()) == len(run.trained())
 
 
+def test_grpo_export_of_a_run_becomes_a_lora_for_comfyui(tiny_wan, tmp_path, cli):
+    run = video_run(tiny_wan, tmp_path, max_steps=1)
+    run.train()
+    told = cli("export-lora", tmp_path / "run", "-o", tmp_path / "comfy.safetensors", "--format", "comfyui")
+    assert told.code == 0, told.err
+    assert "16 layers, blocks.0.self_attn.k to blocks.1.cross_attn.v" in told.out
+    x, index = torch.randn(1, 4, 2, 2, 2), torch.tensor([1])
+    sigma, condition = run.sampler.schedule.sigmas[index].float(), run.conditions(0)([0])
+    with torch.no_grad():
+        expected = run.policy.denoiser.predict(x, sigma, condition)
+    from postgen.families import denoiser_for
+    from tests.families.test_wan import load
+
+    stock = load(tiny_wan)
+    stock.load_lora_weights(tmp_path / "comfy.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser_for(stock).predict(x, sigma, condition), expected)
+
+
 def test_grpo_generate_takes_the_lora(tiny_wan, tmp_path, cli):
     video_run(tiny_wan, tmp_path).train()
     lora = tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,178 @@
+"""How the layers that a LoRA may change are called by diffusers and by the models' authors, family by family.
+
+`{}` is the number of a block. ComfyUI runs the authors' networks and knows the keys of a LoRA by the layers of the
+network that it has loaded (comfy/lora.py, `model_lora_keys_unet`): `diffusion_model.<author's name>`, or `lora_unet_`
+and that name with underscores, which is what kohya's sd-scripts and musubi-tuner write (networks/lora_flux.py;
+musubi_tuner/convert_lora.py). The renamings are those that diffusers itself makes when it reads the authors' weights
+(`diffusers.loaders.single_file_utils`), backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Names:
+    """Names of one family."""
+
+    pipelines: tuple[str, ...]
+    """Pipeline classes of diffusers."""
+    plain: Mapping[str, str] = field(default_factory=dict)
+    """diffusers' name -> the author's."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The author's name -> those of diffusers whose outputs it has one after another: q, k, v, or these and an MLP."""
+    unchanged: tuple[str, ...] = ()
+    """Beginnings of names that both share."""
+    comfyui: Literal["peft", "alpha", "kohya", "diffusers"] = "peft"
+    """Keys for ComfyUI: `diffusion_model.` with lora_A and lora_B, or with lora_down, lora_up and alpha (both are read
+    by ComfyUI; this is the one that diffusers reads for the family too); as kohya's; or diffusers' own."""
+    kohya: bool = True
+    """Whether kohya's tools, or ComfyUI in their format, have such keys."""
+
+
+_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _parts(layer: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{layer}.{name}" for name in names)
+
+
+_WAN_BLOCK = {
+    **{f"{mine}.to_{part}": f"{theirs}.{part}" for mine, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+       for part in "qkv"},
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}  # fmt: skip
+
+_DOUBLE_FUSED = {"img_attn": ("transformer_blocks.{}.attn", _QKV), "txt_attn": ("transformer_blocks.{}.attn", _ADDED)}
+_SINGLE = "single_transformer_blocks.{}"
+_SINGLE_PARTS = (*_parts(f"{_SINGLE}.attn", _QKV), f"{_SINGLE}.proj_mlp")
+
+
+def _double(attention: str, first: str, second: str, modulation: str) -> dict[str, str]:
+    """Layers of the blocks with two streams: FLUX and HunyuanVideo differ in their endings alone."""
+    block = {
+        "attn.to_out.0": f"img_attn{attention}proj",
+        "attn.to_add_out": f"txt_attn{attention}proj",
+        "ff.net.0.proj": f"img_mlp.{first}",
+        "ff.net.2": f"img_mlp.{second}",
+        "ff_context.net.0.proj": f"txt_mlp.{first}",
+        "ff_context.net.2": f"txt_mlp.{second}",
+        "norm1.linear": f"img_mod.{modulation}",
+        "norm1_context.linear": f"txt_mod.{modulation}",
+    }
+    rows = {f"transformer_blocks.{{}}.{mine}": f"double_blocks.{{}}.{theirs}" for mine, theirs in block.items()}
+    return rows | {
+        f"{_SINGLE}.proj_out": "single_blocks.{}.linear2",
+        f"{_SINGLE}.norm.linear": f"single_blocks.{{}}.modulation.{modulation}",
+    }
+
+
+def _double_fused(attention: str) -> dict[str, tuple[str, ...]]:
+    rows = {f"double_blocks.{{}}.{stream}{attention}qkv": _parts(*parts) for stream, parts in _DOUBLE_FUSED.items()}
+    return {**rows, "single_blocks.{}.linear1": _SINGLE_PARTS}
+
+
+_REFINER = "context_embedder.token_refiner.refiner_blocks.{}"
+_REFINER_THEIRS = "txt_in.individual_token_refiner.blocks.{}"
+
+NAMES: dict[str, Names] = {
+    "wan": Names(
+        pipelines=(
+            *("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline"),
+            *("SkyReelsV2Pipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2ImageToVideoPipeline"),
+        ),
+        plain={
+            **{f"blocks.{{}}.{mine}": f"blocks.{{}}.{theirs}" for mine, theirs in _WAN_BLOCK.items()},
+            "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+            "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+            "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+            "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+            "condition_embedder.time_proj": "time_projection.1",
+            "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+            "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+            "proj_out": "head.head",
+        },
+    ),
+    "hunyuan_video": Names(
+        pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        plain={
+            **_double("_", "fc1", "fc2", "linear"),
+            f"{_REFINER}.attn.to_out.0": f"{_REFINER_THEIRS}.self_attn_proj",
+            f"{_REFINER}.ff.net.0.proj": f"{_REFINER_THEIRS}.mlp.fc1",
+            f"{_REFINER}.ff.net.2": f"{_REFINER_THEIRS}.mlp.fc2",
+            "context_embedder.proj_in": "txt_in.input_embedder",
+            "proj_out": "final_layer.linear",
+        },
+        fused={**_double_fused("_"), f"{_REFINER_THEIRS}.self_attn_qkv": _parts(f"{_REFINER}.attn", _QKV)},
+    ),
+    "ltx": Names(
+        pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+        plain={
+            "proj_in": "patchify_proj",
+            "proj_out": "proj_out",
+            "time_embed.linear": "adaln_single.linear",
+            "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
+            "time_embed.emb.timestep_embedder.linear_2": "adaln_single.emb.timestep_embedder.linear_2",
+        },
+        unchanged=(
+            *_parts("transformer_blocks.{}.attn1", (*_QKV, "to_out.0")),
+            *_parts("transformer_blocks.{}.attn2", (*_QKV, "to_out.0")),
+            *_parts("transformer_blocks.{}.ff.net", ("0.proj", "2")),
+            *_parts("caption_projection", ("linear_1", "linear_2")),
+        ),
+    ),
+    # ComfyUI has nodes of others for it, which run diffusers' network; kohya's tools do not know it.
+    "cogvideox": Names(
+        pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+        unchanged=(
+            *_parts("transformer_blocks.{}.attn1", (*_QKV, "to_out.0")),
+            *_parts("transformer_blocks.{}", ("ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")),
+            *("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out"),
+        ),
+        comfyui="diffusers",
+        kohya=False,
+    ),
+    "flux": Names(
+        pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
+        plain=_double(".", "0", "2", "lin"),
+        fused=_double_fused("."),
+        comfyui="alpha",
+    ),
+    # comfy/utils.py, `mmdit_to_diffusers`, finds diffusers' names in the author's fused layers.
+    "stable_diffusion_3": Names(
+        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+        unchanged=(
+            *_parts("transformer_blocks.{}.attn", (*_QKV, "to_out.0", *_ADDED, "to_add_out")),
+            *_parts("transformer_blocks.{}.attn2", (*_QKV, "to_out.0")),
+            *_parts("transformer_blocks.{}", ("ff.net.0.proj", "ff.net.2")),
+            *_parts("transformer_blocks.{}", ("ff_context.net.0.proj", "ff_context.net.2")),
+            *_parts("transformer_blocks.{}", ("norm1.linear", "norm1_context.linear")),
+        ),
+        comfyui="diffusers",
+        kohya=False,
+    ),
+    # ComfyUI and kohya's tools both read diffusers' names of the UNet, with underscores.
+    "stable_diffusion": Names(
+        pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+        unchanged=tuple(
+            f"{part}.attentions.{{}}.{layer}"
+            for part in ("down_blocks.{}", "mid_block", "up_blocks.{}")
+            for layer in (
+                *("proj_in", "proj_out"),
+                *_parts("transformer_blocks.{}.attn1", (*_QKV, "to_out.0")),
+                *_parts("transformer_blocks.{}.attn2", (*_QKV, "to_out.0")),
+                *_parts("transformer_blocks.{}.ff.net", ("0.proj", "2")),
+            )
+        ),
+        comfyui="kohya",
+    ),
+}
+"""Family -> its names."""
