@@ -1,6 +1,7 @@
 """The norms around the layers of a diffusion transformer (DiT, arXiv:2212.09748, section 3.2): the reference.
 
-A layer reads LayerNorm(x) * (1 + scale) + shift and adds its answer times a gate to x. Shapes: x is (B, N, C); scale,
+A layer reads LayerNorm(x) * (1 + scale) + shift and adds its answer times a gate to x; with `rms` the norm is RMSNorm
+(arXiv:1910.07467, eq. 4), which takes no mean away. Shapes: x is (B, N, C); scale,
 shift and gate are (B, 1, C), one set a sample, or (B, N, C), one set a token; weight and bias are (C,). Everything is
 computed in float32 (float64 for float64) and rounded once to the dtype of x.
 """
@@ -17,9 +18,10 @@ def norm_modulate(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> Tensor:
     """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift; what is None is left out."""
-    normed = _affine(_normalised(_exact(x), eps)[0], weight, bias)
+    normed = _affine(_normalised(_exact(x), eps, rms)[0], weight, bias)
     if scale is not None:
         normed = normed * (1 + _exact(scale))
     if shift is not None:
@@ -37,11 +39,17 @@ def gate_residual_norm_modulate(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return x + y * gate, rounded to the dtype of x, and `norm_modulate` of it."""
+    """Return `gate_residual` and `norm_modulate` of it."""
+    total = gate_residual(x, y, gate)
+    return total, norm_modulate(total, scale, shift, weight, bias, eps=eps, rms=rms)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Return x + y * gate, rounded to the dtype of x."""
     branch = _exact(y) if gate is None else _exact(y) * _exact(gate)
-    total = (_exact(x) + branch).to(x.dtype)
-    return total, norm_modulate(total, scale, shift, weight, bias, eps=eps)
+    return (_exact(x) + branch).to(x.dtype)
 
 
 def norm_modulate_backward(
@@ -53,13 +61,15 @@ def norm_modulate_backward(
     bias: Tensor | None,
     *,
     eps: float,
+    rms: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, scale, shift, weight and bias, given that of `norm_modulate`'s result.
 
     With n the normalised x and r its reciprocal deviation: dx = r * (dn - mean(dn) - n * mean(dn * n)).
+    RMSNorm has no mean(dn).
     """
     gradient = _exact(gradient)
-    normed, reciprocal = _normalised(_exact(x), eps)
+    normed, reciprocal = _normalised(_exact(x), eps, rms)
     of_scale = _summed(gradient * _affine(normed, weight, bias), scale) if scale is not None else None
     of_shift = _summed(gradient, shift)
     if scale is not None:
@@ -67,8 +77,10 @@ def norm_modulate_backward(
     of_weight, of_bias = _summed(gradient * normed, weight), _summed(gradient, bias)
     if weight is not None:
         gradient = gradient * _exact(weight)
-    mean, along = gradient.mean(-1, keepdim=True), (gradient * normed).mean(-1, keepdim=True)
-    of_x = reciprocal * (gradient - mean - normed * along)
+    of_x = gradient - normed * (gradient * normed).mean(-1, keepdim=True)
+    if not rms:
+        of_x = of_x - gradient.mean(-1, keepdim=True)
+    of_x = reciprocal * of_x
     return of_x.to(x.dtype), of_scale, of_shift, of_weight, of_bias
 
 
@@ -83,8 +95,8 @@ def _exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    centred = x - x.mean(-1, keepdim=True)
+def _normalised(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    centred = x if rms else x - x.mean(-1, keepdim=True)
     reciprocal = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * reciprocal, reciprocal
 

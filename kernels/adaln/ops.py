@@ -1,4 +1,4 @@
-"""`norm_modulate` and `gate_residual_norm_modulate` as torch custom operations: one kernel each on a GPU.
+"""`norm_modulate`, `gate_residual_norm_modulate` and `gate_residual` as torch custom operations: one GPU kernel each.
 
 Shapes as in `naive.py`. The gradients are its formulas in plain torch, which torch.compile fuses.
 """
@@ -23,6 +23,7 @@ def norm_modulate(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> Tensor:
     """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift in the dtype of x; what is None is left out.
 
@@ -33,6 +34,7 @@ def norm_modulate(
         weight: (C,).
         bias: (C,).
         eps: added to the variance.
+        rms: RMSNorm instead of LayerNorm: no mean is taken away.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -42,8 +44,8 @@ def norm_modulate(
     if _on_kernel("norm_modulate", x, scale, shift, weight, bias):
         from postgen.kernels.adaln import triton
 
-        return triton.norm_modulate(x, scale, shift, weight, bias, eps=eps)
-    return naive.norm_modulate(x, scale, shift, weight, bias, eps=eps).contiguous()
+        return triton.norm_modulate(x, scale, shift, weight, bias, eps=eps, rms=rms)
+    return naive.norm_modulate(x, scale, shift, weight, bias, eps=eps, rms=rms).contiguous()
 
 
 @torch.library.custom_op("postgen::gate_residual_norm_modulate", mutates_args=())
@@ -56,6 +58,7 @@ def gate_residual_norm_modulate(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return x + y * gate in the dtype of x, and `norm_modulate` of it.
 
@@ -68,20 +71,41 @@ def gate_residual_norm_modulate(
         weight: see there.
         bias: see there.
         eps: see there.
+        rms: see there.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
     _check(x, gate=gate, scale=scale, shift=shift)
     _check_channels(x, weight=weight, bias=bias)
-    if y.shape != x.shape:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have one shape")
+    _check_answer(x, y)
     if _on_kernel("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias):
         from postgen.kernels.adaln import triton
 
-        return triton.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps)
-    total, out = naive.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps)
+        return triton.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps, rms=rms)
+    total, out = naive.gate_residual_norm_modulate(x, y, gate, scale, shift, weight, bias, eps=eps, rms=rms)
     return total.contiguous(), out.contiguous()
+
+
+@torch.library.custom_op("postgen::gate_residual", mutates_args=())
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Return x + y * gate in the dtype of x: where no norm follows.
+
+    Args:
+        x: (B, N, C), the stream that layers add to; any strides.
+        y: (B, N, C), what a layer answered; any strides.
+        gate: (B, 1, C) or (B, N, C), any dtype; None is 1.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(x, gate=gate)
+    _check_answer(x, y)
+    if _on_kernel("gate_residual", x, y, gate):
+        from postgen.kernels.adaln import triton
+
+        return triton.gate_residual(x, y, gate)
+    return naive.gate_residual(x, y, gate).contiguous()
 
 
 @norm_modulate.register_fake
@@ -92,6 +116,7 @@ def _(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -106,33 +131,51 @@ def _(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@gate_residual.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.rms = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *naive.norm_modulate_backward(gradient, *ctx.saved_tensors, eps=ctx.eps), None
+    return *naive.norm_modulate_backward(gradient, *ctx.saved_tensors, eps=ctx.eps, rms=ctx.rms), None, None
 
 
 def _keep_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, y, gate, *modulation, ctx.eps = inputs
+    _, y, gate, *modulation, ctx.eps, ctx.rms = inputs
     ctx.save_for_backward(y, gate, output[0], *modulation)
 
 
 def _residual_backward(ctx: Any, of_total: Tensor, of_normed: Tensor) -> tuple[Tensor | None, ...]:
     y, gate, total, *modulation = ctx.saved_tensors
-    through_norm, *of_modulation = naive.norm_modulate_backward(of_normed, total, *modulation, eps=ctx.eps)
+    through_norm, *of_modulation = naive.norm_modulate_backward(
+        of_normed, total, *modulation, eps=ctx.eps, rms=ctx.rms
+    )
     of_x = of_total + through_norm
-    return of_x, *naive.gate_residual_backward(of_x, y, gate), *of_modulation, None
+    return of_x, *naive.gate_residual_backward(of_x, y, gate), *of_modulation, None, None
+
+
+def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gate_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    y, gate = ctx.saved_tensors
+    return gradient, *naive.gate_residual_backward(gradient, y, gate)
 
 
 norm_modulate.register_autograd(_norm_backward, setup_context=_keep_norm)
 gate_residual_norm_modulate.register_autograd(_residual_backward, setup_context=_keep_residual)
+gate_residual.register_autograd(_gate_backward, setup_context=_keep_gate)
 
 
 def _on_kernel(operation: str, x: Tensor, *others: Tensor | None) -> bool:
@@ -151,6 +194,11 @@ def _check(x: Tensor, **modulation: Tensor | None) -> None:
         shape = tuple(tensor.shape)
         if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, tokens) or shape[2] != channels:
             raise ValueError(f"{name} must be (B, 1, C) or (B, N, C) for x {tuple(x.shape)}, got {shape}")
+
+
+def _check_answer(x: Tensor, y: Tensor) -> None:
+    if y.shape != x.shape:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have one shape")
 
 
 def _check_channels(x: Tensor, **affine: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Gate, residual, LayerNorm and modulation of one token in one program: everything is read once and written once."""
+"""Gate, residual, norm and modulation of one token in one program: everything is read once and written once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from postgen.kernels.dispatch import launching_on
 def _norm_modulate(
     x, y, gate, scale, shift, weight, bias, total, out, x_b, x_n, y_b, y_n, gate_b, gate_n, scale_b, scale_n,
     shift_b, shift_n, eps,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
@@ -35,18 +35,21 @@ def _norm_modulate(
         # The norm is that of the sum which later layers read.
         value = rounded.to(tl.float32)
 
-    centred = tl.where(inside, value - tl.sum(value, axis=0) / CHANNELS, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / CHANNELS
-    value = centred * (1.0 / tl.sqrt(variance + eps))
-    if weight is not None:
-        value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    if scale is not None:
-        value *= 1.0 + tl.load(scale + sample * scale_b + token * scale_n + c, mask=inside, other=0.0).to(tl.float32)
-    if shift is not None:
-        value += tl.load(shift + sample * shift_b + token * shift_n + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + c, value.to(out.dtype.element_ty), mask=inside)
+    if out is not None:
+        if not RMS:
+            value = tl.where(inside, value - tl.sum(value, axis=0) / CHANNELS, 0.0)
+        value *= 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / CHANNELS + eps)
+        if weight is not None:
+            value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            own = tl.load(scale + sample * scale_b + token * scale_n + c, mask=inside, other=0.0)
+            value *= 1.0 + own.to(tl.float32)
+        if shift is not None:
+            own = tl.load(shift + sample * shift_b + token * shift_n + c, mask=inside, other=0.0)
+            value += own.to(tl.float32)
+        tl.store(out + row + c, value.to(out.dtype.element_ty), mask=inside)
 
 
 def norm_modulate(
@@ -57,10 +60,11 @@ def norm_modulate(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> Tensor:
     """Compute `naive.norm_modulate`; `ops.py` has checked the shapes. Any strides; channels are read one by one."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, None, scale, shift, weight, bias, None, out, eps)
+    _launch(x, None, None, scale, shift, weight, bias, None, out, eps, rms)
     return out
 
 
@@ -74,12 +78,20 @@ def gate_residual_norm_modulate(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `naive.gate_residual_norm_modulate`; `ops.py` has checked the shapes. Any strides."""
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(total)
-    _launch(x, y, gate, scale, shift, weight, bias, total, out, eps)
+    _launch(x, y, gate, scale, shift, weight, bias, total, out, eps, rms)
     return total, out
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Compute `naive.gate_residual`; `ops.py` has checked the shapes. Any strides."""
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, y, gate, None, None, None, None, total, None, 0.0, False)
+    return total
 
 
 def block(channels: int) -> tuple[int, int]:
@@ -97,8 +109,9 @@ def _launch(
     weight: Tensor | None,
     bias: Tensor | None,
     total: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     eps: float,
+    rms: bool,
 ) -> None:
     batch, tokens, channels = x.shape
     size, warps = block(channels)
@@ -107,7 +120,7 @@ def _launch(
     weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
     with launching_on(x):
         _norm_modulate[(tokens, batch)](
-            *rows, weight, bias, total, out, *strides, eps, CHANNELS=channels, BLOCK=size, num_warps=warps
+            *rows, weight, bias, total, out, *strides, eps, CHANNELS=channels, BLOCK=size, RMS=rms, num_warps=warps
         )
 
 

@@ -15,17 +15,18 @@ from tests.kernels.poison import poisoned_memory
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 128), (2, 5, 80), (1, 4, 1000)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_reference(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, bound: float) -> None:
-    case = inputs(kind, shape, dtype=dtype)
+    case, options = inputs(kind, shape, dtype=dtype), {"eps": 1e-6, "rms": kind == "per token"}
     with poisoned_memory():
-        total, normed = triton.gate_residual_norm_modulate(**case, eps=1e-6)
-        alone = triton.norm_modulate(**norm_only(case), eps=1e-6)
-    expected, _ = naive.gate_residual_norm_modulate(**in_float64(case), eps=1e-6)
+        total, normed = triton.gate_residual_norm_modulate(**case, **options)
+        alone = triton.norm_modulate(**norm_only(case), **options)
+        assert torch.equal(triton.gate_residual(case["x"], case["y"], case["gate"]), total)
+    expected, _ = naive.gate_residual_norm_modulate(**in_float64(case), **options)
     assert total.dtype == normed.dtype == alone.dtype == dtype
     assert relative_error(total, expected) < bound
     # The norm is that of the rounded sum.
     rounded = in_float64({**case, "x": total})
-    assert relative_error(normed, naive.norm_modulate(**norm_only(rounded), eps=1e-6)) < bound
-    assert relative_error(alone, naive.norm_modulate(**norm_only(in_float64(case)), eps=1e-6)) < bound
+    assert relative_error(normed, naive.norm_modulate(**norm_only(rounded), **options)) < bound
+    assert relative_error(alone, naive.norm_modulate(**norm_only(in_float64(case)), **options)) < bound
 
 
 def test_any_strides_are_read_and_nothing_beside_them() -> None:

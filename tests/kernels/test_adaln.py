@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from postgen.kernels.adaln import naive
-from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
+from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
 from tests.kernels.adaln_cases import KINDS, inputs, norm_only, official
 
 
@@ -25,21 +26,37 @@ def test_is_what_a_block_of_diffusers_computes(kind: str, dtype: torch.dtype) ->
     torch.testing.assert_close(alone, expected[1], **tolerance)
 
 
+def test_root_mean_square_norm_is_what_ltx_computes() -> None:
+    case = inputs("per token", (2, 5, 24))
+    normed = F.rms_norm(case["x"], (24,), None, 1e-5)
+    expected = normed * (1 + case["scale"]) + case["shift"]
+    torch.testing.assert_close(norm_modulate(**norm_only(case), eps=1e-5, rms=True), expected)
+
+
+def test_gated_residual_alone_is_that_of_the_pair() -> None:
+    case = inputs("per token", (2, 5, 24), dtype=torch.bfloat16)
+    total, _ = gate_residual_norm_modulate(**case)
+    assert torch.equal(gate_residual(case["x"], case["y"], case["gate"]), total)
+    assert torch.equal(gate_residual(case["x"], case["y"]), case["x"] + case["y"])
+
+
+@pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind: str) -> None:
+def test_gradients(kind: str, rms: bool) -> None:
     case: dict[str, Any] = inputs(kind, (2, 3, 5))
     tensors = {k: v.double().requires_grad_() for k, v in case.items() if v is not None}
     names = list(tensors)
 
     def norm(*values: Any) -> Any:
         given = dict(zip([n for n in names if n not in ("y", "gate")], values, strict=True))
-        return norm_modulate(**given)
+        return norm_modulate(**given, rms=rms)
 
     def both(*values: Any) -> Any:
-        return gate_residual_norm_modulate(**dict(zip(names, values, strict=True)))
+        return gate_residual_norm_modulate(**dict(zip(names, values, strict=True)), rms=rms)
 
     assert torch.autograd.gradcheck(norm, [v for k, v in tensors.items() if k not in ("y", "gate")])
     assert torch.autograd.gradcheck(both, list(tensors.values()))
+    assert torch.autograd.gradcheck(gate_residual, [v for k, v in tensors.items() if k in ("x", "y", "gate")])
 
 
 def test_gradient_of_the_sum_alone() -> None:
@@ -56,6 +73,7 @@ def test_are_registered_well(kind: str) -> None:
     case["x"] = case["x"].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     torch.library.opcheck(norm_modulate, (), norm_only(case))
     torch.library.opcheck(gate_residual_norm_modulate, (), case)
+    torch.library.opcheck(gate_residual, (case["x"], case["y"], case["gate"]))
 
 
 @pytest.mark.parametrize(

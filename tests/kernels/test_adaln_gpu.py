@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from postgen.kernels.adaln import naive
-from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
+from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
 from tests.kernels.adaln_cases import KINDS, in_float64, inputs, norm_only
 from tests.kernels.launches import assert_compiles_whole, assert_records, assert_repeats, relative_error
 from tests.kernels.poison import poisoned_memory
@@ -28,6 +28,16 @@ def test_equals_float64(kind: str, channels: int) -> None:
     rounded = in_float64({**case, "x": total})
     assert relative_error(normed, naive.norm_modulate(**norm_only(rounded))) < 4e-3
     assert relative_error(alone, naive.norm_modulate(**norm_only(in_float64(case)))) < 4e-3
+
+
+def test_root_mean_square_norm_and_residual_alone() -> None:
+    case = inputs("per token", (2, 131, 2048), dtype=torch.bfloat16, device="cuda")
+    with poisoned_memory():
+        total, normed = gate_residual_norm_modulate(**case, rms=True)
+        alone = gate_residual(case["x"], case["y"], case["gate"])
+    assert torch.equal(alone, total)
+    rounded = in_float64({**case, "x": total})
+    assert relative_error(normed, naive.norm_modulate(**norm_only(rounded), rms=True)) < 4e-3
 
 
 def test_more_numbers_than_32_bits_count() -> None:

@@ -54,7 +54,7 @@ def test_adaln(channels: int, residual: bool, capability: int) -> None:
     absent = ["weight", "bias"] if residual else ["weight", "bias", "y", "gate", "total"]
     if residual:
         pointers |= {"y": "bf16", "gate": "fp32", "total": "bf16"}
-    constants = {**dict.fromkeys(absent), "CHANNELS": channels, "BLOCK": size}
+    constants = {**dict.fromkeys(absent), "CHANNELS": channels, "BLOCK": size, "RMS": False}
     compiled = compile_for(
         triton._norm_modulate, pointers, constants, floats=("eps",), capability=capability, num_warps=warps
     )
