@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from postgen.enhance import remove_enhance_a_video as remove_enhance_a_video
     from postgen.errors import UserError as UserError
     from postgen.families.summary import summary as summary
+    from postgen.fused.attention import register_attention_backend as register_attention_backend
+    from postgen.fused.attention import routed_attention as routed_attention
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -38,7 +40,9 @@ _HOMES = {
     "iter_video": "postgen.video",
     "probe": "postgen.video",
     "read_video": "postgen.video",
+    "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
+    "routed_attention": "postgen.fused.attention",
     "side_by_side": "postgen.video",
     "summary": "postgen.families.summary",
     "write_video": "postgen.video",

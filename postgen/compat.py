@@ -142,6 +142,89 @@ def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def register_attention_backend(name: str, attend: Callable[..., torch.Tensor | None]) -> Any:
+    """Add a backend to diffusers' attention dispatcher, known to `set_attention_backend` and its context manager.
+
+    Args:
+        name: in lower case, as diffusers looks it up. A name that is registered already is left as it is.
+        attend: `attend(query, key, value, attn_mask, scale)` with (B, L, heads, D) tensors -> the same, or None for
+            calls that it leaves to diffusers' native backend. Calls with dropout, causal or context parallel ones
+            are never shown to it.
+
+    Returns:
+        What diffusers keeps on processors as `_attention_backend`.
+
+    Raises:
+        UserError: the installed diffusers has another dispatcher.
+    """
+    import diffusers
+
+    try:
+        return _registered_backend(name, attend)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"diffusers {diffusers.__version__} has another attention dispatcher than 0.42, which postgen knows"
+            f" ({error}): install diffusers==0.42.1 to use the backend {name!r}"
+        ) from error
+
+
+def _registered_backend(name: str, attend: Callable[..., torch.Tensor | None]) -> Any:
+    from diffusers.models import attention_dispatch as dispatch
+
+    names: Any = dispatch.AttentionBackendName
+    registry = dispatch._AttentionBackendRegistry
+    member = names._value2member_map_.get(name)
+    if member is not None and member in registry._backends:
+        return member
+    # Everything that may be missing is asked for before anything is changed.
+    backend, checks = (
+        _handing_over(attend, dispatch._native_attention),
+        [dispatch._check_device, dispatch._check_shape],
+    )
+    register = registry.register
+    member = member or _add_member(names, name)
+    register(member, constraints=checks)(backend)
+    if names(name) is not member or member not in registry._backends:
+        raise ValueError("its registry ignores new names")
+    return member
+
+
+def _add_member(names: Any, name: str) -> Any:
+    """Add a member to an enumeration of strings that has no way to do so."""
+    member = str.__new__(names, name)
+    member._name_, member._value_ = name.upper(), name
+    member.__objclass__, member._sort_order_ = names, len(names._member_names_)
+    type.__setattr__(names, member._name_, member)
+    names._member_names_.append(member._name_)
+    names._member_map_[member._name_] = member
+    names._value2member_map_[name] = member
+    return member
+
+
+def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[..., torch.Tensor]) -> Any:
+    # The dispatcher drops arguments that are not in the signature, masks included.
+    def backend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> torch.Tensor:
+        if dropout_p == 0.0 and not is_causal and _parallel_config is None:
+            out = attend(query, key, value, attn_mask, scale)
+            if out is not None:
+                return out
+        return native(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
+        )
+
+    return backend
+
+
 def register_processor_class(kind: type, parent: type) -> None:
     """Tell diffusers' hooks that look processors up by their exact class what they know of the parent class."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry

@@ -1,0 +1,1 @@
+"""Kernels of `postgen.kernels` in stock diffusers models: the attention backend "postgen"."""
