@@ -69,6 +69,33 @@ def optional_parts() -> list[Finding]:
     return [_probed(name, probe) for name, probe in _PROBES.items()]
 
 
+def attention_backends() -> list[Finding]:
+    """Return the kernels of `postgen.kernels.attention`, each after a small attention whose numbers were checked."""
+    import torch
+
+    from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Call
+    from postgen.kernels.attention.router import Router
+
+    place, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    query = torch.ones(1, 8, 2, 128, device=place, dtype=dtype)
+    call, router = Call(query, query, query, 128**-0.5, None, False), Router()
+    findings = []
+    for backend in dict.fromkeys((*TIMED, *LAST_RESORTS)):
+        reason = router.why_not(backend, call)
+        findings.append(Finding(backend.name, reason is None, reason or _version_of(backend.packages)))
+    return findings
+
+
+def _version_of(packages: tuple[str, ...]) -> str:
+    found = []
+    for name in packages:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
 def _probed(name: str, probe: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, probe())

@@ -233,5 +233,5 @@ MATH = Backend(name="math", run=_math, needs_gpu=False)
 
 TIMED = (FLASH_4, FLASH_3, CUDNN, XFORMERS, FLASH, EFFICIENT, FLEX)
 """Those that the router times against each other. cuDNN's masks are left out: their gradients were wrong."""
-LAST_RESORTS = (SDPA, MATH)
-"""Those that run where none of the above can, the first that can."""
+LAST_RESORTS = (SDPA, FLASH, MATH)
+"""Those that run, untimed, where none of the above can or where timing is not worth it: the first that can."""

@@ -107,7 +107,7 @@ class Router:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all backends."""
-        return tuple(backend.name for backend in (*self.timed, *self.last_resorts))
+        return tuple(dict.fromkeys(backend.name for backend in (*self.timed, *self.last_resorts)))
 
     def why_not(self, backend: Backend, call: Call) -> str | None:
         """Return why a backend is not to be trusted with calls like this one, or None; each is tried once."""
@@ -132,7 +132,7 @@ class Router:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel may dislike a size that nobody has tried
-            if backend in self.last_resorts:
+            if backend is self.last_resorts[-1]:
                 raise
             reason = self._failures[backend.name, Trait.of(call)] = _first_line(error)
         self._chosen.pop(Problem.of(call), None)

@@ -8,11 +8,11 @@ import typer
 
 def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
     """Show versions, devices and which optional parts work here (each one tried, not guessed)."""
-    from postgen.info import Finding, devices, optional_parts, versions
+    from postgen.info import Finding, attention_backends, devices, optional_parts, versions
 
-    packages, places, parts = versions(), devices(), optional_parts()
+    packages, places, parts, attention = versions(), devices(), optional_parts(), attention_backends()
     if json:
-        findings = {"versions": packages, "devices": places, "optional": parts}
+        findings = {"versions": packages, "devices": places, "optional": parts, "attention": attention}
         rows = {key: _plain(value) for key, value in findings.items()}
         typer.echo(json_module.dumps(rows, indent=2))
         return
@@ -26,6 +26,7 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead o
 
     show("Devices", places)
     show("Optional parts", parts)
+    show("Attention backends", attention)
 
 
 def _plain(value: object) -> object:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from postgen.info import attention_backends
 from postgen.kernels.attention import router as router_module
 from postgen.kernels.attention.backends import MATH, SDPA, TIMED, Backend, Call, Result
 from postgen.kernels.attention.ops import attention, backend_names, router
@@ -201,7 +202,7 @@ def test_a_named_backend_that_cannot_run_gives_one_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mine.named("wrong", call_of()).name == "fast"
-    with pytest.raises(ValueError, match=r"unknown attention backend 'none'\. Known: fast, wrong, sdpa, math"):
+    with pytest.raises(ValueError, match=r"unknown attention backend 'none'\. Known: fast, wrong, sdpa, flash, math"):
         mine.named("none", call_of())
 
 
@@ -340,3 +341,11 @@ def test_a_gpu_kernel_named_on_a_cpu_gives_way() -> None:
         out = attention(query, query, query, backend="xformers")
     assert torch.equal(out, attention(query, query, query))
     assert {backend.name for backend in TIMED} < set(backend_names())
+
+
+def test_info_says_which_backends_work_here() -> None:
+    findings = {name: (usable, detail) for name, usable, detail in attention_backends()}
+    assert tuple(findings) == backend_names()
+    assert findings["math"] == (True, f"torch {torch.__version__}")
+    if not torch.cuda.is_available():
+        assert findings["fa4"] == (False, "needs a CUDA GPU")
