@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ Array = NDArray[np.float64]
 
 def ramp(value: float, low: float, high: float) -> float:
     """0 at `low`, 1 at `high`, linear between (either may be the larger one)."""
-    return float(np.clip((value - low) / (high - low), 0.0, 1.0))
+    return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 @dataclass(slots=True)
@@ -91,22 +92,24 @@ def way(track: Track, frames: list[int]) -> Way:
 def _leap(track: Track, frames: list[int]) -> float:
     """Largest move from a frame to the next among the given ones, in allowed steps."""
     points = [(f, p.x, p.y) for f in frames if (p := track.pieces[f]) is not None]
-    steps = [float(np.hypot(b[1] - a[1], b[2] - a[2])) / (b[0] - a[0]) for a, b in pairwise(points)]
+    steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
     return max(steps, default=0.0) / JUMP
 
 
 def _net(value: Array) -> float:
     """Last against first, two values each where there are enough."""
-    n = 2 if len(value) >= 9 else 1
-    return float(value[-n:].mean() - value[:n].mean())
+    if len(value) < 9:
+        return float(value[-1] - value[0])
+    return float((value[-2] + value[-1]) / 2 - (value[0] + value[1]) / 2)
 
 
 def order(value: Array) -> float:
     """Rank correlation with time in [-1,1]; 0 for fewer than three values."""
-    if len(value) < 3:
+    n = len(value)
+    if n < 3:
         return 0.0
-    ranks = np.argsort(np.argsort(value, kind="stable"), kind="stable")
-    return float(np.corrcoef(ranks, np.arange(len(value)))[0, 1])
+    gap = np.argsort(np.argsort(value, kind="stable"), kind="stable") - np.arange(n)
+    return 1.0 - 6.0 * float(gap @ gap) / (n * (n * n - 1))
 
 
 def moves(w: Way, sign: float) -> float:

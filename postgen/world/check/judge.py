@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from postgen.world.check.shapes import shape_features
 from postgen.world.check.tracks import BODY_AREA, Piece, Track, follow
 from postgen.world.spec import COLOURS, SHAPES, Spec
 
-_AT_ONCE = 16
+#: Clips looked at together; more are faster on a GPU and take memory.
+_AT_ONCE = {"cpu": 16, "cuda": 64}
 _SHADING = 0.1
 #: Misfit above which an outline is none of the shapes, and the difference of misfits that is a sure answer.
 _NO_SHAPE, _SURE = 0.14, 0.03
@@ -100,7 +102,7 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str]) -> list[Report]:
     if len(clips) != len(specs):
         raise UserError(f"check got {len(clips)} clips and {len(specs)} specs: give one spec a clip.")
     scenes = [_scene(spec) for spec in specs]
-    found = (look for part in clips.split(_AT_ONCE) for look in _look(part))
+    found = (look for part in clips.split(_AT_ONCE.get(clips.device.type, 16)) for look in _look(part))
     return [
         _judge(tracks, scene, likeness, clips.shape[1])
         for (tracks, likeness), scene in zip(found, scenes, strict=True)
@@ -115,7 +117,7 @@ def find_tracks(clips: Tensor) -> list[list[Track]]:
         UserError: as `check`.
     """
     _check_form(clips)
-    return [tracks for part in clips.split(_AT_ONCE) for tracks, _ in _look(part)]
+    return [tracks for part in clips.split(_AT_ONCE.get(clips.device.type, 16)) for tracks, _ in _look(part)]
 
 
 def _check_form(clips: Tensor) -> None:
@@ -204,36 +206,48 @@ class _Table:
         table = torch.cat(
             (torch.stack([c.double() for c in columns], -1), blobs.box.double(), misfit_MK3.double()), -1
         )
-        self.rows: NDArray[np.float64] = table.cpu().numpy()
+        self.rows: list[list[list[float]]] = table.tolist()
 
     def pieces(self, picture: int) -> dict[int, list[Piece]]:
         """Pieces of a picture by colour, the largest first."""
-        rows = self.rows[picture]
-        rows = rows[rows[:, 0] > 0]
+        parts: dict[tuple[float, float], list[list[float]]] = {}
+        for row in self.rows[picture]:
+            if row[0]:
+                parts.setdefault((row[1], row[2]), []).append(row)
         result: dict[int, list[Piece]] = {}
-        for colour, group in dict.fromkeys((int(r[1]), int(r[2])) for r in rows):
-            part = rows[(rows[:, 1] == colour) & (rows[:, 2] == group)]
-            result.setdefault(colour, []).append(self._piece(part))
+        for (colour, _), part in parts.items():
+            result.setdefault(int(colour), []).append(self._piece(part))
         for pieces in result.values():
             pieces.sort(key=lambda p: -p.area)
         return result
 
-    def _piece(self, rows: NDArray[np.float64]) -> Piece:
-        area = rows[:, 5]
-        whole = len(rows) == 1 and np.isfinite(rows[0, 13])
-        low, high = rows[:, 9:11].min(0), rows[:, 11:13].max(0) + 1
+    def _piece(self, rows: list[list[float]]) -> Piece:
+        whole = len(rows) == 1 and rows[0][13] < torch.inf
+        area = sum(row[5] for row in rows)
+        x, y, sharp = (sum(row[k] * row[5] for row in rows) / area for k in (6, 7, 8))
+        low = [min(row[k] for row in rows) for k in (9, 10)]
+        high = [max(row[k] for row in rows) + 1 for k in (11, 12)]
         return Piece(
-            x=float((rows[:, 6] * area).sum() / area.sum() + 0.5) / self.width,
-            y=float((rows[:, 7] * area).sum() / area.sum() + 0.5) / self.height,
-            area=float(area.sum()) / (self.width * self.height),
+            x=(x + 0.5) / self.width,
+            y=(y + 0.5) / self.height,
+            area=area / (self.width * self.height),
             box=(low[0] / self.width, low[1] / self.height, high[0] / self.width, high[1] / self.height),
-            touch=bool(rows[:, 3].any()),
-            border=bool(rows[:, 4].any()),
+            touch=any(row[3] for row in rows),
+            border=any(row[4] for row in rows),
             whole=whole,
-            sharp=float((rows[:, 8] * area).sum() / area.sum()),
-            misfit=tuple(rows[0, 13:16]) if whole else None,
-            group=int(rows[0, 2]),
+            sharp=sharp,
+            misfit=tuple(rows[0][13:16]) if whole else None,
+            group=int(rows[0][2]),
         )
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A body that was found, and what is asked of it again and again."""
+
+    track: Track
+    ways: list[events.Way]
+    misfit: tuple[NDArray[np.float64], float] | None
 
 
 def _judge(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> Report:
@@ -244,9 +258,10 @@ def _judge(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> Re
     share = float((there == wanted).mean())
     found = len(tracks)
     count = found == wanted and share >= 0.75 and likeness > 0
-    sharp = [m[1] for t in tracks if (m := _misfit(t)) is not None]
+    candidates = [_Candidate(track, events.ways(track), _misfit(track)) for track in tracks]
+    sharp = [c.misfit[1] for c in candidates if c.misfit is not None]
     likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
-    bodies = _match(tracks, scene)
+    bodies = _match(candidates, scene)
     values = [[v for v in (b.colour, b.shape, b.direction, b.event) if v is not None] for b in bodies]
     score = float(np.mean([np.mean(v) for v in values])) * likeness
     score *= events.ramp(share, 0.3, 1.0) if count else _WRONG_COUNT
@@ -271,28 +286,34 @@ def _all(values: list[float | None]) -> bool | None:
     return all(v >= 0.5 for v in judged) if judged else None
 
 
-def _match(tracks: list[Track], scene: Spec) -> tuple[BodyReport, ...]:
+def _match(found: list[_Candidate], scene: Spec) -> tuple[BodyReport, ...]:
     """Give each body asked for one that is there, so that as much as possible is right; colour weighs most."""
-    tracks = sorted(tracks, key=lambda t: -sum(t.seen))[:5]
-    slots: list[Track | None] = [*tracks, *[None] * max(0, len(scene.bodies) - len(tracks))]
-    looks = [[_looks(track, body.colour, body.shape) for track in slots] for body in scene.bodies]
+    found = sorted(found, key=lambda c: -c.track.seen.sum())[:5]
+    slots: list[_Candidate | None] = [*found, *[None] * max(0, len(scene.bodies) - len(found))]
+    looks = [[_looks(one, body.colour, body.shape) for one in slots] for body in scene.bodies]
+
+    @cache
+    def event(b: int, own: int, partner: int | None) -> float:
+        return _event_value(scene, b, slots[own], None if partner is None else slots[partner]) or 0.0
+
     best: tuple[float, tuple[int, ...]] = (-1.0, ())
     for choice in itertools.permutations(range(len(slots)), len(scene.bodies)):
         value = sum(2 * looks[b][t][0] + looks[b][t][1] for b, t in enumerate(choice))
-        value += 0.1 * sum(_event_value(scene, b, [slots[t] for t in choice]) or 0.0 for b in range(len(choice)))
+        partners = (None if body.partner is None else choice[body.partner] for body in scene.bodies)
+        value += 0.1 * sum(event(b, t, partner) for (b, t), partner in zip(enumerate(choice), partners, strict=True))
         if value > best[0]:
             best = value, choice
     chosen = [slots[t] for t in best[1]]
     return tuple(_body_report(scene, b, chosen) for b in range(len(chosen)))
 
 
-def _looks(track: Track | None, colour: str, shape: str) -> tuple[float, float]:
-    if track is None:
+def _looks(found: _Candidate | None, colour: str, shape: str) -> tuple[float, float]:
+    if found is None:
         return 0.0, 0.0
     names = list(COLOURS)
-    seen = [c for c in track.colours if c >= 0]
+    seen = [c for c in found.track.colours if c >= 0]
     share = sum(c == names.index(colour) for c in seen) / len(seen)
-    return events.ramp(share, 0.5, 1.0), shape_value(track, shape)
+    return events.ramp(share, 0.5, 1.0), _shape_value(found, shape)
 
 
 def _misfit(track: Track) -> tuple[NDArray[np.float64], float] | None:
@@ -310,12 +331,11 @@ def _misfit(track: Track) -> tuple[NDArray[np.float64], float] | None:
     return np.median([p.misfit for p in pieces], 0), float(np.median([p.sharp for p in pieces]))
 
 
-def shape_value(track: Track, shape: str) -> float:
+def _shape_value(found: _Candidate, shape: str) -> float:
     """How surely a body has a shape, in [0,1]."""
-    measured = _misfit(track)
-    if measured is None:
+    if found.misfit is None:
         return 0.0
-    misfit, sharp = measured
+    misfit, sharp = found.misfit
     own = misfit[SHAPES.index(shape)]
     other = min(m for m, name in zip(misfit, SHAPES, strict=True) if name != shape)
     return min(
@@ -325,42 +345,40 @@ def shape_value(track: Track, shape: str) -> float:
     )
 
 
-def _event_value(scene: Spec, index: int, chosen: list[Track | None]) -> float | None:
-    """Value of the event of a body; None for a moving camera and for the partner of a collision."""
-    body, track = scene.bodies[index], chosen[index]
+def _event_value(scene: Spec, index: int, found: _Candidate | None, other: _Candidate | None) -> float | None:
+    """Value of the event of a body, `other` its partner; None for a moving camera and the partner of a collision."""
+    body = scene.bodies[index]
     hit = any(b.partner == index and b.event == "collides" for b in scene.bodies)
     if scene.camera != "static" or hit:
         return None
-    if track is None:
+    if found is None:
         return 0.0
     if body.partner is None:
-        return max(events.SINGLE[body.event](way) for way in events.ways(track))
-    other = chosen[body.partner]
-    return 0.0 if other is None else events.PAIR[body.event](track, other)
+        return max(map(events.SINGLE[body.event], found.ways))
+    return 0.0 if other is None else events.PAIR[body.event](found.track, other.track)
 
 
-def _body_report(scene: Spec, index: int, chosen: list[Track | None]) -> BodyReport:
-    body, track = scene.bodies[index], chosen[index]
+def _body_report(scene: Spec, index: int, chosen: list[_Candidate | None]) -> BodyReport:
+    body, found = scene.bodies[index], chosen[index]
     asked = body.event in _MOVES and scene.camera == "static"
-    if track is None:
-        event = _event_value(scene, index, chosen)
+    event = _event_value(scene, index, found, None if body.partner is None else chosen[body.partner])
+    if found is None:
         return BodyReport(colour=0.0, shape=0.0, event=event, direction=0.0 if asked else None)
-    colour, shape = _looks(track, body.colour, body.shape)
-    ways = events.ways(track)
-    ranked = {name: max(map(value, ways)) for name, value in events.SINGLE.items()}
+    colour, shape = _looks(found, body.colour, body.shape)
+    ranked = {name: max(map(value, found.ways)) for name, value in events.SINGLE.items()}
     for other in chosen:
-        if other is not None and other is not track:
+        if other is not None and other is not found:
             for name, pair in events.PAIR.items():
-                ranked[name] = max(ranked.get(name, 0.0), pair(track, other))
+                ranked[name] = max(ranked.get(name, 0.0), pair(found.track, other.track))
     # What a body does with another one says more than its own way does.
     top = max(ranked, key=lambda name: (name in events.PAIR and ranked[name] >= 0.5, ranked[name]))
     return BodyReport(
         colour=colour,
         shape=shape,
-        event=_event_value(scene, index, chosen),
-        direction=max(events.heading(way, body.event) for way in ways) if asked else None,
-        found_colour=list(COLOURS)[track.colour],
-        found_shape=max(SHAPES, key=lambda name: shape_value(track, name)) if _misfit(track) is not None else None,
+        event=event,
+        direction=max(events.heading(way, body.event) for way in found.ways) if asked else None,
+        found_colour=list(COLOURS)[found.track.colour],
+        found_shape=max(SHAPES, key=lambda name: _shape_value(found, name)) if found.misfit is not None else None,
         found_event=top if ranked[top] >= 0.5 and scene.camera == "static" else None,
-        track=tuple(None if p is None else (p.x, p.y, p.area) for p in track.pieces),
+        track=tuple(None if p is None else (p.x, p.y, p.area) for p in found.track.pieces),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ def _assign(last: list[Piece | None], pieces: list[Piece]) -> list[tuple[int, Pi
         cost = 0.0
         for slot, piece in zip(order, pieces, strict=True):
             old = last[slot]
-            cost += 0.5 + 0.001 * slot if old is None else float(np.hypot(piece.x - old.x, piece.y - old.y))
+            cost += 0.5 + 0.001 * slot if old is None else math.hypot(piece.x - old.x, piece.y - old.y)
         if best is None or cost < best[0]:
             best = cost, order
     return list(zip(best[1], pieces, strict=True)) if best else []
@@ -132,7 +133,7 @@ def _continues(one: Track, two: Track) -> bool:
             old, new = a.pieces[f - 1], b.pieces[f]
             if old is not None and new is not None and a.pieces[f] is None and b.pieces[f - 1] is None:
                 steps += 1
-                near += bool(np.hypot(new.x - old.x, new.y - old.y) < JUMP)
+                near += math.hypot(new.x - old.x, new.y - old.y) < JUMP
     return steps > 0 and near >= 0.5 * steps
 
 
