@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import kernel_attention
 from benchmarks.gates import gate, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
@@ -238,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         bandwidth = bytes_per_millisecond()
         rows = [measure(case, bandwidth) for case in cases(WAN if options.quick else WAN + OTHERS)]
-    payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": gates(rows)}
+        attention = kernel_attention.attention_rows(kernel_attention.SHAPES[: 2 if options.quick else None])
+    found = [*gates(rows), *kernel_attention.attention_gates(attention)]
+    payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows + attention, "gates": found}
     print(write_result(options.output, payload))
     return 0
 
