@@ -42,7 +42,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), contiguous, in the dtype of the query.
+    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), in the dtype of the query (or that of autocast).
 
     The first call of a shape on a GPU times the kernels that work there, on its own tensors, and the choice is kept
     on disk (`postgen.kernels.attention.store.cache_file`). Not timed: calls too small to tell, and shapes that a CUDA
@@ -65,6 +65,7 @@ def attention(
     Raises:
         ValueError: shapes that do not belong together, an unknown backend, lengths on the CPU out of range.
     """
+    query, key, value = _autocast(query, key, value)
     _check(query, key, value, key_lengths)
     if backend is not None and backend not in _BY_NAME:
         raise ValueError(f"unknown attention backend {backend!r}. Known: {', '.join(_BY_NAME)}")
@@ -158,6 +159,15 @@ def _differentiable(call: Call, name: str | None) -> Result:
         return (MATH if call.lse else SDPA).run(call)
     # What is traced is never tried: that takes numbers.
     return _BY_NAME[name].run(call) if tracing else router().run(call, name)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for torch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> None:

@@ -7,10 +7,12 @@ call, and the choice is kept, in memory and on disk.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -245,12 +247,26 @@ def _failure(backend: Backend, trait: Trait) -> str | None:
     """Try a backend on a tiny input; return what is wrong with it, or None."""
     call = _tiny(trait)
     try:
-        out, lse = backend.run(call)
+        with _silence():
+            out, lse = backend.run(call)
         error = _error(call, out, lse)
     except Exception as raised:  # a kernel may break in any way, its import included
         return f"{type(raised).__name__}: {_first_line(raised)}"
     limit = TOLERANCE[trait.dtype]
     return None if error <= limit else f"its numbers are wrong (relative error {error:.1e}, at most {limit:.0e})"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep packages from saying at length what `_failure` says in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _tiny(trait: Trait) -> Call:

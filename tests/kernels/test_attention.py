@@ -72,6 +72,17 @@ def test_dtypes_and_layout(dtype: torch.dtype) -> None:
     assert relative_error(out, expected) < limits[dtype]
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_autocast_acts_as_on_the_attention_of_torch(return_lse: bool) -> None:
+    query, key, value = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(query, key.bfloat16(), value, return_lse=return_lse)
+        own = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+    out = found[0] if isinstance(found, tuple) else found
+    assert out.dtype == own.dtype == torch.bfloat16
+    assert relative_error(out, own.transpose(1, 2)) < 8e-3
+
+
 def test_two_halves_of_the_keys_make_the_whole() -> None:
     query, key, value = drawn()
     halves = [

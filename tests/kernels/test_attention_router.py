@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,12 @@ def _rounded(call: Call) -> Result:
 
 def _raises(call: Call) -> Result:
     raise ImportError("libcudart.so.12: cannot open shared object file\nmore")
+
+
+def _loud(call: Call) -> Result:
+    logging.getLogger("loud").warning("my C++ part was built for\nanother torch")
+    warnings.warn("and so is the rest", stacklevel=1)
+    return _raises(call)
 
 
 def _only_small(call: Call) -> Result:
@@ -150,6 +157,15 @@ def test_reasons_name_what_is_wrong() -> None:
     )
     assert mine.why_not(replace(FAST, name="y", takes_groups=False), call_of(heads=4)) == "takes no grouped heads"
     assert mine.why_not(replace(FAST, name="z", needs_gpu=True), call_of()) == "needs a CUDA GPU"
+
+
+def test_what_is_tried_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "libcudart" in str(Router([SLOW]).why_not(wrong(_loud), call_of()))
+    assert not caplog.records
+    logging.getLogger("loud").warning("afterwards everybody is")
+    assert len(caplog.records) == 1
 
 
 def test_trying_does_not_touch_the_random_numbers() -> None:
