@@ -137,7 +137,7 @@ class Router:
             if backend is self.last_resorts[-1]:
                 raise
             reason = self._failures[backend.name, Trait.of(call)] = _first_line(error)
-        self._chosen.pop(Problem.of(call), None)
+        self._chosen = {problem: each for problem, each in self._chosen.items() if each is not backend}
         instead = self.last_resort(call)
         _warn_once(f"attention runs on {instead.name}, not on {backend.name}: {reason}")
         return instead.run(call)

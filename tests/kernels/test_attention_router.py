@@ -197,12 +197,14 @@ def test_what_fails_at_a_size_gives_way_with_a_warning() -> None:
 def test_what_fails_after_it_was_chosen_gives_way_for_good() -> None:
     mine = Router([wrong(_only_small)], [SDPA, MATH])
     assert mine.choose(call_of(100)).name == "wrong"
+    assert mine.choose(call_of(9)).name == "wrong"
     call = call_of(110)
     assert bucket(110) == bucket(100)
     with pytest.warns(UserWarning, match="attention runs on sdpa, not on wrong: too many queries"):
         out, _ = mine.run(call)
     assert relative_error(out, MATH.run(call)[0]) < 1e-6
     assert mine.choose(call_of(100)).name == "sdpa"
+    assert mine.choose(call_of(9)).name == "sdpa"
 
 
 def test_no_last_resort_hides_its_error() -> None:
