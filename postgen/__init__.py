@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from postgen.enhance import remove_enhance_a_video as remove_enhance_a_video
     from postgen.errors import UserError as UserError
     from postgen.families.summary import summary as summary
+    from postgen.fused import FusedOpsConfig as FusedOpsConfig
+    from postgen.fused import FusedOpsHandle as FusedOpsHandle
+    from postgen.fused import apply_fused_ops as apply_fused_ops
+    from postgen.fused import remove_fused_ops as remove_fused_ops
     from postgen.fused.attention import register_attention_backend as register_attention_backend
     from postgen.fused.attention import routed_attention as routed_attention
     from postgen.video import VideoError as VideoError
@@ -31,10 +35,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "EnhanceAVideoConfig": "postgen.enhance",
     "EnhanceAVideoHandle": "postgen.enhance",
+    "FusedOpsConfig": "postgen.fused",
+    "FusedOpsHandle": "postgen.fused",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
     "apply_enhance_a_video": "postgen.enhance",
+    "apply_fused_ops": "postgen.fused",
     "contact_sheet": "postgen.video",
     "embedded_model": "postgen.assets",
     "iter_video": "postgen.video",
@@ -43,6 +50,7 @@ _HOMES = {
     "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
     "routed_attention": "postgen.fused.attention",
+    "remove_fused_ops": "postgen.fused",
     "side_by_side": "postgen.video",
     "summary": "postgen.families.summary",
     "write_video": "postgen.video",

@@ -5,8 +5,10 @@ Light to import: every library is imported inside the function that needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -124,6 +126,13 @@ def install_attention_tap() -> None:
     registry.register = classmethod(register_tapped)
 
 
+def show_attention_call(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
+    """Show `tap_dispatched` an attention call that does not go through the dispatcher; (B, L, heads, D) tensors."""
+    sink = _tap.sink
+    if sink is not None:
+        sink(query, key, scale, None)
+
+
 def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
     # The dispatcher passes everything by name.
     @functools.wraps(backend)
@@ -234,6 +243,42 @@ def register_processor_class(kind: type, parent: type) -> None:
     except ValueError:
         return
     AttentionProcessorRegistry.register(kind, metadata)
+
+
+def register_block_class(kind: type, parent: type) -> None:
+    """Tell diffusers' caches, which look blocks up by their exact class, what they know of the parent class."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        metadata = TransformerBlockRegistry.get(parent)
+    except ValueError:
+        return
+    TransformerBlockRegistry.register(kind, dataclasses.replace(metadata, _cls=kind))
+
+
+def rebind_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Let hooks that keep a module's forward keep another one: those of diffusers and accelerate.
+
+    Args:
+        module: its class has the function `new` as forward already.
+        old: function whose bound methods were kept.
+        new: function to keep instead.
+
+    Returns:
+        Whether a call of the module ends in `new`: False where somebody else replaced its forward.
+    """
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    places: list[tuple[Any, str]] = [(each, name) for each in references for name in ("forward", "original_forward")]
+    places += [(module, name) for name in ("forward", "_old_forward") if name in vars(module)]
+    reached = "forward" not in vars(module)
+    for holder, name in places:
+        method = getattr(holder, name)
+        if getattr(method, "__self__", None) is not module:
+            continue
+        if method.__func__ is old:
+            setattr(holder, name, types.MethodType(new, module))
+        reached = reached or method.__func__ in (old, new)
+    return reached
 
 
 def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:

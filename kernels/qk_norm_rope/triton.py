@@ -61,10 +61,26 @@ def _row_mean_square(
 
 
 @triton.jit
-def _int8(value, scale):
-    """Round value / scale, halves away from 0; the conversion cuts."""
-    steps = value / scale[:, None]
-    return (steps + tl.where(steps < 0, -0.5, 0.5)).to(tl.int8)
+def _normalised(a, b, eps, CHANNELS: tl.constexpr, CENTRED: tl.constexpr):
+    """RMSNorm of every head, or LayerNorm."""
+    if CENTRED:
+        there = tl.arange(0, a.shape[1])[None, :] < CHANNELS // 2
+        mean = (tl.sum(a + b, axis=1) / CHANNELS)[:, None]
+        a = tl.where(there, a - mean, 0.0)
+        b = tl.where(there, b - mean, 0.0)
+    reciprocal = (1.0 / tl.sqrt(tl.sum(a * a + b * b, axis=1) / CHANNELS + eps))[:, None]
+    return a * reciprocal, b * reciprocal
+
+
+@triton.jit
+def _quantised(a, b, scale, head, inside):
+    """Pairs as int8, halves rounded away from 0 (the conversion cuts), and their scales written."""
+    largest = tl.maximum(tl.max(tl.abs(a), axis=1), tl.max(tl.abs(b), axis=1)) / 127.0
+    tl.store(scale + head, largest, mask=inside)
+    steps = tl.where(largest > 0, largest, 1.0)[:, None]
+    a /= steps
+    b /= steps
+    return (a + tl.where(a < 0, -0.5, 0.5)).to(tl.int8), (b + tl.where(b < 0, -0.5, 0.5)).to(tl.int8)
 
 
 @triton.jit
@@ -89,13 +105,7 @@ def _norm_rope(
             a *= of_row
             b *= of_row
         elif NORM != "none":
-            if NORM == "layer_norm":
-                mean = (tl.sum(a + b, axis=1) / CHANNELS)[:, None]
-                a = tl.where(pair < CHANNELS // 2, a - mean, 0.0)
-                b = tl.where(pair < CHANNELS // 2, b - mean, 0.0)
-            reciprocal = (1.0 / tl.sqrt(tl.sum(a * a + b * b, axis=1) / CHANNELS + eps))[:, None]
-            a *= reciprocal
-            b *= reciprocal
+            a, b = _normalised(a, b, eps, CHANNELS, NORM == "layer_norm")
         # One weight for every head, or the row's own.
         own = CHANNELS if NORM == "rms_norm_across_heads" else 0
         if weight is not None:
@@ -119,13 +129,10 @@ def _norm_rope(
             a -= shift_a
             b -= shift_b
         if scale is not None:
-            largest = tl.maximum(tl.max(tl.abs(a), axis=1), tl.max(tl.abs(b), axis=1)) / 127.0
-            tl.store(scale + head, largest, mask=inside)
-            largest = tl.where(largest > 0, largest, 1.0)
-            _put(_int8(a, largest), _int8(b, largest), out, out_h, head, inside, CHANNELS, BLOCK_D, HALF)
+            rounded_a, rounded_b = _quantised(a, b, scale, head, inside)
         else:
-            kind = out.dtype.element_ty
-            _put(a.to(kind), b.to(kind), out, out_h, head, inside, CHANNELS, BLOCK_D, HALF)
+            rounded_a, rounded_b = a.to(out.dtype.element_ty), b.to(out.dtype.element_ty)
+        _put(rounded_a, rounded_b, out, out_h, head, inside, CHANNELS, BLOCK_D, HALF)
 
 
 @triton.jit

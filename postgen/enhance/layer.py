@@ -52,7 +52,7 @@ class EnhancedAttention:
             if share is not None:
                 shares.append(share)
 
-        tap = tap_dispatched if self.state.layout.attention_call == "dispatch" else tap_sdpa
+        tap = tap_dispatched if self.state.dispatched else tap_sdpa
         with tap(look):
             output = inner(attention, *args, **kwargs)
         if not shares:

@@ -38,6 +38,8 @@ class Enhancement:
         self.enabled = True
         self.active = False
         """Whether the call under way is enhanced."""
+        self.dispatched = False
+        """Whether attention calls go through diffusers' dispatcher, or are shown as if they did."""
         self.frames, self.places = 0, 0
         """T and S of the call under way."""
         self.layers = {name: EnhancedAttention(self) for name in self.layout.attention_modules(model)}
@@ -109,6 +111,7 @@ class Enhancement:
             return
         self.frames, self.places = grid.frames, grid.height * grid.width
         self.active = True
+        self.dispatched = self.layout.attention_call == "dispatch" or self._stack.dispatches
         self._warn_of_displaced()
         self._warn_of_strength()
 

@@ -46,13 +46,21 @@ class ProcessorStack:
         self._originals: dict[str, Any] = {}
         self._stacked: dict[str, Any] = {}
         self._modules: dict[str, Any] = {}
+        self._dispatching: set[str] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of what is pushed, innermost first."""
         return tuple(name for name, _ in self._layers)
 
-    def push(self, name: str, wrappers: Mapping[str, Wrapper], *, innermost: bool = False) -> None:
+    @property
+    def dispatches(self) -> bool:
+        """Whether a wrapper computes the attention where `compat.tap_dispatched` sees it, whoever did before."""
+        return bool(self._dispatching)
+
+    def push(
+        self, name: str, wrappers: Mapping[str, Wrapper], *, innermost: bool = False, dispatches: bool = False
+    ) -> None:
         """Put a wrapper around the processor of every named module.
 
         Args:
@@ -61,6 +69,7 @@ class ProcessorStack:
                 so bound methods and module-level functions, no lambdas.
             innermost: below everything pushed so far, next to the processor itself: for wrappers that compute the
                 attention instead of diffusers' processor. Otherwise around everything.
+            dispatches: the wrappers compute the attention, and `compat.tap_dispatched` sees it.
 
         Raises:
             UserError: the name is on the stack already.
@@ -69,6 +78,8 @@ class ProcessorStack:
             raise UserError(f"{name} is on the processors already: pop it first")
         for module in wrappers:
             self._install(module)
+        if dispatches:
+            self._dispatching.add(name)
         self._layers.insert(0 if innermost else len(self._layers), (name, dict(wrappers)))
         self._refresh()
 
@@ -83,6 +94,7 @@ class ProcessorStack:
         if name not in self.names:
             raise UserError(f"{name} is not on the processors. On them: {', '.join(self.names) or 'nothing'}")
         self._layers = [layer for layer in self._layers if layer[0] != name]
+        self._dispatching.discard(name)
         self._refresh()
         used = {module for _, wrappers in self._layers for module in wrappers}
         for module in [module for module in self._stacked if module not in used]:

@@ -1,0 +1,68 @@
+"""Blocks whose forward is a fused one: a subclass of the block's class, so that hooks, caches and names go on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from postgen.compat import rebind_forward, register_block_class
+from postgen.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def fuse_block(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a block compute by another forward, under whatever hooks it has.
+
+    Raises:
+        UserError: somebody replaced its forward in a way that cannot be looked through; nothing is changed then.
+    """
+    kind: Any = type(block)
+    block.__class__ = _fused_class(kind, forward)
+    if not rebind_forward(block, kind.forward, forward):
+        block.__class__ = kind
+        raise UserError(
+            f"the forward of a {kind.__name__} was replaced (torch.compile of it alone does that): apply the fused"
+            " operations first, or use block.compile()"
+        )
+
+
+def restore_block(block: nn.Module) -> None:
+    """Undo `fuse_block`."""
+    fused: Any = type(block)
+    block.__class__ = fused.postgen_parent
+    rebind_forward(block, fused.forward, fused.postgen_parent.forward)
+
+
+def is_fused(block: nn.Module) -> bool:
+    """Whether a block computes by a fused forward."""
+    return hasattr(type(block), "postgen_stock_forward")
+
+
+@functools.cache
+def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
+    """Return the subclass of a block's class with this forward; one for each, so compiled code is shared."""
+
+    # The class is made at run time, so an object of it is pickled as an object of its parent and made again.
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _empty, (parent, forward), self.__getstate__()
+
+    body = {
+        "forward": forward,
+        "postgen_stock_forward": parent.forward,
+        "postgen_parent": parent,
+        "__reduce__": __reduce__,
+        "__module__": parent.__module__,
+        "__doc__": parent.__doc__,
+    }
+    # The same name: diffusers compiles blocks and places them on devices by it.
+    made = type(parent.__name__, (parent,), body)
+    register_block_class(made, parent)
+    return made
+
+
+def _empty(parent: Any, forward: Callable[..., Any]) -> Any:
+    kind = _fused_class(parent, forward)
+    return kind.__new__(kind)

@@ -1,0 +1,38 @@
+"""Which operations are fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from postgen.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedOpsConfig:
+    """Which operations of a transformer run fused. Everything else stays diffusers' own."""
+
+    norm_rope: bool = True
+    """Norm and rotation of queries and keys in self-attention: `postgen.kernels.qk_norm_rope`."""
+    adaln: bool = True
+    """Norm with modulation, gate and residual around the layers: `postgen.kernels.adaln`."""
+    attention: str | None = "auto"
+    """Self-attention: auto takes the fastest installed kernel of each shape, a name one of
+    `postgen.kernels.attention.ops.backend_names()`, None leaves it to diffusers. A backend that was set on the model
+    in diffusers' own way wins."""
+
+    def __post_init__(self) -> None:
+        for name in ("norm_rope", "adaln"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_attention()
+        if not self.norm_rope and not self.adaln and self.attention is None:
+            raise UserError("there is nothing to fuse: set norm_rope, adaln or attention")
+
+    def _check_attention(self) -> None:
+        if self.attention in (None, "auto"):
+            return
+        from postgen.kernels.attention.ops import backend_names
+
+        if self.attention not in backend_names():
+            known = ", ".join(["auto", *backend_names()])
+            raise UserError(f"unknown attention {self.attention!r}. Known: {known}, or None")

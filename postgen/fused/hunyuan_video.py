@@ -1,0 +1,141 @@
+"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0` and the blocks of two streams and of one of diffusers, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.fused.attend import attend, normed_and_rotated, of_pairs, projected, returned
+from postgen.fused.config import FusedOpsConfig
+from postgen.fused.known import FusedFamily, Replacement
+from postgen.fused.norms import plain
+from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
+
+
+def attend_jointly(
+    config: FusedOpsConfig,
+    inner: Callable[..., Any],
+    attention: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """Compute attention over video and text as the processor does: the text comes last and is not rotated."""
+    if encoder_hidden_states is None or image_rotary_emb is None:
+        return inner(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    text = encoder_hidden_states.shape[1]
+    tables, norms = of_pairs(image_rotary_emb), (attention.norm_q, attention.norm_k)
+    if attention.add_q_proj is None:
+        query, key, value = projected(attention, torch.cat([hidden_states, encoder_hidden_states], dim=1))
+        query, key = normed_and_rotated(config, query, key, norms, tables)
+    else:
+        query, key, value = projected(attention, hidden_states)
+        query, key = normed_and_rotated(config, query, key, norms, tables)
+        added = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
+        of_text = [project(encoder_hidden_states).unflatten(2, (attention.heads, -1)) for project in added]
+        norms = attention.norm_added_q, attention.norm_added_k
+        text_query, text_key = normed_and_rotated(config, of_text[0], of_text[1], norms)
+        joined = ((query, text_query), (key, text_key), (value, of_text[2]))
+        query, key, value = (torch.cat(pair, dim=1) for pair in joined)
+    # The mask is (B, 1, 1, N): of the text, the last tokens do not count.
+    lengths = None if attention_mask is None else attention_mask.sum(dim=(1, 2, 3))
+    out = attend(config, attention.processor, query, key, value, mask=attention_mask, key_lengths=lengths)
+    video_out, text_out = out[:, :-text], out[:, -text:].flatten(2, 3).to(query.dtype)
+    if getattr(attention, "to_add_out", None) is not None:
+        text_out = attention.to_add_out(text_out)
+    if getattr(attention, "to_out", None) is None:
+        return video_out.flatten(2, 3).to(query.dtype), text_out
+    return returned(attention, video_out, query.dtype), text_out
+
+
+def double_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: tuple[Tensor, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Do what `HunyuanVideoTransformerBlock.forward` does."""
+    norms = self.norm1.norm, self.norm1_context.norm, self.norm2, self.norm2_context
+    if not _replaceable(norms, self.norm1, self.norm1_context):
+        stock: tuple[Tensor, Tensor] = self.postgen_stock_forward(
+            hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, *args, **kwargs
+        )
+        return stock
+    shift, scale, gate, *of_ff = _modulation(self.norm1, temb, 6)
+    text_shift, text_scale, text_gate, *of_text_ff = _modulation(self.norm1_context, temb, 6)
+    out, text_out = self.attn(
+        hidden_states=norm_modulate(hidden_states, scale, shift, eps=norms[0].eps),
+        encoder_hidden_states=norm_modulate(encoder_hidden_states, text_scale, text_shift, eps=norms[1].eps),
+        attention_mask=attention_mask,
+        image_rotary_emb=freqs_cis,
+    )
+    shift, scale, ff_gate = of_ff
+    text_shift, text_scale, text_ff_gate = of_text_ff
+    hidden_states, normed = gate_residual_norm_modulate(hidden_states, out, gate, scale, shift, eps=norms[2].eps)
+    encoder_hidden_states, text_normed = gate_residual_norm_modulate(
+        encoder_hidden_states, text_out, text_gate, text_scale, text_shift, eps=norms[3].eps
+    )
+    return (
+        gate_residual(hidden_states, self.ff(normed), ff_gate),
+        gate_residual(encoder_hidden_states, self.ff_context(text_normed), text_ff_gate),
+    )
+
+
+def single_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Do what `HunyuanVideoSingleTransformerBlock.forward` does."""
+    if not _replaceable((self.norm.norm,), self.norm):
+        stock: tuple[Tensor, Tensor] = self.postgen_stock_forward(
+            hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
+        )
+        return stock
+    text = encoder_hidden_states.shape[1]
+    residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    shift, scale, gate = _modulation(self.norm, temb, 3)
+    normed = norm_modulate(residual, scale, shift, eps=self.norm.norm.eps)
+    of_mlp = self.act_mlp(self.proj_mlp(normed))
+    attended = self.attn(
+        hidden_states=normed[:, :-text],
+        encoder_hidden_states=normed[:, -text:],
+        attention_mask=attention_mask,
+        image_rotary_emb=image_rotary_emb,
+    )
+    out = self.proj_out(torch.cat([torch.cat(attended, dim=1), of_mlp], dim=2))
+    hidden_states = gate_residual(residual, out, gate)
+    return hidden_states[:, :-text], hidden_states[:, -text:]
+
+
+def _replaceable(norms: tuple[Any, ...], *zeros: Any) -> bool:
+    """Whether these are norms without weights, and neither they nor the modules around them must be called."""
+    known = all(type(norm).__name__ == "LayerNorm" and norm.weight is None and norm.bias is None for norm in norms)
+    return known and plain(*norms, *zeros) and all(getattr(zero, "emb", None) is None for zero in zeros)
+
+
+def _modulation(zero: Any, temb: Tensor, parts: int) -> list[Tensor]:
+    """Shift, scale and gate, (B, 1, C) each; those of the feed-forward layer after them."""
+    return list(zero.linear(zero.silu(temb)).unsqueeze(1).chunk(parts, dim=2))
+
+
+FAMILY = FusedFamily(
+    processors={"HunyuanVideoAttnProcessor2_0": Replacement(fused=attend_jointly, fingerprints=("19ce779e4c5f09e5",))},
+    blocks={
+        "HunyuanVideoTransformerBlock": Replacement(fused=double_forward, fingerprints=("eb78e62115331b99",)),
+        "HunyuanVideoSingleTransformerBlock": Replacement(fused=single_forward, fingerprints=("64b440f9d9092128",)),
+    },
+)
