@@ -1,0 +1,306 @@
+"""Linear attention over all tokens of a clip: the reference, and the formulas of its gradients.
+
+With phi a positive feature map (LiT, arXiv:2501.12976; SANA-Video, arXiv:2509.24695) and R_i the rotation of token i:
+
+    S = sum_j R_j phi(k_j) v_j^T,   k' = sum_j phi(k_j),   o_i = (R_i phi(q_i))^T S / (phi(q_i) . k' + eps)
+
+The numerator is rotated and the divisor is not: rotated features may be negative, and a sum of them may cross zero.
+A query without any positive feature gets 0. Nothing is causal; the state (S, k') may be carried from one chunk of a
+stream to the next. A depth-wise convolution of the values is added to the result (LiT, guideline 1).
+
+Shapes: B samples, N queries, M keys, H heads, D channels a head; a grid of T frames, h rows and w columns of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What linear attention may do beside its two products; the defaults do nothing."""
+
+    feature_map: str = "relu"
+    """"relu", or "elu" for elu(x) + 1."""
+    eps: float = 1e-15
+    """Added to the divisor."""
+    grid: tuple[int, int, int] | None = None
+    """Frames, rows and columns of the tokens, which run over columns first."""
+    rope: Tensor | None = None
+    """(T + h + w, D / 2, 2) of `rope_table`; needs `grid` and `rope_pairs`."""
+    rope_pairs: tuple[int, int, int] | None = None
+    """How many pairs of channels turn with the frame, the row and the column; D / 2 in all."""
+    qk_norm: str | None = None
+    """None, "rms_norm" over the channels of a head, or "rms_norm_across_heads" (diffusers' names)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square."""
+    query_weight: Tensor | None = None
+    """(D,) or, across heads, (H * D,)."""
+    key_weight: Tensor | None = None
+    """As `query_weight`."""
+    conv_space: Tensor | None = None
+    """(H * D, s, s) or (D, s, s), s odd: weights of a depth-wise convolution within each frame; needs `grid`."""
+    conv_time: Tensor | None = None
+    """(H * D, s) or (D, s), s odd: the same along time, added to it."""
+    key_lengths: Tensor | None = None
+    """(B,) integers: keys and values from there on do not exist."""
+    state: Tensor | None = None
+    """(B, H, D, D): what S starts from."""
+    key_sum: Tensor | None = None
+    """(B, H, D): what k' starts from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """Gradients of what `linear_attention` takes; None where nothing was given. Those of norms are not in here."""
+
+    query: Tensor
+    """After its norm, like `key`: `rms_norm_backward` goes on from there; not rounded where there is a norm."""
+    key: Tensor
+    value: Tensor
+    conv_space: Tensor | None
+    conv_time: Tensor | None
+    state: Tensor
+    """Of the state that was given and of what was added to it alike."""
+    key_sum: Tensor
+
+
+def rope_table(frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pack the angles of a separable rotary embedding as `Terms.rope` wants them: (T + h + w, D / 2, 2).
+
+    Args:
+        frames: (T, pairs), the angle by which a frame turns each of the first pairs of channels.
+        rows: (h, pairs), for the pairs after them.
+        columns: (w, pairs), for the last pairs.
+    """
+    axes = [frames, rows, columns]
+    table = torch.zeros(sum(len(axis) for axis in axes), sum(axis.shape[1] for axis in axes), dtype=frames.dtype)
+    position = pair = 0
+    for axis in axes:
+        table[position : position + len(axis), pair : pair + axis.shape[1]] = axis.cpu()
+        position, pair = position + len(axis), pair + axis.shape[1]
+    return torch.stack((table.cos(), table.sin()), dim=-1).float().to(frames.device)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the result (B, N, H, D), the state S (B, H, D, D) and k' (B, H, D), and the mean value (B, H, D).
+
+    All but the result are float32, or float64 for float64 inputs. The mean is over M, whatever the lengths: it only
+    tells the gradient's kernels what most of S is made of.
+
+    Args:
+        query: (B, N, H, D).
+        key: (B, M, H, D).
+        value: (B, M, H, D).
+        terms: what else to do.
+    """
+    q = feature(rms_norm(exact(query), terms.query_weight, terms), terms.feature_map)
+    k, v = _existing_features(key, value, terms)
+    state = torch.einsum("bmhd,bmhe->bhde", rotate(k, terms), v)
+    key_sum = k.sum(dim=1)
+    if terms.state is not None and terms.key_sum is not None:
+        state, key_sum = state + exact(terms.state), key_sum + exact(terms.key_sum)
+    divisor = torch.einsum("bnhd,bhd->bnh", q, key_sum) + terms.eps
+    out = torch.einsum("bnhd,bhde->bnhe", rotate(q, terms), state) / divisor[..., None]
+    if terms.conv_space is not None or terms.conv_time is not None:
+        out = out + convolve(v, terms)
+    return out.to(query.dtype), state, key_sum, v.mean(dim=1)
+
+
+def linear_attention_backward(
+    gradient: Tensor,
+    of_state: Tensor | None,
+    of_key_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    key_sum: Tensor,
+    terms: Terms,
+) -> Gradients:
+    """Return the gradients, given those of the three results; `state` and `key_sum` are results.
+
+    With z the divisor, n = g S^T and p = (R q . n) / z^2: dq = R^-1 n / z - p k',  dS = sum R q g^T / z,
+    dk' = -sum p q,  dk = R^-1 (v dS^T) + dk',  dv = R k dS.
+    """
+    g = exact(gradient)
+    q_normed = rms_norm(exact(query), terms.query_weight, terms)
+    k_normed = rms_norm(exact(key), terms.key_weight, terms)
+    q, (k, v) = feature(q_normed, terms.feature_map), _existing_features(key, value, terms)
+    q_rotated = rotate(q, terms)
+    divisor = (torch.einsum("bnhd,bhd->bnh", q, key_sum) + terms.eps)[..., None]
+    n = torch.einsum("bnhe,bhde->bnhd", g, state) / divisor
+    p = (q_rotated * n).sum(dim=-1, keepdim=True) / divisor
+    d_query = (rotate(n, terms, back=True) - p * key_sum[:, None]) * slope(q_normed, terms.feature_map)
+    d_state = torch.einsum("bnhd,bnhe->bhde", q_rotated / divisor, g)
+    d_key_sum = -(p * q).sum(dim=1)
+    d_state = d_state if of_state is None else d_state + exact(of_state)
+    d_key_sum = d_key_sum if of_key_sum is None else d_key_sum + exact(of_key_sum)
+    d_key = rotate(torch.einsum("bmhe,bhde->bmhd", v, d_state), terms, back=True) + d_key_sum[:, None]
+    of_conv, d_space, d_time = convolve_backward(g, v, terms)
+    d_value = torch.einsum("bmhd,bhde->bmhe", rotate(k, terms), d_state) + of_conv
+    there = existing(key, terms)
+    d_key = d_key * slope(k_normed, terms.feature_map)
+    return Gradients(
+        query=d_query if terms.qk_norm else d_query.to(query.dtype),
+        key=d_key.where(there, 0) if terms.qk_norm else d_key.where(there, 0).to(key.dtype),
+        value=d_value.where(there, 0).to(value.dtype),
+        conv_space=d_space,
+        conv_time=d_time,
+        state=d_state,
+        key_sum=d_key_sum,
+    )
+
+
+def exact(x: Tensor) -> Tensor:
+    """Return float32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def feature(x: Tensor, feature_map: str) -> Tensor:
+    """Return phi(x)."""
+    return x.relu() if feature_map == "relu" else F.elu(x) + 1
+
+
+def slope(x: Tensor, feature_map: str) -> Tensor:
+    """Return the derivative of phi at x; 0 at the kink."""
+    return (x > 0).to(x.dtype) if feature_map == "relu" else x.clamp(max=0).exp()
+
+
+def existing(key: Tensor, terms: Terms) -> Tensor:
+    """Say which keys exist and are not beyond the lengths, (B or 1, M, 1, 1)."""
+    token = torch.arange(key.shape[1], device=key.device)[None, :, None, None]
+    if terms.key_lengths is None:
+        return torch.ones_like(token, dtype=torch.bool)
+    return token < terms.key_lengths[:, None, None, None]
+
+
+def rotate(x: Tensor, terms: Terms, *, back: bool = False) -> Tensor:
+    """Turn each pair of neighbouring channels by its angle (the convention of Wan in diffusers)."""
+    if terms.rope is None or terms.grid is None or terms.rope_pairs is None:
+        return x
+    frames, rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in terms.grid), indexing="ij")
+    first, second = terms.grid[0], terms.grid[0] + terms.grid[1]
+    positions = [frames.flatten(), first + rows.flatten(), second + columns.flatten()]
+    by_axis = terms.rope.to(x.dtype).split(list(terms.rope_pairs), dim=1)
+    angles = torch.cat([axis[position] for axis, position in zip(by_axis, positions, strict=True)], dim=1)
+    cosine, sine = angles[:, None, :, 0], angles[:, None, :, 1] * (-1 if back else 1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
+    """Return x over its root mean square, times the weight; x is (B, N, H, D)."""
+    if terms.qk_norm is None:
+        return x
+    normed = x * _reciprocal_rms(x, terms)
+    return normed if weight is None else normed * _by_head(exact(weight), x)
+
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor | None, terms: Terms
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x and of the weight, given that of `rms_norm`.
+
+    With n = x r the normed x: dx = r (dn - n mean(dn n)).
+    """
+    if terms.qk_norm is None:
+        return gradient, None
+    gradient, full = exact(gradient), exact(x)
+    reciprocal = _reciprocal_rms(full, terms)
+    normed = full * reciprocal
+    of_weight = None
+    if weight is not None:
+        of_weight = (gradient * normed).sum(dim=(0, 1)).reshape(-1, weight.numel()).sum(dim=0).to(weight.dtype)
+        gradient = gradient * _by_head(exact(weight), x)
+    along = (gradient * normed).mean(dim=_normed_axes(terms), keepdim=True)
+    return (reciprocal * (gradient - normed * along)).to(x.dtype), of_weight
+
+
+def convolve(value: Tensor, terms: Terms) -> Tensor:
+    """Return the sum of the two depth-wise convolutions of the values (B, T h w, H, D), zeros outside the grid."""
+    out = torch.zeros_like(value)
+    if terms.conv_space is not None:
+        pictures, weight = _pictures(value, terms), _depth_wise(terms.conv_space, value)
+        filtered = F.conv2d(pictures, weight, padding="same", groups=len(weight))
+        out = out + _tokens(filtered, value)
+    if terms.conv_time is not None:
+        strips, weight = _strips(value, terms), _depth_wise(terms.conv_time[..., None], value)
+        out = out + _tokens(F.conv2d(strips, weight, padding="same", groups=len(weight)), value)
+    return out
+
+
+def convolve_backward(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the values and of both weights, given that of `convolve`; without weights 0."""
+    of_value, of_space, of_time = torch.zeros_like(value), None, None
+    if terms.conv_space is not None:
+        weight = _depth_wise(terms.conv_space, value)
+        of_pictures, filters = _conv_backward(_pictures(gradient, terms), _pictures(value, terms), weight)
+        of_value = of_value + _tokens(of_pictures, value)
+        of_space = _summed(filters, terms.conv_space)
+    if terms.conv_time is not None:
+        weight = _depth_wise(terms.conv_time[..., None], value)
+        of_strips, filters = _conv_backward(_strips(gradient, terms), _strips(value, terms), weight)
+        of_value = of_value + _tokens(of_strips, value)
+        of_time = _summed(filters, terms.conv_time)
+    return of_value, of_space, of_time
+
+
+def _existing_features(key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Return phi of the normed keys, and the values; 0 beyond the lengths, whatever is stored there."""
+    there = existing(key, terms)
+    k = feature(rms_norm(exact(key), terms.key_weight, terms), terms.feature_map)
+    return k.where(there, 0), exact(value).where(there, 0)
+
+
+def _normed_axes(terms: Terms) -> list[int]:
+    return [-2, -1] if terms.qk_norm == "rms_norm_across_heads" else [-1]
+
+
+def _reciprocal_rms(x: Tensor, terms: Terms) -> Tensor:
+    return (x.square().mean(dim=_normed_axes(terms), keepdim=True) + terms.norm_eps).rsqrt()
+
+
+def _by_head(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.reshape(-1, x.shape[-1])
+
+
+def _depth_wise(weight: Tensor, value: Tensor) -> Tensor:
+    """Return weights for every channel, (H * D, 1, rows, columns)."""
+    heads, channels = value.shape[2:]
+    return exact(weight)[:, None].repeat(heads * channels // len(weight), 1, 1, 1)
+
+
+def _summed(filters: Tensor, weight: Tensor) -> Tensor:
+    """Add up the gradients of heads that share their weights."""
+    return filters.reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
+
+
+def _pictures(value: Tensor, terms: Terms) -> Tensor:
+    assert terms.grid is not None
+    _, rows, columns = terms.grid
+    return value.reshape(-1, rows, columns, value.shape[2] * value.shape[3]).permute(0, 3, 1, 2)
+
+
+def _tokens(pictures: Tensor, value: Tensor) -> Tensor:
+    """Undo `_pictures` and `_strips`."""
+    return pictures.permute(0, 2, 3, 1).reshape(value.shape)
+
+
+def _strips(value: Tensor, terms: Terms) -> Tensor:
+    assert terms.grid is not None
+    batch, tokens, heads, channels = value.shape
+    frames = terms.grid[0]
+    return value.reshape(batch, frames, tokens // frames, heads * channels).permute(0, 3, 1, 2)
+
+
+def _conv_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    padding = [side // 2 for side in weight.shape[2:]]
+    of_x = conv2d_input(x.shape, weight, gradient, padding=padding, groups=len(weight))
+    of_weight = conv2d_weight(x, weight.shape, gradient, padding=padding, groups=len(weight))
+    return of_x, of_weight[:, 0]

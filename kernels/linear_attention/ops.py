@@ -1,0 +1,334 @@
+"""`linear_attention` as a torch custom operation with a gradient: kernels on a GPU, plain torch elsewhere.
+
+Shapes as in `naive.py`. The gradient of the two products, the feature map, the rotation and the convolution is an
+operation too; that of the RMSNorms is its formula in plain torch, which torch.compile fuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.linear_attention import naive
+from postgen.kernels.linear_attention.naive import Terms, rope_table
+
+__all__ = ["linear_attention", "linear_attention_with_state", "rope_table"]
+
+MAX_CHANNELS = 128
+"""The widest head that the kernels take: S of one head lives in registers."""
+NORMS = (None, "rms_norm", "rms_norm_across_heads")
+FEATURE_MAPS = ("relu", "elu")
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> Tensor:
+    """Return linear attention of all queries to all keys, (B, N, H, D) in the dtype of the queries, contiguous.
+
+    Sums are in float32 (float64 for float64 inputs), whatever the inputs' dtype.
+
+    Args:
+        query: (B, N, H, D), any strides: views of a fused projection are not copied.
+        key: (B, M, H, D), any strides.
+        value: (B, M, H, D), any strides.
+        **terms: the fields of `naive.Terms`: feature map, rotary embedding, norms, convolutions, lengths, state.
+
+    Raises:
+        ValueError: shapes or names that do not belong together.
+        TypeError: a term that does not exist.
+    """
+    return linear_attention_with_state(query, key, value, **terms)[0]
+
+
+def linear_attention_with_state(
+    query: Tensor, key: Tensor, value: Tensor, **terms: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `linear_attention`, and the sums S (B, H, D, D) and k' (B, H, D) for the next chunk of a stream.
+
+    Given back as `state` and `key_sum`, a chunk's queries see its own keys and those of all chunks before. Positions
+    must go on from chunk to chunk (`rope` takes any rows of the tables); the convolution in time sees its chunk only.
+    """
+    given = Terms(**terms)
+    _check(query, key, value, given)
+    out, state, key_sum, _ = _forward(*_arguments(query, key, value, given))
+    return out, state, key_sum
+
+
+@torch.library.custom_op("postgen::linear_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    conv_space: Tensor | None,
+    conv_time: Tensor | None,
+    state: Tensor | None,
+    key_sum: Tensor | None,
+    rope: Tensor | None,
+    key_lengths: Tensor | None,
+    feature_map: str,
+    qk_norm: str,
+    epsilons: list[float],
+    grid: list[int],
+    rope_pairs: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    terms = _terms(
+        query_weight, key_weight, conv_space, conv_time, state, key_sum, rope, key_lengths, feature_map, qk_norm,
+        epsilons, grid, rope_pairs,
+    )  # fmt: skip
+    if _on_kernel("linear_attention", query, key, value):
+        from postgen.kernels.linear_attention import triton
+
+        return triton.linear_attention(query, key, value, terms)
+    # Autocast would do the products in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        out, *sums = naive.linear_attention(query, key, value, terms)
+    return out.contiguous(), sums[0].contiguous(), sums[1].contiguous(), sums[2].contiguous()
+
+
+@torch.library.custom_op("postgen::linear_attention_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    of_state: Tensor | None,
+    of_key_sum: Tensor | None,
+    total: Tensor,
+    total_key: Tensor,
+    center: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    conv_space: Tensor | None,
+    conv_time: Tensor | None,
+    rope: Tensor | None,
+    key_lengths: Tensor | None,
+    feature_map: str,
+    qk_norm: str,
+    epsilons: list[float],
+    grid: list[int],
+    rope_pairs: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    terms = _terms(
+        query_weight, key_weight, conv_space, conv_time, None, None, rope, key_lengths, feature_map, qk_norm,
+        epsilons, grid, rope_pairs,
+    )  # fmt: skip
+    given = (gradient, of_state, of_key_sum, query, key, value, total, total_key)
+    if _on_kernel("linear_attention_backward", query, key, value, gradient):
+        from postgen.kernels.linear_attention import triton
+
+        found = triton.linear_attention_backward(*given, center, terms)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            found = naive.linear_attention_backward(*given, terms)
+    nothing = query.new_empty(0)
+    return (
+        found.query.contiguous(),
+        found.key.contiguous(),
+        found.value.contiguous(),
+        nothing.clone() if found.conv_space is None else found.conv_space.contiguous(),
+        nothing.clone() if found.conv_time is None else found.conv_time.contiguous(),
+        found.state.contiguous(),
+        found.key_sum.contiguous(),
+    )
+
+
+@_forward.register_fake
+def _(query: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, vector = _new_sums(query)
+    return query.new_empty(query.shape), total, vector, torch.empty_like(vector)
+
+
+@_backward.register_fake
+def _(
+    gradient: Tensor,
+    of_state: Tensor | None,
+    of_key_sum: Tensor | None,
+    total: Tensor,
+    total_key: Tensor,
+    center: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    conv_space: Tensor | None,
+    conv_time: Tensor | None,
+    rope: Tensor | None,
+    key_lengths: Tensor | None,
+    feature_map: str,
+    qk_norm: str,
+    *_others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of_space, of_time = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (conv_space, conv_time))
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    of_query = query.new_empty(query.shape, dtype=exact if qk_norm else query.dtype)
+    of_key = key.new_empty(key.shape, dtype=exact if qk_norm else key.dtype)
+    return of_query, of_key, value.new_empty(value.shape), of_space, of_time, *_new_sums(query)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, query_weight, key_weight, space, time, state, key_sum, rope, lengths, *ctx.settings = inputs
+    ctx.starts = [None if each is None else each.dtype for each in (state, key_sum)]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], query, key, value, query_weight, key_weight, space, time, rope, lengths)
+
+
+def _gradients(
+    ctx: Any, gradient: Tensor | None, of_state: Tensor | None, of_key_sum: Tensor | None, of_center: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _, _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = ctx.saved_tensors
+    gradient = torch.zeros_like(query) if gradient is None else gradient
+    of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = _backward(
+        gradient, of_state, of_key_sum, *ctx.saved_tensors, *ctx.settings
+    )
+    terms = _terms(query_weight, key_weight, space, time, None, None, rope, lengths, *ctx.settings)
+    of_query, of_query_weight = naive.rms_norm_backward(of_query, query, query_weight, terms)
+    of_key, of_key_weight = naive.rms_norm_backward(of_key, key, key_weight, terms)
+    starts = [
+        None if dtype is None else each.to(dtype)
+        for each, dtype in zip((of_total, of_total_key), ctx.starts, strict=True)
+    ]
+    filters = [None if space is None else of_space, None if time is None else of_time]
+    return of_query, of_key, of_value, of_query_weight, of_key_weight, *filters, *starts, *[None] * 7
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _terms(
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    conv_space: Tensor | None,
+    conv_time: Tensor | None,
+    state: Tensor | None,
+    key_sum: Tensor | None,
+    rope: Tensor | None,
+    key_lengths: Tensor | None,
+    feature_map: str,
+    qk_norm: str,
+    epsilons: list[float],
+    grid: list[int],
+    rope_pairs: list[int],
+) -> Terms:
+    """Return what a custom operation took apart: it knows tensors, numbers, strings and lists."""
+    return Terms(
+        query_weight=query_weight,
+        key_weight=key_weight,
+        conv_space=conv_space,
+        conv_time=conv_time,
+        state=state,
+        key_sum=key_sum,
+        rope=rope,
+        key_lengths=key_lengths,
+        feature_map=feature_map,
+        qk_norm=qk_norm or None,
+        eps=epsilons[0],
+        norm_eps=epsilons[1],
+        grid=_triple(grid),
+        rope_pairs=_triple(rope_pairs),
+    )
+
+
+def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Any, ...]:
+    """Return what `_forward` takes."""
+    return (
+        query,
+        key,
+        value,
+        terms.query_weight,
+        terms.key_weight,
+        terms.conv_space,
+        terms.conv_time,
+        terms.state,
+        terms.key_sum,
+        terms.rope,
+        terms.key_lengths,
+        terms.feature_map,
+        terms.qk_norm or "",
+        [terms.eps, terms.norm_eps],
+        list(terms.grid or ()),
+        list(terms.rope_pairs or ()),
+    )
+
+
+def _triple(numbers: list[int]) -> tuple[int, int, int] | None:
+    return (numbers[0], numbers[1], numbers[2]) if numbers else None
+
+
+def _new_sums(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, heads, channels = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    state = query.new_empty(batch, heads, channels, channels, dtype=dtype)
+    return state, query.new_empty(batch, heads, channels, dtype=dtype)
+
+
+def _on_kernel(operation: str, query: Tensor, *others: Tensor) -> bool:
+    channels, obstacle = query.shape[-1], None
+    if channels > MAX_CHANNELS:
+        obstacle = f"heads of {channels} channels, at most {MAX_CHANNELS} fit"
+    elif channels % 2:
+        obstacle = f"heads of {channels} channels, which is odd"
+    elif any(each.dtype != query.dtype for each in others):
+        obstacle = "queries, keys and values differ in dtype"
+    return uses_triton(operation, query, *others, obstacle=obstacle)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
+    shapes = ", ".join(f"{tuple(x.shape)}" for x in (query, key, value))
+    if any(x.dim() != 4 or x.numel() == 0 for x in (query, key, value)):
+        raise ValueError(f"query, key and value must be (B, tokens, H, D) and not empty, got {shapes}")
+    batch, _, heads, channels = query.shape
+    if key.shape != value.shape or key.shape != (batch, key.shape[1], heads, channels):
+        raise ValueError(f"query, key and value may differ in the queries' number only, got {shapes}")
+    if terms.feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map is {terms.feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+    if terms.qk_norm not in NORMS:
+        raise ValueError(f"qk_norm is {terms.qk_norm!r}; known: {', '.join(map(str, NORMS))}")
+    _check_grid(query, key, terms)
+    across = terms.qk_norm == "rms_norm_across_heads"
+    expected: dict[str, tuple[int, ...]] = {
+        "query_weight": (heads * channels if across else channels,),
+        "key_weight": (heads * channels if across else channels,),
+        "key_lengths": (batch,),
+        "state": (batch, heads, channels, channels),
+        "key_sum": (batch, heads, channels),
+    }
+    for name, shape in expected.items():
+        tensor = getattr(terms, name)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} for {shapes}, got {tuple(tensor.shape)}")
+    if (terms.state is None) != (terms.key_sum is None):
+        raise ValueError("state and key_sum belong together: give both or none")
+    if terms.qk_norm is None and (terms.query_weight is not None or terms.key_weight is not None):
+        raise ValueError(f"query_weight and key_weight need qk_norm, one of {', '.join(map(str, NORMS[1:]))}")
+
+
+def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
+    """Refuse rotary tables and convolutions that do not belong to the grid."""
+    asks = [name for name in ("rope", "conv_space", "conv_time") if getattr(terms, name) is not None]
+    if not asks:
+        return
+    if terms.grid is None:
+        raise ValueError(f"{asks[0]} needs the grid: frames, rows and columns of the tokens")
+    frames, rows, columns = terms.grid
+    tokens, channels = frames * rows * columns, query.shape[-1]
+    if query.shape[1] != tokens or key.shape[1] != tokens:
+        raise ValueError(f"a grid of {terms.grid} has {tokens} tokens, got {query.shape[1]} and {key.shape[1]}")
+    if terms.rope is not None:
+        size = (frames + rows + columns, channels // 2, 2)
+        if terms.rope.shape != size or sum(terms.rope_pairs or ()) != channels // 2 or channels % 2:
+            raise ValueError(
+                f"rope must be {size} and rope_pairs three numbers that add up to {channels // 2}, "
+                f"got {tuple(terms.rope.shape)} and {terms.rope_pairs}"
+            )
+    filters = [each for each in (terms.conv_space, terms.conv_time) if each is not None]
+    widths = {len(each) for each in filters}
+    square = all(len(set(each.shape[1:])) == 1 and each.shape[1] % 2 for each in filters)
+    if filters and not (square and widths in ({channels}, {channels * query.shape[2]})):
+        raise ValueError(
+            f"conv_space and conv_time must be (C, s, s) and (C, s), s odd, C in both {channels} or "
+            f"{channels * query.shape[2]}, got {', '.join(str(tuple(each.shape)) for each in filters)}"
+        )

@@ -1,0 +1,338 @@
+"""Linear attention as GPU kernels: two passes over memory, keys and values first, then queries and results.
+
+Here is what is launched, and in what shape; the kernels are in `triton_forward.py` and `triton_backward.py`,
+and `triton_launch.py` says how the tokens are cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from postgen.kernels.dispatch import launching_on
+from postgen.kernels.linear_attention.naive import Gradients, Terms
+from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
+from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits
+
+_JOINED = 8192
+"""Numbers that a program of `join_splits` holds."""
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
+    with launching_on(query):
+        sums = _sum_keys(key, value, terms)
+        out = _read_state(query, value, sums, terms)
+    return out, sums.matrix, sums.vector, sums.center
+
+
+def linear_attention_backward(
+    gradient: Tensor,
+    of_state: Tensor | None,
+    of_key_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    key_sum: Tensor,
+    center: Tensor,
+    terms: Terms,
+) -> Gradients:
+    """Compute `naive.linear_attention_backward`; the gradients of normed queries and keys are float32.
+
+    `center` is the last result of `linear_attention`.
+    """
+    with launching_on(query):
+        vectors = torch.stack((key_sum, center), dim=2)[:, :, None]
+        given = join(state[:, :, None], vectors, (None, None), key, 1)
+        of_query, sums = _grad_queries(gradient, query, given, (of_state, of_key_sum), terms)
+        of_key, of_value = _grad_keys(gradient, key, value, sums, terms)
+        of_space, of_time = _grad_filters(gradient, value, terms)
+    return Gradients(
+        query=of_query,
+        key=of_key,
+        value=of_value,
+        conv_space=of_space,
+        conv_time=of_time,
+        state=sums.matrix,
+        key_sum=sums.vector,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """A sum over tokens, of outer products and of vectors."""
+
+    matrix: Tensor
+    """(B, H, D, D) float32."""
+    vector: Tensor
+    """(B, H, D) float32."""
+    rest: Tensor
+    """(B, H, D, D), `matrix` - u c^T as the products read it."""
+    along: Tensor
+    """(B, H, D) float32: u."""
+    center: Tensor
+    """(B, H, D) float32: c."""
+
+
+def head_stride(weight: Tensor | None, channels: int) -> int:
+    """Return how far apart the weights of two heads lie: 0 if heads share them."""
+    return 0 if weight is None or weight.shape[-1] == channels else channels
+
+
+def rstd(x: Tensor, terms: Terms) -> Tensor | None:
+    """Return 1 / RMS of every token over all heads, (B, N), where the norm is that."""
+    if terms.qk_norm != "rms_norm_across_heads":
+        return None
+    batch, tokens, heads, channels = x.shape
+    found = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
+    token_rstd[(tokens, batch)](
+        x,
+        found,
+        *x.stride(),
+        terms.norm_eps,
+        HEADS=heads,
+        CHANNELS=channels,
+        BLOCK_H=triton.next_power_of_2(heads),
+        BLOCK_D=block_d(channels),
+        num_warps=4,
+    )
+    return found
+
+
+def taps(terms: Terms, channels: int) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Return the weights of both convolutions tap by tap in float32, and the strides of a tap and of a head.
+
+    Where there is one convolution, it stands for the other, which the kernel does not read.
+    """
+    space, time = (
+        None if weight is None else weight.float().flatten(1).t().contiguous()
+        for weight in (terms.conv_space, terms.conv_time)
+    )
+    some = space if space is not None else time
+    strides = (0 if some is None else some.shape[1]), head_stride(some, channels)
+    return (some if space is None else space), (some if time is None else time), *strides
+
+
+def join(
+    matrices: Tensor, vectors: Tensor, first: tuple[Tensor | None, Tensor | None], like: Tensor, tokens: int
+) -> Sums:
+    """Add up the splits of a sum over so many tokens, and what it starts from; `like` has the inputs' dtype."""
+    batch, heads, parts, channels = vectors.shape[0], vectors.shape[1], vectors.shape[2], vectors.shape[-1]
+    matrix = matrices.new_empty(batch, heads, channels, channels)
+    vector, along, center = (matrices.new_empty(batch, heads, channels) for _ in range(3))
+    rest = torch.empty_like(matrix, dtype=torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32)
+    block_s, width = triton.next_power_of_2(parts), block_d(channels)
+    block_r = max(1, _JOINED // (block_s * width))
+    join_splits[(triton.cdiv(channels, block_r), batch * heads)](
+        matrices,
+        vectors,
+        *(None if each is None else each.contiguous() for each in first),
+        matrix,
+        vector,
+        rest,
+        along,
+        center,
+        parts,
+        1.0 / tokens,
+        CHANNELS=channels,
+        BLOCK_S=block_s,
+        BLOCK_R=block_r,
+        BLOCK_D=width,
+        num_warps=4,
+    )
+    return Sums(matrix=matrix, vector=vector, rest=rest, along=along, center=center)
+
+
+def partial_sums(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Return room for the sums of every split."""
+    batch, _, heads, channels = x.shape
+    matrices = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=x.device)
+    return matrices, matrices.new_empty(batch, heads, parts, 2, channels)
+
+
+def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
+    batch, tokens, heads, channels = key.shape
+    how = launch("keys", key)
+    parts, tiles = splits(tokens, heads, how)
+    matrices, vectors = partial_sums(key, parts)
+    sum_keys[(heads, parts, batch)](
+        key,
+        value,
+        rstd(key, terms),
+        contiguous(terms.key_weight),
+        contiguous(terms.rope),
+        terms.key_lengths,
+        matrices,
+        vectors,
+        *key.stride(),
+        *value.stride(),
+        head_stride(terms.key_weight, channels),
+        tokens,
+        tiles,
+        terms.norm_eps,
+        **constants(key, how, terms),
+    )
+    return join(matrices, vectors, (terms.state, terms.key_sum), key, tokens)
+
+
+def _read_state(query: Tensor, value: Tensor, sums: Sums, terms: Terms) -> Tensor:
+    batch, tokens, heads, channels = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    how = launch("queries", query)
+    parts, tiles = splits(tokens, heads, how)
+    space, time, tap_stride, tap_head = taps(terms, channels)
+    read_state[(heads, parts, batch)](
+        query,
+        value,
+        rstd(query, terms),
+        contiguous(terms.query_weight),
+        contiguous(terms.rope),
+        terms.key_lengths,
+        space,
+        time,
+        sums.rest,
+        sums.along,
+        sums.center,
+        sums.vector,
+        out,
+        *query.stride(),
+        *value.stride(),
+        head_stride(terms.query_weight, channels),
+        tap_stride,
+        tap_head,
+        tokens,
+        tiles,
+        terms.norm_eps,
+        terms.eps,
+        **sides(terms),
+        **constants(query, how, terms),
+    )
+    return out
+
+
+def _grad_queries(
+    gradient: Tensor, query: Tensor, given: Sums, first: tuple[Tensor | None, Tensor | None], terms: Terms
+) -> tuple[Tensor, Sums]:
+    batch, tokens, heads, channels = query.shape
+    of_query = _new_gradient(query, terms)
+    how = launch("grad_queries", query)
+    parts, tiles = splits(tokens, heads, how)
+    matrices, vectors = partial_sums(query, parts)
+    grad_queries[(heads, parts, batch)](
+        gradient,
+        query,
+        rstd(query, terms),
+        contiguous(terms.query_weight),
+        contiguous(terms.rope),
+        given.rest,
+        given.along,
+        given.center,
+        given.vector,
+        of_query,
+        matrices,
+        vectors,
+        *gradient.stride(),
+        *query.stride(),
+        head_stride(terms.query_weight, channels),
+        tokens,
+        tiles,
+        terms.norm_eps,
+        terms.eps,
+        **constants(query, how, terms),
+    )
+    return of_query, join(matrices, vectors, first, query, tokens)
+
+
+def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: Terms) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, channels = key.shape
+    of_key = _new_gradient(key, terms)
+    of_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    how = launch("grad_keys", key)
+    parts, tiles = splits(tokens, heads, how)
+    space, time, tap_stride, tap_head = taps(terms, channels)
+    grad_keys[(heads, parts, batch)](
+        gradient,
+        key,
+        value,
+        rstd(key, terms),
+        contiguous(terms.key_weight),
+        contiguous(terms.rope),
+        terms.key_lengths,
+        space,
+        time,
+        sums.rest,
+        sums.along,
+        sums.center,
+        sums.vector,
+        of_key,
+        of_value,
+        *gradient.stride(),
+        *key.stride(),
+        *value.stride(),
+        head_stride(terms.key_weight, channels),
+        tap_stride,
+        tap_head,
+        tokens,
+        tiles,
+        terms.norm_eps,
+        **sides(terms),
+        **constants(key, how, terms),
+    )
+    return of_key, of_value
+
+
+def _grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
+    side = sides(terms)
+    of_space = side["SPACE"] ** 2
+    count = of_space + side["TIME"]
+    if count == 0:
+        return None, None
+    batch, tokens, heads, channels = value.shape
+    how = launch("grad_filters", value)
+    parts, tiles = splits(tokens, heads, how)
+    filters = torch.empty(batch, parts, count, heads, channels, dtype=torch.float32, device=value.device)
+    shared = constants(value, how, terms)
+    names = ("ROWS", "COLUMNS", "CHANNELS", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    grad_filters[(count, heads * parts, batch)](
+        gradient,
+        value,
+        terms.key_lengths,
+        filters,
+        *gradient.stride(),
+        *value.stride(),
+        heads,
+        tokens,
+        tiles,
+        **side,
+        **{name: shared[name] for name in names},
+    )
+    by_tap = filters.sum(dim=(0, 1)).flatten(1)
+    return _filter(by_tap[:of_space], terms.conv_space), _filter(by_tap[of_space:], terms.conv_time)
+
+
+def sides(terms: Terms) -> dict[str, int]:
+    """Return the taps along a side of each convolution, 0 where there is none."""
+    return {
+        "SPACE": 0 if terms.conv_space is None else terms.conv_space.shape[-1],
+        "TIME": 0 if terms.conv_time is None else terms.conv_time.shape[-1],
+    }
+
+
+def _filter(by_tap: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Bring (taps, H * D) to the shape of the weight, adding up heads that share it."""
+    return None if weight is None else by_tap.t().reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
+
+
+def _new_gradient(x: Tensor, terms: Terms) -> Tensor:
+    """Return room for a gradient, in float32 where that of a norm follows."""
+    return torch.empty(x.shape, dtype=x.dtype if terms.qk_norm is None else torch.float32, device=x.device)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Return a small tensor without gaps."""
+    return None if x is None else x.contiguous()

@@ -1,0 +1,90 @@
+"""How the passes of linear attention are cut into programs, and the constants that their kernels share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from postgen.kernels.linear_attention.naive import Terms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """How one pass over the tokens is cut and run."""
+
+    tokens: int = 64
+    """A tile; a multiple of 16, a power of 2."""
+    warps: int = 8
+    stages: int = 2
+    """Tiles under way at once."""
+    programs: int = 528
+    """Programs a sample that are aimed at: four on each of 132 processors. At most 64 may share a head's sum."""
+
+
+LAUNCHES: dict[tuple[str, int], Launch] = {
+    ("keys", 64): Launch(warps=4, stages=3),
+    ("keys", 128): Launch(stages=3),
+    ("queries", 64): Launch(warps=4, stages=3),
+    ("queries", 128): Launch(stages=3),
+    ("grad_queries", 64): Launch(warps=4),
+    ("grad_queries", 128): Launch(),
+    ("grad_keys", 64): Launch(warps=4),
+    ("grad_keys", 128): Launch(),
+    ("grad_filters", 64): Launch(warps=4, stages=1),
+    ("grad_filters", 128): Launch(warps=4, stages=1),
+}
+"""(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
+_WIDE = Launch(tokens=32, stages=1)
+"""The launch of every pass over other inputs, and where the table has no row."""
+MAX_SPLITS = 64
+
+
+def launch(name: str, query: Tensor) -> Launch:
+    """Return how a pass runs over these queries, keys or gradients."""
+    listed = LAUNCHES.get((name, block_d(query.shape[-1])), _WIDE)
+    return listed if query.dtype == torch.bfloat16 else _WIDE
+
+
+def splits(tokens: int, heads: int, how: Launch) -> tuple[int, int]:
+    """Return how many programs share the tokens of a head, and how many tiles each takes at most.
+
+    It depends on no device and no batch size, so a sample's bits do not either.
+    """
+    tiles = triton.cdiv(tokens, how.tokens)
+    wanted = max(1, min(how.programs // heads, MAX_SPLITS))
+    each = triton.cdiv(tiles, wanted)
+    return int(triton.cdiv(tiles, each)), int(each)
+
+
+def block_d(channels: int) -> int:
+    """Return the channels of a tile: a power of 2, at least the 16 that a matrix product needs."""
+    return max(16, int(triton.next_power_of_2(channels)))
+
+
+def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
+    """Return the constants that all passes share."""
+    frames, rows, columns = terms.grid or (1, 1, 1)
+    pairs = terms.rope_pairs or (0, 0, 0)
+    bits16 = x.dtype == torch.bfloat16
+    return {
+        "RELU": terms.feature_map == "relu",
+        "NORM": terms.qk_norm is not None,
+        "FRAMES": frames,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "END_T": 2 * pairs[0],
+        "END_H": 2 * (pairs[0] + pairs[1]),
+        "CHANNELS": x.shape[-1],
+        "BLOCK_N": how.tokens,
+        "BLOCK_D": block_d(x.shape[-1]),
+        # Sums over all tokens leave the range of float16; tf32 has its precision and the range of float32.
+        "DOT": tl.bfloat16 if bits16 else tl.float32,
+        "PRECISION": "tf32" if x.element_size() == 2 else "tf32x3",
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+    }

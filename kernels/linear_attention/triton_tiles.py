@@ -1,0 +1,155 @@
+"""What the kernels of linear attention do with one tile of tokens: fetch, norm, feature map, rotation, convolution.
+
+A tile is BLOCK_N tokens by BLOCK_D channels of one head, in float32; what lies outside is 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fetch(base, start, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the tile that starts at a token, in the dtype of memory."""
+    row = tl.arange(0, BLOCK_N)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (start + row < end) & (d < CHANNELS)
+    # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
+    tile = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d.to(tl.int64) * stride_d
+    return tl.load(tile, mask=inside, other=0.0)
+
+
+@triton.jit
+def put(base, start, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a tile; its channels are neighbours."""
+    row = tl.arange(0, BLOCK_N)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (start + row < end) & (d < CHANNELS)
+    place = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d
+    tl.store(place, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normed(
+    x, rstd, weight, start, end, norm_eps,
+    NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return a tile after its RMSNorm: over the channels of the head, or by what was found for all heads."""
+    x = x.to(tl.float32)
+    if NORM:
+        if rstd is None:
+            reciprocal = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / CHANNELS + norm_eps)
+        else:
+            token = start + tl.arange(0, BLOCK_N)
+            reciprocal = tl.load(rstd + token, mask=token < end, other=0.0)
+        x = x * reciprocal[:, None]
+        if weight is not None:
+            d = tl.arange(0, BLOCK_D)
+            x = x * tl.load(weight + d, mask=d < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def feature(
+    x, start, end,
+    RELU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return phi(x): ReLU, or elu + 1, which is not 0 outside the tile by itself."""
+    if RELU:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        inside = (start + tl.arange(0, BLOCK_N) < end)[:, None] & (tl.arange(0, BLOCK_D) < CHANNELS)[None, :]
+        x = tl.where(inside, tl.where(x > 0, x + 1.0, tl.exp(x)), 0.0)
+    return x
+
+
+@triton.jit
+def slope(x, RELU: tl.constexpr):
+    """Return the derivative of phi at x; 0 at the kink."""
+    below = 0.0 if RELU else tl.exp(tl.minimum(x, 0.0))
+    return tl.where(x > 0, 1.0, below)
+
+
+@triton.jit
+def turn(
+    x, rope, start, end,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, END_T: tl.constexpr, END_H: tl.constexpr,
+    BACK: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rotate each pair of neighbouring channels by the angle of its axis, or turn it back."""
+    if rope is not None:
+        token = start + tl.arange(0, BLOCK_N)
+        column = (token % COLUMNS + FRAMES + ROWS)[:, None]
+        row = (token // COLUMNS % ROWS + FRAMES)[:, None]
+        frame = (token // (COLUMNS * ROWS))[:, None]
+        d = tl.arange(0, BLOCK_D)[None, :]
+        position = tl.where(d < END_T, frame, tl.where(d < END_H, row, column))
+        inside = (token < end)[:, None] & (d < CHANNELS)
+        # Cosines and sines alternate, so that this tile has the layout of the other.
+        table = tl.load(rope + position * CHANNELS + d, mask=inside, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_D // 2, 2)))
+        cosine, sine = tl.split(tl.reshape(table, (BLOCK_N, BLOCK_D // 2, 2)))
+        if BACK:
+            sine = -sine
+        turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+        x = tl.reshape(turned, (BLOCK_N, BLOCK_D))
+    return x
+
+
+@triton.jit
+def fold(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add up rows that lie 16 apart: what one thread holds, so no threads have to meet."""
+    return tl.sum(tl.reshape(x, (BLOCK_N // 16, 16, BLOCK_D)), axis=0)
+
+
+@triton.jit
+def fold_weighted(weight, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add up rows that lie 16 apart, each times its weight."""
+    rows = tl.reshape(x, (BLOCK_N // 16, 16, BLOCK_D))
+    return tl.sum(rows * tl.reshape(weight, (BLOCK_N // 16, 16))[:, :, None], axis=0)
+
+
+@triton.jit
+def neighbour(
+    base, start, stride_n, stride_d, end, length, dt, dh, dw,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return, for each token of a tile, the vector dt frames, dh rows and dw columns away; 0 outside the grid."""
+    token = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    column = token % COLUMNS + dw
+    row = token // COLUMNS % ROWS + dh
+    other = token + (dt * ROWS + dh) * COLUMNS + dw
+    inside = (token < end) & (other >= 0) & (other < length)
+    inside = inside & (column >= 0) & (column < COLUMNS) & (row >= 0) & (row < ROWS)
+    place = base + other.to(tl.int64)[:, None] * stride_n + d.to(tl.int64) * stride_d
+    return tl.load(place, mask=inside[:, None] & (d < CHANNELS), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolved(
+    base, space, time, start, stride_n, stride_d, end, length, taps_stride,
+    SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return the depth-wise convolutions of a tile's tokens; SIGN -1 gives their transposes.
+
+    Weights lie tap by tap, `taps_stride` numbers apart.
+    """
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for tap in tl.range(0, SPACE * SPACE, num_stages=1):
+        dh, dw = SIGN * (tap // SPACE - SPACE // 2), SIGN * (tap % SPACE - SPACE // 2)
+        x = neighbour(
+            base, start, stride_n, stride_d, end, length, 0, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
+        )
+        total += x * tl.load(space + tap * taps_stride + d, mask=d < CHANNELS, other=0.0)[None, :]
+    for tap in tl.range(0, TIME, num_stages=1):
+        dt = SIGN * (tap - TIME // 2)
+        x = neighbour(
+            base, start, stride_n, stride_d, end, length, dt, 0, 0, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
+        )
+        total += x * tl.load(time + tap * taps_stride + d, mask=d < CHANNELS, other=0.0)[None, :]
+    return total

@@ -1,0 +1,96 @@
+"""The kernels of linear attention in Triton's interpreter. `test_interpreted.py` runs this file."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from postgen.kernels.linear_attention import naive, triton, triton_launch
+from tests.kernels.launches import relative_error
+from tests.kernels.linear_attention_cases import CASES, in_float64, inputs, off_mean, terms, worst_head
+from tests.kernels.poison import poisoned_memory
+
+GRID = (2, 3, 6)
+SHAPE = (2, 36, 2, 12)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles of 16 tokens, two splits: everything happens more than once."""
+    monkeypatch.setattr(triton_launch, "_WIDE", triton_launch.Launch(tokens=16, programs=4))
+
+
+def backward(module: Any, *tensors: Tensor, given: naive.Terms, with_center: bool) -> naive.Gradients:
+    """The gradients of a forward pass by the same module; the first tensor is the gradient of the result."""
+    gradient, of_state, of_key_sum, *qkv = tensors
+    _, state, key_sum, center = module.linear_attention(*qkv, given)
+    more = (center,) if with_center else ()
+    found: naive.Gradients = module.linear_attention_backward(
+        gradient, of_state, of_key_sum, *qkv, state, key_sum, *more, given
+    )
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 6e-4)])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case: str, dtype: torch.dtype, bound: float) -> None:
+    q, k, v = inputs(SHAPE, dtype=dtype)
+    given = terms(case, SHAPE, GRID)
+    with poisoned_memory():
+        out, *sums = triton.linear_attention(q, k, v, given)
+    expected, *exact_sums = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
+    assert out.dtype == dtype
+    assert worst_head(out, expected) < bound
+    for found, exact in zip(sums, exact_sums, strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, exact) < 1e-5
+    if dtype == torch.float32 and case == "plain":
+        assert worst_head(off_mean(out, v), off_mean(expected, v)) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_of_the_reference(case: str) -> None:
+    given = terms(case, SHAPE, GRID)
+    generator = torch.Generator().manual_seed(3)
+    batch, _, heads, channels = SHAPE
+    of_state = torch.randn(batch, heads, channels, channels, generator=generator) / 100
+    tensors = (
+        torch.randn(SHAPE, generator=generator) + 0.3,
+        of_state,
+        of_state[..., 0].clone(),
+        *inputs(SHAPE),
+    )
+    with poisoned_memory():
+        found = backward(triton, *tensors, given=given, with_center=True)
+    exact = backward(naive, *(x.double() for x in tensors), given=in_float64(given), with_center=False)
+    for field in fields(found):
+        x, expected = getattr(found, field.name), getattr(exact, field.name)
+        assert (x is None) == (expected is None)
+        if x is not None:
+            assert relative_error(x, expected) < 2e-5, field.name
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "channels"),
+    [(1, 1, 16), (15, 17, 64), (16, 1, 80), (17, 63, 128), (1, 33, 112), (64, 65, 96), (32, 31, 6)],
+)
+def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) -> None:
+    q, k, v = inputs((1, queries, 1, channels), keys=keys)
+    gradient = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    given = naive.Terms(eps=1e-3)
+    with poisoned_memory():
+        out, *_ = triton.linear_attention(q, k, v, given)
+        found = backward(triton, gradient, None, None, q, k, v, given=given, with_center=True)
+    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), given)
+    exact = backward(
+        naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=given, with_center=False
+    )
+    assert worst_head(out, expected) < 1e-5
+    for name in ("query", "key", "value"):
+        x, y = getattr(found, name).double(), getattr(exact, name)
+        # With one key, the gradients of queries and keys are what is left of numbers that cancel.
+        assert float((x - y).norm()) < 2e-5 * float(y.norm() + gradient.norm())
