@@ -1,0 +1,204 @@
+"""Applying, switching, changing and removing fused operations; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import postgen
+from postgen.families.installed import installed
+from postgen.fused import fused_for_call
+from postgen.fused.blocks import is_fused
+from postgen.fused.known import Replacement, family_of
+from tests.families.tiny_models import TinyModel, tiny_model
+from tests.fused.counted import count_operations
+
+
+@pytest.fixture(scope="module")
+def shared() -> TinyModel:
+    return tiny_model("Wan")
+
+
+@pytest.fixture
+def wan(shared: TinyModel) -> Iterator[TinyModel]:
+    yield shared
+    if "fused_ops" in installed(shared.transformer).plug_ins:
+        postgen.remove_fused_ops(shared.transformer)
+
+
+def runs(tiny: TinyModel) -> set[str]:
+    with count_operations() as run:
+        tiny()
+    return set(run.counts)
+
+
+EVERYTHING = {"qk_norm_rope", "norm_modulate", "gate_residual_norm_modulate", "gate_residual", "attention"}
+
+
+def test_switched_and_changed(wan: TinyModel) -> None:
+    stock = wan()
+    handle = postgen.apply_fused_ops(wan.transformer)
+    assert runs(wan) == EVERYTHING
+    assert handle.enabled
+    handle.disable()
+    assert runs(wan) == set()
+    assert torch.equal(wan(), stock)
+    handle.update(adaln=False)
+    assert not handle.enabled
+    assert runs(wan) == set()
+    handle.enable()
+    handle.enable()
+    assert runs(wan) == {"qk_norm_rope", "attention"}
+    handle.update(postgen.FusedOpsConfig(norm_rope=False, attention=None))
+    assert runs(wan) == EVERYTHING - {"qk_norm_rope", "attention"}
+    assert handle.config == postgen.FusedOpsConfig(norm_rope=False, attention=None)
+    handle.remove()
+    assert torch.equal(wan(), stock)
+    with pytest.raises(postgen.UserError, match="were removed: apply them again"):
+        handle.disable()
+
+
+def test_says_what_is_on(wan: TinyModel) -> None:
+    handle = postgen.apply_fused_ops(wan.transformer)
+    text = str(postgen.summary(wan.transformer))
+    assert "fused_ops: on, norm_rope in 2 layers, adaln in 2 blocks, attention auto in 2 layers" in text
+    assert "diffusers < fused_ops" in text
+    handle.update(norm_rope=False, attention=None)
+    handle.disable()
+    assert "fused_ops: off, adaln in 2 blocks" in str(postgen.summary(wan.transformer))
+
+
+def test_whole_pipelines(tiny_wan: Path) -> None:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(tiny_wan)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "output_type": "pt"}
+
+    def clip() -> torch.Tensor:
+        frames: torch.Tensor = pipe("a ball", generator=torch.Generator().manual_seed(0), **call).frames
+        return frames
+
+    stock = clip()
+    with fused_for_call(pipe, True):
+        assert postgen.summary(pipe).transformers[0].plug_ins
+        assert (clip() - stock).abs().max() < 1e-4
+    assert not postgen.summary(pipe).transformers[0].plug_ins
+    assert postgen.apply_fused_ops(pipe).stats() == {"transformer": {"norm_rope": 2, "adaln": 2, "attention": 2}}
+
+
+def test_for_a_call_only(wan: TinyModel) -> None:
+    for before in (None, postgen.FusedOpsConfig(adaln=False)):
+        handle = before and postgen.apply_fused_ops(wan.transformer, before)
+        usual = runs(wan)
+        for setting, expected in ((None, usual), (False, set()), (True, EVERYTHING)):
+            with fused_for_call(wan.transformer, setting):
+                assert runs(wan) == expected
+            assert runs(wan) == usual
+        if handle:
+            handle.disable()
+            with fused_for_call(wan.transformer, True):
+                assert runs(wan) == EVERYTHING
+            assert not handle.enabled
+            assert handle.config == before
+
+
+def test_copies_have_their_own(wan: TinyModel) -> None:
+    stock = wan()
+    postgen.apply_fused_ops(wan.transformer)
+    fused = wan()
+    for copied in (copy.deepcopy(wan.transformer), pickle.loads(pickle.dumps(wan.transformer))):
+        twin = dataclasses.replace(wan, transformer=copied)
+        assert runs(twin) == EVERYTHING
+        assert torch.equal(twin(), fused)
+        postgen.remove_fused_ops(copied)
+        assert not any(map(is_fused, copied.blocks))
+        assert torch.equal(twin(), stock)
+    assert runs(wan) == EVERYTHING
+
+
+def test_a_saved_model_knows_nothing_of_it(wan: TinyModel, tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    expected = wan()
+    postgen.apply_fused_ops(wan.transformer)
+    wan.transformer.save_pretrained(tmp_path)
+    assert "fused" not in (tmp_path / "config.json").read_text()
+    loaded = dataclasses.replace(wan, transformer=WanTransformer3DModel.from_pretrained(tmp_path))
+    assert torch.equal(loaded(), expected)
+
+
+def test_twice_is_refused(wan: TinyModel) -> None:
+    with pytest.raises(postgen.UserError, match="there are no fused operations on this WanTransformer3DModel"):
+        postgen.remove_fused_ops(wan.transformer)
+    postgen.apply_fused_ops(wan.transformer)
+    with pytest.raises(postgen.UserError, match="are on this transformer already"):
+        postgen.apply_fused_ops(wan.transformer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm_rope": 1}, "norm_rope must be True or False, got 1"),
+        ({"attention": "fastest"}, "unknown attention 'fastest'. Known: auto, "),
+        ({"norm_rope": False, "adaln": False, "attention": None}, "nothing to fuse"),
+    ],
+)
+def test_settings_that_are_wrong(settings: dict[str, Any], message: str, wan: TinyModel) -> None:
+    with pytest.raises(postgen.UserError, match=message):
+        postgen.FusedOpsConfig(**settings)
+    handle = postgen.apply_fused_ops(wan.transformer)
+    with pytest.raises(postgen.UserError, match=message):
+        handle.update(**settings)
+    with pytest.raises(postgen.UserError, match=r"unknown settings speed\. Known: norm_rope, adaln, attention"):
+        handle.update(speed=2)
+    assert runs(wan) == EVERYTHING
+
+
+def test_unknown_transformers_are_refused() -> None:
+    tiny = tiny_model("Mochi")
+    with pytest.raises(postgen.UserError, match=r"no fused operations for MochiTransformer3DModel\. Known: CogVideoX"):
+        postgen.apply_fused_ops(tiny.transformer)
+
+
+def test_unknown_processors_and_blocks_are_refused(wan: TinyModel) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    transformer = copy.deepcopy(wan.transformer)
+    transformer.blocks[1].attn1.processor = AttnProcessor2_0()
+    with pytest.raises(postgen.UserError, match=r"no fused form of AttnProcessor2_0.*norm_rope=False, attention=None"):
+        postgen.apply_fused_ops(transformer)
+    transformer = copy.deepcopy(wan.transformer)
+    block: Any = transformer.blocks[1]
+    block.__class__ = type("MyBlock", (type(block),), {})
+    with pytest.raises(postgen.UserError, match=r"no fused form of MyBlock\. Known: WanTransformerBlock.*adaln=False"):
+        postgen.apply_fused_ops(transformer)
+    assert not is_fused(transformer.blocks[0])
+    postgen.apply_fused_ops(transformer, postgen.FusedOpsConfig(adaln=False))
+
+
+def test_code_that_changed_is_refused(wan: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: Any = family_of(wan.transformer).blocks
+    older = Replacement(fused=known["WanTransformerBlock"].fused, fingerprints=("0" * 16,))
+    monkeypatch.setitem(known, "WanTransformerBlock", older)
+    with pytest.raises(postgen.UserError, match=r"is not the one of diffusers 0\.42 .*adaln=False"):
+        postgen.apply_fused_ops(wan.transformer)
+    assert installed(wan.transformer).plug_ins == {}
+
+
+def test_a_forward_that_cannot_be_looked_through_is_refused(wan: TinyModel) -> None:
+    transformer = copy.deepcopy(wan.transformer)
+    block: Any = transformer.blocks[1]
+    stock = block.forward
+    block.forward = lambda *args, **kwargs: stock(*args, **kwargs)
+    with pytest.raises(postgen.UserError, match="the forward of a WanTransformerBlock was replaced"):
+        postgen.apply_fused_ops(transformer)
+    assert not any(map(is_fused, transformer.blocks))
+    assert installed(transformer).plug_ins == {}
