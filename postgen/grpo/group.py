@@ -125,14 +125,14 @@ class GroupTrainer(Trainer[G]):
     def _check_shards(self) -> None:
         """With sharded weights every process must call the network equally often."""
         args, processes = self.args, self.accelerator.num_processes
-        if not args.fully_shard:
+        if not self.sharded:
             return
         if getattr(args, "sde_window_per", "rollout") != "rollout" and getattr(args, "sde_window_size", None):
-            raise UserError("fully_shard needs sde_window_per: rollout, or processes would wait for one another")
+            raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
         if self.eval_prompts is not None and min(args.eval_prompts, len(self.eval_prompts)) % processes:
-            raise UserError(f"fully_shard needs eval_prompts that {processes} processes share equally")
+            raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
         if getattr(args, "beta", 0.0) and (not args.use_peft or args.lora_path):
-            raise UserError("fully_shard keeps no copy of all weights: set beta to 0, or train a new LoRA")
+            raise UserError("sharded training keeps no copy of all weights: set beta to 0, or train a new LoRA")
 
     # Hooks of the family.
 
@@ -383,7 +383,10 @@ class GroupTrainer(Trainer[G]):
         for name in self.policy.modules:
             model = self.models.get(name, self.policy.modules[name])
             table[name] = model.module if isinstance(model, DistributedDataParallel) and not wrapped else model
-        yield
+        # In TF32 a convolution rounds by its batch size, and the policy's ratio would show that instead of learning.
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+            yield
 
     def _encode_all(self) -> None:
         for prompts in (self.prompts, self.eval_prompts):

@@ -24,7 +24,7 @@ from .logging import available_trackers, say
 from .processes import check_equal, leave_group
 from .run_log import RunLog
 from .run_state import RunState, changed_settings, trained_parameters
-from .sharding import no_sync, prepare, whole
+from .sharding import check_launch, no_sync, prepare, whole
 from .stop import Reason, Signals, TrainResult
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -39,15 +39,16 @@ class Trainer(ABC, Generic[C]):
     Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `on_optimizer_step`, `evaluate`,
     `state_dict`, `load_state_dict`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`
     (a generator on the device, seeded for this process, kept in checkpoints), `whole_weights` (in `export`, with
-    `fully_shard`: all weights by model and name, of which the models hold only parts), `models` (prepared by
-    accelerate; the forward passes that carry gradients go through these, so that several processes average them).
+    sharded weights: all of them by model and name, of which the models hold only parts), `models` (prepared by
+    accelerate; the forward passes that carry gradients go through these, so that several processes average them),
+    `sharded` (whether they hold only parts).
 
     Args:
         args: the configuration, an instance of `config_class`.
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        UserError: the device is absent, or the output folder holds another run.
+        UserError: the device is absent, or launched in a way that it cannot be (`check_launch`).
     """
 
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
@@ -55,6 +56,7 @@ class Trainer(ABC, Generic[C]):
     def __init__(self, args: C, callbacks: Iterable[TrainerCallback] = ()) -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
+        check_launch(args.device)
         self.args = args
         self.global_step = 0
         self.models: dict[str, nn.Module] = {}
@@ -66,6 +68,7 @@ class Trainer(ABC, Generic[C]):
             log_with=available_trackers(args.report_to) or None,
             project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir),
         )
+        self.sharded: bool = args.fully_shard or self.accelerator.is_fsdp2
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -324,7 +327,7 @@ class Trainer(ABC, Generic[C]):
 
     def _export(self) -> None:
         with self.for_inference():
-            self.whole_weights = self._parts.whole_weights() if self.args.fully_shard else None
+            self.whole_weights = self._parts.whole_weights() if self.sharded else None
             if self.accelerator.is_main_process:
                 with replacing(self.args.folder / "export") as part:
                     part.mkdir()

@@ -62,6 +62,10 @@ class KilledGRPO(DanceGRPOTrainer):
 class WitnessGRPO(KilledGRPO):
     """Writes what each process holds after the last update."""
 
+    @property
+    def must_shard(self) -> bool:
+        return self.args.fully_shard
+
     def on_optimizer_step(self) -> None:
         if self.global_step == self.args.max_steps:
             from safetensors.torch import save_file
@@ -70,6 +74,13 @@ class WitnessGRPO(KilledGRPO):
             from postgen.training.sharding import whole
 
             cut = {isinstance(value, DTensor) for value in self.trained().values()}
-            assert cut == {self.args.fully_shard}, "sharding fell back to something else"
+            assert self.sharded == self.must_shard, "the launch was not heeded"
+            assert cut == {self.sharded}, "sharding fell back to something else"
             weights = {name: whole(value.detach()).clone() for name, value in self.trained().items()}
             save_file(weights, self.args.folder / f"rank-{self.accelerator.process_index}.safetensors")
+
+
+class ShardedWitnessGRPO(WitnessGRPO):
+    """Launched with accelerate's FSDP2, which must have cut the weights."""
+
+    must_shard = True

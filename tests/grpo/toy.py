@@ -83,15 +83,20 @@ class ToyDenoiser:
             s = torch.linspace(1, 0, 1001, dtype=torch.float64)
             self.bars = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformers["transformer"].parameters()).device
+
     def encode_prompt(self, prompts: list[str], negative: Any = None, *, guidance: bool = True) -> dict[str, Tensor]:
         condition = {"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])}
         return {**condition, "negative": torch.zeros(len(prompts), 1)} if guidance else condition
 
     def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
-        return torch.randn(batch, *SHAPE, generator=generator)
+        return torch.randn(batch, *SHAPE, generator=generator, device=self.device)
 
     def sigmas(self, steps: int, shape: Any = None) -> Tensor:
-        s = torch.linspace(0.99 if self.prediction_type != "flow" else 1, 0, steps + 1, dtype=torch.float64)
+        start = 0.99 if self.prediction_type != "flow" else 1
+        s = torch.linspace(start, 0, steps + 1, dtype=torch.float64, device=self.device)
         return 3 * s / (1 + 2 * s)
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
