@@ -1,14 +1,15 @@
-"""Run a training recipe: `accelerate launch -m postgen.train RECIPE.yaml [--key value] [--resume]`."""
+"""Run a training recipe: `accelerate launch -m postgen.train RECIPE.yaml [--key value] [--resume] [--dry-run]`."""
 
 import sys
 
 from postgen.errors import UserError
 
-USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume]
+USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-run]
 
   RECIPE.yaml    flat YAML with 'method:' and the fields of that method's configuration
   --key value    replaces a value of the recipe
   --resume       go on from the newest checkpoint of output_dir, if there is one
+  --dry-run      load the model, print what the run would need and cost, and end (dancegrpo, diffusion_nft)
 """
 
 
@@ -32,13 +33,17 @@ def _run(words: list[str]) -> int:
     recipes = [word for word in words[:1] if not word.startswith("--")]
     if not recipes:
         raise UserError("The recipe comes first: postgen train RECIPE.yaml [--key value ...] [--resume].")
-    overrides = [word for word in words[1:] if word != "--resume"]
+    overrides = [word for word in words[1:] if word not in ("--resume", "--dry-run")]
     if "--resume" in words:
         overrides += ["--resume_from_checkpoint", "latest"]
 
     from postgen.training import Reason, load_recipe
 
     trainer_class, config = load_recipe(recipes[0], overrides)
+    if "--dry-run" in words:
+        if not hasattr(config, "dry_run"):
+            raise UserError(f"--dry-run: method {config.method!r} gives no estimate, dancegrpo and diffusion_nft do.")
+        trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
     try:
         result = trainer_class.from_config(config).train()
     except KeyboardInterrupt:
