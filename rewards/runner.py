@@ -33,7 +33,7 @@ def _await_left() -> None:
         thread.join(max(0.0, end - time.monotonic()))
 
 
-class AllRewardsFailed(RuntimeError):
+class AllRewardsFailed(UserError):
     """No row of a batch was scored by any reward: training on it would learn nothing."""
 
 

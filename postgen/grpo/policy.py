@@ -141,8 +141,17 @@ class Policy:
             yield
 
     def keep_reference(self) -> None:
-        """Remember the weights as they are, where switching adapters off would not give them back."""
+        """Remember the weights as they are, where switching adapters off would not give them back.
+
+        Raises:
+            UserError: they are yet to be replaced.
+        """
         if self.adapter is None or self.args.lora_path:
+            if self.args.init_from:
+                raise UserError(
+                    "init_from with beta above 0: the reference would be the model before it. Name the folder of "
+                    "those weights as model (or as lora_path), or set beta to 0"
+                )
             self._start = Snapshot(trained_parameters(self.modules))
 
     def save(self, folder: Path, state: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:

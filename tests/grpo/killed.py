@@ -84,3 +84,15 @@ class ShardedWitnessGRPO(WitnessGRPO):
     """Launched with accelerate's FSDP2, which must have cut the weights."""
 
     must_shard = True
+
+
+def broken(completions):
+    raise RuntimeError("out of order")
+
+
+class FailingGRPO(KilledGRPO):
+    """Its only reward always fails."""
+
+    @classmethod
+    def from_config(cls, args: Any) -> Any:
+        return cls(ToyPipeline(), broken, args, ROWS)

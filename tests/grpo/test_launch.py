@@ -80,3 +80,9 @@ def test_grpo_bad_recipes_end_with_one_line_and_code_2(tmp_path, capsys, changes
     assert message in told
     assert told.count("\n") == 1
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_grpo_reward_that_always_fails_ends_the_command(tmp_path, capsys):
+    assert main([recipe(tmp_path, method="tests.grpo.killed:FailingGRPO")]) == 2
+    assert "every reward failed on every one of 16 samples of step 1" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("run/checkpoint-*"))

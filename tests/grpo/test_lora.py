@@ -14,6 +14,7 @@ def video_run(model, folder, kind=DanceGRPOTrainer, **changes):
     values = {"height": 16, "width": 16, "num_frames": 5, "num_generations": 2, "per_device_train_batch_size": 2}
     values |= {"num_inference_steps": 4, "lora_r": 2, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1}
     values |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "max_sequence_length": 16, **changes}
+    values |= {} if kind is DiffusionNFTTrainer else {"check_on_policy_ratio": "raise", "max_ratio_error": 1e-5}
     rows = [{"prompt": "a ball"}, {"prompt": "a cube"}]
     return kind(str(model), near, config(output_dir=str(folder / "run"), **values), rows, rows)
 
@@ -84,6 +85,17 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
     model = WanTransformer3DModel.from_pretrained(tmp_path / "run" / "export" / "transformer")
     trained = run.policy.modules["transformer"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_grpo_trains_float32_weights_of_a_model_in_half_precision(tiny_wan, tmp_path, use_peft):
+    """At 1e-5 most updates of bfloat16 weights would be rounded away."""
+    run = video_run(tiny_wan, tmp_path, dtype="bfloat16", use_peft=use_peft, learning_rate=1e-5, max_steps=1)
+    run.train()
+    assert {value.dtype for value in run.trained().values()} == {torch.float32}
+    frozen = {value.dtype for value in run.policy.modules["transformer"].parameters() if not value.requires_grad}
+    assert frozen == ({torch.bfloat16, torch.float32} if use_peft else set())
+    assert lines(run)[0]["logp_diff/max"] <= 1e-5
 
 
 def test_grpo_lora_targets_that_match_nothing(tiny_wan, tmp_path):
