@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
-from postgen.families import layout_named
 from postgen.families.loading import DEVICES, DTYPES, OFFLOADS, ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
+from postgen.plug_ins import check_plug_ins, enhance_setting, fused_setting, plug_ins_for_call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,8 @@ class GenerateConfig:
     """Frames per second of the written video."""
     enhance: str | None = None
     """Enhance-A-Video: auto, or its weight as a number; None and 0 are off."""
+    fused: str | None = None
+    """Fused operations: auto for all, or some of norm_rope, adaln, attention with commas between; None is off."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -85,23 +87,9 @@ class GenerateConfig:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
         enhance_setting(self.enhance)
+        fused_setting(self.fused)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-
-
-def enhance_setting(text: str | None) -> float | str:
-    """Return `auto` or the weight that a text names; 0 is off, and so is None.
-
-    Raises:
-        UserError: neither.
-    """
-    try:
-        weight = 0.0 if text in (None, "auto") else float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"enhance must be auto or a number, got {text!r}")
-    return "auto" if text == "auto" else weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,8 +160,6 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
     """
     import torch
 
-    from postgen.enhance import enhance_for_call
-
     config = job.config
     call = {name: getattr(config, name) for name in job.facts.arguments if getattr(config, name) is not None}
     if config.image is not None:
@@ -187,7 +173,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
 
     generator = torch.Generator().manual_seed(config.seed)
     try:
-        with enhance_for_call(pipe, enhance_setting(config.enhance)):
+        with plug_ins_for_call(pipe, enhance=config.enhance, fused=config.fused):
             frames = pipe(**call, generator=generator, output_type="pt", callback_on_step_end=after_step).frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
@@ -352,10 +338,7 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
         _open_image(config.image)
     for lora in config.lora:
         check_lora(lora)
-    if enhance_setting(config.enhance) != 0:
-        if facts.transformer is None:
-            raise UserError(f"{facts.pipeline} has no transformer, which --enhance works on: leave it out")
-        layout_named(facts.transformer)
+    check_plug_ins(facts, enhance=config.enhance, fused=config.fused)
 
 
 def _sibling(base: Path, suffix: str) -> Path:

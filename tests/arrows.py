@@ -6,7 +6,7 @@ from collections.abc import Iterator
 METHODS = {"enhance", "lit", "grpo", "worldweaver", "fused"}
 GROUND = {"errors", "files"}
 LOWER = {*GROUND, "compat", "families", "kernels", "training", "metrics", "rewards", "video"}
-TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "train"}
+TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "plug_ins", "train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {

@@ -53,6 +53,15 @@ Enhance = Annotated[
         rich_help_panel=LOOK,
     ),
 ]
+Fused = Annotated[
+    str | None,
+    typer.Option(
+        "--fused",
+        metavar="auto|OPS",
+        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. [default: off]",
+        rich_help_panel=RUN,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="auto, float32, bfloat16 or float16. [default: auto]", rich_help_panel=RUN),

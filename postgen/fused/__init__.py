@@ -6,5 +6,13 @@ run as `postgen.kernels`. No weight changes, state-dict keys stay, and removing 
 
 from postgen.fused.apply import FusedOpsHandle, apply_fused_ops, fused_for_call, remove_fused_ops
 from postgen.fused.config import FusedOpsConfig
+from postgen.fused.known import check_known
 
-__all__ = ["FusedOpsConfig", "FusedOpsHandle", "apply_fused_ops", "fused_for_call", "remove_fused_ops"]
+__all__ = [
+    "FusedOpsConfig",
+    "FusedOpsHandle",
+    "apply_fused_ops",
+    "check_known",
+    "fused_for_call",
+    "remove_fused_ops",
+]

@@ -91,10 +91,19 @@ def family_of(model: nn.Module) -> FusedFamily:
         UserError: nothing is known of its class.
     """
     name = type(model).__name__
-    if name not in _FAMILIES:
-        raise UserError(f"no fused operations for {name}. Known: {', '.join(_FAMILIES)}")
+    check_known(name)
     family: FusedFamily = importlib.import_module(f"postgen.fused.{_FAMILIES[name]}").FAMILY
     return family
+
+
+def check_known(transformer: str) -> None:
+    """Refuse a transformer class, by its name, of which nothing is known.
+
+    Raises:
+        UserError: it names those that are.
+    """
+    if transformer not in _FAMILIES:
+        raise UserError(f"no fused operations for {transformer}. Known: {', '.join(_FAMILIES)}")
 
 
 _FAMILIES = {
