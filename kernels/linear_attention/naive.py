@@ -87,11 +87,8 @@ def rope_table(frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.stack((table.cos(), table.sin()), dim=-1).float().to(frames.device)
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the result (B, N, H, D), the state S (B, H, D, D) and k' (B, H, D), and the mean value (B, H, D).
-
-    All but the result are float32, or float64 for float64 inputs. The mean is over M, whatever the lengths: it only
-    tells the gradient's kernels what most of S is made of.
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result (B, N, H, D), and the state S (B, H, D, D) and k' (B, H, D) in float32 or float64.
 
     Args:
         query: (B, N, H, D).
@@ -109,7 +106,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
     out = torch.einsum("bnhd,bhde->bnhe", rotate(q, terms), state) / divisor[..., None]
     if terms.conv_space is not None or terms.conv_time is not None:
         out = out + convolve(v, terms)
-    return out.to(query.dtype), state, key_sum, v.mean(dim=1)
+    return out.to(query.dtype), state, key_sum
 
 
 def linear_attention_backward(

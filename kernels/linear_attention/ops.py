@@ -51,7 +51,7 @@ def linear_attention_with_state(
     """
     given = Terms(**terms)
     _check(query, key, value, given)
-    out, state, key_sum, _ = _forward(*_arguments(query, key, value, given))
+    out, state, key_sum = _forward(*_arguments(query, key, value, given))
     return out, state, key_sum
 
 
@@ -73,7 +73,7 @@ def _forward(
     epsilons: list[float],
     grid: list[int],
     rope_pairs: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     terms = _terms(
         query_weight, key_weight, conv_space, conv_time, state, key_sum, rope, key_lengths, feature_map, qk_norm,
         epsilons, grid, rope_pairs,
@@ -84,8 +84,8 @@ def _forward(
         return triton.linear_attention(query, key, value, terms)
     # Autocast would do the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        out, *sums = naive.linear_attention(query, key, value, terms)
-    return out.contiguous(), sums[0].contiguous(), sums[1].contiguous(), sums[2].contiguous()
+        out, total, total_key = naive.linear_attention(query, key, value, terms)
+    return out.contiguous(), total.contiguous(), total_key.contiguous()
 
 
 @torch.library.custom_op("postgen::linear_attention_backward", mutates_args=())
@@ -95,7 +95,6 @@ def _backward(
     of_key_sum: Tensor | None,
     total: Tensor,
     total_key: Tensor,
-    center: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -119,7 +118,7 @@ def _backward(
     if _on_kernel("linear_attention_backward", query, key, value, gradient):
         from postgen.kernels.linear_attention import triton
 
-        found = triton.linear_attention_backward(*given, center, terms)
+        found = triton.linear_attention_backward(*given, terms)
     else:
         with torch.autocast(query.device.type, enabled=False):
             found = naive.linear_attention_backward(*given, terms)
@@ -136,9 +135,8 @@ def _backward(
 
 
 @_forward.register_fake
-def _(query: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, vector = _new_sums(query)
-    return query.new_empty(query.shape), total, vector, torch.empty_like(vector)
+def _(query: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), *_new_sums(query)
 
 
 @_backward.register_fake
@@ -148,7 +146,6 @@ def _(
     of_key_sum: Tensor | None,
     total: Tensor,
     total_key: Tensor,
-    center: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,9 +174,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(
-    ctx: Any, gradient: Tensor | None, of_state: Tensor | None, of_key_sum: Tensor | None, of_center: Tensor | None
+    ctx: Any, gradient: Tensor | None, of_state: Tensor | None, of_key_sum: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    _, _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = ctx.saved_tensors
+    _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = ctx.saved_tensors
     gradient = torch.zeros_like(query) if gradient is None else gradient
     of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = _backward(
         gradient, of_state, of_key_sum, *ctx.saved_tensors, *ctx.settings

@@ -6,7 +6,7 @@ and `triton_launch.py` says how the tokens are cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,12 +22,12 @@ _JOINED = 8192
 """Numbers that a program of `join_splits` holds."""
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
     with launching_on(query):
         sums = _sum_keys(key, value, terms)
         out = _read_state(query, value, sums, terms)
-    return out, sums.matrix, sums.vector, sums.center
+    return out, sums.matrix, sums.vector
 
 
 def linear_attention_backward(
@@ -39,17 +39,11 @@ def linear_attention_backward(
     value: Tensor,
     state: Tensor,
     key_sum: Tensor,
-    center: Tensor,
     terms: Terms,
 ) -> Gradients:
-    """Compute `naive.linear_attention_backward`; the gradients of normed queries and keys are float32.
-
-    `center` is the last result of `linear_attention`.
-    """
+    """Compute `naive.linear_attention_backward`; the gradients of normed queries and keys are float32."""
     with launching_on(query):
-        vectors = torch.stack((key_sum, center), dim=2)[:, :, None]
-        given = join(state[:, :, None], vectors, (None, None), key, 1)
-        of_query, sums = _grad_queries(gradient, query, given, (of_state, of_key_sum), terms)
+        of_query, sums = _grad_queries(gradient, query, Sums(state, key_sum), (of_state, of_key_sum), terms)
         of_key, of_value = _grad_keys(gradient, key, value, sums, terms)
         of_space, of_time = _grad_filters(gradient, value, terms)
     return Gradients(
@@ -63,20 +57,13 @@ def linear_attention_backward(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sums:
+class Sums(NamedTuple):
     """A sum over tokens, of outer products and of vectors."""
 
     matrix: Tensor
-    """(B, H, D, D) float32."""
+    """(B, H, D, D)."""
     vector: Tensor
-    """(B, H, D) float32."""
-    rest: Tensor
-    """(B, H, D, D), `matrix` - u c^T as the products read it."""
-    along: Tensor
-    """(B, H, D) float32: u."""
-    center: Tensor
-    """(B, H, D) float32: c."""
+    """(B, H, D)."""
 
 
 def head_stride(weight: Tensor | None, channels: int) -> int:
@@ -118,48 +105,40 @@ def taps(terms: Terms, channels: int) -> tuple[Tensor | None, Tensor | None, int
     return (some if space is None else space), (some if time is None else time), *strides
 
 
-def join(
-    matrices: Tensor, vectors: Tensor, first: tuple[Tensor | None, Tensor | None], like: Tensor, tokens: int
-) -> Sums:
-    """Add up the splits of a sum over so many tokens, and what it starts from; `like` has the inputs' dtype."""
-    batch, heads, parts, channels = vectors.shape[0], vectors.shape[1], vectors.shape[2], vectors.shape[-1]
-    matrix = matrices.new_empty(batch, heads, channels, channels)
-    vector, along, center = (matrices.new_empty(batch, heads, channels) for _ in range(3))
-    rest = torch.empty_like(matrix, dtype=torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32)
-    block_s, width = triton.next_power_of_2(parts), block_d(channels)
+def join(parts: Sums, *first: Tensor | None) -> Sums:
+    """Add up the splits of a sum, (B, H, splits, ..) float32, and what it starts from."""
+    batch, heads, splits, channels = parts.vector.shape
+    joined = Sums(
+        parts.matrix.new_empty(batch, heads, channels, channels), parts.vector.new_empty(batch, heads, channels)
+    )
+    block_s, width = triton.next_power_of_2(splits), block_d(channels)
     block_r = max(1, _JOINED // (block_s * width))
     join_splits[(triton.cdiv(channels, block_r), batch * heads)](
-        matrices,
-        vectors,
-        *(None if each is None else each.contiguous() for each in first),
-        matrix,
-        vector,
-        rest,
-        along,
-        center,
-        parts,
-        1.0 / tokens,
+        *parts,
+        *(contiguous(each) for each in first),
+        *joined,
+        splits,
         CHANNELS=channels,
         BLOCK_S=block_s,
         BLOCK_R=block_r,
         BLOCK_D=width,
         num_warps=4,
     )
-    return Sums(matrix=matrix, vector=vector, rest=rest, along=along, center=center)
+    return joined
 
 
-def partial_sums(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+def partial_sums(x: Tensor, parts: int) -> Sums:
     """Return room for the sums of every split."""
     batch, _, heads, channels = x.shape
     matrices = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=x.device)
-    return matrices, matrices.new_empty(batch, heads, parts, 2, channels)
+    return Sums(matrices, matrices.new_empty(batch, heads, parts, channels))
 
 
 def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
     batch, tokens, heads, channels = key.shape
     how = launch("keys", key)
     parts, tiles = splits(tokens, heads, how)
-    matrices, vectors = partial_sums(key, parts)
+    found = partial_sums(key, parts)
     sum_keys[(heads, parts, batch)](
         key,
         value,
@@ -167,8 +146,7 @@ def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
         contiguous(terms.key_weight),
         contiguous(terms.rope),
         terms.key_lengths,
-        matrices,
-        vectors,
+        *found,
         *key.stride(),
         *value.stride(),
         head_stride(terms.key_weight, channels),
@@ -177,7 +155,7 @@ def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
         terms.norm_eps,
         **constants(key, how, terms),
     )
-    return join(matrices, vectors, (terms.state, terms.key_sum), key, tokens)
+    return join(found, terms.state, terms.key_sum)
 
 
 def _read_state(query: Tensor, value: Tensor, sums: Sums, terms: Terms) -> Tensor:
@@ -195,10 +173,7 @@ def _read_state(query: Tensor, value: Tensor, sums: Sums, terms: Terms) -> Tenso
         terms.key_lengths,
         space,
         time,
-        sums.rest,
-        sums.along,
-        sums.center,
-        sums.vector,
+        *sums,
         out,
         *query.stride(),
         *value.stride(),
@@ -222,20 +197,16 @@ def _grad_queries(
     of_query = _new_gradient(query, terms)
     how = launch("grad_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    matrices, vectors = partial_sums(query, parts)
+    found = partial_sums(query, parts)
     grad_queries[(heads, parts, batch)](
         gradient,
         query,
         rstd(query, terms),
         contiguous(terms.query_weight),
         contiguous(terms.rope),
-        given.rest,
-        given.along,
-        given.center,
-        given.vector,
+        *(contiguous(each) for each in given),
         of_query,
-        matrices,
-        vectors,
+        *found,
         *gradient.stride(),
         *query.stride(),
         head_stride(terms.query_weight, channels),
@@ -245,7 +216,7 @@ def _grad_queries(
         terms.eps,
         **constants(query, how, terms),
     )
-    return of_query, join(matrices, vectors, first, query, tokens)
+    return of_query, join(found, *first)
 
 
 def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -265,10 +236,7 @@ def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: 
         terms.key_lengths,
         space,
         time,
-        sums.rest,
-        sums.along,
-        sums.center,
-        sums.vector,
+        *sums,
         of_key,
         of_value,
         *gradient.stride(),

@@ -1,7 +1,7 @@
 """The kernels of linear attention's gradient: queries first, which sum the gradient of S, then keys and values.
 
-The first reads queries and gradients and needs no results: with g = S^T's gradient of o and z the divisor, g . o =
-(R q . S g) / z, so S g, which the gradient of q needs anyway, is all. The second has the shape of `read_state`.
+The first reads queries and gradients and needs no results: with g the gradient of o and z the divisor,
+g . o = (R q . S g) / z, and the gradient of q needs S g anyway. The second has the shape of `read_state`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from postgen.kernels.linear_attention.triton_tiles import (
     normed,
     put,
     slope,
+    times_state,
     turn,
 )
 
 
 @triton.jit
 def grad_queries(
-    gradient, query, rstd, weight, rope, rest, along, center, key_sums, d_query, matrices, vectors,
+    gradient, query, rstd, weight, rope, states, key_sums, d_query, matrices, vectors,
     gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
     tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, of k' and g."""
+    """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, k' into `vectors`."""
     head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0)
     which = sample * heads + head
@@ -47,14 +48,13 @@ def grad_queries(
     inside = d < CHANNELS
     square = d[:, None] * CHANNELS + d[None, :]
     both = inside[:, None] & inside[None, :]
-    state = tl.load(rest + which * CHANNELS * CHANNELS + square, mask=both, other=0.0)
+    state = tl.trans(tl.load(states + which * CHANNELS * CHANNELS + square, mask=both, other=0.0))
+    high = state.to(DOT)
+    low = (state - high.to(tl.float32)).to(DOT)
     key_sum = tl.load(key_sums + which * CHANNELS + d, mask=inside, other=0.0)
-    u = tl.load(along + which * CHANNELS + d, mask=inside, other=0.0)
-    c = tl.load(center + which * CHANNELS + d, mask=inside, other=0.0)
 
     d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
-    gradient_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     start = split * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
@@ -62,31 +62,26 @@ def grad_queries(
         x = normed(x, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         q = feature(x, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
-        turned = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        of_center = tl.sum(g.to(tl.float32) * c[None, :], axis=1)
-        p = of_center * inverse * tl.sum(turned * u[None, :], axis=1)
-        turned = (turned * inverse[:, None]).to(DOT)
-        n = tl.dot(g.to(DOT), tl.trans(state), input_precision=PRECISION)
-        # The large part of S is in p with all digits; what is left bears rounded queries.
-        p = (p + tl.sum(turned.to(tl.float32) * n, axis=1)) * inverse
-        n = (n + of_center[:, None] * u[None, :]) * inverse[:, None]
+        n = times_state(g.to(DOT), high, low, inverse, PRECISION)
         n = turn(n, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        # Turned back, n meets the query as it was: the same product as before.
+        p = tl.sum(q * n, axis=1) * inverse
         n = (n - p[:, None] * key_sum[None, :]) * slope(x, RELU)
         put(d_query, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
         d_key_sum -= fold_weighted(p, q, BLOCK_N, BLOCK_D)
-        gradient_sum += fold(g.to(tl.float32), BLOCK_N, BLOCK_D)
-        d_state = tl.dot(tl.trans(turned), g.to(DOT), d_state, input_precision=PRECISION)
+        q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        q = (q * inverse[:, None]).to(DOT)
+        d_state = tl.dot(tl.trans(g.to(DOT)), q, d_state, input_precision=PRECISION)
         start += BLOCK_N
 
     part = which * tl.num_programs(1) + split
-    tl.store(matrices + part * CHANNELS * CHANNELS + square, d_state, mask=both)
-    tl.store(vectors + part * 2 * CHANNELS + d, tl.sum(d_key_sum, axis=0), mask=inside)
-    tl.store(vectors + (part * 2 + 1) * CHANNELS + d, tl.sum(gradient_sum, axis=0), mask=inside)
+    tl.store(matrices + part * CHANNELS * CHANNELS + square, tl.trans(d_state), mask=both)
+    tl.store(vectors + part * CHANNELS + d, tl.sum(d_key_sum, axis=0), mask=inside)
 
 
 @triton.jit
 def grad_keys(
-    gradient, key, value, rstd, weight, rope, lengths, space, time, rest, along, center, d_key_sums, d_key, d_value,
+    gradient, key, value, rstd, weight, rope, lengths, space, time, d_states, d_key_sums, d_key, d_value,
     gradient_b, gradient_n, gradient_h, gradient_d, key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d,
     weight_h, taps_stride, taps_h, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -111,10 +106,10 @@ def grad_keys(
     d = tl.arange(0, BLOCK_D)
     inside = d < CHANNELS
     square = d[:, None] * CHANNELS + d[None, :]
-    state = tl.load(rest + which * CHANNELS * CHANNELS + square, mask=inside[:, None] & inside[None, :], other=0.0)
+    both = inside[:, None] & inside[None, :]
+    # The gradient of S is no sum of numbers of one sign: 16 bits of it are enough.
+    d_state = tl.load(d_states + which * CHANNELS * CHANNELS + square, mask=both, other=0.0).to(DOT)
     d_key_sum = tl.load(d_key_sums + which * CHANNELS + d, mask=inside, other=0.0)
-    u = tl.load(along + which * CHANNELS + d, mask=inside, other=0.0)
-    c = tl.load(center + which * CHANNELS + d, mask=inside, other=0.0)
 
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
@@ -122,14 +117,13 @@ def grad_keys(
         x = fetch(key, start, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D)
         v = fetch(value, start, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D)
         x = normed(x, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.dot(v.to(DOT), tl.trans(state), input_precision=PRECISION)
-        n += tl.sum(v.to(tl.float32) * c[None, :], axis=1)[:, None] * u[None, :]
+        n = tl.dot(v.to(DOT), tl.trans(d_state), input_precision=PRECISION)
         n = turn(n, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
         n = tl.where(there, (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
         put(d_key, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
         k = feature(x, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(k.to(DOT), state, input_precision=PRECISION) + tl.sum(k * u[None, :], axis=1)[:, None] * c[None, :]
+        o = tl.dot(k.to(DOT), d_state, input_precision=PRECISION)
         if SPACE + TIME > 0:
             o += convolved(
                 gradient, space + head * taps_h, time + head * taps_h, start, gradient_n, gradient_d, end, tokens,

@@ -3,9 +3,8 @@
 Tokens are summed in splits that programs of their own take. Each writes what it found, and the sums are added in a
 fixed order: no atomics, so equal inputs give equal bits.
 
-Attention is diffuse, so nearly all of S = sum k v^T is the outer product of one vector and the mean value c, and 16
-bits of S would leave few for the rest. S is handed on as a rest in 16 bits and u c^T in float32, u = S c / |c|^2:
-exact for any c, and the rest is small (with c the mean of the values).
+Attention is diffuse: nearly all of S = sum R k v^T comes from the mean value, and rounded to 16 bits it would have few
+left for the rest. So the products take it as the sum of two 16-bit numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from postgen.kernels.linear_attention.triton_tiles import convolved, feature, fetch, fold, normed, put, turn
+from postgen.kernels.linear_attention.triton_tiles import (
+    convolved,
+    feature,
+    fetch,
+    fold,
+    normed,
+    put,
+    times_state,
+    turn,
+)
 
 
 @triton.jit
@@ -39,7 +47,7 @@ def sum_keys(
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums over one split of tokens: R k v^T into `matrices`; k and v into `vectors`."""
+    """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`."""
     head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     end = tokens
     if lengths is not None:
@@ -53,7 +61,6 @@ def sum_keys(
 
     state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
-    value_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     start = split * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
         k = fetch(key, start, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D)
@@ -61,61 +68,48 @@ def sum_keys(
         k = normed(k, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         k = feature(k, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         key_sum += fold(k, BLOCK_N, BLOCK_D)
-        value_sum += fold(v.to(tl.float32), BLOCK_N, BLOCK_D)
         k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        state = tl.dot(tl.trans(k.to(DOT)), v.to(DOT), state, input_precision=PRECISION)
+        # S^T, so that the operand which must be transposed is the one that no thread touches.
+        state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
     d = tl.arange(0, BLOCK_D)
     part = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + split
     square = d[:, None] * CHANNELS + d[None, :]
-    tl.store(matrices + part * CHANNELS * CHANNELS + square, state, mask=(d[:, None] < CHANNELS) & (d < CHANNELS))
-    tl.store(vectors + part * 2 * CHANNELS + d, tl.sum(key_sum, axis=0), mask=d < CHANNELS)
-    tl.store(vectors + (part * 2 + 1) * CHANNELS + d, tl.sum(value_sum, axis=0), mask=d < CHANNELS)
+    inside = (d[:, None] < CHANNELS) & (d < CHANNELS)
+    tl.store(matrices + part * CHANNELS * CHANNELS + square, tl.trans(state), mask=inside)
+    tl.store(vectors + part * CHANNELS + d, tl.sum(key_sum, axis=0), mask=d < CHANNELS)
 
 
 @triton.jit
 def join_splits(
-    matrices, vectors, first_matrix, first_vector, matrix, vector, rest, along, center, splits, inverse_tokens,
+    matrices, vectors, first_matrix, first_vector, matrix, vector, splits,
     CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits, BLOCK_R rows a program: `matrix` and `vector` in float32, and `matrix` as rest + u c^T.
-
-    `along` is u; `center` is c, the second of `vectors` over the tokens.
-    """
+    """Add up the splits, BLOCK_R rows of a matrix and numbers of a vector a program."""
     which = tl.program_id(1).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
-    part = which * splits + s
-    there = (s[:, None] < splits) & (d < CHANNELS)
-    c = tl.load(vectors + (part[:, None] * 2 + 1) * CHANNELS + d, mask=there, other=0.0)
-    c = tl.sum(c, axis=0) * inverse_tokens
-
+    split = tl.arange(0, BLOCK_S)
+    there = split < splits
+    part = which * splits + split
     square = r[:, None] * CHANNELS + d[None, :]
     inside = (r[:, None] < CHANNELS) & (d < CHANNELS)
     places = matrices + part[:, None, None] * CHANNELS * CHANNELS + square[None, :, :]
-    found = tl.sum(tl.load(places, mask=(s[:, None, None] < splits) & inside[None, :, :], other=0.0), axis=0)
-    of_rows = vectors + part[:, None] * 2 * CHANNELS + r[None, :]
-    sums = tl.sum(tl.load(of_rows, mask=(s[:, None] < splits) & (r < CHANNELS)[None, :], other=0.0), axis=0)
+    found = tl.sum(tl.load(places, mask=there[:, None, None] & inside[None, :, :], other=0.0), axis=0)
+    places = vectors + part[:, None] * CHANNELS + r[None, :]
+    sums = tl.sum(tl.load(places, mask=there[:, None] & (r < CHANNELS)[None, :], other=0.0), axis=0)
     if first_matrix is not None:
         found += tl.load(first_matrix + which * CHANNELS * CHANNELS + square, mask=inside, other=0.0).to(tl.float32)
     if first_vector is not None:
         sums += tl.load(first_vector + which * CHANNELS + r, mask=r < CHANNELS, other=0.0).to(tl.float32)
-    # No values, no center: then u is 0 as well.
-    u = tl.sum(found * c[None, :], axis=1) / tl.maximum(tl.sum(c * c, axis=0), 1e-30)
-    left = found - u[:, None] * c[None, :]
     tl.store(matrix + which * CHANNELS * CHANNELS + square, found, mask=inside)
-    tl.store(rest + which * CHANNELS * CHANNELS + square, left.to(rest.dtype.element_ty), mask=inside)
     tl.store(vector + which * CHANNELS + r, sums, mask=r < CHANNELS)
-    tl.store(along + which * CHANNELS + r, u, mask=r < CHANNELS)
-    if tl.program_id(0) == 0:
-        tl.store(center + which * CHANNELS + d, c, mask=d < CHANNELS)
 
 
 @triton.jit
 def read_state(
-    query, value, rstd, weight, rope, lengths, space, time, rest, along, center, key_sums, out,
+    query, value, rstd, weight, rope, lengths, space, time, states, key_sums, out,
     query_b, query_n, query_h, query_d, value_b, value_n, value_h, value_d, weight_h, taps_stride, taps_h,
     tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -134,10 +128,10 @@ def read_state(
     d = tl.arange(0, BLOCK_D)
     inside = d < CHANNELS
     square = d[:, None] * CHANNELS + d[None, :]
-    state = tl.load(rest + which * CHANNELS * CHANNELS + square, mask=inside[:, None] & inside[None, :], other=0.0)
+    state = tl.load(states + which * CHANNELS * CHANNELS + square, mask=inside[:, None] & inside[None, :], other=0.0)
+    high = state.to(DOT)
+    low = (state - high.to(tl.float32)).to(DOT)
     key_sum = tl.load(key_sums + which * CHANNELS + d, mask=inside, other=0.0)
-    u = tl.load(along + which * CHANNELS + d, mask=inside, other=0.0)
-    c = tl.load(center + which * CHANNELS + d, mask=inside, other=0.0)
     length = tokens
     if SPACE + TIME > 0:
         value += sample * value_b + head.to(tl.int64) * value_h
@@ -151,8 +145,7 @@ def read_state(
         q = feature(q, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
         q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(q.to(DOT), state, input_precision=PRECISION) + tl.sum(q * u[None, :], axis=1)[:, None] * c[None, :]
-        o = o * (1.0 / divisor)[:, None]
+        o = times_state(q.to(DOT), high, low, 1.0 / divisor, PRECISION)
         if SPACE + TIME > 0:
             o += convolved(
                 value, space + head * taps_h, time + head * taps_h, start, value_n, value_d, tokens, length,

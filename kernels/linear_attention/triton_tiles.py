@@ -111,6 +111,16 @@ def fold_weighted(weight, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def times_state(x, high, low, scale, PRECISION: tl.constexpr):
+    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale."""
+    product = tl.dot(x, high, input_precision=PRECISION) * scale[:, None]
+    if x.dtype == tl.bfloat16:
+        # Scaled one by one: chained products would have all warps along the tokens, more warps than rows need.
+        product += tl.dot(x, low) * scale[:, None]
+    return product
+
+
+@triton.jit
 def neighbour(
     base, start, stride_n, stride_d, end, length, dt, dh, dw,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

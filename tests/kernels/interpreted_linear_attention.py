@@ -24,13 +24,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_WIDE", triton_launch.Launch(tokens=16, programs=4))
 
 
-def backward(module: Any, *tensors: Tensor, given: naive.Terms, with_center: bool) -> naive.Gradients:
+def backward(module: Any, *tensors: Tensor, given: naive.Terms) -> naive.Gradients:
     """The gradients of a forward pass by the same module; the first tensor is the gradient of the result."""
     gradient, of_state, of_key_sum, *qkv = tensors
-    _, state, key_sum, center = module.linear_attention(*qkv, given)
-    more = (center,) if with_center else ()
+    _, state, key_sum = module.linear_attention(*qkv, given)
     found: naive.Gradients = module.linear_attention_backward(
-        gradient, of_state, of_key_sum, *qkv, state, key_sum, *more, given
+        gradient, of_state, of_key_sum, *qkv, state, key_sum, given
     )
     return found
 
@@ -65,8 +64,8 @@ def test_gradients_equal_those_of_the_reference(case: str) -> None:
         *inputs(SHAPE),
     )
     with poisoned_memory():
-        found = backward(triton, *tensors, given=given, with_center=True)
-    exact = backward(naive, *(x.double() for x in tensors), given=in_float64(given), with_center=False)
+        found = backward(triton, *tensors, given=given)
+    exact = backward(naive, *(x.double() for x in tensors), given=in_float64(given))
     for field in fields(found):
         x, expected = getattr(found, field.name), getattr(exact, field.name)
         assert (x is None) == (expected is None)
@@ -84,11 +83,9 @@ def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) 
     given = naive.Terms(eps=1e-3)
     with poisoned_memory():
         out, *_ = triton.linear_attention(q, k, v, given)
-        found = backward(triton, gradient, None, None, q, k, v, given=given, with_center=True)
+        found = backward(triton, gradient, None, None, q, k, v, given=given)
     expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), given)
-    exact = backward(
-        naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=given, with_center=False
-    )
+    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=given)
     assert worst_head(out, expected) < 1e-5
     for name in ("query", "key", "value"):
         x, y = getattr(found, name).double(), getattr(exact, name)
