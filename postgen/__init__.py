@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from postgen.fused import remove_fused_ops as remove_fused_ops
     from postgen.fused.attention import register_attention_backend as register_attention_backend
     from postgen.fused.attention import routed_attention as routed_attention
+    from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
+    from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
+    from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DanceGRPOConfig": "postgen.grpo.trainer",
+    "DanceGRPOTrainer": "postgen.grpo.trainer",
+    "DiffusionNFTTrainer": "postgen.grpo.nft",
     "EnhanceAVideoConfig": "postgen.enhance",
     "EnhanceAVideoHandle": "postgen.enhance",
     "FusedOpsConfig": "postgen.fused",
@@ -49,8 +55,8 @@ _HOMES = {
     "read_video": "postgen.video",
     "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
-    "routed_attention": "postgen.fused.attention",
     "remove_fused_ops": "postgen.fused",
+    "routed_attention": "postgen.fused.attention",
     "side_by_side": "postgen.video",
     "summary": "postgen.families.summary",
     "write_video": "postgen.video",
