@@ -12,14 +12,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import kernel_attention
+from benchmarks import kernel_attention, kernel_norm_rope
 from benchmarks.gates import gate, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
@@ -70,6 +70,8 @@ class Case:
     """As models write it today."""
     exact: Callable[..., Any]
     """The reference, given float64."""
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Kernels of others."""
 
     def error(self) -> float:
         """Relative L2 error of ours, the worst of its results."""
@@ -141,6 +143,32 @@ def official_residual(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: 
     return total, official_norm(total, scale, shift)
 
 
+def norm_rope(shape: Shape, device: str = "cuda") -> Case:
+    """Norm and rotation of queries and keys before attention."""
+    tokens, norm = shape.frames * shape.places, kernel_norm_rope.norm_of(shape.name)
+    width = shape.heads * shape.channels if norm == "rms_norm_across_heads" else shape.channels
+    table_heads = shape.heads if shape.name.startswith("LTX") else 1
+    affine = 4 if norm == "layer_norm" else 2
+
+    def make() -> tuple[Tensor, ...]:
+        size = (1, tokens, shape.heads, shape.channels)
+        streams = [torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        weights = [torch.randn(width, dtype=torch.bfloat16, device=device) for _ in range(affine)]
+        angles = torch.randn(tokens, table_heads, shape.channels // 2, device=device).repeat_interleave(2, dim=-1)
+        return *streams, *weights, angles.cos(), angles.sin()
+
+    return Case(
+        op="norm_rope",
+        shape=shape.name,
+        moved_bytes=(4 * 2 * shape.heads + 2 * 4 * table_heads) * tokens * shape.channels + affine * width * 2,
+        make=make,
+        ours=kernel_norm_rope.ours(norm),
+        eager=kernel_norm_rope.official(norm),
+        exact=kernel_norm_rope.exact(norm),
+        peers=kernel_norm_rope.peers(norm, table_heads=table_heads),
+    )
+
+
 def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
     """Return the median time of one call on the GPU."""
     for inputs in sets[:2]:
@@ -196,10 +224,12 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
         "floor_ms": case.moved_bytes / bandwidth,
         "relative_error": error,
         "extra_mib": extra_mib(case.ours, sets[0]),
+        **{f"{name}_ms": milliseconds(peer, sets) for name, peer in case.peers.items()},
     }
     row["over_floor"] = row["ours_ms"] / row["floor_ms"]
     row["vs_eager"] = row["eager_ms"] / row["ours_ms"]
     row["vs_compiled"] = row["compiled_ms"] / row["ours_ms"]
+    row |= {f"vs_{name}": row[f"{name}_ms"] / row["ours_ms"] for name in case.peers}
     print({name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
     return row
 
@@ -208,6 +238,7 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the gates: the worst shape of each operation counts."""
     cfi = [row for row in rows if row["op"] == "temporal_cfi"]
     norms = [row for row in rows if row["op"].startswith("adaln")]
+    ropes = [row for row in rows if row["op"] == "norm_rope"]
     return [
         gate("cfi_over_floor", max(row["over_floor"] for row in cfi), "<=", 1.3),
         gate("cfi_extra_mib", max(row["extra_mib"] for row in cfi), "<=", 1),
@@ -216,12 +247,19 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gate("adaln_over_floor", max(row["over_floor"] for row in norms), "<=", 1.3),
         gate("adaln_vs_best_peer", min(min(row["vs_eager"], row["vs_compiled"]) for row in norms), ">=", 1),
         gate("adaln_relative_error", max(row["relative_error"] for row in norms), "<=", 4e-3),
+        gate("norm_rope_over_floor", max(row["over_floor"] for row in ropes), "<=", 1.3),
+        gate("norm_rope_vs_best_peer", min(_vs_best(row) for row in ropes), ">=", 1),
+        gate("norm_rope_relative_error", max(row["relative_error"] for row in ropes), "<=", 4e-3),
     ]
+
+
+def _vs_best(row: dict[str, Any]) -> float:
+    return min(value for name, value in row.items() if name.startswith("vs_"))
 
 
 def cases(shapes: tuple[Shape, ...]) -> list[Case]:
     """Return every operation at every shape."""
-    found = [temporal_cfi(shape) for shape in shapes]
+    found = [*map(temporal_cfi, shapes), *map(norm_rope, shapes)]
     for shape in shapes:
         found += [adaln(shape, residual=False), adaln(shape, residual=True)]
     return [*found, adaln(shapes[0], residual=True, per_token=True)]

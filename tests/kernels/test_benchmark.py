@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import kernels as benchmark
-from benchmarks.kernels import Shape, adaln, gates, temporal_cfi
+from benchmarks.kernels import Shape, adaln, gates, norm_rope, temporal_cfi
 
 TINY = Shape(name="tiny", frames=3, places=4, heads=2, channels=8)
 CASES = [
@@ -16,6 +17,7 @@ CASES = [
     adaln(TINY, residual=False, device="cpu"),
     adaln(TINY, residual=True, device="cpu"),
     adaln(TINY, residual=True, per_token=True, device="cpu"),
+    *[norm_rope(replace(TINY, name=name), device="cpu") for name in ("Wan", "HunyuanVideo", "CogVideoX", "LTX")],
 ]
 
 
@@ -36,6 +38,8 @@ def test_bytes_that_must_move() -> None:
     assert CASES[0].moved_bytes == 2 * tokens * width * 2
     assert CASES[1].moved_bytes == 2 * tokens * width * 2 + 2 * width * 4
     assert CASES[3].moved_bytes == 4 * tokens * width * 2 + 3 * tokens * width * 4
+    assert CASES[4].moved_bytes == 4 * tokens * width * 2 + 2 * tokens * 8 * 4 + 2 * width * 2
+    assert CASES[7].moved_bytes == 4 * tokens * width * 2 + 2 * tokens * width * 4 + 2 * width * 2
 
 
 def test_gates_take_the_worst_shape() -> None:
@@ -44,8 +48,10 @@ def test_gates_take_the_worst_shape() -> None:
     }  # fmt: skip
     slow = {**row, "over_floor": 1.5, "vs_compiled": 0.9}
     rows = [{**row, "op": "temporal_cfi"}, {**row, "op": "adaln x"}, {**slow, "op": "adaln y"}]
+    rows += [{**row, "op": "norm_rope"}, {**row, "op": "norm_rope", "vs_liger": 0.8}]
     found = {each["name"]: each["ok"] for each in gates(rows)}
     assert found.pop("adaln_over_floor") is False
     assert found.pop("adaln_vs_best_peer") is False
+    assert found.pop("norm_rope_vs_best_peer") is False
     assert all(found.values())
-    assert len(found) == 5
+    assert len(found) == 7
