@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import kernel_attention, kernel_norm_rope
+from benchmarks import kernel_attention, kernel_linear, kernel_norm_rope
 from benchmarks.gates import gate, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
@@ -48,6 +48,7 @@ WAN = (
     Shape(name="Wan 14B 720p 81f", frames=21, places=3600, heads=40, channels=128),
 )
 OTHERS = (
+    Shape(name="Wan 1.3B 720p 81f", frames=21, places=3600, heads=12, channels=128),
     Shape(name="Wan 14B 480p 81f", frames=21, places=1560, heads=40, channels=128),
     Shape(name="HunyuanVideo 720p 129f", frames=33, places=3600, heads=24, channels=128),
     Shape(name="CogVideoX-5B 49f", frames=13, places=1350, heads=48, channels=64),
@@ -72,12 +73,14 @@ class Case:
     """The reference, given float64."""
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Kernels of others."""
+    compared: Callable[[Tensor], Tensor] = lambda x: x
+    """The part of every input and result whose error is looked at: some heads, for instance."""
 
     def error(self) -> float:
         """Relative L2 error of ours, the worst of its results."""
         inputs = self.make()
-        found = _tuple(self.ours(*inputs))
-        expected = _tuple(self.exact(*(x.double() for x in inputs)))
+        found = [self.compared(x) for x in _tuple(self.ours(*inputs))]
+        expected = _tuple(self.exact(*(self.compared(x).double() for x in inputs)))
         return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True))
 
 
@@ -262,6 +265,7 @@ def cases(shapes: tuple[Shape, ...]) -> list[Case]:
     found = [*map(temporal_cfi, shapes), *map(norm_rope, shapes)]
     for shape in shapes:
         found += [adaln(shape, residual=False), adaln(shape, residual=True)]
+        found += [Case(**each) for each in kernel_linear.cases(shape)]
     return [*found, adaln(shapes[0], residual=True, per_token=True)]
 
 
@@ -278,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         bandwidth = bytes_per_millisecond()
         rows = [measure(case, bandwidth) for case in cases(WAN if options.quick else WAN + OTHERS)]
         attention = kernel_attention.attention_rows(kernel_attention.SHAPES[: 2 if options.quick else None])
-    found = [*gates(rows), *kernel_attention.attention_gates(attention)]
+    found = [*gates(rows), *kernel_linear.gates(rows), *kernel_attention.attention_gates(attention)]
     payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows + attention, "gates": found}
     print(write_result(options.output, payload))
     return 0

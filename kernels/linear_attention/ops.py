@@ -15,7 +15,7 @@ from postgen.kernels.dispatch import uses_triton
 from postgen.kernels.linear_attention import naive
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
-__all__ = ["linear_attention", "linear_attention_with_state", "rope_table"]
+__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_with_state", "rope_table"]
 
 MAX_CHANNELS = 128
 """The widest head that the kernels take: S of one head lives in registers."""
@@ -89,7 +89,7 @@ def _forward(
 
 
 @torch.library.custom_op("postgen::linear_attention_backward", mutates_args=())
-def _backward(
+def linear_attention_backward(
     gradient: Tensor,
     of_state: Tensor | None,
     of_key_sum: Tensor | None,
@@ -110,6 +110,11 @@ def _backward(
     grid: list[int],
     rope_pairs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, the convolutions' weights, state and key_sum.
+
+    What autograd calls; `total` and `total_key` are the sums that the forward pass returned. Gradients of weights that
+    are None are empty; those of query and key are before the gradient of their norm.
+    """
     terms = _terms(
         query_weight, key_weight, conv_space, conv_time, None, None, rope, key_lengths, feature_map, qk_norm,
         epsilons, grid, rope_pairs,
@@ -139,7 +144,7 @@ def _(query: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), *_new_sums(query)
 
 
-@_backward.register_fake
+@linear_attention_backward.register_fake
 def _(
     gradient: Tensor,
     of_state: Tensor | None,
@@ -178,7 +183,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = ctx.saved_tensors
     gradient = torch.zeros_like(query) if gradient is None else gradient
-    of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = _backward(
+    of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = linear_attention_backward(
         gradient, of_state, of_key_sum, *ctx.saved_tensors, *ctx.settings
     )
     terms = _terms(query_weight, key_weight, space, time, None, None, rope, lengths, *ctx.settings)
