@@ -7,7 +7,6 @@ The last step always is: it ends in the clean latents that the network predicts 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -146,13 +145,11 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, samples: Sequence[Sample], conditions: Conditions, batch: int) -> Trajectories:
-        """Draw samples, up to `batch` at a time; those of a batch have one window."""
-        order: dict[int, list[int]] = {}
-        for row, sample in enumerate(samples):
-            order.setdefault(sample.start, []).append(row)
-        chunks = [rows[low : low + batch] for rows in order.values() for low in range(0, len(rows), batch)]
+        """Draw samples, up to `batch` at a time, wherever their windows lie."""
+        order = sorted(range(len(samples)), key=lambda row: samples[row].start)
+        chunks = [order[low : low + batch] for low in range(0, len(order), batch)]
         parts = [self._draw([samples[row] for row in rows], conditions) for rows in chunks]
-        back = torch.tensor([row for rows in chunks for row in rows], device=self.device).argsort()
+        back = torch.tensor(order, device=self.device).argsort()
         return Trajectories.join(parts).rows(back)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -162,51 +159,61 @@ class Sampler:
         return normal(self._shape, seeds, self.device)
 
     def _draw(self, samples: Sequence[Sample], conditions: Conditions) -> Trajectories:
-        begin, window = samples[0].start, self.how.window
-        x, prompts = self._prefix(samples, conditions, begin)
-        condition = conditions(prompts)
+        """Draw samples that are in the order of their windows."""
+        starts = [sample.start for sample in samples]
+        first = self._index(starts)
+        x = self._prefix(samples, conditions)
+        condition = conditions([sample.prompt for sample in samples])
         states, log_probs, means = [x], [], []
-        for index in range(begin, begin + window):
-            now = self._index(index, len(samples))
+        for place in range(self.how.window):
+            now = first + place
             step = self.step(x, self._forward(x, now, condition), now)
-            x = step.sample(self.noise([sample.step_seed(index) for sample in samples]))
+            x = step.sample(self.noise([sample.step_seed(sample.start + place) for sample in samples]))
             log_probs.append(step.log_prob(x, self.how.reduction))
             states.append(x)
             if self.how.keep_means:
                 means.append(step.mean)
         return Trajectories(
-            self._tail(x, begin + window, condition),
-            self._index(begin, len(samples)),
+            self._tail(x, starts, condition),
+            first,
             torch.stack(states, dim=1),
             torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(len(x), 0),
             torch.stack(means, dim=1) if means else None,
         )
 
-    def _prefix(self, samples: Sequence[Sample], conditions: Conditions, stop: int) -> tuple[Tensor, list[int]]:
-        """Return the latents of every sample at step `stop`, and its prompt; equal beginnings are computed once."""
-        keys = list(dict.fromkeys((sample.initial, sample.prompt) for sample in samples))
-        x = self.noise([initial for initial, _ in keys])
-        condition = conditions([prompt for _, prompt in keys]) if stop else {}
+    def _prefix(self, samples: Sequence[Sample], conditions: Conditions) -> Tensor:
+        """Return the latents of every sample at the start of its window; equal beginnings are computed once."""
+        keys = list(dict.fromkeys((sample.initial, sample.prompt, sample.start) for sample in samples))
+        x = self.noise([initial for initial, _, _ in keys])
+        stop = max(start for _, _, start in keys)
+        condition = conditions([prompt for _, prompt, _ in keys]) if stop else {}
         for index in range(stop):
-            now = self._index(index, len(keys))
-            x = self.step(x, self._forward(x, now, condition), now, now + 1).mean
+            # The first rows are there already.
+            done = sum(start <= index for _, _, start in keys)
+            part, now = x[done:], self._index([index] * (len(keys) - done))
+            told = {name: value[done:] for name, value in condition.items()}
+            x = torch.cat([x[:done], self.step(part, self._forward(part, now, told), now, now + 1).mean])
         place = {key: row for row, key in enumerate(keys)}
-        rows = [place[sample.initial, sample.prompt] for sample in samples]
-        return x[torch.tensor(rows, device=self.device)], [sample.prompt for sample in samples]
+        return x[self._index([place[sample.initial, sample.prompt, sample.start] for sample in samples])]
 
-    def _tail(self, x: Tensor, start: int, condition: Condition) -> Tensor:
-        """Take the steps after the window."""
+    def _tail(self, x: Tensor, starts: Sequence[int], condition: Condition) -> Tensor:
+        """Take the steps after the windows; the first rows have the most, the others join them."""
         fast = Multistep() if self.how.solver == "dpm++" else None
-        grid = coarser(start, self.schedule.steps, self.how.fraction)
-        for index, after in itertools.pairwise(grid):
-            now, then = self._index(index, len(x)), self._index(after, len(x))
-            step = self.step(x, self._forward(x, now, condition), now, then)
-            x = step.mean if fast is None else fast.step(x, step.clean, self.schedule.levels(now, then))
+        steps, window, fraction = self.schedule.steps, self.how.window, self.how.fraction
+        grids = [coarser(start + window, steps, fraction) for start in starts]
+        for left in range(len(grids[0]) - 1, 0, -1):
+            count = sum(len(grid) > left for grid in grids)
+            now = self._index([grid[-1 - left] for grid in grids[:count]])
+            then = self._index([grid[-left] for grid in grids[:count]])
+            part, told = x[:count], {name: value[:count] for name, value in condition.items()}
+            step = self.step(part, self._forward(part, now, told), now, then)
+            moved = step.mean if fast is None else fast.step(part, step.clean, self.schedule.levels(now, then))
+            x = torch.cat([moved, x[count:]])
         return x
 
     def _forward(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
         with self.meter.rollout(self.passes * len(x)):
             return self.predict(x, start, condition)
 
-    def _index(self, index: int, rows: int) -> Tensor:
-        return torch.full((rows,), index, device=self.device)
+    def _index(self, indices: Sequence[int]) -> Tensor:
+        return torch.tensor(indices, device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .kernels import Levels, wide
@@ -10,7 +11,7 @@ from .kernels import Levels, wide
 class Multistep:
     """Second order from the second step on; the step to 0 is of first order, as in diffusers.
 
-    One object serves one run of steps: its history starts empty.
+    One object serves one run of steps: its history starts empty. Rows may join behind the others; theirs does too.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,10 @@ class Multistep:
         estimate = clean
         if self._before is not None and bool((b_after > 0).all()):
             earlier, signal_before = self._before
+            known = len(earlier)
+            # Whoever joins has nothing to differ from: a step of first order.
+            earlier = torch.cat([earlier, clean[known:]])
+            signal_before = torch.cat([signal_before, signal[known:] - 1])
             ratio = (signal - signal_before) / ((a_after / b_after).log() - signal)
             estimate = clean + wide(0.5 / ratio, clean) * (clean - earlier)
         self._before = clean, signal

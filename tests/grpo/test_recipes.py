@@ -52,6 +52,7 @@ def test_grpo_recipe_of_the_embedded_model_runs(tmp_path):
         "per_device_train_batch_size": "2", "gradient_accumulation_steps": "1", "num_inference_steps": "3",
         "use_peft": "true", "guidance_scale": "1", "num_frames": "5", "eval_steps": "0", "eval_on_start": "false",
         "report_to": "none", "disable_tqdm": "true", "check_on_policy_ratio": "raise",
+        "bf16": "false",
     }  # fmt: skip
     overrides = [word for key, value in words.items() for word in (f"--{key}", value)]
     trainer, config = load_recipe(ROOT / "recipes" / "dancegrpo-tiny.yaml", overrides)

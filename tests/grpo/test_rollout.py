@@ -65,8 +65,9 @@ def test_grpo_ratio_suffers_from_latents_in_half_precision():
     assert (step.log_prob(rounded[:, 1]) - paths.log_probs[:, 0]).abs().max() > 1e-3
 
 
-def test_grpo_rollout_does_not_depend_on_batches():
-    drawn = sampler(window=2)
+@pytest.mark.parametrize("how", [{}, {"solver": "dpm++", "fraction": 0.6}], ids=["euler", "dpm++"])
+def test_grpo_rollout_does_not_depend_on_batches(how):
+    drawn = sampler(window=2, **how)
     rows = samples(start=(1, 4))
     together, alone = drawn.draw(rows, conditions, 6), drawn.draw(rows, conditions, 1)
     mixed = drawn.draw([rows[i] for i in (4, 0, 3)], conditions, 2)
@@ -74,6 +75,15 @@ def test_grpo_rollout_does_not_depend_on_batches():
     torch.testing.assert_close(together.states, alone.states)
     torch.testing.assert_close(mixed.clean, together.clean[[4, 0, 3]])
     assert mixed.start.tolist() == [4, 1, 4]
+
+
+def test_grpo_rollout_takes_samples_with_different_windows_together():
+    drawn, calls = sampler(window=2, solver="dpm++", fraction=0.6), []
+    predict = drawn.denoiser.predict
+    drawn.denoiser.predict = lambda x, *words: calls.append(len(x)) or predict(x, *words)
+    drawn.draw(samples(start=(1, 4)), conditions, 6)
+    # Two prompts, then the later one alone; both windows; tails of 3 and 1 steps that end together.
+    assert calls == [2, 1, 1, 1, 6, 6, 3, 3, 6]
 
 
 def test_grpo_rollout_shares_noise_and_prefix_of_a_prompt():
