@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import postgen
+from postgen.families import layout_of
 from tests.fused.counted import count_operations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -93,12 +94,12 @@ def test_compiled_whole_and_with_enhance_a_video(pair: Any) -> None:
     postgen.apply_fused_ops(transformer)
     expected = _call(transformer, arguments).float()
     torch.compiler.reset()
-    for module in transformer.modules():
-        if type(module).__name__.endswith("Block"):
-            module.compile(fullgraph=True)
+    blocks = layout_of(transformer).block_modules(transformer).values()
+    for block in blocks:
+        block.compile(fullgraph=True)
     found = _call(transformer, arguments).float()
     assert (found - expected).norm() < 0.02 * expected.norm()
-    for module in transformer.modules():
-        module._compiled_call_impl = None
+    for block in blocks:
+        block._compiled_call_impl = None
     postgen.remove_fused_ops(transformer)
     postgen.remove_enhance_a_video(transformer)
