@@ -19,6 +19,8 @@ __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_wi
 
 MAX_CHANNELS = 128
 """The widest head that the kernels take: S of one head lives in registers."""
+SHARED_MEMORY = {64: 99 * 1024, MAX_CHANNELS: 163 * 1024}
+"""Heads up to so many channels -> bytes that a program of the largest kernel may take."""
 NORMS = (None, "rms_norm", "rms_norm_across_heads")
 FEATURE_MAPS = ("relu", "elu")
 
@@ -268,14 +270,22 @@ def _new_sums(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _on_kernel(operation: str, query: Tensor, *others: Tensor) -> bool:
-    channels, obstacle = query.shape[-1], None
-    if channels > MAX_CHANNELS:
-        obstacle = f"heads of {channels} channels, at most {MAX_CHANNELS} fit"
-    elif channels % 2:
-        obstacle = f"heads of {channels} channels, which is odd"
-    elif any(each.dtype != query.dtype for each in others):
-        obstacle = "queries, keys and values differ in dtype"
+    obstacle = _obstacle(query, *others) if query.is_cuda else None
     return uses_triton(operation, query, *others, obstacle=obstacle)
+
+
+def _obstacle(query: Tensor, *others: Tensor) -> str | None:
+    """Return what keeps the kernels from computing this, beside what `dispatch` looks at."""
+    channels = query.shape[-1]
+    if channels > MAX_CHANNELS or channels % 2:
+        return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit"
+    if any(each.dtype != query.dtype for each in others):
+        return "queries, keys, values and gradients differ in dtype"
+    needed = min(size for most, size in SHARED_MEMORY.items() if channels <= most)
+    there = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+    if there < needed:
+        return f"heads of {channels} channels need {needed} bytes of shared memory, this GPU has {there} for a program"
+    return None
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:

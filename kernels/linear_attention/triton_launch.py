@@ -82,7 +82,6 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
     """Return the constants that all passes share."""
     frames, rows, columns = terms.grid or (1, 1, 1)
     pairs = terms.rope_pairs or (0, 0, 0)
-    bits16 = x.dtype == torch.bfloat16
     return {
         "RELU": terms.feature_map == "relu",
         "NORM": terms.qk_norm is not None,
@@ -94,9 +93,9 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
         "CHANNELS": x.shape[-1],
         "BLOCK_N": how.tokens,
         "BLOCK_D": block_d(x.shape[-1]),
-        # Sums over all tokens leave the range of float16; tf32 has its precision and the range of float32.
-        "DOT": tl.bfloat16 if bits16 else tl.float32,
-        "PRECISION": "tf32" if x.element_size() == 2 else "tf32x3",
+        # Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
+        "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+        "PRECISION": "bf16x3",
         "num_warps": how.warps,
         "num_stages": how.stages,
     }

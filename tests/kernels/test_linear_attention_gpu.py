@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 GRID = (5, 11, 13)
 TOKENS = 5 * 11 * 13
-BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 5e-5}
 
 
 def fused(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +105,7 @@ def test_what_differs_from_the_mean_value_is_right_too(tokens: int, heads: int) 
     # Attention to so many independent keys is nearly even: the rest is some 0.5 % of the result, so the rounding of
     # the bfloat16 result alone is as large as the rest; in float32 results it shows what the sums are worth.
     upcast = linear_attention(*(x.float() for x in qkv))
-    assert worst_head(off_mean(upcast, qkv[2]), off_mean(expected, qkv[2])) < 1e-3
+    assert worst_head(off_mean(upcast, qkv[2]), off_mean(expected, qkv[2])) < 2e-3
     centred = (qkv[0], qkv[1], (qkv[2].float() - qkv[2].float().mean(dim=1, keepdim=True)).to(torch.bfloat16))
     assert worst_head(linear_attention(*centred), exact(centred, naive.Terms())) < 6e-3
 

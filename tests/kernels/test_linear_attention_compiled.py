@@ -1,0 +1,108 @@
+"""The kernels of linear attention in Triton's compiler for Hopper, in the launches that are used: registers, memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from postgen.kernels.linear_attention.ops import SHARED_MEMORY
+from tests.kernels.launches import compile_for
+
+PASSES = ("keys", "queries", "grad_queries", "grad_keys")
+ABSENT = ("rstd", "weight", "rope", "lengths", "space", "time")
+
+
+def kernel(name: str) -> Any:
+    from postgen.kernels.linear_attention import triton_backward, triton_forward
+
+    kernels = {
+        "keys": triton_forward.sum_keys,
+        "queries": triton_forward.read_state,
+        "grad_queries": triton_backward.grad_queries,
+        "grad_keys": triton_backward.grad_keys,
+    }
+    return kernels[name]
+
+
+def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -> Any:
+    """Compile one pass with the optional tensors that are named."""
+    import torch
+
+    from postgen.kernels.linear_attention import triton_launch
+    from postgen.kernels.linear_attention.naive import Terms
+
+    like = torch.empty(1, 1, 1, channels, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    terms = Terms(
+        grid=(21, 45, 80),
+        qk_norm="rms_norm" if "weight" in given else None,
+        rope_pairs=(channels // 2 - 2 * (channels // 6), channels // 6, channels // 6),
+    )
+    constants = triton_launch.constants(like, triton_launch.launch(name, like), terms)
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    function = kernel(name)
+    streams = {"query", "key", "value", "gradient", "out", "d_query", "d_key", "d_value"}
+    floats = ("norm_eps", "eps")
+    integers = ("weight_h", "taps_stride", "taps_h", "tokens", "tiles")
+    sides = {"SPACE": conv, "TIME": 3 if conv else 0}
+    names = [n for n in function.arg_names if not re.fullmatch("[A-Z_]+", n)]
+    fixed = {**constants, **sides, **{f"{stream}_d": 1 for stream in streams}}
+    fixed |= {n: None for n in ABSENT if n not in given}
+    strides = [n for n in names if re.fullmatch(r"\w+_[bnh]", n)]
+    present = [n for n in names if n not in (*fixed, *floats, *integers, *strides)]
+    return compile_for(
+        function,
+        {n: dtype if n in streams else "fp32" for n in present},
+        {n: value for n, value in fixed.items() if n in function.arg_names},
+        floats=[n for n in floats if n in names],
+        integers=[n for n in integers if n in names],
+        **options,
+    )
+
+
+def spilled_bytes(found: Any, folder: Path) -> int:
+    """Ask the assembler how many bytes of registers a thread has to keep in memory."""
+    import triton
+
+    source = folder / "kernel.ptx"
+    source.write_text(found.asm["ptx"])
+    command = [
+        triton.knobs.nvidia.ptxas.path,
+        "-v",
+        "--gpu-name=sm_90a",
+        str(source),
+        "-o",
+        str(folder / "kernel.cubin"),
+    ]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill stores", report))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("name", PASSES)
+def test_nothing_is_spilled(name: str, channels: int, tmp_path: Path) -> None:
+    found = compiled(name, channels, "bf16")
+    assert spilled_bytes(found, tmp_path) == 0
+    assert found.metadata.shared <= SHARED_MEMORY[channels]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "conv", "most"), [("keys", 0, 0), ("queries", 5, 0), ("grad_queries", 0, 64), ("grad_keys", 5, 64)]
+)
+def test_norm_rope_and_convolution_spill_little(name: str, conv: int, most: int, tmp_path: Path) -> None:
+    more = ("space", "time") if conv else ()
+    found = compiled(name, 128, "bf16", "rstd", "weight", "rope", *more, conv=conv)
+    assert spilled_bytes(found, tmp_path) <= most
+    assert found.metadata.shared <= SHARED_MEMORY[128]
+
+
+@pytest.mark.slow
+def test_the_largest_of_float32_fits() -> None:
+    assert compiled("grad_keys", 128, "fp32").metadata.shared <= SHARED_MEMORY[128]
