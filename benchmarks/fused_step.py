@@ -26,7 +26,7 @@ from benchmarks.gates import gate, write_result
 from postgen.fused import fused_for_call
 
 FORMS = ("stock", "fused", "compiled", "fused_compiled")
-REPEATS = 7
+REPEATS = 5
 """Timed calls of each form, after two that are not."""
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import postgen
+from tests.enhance.test_combinations import attention_broadcast, first_block_cache
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
@@ -77,24 +78,6 @@ def gains(tiny: TinyModel) -> dict[str, tuple[float, ...]]:
     handle = handle_of(tiny.transformer)
     assert handle is not None
     return handle.stats()
-
-
-def first_block_cache(tiny: TinyModel) -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    tiny.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-
-
-def attention_broadcast(tiny: TinyModel) -> None:
-    from diffusers import PyramidAttentionBroadcastConfig
-
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=3,
-        spatial_attention_timestep_skip_range=(0, 1000),
-        current_timestep_callback=lambda: 500,
-        spatial_attention_block_identifiers=("blocks",),
-    )
-    tiny.transformer.enable_cache(config)
 
 
 @pytest.mark.parametrize("cache", [first_block_cache, attention_broadcast])

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 import postgen
-from tests.families.tiny_models import TinyModel, tiny_model
+from tests.enhance.test_compile import LAYERS, compile_blocks, fresh_compiler
+from tests.families.tiny_models import tiny_model
 
-# More than the eight recompilations that Dynamo allows a code object.
-LAYERS = 9
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compile_blocks(tiny: TinyModel) -> Any:
-    """Compile block by block, without a graph break, and count the graphs."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    if tiny.transformer._repeated_blocks:
-        tiny.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
-    else:
-        for block in tiny.transformer.transformer_blocks:
-            block.compile(fullgraph=True, backend=counter)
-    return counter
+__all__ = ["fresh_compiler"]  # a fixture of every test here
 
 
 @pytest.mark.parametrize("name", ["CogVideoX 1.5", "HunyuanVideo", "LTX", "Wan"])
