@@ -282,7 +282,8 @@ def _obstacle(query: Tensor, *others: Tensor) -> str | None:
     if any(each.dtype != query.dtype for each in others):
         return "queries, keys, values and gradients differ in dtype"
     needed = min(size for most, size in SHARED_MEMORY.items() if channels <= most)
-    there = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+    # ROCm does not say; its GPUs have 64 KiB.
+    there = getattr(torch.cuda.get_device_properties(query.device), "shared_memory_per_block_optin", 64 * 1024)
     if there < needed:
         return f"heads of {channels} channels need {needed} bytes of shared memory, this GPU has {there} for a program"
     return None

@@ -34,8 +34,7 @@ def grad_queries(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, k' into `vectors`."""
-    head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(0)
+    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     query += sample * query_b + head.to(tl.int64) * query_h
@@ -55,7 +54,7 @@ def grad_queries(
 
     d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
-    start = split * tiles * BLOCK_N
+    start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
         x = fetch(query, start, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
@@ -74,7 +73,7 @@ def grad_queries(
         d_state = tl.dot(tl.trans(g.to(DOT)), q, d_state, input_precision=PRECISION)
         start += BLOCK_N
 
-    part = which * tl.num_programs(1) + split
+    part = which * tl.num_programs(1) + tl.program_id(1)
     tl.store(matrices + part * CHANNELS * CHANNELS + square, tl.trans(d_state), mask=both)
     tl.store(vectors + part * CHANNELS + d, tl.sum(d_key_sum, axis=0), mask=inside)
 

@@ -95,7 +95,8 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
         "BLOCK_D": block_d(x.shape[-1]),
         # Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
         "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "bf16x3",
+        # The interpreter knows no such products; its own are exact.
+        "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",
         "num_warps": how.warps,
         "num_stages": how.stages,
     }

@@ -1,4 +1,4 @@
-"""The kernels of linear attention in Triton's compiler for Hopper, in the launches that are used: registers, memory."""
+"""The kernels of linear attention in Triton's compiler for Hopper, launched as they are: registers and memory."""
 
 from __future__ import annotations
 
