@@ -44,17 +44,20 @@ def test_temporal_cfi(frames: int, channels: int, dtype: str, capability: int) -
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("kind", ["norm", "norm, rms", "residual and norm", "residual"])
 @pytest.mark.parametrize("channels", [1536, 5120])
-def test_adaln(channels: int, residual: bool, capability: int) -> None:
+def test_adaln(channels: int, kind: str, capability: int) -> None:
     from postgen.kernels.adaln import triton
 
     size, warps = triton.block(channels)
-    pointers = {"x": "bf16", "scale": "fp32", "shift": "fp32", "out": "bf16"}
-    absent = ["weight", "bias"] if residual else ["weight", "bias", "y", "gate", "total"]
-    if residual:
+    pointers = {"x": "bf16"}
+    if "norm" in kind:
+        pointers |= {"scale": "fp32", "shift": "fp32", "out": "bf16"}
+    if "residual" in kind:
         pointers |= {"y": "bf16", "gate": "fp32", "total": "bf16"}
-    constants = {**dict.fromkeys(absent), "CHANNELS": channels, "BLOCK": size, "RMS": False}
+    optional = ("y", "gate", "scale", "shift", "weight", "bias", "total", "out")
+    constants = {name: None for name in optional if name not in pointers}
+    constants |= {"CHANNELS": channels, "BLOCK": size, "RMS": "rms" in kind}
     compiled = compile_for(
         triton._norm_modulate, pointers, constants, floats=("eps",), capability=capability, num_warps=warps
     )
