@@ -1,0 +1,96 @@
+"""Launches of linear attention on this GPU: every pass in other tiles, warps, stages and numbers of programs.
+
+`python -m benchmarks.linear_launches` times each pass of `postgen.kernels.linear_attention` alone, and prints the
+launch that is in the table and the five fastest. The shape is Wan 1.3B's at 480p, unless options say otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import milliseconds
+from postgen.kernels.linear_attention.naive import Terms, rope_table
+
+SETS = 3
+"""Inputs that are walked over, so that none is in the caches."""
+
+
+def candidates() -> Iterator[dict[str, int]]:
+    """Yield the launches that are tried."""
+    for tokens, warps, stages, programs in itertools.product((32, 64), (4, 8, 16), (1, 2, 3), (264, 528)):
+        yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
+
+
+def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]]:
+    """Return every pass as a call of queries, keys, values and sums; gradients are the queries again."""
+    from postgen.kernels.linear_attention import triton
+
+    return {
+        "keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
+        "queries": lambda q, k, v, sums: triton._read_state(q, v, sums, terms),
+        "grad_queries": lambda q, k, v, sums: triton._grad_queries(q, q, sums, (None, None), terms),
+        "grad_keys": lambda q, k, v, sums: triton._grad_keys(q, k, v, sums, terms),
+    }
+
+
+def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], channels: int) -> None:
+    """Time one pass in every launch and print the best."""
+    from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
+
+    key = name, block_d(channels)
+    kept, times = LAUNCHES[key], {}
+    for given in candidates():
+        LAUNCHES[key] = Launch(**given)
+        try:
+            times[LAUNCHES[key]] = milliseconds(call, sets)
+        except Exception as error:  # Triton has an exception of its own for each way not to fit
+            print(f"{name}: {given} does not run: {type(error).__name__}", file=sys.stderr)
+    LAUNCHES[key] = kept
+    print(f"{name}, in the table: {milliseconds(call, sets):.4f} ms  {kept}")
+    for how, time in sorted(times.items(), key=lambda item: item[1])[:5]:
+        print(f"{name}: {time:.4f} ms  {how}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep the passes of one shape."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_launches", description=__doc__.splitlines()[0])
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
+    parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
+    parser.add_argument("--only", nargs="*", help="passes: keys, queries, grad_queries, grad_keys")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.linear_launches needs a GPU: torch sees none", file=sys.stderr)
+        return 2
+    from postgen.kernels.linear_attention import triton
+
+    terms = _turned(tuple(options.grid), options.channels) if options.rope else Terms()
+    sets = []
+    for _ in range(SETS):
+        size = (1, math.prod(options.grid), 3, options.heads, options.channels)
+        query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
+        sets.append((query, key, value, triton._sum_keys(key, value, terms)))
+    for name, call in passes(terms).items():
+        if not options.only or name in options.only:
+            sweep(name, call, sets, options.channels)
+    return 0
+
+
+def _turned(grid: tuple[int, int, int], channels: int) -> Terms:
+    pairs = channels // 6
+    rope_pairs = (channels // 2 - 2 * pairs, pairs, pairs)
+    angles = (torch.randn(length, count) for length, count in zip(grid, rope_pairs, strict=True))
+    return Terms(grid=grid, rope=rope_table(*angles).cuda(), rope_pairs=rope_pairs, qk_norm="rms_norm")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
