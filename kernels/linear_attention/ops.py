@@ -51,9 +51,7 @@ def linear_attention_with_state(
     Given back as `state` and `key_sum`, a chunk's queries see its own keys and those of all chunks before. Positions
     must go on from chunk to chunk (`rope` takes any rows of the tables); the convolution in time sees its chunk only.
     """
-    given = Terms(**terms)
-    _check(query, key, value, given)
-    out, state, key_sum = _forward(*_arguments(query, key, value, given))
+    out, state, key_sum = _forward(*_arguments(query, key, value, Terms(**terms)))
     return out, state, key_sum
 
 
@@ -80,6 +78,7 @@ def _forward(
         query_weight, key_weight, conv_space, conv_time, state, key_sum, rope, key_lengths, feature_map, qk_norm,
         epsilons, grid, rope_pairs,
     )  # fmt: skip
+    _check(query, key, value, terms)
     if _on_kernel("linear_attention", query, key, value):
         from postgen.kernels.linear_attention import triton
 

@@ -104,30 +104,30 @@ def grad_keys(
         rstd += sample * tokens
     d = tl.arange(0, BLOCK_D)
     inside = d < CHANNELS
-    square = d[:, None] * CHANNELS + d[None, :]
-    both = inside[:, None] & inside[None, :]
+    places = d_states + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
     # The gradient of S is no sum of numbers of one sign: 16 bits of it are enough.
-    d_state = tl.load(d_states + which * CHANNELS * CHANNELS + square, mask=both, other=0.0).to(DOT)
+    d_state = tl.load(places, mask=inside[:, None] & inside[None, :], other=0.0).to(DOT)
     d_key_sum = tl.load(d_key_sums + which * CHANNELS + d, mask=inside, other=0.0)
 
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        there = (start + tl.arange(0, BLOCK_N) < end)[:, None]
         x = fetch(key, start, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D)
         v = fetch(value, start, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D)
-        x = normed(x, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.dot(v.to(DOT), tl.trans(d_state), input_precision=PRECISION)
-        n = turn(n, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.where(there, (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
-        put(d_key, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
-        k = feature(x, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
-        k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(k.to(DOT), d_state, input_precision=PRECISION)
+        added = 0.0
         if SPACE + TIME > 0:
-            o += convolved(
+            # Here, while keys and values are on their way.
+            added = convolved(
                 gradient, space + head * taps_h, time + head * taps_h, start, gradient_n, gradient_d, end, tokens,
                 taps_stride, -1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        x = normed(x, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
+        n = tl.dot(v.to(DOT), tl.trans(d_state), input_precision=PRECISION)
+        n = turn(n, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        n = tl.where((start + tl.arange(0, BLOCK_N) < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
+        put(d_key, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
+        k = feature(x, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        o = tl.dot(k.to(DOT), d_state, input_precision=PRECISION) + added
         put(d_value, start, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_N, BLOCK_D)
         start += BLOCK_N
 

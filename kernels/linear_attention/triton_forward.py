@@ -141,15 +141,17 @@ def read_state(
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         q = fetch(query, start, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
+        added = 0.0
+        if SPACE + TIME > 0:
+            # Here, while the queries are on their way.
+            added = convolved(
+                value, space + head * taps_h, time + head * taps_h, start, value_n, value_d, tokens, length,
+                taps_stride, 1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
         q = normed(q, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         q = feature(q, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
         q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = times_state(q.to(DOT), high, low, 1.0 / divisor, PRECISION)
-        if SPACE + TIME > 0:
-            o += convolved(
-                value, space + head * taps_h, time + head * taps_h, start, value_n, value_d, tokens, length,
-                taps_stride, 1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+        o = times_state(q.to(DOT), high, low, 1.0 / divisor, PRECISION) + added
         put(out, start, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_N, BLOCK_D)
         start += BLOCK_N

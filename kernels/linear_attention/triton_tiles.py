@@ -150,13 +150,16 @@ def convolved(
     """
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for tap in tl.range(0, SPACE * SPACE, num_stages=1):
-        dh, dw = SIGN * (tap // SPACE - SPACE // 2), SIGN * (tap % SPACE - SPACE // 2)
-        x = neighbour(
-            base, start, stride_n, stride_d, end, length, 0, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
-        )
-        total += x * tl.load(space + tap * taps_stride + d, mask=d < CHANNELS, other=0.0)[None, :]
-    for tap in tl.range(0, TIME, num_stages=1):
+    for i in tl.range(0, SPACE, num_stages=1):
+        # A row of taps at once: their loads do not wait for one another.
+        for j in tl.static_range(0, SPACE):
+            dh, dw = SIGN * (i - SPACE // 2), SIGN * (j - SPACE // 2)
+            x = neighbour(
+                base, start, stride_n, stride_d, end, length, 0, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
+            )
+            taps = space + (i * SPACE + j) * taps_stride
+            total += x * tl.load(taps + d, mask=d < CHANNELS, other=0.0)[None, :]
+    for tap in tl.static_range(0, TIME):
         dt = SIGN * (tap - TIME // 2)
         x = neighbour(
             base, start, stride_n, stride_d, end, length, dt, 0, 0, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D

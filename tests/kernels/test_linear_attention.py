@@ -171,3 +171,17 @@ def test_shapes_that_do_not_belong_together() -> None:
         linear_attention(q[:, :0], k, v)
     with pytest.raises(ValueError, match="queries' number only"):
         linear_attention(q, k[:, 1:], v)
+
+
+def test_compiles_whole() -> None:
+    q, k, v = (x.clone().requires_grad_() for x in inputs(SHAPE))
+    chosen = terms("all", SHAPE, GRID)
+    options = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q, k, v, **options) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (call, compiled)]
+    for x, y in zip(*gradients, strict=True):
+        assert torch.allclose(x, y)
