@@ -6,6 +6,7 @@ operation too; that of the RMSNorms is its formula in plain torch, which torch.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ MAX_CHANNELS = 128
 """The widest head that the kernels take: S of one head lives in registers."""
 SHARED_MEMORY = {64: 99 * 1024, MAX_CHANNELS: 163 * 1024}
 """Heads up to so many channels -> bytes that a program of the largest kernel may take."""
+_TENSORS = (
+    "query_weight", "key_weight", "conv_space", "conv_time", "rope", "key_lengths", "state", "key_sum"
+)  # fmt: skip
+"""Fields of `Terms`, in the order in which the operations take them."""
 NORMS = (None, "rms_norm", "rms_norm_across_heads")
 FEATURE_MAPS = ("relu", "elu")
 
@@ -64,20 +69,18 @@ def _forward(
     key_weight: Tensor | None,
     conv_space: Tensor | None,
     conv_time: Tensor | None,
-    state: Tensor | None,
-    key_sum: Tensor | None,
     rope: Tensor | None,
     key_lengths: Tensor | None,
+    state: Tensor | None,
+    key_sum: Tensor | None,
     feature_map: str,
     qk_norm: str,
     epsilons: list[float],
     grid: list[int],
     rope_pairs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    terms = _terms(
-        query_weight, key_weight, conv_space, conv_time, state, key_sum, rope, key_lengths, feature_map, qk_norm,
-        epsilons, grid, rope_pairs,
-    )  # fmt: skip
+    tensors = (query_weight, key_weight, conv_space, conv_time, rope, key_lengths, state, key_sum)
+    terms = _terms(tensors, feature_map, qk_norm, epsilons, grid, rope_pairs)
     _check(query, key, value, terms)
     if _on_kernel("linear_attention", query, key, value):
         from postgen.kernels.linear_attention import triton
@@ -116,10 +119,8 @@ def linear_attention_backward(
     What autograd calls; `total` and `total_key` are the sums that the forward pass returned. Gradients of weights that
     are None are empty; those of query and key are before the gradient of their norm.
     """
-    terms = _terms(
-        query_weight, key_weight, conv_space, conv_time, None, None, rope, key_lengths, feature_map, qk_norm,
-        epsilons, grid, rope_pairs,
-    )  # fmt: skip
+    tensors = (query_weight, key_weight, conv_space, conv_time, rope, key_lengths, None, None)
+    terms = _terms(tensors, feature_map, qk_norm, epsilons, grid, rope_pairs)
     given = (gradient, of_state, of_key_sum, query, key, value, total, total_key)
     if _on_kernel("linear_attention_backward", query, key, value, gradient):
         from postgen.kernels.linear_attention import triton
@@ -173,7 +174,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, query_weight, key_weight, space, time, state, key_sum, rope, lengths, *ctx.settings = inputs
+    query, key, value, query_weight, key_weight, space, time, rope, lengths, state, key_sum, *ctx.settings = inputs
     ctx.starts = [None if each is None else each.dtype for each in (state, key_sum)]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], query, key, value, query_weight, key_weight, space, time, rope, lengths)
@@ -187,7 +188,7 @@ def _gradients(
     of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = linear_attention_backward(
         gradient, of_state, of_key_sum, *ctx.saved_tensors, *ctx.settings
     )
-    terms = _terms(query_weight, key_weight, space, time, None, None, rope, lengths, *ctx.settings)
+    terms = _terms((query_weight, key_weight, space, time, rope, lengths, None, None), *ctx.settings)
     of_query, of_query_weight = naive.rms_norm_backward(of_query, query, query_weight, terms)
     of_key, of_key_weight = naive.rms_norm_backward(of_key, key, key_weight, terms)
     starts = [
@@ -195,37 +196,23 @@ def _gradients(
         for each, dtype in zip((of_total, of_total_key), ctx.starts, strict=True)
     ]
     filters = [None if space is None else of_space, None if time is None else of_time]
-    return of_query, of_key, of_value, of_query_weight, of_key_weight, *filters, *starts, *[None] * 7
+    return of_query, of_key, of_value, of_query_weight, of_key_weight, *filters, None, None, *starts, *[None] * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _terms(
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    conv_space: Tensor | None,
-    conv_time: Tensor | None,
-    state: Tensor | None,
-    key_sum: Tensor | None,
-    rope: Tensor | None,
-    key_lengths: Tensor | None,
+    tensors: Sequence[Tensor | None],
     feature_map: str,
     qk_norm: str,
-    epsilons: list[float],
-    grid: list[int],
-    rope_pairs: list[int],
+    epsilons: Sequence[float],
+    grid: Sequence[int],
+    rope_pairs: Sequence[int],
 ) -> Terms:
     """Return what a custom operation took apart: it knows tensors, numbers, strings and lists."""
     return Terms(
-        query_weight=query_weight,
-        key_weight=key_weight,
-        conv_space=conv_space,
-        conv_time=conv_time,
-        state=state,
-        key_sum=key_sum,
-        rope=rope,
-        key_lengths=key_lengths,
+        **dict(zip(_TENSORS, tensors, strict=True)),
         feature_map=feature_map,
         qk_norm=qk_norm or None,
         eps=epsilons[0],
@@ -241,14 +228,7 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple
         query,
         key,
         value,
-        terms.query_weight,
-        terms.key_weight,
-        terms.conv_space,
-        terms.conv_time,
-        terms.state,
-        terms.key_sum,
-        terms.rope,
-        terms.key_lengths,
+        *(getattr(terms, name) for name in _TENSORS),
         terms.feature_map,
         terms.qk_norm or "",
         [terms.eps, terms.norm_eps],
@@ -257,7 +237,7 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple
     )
 
 
-def _triple(numbers: list[int]) -> tuple[int, int, int] | None:
+def _triple(numbers: Sequence[int]) -> tuple[int, int, int] | None:
     return (numbers[0], numbers[1], numbers[2]) if numbers else None
 
 

@@ -13,11 +13,14 @@ from postgen.kernels.linear_attention.triton_tiles import (
     convolved,
     feature,
     fetch,
+    fetch_matrix,
+    fetch_vector,
     fold,
     fold_weighted,
     neighbour,
     normed,
     put,
+    put_sums,
     slope,
     times_state,
     turn,
@@ -43,14 +46,10 @@ def grad_queries(
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    d = tl.arange(0, BLOCK_D)
-    inside = d < CHANNELS
-    square = d[:, None] * CHANNELS + d[None, :]
-    both = inside[:, None] & inside[None, :]
-    state = tl.trans(tl.load(states + which * CHANNELS * CHANNELS + square, mask=both, other=0.0))
+    state = tl.trans(fetch_matrix(states, which, CHANNELS, BLOCK_D))
     high = state.to(DOT)
     low = (state - high.to(tl.float32)).to(DOT)
-    key_sum = tl.load(key_sums + which * CHANNELS + d, mask=inside, other=0.0)
+    key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
 
     d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
@@ -74,8 +73,7 @@ def grad_queries(
         start += BLOCK_N
 
     part = which * tl.num_programs(1) + tl.program_id(1)
-    tl.store(matrices + part * CHANNELS * CHANNELS + square, tl.trans(d_state), mask=both)
-    tl.store(vectors + part * CHANNELS + d, tl.sum(d_key_sum, axis=0), mask=inside)
+    put_sums(matrices, vectors, part, tl.trans(d_state), tl.sum(d_key_sum, axis=0), CHANNELS, BLOCK_D)
 
 
 @triton.jit
@@ -102,12 +100,9 @@ def grad_keys(
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    d = tl.arange(0, BLOCK_D)
-    inside = d < CHANNELS
-    places = d_states + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
     # The gradient of S is no sum of numbers of one sign: 16 bits of it are enough.
-    d_state = tl.load(places, mask=inside[:, None] & inside[None, :], other=0.0).to(DOT)
-    d_key_sum = tl.load(d_key_sums + which * CHANNELS + d, mask=inside, other=0.0)
+    d_state = fetch_matrix(d_states, which, CHANNELS, BLOCK_D).to(DOT)
+    d_key_sum = fetch_vector(d_key_sums, which, CHANNELS, BLOCK_D)
 
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):

@@ -16,9 +16,12 @@ from postgen.kernels.linear_attention.triton_tiles import (
     convolved,
     feature,
     fetch,
+    fetch_matrix,
+    fetch_vector,
     fold,
     normed,
     put,
+    put_sums,
     times_state,
     turn,
 )
@@ -73,12 +76,8 @@ def sum_keys(
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
-    d = tl.arange(0, BLOCK_D)
     part = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + split
-    square = d[:, None] * CHANNELS + d[None, :]
-    inside = (d[:, None] < CHANNELS) & (d < CHANNELS)
-    tl.store(matrices + part * CHANNELS * CHANNELS + square, tl.trans(state), mask=inside)
-    tl.store(vectors + part * CHANNELS + d, tl.sum(key_sum, axis=0), mask=d < CHANNELS)
+    put_sums(matrices, vectors, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D)
 
 
 @triton.jit
@@ -125,13 +124,10 @@ def read_state(
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    d = tl.arange(0, BLOCK_D)
-    inside = d < CHANNELS
-    square = d[:, None] * CHANNELS + d[None, :]
-    state = tl.load(states + which * CHANNELS * CHANNELS + square, mask=inside[:, None] & inside[None, :], other=0.0)
+    state = fetch_matrix(states, which, CHANNELS, BLOCK_D)
     high = state.to(DOT)
     low = (state - high.to(tl.float32)).to(DOT)
-    key_sum = tl.load(key_sums + which * CHANNELS + d, mask=inside, other=0.0)
+    key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
     length = tokens
     if SPACE + TIME > 0:
         value += sample * value_b + head.to(tl.int64) * value_h

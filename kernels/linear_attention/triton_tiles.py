@@ -31,6 +31,30 @@ def put(base, start, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def fetch_matrix(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return one of many (D, D) matrices."""
+    d = tl.arange(0, BLOCK_D)
+    places = base + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
+    return tl.load(places, mask=(d[:, None] < CHANNELS) & (d < CHANNELS), other=0.0)
+
+
+@triton.jit
+def fetch_vector(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return one of many vectors of D numbers."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(base + which * CHANNELS + d, mask=d < CHANNELS, other=0.0)
+
+
+@triton.jit
+def put_sums(matrices, vectors, which, matrix, vector, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write one of many pairs of a (D, D) matrix and a vector of D numbers."""
+    d = tl.arange(0, BLOCK_D)
+    places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
+    tl.store(places, matrix, mask=(d[:, None] < CHANNELS) & (d < CHANNELS))
+    tl.store(vectors + which * CHANNELS + d, vector, mask=d < CHANNELS)
+
+
+@triton.jit
 def normed(
     x, rstd, weight, start, end, norm_eps,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -45,8 +69,7 @@ def normed(
             reciprocal = tl.load(rstd + token, mask=token < end, other=0.0)
         x = x * reciprocal[:, None]
         if weight is not None:
-            d = tl.arange(0, BLOCK_D)
-            x = x * tl.load(weight + d, mask=d < CHANNELS, other=0.0).to(tl.float32)[None, :]
+            x = x * fetch_vector(weight, 0, CHANNELS, BLOCK_D).to(tl.float32)[None, :]
     return x
 
 
