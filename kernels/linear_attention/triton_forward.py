@@ -70,6 +70,9 @@ def sum_keys(
         v = fetch(value, start, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D)
         k = normed(k, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         k = feature(k, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        if rope is None:
+            # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
+            k = k.to(DOT).to(tl.float32)
         key_sum += fold(k, BLOCK_N, BLOCK_D)
         k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
         # S^T, so that the operand which must be transposed is the one that no thread touches.
@@ -146,6 +149,8 @@ def read_state(
             )  # fmt: skip
         q = normed(q, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         q = feature(q, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        if rope is None:
+            q = q.to(DOT).to(tl.float32)
         divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
         q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
         o = times_state(q.to(DOT), high, low, 1.0 / divisor, PRECISION) + added

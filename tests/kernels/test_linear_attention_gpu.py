@@ -77,8 +77,8 @@ def test_gradients_equal_float64(case: str, channels: int, dtype: torch.dtype) -
     expected = torch.autograd.grad(reference, doubled, gradient.double())
     names = ["query", "key", "value", *leaves]
     for name, x, y in zip(names, found, expected, strict=True):
-        # Rounded gradients of float32 weights are sums of rounded products.
-        bound = BOUNDS[dtype] * (1.5 if name in ("query", "key", "state", "key_sum") or "weight" in name else 1)
+        # What is left of numbers that nearly cancel: more of the rounding shows in float32.
+        bound = 5e-4 if dtype == torch.float32 else 1.5 * BOUNDS[dtype]
         assert relative_error(x, y) < bound, name
 
 
@@ -139,7 +139,6 @@ def test_more_numbers_than_32_bits_count() -> None:
     out = linear_attention(*qkv)
     last = tuple(x[1:, :, -1:] for x in qkv)
     assert worst_head(out[1:, :, -1:], exact(last, naive.Terms())) < 6e-3
-    # The last head's bits are those of the launch on it alone only if the splits are; so compare by error.
     gradient = out.detach()
     leaves = [x.detach().requires_grad_() for x in qkv]
     found = torch.autograd.grad(linear_attention(*leaves), leaves, gradient)
