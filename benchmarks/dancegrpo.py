@@ -44,7 +44,7 @@ RIGHT = "eval_gold/wholly_right/mean"
 PLACES = ("output_dir", "resume_from_checkpoint")
 """Settings that say nothing about a run."""
 MARGIN = 0.03
-"""Rise of the mean reward of 256 clips that is no chance: two standard errors are 0.04 unpaired, less on equal seeds."""
+"""Rise of the mean reward of 256 clips that is no chance: two standard errors are 0.04, less on equal seeds."""
 COSTS = {
     "forward_equivalents": "eval_cost/forward_equivalents",
     "transformer_seconds": "eval_cost/transformer_seconds",
