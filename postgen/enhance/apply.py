@@ -207,4 +207,6 @@ def _config_of(setting: EnhanceAVideoConfig | float | str) -> EnhanceAVideoConfi
         return setting
     if setting is True or setting == "auto":
         return EnhanceAVideoConfig()
-    return EnhanceAVideoConfig(weight=setting) if setting else None  # type: ignore[arg-type]
+    if setting is False or setting == 0:
+        return None
+    return EnhanceAVideoConfig(weight=setting)  # type: ignore[arg-type]

@@ -8,6 +8,9 @@ from typing import Any
 
 from postgen.errors import UserError
 
+_CLOSE = 0.005
+"""What bfloat16 may move a timestep, as a part of the largest."""
+
 
 class PipelineProgress:
     """Fraction of the denoising steps that are done when the transformer is called.
@@ -23,7 +26,8 @@ class PipelineProgress:
 
         Args:
             arguments: forward arguments of the transformer; `timestep` is looked up in the schedule where the
-                scheduler does not count its steps (DDIM).
+                scheduler does not count its steps (DDIM), has not begun to (the first step of a call, which need not be
+            that of the schedule) or is one of several (diffusion forcing has one a frame).
 
         Raises:
             UserError: the pipeline is gone.
@@ -33,11 +37,15 @@ class PipelineProgress:
             raise UserError("start and stop need the pipeline, which is gone: apply Enhance-A-Video to the new one")
         scheduler = pipe.scheduler
         steps = scheduler.timesteps
-        if hasattr(scheduler, "step_index"):
-            return (scheduler.step_index or 0) / len(steps)
-        # Timesteps may come per sample or per token; clean reference tokens have 0.
+        counted = getattr(scheduler, "step_index", None)
+        if counted is not None:
+            return float(counted / len(steps))
+        # Timesteps may come per sample, frame or token; clean reference tokens have 0.
         now = arguments["timestep"].max().to(steps)
-        return int((steps - now).abs().argmin()) / len(steps)
+        distance, index = (steps - now).abs().min(0)
+        # A count that has not begun, in a model with a time of its own (Cosmos), is at the first step.
+        unlike = hasattr(scheduler, "step_index") and distance > _CLOSE * steps.abs().max()
+        return 0.0 if unlike else int(index) / len(steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineProgress:
         return self

@@ -15,6 +15,7 @@ from torch import Tensor
 import postgen
 import postgen.pipelines as drop_ins
 from postgen.enhance import handle_of
+from postgen.enhance.progress import PipelineProgress
 from tests.pipelines import more, others, wan_like  # noqa: F401 - they enter their builders into the table
 from tests.pipelines.parts import TINY
 
@@ -152,7 +153,7 @@ def test_an_error_leaves_everything_as_it_was(
 def test_a_wrong_setting_is_refused_before_anything_runs(wan: tuple[Any, dict[str, Any]]) -> None:
     pipe, arguments = wan
     called: list[int] = []
-    for wrong in ("often", float("nan")):
+    for wrong in ("often", float("nan"), "", []):
         with pytest.raises(postgen.UserError, match="weight must be"):
             run(pipe, arguments, enhance_a_video=wrong, callback_on_step_end=lambda *_: called.append(1))
     assert not called
@@ -213,3 +214,31 @@ def test_a_subclass_of_a_users_own(tiny_wan: Path) -> None:
     arguments = TINY["WanPipeline"]()[1]
     ours, mine = drop_ins.WanPipeline.from_pretrained(tiny_wan), Mine.from_pretrained(tiny_wan)
     assert torch.equal(run(mine, arguments), run(ours, arguments, enhance_a_video=8.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "fractions"),
+    [
+        ("WanPipeline", [0.0, 0.5]),
+        # It begins where its video is noised to, and the scheduler learns that only after the first step.
+        ("WanVideoToVideoPipeline", [0.25, 0.5, 0.75]),
+        ("CogVideoXVideoToVideoPipeline", [0.25, 0.5, 0.75]),
+        # Every frame has a scheduler of its own, the pipeline's never counts.
+        ("SkyReelsV2DiffusionForcingPipeline", [0.0, 0.5]),
+        # Its time is not that of the schedule.
+        ("CosmosTextToWorldPipeline", [0.0, 0.5]),
+        ("LTXPipeline", [0.0, 0.5]),
+        ("HunyuanVideoPipeline", [0.0, 0.5]),
+    ],
+)
+def test_start_and_stop_know_the_step(name: str, fractions: list[float]) -> None:
+    components, arguments = TINY[name]()
+    pipe = getattr(drop_ins, name)(**components)
+    progress, found = PipelineProgress(pipe), []
+
+    def watch(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        found.append(progress(kwargs))
+
+    pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    run(pipe, arguments)
+    assert list(dict.fromkeys(found)) == fractions
