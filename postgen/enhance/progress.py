@@ -26,8 +26,8 @@ class PipelineProgress:
 
         Args:
             arguments: forward arguments of the transformer; `timestep` is looked up in the schedule where the
-                scheduler does not count its steps (DDIM), has not begun to (the first step of a call, which need not be
-            that of the schedule) or is one of several (diffusion forcing has one a frame).
+                scheduler does not count its steps (DDIM), has not begun to (the first step of a call, which need not
+                be that of the schedule), or is one of several (diffusion forcing has one a frame).
 
         Raises:
             UserError: the pipeline is gone.
