@@ -14,6 +14,11 @@ from postgen.errors import UserError
 Rows = list[int]
 """Indices of clips in a batch."""
 
+RESERVED = frozenset(
+    {"prompts", "completions", "fps", "latents", "trainer_state", "must_score", "log_extra", "log_metric"}
+)
+"""What columns cannot be named: arguments that the runner or its caller gives."""
+
 
 @dataclass(slots=True)
 class Batch:

@@ -53,6 +53,9 @@ _PLACES = {
     "world_judge_visual": "world_judge:WorldJudge:visual",
 }
 
+_ONE = r"(?:[^,()]|\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\))+"
+"""A reward in a list of them, with its options in brackets."""
+
 # Views of one model with equal options share it as long as any of them lives.
 _SHARED: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
@@ -100,10 +103,15 @@ def get_reward(reward: Source, **options: Any) -> Reward:
 def split_rewards(text: str) -> list[str]:
     """Cut a list of rewards at the commas that stand outside brackets and quotes.
 
+    Raises:
+        UserError: a bracket or quote that has no partner.
+
     >>> split_rewards("world, clip_score(frames=8, reduce='min')")
     ['world', "clip_score(frames=8, reduce='min')"]
     """
-    return [part.strip() for part in re.findall(r"(?:[^,()]|\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\))+", text)]
+    if re.sub(_ONE, "", text).strip(", "):
+        raise UserError(f"brackets or quotes do not match in the rewards {text!r}: write name(key=value), other")
+    return [part.strip() for part in re.findall(_ONE, text) if part.strip()]
 
 
 def _options(text: str) -> tuple[str, dict[str, Any]]:
@@ -156,12 +164,21 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
     parameters = dict(inspect.signature(target).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
         parameters |= _inherited(target)
-    unknown = [o for o in options if o not in parameters]
+    known = [o for o, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and o != "self"]
+    unknown = [o for o in options if o not in known]
     if unknown:
-        raise UserError(f"the reward {name} has no option {unknown[0]!r}: it has {', '.join(parameters) or 'none'}")
-    if inspect.isclass(target):
+        raise UserError(f"the reward {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+    if not inspect.isclass(target):
+        return _bound(target, options) if options else target
+    try:
         return cast(Callable[..., Any], target(**options))
-    return _bound(target, options) if options else target
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not options:
+            raise
+        told = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UserError(f"the reward {name} cannot be made with {told}: {error}") from error
 
 
 def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

@@ -142,6 +142,7 @@ class RewardRunner:
 
     def __call__(
         self,
+        /,  # a column may be named self
         prompts: Sequence[str],
         completions: Sequence[Tensor],
         *,

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.rewards.batches import RESERVED
 from postgen.rewards.runner import RewardRunner
 from postgen.video import VideoError, probe, read_video
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mkv", ".mov", ".avi", ".ogv", ".m4v")
-_RESERVED = {"prompts", "completions", "fps", "latents", "trainer_state", "must_score", "log_extra", "log_metric"}
 _MOST_CLIPS, _MOST_BYTES = 16, 2**29
 
 
@@ -97,7 +97,7 @@ def _sidecar_prompt(path: Path) -> str | None:
 
 
 def _take(clip: Clip, row: Mapping[str, Any]) -> None:
-    taken = sorted(_RESERVED & row.keys())
+    taken = sorted(RESERVED & row.keys())
     if taken:
         raise UserError(
             f"a row of the prompts has the key {taken[0]!r}, which says something else to rewards: rename it"

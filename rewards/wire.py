@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from postgen.rewards.batches import RESERVED
+
 MEDIA_TYPE = "application/x-safetensors"
 
 
@@ -67,6 +69,8 @@ def unpack(data: bytes) -> dict[str, Any]:
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"not a request for scores: {error}") from error
     uneven = [name for name, values in columns.items() if not isinstance(values, list) or len(values) != len(prompts)]
+    if taken := sorted(RESERVED & columns.keys()):
+        raise WireError(f"no column can be named {taken[0]!r}: it is an argument of its own")
     if uneven or not all(isinstance(prompt, str) for prompt in prompts):
         raise WireError(f"prompts must be texts and columns have one value a prompt: {', '.join(uneven) or 'prompts'}")
     if fps is not None and not isinstance(fps, int | float):

@@ -96,9 +96,10 @@ def test_only_named_arguments_are_passed():
         seen["all"] = set(columns)
         return [0.0] * len(columns["completions"])
 
-    call([picky, everything], depth=[1, 2], target=["a", "b"], fps=8.0, trainer_state="s")
+    columns = {"depth": [1, 2], "target": ["a", "b"], "self": [1, 2]}
+    call([picky, everything], **columns, fps=8.0, trainer_state="s")
     assert (seen["depth"], seen["fps"], seen["state"]) == ([1, 2], 8.0, "s")
-    assert {"depth", "target", "prompts", "completions", "log_extra", "log_metric", "latents"} <= seen["all"]
+    assert {*columns, "prompts", "completions", "log_extra", "log_metric", "latents"} <= seen["all"]
 
 
 def test_pictures_and_images_where_the_signature_asks():

@@ -63,6 +63,15 @@ def test_options_of_base_classes_are_known():
         get_reward(Bright, frame=2)
     with pytest.raises(UserError, match="unknown reduce"):
         get_reward(Bright, reduce="median")
+    # The name under which `FrameReward` hands keywords on is none of them.
+    with pytest.raises(UserError, match=r"has no option 'place': it has frames, reduce, device, dtype$"):
+        get_reward(Bright, place=1)
+
+
+@pytest.mark.parametrize("text", ["clip_score(frames='x')", "motion_floor(floor='x')", "clip_score(device='abacus')"])
+def test_options_of_a_wrong_kind(text):
+    with pytest.raises(UserError, match=r"cannot be made with \w+='\w+'"):
+        get_reward(text)
 
 
 def test_frame_rewards_take_clips_of_any_size_and_do_not_mix_rows():
@@ -90,6 +99,10 @@ def test_lists_are_cut_outside_brackets():
         "http://127.0.0.1:1",
         "a.b.c(x='(,)')",
     ]
+    assert split_rewards("world, ") == ["world"]
+    for wrong in ("world)", "clip_score(frames=8", "clip_score(model='a)"):
+        with pytest.raises(UserError, match="brackets or quotes do not match"):
+            split_rewards(wrong)
 
 
 def test_the_package_is_light():

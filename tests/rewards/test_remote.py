@@ -245,6 +245,9 @@ def test_the_server_refuses_what_it_should(server):
     assert post(server, good, path="/etc/passwd")[0] == 404
     assert post(server, b"not safetensors")[0] == 400
     assert post(server, pack(["a"], [CLIPS[0]], columns={"depth": [1]}))[0] == 200
+    status, answer = post(server, pack(["a"], [CLIPS[0]], columns={"must_score": [1]}))
+    assert status == 400
+    assert "no column can be named 'must_score'" in answer["error"]
     assert remote(server.url).health()["reward"] == "level"  # and is well afterwards
 
 
