@@ -38,6 +38,7 @@ def find_file(model: str, file: str = "") -> Path:
         return _download(model)
     if not file:
         raise UserError(f"there is no file {model}: give a local path or an https address")
+    _place(model)
     try:
         from huggingface_hub import hf_hub_download
 
@@ -50,12 +51,14 @@ def pretrained(cls: Any, model: str, **options: Any) -> Any:
     """Read a network in the layout of transformers from a Hub id or a local folder, all of its weights.
 
     Raises:
-        UserError: it cannot be found, or some weights are missing.
+        UserError: it cannot be found or read, or some weights are missing or of other shapes.
     """
+    from safetensors import SafetensorError
+
     model = _place(model)
     try:
         net, info = cls.from_pretrained(model, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_found(model, error) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model} lacks {len(missing)} of the weights, {missing[0]} among them: it is another model")
@@ -83,12 +86,16 @@ def read_state(path: Path) -> State:
     A dictionary around them (`state_dict`, `model`, `module`) and a common prefix `module.` are taken off.
 
     Raises:
-        UserError: it holds something else than weights.
+        UserError: it is damaged, or holds something else than weights.
     """
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read as weights: {_first_line(error)}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
@@ -175,7 +182,7 @@ def _download(url: str) -> Path:
 
 def _not_found(what: str, error: Exception) -> UserError:
     return UserError(
-        f"cannot load {what}: {_first_line(error)} Give a local folder or file, or download it once with a network."
+        f"cannot load {what}: {_first_line(error).rstrip('.')}. Give a local folder or file, or download it once with a network."
     )
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen import assets
 from postgen.errors import UserError
 from postgen.rewards.frames import uniform_frames
+from postgen.rewards.weights import read_state
 
 
 class VideoTower(nn.Module):
@@ -135,10 +136,10 @@ def load_weights(net: nn.Module, folder: Path) -> None:
     """Read the weights of a folder into a network.
 
     Raises:
-        UserError: there are none, or they do not fit.
+        UserError: there are none, they are damaged, or they do not fit.
     """
     try:
-        net.load_state_dict(load_file(folder / "model.safetensors"))
+        net.load_state_dict(read_state(folder / "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{folder}/model.safetensors does not fit: {' '.join(str(error).split())[:200]}") from error
 

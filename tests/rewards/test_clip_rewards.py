@@ -19,7 +19,7 @@ from postgen.rewards.clip_score import ClipScore
 from postgen.rewards.hps_v2_1 import HPSv21
 from postgen.rewards.pickscore import PickScore
 from postgen.rewards.pictures import CLIP_MEAN, CLIP_STD, centre_crop, clip_pixels, padded_pixels
-from postgen.rewards.weights import find_file
+from postgen.rewards.weights import find_file, read_state
 from tests.rewards import open_clip
 from tests.rewards.open_clip import TINY
 
@@ -221,6 +221,22 @@ def test_errors(tmp_path, folder):
         clip_config(TINY | {"text_cfg": TINY["text_cfg"] | {"hf_model_name": "x"}})
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         ClipScore(str(folder), tokenizer=str(tmp_path))(["red"], [clip])
+
+
+def test_damaged_and_missing_files(tmp_path, folder):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cannot load .*header.*\. Give a local folder"):
+        ClipScore(str(tmp_path)).load()
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read as weights: .*header"):
+        read_state(tmp_path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"projection_dim": 20}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"cannot load .*mismatch"):
+        ClipScore(str(tmp_path)).load()
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        find_file(str(tmp_path / "nowhere"), "model.pth")
 
 
 def test_without_a_network(monkeypatch, tmp_path):
