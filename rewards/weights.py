@@ -181,9 +181,8 @@ def _download(url: str) -> Path:
 
 
 def _not_found(what: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot load {what}: {_first_line(error).rstrip('.')}. Give a local folder or file, or download it once with a network."
-    )
+    told = _first_line(error).rstrip(".")
+    return UserError(f"cannot load {what}: {told}. Give a local folder or file, or download it once with a network.")
 
 
 def _first_line(error: Exception) -> str:
