@@ -27,6 +27,8 @@ class Clip:
     """A video file, or a folder of PNG frames."""
     origin: int = 0
     """Which of the given paths it was found under."""
+    named: bool = False
+    """Whether it was given itself, rather than found in a folder."""
     prompt: str | None = None
     """What it should show."""
     columns: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +56,7 @@ def find_clips(paths: Sequence[Path]) -> list[Clip]:
         found = _inside(path) if path.is_dir() else [path]
         if not found:
             raise UserError(f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor PNG frames")
-        clips += [Clip(path=file, origin=origin) for file in found]
+        clips += [Clip(path=file, origin=origin, named=file == path) for file in found]
     return clips
 
 
@@ -70,8 +72,8 @@ def _inside(folder: Path) -> list[Path]:
 def set_prompts(clips: Sequence[Clip], prompt: str | None, rows: Sequence[Mapping[str, Any]] | None) -> None:
     """Give every clip its prompt: the same one, or a row each, or what its sidecar (`NAME.json` beside it) says.
 
-    Rows with `file` go to the clips of that name (with or without suffix), rows without it to the clips of each path
-    in their order. Other keys become columns.
+    Rows with `file` go to the clips of that name (with or without suffix), rows without it to the clips of each
+    folder, or to the clips that were named one by one, in their order. Other keys become columns.
 
     Raises:
         UserError: rows that fit no clip, or not as many as clips.
@@ -116,14 +118,11 @@ def _by_name(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _in_order(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
-    origins = sorted({clip.origin for clip in clips})
-    # Files that were named one by one are one series, a folder is one of its own.
-    series = (
-        [list(clips)]
-        if len(origins) == len(clips)
-        else [[clip for clip in clips if clip.origin == o] for o in origins]
-    )
-    for own in series:
+    # Files that were named one by one are one series, what a folder holds is one of its own.
+    series: dict[int | None, list[Clip]] = {}
+    for clip in clips:
+        series.setdefault(None if clip.named else clip.origin, []).append(clip)
+    for own in series.values():
         if len(own) != len(rows):
             raise UserError(f"{len(rows)} prompts for {len(own)} videos: give one each, or rows with 'file'")
         for clip, row in zip(own, rows, strict=True):

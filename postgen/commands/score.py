@@ -38,6 +38,9 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", help="Table to wr
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
 
+_TEXT, _NUMBER = 8, 7
+"""Least widths of columns."""
+
 
 def score(
     paths: Paths,
@@ -60,6 +63,7 @@ def score(
     rows = None if prompts is None else read_rows(prompts)
 
     from postgen.commands.progress import steps
+    from postgen.compat import quiet_libraries
     from postgen.rewards import RewardRunner, split_rewards
     from postgen.rewards.scoring import check_needs, find_clips, score_clips, set_prompts
 
@@ -72,7 +76,8 @@ def score(
         timeout=timeout,
     )
     check_needs(clips, runner)
-    runner.load()
+    with quiet_libraries():
+        runner.load()
     with steps("Scoring", "videos") as report:
         score_clips(clips, runner, lambda done: report(done, len(clips)))
     if weights is not None:
@@ -80,6 +85,7 @@ def score(
     _show(clips, paths, runner.names)
     if output is not None:
         _write(output, clips)
+    _tell_gaps(clips, runner.names)
     unread = [clip for clip in clips if clip.error]
     for clip in unread:
         typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
@@ -128,20 +134,27 @@ def _add_sum(clips: Sequence[Clip], weights: Sequence[float]) -> None:
             clip.scores["sum"] = sum(known) if len(known) == len(values) else None
 
 
+def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> None:
+    read = [clip for clip in clips if not clip.error]
+    for name in rewards:
+        if gaps := [clip.path.name for clip in read if clip.scores.get(name) is None]:
+            typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
+
+
 def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) -> None:
     from rich.console import Console
 
     names = list(dict.fromkeys(name for clip in clips for name in clip.scores)) or list(rewards)
-    table = _table("video", "prompt", names=names)
-    for clip in clips:
-        cells = [_cell(clip.scores.get(name)) for name in names]
-        table.add_row(clip.path.name, clip.prompt or "", *cells)
-    table.add_section()
-    for origin, path in enumerate(paths):
-        own = [clip for clip in clips if clip.origin == origin]
-        if len(own) > 1:
-            table.add_row(f"mean of {path}", "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in names))
-    Console().print(table)
+    for part in _fitting(names):
+        table = _table("video", "prompt", names=part)
+        for clip in clips:
+            table.add_row(clip.path.name, clip.prompt or "", *(_cell(clip.scores.get(name)) for name in part))
+        table.add_section()
+        for origin, path in enumerate(paths):
+            own = [clip for clip in clips if clip.origin == origin]
+            if len(own) > 1:
+                table.add_row(f"mean of {path}", "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in part))
+        Console().print(table)
     if len(paths) == 2 and all(path.is_dir() for path in paths):
         _show_wins(clips, paths, names)
 
@@ -155,13 +168,29 @@ def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str
     if not rates:
         typer.echo("postgen: the two folders have no prompt in common, so there is nothing to compare", err=True)
         return
-    table = _table("prompt", names=names)
-    table.title = f"how often {paths[0]} is better than {paths[1]}"
-    for prompt, row in rates.items():
-        table.add_row(prompt, *(_cell(row.get(name)) for name in names))
-    table.add_section()
-    table.add_row("all prompts", *(_cell(_mean([row.get(name) for row in rates.values()])) for name in names))
-    Console().print(table)
+    for part in _fitting(names):
+        table = _table("prompt", names=part)
+        table.title = f"how often {paths[0]} is better than {paths[1]}"
+        for prompt, row in rates.items():
+            table.add_row(prompt, *(_cell(row.get(name)) for name in part))
+        table.add_section()
+        table.add_row("all prompts", *(_cell(_mean([row.get(name) for row in rates.values()])) for name in part))
+        Console().print(table)
+
+
+def _fitting(names: Sequence[str]) -> list[list[str]]:
+    """Cut the rewards into as many tables as the width of the terminal asks for."""
+    from rich.console import Console
+
+    most, tables, left = Console().width - 2 * (_TEXT + 3) - 1, list[list[str]](), 0
+    for name in names:
+        width = max(len(name), _NUMBER) + 3
+        if not tables or width > left:
+            tables.append([])
+            left = most
+        tables[-1].append(name)
+        left -= width
+    return tables
 
 
 def _table(*texts: str, names: Sequence[str]) -> Table:
@@ -170,9 +199,9 @@ def _table(*texts: str, names: Sequence[str]) -> Table:
 
     table = Table()
     for text in texts:
-        table.add_column(text, overflow="fold", min_width=8)
+        table.add_column(text, overflow="fold", min_width=_TEXT)
     for name in names:
-        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 7))
+        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), _NUMBER))
     return table
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,9 +108,39 @@ def test_a_folder_of_frames_is_one_video(cli, tmp_path):
 def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
     out = tmp_path / "t.jsonl"
     video = folders / "b" / "0.mp4"
-    assert cli("score", video, "--prompt", "a cat", "--reward", f"world,{LEVEL}", "-o", out).code == 0
+    result = cli("score", video, "--prompt", "a cat", "--reward", f"world,{LEVEL}", "-o", out)
+    assert result.code == 0
     assert rows(out)[0]["world"] is None
     assert rows(out)[0]["level"] > 0
+    assert result.err.splitlines()[-1] == "postgen: world has no score for 0.mp4, 1 of 1 videos"
+
+
+def test_many_rewards_are_several_tables(cli, folders):
+    """A terminal of 80 columns has no room for all of them beside the names of the videos."""
+    names = ["world", "motion_floor", "sharpness_band", "brightness_band", "vbench_flicker", "permanence"]
+    result = cli("score", folders / "b", "--prompt", "a", "--reward", ",".join(names))
+    heads = [line for line in result.out.splitlines() if line.startswith("┃")]
+    assert len(heads) > 1
+    assert all("video" in line and "prompt" in line and len(line) <= 80 for line in heads)
+    assert [word for line in heads for word in line.strip("┃").replace("┃", " ").split()[2:]] == names
+    assert result.out.count("0.mp4") == len(heads)
+
+
+def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
+    """Also where each folder holds one video only."""
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folders / "b" / "0.mp4", tmp_path / name)
+    (tmp_path / "one.txt").write_text("one\n")
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    left, right = tmp_path / "left", tmp_path / "right"
+    out = tmp_path / "out.jsonl"
+    for paths, table, prompts in (
+        ((left, right), "one.txt", ["one", "one"]),
+        ((left / "0.mp4", right / "0.mp4"), "two.txt", ["one", "two"]),
+    ):
+        assert cli("score", *paths, "--prompts", tmp_path / table, "--reward", LEVEL, "-o", out).code == 0
+        assert [row["prompt"] for row in rows(out)] == prompts
 
 
 @pytest.mark.parametrize(
