@@ -72,7 +72,7 @@ def score(
     runner = RewardRunner(
         split_rewards(reward),
         None if weights is None else _numbers(weights),
-        device=_device(device),
+        device=reward_device(device),
         timeout=timeout,
     )
     check_needs(clips, runner)
@@ -114,7 +114,12 @@ def _numbers(text: str) -> list[float]:
         raise UserError(f"--weights must be numbers with commas between, got {text!r}") from None
 
 
-def _device(asked: str) -> str:
+def reward_device(asked: str) -> str:
+    """Return where rewards compute; auto is a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: an unknown device, or one that is not there.
+    """
     from postgen.families.loading import check_device
 
     if asked != "auto":

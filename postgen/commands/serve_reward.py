@@ -1,31 +1,33 @@
 """`postgen serve-reward`."""
 
+import math
 from typing import Annotated
 
 import typer
 
+from postgen.commands.score import Device, reward_device
 from postgen.errors import UserError
 
 Reward = Annotated[str, typer.Argument(help="Name or import path of a reward.")]
 Port = Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 lets the system choose one.")]
 MaxMb = Annotated[float, typer.Option("--max-mb", help="Longest request that is read, in MiB.")]
-Device = Annotated[str | None, typer.Option("--device", help="Where the reward computes, as cuda:1.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of the reward may take.")]
 
 
 def serve_reward(
-    reward: Reward, port: Port = 8765, max_mb: MaxMb = 256.0, device: Device = None, timeout: Timeout = None
+    reward: Reward, port: Port = 8765, max_mb: MaxMb = 256.0, device: Device = "auto", timeout: Timeout = None
 ) -> None:
     """Serve a reward to training runs on this machine; they use its http:// address in place of a name.
 
     It listens on 127.0.0.1 only. To reach it from another machine, use a tunnel: ssh -L 8765:127.0.0.1:8765 HOST.
     """
-    if not max_mb > 0:
+    if not 0 < max_mb < math.inf:
         raise UserError(f"--max-mb must be above 0, got {max_mb}")
+    place = reward_device(device)
 
     from postgen.rewards.serve import RewardServer
 
-    with RewardServer(reward, port=port, max_bytes=int(max_mb * 2**20), device=device, timeout=timeout) as server:
+    with RewardServer(reward, port=port, max_bytes=int(max_mb * 2**20), device=place, timeout=timeout) as server:
         server.runner.load()
         typer.echo(f"{server.reward.name} at {server.url} (stop with Ctrl-C)")
         server.serve_forever()

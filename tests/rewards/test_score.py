@@ -176,6 +176,24 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
     assert len(result.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words_", "message"),
+    [
+        (["wrold"], "Did you mean 'world'"),
+        (["motion_floor", "--port", "99999"], "port must be 0 to 65535"),
+        (["motion_floor", "--max-mb", "inf"], "--max-mb must be above 0"),
+        (["motion_floor", "--device", "abacus"], "unknown device 'abacus'"),
+        (["motion_floor", "--timeout", "0"], "must be above 0"),
+        (["world_clip(model='nowhere')"], "no weights in nowhere"),
+    ],
+)
+def test_mistakes_of_a_server_are_one_line(cli, words_, message):
+    result = cli("serve-reward", *words_)
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_a_served_reward_is_a_reward():
     command = [sys.executable, "-m", "postgen", "serve-reward", "brightness_band", "--port", "0"]
