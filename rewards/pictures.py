@@ -54,8 +54,9 @@ def padded_pixels(frames_N3HW: Tensor, side: int = 224) -> Tensor:
     if scale != 1:
         size = round(height * scale), round(width * scale)
         frames_N3HW = interpolate(frames_N3HW, size, mode="bicubic", antialias=True)
-        below, right = side - size[0], side - size[1]
-        frames_N3HW = pad(frames_N3HW, (right // 2, right - right // 2, below // 2, below - below // 2))
+    # The published code leaves out the bars where nothing is resized, and then cannot score what is no square.
+    below, right = (side - length for length in frames_N3HW.shape[-2:])
+    frames_N3HW = pad(frames_N3HW, (right // 2, right - right // 2, below // 2, below - below // 2))
     return normalise(frames_N3HW, CLIP_MEAN, CLIP_STD)
 
 

@@ -193,6 +193,8 @@ def test_padding_of_hps():
     rows = padded_pixels(wide, 25)[0, 0, :, 12] > 0
     assert rows.tolist() == [False] * 7 + [True] * 10 + [False] * 8
     assert padded_pixels(square, 40).shape == (1, 3, 40, 40)
+    bars = padded_pixels(wide, 50)[0, 0, :, 0] > 0  # of the right length already
+    assert bars.tolist() == [False] * 15 + [True] * 20 + [False] * 15
     assert float(padded_pixels(square, 20).std()) < 1
 
 
