@@ -44,7 +44,9 @@ class Clip:
 
 
 def find_clips(paths: Sequence[Path]) -> list[Clip]:
-    """Return the videos of files and folders; a folder without videos but with PNG pictures is one video.
+    """Return the videos of files and folders.
+
+    A folder without video files holds one in each folder of PNG pictures inside, or is one that is made of its own.
 
     Raises:
         UserError: a path that does not exist, or a folder that holds nothing to score.
@@ -64,9 +66,9 @@ def _inside(folder: Path) -> list[Path]:
     videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if videos:
         return videos
-    if any(folder.glob("*.png")):
-        return [folder]
-    return sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.png")))
+    # Before its own pictures: `postgen generate --format frames` puts a contact sheet beside each folder of frames.
+    inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.png")))
+    return inner or ([folder] if any(folder.glob("*.png")) else [])
 
 
 def set_prompts(clips: Sequence[Clip], prompt: str | None, rows: Sequence[Mapping[str, Any]] | None) -> None:

@@ -103,6 +103,16 @@ def test_a_folder_of_frames_is_one_video(cli, tmp_path):
     result = cli("score", tmp_path / "frames", "--reward", "brightness_band", "-o", tmp_path / "t.jsonl")
     assert result.code == 0
     assert len(rows(tmp_path / "t.jsonl")) == 1
+    # What `postgen generate --format frames` leaves: the contact sheets beside the folders are no frames.
+    shutil.copytree(tmp_path / "frames", tmp_path / "run" / "one")
+    shutil.copytree(tmp_path / "frames", tmp_path / "run" / "two")
+    shutil.copy(next((tmp_path / "frames").glob("*.png")), tmp_path / "run" / "one.png")
+    (tmp_path / "run" / "one.json").write_text(json.dumps({"prompt": "a"}))
+    result = cli("score", tmp_path / "run", "--reward", "brightness_band", "-o", tmp_path / "t.jsonl")
+    assert [(row["file"].rpartition("/")[2], row["prompt"]) for row in rows(tmp_path / "t.jsonl")] == [
+        ("one", "a"),
+        ("two", None),
+    ]
 
 
 def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
