@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROMPT ?= a red ball rolls left
 OUT ?= out/red-ball.mp4
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,8 +33,8 @@ generate: $(STAMP)  ## make a video: make generate PROMPT="a blue cube falls" OU
 	@$(BIN)/postgen generate "$$PROMPT" -o "$$OUT" $(ARGS)
 	@echo "The video is $$OUT"
 
-test: $(STAMP)  ## run the tests: make test ARGS="-k video"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests in JOBS processes: make test JOBS=4 ARGS="-k video"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 style: $(STAMP)  ## format and fix what ruff can fix
 	$(BIN)/ruff format .

@@ -198,7 +198,8 @@ def test_control_c_from_the_terminal(tiny_wan: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         watch.cancel()
-    assert process.returncode == 130, told
+    # Both are 130 to a shell. Python dies of the signal itself where it came while a C extension was imported.
+    assert process.returncode in (130, -signal.SIGINT), told
     assert told.rstrip().endswith("postgen: stopped; no half-written file was left")
     assert "Traceback" not in told
     assert names(tmp_path) == []
