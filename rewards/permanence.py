@@ -61,11 +61,11 @@ def body_permanence(track: Track) -> float:
 
 def _longest_leap(track: Track) -> float:
     """Longest way from a frame to the next in allowed steps, among frames that show most of the body."""
-    seen = {f: piece for f in track.visible() if (piece := track.pieces[f]) is not None}
+    seen = {f: piece for f in track.visible if (piece := track.pieces[f]) is not None}
     if not seen:
         return 0.0
     full = float(np.percentile([piece.area for piece in seen.values()], 85))
-    clean = set(track.clean())
+    clean = set(track.clean)
     points = [(f, p.x, p.y) for f, p in seen.items() if f in clean or p.area >= _MOST * full]
     steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
     return max(steps, default=0.0) / JUMP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def world(
     *,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
     log_metric: Any = None,
+    workers: int = 0,
 ) -> list[float | None]:
     """Score clips by `postgen.world.check`: 1 for a clip that shows all of it, graded down to 0.
 
@@ -29,6 +31,7 @@ def world(
         completions: clips (F,3,H,W) in [0,1], F >= 5, at least 32 px.
         spec: column of scenes, as `Spec` or as its JSON form.
         log_metric: gets the shares of clips with the right count, colour, shape, direction and event.
+        workers: processes that judge beside this one, as in `check_batch`; 0 needs none.
 
     Returns:
         One score in [0,1] a clip; None for a prompt that names no body of the world, and for a clip that is too short
@@ -38,7 +41,8 @@ def world(
     reports: dict[int, Report] = {}
     for rows in alike(completions, [scene is not None for scene in wanted]):
         clips = torch.stack([completions[row] for row in rows])
-        reports |= zip(rows, check_batch(clips, [s for row in rows if (s := wanted[row]) is not None]), strict=True)
+        asked = [s for row in rows if (s := wanted[row]) is not None]
+        reports |= zip(rows, check_batch(clips, asked, workers=workers), strict=True)
     if log_metric is not None:
         _log_shares(list(reports.values()), log_metric)
     return [reports[row].score if row in reports else None for row in range(len(completions))]
@@ -51,13 +55,12 @@ def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | Non
         UserError: a spec in a form that none has.
     """
     given = spec if spec is not None else [None] * len(prompts)
-    return [_scene(prompt, own) for prompt, own in zip(prompts, given, strict=True)]
-
-
-def _scene(prompt: str, spec: Spec | Mapping[str, Any] | None) -> Spec | None:
-    if spec is None:
-        return parse(prompt)
-    return spec if isinstance(spec, Spec) else Spec.from_dict(spec)
+    # The prompts of a group are one prompt.
+    read = cache(parse)
+    return [
+        read(prompt) if own is None else own if isinstance(own, Spec) else Spec.from_dict(own)
+        for prompt, own in zip(prompts, given, strict=True)
+    ]
 
 
 def alike(completions: Sequence[Tensor], wanted: Sequence[bool]) -> list[list[int]]:

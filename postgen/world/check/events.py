@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
-from postgen.world.check.tracks import JUMP, Track
-
-Array = NDArray[np.float64]
+from postgen.world.check.tracks import Track
 
 
 def ramp(value: float, low: float, high: float) -> float:
@@ -20,37 +19,48 @@ def ramp(value: float, low: float, high: float) -> float:
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-@dataclass(slots=True)
+@dataclass
 class Way:
     """A track in units of the body's own size (root of its area): x right, y down, and s the log of its size.
 
     `count` is the length of the clip, `step` the largest move from a frame to the next in allowed steps (above 1: it
-    was elsewhere at once), `seen` the share of frames in which it is there.
+    was elsewhere at once), `seen` the share of frames in which it is there. What several events ask for is worked out
+    once.
     """
 
-    x: Array
-    y: Array
-    s: Array
+    x: list[float]
+    y: list[float]
+    s: list[float]
     count: int
     step: float
     seen: float
 
-    @property
+    @cached_property
     def dx(self) -> float:
         """Net move to the right."""
         return _net(self.x)
 
-    @property
+    @cached_property
     def dy(self) -> float:
         """Net move down."""
         return _net(self.y)
 
-    @property
+    @cached_property
     def ds(self) -> float:
         """Net growth (log)."""
         return _net(self.s)
 
-    @property
+    @cached_property
+    def order_x(self) -> float:
+        """How steadily it goes to the right, in [-1,1]."""
+        return order(self.x)
+
+    @cached_property
+    def order_s(self) -> float:
+        """How steadily it grows, in [-1,1]."""
+        return order(self.s)
+
+    @cached_property
     def steady(self) -> float:
         """1 for a body that is always there and never leaps."""
         return min(ramp(self.step, 1.2, 0.8), ramp(self.seen, 0.5, 0.9))
@@ -66,50 +76,66 @@ def ways(track: Track) -> list[Way]:
 
     Something that passes in front moves the centroid of what is left, so a test may take the best one.
     """
-    visible = track.visible()
-    full = float(np.percentile([p.area for p in track.pieces if p is not None], 85))
-    most = [f for f in visible if (p := track.pieces[f]) is not None and p.area >= 0.65 * full]
-    choices = [frames for frames in (most, track.clean()) if len(frames) >= 0.6 * len(track.pieces)]
-    return [way(track, frames) for frames in (visible, *choices)]
+    visible = track.visible
+    least = 0.65 * large([p.area for p in track.pieces if p is not None])
+    most = [f for f in visible if (p := track.pieces[f]) is not None and p.area >= least]
+    choices = [visible]
+    for frames in (most, track.clean):
+        if len(frames) >= 0.6 * len(track.pieces) and frames not in choices:
+            choices.append(frames)
+    return [way(track, frames) for frames in choices]
 
 
 def way(track: Track, frames: list[int]) -> Way:
     """The way of a track through the given frames, in each of which it is seen."""
     pieces = [p for p in (track.pieces[f] for f in frames) if p is not None]
-    area = np.array([p.area for p in pieces])
-    size = float(np.sqrt(np.median(area)))
-    present = track.seen | np.array(track.hidden or [False] * len(track.pieces))
+    area = [p.area for p in pieces]
+    size = math.sqrt(median(area))
+    present = track.present
     return Way(
-        x=np.array([p.x for p in pieces]) / size,
-        y=np.array([p.y for p in pieces]) / size,
-        s=0.5 * np.log(area),
+        x=[p.x / size for p in pieces],
+        y=[p.y / size for p in pieces],
+        s=(0.5 * np.log(area)).tolist(),
         count=len(track.pieces),
-        step=_leap(track, track.visible()),
-        seen=float(present.mean()),
+        step=track.step,
+        seen=sum(present) / len(present),
     )
 
 
-def _leap(track: Track, frames: list[int]) -> float:
-    """Largest move from a frame to the next among the given ones, in allowed steps."""
-    points = [(f, p.x, p.y) for f in frames if (p := track.pieces[f]) is not None]
-    steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in pairwise(points)]
-    return max(steps, default=0.0) / JUMP
+def large(values: Sequence[float]) -> float:
+    """85th percentile, linear between the neighbours."""
+    ranked = sorted(values)
+    place = 0.85 * (len(ranked) - 1)
+    low = math.floor(place)
+    if low + 1 >= len(ranked):
+        return ranked[-1]
+    part, gap = place - low, ranked[low + 1] - ranked[low]
+    # From the nearer neighbour, so that it is exact at both.
+    return ranked[low + 1] - gap * (1 - part) if part >= 0.5 else ranked[low] + gap * part
 
 
-def _net(value: Array) -> float:
+def _net(value: Sequence[float]) -> float:
     """Last against first, two values each where there are enough."""
     if len(value) < 9:
-        return float(value[-1] - value[0])
-    return float((value[-2] + value[-1]) / 2 - (value[0] + value[1]) / 2)
+        return value[-1] - value[0]
+    return (value[-2] + value[-1]) / 2 - (value[0] + value[1]) / 2
 
 
-def order(value: Array) -> float:
+def order(value: Sequence[float]) -> float:
     """Rank correlation with time in [-1,1]; 0 for fewer than three values."""
     n = len(value)
     if n < 3:
         return 0.0
-    gap = np.argsort(np.argsort(value, kind="stable"), kind="stable") - np.arange(n)
-    return 1.0 - 6.0 * float(gap @ gap) / (n * (n * n - 1))
+    ranked = sorted(range(n), key=value.__getitem__)
+    return 1.0 - 6.0 * sum((rank - time) ** 2 for rank, time in enumerate(ranked)) / (n * (n * n - 1))
+
+
+def _sign(value: float) -> float:
+    return float((value > 0) - (value < 0))
+
+
+def _spread(value: Sequence[float]) -> float:
+    return max(value) - min(value)
 
 
 def moves(w: Way, sign: float) -> float:
@@ -117,7 +143,7 @@ def moves(w: Way, sign: float) -> float:
     far = w.needed * 0.55
     return min(
         ramp(sign * w.dx, 0.0, 2 * far),
-        ramp(sign * order(w.x), 0.6, 1.0),
+        ramp(sign * w.order_x, 0.6, 1.0),
         ramp(abs(w.ds), 0.25, 0.05),
         ramp(abs(w.dy) / max(abs(w.dx), 1e-6), 0.9, 0.3),
         w.steady,
@@ -129,7 +155,7 @@ def approaches(w: Way, sign: float) -> float:
     far = w.needed * 0.11
     return min(
         ramp(sign * w.ds, 0.0, 2 * far),
-        ramp(sign * order(w.s), 0.6, 1.0),
+        ramp(sign * w.order_s, 0.6, 1.0),
         ramp(sign * w.dy, -0.1, 0.3),
         w.steady,
     )
@@ -137,15 +163,15 @@ def approaches(w: Way, sign: float) -> float:
 
 def stays(w: Way) -> float:
     """Rests where it is."""
-    spread = max(np.ptp(w.x), np.ptp(w.y))
-    return min(ramp(float(spread), 0.45, 0.05), ramp(float(np.ptp(w.s)), 0.25, 0.05), w.steady)
+    spread = max(_spread(w.x), _spread(w.y))
+    return min(ramp(spread, 0.45, 0.05), ramp(_spread(w.s), 0.25, 0.05), w.steady)
 
 
 def falls(w: Way) -> float:
     """Goes down, never up again, and rests at the end."""
-    drop = float(w.y.max() - w.y[0])
+    drop = max(w.y) - w.y[0]
     steps = np.diff(w.y)
-    rise = float(np.clip(-steps, 0, None).sum())
+    rise = float(np.maximum(-steps, 0.0).sum())
     last = abs(float(steps[-1])) if len(steps) else 1.0
     return min(
         ramp(drop, 0.0, 0.7 * max(0.5, w.needed)),
@@ -159,7 +185,7 @@ def falls(w: Way) -> float:
 
 def bounces(w: Way) -> float:
     """Goes down and up again at least once, not more often than gravity lets it."""
-    height = float(np.ptp(w.y))
+    height = _spread(w.y)
     turns = _turns(w.y, 0.25 * height)
     down_first = len(turns) > 1 and turns[1] > turns[0]
     ups = sum(b < a for a, b in pairwise(turns))
@@ -168,15 +194,15 @@ def bounces(w: Way) -> float:
         ramp(height, 0.0, 0.7),
         1.0 if ups >= 1 and (down_first or len(turns) > 2) else 0.0,
         ramp(len(turns) - 1, allowed + 1, allowed - 1),
-        ramp(float(np.ptp(w.x)) / max(height, 1e-6), 1.2, 0.4),
+        ramp(_spread(w.x) / max(height, 1e-6), 1.2, 0.4),
         w.steady,
     )
 
 
-def _turns(value: Array, least: float) -> list[float]:
+def _turns(value: Sequence[float], least: float) -> list[float]:
     """Values at the turning points of a curve whose swings below `least` do not count, first and last included."""
-    points, direction = [float(value[0])], 0
-    for v in map(float, value[1:]):
+    points, direction = [value[0]], 0
+    for v in value[1:]:
         if direction and (v - points[-1]) * direction > 0:
             points[-1] = v
         elif abs(v - points[-1]) >= max(least, 1e-6):
@@ -192,20 +218,17 @@ def collides(first: Track, second: Track) -> float:
         return 0.0
     a, b = way(first, both), way(second, both)
     scale = _size(second, both) / _size(first, both)
-    ax = a.x / scale
-    sign = float(np.sign(b.x[0] - ax[0]))
-    moved = sign * (b.x - b.x[0])
-    started = np.flatnonzero(moved > 0.12)
-    if not len(started) or started[0] < 2:
+    ax = [x / scale for x in a.x]
+    sign = _sign(b.x[0] - ax[0])
+    start = next((i for i, x in enumerate(b.x) if sign * (x - b.x[0]) > 0.12), 0)
+    if start < 2:
         return 0.0
-    start = int(started[0])
-    gap = np.array([_gap(first, second, f) for f in both])
-    before = slice(0, start)
+    gap = [_gap(first, second, f) for f in both[max(0, start - 2) : start + 1]]
     return min(
-        ramp(sign * float(ax[start - 1] - ax[0]), 0.0, 0.5),
-        ramp(sign * order(ax[before]) if start > 2 else 1.0, 0.5, 1.0),
-        ramp(float(np.ptp(b.x[before])), 0.35, 0.05),
-        ramp(float(gap[max(0, start - 2) : start + 1].min()), 1.0, 0.2),
+        ramp(sign * (ax[start - 1] - ax[0]), 0.0, 0.5),
+        ramp(sign * order(ax[:start]) if start > 2 else 1.0, 0.5, 1.0),
+        ramp(_spread(b.x[:start]), 0.35, 0.05),
+        ramp(min(gap), 1.0, 0.2),
         ramp(sign * b.dx, 0.0, 0.5),
         ramp(sign * order(b.x[start - 1 :]), 0.5, 0.9),
         min(ramp(a.step, 1.2, 0.8), ramp(b.step, 1.2, 0.8)),
@@ -214,7 +237,7 @@ def collides(first: Track, second: Track) -> float:
 
 
 def _size(track: Track, frames: list[int]) -> float:
-    return float(np.sqrt(np.median([p.area for f in frames if (p := track.pieces[f]) is not None])))
+    return math.sqrt(median([p.area for f in frames if (p := track.pieces[f]) is not None]))
 
 
 def _gap(first: Track, second: Track, frame: int) -> float:
@@ -223,35 +246,33 @@ def _gap(first: Track, second: Track, frame: int) -> float:
     if a is None or b is None:
         return 9.0
     left, right = (a, b) if a.x < b.x else (b, a)
-    return float((right.box[0] - left.box[2]) / (0.5 * (np.sqrt(a.area) + np.sqrt(b.area))))
+    return (right.box[0] - left.box[2]) / (0.5 * (math.sqrt(a.area) + math.sqrt(b.area)))
 
 
 def passes_behind(first: Track, second: Track) -> float:
     """First goes across from one side of second to the other and is covered on the way, second never is."""
-    w = way(first, first.visible())
-    front = [p for p in second.pieces if p is not None]
-    if len(w.x) < 4 or len(front) < 4:
+    front = [p.area for p in second.pieces if p is not None]
+    if len(first.visible) < 4 or len(front) < 4:
         return 0.0
     side = [
-        (first.pieces[f].x - second.pieces[f].x) / np.sqrt(second.pieces[f].area)  # type: ignore[union-attr]
-        for f in range(len(first.pieces))
-        if first.pieces[f] is not None and second.pieces[f] is not None
+        (a.x - b.x) / math.sqrt(b.area)
+        for a, b in zip(first.pieces, second.pieces, strict=True)
+        if a is not None and b is not None
     ]
     if not side:
         # Never in the picture together, as in a clip where one turns into the other.
         return 0.0
-    sign = float(np.sign(w.dx))
-    areas = np.array([0.0 if p is None else p.area for p in first.pieces])
-    full = float(np.percentile(areas, 85))
-    held = np.array([p.area for p in front])
+    w = way(first, first.visible)
+    sign = _sign(w.dx)
+    areas = [0.0 if p is None else p.area for p in first.pieces]
     return min(
-        ramp(sign * order(w.x), 0.6, 1.0),
+        ramp(sign * w.order_x, 0.6, 1.0),
         ramp(-sign * side[0], 0.0, 0.6),
         ramp(sign * side[-1], 0.0, 0.6),
-        ramp(float(areas.min()) / full, 0.9, 0.4),
-        ramp(float(held.min() / np.median(held)), 0.6, 0.95),
+        ramp(min(areas) / large(areas), 0.9, 0.4),
+        ramp(min(front) / median(front), 0.6, 0.95),
         # Slivers at either side of the front body lie further apart than a body moves in a frame.
-        ramp(_leap(first, first.clean()), 1.2, 0.8),
+        ramp(first.leap(first.clean), 1.2, 0.8),
         ramp(w.seen, 0.5, 0.9),
     )
 
@@ -275,6 +296,6 @@ def heading(w: Way, event: str) -> float:
     if event in ("moves left", "moves right"):
         sign = 1.0 if event == "moves right" else -1.0
         main = ramp(abs(w.dx) / max(abs(w.dy), 1e-6), 0.5, 1.5)
-        return min(ramp(sign * w.dx, 0.0, 0.4 * w.needed), ramp(sign * order(w.x), 0.2, 1.0), main)
+        return min(ramp(sign * w.dx, 0.0, 0.4 * w.needed), ramp(sign * w.order_x, 0.2, 1.0), main)
     sign = 1.0 if event == "moves closer" else -1.0
-    return min(ramp(sign * w.ds, 0.0, 0.1 * w.needed), ramp(sign * order(w.s), 0.2, 1.0))
+    return min(ramp(sign * w.ds, 0.0, 0.1 * w.needed), ramp(sign * w.order_s, 0.2, 1.0))

@@ -9,6 +9,7 @@ Suffixes: M pictures, K blob slots of a picture, P pixels.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ _MIN_CHROMA = 0.06
 #: Areas as parts of the picture: a fragment that is still looked at, and the largest thing that can be a body.
 _FRAGMENT, _LARGEST = 0.0012, 0.33
 _NEAR = 2
+#: Rounds of `label` that nearly any picture needs: not asking whether they were the last saves waiting for the device.
+_BLIND_ROUNDS = 4
 
 
 @dataclass(slots=True)
@@ -33,7 +36,7 @@ class Blobs:
     `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
     `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
     (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of
-    a pixel or -1; `soft_M2HW` colour share as a soft mask and brightness; `hue_MHW` nearest colour of every pixel.
+    a pixel or -1; `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
     """
 
     valid: Tensor
@@ -47,6 +50,7 @@ class Blobs:
     box: Tensor
     sharp: Tensor
     slot_MP: Tensor
+    share_MHW: Tensor
     soft_M2HW: Tensor
     hue_MHW: Tensor
 
@@ -95,24 +99,28 @@ def label(kind_MHW: Tensor) -> Tensor:
     Minimum over the neighbours, then twice the label's own label, until nothing changes: about ten rounds.
     """
     pictures, height, width = kind_MHW.shape
-    number = torch.arange(height * width, device=kind_MHW.device).reshape(1, height, width)
+    number = torch.arange(height * width, dtype=torch.int32, device=kind_MHW.device).reshape(1, height, width)
     labels = number.expand(pictures, -1, -1).clone()
-    down = (kind_MHW[:, 1:] == kind_MHW[:, :-1]) & (kind_MHW[:, 1:] >= 0)
-    right = (kind_MHW[..., 1:] == kind_MHW[..., :-1]) & (kind_MHW[..., 1:] >= 0)
-    while True:
-        new = labels.clone()
-        pair = torch.minimum(new[:, 1:], new[:, :-1])
-        new[:, 1:] = torch.where(down, pair, new[:, 1:])
-        new[:, :-1] = torch.where(down, torch.minimum(pair, new[:, :-1]), new[:, :-1])
-        pair = torch.minimum(new[..., 1:], new[..., :-1])
-        new[..., 1:] = torch.where(right, pair, new[..., 1:])
-        new[..., :-1] = torch.where(right, torch.minimum(pair, new[..., :-1]), new[..., :-1])
-        flat = new.flatten(1)
-        flat = flat.gather(1, flat)
-        new = flat.gather(1, flat).reshape(labels.shape)
-        if torch.equal(new, labels):
-            return torch.where(kind_MHW >= 0, labels, -1)
-        labels = new
+    inside = kind_MHW >= 0
+    apart_down = (kind_MHW[:, 1:] != kind_MHW[:, :-1]) | ~inside[:, 1:]
+    apart_right = (kind_MHW[..., 1:] != kind_MHW[..., :-1]) | ~inside[..., 1:]
+    for done in itertools.count(1):
+        old = labels.clone() if done > _BLIND_ROUNDS else None
+        _lower(labels[:, 1:], labels[:, :-1], apart_down)
+        _lower(labels[..., 1:], labels[..., :-1], apart_right)
+        flat = labels.flatten(1)
+        flat = flat.gather(1, flat.long())
+        labels = flat.gather(1, flat.long()).reshape(kind_MHW.shape)
+        if old is not None and torch.equal(labels, old):
+            break
+    return torch.where(inside, labels, -1).long()
+
+
+def _lower(one: Tensor, two: Tensor, apart: Tensor) -> None:
+    """Bring neighbours down to the lesser of the two, in place, except where they are apart."""
+    least = torch.minimum(one, two).masked_fill_(apart, torch.iinfo(one.dtype).max)
+    torch.minimum(one, least, out=one)
+    torch.minimum(two, least, out=two)
 
 
 def find_blobs(smooth_M3HW: Tensor) -> Blobs:
@@ -159,6 +167,7 @@ def find_blobs(smooth_M3HW: Tensor) -> Blobs:
         box=box,
         sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
         slot_MP=slot,
+        share_MHW=share,
         soft_M2HW=soft,
         hue_MHW=hue,
     )

@@ -6,9 +6,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
 
-import numpy as np
-from numpy.typing import NDArray
+from postgen.world.check.pieces import Piece
 
 #: Area of the smallest body as a part of the picture, and the share of the frames that make it one.
 BODY_AREA = 0.004
@@ -18,26 +19,9 @@ _MOST_PER_COLOUR = 3
 JUMP = 0.11
 
 
-@dataclass(slots=True)
-class Piece:
-    """One body in one frame: centroid and box in picture sizes, area as a part of the picture."""
-
-    x: float
-    y: float
-    area: float
-    box: tuple[float, float, float, float]
-    touch: bool
-    border: bool
-    whole: bool
-    sharp: float
-    #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
-    misfit: tuple[float, ...] | None
-    group: int
-
-
-@dataclass(slots=True)
+@dataclass
 class Track:
-    """A body through a clip of F frames; `pieces` has one entry a frame, None where it is not seen."""
+    """A body through a clip of F frames; `pieces` has one entry a frame, None where it is not seen, and stays."""
 
     colour: int
     pieces: list[Piece | None]
@@ -46,18 +30,32 @@ class Track:
     #: Frames in which it is not seen but a body in front, or the picture's edge, explains that.
     hidden: list[bool] = field(default_factory=list)
 
-    @property
-    def seen(self) -> NDArray[np.bool_]:
-        """Whether it is seen, per frame."""
-        return np.array([p is not None for p in self.pieces])
-
+    @cached_property
     def visible(self) -> list[int]:
         """Frames where it is seen."""
         return [f for f, p in enumerate(self.pieces) if p is not None]
 
+    @cached_property
     def clean(self) -> list[int]:
         """Frames where its whole outline is seen: nothing near it, not cut by the picture's edge."""
         return [f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border)]
+
+    @property
+    def present(self) -> list[bool]:
+        """Whether it is there, seen or hidden, per frame."""
+        hidden = self.hidden or [False] * len(self.pieces)
+        return [p is not None or h for p, h in zip(self.pieces, hidden, strict=True)]
+
+    @cached_property
+    def step(self) -> float:
+        """Largest move from a frame in which it is seen to the next, in allowed steps."""
+        return self.leap(self.visible)
+
+    def leap(self, frames: list[int]) -> float:
+        """Largest move from a frame to the next among the given ones, in allowed steps (above 1: too far)."""
+        points = [(f, p.x, p.y) for f in frames if (p := self.pieces[f]) is not None]
+        steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+        return max(steps, default=0.0) / JUMP
 
 
 def follow(frames: Sequence[dict[int, list[Piece]]]) -> list[Track]:
@@ -75,7 +73,7 @@ def _one_colour(colour: int, frames: list[list[Piece]]) -> list[Track]:
     largest = [f[0].area for f in frames if f and f[0].area >= BODY_AREA]
     if not largest:
         return []
-    least = max(0.25 * float(np.median(largest)), 0.5 * BODY_AREA)
+    least = max(0.25 * median(largest), 0.5 * BODY_AREA)
     main = [[p for i, p in enumerate(f) if p.area >= least or (i == 0 and p.touch)] for f in frames]
     count = len(frames)
     slots = 0
@@ -105,33 +103,31 @@ def _assign(last: list[Piece | None], pieces: list[Piece]) -> list[tuple[int, Pi
 
 def _join_recoloured(tracks: list[Track]) -> list[Track]:
     """A body that changes its colour on its way is one body: join tracks that follow each other in time and place."""
-    tracks = list(tracks)
-    joined = True
-    while joined:
-        joined = False
-        for one, two in itertools.permutations(tracks, 2):
-            if _continues(one, two):
-                for f, piece in enumerate(two.pieces):
-                    if one.pieces[f] is None and piece is not None:
-                        one.pieces[f], one.colours[f] = piece, two.colours[f]
-                tracks = [t for t in tracks if t is not two]
-                joined = True
-                break
+    while pair := next((p for p in itertools.permutations(tracks, 2) if _continues(*p)), None):
+        one, two = pair
+        tracks = [_joined(one, two) if t is one else t for t in tracks if t is not two]
     for track in tracks:
-        values, counts = np.unique([c for c in track.colours if c >= 0], return_counts=True)
-        track.colour = int(values[counts.argmax()])
+        colours = [c for c in track.colours if c >= 0]
+        track.colour = max(sorted(set(colours)), key=colours.count)
     return tracks
 
 
+def _joined(one: Track, two: Track) -> Track:
+    """Both as one track; where both are seen, it is the first."""
+    pairs = list(zip(one.pieces, two.pieces, one.colours, two.colours, strict=True))
+    colours = [d if a is None and b is not None else c for a, b, c, d in pairs]
+    return Track(one.colour, [b if a is None else a for a, b, _, _ in pairs], colours)
+
+
 def _continues(one: Track, two: Track) -> bool:
-    first, second = one.seen, two.seen
-    if (first & second).sum() > 0.1 * len(first):
+    count = len(one.pieces)
+    if len({*one.visible}.intersection(two.visible)) > 0.1 * count:
         return False
     near = steps = 0
-    for f in range(1, len(first)):
-        for a, b in ((one, two), (two, one)):
-            old, new = a.pieces[f - 1], b.pieces[f]
-            if old is not None and new is not None and a.pieces[f] is None and b.pieces[f - 1] is None:
+    for f in range(1, count):
+        for a, b in ((one.pieces, two.pieces), (two.pieces, one.pieces)):
+            old, new = a[f - 1], b[f]
+            if old is not None and new is not None and a[f] is None and b[f - 1] is None:
                 steps += 1
                 near += math.hypot(new.x - old.x, new.y - old.y) < JUMP
     return steps > 0 and near >= 0.5 * steps

@@ -1,0 +1,71 @@
+"""Blobs on the host, as pieces: fragments of one colour that hang together are one body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+#: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`.
+COLUMNS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "x0", "y0", "x1", "y1")
+_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
+
+Row = Sequence[float]
+
+
+@dataclass(slots=True)
+class Piece:
+    """One body in one frame: centroid and box in picture sizes, area as a part of the picture."""
+
+    x: float
+    y: float
+    area: float
+    box: tuple[float, float, float, float]
+    touch: bool
+    border: bool
+    whole: bool
+    sharp: float
+    #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
+    misfit: tuple[float, ...] | None
+    group: int
+
+
+def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece]]:
+    """Pieces of a picture of that many pixels by colour, the largest first; its rows are those of `COLUMNS`."""
+    parts: dict[tuple[float, float], list[Row]] = {}
+    for row in rows:
+        parts.setdefault((row[0], row[1]), []).append(row)
+    result: dict[int, list[Piece]] = {}
+    for (colour, _), part in parts.items():
+        result.setdefault(int(colour), []).append(_piece(part, height, width))
+    for found in result.values():
+        if len(found) > 1:
+            found.sort(key=attrgetter("area"), reverse=True)
+    return result
+
+
+def _piece(rows: list[Row], height: int, width: int) -> Piece:
+    if len(rows) == 1:
+        _, group, touch, border, area, x, y, sharp, x0, y0, x1, y1, *misfit = rows[0]
+        # Rounded as the weighted mean of several is.
+        x, y, sharp = x * area / area, y * area / area, sharp * area / area
+        whole = misfit[0] < float("inf")
+    else:
+        group, misfit, whole = rows[0][1], [], False
+        area = sum(row[_AREA] for row in rows)
+        x, y, sharp = (sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP))
+        x0, y0 = (min(row[k] for row in rows) for k in (_X0, _Y0))
+        x1, y1 = (max(row[k] for row in rows) for k in (_X1, _Y1))
+        touch, border = (any(row[k] for row in rows) for k in (_TOUCH, _BORDER))
+    return Piece(
+        x=(x + 0.5) / width,
+        y=(y + 0.5) / height,
+        area=area / (width * height),
+        box=(x0 / width, y0 / height, (x1 + 1) / width, (y1 + 1) / height),
+        touch=bool(touch),
+        border=bool(border),
+        whole=whole,
+        sharp=sharp,
+        misfit=tuple(misfit) if whole else None,
+        group=int(group),
+    )

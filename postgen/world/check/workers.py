@@ -1,0 +1,127 @@
+"""Processes that judge beside this one: started once, kept, and gone when this one is."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO
+
+from postgen.world.check.report import Report, Sight
+from postgen.world.spec import Spec
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class WorkerDied(RuntimeError):
+    """A process of the judge ended in the middle of its work: it was killed, or there was no memory left."""
+
+
+class Pool:
+    """So many processes, and a thread for each that hands it jobs and waits for the answers."""
+
+    def __init__(self, workers: int) -> None:
+        self.processes = [_Process() for _ in range(workers)]
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        for process in self.processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(workers, "judge")
+
+    def submit(self, sight: Sight, scenes: Sequence[Spec]) -> list[Future[list[Report]]]:
+        """Begin to judge clips, an equal number in each process; results in their order, or `WorkerDied`."""
+        step = -(-len(sight) // len(self.processes))
+        return [
+            self._threads.submit(self._judge, sight.part(low, low + step), scenes[low : low + step])
+            for low in range(0, len(sight), step)
+        ]
+
+    def _judge(self, sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
+        process = self._idle.get()
+        try:
+            return process.judge(sight, scenes)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """End the processes at once; jobs that are not done fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.end()
+
+
+class _Process:
+    def __init__(self) -> None:
+        # In a session of its own, so that an interrupt from the keyboard is this process's business alone.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_ONE_THREAD},
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    def judge(self, sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
+        job = pickle.dumps((sight, scenes))
+        try:
+            _pipe(self._process.stdin).write(job)
+            _pipe(self._process.stdin).flush()
+            done, answer = pickle.load(_pipe(self._process.stdout))
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise WorkerDied(
+                f"process {self.pid} of the judge died (exit code {self.end()}): look for what killed it, perhaps a "
+                "lack of memory; workers=0 judges in this process."
+            ) from error
+        if not done:
+            raise answer
+        reports: list[Report] = answer
+        return reports
+
+    def end(self) -> int:
+        """Kill it if it lives; its exit code."""
+        self._process.kill()
+        return self._process.wait()
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None, "opened as a pipe"
+    return stream
+
+
+# By process too: one that is forked must not talk to its parent's.
+_pools: dict[tuple[int, int], Pool] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def pool_of(workers: int) -> Iterator[Pool]:
+    """The pool with that many processes, started at its first use; ended after an interrupt, or when one died."""
+    key = (os.getpid(), workers)
+    with _lock:
+        if key not in _pools:
+            _pools[key] = Pool(workers)
+        pool = _pools[key]
+    try:
+        yield pool
+    except BaseException as error:
+        if isinstance(error, WorkerDied) or not isinstance(error, Exception):
+            with _lock:
+                _pools.pop(key, None)
+            pool.close()
+        raise
+
+
+@atexit.register
+def close_pools() -> None:
+    """End all processes of the judge; a later call starts new ones."""
+    with _lock:
+        for key in [key for key in _pools if key[0] == os.getpid()]:
+            _pools.pop(key).close()
