@@ -13,7 +13,7 @@ from postgen.files import replacing
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT, _MARGIN = 460, 230, 40
+_WIDTH, _HEIGHT, _MARGIN, _LEGEND = 640, 230, 40, 180
 _COLOURS = ((30, 90, 200), (210, 80, 30), (30, 140, 70), (140, 60, 170))
 
 
@@ -63,7 +63,7 @@ def _plot(
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
-    width, height = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
+    width, height = _WIDTH - 2 * _MARGIN - _LEGEND, _HEIGHT - 2 * _MARGIN
     corner = left + _MARGIN, top + _MARGIN
     draw.rectangle([*corner, corner[0] + width, corner[1] + height], outline=(200, 200, 200))
     for number, (label, points) in enumerate(lines.items()):
@@ -77,7 +77,7 @@ def _plot(
         ]
         draw.line(line, fill=colour, width=2)
         text = f"{label} {points[0][1]:.4g} -> {points[-1][1]:.4g}".strip()
-        draw.text((corner[0] + 6, corner[1] + height - 14 * (len(lines) - number)), text, fill=colour)
+        draw.text((corner[0] + width + 8, corner[1] + 14 * number), text, fill=colour)
     draw.text((corner[0], top + 8), title, fill="black")
     draw.text((left + 2, corner[1] - 4), f"{y1:.3g}", fill="grey")
     draw.text((left + 2, corner[1] + height - 8), f"{y0:.3g}", fill="grey")
