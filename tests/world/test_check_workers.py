@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,15 @@ def test_a_killed_process_is_an_error_and_the_next_call_works(scenes):
         check_batch(clips, specs, workers=2)
     assert all(process.end() == -9 for process in pool.processes)
     assert check_batch(clips, specs, workers=2) == here
+
+
+def test_a_process_that_cannot_start_says_so(scenes, monkeypatch):
+    false = shutil.which("false")
+    if false is None:
+        pytest.skip("no program that only fails")
+    monkeypatch.setattr(sys, "executable", false)
+    with pytest.raises(workers.WorkerDied, match=r"died \(exit code 1\).*workers=0"):
+        check_batch(scenes[1], scenes[0], workers=3)
 
 
 def test_an_interrupt_ends_them():

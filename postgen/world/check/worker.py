@@ -6,6 +6,7 @@ module, and not by `multiprocessing`, which would import the parent's main progr
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import traceback
@@ -32,8 +33,12 @@ def main() -> None:
         except Exception as error:
             error.add_note(f"In a process of the judge:\n{traceback.format_exc()}")
             answer = False, error
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            # Nobody is left to hear it; a plain return would try to write the rest again.
+            os._exit(0)
 
 
 def _bare_packages() -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
@@ -77,17 +77,23 @@ class _Process:
             done, answer = pickle.load(_pipe(self._process.stdout))
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise WorkerDied(
-                f"process {self.pid} of the judge died (exit code {self.end()}): look for what killed it, perhaps a "
-                "lack of memory; workers=0 judges in this process."
+                f"process {self.pid} of the judge died (exit code {self.end(1.0)}): look for what killed it, perhaps "
+                "a lack of memory; workers=0 judges in this process."
             ) from error
         if not done:
             raise answer
         reports: list[Report] = answer
         return reports
 
-    def end(self) -> int:
-        """Kill it if it lives; its exit code."""
+    def end(self, grace: float = 0.0) -> int:
+        """Kill it if it lives for so many seconds more; its exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace)
         self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            # What a job had left to write breaks once more.
+            with suppress(OSError):
+                _pipe(pipe).close()
         return self._process.wait()
 
 
