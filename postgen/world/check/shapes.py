@@ -102,8 +102,9 @@ def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
     level = (1.1 / area.clamp_min(1).sqrt())[:, None] - masks.new_tensor(_BLURS)
     chosen = level.abs().argmin(1)
     outline = torch.empty(len(mask), masks.shape[1], device=mask.device)
-    for blur in range(len(_BLURS)):
-        rows = (chosen == blur).nonzero()[:, 0]
+    # One wait for the device, where looking for the rows of each blur would take one a blur.
+    counts = (chosen[:, None] == torch.arange(len(_BLURS), device=chosen.device)).sum(0).tolist()
+    for blur, rows in enumerate(chosen.argsort(stable=True).split(counts)):
         outline[rows] = _distance(mask[rows], masks[blur])
     shading = _unexplained(bright, basis, inner)
     result = []
