@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import postgen
 from benchmarks.enhance_families import (
     CHECKS,
     frames_are_where_we_think,
@@ -16,9 +17,12 @@ from benchmarks.enhance_families import (
     layers_are_found,
     passing_families,
 )
+from postgen.enhance.state import NAME
 from postgen.families import layout_of, register_layout, registry
+from postgen.families.installed import installed
 from postgen.families.layout import grid_btchw
 from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_parts import COLUMNS, ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Enhance-A-Video")
 
@@ -36,6 +40,64 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_family(name: str, check: Callable[[TinyModel], None]) -> None:
     check(tiny_model(name, batch=2))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
+def test_the_video_is_scaled_and_nothing_else(name: str, which: int) -> None:
+    """Tokens of text, history and references leave the attention as they were, those of the video times the gain."""
+    tiny = tiny_model(name, batch=2)
+    layout = layout_of(tiny.transformer)
+    layer = list(layout.attention_modules(tiny.transformer))[which]
+    handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight={layer: 8.0}))
+    place = layer if layout.scale_target == "attention" else f"{layer.rpartition('.')[0]}.{layout.scale_target}"
+    outputs: list[tuple[torch.Tensor, ...]] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        outputs.append(tuple(x for x in (output if isinstance(output, tuple) else (output,)) if x is not None))
+
+    tiny.transformer.get_submodule(place).register_forward_hook(keep)
+    for enabled in (True, False):
+        handle.enable() if enabled else handle.disable()
+        tiny()
+    (scaled, *others), (plain, *others_before) = outputs
+    gain = torch.tensor(handle.stats()[layer])
+    assert min(gain) > 1.5
+    if layout.factorised:
+        gain = gain.repeat_interleave(len(plain) // len(gain))
+    tokens = tiny.frames if layout.factorised else tiny.frames * ROWS * COLUMNS
+    assert plain.shape[1] >= tokens
+    first = plain.shape[1] - tokens if layout.token_order.startswith("history") else 0
+    wanted = plain.clone()
+    wanted[:, first : first + tokens] *= gain.view(-1, 1, 1)
+    torch.testing.assert_close(scaled, wanted, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(others, others_before, strict=True))
+
+
+def test_a_frame_that_cannot_see_a_later_block_is_not_measured_against_it() -> None:
+    """Block-causal attention, two frames a block: the gain from queries and keys by the formula with that mask."""
+    tiny = tiny_model("SkyReels-V2 block-causal")
+    handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight=3.0))
+    enhancement: Any = installed(tiny.transformer).plug_ins[NAME]
+    locate, seen = enhancement.locate, []
+
+    def look(*arguments: Any) -> Any:
+        seen.append(locate(*arguments))
+        return seen[-1]
+
+    enhancement.locate = look
+    tiny()
+    (query, key), *_ = seen  # (B, T, S, heads, D)
+    logits = torch.einsum("btshd,bushd->bshtu", query, key) * query.shape[-1] ** -0.5
+    block = torch.arange(tiny.frames) // 2
+    hidden = block[None] > block[:, None]
+    assert hidden.any()
+    shares = [
+        x.softmax(-1).diagonal(dim1=-2, dim2=-1).mean() for x in (logits.masked_fill(hidden, -torch.inf), logits)
+    ]
+    wanted, without = ((tiny.frames + 3.0) / (tiny.frames - 1) * (1 - share) for share in shares)
+    assert abs(wanted - without) > 0.05
+    assert next(iter(handle.stats().values())) == pytest.approx([float(wanted)], abs=1e-5)
 
 
 WRONG: list[tuple[str, dict[str, Any], Callable[[TinyModel], None]]] = [

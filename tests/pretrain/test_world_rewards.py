@@ -16,6 +16,7 @@ from postgen.pretrain.world_judge import WorldJudgeTrainer, pair_accuracy
 from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.world_clip import WorldClipNet
 from postgen.rewards.world_judge import HEADS
+from postgen.rewards.world_net import prepare
 from postgen.train import main
 from postgen.training import load_recipe
 
@@ -150,6 +151,12 @@ def test_world_judge_is_a_reward_with_views(judge_run, videos):
     torch.testing.assert_close(values[:, 0], values[:, 1:].mean(1), atol=1e-4, rtol=0)
     alone = torch.cat([runner([""], [video]).values for video in videos])
     torch.testing.assert_close(values, alone, atol=1e-4, rtol=0)
+    # Standardised by the scores of clean clips that are written beside the weights.
+    judge, kept = rewards[0].function, json.loads((judge_run / "export" / "config.json").read_text())
+    with torch.no_grad():
+        raw = torch.cat([judge.net(prepare(video, judge.frames, judge.size)[None]) for video in videos])
+    want = (raw - torch.tensor(kept["mean"])) / kept["std"]
+    torch.testing.assert_close(values[:, 1:], want, atol=1e-4, rtol=0)
 
 
 def test_world_judge_logs_every_kind(judge_run):

@@ -82,7 +82,11 @@ def test_fitted_shapes():
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1, 400, 400, generator=generator)
     laplace = torch.empty(1, 400, 400).exponential_(generator=generator) * normal.sign()
-    for sample, shape in ((normal, 2.0), (laplace, 1.0)):
+    # A generalised Gaussian of shape 6 is a gamma variable to the power of 1 / 6 with a sign.
+    gamma = torch.distributions.Gamma(torch.tensor(1 / 6), torch.tensor(1.0))
+    torch.manual_seed(0)
+    flat = gamma.sample((1, 400, 400)) ** (1 / 6) * normal.sign()
+    for sample, shape in ((normal, 2.0), (laplace, 1.0), (flat, 6.0)):
         alpha, mean, left, right = fit(sample)
         assert float(alpha) == pytest.approx(shape, rel=0.03)
         assert abs(float(mean)) < 0.02

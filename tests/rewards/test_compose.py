@@ -68,6 +68,8 @@ def test_guarded_holds_the_value_back():
     assert guarded(level, [half, half], worst=-1.0)(["a"], [RAMP]) == pytest.approx([-0.25])
     assert guarded(level, [half, none])(["a"], [RAMP]) == [None]
     assert guarded(none, half)(["a"], [RAMP]) == [None]
+    for beyond, value in ((3.0, 0.5), (-1.0, 0.0)):  # guards count between 0 and 1
+        assert guarded(level, lambda completions, b=beyond: [b])(["a"], [RAMP]) == pytest.approx([value])
 
 
 def test_what_a_part_needs_the_whole_needs():

@@ -127,6 +127,23 @@ def test_bounces_are_several_flights_and_gaps_are_no_matter():
     assert flight_score(track) == 1.0
 
 
+def test_bounces_have_one_gravity_and_flights_fill_the_time_in_the_air():
+    t = np.arange(41.0)
+
+    def bounces(second):
+        """Up and down within 20 frames under one gravity, and again under another."""
+        y = -np.where(t <= 20, 100 - (t - 10) ** 2, second * (100 - (t - 30) ** 2))
+        return np.stack((2 * t, y), 1)
+
+    assert flight_score(bounces(1.0)) == 1.0
+    slight, half, fifth = (flight_score(bounces(second)) for second in (0.9, 0.4, 0.2))
+    assert 1.0 == slight > half > fifth
+    assert fifth < 0.4
+    # Bounces too short to tell, after a flight that is a parabola.
+    hops = np.concatenate([bounces(1.0)[:21, 1], np.tile([-40.0, -40.0, 0.0], 14)])
+    assert flight_score(np.stack((np.arange(len(hops)), hops), 1)) < 0.4
+
+
 def test_parabola_on_clips_of_the_world(flying):
     specs, clips = flying
     reward = get_reward("parabola")

@@ -84,6 +84,9 @@ def test_two_folders_give_win_rates(cli, folders):
     assert "0.0000" in lines["prompt 2"]
     assert "0.6667" in lines["all prompts"]
     assert "prompt 9" not in lines
+    # A folder ties with itself.
+    result = cli("score", folders / "b", folders / "b", "--reward", LEVEL)
+    assert result.out.count("0.5000") == 3 + 1
 
 
 def test_rows_of_a_file_become_prompts_and_columns(cli, folders, tmp_path):

@@ -243,7 +243,12 @@ def test_objects_are_those_of_the_published_processing(detector):
     # The whole reward sees the same objects.
     record = {"tag": "single_object", "include": [{"class": name, "count": 1}]}
     there = any(t.score > 0.3 for t in things)
-    assert get_reward("geneval_hf", model=str(path))(["x"], [frame], geneval=[record]) == [float(there)]
+    reward = get_reward("geneval_hf", model=str(path))
+    assert reward(["x"], [frame], geneval=[record]) == [float(there)]
+    # What is to be counted must be surer.
+    unsure = next(k for k, seen in found.items() if 0.3 < max(t.score for t in seen) < 0.9)
+    records = [{"tag": tag, "include": [{"class": unsure, "count": 1}]} for tag in ("single_object", "counting")]
+    assert reward(["x"] * 2, [frame] * 2, geneval=records) == [1.0, 0.0]
 
 
 @torch.no_grad()

@@ -179,6 +179,13 @@ def test_a_square_grid_of_positions_stays():
     assert dino_positions(positions, 4, 6).shape == (1, 25, 3)
 
 
+def test_other_grids_are_stretched_by_dinos_factors():
+    positions = torch.rand(1, 17, 3)
+    for rows, columns in ((4, 6), (7, 4), (3, 9)):
+        want = stretched(positions[0, 1:].view(4, 4, 3), rows, columns).flatten(0, 1)
+        torch.testing.assert_close(dino_positions(positions, rows, columns)[0, 1:], want, atol=1e-5, rtol=0)
+
+
 def clip_pixels(clip):
     # 60x84 to 28 px: 39 px wide, cropped at round(5.5) = 6, half to even
     return norm_pixels(resized(clip, (28, 39), "bicubic")[..., 6:34], CLIP_MEAN, CLIP_STD)
