@@ -42,11 +42,21 @@ def test_family(name: str, check: Callable[[TinyModel], None]) -> None:
     check(tiny_model(name, batch=2))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+def with_references() -> TinyModel:
+    """LTX-2 with the tokens of a reference frame behind those of the video, and coordinates for all of them."""
+    tiny = tiny_model("LTX-2", batch=2)
+    latents = tiny.arguments["hidden_states"]
+    tiny.arguments["hidden_states"] = torch.cat([latents, torch.randn_like(latents[:, : ROWS * COLUMNS])], dim=1)
+    begin = torch.rand(2, 3, tiny.arguments["hidden_states"].shape[1], 1)
+    tiny.arguments["video_coords"] = torch.cat([begin, begin + 1], dim=-1)
+    return tiny
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "with references"])
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
 def test_the_video_is_scaled_and_nothing_else(name: str, which: int) -> None:
     """Tokens of text, history and references leave the attention as they were, those of the video times the gain."""
-    tiny = tiny_model(name, batch=2)
+    tiny = tiny_model(name, batch=2) if name in BUILDERS else with_references()
     layout = layout_of(tiny.transformer)
     layer = list(layout.attention_modules(tiny.transformer))[which]
     handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight={layer: 8.0}))
@@ -66,7 +76,8 @@ def test_the_video_is_scaled_and_nothing_else(name: str, which: int) -> None:
     if layout.factorised:
         gain = gain.repeat_interleave(len(plain) // len(gain))
     tokens = tiny.frames if layout.factorised else tiny.frames * ROWS * COLUMNS
-    assert plain.shape[1] >= tokens
+    more = {"HunyuanVideo Framepack", "Helios", "with references"}
+    assert (plain.shape[1] > tokens) == (name in more)
     first = plain.shape[1] - tokens if layout.token_order.startswith("history") else 0
     wanted = plain.clone()
     wanted[:, first : first + tokens] *= gain.view(-1, 1, 1)
