@@ -10,7 +10,7 @@ from postgen.errors import UserError
 from postgen.rewards import get_reward
 from postgen.rewards.dynamic_degree import DynamicDegree, fastest
 from postgen.rewards.flow import carried, dis_flow, raft, raft_flow
-from postgen.rewards.flow_smoothness import FlowSmoothness
+from postgen.rewards.flow_smoothness import FlowSmoothness, smoothness
 from postgen.rewards.vbench import temporal_flickering
 from postgen.video import read_video
 
@@ -104,6 +104,15 @@ def test_smoothness_of_known_motions():
     smooth, jerky = FlowSmoothness()(["", ""], [even, uneven])
     assert smooth > 0.9
     assert jerky < 0.5
+
+
+def test_smoothness_follows_the_points():
+    """A patch of 12 px that goes 6 px a frame: its points keep their velocity, places in its way do not."""
+    flow = torch.zeros(3, 2, 12, 60)
+    for frame in range(3):
+        flow[frame, 0, :, 6 * frame + 6 : 6 * frame + 18] = 6
+    # Covered background alone is a jerk, 6 of 18 columns that move; a place that the patch left is none.
+    assert smoothness(flow, 1) == pytest.approx(1 - 6 / (2 * 12 + 6), abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["clip-carphone", "clip-bunny", "clip-bikes"])

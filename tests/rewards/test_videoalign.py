@@ -220,6 +220,7 @@ def test_sizes_and_frames():
     clip = torch.arange(33.0).view(33, 1, 1, 1)
     assert sampled(clip, 16.0).flatten().tolist() == [0, 11, 21, 32]
     assert len(sampled(clip, 8.0)) == 8
+    assert len(sampled(clip[:9], 8.0)) == 4  # of about a second: at least four
     assert len(sampled(clip, 1.0)) == 32
     assert len(sampled(clip[:3], 30.0)) == 2
 
