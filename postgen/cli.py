@@ -1,6 +1,7 @@
 """The `postgen` command. Nothing heavy is imported before a command runs."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the words after `postgen`; None takes them from the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    warnings.formatwarning = _warning
     try:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
     except UserError as error:
@@ -73,6 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code == 130:  # newer typer turns Ctrl-C into this code by itself
         _leave(_STOPPED, code)
     raise SystemExit(code)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What concerns the user in one line, without the place in the code that said it."""
+    if category is UserWarning:
+        return f"postgen: warning: {' '.join(str(message).split())}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from postgen.errors import UserError
 
 
 @contextmanager
@@ -54,3 +57,20 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_place(output: Path) -> None:
+    """Write a file that vanishes at once: permissions alone do not tell (full disks, read-only and special mounts).
+
+    Args:
+        output: what is going to be written; its folder need not exist yet.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=".postgen-"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import postgen
@@ -22,6 +21,7 @@ from postgen.compat import execution_device
 from postgen.errors import UserError
 from postgen.families.loading import DEVICES, DTYPES, OFFLOADS, ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
+from postgen.files import check_place
 from postgen.plug_ins import check_plug_ins, enhance_setting, fused_setting, plug_ins_for_call
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
     if not output.suffix and format is not None and FORMATS.get(format):
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
-    _check_place(output)
+    check_place(output)
     base = output.with_suffix("") if FORMATS[kind] and output.suffix else output
     return Written(video=output, sheet=_sibling(base, ".png"), sidecar=_sibling(base, ".json")), kind
 
@@ -314,16 +314,6 @@ def versions() -> dict[str, str]:
 
     found = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {"postgen": postgen.__version__, "python": platform.python_version(), **found}
-
-
-def _check_place(output: Path) -> None:
-    """Write a file that vanishes at once: permissions alone do not tell (full disks, read-only and special mounts)."""
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    try:
-        with NamedTemporaryFile(dir=folder, prefix=".postgen-"):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:

@@ -11,7 +11,7 @@ TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info",
 
 ALLOWED = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "assets": GROUND,
     "compat": GROUND,
     "kernels": {"files"},

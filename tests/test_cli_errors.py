@@ -229,3 +229,10 @@ def test_interrupt_while_writing(
     assert cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL).code == 130
     assert names(tmp_path) == ["x.mp4"]
     assert (tmp_path / "x.mp4").read_text() == "old"
+
+
+def test_warnings_are_one_line(tiny_wan: Path, tmp_path: Path) -> None:
+    words = ["generate", "a", "--model", str(tiny_wan), "-o", str(tmp_path / "x.mp4"), *SMALL, "--enhance", "9"]
+    done = subprocess.run([sys.executable, "-m", "postgen", *words], capture_output=True, text=True, check=True)
+    assert "postgen: warning: Enhance-A-Video on WanTransformer3DModel: weight 9 is strong" in done.stderr
+    assert "UserWarning" not in done.stderr

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postgen.errors import UserError
+from postgen.files import check_place, replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +61,8 @@ def score(
         raise UserError("give --prompt or --prompts, not both")
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output must end in .jsonl or .csv, got {output}")
+    if output is not None:
+        check_place(output)
     rows = None if prompts is None else read_rows(prompts)
 
     from postgen.commands.progress import steps
@@ -220,7 +223,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _write(path: Path, clips: Sequence[Clip]) -> None:
-    from postgen.files import replacing
 
     rows = [clip.to_dict() for clip in clips]
     if path.suffix == ".jsonl":

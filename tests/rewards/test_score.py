@@ -163,6 +163,7 @@ def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
         (["nowhere.mp4"], "there is no"),
         (["b", "--prompt", "x", "--prompts", "y"], "not both"),
         (["b", "-o", "t.xlsx"], "must end in .jsonl or .csv"),
+        (["b", "-o", "/proc/t.csv"], "cannot write /proc/t.csv"),
         (["b", "--reward", "world", "--weights", "1,2"], "1 rewards need as many finite weights"),
         (["b", "--weights", "a"], "must be numbers"),
         (["b", "--device", "abacus"], "abacus"),
