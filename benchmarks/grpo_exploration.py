@@ -113,7 +113,8 @@ def main() -> None:
         found = explorer.group(kind, noise, first, window)
         rows.append({"kernel": kind, "noise": noise, "first": first, "window": window, **found})
         tqdm.write(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
-    write_result(args.output, {"settings": {"prompts": args.prompts, "samples": args.samples}, "rows": rows})
+    settings = {"prompts": args.prompts, "samples": args.samples}
+    write_result(args.output, {"settings": settings, "rows": rows, "gates": []})
 
 
 if __name__ == "__main__":
