@@ -64,7 +64,7 @@ def run(mine: Router, backend: Backend, call: Call) -> tuple[Tensor, Tensor | No
         pytest.skip(f"{backend.name}: {reason}")
     try:
         return backend.run(call)
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
+    except NotImplementedError as error:
         pytest.skip(f"{backend.name} refuses {tuple(call.query.shape)}: {error}")
 
 

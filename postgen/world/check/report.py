@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,19 @@ class Report:
     all_right: bool
     found_count: int
     bodies: tuple[BodyReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `from_dict` reads it back, floats to the last digit."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """Read the JSON form of `to_dict`."""
+        bodies = tuple(
+            BodyReport(**{**body, "track": tuple(None if place is None else tuple(place) for place in body["track"])})
+            for body in data["bodies"]
+        )
+        return cls(**{**data, "bodies": bodies})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

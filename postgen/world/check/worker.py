@@ -1,44 +1,58 @@
 """What a process of `workers` runs: jobs come in at stdin, reports go out at stdout, until stdin ends.
 
+A job is a line of JSON and the raw float64 of its rows; an answer is a line of JSON, the reports or the error.
+
 It ends with the process that started it, however that one ends: then stdin is closed. It is run as a file, not as a
 module, and not by `multiprocessing`, which would import the parent's main program again.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def main() -> None:
-    """Answer each job, arguments of `report.judge`, with (True, its reports) or (False, the error)."""
+    """Answer each job."""
     _bare_packages()
-    from postgen.world.check.report import judge
-
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
     # Whatever is printed must not get among the answers.
     sys.stdout = sys.stderr
-    while True:
+    while line := jobs.readline():
+        job = json.loads(line)
+        rows = jobs.read(job["bytes"])
+        answer: dict[str, object]
         try:
-            job = pickle.load(jobs)
-        except EOFError:
-            return
-        answer: tuple[bool, object]
-        try:
-            answer = True, judge(*job)
+            answer = {"reports": _reports(job, rows)}
         except Exception as error:
-            error.add_note(f"In a process of the judge:\n{traceback.format_exc()}")
-            answer = False, error
+            answer = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
         try:
-            pickle.dump(answer, answers)
+            answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()
         except BrokenPipeError:
             # Nobody is left to hear it; a plain return would try to write the rest again.
             os._exit(0)
+
+
+def _reports(job: dict[str, Any], rows: bytes) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from postgen.world.check.report import Sight, judge
+    from postgen.world.spec import Spec
+
+    sight = Sight(
+        rows_NC=np.frombuffer(rows, np.float64).reshape(-1, job["columns"]),
+        count_BF=np.array(job["count"]),
+        height=job["height"],
+        width=job["width"],
+        likeness=job["likeness"],
+    )
+    return [report.to_dict() for report in judge(sight, [Spec.from_dict(scene) for scene in job["scenes"]])]
 
 
 def _bare_packages() -> None:

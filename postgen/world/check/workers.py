@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import builtins
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -70,20 +71,28 @@ class _Process:
         self.pid = self._process.pid
 
     def judge(self, sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
-        job = pickle.dumps((sight, scenes))
+        rows = sight.rows_NC.tobytes()
+        job = {
+            "bytes": len(rows),
+            "columns": sight.rows_NC.shape[1],
+            "count": sight.count_BF.tolist(),
+            "height": sight.height,
+            "width": sight.width,
+            "likeness": sight.likeness,
+            "scenes": [scene.to_dict() for scene in scenes],
+        }
         try:
-            _pipe(self._process.stdin).write(job)
+            _pipe(self._process.stdin).write(json.dumps(job).encode() + b"\n" + rows)
             _pipe(self._process.stdin).flush()
-            done, answer = pickle.load(_pipe(self._process.stdout))
-        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            answer = json.loads(_pipe(self._process.stdout).readline())
+        except (OSError, ValueError) as error:
             raise WorkerDied(
                 f"process {self.pid} of the judge died (exit code {self.end(1.0)}): look for what killed it, perhaps "
                 "a lack of memory; workers=0 judges in this process."
             ) from error
-        if not done:
-            raise answer
-        reports: list[Report] = answer
-        return reports
+        if "error" in answer:
+            raise _error(**answer)
+        return [Report.from_dict(report) for report in answer["reports"]]
 
     def end(self, grace: float = 0.0) -> int:
         """Kill it if it lives for so many seconds more; its exit code."""
@@ -95,6 +104,14 @@ class _Process:
             with suppress(OSError):
                 _pipe(pipe).close()
         return self._process.wait()
+
+
+def _error(error: str, message: str, trace: str) -> Exception:
+    """The error of a process, of its own kind where that is built in."""
+    kind = getattr(builtins, error, None)
+    found = kind(message) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(message)
+    found.add_note(f"In a process of the judge:\n{trace}")
+    return found
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
