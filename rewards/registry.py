@@ -126,7 +126,7 @@ def _options(text: str) -> tuple[str, dict[str, Any]]:
         return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            f"cannot read the options of the reward {text!r} ({error}): write name(key=value), texts in quotes"
+            f"cannot read the options of the reward {text!r}: write name(key=value), numbers bare, texts in quotes"
         ) from error
 
 
