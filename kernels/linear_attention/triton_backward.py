@@ -11,6 +11,7 @@ import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
     convolved,
+    existence,
     feature,
     fetch,
     fetch_matrix,
@@ -59,8 +60,12 @@ def grad_queries(
         x = fetch(query, start, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
         x = normed(x, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
         q = feature(x, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        if rope is None:
+            q = q.to(DOT).to(tl.float32)
         inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
-        n = times_state(g.to(DOT), high, low, inverse, PRECISION)
+        # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
+        g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
+        n = times_state(g, high, low, existence(start, tokens, BLOCK_N), PRECISION)
         n = turn(n, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
         # Turned back, n meets the query as it was: the same product as before.
         p = tl.sum(q * n, axis=1) * inverse
@@ -68,8 +73,7 @@ def grad_queries(
         put(d_query, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
         d_key_sum -= fold_weighted(p, q, BLOCK_N, BLOCK_D)
         q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        q = (q * inverse[:, None]).to(DOT)
-        d_state = tl.dot(tl.trans(g.to(DOT)), q, d_state, input_precision=PRECISION)
+        d_state = tl.dot(tl.trans(g), q.to(DOT), d_state, input_precision=PRECISION)
         start += BLOCK_N
 
     part = which * tl.num_programs(1) + tl.program_id(1)
@@ -100,8 +104,10 @@ def grad_keys(
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    # The gradient of S is no sum of numbers of one sign: 16 bits of it are enough.
-    d_state = fetch_matrix(d_states, which, CHANNELS, BLOCK_D).to(DOT)
+    d_state = fetch_matrix(d_states, which, CHANNELS, BLOCK_D)
+    high = d_state.to(DOT)
+    # All keys meet the same rounding of it, which a sum over them keeps while the rest cancels.
+    low = tl.trans((d_state - high.to(tl.float32)).to(DOT))
     d_key_sum = fetch_vector(d_key_sums, which, CHANNELS, BLOCK_D)
 
     start = tl.program_id(1) * tiles * BLOCK_N
@@ -116,13 +122,13 @@ def grad_keys(
                 taps_stride, -1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         x = normed(x, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.dot(v.to(DOT), tl.trans(d_state), input_precision=PRECISION)
+        n = times_state(v.to(DOT), tl.trans(high), low, existence(start, end, BLOCK_N), PRECISION)
         n = turn(n, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
         n = tl.where((start + tl.arange(0, BLOCK_N) < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
         put(d_key, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
         k = feature(x, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
         k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(k.to(DOT), d_state, input_precision=PRECISION) + added
+        o = tl.dot(k.to(DOT), high, input_precision=PRECISION) + added
         put(d_value, start, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_N, BLOCK_D)
         start += BLOCK_N
 

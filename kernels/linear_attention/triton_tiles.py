@@ -144,6 +144,12 @@ def times_state(x, high, low, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def existence(start, end, BLOCK_N: tl.constexpr):
+    """Return 1 for tokens of a tile that exist and 0 for others."""
+    return tl.where(start + tl.arange(0, BLOCK_N) < end, 1.0, 0.0)
+
+
+@triton.jit
 def neighbour(
     base, start, stride_n, stride_d, end, length, dt, dh, dw,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

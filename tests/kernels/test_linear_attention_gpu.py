@@ -45,7 +45,9 @@ def test_equals_float64(case: str, channels: int) -> None:
     expected, exact_state, exact_key_sum = naive.linear_attention(*(x.double() for x in qkv), in_float64(given))
     assert worst_head(out, expected) < 4e-3
     assert relative_error(state, exact_state) < 4e-3
-    assert relative_error(key_sum, exact_key_sum) < 1e-5
+    # Features that are no bfloat16 numbers by themselves are rounded before they are summed.
+    rounded = given.rope is None and (given.qk_norm is not None or given.feature_map != "relu")
+    assert relative_error(key_sum, exact_key_sum) < (4e-4 if rounded else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
