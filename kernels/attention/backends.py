@@ -101,6 +101,8 @@ def _sdpa(call: Call, kernel: SDPBackend | None = None) -> Result:
 
 
 def _cudnn(call: Call) -> Result:
+    if call.key.shape[1] == 1:
+        raise NotImplementedError("torch has no cuDNN kernel for a single key")
     if not call.lse:
         return _sdpa(call, SDPBackend.CUDNN_ATTENTION)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(*call.heads_first, None, True, scale=call.scale)
