@@ -15,8 +15,9 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 from postgen.kernels.linear_attention.naive import Gradients, Terms
 from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_convolution import convolve_rows
 from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
-from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits
+from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
 
 _JOINED = 8192
 """Numbers that a program of `join_splits` holds."""
@@ -26,7 +27,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
     """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
     with launching_on(query):
         sums = _sum_keys(key, value, terms)
-        out = _read_state(query, value, sums, terms)
+        out = _convolve(value, query, sums, terms) if convolves(terms) else _read_state(query, sums, terms)
     return out, sums.matrix, sums.vector
 
 
@@ -91,18 +92,15 @@ def rstd(x: Tensor, terms: Terms) -> Tensor | None:
     return found
 
 
-def taps(terms: Terms, channels: int) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Return the weights of both convolutions tap by tap in float32, and the strides of a tap and of a head.
+def convolves(terms: Terms) -> bool:
+    """Say whether there is a convolution."""
+    return terms.conv_space is not None or terms.conv_time is not None
 
-    Where there is one convolution, it stands for the other, which the kernel does not read.
-    """
-    space, time = (
-        None if weight is None else weight.float().flatten(1).t().contiguous()
-        for weight in (terms.conv_space, terms.conv_time)
-    )
-    some = space if space is not None else time
-    strides = (0 if some is None else some.shape[1]), head_stride(some, channels)
-    return (some if space is None else space), (some if time is None else time), *strides
+
+def taps(terms: Terms) -> list[Tensor | None]:
+    """Return the weights of both convolutions tap by tap in float32."""
+    weights = (terms.conv_space, terms.conv_time)
+    return [None if weight is None else weight.float().flatten(1).t().contiguous() for weight in weights]
 
 
 def join(parts: Sums, *first: Tensor | None) -> Sums:
@@ -158,34 +156,74 @@ def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
     return join(found, terms.state, terms.key_sum)
 
 
-def _read_state(query: Tensor, value: Tensor, sums: Sums, terms: Terms) -> Tensor:
+def _read_state(query: Tensor, sums: Sums, terms: Terms) -> Tensor:
     batch, tokens, heads, channels = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     how = launch("queries", query)
     parts, tiles = splits(tokens, heads, how)
-    space, time, tap_stride, tap_head = taps(terms, channels)
     read_state[(heads, parts, batch)](
         query,
-        value,
         rstd(query, terms),
         contiguous(terms.query_weight),
         contiguous(terms.rope),
-        terms.key_lengths,
-        space,
-        time,
         *sums,
         out,
         *query.stride(),
-        *value.stride(),
         head_stride(terms.query_weight, channels),
-        tap_stride,
-        tap_head,
         tokens,
         tiles,
         terms.norm_eps,
         terms.eps,
-        **sides(terms),
         **constants(query, how, terms),
+    )
+    return out
+
+
+def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tensor:
+    """Return the convolutions of the values and the attention of the queries; without queries, transposes of x."""
+    batch, tokens, heads, channels = x.shape
+    assert terms.grid is not None
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    how = launch("convolution", x)
+    shared = constants(x, how, terms)
+    width = min(how.channels, shared["BLOCK_D"])
+    parts = shared["BLOCK_D"] // width
+    blocks, bands, band = strips(terms.grid, batch * heads * parts, how)
+    space, time = taps(terms)
+    some = space if space is not None else time
+    assert some is not None
+    side = sides(terms)
+    convolve_rows[(parts * blocks * bands, heads, batch)](
+        x,
+        query,
+        None if query is None else rstd(query, terms),
+        contiguous(terms.query_weight),
+        contiguous(terms.rope),
+        None if query is None else terms.key_lengths,
+        space,
+        time,
+        *sums,
+        out,
+        x.stride(0),
+        x.stride(2),
+        tokens // terms.grid[0] * x.stride(1),
+        *(x if query is None else query).stride(),
+        head_stride(terms.query_weight, channels),
+        head_stride(some, channels),
+        blocks,
+        band,
+        terms.norm_eps,
+        terms.eps,
+        SIGN=-1 if query is None else 1,
+        SPACE=max(side["SPACE"], 1),
+        TIME=side["TIME"],
+        TAPS=some.shape[1],
+        HEADS=heads,
+        STRIP=how.strip,
+        X_N=x.stride(1),
+        X_D=x.stride(3),
+        BLOCK_E=width,
+        **shared,
     )
     return out
 
@@ -222,33 +260,31 @@ def _grad_queries(
 def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: Terms) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, channels = key.shape
     of_key = _new_gradient(key, terms)
-    of_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    adds = convolves(terms)
+    of_value = (
+        _convolve(gradient, None, sums, terms)
+        if adds
+        else torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    )
     how = launch("grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
-    space, time, tap_stride, tap_head = taps(terms, channels)
     grad_keys[(heads, parts, batch)](
-        gradient,
         key,
         value,
         rstd(key, terms),
         contiguous(terms.key_weight),
         contiguous(terms.rope),
         terms.key_lengths,
-        space,
-        time,
         *sums,
         of_key,
         of_value,
-        *gradient.stride(),
         *key.stride(),
         *value.stride(),
         head_stride(terms.key_weight, channels),
-        tap_stride,
-        tap_head,
         tokens,
         tiles,
         terms.norm_eps,
-        **sides(terms),
+        ADDS=adds,
         **constants(key, how, terms),
     )
     return of_key, of_value

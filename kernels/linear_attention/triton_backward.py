@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
-    convolved,
     existence,
     feature,
     fetch,
@@ -54,25 +53,26 @@ def grad_queries(
 
     d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
+    row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = fetch(gradient, start, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
-        x = fetch(query, start, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
-        x = normed(x, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        q = feature(x, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
+        x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
+        x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
+        q = feature(x, start, row, tokens, RELU, CHANNELS, BLOCK_D)
         if rope is None:
             q = q.to(DOT).to(tl.float32)
         inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
-        n = times_state(g, high, low, existence(start, tokens, BLOCK_N), PRECISION)
-        n = turn(n, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
+        n = turn(n, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
         # Turned back, n meets the query as it was: the same product as before.
         p = tl.sum(q * n, axis=1) * inverse
         n = (n - p[:, None] * key_sum[None, :]) * slope(x, RELU)
-        put(d_query, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
+        put(d_query, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
         d_key_sum -= fold_weighted(p, q, BLOCK_N, BLOCK_D)
-        q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        q = turn(q, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
         d_state = tl.dot(tl.trans(g), q.to(DOT), d_state, input_precision=PRECISION)
         start += BLOCK_N
 
@@ -82,14 +82,16 @@ def grad_queries(
 
 @triton.jit
 def grad_keys(
-    gradient, key, value, rstd, weight, rope, lengths, space, time, d_states, d_key_sums, d_key, d_value,
-    gradient_b, gradient_n, gradient_h, gradient_d, key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d,
-    weight_h, taps_stride, taps_h, tokens, tiles, norm_eps,
+    key, value, rstd, weight, rope, lengths, d_states, d_key_sums, d_key, d_value,
+    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
+    END_T: tl.constexpr, END_H: tl.constexpr, ADDS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one range of normed keys and of values; 0 beyond the lengths."""
+    """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
+
+    With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
+    """
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     end = tokens
@@ -97,7 +99,6 @@ def grad_keys(
         end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
     key += sample * key_b + head.to(tl.int64) * key_h
     value += sample * value_b + head.to(tl.int64) * value_h
-    gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     d_key += (sample * tokens * heads + head) * CHANNELS
     d_value += (sample * tokens * heads + head) * CHANNELS
     if weight is not None:
@@ -110,26 +111,22 @@ def grad_keys(
     low = tl.trans((d_state - high.to(tl.float32)).to(DOT))
     d_key_sum = fetch_vector(d_key_sums, which, CHANNELS, BLOCK_D)
 
+    row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        x = fetch(key, start, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D)
-        v = fetch(value, start, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D)
-        added = 0.0
-        if SPACE + TIME > 0:
-            # Here, while keys and values are on their way.
-            added = convolved(
-                gradient, space + head * taps_h, time + head * taps_h, start, gradient_n, gradient_d, end, tokens,
-                taps_stride, -1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-        x = normed(x, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        n = times_state(v.to(DOT), tl.trans(high), low, existence(start, end, BLOCK_N), PRECISION)
-        n = turn(n, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.where((start + tl.arange(0, BLOCK_N) < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
-        put(d_key, start, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_N, BLOCK_D)
-        k = feature(x, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
-        k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(k.to(DOT), high, input_precision=PRECISION) + added
-        put(d_value, start, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_N, BLOCK_D)
+        x = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
+        v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
+        x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
+        n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
+        n = turn(n, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
+        put(d_key, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
+        k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
+        k = turn(k, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        o = tl.dot(k.to(DOT), high, input_precision=PRECISION)
+        if ADDS:
+            o += fetch(d_value, start, row, heads * CHANNELS, 1, end, CHANNELS, BLOCK_D).to(tl.float32)
+        put(d_value, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
         start += BLOCK_N
 
 
@@ -154,9 +151,10 @@ def grad_filters(
     dh = tl.where(spatial, tap // side - SPACE // 2, 0)
     dw = tl.where(spatial, tap % side - SPACE // 2, 0)
     total = tl.zeros((16, BLOCK_D), dtype=tl.float32)
+    row = tl.arange(0, BLOCK_N)
     start = split * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = fetch(gradient, start, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_N, BLOCK_D).to(tl.float32)
+        g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D).to(tl.float32)
         v = neighbour(
             value, start, value_n, value_d, tokens, length, dt, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
         )

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
-    convolved,
     feature,
     fetch,
     fetch_matrix,
@@ -22,6 +21,7 @@ from postgen.kernels.linear_attention.triton_tiles import (
     normed,
     put,
     put_sums,
+    question,
     times_state,
     turn,
 )
@@ -64,17 +64,18 @@ def sum_keys(
 
     state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
+    row = tl.arange(0, BLOCK_N)
     start = split * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
-        k = fetch(key, start, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D)
-        v = fetch(value, start, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D)
-        k = normed(k, rstd, weight, start, end, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        k = feature(k, start, end, RELU, CHANNELS, BLOCK_N, BLOCK_D)
+        k = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
+        v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
+        k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
+        k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if rope is None:
             # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
             k = k.to(DOT).to(tl.float32)
         key_sum += fold(k, BLOCK_N, BLOCK_D)
-        k = turn(k, rope, start, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        k = turn(k, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
         # S^T, so that the operand which must be transposed is the one that no thread touches.
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
@@ -111,14 +112,13 @@ def join_splits(
 
 @triton.jit
 def read_state(
-    query, value, rstd, weight, rope, lengths, space, time, states, key_sums, out,
-    query_b, query_n, query_h, query_d, value_b, value_n, value_h, value_d, weight_h, taps_stride, taps_h,
-    tokens, tiles, norm_eps, eps,
+    query, rstd, weight, rope, states, key_sums, out,
+    query_b, query_n, query_h, query_d, weight_h, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of one range of queries, the convolution of the values with them."""
+    """Write the results of one range of queries, where there is no convolution."""
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     query += sample * query_b + head.to(tl.int64) * query_h
@@ -131,28 +131,15 @@ def read_state(
     high = state.to(DOT)
     low = (state - high.to(tl.float32)).to(DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
-    length = tokens
-    if SPACE + TIME > 0:
-        value += sample * value_b + head.to(tl.int64) * value_h
-        if lengths is not None:
-            length = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
 
+    row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        q = fetch(query, start, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D)
-        added = 0.0
-        if SPACE + TIME > 0:
-            # Here, while the queries are on their way.
-            added = convolved(
-                value, space + head * taps_h, time + head * taps_h, start, value_n, value_d, tokens, length,
-                taps_stride, 1, SPACE, TIME, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-        q = normed(q, rstd, weight, start, tokens, norm_eps, NORM, CHANNELS, BLOCK_N, BLOCK_D)
-        q = feature(q, start, tokens, RELU, CHANNELS, BLOCK_N, BLOCK_D)
-        if rope is None:
-            q = q.to(DOT).to(tl.float32)
-        divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
-        q = turn(q, rope, start, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = times_state(q.to(DOT), high, low, 1.0 / divisor, PRECISION) + added
-        put(out, start, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_N, BLOCK_D)
+        q = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
+        q, scale = question(
+            q, key_sum, rstd, weight, rope, start, row, tokens, norm_eps, eps,
+            RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D, DOT,
+        )  # fmt: skip
+        o = times_state(q, high, low, scale, PRECISION)
+        put(out, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
         start += BLOCK_N

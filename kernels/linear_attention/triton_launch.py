@@ -23,7 +23,14 @@ class Launch:
     stages: int = 2
     """Tiles under way at once."""
     programs: int = 0
-    """Programs a sample, about; 0 fills the processors of an H100 two to four times, as evenly as heads allow."""
+    """Programs a sample, about; 0 fills the processors of an H100 two to four times, as evenly as heads allow.
+
+    Of the convolution: programs that run at once; 0 is one on each processor of an H100.
+    """
+    strip: int = 4
+    """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
+    channels: int = 128
+    """Of the convolution: channels of a head that a program takes, at most; a power of 2, at least 16."""
 
 
 LAUNCHES: dict[tuple[str, int], Launch] = {
@@ -35,6 +42,8 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("grad_queries", 128): Launch(tokens=32),
     ("grad_keys", 64): Launch(),
     ("grad_keys", 128): Launch(),
+    ("convolution", 64): Launch(tokens=32, strip=8, warps=4),
+    ("convolution", 128): Launch(tokens=32, strip=8),
     ("grad_filters", 64): Launch(warps=4, stages=1),
     ("grad_filters", 128): Launch(warps=4, stages=1),
 }
@@ -43,6 +52,8 @@ _WIDE = Launch(tokens=32, stages=1)
 """The launch of every pass over other inputs, and where the table has no row."""
 MAX_SPLITS = 64
 """Programs that may share a head: one program adds up what they found."""
+_SEEN_TWICE = 4
+"""Rows that a band of 5 x 5 taps reads beside its own."""
 _PROCESSORS = 132
 """Of an H100. Fixed, so that results depend on no device."""
 
@@ -62,6 +73,23 @@ def splits(tokens: int, heads: int, how: Launch) -> tuple[int, int]:
     wanted = max(1, min((how.programs or _even(heads)) // heads, MAX_SPLITS))
     each = triton.cdiv(tiles, wanted)
     return int(triton.cdiv(tiles, each)), int(each)
+
+
+def strips(grid: tuple[int, int, int], programs: int, how: Launch) -> tuple[int, int, int]:
+    """Return how the strips of a frame's columns are shared out: programs of a band of rows, bands, rows of a band.
+
+    `programs` is how many there are of each. Bits do not depend on it: a row of results is summed from above.
+    """
+    frames, rows, columns = grid
+    blocks = int(triton.cdiv(frames * triton.cdiv(columns, how.strip), how.tokens // how.strip))
+
+    def duration(bands: int) -> int:
+        # Some rows above and below are read twice.
+        rounds = triton.cdiv(programs * blocks * bands, how.programs or _PROCESSORS)
+        return int(rounds * (triton.cdiv(rows, bands) + _SEEN_TWICE))
+
+    band = int(triton.cdiv(rows, min(range(1, rows + 1), key=duration)))
+    return blocks, int(triton.cdiv(rows, band)), band
 
 
 def _even(heads: int) -> int:

@@ -1,6 +1,7 @@
 """What the kernels of linear attention do with one tile of tokens: fetch, norm, feature map, rotation, convolution.
 
-A tile is BLOCK_N tokens by BLOCK_D channels of one head, in float32; what lies outside is 0.
+A tile is BLOCK_N tokens by BLOCK_D channels of one head, in float32; what lies outside is 0. Its tokens are a number,
+`start`, and how far each of them lies behind it, `row`; those from `end` on are outside.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch(base, start, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the tile that starts at a token, in the dtype of memory."""
-    row = tl.arange(0, BLOCK_N)[:, None]
+def fetch(base, start, row, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return a tile in the dtype of memory."""
+    row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (start + row < end) & (d < CHANNELS)
     # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
@@ -21,9 +22,9 @@ def fetch(base, start, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def put(base, start, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def put(base, start, row, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write a tile; its channels are neighbours."""
-    row = tl.arange(0, BLOCK_N)[:, None]
+    row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (start + row < end) & (d < CHANNELS)
     place = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d
@@ -56,8 +57,8 @@ def put_sums(matrices, vectors, which, matrix, vector, CHANNELS: tl.constexpr, B
 
 @triton.jit
 def normed(
-    x, rstd, weight, start, end, norm_eps,
-    NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, rstd, weight, start, row, end, norm_eps,
+    NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return a tile after its RMSNorm: over the channels of the head, or by what was found for all heads."""
     x = x.to(tl.float32)
@@ -65,7 +66,7 @@ def normed(
         if rstd is None:
             reciprocal = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / CHANNELS + norm_eps)
         else:
-            token = start + tl.arange(0, BLOCK_N)
+            token = start + row
             reciprocal = tl.load(rstd + token, mask=token < end, other=0.0)
         x = x * reciprocal[:, None]
         if weight is not None:
@@ -75,14 +76,14 @@ def normed(
 
 @triton.jit
 def feature(
-    x, start, end,
-    RELU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, start, row, end,
+    RELU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return phi(x): ReLU, or elu + 1, which is not 0 outside the tile by itself."""
     if RELU:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
-        inside = (start + tl.arange(0, BLOCK_N) < end)[:, None] & (tl.arange(0, BLOCK_D) < CHANNELS)[None, :]
+        inside = (start + row < end)[:, None] & (tl.arange(0, BLOCK_D) < CHANNELS)[None, :]
         x = tl.where(inside, tl.where(x > 0, x + 1.0, tl.exp(x)), 0.0)
     return x
 
@@ -96,18 +97,18 @@ def slope(x, RELU: tl.constexpr):
 
 @triton.jit
 def turn(
-    x, rope, start, end,
+    x, rope, start, row, end,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, END_T: tl.constexpr, END_H: tl.constexpr,
     BACK: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rotate each pair of neighbouring channels by the angle of its axis, or turn it back."""
     if rope is not None:
-        token = start + tl.arange(0, BLOCK_N)
+        token = start + row
         column = (token % COLUMNS + FRAMES + ROWS)[:, None]
-        row = (token // COLUMNS % ROWS + FRAMES)[:, None]
+        line = (token // COLUMNS % ROWS + FRAMES)[:, None]
         frame = (token // (COLUMNS * ROWS))[:, None]
         d = tl.arange(0, BLOCK_D)[None, :]
-        position = tl.where(d < END_T, frame, tl.where(d < END_H, row, column))
+        position = tl.where(d < END_T, frame, tl.where(d < END_H, line, column))
         inside = (token < end)[:, None] & (d < CHANNELS)
         # Cosines and sines alternate, so that this tile has the layout of the other.
         table = tl.load(rope + position * CHANNELS + d, mask=inside, other=0.0).to(tl.float32)
@@ -144,9 +145,39 @@ def times_state(x, high, low, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def existence(start, end, BLOCK_N: tl.constexpr):
+def question(
+    q, key_sum, rstd, weight, rope, start, row, end, norm_eps, eps,
+    RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Return what a tile of queries multiplies the state with, and one over its divisors."""
+    q = normed(q, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
+    q = feature(q, start, row, end, RELU, CHANNELS, BLOCK_D)
+    if rope is None and (NORM or not RELU):
+        # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
+        q = q.to(DOT).to(tl.float32)
+    divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
+    q = turn(q, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+    return q.to(DOT), 1.0 / divisor
+
+
+@triton.jit
+def state_times(high, low, x, scale, PRECISION: tl.constexpr):
+    """Return the transpose of `times_state`, given the transposes of the state and of the tile.
+
+    The tile comes from shared memory here, so no warp repeats what another one did to it.
+    """
+    product = tl.dot(high, x, input_precision=PRECISION) * scale[None, :]
+    if x.dtype == tl.bfloat16:
+        product += tl.dot(low, x) * scale[None, :]
+    return product
+
+
+@triton.jit
+def existence(start, row, end):
     """Return 1 for tokens of a tile that exist and 0 for others."""
-    return tl.where(start + tl.arange(0, BLOCK_N) < end, 1.0, 0.0)
+    return tl.where(start + row < end, 1.0, 0.0)
 
 
 @triton.jit
@@ -165,33 +196,3 @@ def neighbour(
     inside = inside & (column >= 0) & (column < COLUMNS) & (row >= 0) & (row < ROWS)
     place = base + other.to(tl.int64)[:, None] * stride_n + d.to(tl.int64) * stride_d
     return tl.load(place, mask=inside[:, None] & (d < CHANNELS), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def convolved(
-    base, space, time, start, stride_n, stride_d, end, length, taps_stride,
-    SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Return the depth-wise convolutions of a tile's tokens; SIGN -1 gives their transposes.
-
-    Weights lie tap by tap, `taps_stride` numbers apart.
-    """
-    d = tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for i in tl.range(0, SPACE, num_stages=1):
-        # A row of taps at once: their loads do not wait for one another.
-        for j in tl.static_range(0, SPACE):
-            dh, dw = SIGN * (i - SPACE // 2), SIGN * (j - SPACE // 2)
-            x = neighbour(
-                base, start, stride_n, stride_d, end, length, 0, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
-            )
-            taps = space + (i * SPACE + j) * taps_stride
-            total += x * tl.load(taps + d, mask=d < CHANNELS, other=0.0)[None, :]
-    for tap in tl.static_range(0, TIME):
-        dt = SIGN * (tap - TIME // 2)
-        x = neighbour(
-            base, start, stride_n, stride_d, end, length, dt, 0, 0, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
-        )
-        total += x * tl.load(time + tap * taps_stride + d, mask=d < CHANNELS, other=0.0)[None, :]
-    return total

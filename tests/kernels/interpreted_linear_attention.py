@@ -93,3 +93,40 @@ def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) 
         x, y = getattr(found, name).double(), getattr(exact, name)
         # With one key, the gradients of queries and keys are what is left of numbers that cancel.
         assert float((x - y).norm()) < 2e-5 * float(y.norm() + gradient.norm())
+
+
+@pytest.mark.parametrize(
+    ("grid", "space", "time", "launch"),
+    [
+        ((1, 1, 1), 7, 5, {}),
+        ((2, 1, 5), 5, 0, {"strip": 2}),
+        ((1, 7, 3), 5, 3, {"programs": 64}),
+        ((3, 4, 3), 3, 5, {"channels": 16, "strip": 1}),
+        ((1, 3, 17), 3, 1, {"strip": 16, "programs": 64}),
+        ((5, 2, 8), 0, 3, {"strip": 8}),
+        ((2, 2, 9), 1, 7, {}),
+    ],
+)
+def test_convolutions_of_any_size_on_any_grid(
+    grid: tuple[int, int, int], space: int, time: int, launch: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launch, "_WIDE", triton_launch.Launch(**{"tokens": 16, "programs": 4, **launch}))
+    tokens = grid[0] * grid[1] * grid[2]
+    q, k, v = inputs((2, tokens, 1, 20))
+    gradient = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([tokens, tokens // 2 + 1])
+    filters = {
+        "conv_space": torch.randn(20, space, space) if space else None,
+        "conv_time": torch.randn(20, time) if time else None,
+    }
+    given = naive.Terms(grid=grid, eps=1e-3, key_lengths=lengths, **filters)
+    with poisoned_memory():
+        out, *_ = triton.linear_attention(q, k, v, given)
+        found = backward(triton, gradient, None, None, q, k, v, given=given)
+    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
+    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=in_float64(given))
+    assert worst_head(out, expected) < 1e-5
+    assert relative_error(found.value, exact.value) < 2e-5
+    for name in ("conv_space", "conv_time"):
+        x, y = getattr(found, name), getattr(exact, name)
+        assert x is None or relative_error(x, y) < 2e-5

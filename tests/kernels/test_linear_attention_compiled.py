@@ -19,11 +19,12 @@ ABSENT = ("rstd", "weight", "rope", "lengths", "space", "time")
 
 
 def kernel(name: str) -> Any:
-    from postgen.kernels.linear_attention import triton_backward, triton_forward
+    from postgen.kernels.linear_attention import triton_backward, triton_convolution, triton_forward
 
     kernels = {
         "keys": triton_forward.sum_keys,
         "queries": triton_forward.read_state,
+        "convolution": triton_convolution.convolve_rows,
         "grad_queries": triton_backward.grad_queries,
         "grad_keys": triton_backward.grad_keys,
     }
@@ -43,17 +44,19 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
         qk_norm="rms_norm" if "weight" in given else None,
         rope_pairs=(channels // 2 - 2 * (channels // 6), channels // 6, channels // 6),
     )
-    constants = triton_launch.constants(like, triton_launch.launch(name, like), terms)
+    how = triton_launch.launch(name, like)
+    constants = triton_launch.constants(like, how, terms)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     function = kernel(name)
-    streams = {"query", "key", "value", "gradient", "out", "d_query", "d_key", "d_value"}
+    streams = {"x", "query", "key", "value", "gradient", "out", "d_query", "d_key", "d_value"}
     floats = ("norm_eps", "eps")
-    integers = ("weight_h", "taps_stride", "taps_h", "tokens", "tiles")
-    sides = {"SPACE": conv, "TIME": 3 if conv else 0}
+    integers = ("weight_h", "tokens", "tiles", "blocks", "band")
+    sides = {"ADDS": conv > 0, "SPACE": conv, "TIME": 3, "SIGN": 1, "TAPS": 40 * channels, "HEADS": 40}
+    sides |= {"STRIP": how.strip, "BLOCK_E": min(how.channels, channels), "X_N": 120 * channels, "X_D": 1}
     names = [n for n in function.arg_names if not re.fullmatch("[A-Z_]+", n)]
     fixed = {**constants, **sides, **{f"{stream}_d": 1 for stream in streams}}
     fixed |= {n: None for n in ABSENT if n not in given}
-    strides = [n for n in names if re.fullmatch(r"\w+_[bnh]", n)]
+    strides = [n for n in names if re.fullmatch(r"\w+_([bnh]|frame)", n)]
     present = [n for n in names if n not in (*fixed, *floats, *integers, *strides)]
     return compile_for(
         function,
@@ -94,15 +97,25 @@ def test_nothing_is_spilled(name: str, channels: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "conv", "most"), [("keys", 0, 0), ("queries", 5, 0), ("grad_queries", 0, 64), ("grad_keys", 5, 512)]
+    ("name", "conv", "most"),
+    [("keys", 0, 0), ("queries", 0, 0), ("convolution", 5, 64), ("grad_queries", 0, 64), ("grad_keys", 5, 512)],
 )
 def test_norm_rope_and_convolution_spill_little(name: str, conv: int, most: int, tmp_path: Path) -> None:
-    more = ("space", "time") if conv else ()
+    more = ("space", "time") if name == "convolution" else ()
     found = compiled(name, 128, "bf16", "rstd", "weight", "rope", *more, conv=conv)
     assert spilled_bytes(found, tmp_path) <= most
     assert found.metadata.shared <= SHARED_MEMORY[128]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("channels", [64, 128])
+def test_the_convolution_waits_in_registers(channels: int, tmp_path: Path) -> None:
+    found = compiled("convolution", channels, "bf16", "space", "time", conv=5)
+    assert spilled_bytes(found, tmp_path) == 0
+    assert found.metadata.shared <= SHARED_MEMORY[channels]
+
+
+@pytest.mark.slow
 def test_the_largest_of_float32_fits() -> None:
     assert compiled("grad_keys", 128, "fp32").metadata.shared <= SHARED_MEMORY[128]
+    assert compiled("convolution", 128, "fp32", "space", "time", conv=5).metadata.shared <= SHARED_MEMORY[128]
