@@ -11,6 +11,7 @@ another element of the tuple, and no thread has to ask another one for it.
 
 # Triton adds tuples, but does not unpack them.
 # ruff: noqa: RUF005, SIM108
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
