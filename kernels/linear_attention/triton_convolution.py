@@ -1,7 +1,7 @@
 """The depth-wise convolutions of linear attention: a kernel that walks down the rows of frames.
 
 Tokens are cut into strips, STRIP columns of one frame. A program takes some strips of one head and goes through their
-rows. Each row is loaded once, STRIP columns and those that the filter sees beside them, and added to the SIDE rows of
+rows. Each row is loaded once, STRIP columns and those that the filter sees beside them, and added to the SPACE rows of
 results that it is a part of, which wait in registers; the highest of them is then complete. The queries of that row
 meet the state in the same step, so that results are written once.
 
