@@ -273,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
+    parser.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
     parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -280,8 +281,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     with torch.no_grad():
         bandwidth = bytes_per_millisecond()
-        rows = [measure(case, bandwidth) for case in cases(WAN if options.quick else WAN + OTHERS)]
-        attention = kernel_attention.attention_rows(kernel_attention.SHAPES[: 2 if options.quick else None])
+        shapes = WAN if options.quick else OTHERS if options.rest else WAN + OTHERS
+        rows = [measure(case, bandwidth) for case in cases(shapes)]
+        first, last = (2, None) if options.rest else (0, 2 if options.quick else None)
+        attention = kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
     found = [*gates(rows), *kernel_linear.gates(rows), *kernel_attention.attention_gates(attention)]
     payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows + attention, "gates": found}
     print(write_result(options.output, payload))

@@ -7,10 +7,13 @@ launch that is in the table and the five fastest. The shape is Wan 1.3B's at 480
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +26,15 @@ SETS = 3
 """Inputs that are walked over, so that none is in the caches."""
 
 
-def candidates() -> Iterator[dict[str, int]]:
-    """Yield the launches that are tried."""
+def candidates(name: str) -> Iterator[dict[str, int]]:
+    """Yield the launches of a pass that are tried."""
+    if name == "convolution":
+        sizes = itertools.product((16, 32, 64), (4, 8, 16), (4, 8, 16), (64, 128), (132, 264))
+        for tokens, warps, strip, channels, programs in sizes:
+            # What waits in registers: 16 sums of each of 5 rows are as many as a thread has room for.
+            if strip <= tokens and 8 <= tokens * channels // (32 * warps) <= 16:
+                yield {"tokens": tokens, "warps": warps, "strip": strip, "channels": channels, "programs": programs}
+        return
     for tokens, warps, stages, programs in itertools.product((32, 64), (4, 8, 16), (1, 2, 3), (264, 528)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
@@ -33,12 +43,38 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
     """Return every pass as a call of queries, keys, values and sums; gradients are the queries again."""
     from postgen.kernels.linear_attention import triton
 
+    if triton.convolves(terms):
+        return {"convolution": lambda q, k, v, sums: triton._convolve(v, q, sums, terms)}
     return {
         "keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
-        "queries": lambda q, k, v, sums: triton._read_state(q, v, sums, terms),
+        "queries" if terms.rope is None else "turned_queries": lambda q, k, v, sums: triton._read_state(
+            q, sums, terms
+        ),
         "grad_queries": lambda q, k, v, sums: triton._grad_queries(q, q, sums, (None, None), terms),
-        "grad_keys": lambda q, k, v, sums: triton._grad_keys(q, k, v, sums, terms),
+        "grad_keys" if terms.rope is None else "turned_grad_keys": lambda q, k, v, sums: triton._grad_keys(
+            q, k, v, sums, terms
+        ),
     }
+
+
+def compile_all(options: argparse.Namespace) -> None:
+    """Compile every launch in processes of their own, which takes longer than the timing; results stay on disk."""
+    words = [sys.executable, "-m", "benchmarks.linear_launches", *sys.argv[1:], "--workers", "0"]
+    parts = [f"{part}/{options.workers}" for part in range(options.workers)]
+    for process in [subprocess.Popen([*words, "--compile_only", part]) for part in parts]:
+        process.wait()
+
+
+def launch_part(calls: dict[str, Callable[..., Any]], given: tuple[Any, ...], channels: int, part: str) -> None:
+    """Launch a part of all candidates once."""
+    from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
+
+    first, step = map(int, part.split("/"))
+    every = ((name, candidate) for name in calls for candidate in candidates(name))
+    for name, candidate in itertools.islice(every, first, None, step):
+        LAUNCHES[name, block_d(channels)] = Launch(**candidate)
+        with contextlib.suppress(Exception):  # the sweep says what does not run
+            calls[name](*given)
 
 
 def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], channels: int) -> None:
@@ -47,7 +83,7 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], chan
 
     key = name, block_d(channels)
     kept, times = LAUNCHES[key], {}
-    for given in candidates():
+    for given in candidates(name):
         LAUNCHES[key] = Launch(**given)
         try:
             times[LAUNCHES[key]] = milliseconds(call, sets)
@@ -66,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
     parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
+    parser.add_argument("--conv", action="store_true", help="the pass with 5 x 5 taps in space and 3 in time")
     parser.add_argument("--only", nargs="*", help="passes: keys, queries, grad_queries, grad_keys")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
+    parser.add_argument("--compile_only", metavar="PART/PARTS", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.linear_launches needs a GPU: torch sees none", file=sys.stderr)
@@ -74,14 +113,23 @@ def main(argv: list[str] | None = None) -> int:
     from postgen.kernels.linear_attention import triton
 
     terms = _turned(tuple(options.grid), options.channels) if options.rope else Terms()
+    if options.conv:
+        width = options.heads * options.channels
+        space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
+        terms = replace(terms, grid=tuple(options.grid), conv_space=space, conv_time=time)
     sets = []
     for _ in range(SETS):
         size = (1, math.prod(options.grid), 3, options.heads, options.channels)
         query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
         sets.append((query, key, value, triton._sum_keys(key, value, terms)))
-    for name, call in passes(terms).items():
-        if not options.only or name in options.only:
-            sweep(name, call, sets, options.channels)
+    calls = {name: call for name, call in passes(terms).items() if not options.only or name in options.only}
+    if options.compile_only:
+        launch_part(calls, sets[0], options.channels, options.compile_only)
+        return 0
+    if options.workers:
+        compile_all(options)
+    for name, call in calls.items():
+        sweep(name, call, sets, options.channels)
     return 0
 
 

@@ -159,7 +159,7 @@ def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
 def _read_state(query: Tensor, sums: Sums, terms: Terms) -> Tensor:
     batch, tokens, heads, channels = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    how = launch("queries", query)
+    how = launch("queries" if terms.rope is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
     read_state[(heads, parts, batch)](
         query,
@@ -266,7 +266,7 @@ def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: 
         if adds
         else torch.empty(value.shape, dtype=value.dtype, device=value.device)
     )
-    how = launch("grad_keys", key)
+    how = launch("grad_keys" if terms.rope is None else "turned_grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
     grad_keys[(heads, parts, batch)](
         key,
