@@ -10,22 +10,24 @@ Writes benchmarks/results/grpo_exploration.json.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.embedded_model import load
 from benchmarks.gates import write_result
 from postgen import world
 from postgen.assets import embedded_model
-from postgen.families import denoiser_for
+from postgen.families import Condition, denoiser_for
 from postgen.grpo.conditions import Embeddings
-from postgen.grpo.kernels import KINDS, schedule_of
+from postgen.grpo.kernels import KINDS, Schedule, schedule_of
 from postgen.grpo.meter import Meter
 from postgen.grpo.quality import diversity
-from postgen.grpo.rollout import Sample, Sampler, Sampling, latent_shape
+from postgen.grpo.rollout import Sample, Sampler, Sampling, Trajectories, latent_shape
 from postgen.grpo.seeds import seed_of
 from postgen.world.check import check_batch
 
@@ -56,43 +58,50 @@ def case(text: str) -> tuple[str, float, int, int]:
 class Explorer:
     """Draws groups with one stochastic step and scores them."""
 
-    def __init__(self, prompts: int, samples: int, batch: int, device: str) -> None:
+    def __init__(self, prompts: int, samples: int, batch: int, device: str, first: int = FIRST) -> None:
         self.denoiser = denoiser_for(load(embedded_model(), device))
         self.device, self.prompts, self.samples, self.batch = torch.device(device), prompts, samples, batch
-        self.specs = [world.sample(FIRST + k, num_bodies=2, camera="static") for k in range(prompts)]
+        self.specs = [world.sample(first + k, num_bodies=2, camera="static") for k in range(prompts)]
         self.texts = [world.simple_caption(spec) for spec in self.specs]
-        shape = latent_shape(self.denoiser, SIZE, self.device)
-        self.schedule = schedule_of(self.denoiser, STEPS, shape)
+        self.schedule = schedule_of(self.denoiser, STEPS, latent_shape(self.denoiser, SIZE, self.device))
         self.embeddings = Embeddings(
             self.denoiser, size=SIZE, guidance=False, negative_prompt="", keep_all=True, device=self.device
         )
 
-    def group(self, kind: Any, noise: float, step: int, window: int) -> dict[str, float]:
-        """Spread of score and latents in groups whose samples differ in the noise of `window` steps from `step` on."""
-        how = Sampling(kind=kind, noise=noise, window=window, size=SIZE)
-        sampler = Sampler(self.denoiser, self.schedule, how, Meter(self.device), self.device)
+    def draw(self, how: Sampling, start: int, schedule: Schedule) -> tuple[Trajectories, Tensor]:
+        """Return rollouts whose windows begin at a step, prompt by prompt, and their scores (prompts, samples)."""
+        sampler = Sampler(self.denoiser, schedule, how, Meter(self.device), self.device)
         samples = [
             Sample(
                 index=index,
                 prompt=index // self.samples,
                 initial=seed_of(0, "initial", index // self.samples),
                 step_seed=partial(seed_of, 0, "step", index),
-                start=step,
+                start=start,
             )
             for index in range(self.prompts * self.samples)
         ]
-        table = self.embeddings.table(lambda prompt: {"prompt": self.texts[prompt]})
-        clean = sampler.draw(samples, table, self.batch).clean
+        paths = sampler.draw(samples, self.conditions, self.batch)
         with torch.no_grad():
-            clips = torch.cat([self.denoiser.decode(part) for part in clean.split(self.batch)])
+            clips = torch.cat([self.denoiser.decode(part) for part in paths.clean.split(self.batch)])
         reports = check_batch(clips.float(), [self.specs[sample.prompt] for sample in samples])
-        score = torch.tensor([report.score for report in reports]).view(self.prompts, self.samples)
+        return paths, torch.tensor([report.score for report in reports]).view(self.prompts, self.samples)
+
+    def conditions(self, prompts: Sequence[int]) -> Condition:
+        """Return the conditions of prompts by number."""
+        return self.embeddings.table(lambda prompt: {"prompt": self.texts[prompt]})(prompts)
+
+    def group(self, kind: Any, noise: float, step: int, window: int) -> dict[str, float]:
+        """Spread of score and latents in groups whose samples differ in the noise of `window` steps from `step` on."""
+        how = Sampling(kind=kind, noise=noise, window=window, size=SIZE)
+        paths, score = self.draw(how, step, self.schedule)
         spread = score.std(dim=1)
+        owners = [row // self.samples for row in range(self.prompts * self.samples)]
         return {
             "score": float(score.mean()),
             "score_spread": float(spread.mean()),
             "groups_with_spread": float((spread > 0.05).float().mean()),
-            "latent_diversity": float(diversity(clean, [sample.prompt for sample in samples])),
+            "latent_diversity": float(diversity(paths.clean, owners)),
             "sigma": float(self.schedule.sigmas[step]),
         }
 

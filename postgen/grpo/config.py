@@ -6,7 +6,7 @@ from typing import Literal
 from postgen.training import TrainingConfig
 
 from .advantages import Aggregation, Scale
-from .kernels import NOISE_LEVEL, Kind, Reduction, Weighting
+from .kernels import NOISE_LEVEL, Grid, Kind, Reduction, Weighting
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
@@ -78,6 +78,9 @@ class RolloutConfig(TrainingConfig):
 
     flow_shift: float | None = None
     """Shift of the noise levels; none keeps the scheduler's."""
+
+    sigma_schedule: Grid = "pipeline"
+    """Noise levels of a rollout: the pipeline's, or for flow models `linspace`, equal steps from 1 to 0, shifted."""
 
     max_sequence_length: int | None = None
     """Tokens of a prompt; none is the pipeline's default."""

@@ -26,7 +26,6 @@ from .config import GroupConfig
 from .data import Prompts, Row, columns
 from .evaluation import Evaluator
 from .guards import HackingGuard
-from .kernels import schedule_of
 from .logging import CompletionLog
 from .meter import Meter
 from .policy import Policy, load_policy
@@ -192,7 +191,7 @@ class GroupTrainer(Trainer[G]):
             self._encode_all()
         denoiser = self.policy.denoiser
         shape = latent_shape(denoiser, self.size, self.device)
-        schedule = schedule_of(denoiser, args.num_inference_steps, shape)
+        schedule = self.policy.schedule(shape, self.device)
         self.sampler = Sampler(denoiser, schedule, self.sampling(), self.meter, self.device)
         self.evaluator = Evaluator(self, evaluated)
         self.completions = CompletionLog(args, self.policy.fps)

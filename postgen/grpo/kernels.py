@@ -37,6 +37,7 @@ NOISE_LEVEL: dict[Kind, float] = {"dance": 0.3, "flow": 0.7, "exact": 0.7, "cps"
 """The published strength `a` of each kind."""
 
 Reduction = Literal["mean", "sum", "sqrt"]
+Grid = Literal["pipeline", "linspace"]
 Weighting = Literal["none", "std", "inv_grad"]
 
 
@@ -105,6 +106,36 @@ def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = No
     kind = denoiser.prediction_type
     bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()  # type: ignore[attr-defined]
     return Schedule(sigmas.double(), kind, bars)
+
+
+def linspace_schedule(denoiser: Denoiser, steps: int, shift: float, device: torch.device) -> Schedule:
+    """Return T equal steps from 1 to 0, shifted: s = k t / (1 + (k - 1) t), as DanceGRPO draws its rollouts.
+
+    Pipelines of some flow models put their last level but one close to 0, where a stochastic step leaves more noise
+    than the network then believes in; here the last step begins at k / (T + k - 1).
+
+    Raises:
+        UserError: the model is no flow.
+    """
+    if denoiser.prediction_type != "flow":
+        predicted = denoiser.prediction_type
+        raise UserError(f"sigma_schedule 'linspace' is for flow models, this predicts {predicted}: use 'pipeline'")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+    return Schedule(shift * t / (1 + (shift - 1) * t))
+
+
+def overshooting(kind: Kind, schedule: Schedule, noise_level: float, steps: Sequence[int]) -> list[int]:
+    """Return those steps that add noise of more than four times the level on which they end.
+
+    The next prediction then believes in a fraction of the noise that is there. Twice the level did no harm to clips of
+    the embedded model, 50 times broke them.
+    """
+    index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
+    levels = schedule.levels(index, index + 1)
+    nothing = torch.zeros(len(index), 1, dtype=torch.float64, device=index.device)
+    std = transition(kind, nothing, nothing, levels, noise_level, schedule.prediction_type).std
+    _, (_, after) = levels.mix()
+    return index[std > 4 * after].tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from postgen.families.lora_export import NOTE
 from postgen.training.run_state import trained_parameters
 
 from .config import RolloutConfig
+from .kernels import Schedule, linspace_schedule, schedule_of
 
 
 class Snapshot:
@@ -103,6 +104,21 @@ class Policy:
         for module in self.modules.values():
             if args.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
+
+    def schedule(self, shape: tuple[int, ...], device: torch.device) -> Schedule:
+        """Return the noise levels of rollouts of latents of a shape.
+
+        Raises:
+            UserError: `linspace` for a model that is no flow, or whose pipeline has no one shift.
+        """
+        args = self.args
+        if args.sigma_schedule == "pipeline":
+            return schedule_of(self.denoiser, args.num_inference_steps, shape)
+        config = self.pipe.scheduler.config
+        shift = args.flow_shift or config.get("flow_shift", config.get("shift"))
+        if args.flow_shift is None and (shift is None or config.get("use_dynamic_shifting", False)):
+            raise UserError("sigma_schedule 'linspace': this pipeline has no one shift of its own, give flow_shift")
+        return linspace_schedule(self.denoiser, args.num_inference_steps, shift, device)
 
     @property
     def size(self) -> dict[str, int]:

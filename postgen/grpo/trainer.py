@@ -12,6 +12,7 @@ steps, normalised ratio) is described at the fields of `DanceGRPOConfig`.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from postgen.training import TrainingConfig
 from .config import DanceGRPOConfig
 from .group import Buffer, GroupTrainer, Metrics
 from .guards import RatioCheck
-from .kernels import check_kind, step_weights
+from .kernels import check_kind, overshooting, step_weights
 from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
 from .rollout import Sampling
 from .window import Window
@@ -47,6 +48,12 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         args, schedule = self.args, self.sampler.schedule
         check_kind(args.sde_type, schedule.prediction_type)
         self.window = Window.of(args)
+        if broken := overshooting(args.sde_type, schedule, args.noise, self.window.steps):
+            warnings.warn(
+                f"steps {broken} of the {schedule.steps} add several times the noise of the level on which they end: "
+                "samples break. Lower noise_level, end sde_window_range earlier, or set sigma_schedule: linspace",
+                stacklevel=2,
+            )
         self.weights = step_weights(
             args.sde_type,
             schedule,

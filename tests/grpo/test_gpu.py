@@ -65,11 +65,11 @@ def test_grpo_fsdp2_of_accelerate_trains_and_exports_lora(tiny_wan, tmp_path):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_grpo_ratio_is_one_on_a_gpu(tmp_path, bf16):
-    """The embedded model; rollouts and training passes have different batch sizes, so kernels may differ."""
+    """The embedded model. Batches of other sizes take other kernels, which round otherwise: here they are equal."""
     run = launched(
         tmp_path / "run", "single", method="dancegrpo", train_dataset=str(ROOT / "recipes/prompts/two-bodies.jsonl"),
         reward_funcs=["world"], device="cuda", use_peft=False, num_generations=4, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2, rollout_batch_size=8, num_inference_steps=8, max_steps=1, save_steps=0,
+        gradient_accumulation_steps=2, rollout_batch_size=4, num_inference_steps=8, max_steps=1, save_steps=0,
         logging_steps=1, bf16=bf16, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    assert lines_of(run)[0]["logp_diff/max"] <= (1e-3 if bf16 else 1e-5)
+    assert lines_of(run)[0]["logp_diff/max"] <= 1e-5

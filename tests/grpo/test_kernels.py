@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.grpo.kernels import KINDS, NOISE_LEVEL, Schedule, split, step_weights, transition
+from postgen.grpo.kernels import (
+    KINDS,
+    NOISE_LEVEL,
+    Schedule,
+    linspace_schedule,
+    overshooting,
+    split,
+    step_weights,
+    transition,
+)
+from tests.grpo.toy import ToyDenoiser, ToyPipeline
 
 FLOW_KINDS = ("dance", "flow", "exact", "cps", "ode")
 
@@ -304,3 +314,21 @@ def test_grpo_kernel_refuses_what_does_not_fit():
     with pytest.raises(UserError, match="at least 2 steps"):
         Schedule(torch.tensor([1.0, 0.0]))
     assert set(NOISE_LEVEL) == set(KINDS)
+
+
+def test_grpo_kernel_takes_the_published_noise_levels():
+    found = linspace_schedule(ToyDenoiser(ToyPipeline()), 16, 3.0, torch.device("cpu"))
+    assert (found.sigmas - shifted(16).sigmas).abs().max() <= 1e-12
+    assert found.sigmas[-2] == pytest.approx(3 / (16 + 3 - 1))
+
+
+def test_grpo_kernel_refuses_them_for_a_model_that_is_no_flow():
+    with pytest.raises(UserError, match="predicts epsilon: use 'pipeline'"):
+        linspace_schedule(ToyDenoiser(ToyPipeline("epsilon")), 16, 3.0, torch.device("cpu"))
+
+
+def test_grpo_kernel_names_steps_that_add_more_noise_than_the_next_one_believes_in():
+    steps = Schedule(torch.tensor([1.0, 0.5, 0.01, 0.0], dtype=torch.float64))
+    assert overshooting("dance", steps, 0.3, range(2)) == [1]
+    assert overshooting("dance", shifted(16), 0.3, range(15)) == []
+    assert overshooting("cps", steps, 1.0, range(2)) == []
