@@ -38,32 +38,25 @@ def convolve_rows(
     """
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens = FRAMES * ROWS * COLUMNS
+    length = tokens
     STRIPS: tl.constexpr = BLOCK_N // STRIP
     GROUPS: tl.constexpr = (COLUMNS + STRIP - 1) // STRIP
-    REACH: tl.constexpr = SPACE // 2
-    length = tokens
     if lengths is not None:
         length = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
 
     parts: tl.constexpr = BLOCK_D // BLOCK_E
     block = tl.program_id(0) // parts % blocks
     top = tl.program_id(0) // parts // blocks * band
-    bottom = tl.minimum(top + band, ROWS)
     e = tl.program_id(0) % parts * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    strip = block * STRIPS + tl.arange(0, STRIPS)[:, None]
-    real = strip < FRAMES * GROUPS
-    strip = tl.minimum(strip, FRAMES * GROUPS - 1)
-    frame, column = strip // GROUPS, strip % GROUPS * STRIP
-    token = frame * (ROWS * COLUMNS) + column
+    real, frame, column, token = strips_of(block, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
     x += sample * x_b + head.to(tl.int64) * x_h + token.to(tl.int64) * X_N + e * X_D
     out += (sample * tokens * HEADS + head) * CHANNELS + token.to(tl.int64) * (HEADS * CHANNELS) + e
     # A tile of weights, whose rows are the same, has the layout of the others.
-    taps = head * taps_h + e + tl.zeros_like(strip)
+    taps = head * taps_h + e + tl.zeros_like(token)
     if space is not None:
         space += taps
     if time is not None:
         time += taps
-
     high, low, key_sum, row = 0.0, 0.0, 0.0, tl.arange(0, BLOCK_N)
     if query is not None:
         which = sample * HEADS + head
@@ -72,17 +65,32 @@ def convolve_rows(
             weight += head * weight_h
         if rstd is not None:
             rstd += sample * tokens
-        d = tl.arange(0, BLOCK_D)[:, None]
-        places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
-        state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
-        high = state.to(DOT)
-        low = (state - high.to(tl.float32)).to(DOT)
+        high, low = in_two_terms(states, which, e, CHANNELS, BLOCK_D, DOT)
         key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
-        # The tile of the queries has the same tokens, strip by strip.
-        own, own_column = block * STRIPS + row // STRIP, (block * STRIPS + row // STRIP) % GROUPS * STRIP + row % STRIP
-        there = (own < FRAMES * GROUPS) & (own_column < COLUMNS)
-        row = tl.where(there, own // GROUPS * (ROWS * COLUMNS) + own_column, tokens)
+        row = tokens_of_queries(block, row, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
 
+    bottom = tl.minimum(top + band, ROWS)
+    walk(
+        x, query, rstd, weight, rope, lengths, space, time, key_sum, high, low, out,
+        frame, column, token, e, row, real, top, bottom, length, x_frame, query_n, query_d, norm_eps, eps,
+        SIGN, SPACE, TIME, TAPS, HEADS, STRIP, X_N, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H,
+        CHANNELS, BLOCK_N, BLOCK_D, DOT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def walk(
+    x, query, rstd, weight, rope, lengths, space, time, key_sum, high, low, out,
+    frame, column, token, e, row, real, top, bottom, length, x_frame, query_n, query_d, norm_eps, eps,
+    SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, HEADS: tl.constexpr,
+    STRIP: tl.constexpr, X_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go down the rows of a band: only read what lies above it, then write, then write what sees no more rows."""
+    STRIPS: tl.constexpr = BLOCK_N // STRIP
+    REACH: tl.constexpr = SPACE // 2
     sums = blank(STRIPS, SPACE * STRIP, BLOCK_E)
     none = blank(STRIPS, STRIP, BLOCK_E)
     first = tl.maximum(top - REACH, 0)
@@ -121,6 +129,41 @@ def convolve_rows(
         )  # fmt: skip
         sums = slide(sums, answer, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS)
         put_columns(out, line - REACH, real, column, e, sums, STRIP, HEADS, COLUMNS, CHANNELS)
+
+
+@triton.jit
+def strips_of(
+    block, STRIP: tl.constexpr, STRIPS: tl.constexpr, GROUPS: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return which strips of a block exist, their frames and first columns, and those columns' tokens in row 0."""
+    strip = block * STRIPS + tl.arange(0, STRIPS)[:, None]
+    real = strip < FRAMES * GROUPS
+    strip = tl.minimum(strip, FRAMES * GROUPS - 1)
+    frame, column = strip // GROUPS, strip % GROUPS * STRIP
+    return real, frame, column, frame * (ROWS * COLUMNS) + column
+
+
+@triton.jit
+def in_two_terms(states, which, e, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
+    """Return some columns of a state, transposed, as the sum of two 16-bit terms."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
+    state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
+    high = state.to(DOT)
+    return high, (state - high.to(tl.float32)).to(DOT)
+
+
+@triton.jit
+def tokens_of_queries(
+    block, row, STRIP: tl.constexpr, STRIPS: tl.constexpr, GROUPS: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return the tokens of a tile of queries in the first row: those of x, strip by strip."""
+    strip = block * STRIPS + row // STRIP
+    column = strip % GROUPS * STRIP + row % STRIP
+    there = (strip < FRAMES * GROUPS) & (column < COLUMNS)
+    return tl.where(there, strip // GROUPS * (ROWS * COLUMNS) + column, FRAMES * ROWS * COLUMNS)
 
 
 @triton.jit

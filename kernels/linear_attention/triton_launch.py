@@ -39,7 +39,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("queries", 64): Launch(warps=4, stages=3),
     ("turned_queries", 64): Launch(warps=4, stages=3),
     ("queries", 128): Launch(warps=4, stages=3),
-    ("turned_queries", 128): Launch(stages=1),
+    ("turned_queries", 128): Launch(),
     ("grad_queries", 64): Launch(),
     ("grad_queries", 128): Launch(tokens=32, stages=3),
     ("grad_keys", 64): Launch(),
