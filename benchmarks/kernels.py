@@ -272,8 +272,9 @@ def cases(shapes: tuple[Shape, ...]) -> list[Case]:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
-    parser.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
+    part.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
     parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
