@@ -41,3 +41,28 @@ def test_grpo_trains_two_updates_of(name, tmp_path):
 def _point(run):
     x = run.sampler.noise([1])
     return x, run.sampler.schedule.sigmas[1:2].float(), run.conditions(0)([0])
+
+
+@pytest.mark.parametrize("name", ["SkyReels-V2", "Stable Diffusion 3"])
+def test_grpo_draws_and_trains_on_the_published_noise_levels_with(name, tmp_path):
+    pipe, size = tiny_pipeline(name)
+    config = pipe.scheduler.config
+    shift = config.get("flow_shift", config.get("shift"))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda *given: seen.extend(given[-1]["timestep"].tolist()), with_kwargs=True
+    )
+    args = DanceGRPOConfig(
+        output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, num_inference_steps=4,
+        sigma_schedule="linspace", timestep_fraction=1.0, check_on_policy_ratio="raise", max_ratio_error=1e-5,
+        learning_rate=1e-2, lora_r=2, max_steps=1, logging_steps=1, device="cpu", disable_tqdm=True, report_to=[],
+        save_steps=0, **size,
+    )  # fmt: skip
+    run = DanceGRPOTrainer(pipe, near, args, ROWS, peft_config=None)
+    run.train()
+    t = [1, 0.75, 0.5, 0.25]
+    levels = [1000 * shift * x / (1 + (shift - 1) * x) for x in t]
+    assert lines(run)[0]["grad_norm"] > 0
+    assert {round(x, 2) for x in seen} == {round(x, 2) for x in levels}
+    # Drawn once at each level, trained on at all but the last.
+    assert seen.count(max(seen)) > seen.count(min(seen))
