@@ -32,7 +32,7 @@ REPEATS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A transformer, one call of it, and whether a whole step is timed or only its first block."""
+    """A transformer and one call of it."""
 
     name: str
     kind: str
@@ -40,10 +40,9 @@ class Case:
     config: dict[str, Any]
     arguments: Callable[[], dict[str, Any]]
     """Draws the arguments of a forward call on the present default device."""
-    whole_step: bool = True
 
 
-def wan(name: str, heads: int, ffn: int, layers: int, *, whole_step: bool = True) -> Case:
+def wan(name: str, heads: int, ffn: int, layers: int) -> Case:
     """Wan 2.1 at 480p, 81 frames: 21 latent frames of 60 x 104."""
 
     def arguments() -> dict[str, Any]:
@@ -59,7 +58,6 @@ def wan(name: str, heads: int, ffn: int, layers: int, *, whole_step: bool = True
         kind="WanTransformer3DModel",
         config={**config, "text_dim": 4096},
         arguments=arguments,
-        whole_step=whole_step,
     )
 
 
@@ -82,21 +80,21 @@ def cogvideox() -> Case:
 
 CASES = (
     wan("Wan 1.3B 480p 81f", 12, 8960, 30),
-    wan("Wan 14B 480p 81f", 40, 13824, 2, whole_step=False),
+    wan("Wan 14B 480p 81f", 40, 13824, 40),
     cogvideox(),
 )
 
 
 @torch.no_grad()
 def measure(case: Case, device: str = "cuda", repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Return a row for the block, and one for the step where it is whole."""
+    """Return a row for the first block and one for the whole step."""
     import diffusers
 
     torch.manual_seed(0)
     with torch.device(device):
         transformer = _built(getattr(diffusers, case.kind), case.config)
         arguments = case.arguments()
-    calls = _calls(transformer, arguments, whole_step=case.whole_step)
+    calls = _calls(transformer, arguments)
     times: dict[str, dict[str, float]] = {part: {} for part in calls}
     results: dict[str, dict[str, Tensor]] = {part: {} for part in calls}
     for form in FORMS:
@@ -107,7 +105,7 @@ def measure(case: Case, device: str = "cuda", repeats: int = REPEATS) -> list[di
     return [_row(case.name, part, times[part], results[part]) for part in calls]
 
 
-def _calls(transformer: nn.Module, arguments: dict[str, Any], *, whole_step: bool) -> dict[str, Callable[[], Tensor]]:
+def _calls(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     """Return what is timed: the first block, as the model calls it, and the model."""
 
     def step() -> Tensor:
@@ -119,8 +117,7 @@ def _calls(transformer: nn.Module, arguments: dict[str, Any], *, whole_step: boo
     step()
     hook.remove()
     args, kwargs = seen[0]
-    calls = {"block": lambda: _first(block(*args, **kwargs))}
-    return {**calls, "step": step} if whole_step else calls
+    return {"block": lambda: _first(block(*args, **kwargs)), "step": step}
 
 
 def _built(kind: Any, config: dict[str, Any]) -> Any:

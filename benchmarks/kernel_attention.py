@@ -1,11 +1,13 @@
 """Attention at the shapes of real models: the router's choice, every backend that works, and what diffusers runs.
 
 Part of `python -m benchmarks.kernels`. All backends are recorded in CUDA graphs and replayed in turns, so that a GPU
-that slows down slows all of them; medians count. Errors are against float64, on the first queries.
+that slows down slows all of them; medians count. Errors are against float64, on the first queries. SageAttention,
+where it is installed, is timed beside them: it multiplies queries and keys in 8 bits, so the router never takes it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,9 +86,27 @@ def measure(shape: AttentionShape, call: Call) -> list[dict[str, Any]]:
             runs[backend.name] = partial(backend.run, call)
     if "fa4" in runs:
         choices["fa4"] = without(mine, "fa4", call)
-    times = in_turns(runs, refused)
     error = relative_error(out, call)
-    return [row(shape, times, refused, error, left_out, chosen) for left_out, chosen in choices.items()]
+    lossy = in_8_bits(call)
+    times = in_turns(runs | lossy, refused)
+    peers = {
+        name: {"ms": times.pop(name), "relative_error": relative_error(run(), call)}
+        for name, run in lossy.items()
+        if name in times
+    }
+    rows = [row(shape, times, refused, error, left_out, chosen) for left_out, chosen in choices.items()]
+    return [{**each, "in_8_bits": peers} for each in rows]
+
+
+def in_8_bits(call: Call) -> dict[str, Callable[[], Tensor]]:
+    """Return SageAttention where it is installed."""
+    if importlib.util.find_spec("sageattention") is None:
+        return {}
+    from sageattention import sageattn
+
+    query, key, value = call[:3]
+    key = key.clone()  # it subtracts the mean in place
+    return {"sageattention": lambda: sageattn(query, key, value, tensor_layout="NHD", sm_scale=call.scale)}
 
 
 def without(mine: Router, name: str, call: Call) -> str:

@@ -1,18 +1,21 @@
 """Kernels against their floors: ours, plain torch as models write it, the same compiled, and the bytes that must move.
 
-`python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only. Times
-are medians over replays of a CUDA graph that walks over input sets larger than the caches, so launches cost nothing
-for anybody. The floor is bytes over the bandwidth of a large copy in the same run. Inputs are random: time does not
-depend on them. Errors are against float64 from the same rounded inputs, on the first set.
+`python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only,
+`--rest` the others, and `--join A.json B.json` makes one result of both (two GPUs need half the time). Times are
+medians over replays of a CUDA graph that walks over input sets larger than the caches, so launches cost nothing for
+anybody. The floor is bytes over the bandwidth of a large copy in the same run. Inputs are random: time does not depend
+on them. Errors are against float64 from the same rounded inputs, on the first set.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import kernel_attention, kernel_linear, kernel_norm_rope
+from benchmarks.enhance_cost import layer_cost
 from benchmarks.gates import gate, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
@@ -269,25 +273,74 @@ def cases(shapes: tuple[Shape, ...]) -> list[Case]:
     return [*found, adaln(shapes[0], residual=True, per_token=True)]
 
 
+def enhance_row() -> dict[str, Any]:
+    """Return what Enhance-A-Video adds to one block of Wan 14B at 720p; a step repeats it 40 times."""
+    cost = layer_cost(720, 1280)
+    row = {
+        "op": "enhance_a_video",
+        "shape": "Wan 14B 720p 81f, one block",
+        "ours_ms": cost["milliseconds_with"],
+        "without_ms": cost["milliseconds_without"],
+        "overhead": cost["overhead_percent"] / 100,
+        "extra_mib": cost["peak_mib_with"] - cost["peak_mib_without"],
+    }
+    print(row, flush=True)
+    return row
+
+
+def all_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the gates of every kind of row."""
+    timed = [row for row in rows if "over_floor" in row]
+    attention = [row for row in rows if "backends_ms" in row]
+    overhead = next((row["overhead"] for row in rows if row["op"] == "enhance_a_video"), None)
+    return [
+        *gates(timed),
+        gate("eav_step_overhead", overhead, "<=", 0.005),
+        *kernel_linear.gates(timed),
+        *kernel_attention.attention_gates(attention),
+    ]
+
+
+def joined(paths: list[str]) -> dict[str, Any]:
+    """Return the payload of several results together."""
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    rows = [row for result in results for row in result["rows"]]
+    return {
+        "measured": [
+            {key: result[key] for key in ("date", "device", "versions", "copy_tb_per_s")} for result in results
+        ],
+        "replays": REPLAYS,
+        "rows": rows,
+        "gates": all_gates(rows),
+    }
+
+
+def measured(*, quick: bool, rest: bool) -> dict[str, Any]:
+    """Measure and return the payload."""
+    with torch.no_grad():
+        bandwidth = bytes_per_millisecond()
+        shapes = WAN if quick else OTHERS if rest else WAN + OTHERS
+        rows = [measure(case, bandwidth) for case in cases(shapes)]
+        if not rest:
+            rows.append(enhance_row())
+        first, last = (2, None) if rest else (0, 2 if quick else None)
+        rows += kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
+    return {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": all_gates(rows)}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
     part.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
+    part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
     parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not options.join and not torch.cuda.is_available():
         print("benchmarks.kernels needs a GPU: torch sees none", file=sys.stderr)
         return 2
-    with torch.no_grad():
-        bandwidth = bytes_per_millisecond()
-        shapes = WAN if options.quick else OTHERS if options.rest else WAN + OTHERS
-        rows = [measure(case, bandwidth) for case in cases(shapes)]
-        first, last = (2, None) if options.rest else (0, 2 if options.quick else None)
-        attention = kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
-    found = [*gates(rows), *kernel_linear.gates(rows), *kernel_attention.attention_gates(attention)]
-    payload = {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows + attention, "gates": found}
+    payload = joined(options.join) if options.join else measured(quick=options.quick, rest=options.rest)
     print(write_result(options.output, payload))
     return 0
 
