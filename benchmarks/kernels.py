@@ -1,10 +1,11 @@
 """Kernels against their floors: ours, plain torch as models write it, the same compiled, and the bytes that must move.
 
 `python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only,
-`--rest` the others, and `--join A.json B.json` makes one result of both (two GPUs need half the time). Times are
-medians over replays of a CUDA graph that walks over input sets larger than the caches, so launches cost nothing for
-anybody. The floor is bytes over the bandwidth of a large copy in the same run. Inputs are random: time does not depend
-on them. Errors are against float64 from the same rounded inputs, on the first set.
+`--rest` the others, `--only` some operations, and `--join A.json B.json` makes one result of several (two GPUs need
+half the time; of rows of one operation at one shape the last counts). Times are medians over replays of a CUDA graph
+that walks over input sets larger than the caches, so launches cost nothing for anybody. The floor is bytes over the
+bandwidth of a large copy in the same run. Inputs are random: time does not depend on them. Errors are against float64
+from the same rounded inputs, on the first set.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def all_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def joined(paths: list[str]) -> dict[str, Any]:
     """Return the payload of several results together."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    rows = [row for result in results for row in result["rows"]]
+    rows = list({(row["op"], row["shape"]): row for result in results for row in result["rows"]}.values())
     return {
         "measured": [
             {key: result[key] for key in ("date", "device", "versions", "copy_tb_per_s")} for result in results
@@ -315,17 +316,27 @@ def joined(paths: list[str]) -> dict[str, Any]:
     }
 
 
-def measured(*, quick: bool, rest: bool) -> dict[str, Any]:
-    """Measure and return the payload."""
+def measured(*, quick: bool, rest: bool, only: list[str] | None) -> dict[str, Any]:
+    """Measure and return the payload; without gates where operations are left out."""
+
+    def wanted(op: str) -> bool:
+        return only is None or op in only
+
+    shapes = WAN if quick else OTHERS if rest else WAN + OTHERS
+    every = cases(shapes)
+    known = {"attention", "enhance_a_video", *(case.op for case in every)}
+    if strange := set(only or ()) - known:
+        sys.exit(f"--only {', '.join(sorted(strange))}: there is {', '.join(sorted(known))}")
     with torch.no_grad():
         bandwidth = bytes_per_millisecond()
-        shapes = WAN if quick else OTHERS if rest else WAN + OTHERS
-        rows = [measure(case, bandwidth) for case in cases(shapes)]
-        if not rest:
+        rows = [measure(case, bandwidth) for case in every if wanted(case.op)]
+        if wanted("enhance_a_video") and not rest:
             rows.append(enhance_row())
-        first, last = (2, None) if rest else (0, 2 if quick else None)
-        rows += kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
-    return {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": all_gates(rows)}
+        if wanted("attention"):
+            first, last = (2, None) if rest else (0, 2 if quick else None)
+            rows += kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
+    found = all_gates(rows) if only is None else []
+    return {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": found}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,12 +346,16 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
     part.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
     part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="operations, as their rows call them")
     parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
     options = parser.parse_args(argv)
     if not options.join and not torch.cuda.is_available():
         print("benchmarks.kernels needs a GPU: torch sees none", file=sys.stderr)
         return 2
-    payload = joined(options.join) if options.join else measured(quick=options.quick, rest=options.rest)
+    if options.join:
+        payload = joined(options.join)
+    else:
+        payload = measured(quick=options.quick, rest=options.rest, only=options.only)
     print(write_result(options.output, payload))
     return 0
 

@@ -59,29 +59,29 @@ def test_gates_take_the_worst_shape() -> None:
     assert len(found) == 7
 
 
-def test_results_of_two_gpus_are_joined(tmp_path: Path) -> None:
+def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
     linear = {"over_floor": 1.0, "vs_sana": 11.0, "vs_compiled": 3.0, "relative_error": 1e-3}
     row = {"over_floor": 1.1, "extra_mib": 0.1, "vs_eager": 9.0, "vs_compiled": 2.0, "relative_error": 1e-5}
     ops = ("linear_attention", "linear_attention + convolution", "linear_attention backward")
     rows: list[dict[str, Any]] = [{**row, "op": op} for op in ("temporal_cfi", "adaln x", "norm_rope")]
     rows += [{**linear, "op": op} for op in ops]
-    rows += [{"op": "attention", "shape": "Wan", "backends_ms": {}, "router_vs_best": 1.0, "router_vs_default": 1.2}]
+    rows += [
+        {"op": "attention", "shape": "Wan 14B", "backends_ms": {}, "router_vs_best": 1.0, "router_vs_default": 1.2}
+    ]
     rows[-1]["relative_error"] = 1e-3
-    slow = [{**each, "over_floor": 1.5} if each["op"] == "linear_attention" else each for each in rows]
+    rows = [{"shape": "Wan", **each} for each in rows]
+    rows[3]["over_floor"] = 9.0
+    again = {**rows[3], "over_floor": 1.2}
     stamp = {"date": "today", "device": "one", "versions": {}, "copy_tb_per_s": 2.4}
-    (tmp_path / "a.json").write_text(
-        json.dumps({**stamp, "rows": [*rows, {"op": "enhance_a_video", "overhead": 0.004}]})
-    )
-    (tmp_path / "b.json").write_text(json.dumps({**stamp, "device": "other", "rows": slow}))
-    assert (
-        benchmark.main(
-            ["--join", *(str(tmp_path / name) for name in ("a.json", "b.json")), "-o", str(tmp_path / "c.json")]
-        )
-        == 0
-    )
-    found = json.loads((tmp_path / "c.json").read_text())
+    overhead = {"op": "enhance_a_video", "shape": "Wan", "overhead": 0.004}
+    one, two, both = (tmp_path / name for name in ("one.json", "two.json", "both.json"))
+    one.write_text(json.dumps({**stamp, "rows": [*rows, overhead]}))
+    other = [{**each, "shape": "LTX"} for each in rows if each["op"] == "temporal_cfi"]
+    two.write_text(json.dumps({**stamp, "device": "other", "rows": [again, *other]}))
+    assert benchmark.main(["--join", str(one), str(two), "-o", str(both)]) == 0
+    found = json.loads(both.read_text())
     assert [each["device"] for each in found["measured"]] == ["one", "other"]
-    assert len(found["rows"]) == 2 * len(rows) + 1
+    assert len(found["rows"]) == len(rows) + 2
     values = {each["name"]: each["value"] for each in found["gates"]}
-    assert values["linear_fwd_over_floor"] == 1.5
+    assert values["linear_fwd_over_floor"] == 1.2
     assert values["eav_step_overhead"] == 0.004
