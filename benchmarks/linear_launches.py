@@ -30,11 +30,18 @@ SETS = 3
 def candidates(name: str) -> Iterator[dict[str, int]]:
     """Yield the launches of a pass that are tried."""
     if name == "convolution":
-        sizes = itertools.product((16, 32, 64), (4, 8, 16), (4, 8, 16), (64, 128), (132, 264))
-        for tokens, warps, strip, channels, programs in sizes:
+        sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128), (2, 3, 4), (132, 264))
+        for tokens, warps, strip, channels, stages, programs in sizes:
             # What waits in registers: 16 sums of each of 5 rows are as many as a thread has room for.
-            if strip <= tokens and 8 <= tokens * channels // (32 * warps) <= 16:
-                yield {"tokens": tokens, "warps": warps, "strip": strip, "channels": channels, "programs": programs}
+            if 8 <= tokens * channels // (32 * warps) <= 16:
+                yield {
+                    "tokens": tokens,
+                    "warps": warps,
+                    "strip": strip,
+                    "channels": channels,
+                    "stages": stages,
+                    "programs": programs,
+                }
         return
     for tokens, warps, stages, programs in itertools.product((32, 64), (4, 8, 16), (1, 2, 3), (264, 528)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}

@@ -91,33 +91,34 @@ def walk(
     """Go down the rows of a band: only read what lies above it, then write, then write what sees no more rows."""
     STRIPS: tl.constexpr = BLOCK_N // STRIP
     REACH: tl.constexpr = SPACE // 2
-    sums = blank(STRIPS, SPACE * STRIP, BLOCK_E)
     none = blank(STRIPS, STRIP, BLOCK_E)
-    first = tl.maximum(top - REACH, 0)
-    above = tl.minimum(top + REACH, ROWS)
-    for step in tl.range(0, above - first, num_stages=1):
-        line = first + step
-        seen = look(
-            x, frame, column, e, line, token, length, lengths, x_frame,
-            SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
-        )  # fmt: skip
-        sums = slide(sums, none, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS)
-    for _ in tl.range(0, top + REACH - above, num_stages=1):
-        sums = slide(sums, none, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS)
     last = tl.minimum(bottom + REACH, ROWS)
+    sums, seen = approach(
+        x, lengths, space, time, frame, column, token, e, top, last, length, x_frame,
+        SIGN, SPACE, TIME, TAPS, STRIP, X_N, BLOCK_E, FRAMES, ROWS, COLUMNS, CHANNELS, STRIPS,
+    )  # fmt: skip
     for step in range(0, last - top - REACH):
         line = top + REACH + step
-        seen = look(
-            x, frame, column, e, line, token, length, lengths, x_frame,
-            SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
-        )  # fmt: skip
         answer = attend(
             query, key_sum, high, low, rstd, weight, rope, (line - REACH) * COLUMNS, row, query_n, query_d, norm_eps,
             eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D,
             DOT, PRECISION,
         )  # fmt: skip
-        sums = slide(sums, answer, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS)
-        put_columns(out, line - REACH, real, column, e, sums, STRIP, HEADS, COLUMNS, CHANNELS)
+        middle = slide(
+            sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, REACH, REACH + 1
+        )
+        # A row ahead, and not before the product of matrices, whose fence waits for what is being loaded.
+        ahead = look(
+            x, frame, column, e, tl.minimum(line + 1, last - 1), token, length, lengths, x_frame,
+            SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
+        )  # fmt: skip
+        upper = slide(sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, 0, REACH)
+        lower = slide(
+            sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, REACH + 1, SPACE
+        )
+        sums = upper + middle + lower
+        put_columns(out, line - REACH, real, column, e, sums, answer, STRIP, HEADS, COLUMNS, CHANNELS)
+        seen = ahead
     # No row of x is left that these see.
     last = tl.maximum(last, top + REACH)
     for step in range(0, bottom + REACH - last):
@@ -127,8 +128,36 @@ def walk(
             eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D,
             DOT, PRECISION,
         )  # fmt: skip
-        sums = slide(sums, answer, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS)
-        put_columns(out, line - REACH, real, column, e, sums, STRIP, HEADS, COLUMNS, CHANNELS)
+        sums = slide(sums, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, 0, SPACE)
+        put_columns(out, line - REACH, real, column, e, sums, answer, STRIP, HEADS, COLUMNS, CHANNELS)
+
+
+@triton.jit
+def approach(
+    x, lengths, space, time, frame, column, token, e, top, last, length, x_frame,
+    SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, STRIP: tl.constexpr,
+    X_N: tl.constexpr, BLOCK_E: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    """Read the rows of x above the first that completes a sum of the band: return the sums and that row."""
+    REACH: tl.constexpr = SPACE // 2
+    sums = blank(STRIPS, SPACE * STRIP, BLOCK_E)
+    first = tl.maximum(top - REACH, 0)
+    above = tl.minimum(top + REACH, ROWS)
+    seen = look(
+        x, frame, column, e, first, token, length, lengths, x_frame,
+        SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
+    )  # fmt: skip
+    for step in tl.range(0, above - first, num_stages=1):
+        ahead = look(
+            x, frame, column, e, tl.minimum(first + step + 1, last - 1), token, length, lengths, x_frame,
+            SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
+        )  # fmt: skip
+        sums = slide(sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, 0, SPACE)
+        seen = ahead
+    for _ in tl.range(0, top + REACH - above, num_stages=1):
+        sums = slide(sums, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, 0, SPACE)
+    return sums, seen
 
 
 @triton.jit
@@ -140,7 +169,8 @@ def strips_of(
     strip = block * STRIPS + tl.arange(0, STRIPS)[:, None]
     real = strip < FRAMES * GROUPS
     strip = tl.minimum(strip, FRAMES * GROUPS - 1)
-    frame, column = strip // GROUPS, strip % GROUPS * STRIP
+    # One frame after another: what a strip reads of the next frame, the next strip has just read.
+    frame, column = strip % FRAMES, strip // FRAMES * STRIP
     return real, frame, column, frame * (ROWS * COLUMNS) + column
 
 
@@ -161,9 +191,9 @@ def tokens_of_queries(
 ):  # fmt: skip
     """Return the tokens of a tile of queries in the first row: those of x, strip by strip."""
     strip = block * STRIPS + row // STRIP
-    column = strip % GROUPS * STRIP + row % STRIP
+    column = strip // FRAMES * STRIP + row % STRIP
     there = (strip < FRAMES * GROUPS) & (column < COLUMNS)
-    return tl.where(there, strip // GROUPS * (ROWS * COLUMNS) + column, FRAMES * ROWS * COLUMNS)
+    return tl.where(there, strip % FRAMES * (ROWS * COLUMNS) + column, FRAMES * ROWS * COLUMNS)
 
 
 @triton.jit
@@ -252,25 +282,24 @@ def beside(
 
 @triton.jit
 def slide(
-    sums, answer, seen, frame, space, time, e, SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
+    sums, seen, frame, space, time, e, SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
     TAPS: tl.constexpr, STRIP: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Go down by one row, to the one that was seen: return the sums of the rows that see it, the highest first."""
+    """Go down by one row, to the one that was seen: return the sums of some of the rows that see it, from above."""
     REACH: tl.constexpr = SPACE // 2
     wide = ()
     if seen is not None:
         for j in tl.static_range(0, STRIP + SPACE - 1):
             wide = wide + (seen[j].to(tl.float32),)
     moved = ()
-    for m in tl.static_range(0, SPACE):
+    for m in tl.static_range(FROM, TO):
         row = ()
         for c in tl.static_range(0, STRIP):
             if m + 1 < SPACE:
                 start = sums[(m + 1) * STRIP + c]
             else:
-                start = tl.zeros_like(answer[c])
-            if m == 0:
-                start += answer[c]
+                start = tl.zeros_like(sums[c])
             row = row + (start,)
         if seen is not None:
             # The row that is seen lies REACH - m rows below these sums.
@@ -315,7 +344,7 @@ def tap_of(
 
 @triton.jit
 def put_columns(
-    out, line, real, column, e, columns, STRIP: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, line, real, column, e, columns, answer, STRIP: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write the highest row of sums."""
@@ -324,7 +353,7 @@ def put_columns(
         inside = real & (e < CHANNELS)
         if COLUMNS % STRIP > 0:
             inside = inside & (column + c < COLUMNS)
-        tl.store(here + c * HEADS * CHANNELS, columns[c].to(out.dtype.element_ty), mask=inside)
+        tl.store(here + c * HEADS * CHANNELS, (columns[c] + answer[c]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
