@@ -30,8 +30,8 @@ SETS = 3
 def candidates(name: str) -> Iterator[dict[str, int]]:
     """Yield the launches of a pass that are tried."""
     if name == "convolution":
-        sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128), (2, 3, 4), (132, 264))
-        for tokens, warps, strip, channels, stages, programs in sizes:
+        sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128), (2, 3), (132, 264), (False, True))
+        for tokens, warps, strip, channels, stages, programs, stacked in sizes:
             # What waits in registers: 16 sums of each of 5 rows are as many as a thread has room for.
             if 8 <= tokens * channels // (32 * warps) <= 16:
                 yield {
@@ -41,6 +41,7 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                     "channels": channels,
                     "stages": stages,
                     "programs": programs,
+                    "stacked": stacked,
                 }
         return
     for tokens, warps, stages, programs in itertools.product((32, 64), (4, 8, 16), (1, 2, 3), (264, 528)):

@@ -223,6 +223,7 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
         X_N=x.stride(1),
         X_D=x.stride(3),
         BLOCK_E=width,
+        STACKED=how.stacked,
         **shared,
     )
     return out

@@ -26,7 +26,7 @@ def convolve_rows(
     x, query, rstd, weight, rope, lengths, space, time, states, key_sums, out,
     x_b, x_h, x_frame, query_b, query_n, query_h, query_d, weight_h, taps_h, blocks, band, norm_eps, eps,
     SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, HEADS: tl.constexpr,
-    STRIP: tl.constexpr, X_N: tl.constexpr, X_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    STRIP: tl.constexpr, X_N: tl.constexpr, X_D: tl.constexpr, BLOCK_E: tl.constexpr, STACKED: tl.constexpr,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +65,7 @@ def convolve_rows(
             weight += head * weight_h
         if rstd is not None:
             rstd += sample * tokens
-        high, low = in_two_terms(states, which, e, CHANNELS, BLOCK_D, DOT)
+        high, low = in_two_terms(states, which, e, STACKED, CHANNELS, BLOCK_D, DOT)
         key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
         row = tokens_of_queries(block, row, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
 
@@ -175,13 +175,19 @@ def strips_of(
 
 
 @triton.jit
-def in_two_terms(states, which, e, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
-    """Return some columns of a state, transposed, as the sum of two 16-bit terms."""
+def in_two_terms(
+    states, which, e, STACKED: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
+):
+    """Return some columns of a state, transposed, as the sum of two 16-bit terms; or both, one below the other."""
     d = tl.arange(0, BLOCK_D)[:, None]
     places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
     state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
     high = state.to(DOT)
-    return high, (state - high.to(tl.float32)).to(DOT)
+    low = (state - high.to(tl.float32)).to(DOT)
+    if STACKED:
+        low = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * state.shape[0], BLOCK_D))
+        high = low
+    return high, low
 
 
 @triton.jit
@@ -221,7 +227,9 @@ def attend(
             q, key_sum, rstd, weight, rope, start, row, tokens, norm_eps, eps,
             RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
-        columns = apart(state_times(high, low, tl.trans(q), scale, PRECISION), STRIP, BLOCK_N // STRIP, BLOCK_E)
+        columns = apart(
+            state_times(high, low, tl.trans(q), scale, BLOCK_E, PRECISION), STRIP, BLOCK_N // STRIP, BLOCK_E
+        )
     return columns
 
 

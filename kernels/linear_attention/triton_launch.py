@@ -31,6 +31,8 @@ class Launch:
     """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
     channels: int = 128
     """Of the convolution: channels of a head that a program takes, at most; a power of 2, at least 16."""
+    stacked: bool = False
+    """Of the convolution: whether both 16-bit terms of the state are one matrix of twice as many rows."""
 
 
 LAUNCHES: dict[tuple[str, int], Launch] = {

@@ -163,14 +163,19 @@ def question(
 
 
 @triton.jit
-def state_times(high, low, x, scale, PRECISION: tl.constexpr):
+def state_times(high, low, x, scale, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
     """Return the transpose of `times_state`, given the transposes of the state and of the tile.
 
-    The tile comes from shared memory here, so no warp repeats what another one did to it.
+    The tile comes from shared memory here, so no warp repeats what another one did to it. Where both are the terms one
+    below the other, more than BLOCK_E rows, one product is waited for instead of two, and takes more registers.
     """
-    product = tl.dot(high, x, input_precision=PRECISION) * scale[None, :]
-    if x.dtype == tl.bfloat16:
-        product += tl.dot(low, x) * scale[None, :]
+    product = tl.dot(high, x, input_precision=PRECISION)
+    if high.shape[0] > BLOCK_E:
+        product = tl.sum(tl.reshape(product, (2, BLOCK_E, x.shape[1])), axis=0) * scale[None, :]
+    else:
+        product *= scale[None, :]
+        if x.dtype == tl.bfloat16:
+            product += tl.dot(low, x) * scale[None, :]
     return product
 
 

@@ -54,7 +54,13 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
     floats = ("norm_eps", "eps")
     integers = ("weight_h", "tokens", "tiles", "blocks", "band")
     sides = {"ADDS": conv > 0, "SPACE": conv, "TIME": 3, "SIGN": 1, "TAPS": 40 * channels, "HEADS": 40}
-    sides |= {"STRIP": how.strip, "BLOCK_E": min(how.channels, channels), "X_N": 120 * channels, "X_D": 1}
+    sides |= {
+        "STACKED": how.stacked,
+        "STRIP": how.strip,
+        "BLOCK_E": min(how.channels, channels),
+        "X_N": 120 * channels,
+        "X_D": 1,
+    }
     names = [n for n in function.arg_names if not re.fullmatch("[A-Z_]+", n)]
     fixed = {**constants, **sides, **{f"{stream}_d": 1 for stream in streams}}
     fixed |= {n: None for n in ABSENT if n not in given}
