@@ -88,11 +88,11 @@ def score(
     _show(clips, paths, runner.names)
     if output is not None:
         _write(output, clips)
-    _tell_gaps(clips, runner.names)
+    useless = _tell_gaps(clips, runner.names)
     unread = [clip for clip in clips if clip.error]
     for clip in unread:
         typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
-    if unread:
+    if unread or useless:
         raise typer.Exit(1)
 
 
@@ -142,11 +142,15 @@ def _add_sum(clips: Sequence[Clip], weights: Sequence[float]) -> None:
             clip.scores["sum"] = sum(known) if len(known) == len(values) else None
 
 
-def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> None:
+def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
+    """Say which rewards left videos without a score; return whether one scored none at all."""
+    useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
         if gaps := [clip.path.name for clip in read if clip.scores.get(name) is None]:
             typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
+            useless |= len(gaps) == len(read)
+    return useless
 
 
 def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
     out = tmp_path / "t.jsonl"
     video = folders / "b" / "0.mp4"
     result = cli("score", video, "--prompt", "a cat", "--reward", f"world,{LEVEL}", "-o", out)
-    assert result.code == 0
+    assert result.code == 1
     assert rows(out)[0]["world"] is None
     assert rows(out)[0]["level"] > 0
     assert result.err.splitlines()[-1] == "postgen: world has no score for 0.mp4, 1 of 1 videos"

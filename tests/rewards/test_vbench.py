@@ -200,8 +200,9 @@ def test_background_consistency(clip_folder, clips):
 
 
 @torch.no_grad()
-def test_aesthetic_quality(tmp_path, clip_folder, clips):
+def test_aesthetic_quality(tmp_path, clip_folder, clips, monkeypatch):
     path, state = clip_folder
+    monkeypatch.setattr("postgen.rewards.vbench.PASS", 3)
     head = {"weight": torch.randn(1, 12), "bias": torch.tensor([5.0])}
     torch.save(head, tmp_path / "sa_0_4_vit_l_14_linear.pth")
     scores = AestheticQuality(str(path), head=str(tmp_path / "sa_0_4_vit_l_14_linear.pth"))(["", ""], clips)
