@@ -33,7 +33,8 @@ from postgen.rewards.weights import fill, find_file, pretrained, read_state
 
 SUBJECT, BACKGROUND, FLICKER = (0.1462, 1.0), (0.2615, 1.0), (0.6293, 1.0)
 """Empirical least and greatest value of a dimension, to which VBench's total scales it."""
-
+PASS = 64
+"""Frames that go through CLIP L/14 at once, so that long clips need no more memory than short ones."""
 AESTHETIC_HEAD = "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/sa_0_4_vit_l_14_linear.pth"
 
 
@@ -226,6 +227,10 @@ class AestheticQuality(FrameReward):
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the layer's value of the unit image feature, divided by 10."""
-        pixels = clip_view(frames_BK3HW.flatten(0, 1), self.net.config.image_size).to(self.dtype)
+        parts = frames_BK3HW.flatten(0, 1).split(PASS)
+        return torch.cat([self._some(part) for part in parts]).view(frames_BK3HW.shape[:2])
+
+    def _some(self, frames_F3HW: Tensor) -> Tensor:
+        pixels = clip_view(frames_F3HW, self.net.config.image_size).to(self.dtype)
         scores: Tensor = self.net.head(normalize(self.net(pixels).image_embeds, dim=-1))
-        return scores.float().view(frames_BK3HW.shape[:2]) / 10
+        return scores.float()[:, 0] / 10
