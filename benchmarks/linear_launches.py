@@ -32,8 +32,8 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
     if name == "convolution":
         sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128), (2, 3), (132, 264), (False, True))
         for tokens, warps, strip, channels, stages, programs, stacked in sizes:
-            # What waits in registers: 16 sums of each of 5 rows are as many as a thread has room for.
-            if 8 <= tokens * channels // (32 * warps) <= 16:
+            # A thread has two channels of a strip: with fewer, it loads less at once; with more, it has too many sums.
+            if tokens * channels == 2 * 32 * warps * strip:
                 yield {
                     "tokens": tokens,
                     "warps": warps,
