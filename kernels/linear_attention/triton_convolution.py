@@ -319,12 +319,7 @@ def slide(
                 row = weighted(row, wide, w, j, STRIP)
             if m == REACH:
                 for i in tl.static_range(0, TIME - 1):
-                    w = tl.load(
-                        time + (i + (i >= TIME // 2)) * TAPS,
-                        mask=e < CHANNELS,
-                        other=0.0,
-                        eviction_policy="evict_last",
-                    )
+                    w = tl.load(time + (i + (i >= TIME // 2)) * TAPS, mask=e < CHANNELS, other=0.0)
                     w = tl.where(exists(frame, i + (i >= TIME // 2), SIGN, TIME, FRAMES), w, 0.0)
                     row = weighted(row, seen, w, STRIP + SPACE - 1 + i * STRIP, STRIP)
         moved = moved + row
@@ -347,11 +342,11 @@ def tap_of(
 ):  # fmt: skip
     """Return the weights of one tap of a row; both convolutions have one at the centre."""
     if space is None:
-        w = tl.load(time + TIME // 2 * TAPS, mask=e < CHANNELS, other=0.0, eviction_policy="evict_last")
+        w = tl.load(time + TIME // 2 * TAPS, mask=e < CHANNELS, other=0.0)
     else:
-        w = tl.load(space + tap * TAPS, mask=e < CHANNELS, other=0.0, eviction_policy="evict_last")
+        w = tl.load(space + tap * TAPS, mask=e < CHANNELS, other=0.0)
         if time is not None and tap == SPACE * SPACE // 2:
-            w += tl.load(time + TIME // 2 * TAPS, mask=e < CHANNELS, other=0.0, eviction_policy="evict_last")
+            w += tl.load(time + TIME // 2 * TAPS, mask=e < CHANNELS, other=0.0)
     return w
 
 
