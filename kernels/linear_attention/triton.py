@@ -15,6 +15,7 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 from postgen.kernels.linear_attention.naive import Gradients, Terms
 from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_cache import reserve
 from postgen.kernels.linear_attention.triton_convolution import convolve_rows
 from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
 from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
@@ -193,7 +194,7 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
     some = space if space is not None else time
     assert some is not None
     side = sides(terms)
-    convolve_rows[(parts * blocks * bands, heads, batch)](
+    kernel = convolve_rows[(parts * blocks * bands, heads, batch)](
         x,
         query,
         None if query is None else rstd(query, terms),
@@ -226,6 +227,7 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
         STACKED=how.stacked,
         **shared,
     )
+    reserve(kernel, how.reserved)
     return out
 
 

@@ -33,6 +33,8 @@ class Launch:
     """Of the convolution: channels of a head that a program takes, at most; a power of 2, at least 16."""
     stacked: bool = False
     """Of the convolution: whether both 16-bit terms of the state are one matrix of twice as many rows."""
+    reserved: int = 0
+    """Of the convolution: percent of the on-chip memory for tiles, the first cache has the rest; 0 is no wish."""
 
 
 LAUNCHES: dict[tuple[str, int], Launch] = {

@@ -1,0 +1,35 @@
+"""How a processor's on-chip memory is shared between the tiles of a kernel and its first cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+_PREFER_NONE = 0
+_CARVEOUT = 9
+"""CU_FUNC_CACHE_PREFER_NONE and CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver."""
+
+
+def reserve(kernel: Any, percent: int) -> None:
+    """Ask for `percent` of the on-chip memory for tiles, from the second launch on; 0 leaves it to the compiler.
+
+    Triton asks for as much as there is where a kernel has tiles of more than 48 KiB, which leaves little to a kernel
+    that reads its neighbours' rows again. It is a hint: what the tiles need they get.
+
+    Args:
+        kernel: what a launch returned; None from the interpreter.
+    """
+    function = getattr(kernel, "function", None)
+    if percent > 0 and isinstance(function, int):
+        _reserve(function, percent)
+
+
+@functools.cache
+def _reserve(function: int, percent: int) -> None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no Linux, or no NVIDIA: slower, not wrong
+        return
+    driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), _PREFER_NONE)
+    driver.cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, percent)
