@@ -50,8 +50,8 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("grad_keys", 128): Launch(stages=3),
     ("turned_grad_keys", 64): Launch(),
     ("turned_grad_keys", 128): Launch(),
-    ("convolution", 64): Launch(tokens=32, strip=8, warps=4, stages=3),
-    ("convolution", 128): Launch(tokens=32, strip=8, stages=3),
+    ("convolution", 64): Launch(tokens=32, strip=8, warps=4, stages=3, reserved=30),
+    ("convolution", 128): Launch(tokens=32, strip=8, stages=3, stacked=True, reserved=30),
     ("grad_filters", 64): Launch(warps=4, stages=1),
     ("grad_filters", 128): Launch(warps=4, stages=1),
 }

