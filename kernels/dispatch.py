@@ -32,9 +32,20 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     if any(tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32) for tensor in tensors):
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         return f"the kernel reads bfloat16, float16 and float32, not {dtypes}"
-    if len({tensor.device for tensor in tensors}) > 1:
-        return "the tensors are on more than one device"
     return None if has_triton() else "triton is not installed (pip install triton)"
+
+
+def check_devices(operation: str, first: Tensor, *others: Tensor | None) -> None:
+    """Refuse tensors of several devices; for fake implementations too, which run where one of them is a meta tensor.
+
+    Raises:
+        ValueError: it names the devices.
+    """
+    strange = sorted({str(each.device) for each in others if each is not None and each.device != first.device})
+    if strange:
+        raise ValueError(
+            f"{operation} takes tensors of one device, got {first.device} and {', '.join(strange)}: move them to one"
+        )
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:

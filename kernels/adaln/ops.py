@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postgen.kernels.adaln import naive
-from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.dispatch import check_devices, uses_triton
 
 MAX_CHANNELS = 16384
 """The longest token that one program of the kernel holds in registers."""
@@ -37,8 +37,9 @@ def norm_modulate(
         rms: RMSNorm instead of LayerNorm: no mean is taken away.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes, dtypes or devices that do not belong together.
     """
+    check_devices("norm_modulate", x, scale, shift, weight, bias)
     _check(x, scale=scale, shift=shift)
     _check_channels(x, weight=weight, bias=bias)
     if _on_kernel("norm_modulate", x, scale, shift, weight, bias):
@@ -74,8 +75,9 @@ def gate_residual_norm_modulate(
         rms: see there.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes, dtypes or devices that do not belong together.
     """
+    check_devices("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias)
     _check(x, gate=gate, scale=scale, shift=shift)
     _check_channels(x, weight=weight, bias=bias)
     _check_answer(x, y)
@@ -97,8 +99,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         gate: (B, 1, C) or (B, N, C), any dtype; None is 1.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes, dtypes or devices that do not belong together.
     """
+    check_devices("gate_residual", x, y, gate)
     _check(x, gate=gate)
     _check_answer(x, y)
     if _on_kernel("gate_residual", x, y, gate):
@@ -118,6 +121,7 @@ def _(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
+    check_devices("norm_modulate", x, scale, shift, weight, bias)
     return x.new_empty(x.shape)
 
 
@@ -133,11 +137,13 @@ def _(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    check_devices("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @gate_residual.register_fake
 def _(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    check_devices("gate_residual", x, y, gate)
     return x.new_empty(x.shape)
 
 
@@ -187,6 +193,8 @@ def _on_kernel(operation: str, x: Tensor, *others: Tensor | None) -> bool:
 def _check(x: Tensor, **modulation: Tensor | None) -> None:
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"x must be (B, N, C) and not empty, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of floating-point numbers, got {x.dtype}")
     batch, tokens, channels = x.shape
     for name, tensor in modulation.items():
         if tensor is None:

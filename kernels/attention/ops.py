@@ -175,10 +175,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
     if any(x.dim() != 4 for x in (query, key, value)):
         raise ValueError(f"query must be (B, N, H, D), key and value (B, M, Hk, D), got {shapes}")
     batch, _, heads, channels = query.shape
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != channels or heads % key.shape[2]:
-        raise ValueError(f"query (B, N, H, D), key and value (B, M, Hk, D), H a multiple of Hk, do not fit: {shapes}")
     if query.numel() == 0 or key.numel() == 0:
         raise ValueError(f"nothing to attend to: {shapes}")
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != channels or heads % key.shape[2]:
+        raise ValueError(f"query (B, N, H, D), key and value (B, M, Hk, D), H a multiple of Hk, do not fit: {shapes}")
     if len({x.dtype for x in (query, key, value)}) > 1 or len({x.device for x in (query, key, value)}) > 1:
         raise ValueError("query, key and value must have one dtype and one device")
     if query.dtype not in TOLERANCE:

@@ -101,7 +101,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
     state = torch.einsum("bmhd,bmhe->bhde", rotate(k, terms), v)
     key_sum = k.sum(dim=1)
     if terms.state is not None and terms.key_sum is not None:
-        state, key_sum = state + exact(terms.state), key_sum + exact(terms.key_sum)
+        state, key_sum = state + terms.state.to(state.dtype), key_sum + terms.key_sum.to(state.dtype)
     divisor = torch.einsum("bnhd,bhd->bnh", q, key_sum) + terms.eps
     out = torch.einsum("bnhd,bhde->bnhe", rotate(q, terms), state) / divisor[..., None]
     if terms.conv_space is not None or terms.conv_time is not None:
@@ -196,7 +196,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
     if terms.qk_norm is None:
         return x
     normed = x * _reciprocal_rms(x, terms)
-    return normed if weight is None else normed * _by_head(exact(weight), x)
+    return normed if weight is None else normed * _by_head(weight.to(x.dtype), x)
 
 
 def rms_norm_backward(
@@ -270,7 +270,7 @@ def _by_head(weight: Tensor, x: Tensor) -> Tensor:
 def _depth_wise(weight: Tensor, value: Tensor) -> Tensor:
     """Return weights for every channel, (H * D, 1, rows, columns)."""
     heads, channels = value.shape[2:]
-    return exact(weight)[:, None].repeat(heads * channels // len(weight), 1, 1, 1)
+    return weight.to(value.dtype)[:, None].repeat(heads * channels // len(weight), 1, 1, 1)
 
 
 def _summed(filters: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.linear_attention import naive
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
@@ -42,7 +42,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, **terms: Any) ->
         **terms: the fields of `naive.Terms`: feature map, rotary embedding, norms, convolutions, lengths, state.
 
     Raises:
-        ValueError: shapes or names that do not belong together.
+        ValueError: shapes, names, dtypes or devices that do not belong together, or a `rope` that asks for a gradient.
         TypeError: a term that does not exist.
     """
     return linear_attention_with_state(query, key, value, **terms)[0]
@@ -56,7 +56,11 @@ def linear_attention_with_state(
     Given back as `state` and `key_sum`, a chunk's queries see its own keys and those of all chunks before. Positions
     must go on from chunk to chunk (`rope` takes any rows of the tables); the convolution in time sees its chunk only.
     """
-    out, state, key_sum = _forward(*_arguments(query, key, value, Terms(**terms)))
+    chosen = Terms(**terms)
+    _check_triples(chosen)
+    if torch.is_grad_enabled() and chosen.rope is not None and chosen.rope.requires_grad:
+        raise ValueError("rope requires a gradient, and linear attention gives none for it: detach() it")
+    out, state, key_sum = _forward(*_arguments(query, key, value, chosen))
     return out, state, key_sum
 
 
@@ -80,6 +84,7 @@ def _forward(
     rope_pairs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (query_weight, key_weight, conv_space, conv_time, rope, key_lengths, state, key_sum)
+    check_devices("linear_attention", query, key, value, *tensors)
     terms = _terms(tensors, feature_map, qk_norm, epsilons, grid, rope_pairs)
     _check(query, key, value, terms)
     if _on_kernel("linear_attention", query, key, value):
@@ -142,7 +147,8 @@ def linear_attention_backward(
 
 
 @_forward.register_fake
-def _(query: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("linear_attention", query, *(each for each in others if isinstance(each, Tensor)))
     return query.new_empty(query.shape), *_new_sums(query)
 
 
@@ -275,6 +281,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
     batch, _, heads, channels = query.shape
     if key.shape != value.shape or key.shape != (batch, key.shape[1], heads, channels):
         raise ValueError(f"query, key and value may differ in the queries' number only, got {shapes}")
+    dtypes = [x.dtype for x in (query, key, value)]
+    if not all(dtype.is_floating_point for dtype in dtypes) or (torch.float64 in dtypes and len(set(dtypes)) > 1):
+        raise ValueError(f"query, key and value must be floating-point, float64 all or none, got {dtypes}")
     if terms.feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map is {terms.feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
     if terms.qk_norm not in NORMS:
@@ -292,10 +301,20 @@ def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
         tensor = getattr(terms, name)
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape} for {shapes}, got {tuple(tensor.shape)}")
+    if terms.key_lengths is not None and terms.key_lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"key_lengths must be int32 or int64, got {terms.key_lengths.dtype}")
     if (terms.state is None) != (terms.key_sum is None):
         raise ValueError("state and key_sum belong together: give both or none")
     if terms.qk_norm is None and (terms.query_weight is not None or terms.key_weight is not None):
         raise ValueError(f"query_weight and key_weight need qk_norm, one of {', '.join(map(str, NORMS[1:]))}")
+
+
+def _check_triples(terms: Terms) -> None:
+    """Refuse what is no number for each of frames, rows and columns, before it becomes lists of an operation."""
+    for name, least in (("grid", 1), ("rope_pairs", 0)):
+        numbers = getattr(terms, name)
+        if numbers is not None and (len(numbers) != 3 or min(numbers) < least):
+            raise ValueError(f"{name} must be three numbers from {least} on: frames, rows, columns; got {numbers}")
 
 
 def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
@@ -316,11 +335,12 @@ def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
                 f"rope must be {size} and rope_pairs three numbers that add up to {channels // 2}, "
                 f"got {tuple(terms.rope.shape)} and {terms.rope_pairs}"
             )
-    filters = [each for each in (terms.conv_space, terms.conv_time) if each is not None]
-    widths = {len(each) for each in filters}
-    square = all(len(set(each.shape[1:])) == 1 and each.shape[1] % 2 for each in filters)
-    if filters and not (square and widths in ({channels}, {channels * query.shape[2]})):
+    filters = [(each, sides) for each, sides in ((terms.conv_space, 2), (terms.conv_time, 1)) if each is not None]
+    square = all(
+        each.dim() == sides + 1 and len(set(each.shape[1:])) == 1 and each.shape[1] % 2 for each, sides in filters
+    )
+    if filters and not (square and {len(each) for each, _ in filters} in ({channels}, {channels * query.shape[2]})):
         raise ValueError(
             f"conv_space and conv_time must be (C, s, s) and (C, s), s odd, C in both {channels} or "
-            f"{channels * query.shape[2]}, got {', '.join(str(tuple(each.shape)) for each in filters)}"
+            f"{channels * query.shape[2]}, got {', '.join(str(tuple(each.shape)) for each, _ in filters)}"
         )

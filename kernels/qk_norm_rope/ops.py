@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.qk_norm_rope import naive
 
 MAX_CHANNELS = 1024
@@ -54,8 +54,11 @@ def qk_norm_rope(
         heads_first: the results are (B, H, N, D), else (B, N, H, D); contiguous both.
 
     Raises:
-        ValueError: an unknown norm, or shapes that do not belong together.
+        ValueError: an unknown norm; shapes, dtypes or devices that do not belong together; tables that ask for a
+            gradient.
     """
+    if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
+        raise ValueError("cos and sin require a gradient, and qk_norm_rope gives none for them: detach() them")
     found: tuple[Tensor, Tensor, Tensor] = _qk_norm_rope(
         q, k, v, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift, eps, norm, half, first_token, heads_first
     )
@@ -80,6 +83,7 @@ def _qk_norm_rope(
     first_token: int,
     heads_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("qk_norm_rope", q, k, v, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift)
     _check(q, k, v, cos, sin, (q_weight, k_weight, q_bias, k_bias), k_shift, norm, first_token)
     options: dict[str, Any] = {"eps": eps, "norm": norm, "half": half, "first_token": first_token}
     out = _empty_results(q, k, v, heads_first)
@@ -135,8 +139,9 @@ def qk_norm_rope_int8(
         heads_first: see there.
 
     Raises:
-        ValueError: an unknown norm, or shapes that do not belong together.
+        ValueError: an unknown norm; shapes, dtypes or devices that do not belong together.
     """
+    check_devices("qk_norm_rope_int8", q, k, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift)
     _check(q, k, None, cos, sin, (q_weight, k_weight, q_bias, k_bias), k_shift, norm, first_token)
     options: dict[str, Any] = {"eps": eps, "norm": norm, "half": half, "first_token": first_token}
     q_out, q_scale, k_out, k_scale = out = _empty_int8(q, k, heads_first)
@@ -173,6 +178,7 @@ def _(
     first_token: int,
     heads_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("qk_norm_rope", q, k, v, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift)
     return _empty_results(q, k, v, heads_first)
 
 
@@ -193,6 +199,7 @@ def _(
     first_token: int = 0,
     heads_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices("qk_norm_rope_int8", q, k, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift)
     return _empty_int8(q, k, heads_first)
 
 
@@ -257,9 +264,11 @@ def _check(
     batch, tokens, heads, channels = q.shape
     if k.dim() != 4 or k.numel() == 0 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, tokens, channels):
         raise ValueError(f"k {tuple(k.shape)} may differ from q {tuple(q.shape)} in its heads only")
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise ValueError(f"q and k must be of floating-point numbers, got {q.dtype} and {k.dtype}")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v {tuple(v.shape)} and k {tuple(k.shape)} must have one shape")
-    if k_shift is not None and (k_shift.shape[0] not in (1, batch) or k_shift.shape[1:] != k.shape[2:]):
+    if k_shift is not None and tuple(k_shift.shape) not in ((1, *k.shape[2:]), (batch, *k.shape[2:])):
         raise ValueError(f"k_shift must be (1 or B, Hk, D) for k {tuple(k.shape)}, got {tuple(k_shift.shape)}")
     _check_affine(norm, affine, (heads, k.shape[2]), channels)
     _check_tables(q, k, cos, sin, first_token)

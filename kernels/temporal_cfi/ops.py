@@ -7,7 +7,7 @@ Plain torch takes a few locations at a time, so that memory does not grow; the k
 import torch
 from torch import Tensor
 
-from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.dispatch import check_devices, uses_triton
 
 MAX_TILE_BYTES = 32768
 """The kernel's limit: T rows of D numbers, both rounded up to a power of 2 (T = 64 of D = 128 in float32)."""
@@ -31,9 +31,11 @@ def temporal_self_share(
         chunk_size: locations at a time, in plain torch; None takes as many as fit 64 MiB.
 
     Raises:
-        ValueError: shapes that do not belong together, nothing to measure, or a chunk below 1.
+        ValueError: shapes or devices that do not belong together, nothing to measure, a block or a chunk that is no
+            number of frames or locations.
     """
-    _check(query, key, chunk_size)
+    check_devices("temporal_self_share", query, key)
+    _check(query, key, causal_block, chunk_size)
     if uses_triton("temporal_self_share", query, key, obstacle=_obstacle(query, key)):
         from postgen.kernels.temporal_cfi import triton
 
@@ -47,6 +49,7 @@ def temporal_self_share(
 def _(
     query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
 ) -> Tensor:
+    check_devices("temporal_self_share", query, key)
     return query.new_empty(query.shape[0], dtype=_compute_dtype(query))
 
 
@@ -107,7 +110,7 @@ def _power_of_2(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def _check(query: Tensor, key: Tensor, chunk_size: int | None) -> None:
+def _check(query: Tensor, key: Tensor, causal_block: int, chunk_size: int | None) -> None:
     if query.dim() != 5 or key.dim() != 5:
         raise ValueError(f"query and key must be (B, T, S, heads, D), got {tuple(query.shape)} and {tuple(key.shape)}")
     (*places, heads, channels), (*key_places, key_heads, key_channels) = query.shape, key.shape
@@ -117,5 +120,7 @@ def _check(query: Tensor, key: Tensor, chunk_size: int | None) -> None:
         raise ValueError(f"there is nothing to measure in {tuple(query.shape)} and {tuple(key.shape)}")
     if heads % key_heads:
         raise ValueError(f"{heads} query heads are no multiple of {key_heads} key heads")
+    if causal_block < 0:
+        raise ValueError(f"causal_block must be a number of frames, or 0 for no mask, got {causal_block}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

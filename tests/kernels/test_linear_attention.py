@@ -135,12 +135,30 @@ def test_the_maths_is_done_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(out, linear_attention(q.float(), k.float(), v.float()).to(dtype))
 
 
+def test_weights_and_states_of_another_dtype_are_taken_in_that_of_the_sums() -> None:
+    q, k, v = exact_inputs()
+    exact, rounded = given("all"), terms("all", SHAPE, GRID)
+    single = {name: getattr(rounded, name) for name in exact}
+    for x, y in zip(
+        linear_attention_with_state(q, k, v, **single), linear_attention_with_state(q, k, v, **exact), strict=True
+    ):
+        assert torch.equal(x, y)
+    for x in linear_attention_with_state(q.float(), k.float(), v.float(), **exact):
+        assert x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("case", ["plain", "all"])
 def test_is_registered_well(case: str) -> None:
     q, k, v = (x.clone().requires_grad_() for x in inputs(SHAPE))
     chosen = terms(case, SHAPE, GRID)
     arguments = ops._arguments(q, k, v, chosen)
     torch.library.opcheck(ops._forward, arguments)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, *sums = (x.detach() for x in ops._forward(*arguments))
+    gradients = (out, *sums) if case == "all" else (out, None, None)
+    torch.library.opcheck(
+        ops.linear_attention_backward, (*gradients, *sums, q, k, v, *arguments[3:9], *arguments[11:])
+    )
 
 
 @pytest.mark.parametrize(
