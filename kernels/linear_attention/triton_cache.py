@@ -6,6 +6,8 @@ import ctypes
 import functools
 from typing import Any
 
+import torch
+
 _PREFER_NONE = 0
 _CARVEOUT = 9
 """CU_FUNC_CACHE_PREFER_NONE and CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver."""
@@ -21,7 +23,8 @@ def reserve(kernel: Any, percent: int) -> None:
         kernel: what a launch returned; None from the interpreter.
     """
     function = getattr(kernel, "function", None)
-    if percent > 0 and isinstance(function, int):
+    # On ROCm a handle is none of CUDA's driver, which may be there all the same.
+    if percent > 0 and isinstance(function, int) and torch.version.cuda is not None:
         _reserve(function, percent)
 
 
