@@ -25,29 +25,36 @@ class FusedOpsHandle:
     @property
     def config(self) -> FusedOpsConfig:
         """The settings."""
-        return self._first.config
+        return self._living[0][1].config
 
     @property
     def enabled(self) -> bool:
         """Whether they act."""
-        return self._first.enabled
+        return self._living[0][1].enabled
 
     @property
-    def _first(self) -> Fusion:
-        if not self._parts:
+    def _living(self) -> list[tuple[nn.Module, Fusion]]:
+        """The transformers that these operations are on; `remove_fused_ops` may have taken them off one."""
+        found = list(_still_on(self._parts).values())
+        if not found:
             raise UserError("the fused operations were removed: apply them again")
-        return next(iter(self._parts.values()))[1]
+        return found
 
     def enable(self) -> None:
-        """Act again after `disable`."""
-        if not self._first.enabled:
-            for model, fusion in self._parts.values():
-                fusion.install(model)
+        """Act again after `disable`.
+
+        Raises:
+            UserError: they were removed, or a block was changed meanwhile so that they cannot act; nothing changes.
+        """
+        off = [(model, fusion) for model, fusion in self._living if not fusion.enabled]
+        for model, fusion in off:
+            Fusion(model, fusion.config)
+        for model, fusion in off:
+            fusion.install(model)
 
     def disable(self) -> None:
         """Give the stock model back, bit by bit, until `enable`."""
-        self._first  # noqa: B018 - raises where nothing is installed
-        for model, fusion in self._parts.values():
+        for model, fusion in self._living:
             fusion.disable(model)
 
     def update(self, config: FusedOpsConfig | None = None, **changes: Any) -> None:
@@ -65,22 +72,25 @@ class FusedOpsHandle:
             raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
         new = dataclasses.replace(config or self.config, **changes)
         # Everything that can be wrong shows here, before anything changes.
-        for model, _ in self._parts.values():
+        living = self._living
+        for model, _ in living:
             Fusion(model, new)
-        for model, fusion in self._parts.values():
+        for model, fusion in living:
             fusion.configure(model, new)
 
     def remove(self) -> None:
         """Take them off: the model is as before, bit by bit."""
-        self._first  # noqa: B018 - raises where nothing is installed
-        for model, fusion in self._parts.values():
-            if installed(model).plug_ins.get(NAME) is fusion:
-                fusion.remove(model)
+        for model, fusion in self._living:
+            fusion.remove(model)
         self._parts = {}
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Return in how many layers or blocks which operation is fused, by component of the pipeline."""
-        return {part: fusion.counts() for part, (_, fusion) in self._parts.items()}
+        return {part: fusion.counts() for part, (_, fusion) in _still_on(self._parts).items()}
+
+
+def _still_on(parts: Mapping[str, tuple[nn.Module, Fusion]]) -> dict[str, tuple[nn.Module, Fusion]]:
+    return {part: each for part, each in parts.items() if installed(each[0]).plug_ins.get(NAME) is each[1]}
 
 
 def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedOpsHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +14,42 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def fuse_block(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let a block compute by another forward, under whatever hooks it has.
+def check_block(block: nn.Module) -> None:
+    """Refuse a block whose forward was replaced in a way that cannot be looked through.
 
     Raises:
-        UserError: somebody replaced its forward in a way that cannot be looked through; nothing is changed then.
+        UserError: what to do instead.
     """
     kind: Any = type(block)
-    block.__class__ = _fused_class(kind, forward)
-    if not rebind_forward(block, kind.forward, forward):
-        block.__class__ = kind
+    if not rebind_forward(block, kind.forward, kind.forward):
         raise UserError(
             f"the forward of a {kind.__name__} was replaced (torch.compile of it alone does that): apply the fused"
             " operations first, or use block.compile()"
         )
 
 
+def fuse_block(block: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a block compute by another forward, under whatever hooks it has.
+
+    Raises:
+        UserError: somebody replaced its forward in a way that cannot be looked through; nothing is changed then.
+    """
+    check_block(block)
+    kind: Any = type(block)
+    block.__class__ = _fused_class(kind, forward)
+    rebind_forward(block, kind.forward, forward)
+
+
 def restore_block(block: nn.Module) -> None:
-    """Undo `fuse_block`."""
+    """Undo `fuse_block`; where somebody replaced the forward since, say that it still ends in the fused one."""
     fused: Any = type(block)
     block.__class__ = fused.postgen_parent
-    rebind_forward(block, fused.forward, fused.postgen_parent.forward)
+    if not rebind_forward(block, fused.forward, fused.postgen_parent.forward):
+        warnings.warn(
+            f"the forward of a {fused.__name__} was replaced while fused operations were on, and what replaced it may"
+            " still call them: delete block.forward",
+            stacklevel=2,
+        )
 
 
 def is_fused(block: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from postgen.compat import install_attention_tap
 from postgen.families import layout_of
 from postgen.families.installed import installed
 from postgen.families.processors import processor_stack
-from postgen.fused.blocks import fuse_block, restore_block
+from postgen.fused.blocks import check_block, fuse_block, restore_block
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.known import family_of, replacement_for
 
@@ -32,7 +32,7 @@ class Fusion:
         """Find what is replaced by what; nothing changes where something is not known.
 
         Raises:
-            UserError: an unknown transformer, processor or block.
+            UserError: an unknown transformer, processor or block, or somebody replaced the forward of a block.
         """
         family, layout = family_of(model), layout_of(model)
         attends: dict[str, Callable[..., Any]] = {}
@@ -45,6 +45,7 @@ class Fusion:
                 attends[name] = functools.partial(found.fused, config)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
+                check_block(block)
                 kind = type(block)
                 kind = getattr(kind, "postgen_parent", kind)
                 forwards[name] = replacement_for(kind, kind.forward, family.blocks, "adaln=False").fused
@@ -91,7 +92,7 @@ class Fusion:
         """Take new settings; nothing changes where they are wrong.
 
         Raises:
-            UserError: an unknown processor or block.
+            UserError: an unknown processor or block, or somebody replaced the forward of a block.
         """
         wanted = Fusion(model, config)
         enabled = self.enabled

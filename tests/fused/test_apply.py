@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,3 +203,72 @@ def test_a_forward_that_cannot_be_looked_through_is_refused(wan: TinyModel) -> N
         postgen.apply_fused_ops(transformer)
     assert not any(map(is_fused, transformer.blocks))
     assert installed(transformer).plug_ins == {}
+
+
+def replace_forward(block: Any) -> None:
+    stock = block.forward
+    block.forward = lambda *args, **kwargs: stock(*args, **kwargs)
+
+
+def test_all_transformers_of_a_pipeline_or_none(wan: TinyModel) -> None:
+    first, second = copy.deepcopy(wan.transformer), copy.deepcopy(wan.transformer)
+    replace_forward(second.blocks[1])
+    pipe = SimpleNamespace(components={"transformer": first, "transformer_2": second})
+    with pytest.raises(postgen.UserError, match="the forward of a WanTransformerBlock was replaced"):
+        postgen.apply_fused_ops(pipe)
+    assert installed(first).plug_ins == {}
+    assert not any(map(is_fused, first.blocks))
+
+
+def test_what_fails_changes_nothing(wan: TinyModel) -> None:
+    twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
+    config = postgen.FusedOpsConfig(adaln=False)
+    handle = postgen.apply_fused_ops(twin.transformer, config)
+    replace_forward(twin.transformer.blocks[0])
+    for enabled in (True, False):
+        with pytest.raises(postgen.UserError, match="was replaced"):
+            handle.update(adaln=True)
+        with pytest.raises(postgen.UserError, match="was replaced"), fused_for_call(twin.transformer, True):
+            pass
+        assert (handle.config, handle.enabled) == (config, enabled)
+        assert runs(twin) == ({"qk_norm_rope", "attention"} if enabled else set())
+        handle.disable()
+
+
+def test_a_forward_that_is_replaced_later_is_told_of(wan: TinyModel) -> None:
+    twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
+    handle = postgen.apply_fused_ops(twin.transformer)
+    replace_forward(twin.transformer.blocks[0])
+    with pytest.warns(UserWarning, match=r"still call them: delete block\.forward"):
+        handle.disable()
+    with pytest.raises(postgen.UserError, match="was replaced"):
+        handle.enable()
+    assert not is_fused(twin.transformer.blocks[1])
+    del twin.transformer.blocks[0].forward
+    assert torch.equal(twin(), wan())
+    handle.enable()
+    assert runs(twin) == EVERYTHING
+
+
+def test_a_handle_knows_that_they_were_removed(wan: TinyModel) -> None:
+    stock = wan()
+    stale = postgen.apply_fused_ops(wan.transformer)
+    postgen.remove_fused_ops(wan.transformer)
+    assert stale.stats() == {}
+    for _ in range(2):
+        for act in (
+            stale.enable,
+            stale.disable,
+            stale.remove,
+            lambda: stale.update(adaln=False),
+            lambda: stale.config,
+        ):
+            with pytest.raises(postgen.UserError, match="were removed: apply them again"):
+                act()
+        # The second time others are on, which are none of its business.
+        if not installed(wan.transformer).plug_ins:
+            assert torch.equal(wan(), stock)
+            handle = postgen.apply_fused_ops(wan.transformer)
+    assert runs(wan) == EVERYTHING
+    handle.remove()
+    assert torch.equal(wan(), stock)
