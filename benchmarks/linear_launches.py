@@ -71,9 +71,20 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
     }
 
 
-def compile_all(options: argparse.Namespace) -> None:
+def unusable(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with options, or None."""
+    if options.channels % 2 or not 32 < options.channels <= 128:
+        return f"--channels {options.channels}: the table has launches for even numbers from 34 to 128"
+    if min(options.heads, *options.grid) < 1 or options.workers < 0:
+        return "--heads and --grid take numbers from 1 on, --workers from 0 on"
+    if options.only and options.conv != ("convolution" in options.only):
+        return "--only convolution and --conv go together: with a convolution that pass is the only one"
+    return None
+
+
+def compile_all(options: argparse.Namespace, argv: list[str]) -> None:
     """Compile every launch in processes of their own, which takes longer than the timing; results stay on disk."""
-    words = [sys.executable, "-m", "benchmarks.linear_launches", *sys.argv[1:], "--workers", "0"]
+    words = [sys.executable, "-m", "benchmarks.linear_launches", *argv, "--workers", "0"]
     parts = [f"{part}/{options.workers}" for part in range(options.workers)]
     for process in [subprocess.Popen([*words, "--compile_only", part]) for part in parts]:
         process.wait()
@@ -112,8 +123,8 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], chan
 def main(argv: list[str] | None = None) -> int:
     """Sweep the passes of one shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 128")
+    parser.add_argument("--heads", type=int, default=12, help="from 1 on")
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
     parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
     parser.add_argument("--conv", action="store_true", help="the pass with 5 x 5 taps in space and 3 in time")
@@ -121,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
     parser.add_argument("--compile_only", metavar="PART/PARTS", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if wrong := unusable(options):
+        print(wrong, file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("benchmarks.linear_launches needs a GPU: torch sees none", file=sys.stderr)
         return 2
@@ -145,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         launch_part(calls, sets[0], options.channels, options.compile_only)
         return 0
     if options.workers:
-        compile_all(options)
+        compile_all(options, sys.argv[1:] if argv is None else argv)
     for name, call in calls.items():
         sweep(name, call, sets, options.channels)
     return 0

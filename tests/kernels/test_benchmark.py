@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import fused_step, linear_launches
 from benchmarks import kernels as benchmark
 from benchmarks.kernels import Shape, adaln, gates, norm_rope, temporal_cfi
 
@@ -85,3 +86,70 @@ def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
     values = {each["name"]: each["value"] for each in found["gates"]}
     assert values["linear_fwd_over_floor"] == 1.2
     assert values["eav_step_overhead"] == 0.004
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is no result that benchmarks.kernels has measured: JSONDecodeError"),
+        ("[]", "is no result that benchmarks.kernels has measured"),
+        ('{"gates": []}', "is no result that benchmarks.kernels has measured: KeyError"),
+        ('{"date": 0, "device": 0, "versions": 0, "copy_tb_per_s": 0, "rows": [{"op": "x"}]}', "KeyError('shape')"),
+    ],
+)
+def test_files_that_cannot_be_joined(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, out = tmp_path / "broken.json", tmp_path / "out.json"
+    if text is not None:
+        broken.write_text(text)
+    assert benchmark.main(["--join", str(broken), "-o", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith(str(broken))
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_what_no_file_has_measured_passes_no_gate(tmp_path: Path) -> None:
+    part, out = tmp_path / "part.json", tmp_path / "out.json"
+    row = {"op": "temporal_cfi", "shape": "Wan", "over_floor": 1.0, "extra_mib": 0.1, "vs_eager": 9.0}
+    stamp = {"date": "today", "device": "one", "versions": {}, "copy_tb_per_s": 2.4}
+    part.write_text(json.dumps({**stamp, "rows": [{**row, "relative_error": 1e-5}]}))
+    assert benchmark.main(["--join", str(part), "-o", str(out)]) == 0
+    found = {each["name"]: each["ok"] for each in json.loads(out.read_text())["gates"]}
+    assert {name for name, ok in found.items() if ok} == {name for name in found if name.startswith("cfi_")}
+    assert len(found) == 21
+
+
+def test_operations_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--only", "temporal_cfi", "adaln"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--only adaln: there is adaln gate + residual + norm + modulate, adaln norm + modulate, ")
+    assert benchmark.main(["--only", "temporal_cfi", "--join", "a.json"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--channels", "16"], "--channels 16: the table has launches for even numbers from 34 to 128"),
+        (["--channels", "130"], "--channels 130"),
+        (["--heads", "0"], "from 1 on"),
+        (["--only", "convolution"], "go together"),
+        (["--only", "keys", "--conv"], "go together"),
+    ],
+)
+def test_launches_of_passes_that_there_are_not(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert linear_launches.main(options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("main", [benchmark.main, linear_launches.main, fused_step.main])
+def test_without_a_gpu(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.endswith(" needs a GPU: torch sees none\n")
