@@ -20,15 +20,16 @@ def write_card(trainer: GroupTrainer[Any], folder: Path) -> None:
     args = trainer.args
     curves = draw_curves(args.folder / "metrics.jsonl", folder / "curves.png")
     sheets = sorted((args.folder / "samples").glob("step-*.png"))
-    for name, sheet in (("before.png", sheets[:1]), ("after.png", sheets[1:][-1:])):
-        for path in sheet:
+    before = [path for path in sheets if path.stem == "step-000000"]
+    for name, found in (("before.png", before), ("after.png", [path for path in sheets if path not in before][-1:])):
+        for path in found:
             shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(_text(trainer, folder, curves), encoding="utf-8")
 
 
 def _text(trainer: GroupTrainer[Any], folder: Path, curves: list[str]) -> str:
     args, policy = trainer.args, trainer.policy
-    base = args.model or "the embedded model of postgen"
+    base, hub = _base(trainer)
     rewards = ", ".join(
         f"{name} (weight {weight:g})"
         for name, weight in zip(trainer.runner.names, trainer.runner.weights, strict=True)
@@ -36,7 +37,7 @@ def _text(trainer: GroupTrainer[Any], folder: Path, curves: list[str]) -> str:
     lines = [
         "---",
         "library_name: diffusers",
-        *([f"base_model: {args.model}"] if args.model and args.model.count("/") == 1 else ()),
+        *([f"base_model: {base}"] if hub else ()),
         f"tags: [postgen, {args.method or type(trainer).__name__}{', lora' if policy.adapter else ''}]",
         "---",
         "",
@@ -65,6 +66,18 @@ def _text(trainer: GroupTrainer[Any], folder: Path, curves: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _base(trainer: GroupTrainer[Any]) -> tuple[str, bool]:
+    """Return the name of the model that was trained, and whether it looks like one of the hub."""
+    source = trainer.source
+    if source is None:
+        return "the embedded model of postgen", False
+    if isinstance(source, str | Path):
+        name = str(source)
+    else:
+        name = getattr(source, "name_or_path", None) or f"a {type(source).__name__} made in Python"
+    return name, name.count("/") == 1 and not Path(name).exists()
 
 
 def _use(trainer: GroupTrainer[Any]) -> list[str]:

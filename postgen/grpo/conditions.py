@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
@@ -60,13 +61,16 @@ class Embeddings:
         """Return the condition of a row, batch size 1."""
         negative = row.get("negative_prompt")
         negative = self.negative_prompt if negative is None else str(negative)
-        key = row["prompt"], negative if self.guidance else "", str(row.get("image"))
+        image = row.get("image")
+        # Rows live as long as the run. What a tensor prints leaves most of it out: two pictures may print alike.
+        picture_key = str(image) if image is None or isinstance(image, str | Path) else f"object {id(image)}"
+        key = row["prompt"], negative if self.guidance else "", picture_key
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         made = self.denoiser.encode_prompt([row["prompt"]], [negative], guidance=self.guidance)
-        if row.get("image") is not None:
-            picture = load_image(row["image"], self.size["height"], self.size["width"])
+        if image is not None:
+            picture = load_image(image, self.size["height"], self.size["width"])
             made = {**made, **self.denoiser.encode_image(picture[None], self.size["num_frames"])}
         self._known[key] = {name: value.detach().to(self.device) for name, value in made.items()}
         if not self.keep_all and len(self._known) > _KEPT:
@@ -81,7 +85,10 @@ def load_image(image: Any, height: int, width: int) -> Tensor:
         UserError: it cannot be read.
     """
     if isinstance(image, Tensor):
-        return image.float()
+        if tuple(image.shape[-2:]) == (height, width):
+            return image.float()
+        resized = interpolate(image[None].float(), (height, width), mode="bicubic", antialias=True)[0]
+        return resized.clamp(0, 1)
     import numpy as np
     from PIL import Image
 
@@ -91,5 +98,5 @@ def load_image(image: Any, height: int, width: int) -> Tensor:
                 image = opened.convert("RGB")
         except OSError as error:
             raise UserError(f"cannot read the picture {image}: {error}") from error
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
+    picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255

@@ -155,7 +155,7 @@ class RolloutConfig(TrainingConfig):
     """Recompute activations in the backward pass: less memory, a third more time."""
 
     dry_run: bool = False
-    """Build nothing larger than a description of the model; print an estimate of memory and cost, then end."""
+    """Load the model, print an estimate of memory and cost, then end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,17 +36,20 @@ def estimate(trainer: GroupTrainer[Any]) -> dict[str, float]:
     rollout, train = passes(trainer)
     frames, height, width = (trainer.size[name] for name in ("num_frames", "height", "width"))
     here = batches.samples // batches.processes
-    stored = trainer.sampler.how.window + 2 if isinstance(args, DanceGRPOConfig) else 1
+    forward_process = not isinstance(args, DanceGRPOConfig)
+    stored = 1 if forward_process else trainer.sampler.how.window + 2
     means = trainer.sampler.how.window if trainer.sampler.how.keep_means else 0
     backward = trainer.meter.backward
+    beside = int(forward_process) + int(args.beta > 0)  # passes of the old and of the reference policy
     per_rollout = batches.samples * rollout + batches.samples * batches.kept / batches.group * (
-        batches.iterations * train * (1 + backward)
+        batches.iterations * train * (1 + backward + beside)
     )
     updates = batches.updates * batches.iterations
+    copies = int(forward_process) + int(policy.copies_reference)
     return {
         "bytes/weights": float(_bytes(_parameters(policy.pipe.components.values()))),
-        # Gradient, two moments of AdamW, and the average, all float32.
-        "bytes/training": float(sum(p.numel() for p in trained) * 4 * (4 if args.ema_decay else 3)),
+        # Gradient, two moments of AdamW, the average, and what stands in for other policies, all float32.
+        "bytes/training": float(sum(p.numel() for p in trained) * 4 * (3 + int(args.ema_decay > 0) + copies)),
         "bytes/rollout": float(here * latent * (stored + means)),
         "bytes/clips": float(here * frames * 3 * height * width * 4),
         "trained_parameters": float(sum(p.numel() for p in trained)),

@@ -63,7 +63,7 @@ class Evaluator:
         if process.is_main_process and args.eval_grid:
             texts = [chosen[number]["prompt"] for number in numbers[: len(shown)]]
             write_samples(args.folder / "samples", trainer.global_step, shown, texts, trainer.policy.fps)
-        return self._means(gather_object([(rows, metrics)]))
+        return self._means(gather_object([(rows, metrics, trainer.meter.read())]))
 
     def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> tuple[Rows, dict[str, float], list[Tensor]]:
         trainer, count = self.trainer, self.trainer.args.num_generations_eval
@@ -79,7 +79,7 @@ class Evaluator:
             for copy in range(count)
         ]
         condition = trainer.embeddings.table(lambda place: rows[place])
-        latents = self.sampler.draw(samples, condition, len(samples)).clean
+        latents = self.sampler.draw(samples, condition, trainer.args.rollout_batch).clean
         clips = trainer.decode(latents)
         owners = [rows[sample.prompt] for sample in samples]
         result = trainer.score(owners, clips, latents)
@@ -106,17 +106,20 @@ class Evaluator:
             **columns(rows),
         )
 
-    def _means(self, parts: list[tuple[Rows, list[tuple[dict[str, float], int]]]]) -> dict[str, float]:
-        rows = [row for found, _ in parts for row in found]
+    def _means(
+        self, parts: list[tuple[Rows, list[tuple[dict[str, float], int]], dict[str, float]]]
+    ) -> dict[str, float]:
+        """Return means over the samples of all processes, and the sums of what these have spent on training."""
+        rows = [row for found, _, _ in parts for row in found]
         names = dict.fromkeys(name for row in rows for name in row)
         means = {name: _mean([row[name] for row in rows if name in row]) for name in names}
-        noted = [pair for _, metrics in parts for pair in metrics]
+        noted = [pair for _, metrics, _ in parts for pair in metrics]
         for name in dict.fromkeys(name for values, _ in noted for name in values):
             pairs = [(values[name], count) for values, count in noted if name in values]
             means[name] = sum(value * count for value, count in pairs) / sum(count for _, count in pairs)
         means["samples"] = float(len(rows))
-        spent = self.trainer.meter.read()
-        means |= {f"cost/{name}": spent[name] for name in ("forward_equivalents", "transformer_seconds")}
+        for name in ("forward_equivalents", "transformer_seconds"):
+            means[f"cost/{name}"] = sum(spent[name] for _, _, spent in parts)
         return means | self._watch(means)
 
     def _watch(self, means: dict[str, float]) -> dict[str, float]:

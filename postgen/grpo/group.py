@@ -57,7 +57,8 @@ class GroupTrainer(Trainer[G]):
     """Rolls groups of samples out, scores them and hands micro-batches with advantages to `learn`.
 
     Args:
-        model: a diffusers folder or hub id, a pipeline, or None for the embedded model.
+        model: a diffusers folder or hub id, or a pipeline. Without it, as without `reward_funcs`, the data sets and
+            `eval_reward_funcs`, that of `args` is taken; the embedded model when that names none either.
         reward_funcs: what `postgen.rewards.get_reward` takes, one or several.
         args: the configuration.
         train_dataset: prompts, as in the configuration or as rows.
@@ -86,11 +87,13 @@ class GroupTrainer(Trainer[G]):
         if args is None:
             raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}")
         super().__init__(args, callbacks)
-        self._model, self._peft_config = model, peft_config
+        self.source, self._peft_config = args.model if model is None else model, peft_config
+        train_dataset = args.train_dataset if train_dataset is None else train_dataset
+        eval_dataset = args.eval_dataset if eval_dataset is None else eval_dataset
         if train_dataset is None:
             raise UserError("there are no prompts: give train_dataset")
-        self.runner = self._runner(reward_funcs, args.reward_weights or None)
-        gold = [eval_reward_funcs] if isinstance(eval_reward_funcs, str) else eval_reward_funcs
+        self.runner = self._runner(reward_funcs or args.reward_funcs, args.reward_weights or None)
+        gold = eval_reward_funcs or args.eval_reward_funcs
         self.gold = self._runner(gold, None) if gold else None
         self.prompts = Prompts(train_dataset, "train_dataset", seed=args.seed, shuffle=args.shuffle_dataset)
         self.eval_prompts = None
@@ -107,14 +110,7 @@ class GroupTrainer(Trainer[G]):
     @classmethod
     def from_config(cls, args: G) -> Self:
         """Return the trainer of a recipe."""
-        return cls(
-            args.model,
-            args.reward_funcs,
-            args,
-            args.train_dataset,
-            args.eval_dataset,
-            eval_reward_funcs=args.eval_reward_funcs,
-        )
+        return cls(args=args)
 
     def _runner(self, rewards: Any, weights: Sequence[float] | None) -> RewardRunner:
         if not rewards:
@@ -166,17 +162,22 @@ class GroupTrainer(Trainer[G]):
     # The trainer's hooks.
 
     def train(self) -> TrainResult:
-        """Run as `Trainer.train`, or with `dry_run` print an estimate and return."""
+        """Run as `Trainer.train`; `dry_run` prints an estimate instead, `evaluate_only` the numbers it found."""
         if self.args.dry_run:
             from .cost import report
 
             return report(self)
-        return super().train()
+        if self.args.evaluate_only and self.eval_prompts is None:
+            raise UserError("evaluate_only: there are no held-out prompts, give eval_dataset")
+        result = super().train()
+        if self.args.evaluate_only and self.accelerator.is_main_process:
+            print("\n".join(f"{name:36s} {value:10.4g}" for name, value in result.metrics.items()))
+        return result
 
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode prompts."""
         args = self.args
-        self.policy: Policy = load_policy(self._model, args, self.device, self._peft_config)
+        self.policy: Policy = load_policy(self.source, args, self.device, self._peft_config)
         self.size = self.policy.size
         evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.embeddings = Embeddings(
@@ -205,7 +206,7 @@ class GroupTrainer(Trainer[G]):
         size = self.batches.per_device
         low = place % self.batches.micro_batches * size
         rows = torch.arange(low, low + size, device=self.device)
-        with self._networks(wrapped=True), self.meter.time("train_seconds"):
+        with self._networks(wrapped=True):
             loss, found = self.learn(rows, place < self.batches.accumulation)
         self.micro += 1
         return loss, {**metrics, **found}

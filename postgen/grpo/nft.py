@@ -156,7 +156,7 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
                 with self.no_sync():
                     self.backward(loss)
         total = torch.stack(losses).sum()
-        return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(count)}
+        return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(self.sampler.passes * count)}
 
     def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
         assert self.buffer is not None

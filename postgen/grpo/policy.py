@@ -95,6 +95,8 @@ class Policy:
         self._start: Snapshot | None = None
         for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
             module.requires_grad_(False).eval()
+        if args.lora_path and peft_config is not None:
+            raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
         if args.use_peft or args.lora_path or peft_config is not None:
             self._add_lora(peft_config)
         else:
@@ -141,6 +143,11 @@ class Policy:
     def fps(self) -> float:
         """Frames per second."""
         return float(self.args.fps or self.defaults.fps)
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether a copy of the trained weights is kept as the reference."""
+        return self._start is not None
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -258,7 +265,9 @@ def _shifted(scheduler: Any, shift: float) -> Any:
     name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
     if name not in scheduler.config:
         raise UserError(f"flow_shift: {type(scheduler).__name__} has no shift, leave it out")
-    return type(scheduler).from_config(scheduler.config, **{name: shift})
+    # A shift that follows from the size of the picture (FLUX) would win over it.
+    own = {"use_dynamic_shifting": False} if scheduler.config.get("use_dynamic_shifting", False) else {}
+    return type(scheduler).from_config(scheduler.config, **{name: shift}, **own)
 
 
 def _arguments(pipe: Any) -> set[str]:

@@ -50,7 +50,7 @@ class Trajectories:
     start: Tensor
     """(n,) first stochastic step."""
     states: Tensor
-    """(n, w + 1, ...) latents before, between and after the w stochastic steps."""
+    """(n, w + 1, ...) latents before, between and after the w stochastic steps; (n, 0) without any."""
     log_probs: Tensor
     """(n, w) of the stochastic steps under the policy that drew them."""
     means: Tensor | None
@@ -176,7 +176,7 @@ class Sampler:
         return Trajectories(
             self._tail(x, starts, condition),
             first,
-            torch.stack(states, dim=1),
+            torch.stack(states, dim=1) if log_probs else x.new_zeros(len(x), 0),
             torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(len(x), 0),
             torch.stack(means, dim=1) if means else None,
         )

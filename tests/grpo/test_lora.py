@@ -111,6 +111,30 @@ def test_grpo_image_to_video(tiny_wan_image, tmp_path):
     assert lines(run)[-1]["step"] == 2
 
 
+def test_grpo_pictures_that_print_alike_are_told_apart(tiny_wan_image, tmp_path):
+    run = video_run(tiny_wan_image, tmp_path)
+    run.build()
+    black = torch.zeros(3, 40, 40)
+    dotted = black.clone()
+    dotted[:, 20, 20] = 1
+    assert str(black) == str(dotted)
+    one, other = (run.embeddings.of({"prompt": "a", "image": picture}) for picture in (black, dotted))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    # And brought to the size of the clip, as files are.
+    same = run.embeddings.of({"prompt": "a", "image": torch.zeros(3, 16, 16)})
+    assert all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_grpo_lora_has_one_source(tiny_wan, tmp_path):
+    from peft import LoraConfig
+
+    video_run(tiny_wan, tmp_path, max_steps=1).train()
+    run = video_run(tiny_wan, tmp_path / "again", lora_path=str(tmp_path / "run" / "export"))
+    run._peft_config = LoraConfig(r=4, target_modules=["to_q"])
+    with pytest.raises(UserError, match="peft_config with lora_path"):
+        run.train()
+
+
 def test_grpo_reference_of_lora_is_the_model_without_it(tiny_wan, tmp_path):
     run = video_run(tiny_wan, tmp_path)
     run.train()

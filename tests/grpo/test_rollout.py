@@ -112,7 +112,7 @@ def test_grpo_rollout_outside_the_window_is_eulers():
     torch.testing.assert_close(paths.clean, x)
     # What is decoded is the clean latents that the last step predicts.
     torch.testing.assert_close(x, clean)
-    assert paths.states.shape == (2, 1, 3, 1, 2, 2)
+    assert paths.states.shape == (2, 0)  # nothing is kept that is not trained on
     assert paths.log_probs.shape == (2, 0)
 
 

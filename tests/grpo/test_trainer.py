@@ -10,9 +10,11 @@ from transformers import TrainerCallback
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
 from postgen.grpo.guards import HackingGuard
+from postgen.grpo.nft import DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOTrainer
 from postgen.rewards import AllRewardsFailed
 from postgen.training import load_recipe
-from tests.grpo.toy import ROWS, grpo, lines, settings
+from tests.grpo.toy import ROWS, ToyPipeline, grpo, lines, lines_of, near, settings
 
 # Batches.
 
@@ -243,3 +245,64 @@ def test_grpo_dry_run_prints_an_estimate(tmp_path, capsys):
     run = grpo(tmp_path / "run", **window)
     run.train()
     assert guess.metrics["forward_equivalents/run"] == pytest.approx(run.meter.forward_equivalents)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (DanceGRPOTrainer, {"beta": 0.1, "num_iterations": 2, "steps_per_generation": 1}),
+        (DiffusionNFTTrainer, {"beta": 0.1}),
+        (DiffusionNFTTrainer, {"beta": 0.0, "guidance_scale": 3.0, "train_timesteps": 2}),
+    ],
+)
+def test_grpo_dry_run_counts_the_passes_of_other_policies(tmp_path, kind, changes):
+    guess = grpo(tmp_path / "guess", kind=kind, dry_run=True, **changes).train()
+    run = grpo(tmp_path / "run", kind=kind, **changes)
+    run.train()
+    assert guess.metrics["forward_equivalents/run"] == pytest.approx(run.meter.forward_equivalents)
+    assert lines(run)[0]["nfe/train"] == guess.metrics["passes/train_per_sample"]
+    weights = guess.metrics["trained_parameters"] * 4
+    copies = int(kind is DiffusionNFTTrainer) + int(changes["beta"] > 0)
+    assert guess.metrics["bytes/training"] == (3 + copies) * weights
+
+
+def test_grpo_takes_from_the_configuration_what_is_not_given(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    both = {"train_dataset": str(prompts), "eval_dataset": str(prompts)}
+    args = settings(tmp_path, **both, reward_funcs=["motion_floor"], eval_reward_funcs=["parabola"], model="a/b")
+    run = DanceGRPOTrainer(args=args)
+    assert (run.source, run.runner.names, run.gold.names) == ("a/b", ("motion_floor",), ("parabola",))
+    assert (len(run.prompts), len(run.eval_prompts)) == (1, 1)
+    run = DanceGRPOTrainer(ToyPipeline(), near, args, ROWS)
+    assert (type(run.source), run.runner.names, len(run.prompts)) == (ToyPipeline, ("near",), 8)
+
+
+def test_grpo_evaluation_alone_prints_its_numbers(tmp_path, capsys):
+    grpo(tmp_path, evaluate_only=True, eval_dataset=ROWS).train()
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(told["eval_reward"]) == pytest.approx(lines_of(tmp_path)[0]["eval_reward"], rel=1e-3)
+    with pytest.raises(UserError, match="evaluate_only: there are no held-out prompts, give eval_dataset"):
+        grpo(tmp_path, evaluate_only=True).train()
+
+
+def test_grpo_evaluation_keeps_to_the_batch_size_and_adds_costs_of_processes(tmp_path):
+    run = grpo(tmp_path, evaluate_only=True, eval_dataset=ROWS, num_generations_eval=8, rollout_batch_size=3)
+    sizes = []
+    run.build()
+    run.policy.modules["transformer"].register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    run.evaluator.run(run.eval_prompts)
+    assert max(sizes) == 3
+    spent = [{"forward_equivalents": 3.0, "transformer_seconds": 1.0}, {"forward_equivalents": 4.0}]
+    spent[1]["transformer_seconds"] = 0.5
+    means = run.evaluator._means([([{"reward": 1.0}], [], spent[0]), ([{"reward": 2.0}], [], spent[1])])
+    assert (means["reward"], means["cost/forward_equivalents"], means["cost/transformer_seconds"]) == (1.5, 7, 1.5)
+
+
+def test_grpo_card_shows_before_only_what_was_before(tmp_path):
+    run = grpo(tmp_path, eval_dataset=ROWS, eval_steps=1, eval_grid=1, max_steps=1)
+    run.train()
+    assert {path.name for path in (tmp_path / "export").glob("*.png")} == {"after.png"}
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "# a ToyPipeline made in Python after 1 updates of DanceGRPOTrainer" in card
+    assert "## Before" not in card
