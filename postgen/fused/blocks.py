@@ -40,6 +40,22 @@ def fuse_block(block: nn.Module, forward: Callable[..., Any]) -> None:
     rebind_forward(block, kind.forward, forward)
 
 
+def fused_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model that compute by a fused forward, also those that somebody wrapped since.
+
+    Raises:
+        UserError: somebody gave one of them another class, which `restore_block` would take away.
+    """
+    found = [block for block in model.modules() if is_fused(block)]
+    for block in found:
+        if "postgen_parent" not in vars(type(block)):
+            raise UserError(
+                f"a block with fused operations has become a {type(block).__name__} (fully_shard does that):"
+                " take them off before, or make the model anew"
+            )
+    return found
+
+
 def restore_block(block: nn.Module) -> None:
     """Undo `fuse_block`; where somebody replaced the forward since, say that it still ends in the fused one."""
     fused: Any = type(block)

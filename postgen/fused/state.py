@@ -10,7 +10,7 @@ from postgen.compat import install_attention_tap
 from postgen.families import layout_of
 from postgen.families.installed import installed
 from postgen.families.processors import processor_stack
-from postgen.fused.blocks import check_block, fuse_block, restore_block
+from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.known import family_of, replacement_for
 
@@ -45,10 +45,10 @@ class Fusion:
                 attends[name] = functools.partial(found.fused, config)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
-                check_block(block)
                 kind = type(block)
                 kind = getattr(kind, "postgen_parent", kind)
                 forwards[name] = replacement_for(kind, kind.forward, family.blocks, "adaln=False").fused
+                check_block(block)
         self.config, self._attends, self._forwards = config, attends, forwards
 
     def install(self, model: nn.Module) -> None:
@@ -79,11 +79,15 @@ class Fusion:
         del installed(model).plug_ins[NAME]
 
     def disable(self, model: nn.Module) -> None:
-        """Take everything off, but stay known to the transformer."""
+        """Take everything off, but stay known to the transformer.
+
+        Raises:
+            UserError: a block has another class by now; nothing changes then.
+        """
         if not self.enabled:
             return
-        for name in self._forwards:
-            restore_block(model.get_submodule(name))
+        for block in fused_blocks(model):
+            restore_block(block)
         if self._attends:
             processor_stack(model).pop(NAME)
         self.enabled = False

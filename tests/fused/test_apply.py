@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import postgen
 from postgen.families.installed import installed
@@ -272,3 +273,34 @@ def test_a_handle_knows_that_they_were_removed(wan: TinyModel) -> None:
     assert runs(wan) == EVERYTHING
     handle.remove()
     assert torch.equal(wan(), stock)
+
+
+def test_blocks_that_were_wrapped_come_back(wan: TinyModel) -> None:
+    twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
+    handle = postgen.apply_fused_ops(twin.transformer)
+    block = twin.transformer.blocks[0]
+    twin.transformer.blocks[0] = checkpoint_wrapper(block)
+    assert runs(twin) == EVERYTHING
+    handle.disable()
+    assert runs(twin) == set()
+    assert torch.equal(twin(), wan())
+    with pytest.raises(postgen.UserError, match="no fused form of CheckpointWrapper"):
+        handle.enable()
+    twin.transformer.blocks[0] = block
+    handle.enable()
+    assert runs(twin) == EVERYTHING
+
+
+def test_a_class_that_a_block_was_given_since_is_not_taken_away(wan: TinyModel) -> None:
+    twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
+    handle = postgen.apply_fused_ops(twin.transformer)
+    block: Any = twin.transformer.blocks[1]
+    before = type(block)
+    block.__class__ = type("FSDPWanTransformerBlock", (before,), {})
+    with pytest.raises(postgen.UserError, match="has become a FSDPWanTransformerBlock"):
+        handle.remove()
+    assert handle.enabled
+    assert runs(twin) == EVERYTHING
+    block.__class__ = before
+    handle.remove()
+    assert torch.equal(twin(), wan())
