@@ -35,9 +35,12 @@ class Prompts:
 
     def __init__(self, source: str | Iterable[Mapping[str, Any]], name: str, *, seed: int, shuffle: bool) -> None:
         self.name, self.seed, self.shuffle = name, seed, shuffle
-        self.rows = [_checked(row, number, name) for number, row in enumerate(_read(source, name))]
-        if not self.rows:
+        rows = [_checked(row, number, name) for number, row in enumerate(_read(source, name))]
+        if not rows:
             raise UserError(f"{name} has no rows: give prompts, one JSON object a line")
+        # A batch of rows that all lack a column must not lack it for the rewards.
+        absent = dict.fromkeys(key for row in rows for key in row)
+        self.rows = [{**absent, **row} for row in rows]
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ from .conditions import Embeddings
 from .config import GroupConfig
 from .data import Prompts, Row, columns
 from .evaluation import Evaluator
-from .guards import HackingGuard
+from .guards import HackingGuard, check_columns, load_rewards
 from .logging import CompletionLog
 from .meter import Meter
 from .policy import Policy, load_policy
@@ -57,8 +57,7 @@ class GroupTrainer(Trainer[G]):
     """Rolls groups of samples out, scores them and hands micro-batches with advantages to `learn`.
 
     Args:
-        model: a diffusers folder or hub id, or a pipeline. Without it, as without `reward_funcs`, the data sets and
-            `eval_reward_funcs`, that of `args` is taken; the embedded model when that names none either.
+        model: a diffusers folder, a hub id, or a pipeline. What is not given, here and below, is taken from `args`.
         reward_funcs: what `postgen.rewards.get_reward` takes, one or several.
         args: the configuration.
         train_dataset: prompts, as in the configuration or as rows.
@@ -99,6 +98,10 @@ class GroupTrainer(Trainer[G]):
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
+        elif self.gold is not None or args.evaluate_only:
+            raise UserError("eval_reward_funcs and evaluate_only need held-out prompts: give eval_dataset")
+        check_columns([self.runner], self.prompts)
+        check_columns([self.runner, self.gold], self.eval_prompts)
         process = self.accelerator
         self.batches = Batches.of(args, process.num_processes, process.process_index)
         self.micro = 0
@@ -167,8 +170,6 @@ class GroupTrainer(Trainer[G]):
             from .cost import report
 
             return report(self)
-        if self.args.evaluate_only and self.eval_prompts is None:
-            raise UserError("evaluate_only: there are no held-out prompts, give eval_dataset")
         result = super().train()
         if self.args.evaluate_only and self.accelerator.is_main_process:
             print("\n".join(f"{name:36s} {value:10.4g}" for name, value in result.metrics.items()))
@@ -197,6 +198,8 @@ class GroupTrainer(Trainer[G]):
         self.evaluator = Evaluator(self, evaluated)
         self.completions = CompletionLog(args, self.policy.fps)
         self.prepare()
+        if not args.dry_run:
+            load_rewards([self.runner, self.gold])
         return self.policy.modules
 
     def training_step(self) -> tuple[Tensor, Metrics]:

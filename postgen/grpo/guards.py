@@ -1,11 +1,41 @@
-"""What tells a broken or a cheating run: the ratio of an unchanged policy, and rewards that part ways."""
+"""What tells a broken or a cheating run: rewards unable to score, the ratio of an unchanged policy, rewards that part."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 from postgen.errors import UserError
+from postgen.rewards import RewardRunner
+
+from .data import Prompts, columns
+
+
+def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | None) -> None:
+    """Find out before anything is drawn whether rewards get the columns that they need, if there is anything to score.
+
+    Raises:
+        UserError: a reward needs a column that no row has.
+    """
+    known = columns(prompts.rows) if prompts is not None else {}
+    for runner in runners:
+        for reward in runner.rewards if runner is not None and prompts is not None else ():
+            reward.check_columns(known)
+
+
+def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
+    """Load networks of rewards and ask servers now: what fails at the first evaluation takes all updates before along.
+
+    Raises:
+        UserError: weights that cannot be found, or a server that cannot be reached.
+    """
+    for runner in runners:
+        if runner is None:
+            continue
+        runner.load()
+        for reward in runner.rewards if runner.offload else ():
+            reward.offload()
 
 
 class RatioCheck:

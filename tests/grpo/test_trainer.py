@@ -139,6 +139,32 @@ def test_grpo_rewards_get_columns_and_failures_are_survived(tmp_path):
     assert [row["frac_reward_zero_std"] for row in rows if row["rewards/picky/failed"]] == [0.5]
 
 
+def test_grpo_rewards_that_cannot_score_are_found_before_the_first_update(tmp_path):
+    def gold(completions, target):
+        return [0.0 for _ in completions]
+
+    with pytest.raises(UserError, match="the reward gold needs the column 'target', the data has number"):
+        grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=gold)
+    with pytest.raises(UserError, match="eval_reward_funcs and evaluate_only need held-out prompts"):
+        grpo(tmp_path, eval_reward_funcs=near)
+    name = f"clip_score(model={tmp_path / 'nowhere'})"
+    with pytest.raises(UserError, match="nowhere"):
+        grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=name, max_steps=1).train()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_grpo_rewards_get_a_column_that_a_batch_lacks(tmp_path):
+    seen = []
+
+    def graded(completions, target):
+        seen.append(target[0])
+        return near(completions)
+
+    rows = [{"prompt": "a", "target": 1}, {"prompt": "b"}]
+    grpo(tmp_path, reward=graded, rows=rows, per_device_train_batch_size=8, shuffle_dataset=False).train()
+    assert seen == [1, None]
+
+
 def test_grpo_reward_that_always_fails_ends_the_run(tmp_path):
     def failing(completions):
         raise RuntimeError("out of order")
@@ -282,8 +308,8 @@ def test_grpo_evaluation_alone_prints_its_numbers(tmp_path, capsys):
     grpo(tmp_path, evaluate_only=True, eval_dataset=ROWS).train()
     told = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(told["eval_reward"]) == pytest.approx(lines_of(tmp_path)[0]["eval_reward"], rel=1e-3)
-    with pytest.raises(UserError, match="evaluate_only: there are no held-out prompts, give eval_dataset"):
-        grpo(tmp_path, evaluate_only=True).train()
+    with pytest.raises(UserError, match="evaluate_only need held-out prompts: give eval_dataset"):
+        grpo(tmp_path, evaluate_only=True)
 
 
 def test_grpo_evaluation_keeps_to_the_batch_size_and_adds_costs_of_processes(tmp_path):
