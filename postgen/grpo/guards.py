@@ -1,4 +1,4 @@
-"""What tells a broken or a cheating run: rewards unable to score, the ratio of an unchanged policy, rewards that part."""
+"""What tells a broken or a cheating run: rewards unable to score, a ratio that is not 1, rewards that part ways."""
 
 from __future__ import annotations
 
