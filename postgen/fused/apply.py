@@ -47,8 +47,9 @@ class FusedOpsHandle:
             UserError: they were removed, or a block was changed meanwhile so that they cannot act; nothing changes.
         """
         off = [(model, fusion) for model, fusion in self._living if not fusion.enabled]
+        # Everything that can be wrong shows here; layers may have come or gone since.
         for model, fusion in off:
-            Fusion(model, fusion.config)
+            fusion.configure(model, fusion.config)
         for model, fusion in off:
             fusion.install(model)
 

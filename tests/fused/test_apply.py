@@ -291,6 +291,21 @@ def test_blocks_that_were_wrapped_come_back(wan: TinyModel) -> None:
     assert runs(twin) == EVERYTHING
 
 
+def test_layers_may_be_dropped_meanwhile(wan: TinyModel) -> None:
+    twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
+    handle = postgen.apply_fused_ops(twin.transformer)
+    del twin.transformer.blocks[1]
+    fused = twin()
+    handle.disable()
+    shorter = twin()
+    assert torch.allclose(fused, shorter, atol=1e-5)
+    handle.enable()
+    assert handle.stats() == {"": {"norm_rope": 1, "adaln": 1, "attention": 1}}
+    assert torch.equal(twin(), fused)
+    handle.remove()
+    assert torch.equal(twin(), shorter)
+
+
 def test_a_class_that_a_block_was_given_since_is_not_taken_away(wan: TinyModel) -> None:
     twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
     handle = postgen.apply_fused_ops(twin.transformer)
