@@ -123,4 +123,11 @@ def _modules(transformer: Any) -> list[Any]:
         raise UserError(
             f"{layout.transformer} calls torch's attention itself, so no attention backend of diffusers acts on it"
         )
-    return list(layout.attention_modules(compat.unwrap(transformer)).values())
+    modules = layout.attention_modules(compat.unwrap(transformer))
+    for name, module in modules.items():
+        if not hasattr(module.processor, "_attention_backend"):
+            raise UserError(
+                f"{type(module.processor).__name__} of {name} asks diffusers for no attention backend, so none acts on"
+                " it: set a processor of diffusers that does"
+            )
+    return list(modules.values())

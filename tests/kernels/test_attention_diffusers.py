@@ -263,3 +263,18 @@ def test_registering_is_not_part_of_importing() -> None:
     script = "import sys, postgen; print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_processors_without_a_backend_are_refused(models: dict[str, TinyModel]) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    transformer: Any = copy.deepcopy(models["Wan"].transformer)
+    transformer.blocks[1].attn1.processor = AttnProcessor2_0()
+    with (
+        pytest.raises(
+            UserError, match=r"AttnProcessor2_0 of blocks\.1\.attn1 asks diffusers for no attention backend"
+        ),
+        routed_attention(transformer),
+    ):
+        pass
+    assert transformer.blocks[0].attn1.processor._attention_backend is None
