@@ -98,8 +98,13 @@ class Batches:
         """Prompts of a rollout."""
         return self.samples // self.group
 
+    @property
+    def part(self) -> int:
+        """Samples that a process draws for an update, in a row."""
+        return self.accumulation * self.per_device * self.group // self.kept
+
     def mine(self) -> list[int]:
         """Return the numbers of the samples that this process draws, update by update."""
-        part = self.accumulation * self.per_device * self.group // self.kept
+        part = self.part
         starts = (part * (update * self.processes + self.rank) for update in range(self.updates))
         return [start + offset for start in starts for offset in range(part)]

@@ -25,7 +25,7 @@ from .conditions import Embeddings
 from .config import GroupConfig
 from .data import Prompts, Row, columns
 from .evaluation import Evaluator
-from .guards import HackingGuard, check_columns, load_rewards
+from .guards import HackingGuard, check_columns, check_groups, load_rewards
 from .logging import CompletionLog
 from .meter import Meter
 from .policy import Policy, load_policy
@@ -102,8 +102,8 @@ class GroupTrainer(Trainer[G]):
             raise UserError("eval_reward_funcs and evaluate_only need held-out prompts: give eval_dataset")
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
-        process = self.accelerator
-        self.batches = Batches.of(args, process.num_processes, process.process_index)
+        self.batches = Batches.of(args, self.accelerator.num_processes, self.accelerator.process_index)
+        check_groups(self.runner, self.batches)
         self.micro = 0
         self.buffer: Buffer | None = None
         self._check_shards()

@@ -9,6 +9,7 @@ from typing import Literal
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner
 
+from .batches import Batches
 from .data import Prompts, columns
 
 
@@ -22,6 +23,21 @@ def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | Non
     for runner in runners:
         for reward in runner.rewards if runner is not None and prompts is not None else ():
             reward.check_columns(known)
+
+
+def check_groups(runner: RewardRunner, batches: Batches) -> None:
+    """Refuse rewards that compare the samples of a prompt where a process has only some of them.
+
+    Raises:
+        UserError: such a reward, and groups that span processes.
+    """
+    names = [reward.name for reward in runner.rewards if reward.groupwise]
+    if names and batches.processes > 1 and batches.part % batches.group:
+        raise UserError(
+            f"the reward {names[0]} looks at all samples of a prompt, but groups span processes: make "
+            f"per_device_train_batch_size x gradient_accumulation_steps ({batches.part}) a multiple of "
+            f"num_generations ({batches.group})"
+        )
 
 
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:

@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
-from postgen.grpo.guards import HackingGuard
+from postgen.grpo.guards import HackingGuard, check_groups
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOTrainer
-from postgen.rewards import AllRewardsFailed
+from postgen.rewards import AllRewardsFailed, RewardRunner
 from postgen.training import load_recipe
 from tests.grpo.toy import ROWS, ToyPipeline, grpo, lines, lines_of, near, settings
 
@@ -151,6 +151,19 @@ def test_grpo_rewards_that_cannot_score_are_found_before_the_first_update(tmp_pa
     with pytest.raises(UserError, match="nowhere"):
         grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=name, max_steps=1).train()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_grpo_groupwise_rewards_want_whole_groups(tmp_path):
+    def spread(completions):
+        return [0.0 for _ in completions]
+
+    spread.groupwise = True
+    runner = RewardRunner(spread)
+    check_groups(runner, Batches.of(settings(tmp_path), 2, 0))
+    split = settings(tmp_path, per_device_train_batch_size=4)
+    check_groups(RewardRunner(near), Batches.of(split, 2, 0))
+    with pytest.raises(UserError, match=r"spread looks at all samples .* \(4\) a multiple of num_generations \(8\)"):
+        check_groups(runner, Batches.of(split, 2, 0))
 
 
 def test_grpo_rewards_get_a_column_that_a_batch_lacks(tmp_path):
