@@ -164,7 +164,8 @@ def _differentiable(call: Call, name: str | None) -> Result:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for torch's own attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Where shapes are asked for and no numbers, torch knows of no autocast.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -208,3 +208,20 @@ def test_gradient_checkpointing(pair: Pair) -> None:
         gradients = [p.grad.norm() for p in tiny.transformer.parameters() if p.grad is not None]
         losses.append(torch.stack(gradients).norm())
     assert torch.allclose(*losses, rtol=1e-4)
+
+
+def test_the_meta_device(pair: Pair) -> None:
+    """Shapes without numbers, as tools ask for them that estimate a model."""
+
+    def meta(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(meta, value))
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    tiny = copy.deepcopy(pair.fused)
+    arguments = {name: meta(value) for name, value in tiny.arguments.items()}
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            out = tiny.transformer.to("meta")(**arguments, return_dict=False)[0]
+        assert out.is_meta
+        assert out.shape == pair.prediction.shape
