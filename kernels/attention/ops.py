@@ -135,7 +135,7 @@ def _(
 
 def _run(call: Call, name: str | None) -> Result:
     if call.key_lengths is not None:
-        call = call._replace(key_lengths=call.key_lengths.to(torch.int32))
+        call = call._replace(key_lengths=call.key_lengths.to(torch.int32).contiguous())
     if name is None and (not call.query.is_cuda or call.work < WORTH_TIMING):
         return router().last_resort(call).run(call)
     return router().run(call, name)

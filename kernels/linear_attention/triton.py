@@ -1,7 +1,7 @@
 """Linear attention as GPU kernels: two passes over memory, keys and values first, then queries and results.
 
-Here is what is launched, and in what shape; the kernels are in `triton_forward.py` and `triton_backward.py`,
-and `triton_launch.py` says how the tokens are cut.
+Here is what is launched, and in what shape; `triton_launch.py` says how the tokens are cut. The kernels are in
+`triton_forward.py`, `triton_backward.py` and, for a second pass with a convolution, `triton_convolution.py`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
         rstd(key, terms),
         contiguous(terms.key_weight),
         contiguous(terms.rope),
-        terms.key_lengths,
+        contiguous(terms.key_lengths),
         *found,
         *key.stride(),
         *value.stride(),
@@ -200,7 +200,7 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
         None if query is None else rstd(query, terms),
         contiguous(terms.query_weight),
         contiguous(terms.rope),
-        None if query is None else terms.key_lengths,
+        None if query is None else contiguous(terms.key_lengths),
         space,
         time,
         *sums,
@@ -277,7 +277,7 @@ def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: 
         rstd(key, terms),
         contiguous(terms.key_weight),
         contiguous(terms.rope),
-        terms.key_lengths,
+        contiguous(terms.key_lengths),
         *sums,
         of_key,
         of_value,
@@ -308,7 +308,7 @@ def _grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor
     grad_filters[(count, heads * parts, batch)](
         gradient,
         value,
-        terms.key_lengths,
+        contiguous(terms.key_lengths),
         filters,
         *gradient.stride(),
         *value.stride(),

@@ -131,3 +131,20 @@ def test_convolutions_of_any_size_on_any_grid(
     for name in ("conv_space", "conv_time"):
         x, y = getattr(found, name), getattr(exact, name)
         assert x is None or relative_error(x, y) < 2e-5
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([[20, 1], [11, 1]])[:, 0], torch.tensor([13]).expand(2)])
+@pytest.mark.parametrize("space", [None, torch.randn(12, 3, 3)])
+def test_lengths_may_lie_apart(lengths: Tensor, space: Tensor | None) -> None:
+    q, k, v = inputs(SHAPE)
+    gradient = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    apart, together = (
+        naive.Terms(grid=GRID, conv_space=space, key_lengths=each) for each in (lengths, lengths.contiguous())
+    )
+    results = [triton.linear_attention(q, k, v, given) for given in (apart, together)]
+    results += [
+        [x for x in (found.query, found.key, found.value, found.conv_space) if x is not None]
+        for found in (backward(triton, gradient, None, None, q, k, v, given=given) for given in (apart, together))
+    ]
+    for x, y in (*zip(*results[:2], strict=True), *zip(*results[2:], strict=True)):
+        assert torch.equal(x, y)
