@@ -81,6 +81,19 @@ def _base(trainer: GroupTrainer[Any]) -> tuple[str, bool]:
 
 
 def _use(trainer: GroupTrainer[Any]) -> list[str]:
+    lines = ['pipe.load_lora_weights("THIS_FOLDER")']
     if trainer.policy.adapter is None:
-        return []
-    return ["```python", 'pipe.load_lora_weights("THIS_FOLDER")', "```", ""]
+        classes = {name: _class_of(module) for name, module in trainer.policy.modules.items()}
+        lines = [
+            f"from diffusers import {', '.join(sorted({*classes.values()}))}\n",
+            *(
+                f'pipe.{name} = {kind}.from_pretrained("THIS_FOLDER", subfolder="{name}")'
+                for name, kind in classes.items()
+            ),
+        ]
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", ""]
+
+
+def _class_of(module: Any) -> str:
+    # A sharded model's class is made up by torch.
+    return str(module.config.get("_class_name", type(module).__name__))

@@ -241,9 +241,8 @@ def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
     """
     allowed = [k for k in KINDS if (k != "ddim" if prediction_type == "flow" else k in ("ddim", "ode"))]
     if kind not in allowed:
-        raise UserError(
-            f"sde_type {kind!r} is not for a model that predicts {prediction_type}: use {', '.join(allowed)}"
-        )
+        with_noise = ", ".join(k for k in allowed if k != "ode")
+        raise UserError(f"sde_type {kind!r} is not for a model that predicts {prediction_type}: use {with_noise}")
 
 
 def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:

@@ -172,8 +172,8 @@ class Policy:
         if self.adapter is None or self.args.lora_path:
             if self.args.init_from:
                 raise UserError(
-                    "init_from with beta above 0: the reference would be the model before it. Name the folder of "
-                    "those weights as model (or as lora_path), or set beta to 0"
+                    "init_from with beta above 0: the reference would be the model before it. Name a folder "
+                    "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
                 )
             self._start = Snapshot(trained_parameters(self.modules))
 

@@ -78,13 +78,18 @@ def test_grpo_generate_takes_the_lora(tiny_wan, tmp_path, cli):
 
 
 def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
-    from diffusers import WanTransformer3DModel
+    from types import SimpleNamespace
 
     run = video_run(tiny_wan, tmp_path, kind=DiffusionNFTTrainer, use_peft=False, learning_rate=1e-4)
     run.train()
-    model = WanTransformer3DModel.from_pretrained(tmp_path / "run" / "export" / "transformer")
+    # By the lines of the model card.
+    export = tmp_path / "run" / "export"
+    lines_of_card = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    pipe = SimpleNamespace()
+    exec(lines_of_card.replace("THIS_FOLDER", str(export)), {"pipe": pipe})
     trained = run.policy.modules["transformer"]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert type(pipe.transformer) is type(trained)
+    assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), trained.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
