@@ -321,11 +321,12 @@ def joined(paths: list[str]) -> dict[str, Any]:
 
 
 def _result(path: str) -> dict[str, Any]:
-    """Read a result that was measured, not joined."""
+    """Read a result that was measured, not joined, and whose rows have what the gates read."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in result["rows"]:
             row["op"], row["shape"]
+        all_gates(result["rows"])
         return {key: result[key] for key in (*STAMPS, "rows")}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

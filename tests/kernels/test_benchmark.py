@@ -96,6 +96,11 @@ def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
         ("[]", "is no result that benchmarks.kernels has measured"),
         ('{"gates": []}', "is no result that benchmarks.kernels has measured: KeyError"),
         ('{"date": 0, "device": 0, "versions": 0, "copy_tb_per_s": 0, "rows": [{"op": "x"}]}', "KeyError('shape')"),
+        (
+            '{"date": 0, "device": 0, "versions": 0, "copy_tb_per_s": 0, "rows": [{"op": "temporal_cfi", "shape": "x",'
+            ' "over_floor": 1}]}',
+            "KeyError('extra_mib')",
+        ),
     ],
 )
 def test_files_that_cannot_be_joined(
