@@ -37,8 +37,9 @@ class RolloutConfig(TrainingConfig):
     """Number type of the frozen weights. Trained weights are float32 in any case."""
 
     train_dataset: str | None = None
-    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset`, or `package.module:function`.
-    Further columns (`negative_prompt`, `image`, anything a reward takes) are handed on."""
+    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset` (its split `train`; another one
+    as `org/name:test`), or `package.module:function`. Further columns (`negative_prompt`, `image`, anything a reward
+    takes) are handed on."""
 
     eval_dataset: str | None = None
     """The same for held-out prompts; none evaluates nothing."""

@@ -24,7 +24,8 @@ class Prompts:
     """Rows with a `prompt`, in a random order that follows from the seed.
 
     Args:
-        source: a JSONL file, a name for `datasets.load_dataset`, `package.module:function`, or rows.
+        source: a JSONL file, a name for `datasets.load_dataset` (the split "train", another one as `org/name:test`),
+            `package.module:function`, or rows.
         name: what messages call it.
         seed: of the order.
         shuffle: whether the order is random.
@@ -100,6 +101,7 @@ def _read_lines(path: Path, name: str) -> list[Mapping[str, Any]]:
 
 
 def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
+    place, _, split = source.rpartition(":")
     try:
         import datasets
     except ImportError as error:
@@ -107,7 +109,7 @@ def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
             f"{name} {source} needs datasets: pip install 'postgen[train]', or give a JSONL file"
         ) from error
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(source, split="train")
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(place or split, split=split if place else "train")
     except Exception as error:  # the hub and the readers raise all kinds
         raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     return rows

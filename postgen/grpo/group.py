@@ -98,8 +98,8 @@ class GroupTrainer(Trainer[G]):
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
-        elif self.gold is not None or args.evaluate_only:
-            raise UserError("eval_reward_funcs and evaluate_only need held-out prompts: give eval_dataset")
+        elif self.gold is not None or args.evaluate_only or args.eval_steps or args.eval_on_start:
+            raise UserError("eval_reward_funcs, eval_steps and the like need held-out prompts: give eval_dataset")
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
         self.batches = Batches.of(args, self.accelerator.num_processes, self.accelerator.process_index)

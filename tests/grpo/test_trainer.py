@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
+from postgen.grpo.data import Prompts
 from postgen.grpo.guards import HackingGuard, check_groups
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOTrainer
@@ -113,6 +114,21 @@ def test_grpo_jsonl_lines_are_checked(tmp_path):
     assert grpo(tmp_path / "run", rows=str(path)).prompts.rows == [{"prompt": "said", "target": 3}]
 
 
+def test_grpo_data_sets_may_name_a_split(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, split in ((str(folder), "train"), (f"{folder}:test", "test")):
+        prompts = Prompts(name, "train_dataset", seed=0, shuffle=False)
+        assert [row["prompt"] for row in prompts.rows] == [split]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Prompts(f"{folder}:other", "train_dataset", seed=0, shuffle=False)
+
+
 # Rewards.
 
 
@@ -145,7 +161,7 @@ def test_grpo_rewards_that_cannot_score_are_found_before_the_first_update(tmp_pa
 
     with pytest.raises(UserError, match="the reward gold needs the column 'target', the data has number"):
         grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=gold)
-    with pytest.raises(UserError, match="eval_reward_funcs and evaluate_only need held-out prompts"):
+    with pytest.raises(UserError, match="eval_reward_funcs, eval_steps and the like need held-out prompts"):
         grpo(tmp_path, eval_reward_funcs=near)
     name = f"clip_score(model={tmp_path / 'nowhere'})"
     with pytest.raises(UserError, match="nowhere"):
@@ -321,7 +337,7 @@ def test_grpo_evaluation_alone_prints_its_numbers(tmp_path, capsys):
     grpo(tmp_path, evaluate_only=True, eval_dataset=ROWS).train()
     told = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(told["eval_reward"]) == pytest.approx(lines_of(tmp_path)[0]["eval_reward"], rel=1e-3)
-    with pytest.raises(UserError, match="evaluate_only need held-out prompts: give eval_dataset"):
+    with pytest.raises(UserError, match="need held-out prompts: give eval_dataset"):
         grpo(tmp_path, evaluate_only=True)
 
 
