@@ -189,12 +189,12 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
     shared = constants(x, how, terms)
     width = min(how.channels, shared["BLOCK_D"])
     parts = shared["BLOCK_D"] // width
-    blocks, bands, band = strips(terms.grid, batch * heads * parts, how)
+    share = strips(terms.grid, batch * heads * parts, how)
     space, time = taps(terms)
     some = space if space is not None else time
     assert some is not None
     side = sides(terms)
-    kernel = convolve_rows[(parts * blocks * bands, heads, batch)](
+    kernel = convolve_rows[(share.programs,)](
         x,
         query,
         None if query is None else rstd(query, terms),
@@ -211,8 +211,10 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
         *(x if query is None else query).stride(),
         head_stride(terms.query_weight, channels),
         head_stride(some, channels),
-        blocks,
-        band,
+        share.blocks,
+        share.whole,
+        share.bands,
+        share.band,
         terms.norm_eps,
         terms.eps,
         SIGN=-1 if query is None else 1,

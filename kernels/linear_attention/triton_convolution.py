@@ -21,10 +21,11 @@ import triton.language as tl
 from postgen.kernels.linear_attention.triton_tiles import fetch, fetch_vector, question, state_times
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "whole", "bands", "band"])
 def convolve_rows(
     x, query, rstd, weight, rope, lengths, space, time, states, key_sums, out,
-    x_b, x_h, x_frame, query_b, query_n, query_h, query_d, weight_h, taps_h, blocks, band, norm_eps, eps,
+    x_b, x_h, x_frame, query_b, query_n, query_h, query_d, weight_h, taps_h, blocks, whole, bands, band,
+    norm_eps, eps,
     SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, HEADS: tl.constexpr,
     STRIP: tl.constexpr, X_N: tl.constexpr, X_D: tl.constexpr, BLOCK_E: tl.constexpr, STACKED: tl.constexpr,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -33,10 +34,19 @@ def convolve_rows(
 ):  # fmt: skip
     """Write the sum of both convolutions of x and, if there are queries, of their attention.
 
-    A program has BLOCK_E channels of BLOCK_N // STRIP strips in `band` rows; `blocks` of them make a band. SIGN -1
-    transposes the convolutions. Their weights lie tap by tap, TAPS numbers apart; without `space`, SPACE is 1.
+    A block is BLOCK_E channels of BLOCK_N // STRIP strips, and a head has `blocks` of each part of its channels. The
+    first `whole` programs take a block, of the others `bands` share one. SIGN -1 transposes the convolutions. Their
+    weights lie tap by tap, TAPS numbers apart; without `space`, SPACE is 1.
     """
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    program = tl.program_id(0)
+    others = tl.maximum(program - whole, 0)
+    block = tl.minimum(program, whole + others // bands)
+    top = others % bands * band
+    bottom = tl.where(program < whole, ROWS, tl.minimum(top + band, ROWS))
+    parts: tl.constexpr = BLOCK_D // BLOCK_E
+    e = block % parts * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    head, sample = block // parts // blocks % HEADS, (block // parts // blocks // HEADS).to(tl.int64)
+    block = block // parts % blocks
     tokens = FRAMES * ROWS * COLUMNS
     length = tokens
     STRIPS: tl.constexpr = BLOCK_N // STRIP
@@ -44,10 +54,6 @@ def convolve_rows(
     if lengths is not None:
         length = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
 
-    parts: tl.constexpr = BLOCK_D // BLOCK_E
-    block = tl.program_id(0) // parts % blocks
-    top = tl.program_id(0) // parts // blocks * band
-    e = tl.program_id(0) % parts * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     real, frame, column, token = strips_of(block, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
     x += sample * x_b + head.to(tl.int64) * x_h + token.to(tl.int64) * X_N + e * X_D
     out += (sample * tokens * HEADS + head) * CHANNELS + token.to(tl.int64) * (HEADS * CHANNELS) + e
@@ -69,7 +75,6 @@ def convolve_rows(
         key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
         row = tokens_of_queries(block, row, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
 
-    bottom = tl.minimum(top + band, ROWS)
     walk(
         x, query, rstd, weight, rope, lengths, space, time, key_sum, high, low, out,
         frame, column, token, e, row, real, top, bottom, length, x_frame, query_n, query_d, norm_eps, eps,

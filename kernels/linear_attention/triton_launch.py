@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,8 +62,10 @@ _WIDE = Launch(tokens=32, stages=1)
 """The launch of every pass over other inputs, and where the table has no row."""
 MAX_SPLITS = 64
 """Programs that may share a head: one program adds up what they found."""
+_AHEAD = 2
+"""Rows that a program of 5 x 5 taps reads before it writes one."""
 _SEEN_TWICE = 4
-"""Rows that a band of 5 x 5 taps reads beside its own."""
+"""Rows that a band reads beside its own."""
 _PROCESSORS = 132
 """Of an H100. Fixed, so that results depend on no device."""
 
@@ -83,21 +87,44 @@ def splits(tokens: int, heads: int, how: Launch) -> tuple[int, int]:
     return int(triton.cdiv(tiles, each)), int(each)
 
 
-def strips(grid: tuple[int, int, int], programs: int, how: Launch) -> tuple[int, int, int]:
-    """Return how the strips of a frame's columns are shared out: programs of a band of rows, bands, rows of a band.
+class Share(NamedTuple):
+    """How blocks of strips are shared out among programs: most take a block from top to bottom, the last a band."""
 
-    `programs` is how many there are of each. Bits do not depend on it: a row of results is summed from above.
+    blocks: int
+    """Of a head and part of its channels."""
+    whole: int
+    """Programs that take a block each."""
+    bands: int
+    """Programs that share each of the other blocks."""
+    band: int
+    """Rows of a band, the last one perhaps fewer."""
+    programs: int
+    """All of them."""
+
+
+@functools.cache
+def strips(grid: tuple[int, int, int], copies: int, how: Launch) -> Share:
+    """Return how the strips of a frame are shared out; `copies` is samples x heads x parts of their channels.
+
+    Programs that take a block each come in full rounds, one or several on every processor; what is left is cut into
+    bands so that it keeps all of them busy too. Bits do not depend on it: a row of results is summed from above.
     """
     frames, rows, columns = grid
     blocks = int(triton.cdiv(frames * triton.cdiv(columns, how.strip), how.tokens // how.strip))
+    at_once = how.programs or _PROCESSORS
+    full = copies * blocks // at_once
 
-    def duration(bands: int) -> int:
-        # Some rows above and below are read twice.
-        rounds = triton.cdiv(programs * blocks * bands, how.programs or _PROCESSORS)
-        return int(rounds * (triton.cdiv(rows, bands) + _SEEN_TWICE))
+    def duration(rounds: int, bands: int) -> int:
+        rest = triton.cdiv((copies * blocks - rounds * at_once) * bands, at_once)
+        return int(
+            rounds * (rows + _AHEAD) + rest * (triton.cdiv(rows, bands) + (_SEEN_TWICE if bands > 1 else _AHEAD))
+        )
 
-    band = int(triton.cdiv(rows, min(range(1, rows + 1), key=duration)))
-    return blocks, int(triton.cdiv(rows, band)), band
+    choices = itertools.product(range(max(full - 1, 0), full + 1), range(1, rows + 1))
+    rounds, bands = min(choices, key=lambda choice: duration(*choice))
+    band = int(triton.cdiv(rows, bands))
+    bands, whole = int(triton.cdiv(rows, band)), rounds * at_once
+    return Share(blocks, whole, bands, band, whole + (copies * blocks - whole) * bands)
 
 
 def _even(heads: int) -> int:

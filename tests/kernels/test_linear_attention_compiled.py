@@ -52,7 +52,7 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
     function = kernel(name)
     streams = {"x", "query", "key", "value", "gradient", "out", "d_query", "d_key", "d_value"}
     floats = ("norm_eps", "eps")
-    integers = ("weight_h", "tokens", "tiles", "blocks", "band")
+    integers = ("weight_h", "tokens", "tiles", "blocks", "whole", "bands", "band")
     sides = {"ADDS": conv > 0, "SPACE": conv, "TIME": 3, "SIGN": 1, "TAPS": 40 * channels, "HEADS": 40}
     sides |= {
         "STACKED": how.stacked,
