@@ -99,7 +99,7 @@ class Share(NamedTuple):
     band: int
     """Rows of a band, the last one perhaps fewer."""
     programs: int
-    """All of them."""
+    """All of them; the kernel need not be told."""
 
 
 @functools.cache
