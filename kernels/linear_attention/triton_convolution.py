@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from postgen.kernels.linear_attention.triton_tiles import fetch, fetch_vector, question, state_times
+from postgen.kernels.linear_attention.triton_tiles import fetch, fetch_vector, question, share_of, state_times
 
 
 @triton.jit(do_not_specialize=["blocks", "whole", "bands", "band"])
@@ -38,15 +38,10 @@ def convolve_rows(
     first `whole` programs take a block, of the others `bands` share one. SIGN -1 transposes the convolutions. Their
     weights lie tap by tap, TAPS numbers apart; without `space`, SPACE is 1.
     """
-    program = tl.program_id(0)
-    others = tl.maximum(program - whole, 0)
-    block = tl.minimum(program, whole + others // bands)
-    top = others % bands * band
-    bottom = tl.where(program < whole, ROWS, tl.minimum(top + band, ROWS))
-    parts: tl.constexpr = BLOCK_D // BLOCK_E
-    e = block % parts * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    head, sample = block // parts // blocks % HEADS, (block // parts // blocks // HEADS).to(tl.int64)
-    block = block // parts % blocks
+    sample, head, part, block, top, bottom = share_of(
+        tl.program_id(0), blocks, whole, bands, band, HEADS, BLOCK_D // BLOCK_E, ROWS
+    )
+    e = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     tokens = FRAMES * ROWS * COLUMNS
     length = tokens
     STRIPS: tl.constexpr = BLOCK_N // STRIP

@@ -180,6 +180,19 @@ def state_times(high, low, x, scale, BLOCK_E: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def share_of(
+    program, blocks, whole, bands, band, HEADS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Return the sample, head, part of its channels and block of a program, and its rows, from and to."""
+    others = tl.maximum(program - whole, 0)
+    block = tl.minimum(program, whole + others // bands)
+    top = others % bands * band
+    bottom = tl.where(program < whole, ROWS, tl.minimum(top + band, ROWS))
+    copy = block // PARTS // blocks
+    return (copy // HEADS).to(tl.int64), copy % HEADS, block % PARTS, block // PARTS % blocks, top, bottom
+
+
+@triton.jit
 def existence(start, row, end):
     """Return 1 for tokens of a tile that exist and 0 for others."""
     return tl.where(start + row < end, 1.0, 0.0)
