@@ -1,6 +1,8 @@
 """The `postgen` command. Nothing heavy is imported before a command runs."""
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.formatwarning = _warning
+    sys.unraisablehook = _unraisable
     try:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
     except UserError as error:
@@ -75,6 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code == 130:  # newer typer turns Ctrl-C into this code by itself
         _leave(_STOPPED, code)
     raise SystemExit(code)
+
+
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Press Ctrl-C again where Python would ignore it: it came while an object was being deleted."""
+    if lost.exc_type is KeyboardInterrupt and hasattr(signal, "pthread_kill"):  # not on Windows
+        # Not at once: the object is still being deleted. To the main thread, which may be waiting for something.
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _warning(

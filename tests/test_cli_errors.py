@@ -236,3 +236,26 @@ def test_warnings_are_one_line(tiny_wan: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "postgen", *words], capture_output=True, text=True, check=True)
     assert "postgen: warning: Enhance-A-Video on WanTransformer3DModel: weight 9 is strong" in done.stderr
     assert "UserWarning" not in done.stderr
+
+
+def test_control_c_while_an_object_is_deleted() -> None:
+    """Python ignores what is raised there; the command ends all the same."""
+    script = """
+import time, typer
+from postgen import cli
+
+class Held:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+cli.app = typer.Typer()
+
+@cli.app.command()
+def wait(seconds: float):
+    Held()
+    time.sleep(seconds)
+
+cli.main(["30"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stderr) == (130, "postgen: stopped; no half-written file was left\n")
