@@ -41,8 +41,10 @@ class RunLog:
         self._timer = StepTimer()
         self._progress = Progress(step=step, max_steps=args.max_steps, shown=main and not args.disable_tqdm)
         if main:
-            with replacing(args.folder / "config.yaml") as part:
-                part.write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
+            path = args.folder / "config.yaml"
+            if not (args.evaluate_only and path.exists()):  # a run keeps its own
+                with replacing(path) as part:
+                    part.write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
             self._file = MetricsFile(args.folder / "metrics.jsonl", step)
         plain = {name: value for name, value in args.to_dict().items() if isinstance(value, int | float | str)}
         options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": args.folder.name}}

@@ -252,7 +252,8 @@ class Trainer(ABC, Generic[C]):
             self._step()
             self._event("on_step_end")
             self._after_step()
-            if (stop := self._stop_reason()) is not None:
+            # After the last step there is nothing to go on with.
+            if self.global_step < args.max_steps and (stop := self._stop_reason()) is not None:
                 reason = stop
                 break
         if self._saved_step != self.global_step:

@@ -189,6 +189,19 @@ def test_a_signal_ends_the_step_and_saves(trainer, name):
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_a_signal_in_the_last_step_changes_nothing(trainer):
+    result = trainer(signal_at=6, signal_name="SIGINT").train()
+    assert (result.reason, result.global_step) == (Reason.DONE, 6)
+
+
+def test_evaluation_alone_leaves_the_configuration_of_the_run(trainer):
+    run = trainer()
+    run.train()
+    before = (run.args.folder / "config.yaml").read_bytes()
+    trainer(evaluate_only=True, resume_from_checkpoint="latest").train()
+    assert (run.args.folder / "config.yaml").read_bytes() == before
+
+
 def test_a_second_signal_is_not_held_back():
     with Signals() as signals:
         signal.raise_signal(signal.SIGINT)
