@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ import torch
 _PREFER_NONE = 0
 _CARVEOUT = 9
 """CU_FUNC_CACHE_PREFER_NONE and CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver."""
+_reserved: dict[int, int] = {}
+"""Handle of a kernel -> what was asked for last."""
 
 
 def reserve(kernel: Any, percent: int) -> None:
@@ -24,12 +25,15 @@ def reserve(kernel: Any, percent: int) -> None:
     """
     function = getattr(kernel, "function", None)
     # On ROCm a handle is none of CUDA's driver, which may be there all the same.
-    if percent > 0 and isinstance(function, int) and torch.version.cuda is not None:
-        _reserve(function, percent)
+    if percent <= 0 or not isinstance(function, int) or torch.version.cuda is None:
+        return
+    # Another launch of the same kernel may have asked for another share since.
+    if _reserved.get(function) != percent:
+        _reserved[function] = percent
+        _ask(function, percent)
 
 
-@functools.cache
-def _reserve(function: int, percent: int) -> None:
+def _ask(function: int, percent: int) -> None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # no Linux, or no NVIDIA: slower, not wrong

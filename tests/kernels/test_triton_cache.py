@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,12 +31,11 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
     monkeypatch.setattr(ctypes, "CDLL", found.open)
-    triton_cache._reserve.cache_clear()
-    yield found
-    triton_cache._reserve.cache_clear()
+    monkeypatch.setattr(triton_cache, "_reserved", {})
+    return found
 
 
 def test_a_kernel_is_asked_for_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +46,10 @@ def test_a_kernel_is_asked_for_once(driver: Driver, monkeypatch: pytest.MonkeyPa
     assert driver.asked == [(12345, 0), (12345, 9, 30)]
     reserve(SimpleNamespace(function=54321), 30)
     assert len(driver.asked) == 4
+    # Another share, and the first one again.
+    reserve(KERNEL, 75)
+    reserve(KERNEL, 30)
+    assert driver.asked[4:] == [(12345, 0), (12345, 9, 75), (12345, 0), (12345, 9, 30)]
 
 
 @pytest.mark.parametrize("cuda", [None, "13.0"])
