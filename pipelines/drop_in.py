@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postgen.enhance import EnhanceAVideoConfig, enhance_for_call
 
@@ -34,10 +34,10 @@ class DropIn:
             (parent,) = (base for base in cls.__bases__ if base is not DropIn)
             cls.__call__ = _with_settings(parent.__call__)  # type: ignore[method-assign]
 
-    # What type checkers see; at run time every class has its parent's signature and the keyword.
-    def __call__(self, *args: Any, enhance_a_video: EnhanceSetting = None, **kwargs: Any) -> Any:
-        """Run the pipeline, with Enhance-A-Video set for this call. Every other argument is that of diffusers."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # at run time every class has its parent's signature and the keyword
+
+        def __call__(self, *args: Any, enhance_a_video: EnhanceSetting = None, **kwargs: Any) -> Any:
+            """Run the pipeline, with Enhance-A-Video set for this call. Every other argument is that of diffusers."""
 
 
 def _with_settings(call: Callable[..., Any]) -> Callable[..., Any]:
