@@ -1,4 +1,4 @@
-"""What Enhance-A-Video costs at the shapes of Wan 14B: 21 latent frames of 1560 tokens (81 at 480p), 40 x 128.
+"""What Enhance-A-Video costs at the shapes of Wan 14B, 81 frames: 21 latent frames, at 480p of 1560 tokens, 40 x 128.
 
 Memory of the measurement anywhere (resident set on the CPU); time and peak of a model of one block on a GPU, at 480p
 or 720p. Weights and inputs are random: costs do not depend on them.
@@ -55,8 +55,9 @@ def _queries_and_keys(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def layer_cost(height: int = 480, width: int = 832) -> dict[str, float]:
     """Milliseconds and peak MiB of one block of Wan 14B on a GPU, without and with.
 
-    Calls with and without take turns, because a GPU that gets warm slows down by more than what is looked for; times
-    are medians, the overhead is that of the differences between neighbours.
+    Without is switched off, which leaves no work on the GPU. Calls with and without take turns, because a GPU that
+    gets warm slows down by more than what is looked for; times are medians, the overhead is that of the differences
+    between neighbours.
     """
     from diffusers import WanTransformer3DModel
 

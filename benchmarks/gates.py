@@ -10,6 +10,7 @@ import math
 import operator
 import platform
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def passes(value: float | None, op: str, target: float) -> bool:
     if not math.isfinite(target):
         raise ValueError(f"a gate's target must be a finite number, got {target}")
     return value is not None and bool(OPERATORS[op](value, target))
+
+
+def largest(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Return the largest number of a column; None, which passes no gate, without rows."""
+    return max((row[key] for row in rows), default=None)
+
+
+def smallest(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Return the smallest number of a column; None, which passes no gate, without rows."""
+    return min((row[key] for row in rows), default=None)
 
 
 def write_result(path: str | Path, payload: dict[str, Any]) -> Path:

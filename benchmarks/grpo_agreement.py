@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.gates import write_result
-from benchmarks.grpo_exploration import FIRST, SIZE, Explorer
+from benchmarks.grpo_exploration import FIRST, SIZE, Explorer, options
 from postgen.grpo.advantages import compute_advantages
 from postgen.grpo.kernels import KINDS, Schedule, linspace_schedule, schedule_of
 from postgen.grpo.meter import Meter
@@ -106,14 +106,7 @@ def agreement(halves: list[Explorer], given: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="of each half")
-    parser.add_argument("--samples", type=int, default=16, help="of each prompt")
-    parser.add_argument("--cases", nargs="*", type=case, default=list(map(case, CASES)), help="see above")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", default="grpo_agreement", help="name or path of the result file")
-    args = parser.parse_args()
+    args = options(__doc__, case, CASES, "grpo_agreement")
     sizes = args.prompts, args.samples, args.batch, args.device
     halves = [Explorer(*sizes, first=FIRST), Explorer(*sizes, first=FIRST + args.prompts)]
     rows = []

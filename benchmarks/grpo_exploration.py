@@ -4,13 +4,13 @@
 
 Samples of a prompt share their initial noise and differ in that of a window of steps. A policy gradient can learn from
 a step only what the reward hears of its noise. Embedded model, prompts with two bodies, no guidance, the exact judge.
-Writes benchmarks/results/grpo_exploration.json.
+Writes benchmarks/results/grpo_exploration.json. A case is KERNEL:NOISE:FIRST:STEPS.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,16 +106,21 @@ class Explorer:
         }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16)
+def options(about: str | None, read: Callable[[str], Any], cases: Sequence[str], output: str) -> argparse.Namespace:
+    """Read the command line: how many samples to draw, the cases to measure, and where to write."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16, help="of a batch")
     parser.add_argument("--samples", type=int, default=16, help="of each prompt")
-    parser.add_argument("--cases", nargs="*", type=case, default=list(map(case, CASES)), help="KIND:NOISE:FIRST:STEPS")
+    parser.add_argument("--cases", nargs="*", type=read, default=list(map(read, cases)), help="see above")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", default="grpo_exploration", help="name or path of the result file")
-    args = parser.parse_args()
+    parser.add_argument("--output", default=output, help="name or path of the result file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = options(__doc__, case, CASES, "grpo_exploration")
     explorer = Explorer(args.prompts, args.samples, args.batch, args.device)
     rows = []
     for kind, noise, first, window in tqdm(args.cases, unit="case"):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gates import gate
+from benchmarks.gates import gate, largest, smallest
 from postgen.kernels.linear_attention import naive, ops
 from postgen.kernels.linear_attention.naive import Terms
 
@@ -47,12 +47,12 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for op in ("linear_attention", "linear_attention + convolution", "linear_attention backward")
     )
     return [
-        gate("linear_fwd_over_floor", max((row["over_floor"] for row in plain), default=None), "<=", 1.35),
-        gate("linear_fwd_conv_over_floor", max((row["over_floor"] for row in conv), default=None), "<=", 1.4),
-        gate("linear_bwd_over_floor", max((row["over_floor"] for row in back), default=None), "<=", 1.6),
-        gate("linear_vs_sana_eager", min((row["vs_sana"] for row in plain), default=None), ">=", 10),
-        gate("linear_vs_compiled_fp32_naive", min((row["vs_compiled"] for row in plain), default=None), ">=", 2.5),
-        gate("linear_relative_error", max((row["relative_error"] for row in plain + conv), default=None), "<=", 4e-3),
+        gate("linear_fwd_over_floor", largest(plain, "over_floor"), "<=", 1.35),
+        gate("linear_fwd_conv_over_floor", largest(conv, "over_floor"), "<=", 1.4),
+        gate("linear_bwd_over_floor", largest(back, "over_floor"), "<=", 1.6),
+        gate("linear_vs_sana_eager", smallest(plain, "vs_sana"), ">=", 10),
+        gate("linear_vs_compiled_fp32_naive", smallest(plain, "vs_compiled"), ">=", 2.5),
+        gate("linear_relative_error", largest(plain + conv, "relative_error"), "<=", 4e-3),
     ]
 
 

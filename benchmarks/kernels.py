@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import kernel_attention, kernel_linear, kernel_norm_rope
 from benchmarks.enhance_cost import layer_cost
-from benchmarks.gates import gate, write_result
+from benchmarks.gates import gate, largest, smallest, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
 from postgen.kernels.temporal_cfi import naive as cfi_naive
@@ -250,16 +250,16 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     norms = [row for row in rows if row["op"].startswith("adaln")]
     ropes = [row for row in rows if row["op"] == "norm_rope"]
     return [
-        gate("cfi_over_floor", max((row["over_floor"] for row in cfi), default=None), "<=", 1.3),
-        gate("cfi_extra_mib", max((row["extra_mib"] for row in cfi), default=None), "<=", 1),
-        gate("cfi_vs_official_eager", min((row["vs_eager"] for row in cfi), default=None), ">=", 7),
-        gate("cfi_relative_error", max((row["relative_error"] for row in cfi), default=None), "<=", 1e-4),
-        gate("adaln_over_floor", max((row["over_floor"] for row in norms), default=None), "<=", 1.3),
+        gate("cfi_over_floor", largest(cfi, "over_floor"), "<=", 1.3),
+        gate("cfi_extra_mib", largest(cfi, "extra_mib"), "<=", 1),
+        gate("cfi_vs_official_eager", smallest(cfi, "vs_eager"), ">=", 7),
+        gate("cfi_relative_error", largest(cfi, "relative_error"), "<=", 1e-4),
+        gate("adaln_over_floor", largest(norms, "over_floor"), "<=", 1.3),
         gate("adaln_vs_best_peer", min(map(_vs_best, norms), default=None), ">=", 1),
-        gate("adaln_relative_error", max((row["relative_error"] for row in norms), default=None), "<=", 4e-3),
-        gate("norm_rope_over_floor", max((row["over_floor"] for row in ropes), default=None), "<=", 1.3),
+        gate("adaln_relative_error", largest(norms, "relative_error"), "<=", 4e-3),
+        gate("norm_rope_over_floor", largest(ropes, "over_floor"), "<=", 1.3),
         gate("norm_rope_vs_best_peer", min(map(_vs_best, ropes), default=None), ">=", 1),
-        gate("norm_rope_relative_error", max((row["relative_error"] for row in ropes), default=None), "<=", 4e-3),
+        gate("norm_rope_relative_error", largest(ropes, "relative_error"), "<=", 4e-3),
     ]
 
 
