@@ -49,7 +49,8 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                     "reserved": reserved,
                 }
         return
-    for tokens, warps, stages, programs in itertools.product((32, 64), (4, 8, 16), (1, 2, 3), (264, 528)):
+    # Programs are counted when a kernel is launched, not when it is compiled.
+    for programs, tokens, warps, stages in itertools.product((0, 264, 528, 1056), (32, 64), (4, 8, 16), (1, 2, 3)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
 

@@ -52,3 +52,13 @@ def test_gates_take_the_worst_shape() -> None:
     worse = [*rows, {**row, "op": "linear_attention", "over_floor": 1.5, "vs_sana": 9.0}]
     found = {each["name"] for each in kernel_linear.gates(worse) if not each["ok"]}
     assert found == {"linear_fwd_over_floor", "linear_vs_sana_eager"}
+
+
+def test_a_loop_of_machine_code_is_counted() -> None:
+    from benchmarks.convolution_profile import loops
+
+    lines = ["FFMA R1, R2, R3, R4;", "LBB0:", "@P0 LDG.E R1, [R2];", "FFMA R1, R1, R3, R4;", "FADD.FTZ R5, R1, R4;"]
+    lines += ["@P1 BRA LBB1;", "FFMA R1, R1, R3, R4;", "LBB1:", "@!P2 BRA LBB0;", "EXIT;"]
+    sass = "\n".join(line if line.endswith(":") else f"--:-:-:-:1\t{line}" for line in lines)
+    (found,) = loops(sass)
+    assert found == {"LDG": 1, "FFMA": 2, "FADD": 1, "BRA": 2}
