@@ -2,8 +2,8 @@
 
 `python -m benchmarks.convolution_profile` needs a GPU and writes `results/convolution_profile.json`. It times the
 second pass of `postgen.kernels.linear_attention` at Wan 1.3B's 480p with both convolutions, with smaller ones, without
-queries and without convolution, beside the bytes that each must move. Of the whole pass it counts what a thread executes
-for a row of its columns, and from that the time for which the processors have instructions to issue; the rest is waiting.
+queries and without convolution, beside the bytes that each must move. Of the whole pass it counts what a thread
+executes for a row of its columns, and from that how long processors have instructions to issue; the rest is waiting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLOCK_GHZ = 1.755
 """Of an H100 SXM under load: the base of what counted instructions take."""
 SCHEDULERS = 4
 """Of a processor; each issues one instruction of one warp a cycle."""
-FILTERS = {"5x5 + 3": (5, 3), "5x5": (5, 0), "3x3 + 3": (3, 3), "1x1": (1, 0), "3": (0, 3)}
+FILTERS = {"5x5 + 3": (5, 3), "3x3 + 3": (3, 3), "1x1": (1, 0)}
 """Taps along a side in space and in time."""
 WHOLE = "5x5 + 3"
 

@@ -18,7 +18,7 @@ from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_
 from postgen.kernels.linear_attention.triton_cache import reserve
 from postgen.kernels.linear_attention.triton_convolution import convolve_rows
 from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
-from postgen.kernels.linear_attention.triton_launch import after, block_d, constants, launch, overlaps, splits, strips
+from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
 
 _JOINED = 8192
 """Numbers that a program of `join_splits` holds."""
@@ -121,9 +121,7 @@ def join(parts: Sums, *first: Tensor | None) -> Sums:
         BLOCK_S=block_s,
         BLOCK_R=block_r,
         BLOCK_D=width,
-        OVERLAP=overlaps(parts.matrix),
         num_warps=4,
-        **after(parts.matrix),
     )
     return joined
 
@@ -178,7 +176,6 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms) -> Tensor:
         terms.norm_eps,
         terms.eps,
         **constants(query, how, terms),
-        **after(query),
     )
     return out
 
@@ -228,7 +225,6 @@ def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tens
         BLOCK_E=width,
         STACKED=how.stacked,
         **shared,
-        **after(x),
     )
     reserve(kernel, how.reserved)
     return out
@@ -292,7 +288,6 @@ def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: 
         terms.norm_eps,
         ADDS=adds,
         **constants(key, how, terms),
-        **after(key),
     )
     return of_key, of_value
 

@@ -17,7 +17,6 @@ from postgen.kernels.linear_attention.triton_tiles import (
     fetch_vector,
     fold,
     fold_weighted,
-    let_next_kernel_begin,
     neighbour,
     normed,
     put,
@@ -25,7 +24,6 @@ from postgen.kernels.linear_attention.triton_tiles import (
     slope,
     times_state,
     turn,
-    wait_for_kernel_before,
 )
 
 
@@ -36,7 +34,7 @@ def grad_queries(
     tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, k' into `vectors`."""
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
@@ -78,7 +76,6 @@ def grad_queries(
         d_state = tl.dot(tl.trans(g), q.to(DOT), d_state, input_precision=PRECISION)
         start += BLOCK_N
 
-    let_next_kernel_begin(OVERLAP)
     part = which * tl.num_programs(1) + tl.program_id(1)
     put_sums(matrices, vectors, part, tl.trans(d_state), tl.sum(d_key_sum, axis=0), CHANNELS, BLOCK_D)
 
@@ -90,13 +87,11 @@ def grad_keys(
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, ADDS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
 
     With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
     """
-    wait_for_kernel_before(OVERLAP)
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     end = tokens

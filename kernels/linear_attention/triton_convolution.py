@@ -18,15 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from postgen.kernels.linear_attention.triton_tiles import (
-    fetch,
-    fetch_vector,
-    in_two_terms,
-    question,
-    share_of,
-    state_times,
-    wait_for_kernel_before,
-)
+from postgen.kernels.linear_attention.triton_tiles import fetch, fetch_vector, question, share_of, state_times
 
 
 @triton.jit(do_not_specialize=["blocks", "whole", "bands", "band"])
@@ -38,7 +30,7 @@ def convolve_rows(
     STRIP: tl.constexpr, X_N: tl.constexpr, X_D: tl.constexpr, BLOCK_E: tl.constexpr, STACKED: tl.constexpr,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of both convolutions of x and, if there are queries, of their attention.
 
@@ -46,7 +38,6 @@ def convolve_rows(
     first `whole` programs take a block, of the others `bands` share one. SIGN -1 transposes the convolutions. Their
     weights lie tap by tap, TAPS numbers apart; without `space`, SPACE is 1.
     """
-    wait_for_kernel_before(OVERLAP)
     sample, head, part, block, top, bottom = share_of(
         tl.program_id(0), blocks, whole, bands, band, HEADS, BLOCK_D // BLOCK_E, ROWS
     )
@@ -181,6 +172,22 @@ def strips_of(
     # One frame after another: what a strip reads of the next frame, the next strip has just read.
     frame, column = strip % FRAMES, strip // FRAMES * STRIP
     return real, frame, column, frame * (ROWS * COLUMNS) + column
+
+
+@triton.jit
+def in_two_terms(
+    states, which, e, STACKED: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
+):
+    """Return some columns of a state, transposed, as the sum of two 16-bit terms; or both, one below the other."""
+    d = tl.arange(0, BLOCK_D)[:, None]
+    places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
+    state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
+    high = state.to(DOT)
+    low = (state - high.to(tl.float32)).to(DOT)
+    if STACKED:
+        low = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * state.shape[0], BLOCK_D))
+        high = low
+    return high, low
 
 
 @triton.jit

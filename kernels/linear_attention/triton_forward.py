@@ -18,14 +18,12 @@ from postgen.kernels.linear_attention.triton_tiles import (
     fetch_matrix,
     fetch_vector,
     fold,
-    let_next_kernel_begin,
     normed,
     put,
     put_sums,
     question,
     times_state,
     turn,
-    wait_for_kernel_before,
 )
 
 
@@ -50,7 +48,7 @@ def sum_keys(
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`."""
     head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -82,7 +80,6 @@ def sum_keys(
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
-    let_next_kernel_begin(OVERLAP)
     part = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + split
     put_sums(matrices, vectors, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D)
 
@@ -91,11 +88,8 @@ def sum_keys(
 def join_splits(
     matrices, vectors, first_matrix, first_vector, matrix, vector, splits,
     CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits, BLOCK_R rows of a matrix and numbers of a vector a program."""
-    let_next_kernel_begin(OVERLAP)
-    wait_for_kernel_before(OVERLAP)
     which = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
@@ -122,10 +116,9 @@ def read_state(
     query_b, query_n, query_h, query_d, weight_h, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the results of one range of queries, where there is no convolution."""
-    wait_for_kernel_before(OVERLAP)
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     query += sample * query_b + head.to(tl.int64) * query_h

@@ -160,22 +160,6 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
         "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
         # The interpreter knows no such products; its own are exact.
         "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",
-        "OVERLAP": overlaps(x),
         "num_warps": how.warps,
         "num_stages": how.stages,
     }
-
-
-def overlaps(x: Tensor) -> bool:
-    """Say whether a kernel may begin while the one before it ends, which saves microseconds between short ones."""
-    if not x.is_cuda or torch.version.cuda is None or not hasattr(tl.extra.cuda, "gdc_wait"):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def after(x: Tensor) -> dict[str, bool]:
-    """Return how to launch a kernel that waits, by `wait_for_kernel_before`, for another one of this folder.
-
-    Not for the first of them: who knows whether somebody else's kernel has waited for what it was given itself.
-    """
-    return {"launch_pdl": True} if overlaps(x) else {}

@@ -11,20 +11,6 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_kernel_before(OVERLAP: tl.constexpr):
-    """Wait until the kernel before has ended and its results are there; what is read must come after it."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def let_next_kernel_begin(OVERLAP: tl.constexpr):
-    """Let the programs of the next kernel take their places: called by all programs of this one."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def fetch(base, start, row, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return a tile in the dtype of memory."""
     row = row[:, None]
@@ -174,22 +160,6 @@ def question(
     divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
     q = turn(q, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
     return q.to(DOT), 1.0 / divisor
-
-
-@triton.jit
-def in_two_terms(
-    states, which, e, STACKED: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
-):
-    """Return some columns of a state, transposed, as the sum of two 16-bit terms; or both, one below the other."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
-    state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
-    high = state.to(DOT)
-    low = (state - high.to(tl.float32)).to(DOT)
-    if STACKED:
-        low = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * state.shape[0], BLOCK_D))
-        high = low
-    return high, low
 
 
 @triton.jit
