@@ -20,7 +20,7 @@ from postgen.kernels.linear_attention.triton_convolution import convolve_rows
 from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
 from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
 
-_JOINED = 8192
+_JOINED = 2048
 """Numbers that a program of `join_splits` holds."""
 
 
