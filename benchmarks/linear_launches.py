@@ -50,7 +50,9 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                 }
         return
     # Programs are counted when a kernel is launched, not when it is compiled.
-    for programs, tokens, warps, stages in itertools.product((0, 264, 528, 1056), (32, 64), (4, 8, 16), (1, 2, 3)):
+    for programs, tokens, warps, stages in itertools.product(
+        (0, 132, 264, 528, 1056), (32, 64), (4, 8, 16), (1, 2, 3, 4)
+    ):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
 
@@ -61,7 +63,7 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
     if triton.convolves(terms):
         return {"convolution": lambda q, k, v, sums: triton._convolve(v, q, sums, terms)}
     return {
-        "keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
+        "keys" if terms.rope is None else "turned_keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
         "queries" if terms.rope is None else "turned_queries": lambda q, k, v, sums: triton._read_state(
             q, sums, terms
         ),

@@ -135,7 +135,7 @@ def partial_sums(x: Tensor, parts: int) -> Sums:
 
 def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
     batch, tokens, heads, channels = key.shape
-    how = launch("keys", key)
+    how = launch("keys" if terms.rope is None else "turned_keys", key)
     parts, tiles = splits(tokens, heads, how)
     found = partial_sums(key, parts)
     sum_keys[(heads, parts, batch)](

@@ -45,7 +45,7 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
         rope_pairs=(channels // 2 - 2 * (channels // 6), channels // 6, channels // 6),
     )
     how = triton_launch.launch(
-        f"turned_{name}" if "rope" in given and name in ("queries", "grad_keys") else name, like
+        f"turned_{name}" if "rope" in given and name in ("keys", "queries", "grad_keys") else name, like
     )
     constants = triton_launch.constants(like, how, terms)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
