@@ -88,7 +88,32 @@ def taylorseer(tiny: TinyModel) -> None:
     tiny.transformer.enable_cache(config)
 
 
-@pytest.mark.parametrize("cache", [first_block_cache, attention_broadcast, taylorseer])
+def faster_cache(tiny: TinyModel) -> None:
+    from diffusers import FasterCacheConfig
+
+    # It keeps nothing of its own until a step outside the range has been computed.
+    begun: list[int] = []
+    tiny.transformer.register_forward_hook(lambda *_: begun.append(1))
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=3,
+        spatial_attention_timestep_skip_range=(0, 900),
+        current_timestep_callback=lambda: 500 if begun else 1000,
+        attention_weight_callback=lambda _: 0.5,
+        is_guidance_distilled=True,
+    )
+    tiny.transformer.enable_cache(config)
+
+
+def mag_cache(tiny: TinyModel) -> None:
+    from diffusers import MagCacheConfig
+
+    # Each step is taken to be as large as the one before, so none but the first is computed.
+    tiny.transformer.enable_cache(
+        MagCacheConfig(retention_ratio=0.0, num_inference_steps=4, mag_ratios=torch.ones(4), threshold=0.5)
+    )
+
+
+@pytest.mark.parametrize("cache", [first_block_cache, attention_broadcast, taylorseer, faster_cache, mag_cache])
 def test_caches_keep_the_gain(pair: Pair, cache: Callable[[TinyModel], None]) -> None:
     for tiny in pair.either_order(cache):
         results = steps(tiny, 4)

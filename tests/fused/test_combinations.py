@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import postgen
-from tests.enhance.test_combinations import attention_broadcast, first_block_cache
+from tests.enhance.test_combinations import attention_broadcast, faster_cache, first_block_cache, mag_cache
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
@@ -80,7 +80,7 @@ def gains(tiny: TinyModel) -> dict[str, tuple[float, ...]]:
     return handle.stats()
 
 
-@pytest.mark.parametrize("cache", [first_block_cache, attention_broadcast])
+@pytest.mark.parametrize("cache", [first_block_cache, attention_broadcast, faster_cache, mag_cache])
 def test_caches(pair: Pair, cache: Callable[[TinyModel], None]) -> None:
     _, *fused = pair.either_order(cache)
     for tiny in fused:
