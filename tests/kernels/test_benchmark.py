@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import fused_step, linear_launches
 from benchmarks import kernels as benchmark
@@ -158,3 +159,20 @@ def test_launches_of_passes_that_there_are_not(
 def test_without_a_gpu(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err.endswith(" needs a GPU: torch sees none\n")
+
+
+def test_the_chart_shows_ours_first_then_the_fastest(tmp_path: Path) -> None:
+    from benchmarks.kernel_chart import bars, draw
+
+    timed = {"op": "adaln norm + modulate", "shape": "A, modulation per sample", "ours_ms": 0.8, "floor_ms": 1.0}
+    row = {**timed, "eager_ms": 9.0, "compiled_ms": 2.0, "over_floor": 0.8}
+    assert [name for name, _ in bars(row)] == ["floor", "ours", "compiled", "eager"]
+    routed = {"op": "attention", "shape": "A", "chosen": "fa4", "ours_ms": 3.0, "default_ms": 5.0}
+    routed["backends_ms"] = {"fa4": 3.1, "flash": 4.0}
+    assert bars(routed) == [("ours: fa4", 3.0), ("flash", 4.0), ("torch's default", 5.0)]
+    draw([row, routed], "A", tmp_path / "chart.png")
+    picture = Image.open(tmp_path / "chart.png").convert("RGB")
+    assert {(30, 110, 60), (110, 150, 210)} <= {colour for _, colour in picture.getcolors(1 << 20) or ()}
+    with pytest.raises(ValueError, match="no rows of 'B': there are A"):
+        draw([row, routed], "B", tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
