@@ -64,6 +64,8 @@ class Backend:
     takes_groups: bool = True
     """Whether query heads may share key heads."""
     gives_lse: bool = True
+    gives_lse_with_lengths: bool = True
+    fewest_keys: int = 1
     needs_gpu: bool = True
     races_without_lengths: bool = True
     """Whether the router times it where no keys are masked."""
@@ -78,6 +80,10 @@ class Backend:
             return "takes no grouped heads"
         if call.lse and not self.gives_lse:
             return "returns no LSE"
+        if call.lse and call.key_lengths is not None and not self.gives_lse_with_lengths:
+            return "returns no LSE where keys are masked"
+        if call.key.shape[1] < self.fewest_keys:
+            return f"takes {self.fewest_keys} keys or more"
         return None
 
 
@@ -101,8 +107,6 @@ def _sdpa(call: Call, kernel: SDPBackend | None = None) -> Result:
 
 
 def _cudnn(call: Call) -> Result:
-    if call.key.shape[1] == 1:
-        raise NotImplementedError("torch has no cuDNN kernel for a single key")
     if not call.lse:
         return _sdpa(call, SDPBackend.CUDNN_ATTENTION)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(*call.heads_first, None, True, scale=call.scale)
@@ -137,8 +141,6 @@ def _flash_with_lengths(call: Call) -> Result:
 def _efficient(call: Call) -> Result:
     if not call.lse:
         return _sdpa(call, SDPBackend.EFFICIENT_ATTENTION)
-    if call.key_lengths is not None:
-        raise NotImplementedError("the efficient kernel of torch returns no LSE for masked keys here")
     found = torch.ops.aten._scaled_dot_product_efficient_attention(*call.heads_first, None, True, scale=call.scale)
     # Its rows are padded to a multiple of 32.
     return found[0].transpose(1, 2), found[1][..., : call.query.shape[1]]
@@ -222,12 +224,12 @@ def _pair(found: Any, lse: bool) -> Result:
     return out, found[1] if lse else None
 
 
-CUDNN = Backend(name="cudnn", run=_cudnn, takes_lengths=False)
+CUDNN = Backend(name="cudnn", run=_cudnn, takes_lengths=False, fewest_keys=2)
 FLASH_4 = Backend(name="fa4", run=_flash_4, packages=("flash-attn-4", "nvidia-cutlass-dsl"))
 FLASH_3 = Backend(name="fa3", run=_flash_3, packages=("flash-attn-3",), takes_lengths=False)
 XFORMERS = Backend(name="xformers", run=_xformers, packages=("xformers",), takes_lengths=False, takes_groups=False)
 FLASH = Backend(name="flash", run=_flash)
-EFFICIENT = Backend(name="efficient", run=_efficient, takes_groups=False)
+EFFICIENT = Backend(name="efficient", run=_efficient, takes_groups=False, gives_lse_with_lengths=False)
 # It compiles for many seconds, and only among those that mask keys has it ever been the fastest.
 FLEX = Backend(name="flex", run=_flex, packages=("torch", "triton"), races_without_lengths=False)
 SDPA = Backend(name="sdpa", run=_sdpa, gives_lse=False, needs_gpu=False)

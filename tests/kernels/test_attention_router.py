@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,24 @@ def test_what_fails_after_it_was_chosen_gives_way_for_good() -> None:
     assert relative_error(out, MATH.run(call)[0]) < 1e-6
     assert mine.choose(call_of(100)).name == "sdpa"
     assert mine.choose(call_of(9)).name == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("limit", "declined", "reason"),
+    [
+        ({"fewest_keys": 2}, call_of(1), "takes 2 keys or more"),
+        ({"gives_lse_with_lengths": False}, call_of(lengths=True, lse=True), "returns no LSE where keys are masked"),
+    ],
+)
+def test_a_call_that_is_declined_costs_a_backend_no_other(limit: dict[str, Any], declined: Call, reason: str) -> None:
+    limited = replace(FAST, **limit)
+    mine = Router([limited, SLOW])
+    with pytest.warns(UserWarning, match=f"attention runs on slow, not on fast: {reason}"):
+        out, _ = mine.run(declined, "fast")
+    assert relative_error(out, MATH.run(declined)[0]) < 1e-6
+    assert mine.choose(declined).name == "slow"
+    for other in (call_of(lse=declined.lse), call_of(lengths=declined.key_lengths is not None)):
+        assert mine.choose(other).name == "fast"
 
 
 def test_no_last_resort_hides_its_error() -> None:
