@@ -15,8 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from postgen.assets import locate
-from postgen.errors import UserError
 from postgen.video import (
     FORMATS,
     VideoError,
@@ -27,6 +25,7 @@ from postgen.video import (
     read_video,
     write_video,
 )
+from tests.offline_assets import installed
 
 
 def ramp(frames=5, height=32, width=48):
@@ -35,13 +34,6 @@ def ramp(frames=5, height=32, width=48):
     y = torch.linspace(0, 1, height)[:, None].expand(frames, height, width)
     t = torch.linspace(0, 1, frames)[:, None, None].expand(frames, height, width)
     return torch.stack([x, y, t], dim=1)
-
-
-def sample(name):
-    try:
-        return locate(name)
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def psnr(a, b):
@@ -114,7 +106,7 @@ def test_same_clip_gives_the_same_bytes(tmp_path):
     ],
 )
 def test_real_clips(name, info):
-    path = sample(name)
+    path = installed(name)
     assert probe(path) == info
     first, last = read_video(path, count=1), read_video(path, start=info.frames - 1)
     assert first.shape == last.shape == (1, 3, info.height, info.width)
@@ -125,7 +117,7 @@ def test_real_clips(name, info):
 
 
 def test_window_equals_slice():
-    path = sample("clip-carphone")
+    path = installed("clip-carphone")
     whole = read_video(path, count=40)
     assert torch.equal(torch.cat(list(iter_video(path, chunk=7, start=11, count=20))), whole[11:31])
     assert [len(clip) for clip in iter_video(path, chunk=7, start=110)] == [7, 3]

