@@ -21,12 +21,11 @@ from torch import Tensor
 
 from benchmarks.gates import write_result
 from benchmarks.kernels import bytes_per_millisecond, milliseconds
+from benchmarks.linear_launches import drawn, passes
 from postgen.kernels.linear_attention.naive import Terms
 
 GRID = (21, 30, 52)
 HEADS, CHANNELS = 12, 128
-SETS = 3
-"""Inputs that are walked over, so that none is in the caches."""
 CLOCK_GHZ = 1.755
 """Of an H100 SXM under load: the base of what counted instructions take."""
 SCHEDULERS = 4
@@ -57,9 +56,9 @@ def kind(line: str) -> str | None:
     return instruction[1] if instruction else None
 
 
-def moved(*, queries: bool, values: bool) -> int:
-    """Return the bytes that a pass must move: what it reads once, and the results."""
-    return 2 * math.prod(GRID) * HEADS * CHANNELS * (1 + queries + values)
+def moved(tensors: int) -> int:
+    """Return the bytes of so many tensors."""
+    return 2 * math.prod(GRID) * HEADS * CHANNELS * tensors
 
 
 def terms_of(space: int, time: int) -> Terms:
@@ -76,33 +75,27 @@ def part_calls() -> dict[str, tuple[Call, int]]:
     """Return every part as a call of queries, keys, values and sums, and the bytes that it must move."""
     from postgen.kernels.linear_attention import triton
 
-    def pass_of(terms: Terms, queries: bool) -> Call:
-        return lambda q, k, v, sums: triton._convolve(v, q if queries else None, sums, terms)
+    def alone(terms: Terms) -> Call:
+        return lambda q, k, v, sums: triton._convolve(v, None, sums, terms)
 
-    found: dict[str, tuple[Call, int]] = {
-        "keys and values summed": (
-            lambda q, k, v, sums: triton._sum_keys(k, v, Terms()),
-            moved(queries=True, values=False),
-        ),
-        "queries": (lambda q, k, v, sums: triton._read_state(q, sums, Terms()), moved(queries=True, values=False)),
-    }
+    plain = passes(Terms())
+    # Keys and values are two tensors that are read, queries one that is read and the results another.
+    found = {"keys and values summed": (plain["keys"], moved(2)), "queries": (plain["queries"], moved(2))}
     for name, taps in FILTERS.items():
         terms = terms_of(*taps)
-        found[f"convolution {name}"] = pass_of(terms, False), moved(queries=False, values=True)
-        found[f"convolution {name}, queries"] = pass_of(terms, True), moved(queries=True, values=True)
+        found[f"convolution {name}"] = alone(terms), moved(2)
+        found[f"convolution {name}, queries"] = passes(terms)["convolution"], moved(3)
     return found
 
 
-def code() -> dict[str, Any]:
-    """Return registers, memory and instructions of the whole pass."""
-    from postgen.kernels.linear_attention import triton
+def code(given: tuple[Any, ...]) -> dict[str, Any]:
+    """Return registers, memory and instructions of the whole pass, launched on one set of inputs."""
     from postgen.kernels.linear_attention.triton_convolution import convolve_rows
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES
 
     how = LAUNCHES["convolution", CHANNELS]
-    query, value = torch.zeros(2, 1, math.prod(GRID), HEADS, CHANNELS, dtype=torch.bfloat16, device="cuda")
     convolve_rows.device_caches.clear()
-    triton._convolve(value, query, triton._sum_keys(query, value, Terms()), terms_of(*FILTERS[WHOLE]))
+    passes(terms_of(*FILTERS[WHOLE]))["convolution"](*given)
     (kernel,) = convolve_rows.device_caches[torch.cuda.current_device()][0].values()
     row = max(loops(kernel.asm["sass"]), key=lambda body: body.total())
     elements = how.tokens * how.channels // (32 * how.warps)
@@ -124,13 +117,7 @@ def code() -> dict[str, Any]:
 
 def profile() -> dict[str, Any]:
     """Time the parts."""
-    from postgen.kernels.linear_attention import triton
-
-    sets = []
-    for _ in range(SETS):
-        shape = (1, math.prod(GRID), 3, HEADS, CHANNELS)
-        q, k, v = torch.randn(shape, device="cuda").to(torch.bfloat16).unbind(2)
-        sets.append((q, k, v, triton._sum_keys(k, v, Terms())))
+    sets = drawn(GRID, HEADS, CHANNELS, Terms())
     bandwidth = bytes_per_millisecond()
     rows = []
     for name, (call, volume) in part_calls().items():
@@ -140,7 +127,7 @@ def profile() -> dict[str, Any]:
         "shape": "Wan 1.3B 480p 81f",
         "copy_tb_per_s": bandwidth / 1e9,
         "rows": rows,
-        "code": code(),
+        "code": code(sets[0]),
         "gates": [],
     }
 

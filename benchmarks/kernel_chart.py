@@ -66,7 +66,8 @@ def draw(rows: Sequence[dict[str, Any]], shape: str, target: Path) -> None:
         known = sorted({row["shape"].removesuffix(PER_SAMPLE) for row in rows if row["op"] in NAMES})
         raise ValueError(f"no rows of {shape!r}: there are {', '.join(known)}")
     every = [ms for _, group in groups for _, ms in group]
-    low, high = 10 ** math.floor(math.log10(min(every))), max(every)
+    low = 10 ** math.floor(math.log10(min(every)))
+    high = max(*every, 10 * low)
     height = TOP + sum(BAR * len(group) + GAP for _, group in groups)
     image = Image.new("RGB", (WIDTH, height), "white")
     canvas = ImageDraw.Draw(image)

@@ -74,6 +74,18 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
     }
 
 
+def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -> list[tuple[Any, ...]]:
+    """Return sets of queries, keys, values and sums: views of fused projections."""
+    from postgen.kernels.linear_attention import triton
+
+    sets = []
+    for _ in range(SETS):
+        size = (1, math.prod(grid), 3, heads, channels)
+        query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
+        sets.append((query, key, value, triton._sum_keys(key, value, terms)))
+    return sets
+
+
 def unusable(options: argparse.Namespace) -> str | None:
     """Return what is wrong with options, or None."""
     if options.channels % 2 or not 32 < options.channels <= 128:
@@ -141,18 +153,13 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.linear_launches needs a GPU: torch sees none", file=sys.stderr)
         return 2
-    from postgen.kernels.linear_attention import triton
 
     terms = _turned(tuple(options.grid), options.channels) if options.rope else Terms()
     if options.conv:
         width = options.heads * options.channels
         space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
         terms = replace(terms, grid=tuple(options.grid), conv_space=space, conv_time=time)
-    sets = []
-    for _ in range(SETS):
-        size = (1, math.prod(options.grid), 3, options.heads, options.channels)
-        query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
-        sets.append((query, key, value, triton._sum_keys(key, value, terms)))
+    sets = drawn(tuple(options.grid), options.heads, options.channels, terms)
     calls = {
         name: call
         for name, call in passes(terms).items()

@@ -100,7 +100,7 @@ def spilled_bytes(found: Any, folder: Path) -> int:
 def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) -> None:
     found = compiled(name, channels, "bf16")
     # Some bytes of a launch that is faster all the same; a loop that spills its sums takes thousands.
-    assert spilled_bytes(found, tmp_path) <= 256
+    assert spilled_bytes(found, tmp_path) <= (208 if (name, channels) == ("grad_queries", 64) else 128)
     assert found.metadata.shared <= SHARED_MEMORY[channels]
 
 
