@@ -5,8 +5,7 @@ Shapes as in `naive.py`. The gradients are its formulas in plain torch, which to
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.adaln import naive
 from postgen.kernels.dispatch import check_devices, uses_triton
@@ -15,7 +14,7 @@ MAX_CHANNELS = 16384
 """The longest token that one program of the kernel holds in registers."""
 
 
-@torch.library.custom_op("postgen::norm_modulate", mutates_args=())
+@library.custom_op("postgen::norm_modulate", mutates_args=())
 def norm_modulate(
     x: Tensor,
     scale: Tensor | None = None,
@@ -49,7 +48,7 @@ def norm_modulate(
     return naive.norm_modulate(x, scale, shift, weight, bias, eps=eps, rms=rms).contiguous()
 
 
-@torch.library.custom_op("postgen::gate_residual_norm_modulate", mutates_args=())
+@library.custom_op("postgen::gate_residual_norm_modulate", mutates_args=())
 def gate_residual_norm_modulate(
     x: Tensor,
     y: Tensor,
@@ -89,7 +88,7 @@ def gate_residual_norm_modulate(
     return total.contiguous(), out.contiguous()
 
 
-@torch.library.custom_op("postgen::gate_residual", mutates_args=())
+@library.custom_op("postgen::gate_residual", mutates_args=())
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """Return x + y * gate in the dtype of x: where no norm follows.
 

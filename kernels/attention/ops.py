@@ -10,7 +10,7 @@ import functools
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.attention.backends import LAST_RESORTS, MATH, SDPA, TIMED, Call, Result
 from postgen.kernels.attention.router import TOLERANCE, Router
@@ -92,7 +92,7 @@ def router() -> Router:
     return Router(store=Store(cache_file(), tuple(sorted(packages))))
 
 
-@torch.library.custom_op("postgen::attention", mutates_args=())
+@library.custom_op("postgen::attention", mutates_args=())
 def _attention(
     query: Tensor,
     key: Tensor,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.linear_attention import naive
@@ -64,7 +64,7 @@ def linear_attention_with_state(
     return out, state, key_sum
 
 
-@torch.library.custom_op("postgen::linear_attention", mutates_args=())
+@library.custom_op("postgen::linear_attention", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -97,7 +97,7 @@ def _forward(
     return out.contiguous(), total.contiguous(), total_key.contiguous()
 
 
-@torch.library.custom_op("postgen::linear_attention_backward", mutates_args=())
+@library.custom_op("postgen::linear_attention_backward", mutates_args=())
 def linear_attention_backward(
     gradient: Tensor,
     of_state: Tensor | None,

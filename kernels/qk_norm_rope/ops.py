@@ -7,7 +7,7 @@ and of the shift are not computed: they are constants of a call.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.qk_norm_rope import naive
@@ -65,7 +65,7 @@ def qk_norm_rope(
     return found[:2] if v is None else found
 
 
-@torch.library.custom_op("postgen::qk_norm_rope", mutates_args=())
+@library.custom_op("postgen::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -101,7 +101,7 @@ def _qk_norm_rope(
     return out
 
 
-@torch.library.custom_op("postgen::qk_norm_rope_int8", mutates_args=())
+@library.custom_op("postgen::qk_norm_rope_int8", mutates_args=())
 def qk_norm_rope_int8(
     q: Tensor,
     k: Tensor,

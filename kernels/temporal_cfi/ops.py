@@ -5,7 +5,7 @@ Plain torch takes a few locations at a time, so that memory does not grow; the k
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.dispatch import check_devices, uses_triton
 
@@ -15,7 +15,7 @@ _BUDGET = 64 * 2**20
 """Bytes that one chunk of locations may take where the caller names no size."""
 
 
-@torch.library.custom_op("postgen::temporal_self_share", mutates_args=())
+@library.custom_op("postgen::temporal_self_share", mutates_args=())
 def temporal_self_share(
     query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from postgen.kernels.adaln import naive
 from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
@@ -71,9 +72,9 @@ def test_gradient_of_the_sum_alone() -> None:
 def test_are_registered_well(kind: str) -> None:
     case: dict[str, Any] = inputs(kind, (2, 3, 5))
     case["x"] = case["x"].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    torch.library.opcheck(norm_modulate, (), norm_only(case))
-    torch.library.opcheck(gate_residual_norm_modulate, (), case)
-    torch.library.opcheck(gate_residual, (case["x"], case["y"], case["gate"]))
+    library.opcheck(norm_modulate, (), norm_only(case))
+    library.opcheck(gate_residual_norm_modulate, (), case)
+    library.opcheck(gate_residual, (case["x"], case["y"], case["gate"]))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention.flex_attention import flex_attention
 
 from postgen.kernels.attention import naive
@@ -185,7 +185,7 @@ def test_compiles_whole(gradient: bool, backend: str | None) -> None:
 def test_the_operation_keeps_the_rules_of_torch() -> None:
     lengths = torch.tensor([7, 53])
     for arguments in ((0.3, None, True, None), (0.3, lengths, False, "math")):
-        torch.library.opcheck(torch.ops.postgen.attention.default, (*drawn(), *arguments))
+        library.opcheck(torch.ops.postgen.attention.default, (*drawn(), *arguments))
 
 
 @pytest.mark.parametrize(

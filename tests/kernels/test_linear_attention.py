@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.linear_attention import naive, ops
 from postgen.kernels.linear_attention.ops import linear_attention, linear_attention_with_state
@@ -152,13 +152,11 @@ def test_is_registered_well(case: str) -> None:
     q, k, v = (x.clone().requires_grad_() for x in inputs(SHAPE))
     chosen = terms(case, SHAPE, GRID)
     arguments = ops._arguments(q, k, v, chosen)
-    torch.library.opcheck(ops._forward, arguments)
+    library.opcheck(ops._forward, arguments)
     q, k, v = (x.detach() for x in (q, k, v))
     out, *sums = (x.detach() for x in ops._forward(*arguments))
     gradients = (out, *sums) if case == "all" else (out, None, None)
-    torch.library.opcheck(
-        ops.linear_attention_backward, (*gradients, *sums, q, k, v, *arguments[3:9], *arguments[11:])
-    )
+    library.opcheck(ops.linear_attention_backward, (*gradients, *sums, q, k, v, *arguments[3:9], *arguments[11:]))
 
 
 @pytest.mark.parametrize(

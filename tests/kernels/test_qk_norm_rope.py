@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.qk_norm_rope import naive
 from postgen.kernels.qk_norm_rope.ops import _qk_norm_rope, qk_norm_rope, qk_norm_rope_int8
@@ -87,9 +87,9 @@ def test_gradients(kind: str, heads_first: bool) -> None:
 def test_are_registered_well(kind: str) -> None:
     case = make(kind, (1, 4, 2, 4))
     case.tensors["q"] = case.tensors["q"].detach().requires_grad_()
-    torch.library.opcheck(_qk_norm_rope, (*case.tensors.values(), *case.options.values(), True))
+    library.opcheck(_qk_norm_rope, (*case.tensors.values(), *case.options.values(), True))
     given = {name: x for name, x in case.tensors.items() if name != "v"}
-    torch.library.opcheck(qk_norm_rope_int8, (), {**given, **case.options, "q": case.tensors["q"].detach()})
+    library.opcheck(qk_norm_rope_int8, (), {**given, **case.options, "q": case.tensors["q"].detach()})
 
 
 def test_heads_first() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from postgen.kernels.temporal_cfi import naive
 from postgen.kernels.temporal_cfi.ops import temporal_self_share
@@ -63,7 +63,7 @@ def test_autocast_does_not_round() -> None:
 
 def test_is_registered_well() -> None:
     query, key = pair(key_heads=2)
-    torch.library.opcheck(temporal_self_share, (query, key, None, 2, 3))
+    library.opcheck(temporal_self_share, (query, key, None, 2, 3))
 
 
 @pytest.mark.parametrize(
