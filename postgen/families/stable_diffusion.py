@@ -16,7 +16,8 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
     """`Denoiser` of `StableDiffusionPipeline`.
 
     Raises:
-        UserError: as `PipelineDenoiser`, or a UNet that is told its guidance (LCM).
+        UserError: as `PipelineDenoiser`, a UNet that is told its guidance (LCM), or another number of tokens than
+            CLIP's 77.
     """
 
     frame_axis = None
@@ -29,6 +30,19 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
             raise UserError("a UNet that is told its guidance (LCM) has no denoiser: use the model it was made from")
         if pipe.vae.config.force_upcast and pipe.vae.dtype == torch.float16:
             pipe.vae.float()  # it overflows
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt, as many as CLIP has places for."""
+        return self.default_length
+
+    @max_sequence_length.setter
+    def max_sequence_length(self, length: int) -> None:
+        if length != self.default_length:
+            raise UserError(
+                f"the prompts of {type(self.pipe).__name__} have {self.default_length} tokens, not {length}: leave "
+                "max_sequence_length out"
+            )
 
     @property
     def multiples(self) -> tuple[int, int, int]:
