@@ -67,7 +67,7 @@ def execution_device(pipe: Any) -> torch.device:
 
 
 def pack_latents(pipe: Any, latents: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """Turn latents into the tokens that the network of FLUX or LTX takes; `sizes` as the pipeline's class wants them."""
+    """Turn latents into the tokens that FLUX's or LTX's network takes; `sizes` as the pipeline's class takes them."""
     tokens: torch.Tensor = pipe._pack_latents(latents, *sizes)
     return tokens
 

@@ -74,8 +74,10 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn what the autoencoder gave into what the network sees."""
-        return raw.transpose(1, 2) * self.pipe.vae_scaling_factor_image
+        scale: float = self.pipe.vae_scaling_factor_image
+        return raw.transpose(1, 2) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`."""
-        return 1 / self.pipe.vae_scaling_factor_image * latents.transpose(1, 2)
+        scale: float = self.pipe.vae_scaling_factor_image
+        return 1 / scale * latents.transpose(1, 2)

@@ -120,7 +120,7 @@ class Denoiser(Protocol):
         """Return alpha-bar, float64, of noise levels of any shape, for a model that is no flow.
 
         Raises:
-            UserError: the `prediction_type` is `flow`: x is (1 - sigma) * clean + sigma * noise, there is no alpha-bar.
+            UserError: the `prediction_type` is `flow`, where x is (1 - sigma) * clean + sigma * noise.
         """
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:

@@ -78,15 +78,15 @@ class LTXDenoiser(PipelineDenoiser):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn what the autoencoder gave into what the network sees."""
-        mean, std = self._statistics(raw)
-        return (raw - mean) * self.pipe.vae.config.scaling_factor / std
+        scale, mean, std = self._statistics(raw)
+        return (raw - mean) * scale / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`."""
-        mean, std = self._statistics(latents)
-        return latents * std / self.pipe.vae.config.scaling_factor + mean
+        scale, mean, std = self._statistics(latents)
+        return latents * std / scale + mean
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _statistics(self, like: Tensor) -> tuple[float, Tensor, Tensor]:
         vae = self.pipe.vae
         mean, std = vae.latents_mean.to(like), vae.latents_std.to(like)
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+        return vae.config.scaling_factor, mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -210,7 +210,8 @@ class PipelineDenoiser(ABC):
             UserError: always; `AlphaBarDenoiser` has its own.
         """
         raise UserError(
-            f"{type(self.pipe).__name__} is a flow model and has no alpha-bar: x is (1 - sigma) * clean + sigma * noise"
+            f"{type(self.pipe).__name__} is a flow model and has no alpha-bar: its noisy latents are "
+            "(1 - sigma) * clean + sigma * noise"
         )
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ class PipelineDenoiser(ABC):
     # The autoencoder.
 
     def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Turn clips (B, F, 3, H, W) in [0, 1] into latents, float32; a picture is a clip of one frame. See `Denoiser`.
+        """Turn clips (B, F, 3, H, W) in [0, 1] into float32 latents; a picture is a clip of one frame. See `Denoiser`.
 
         Raises:
             UserError: the family says that it encodes none; clips of another shape or of a size that does not fit.
@@ -285,15 +286,13 @@ class PipelineDenoiser(ABC):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn what the autoencoder gave into what the network sees."""
-        config = self.pipe.vae.config
-        shift = config.get("shift_factor")
-        return (raw if shift is None else raw - shift) * config.scaling_factor
+        scale, shift = self._scale_and_shift()
+        return (raw if shift is None else raw - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo `normalise`."""
-        config = self.pipe.vae.config
-        shift, raw = config.get("shift_factor"), latents / config.scaling_factor
-        return raw if shift is None else raw + shift
+        scale, shift = self._scale_and_shift()
+        return latents / scale if shift is None else latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
@@ -307,18 +306,23 @@ class PipelineDenoiser(ABC):
         return clips[:, None] if self.frame_axis is None else clips.transpose(1, 2)
 
     def _check_sigma(self, x: Tensor, sigma: Tensor) -> None:
-        rows, kind = x.shape[:1], type(self.model).__name__
-        if sigma.shape == rows:
+        given: tuple[int, ...] = tuple(sigma.shape)
+        allowed: list[tuple[int, ...]] = [(len(x),)]
+        if given in allowed:
             return
-        frames = None if self.frame_axis is None or not self.per_frame else x.shape[self.frame_axis]
-        if sigma.dim() == 2 and frames is None:
+        if self.frame_axis is not None and self.per_frame:
+            allowed.append((len(x), x.shape[self.frame_axis]))
+        elif len(given) == 2:
             raise UserError(
-                f"{kind} takes one noise level per row, sigma of shape ({len(x)},), got {tuple(sigma.shape)}: levels "
-                f"per frame need one of {', '.join(PER_FRAME)}"
+                f"{type(self.model).__name__} takes one noise level per row, sigma of shape ({len(x)},), got {given}: "
+                f"levels per frame need one of {', '.join(PER_FRAME)}"
             )
-        if frames is None or sigma.shape != (len(x), frames):
-            allowed = f"({len(x)},)" if frames is None else f"({len(x)},) or, per latent frame, ({len(x)}, {frames})"
-            raise UserError(f"sigma must have the shape {allowed}, got {tuple(sigma.shape)}")
+        if given not in allowed:
+            raise UserError(f"sigma must have the shape {' or '.join(map(str, allowed))}, got {given}")
+
+    def _scale_and_shift(self) -> tuple[float, float | None]:
+        config = self.pipe.vae.config
+        return config.scaling_factor, config.get("shift_factor")
 
     def _named(self, text: str, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         dtype = self.model.dtype

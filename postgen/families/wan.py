@@ -1,4 +1,4 @@
-"""Wan: text-to-video and image-to-video pipelines, one expert (2.1) or two (2.2); SkyReels-V2, which is built alike."""
+"""Wan: text-to-video and image-to-video pipelines, one expert (2.1) or two (2.2); SkyReels-V2, built alike."""
 
 from __future__ import annotations
 
