@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from postgen.errors import UserError
 from postgen.families import register_denoiser
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
@@ -74,6 +75,10 @@ class ToyPipeline:
 class ToyDenoiser:
     timestep_scale = 1000.0
     lora_targets = ("outer",)
+    max_sequence_length = 1
+    frame_axis = 2
+    per_frame = False
+    encodes_video = False
 
     def __init__(self, pipe: ToyPipeline) -> None:
         self.transformers = {"transformer": pipe.transformer}
@@ -91,6 +96,15 @@ class ToyDenoiser:
         condition = {"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])}
         return {**condition, "negative": torch.zeros(len(prompts), 1)} if guidance else condition
 
+    def encode_image(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
+        raise UserError("the toy takes text only")
+
+    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: Any = None) -> Tensor:
+        raise UserError("the toy has no autoencoder")
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        return SHAPE
+
     def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
         return torch.randn(batch, *SHAPE, generator=generator, device=self.device)
 
@@ -100,6 +114,8 @@ class ToyDenoiser:
         return 3 * s / (1 + 2 * s)
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "flow":
+            raise UserError("the toy is a flow and has no alpha-bar")
         return self.bars[(1000 - sigma * 1000).round().long()]
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Any, guidance: float = 1.0) -> Tensor:
