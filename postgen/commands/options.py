@@ -1,6 +1,9 @@
 """Options that several commands share. Every default is None, so that a command knows what was really said."""
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -76,6 +79,54 @@ Format = Annotated[
     str | None,
     typer.Option("--format", help="mp4, webm, gif or frames. [default: by the name, else mp4]", rich_help_panel=FILES),
 ]
+
+
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "model": (Model, "model"),
+    "lora": (Lora, "lora"),
+    "size": (Size, "size"),
+    "width": (Width, "width"),
+    "height": (Height, "height"),
+    "frames": (Frames, "num_frames"),
+    "steps": (Steps, "num_inference_steps"),
+    "guidance": (Guidance, "guidance_scale"),
+    "negative_prompt": (Negative, "negative_prompt"),
+    "seed": (Seed, "seed"),
+    "image": (Image, "image"),
+    "fps": (Fps, "fps"),
+    "enhance": (Enhance, "enhance"),
+    "fused": (Fused, "fused"),
+    "dtype": (Dtype, "dtype"),
+    "device": (Device, "device"),
+    "offload": (Offload, "offload"),
+}
+"""Every setting of a video: parameter of a command -> its option, and the field of `GenerateConfig`."""
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `SETTINGS` to a command, in the place of its parameter `given`.
+
+    Args:
+        command: a function whose parameter `given` takes the settings that were really given, as `settings` returns
+            them.
+    """
+    parameters = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name != "given":
+            parameters.append(parameter)
+            continue
+        for name, (option, _) in SETTINGS.items():
+            parameters.append(parameter.replace(name=name, annotation=option, default=None))
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        given = {field: values.pop(name) for name, (_, field) in SETTINGS.items()}
+        command(**values, given=settings(given.pop("size"), **given))
+
+    # typer reads both.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
 
 
 def settings(size: str | None, **given: Any) -> dict[str, Any]:
