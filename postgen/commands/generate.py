@@ -13,7 +13,7 @@ from postgen.errors import UserError
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="The video. [default: named after the prompt]", rich_help_panel=o.FILES),
+    typer.Option("-o", "--output", help="The video. \\[default: named after the prompt]", rich_help_panel=o.FILES),
 ]
 Count = Annotated[
     int, typer.Option("--count", help="Videos per prompt, with seed, seed+1, ...", rich_help_panel=o.LOOK)

@@ -15,44 +15,44 @@ MODEL, LOOK, RUN, FILES = "Model", "Video", "Running", "Files"
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Local diffusers folder or hub id. [default: the embedded model]", rich_help_panel=MODEL
+        "--model", help="Local diffusers folder or hub id. \\[default: the embedded model]", rich_help_panel=MODEL
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option("--lora", help="LoRA file PATH[:scale]; may be given several times.", rich_help_panel=MODEL),
 ]
-Width = Annotated[int | None, typer.Option("--width", help="Pixels. [default: the model's]", rich_help_panel=LOOK)]
-Height = Annotated[int | None, typer.Option("--height", help="Pixels. [default: the model's]", rich_help_panel=LOOK)]
+Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
+Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
 Size = Annotated[str | None, typer.Option("--size", help="Width x height in one, as 96x96.", rich_help_panel=LOOK)]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Number of frames. [default: the model's]", rich_help_panel=LOOK)
+    int | None, typer.Option("--frames", help="Number of frames. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps. [default: the model's]", rich_help_panel=LOOK)
+    int | None, typer.Option("--steps", help="Denoising steps. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", help="Guidance scale; 1 is off. [default: the model's]", rich_help_panel=LOOK),
+    typer.Option("--guidance", help="Guidance scale; 1 is off. \\[default: the model's]", rich_help_panel=LOOK),
 ]
 Negative = Annotated[
     str | None, typer.Option("--negative-prompt", help="What the video should not show.", rich_help_panel=LOOK)
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of the first video. [default: 0]", rich_help_panel=LOOK)
+    int | None, typer.Option("--seed", help="Seed of the first video. \\[default: 0]", rich_help_panel=LOOK)
 ]
 Image = Annotated[
     str | None, typer.Option("--image", help="First frame, for image-to-video models.", rich_help_panel=LOOK)
 ]
 Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second. [default: the model's]", rich_help_panel=LOOK)
+    float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Enhance = Annotated[
     str | None,
     typer.Option(
         "--enhance",
         metavar="WEIGHT|auto",
-        help="Enhance-A-Video: its weight, or auto for the model's. [default: off]",
+        help="Enhance-A-Video: its weight, or auto for the model's. \\[default: off]",
         rich_help_panel=LOOK,
     ),
 ]
@@ -61,23 +61,25 @@ Fused = Annotated[
     typer.Option(
         "--fused",
         metavar="auto|OPS",
-        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. [default: off]",
+        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. \\[default: off]",
         rich_help_panel=RUN,
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. [default: auto]", rich_help_panel=RUN),
+    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. \\[default: auto]", rich_help_panel=RUN),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. [default: auto]", rich_help_panel=RUN)
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]", rich_help_panel=RUN)
 ]
 Offload = Annotated[
-    str | None, typer.Option("--offload", help="none, model or sequential. [default: none]", rich_help_panel=RUN)
+    str | None, typer.Option("--offload", help="none, model or sequential. \\[default: none]", rich_help_panel=RUN)
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="mp4, webm, gif or frames. [default: by the name, else mp4]", rich_help_panel=FILES),
+    typer.Option(
+        "--format", help="mp4, webm, gif or frames. \\[default: by the name, else mp4]", rich_help_panel=FILES
+    ),
 ]
 
 
