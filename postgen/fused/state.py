@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from postgen.compat import install_attention_tap
 from postgen.families import layout_of
-from postgen.families.installed import installed
-from postgen.families.processors import processor_stack
+from postgen.families.installed import installed, processor_stack
 from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.known import family_of, replacement_for
@@ -32,7 +31,8 @@ class Fusion:
         """Find what is replaced by what; nothing changes where something is not known.
 
         Raises:
-            UserError: an unknown transformer, processor or block, or somebody replaced the forward of a block.
+            UserError: an unknown transformer, processor or block, somebody replaced the forward of a block, or
+                somebody else computes attention.
         """
         family, layout = family_of(model), layout_of(model)
         attends: dict[str, Callable[..., Any]] = {}
@@ -43,6 +43,7 @@ class Fusion:
                 kind = getattr(kind, "postgen_parent", kind)
                 found = replacement_for(kind, kind.__call__, family.processors, "norm_rope=False, attention=None")
                 attends[name] = functools.partial(found.fused, config)
+            processor_stack(model).check_claim(NAME, attends)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
                 kind = type(block)
@@ -55,7 +56,7 @@ class Fusion:
         """Put everything in its place.
 
         Raises:
-            UserError: somebody replaced the forward of a block; nothing is changed then.
+            UserError: somebody replaced the forward of a block, or computes attention; nothing is changed then.
         """
         fused: list[nn.Module] = []
         try:
@@ -63,13 +64,13 @@ class Fusion:
                 block = model.get_submodule(name)
                 fuse_block(block, forward)
                 fused.append(block)
+            if self._attends:
+                install_attention_tap()
+                processor_stack(model).claim(NAME, self._attends, dispatches=True)
         except BaseException:
             for block in fused:
                 restore_block(block)
             raise
-        if self._attends:
-            install_attention_tap()
-            processor_stack(model).push(NAME, self._attends, innermost=True, dispatches=True)
         installed(model).plug_ins[NAME] = self
         self.enabled = True
 
@@ -89,7 +90,7 @@ class Fusion:
         for block in fused_blocks(model):
             restore_block(block)
         if self._attends:
-            processor_stack(model).pop(NAME)
+            processor_stack(model).release(NAME)
         self.enabled = False
 
     def configure(self, model: nn.Module, config: FusedOpsConfig) -> None:
