@@ -1,15 +1,16 @@
 """How each architecture of diffusers computes self-attention over the video, so that methods can do a part otherwise.
 
-    anatomy = attention_of(transformer)
-    reader = anatomy.reader(module.processor)  # refuses a processor whose code in diffusers has changed
+    reader = attention_of(transformer).reader(module.processor)  # refuses a processor whose code has changed
 
-    def compute(inner, attention, *args, **kwargs):  # in the compute slot of the module
+    def compute(reader, inner, attention, *args, **kwargs):  # in the compute slot of the module, reader given
         call = reader.bind(attention, *args, **kwargs)
         reading = reader.read(call)
         if reading is None:  # cross-attention, or arguments that the file does not know
             return inner(attention, *args, **kwargs)
         query, key, value = reading.joined()  # normed and rotated as diffusers does, (B, N, H, D)
-        out = ...
+        mask = reading.mask
+        del reading  # it holds the raw queries and keys
+        out = dispatched(attention, query, key, value, mask)  # or what the method does instead
         return reader.finish(call, out, query.dtype)
 
 One file per architecture; `reading` says what is read. Which operations are fused, sparse or quantised is the caller's
