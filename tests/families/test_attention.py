@@ -19,20 +19,17 @@ from postgen.families.attention.reading import AttentionCall, Norms, Reading, di
 from postgen.families.installed import processor_stack
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.qk_norm_rope import naive
-from tests.families.tiny_models import TinyModel, tiny_model
-from tests.families.tiny_parts import HEAD_DIM, HEADS, TEXT_TOKENS
+from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_parts import HEAD_DIM, HEADS, TEXT_TOKENS, Size
 
 FUSED = ("CogVideoX 1.5", "Wan")
 """Models whose processors use fused projections."""
-NAMES = (
-    "CogVideoX 1.0",
-    "CogVideoX 1.5",
-    "HunyuanVideo",
-    "LTX",
-    "Wan",
-    "Wan image-to-video",
-    "Wan 2.2 text-and-image-to-video",
-)
+NAMES = [
+    name
+    for name, build in BUILDERS.items()
+    if build(Size(batch=1, frames=4, layers=1))[0].__name__ in registry._anatomies
+]
+"""Every tiny model of which there is an attention file."""
 
 
 class Seen:
