@@ -264,6 +264,11 @@ def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[.
     return backend
 
 
+def attention_settings(processor: Any) -> tuple[Any, Any]:
+    """Return the attention backend and the split among ranks that a processor was given; None where it was not."""
+    return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
+
+
 def register_processor_class(kind: type, parent: type) -> None:
     """Tell diffusers' hooks that look processors up by their exact class what they know of the parent class."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry

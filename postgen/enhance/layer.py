@@ -34,6 +34,8 @@ class EnhancedAttention:
         self.relative_weight = 0.0
         self.gain: Tensor | None = None
         """(B,) of the last call."""
+        self.dispatched = False
+        """Whether its attention calls go through diffusers' dispatcher, or are shown as if they did."""
         self.unseen = False
         """The last call showed no queries and keys."""
         self.mismatch = False
@@ -52,7 +54,7 @@ class EnhancedAttention:
             if share is not None:
                 shares.append(share)
 
-        tap = tap_dispatched if self.state.dispatched else tap_sdpa
+        tap = tap_dispatched if self.dispatched else tap_sdpa
         with tap(look):
             output = inner(attention, *args, **kwargs)
         if not shares:

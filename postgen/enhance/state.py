@@ -18,8 +18,7 @@ from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
 from postgen.families import Grid, layout_of
-from postgen.families.installed import installed
-from postgen.families.processors import processor_stack
+from postgen.families.installed import installed, processor_stack
 
 NAME = "enhance_a_video"
 """Name on the processor stack and among the plug-ins of a transformer."""
@@ -38,8 +37,6 @@ class Enhancement:
         self.enabled = True
         self.active = False
         """Whether the call under way is enhanced."""
-        self.dispatched = False
-        """Whether attention calls go through diffusers' dispatcher, or are shown as if they did."""
         self.frames, self.places = 0, 0
         """T and S of the call under way."""
         self.layers = {name: EnhancedAttention(self) for name in self.layout.attention_modules(model)}
@@ -111,7 +108,8 @@ class Enhancement:
             return
         self.frames, self.places = grid.frames, grid.height * grid.width
         self.active = True
-        self.dispatched = self.layout.attention_call == "dispatch" or self._stack.dispatches
+        for name, layer in self.layers.items():
+            layer.dispatched = self.layout.attention_call == "dispatch" or self._stack.dispatches(name)
         self._warn_of_displaced()
         self._warn_of_strength()
 
@@ -123,8 +121,11 @@ class Enhancement:
         self.active = torch.is_grad_enabled()
         if any(layer.mismatch for layer in self.layers.values()):
             self._warn_of_tokens()
-        elif all(layer.unseen for layer in self.layers.values() if layer.on):
-            self._warn("unseen", "no attention call was seen: the processors do not go through diffusers. It is off")
+        elif unseen := sum(layer.unseen for layer in self.layers.values()):
+            layers = f"{unseen} of {len(self.layers)} layers"
+            self._warn(
+                "unseen", f"no attention call was seen in {layers} (past diffusers' dispatcher?). It is off there"
+            )
         for layer in self.layers.values():
             layer.unseen = layer.mismatch = False
 

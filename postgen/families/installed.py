@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from postgen.compat import unwrap
 from postgen.errors import UserError
+from postgen.families.processors import ProcessorStack
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from postgen.families.processors import ProcessorStack
 
 _ATTRIBUTE = "_postgen_installed"
 
@@ -28,7 +27,7 @@ class Installed:
     """Everything of ours on one transformer."""
 
     stack: ProcessorStack | None = None
-    """Wrappers on its attention processors."""
+    """Who computes its attention, and what is wrapped around it."""
     plug_ins: dict[str, Any] = field(default_factory=dict)
     """`PlugIn` objects by the name of their method, in the order they were applied."""
 
@@ -41,6 +40,14 @@ def installed(transformer: nn.Module) -> Installed:
         found = Installed()
         model.__dict__[_ATTRIBUTE] = found
     return found
+
+
+def processor_stack(transformer: nn.Module) -> ProcessorStack:
+    """Return the stack of a transformer (DDP, peft, compile wrappers are looked through), an empty one at first."""
+    found = installed(transformer)
+    if found.stack is None:
+        found.stack = ProcessorStack(unwrap(transformer))
+    return found.stack
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:

@@ -1,25 +1,26 @@
-"""One ordered stack of attention-processor wrappers per transformer, so that methods compose and come off again.
+"""Who computes the attention of a transformer's modules, and what is wrapped around it, so that methods compose.
 
-A wrapper is a function `wrapper(inner, attention, *args, **kwargs)`: it may call `inner(attention, *args, **kwargs)`
-(what stands below it, at the bottom the processor diffusers put there) and change what goes in or comes out, or not
-call it and compute the attention itself. A method pushes one wrapper per module under its name and pops them by it.
+Each module has one compute slot. A method claims it with a function `compute(inner, attention, *args, **kwargs)` that
+returns what the attention returns, where `inner` is diffusers' processor, for the calls that it leaves to it. A
+second claimant of a module is refused. Around the slot stands any number of wrappers `wrapper(inner, attention, *args,
+**kwargs)`: each calls `inner(attention, *args, **kwargs)` and changes what goes in or comes out. Both go by the name
+of their method.
 
-While the stack is not empty, each of its modules carries a copy of its own processor whose class is a subclass of the
-processor's: attributes that diffusers sets on processors (attention backend, parallel config) keep working, a shared
-processor is no longer shared, and forward methods stay untouched, so that regional compilation still sees one code
-object. The original objects go back when the last wrapper is popped.
+While something is on a module, it carries a copy of its own processor whose class is a subclass of the processor's:
+attributes that diffusers sets on processors (attention backend, parallel config) keep working, a shared processor is
+no longer shared, and forward methods stay untouched, so that regional compilation still sees one code object. The
+original objects go back when the last of it is taken off.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import register_processor_class, unwrap
+from postgen.compat import register_processor_class
 from postgen.errors import UserError
-from postgen.families.installed import installed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,20 +29,16 @@ Wrapper = Callable[..., Any]
 """`wrapper(inner, attention, *args, **kwargs)` -> what the attention returns."""
 
 
-def processor_stack(transformer: nn.Module) -> ProcessorStack:
-    """Return the stack of a transformer (which may be wrapped by DDP, peft, compile), an empty one at first."""
-    model = unwrap(transformer)
-    found = installed(model)
-    if found.stack is None:
-        found.stack = ProcessorStack(model)
-    return found.stack
-
-
 class ProcessorStack:
-    """The wrappers on a transformer's attention processors. Get it from `processor_stack`."""
+    """What is on a transformer's attention processors. Get it from `families.installed.processor_stack`.
+
+    Functions given to it must survive deepcopy and pickle: bound methods, functions of a module and partial ones of
+    them, no lambdas. Modules go by the names that `Layout.attention_modules` gives them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._claims: dict[str, dict[str, Wrapper]] = {}
         self._layers: list[tuple[str, dict[str, Wrapper]]] = []  # innermost first
         self._originals: dict[str, Any] = {}
         self._stacked: dict[str, Any] = {}
@@ -49,38 +46,85 @@ class ProcessorStack:
         self._dispatching: set[str] = set()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of what is pushed, innermost first."""
+    def claims(self) -> dict[str, tuple[str, ...]]:
+        """Who computes the attention instead of diffusers, and of which modules."""
+        return {name: tuple(computes) for name, computes in self._claims.items()}
+
+    @property
+    def wrappers(self) -> tuple[str, ...]:
+        """Names of what is pushed around the computation, innermost first."""
         return tuple(name for name, _ in self._layers)
 
     @property
-    def dispatches(self) -> bool:
-        """Whether a wrapper computes the attention where `compat.tap_dispatched` sees it, whoever did before."""
-        return bool(self._dispatching)
+    def names(self) -> tuple[str, ...]:
+        """Everybody on the processors: those who compute, then the wrappers, innermost first."""
+        return (*self._claims, *self.wrappers)
 
-    def push(
-        self, name: str, wrappers: Mapping[str, Wrapper], *, innermost: bool = False, dispatches: bool = False
-    ) -> None:
-        """Put a wrapper around the processor of every named module.
+    def dispatches(self, module: str) -> bool:
+        """Whether a claimant computes a module's attention where `compat.tap_dispatched` sees it."""
+        return any(module in self._claims[name] for name in self._dispatching)
+
+    def claim(self, name: str, computes: Mapping[str, Wrapper], *, dispatches: bool = False) -> None:
+        """Compute the attention of modules instead of diffusers' processor, below every wrapper.
+
+        Args:
+            name: who claims; `release` takes it.
+            computes: function by module name.
+            dispatches: `compat.tap_dispatched` sees the queries and keys that attention reads: the functions go
+                through diffusers' dispatcher, or call `compat.show_attention_call`.
+
+        Raises:
+            UserError: the name is on the processors already, somebody else computes one of the modules, or the
+                transformer has no such module; nothing changes then.
+        """
+        self.check_claim(name, computes)
+        self._install_all(name, computes)
+        self._claims[name] = dict(computes)
+        if dispatches:
+            self._dispatching.add(name)
+        self._refresh()
+
+    def check_claim(self, name: str, modules: Iterable[str]) -> None:
+        """Refuse what `claim` would refuse of these modules because of somebody else; changes nothing.
+
+        Raises:
+            UserError: it names both, and says what to do.
+        """
+        wanted = set(modules)
+        for other, computes in self._claims.items():
+            taken = [module for module in computes if module in wanted]
+            if other != name and taken:
+                more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+                raise UserError(
+                    f"{name} cannot compute the attention of {taken[0]}{more}: {other} computes it already."
+                    f" Take {other} off, or leave these modules to it"
+                )
+
+    def release(self, name: str) -> None:
+        """Give the modules that a name claimed back to diffusers' processors; wrappers stay.
+
+        Raises:
+            UserError: the name claims nothing.
+        """
+        if name not in self._claims:
+            raise UserError(f"{name} computes no attention here. Those who do: {', '.join(self._claims) or 'nobody'}")
+        del self._claims[name]
+        self._dispatching.discard(name)
+        self._take_off()
+
+    def push(self, name: str, wrappers: Mapping[str, Wrapper]) -> None:
+        """Put a wrapper around whatever is on the named modules. What computes the attention itself must `claim`.
 
         Args:
             name: who pushes; `pop` takes it.
-            wrappers: by module name, as `Layout.attention_modules` gives them. They must survive deepcopy and pickle,
-                so bound methods and module-level functions, no lambdas.
-            innermost: below everything pushed so far, next to the processor itself: for wrappers that compute the
-                attention instead of diffusers' processor. Otherwise around everything.
-            dispatches: the wrappers compute the attention, and `compat.tap_dispatched` sees it.
+            wrappers: function by module name.
 
         Raises:
-            UserError: the name is on the stack already.
+            UserError: the name is on the processors already, or the transformer has no such module; nothing changes
+                then.
         """
-        if name in self.names:
-            raise UserError(f"{name} is on the processors already: pop it first")
-        for module in wrappers:
-            self._install(module)
-        if dispatches:
-            self._dispatching.add(name)
-        self._layers.insert(0 if innermost else len(self._layers), (name, dict(wrappers)))
+        self._install_all(name, wrappers)
+        self._layers.append((name, dict(wrappers)))
         self._refresh()
 
     def pop(self, name: str) -> None:
@@ -89,23 +133,35 @@ class ProcessorStack:
         A module whose processor somebody else replaced meanwhile keeps that one.
 
         Raises:
-            UserError: the name is not on the stack.
+            UserError: the name has pushed nothing.
         """
-        if name not in self.names:
+        if name not in self.wrappers:
             raise UserError(f"{name} is not on the processors. On them: {', '.join(self.names) or 'nothing'}")
         self._layers = [layer for layer in self._layers if layer[0] != name]
-        self._dispatching.discard(name)
-        self._refresh()
-        used = {module for _, wrappers in self._layers for module in wrappers}
-        for module in [module for module in self._stacked if module not in used]:
-            self._uninstall(module)
+        self._take_off()
 
     def displaced(self) -> tuple[str, ...]:
-        """Return the modules whose processor somebody replaced after a push: no wrapper acts on them any more."""
+        """Return the modules whose processor somebody replaced since: nothing of ours acts on them any more."""
         return tuple(name for name, mine in self._stacked.items() if self._modules[name].processor is not mine)
 
-    def _install(self, name: str) -> None:
-        module: Any = self._model.get_submodule(name)
+    def _install_all(self, name: str, modules: Iterable[str]) -> None:
+        if name in self.names:
+            act = "release" if name in self._claims else "pop"
+            raise UserError(f"{name} is on the processors already: {act} it first")
+        found = {each: self._module(each) for each in modules}
+        for each, module in found.items():
+            self._install(each, module)
+
+    def _module(self, name: str) -> Any:
+        try:
+            module = self._model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not hasattr(module, "processor"):
+            raise UserError(f"{type(self._model).__name__} has no attention module {name!r}: take names of its layout")
+        return module
+
+    def _install(self, name: str, module: Any) -> None:
         self._modules[name] = module
         original = module.processor
         if name in self._stacked:
@@ -131,9 +187,22 @@ class ProcessorStack:
                 setattr(original, key, getattr(stacked, key))
         _set_processor(module, original)
 
+    def _take_off(self) -> None:
+        """Bring the modules in line with what is left."""
+        self._refresh()
+        used = {module for functions in self._functions() for module in functions}
+        for module in [module for module in self._stacked if module not in used]:
+            self._uninstall(module)
+
     def _refresh(self) -> None:
         for module, stacked in self._stacked.items():
-            stacked.postgen_wrappers = tuple(wrappers[module] for _, wrappers in self._layers if module in wrappers)
+            stacked.postgen_wrappers = tuple(
+                functions[module] for functions in self._functions() if module in functions
+            )
+
+    def _functions(self) -> list[dict[str, Wrapper]]:
+        """Those who compute, of which a module has one at most, then the wrappers, innermost first."""
+        return [*self._claims.values(), *(wrappers for _, wrappers in self._layers)]
 
 
 def _set_processor(module: Any, processor: Any) -> None:

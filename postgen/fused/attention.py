@@ -39,7 +39,7 @@ def register_attention_backend() -> Any:
     Raises:
         UserError: the installed diffusers has another attention dispatcher.
     """
-    return compat.register_attention_backend(NAME, attend)
+    return compat.register_attention_backend(NAME, backend_attention)
 
 
 @contextmanager
@@ -71,7 +71,9 @@ def routed_attention(target: Any) -> Iterator[None]:
             module.processor._attention_backend = kept
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor | None:
+def backend_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> Tensor | None:
     """Return exact self-attention on the fastest kernel, or None for calls that are left to diffusers.
 
     Args:

@@ -1,43 +1,15 @@
-"""CogVideoX: `CogVideoXAttnProcessor2_0`, also with fused projections, and `CogVideoXBlock` of diffusers, fused."""
+"""CogVideoX: `CogVideoXBlock` of diffusers, fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postgen.fused.attend import attend, normed_and_rotated, of_pairs, projected, returned
-from postgen.fused.config import FusedOpsConfig
-from postgen.fused.known import FusedFamily, Replacement
-from postgen.fused.norms import affine, plain
+from postgen.families.norms import affine, plain
+from postgen.fused.known import FusedBlock
 from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
-
-
-def attend_jointly(
-    config: FusedOpsConfig,
-    inner: Callable[..., Any],
-    attention: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    """Compute attention over text and video as the processor does: the text comes first and is not rotated."""
-    text = encoder_hidden_states.shape[1]
-    hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    batch, tokens, _ = hidden_states.shape
-    if attention_mask is not None:
-        attention_mask = attention.prepare_attention_mask(attention_mask, tokens, batch)
-        attention_mask = attention_mask.view(batch, attention.heads, -1, attention_mask.shape[-1])
-    query, key, value = projected(attention, hidden_states)
-    tables = None if image_rotary_emb is None else of_pairs(image_rotary_emb)
-    norms = attention.norm_q, attention.norm_k
-    query, key = normed_and_rotated(config, query, key, norms, tables, first_token=text)
-    out = attend(config, attention.processor, query, key, value, mask=attention_mask)
-    out = returned(attention, out, query.dtype)
-    return out[:, text:], out[:, :text]
 
 
 def block_forward(
@@ -82,10 +54,6 @@ def _modulation(zero: Any, temb: Tensor) -> list[Tensor]:
     return list(zero.linear(zero.silu(temb)).unsqueeze(1).chunk(6, dim=2))
 
 
-FAMILY = FusedFamily(
-    processors={
-        "CogVideoXAttnProcessor2_0": Replacement(fused=attend_jointly, fingerprints=("3099cf1cf662f915",)),
-        "FusedCogVideoXAttnProcessor2_0": Replacement(fused=attend_jointly, fingerprints=("30074dce7fc5ce85",)),
-    },
-    blocks={"CogVideoXBlock": Replacement(fused=block_forward, fingerprints=("afd68416e3cc8057",))},
-)
+BLOCKS = {
+    "CogVideoXBlock": FusedBlock(forward=block_forward, fingerprints=("afd68416e3cc8057",)),
+}

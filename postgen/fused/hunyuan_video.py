@@ -1,55 +1,15 @@
-"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0` and the blocks of two streams and of one of diffusers, fused."""
+"""HunyuanVideo: the blocks of two streams and of one of diffusers, fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postgen.fused.attend import attend, normed_and_rotated, of_pairs, projected, returned
-from postgen.fused.config import FusedOpsConfig
-from postgen.fused.known import FusedFamily, Replacement
-from postgen.fused.norms import plain
+from postgen.families.norms import plain
+from postgen.fused.known import FusedBlock
 from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
-
-
-def attend_jointly(
-    config: FusedOpsConfig,
-    inner: Callable[..., Any],
-    attention: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    """Compute attention over video and text as the processor does: the text comes last and is not rotated."""
-    if encoder_hidden_states is None or image_rotary_emb is None:
-        return inner(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-    text = encoder_hidden_states.shape[1]
-    tables, norms = of_pairs(image_rotary_emb), (attention.norm_q, attention.norm_k)
-    if attention.add_q_proj is None:
-        query, key, value = projected(attention, torch.cat([hidden_states, encoder_hidden_states], dim=1))
-        query, key = normed_and_rotated(config, query, key, norms, tables)
-    else:
-        query, key, value = projected(attention, hidden_states)
-        query, key = normed_and_rotated(config, query, key, norms, tables)
-        added = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
-        of_text = [project(encoder_hidden_states).unflatten(2, (attention.heads, -1)) for project in added]
-        norms = attention.norm_added_q, attention.norm_added_k
-        text_query, text_key = normed_and_rotated(config, of_text[0], of_text[1], norms)
-        joined = ((query, text_query), (key, text_key), (value, of_text[2]))
-        query, key, value = (torch.cat(pair, dim=1) for pair in joined)
-    # The mask is (B, 1, 1, N): of the text, the last tokens do not count.
-    lengths = None if attention_mask is None else attention_mask.sum(dim=(1, 2, 3))
-    out = attend(config, attention.processor, query, key, value, mask=attention_mask, key_lengths=lengths)
-    video_out, text_out = out[:, :-text], out[:, -text:].flatten(2, 3).to(query.dtype)
-    if getattr(attention, "to_add_out", None) is not None:
-        text_out = attention.to_add_out(text_out)
-    if getattr(attention, "to_out", None) is None:
-        return video_out.flatten(2, 3).to(query.dtype), text_out
-    return returned(attention, video_out, query.dtype), text_out
 
 
 def double_forward(
@@ -132,10 +92,7 @@ def _modulation(zero: Any, temb: Tensor, parts: int) -> list[Tensor]:
     return list(zero.linear(zero.silu(temb)).unsqueeze(1).chunk(parts, dim=2))
 
 
-FAMILY = FusedFamily(
-    processors={"HunyuanVideoAttnProcessor2_0": Replacement(fused=attend_jointly, fingerprints=("19ce779e4c5f09e5",))},
-    blocks={
-        "HunyuanVideoTransformerBlock": Replacement(fused=double_forward, fingerprints=("eb78e62115331b99",)),
-        "HunyuanVideoSingleTransformerBlock": Replacement(fused=single_forward, fingerprints=("64b440f9d9092128",)),
-    },
-)
+BLOCKS = {
+    "HunyuanVideoTransformerBlock": FusedBlock(forward=double_forward, fingerprints=("eb78e62115331b99",)),
+    "HunyuanVideoSingleTransformerBlock": FusedBlock(forward=single_forward, fingerprints=("64b440f9d9092128",)),
+}

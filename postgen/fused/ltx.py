@@ -1,38 +1,14 @@
-"""LTX: `LTXVideoAttnProcessor` and `LTXVideoTransformerBlock` of diffusers, fused."""
+"""LTX: `LTXVideoTransformerBlock` of diffusers, fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from postgen.fused.attend import attend, normed_and_rotated, projected, returned
-from postgen.fused.config import FusedOpsConfig
-from postgen.fused.known import FusedFamily, Replacement
-from postgen.fused.norms import affine, plain
+from postgen.families.norms import affine, plain
+from postgen.fused.known import FusedBlock
 from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
-
-
-def attend_self(
-    config: FusedOpsConfig,
-    inner: Callable[..., Any],
-    attention: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    """Compute self-attention over the video as the processor does."""
-    if encoder_hidden_states is not None or attention_mask is not None or image_rotary_emb is None:
-        return inner(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-    query, key, value = projected(attention, hidden_states)
-    # (B, N, H * D): every head has angles of its own, each of them twice.
-    cos, sin = (table.unflatten(-1, (attention.heads, -1))[..., ::2] for table in image_rotary_emb)
-    norms = attention.norm_q, attention.norm_k
-    query, key = normed_and_rotated(config, query, key, norms, (cos, sin), across_heads=True)
-    out = attend(config, attention.processor, query, key, value)
-    return returned(attention, out, query.dtype)
 
 
 def block_forward(
@@ -66,7 +42,6 @@ def block_forward(
     return gate_residual(hidden_states, self.ff(normed), ff_gate)
 
 
-FAMILY = FusedFamily(
-    processors={"LTXVideoAttnProcessor": Replacement(fused=attend_self, fingerprints=("a0f89447f54311c2",))},
-    blocks={"LTXVideoTransformerBlock": Replacement(fused=block_forward, fingerprints=("ea91ab9f0ff3690e",))},
-)
+BLOCKS = {
+    "LTXVideoTransformerBlock": FusedBlock(forward=block_forward, fingerprints=("ea91ab9f0ff3690e",)),
+}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from postgen.compat import install_attention_tap
 from postgen.families import layout_of
-from postgen.families.installed import installed
-from postgen.families.processors import processor_stack
+from postgen.families.attention import attention_of
+from postgen.families.fingerprints import known_for
+from postgen.families.installed import installed, processor_stack
 from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block
 from postgen.fused.config import FusedOpsConfig
-from postgen.fused.known import family_of, replacement_for
+from postgen.fused.known import fused_blocks_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,30 +33,29 @@ class Fusion:
         """Find what is replaced by what; nothing changes where something is not known.
 
         Raises:
-            UserError: an unknown transformer, processor or block, or somebody replaced the forward of a block.
+            UserError: an unknown transformer, processor or block, somebody replaced the forward of a block, or
+                somebody else computes attention.
         """
-        family, layout = family_of(model), layout_of(model)
-        attends: dict[str, Callable[..., Any]] = {}
+        known, layout = fused_blocks_of(model), layout_of(model)
+        computes: dict[str, Callable[..., Any]] = {}
         forwards: dict[str, Callable[..., Any]] = {}
         if config.norm_rope or config.attention is not None:
-            for name, module in layout.attention_modules(model).items():
-                kind: Any = type(module.processor)
-                kind = getattr(kind, "postgen_parent", kind)
-                found = replacement_for(kind, kind.__call__, family.processors, "norm_rope=False, attention=None")
-                attends[name] = functools.partial(found.fused, config)
+            computes = _computes(model, config, layout.attention_modules(model))
+            processor_stack(model).check_claim(NAME, computes)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
-                kind = type(block)
+                kind: Any = type(block)
                 kind = getattr(kind, "postgen_parent", kind)
-                forwards[name] = replacement_for(kind, kind.forward, family.blocks, "adaln=False").fused
+                advice = "leave it as it is with adaln=False"
+                forwards[name] = known_for(kind, kind.forward, known, what="fused form", advice=advice).forward
                 check_block(block)
-        self.config, self._attends, self._forwards = config, attends, forwards
+        self.config, self._computes, self._forwards = config, computes, forwards
 
     def install(self, model: nn.Module) -> None:
         """Put everything in its place.
 
         Raises:
-            UserError: somebody replaced the forward of a block; nothing is changed then.
+            UserError: somebody replaced the forward of a block, or computes attention; nothing is changed then.
         """
         fused: list[nn.Module] = []
         try:
@@ -63,13 +63,13 @@ class Fusion:
                 block = model.get_submodule(name)
                 fuse_block(block, forward)
                 fused.append(block)
+            if self._computes:
+                install_attention_tap()
+                processor_stack(model).claim(NAME, self._computes, dispatches=True)
         except BaseException:
             for block in fused:
                 restore_block(block)
             raise
-        if self._attends:
-            install_attention_tap()
-            processor_stack(model).push(NAME, self._attends, innermost=True, dispatches=True)
         installed(model).plug_ins[NAME] = self
         self.enabled = True
 
@@ -88,26 +88,26 @@ class Fusion:
             return
         for block in fused_blocks(model):
             restore_block(block)
-        if self._attends:
-            processor_stack(model).pop(NAME)
+        if self._computes:
+            processor_stack(model).release(NAME)
         self.enabled = False
 
     def configure(self, model: nn.Module, config: FusedOpsConfig) -> None:
         """Take new settings; nothing changes where they are wrong.
 
         Raises:
-            UserError: an unknown processor or block, or somebody replaced the forward of a block.
+            UserError: as `apply_fused_ops` raises it.
         """
         wanted = Fusion(model, config)
         enabled = self.enabled
         self.disable(model)
-        self.config, self._attends, self._forwards = wanted.config, wanted._attends, wanted._forwards
+        self.config, self._computes, self._forwards = wanted.config, wanted._computes, wanted._forwards
         if enabled:
             self.install(model)
 
     def counts(self) -> dict[str, int]:
         """Return in how many attention layers and blocks which operation is fused."""
-        config, layers = self.config, len(self._attends)
+        config, layers = self.config, len(self._computes)
         counts = {
             "norm_rope": layers if config.norm_rope else 0,
             "adaln": len(self._forwards),
@@ -120,5 +120,18 @@ class Fusion:
         units = {"norm_rope": "layers", "adaln": "blocks", "attention": "layers"}
         parts = [f"{name} in {count} {units[name]}" for name, count in self.counts().items()]
         if self.config.attention is not None:
-            parts[-1] = f"attention {self.config.attention} in {len(self._attends)} layers"
+            parts[-1] = f"attention {self.config.attention} in {len(self._computes)} layers"
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+
+def _computes(
+    model: nn.Module, config: FusedOpsConfig, modules: Mapping[str, nn.Module]
+) -> dict[str, Callable[..., Any]]:
+    """Return what computes the attention of each module."""
+    from postgen.fused.processor import compute_fused
+
+    anatomy, advice = attention_of(model), "leave it as it is with norm_rope=False, attention=None"
+    readers = {
+        name: anatomy.reader(module.processor, what="fused form", advice=advice) for name, module in modules.items()
+    }
+    return {name: functools.partial(compute_fused, config, reader) for name, reader in readers.items()}

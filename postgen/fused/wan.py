@@ -1,37 +1,14 @@
-"""Wan: `WanAttnProcessor` and `WanTransformerBlock` of diffusers, fused."""
+"""Wan: `WanTransformerBlock` of diffusers, fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from postgen.fused.attend import attend, normed_and_rotated, projected, returned
-from postgen.fused.config import FusedOpsConfig
-from postgen.fused.known import FusedFamily, Replacement
-from postgen.fused.norms import affine, plain
+from postgen.families.norms import affine, plain
+from postgen.fused.known import FusedBlock
 from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate, norm_modulate
-
-
-def attend_self(
-    config: FusedOpsConfig,
-    inner: Callable[..., Any],
-    attention: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    """Compute self-attention over the video as the processor does."""
-    if encoder_hidden_states is not None or rotary_emb is None:
-        return inner(attention, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-    query, key, value = projected(attention, hidden_states)
-    cos, sin = rotary_emb  # (1, N, 1, D), every angle twice
-    norms = attention.norm_q, attention.norm_k
-    query, key = normed_and_rotated(config, query, key, norms, (cos[..., ::2], sin[..., ::2]), across_heads=True)
-    out = attend(config, attention.processor, query, key, value, mask=attention_mask)
-    return returned(attention, out, query.dtype)
 
 
 def block_forward(
@@ -62,7 +39,6 @@ def _modulation(table: Tensor, temb: Tensor) -> list[Tensor]:
     return list((table + temb.float()).chunk(6, dim=1))
 
 
-FAMILY = FusedFamily(
-    processors={"WanAttnProcessor": Replacement(fused=attend_self, fingerprints=("a2e019b02dcb5331",))},
-    blocks={"WanTransformerBlock": Replacement(fused=block_forward, fingerprints=("44ecb859c80020cf",))},
-)
+BLOCKS = {
+    "WanTransformerBlock": FusedBlock(forward=block_forward, fingerprints=("44ecb859c80020cf",)),
+}

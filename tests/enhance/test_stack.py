@@ -1,4 +1,4 @@
-"""The stack of attention-processor wrappers and the tap on diffusers' attention dispatcher."""
+"""The attention processors: one who computes, wrappers around; the tap on diffusers' attention dispatcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 import postgen
 from postgen.compat import install_attention_tap, tap_dispatched
 from postgen.families import layout_of
-from postgen.families.processors import ProcessorStack, processor_stack
+from postgen.families.installed import processor_stack
+from postgen.families.processors import ProcessorStack
 from tests.families.tiny_models import TinyModel, tiny_model
 
 
@@ -22,10 +23,17 @@ def wan() -> TinyModel:
     return tiny_model("Wan")
 
 
-def push(tiny: TinyModel, name: str, wrapper: Callable[..., Any], **options: Any) -> ProcessorStack:
+def push(tiny: TinyModel, name: str, wrapper: Callable[..., Any]) -> ProcessorStack:
     stack = processor_stack(tiny.transformer)
     names = layout_of(tiny.transformer).attention_modules(tiny.transformer)
-    stack.push(name, dict.fromkeys(names, wrapper), **options)
+    stack.push(name, dict.fromkeys(names, wrapper))
+    return stack
+
+
+def claim(tiny: TinyModel, name: str, compute: Callable[..., Any]) -> ProcessorStack:
+    stack = processor_stack(tiny.transformer)
+    names = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    stack.claim(name, dict.fromkeys(names, compute))
     return stack
 
 
@@ -41,7 +49,7 @@ def test_wrappers_run_from_the_outside_in(wan: TinyModel) -> None:
     off, log = wan(), []
     push(wan, "a", noting(log, "a"))
     push(wan, "b", noting(log, "b"))
-    stack = push(wan, "c", noting(log, "c"), innermost=True)
+    stack = claim(wan, "c", noting(log, "c"))
     assert stack.names == ("c", "a", "b")
     assert torch.equal(wan(), off)
     assert log == ["b", "a", "c"] * 2
@@ -49,7 +57,7 @@ def test_wrappers_run_from_the_outside_in(wan: TinyModel) -> None:
     log.clear()
     wan()
     assert log == ["b", "c"] * 2
-    assert "diffusers < c < b" in str(postgen.summary(wan.transformer))
+    assert "diffusers < c (computes) < b" in str(postgen.summary(wan.transformer))
 
 
 def test_the_last_pop_gives_the_processors_back(wan: TinyModel) -> None:
@@ -73,20 +81,22 @@ def test_names_are_pushed_once_and_popped_by_those_who_are_there(wan: TinyModel)
         stack.pop("b")
 
 
-def test_attention_may_be_computed_by_a_wrapper(wan: TinyModel) -> None:
+def test_attention_may_be_computed_by_others(wan: TinyModel) -> None:
     """Something else than diffusers' processor at the bottom: what stands above works on what it returns."""
 
     def linear(inner: Callable[..., Any], attention: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = attention.to_out[0](attention.to_v(x))
         return result
 
-    push(wan, "linear", linear)
+    stock = wan()
+    claim(wan, "linear", linear)
     alone = wan()
     seen: list[str] = []
     stack = push(wan, "note", noting(seen, "note"))
     assert torch.equal(wan(), alone)
-    stack.pop("linear")
-    assert not torch.equal(wan(), alone)
+    stack.release("linear")
+    assert not torch.equal(alone, stock)
+    assert torch.equal(wan(), stock)
     assert len(seen) == 4
 
 

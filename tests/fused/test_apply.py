@@ -18,7 +18,7 @@ import postgen
 from postgen.families.installed import installed
 from postgen.fused import fused_for_call
 from postgen.fused.blocks import is_fused
-from postgen.fused.known import Replacement, family_of
+from postgen.fused.known import FusedBlock, fused_blocks_of
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
@@ -187,8 +187,8 @@ def test_unknown_processors_and_blocks_are_refused(wan: TinyModel) -> None:
 
 
 def test_code_that_changed_is_refused(wan: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    known: Any = family_of(wan.transformer).blocks
-    older = Replacement(fused=known["WanTransformerBlock"].fused, fingerprints=("0" * 16,))
+    known: Any = fused_blocks_of(wan.transformer)
+    older = FusedBlock(forward=known["WanTransformerBlock"].forward, fingerprints=("0" * 16,))
     monkeypatch.setitem(known, "WanTransformerBlock", older)
     with pytest.raises(postgen.UserError, match=r"is not the one of diffusers 0\.42 .*adaln=False"):
         postgen.apply_fused_ops(wan.transformer)

@@ -11,8 +11,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 import postgen
+from postgen.families.attention import attention_of
 from postgen.families.installed import installed
-from postgen.fused.known import family_of
+from postgen.fused.known import fused_blocks_of
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
@@ -106,17 +107,17 @@ def test_gradients_are_the_same(tiny: TinyModel) -> None:
 
 
 def test_fused_forms_take_the_arguments_of_what_they_stand_for(tiny: TinyModel) -> None:
-    family = family_of(tiny.transformer)
+    blocks, readers = fused_blocks_of(tiny.transformer), attention_of(tiny.transformer).readers
     for module in tiny.transformer.modules():
-        known = family.blocks.get(type(module).__name__)
+        known = blocks.get(type(module).__name__)
         if known is not None:
-            assert _parameters(known.fused) == _parameters(type(module).forward)
+            assert _parameters(known.forward) == _parameters(type(module).forward)
         processor = getattr(module, "processor", None)
-        if type(processor).__name__ in family.processors:
+        if type(processor).__name__ in readers:
             own = _parameters(type(processor).__call__)
-            fused = _parameters(family.processors[type(processor).__name__].fused)
-            # config, inner, attention against self, attention
-            assert fused[3:] == own[2:]
+            bound = _parameters(readers[type(processor).__name__].bind)
+            # attention against self, attention
+            assert bound[1:] == own[2:]
 
 
 def _parameters(function: Any) -> list[tuple[str, Any, Any]]:

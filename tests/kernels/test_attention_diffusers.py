@@ -18,7 +18,7 @@ from postgen.compat import register_attention_backend as register
 from postgen.compat import tap_dispatched
 from postgen.errors import UserError
 from postgen.fused import attention as fused
-from postgen.fused.attention import attend, register_attention_backend, routed_attention
+from postgen.fused.attention import backend_attention, register_attention_backend, routed_attention
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
@@ -158,7 +158,7 @@ def test_a_sample_whose_keys_are_all_masked_gives_zeros() -> None:
     mask[0] = False
     tensors = random_inputs()
     expected = dispatch.dispatch_attention_fn(*tensors, attn_mask=mask)
-    found = attend(*tensors, mask, None)
+    found = backend_attention(*tensors, mask, None)
     assert found is not None
     torch.testing.assert_close(found, expected)
     assert not found[0].any()
@@ -249,7 +249,7 @@ def test_another_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(dispatch.AttentionBackendName)
     monkeypatch.delattr(dispatch, "_native_attention")
     with pytest.raises(UserError, match=r"diffusers [\d.]+ has another attention dispatcher than 0\.42.*'other'"):
-        register("other", attend)
+        register("other", backend_attention)
     assert list(dispatch.AttentionBackendName) == names
 
 

@@ -1,0 +1,74 @@
+"""CogVideoX: `CogVideoXAttnProcessor2_0`, also with fused projections. Text, then video, attend jointly.
+
+Norms are per head. The text is not rotated, and CogVideoX 1.0 (2B) rotates nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.families.attention.reading import (
+    AttentionCall,
+    Norms,
+    Reading,
+    Stream,
+    projected,
+    returned,
+    rope_of_pairs,
+)
+from postgen.families.attention.registry import AttentionAnatomy, AttentionReader
+
+
+def bind(
+    attention: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> AttentionCall:
+    """Take the arguments of the processor."""
+    return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+def read(call: AttentionCall) -> Reading | None:
+    """Read joint attention; None where the module is one of cross-attention, whose keys are not rotated."""
+    attention = call.attention
+    if call.encoder_hidden_states is None or attention.is_cross_attention:
+        return None
+    text, mask = call.encoder_hidden_states.shape[1], call.attention_mask
+    hidden_states = torch.cat([call.encoder_hidden_states, call.hidden_states], dim=1)
+    if mask is not None:
+        batch, tokens, _ = hidden_states.shape
+        mask = attention.prepare_attention_mask(mask, tokens, batch)
+        mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
+    query, key, value = projected(attention, hidden_states)
+    rope = None if call.rotary is None else rope_of_pairs(call.rotary, first_token=text)
+    stream = Stream(query, key, value, Norms(attention.norm_q, attention.norm_k), rope)
+    return Reading(streams=(stream,), text=text, text_first=True, mask=mask)
+
+
+def read_fused(call: AttentionCall) -> Reading | None:
+    """As `read`; None with a mask too, which this processor of diffusers pads for the text's tokens alone."""
+    return None if call.attention_mask is not None else read(call)
+
+
+def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return video and text, (B, N, C) each."""
+    assert call.encoder_hidden_states is not None  # `read` saw to it
+    text, out = call.encoder_hidden_states.shape[1], returned(call.attention, out, dtype)
+    return out[:, text:], out[:, :text]
+
+
+ANATOMY = AttentionAnatomy(
+    readers={
+        "CogVideoXAttnProcessor2_0": AttentionReader(
+            bind=bind, read=read, finish=finish, fingerprints=("3099cf1cf662f915",)
+        ),
+        "FusedCogVideoXAttnProcessor2_0": AttentionReader(
+            bind=bind, read=read_fused, finish=finish, fingerprints=("30074dce7fc5ce85",)
+        ),
+    }
+)

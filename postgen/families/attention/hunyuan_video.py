@@ -1,0 +1,73 @@
+"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0`. Video, then text, attend jointly.
+
+Norms are per head, the text is not rotated. In blocks of two streams the text has projections and norms of its own;
+blocks of one stream project both together and have no output layer. The processor does not use fused projections.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.families.attention.reading import (
+    AttentionCall,
+    Norms,
+    Reading,
+    Stream,
+    bind,
+    projected_by,
+    returned,
+    rope_of_pairs,
+)
+from postgen.families.attention.registry import AttentionAnatomy, AttentionReader
+
+
+def read(call: AttentionCall) -> Reading | None:
+    """Read joint attention; None without text, and where there are no angles."""
+    attention, video, text = call.attention, call.hidden_states, call.encoder_hidden_states
+    if text is None or call.rotary is None:
+        return None
+    norms, rope = Norms(attention.norm_q, attention.norm_k), rope_of_pairs(call.rotary)
+    layers = attention.to_q, attention.to_k, attention.to_v
+    if attention.add_q_proj is None:
+        query, key, value = projected_by(attention, layers, torch.cat([video, text], dim=1))
+        streams = [Stream(query, key, value, norms, rope)]
+    else:
+        added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+        of_text = Norms(attention.norm_added_q, attention.norm_added_k)
+        query, key, value = projected_by(attention, layers, video)
+        text_query, text_key, text_value = projected_by(attention, added, text)
+        streams = [Stream(query, key, value, norms, rope), Stream(text_query, text_key, text_value, of_text)]
+    mask = call.attention_mask
+    return Reading(streams=tuple(streams), text=text.shape[1], mask=mask, key_lengths=_lengths(mask))
+
+
+def _lengths(mask: Tensor | None) -> Tensor | None:
+    """(B, 1, 1, N), bool: the transformer makes it of the lengths of the texts, whose last tokens do not count."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    return mask.sum(dim=(1, 2, 3))
+
+
+def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return video and text, (B, N, C) each."""
+    attention: Any = call.attention
+    assert call.encoder_hidden_states is not None  # `read` saw to it
+    text = call.encoder_hidden_states.shape[1]
+    of_video, of_text = out[:, :-text], out[:, -text:].flatten(2, 3).to(dtype)
+    if getattr(attention, "to_add_out", None) is not None:
+        of_text = attention.to_add_out(of_text)
+    if getattr(attention, "to_out", None) is None:
+        return of_video.flatten(2, 3).to(dtype), of_text
+    return returned(attention, of_video, dtype), of_text
+
+
+ANATOMY = AttentionAnatomy(
+    readers={
+        "HunyuanVideoAttnProcessor2_0": AttentionReader(
+            bind=bind, read=read, finish=finish, fingerprints=("19ce779e4c5f09e5",)
+        )
+    }
+)

@@ -1,0 +1,91 @@
+"""Attention with fused operations, in the compute slot of a module: norm and rotation, then attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from postgen.compat import attention_settings, show_attention_call
+from postgen.families.attention import AttentionReader
+from postgen.families.attention.reading import NormValues, Stream, dispatched
+from postgen.fused.config import FusedOpsConfig
+from postgen.kernels.attention.ops import attention
+from postgen.kernels.qk_norm_rope import naive
+from postgen.kernels.qk_norm_rope.ops import qk_norm_rope
+
+
+def compute_fused(
+    config: FusedOpsConfig, reader: AttentionReader, inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Return what the processor `inner` returns; it is called where the reader does not know the call.
+
+    Args:
+        config: which operations are fused.
+        reader: of the module's processor.
+        inner: the processor.
+        module: the attention module.
+        args: as the processor takes them.
+        kwargs: as the processor takes them.
+    """
+    call = reader.bind(module, *args, **kwargs)
+    reading = reader.read(call)
+    if reading is None:
+        return inner(module, *args, **kwargs)
+    query, key, value = reading.joined(functools.partial(normed_and_rotated, config))
+    mask, key_lengths = reading.mask, reading.key_lengths
+    del reading  # the memory of what was projected
+    out = _attended(config, module, query, key, value, mask, key_lengths)
+    return reader.finish(call, out, query.dtype)
+
+
+def normed_and_rotated(config: FusedOpsConfig, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Return queries and keys as attention reads them, in one kernel or as plain torch.
+
+    Args:
+        config: says which.
+        stream: norms that cannot be left out are called.
+    """
+    query, key, rope, values = stream.query, stream.key, stream.rope, stream.norms.values()
+    if values is None:
+        query, key = stream.norms.called(query, key)
+        values = NormValues(norm="none")
+    if rope is None and values.norm == "none":
+        return query, key
+    cos, sin, first_token = (None, None, 0) if rope is None else (rope.cos, rope.sin, rope.first_token)
+    shared: dict[str, Any] = {"norm": values.norm, "eps": values.eps, "first_token": first_token}
+    of_query, of_key = (values.q_weight, values.q_bias), (values.k_weight, values.k_bias)
+    if config.norm_rope:
+        weights: dict[str, Any] = {
+            "q_weight": of_query[0],
+            "k_weight": of_key[0],
+            "q_bias": of_query[1],
+            "k_bias": of_key[1],
+        }
+        q, k = qk_norm_rope(query, key, cos=cos, sin=sin, **weights, **shared)
+        return q, k
+    return (
+        naive.norm_rope(query, cos, sin, *of_query, **shared),
+        naive.norm_rope(key, cos, sin, *of_key, **shared),
+    )
+
+
+def _attended(
+    config: FusedOpsConfig,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    """Attention where Enhance-A-Video sees it; a backend or a split among ranks set in diffusers goes first."""
+    backend, parallel = attention_settings(module.processor)
+    unknown_mask = mask is not None and key_lengths is None
+    if config.attention is None or backend is not None or parallel is not None or unknown_mask:
+        return dispatched(module, query, key, value, mask)
+    show_attention_call(query, key)
+    chosen = None if config.attention == "auto" else config.attention
+    return attention(query, key, value, key_lengths=key_lengths, backend=chosen)
