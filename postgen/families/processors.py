@@ -65,7 +65,7 @@ class ProcessorStack:
 
         Args:
             name: who pushes; `pop` takes it.
-            wrappers: by module name, as `Layout.attention_modules` gives them. They must survive deepcopy and pickle,
+            wrappers: by module name, as `VideoTokens.attention_modules` has it. They must survive deepcopy and pickle,
                 so bound methods and module-level functions, no lambdas.
             innermost: below everything pushed so far, next to the processor itself: for wrappers that compute the
                 attention instead of diffusers' processor. Otherwise around everything.

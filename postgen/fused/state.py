@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from postgen.compat import install_attention_tap
-from postgen.families import layout_of
+from postgen.families import layout_of, video_tokens_of
 from postgen.families.installed import installed
 from postgen.families.processors import processor_stack
 from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block
@@ -38,7 +38,7 @@ class Fusion:
         attends: dict[str, Callable[..., Any]] = {}
         forwards: dict[str, Callable[..., Any]] = {}
         if config.norm_rope or config.attention is not None:
-            for name, module in layout.attention_modules(model).items():
+            for name, module in video_tokens_of(model).attention_modules(model).items():
                 kind: Any = type(module.processor)
                 kind = getattr(kind, "postgen_parent", kind)
                 found = replacement_for(kind, kind.__call__, family.processors, "norm_rope=False, attention=None")

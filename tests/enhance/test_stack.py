@@ -12,7 +12,7 @@ from torch import Tensor
 
 import postgen
 from postgen.compat import install_attention_tap, tap_dispatched
-from postgen.families import layout_of
+from postgen.families import video_tokens_of
 from postgen.families.processors import ProcessorStack, processor_stack
 from tests.families.tiny_models import TinyModel, tiny_model
 
@@ -24,7 +24,7 @@ def wan() -> TinyModel:
 
 def push(tiny: TinyModel, name: str, wrapper: Callable[..., Any], **options: Any) -> ProcessorStack:
     stack = processor_stack(tiny.transformer)
-    names = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    names = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     stack.push(name, dict.fromkeys(names, wrapper), **options)
     return stack
 
