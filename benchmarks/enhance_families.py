@@ -19,7 +19,7 @@ from torch import Tensor
 from postgen.enhance.apply import apply_enhance_a_video
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.state import NAME
-from postgen.families import Layout, layout_of
+from postgen.families import VideoTokens, video_tokens_of
 from postgen.families.installed import installed
 from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
 
@@ -42,17 +42,17 @@ def layers_are_found(tiny: TinyModel) -> None:
 
 def frames_are_where_we_think(tiny: TinyModel) -> None:
     """A change of one frame changes the queries and keys of that frame and no others; so for one place."""
-    layout = layout_of(tiny.transformer)
+    video = video_tokens_of(tiny.transformer)
     before = _first_tokens(tiny, tiny.arguments["hidden_states"])
     assert before[0].shape[1] == tiny.frames, f"{before[0].shape[1]} frames seen of {tiny.frames}"
     for frame in (1, tiny.frames - 1):
-        after = _first_tokens(tiny, _changed(tiny, layout, frame=frame))
+        after = _first_tokens(tiny, _changed(tiny, video, frame=frame))
         wanted = (torch.arange(tiny.frames) == frame)[:, None].expand(-1, before[0].shape[2])
         _assert_changed(before, after, wanted, f"frame {frame}")
-    if layout.factorised:
+    if video.factorised:
         return  # the attention within the frames comes first and mixes the places
     for place in (1, before[0].shape[2] - 1):
-        after = _first_tokens(tiny, _changed(tiny, layout, place=place))
+        after = _first_tokens(tiny, _changed(tiny, video, place=place))
         wanted = (torch.arange(before[0].shape[2]) == place)[None].expand(tiny.frames, -1)
         _assert_changed(before, after, wanted, f"place {place}")
 
@@ -71,7 +71,7 @@ def gains_are_at_least_one(tiny: TinyModel) -> None:
 
 def frames_on_their_own_gain_nothing(tiny: TinyModel) -> None:
     """Where every frame attends to itself alone, the gain is 1."""
-    for attention in layout_of(tiny.transformer).attention_modules(tiny.transformer).values():
+    for attention in video_tokens_of(tiny.transformer).attention_modules(tiny.transformer).values():
         _attend_to_self(attention)
     before = tiny()
     handle = apply_enhance_a_video(tiny.transformer, MILD)
@@ -81,7 +81,7 @@ def frames_on_their_own_gain_nothing(tiny: TinyModel) -> None:
 
 def removal_leaves_no_trace(tiny: TinyModel) -> None:
     """Output, processors and the names of the weights are as before."""
-    attention = layout_of(tiny.transformer).attention_modules(tiny.transformer).values()
+    attention = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer).values()
     processors, before = [module.processor for module in attention], tiny()
     names = list(tiny.transformer.state_dict())
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
@@ -140,7 +140,7 @@ def _first_tokens(tiny: TinyModel, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys (B, T, S, heads, D) of the video in the first layer, cut out as the measurement does it."""
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
     enhancement: Any = installed(tiny.transformer).plug_ins[NAME]
-    locate, seen = enhancement.locate, []
+    locate, seen = enhancement.call.locate, []
 
     def look(*args: Any) -> Any:
         found = locate(*args)
@@ -148,21 +148,21 @@ def _first_tokens(tiny: TinyModel, latents: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(found)
         return found
 
-    enhancement.locate = look
+    enhancement.call.locate = look
     tiny(hidden_states=latents)
     handle.remove()
     # Mochi calls attention once a sample: the first one is enough.
     return seen[0][0][:1], seen[0][1][:1]
 
 
-def _changed(tiny: TinyModel, layout: Layout, *, frame: int | None = None, place: int | None = None) -> Tensor:
+def _changed(tiny: TinyModel, video: VideoTokens, *, frame: int | None = None, place: int | None = None) -> Tensor:
     """Latents with one token frame, or one place of every frame, changed."""
     latents: Tensor = tiny.arguments["hidden_states"].clone()
-    grid: Any = layout.grid(tiny.transformer, **tiny.arguments)
-    if layout.latent_axes == "packed":
+    grid: Any = video.grid(tiny.transformer, **tiny.arguments)
+    if video.latent_axes == "packed":
         view = latents.unflatten(1, (grid.frames, grid.height, grid.width))
     else:
-        order = [layout.latent_axes.index(axis) for axis in "BTHWC"]
+        order = [video.latent_axes.index(axis) for axis in "BTHWC"]
         view = latents.permute(order)
     sizes = (grid.frames, grid.height, grid.width)
     patch = [length // count for length, count in zip(view.shape[1:4], sizes, strict=True)]

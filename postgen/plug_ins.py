@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from postgen.errors import UserError
-from postgen.families import layout_named
+from postgen.families import video_tokens_named
 from postgen.families.loading import ModelFacts
 from postgen.fused import FusedOpsConfig, check_known, fused_for_call
 
@@ -62,7 +62,7 @@ def check_plug_ins(facts: ModelFacts, *, enhance: str | None, fused: str | None)
         if on and facts.transformer is None:
             raise UserError(f"{facts.pipeline} has no transformer, which {option} works on: leave it out")
     if facts.transformer is not None and asked["--enhance"]:
-        layout_named(facts.transformer)
+        video_tokens_named(facts.transformer)
     if facts.transformer is not None and asked["--fused"]:
         check_known(facts.transformer)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from postgen.compat import tap_dispatched, ulysses_group
+from postgen.enhance.gain import frame_gain
 from postgen.enhance.sdpa import tap_sdpa
 from postgen.enhance.shards import whole_sequence
 from postgen.errors import UserError
@@ -16,7 +17,7 @@ from postgen.kernels.temporal_cfi.ops import temporal_self_share
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from postgen.enhance.state import Enhancement
+    from postgen.enhance.call import VideoCall
 
 
 class EnhancedAttention:
@@ -25,8 +26,8 @@ class EnhancedAttention:
     Everything Python decides here is the same for every layer of a model, so compiled blocks share their code.
     """
 
-    def __init__(self, state: Enhancement) -> None:
-        self.state = state
+    def __init__(self, call: VideoCall) -> None:
+        self.call = call
         self.on = True
         """Whether the layer has a weight at all."""
         self.weight = 0.0
@@ -43,7 +44,7 @@ class EnhancedAttention:
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the attention and scale the video tokens of what it returns."""
-        if not (self.state.active and self.on):
+        if not (self.call.active and self.on):
             return inner(attention, *args, **kwargs)
         text = _text_length(args, kwargs)
         shares: list[Tensor] = []
@@ -62,7 +63,7 @@ class EnhancedAttention:
             return output
         # A processor may call attention once per sample.
         self.gain = self._gain(shares[0] if len(shares) == 1 else torch.cat(shares))
-        if self.state.layout.scale_target != "attention":
+        if self.call.video.scale_target != "attention":
             return output
         if isinstance(output, tuple):
             return self._scaled(output[0], self.gain), *output[1:]
@@ -72,52 +73,45 @@ class EnhancedAttention:
         """Forward hook of the norm behind the attention, where that norm would cancel a scalar on the attention."""
         gain = self.gain
         # A cache may have kept the attention's output from an earlier step: its gain is the one kept here.
-        if gain is None or not (self.state.active and self.on):
+        if gain is None or not (self.call.active and self.on):
             return output
         return _times(output, gain.view(-1, *[1] * (output.dim() - 1)))
 
     def _share(
         self, query: Tensor, key: Tensor, scale: float | None, parallel_config: Any, text: int
     ) -> Tensor | None:
-        state = self.state
+        call = self.call
         group = ulysses_group(parallel_config)
         if group is not None:
-            if state.layout.token_order != "video":
-                raise UserError(
-                    f"Enhance-A-Video cannot split {state.layout.transformer} among ranks: its tokens are mixed"
-                )
+            if call.video.token_order != "video":
+                raise UserError(f"Enhance-A-Video cannot split {call.transformer} among ranks: its tokens are mixed")
             query, key = whole_sequence(query, group), whole_sequence(key, group)
-        seen = state.locate(query, key, text)
+        seen = call.locate(query, key, text)
         if seen is None:
             self.mismatch = True
             return None
         query, key = seen
-        causal = state.layout.causal_rule
-        block = causal(state.model_config) if causal is not None else 0
-        share: Tensor = temporal_self_share(query, key, scale, block, state.config.chunk_size)
+        share: Tensor = temporal_self_share(query, key, scale, call.causal_frames, call.config.chunk_size)
         if group is not None:
             torch.distributed.all_reduce(share, group=group)
             share = share / group.size()
         return share
 
     def _gain(self, share: Tensor) -> Tensor:
-        """(arXiv:2502.07508, eq. 7) with CFI = (1 - share) / (T - 1)."""
-        frames, config = self.state.frames, self.state.config
-        if config.reduction == "batch":
-            share = share.mean().expand_as(share)
+        frames, config = self.call.frames, self.call.config
         weight = self.weight + self.relative_weight * frames
-        return ((1 - share) * ((frames + weight) / (frames - 1))).clamp(min=1.0, max=config.max_gain)
+        return frame_gain(share, frames, weight, reduction=config.reduction, max_gain=config.max_gain)
 
     def _scaled(self, video: Tensor, gain: Tensor) -> Tensor:
-        state = self.state
-        if state.layout.factorised:
-            return _times(video, gain.repeat_interleave(state.places).view(-1, 1, 1))
+        call = self.call
+        if call.video.factorised:
+            return _times(video, gain.repeat_interleave(call.places).view(-1, 1, 1))
         gain = gain.view(-1, *[1] * (video.dim() - 1))
-        order, others = state.layout.token_order, video.shape[1] - state.tokens
+        order, others = call.video.token_order, video.shape[1] - call.tokens
         if video.dim() == 3 and others > 0 and order.startswith("history"):
             return torch.cat([video[:, :others], _times(video[:, others:], gain)], dim=1)
         if video.dim() == 3 and others > 0 and order == "video-reference":
-            return torch.cat([_times(video[:, : state.tokens], gain), video[:, state.tokens :]], dim=1)
+            return torch.cat([_times(video[:, : call.tokens], gain), video[:, call.tokens :]], dim=1)
         return _times(video, gain)
 
 

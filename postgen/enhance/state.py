@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from postgen.compat import install_attention_tap
+from postgen.enhance.call import VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.layer import EnhancedAttention
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
-from postgen.families import Grid, layout_of
+from postgen.families import Grid, layout_of, video_tokens_of
 from postgen.families.installed import installed, processor_stack
 
 NAME = "enhance_a_video"
@@ -31,24 +32,20 @@ class Enhancement:
     """Everything on one transformer. `install` puts it there, `remove` takes it off."""
 
     def __init__(self, model: nn.Module, config: EnhanceAVideoConfig, progress: PipelineProgress | None) -> None:
-        self.layout = layout_of(model)
-        self.model_config: Any = model.config
+        video = video_tokens_of(model)
+        self.call = VideoCall(layout_of(model).transformer, model.config, video, config)
         self.progress = progress
         self.enabled = True
-        self.active = False
-        """Whether the call under way is enhanced."""
-        self.frames, self.places = 0, 0
-        """T and S of the call under way."""
-        self.layers = {name: EnhancedAttention(self) for name in self.layout.attention_modules(model)}
+        self.layers = {name: EnhancedAttention(self.call) for name in video.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._hooks: list[Any] = []
         self._notes: dict[str, str] = {}  # what was warned of under these settings, by kind
         self.configure(config)
 
     @property
-    def tokens(self) -> int:
-        """Video tokens of the call under way."""
-        return self.frames * self.places
+    def config(self) -> EnhanceAVideoConfig:
+        """The settings."""
+        return self.call.config
 
     def configure(self, config: EnhanceAVideoConfig) -> None:
         """Take new settings; nothing changes where they are wrong.
@@ -58,13 +55,13 @@ class Enhancement:
         """
         if not config.whole_range and config.progress is None and self.progress is None:
             raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
-        weights = {name: _weight_of(name, config, self.layout.transformer) for name in self.layers}
+        weights = {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
         if isinstance(config.weight, Mapping):
             for pattern in config.weight:
                 if not any(re.fullmatch(pattern, name) for name in self.layers):
                     known = ", ".join(list(self.layers)[:3])
                     raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
-        self.config = config
+        self.call.config = config
         self._notes.clear()
         for name, layer in self.layers.items():
             chosen = weights[name]
@@ -79,9 +76,10 @@ class Enhancement:
         # Native hooks: the hooks of diffusers and accelerate replace `forward`, and these survive that.
         self._hooks.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self.after_forward))
-        if self.layout.scale_target != "attention":
+        target = self.call.video.scale_target
+        if target != "attention":
             for name, layer in self.layers.items():
-                norm = model.get_submodule(f"{name.rpartition('.')[0]}.{self.layout.scale_target}")
+                norm = model.get_submodule(f"{name.rpartition('.')[0]}.{target}")
                 self._hooks.append(norm.register_forward_hook(layer.scale_norm))
         installed(model).plug_ins[NAME] = self
 
@@ -94,7 +92,7 @@ class Enhancement:
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the geometry of the call that comes."""
-        self.active = False
+        self.call.active = False
         if not self.enabled:
             return
         if model.training and not self.config.train:
@@ -106,19 +104,20 @@ class Enhancement:
         grid = self._grid(arguments)
         if grid is None or grid.frames < self.config.min_frames:
             return
-        self.frames, self.places = grid.frames, grid.height * grid.width
-        self.active = True
+        self.call.measure(grid)
+        self.call.active = True
+        through_diffusers = self.call.video.attention_call == "dispatch"
         for name, layer in self.layers.items():
-            layer.dispatched = self.layout.attention_call == "dispatch" or self._stack.dispatches(name)
+            layer.dispatched = through_diffusers or self._stack.dispatches(name)
         self._warn_of_displaced()
         self._warn_of_strength()
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """Say what went wrong in the layers, where a warning does not break compiled code."""
-        if not self.active:
+        if not self.call.active:
             return
         # Gradient checkpointing runs the layers again, outside a call of the transformer.
-        self.active = torch.is_grad_enabled()
+        self.call.active = torch.is_grad_enabled()
         if any(layer.mismatch for layer in self.layers.values()):
             self._warn_of_tokens()
         elif unseen := sum(layer.unseen for layer in self.layers.values()):
@@ -129,36 +128,6 @@ class Enhancement:
         for layer in self.layers.values():
             layer.unseen = layer.mismatch = False
 
-    def locate(self, query: Tensor, key: Tensor, text: int) -> tuple[Tensor, Tensor] | None:
-        """Cut the video tokens out of (B, L, heads, D) queries and keys, as (B, T, S, heads, D) views.
-
-        Args:
-            query: as attention sees it.
-            key: as attention sees it; it may be longer than the queries where the video's tokens come first.
-            text: tokens of the text stream, as the module was called.
-
-        Returns:
-            None where the tokens do not match the geometry of the call.
-        """
-        frames, places, order = self.frames, self.places, self.layout.token_order
-        if self.layout.factorised:
-            if query.shape[1] != frames or query.shape[0] % places:
-                return None
-            return query.unflatten(0, (-1, places)).transpose(1, 2), key.unflatten(0, (-1, places)).transpose(1, 2)
-        length = query.shape[1]
-        others = {"video": 0, "video-text": text, "text-video": text}.get(order)
-        if length < self.tokens or (others is not None and length > self.tokens + others):
-            return None
-        step = 1 if self.config.max_locations is None else -(-places // self.config.max_locations)
-        first = order in ("video", "video-text", "video-reference")
-        found = []
-        for x in (query, key):
-            start = 0 if first else x.shape[1] - self.tokens - (text if order == "history-video-text" else 0)
-            if start < 0 or x.shape[1] < start + self.tokens:
-                return None
-            found.append(x[:, start : start + self.tokens].unflatten(1, (frames, places))[:, :, ::step])
-        return found[0], found[1]
-
     def gains(self) -> dict[str, tuple[float, ...]]:
         """Return the gains of the last measured call, one per sample, by layer."""
         return {name: tuple(layer.gain.tolist()) for name, layer in self.layers.items() if layer.gain is not None}
@@ -167,14 +136,14 @@ class Enhancement:
         """Say in one line what is on and how it is set."""
         config, relative = self.config, self.config.relative_weight
         if config.weight == "auto" and relative is None:
-            relative = recommended_weight(self.layout.transformer).relative_weight
+            relative = recommended_weight(self.call.transformer).relative_weight
         weight = f"weight {config.weight}" if relative is None else f"weight {relative:.3g} x latent frames"
         on = sum(layer.on for layer in self.layers.values())
         parts = [weight, f"{on} of {len(self.layers)} layers"]
         if not config.whole_range:
             parts.append(f"steps {config.start:.0%} to {config.stop:.0%}")
         if gains := [gain for layer in self.gains().values() for gain in layer]:
-            parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self.frames} frames")
+            parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self.call.frames} frames")
         parts += [f"note: {text}" for text in self._notes.values()]
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
@@ -186,8 +155,9 @@ class Enhancement:
 
     def _grid(self, arguments: Mapping[str, Any]) -> Grid | None:
         """Return the token grid, or None after a warning."""
-        packed = self.layout.latent_axes == "packed"
-        grid = self.layout.grid_rule(self.model_config, arguments)
+        video = self.call.video
+        packed = video.latent_axes == "packed"
+        grid = video.grid_rule(self.call.model_config, arguments)
         given = self.config.num_frames
         if given is not None:
             frames = given(arguments) if callable(given) else given
@@ -199,8 +169,8 @@ class Enhancement:
             grid = Grid(frames=frames, height=1, width=tokens // frames)
         if grid is None:
             self._warn("grid", "the call does not tell its frames: give num_frames=. It is off")
-        elif packed and self.layout.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
-            self.frames, self.places = grid.frames, grid.height * grid.width
+        elif packed and video.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
+            self.call.measure(grid)
             self._warn_of_tokens()
             return None
         return grid
@@ -208,7 +178,7 @@ class Enhancement:
     def _warn_of_tokens(self) -> None:
         self._warn(
             "tokens",
-            f"the tokens do not match {self.frames} frames of {self.places} tokens (reference frames?)."
+            f"the tokens do not match {self.call.frames} frames of {self.call.places} tokens (reference frames?)."
             " It is off: give num_frames= or leave it off",
         )
 
@@ -224,11 +194,12 @@ class Enhancement:
     def _warn_of_strength(self) -> None:
         if self.config.max_gain is not None:
             return
-        strength = max(layer.weight / self.frames + layer.relative_weight for layer in self.layers.values())
+        frames = self.call.frames
+        strength = max(layer.weight / frames + layer.relative_weight for layer in self.layers.values())
         if strength > STRONG:
             self._warn(
                 "strength",
-                f"weight {strength * self.frames:.3g} is strong for {self.frames} latent frames (expect noise):"
+                f"weight {strength * frames:.3g} is strong for {frames} latent frames (expect noise):"
                 " lower it, use relative_weight=, or bound it with max_gain=",
             )
 
@@ -238,7 +209,7 @@ class Enhancement:
         self._notes[kind] = text
         # A warning would break the graph of a model that is compiled as a whole: the summary tells it.
         if not torch.compiler.is_compiling():
-            warnings.warn(f"Enhance-A-Video on {self.layout.transformer}: {text}", stacklevel=2)
+            warnings.warn(f"Enhance-A-Video on {self.call.transformer}: {text}", stacklevel=2)
 
 
 def _weight_of(layer: str, config: EnhanceAVideoConfig, transformer: str) -> tuple[float, float] | None:

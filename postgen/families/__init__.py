@@ -1,21 +1,40 @@
 """What postgen knows of each diffusers architecture. Methods ask here and never name a model class.
 
-A layout is a data row per transformer class, a denoiser is a small class per pipeline class.
+A layout is a data row per transformer class, a denoiser is a small class per pipeline class. Blocks are recorded and
+run alone by `postgen.families.recording`, which is not imported here because it needs torch.
 """
 
+from postgen.families.blocks import Block, BlockGroup, Blocks
 from postgen.families.denoiser import Condition, Denoiser, PredictionType
-from postgen.families.layout import Grid, Layout
-from postgen.families.registry import denoiser_for, layout_named, layout_of, register_denoiser, register_layout
+from postgen.families.layout import Layout
+from postgen.families.registry import (
+    blocks_of,
+    denoiser_for,
+    layout_named,
+    layout_of,
+    register_denoiser,
+    register_layout,
+    video_tokens_named,
+    video_tokens_of,
+)
+from postgen.families.video_tokens import Grid, VideoTokens
 
 __all__ = [
+    "Block",
+    "BlockGroup",
+    "Blocks",
     "Condition",
     "Denoiser",
     "Grid",
     "Layout",
     "PredictionType",
+    "VideoTokens",
+    "blocks_of",
     "denoiser_for",
     "layout_named",
     "layout_of",
     "register_denoiser",
     "register_layout",
+    "video_tokens_named",
+    "video_tokens_of",
 ]

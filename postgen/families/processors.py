@@ -33,7 +33,7 @@ class ProcessorStack:
     """What is on a transformer's attention processors. Get it from `families.installed.processor_stack`.
 
     Functions given to it must survive deepcopy and pickle: bound methods, functions of a module and partial ones of
-    them, no lambdas. Modules go by the names that `Layout.attention_modules` gives them.
+    them, no lambdas. Modules go by the names that `VideoTokens.attention_modules` gives them.
     """
 
     def __init__(self, model: nn.Module) -> None:

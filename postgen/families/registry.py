@@ -1,4 +1,4 @@
-"""Find the layout of a transformer and the denoiser of a pipeline, by class name."""
+"""Find the layout of a transformer, the parts of it, and the denoiser of a pipeline, by class name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
-from postgen.families import rows_others, rows_wan
+from postgen.families import rows_images, rows_others, rows_unets, rows_wan
+from postgen.families.blocks import Block
 from postgen.families.denoiser import Denoiser
-from postgen.families.layout import LAYOUTS, Layout
-from postgen.families.rows_refused import REFUSED
+from postgen.families.layout import Layout
+from postgen.families.rows_refused import NO_LAYOUT, NO_VIDEO_TOKENS
+from postgen.families.video_tokens import VideoTokens
 
 if TYPE_CHECKING:
     from torch import nn
 
-_layouts: dict[str, Layout] = {row.transformer: row for row in (*LAYOUTS, *rows_wan.ROWS, *rows_others.ROWS)}
+_layouts: dict[str, Layout] = {
+    row.transformer: row for row in (*rows_wan.ROWS, *rows_others.ROWS, *rows_images.ROWS, *rows_unets.ROWS)
+}
 _denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
     "CogVideoXPipeline": "postgen.families.cogvideox:CogVideoXDenoiser",
     "FluxPipeline": "postgen.families.flux:FluxDenoiser",
@@ -31,7 +35,29 @@ _denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
 
 
 def register_layout(layout: Layout) -> None:
-    """Add the layout of a transformer class, or replace it."""
+    r"""Add the layout of a transformer class, or replace it.
+
+    Example:
+        from postgen.families import BlockGroup, Blocks, Layout, VideoTokens, register_layout
+        from postgen.families.video_tokens import grid_bcthw
+
+        register_layout(
+            Layout(
+                transformer="MyTransformer3DModel",
+                # hidden_states, text = block(hidden_states, encoder_hidden_states, ...), one block after the other
+                blocks=Blocks(groups=(BlockGroup(names=r"layers\.\d+", hidden_out=0, text_out=1),)),
+                timestep_shapes=("B", "BT"),
+                # Only where softmax attention over the frames is to be measured or changed.
+                video=VideoTokens(
+                    self_attention=r"layers\.\d+\.attn1",
+                    token_order="text-video",
+                    latent_axes="BCTHW",
+                    grid_rule=grid_bcthw,
+                    attention_call="dispatch",
+                ),
+            )
+        )
+    """
     _layouts[layout.transformer] = layout
 
 
@@ -44,28 +70,75 @@ def layout_of(transformer: nn.Module) -> Layout:
     """Return the layout of a transformer, which may be wrapped (DDP, compiled, peft) or of a subclass.
 
     Raises:
-        UserError: nothing is known of the class, or it is known that it has no layout.
+        UserError: nothing is known of the class, or it is known why it has no layout.
     """
-    from postgen.compat import unwrap
-
-    return layout_named(*(parent.__name__ for parent in type(unwrap(transformer)).__mro__))
+    kind, *parents = _class_names(transformer)
+    return layout_named(kind, *parents)
 
 
 def layout_named(kind: str, *parents: str) -> Layout:
     """Return the layout of a transformer class by its name, or that of the first of its parents that has one.
 
     Raises:
-        UserError: nothing is known of the class, or it is known that it has no layout.
+        UserError: nothing is known of the class, or it is known why it has no layout.
     """
     for name in (kind, *parents):
         if name in _layouts:
             return _layouts[name]
-        if reason := REFUSED.get(name):
+        if reason := NO_LAYOUT.get(name):
             raise UserError(f"no layout for {kind}: {reason}. Known: {', '.join(sorted(_layouts))}")
-    raise UserError(
+    raise _unknown(kind)
+
+
+def blocks_of(transformer: nn.Module) -> tuple[Block, ...]:
+    """Return the repeated blocks of a transformer, wrapped or not, in the order in which they run.
+
+    Raises:
+        UserError: nothing is known of the class, or its structure is not what its layout says.
+    """
+    from postgen.compat import unwrap
+
+    return layout_of(transformer).blocks.find(unwrap(transformer))
+
+
+def video_tokens_of(transformer: nn.Module) -> VideoTokens:
+    """Return where the tokens of a video are in the self-attention of a transformer, wrapped or not.
+
+    Raises:
+        UserError: nothing is known of the class, or why it has no softmax attention over frames.
+    """
+    kind, *parents = _class_names(transformer)
+    return video_tokens_named(kind, *parents)
+
+
+def video_tokens_named(kind: str, *parents: str) -> VideoTokens:
+    """Return where the tokens of a video are, by the name of a class or of the first of its parents that is known.
+
+    Raises:
+        UserError: nothing is known of the class, or why it has no softmax attention over frames.
+    """
+    for name in (kind, *parents):
+        row = _layouts.get(name)
+        if row is not None and row.video is not None:
+            return row.video
+        reason = NO_VIDEO_TOKENS.get(name, "its layout says nothing of them" if row is not None else "")
+        if reason:
+            known = sorted(name for name, row in _layouts.items() if row.video is not None)
+            raise UserError(f"no video tokens in {kind}: {reason}. Known: {', '.join(known)}")
+    raise _unknown(kind)
+
+
+def _unknown(kind: str) -> UserError:
+    return UserError(
         f"no layout for {kind}. Known: {', '.join(sorted(_layouts))}."
         " To add one, pass a row to postgen.families.register_layout"
     )
+
+
+def _class_names(transformer: nn.Module) -> tuple[str, ...]:
+    from postgen.compat import unwrap
+
+    return tuple(parent.__name__ for parent in type(unwrap(transformer)).__mro__)
 
 
 def denoiser_for(pipe: Any) -> Denoiser:

@@ -1,11 +1,13 @@
-"""Layouts of the transformers that do not descend from Wan."""
+"""Layouts of the video transformers that do not descend from Wan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from postgen.families.layout import Grid, Layout, grid_bcthw, grid_btchw, grid_packed
+from postgen.families.blocks import BlockGroup, Blocks
+from postgen.families.layout import Layout, TimestepShape
+from postgen.families.video_tokens import Grid, VideoTokens, grid_bcthw, grid_btchw, grid_packed
 
 
 def _grid_bthwc(config: Any, arguments: Mapping[str, Any]) -> Grid:
@@ -14,93 +16,120 @@ def _grid_bthwc(config: Any, arguments: Mapping[str, Any]) -> Grid:
     return Grid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
 
+_FLAT = Blocks(groups=(BlockGroup(names=r"transformer_blocks\.\d+"),))
+"""Text by cross-attention: it stays as it is."""
+
+_JOINT = Blocks(groups=(BlockGroup(names=r"transformer_blocks\.\d+", hidden_out=0, text_out=1),))
+"""Text and video attend to one another, and both change from block to block."""
+
+
+def _double_single(breaks: str = "") -> Blocks:
+    """Joint blocks with weights for each of text and video, then joint blocks with the same weights for both."""
+    double, single = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
+    return Blocks(
+        groups=(
+            BlockGroup(names=double, hidden_out=0, text_out=1),
+            BlockGroup(names=single, hidden_out=0, text_out=1, breaks=breaks),
+        )
+    )
+
+
+def _row(
+    transformer: str, blocks: Blocks, *, timestep_shapes: tuple[TimestepShape, ...] = ("B",), **changes: Any
+) -> Layout:
+    video: dict[str, Any] = {
+        "self_attention": r"transformer_blocks\.\d+\.attn1",
+        "token_order": "video",
+        "latent_axes": "BCTHW",
+        "grid_rule": grid_bcthw,
+        **changes,
+    }
+    return Layout(transformer=transformer, blocks=blocks, timestep_shapes=timestep_shapes, video=VideoTokens(**video))
+
+
+_SINGLE_AND_DOUBLE = r"(single_)?transformer_blocks\.\d+\.attn"
+
+
+def _one_group(names: str = r"transformer_blocks\.\d+", **fields: Any) -> Blocks:
+    return Blocks(groups=(BlockGroup(names=names, **fields),))
+
+
+def _latte() -> Blocks:
+    turned = "the tokens are grouped by frame for one block and by location for the next"
+    groups = (
+        BlockGroup(names=r"transformer_blocks\.\d+", breaks=turned),
+        BlockGroup(names=r"temporal_transformer_blocks\.\d+", enters=turned, breaks=turned),
+    )
+    return Blocks(groups=groups, interleaved=True)
+
+
+_AUDIO = "the audio passes through the blocks beside the video"
+_VISUAL = r"visual_transformer_blocks\.\d+"
+
 ROWS = (
-    Layout(
-        transformer="AllegroTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
-        token_order="video",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
-        attention_call="sdpa",
-    ),
-    Layout(
-        transformer="ConsisIDTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
+    _row("AllegroTransformer3DModel", _FLAT, attention_call="sdpa"),
+    _row(
+        "CogVideoXTransformer3DModel",
+        _JOINT,
         token_order="text-video",
         latent_axes="BTCHW",
-        timestep_shapes=("B",),
         grid_rule=grid_btchw,
         attention_call="sdpa",
     ),
-    Layout(
-        transformer="CosmosTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
-        token_order="video",
-        latent_axes="BCTHW",
-        timestep_shapes=("B", "B1T11"),
-        grid_rule=grid_bcthw,
-        attention_call="dispatch",
-    ),
-    Layout(
-        transformer="EasyAnimateTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
+    _row(
+        "ConsisIDTransformer3DModel",
+        _one_group(hidden_out=0, text_out=1, breaks="the face of a given person is added between the blocks"),
         token_order="text-video",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
+        latent_axes="BTCHW",
+        grid_rule=grid_btchw,
         attention_call="sdpa",
     ),
-    Layout(
-        transformer="HunyuanVideo15Transformer3DModel",
+    _row("CosmosTransformer3DModel", _FLAT, timestep_shapes=("B", "B1T11"), attention_call="dispatch"),
+    _row("EasyAnimateTransformer3DModel", _JOINT, token_order="text-video", attention_call="sdpa"),
+    _row(
+        "HunyuanVideo15Transformer3DModel",
+        _JOINT,
         self_attention=r"transformer_blocks\.\d+\.attn",
-        blocks=r"transformer_blocks\.\d+",
         token_order="video-text",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
         attention_call="dispatch",
     ),
-    Layout(
-        transformer="HunyuanVideoFramepackTransformer3DModel",
-        self_attention=r"(single_)?transformer_blocks\.\d+\.attn",
-        blocks=r"(single_)?transformer_blocks\.\d+",
+    _row(
+        "HunyuanVideoFramepackTransformer3DModel",
+        _double_single(),
+        self_attention=_SINGLE_AND_DOUBLE,
         token_order="history-video-text",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
         attention_call="dispatch",
     ),
-    Layout(
-        transformer="Kandinsky5Transformer3DModel",
-        self_attention=r"visual_transformer_blocks\.\d+\.self_attention",
-        blocks=r"visual_transformer_blocks\.\d+",
+    _row(
+        "HunyuanVideoTransformer3DModel",
+        _double_single(),
+        self_attention=_SINGLE_AND_DOUBLE,
+        token_order="video-text",
+        attention_call="dispatch",
+    ),
+    _row(
+        "Kandinsky5Transformer3DModel",
+        _one_group(_VISUAL, hidden="visual_embed", text="text_embed"),
+        self_attention=_VISUAL + r"\.self_attention",
         # Block-sparse attention reorders the tokens within a frame only.
         token_order="video",
         latent_axes="BTHWC",
-        timestep_shapes=("B",),
         grid_rule=_grid_bthwc,
         attention_call="dispatch",
     ),
-    Layout(
-        transformer="Kandinsky6Transformer3DModel",
-        self_attention=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
-        blocks=r"visual_transformer_blocks\.\d+",
+    _row(
+        "Kandinsky6Transformer3DModel",
+        _one_group(_VISUAL, hidden="vis", text="text_v", hidden_out=0, breaks=_AUDIO),
+        self_attention=_VISUAL + r"\.video_dec_block\.self_attention",
         # The given image of image-to-video is one more frame, the last.
         token_order="video",
         latent_axes="BTHWC",
-        timestep_shapes=("B",),
         grid_rule=_grid_bthwc,
         attention_call="dispatch",
     ),
-    Layout(
-        transformer="LTX2VideoTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
+    _row(
+        "LTX2VideoTransformer3DModel",
+        _one_group(hidden_out=0, breaks=_AUDIO),
         # Key frames and references are appended.
         token_order="video-reference",
         latent_axes="packed",
@@ -108,37 +137,36 @@ ROWS = (
         grid_rule=grid_packed,
         attention_call="dispatch",
     ),
-    Layout(
-        transformer="LatteTransformer3DModel",
+    _row(
+        "LTXVideoTransformer3DModel",
+        _FLAT,
+        latent_axes="packed",
+        timestep_shapes=("B", "BL"),
+        grid_rule=grid_packed,
+        attention_call="dispatch",
+    ),
+    _row(
+        "LatteTransformer3DModel",
+        _latte(),
         self_attention=r"temporal_transformer_blocks\.\d+\.attn1",
-        blocks=r"(temporal_)?transformer_blocks\.\d+",
-        token_order="video",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
         attention_call="sdpa",
         factorised=True,
     ),
-    Layout(
-        transformer="MochiTransformer3DModel",
-        self_attention=r"transformer_blocks\.\d+\.attn1",
-        blocks=r"transformer_blocks\.\d+",
+    _row(
+        "MochiTransformer3DModel",
+        _JOINT,
         token_order="video-text",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
         attention_call="sdpa",
         scale_target="norm2",
     ),
-    Layout(
-        transformer="MotifVideoTransformer3DModel",
-        self_attention=r"(single_)?transformer_blocks\.\d+\.attn",
-        blocks=r"(single_)?transformer_blocks\.\d+",
+    _row(
+        "MotifVideoTransformer3DModel",
+        _double_single("the decoder's blocks begin with the video again, and take that of the encoder as their text"),
+        self_attention=_SINGLE_AND_DOUBLE,
         # In the blocks of its decoder, the video of the encoder stands where the text is elsewhere.
         token_order="video-text",
-        latent_axes="BCTHW",
-        timestep_shapes=("B",),
-        grid_rule=grid_bcthw,
         attention_call="dispatch",
     ),
+    # Why it has no video tokens is in `rows_refused`.
+    Layout(transformer="SanaVideoTransformer3DModel", blocks=_FLAT, timestep_shapes=("B", "BL")),
 )

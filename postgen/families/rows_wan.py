@@ -1,10 +1,15 @@
-"""Layouts of the transformers that descend from Wan: flat tokens, frame by frame, text by cross-attention only."""
+"""Layouts of Wan and the transformers that descend from it: flat tokens, frame by frame, text by cross-attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from postgen.families.layout import Layout, TimestepShape, TokenOrder, grid_bcthw, grid_btchw
+from postgen.families.blocks import BlockGroup, Blocks
+from postgen.families.layout import Layout, TimestepShape
+from postgen.families.video_tokens import VideoTokens, grid_bcthw, grid_btchw
+
+_MAIN = BlockGroup(names=r"blocks\.\d+")
+_PLAIN = Blocks(groups=(_MAIN,))
 
 
 def _frames_per_block(config: Any) -> int:
@@ -16,32 +21,46 @@ def _frames_per_block(config: Any) -> int:
 def _wan_like(
     transformer: str,
     *,
-    blocks: str = r"blocks\.\d+",
-    token_order: TokenOrder = "video",
+    blocks: Blocks = _PLAIN,
     timestep_shapes: tuple[TimestepShape, ...] = ("B",),
     **changes: Any,
 ) -> Layout:
-    row: dict[str, Any] = {"latent_axes": "BCTHW", "grid_rule": grid_bcthw, **changes}
-    return Layout(
-        transformer=transformer,
-        self_attention=r"blocks\.\d+\.attn1",
-        blocks=blocks,
-        token_order=token_order,
-        timestep_shapes=timestep_shapes,
-        attention_call="dispatch",
-        **row,
-    )
+    video: dict[str, Any] = {
+        "self_attention": r"blocks\.\d+\.attn1",
+        "token_order": "video",
+        "latent_axes": "BCTHW",
+        "grid_rule": grid_bcthw,
+        "attention_call": "dispatch",
+        **changes,
+    }
+    return Layout(transformer=transformer, blocks=blocks, timestep_shapes=timestep_shapes, video=VideoTokens(**video))
 
+
+_CONTROLLED = Blocks(
+    groups=(
+        # They hand on the state of the control and return a hint for a main block beside it.
+        BlockGroup(names=r"vace_blocks\.\d+", hidden="control_hidden_states", hidden_out=1),
+        BlockGroup(
+            names=r"blocks\.\d+",
+            enters="the main blocks begin with the video, not with what the control blocks return",
+            breaks="hints of the control blocks are added between the main blocks",
+        ),
+    )
+)
+_ANIMATED = Blocks(
+    groups=(BlockGroup(names=r"blocks\.\d+", breaks="face adapters add the face's motion between the blocks"),)
+)
 
 ROWS = (
     _wan_like("AnyFlowTransformer3DModel", timestep_shapes=("BT",), latent_axes="BTCHW", grid_rule=grid_btchw),
     # Editing an image makes two latent frames; the reasoning steps make more.
-    _wan_like("ChronoEditTransformer3DModel"),
+    _wan_like("ChronoEditTransformer3DModel", timestep_shapes=("B", "BL")),
     # Long, middle and short history come first; their keys may be amplified, those of the current frames are not.
     _wan_like("HeliosTransformer3DModel", token_order="history-video"),
     _wan_like("SkyReelsV2Transformer3DModel", timestep_shapes=("B", "BT"), causal_rule=_frames_per_block),
     # The reference image is the first frame. The face adapters attend within a frame.
-    _wan_like("WanAnimateTransformer3DModel"),
-    # Reference images are leading frames. The control blocks steer the main ones and are left alone.
-    _wan_like("WanVACETransformer3DModel", blocks=r"(vace_)?blocks\.\d+"),
+    _wan_like("WanAnimateTransformer3DModel", blocks=_ANIMATED),
+    _wan_like("WanTransformer3DModel", timestep_shapes=("B", "BL")),
+    # Reference images are leading frames. The control blocks steer the main ones; their attention is left alone.
+    _wan_like("WanVACETransformer3DModel", blocks=_CONTROLLED),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from postgen import compat
 from postgen.errors import UserError
 from postgen.families.installed import transformers_of
-from postgen.families.registry import layout_of
+from postgen.families.registry import video_tokens_of
 from postgen.kernels.attention.ops import attention
 
 NAME = "postgen"
@@ -120,12 +120,13 @@ def _warn_once(shape: tuple[int, ...], dtype: str) -> None:
 
 
 def _modules(transformer: Any) -> list[Any]:
-    layout = layout_of(transformer)
-    if layout.attention_call != "dispatch":
+    tokens = video_tokens_of(transformer)
+    if tokens.attention_call != "dispatch":
         raise UserError(
-            f"{layout.transformer} calls torch's attention itself, so no attention backend of diffusers acts on it"
+            f"{type(compat.unwrap(transformer)).__name__} calls torch's attention itself,"
+            " so no attention backend of diffusers acts on it"
         )
-    modules = layout.attention_modules(compat.unwrap(transformer))
+    modules = tokens.attention_modules(compat.unwrap(transformer))
     for name, module in modules.items():
         if not hasattr(module.processor, "_attention_backend"):
             raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from postgen.compat import install_attention_tap
-from postgen.families import layout_of
+from postgen.families import layout_of, video_tokens_of
 from postgen.families.attention import attention_of
 from postgen.families.fingerprints import known_for
 from postgen.families.installed import installed, processor_stack
@@ -40,7 +40,7 @@ class Fusion:
         computes: dict[str, Callable[..., Any]] = {}
         forwards: dict[str, Callable[..., Any]] = {}
         if config.norm_rope or config.attention is not None:
-            computes = _computes(model, config, layout.attention_modules(model))
+            computes = _computes(model, config, video_tokens_of(model).attention_modules(model))
             processor_stack(model).check_claim(NAME, computes)
         if config.adaln:
             for name, block in layout.block_modules(model).items():

@@ -104,7 +104,7 @@ def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = No
     """Return the noise levels that a denoiser's pipeline would use for so many steps on latents of a shape."""
     sigmas = denoiser.sigmas(steps, shape)
     kind = denoiser.prediction_type
-    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()  # type: ignore[attr-defined]
+    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()
     return Schedule(sigmas.double(), kind, bars)
 
 

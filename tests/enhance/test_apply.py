@@ -15,7 +15,7 @@ from torch import nn
 
 import postgen
 from postgen.enhance import OTHERS, RECOMMENDED, handle_of, recommended_weight
-from postgen.families import Grid, layout_of
+from postgen.families import Grid, video_tokens_of
 from tests.families.tiny_models import TinyModel, tiny_model
 
 CONFIG = postgen.EnhanceAVideoConfig(relative_weight=0.4)
@@ -318,10 +318,9 @@ def test_updates_that_are_wrong(wan: TinyModel) -> None:
 
 def test_a_frame_that_attends_to_itself_alone_has_gain_one(wan: TinyModel) -> None:
     """Keys and queries that a wrapper makes the same in a frame, and orthogonal between frames."""
-    layout = layout_of(wan.transformer)
     handle = postgen.apply_enhance_a_video(wan.transformer, CONFIG)
     own = torch.eye(4, 16).repeat_interleave(6, dim=0)[None, :, None].expand(2, -1, 2, -1) * 100
-    for name in layout.attention_modules(wan.transformer):
+    for name in video_tokens_of(wan.transformer).attention_modules(wan.transformer):
         attention: Any = wan.transformer.get_submodule(name)
         attention.norm_q = Replace(own)
         attention.norm_k = Replace(own)

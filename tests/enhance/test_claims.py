@@ -12,7 +12,7 @@ from torch import Tensor
 
 import postgen
 from postgen.compat import show_attention_call
-from postgen.families import layout_of
+from postgen.families import video_tokens_of
 from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.attention.reading import dispatched
 from postgen.families.installed import installed, processor_stack
@@ -44,7 +44,7 @@ def nothing(inner: Callable[..., Any], attention: Any, hidden_states: Tensor, *a
 def state(model: Any) -> tuple[Any, ...]:
     """What is on a model, and which objects its processors are."""
     stack = processor_stack(model)
-    modules = layout_of(model).attention_modules(model)
+    modules = video_tokens_of(model).attention_modules(model)
     processors = [(id(each.processor), getattr(each.processor, "postgen_wrappers", None)) for each in modules.values()]
     return stack.claims, stack.wrappers, processors
 
@@ -170,7 +170,7 @@ class Claimant:
 
 def claim_all(tiny: TinyModel, show: str, scale: float = 1.0) -> ProcessorStack:
     stack, anatomy = processor_stack(tiny.transformer), attention_of(tiny.transformer)
-    modules: dict[str, Any] = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    modules: dict[str, Any] = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     computes = {name: Claimant(anatomy.reader(each.processor), show, scale).compute for name, each in modules.items()}
     stack.claim("toy", computes, dispatches=show != "hides")
     return stack
@@ -224,7 +224,7 @@ def test_modules_that_nobody_claims_are_measured_as_before() -> None:
     tiny = tiny_model("CogVideoX 1.5", batch=2)
     handle = postgen.apply_enhance_a_video(tiny.transformer, ENHANCED)
     expected, gains = tiny(), handle.stats()
-    modules: dict[str, Any] = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    modules: dict[str, Any] = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     name, module = next(iter(modules.items()))
     reader = attention_of(tiny.transformer).reader(module.processor)
     processor_stack(tiny.transformer).claim("toy", {name: Claimant(reader, "shows").compute}, dispatches=True)

@@ -18,9 +18,9 @@ from benchmarks.enhance_families import (
     passing_families,
 )
 from postgen.enhance.state import NAME
-from postgen.families import layout_of, register_layout, registry
+from postgen.families import Layout, layout_of, register_layout, registry, video_tokens_of
 from postgen.families.installed import installed
-from postgen.families.layout import grid_btchw
+from postgen.families.video_tokens import grid_btchw
 from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
 from tests.families.tiny_parts import COLUMNS, ROWS
 
@@ -57,10 +57,10 @@ def with_references() -> TinyModel:
 def test_the_video_is_scaled_and_nothing_else(name: str, which: int) -> None:
     """Tokens of text, history and references leave the attention as they were, those of the video times the gain."""
     tiny = tiny_model(name, batch=2) if name in BUILDERS else with_references()
-    layout = layout_of(tiny.transformer)
-    layer = list(layout.attention_modules(tiny.transformer))[which]
+    video = video_tokens_of(tiny.transformer)
+    layer = list(video.attention_modules(tiny.transformer))[which]
     handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight={layer: 8.0}))
-    place = layer if layout.scale_target == "attention" else f"{layer.rpartition('.')[0]}.{layout.scale_target}"
+    place = layer if video.scale_target == "attention" else f"{layer.rpartition('.')[0]}.{video.scale_target}"
     outputs: list[tuple[torch.Tensor, ...]] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -73,12 +73,12 @@ def test_the_video_is_scaled_and_nothing_else(name: str, which: int) -> None:
     (scaled, *others), (plain, *others_before) = outputs
     gain = torch.tensor(handle.stats()[layer])
     assert min(gain) > 1.5
-    if layout.factorised:
+    if video.factorised:
         gain = gain.repeat_interleave(len(plain) // len(gain))
-    tokens = tiny.frames if layout.factorised else tiny.frames * ROWS * COLUMNS
+    tokens = tiny.frames if video.factorised else tiny.frames * ROWS * COLUMNS
     more = {"HunyuanVideo Framepack", "Helios", "with references"}
     assert (plain.shape[1] > tokens) == (name in more)
-    first = plain.shape[1] - tokens if layout.token_order.startswith("history") else 0
+    first = plain.shape[1] - tokens if video.token_order.startswith("history") else 0
     wanted = plain.clone()
     wanted[:, first : first + tokens] *= gain.view(-1, 1, 1)
     torch.testing.assert_close(scaled, wanted, atol=1e-5, rtol=1e-4)
@@ -90,13 +90,13 @@ def test_a_frame_that_cannot_see_a_later_block_is_not_measured_against_it() -> N
     tiny = tiny_model("SkyReels-V2 block-causal")
     handle = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight=3.0))
     enhancement: Any = installed(tiny.transformer).plug_ins[NAME]
-    locate, seen = enhancement.locate, []
+    locate, seen = enhancement.call.locate, []
 
     def look(*arguments: Any) -> Any:
         seen.append(locate(*arguments))
         return seen[-1]
 
-    enhancement.locate = look
+    enhancement.call.locate = look
     tiny()
     (query, key), *_ = seen  # (B, T, S, heads, D)
     logits = torch.einsum("btshd,bushd->bshtu", query, key) * query.shape[-1] ** -0.5
@@ -126,13 +126,18 @@ WRONG: list[tuple[str, dict[str, Any], Callable[[TinyModel], None]]] = [
 """A tiny model, what is changed in its row, the check that must fail."""
 
 
+def with_video(row: Layout, **changes: Any) -> Layout:
+    assert row.video is not None
+    return dataclasses.replace(row, video=dataclasses.replace(row.video, **changes))
+
+
 @pytest.mark.parametrize(("name", "wrong", "check"), WRONG)
 def test_a_wrong_row_is_noticed(
     name: str, wrong: dict[str, Any], check: Callable[[TinyModel], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_layouts", dict(registry._layouts))
     tiny = tiny_model(name, batch=2)
-    register_layout(dataclasses.replace(layout_of(tiny.transformer), **wrong))
+    register_layout(with_video(layout_of(tiny.transformer), **wrong))
     with pytest.raises(AssertionError):
         check(tiny)
 
@@ -143,7 +148,7 @@ def test_passing_families_counts_classes(monkeypatch: pytest.MonkeyPatch, capsys
     few = {name: BUILDERS[name] for name in (*wan, "Mochi")}
     monkeypatch.setattr("benchmarks.enhance_families.BUILDERS", few)
     assert passing_families() == {"WanTransformer3DModel": True, "MochiTransformer3DModel": True}
-    row = dataclasses.replace(layout_of(tiny_model("Mochi").transformer), scale_target="attention")
+    row = with_video(layout_of(tiny_model("Mochi").transformer), scale_target="attention")
     monkeypatch.setattr(registry, "_layouts", {**registry._layouts, row.transformer: row})
     assert passing_families() == {"WanTransformer3DModel": True, "MochiTransformer3DModel": False}
     assert "Mochi: gains_are_at_least_one: nothing changes" in capsys.readouterr().out

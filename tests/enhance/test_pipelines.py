@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_enhanced(cli: Any, tmp_path: Path) -> None:
     index = {"_class_name": "LTXPipeline", "transformer": ["diffusers", "SanaVideoTransformer3DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     words = ("generate", "a ball", "--model", tmp_path, "-o", tmp_path / "x.mp4", "--enhance")
-    for weight, message in (("much", "auto or a number"), ("auto", "no layout for SanaVideoTransformer3DModel")):
+    for weight, message in (("much", "auto or a number"), ("auto", "no video tokens in SanaVideoTransformer3DModel")):
         outcome = cli(*words, weight)
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert message in outcome.err

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import postgen
 from postgen.compat import install_attention_tap, tap_dispatched
-from postgen.families import layout_of
+from postgen.families import video_tokens_of
 from postgen.families.installed import processor_stack
 from postgen.families.processors import ProcessorStack
 from tests.families.tiny_models import TinyModel, tiny_model
@@ -25,14 +25,14 @@ def wan() -> TinyModel:
 
 def push(tiny: TinyModel, name: str, wrapper: Callable[..., Any]) -> ProcessorStack:
     stack = processor_stack(tiny.transformer)
-    names = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    names = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     stack.push(name, dict.fromkeys(names, wrapper))
     return stack
 
 
 def claim(tiny: TinyModel, name: str, compute: Callable[..., Any]) -> ProcessorStack:
     stack = processor_stack(tiny.transformer)
-    names = layout_of(tiny.transformer).attention_modules(tiny.transformer)
+    names = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     stack.claim(name, dict.fromkeys(names, compute))
     return stack
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import postgen
-from postgen.families import layout_of
+from postgen.families import video_tokens_of
 from postgen.families.attention import AttentionAnatomy, AttentionReader, attention_of, register_attention, registry
 from postgen.families.attention.reading import AttentionCall, Norms, Reading, dispatched
 from postgen.families.installed import processor_stack
@@ -53,7 +53,7 @@ class Seen:
 def calls(tiny: TinyModel) -> list[Seen]:
     """Every call of self-attention in one forward."""
     model, seen = tiny.transformer, []
-    anatomy, modules = attention_of(model), layout_of(model).attention_modules(model)
+    anatomy, modules = attention_of(model), video_tokens_of(model).attention_modules(model)
 
     def note(inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(Seen(anatomy.reader(module.processor), inner, module, args, kwargs))
@@ -139,7 +139,7 @@ def test_one_contract_for_norms_and_rotations(tiny: TinyModel) -> None:
 
 @torch.no_grad()
 def test_video_and_text_are_where_it_says(tiny: TinyModel) -> None:
-    order = layout_of(tiny.transformer).token_order
+    order = video_tokens_of(tiny.transformer).token_order
     for seen in calls(tiny):
         call, reading = seen.read()
         assert reading is not None

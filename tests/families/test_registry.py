@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.families import Grid, denoiser_for, layout_of, register_denoiser, register_layout, registry
+from postgen.families import (
+    Grid,
+    denoiser_for,
+    layout_of,
+    register_denoiser,
+    register_layout,
+    registry,
+    video_tokens_of,
+)
 
 
 @pytest.fixture
@@ -19,33 +27,33 @@ def transformer(tiny_wan: Path) -> Any:
 
 
 def test_wan_layout(transformer: Any) -> None:
-    layout = layout_of(transformer)
-    assert list(layout.attention_modules(transformer)) == ["blocks.0.attn1", "blocks.1.attn1"]
+    layout, video = layout_of(transformer), video_tokens_of(transformer)
+    assert list(video.attention_modules(transformer)) == ["blocks.0.attn1", "blocks.1.attn1"]
     assert list(layout.block_modules(transformer)) == ["blocks.0", "blocks.1"]
     x, text = torch.zeros(1, 4, 3, 4, 6), torch.zeros(1, 8, 16)
-    assert layout.grid(transformer, x, torch.ones(1), text) == Grid(frames=3, height=2, width=3)
-    assert layout.grid(transformer, hidden_states=x).tokens == 18
+    assert video.grid(transformer, x, torch.ones(1), text) == Grid(frames=3, height=2, width=3)
+    assert video.grid(transformer, hidden_states=x).tokens == 18
 
 
 def test_grid_is_what_attention_sees(transformer: Any) -> None:
-    layout, seen = layout_of(transformer), []
-    first = next(iter(layout.attention_modules(transformer).values()))
+    video, seen = video_tokens_of(transformer), []
+    first = next(iter(video.attention_modules(transformer).values()))
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     x = torch.zeros(1, 4, 3, 4, 6)
     transformer(hidden_states=x, timestep=torch.ones(1), encoder_hidden_states=torch.zeros(1, 8, 16))
-    assert seen == [layout.grid(transformer, hidden_states=x).tokens]
+    assert seen == [video.grid(transformer, hidden_states=x).tokens]
 
 
 def test_tokens_are_ordered_frame_by_frame(transformer: Any) -> None:
-    layout, seen = layout_of(transformer), []
-    first = next(iter(layout.attention_modules(transformer).values()))
+    video, seen = video_tokens_of(transformer), []
+    first = next(iter(video.attention_modules(transformer).values()))
     first.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     x = torch.zeros(1, 4, 3, 4, 6)
     changed = x.clone()
     changed[:, :, 1] += 1
     for clip in (x, changed):
         transformer(hidden_states=clip, timestep=torch.ones(1), encoder_hidden_states=torch.zeros(1, 8, 16))
-    grid = layout.grid(transformer, hidden_states=x)
+    grid = video.grid(transformer, hidden_states=x)
     differs = (seen[0] != seen[1]).any(-1).view(grid.frames, -1).any(-1)
     assert differs.tolist() == [False, True, False]
 
@@ -59,7 +67,7 @@ def test_wrapped_transformers_are_recognised(transformer: Any) -> None:
 
 
 def test_stale_row_is_an_error(transformer: Any) -> None:
-    stale = dataclasses.replace(layout_of(transformer), self_attention=r"blocks\.\d+\.attn")
+    stale = dataclasses.replace(video_tokens_of(transformer), self_attention=r"blocks\.\d+\.attn")
     with pytest.raises(UserError, match="no self-attention modules named"):
         stale.attention_modules(transformer)
 

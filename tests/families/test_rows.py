@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.families import Grid, layout_of, register_layout, registry
-from postgen.families.rows_refused import REFUSED
-from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from postgen.families import (
+    Grid,
+    layout_named,
+    layout_of,
+    register_layout,
+    registry,
+    video_tokens_named,
+    video_tokens_of,
+)
+from postgen.families.layout import TimestepShape
+from postgen.families.rows_refused import NO_LAYOUT, NO_VIDEO_TOKENS
+from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, TinyModel, tiny_model
 from tests.families.tiny_parts import COLUMNS, ROWS
 
 
@@ -21,17 +30,21 @@ def tiny(request: pytest.FixtureRequest) -> TinyModel:
 
 
 def test_every_row_has_a_tiny_model() -> None:
-    assert {type(tiny_model(name).transformer).__name__ for name in BUILDERS} == registry._layouts.keys()
+    """Those with video tokens stand in one table, those without in the other."""
+    for table, video in ((BUILDERS, True), (BLOCK_BUILDERS, False)):
+        rows = {name for name, row in registry._layouts.items() if (row.video is not None) == video}
+        assert {type(tiny_model(name).transformer).__name__ for name in table} == rows
 
 
 def test_grid(tiny: TinyModel) -> None:
-    grid = layout_of(tiny.transformer).grid(tiny.transformer, **tiny.arguments)
+    grid = video_tokens_of(tiny.transformer).grid(tiny.transformer, **tiny.arguments)
     assert grid == Grid(frames=tiny.frames, height=ROWS, width=COLUMNS)
 
 
 def test_modules(tiny: TinyModel) -> None:
     layout = layout_of(tiny.transformer)
-    attention, blocks = layout.attention_modules(tiny.transformer), layout.block_modules(tiny.transformer)
+    attention = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
+    blocks = layout.block_modules(tiny.transformer)
     assert len(attention) == tiny.attention_layers
     assert all(hasattr(module, "processor") for module in attention.values())
     # Every attention layer stands in a block, and no block is inside another one.
@@ -39,27 +52,40 @@ def test_modules(tiny: TinyModel) -> None:
     assert not any(one.startswith(f"{other}.") for one in blocks for other in blocks)
 
 
-def timesteps(tiny: TinyModel) -> dict[str, torch.Tensor]:
-    shapes = {"B": (1,), "BT": (1, tiny.frames), "B1T11": (1, 1, tiny.frames, 1, 1)}
-    shapes["BL"] = (1, tiny.frames * ROWS * COLUMNS)
-    return {kind: torch.full(shape, 500.0) for kind, shape in shapes.items()}
+def with_timestep(tiny: TinyModel, kind: str) -> torch.Tensor | None:
+    """The prediction with a timestep of this shape, the same number everywhere; None where forward takes no such."""
+    batch, frames = 2, tiny.frames
+    shapes = {"B": (batch,), "BT": (batch, frames), "B1T11": (batch, 1, frames, 1, 1)}
+    shapes["BL"] = (batch, frames * ROWS * COLUMNS)
+    name = "t" if "t" in tiny.arguments else "timestep"
+    timestep = tiny.arguments[name].flatten()[0].expand(shapes[kind]).clone()
+    extra: dict[str, Any] = {}
+    if tiny.name == "LTX-2":
+        extra = {"audio_timestep": torch.full((batch,), 500.0)}
+    if tiny.name == "AnyFlow":
+        extra = {"r_timestep": timestep - 100}
+    if tiny.name.startswith("SkyReels"):
+        extra = {"enable_diffusion_forcing": kind == "BT"}
+    try:
+        return tiny(**{name: timestep}, **extra)
+    except (RuntimeError, ValueError, TypeError, IndexError, NameError, AssertionError):
+        return None
 
 
-def test_timestep_shapes(tiny: TinyModel) -> None:
-    """The shapes of the row are accepted, and give the same where all timesteps are the same."""
-    layout, extra, outputs = layout_of(tiny.transformer), {}, []
-    if layout.transformer == "LTX2VideoTransformer3DModel":
-        extra = {"audio_timestep": torch.full((1,), 500.0)}
-    for kind in layout.timestep_shapes:
-        if layout.transformer == "SkyReelsV2Transformer3DModel":
-            extra = {"enable_diffusion_forcing": kind == "BT"}
-        outputs.append(tiny(timestep=timesteps(tiny)[kind], **extra))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
+@pytest.mark.parametrize("name", [*BUILDERS, *BLOCK_BUILDERS])
+def test_timestep_shapes(name: str) -> None:
+    """The shapes of the row are accepted and no others, and give the same where all timesteps are the same."""
+    tiny = tiny_model(name, batch=2)
+    kinds: tuple[TimestepShape, ...] = get_args(TimestepShape)
+    outputs = {kind: output for kind in kinds if (output := with_timestep(tiny, kind)) is not None}
+    assert set(outputs) == set(layout_of(tiny.transformer).timestep_shapes)
+    first, *others = outputs.values()
+    for output in others:
+        torch.testing.assert_close(output, first)
 
 
 def test_block_causal_frames() -> None:
-    rule: Any = layout_of(tiny_model("SkyReels-V2").transformer).causal_rule
+    rule: Any = video_tokens_of(tiny_model("SkyReels-V2").transformer).causal_rule
     assert rule(tiny_model("SkyReels-V2").transformer.config) == 0
     assert rule(tiny_model("SkyReels-V2 block-causal").transformer.config) == 2
 
@@ -68,34 +94,69 @@ def test_block_causal_frames() -> None:
 def test_packed_tokens_without_sizes(name: str) -> None:
     """Coordinates tell the grid as long as they are one; without them nothing does."""
     tiny = tiny_model(name)
-    layout = layout_of(tiny.transformer)
+    video = video_tokens_of(tiny.transformer)
     corners = torch.cartesian_prod(torch.arange(4.0) / 25, torch.arange(2.0) * 32, torch.arange(3.0) * 32).T[None]
     for coordinates in (corners, torch.stack([corners, corners + 1], -1)):
         for sizes in (dict.fromkeys(("num_frames", "height", "width")), {"num_frames": 1, "height": 1, "width": 1}):
             arguments = {**tiny.arguments, **sizes}
-            grid = layout.grid(tiny.transformer, **arguments, video_coords=coordinates)
+            grid = video.grid(tiny.transformer, **arguments, video_coords=coordinates)
             assert grid == Grid(frames=4, height=2, width=3)
             reference = torch.cat([coordinates[:, :, :2] + 7, coordinates], dim=2)
-            assert layout.grid(tiny.transformer, **arguments, video_coords=reference) is None
+            assert video.grid(tiny.transformer, **arguments, video_coords=reference) is None
     nothing = dict.fromkeys(("num_frames", "height", "width"))
-    assert layout.grid(tiny.transformer, **{**tiny.arguments, **nothing}) is None
+    assert video.grid(tiny.transformer, **{**tiny.arguments, **nothing}) is None
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_classes_say_why(name: str) -> None:
+@pytest.mark.parametrize("name", NO_VIDEO_TOKENS)
+def test_classes_without_video_tokens_say_why(name: str) -> None:
     import diffusers
 
     assert hasattr(diffusers, name)
+    with pytest.raises(UserError, match=f"no video tokens in {name}: .*Known: AllegroTransformer3DModel") as refusal:
+        video_tokens_of(model_called(name))
+    assert NO_VIDEO_TOKENS[name] in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", NO_LAYOUT)
+def test_classes_without_a_layout_say_why(name: str) -> None:
+    """The reason is about their blocks, not about what some method would do with their frames."""
     with pytest.raises(UserError, match=f"no layout for {name}: .*Known: AllegroTransformer3DModel") as refusal:
         layout_of(model_called(name))
-    assert REFUSED[name] in str(refusal.value)
+    assert NO_LAYOUT[name] in str(refusal.value)
+    assert name in NO_VIDEO_TOKENS
+
+
+def test_every_class_has_video_tokens_or_a_reason() -> None:
+    without = {name for name, row in registry._layouts.items() if row.video is None}
+    assert NO_VIDEO_TOKENS.keys() == without | NO_LAYOUT.keys()
+    assert not NO_LAYOUT.keys() & registry._layouts.keys()
+
+
+def test_a_subclass_has_what_its_parent_has() -> None:
+    assert video_tokens_named("Mine", "WanTransformer3DModel") is layout_named("WanTransformer3DModel").video
+    with pytest.raises(UserError, match="no video tokens in Mine: its self-attention is linear"):
+        video_tokens_named("Mine", "SanaVideoTransformer3DModel")
+    with pytest.raises(UserError, match=r"no layout for Mine\. Known: .*register_layout"):
+        video_tokens_named("Mine")
 
 
 def test_a_registered_row_wins_over_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_layouts", dict(registry._layouts))
-    row = dataclasses.replace(layout_of(tiny_model("Wan").transformer), transformer="SanaVideoTransformer3DModel")
+    wan = layout_of(tiny_model("Wan").transformer)
+    for name in ("SanaVideoTransformer3DModel", "Cosmos3OmniTransformer"):
+        row = dataclasses.replace(wan, transformer=name)
+        register_layout(row)
+        assert layout_of(model_called(name)) is row
+        assert video_tokens_of(model_called(name)) is wan.video
+
+
+def test_a_row_of_blocks_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_layouts", dict(registry._layouts))
+    row = dataclasses.replace(layout_of(tiny_model("Wan").transformer), transformer="Mine", video=None)
     register_layout(row)
-    assert layout_of(model_called("SanaVideoTransformer3DModel")) is row
+    assert layout_of(model_called("Mine")) is row
+    with pytest.raises(UserError, match="no video tokens in Mine: its layout says nothing of them"):
+        video_tokens_of(model_called("Mine"))
 
 
 def model_called(name: str) -> torch.nn.Module:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Both enter their builders into the table when they are imported.
-from tests.families import tiny_others, tiny_wan  # noqa: F401
-from tests.families.tiny_parts import BUILDERS, Size, build
+# They enter their builders into the tables when they are imported.
+from tests.families import tiny_images, tiny_others, tiny_unets, tiny_wan  # noqa: F401
+from tests.families.tiny_parts import BLOCK_BUILDERS, BUILDERS, Size, build
 
-__all__ = ["BUILDERS", "TinyModel", "tiny_model"]
+__all__ = ["BLOCK_BUILDERS", "BUILDERS", "TinyModel", "tiny_model"]
 
 
 @dataclass(kw_only=True)
@@ -31,21 +31,22 @@ class TinyModel:
     frames: int
     """Token frames of the clip in `arguments`."""
     attention_layers: int
-    """Blocks that the configuration asks for, each with one self-attention over the video."""
+    """Blocks that the configuration asks for, each with one self-attention over the video; of `BUILDERS` only."""
 
     @torch.no_grad()
     def __call__(self, **changes: Any) -> Tensor:
         """Run the transformer on its arguments; returns the prediction of the video."""
         output: Any = self.transformer(**{**self.arguments, **changes}, return_dict=False)
         # Kandinsky 5 returns the bare tensor.
-        prediction: Tensor = output[0] if isinstance(output, tuple) else output
-        return prediction
+        prediction = output[0] if isinstance(output, tuple) else output
+        # Z-Image returns a list of images.
+        return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def tiny_model(name: str, *, batch: int = 1, frames: int = 4, layers: int = 2, seed: int = 0) -> TinyModel:
-    """Build one of `BUILDERS` with random weights."""
+    """Build one of `BUILDERS` or `BLOCK_BUILDERS` with random weights."""
     torch.manual_seed(seed)
-    kind, config, arguments = BUILDERS[name](Size(batch=batch, frames=frames, layers=layers))
+    kind, config, arguments = {**BUILDERS, **BLOCK_BUILDERS}[name](Size(batch=batch, frames=frames, layers=layers))
     transformer = build(kind, config, seed)
-    blocks = config.get("num_visual_blocks", config.get("num_layers")) + config.get("num_single_layers", 0)
+    blocks = config.get("num_visual_blocks", config.get("num_layers", 0)) + config.get("num_single_layers", 0)
     return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames, attention_layers=blocks)

@@ -56,13 +56,17 @@ Built = tuple[Any, dict[str, Any], dict[str, Any]]
 """Class, configuration, arguments of forward."""
 
 BUILDERS: dict[str, Callable[[Size], Built]] = {}
+"""Models with softmax attention over the frames of a video."""
+
+BLOCK_BUILDERS: dict[str, Callable[[Size], Built]] = {}
+"""Models of which the blocks are known, and no video tokens: of images, U-Nets, with other attention."""
 
 
-def builder(name: str) -> Callable[[Callable[[Size], Built]], Callable[[Size], Built]]:
-    """Enter a function into the table."""
+def builder(name: str, *, video: bool = True) -> Callable[[Callable[[Size], Built]], Callable[[Size], Built]]:
+    """Enter a function into one of the tables."""
 
     def enter(function: Callable[[Size], Built]) -> Callable[[Size], Built]:
-        BUILDERS[name] = function
+        (BUILDERS if video else BLOCK_BUILDERS)[name] = function
         return function
 
     return enter

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import postgen
-from postgen.families import layout_of
+from postgen.families import video_tokens_of
 from postgen.families.installed import installed, processor_stack
 from postgen.fused import fused_for_call
 from postgen.fused.blocks import is_fused
@@ -37,7 +37,7 @@ def toy(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def state(model: Any) -> tuple[Any, ...]:
     """What is on a model: processors, blocks, plug-ins."""
-    modules = layout_of(model).attention_modules(model)
+    modules = video_tokens_of(model).attention_modules(model)
     processors = [(id(m.processor), getattr(m.processor, "postgen_wrappers", None)) for m in modules.values()]
     stack = processor_stack(model)
     return stack.claims, stack.names, processors, [*map(type, model.blocks)], dict(installed(model).plug_ins)
@@ -72,7 +72,7 @@ def test_nobody_computes_where_they_are(wan: TinyModel) -> None:
     postgen.apply_fused_ops(wan.transformer)
     before, prediction = state(wan.transformer), wan()
     message = r"toy cannot compute the attention of blocks\.\d\.attn1 and 1 more: fused_ops computes it already"
-    modules = layout_of(wan.transformer).attention_modules(wan.transformer)
+    modules = video_tokens_of(wan.transformer).attention_modules(wan.transformer)
     for refuse in (stack.claim, stack.check_claim):
         with pytest.raises(postgen.UserError, match=message):
             refuse("toy", dict.fromkeys(modules, toy))

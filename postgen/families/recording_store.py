@@ -1,0 +1,210 @@
+"""Where recorded tensors are kept: in memory, or in a folder. Structures around them are plain JSON."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from abc import ABC, abstractmethod
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from postgen.errors import UserError
+
+INDEX = "recording.json"
+"""The file that makes a folder a recording."""
+
+FORMAT = 1
+
+
+class Store(ABC):
+    """Takes structures of tensors apart into JSON and tensors, and puts them together again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, dict[str, Any]]] = {}
+
+    @abstractmethod
+    def put(self, data: Tensor) -> str:
+        """Keep a contiguous tensor on the CPU; return the key to find it by."""
+
+    @abstractmethod
+    def get(self, key: str) -> Tensor:
+        """Return the tensor of a key."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """A call of a block is complete: hold no more of it in memory than must be."""
+
+    def keep(self, value: Any, what: str) -> Any:
+        """Return a structure as JSON has it, with keys for its tensors.
+
+        Args:
+            value: tensors, numbers, texts, None, and tuples, lists and dictionaries of these.
+            what: where it comes from, for the error.
+
+        Raises:
+            UserError: something else is in it.
+        """
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+                raise UserError(f"{what}: a {type(value).__name__} ({value.layout}) cannot be recorded")
+            return self._tensor(value)
+        if value is None or type(value) in (bool, int, float, str):
+            return {"value": value}
+        if type(value) in (tuple, torch.Size, list):
+            return {"list" if type(value) is list else "tuple": [self.keep(each, what) for each in value]}
+        if type(value) is dict and all(type(key) in (str, int) for key in value):
+            return {"dict": [[key, self.keep(each, what)] for key, each in value.items()]}
+        raise UserError(
+            f"{what}: a {type(value).__name__} cannot be recorded, only tensors, numbers, texts and collections"
+        )
+
+    def load(self, spec: Any, device: torch.device | str) -> Any:
+        """Return a structure that `keep` took apart, with new tensors on a device; one that came twice is one."""
+        return self._load(spec, torch.device(device), {})
+
+    def _load(self, spec: Any, device: torch.device, made: dict[str, Tensor]) -> Any:
+        (kind, value), *_ = spec.items()
+        if kind == "tensor":
+            # The same data with other strides was another tensor.
+            name = f"{value} {spec['size']} {spec['stride']}"
+            if name not in made:
+                made[name] = _laid_out(self.get(value), spec["size"], spec["stride"], device)
+            return made[name]
+        if kind == "value":
+            return value
+        if kind == "dict":
+            return {key: self._load(each, device, made) for key, each in value}
+        return (list if kind == "list" else tuple)(self._load(each, device, made) for each in value)
+
+    def _tensor(self, tensor: Tensor) -> dict[str, Any]:
+        # Changes in place would go unseen there.
+        if tensor.is_inference():
+            return self._put(tensor)
+        found = self._seen.get(id(tensor))
+        if found is not None and found[0]() is tensor and found[1] == tensor._version:
+            return found[2]
+        spec = self._put(tensor)
+        self._seen[id(tensor)] = (weakref.ref(tensor), tensor._version, spec)
+        return spec
+
+    def _put(self, tensor: Tensor) -> dict[str, Any]:
+        size, stride = list(tensor.shape), list(tensor.stride())
+        data = tensor.detach()
+        for axis, step in enumerate(stride):
+            # Repeated by `expand`: one is enough.
+            if step == 0 and size[axis] > 1:
+                data = data.narrow(axis, 0, 1)
+        if _overlaps(data):
+            stride = list(torch.empty(size, device="meta").stride())
+            data = tensor.detach()
+        # Made in inference mode, it could not be used for training.
+        with torch.inference_mode(False), torch.no_grad():
+            copy = torch.empty(data.shape, dtype=data.dtype, device="cpu")
+            copy.copy_(data)
+        return {"tensor": self.put(copy), "size": size, "stride": stride}
+
+
+class MemoryStore(Store):
+    """Everything in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Tensor] = {}
+
+    def put(self, data: Tensor) -> str:
+        """Keep a tensor; return the key to find it by."""
+        key = str(len(self._kept))
+        self._kept[key] = data
+        return key
+
+    def get(self, key: str) -> Tensor:
+        """Return the tensor of a key."""
+        return self._kept[key]
+
+    def flush(self) -> None:
+        """Everything stays."""
+
+
+class FolderStore(Store):
+    """One safetensors file per call of a block, and an index when all are written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._files = count()
+        self._file = f"{next(self._files):06}"
+        self._new: dict[str, Tensor] = {}
+
+    def put(self, data: Tensor) -> str:
+        """Keep a tensor until `flush` writes it; return the key to find it by."""
+        name = str(len(self._new))
+        self._new[name] = data
+        return f"{self._file}/{name}"
+
+    def get(self, key: str) -> Tensor:
+        """Read the tensor of a key.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        file, name = key.split("/")
+        try:
+            with safe_open(self._folder / f"{file}.safetensors", framework="pt") as tensors:
+                found: Tensor = tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._folder} is not a whole recording ({error}): record it again") from error
+        return found
+
+    def flush(self) -> None:
+        """Write what is new to a file of its own."""
+        if not self._new:
+            return
+        self._folder.mkdir(exist_ok=True)
+        save_file(self._new, self._folder / f"{self._file}.safetensors")
+        self._new = {}
+        self._file = f"{next(self._files):06}"
+
+    def write_index(self, specs: dict[str, list[dict[str, Any]]]) -> None:
+        """Write the structures of all calls: the recording is complete."""
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / INDEX).write_text(json.dumps({"format": FORMAT, "blocks": specs}), encoding="utf-8")
+
+    def index(self) -> dict[str, list[dict[str, Any]]]:
+        """Read the structures of all calls.
+
+        Raises:
+            UserError: the folder holds no recording, or one of another format.
+        """
+        path = self._folder / INDEX
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            known = read["format"] == FORMAT
+            blocks: dict[str, list[dict[str, Any]]] = read["blocks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._folder} holds no recording of blocks ({INDEX}: {error})") from error
+        if not known:
+            raise UserError(f"{path} has format {read['format']}, this version reads {FORMAT}: record it again")
+        return blocks
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory, or its strides are none that can be made anew."""
+    reach = 0
+    for step, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1:
+            if step <= reach:
+                return True
+            reach += step * (length - 1)
+    return False
+
+
+def _laid_out(data: Tensor, size: list[int], stride: list[int], device: torch.device) -> Tensor:
+    """A copy of contiguous data with the strides that the recorded tensor had: some operations round by them."""
+    laid = torch.empty_strided(data.shape, stride, dtype=data.dtype, device=device)
+    return laid.copy_(data).expand(size)

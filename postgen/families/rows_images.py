@@ -1,0 +1,74 @@
+"""Layouts of transformers that make images: their blocks."""
+
+from __future__ import annotations
+
+from postgen.families.blocks import BlockGroup, Blocks
+from postgen.families.layout import Layout
+
+_TRANSFORMER = r"transformer_blocks\.\d+"
+_SINGLE = r"single_transformer_blocks\.\d+"
+
+_FLAT = Blocks(groups=(BlockGroup(names=_TRANSFORMER),))
+"""Text, or a class, by cross-attention or modulation: it stays as it is."""
+
+_JOINT = Blocks(groups=(BlockGroup(names=_TRANSFORMER, hidden_out=1, text_out=0),))
+"""Text and image attend to one another, and both change from block to block; the text is returned first."""
+
+_COGVIEW = Blocks(groups=(BlockGroup(names=_TRANSFORMER, hidden_out=0, text_out=1),))
+
+_JOYIMAGE = Blocks(groups=(BlockGroup(names=r"double_blocks\.\d+", hidden_out=0, text_out=1),))
+
+_JOINED = "text and image become one sequence between the two kinds of blocks"
+
+
+def _joint_then_one_sequence(names: str = _TRANSFORMER) -> Blocks:
+    """The single blocks take text and image as one sequence."""
+    return Blocks(
+        groups=(
+            BlockGroup(names=names, hidden_out=1, text_out=0),
+            BlockGroup(names=_SINGLE, text=None, enters=_JOINED),
+        )
+    )
+
+
+def _refined(hidden: str) -> Blocks:
+    """A few blocks refine the noisy image before it is joined with the text."""
+    return Blocks(
+        groups=(
+            BlockGroup(names=r"noise_refiner\.\d+", hidden=hidden, text=None),
+            BlockGroup(names=r"layers\.\d+", hidden=hidden, text=None, enters=_JOINED),
+        )
+    )
+
+
+_FLUX = Blocks(
+    groups=(
+        BlockGroup(names=_TRANSFORMER, hidden_out=1, text_out=0),
+        BlockGroup(names=_SINGLE, hidden_out=1, text_out=0),
+    )
+)
+_HUNYUAN_DIT = Blocks(
+    groups=(BlockGroup(names=r"blocks\.\d+", breaks="the second half also takes what the first half returned"),)
+)
+
+_BLOCKS = {
+    "AuraFlowTransformer2DModel": _joint_then_one_sequence(r"joint_transformer_blocks\.\d+"),
+    "ChromaTransformer2DModel": _joint_then_one_sequence(),
+    "CogView3PlusTransformer2DModel": _COGVIEW,
+    "CogView4Transformer2DModel": _COGVIEW,
+    # A class instead of a text.
+    "DiTTransformer2DModel": Blocks(groups=(BlockGroup(names=_TRANSFORMER, text=None),)),
+    "Flux2Transformer2DModel": _joint_then_one_sequence(),
+    "FluxTransformer2DModel": _FLUX,
+    "HunyuanDiT2DModel": _HUNYUAN_DIT,
+    "JoyImageEditPlusTransformer3DModel": _JOYIMAGE,
+    "JoyImageEditTransformer3DModel": _JOYIMAGE,
+    "Lumina2Transformer2DModel": _refined("hidden_states"),
+    "PixArtTransformer2DModel": _FLAT,
+    "QwenImageTransformer2DModel": _JOINT,
+    "SD3Transformer2DModel": _JOINT,
+    "SanaTransformer2DModel": _FLAT,
+    "ZImageTransformer2DModel": _refined("x"),
+}
+
+ROWS = tuple(Layout(transformer=name, blocks=blocks) for name, blocks in _BLOCKS.items())

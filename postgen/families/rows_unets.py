@@ -1,0 +1,28 @@
+"""Layouts of U-Nets: their blocks, down, middle and up."""
+
+from __future__ import annotations
+
+from postgen.families.blocks import BlockGroup, Blocks
+from postgen.families.layout import Layout
+
+_SKIPS = "what the blocks on the way down made comes in again on the way up"
+
+_UNET = Blocks(
+    groups=(
+        BlockGroup(names=r"down_blocks\.\d+", hidden_out=0),
+        BlockGroup(names=r"mid_block"),
+        BlockGroup(names=r"up_blocks\.\d+", enters=_SKIPS, breaks=_SKIPS),
+    )
+)
+"""Blocks without cross-attention take no text."""
+
+ROWS = tuple(
+    Layout(transformer=name, blocks=_UNET)
+    for name in (
+        "I2VGenXLUNet",
+        "UNet2DConditionModel",
+        "UNet3DConditionModel",
+        "UNetMotionModel",
+        "UNetSpatioTemporalConditionModel",
+    )
+)
