@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families.recording_store import FolderStore, MemoryStore, Store
 from postgen.families.registry import blocks_of
-from postgen.files import replacing
+from postgen.files import check_place, replacing
 
 if TYPE_CHECKING:
     from postgen.families.blocks import Block
@@ -51,8 +51,11 @@ class RecordedCall:
         return self.store.load(self.spec["output"], device)
 
 
-class Recording(Mapping[str, tuple[RecordedCall, ...]]):
-    """Calls of blocks by the name of the block, each block's in the order in which they were made."""
+class Recording:
+    """Calls of blocks by the name of the block, each block's in the order in which they were made.
+
+    `recording[name]` is a tuple of `RecordedCall`, `list(recording)` the names in running order.
+    """
 
     def __init__(self, specs: Mapping[str, list[dict[str, Any]]], store: Store) -> None:
         self._calls = {name: tuple(RecordedCall(spec, store) for spec in calls) for name, calls in specs.items()}
@@ -71,6 +74,9 @@ class Recording(Mapping[str, tuple[RecordedCall, ...]]):
         if name not in self._calls:
             raise UserError(f"block {name} was not recorded. Recorded: {', '.join(self._calls)}")
         return self._calls[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._calls
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._calls)
@@ -104,15 +110,19 @@ def capture(
 
     Raises:
         UserError: an unknown model or block, a block that did not run, an argument that is no tensor, number, text or
-            collection of these, or a folder that is not empty.
+            collection of these, another device, or a folder that is not empty
+            or cannot be written.
     """
     chosen = _chosen(transformer, blocks)
+    if str(where).partition(":")[0] in ("cuda", "meta", "mps", "xpu"):
+        raise UserError(f"where={str(where)!r} is no place to keep a recording: give 'cpu' or a folder")
     if where == "cpu":
         memory = MemoryStore()
         return Recording(_recorded(chosen, run, memory), memory)
     folder = Path(where)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder: name a new one for the recording")
+    check_place(folder)
     with replacing(folder) as part:
         store = FolderStore(part)
         store.write_index(_recorded(chosen, run, store))

@@ -47,6 +47,9 @@ _FLUX = Blocks(
         BlockGroup(names=_SINGLE, hidden_out=1, text_out=0),
     )
 )
+_HUNYUAN_IMAGE = Blocks(
+    groups=tuple(BlockGroup(names=names, hidden_out=0, text_out=1) for names in (_TRANSFORMER, _SINGLE))
+)
 _HUNYUAN_DIT = Blocks(
     groups=(BlockGroup(names=r"blocks\.\d+", breaks="the second half also takes what the first half returned"),)
 )
@@ -61,9 +64,13 @@ _BLOCKS = {
     "Flux2Transformer2DModel": _joint_then_one_sequence(),
     "FluxTransformer2DModel": _FLUX,
     "HunyuanDiT2DModel": _HUNYUAN_DIT,
+    "HunyuanImageTransformer2DModel": _HUNYUAN_IMAGE,
     "JoyImageEditPlusTransformer3DModel": _JOYIMAGE,
     "JoyImageEditTransformer3DModel": _JOYIMAGE,
+    "LongCatImageTransformer2DModel": _FLUX,
     "Lumina2Transformer2DModel": _refined("hidden_states"),
+    "OvisImageTransformer2DModel": _FLUX,
+    "PRXTransformer2DModel": Blocks(groups=(BlockGroup(names=r"blocks\.\d+"),)),
     "PixArtTransformer2DModel": _FLAT,
     "QwenImageTransformer2DModel": _JOINT,
     "SD3Transformer2DModel": _JOINT,

@@ -45,6 +45,7 @@ def test_several_calls_of_chosen_blocks(wan: TinyModel) -> None:
     assert [call.output().tolist() for call in recording["blocks.1"]] == [output.tolist() for output in expected]
     assert not same(*(call.output() for call in recording["blocks.1"]))
     assert hooks(wan.transformer) == 0
+    assert ("blocks.1" in recording, "blocks.0" in recording) == (True, False)
     with pytest.raises(UserError, match=r"block blocks.0 was not recorded. Recorded: blocks.1"):
         recording["blocks.0"]
 
@@ -284,6 +285,8 @@ def test_what_cannot_be_recorded_is_said(wan: TinyModel, tmp_path: Path) -> None
         capture(model, [], wan)
     with pytest.raises(UserError, match=r"block blocks.0, blocks.1 did not run"):
         capture(model, BLOCKS, lambda: None)
+    with pytest.raises(UserError, match=r"where='cuda:0' is no place to keep a recording"):
+        capture(model, BLOCKS, wan, where="cuda:0")
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="is not an empty folder"):
         capture(model, BLOCKS, wan, where=tmp_path)

@@ -86,6 +86,48 @@ def chroma(size: Size) -> Built:
     return ChromaTransformer2DModel, config, {**packed(size), **ids(3)}
 
 
+def like_flux(size: Size, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and arguments of relatives of Flux without guidance."""
+    config = heads(size, num_single_layers=size.layers, joint_attention_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6))
+    return {**config, **changes}, {**packed(size), **ids(3)}
+
+
+@builder("LongCat-Image", video=False)
+def longcat(size: Size) -> Built:
+    from diffusers import LongCatImageTransformer2DModel
+
+    return LongCatImageTransformer2DModel, *like_flux(size, pooled_projection_dim=POOLED)
+
+
+@builder("Ovis-Image", video=False)
+def ovis(size: Size) -> Built:
+    from diffusers import OvisImageTransformer2DModel
+
+    return OvisImageTransformer2DModel, *like_flux(size, out_channels=CHANNELS)
+
+
+@builder("HunyuanImage", video=False)
+def hunyuan_image(size: Size) -> Built:
+    from diffusers import HunyuanImageTransformer2DModel
+
+    config = heads(
+        size, out_channels=CHANNELS, num_single_layers=size.layers, num_refiner_layers=1, mlp_ratio=2.0,
+        patch_size=(1, 1), text_embed_dim=TEXT_DIM, rope_axes_dim=(8, 8),
+    )  # fmt: skip
+    return HunyuanImageTransformer2DModel, config, arguments(size, encoder_attention_mask=size.text_mask())
+
+
+@builder("PRX", video=False)
+def prx(size: Size) -> Built:
+    from diffusers import PRXTransformer2DModel
+
+    config = {
+        "in_channels": CHANNELS, "patch_size": 2, "context_in_dim": TEXT_DIM, "hidden_size": INNER, "mlp_ratio": 2.0,
+        "num_heads": HEADS, "depth": size.layers, "axes_dim": [8, 8],
+    }  # fmt: skip
+    return PRXTransformer2DModel, config, arguments(size, attention_mask=size.text_mask(torch.bool))
+
+
 @builder("Stable Diffusion 3", video=False)
 def stable_diffusion_3(size: Size) -> Built:
     """With two self-attentions in the first block, as 3.5 medium has it."""
