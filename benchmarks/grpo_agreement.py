@@ -20,9 +20,10 @@ from tqdm import tqdm
 from benchmarks.gates import write_result
 from benchmarks.grpo_exploration import FIRST, SIZE, Explorer, options
 from postgen.grpo.advantages import compute_advantages
-from postgen.grpo.kernels import KINDS, Schedule, linspace_schedule, schedule_of
-from postgen.grpo.meter import Meter
-from postgen.grpo.rollout import Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
+from postgen.sampling.transition import KINDS
 
 CASES = (
     *("dance:0.3:pipeline:2.5:16:15", "dance:0.8:pipeline:2.5:16:15", "dance:0.3:linspace:2.5:16:15"),

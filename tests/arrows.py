@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 METHODS = {"enhance", "lit", "grpo", "worldweaver", "fused"}
 GROUND = {"errors", "files"}
-LOWER = {*GROUND, "compat", "families", "kernels", "training", "metrics", "rewards", "video"}
+LOWER = {*GROUND, "compat", "families", "kernels", "sampling", "training", "metrics", "rewards", "video"}
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "plug_ins", "train"}
 """Rooms that put everything together: they may import any room."""
 
@@ -20,7 +20,8 @@ ALLOWED = {
     "metrics": {*GROUND, "assets", "video", "world"},
     "rewards": {*GROUND, "assets", "metrics", "video", "world"},
     "families": {*GROUND, "assets", "compat"},
-    "training": {*GROUND, "assets", "compat", "families", "video"},
+    "sampling": {*GROUND, "assets", "compat", "families"},
+    "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "pipelines": {*GROUND, "compat", "families", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
     # The recipe of the embedded model builds one model, so it knows that model's classes, and the world it learns.

@@ -3,14 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from postgen.sampling.schedule import SigmaSchedule
+from postgen.sampling.solver import Solver
+from postgen.sampling.transition import NOISE_LEVEL, Kind, Reduction, Weighting
 from postgen.training import TrainingConfig
 
 from .advantages import Aggregation, Scale
-from .kernels import NOISE_LEVEL, Grid, Kind, Reduction, Weighting
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
-Solver = Literal["euler", "dpm++"]
 
 
 @dataclass(kw_only=True)
@@ -80,7 +81,7 @@ class RolloutConfig(TrainingConfig):
     flow_shift: float | None = None
     """Shift of the noise levels; none keeps the scheduler's."""
 
-    sigma_schedule: Grid = "pipeline"
+    sigma_schedule: SigmaSchedule = "pipeline"
     """Noise levels of a rollout: the pipeline's, or for flow models `linspace`, equal steps from 1 to 0, shifted."""
 
     max_sequence_length: int | None = None
@@ -245,10 +246,10 @@ class DanceGRPOConfig(GroupConfig):
     """
 
     sde_type: Kind = "dance"
-    """Transition kernel of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
+    """Transition of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
 
     noise_level: float | None = None
-    """Strength of the noise; none is the kernel's published one."""
+    """Strength of the noise; none is the published one of `sde_type`."""
 
     sde_window_size: int | None = None
     """Stochastic steps in a row; only they are trained. None is all steps but the last."""
@@ -279,7 +280,7 @@ class DanceGRPOConfig(GroupConfig):
     """Weight of the divergence from the reference policy: adapters off, or the weights at the start."""
 
     kl_type: Literal["mean", "velocity"] = "mean"
-    """That divergence: KL between the two kernels per latent value, or mean square of the predictions' difference."""
+    """That divergence: KL of the two transitions per latent value, or mean square of the predictions' difference."""
 
     ratio_norm: bool = False
     """GRPO-Guard's normalisation of the ratio (arXiv:2510.22319); wants `epsilon` 2e-6 to 4e-6."""
@@ -298,7 +299,7 @@ class DanceGRPOConfig(GroupConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.sde_type != "ode", "sde_type", "a kernel with noise: without it nothing is explored")
+        self.require(self.sde_type != "ode", "sde_type", "a transition with noise: without it nothing is explored")
         self.require(self.noise_level is None or self.noise_level > 0, "noise_level", "above 0")
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")

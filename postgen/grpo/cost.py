@@ -62,7 +62,8 @@ def estimate(trainer: GroupTrainer[Any]) -> dict[str, float]:
 
 def passes(trainer: GroupTrainer[Any]) -> tuple[float, float]:
     """Return forward passes of a sample's rollout, and passes with gradients in one iteration over it."""
-    from .solver import coarser
+    from postgen.sampling.solver import coarser
+
     from .trainer import DanceGRPOTrainer
 
     sampler, args = trainer.sampler, trainer.args

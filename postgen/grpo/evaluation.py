@@ -10,12 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .data import Prompts, Row, columns
-from .kernels import schedule_of
+from postgen.sampling.conditions import Row
+from postgen.sampling.sampler import Sample, Sampler, Sampling, latent_shape
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.seeds import seed_of
+from postgen.training.prompts import Prompts, columns
+
 from .logging import write_samples
 from .quality import clip_statistics, diversity
-from .rollout import Sample, Sampler, Sampling, latent_shape
-from .seeds import seed_of
 
 if TYPE_CHECKING:
     from postgen.rewards import RewardResult, RewardRunner

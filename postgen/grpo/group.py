@@ -17,21 +17,21 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
+from postgen.sampling.conditions import Conditions, Embeddings, Row
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, TrainResult
+from postgen.training.policy import Policy, load_policy
+from postgen.training.prompts import Prompts, columns
 
 from .advantages import Advantages, best_and_worst, compute_advantages
 from .batches import Batches
-from .conditions import Embeddings
 from .config import GroupConfig
-from .data import Prompts, Row, columns
 from .evaluation import Evaluator
 from .guards import HackingGuard, check_columns, check_groups, load_rewards
 from .logging import CompletionLog
-from .meter import Meter
-from .policy import Policy, load_policy
 from .quality import diversity
-from .rollout import Conditions, Sample, Sampler, Sampling, Trajectories, latent_shape
-from .seeds import seed_of
 
 G = TypeVar("G", bound=GroupConfig)
 RewardLike = str | Callable[..., Any]

@@ -8,9 +8,9 @@ from typing import Literal
 
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner
+from postgen.training.prompts import Prompts, columns
 
 from .batches import Batches
-from .data import Prompts, columns
 
 
 def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | None) -> None:

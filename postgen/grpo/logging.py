@@ -12,10 +12,10 @@ from torch import Tensor
 
 from postgen.files import replacing
 from postgen.rewards import RewardResult
+from postgen.sampling.conditions import Row
 from postgen.video import contact_sheet, write_video
 
 from .config import RolloutConfig
-from .data import Row
 
 
 class CompletionLog:

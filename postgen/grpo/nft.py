@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from postgen.families import PredictionType
+from postgen.sampling.sampler import Sampling
+from postgen.sampling.schedule import Levels
+from postgen.sampling.seeds import normal, seed_of
+from postgen.sampling.transition import split, wide
 from postgen.training import TrainingConfig
+from postgen.training.policy import Snapshot
 
 from .config import GroupConfig
 from .group import GroupTrainer, Metrics
-from .kernels import Levels, split, wide
 from .loss import velocity_kl
-from .policy import Snapshot
-from .rollout import Sampling
-from .seeds import normal, seed_of
 
 
 @dataclass(kw_only=True)

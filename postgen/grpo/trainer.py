@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from postgen.sampling.sampler import Sampling
+from postgen.sampling.transition import check_kind, overshooting, step_weights
 from postgen.training import TrainingConfig
 
 from .config import DanceGRPOConfig
 from .group import Buffer, GroupTrainer, Metrics
 from .guards import RatioCheck
-from .kernels import check_kind, overshooting, step_weights
 from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
-from .rollout import Sampling
 from .window import Window
 
 

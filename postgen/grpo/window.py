@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postgen.sampling.seeds import seed_of
+
 from .config import DanceGRPOConfig, Strategy
-from .seeds import seed_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

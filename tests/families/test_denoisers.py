@@ -5,7 +5,8 @@ import torch
 
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
-from postgen.grpo.kernels import schedule_of, transition
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.transition import transition
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
 
 STEPS = 4

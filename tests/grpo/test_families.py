@@ -69,8 +69,8 @@ def test_grpo_draws_and_trains_on_the_published_noise_levels_with(name, tmp_path
 
 
 def test_grpo_flow_shift_holds_where_the_size_would_set_it(tmp_path):
-    from postgen.grpo.kernels import schedule_of
-    from postgen.grpo.policy import Policy
+    from postgen.sampling.schedule import schedule_of
+    from postgen.training.policy import Policy
 
     pipe, _ = tiny_pipeline("FLUX")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)

@@ -9,13 +9,14 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
-from postgen.grpo.data import Prompts
 from postgen.grpo.guards import HackingGuard, check_groups
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOTrainer
 from postgen.rewards import AllRewardsFailed, RewardRunner
 from postgen.training import load_recipe
-from tests.grpo.toy import ROWS, ToyPipeline, grpo, lines, lines_of, near, settings
+from postgen.training.prompts import Prompts
+from tests.grpo.toy import ROWS, grpo, lines, lines_of, near, settings
+from tests.sampling.toy import ToyPipeline
 
 # Batches.
 
@@ -71,7 +72,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"best_of_n": 9}, "best_of_n is 9, it must be in 2..num_generations"),
         ({"sde_window_size": 8}, "sde_window_size is 8, it must be in 1..7: the last step has no noise"),
         ({"sde_window_range": [3, 9]}, "hold the window within 0..7"),
-        ({"sde_type": "ode"}, "a kernel with noise"),
+        ({"sde_type": "ode"}, "a transition with noise"),
         ({"sde_type": "cps", "ratio_norm": True}, "another than cps with ratio_norm"),
         ({"sde_type": "ddim"}, "'ddim' is not for a model that predicts flow"),
         ({"reward_funcs": ["a"], "reward_weights": [1.0, 2.0]}, "one number for each of reward_funcs"),

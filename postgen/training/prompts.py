@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from postgen.errors import UserError
-
-from .seeds import seed_of
-
-Row = dict[str, Any]
+from postgen.sampling.conditions import Row
+from postgen.sampling.seeds import seed_of
 
 _OWN = ("prompt", "negative_prompt", "image")
 """Columns that are ours; the others are handed to the rewards."""

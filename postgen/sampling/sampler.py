@@ -15,14 +15,12 @@ from torch import Tensor
 
 from postgen.families import Condition, Denoiser
 
-from .config import Solver
-from .kernels import Kind, Reduction, Schedule, Transition, transition
+from .conditions import Conditions
 from .meter import Meter
+from .schedule import Schedule
 from .seeds import normal
-from .solver import Multistep, coarser
-
-Conditions = Callable[[Sequence[int]], Condition]
-"""Prompt numbers -> their conditions, stacked."""
+from .solver import Multistep, Solver, coarser
+from .transition import Kind, Reduction, Transition, transition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +52,7 @@ class Trajectories:
     log_probs: Tensor
     """(n, w) of the stochastic steps under the policy that drew them."""
     means: Tensor | None
-    """(n, w, ...) means of their kernels, if they are wanted."""
+    """(n, w, ...) means of their transitions, if they are wanted."""
 
     def rows(self, rows: Tensor) -> Trajectories:
         """Return some of the rows."""
@@ -93,7 +91,7 @@ class Sampling:
     reduction: Reduction = "mean"
     """Of log-probabilities."""
     keep_means: bool = False
-    """Whether training needs the means of the kernels."""
+    """Whether training needs the means of the transitions."""
     size: dict[str, int] = field(default_factory=dict)
     """`num_frames`, `height` and `width`, as `Denoiser.initial_latents` takes them."""
 
@@ -135,7 +133,7 @@ class Sampler:
         return self.denoiser.predict(x, sigma, condition, self.how.guidance)
 
     def step(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor | None = None) -> Transition:
-        """Return the kernel of the step from indices `start` (B,): stochastic to the next index, or the ode to `stop`.
+        """Return the step from indices `start` (B,): stochastic to the next index, or the ode's to `stop`.
 
         Sampling and training both come here.
         """

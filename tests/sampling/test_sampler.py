@@ -1,15 +1,15 @@
-"""Rollouts: windows, seeds, the shared prefix, the fast solver, and the ratio of a policy that has not changed."""
+"""The sampler: windows, seeds, the shared prefix, the fast solver, and the ratio of a policy that has not changed."""
 
 import pytest
 import torch
 
-from postgen.grpo.kernels import schedule_of, transition
-from postgen.grpo.meter import Meter
-from postgen.grpo.rollout import Sample, Sampler, Sampling
-from postgen.grpo.seeds import normal, seed_of
-from postgen.grpo.solver import Multistep, coarser
-from postgen.grpo.window import Window
-from tests.grpo.toy import ToyDenoiser, ToyPipeline
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sample, Sampler, Sampling
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.seeds import normal, seed_of
+from postgen.sampling.solver import Multistep, coarser
+from postgen.sampling.transition import transition
+from tests.sampling.toy import ToyDenoiser, ToyPipeline
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def conditions(numbers):
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_grpo_ratio_is_one_before_the_first_update(kind, reduction):
+def test_sampler_ratio_is_one_before_the_first_update(kind, reduction):
     drawn = sampler(kind=kind, window=3, reduction=reduction)
     paths = drawn.draw(samples(), conditions, 6)
     for place in range(3):
@@ -55,7 +55,7 @@ def test_grpo_ratio_is_one_before_the_first_update(kind, reduction):
             assert (log_prob - paths.log_probs[one, place]).abs().max() <= 1e-5
 
 
-def test_grpo_ratio_suffers_from_latents_in_half_precision():
+def test_sampler_ratio_suffers_from_latents_in_half_precision():
     """Why latents are kept in float32: rounded to bfloat16, log-probabilities miss by many times the clip range."""
     drawn = sampler(kind="dance", noise=0.3, window=3)
     paths = drawn.draw(samples(), conditions, 6)
@@ -66,7 +66,7 @@ def test_grpo_ratio_suffers_from_latents_in_half_precision():
 
 
 @pytest.mark.parametrize("how", [{}, {"solver": "dpm++", "fraction": 0.6}], ids=["euler", "dpm++"])
-def test_grpo_rollout_does_not_depend_on_batches(how):
+def test_sampler_does_not_depend_on_batches(how):
     drawn = sampler(window=2, **how)
     rows = samples(start=(1, 4))
     together, alone = drawn.draw(rows, conditions, 6), drawn.draw(rows, conditions, 1)
@@ -77,7 +77,7 @@ def test_grpo_rollout_does_not_depend_on_batches(how):
     assert mixed.start.tolist() == [4, 1, 4]
 
 
-def test_grpo_rollout_takes_samples_with_different_windows_together():
+def test_sampler_takes_samples_with_different_windows_together():
     drawn, calls = sampler(window=2, solver="dpm++", fraction=0.6), []
     predict = drawn.denoiser.predict
     drawn.denoiser.predict = lambda x, *words: calls.append(len(x)) or predict(x, *words)
@@ -86,7 +86,7 @@ def test_grpo_rollout_takes_samples_with_different_windows_together():
     assert calls == [2, 1, 1, 1, 6, 6, 3, 3, 6]
 
 
-def test_grpo_rollout_shares_noise_and_prefix_of_a_prompt():
+def test_sampler_shares_noise_and_prefix_of_a_prompt():
     drawn = sampler(window=1)
     paths = drawn.draw(samples(start=4), conditions, 6)
     assert torch.equal(paths.states[0, 0], paths.states[1, 0])
@@ -100,7 +100,7 @@ def test_grpo_rollout_shares_noise_and_prefix_of_a_prompt():
     assert apart.meter.totals["forwards"] == 8 * 6
 
 
-def test_grpo_rollout_outside_the_window_is_eulers():
+def test_sampler_outside_the_window_is_eulers():
     drawn = sampler(window=0)
     paths = drawn.draw(samples(2, 1, start=0), conditions, 2)
     x, sigmas = normal((3, 1, 2, 2), [100, 101], CPU), drawn.schedule.sigmas
@@ -116,7 +116,7 @@ def test_grpo_rollout_outside_the_window_is_eulers():
     assert paths.log_probs.shape == (2, 0)
 
 
-def test_grpo_rollout_keeps_means_when_asked():
+def test_sampler_keeps_means_when_asked():
     drawn = sampler(window=2, keep_means=True)
     paths = drawn.draw(samples(), conditions, 6)
     step = drawn.step(paths.states[:, 1], drawn.predict(paths.states[:, 1], paths.start + 1, {}), paths.start + 1)
@@ -125,7 +125,7 @@ def test_grpo_rollout_keeps_means_when_asked():
 
 
 @pytest.mark.parametrize("count", [5, 12])
-def test_grpo_solver_equals_diffusers_dpm_solver(count):
+def test_solver_equals_diffusers_dpm_solver(count):
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
@@ -148,7 +148,7 @@ def test_grpo_solver_equals_diffusers_dpm_solver(count):
             torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5)
 
 
-def test_grpo_solver_beats_euler_with_as_many_steps():
+def test_solver_beats_euler_with_as_many_steps():
     truth = sampler(400, window=0).draw(samples(4, 1, start=0), conditions, 4).clean
     errors = {}
     for solver in ("euler", "dpm++"):
@@ -160,7 +160,7 @@ def test_grpo_solver_beats_euler_with_as_many_steps():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
-def test_grpo_rollout_of_models_with_alpha_bar(prediction_type, solver):
+def test_sampler_of_models_with_alpha_bar(prediction_type, solver):
     """The toy's flow in another parametrisation: deterministic samples agree with the flow's own."""
     how = {"kind": "ddim", "noise": 1.0, "window": 0, "solver": solver}
     fine = sampler(200, prediction_type, **how).draw(samples(4, 1, start=0), conditions, 4).clean
@@ -173,34 +173,14 @@ def test_grpo_rollout_of_models_with_alpha_bar(prediction_type, solver):
     assert (step.log_prob(paths.states[:, 1]) - paths.log_probs[:, 0]).abs().max() <= 1e-5
 
 
-def test_grpo_window_strategies():
-    def window(**changes):
-        base = {"size": 2, "first": 1, "stop": 6, "strategy": "random", "interval": 3, "kept": 2, "seed": 5}
-        return Window(**{**base, **changes})
-
-    assert {window(strategy="fixed").start(number) for number in range(9)} == {1}
-    assert [window(strategy="progressive").start(number) for number in range(0, 18, 3)] == [1, 2, 3, 4, 1, 2]
-    assert [window(strategy="progressive").start(number) for number in range(4)] == [1, 1, 1, 2]
-    drawn = [window().start(0, prompt) for prompt in range(60)]
-    assert set(drawn) == {1, 2, 3, 4}
-    assert drawn == [window().start(0, prompt) for prompt in range(60)]
-    assert drawn != [window().start(1, prompt) for prompt in range(60)]
-    assert drawn != [window(seed=6).start(0, prompt) for prompt in range(60)]
-    kept = window(size=10, stop=11, kept=6)
-    orders = [kept.trained(0, sample).tolist() for sample in range(5)]
-    assert all(len(set(order)) == 6 and max(order) < 10 for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-    assert window().trained(0, 0).tolist() == [0, 1]
-
-
-def test_grpo_seeds_are_one_sequence_per_name():
+def test_seeds_are_one_sequence_per_name():
     seeds = {seed_of(1, stream, a, b) for stream in ("step", "initial") for a in range(5) for b in range(5)}
     assert len(seeds) == 50
     first = normal((4,), [3, 4], CPU)
     assert torch.equal(first[1], normal((4,), [4], CPU)[0])
 
 
-def test_grpo_coarser_grids():
+def test_coarser_grids():
     assert coarser(3, 12, 0.4) == [3, 5, 7, 10, 12]
     assert coarser(11, 12, 0.4) == [11, 12]
     assert coarser(0, 4, 1.0) == [0, 1, 2, 3, 4]

@@ -18,10 +18,9 @@ from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras
 from postgen.families.lora_export import NOTE
-from postgen.training.run_state import trained_parameters
+from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
 
-from .config import RolloutConfig
-from .kernels import Schedule, linspace_schedule, schedule_of
+from .run_state import trained_parameters
 
 
 class Snapshot:
@@ -80,9 +79,7 @@ class Policy:
         UserError: no denoiser for it, or LoRA layers that it does not have.
     """
 
-    def __init__(
-        self, pipe: Any, args: RolloutConfig, peft_config: Any = None, defaults: Defaults | None = None
-    ) -> None:
+    def __init__(self, pipe: Any, args: Any, peft_config: Any = None, defaults: Defaults | None = None) -> None:
         self.pipe, self.args = pipe, args
         self.denoiser: Denoiser = denoiser_for(pipe)
         if args.flow_shift is not None:
@@ -223,7 +220,7 @@ class Policy:
         )
 
 
-def load_policy(model: Any, args: RolloutConfig, device: torch.device, peft_config: Any = None) -> Policy:
+def load_policy(model: Any, args: Any, device: torch.device, peft_config: Any = None) -> Policy:
     """Return the policy of a model: a folder, a hub id, a pipeline, or None for the embedded model.
 
     Raises:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .kernels import Levels, wide
+from .schedule import Levels
+from .transition import wide
+
+Solver = Literal["euler", "dpm++"]
 
 
 class Multistep:

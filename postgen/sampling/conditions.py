@@ -14,8 +14,11 @@ from torch.nn.functional import interpolate
 from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
 
-from .data import Row
-from .rollout import Conditions
+Row = dict[str, Any]
+"""One row of prompts: `prompt`, perhaps `negative_prompt` and `image`, and any further columns."""
+
+Conditions = Callable[[Sequence[int]], Condition]
+"""Prompt numbers -> their conditions, stacked."""
 
 _KEPT = 1024
 """Encodings that are kept for later when not all of them are."""

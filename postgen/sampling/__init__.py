@@ -1,0 +1,1 @@
+"""One sampler for whatever is trained, calibrated or long: noise levels, transitions, solvers, seeds, conditions."""
