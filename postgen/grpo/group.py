@@ -20,6 +20,7 @@ from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
 from postgen.sampling.conditions import Conditions, Embeddings, Row
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, TrainResult
 from postgen.training.policy import Policy, load_policy
@@ -193,7 +194,9 @@ class GroupTrainer(Trainer[G]):
             self._encode_all()
         denoiser = self.policy.denoiser
         shape = latent_shape(denoiser, self.size, self.device)
-        schedule = self.policy.schedule(shape, self.device)
+        schedule = chosen_schedule(
+            args.sigma_schedule, denoiser, self.policy.pipe, args.num_inference_steps, shape, self.device
+        )
         self.sampler = Sampler(denoiser, schedule, self.sampling(), self.meter, self.device)
         self.evaluator = Evaluator(self, evaluated)
         self.completions = CompletionLog(args, self.policy.fps)

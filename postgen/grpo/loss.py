@@ -56,8 +56,8 @@ def log_ratio(
         log_prob: of the sample under it.
         old_log_prob: of the sample under the policy that drew it.
         old_mean: mean of that policy's transition; normalises the ratio as GRPO-Guard does (arXiv:2510.22319, eq. 8).
-            The log-ratio of a moved mean is negative on average, so that the upper clip would never act; this centres it
-            and gives every step the same spread.
+            The log-ratio of a moved mean is negative on average, so that the upper clip would never act; this
+            centres it and gives every step the same spread.
         reduction: that of the log-probabilities.
     """
     plain = log_prob - old_log_prob

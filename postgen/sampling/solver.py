@@ -1,4 +1,4 @@
-"""A fast deterministic solver for the steps that are not trained: DPM-Solver++ (2M), arXiv:2211.01095, Algorithm 2."""
+"""Deterministic solvers: DPM-Solver++ (2M), arXiv:2211.01095, Algorithm 2, and coarser grids of steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from .schedule import Levels
 from .transition import wide
 
 Solver = Literal["euler", "dpm++"]
+"""Of deterministic steps: Euler's (for models with alpha-bar DDIM's), or DPM-Solver++ (2M)."""
 
 
 class Multistep:
-    """Second order from the second step on; the step to 0 is of first order, as in diffusers.
+    """DPM-Solver++ (2M): second order from the second step on; the step to 0 is of first order, as in diffusers.
 
-    One object serves one run of steps: its history starts empty. Rows may join behind the others; theirs does too.
+    One object serves one run of steps and starts without a history. Rows may be added behind the others on the way:
+    their first step is of first order. With noise levels per frame every frame has an order of its own.
     """
 
     def __init__(self) -> None:
@@ -28,22 +30,25 @@ class Multistep:
         Args:
             x: (B, ...) latents before it.
             clean: what the network thinks the clean latents are.
-            levels: where the step begins and ends.
+            levels: where the step begins and ends, (B,) or (B, T).
         """
         (a, b), (a_after, b_after) = levels.mix()
-        signal = (a / b).log()
+        signal, axis = (a / b).log(), levels.frame_axis
         estimate = clean
-        if self._before is not None and bool((b_after > 0).all()):
+        if self._before is not None and bool((b_after > 0).any()):
             earlier, signal_before = self._before
             known = len(earlier)
-            # Whoever joins has nothing to differ from: a step of first order.
+            # New rows have nothing to differ from: a step of first order.
             earlier = torch.cat([earlier, clean[known:]])
             signal_before = torch.cat([signal_before, signal[known:] - 1])
             ratio = (signal - signal_before) / ((a_after / b_after).log() - signal)
-            estimate = clean + wide(0.5 / ratio, clean) * (clean - earlier)
+            factor = 0.5 / ratio
+            # First order too for levels that reach 0, and for frames that have not moved since the last step.
+            factor = torch.where((b_after > 0) & factor.isfinite(), factor, 0)
+            estimate = clean + wide(factor, clean, axis) * (clean - earlier)
         self._before = clean, signal
-        shrink = b_after / b
-        return wide(shrink, x) * x + wide(a_after - a * shrink, x) * estimate
+        shrink = torch.where(b > 0, b_after / b, 0)
+        return wide(shrink, x, axis) * x + wide(a_after - a * shrink, x, axis) * estimate
 
 
 def coarser(start: int, stop: int, fraction: float) -> list[int]:

@@ -18,7 +18,7 @@ from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras
 from postgen.families.lora_export import NOTE
-from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
+from postgen.sampling.schedule import shifted
 
 from .run_state import trained_parameters
 
@@ -83,7 +83,7 @@ class Policy:
         self.pipe, self.args = pipe, args
         self.denoiser: Denoiser = denoiser_for(pipe)
         if args.flow_shift is not None:
-            pipe.scheduler = _shifted(pipe.scheduler, args.flow_shift)
+            pipe.scheduler = shifted(pipe.scheduler, args.flow_shift)
         if args.max_sequence_length is not None:
             self.denoiser.max_sequence_length = args.max_sequence_length  # type: ignore[attr-defined]
         self.defaults = defaults or Defaults()
@@ -103,21 +103,6 @@ class Policy:
         for module in self.modules.values():
             if args.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
-
-    def schedule(self, shape: tuple[int, ...], device: torch.device) -> Schedule:
-        """Return the noise levels of rollouts of latents of a shape.
-
-        Raises:
-            UserError: `linspace` for a model that is no flow, or whose pipeline has no one shift.
-        """
-        args = self.args
-        if args.sigma_schedule == "pipeline":
-            return schedule_of(self.denoiser, args.num_inference_steps, shape)
-        config = self.pipe.scheduler.config
-        shift = args.flow_shift or config.get("flow_shift", config.get("shift"))
-        if args.flow_shift is None and (shift is None or config.get("use_dynamic_shifting", False)):
-            raise UserError("sigma_schedule 'linspace': this pipeline has no one shift of its own, give flow_shift")
-        return linspace_schedule(self.denoiser, args.num_inference_steps, shift, device)
 
     @property
     def size(self) -> dict[str, int]:
@@ -256,15 +241,6 @@ def _check_targets(module: nn.Module, targets: Any) -> None:
                 f"lora_target_modules: {target!r} matches no layer of {type(module).__name__}. Its layers end in "
                 f"{', '.join(list(endings)[:12])}"
             )
-
-
-def _shifted(scheduler: Any, shift: float) -> Any:
-    name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-    if name not in scheduler.config:
-        raise UserError(f"flow_shift: {type(scheduler).__name__} has no shift, leave it out")
-    # A shift that follows from the size of the picture (FLUX) would win over it.
-    own = {"use_dynamic_shifting": False} if scheduler.config.get("use_dynamic_shifting", False) else {}
-    return type(scheduler).from_config(scheduler.config, **{name: shift}, **own)
 
 
 def _arguments(pipe: Any) -> set[str]:

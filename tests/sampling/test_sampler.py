@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from postgen.errors import UserError
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
@@ -122,6 +123,88 @@ def test_sampler_keeps_means_when_asked():
     step = drawn.step(paths.states[:, 1], drawn.predict(paths.states[:, 1], paths.start + 1, {}), paths.start + 1)
     torch.testing.assert_close(paths.means[:, 1], step.mean)
     assert sampler(window=2).draw(samples(), conditions, 6).means is None
+
+
+def collected(drawn, rows):
+    """What `states` yields, sorted by sample: latents before each step, and after the last."""
+    found = [{} for _ in rows]
+    for state in drawn.states(rows, conditions):
+        for row, owners in enumerate(state.samples):
+            for sample in owners:
+                found[sample][state.start[row].item()] = state
+                found[sample]["x", state.start[row].item()] = state.x[row]
+                found[sample]["x", state.stop[row].item()] = state.after[row]
+    return found
+
+
+@pytest.mark.parametrize("how", [{}, {"solver": "dpm++", "fraction": 0.6}], ids=["euler", "dpm++"])
+def test_sampler_yields_the_states_that_draw_collects(how):
+    drawn = sampler(window=2, keep_means=True, **how)
+    rows = samples(start=(4, 1))
+    paths, found = drawn.draw(rows, conditions, 6, keep=[0, 1, 8]), collected(drawn, rows)
+    for sample, steps in enumerate(found):
+        start = rows[sample].start
+        assert torch.equal(paths.clean[sample], steps["x", 8])
+        for place in range(3):
+            assert torch.equal(paths.states[sample, place], steps["x", start + place])
+        for place in range(2):
+            state = steps[start + place]
+            row = next(row for row, owners in enumerate(state.samples) if sample in owners)
+            log_prob = state.transition.log_prob(state.after)[row]
+            assert torch.equal(paths.log_probs[sample, place], log_prob)
+            assert torch.equal(paths.means[sample, place], state.transition.mean[row])
+            assert state.stochastic
+        for number, step in enumerate((0, 1, 8)):
+            assert torch.equal(paths.kept[sample, number], steps["x", step])
+        # The whole grid of a sample, one step after the other.
+        indices = sorted(step for step in steps if isinstance(step, int))
+        assert indices == [*range(start + 2), *coarser(start + 2, 8, drawn.how.fraction)[:-1]]
+
+
+def test_sampler_tells_who_shares_a_beginning():
+    drawn = sampler(window=1)
+    found = [state.samples for state in drawn.states(samples(start=(3, 1)), conditions)]
+    alone = tuple((sample,) for sample in (3, 4, 5, 0, 1, 2))
+    # In the order of the windows: the second prompt's three samples reach theirs first.
+    assert found[:3] == [((3, 4, 5), (0, 1, 2)), ((0, 1, 2),), ((0, 1, 2),)]
+    assert found[3] == found[-1] == alone
+
+
+def test_sampler_keeps_states_of_deterministic_samples():
+    drawn = sampler(window=0)
+    rows = samples(4, 1, start=0)
+    paths = drawn.draw(rows, conditions, 4, keep=[8, 0, 3])
+    x, sigmas = normal((3, 1, 2, 2), [row.initial for row in rows], CPU), drawn.schedule.sigmas
+    states = [x]
+    with torch.no_grad():
+        for index in range(8):
+            prediction = drawn.predict(x, torch.full((4,), index), conditions(range(4)))
+            x = x - (sigmas[index] - sigmas[index + 1]).float() * prediction
+            states.append(x)
+    torch.testing.assert_close(
+        paths.kept, torch.stack([states[step] for step in (8, 0, 3)], dim=1), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(paths.kept[:, 0], paths.clean)
+    torch.testing.assert_close(drawn.draw(rows, conditions, 2, keep=[3]).kept[:, 0], paths.kept[:, 2])
+    assert torch.equal(paths.rows(torch.tensor([2])).kept, paths.kept[2:3])
+    assert drawn.draw(rows, conditions, 4).kept is None
+
+
+def test_sampler_refuses_steps_that_are_not_taken():
+    drawn = sampler(window=2, fraction=0.5)
+    with pytest.raises(
+        UserError, match=r"keep names steps \[5, 9\], which are not taken: choose from \[0, 1, 2, 3, 4, 6, 8\]"
+    ):
+        drawn.draw(samples(), conditions, 6, keep=[0, 5, 9])
+    with pytest.raises(ValueError, match="the last of 8 steps has no noise"):
+        sampler(window=2).draw(samples(start=6), conditions, 6)
+
+
+def test_sampler_leaves_gradients_as_its_caller_has_them():
+    drawn = sampler(window=1)
+    for state in drawn.states(samples(), conditions):
+        assert torch.is_grad_enabled()
+        assert not state.after.requires_grad
 
 
 @pytest.mark.parametrize("count", [5, 12])

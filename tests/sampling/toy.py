@@ -118,3 +118,21 @@ class ToyDenoiser:
 
 
 register_denoiser("ToyPipeline", ToyDenoiser)
+
+
+class FrameDenoiser(ToyDenoiser):
+    """The toy on clips of four latent frames, with one noise level a row or one a frame; frames do not see each other,
+    so that each must come out as it does alone."""
+
+    shape = (3, 4, 2, 2)
+    frame_axis = 2
+
+    def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
+        return torch.randn(batch, *self.shape, generator=generator, device=self.device)
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Any, guidance: float = 1.0) -> Tensor:
+        batch, channels, frames, *size = x.shape
+        levels = (sigma if sigma.dim() == 2 else sigma[:, None].expand(batch, frames)).reshape(-1)
+        alone = x.transpose(1, 2).reshape(batch * frames, channels, 1, *size)
+        alone = super().predict(alone, levels, condition, guidance)
+        return alone.view(batch, frames, channels, *size).transpose(1, 2)
