@@ -26,7 +26,7 @@ from postgen.families import Condition, denoiser_for
 from postgen.grpo.quality import diversity
 from postgen.sampling.conditions import Embeddings
 from postgen.sampling.meter import Meter
-from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
 from postgen.sampling.schedule import Schedule, schedule_of
 from postgen.sampling.seeds import seed_of
 from postgen.sampling.transition import KINDS
@@ -64,7 +64,7 @@ class Explorer:
         self.device, self.prompts, self.samples, self.batch = torch.device(device), prompts, samples, batch
         self.specs = [world.sample(first + k, num_bodies=2, camera="static") for k in range(prompts)]
         self.texts = [world.simple_caption(spec) for spec in self.specs]
-        self.schedule = schedule_of(self.denoiser, STEPS, latent_shape(self.denoiser, SIZE, self.device))
+        self.schedule = schedule_of(self.denoiser, STEPS, self.denoiser.latent_shape(**SIZE))
         self.embeddings = Embeddings(
             self.denoiser, size=SIZE, guidance=False, negative_prompt="", keep_all=True, device=self.device
         )

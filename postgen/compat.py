@@ -66,6 +66,36 @@ def execution_device(pipe: Any) -> torch.device:
     return place
 
 
+def pack_latents(pipe: Any, latents: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Turn latents into the tokens that FLUX's or LTX's network takes; `sizes` as the pipeline's class takes them."""
+    tokens: torch.Tensor = pipe._pack_latents(latents, *sizes)
+    return tokens
+
+
+def unpack_latents(pipe: Any, tokens: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Undo `pack_latents`."""
+    latents: torch.Tensor = pipe._unpack_latents(tokens, *sizes)
+    return latents
+
+
+def token_places(pipe: Any, batch: int, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Return where FLUX's tokens lie, (rows * columns, 3), with the device and type of a tensor."""
+    places: torch.Tensor = pipe._prepare_latent_image_ids(batch, rows, columns, like.device, like.dtype)
+    return places
+
+
+def rotary_table(pipe: Any, height: int, width: int, frames: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return cosines and sines of CogVideoX's tokens, from pixels and latent frames."""
+    table: tuple[torch.Tensor, ...] = pipe._prepare_rotary_positional_embeddings(height, width, frames, device)
+    return table
+
+
+def size_ids(pipe: Any, size: tuple[int, int], dtype: torch.dtype, text_width: int) -> torch.Tensor:
+    """Return the (1, 6) sizes that the UNet of Stable Diffusion XL is told for a picture that is not cropped."""
+    ids: torch.Tensor = pipe._get_add_time_ids(size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=text_width)
+    return ids
+
+
 class _Tap(threading.local):
     """Who looks at the attention calls of this thread."""
 

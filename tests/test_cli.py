@@ -152,6 +152,14 @@ def test_help_and_version(cli: Any) -> None:
     assert (done.code, "No such command 'paint'" in done.err, done.err.count("\n")) == (2, True, 1)
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_help_says_what_is_taken_where_an_option_is_left_out(cli: Any, command: str) -> None:
+    # Square brackets are markup to rich, which drops what it does not know.
+    words = " ".join(cli(command, "--help").out.replace("│", " ").split())
+    for text in ("[default: the embedded model]", "[default: off]", "[default: auto]"):
+        assert text in words
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom postgen.cli import main\n"

@@ -43,55 +43,22 @@ Output = Annotated[
 ]
 
 
+@o.takes_settings
 def compare(
     prompt: Prompt,
     a: A = None,
     b: B = None,
     output: Output = Path("compare.mp4"),
-    model: o.Model = None,
-    lora: o.Lora = None,
-    size: o.Size = None,
-    width: o.Width = None,
-    height: o.Height = None,
-    frames: o.Frames = None,
-    steps: o.Steps = None,
-    guidance: o.Guidance = None,
-    negative_prompt: o.Negative = None,
-    seed: o.Seed = None,
-    image: o.Image = None,
-    fps: o.Fps = None,
-    enhance: o.Enhance = None,
-    fused: o.Fused = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    offload: o.Offload = None,
+    *,
+    given: dict[str, Any],
     format: o.Format = None,
 ) -> None:
     """Make the same seed under two settings: both videos, one side by side, and a contact sheet of both rows."""
-    shared = o.settings(
-        size,
-        model=model,
-        lora=lora,
-        width=width,
-        height=height,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        image=image,
-        fps=fps,
-        enhance=enhance,
-        fused=fused,
-        dtype=dtype,
-        device=device,
-        offload=offload,
-    )
     sides = [parse_side("--a", a or []), parse_side("--b", b or [])]
     if sides[0] == sides[1]:
         raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
-    _make({"prompt": prompt} | shared, sides, labels, output, format)
+    _make({"prompt": prompt} | given, sides, labels, output, format)
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from postgen.errors import UserError
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="The video. [default: named after the prompt]", rich_help_panel=o.FILES),
+    typer.Option("-o", "--output", help="The video. \\[default: named after the prompt]", rich_help_panel=o.FILES),
 ]
 Count = Annotated[
     int, typer.Option("--count", help="Videos per prompt, with seed, seed+1, ...", rich_help_panel=o.LOOK)
@@ -28,66 +28,33 @@ From = Annotated[
 ]
 
 
+@o.takes_settings
 def generate(
     prompt: Prompt = None,
     output: Output = None,
-    model: o.Model = None,
-    lora: o.Lora = None,
-    size: o.Size = None,
-    width: o.Width = None,
-    height: o.Height = None,
-    frames: o.Frames = None,
-    steps: o.Steps = None,
-    guidance: o.Guidance = None,
-    negative_prompt: o.Negative = None,
-    seed: o.Seed = None,
+    *,
+    given: dict[str, Any],
     count: Count = 1,
-    image: o.Image = None,
-    fps: o.Fps = None,
-    enhance: o.Enhance = None,
-    fused: o.Fused = None,
-    dtype: o.Dtype = None,
-    device: o.Device = None,
-    offload: o.Offload = None,
     prompts: Prompts = None,
     sidecar: From = None,
     format: o.Format = None,
 ) -> None:
     """Make videos from prompts; each with a contact sheet (PNG) and a sidecar (JSON) that makes it again."""
-    said = o.settings(
-        size,
-        model=model,
-        lora=lora,
-        width=width,
-        height=height,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        image=image,
-        fps=fps,
-        enhance=enhance,
-        fused=fused,
-        dtype=dtype,
-        device=device,
-        offload=offload,
-    )
     if sidecar is not None:
-        said, output, format = _again(sidecar, said, output, format)
-    texts = _texts(prompt, prompts, said.pop("prompt", None))
-    _make(texts, said, count, output or Path(_file_name(texts[0])), format)
+        given, output, format = _again(sidecar, given, output, format)
+    texts = _texts(prompt, prompts, given.pop("prompt", None))
+    _make(texts, given, count, output or Path(_file_name(texts[0])), format)
 
 
 def _again(
-    sidecar: Path, said: dict[str, Any], output: Path | None, format: str | None
+    sidecar: Path, given: dict[str, Any], output: Path | None, format: str | None
 ) -> tuple[dict[str, Any], Path, str | None]:
     """Fill in what a sidecar says where the options say nothing."""
     from postgen.generate import read_sidecar
 
     old, old_format = read_sidecar(sidecar)
     output = output or sidecar.with_name(f"{sidecar.stem}-again")
-    return old | said, output, format or (None if output.suffix else old_format)
+    return old | given, output, format or (None if output.suffix else old_format)
 
 
 def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[str]:
@@ -131,13 +98,13 @@ def _json_prompt(line: str, path: Path, number: int) -> str:
     return text
 
 
-def _make(texts: list[str], said: dict[str, Any], count: int, output: Path, format: str | None) -> None:
+def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:
     from postgen.generate import GenerateConfig, generate_video, load, output_paths, prepare
 
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
-    first = said.pop("seed", 0)
-    configs = [GenerateConfig(prompt=text, seed=first + n, **said) for text in texts for n in range(count)]
+    first = given.pop("seed", 0)
+    configs = [GenerateConfig(prompt=text, seed=first + n, **given) for text in texts for n in range(count)]
     if not output.suffix and format is None:
         format = "mp4"
     names = [output] if len(configs) == 1 else [_numbered(output, n) for n in range(len(configs))]

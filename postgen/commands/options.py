@@ -1,6 +1,9 @@
 """Options that several commands share. Every default is None, so that a command knows what was really said."""
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -12,44 +15,44 @@ MODEL, LOOK, RUN, FILES = "Model", "Video", "Running", "Files"
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Local diffusers folder or hub id. [default: the embedded model]", rich_help_panel=MODEL
+        "--model", help="Local diffusers folder or hub id. \\[default: the embedded model]", rich_help_panel=MODEL
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option("--lora", help="LoRA file PATH[:scale]; may be given several times.", rich_help_panel=MODEL),
 ]
-Width = Annotated[int | None, typer.Option("--width", help="Pixels. [default: the model's]", rich_help_panel=LOOK)]
-Height = Annotated[int | None, typer.Option("--height", help="Pixels. [default: the model's]", rich_help_panel=LOOK)]
+Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
+Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
 Size = Annotated[str | None, typer.Option("--size", help="Width x height in one, as 96x96.", rich_help_panel=LOOK)]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Number of frames. [default: the model's]", rich_help_panel=LOOK)
+    int | None, typer.Option("--frames", help="Number of frames. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps. [default: the model's]", rich_help_panel=LOOK)
+    int | None, typer.Option("--steps", help="Denoising steps. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", help="Guidance scale; 1 is off. [default: the model's]", rich_help_panel=LOOK),
+    typer.Option("--guidance", help="Guidance scale; 1 is off. \\[default: the model's]", rich_help_panel=LOOK),
 ]
 Negative = Annotated[
     str | None, typer.Option("--negative-prompt", help="What the video should not show.", rich_help_panel=LOOK)
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of the first video. [default: 0]", rich_help_panel=LOOK)
+    int | None, typer.Option("--seed", help="Seed of the first video. \\[default: 0]", rich_help_panel=LOOK)
 ]
 Image = Annotated[
     str | None, typer.Option("--image", help="First frame, for image-to-video models.", rich_help_panel=LOOK)
 ]
 Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second. [default: the model's]", rich_help_panel=LOOK)
+    float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Enhance = Annotated[
     str | None,
     typer.Option(
         "--enhance",
         metavar="WEIGHT|auto",
-        help="Enhance-A-Video: its weight, or auto for the model's. [default: off]",
+        help="Enhance-A-Video: its weight, or auto for the model's. \\[default: off]",
         rich_help_panel=LOOK,
     ),
 ]
@@ -58,24 +61,74 @@ Fused = Annotated[
     typer.Option(
         "--fused",
         metavar="auto|OPS",
-        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. [default: off]",
+        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. \\[default: off]",
         rich_help_panel=RUN,
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. [default: auto]", rich_help_panel=RUN),
+    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. \\[default: auto]", rich_help_panel=RUN),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. [default: auto]", rich_help_panel=RUN)
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]", rich_help_panel=RUN)
 ]
 Offload = Annotated[
-    str | None, typer.Option("--offload", help="none, model or sequential. [default: none]", rich_help_panel=RUN)
+    str | None, typer.Option("--offload", help="none, model or sequential. \\[default: none]", rich_help_panel=RUN)
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="mp4, webm, gif or frames. [default: by the name, else mp4]", rich_help_panel=FILES),
+    typer.Option(
+        "--format", help="mp4, webm, gif or frames. \\[default: by the name, else mp4]", rich_help_panel=FILES
+    ),
 ]
+
+
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "model": (Model, "model"),
+    "lora": (Lora, "lora"),
+    "size": (Size, "size"),
+    "width": (Width, "width"),
+    "height": (Height, "height"),
+    "frames": (Frames, "num_frames"),
+    "steps": (Steps, "num_inference_steps"),
+    "guidance": (Guidance, "guidance_scale"),
+    "negative_prompt": (Negative, "negative_prompt"),
+    "seed": (Seed, "seed"),
+    "image": (Image, "image"),
+    "fps": (Fps, "fps"),
+    "enhance": (Enhance, "enhance"),
+    "fused": (Fused, "fused"),
+    "dtype": (Dtype, "dtype"),
+    "device": (Device, "device"),
+    "offload": (Offload, "offload"),
+}
+"""Every setting of a video: parameter of a command -> its option, and the field of `GenerateConfig`."""
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `SETTINGS` to a command, in the place of its parameter `given`.
+
+    Args:
+        command: a function whose parameter `given` takes the settings that were really given, as `settings` returns
+            them.
+    """
+    parameters = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name != "given":
+            parameters.append(parameter)
+            continue
+        for name, (option, _) in SETTINGS.items():
+            parameters.append(parameter.replace(name=name, annotation=option, default=None))
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        given = {field: values.pop(name) for name, (_, field) in SETTINGS.items()}
+        command(**values, given=settings(given.pop("size"), **given))
+
+    # typer reads both.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
 
 
 def settings(size: str | None, **given: Any) -> dict[str, Any]:

@@ -56,5 +56,5 @@ class AlphaBarDenoiser(PipelineDenoiser):
         return sigmas.to(self.model.device)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Return the network's timesteps for noise levels (B,): whole numbers, as it was trained with."""
+        """Return the network's timesteps for noise levels of any shape: whole numbers, as it was trained with."""
         return (sigma.double() * self.timestep_scale).round().long() - 1

@@ -6,8 +6,9 @@ import copy
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from postgen.compat import rotary_table
 from postgen.errors import UserError
 from postgen.families.alpha_bar import AlphaBarDenoiser
 
@@ -15,6 +16,7 @@ from postgen.families.alpha_bar import AlphaBarDenoiser
 class CogVideoXDenoiser(AlphaBarDenoiser):
     """`Denoiser` of `CogVideoXPipeline`. Latents are (B, T, C, H, W), as the network has them."""
 
+    frame_axis = 1
     default_length = 226
 
     def alpha_bar_scheduler(self) -> Any:
@@ -30,7 +32,7 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
         side = math.lcm(8, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
         return side, side, self.pipe.vae_scale_factor_temporal
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents.
 
         Raises:
@@ -53,11 +55,11 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
         )
         return (positive,)
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network."""
-        output: Tensor = self.transformers["transformer"](
+        output: Tensor = network(
             hidden_states=x,
-            encoder_hidden_states=texts["prompt"],
+            encoder_hidden_states=told["prompt"],
             timestep=timestep,
             image_rotary_emb=self._rotary(x),
             return_dict=False,
@@ -68,10 +70,14 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
         if not self.model.config.use_rotary_positional_embeddings:
             return None
         space = self.pipe.vae_scale_factor_spatial
-        make = self.pipe._prepare_rotary_positional_embeddings
-        return make(x.shape[3] * space, x.shape[4] * space, x.shape[1], x.device)
+        return rotary_table(self.pipe, x.shape[3] * space, x.shape[4] * space, x.shape[1], x.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips."""
-        vae = self.pipe.vae
-        return self.to_clips(self.pipe.decode_latents(latents.to(vae.device, vae.dtype)))
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn what the autoencoder gave into what the network sees."""
+        scale: float = self.pipe.vae_scaling_factor_image
+        return raw.transpose(1, 2) * scale
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        scale: float = self.pipe.vae_scaling_factor_image
+        return 1 / scale * latents.transpose(1, 2)

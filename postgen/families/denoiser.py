@@ -28,6 +28,10 @@ class Denoiser(Protocol):
     transformers: MutableMapping[str, nn.Module]
     """The networks that `predict` calls, by component name. A trainer puts its wrapped (DDP, compiled) ones here."""
 
+    max_sequence_length: int
+    """Tokens of a prompt's encoding. May be set before prompts are encoded; where the model fixes it, another number
+    is refused with a `UserError`."""
+
     @property
     def prediction_type(self) -> PredictionType:
         """Meaning of what `predict` returns."""
@@ -39,6 +43,18 @@ class Denoiser(Protocol):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the layers that LoRA adapts by default, as peft's `target_modules`."""
+
+    @property
+    def frame_axis(self) -> int | None:
+        """Axis of the latents that is time: 2 for (B, C, T, H, W), 1 for (B, T, C, H, W), None for pictures."""
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether `predict` takes a noise level per latent frame, `sigma` of shape (B, T)."""
+
+    @property
+    def encodes_video(self) -> bool:
+        """Whether `encode_video` exists; where it is False, a call of it is refused."""
 
     def encode_prompt(
         self, prompts: list[str], negative_prompts: list[str] | None = None, *, guidance: bool = True
@@ -65,6 +81,16 @@ class Denoiser(Protocol):
             clips: the clips.
             sample: draw from the autoencoder's distribution instead of taking its mode.
             generator: source of that draw.
+
+        Raises:
+            UserError: `encodes_video` is False, or clips of a shape or size that the model cannot make.
+        """
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents, without the batch: frames and pixels in.
+
+        Raises:
+            UserError: a size or frame count that the model cannot make.
         """
 
     def initial_latents(
@@ -88,8 +114,13 @@ class Denoiser(Protocol):
         Args:
             num_steps: how many steps.
             shape: of one sample's latents, for schedules that depend on the size.
+        """
 
-        For a model that is no flow (another `prediction_type`), `alpha_bar(sigma)` gives alpha-bar of such levels.
+    def alpha_bar(self, sigma: Tensor) -> Tensor:
+        """Return alpha-bar, float64, of noise levels of any shape, for a model that is no flow.
+
+        Raises:
+            UserError: the `prediction_type` is `flow`, where x is (1 - sigma) * clean + sigma * noise.
         """
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
@@ -97,12 +128,16 @@ class Denoiser(Protocol):
 
         Args:
             x: noisy latents, batch first.
-            sigma: (B,) noise level of each row; rows may differ.
+            sigma: (B,) noise level of each row; rows may differ. Where `per_frame` is True also (B, T), one of each of
+                the T latent frames; equal ones in a row mean the same as one for the row.
             condition: from `encode_prompt`, plus `encode_image` where the pipeline takes an image.
             guidance: scale of classifier-free guidance; up to 1 is one pass, above 1 two passes, gradients in both.
 
         Returns:
-            The prediction, float32, shaped like `x`.
+            The prediction, float32, shaped like `x`. Guidance is combined in float32.
+
+        Raises:
+            UserError: `sigma` of another shape, or per frame where `per_frame` is False; guidance without `negative`.
         """
 
     def decode(self, latents: Tensor) -> Tensor:

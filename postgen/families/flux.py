@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from postgen.compat import pack_latents, token_places, unpack_latents
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 
 
@@ -20,6 +21,7 @@ class FluxDenoiser(PipelineDenoiser):
         embedded_guidance: strength of the distilled guidance; the `guidance` of `predict` is true guidance on top.
     """
 
+    frame_axis = None
     default_length = 512
     per_row = ("pooled",)
 
@@ -32,7 +34,7 @@ class FluxDenoiser(PipelineDenoiser):
         """What height and width must divide by; one frame."""
         return 2 * self.pipe.vae_scale_factor, 2 * self.pipe.vae_scale_factor, 0
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents."""
         space = self.pipe.vae_scale_factor
         return self.model.config.in_channels // 4, height // space, width // space
@@ -54,26 +56,19 @@ class FluxDenoiser(PipelineDenoiser):
         )
         return embeds, pooled
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network, which takes tokens and timesteps in [0, 1]."""
         batch, channels, height, width = x.shape
-        told = self.model.config.guidance_embeds
-        output: Tensor = self.transformers["transformer"](
-            hidden_states=self.pipe._pack_latents(x, batch, channels, height, width),
+        distilled = self.model.config.guidance_embeds
+        output: Tensor = network(
+            hidden_states=pack_latents(self.pipe, x, batch, channels, height, width),
             timestep=timestep / 1000,
-            guidance=x.new_full((batch,), self.embedded_guidance, dtype=torch.float32) if told else None,
-            pooled_projections=texts["pooled"],
-            encoder_hidden_states=texts["prompt"],
-            txt_ids=x.new_zeros(texts["prompt"].shape[1], 3),
-            img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype),
+            guidance=x.new_full((batch,), self.embedded_guidance, dtype=torch.float32) if distilled else None,
+            pooled_projections=told["pooled"],
+            encoder_hidden_states=told["prompt"],
+            txt_ids=x.new_zeros(told["prompt"].shape[1], 3),
+            img_ids=token_places(self.pipe, batch, height // 2, width // 2, x),
             return_dict=False,
         )[0]
         space = self.pipe.vae_scale_factor
-        unpacked: Tensor = self.pipe._unpack_latents(output, height * space, width * space, space)
-        return unpacked
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips of one frame."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return self.to_pictures(vae.decode(latents, return_dict=False)[0])
+        return unpack_latents(self.pipe, output, height * space, width * space, space)

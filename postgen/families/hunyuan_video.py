@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 
@@ -32,7 +32,7 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
         side = math.lcm(16, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
         return side, side, self.pipe.vae_scale_factor_temporal
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents."""
         space, frames = self.pipe.vae_scale_factor_spatial, (num_frames - 1) // self.pipe.vae_scale_factor_temporal
         return self.model.config.in_channels, frames + 1, height // space, width // space
@@ -48,22 +48,16 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
         )
         return encoded
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network."""
         guidance = torch.full((len(x),), self.embedded_guidance * 1000.0, dtype=x.dtype, device=x.device)
-        output: Tensor = self.transformers["transformer"](
+        output: Tensor = network(
             hidden_states=x,
             timestep=timestep,
-            encoder_hidden_states=texts["prompt"],
-            encoder_attention_mask=texts["mask"].to(x.dtype),
-            pooled_projections=texts["pooled"],
+            encoder_hidden_states=told["prompt"],
+            encoder_attention_mask=told["mask"].to(x.dtype),
+            pooled_projections=told["pooled"],
             guidance=guidance,
             return_dict=False,
         )[0]
         return output
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        return self.to_clips(vae.decode(latents, return_dict=False)[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from postgen.compat import pack_latents, unpack_latents
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 
 
@@ -31,7 +32,7 @@ class LTXDenoiser(PipelineDenoiser):
         """What height, width and frames - 1 must divide by."""
         return 32, 32, self.pipe.vae_temporal_compression_ratio
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents."""
         space, time = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         return self.model.config.in_channels, (num_frames - 1) // time + 1, height // space, width // space
@@ -50,31 +51,42 @@ class LTXDenoiser(PipelineDenoiser):
         )
         return embeds, mask
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network, which takes tokens."""
         patches = self.pipe.transformer_spatial_patch_size, self.pipe.transformer_temporal_patch_size
         space, time = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         _, _, frames, height, width = x.shape
-        output: Tensor = self.transformers["transformer"](
-            hidden_states=self.pipe._pack_latents(x, *patches),
-            encoder_hidden_states=texts["prompt"],
+        output: Tensor = network(
+            hidden_states=pack_latents(self.pipe, x, *patches),
+            encoder_hidden_states=told["prompt"],
             timestep=timestep,
-            encoder_attention_mask=texts["mask"],
+            encoder_attention_mask=told["mask"],
             num_frames=frames,
             height=height,
             width=width,
             rope_interpolation_scale=(time / self.frame_rate, space, space),
             return_dict=False,
         )[0]
-        unpacked: Tensor = self.pipe._unpack_latents(output, frames, height, width, *patches)
-        return unpacked
+        return unpack_latents(self.pipe, output, frames, height, width, *patches)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into clips, without the noise that the pipeline can add before."""
         vae = self.pipe.vae
-        latents = latents.to(vae.device)
-        latents = self.pipe._denormalize_latents(
-            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        ).to(vae.dtype)
-        clean = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
-        return self.to_clips(vae.decode(latents, clean, return_dict=False)[0])
+        raw = self.denormalise(latents.to(vae.device)).to(vae.dtype)
+        clean = raw.new_zeros(len(raw)) if vae.config.timestep_conditioning else None
+        return self.to_clips(vae.decode(raw, clean, return_dict=False)[0])
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn what the autoencoder gave into what the network sees."""
+        scale, mean, std = self._statistics(raw)
+        return (raw - mean) * scale / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        scale, mean, std = self._statistics(latents)
+        return latents * std / scale + mean
+
+    def _statistics(self, like: Tensor) -> tuple[float, Tensor, Tensor]:
+        vae = self.pipe.vae
+        mean, std = vae.latents_mean.to(like), vae.latents_std.to(like)
+        return vae.config.scaling_factor, mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

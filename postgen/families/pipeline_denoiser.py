@@ -1,22 +1,26 @@
-"""What denoisers of flow models have in common: guidance in two passes, sizes, noise levels, decoding of pictures."""
+"""What the denoisers of all families have in common: guidance in two passes, sizes, noise levels, the autoencoder."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families.denoiser import Condition, PredictionType
+from postgen.families.registry import layout_of
 from postgen.families.wan_sizes import check_size
+
+PER_FRAME = ("WanPipeline", "WanImageToVideoPipeline", "SkyReelsV2Pipeline", "LTXPipeline")
+"""Pipelines whose networks take a noise level per latent frame, for the message to those who ask another for it."""
 
 
 class PipelineDenoiser(ABC):
-    """Base of `Denoiser`s: a family says how it encodes, what its network is told, and how it decodes.
+    """Base of `Denoiser`s: a family says how it encodes, what its network is told, and how its latents are scaled.
 
     Latents are kept unpacked, (B, C, T, H, W) for clips and (B, C, H, W) for pictures, whatever the network wants:
     so they carry their size with them.
@@ -26,12 +30,14 @@ class PipelineDenoiser(ABC):
         max_sequence_length: tokens of a prompt; None is the pipeline's default.
 
     Raises:
-        UserError: the scheduler is not of the family's kind.
+        UserError: the scheduler is not of the family's kind, or the pipeline was loaded without its network.
     """
 
     prediction_type: PredictionType = "flow"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    component: ClassVar[str] = "transformer"
+    frame_axis: int | None = 2
+    encodes_video: bool = True
+    components: ClassVar[tuple[str, ...]] = ("transformer",)
     default_length: ClassVar[int] = 256
     per_row: ClassVar[tuple[str, ...]] = ()
     """What `encode` gives besides the encoding: suffixes of condition entries, as in `prompt_mask`."""
@@ -39,7 +45,11 @@ class PipelineDenoiser(ABC):
     def __init__(self, pipe: Any, *, max_sequence_length: int | None = None) -> None:
         self.pipe = pipe
         self.max_sequence_length = max_sequence_length or self.default_length
-        self.transformers: dict[str, nn.Module] = {self.component: getattr(pipe, self.component)}
+        parts = {name: getattr(pipe, name, None) for name in self.components}
+        self.transformers: dict[str, nn.Module] = {name: part for name, part in parts.items() if part is not None}
+        if not self.transformers:
+            raise UserError(f"this {type(pipe).__name__} has no {' or '.join(parts)}: load it with its network")
+        self._first = next(iter(self.transformers))
         self.check_scheduler()
 
     # What a family says.
@@ -49,22 +59,19 @@ class PipelineDenoiser(ABC):
         """Encode texts: the encoding, then what `per_row` names; batch first."""
 
     @abstractmethod
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
-        """Call the network on unpacked latents in its own dtype.
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """Call a network on unpacked latents in its own dtype.
 
         Args:
+            network: one of `transformers`.
             x: latents.
-            timestep: (B,) sigma * timestep_scale.
-            texts: `prompt` and `per_row` entries, of the prompt or of the negative one.
+            timestep: sigma * timestep_scale: (B,), or the family's shape of one per frame (`frame_timesteps`).
+            told: `prompt` and `per_row` entries, of the prompt or of the negative one.
         """
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
-
-    @abstractmethod
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents of a size that `multiples` allow."""
 
     @property
     @abstractmethod
@@ -80,8 +87,32 @@ class PipelineDenoiser(ABC):
 
     @property
     def model(self) -> Any:
-        """The network as diffusers made it, for its config, dtype and device."""
-        return getattr(self.pipe, self.component)
+        """A network as diffusers made it, for its config, dtype and device."""
+        return getattr(self.pipe, self._first)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latents in a token: frames, rows, columns."""
+        config = self.model.config
+        size = config.get("patch_size", 1)
+        frames, rows, columns = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+        return frames, rows, columns
+
+    @property
+    def frame_timesteps(self) -> Literal["BT", "BL"] | None:
+        """How the network takes a timestep per frame: (B, T), or (B, L) for tokens; None: only one per row."""
+        if self.frame_axis is None:
+            return None
+        try:
+            shapes = layout_of(self.model).timestep_shapes
+        except UserError:  # nothing is known of this network: it is told one per row
+            return None
+        return "BT" if "BT" in shapes else "BL" if "BL" in shapes else None
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether `predict` takes a noise level per latent frame."""
+        return self.frame_timesteps is not None
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not go with the model."""
@@ -95,10 +126,16 @@ class PipelineDenoiser(ABC):
     def encode_prompt(
         self, prompts: list[str], negative_prompts: list[str] | None = None, *, guidance: bool = True
     ) -> dict[str, Tensor]:
-        """Encode B prompts as the pipeline's default call does. See `Denoiser`."""
+        """Encode B prompts as the pipeline's default call does. See `Denoiser`.
+
+        Raises:
+            UserError: another number of negative prompts.
+        """
         condition = self._named("prompt", self.encode(prompts))
         if guidance:
             negatives = negative_prompts if negative_prompts is not None else [""] * len(prompts)
+            if len(negatives) != len(prompts):
+                raise UserError(f"{len(prompts)} prompts with {len(negatives)} negative prompts: give one for each")
             condition |= self._named("negative", self.encode(negatives))
         return condition
 
@@ -110,13 +147,13 @@ class PipelineDenoiser(ABC):
         """
         raise UserError(f"{type(self.pipe).__name__} takes text only: use an image-to-video model")
 
-    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Refuse clips.
-
-        Raises:
-            UserError: always; a family that is trained on clips writes its own.
-        """
-        raise UserError(f"clips are not encoded for {type(self.pipe).__name__} yet")
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one sample's latents. See `Denoiser`."""
+        rows, columns, time = self.multiples
+        if not time and num_frames != 1:
+            raise UserError(f"{type(self.pipe).__name__} makes pictures: num_frames must be 1, got {num_frames}")
+        check_size(num_frames, height, width, rows, columns, time or 1)
+        return self.shape_of(num_frames, height, width)
 
     def initial_latents(
         self,
@@ -130,20 +167,17 @@ class PipelineDenoiser(ABC):
         """Draw float32 noise, the pipeline's own for the same generator. See `Denoiser`."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        rows, columns, time = self.multiples
-        if not time and num_frames != 1:
-            raise UserError(f"{type(self.pipe).__name__} makes pictures: num_frames must be 1, got {num_frames}")
-        check_size(num_frames, height, width, rows, columns, time or 1)
         shape = (batch, *self.latent_shape(num_frames, height, width))
         noise: Tensor = randn_tensor(shape, generator=generator, device=self.model.device, dtype=torch.float32)
         return noise
 
+    # Noise levels.
+
     def tokens(self, shape: Sequence[int]) -> int:
         """Return the tokens of latents of a shape, which schedules with dynamic shifting depend on."""
-        patch = self.model.config.get("patch_size", 1)
-        patch = patch if isinstance(patch, int) else patch[-1]
-        count = int(shape[-1]) // patch * (int(shape[-2]) // patch)
-        return count * int(shape[-3]) if len(shape) == 4 else count
+        frames, rows, columns = self.patch
+        count = int(shape[-1]) // columns * (int(shape[-2]) // rows)
+        return count * (int(shape[-3]) // frames) if len(shape) == 4 else count
 
     def start_sigmas(self, num_steps: int) -> Tensor | None:
         """Return the noise levels that the pipeline hands to its scheduler before shifting; None leaves them to it."""
@@ -155,7 +189,7 @@ class PipelineDenoiser(ABC):
         Raises:
             UserError: the schedule depends on the size, and `shape` is not given.
         """
-        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it, and a rollout may be under way
         extra: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting", False):
             if shape is None:
@@ -169,42 +203,131 @@ class PipelineDenoiser(ABC):
         sigmas: Tensor = scheduler.sigmas
         return sigmas.to(self.model.device, torch.float32)
 
-    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
-        """Return the prediction of every row, float32. See `Denoiser`.
+    def alpha_bar(self, sigma: Tensor) -> Tensor:
+        """Refuse: a flow has no alpha-bar.
 
         Raises:
-            ValueError: `sigma` is not (B,), or guidance without `negative`.
+            UserError: always; `AlphaBarDenoiser` has its own.
         """
-        if sigma.shape != x.shape[:1]:
-            raise ValueError(f"sigma must have the shape ({x.shape[0]},), got {tuple(sigma.shape)}")
-        if guidance > 1 and "negative" not in condition:
-            raise ValueError("guidance above 1 needs condition['negative']: call encode_prompt with guidance=True")
-        x, timestep = x.to(self.model.dtype), self.timestep(sigma.to(x.device))
-        with_text = self.forward(x, timestep, self._texts("prompt", condition)).float()
-        if guidance <= 1:
-            return with_text
-        without = self.forward(x, timestep, self._texts("negative", condition)).float()
-        return without + guidance * (with_text - without)
+        raise UserError(
+            f"{type(self.pipe).__name__} is a flow model and has no alpha-bar: its noisy latents are "
+            "(1 - sigma) * clean + sigma * noise"
+        )
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Return the network's timesteps for noise levels (B,)."""
+        """Return the network's timesteps for noise levels of any shape."""
         return sigma.to(torch.float32) * self.timestep_scale
 
-    def to_pictures(self, decoded: Tensor) -> Tensor:
-        """Turn what an autoencoder of pictures gave, (B, 3, H, W) in [-1, 1], into clips of one frame."""
-        return (decoded.float() * 0.5 + 0.5).clamp(0, 1)[:, None]
+    # The network.
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
+        """Return the prediction of every row, float32. See `Denoiser`."""
+        self._check_sigma(x, sigma)
+        if guidance > 1 and "negative" not in condition:
+            raise UserError("guidance above 1 needs condition['negative']: call encode_prompt with guidance=True")
+        return self.route(x, self.timestep(sigma.to(x.device)), condition, guidance)
+
+    def route(self, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
+        """Send every row to its network: here, all to the first. `timestep` is (B,) or (B, T)."""
+        return self.guided(self.components[0], x, timestep, condition, guidance)
+
+    def guided(self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
+        """Call one network, twice where there is guidance, and combine in float32."""
+        if name not in self.transformers:
+            raise UserError(f"the pipeline has no {name}, which this noise level needs")
+        network = self.transformers[name]
+        x, timestep = x.to(self.model.dtype), self.network_timestep(timestep, x)
+        with_text = self.forward(network, x, timestep, self.told("prompt", condition)).float()
+        if guidance <= 1:
+            return with_text
+        without = self.forward(network, x, timestep, self.told("negative", condition)).float()
+        return without + guidance * (with_text - without)
+
+    def told(self, text: str, condition: Condition) -> dict[str, Tensor]:
+        """Return what `forward` is told besides latents and timestep; `text` is `prompt` or `negative`."""
+        return {"prompt": condition[text], **{name: condition[f"{text}_{name}"] for name in self.per_row}}
+
+    def network_timestep(self, timestep: Tensor, x: Tensor) -> Tensor:
+        """Bring timesteps (B,) or (B, T) into the shape that the network takes.
+
+        Raises:
+            UserError: frames of one token (a patch in time) have different noise levels.
+        """
+        if timestep.dim() == 1:
+            return timestep
+        frames, rows, columns = self.patch
+        if frames > 1:
+            patches = timestep.unflatten(1, (-1, frames))
+            if (patches != patches[..., :1]).any():
+                raise UserError(f"{frames} latent frames in a row are one token here: give them the same noise level")
+            timestep = patches[..., 0]
+        if self.frame_timesteps == "BT":
+            return timestep
+        return timestep.repeat_interleave(x.shape[-2] // rows * (x.shape[-1] // columns), dim=1)
+
+    # The autoencoder.
+
+    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Turn clips (B, F, 3, H, W) in [0, 1] into float32 latents; a picture is a clip of one frame. See `Denoiser`.
+
+        Raises:
+            UserError: the family says that it encodes none; clips of another shape or of a size that does not fit.
+        """
+        if not self.encodes_video:
+            raise UserError(f"clips are not encoded for {type(self.pipe).__name__}")
+        if clips.dim() != 5 or clips.shape[2] != 3:
+            raise UserError(f"clips must have the shape (B, F, 3, H, W), got {tuple(clips.shape)}")
+        self.latent_shape(clips.shape[1], *clips.shape[3:])
+        vae = self.pipe.vae
+        frames = clips[:, 0] if self.frame_axis is None else clips.transpose(1, 2)
+        distribution = vae.encode(frames.to(vae.device, vae.dtype) * 2 - 1).latent_dist
+        raw: Tensor = (distribution.sample(generator) if sample else distribution.mode()).float()
+        return self.normalise(raw).to(self.model.device)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn what the autoencoder gave into what the network sees."""
+        scale, shift = self._scale_and_shift()
+        return (raw if shift is None else raw - shift) * scale
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        scale, shift = self._scale_and_shift()
+        return latents / scale if shift is None else latents / scale + shift
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
+        vae = self.pipe.vae
+        raw = self.denormalise(latents.to(vae.device, vae.dtype))
+        return self.to_clips(vae.decode(raw, return_dict=False)[0])
 
     def to_clips(self, decoded: Tensor) -> Tensor:
-        """Turn what an autoencoder of clips gave, (B, 3, F, H, W) in [-1, 1], into clips."""
-        return (decoded.float() * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
+        """Turn what an autoencoder gave, (B, 3, F, H, W) or pictures (B, 3, H, W), in [-1, 1], into clips."""
+        clips = (decoded.float() * 0.5 + 0.5).clamp(0, 1)
+        return clips[:, None] if self.frame_axis is None else clips.transpose(1, 2)
+
+    def _check_sigma(self, x: Tensor, sigma: Tensor) -> None:
+        given: tuple[int, ...] = tuple(sigma.shape)
+        allowed: list[tuple[int, ...]] = [(len(x),)]
+        if given in allowed:
+            return
+        if self.frame_axis is not None and self.per_frame:
+            allowed.append((len(x), x.shape[self.frame_axis]))
+        elif len(given) == 2:
+            raise UserError(
+                f"{type(self.model).__name__} takes one noise level per row, sigma of shape ({len(x)},), got {given}: "
+                f"levels per frame need one of {', '.join(PER_FRAME)}"
+            )
+        if given not in allowed:
+            raise UserError(f"sigma must have the shape {' or '.join(map(str, allowed))}, got {given}")
+
+    def _scale_and_shift(self) -> tuple[float, float | None]:
+        config = self.pipe.vae.config
+        return config.scaling_factor, config.get("shift_factor")
 
     def _named(self, text: str, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         dtype = self.model.dtype
         names = (text, *(f"{text}_{name}" for name in self.per_row))
         return {n: p.to(dtype) if p.is_floating_point() else p for n, p in zip(names, parts, strict=True)}
-
-    def _texts(self, text: str, condition: Condition) -> dict[str, Tensor]:
-        return {"prompt": condition[text], **{name: condition[f"{text}_{name}"] for name in self.per_row}}
 
     def _mu(self, tokens: int) -> float:
         config = self.pipe.scheduler.config

@@ -21,7 +21,7 @@ _denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
     "FluxPipeline": "postgen.families.flux:FluxDenoiser",
     "HunyuanVideoPipeline": "postgen.families.hunyuan_video:HunyuanVideoDenoiser",
     "LTXPipeline": "postgen.families.ltx:LTXDenoiser",
-    "SkyReelsV2Pipeline": "postgen.families.wan:WanDenoiser",
+    "SkyReelsV2Pipeline": "postgen.families.wan:SkyReelsV2Denoiser",
     "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser",
     "StableDiffusionPipeline": "postgen.families.stable_diffusion:StableDiffusionDenoiser",
     "StableDiffusionXLPipeline": "postgen.families.stable_diffusion:StableDiffusionXLDenoiser",

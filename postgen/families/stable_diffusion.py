@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from postgen.compat import size_ids
 from postgen.errors import UserError
 from postgen.families.alpha_bar import AlphaBarDenoiser
 
@@ -15,10 +16,13 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
     """`Denoiser` of `StableDiffusionPipeline`.
 
     Raises:
-        UserError: as `PipelineDenoiser`, or a UNet that is told its guidance (LCM).
+        UserError: as `PipelineDenoiser`, a UNet that is told its guidance (LCM), or another number of tokens than
+            CLIP's 77.
     """
 
-    component = "unet"
+    frame_axis = None
+    components = ("unet",)
+    default_length = 77
 
     def __init__(self, pipe: Any, *, max_sequence_length: int | None = None) -> None:
         super().__init__(pipe, max_sequence_length=max_sequence_length)
@@ -28,12 +32,25 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
             pipe.vae.float()  # it overflows
 
     @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt, as many as CLIP has places for."""
+        return self.default_length
+
+    @max_sequence_length.setter
+    def max_sequence_length(self, length: int) -> None:
+        if length != self.default_length:
+            raise UserError(
+                f"the prompts of {type(self.pipe).__name__} have {self.default_length} tokens, not {length}: leave "
+                "max_sequence_length out"
+            )
+
+    @property
     def multiples(self) -> tuple[int, int, int]:
         """What height and width must divide by: whole latents on every level of the UNet; one frame."""
         side = self.pipe.vae_scale_factor * 2 ** (len(self.model.config.block_out_channels) - 1)
         return side, side, 0
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents."""
         space = self.pipe.vae_scale_factor
         return self.model.config.in_channels, height // space, width // space
@@ -45,26 +62,20 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
         )
         return (embeds,)
 
-    def added(self, x: Tensor, texts: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    def added(self, x: Tensor, told: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Return what the UNet is told besides the text."""
         return None
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network."""
-        output: Tensor = self.transformers["unet"](
+        output: Tensor = network(
             x,
             timestep,
-            encoder_hidden_states=texts["prompt"],
-            added_cond_kwargs=self.added(x, texts),
+            encoder_hidden_states=told["prompt"],
+            added_cond_kwargs=self.added(x, told),
             return_dict=False,
         )[0]
         return output
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips of one frame."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        return self.to_pictures(vae.decode(latents, return_dict=False)[0])
 
 
 class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
@@ -80,17 +91,11 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         )
         return embeds, pooled
 
-    def added(self, x: Tensor, texts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def added(self, x: Tensor, told: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the pooled text and the sizes."""
         height, width = (side * self.pipe.vae_scale_factor for side in x.shape[-2:])
-        sizes = self.pipe._get_add_time_ids(
-            (height, width),
-            (0, 0),
-            (height, width),
-            dtype=x.dtype,
-            text_encoder_projection_dim=self._projection(texts["pooled"]),
-        )
-        return {"text_embeds": texts["pooled"], "time_ids": sizes.to(x.device).repeat(len(x), 1)}
+        sizes = size_ids(self.pipe, (height, width), x.dtype, self._projection(told["pooled"]))
+        return {"text_embeds": told["pooled"], "time_ids": sizes.to(x.device).repeat(len(x), 1)}
 
     def _projection(self, pooled: Tensor) -> int:
         second = self.pipe.text_encoder_2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 
@@ -10,6 +10,7 @@ from postgen.families.pipeline_denoiser import PipelineDenoiser
 class StableDiffusion3Denoiser(PipelineDenoiser):
     """`Denoiser` of `StableDiffusion3Pipeline`."""
 
+    frame_axis = None
     per_row = ("pooled",)
 
     @property
@@ -18,7 +19,7 @@ class StableDiffusion3Denoiser(PipelineDenoiser):
         side = self.pipe.vae_scale_factor * self.model.config.patch_size
         return side, side, 0
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one sample's latents."""
         space = self.pipe.vae_scale_factor
         return self.model.config.in_channels, height // space, width // space
@@ -35,19 +36,13 @@ class StableDiffusion3Denoiser(PipelineDenoiser):
         )
         return embeds, pooled
 
-    def forward(self, x: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Call the network."""
-        output: Tensor = self.transformers["transformer"](
+        output: Tensor = network(
             hidden_states=x,
             timestep=timestep,
-            encoder_hidden_states=texts["prompt"],
-            pooled_projections=texts["pooled"],
+            encoder_hidden_states=told["prompt"],
+            pooled_projections=told["pooled"],
             return_dict=False,
         )[0]
         return output
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips of one frame."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return self.to_pictures(vae.decode(latents, return_dict=False)[0])

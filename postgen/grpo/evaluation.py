@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from postgen.sampling.conditions import Row
-from postgen.sampling.sampler import Sample, Sampler, Sampling, latent_shape
+from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
 from postgen.training.prompts import Prompts, columns
@@ -39,7 +39,7 @@ class Evaluator:
     def __init__(self, trainer: GroupTrainer[Any], guidance: float) -> None:
         self.trainer, args = trainer, trainer.args
         denoiser = trainer.policy.denoiser
-        shape = latent_shape(denoiser, trainer.size, trainer.device)
+        shape = denoiser.latent_shape(**trainer.size)
         schedule = schedule_of(denoiser, args.eval_num_inference_steps or args.num_inference_steps, shape)
         how = Sampling(kind="ode", guidance=guidance, size=trainer.size)
         # A meter of its own: what evaluation costs is no cost of training.

@@ -19,7 +19,7 @@ from postgen.errors import UserError
 from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
 from postgen.sampling.conditions import Conditions, Embeddings, Row
 from postgen.sampling.meter import Meter
-from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, TrainResult
@@ -193,7 +193,7 @@ class GroupTrainer(Trainer[G]):
         if args.precompute_prompt_embeds:
             self._encode_all()
         denoiser = self.policy.denoiser
-        shape = latent_shape(denoiser, self.size, self.device)
+        shape = denoiser.latent_shape(**self.size)
         schedule = chosen_schedule(
             args.sigma_schedule, denoiser, self.policy.pipe, args.num_inference_steps, shape, self.device
         )

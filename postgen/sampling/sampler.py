@@ -142,19 +142,7 @@ class Sampling:
     keep_means: bool = False
     """Whether training needs the means of the transitions."""
     size: dict[str, int] = field(default_factory=dict)
-    """`num_frames`, `height` and `width`, as `Denoiser.initial_latents` takes them."""
-
-
-def latent_shape(denoiser: Denoiser, size: dict[str, int], device: torch.device) -> tuple[int, ...]:
-    """Return the shape of one sample's latents.
-
-    Args:
-        denoiser: the model.
-        size: `num_frames`, `height` and `width`.
-        device: of its latents.
-    """
-    source = torch.Generator(device).manual_seed(0)
-    return tuple(denoiser.initial_latents(1, **size, generator=source).shape[1:])
+    """`num_frames`, `height` and `width`, as `Denoiser.latent_shape` takes them."""
 
 
 class Sampler:
@@ -174,7 +162,6 @@ class Sampler:
         self.denoiser, self.schedule, self.how = denoiser, schedule, sampling
         self.meter, self.device = meter, device
         self.passes = 2 if sampling.guidance > 1 else 1
-        self._shape: tuple[int, ...] | None = None
 
     def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
         """Return the network's prediction at step indices (B,), or (B, T) where the model takes levels per frame."""
@@ -288,9 +275,7 @@ class Sampler:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return initial or step noise, a row for each seed."""
-        if self._shape is None:
-            self._shape = latent_shape(self.denoiser, self.how.size, self.device)
-        return normal(self._shape, seeds, self.device)
+        return normal(self.denoiser.latent_shape(**self.how.size), seeds, self.device)
 
     def _transition(self, x: Tensor, prediction: Tensor, levels: Levels, *, stochastic: bool) -> Transition:
         kind: Kind = self.how.kind if stochastic else "ode"

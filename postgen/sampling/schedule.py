@@ -80,29 +80,24 @@ class Schedule:
         )
 
 
-def schedule_of(
-    denoiser: Denoiser, steps: int, shape: Sequence[int] | None = None, frame_axis: int | None = None
-) -> Schedule:
+def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = None) -> Schedule:
     """Return the noise levels that a denoiser's pipeline would use.
 
     Args:
         denoiser: the model.
         steps: their number.
         shape: of one sample's latents, for schedules that depend on the size.
-        frame_axis: of the latents, batch included; only noise levels per frame need it.
 
     Raises:
         UserError: the schedule depends on the size and `shape` is not given, or `steps` is less than 2.
     """
     sigmas = denoiser.sigmas(steps, shape)
     kind = denoiser.prediction_type
-    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()  # type: ignore[attr-defined]
-    return Schedule(sigmas.double(), kind, bars, frame_axis)
+    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()
+    return Schedule(sigmas.double(), kind, bars, denoiser.frame_axis)
 
 
-def linspace_schedule(
-    denoiser: Denoiser, steps: int, shift: float, device: torch.device, frame_axis: int | None = None
-) -> Schedule:
+def linspace_schedule(denoiser: Denoiser, steps: int, shift: float, device: torch.device) -> Schedule:
     """Return S equal steps from 1 to 0, shifted: s = k t / (1 + (k - 1) t), as DanceGRPO draws its rollouts.
 
     Pipelines of some flow models put their last level but one close to 0, where a stochastic step leaves more noise
@@ -115,7 +110,7 @@ def linspace_schedule(
         predicted = denoiser.prediction_type
         raise UserError(f"sigma_schedule 'linspace' is for flow models, this predicts {predicted}: use 'pipeline'")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-    return Schedule(shift * t / (1 + (shift - 1) * t), frame_axis=frame_axis)
+    return Schedule(shift * t / (1 + (shift - 1) * t), frame_axis=denoiser.frame_axis)
 
 
 def chosen_schedule(

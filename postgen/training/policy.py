@@ -85,7 +85,7 @@ class Policy:
         if args.flow_shift is not None:
             pipe.scheduler = shifted(pipe.scheduler, args.flow_shift)
         if args.max_sequence_length is not None:
-            self.denoiser.max_sequence_length = args.max_sequence_length  # type: ignore[attr-defined]
+            self.denoiser.max_sequence_length = args.max_sequence_length
         self.defaults = defaults or Defaults()
         self.modules: dict[str, Any] = dict(self.denoiser.transformers)
         self.adapter: str | None = None

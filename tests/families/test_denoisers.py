@@ -8,6 +8,7 @@ from postgen.families import Denoiser, denoiser_for
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.transition import transition
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
+from tests.sampling.toy import ToyDenoiser, ToyPipeline
 
 STEPS = 4
 
@@ -99,6 +100,95 @@ def test_denoiser_refuses_sizes(built):
         denoiser.initial_latents(1, **{**size, "num_frames": 3})
     with pytest.raises(UserError, match="takes text only"):
         denoiser.encode_image(torch.zeros(1, 3, 16, 16), 5)
+
+
+def test_denoiser_tells_the_shape_of_its_latents(built):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    x = denoiser.initial_latents(2, **size)
+    assert denoiser.latent_shape(**size) == x.shape[1:]
+    pictures = size["num_frames"] == 1
+    assert denoiser.frame_axis == (None if pictures else 1 if type(pipe).__name__.startswith("CogVideoX") else 2)
+    if not pictures:
+        more = {**size, "num_frames": size["num_frames"] + 8}
+        longer = denoiser.initial_latents(2, **more)
+        grown = [axis for axis in range(x.dim()) if longer.shape[axis] != x.shape[axis]]
+        assert grown == [denoiser.frame_axis]
+    with pytest.raises(UserError, match="height must be a multiple of"):
+        denoiser.latent_shape(**{**size, "height": 17})
+
+
+@torch.no_grad()
+def test_denoiser_encodes_what_it_decodes(built):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    assert denoiser.encodes_video
+    clips = torch.rand(2, size["num_frames"], 3, size["height"], size["width"], generator=noise_source())
+    latents = denoiser.encode_video(clips)
+    assert latents.dtype == torch.float32
+    assert latents.shape == (2, *denoiser.latent_shape(**size))
+    pictures = denoiser.frame_axis is None
+    raw = pipe.vae.encode((clips[:, 0] if pictures else clips.transpose(1, 2)) * 2 - 1).latent_dist.mode()
+    torch.testing.assert_close(denoiser.denormalise(latents), raw, rtol=1e-5, atol=1e-5)
+    decoded = pipe.vae.decode(raw).sample
+    direct = (decoded[:, None] if pictures else decoded.transpose(1, 2)) / 2 + 0.5
+    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-5)
+    drawn = [denoiser.encode_video(clips, sample=True, generator=noise_source()) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], latents)
+    with pytest.raises(UserError, match=r"num_frames must be 1|the number of frames must be"):
+        denoiser.encode_video(clips[:, :1].expand(-1, 3, -1, -1, -1))
+    with pytest.raises(UserError, match=r"\(B, F, 3, H, W\), got"):
+        denoiser.encode_video(clips.transpose(1, 2))
+
+
+def test_denoiser_has_alpha_bars_unless_it_is_a_flow(built):
+    denoiser = denoiser_for(built[0])
+    sigma = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.75, 0.1]])
+    if denoiser.prediction_type == "flow":
+        with pytest.raises(UserError, match="is a flow model and has no alpha-bar"):
+            denoiser.alpha_bar(sigma)
+        return
+    bars = denoiser.alpha_bar(sigma)
+    assert bars.dtype == torch.float64
+    assert bars.shape == sigma.shape
+    assert torch.equal(bars[1], denoiser.alpha_bar(sigma[1]))
+    assert bars[0, 0] > bars[0, 1] > bars[0, 2]
+
+
+def test_denoiser_length_of_prompts_can_be_set_before_they_are_encoded(built):
+    pipe, _ = built
+    denoiser = denoiser_for(pipe)
+    if denoiser.max_sequence_length == 77:  # CLIP's only
+        with pytest.raises(UserError, match="have 77 tokens, not 16: leave max_sequence_length out"):
+            denoiser.max_sequence_length = 16
+        return
+    before = denoiser.encode_prompt(["a"], guidance=False)["prompt"].shape[1]
+    denoiser.max_sequence_length -= 7
+    assert denoiser.encode_prompt(["a"], guidance=False)["prompt"].shape[1] == before - 7
+
+
+def test_denoiser_refuses_another_number_of_negative_prompts(built):
+    with pytest.raises(UserError, match="2 prompts with 1 negative prompts"):
+        denoiser_for(built[0]).encode_prompt(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "epsilon"])
+def test_denoiser_of_the_toy_has_all_that_is_used(prediction_type):
+    toy = ToyDenoiser(ToyPipeline(prediction_type))
+    assert isinstance(toy, Denoiser)
+    x = toy.initial_latents(2, num_frames=1, height=2, width=2, generator=None)
+    assert toy.latent_shape(1, 2, 2) == x.shape[1:]
+    for refused in (toy.encode_video, lambda clips: toy.encode_image(clips[:, 0], 1)):
+        with pytest.raises(UserError):
+            refused(torch.zeros(1, 1, 3, 2, 2))
+
+
+def test_denoiser_of_a_pipeline_without_its_network_is_refused():
+    pipe, _ = tiny_pipeline("LTX")
+    pipe.transformer = None
+    with pytest.raises(UserError, match="this LTXPipeline has no transformer: load it with its network"):
+        denoiser_for(pipe)
 
 
 def test_denoiser_of_cogvideox_15_does_not_pad():

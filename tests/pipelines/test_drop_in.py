@@ -8,7 +8,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ BROKEN = {"EasyAnimateControlPipeline": "text_encoder_index"}
 
 UNTOLD = {"LTX2DFRPipeline"}
 """The call does not tell the frames: a warning says so, and nothing is enhanced."""
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """More threads than one only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def transformer_classes(pipeline: type) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Enhance-A-Video")
 
 FOUR = ("WanPipeline", "CogVideoXPipeline", "HunyuanVideoPipeline", "LTXPipeline")
 CONFIG = postgen.EnhanceAVideoConfig(weight=8.0)
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(pipe: Any, arguments: dict[str, Any], **settings: Any) -> Tensor:

@@ -124,9 +124,7 @@ def test_walk_with_levels_per_frame():
     denoiser = FrameDenoiser(ToyPipeline())
     torch.nn.init.normal_(denoiser.transformers["transformer"].outer.weight, std=0.2)
     how = Sampling(kind="ode", size={"num_frames": FRAMES, "height": 2, "width": 2})
-    sampler = Sampler(
-        denoiser, schedule_of(denoiser, 6, frame_axis=2), how, Meter(torch.device("cpu")), torch.device("cpu")
-    )
+    sampler = Sampler(denoiser, schedule_of(denoiser, 6), how, Meter(torch.device("cpu")), torch.device("cpu"))
     x = sampler.noise([1, 2])
     together = [Move(rows=slice(0, 2), start=[index] * 2, stop=[index + 1] * 2) for index in range(6)]
     lag = torch.arange(FRAMES)

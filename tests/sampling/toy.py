@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from postgen.errors import UserError
 from postgen.families import register_denoiser
 
 SPREAD = 0.5
@@ -70,6 +71,11 @@ class ToyPipeline:
 class ToyDenoiser:
     timestep_scale = 1000.0
     lora_targets = ("outer",)
+    max_sequence_length = 1
+    frame_axis = 2
+    per_frame = False
+    encodes_video = False
+    shape = SHAPE
 
     def __init__(self, pipe: ToyPipeline) -> None:
         self.transformers = {"transformer": pipe.transformer}
@@ -87,8 +93,17 @@ class ToyDenoiser:
         condition = {"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])}
         return {**condition, "negative": torch.zeros(len(prompts), 1)} if guidance else condition
 
+    def encode_image(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
+        raise UserError("the toy takes text only")
+
+    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: Any = None) -> Tensor:
+        raise UserError("the toy has no autoencoder")
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        return self.shape
+
     def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
-        return torch.randn(batch, *SHAPE, generator=generator, device=self.device)
+        return torch.randn(batch, *self.shape, generator=generator, device=self.device)
 
     def sigmas(self, steps: int, shape: Any = None) -> Tensor:
         start = 0.99 if self.prediction_type != "flow" else 1
@@ -96,6 +111,8 @@ class ToyDenoiser:
         return 3 * s / (1 + 2 * s)
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
+        if self.prediction_type == "flow":
+            raise UserError("the toy is a flow and has no alpha-bar")
         return self.bars[(1000 - sigma * 1000).round().long()]
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Any, guidance: float = 1.0) -> Tensor:
@@ -125,10 +142,7 @@ class FrameDenoiser(ToyDenoiser):
     so that each must come out as it does alone."""
 
     shape = (3, 4, 2, 2)
-    frame_axis = 2
-
-    def initial_latents(self, batch: int, *, num_frames: int, height: int, width: int, generator: Any) -> Tensor:
-        return torch.randn(batch, *self.shape, generator=generator, device=self.device)
+    per_frame = True
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Any, guidance: float = 1.0) -> Tensor:
         batch, channels, frames, *size = x.shape
