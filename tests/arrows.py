@@ -8,7 +8,7 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files"}
+GROUND = {"errors", "files", "settings"}
 LOWER = {
     *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
@@ -21,6 +21,7 @@ TOP |= {"train"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "settings": {"errors"},
     "assets": GROUND,
     "compat": GROUND,
     "kernels": {"files"},
@@ -52,7 +53,7 @@ VIDEO_NAMES = {
     "VideoCapture",
     "VideoWriter",
 }
-MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "assets"}
+MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "settings", "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
 GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Embeddings:
         self.denoiser, self.size, self.guidance = denoiser, size, guidance
         self.negative_prompt, self.keep_all, self.device = negative_prompt, keep_all, device
         self._known: OrderedDict[tuple[str, str, str], dict[str, Tensor]] = OrderedDict()
+
+    def encode(self, rows: Iterable[Row]) -> None:
+        """Encode rows now instead of when they are first asked for."""
+        for row in rows:
+            self.of(row)
 
     def table(self, row_of: Callable[[int], Row]) -> Conditions:
         """Return a function from row numbers to their stacked conditions."""

@@ -5,25 +5,57 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-import postgen
+from postgen.assets import embedded_model
 from postgen.compat import quiet_libraries, save_lora
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
-from postgen.families.lora import check_lora, load_loras
 from postgen.families.lora_export import NOTE
 from postgen.sampling.schedule import shifted
+from postgen.settings import Part
 
+from .lora import AdapterConfig, add_adapters
 from .run_state import trained_parameters
 
 
-class Snapshot:
+@dataclass(kw_only=True)
+class ModelConfig(Part):
+    """Which model is trained, and how it is loaded and run.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    part: ClassVar[str] = "model"
+
+    model: str | None = None
+    """A diffusers folder or hub id; none is the embedded model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the frozen weights. Trained weights are float32 in any case."""
+
+    flow_shift: float | None = None
+    """Shift of the noise levels; none keeps the scheduler's."""
+
+    max_sequence_length: int | None = None
+    """Tokens of a prompt; none is the pipeline's default."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
+
+
+class WeightsCopy:
     """A copy of trained parameters that can stand in for them.
 
     Args:
@@ -71,60 +103,44 @@ class Policy:
 
     Args:
         pipe: a pipeline, already on its device; its components are used in place.
-        args: the run's configuration.
-        peft_config: a `peft.LoraConfig`; none takes the one that `args` describes.
+        model: how it is run.
+        lora: which adapters are added; without any, all weights of the denoiser are trained.
+        peft_config: a `peft.LoraConfig`; none takes the one that `lora` describes.
         defaults: what the model's folder says about sizes.
 
     Raises:
         UserError: no denoiser for it, or LoRA layers that it does not have.
     """
 
-    def __init__(self, pipe: Any, args: Any, peft_config: Any = None, defaults: Defaults | None = None) -> None:
-        self.pipe, self.args = pipe, args
+    def __init__(
+        self,
+        pipe: Any,
+        model: ModelConfig,
+        lora: AdapterConfig,
+        peft_config: Any = None,
+        defaults: Defaults | None = None,
+    ) -> None:
+        self.pipe = pipe
         self.denoiser: Denoiser = denoiser_for(pipe)
-        if args.flow_shift is not None:
-            pipe.scheduler = shifted(pipe.scheduler, args.flow_shift)
-        if args.max_sequence_length is not None:
-            self.denoiser.max_sequence_length = args.max_sequence_length
+        if model.flow_shift is not None:
+            pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
+        if model.max_sequence_length is not None:
+            self.denoiser.max_sequence_length = model.max_sequence_length
         self.defaults = defaults or Defaults()
         self.modules: dict[str, Any] = dict(self.denoiser.transformers)
-        self.adapter: str | None = None
-        self._start: Snapshot | None = None
+        self._start: WeightsCopy | None = None
         for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
             module.requires_grad_(False).eval()
-        if args.lora_path and peft_config is not None:
-            raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
-        if args.use_peft or args.lora_path or peft_config is not None:
-            self._add_lora(peft_config)
-        else:
+        self.adapter = add_adapters(pipe, self.denoiser, lora, peft_config)
+        # Adapters of a file are part of the model that training starts from.
+        self._switches_off = self.adapter is not None and not lora.lora_path
+        if self.adapter is None:
             for module in self.modules.values():
                 # In half precision most updates of such a learning rate would be rounded away.
                 module.requires_grad_(True).float()
         for module in self.modules.values():
-            if args.gradient_checkpointing:
+            if model.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
-
-    @property
-    def size(self) -> dict[str, int]:
-        """`num_frames`, `height` and `width` of what is made.
-
-        Raises:
-            UserError: neither the configuration nor the model says one.
-        """
-        found = {}
-        for name in ("num_frames", "height", "width"):
-            value = getattr(self.args, name) or getattr(self.defaults, name)
-            if value is None and name == "num_frames" and "num_frames" not in _arguments(self.pipe):
-                value = 1
-            if value is None:
-                raise UserError(f"{name} is not given, and {type(self.pipe).__name__} has no default: set it")
-            found[name] = int(value)
-        return found
-
-    @property
-    def fps(self) -> float:
-        """Frames per second."""
-        return float(self.args.fps or self.defaults.fps)
 
     @property
     def copies_reference(self) -> bool:
@@ -135,7 +151,7 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Inside, the model is what it was before training: adapters off, or, with all weights trained, a copy."""
         with ExitStack() as stack:
-            if self.adapter is None or self.args.lora_path:
+            if not self._switches_off:
                 if self._start is None:
                     raise RuntimeError("keep_reference has not been called")
                 stack.enter_context(self._start.swapped_in())
@@ -145,19 +161,28 @@ class Policy:
                     stack.callback(module.enable_adapters)
             yield
 
-    def keep_reference(self) -> None:
+    def park_text_encoders(self) -> None:
+        """Move the text encoders to the CPU: all prompts are encoded."""
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                part.to("cpu")
+
+    def keep_reference(self, init_from: str | None) -> None:
         """Remember the weights as they are, where switching adapters off would not give them back.
 
+        Args:
+            init_from: where other weights are about to be taken from (`TrainingConfig.init_from`).
+
         Raises:
-            UserError: they are yet to be replaced.
+            UserError: the weights are about to be replaced, so that they are no reference.
         """
-        if self.adapter is None or self.args.lora_path:
-            if self.args.init_from:
+        if not self._switches_off:
+            if init_from:
                 raise UserError(
                     "init_from with beta above 0: the reference would be the model before it. Name a folder "
                     "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
                 )
-            self._start = Snapshot(trained_parameters(self.modules))
+            self._start = WeightsCopy(trained_parameters(self.modules))
 
     def save(self, folder: Path, state: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
         """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
@@ -172,53 +197,35 @@ class Policy:
             if self.adapter is None:
                 (module if weights is None else _plain(module, weights)).save_pretrained(folder / name)
             else:
-                place = folder if alone else folder / name
-                save_lora(self.pipe, place, name, module, self.adapter, weights)
+                target = folder if alone else folder / name
+                save_lora(self.pipe, target, name, module, self.adapter, weights)
                 # For `postgen export-lora`: layers of different families have the same names.
-                (place / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
-
-    def _add_lora(self, peft_config: Any) -> None:
-        if self.args.lora_path:
-            check_lora(self.args.lora_path)
-            load_loras(self.pipe, [self.args.lora_path])
-            self.adapter = "lora0"
-        else:
-            config = peft_config if peft_config is not None else self._lora_config()
-            self.adapter = "default"
-            for module in self.modules.values():
-                _check_targets(module, config.target_modules)
-                module.add_adapter(config, adapter_name=self.adapter)
-        for module in self.modules.values():
-            for name, parameter in module.named_parameters():
-                if f".{self.adapter}." in name and "lora_" in name:
-                    parameter.requires_grad_(True)
-                    parameter.data = parameter.data.float()
-
-    def _lora_config(self) -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.args.lora_r,
-            lora_alpha=self.args.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(self.args.lora_target_modules or self.denoiser.lora_targets),
-        )
+                (target / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
 
 
-def load_policy(model: Any, args: Any, device: torch.device, peft_config: Any = None) -> Policy:
-    """Return the policy of a model: a folder, a hub id, a pipeline, or None for the embedded model.
+def load_policy(
+    source: Any, model: ModelConfig, lora: AdapterConfig, device: torch.device, peft_config: Any = None
+) -> Policy:
+    """Return the policy of a model.
+
+    Args:
+        source: a folder, a hub id, a pipeline, or None for the embedded model.
+        model: how it is loaded and run.
+        lora: which adapters are added.
+        device: where it is trained.
+        peft_config: instead of the one that `lora` describes.
 
     Raises:
         UserError: it cannot be loaded, or as `Policy`.
     """
-    if model is not None and not isinstance(model, str | Path):
-        return Policy(model.to(device), args, peft_config)
-    facts = inspect_model(model if model is not None else postgen.embedded_model(), images=True)
+    if source is not None and not isinstance(source, str | Path):
+        return Policy(source.to(device), model, lora, peft_config)
+    facts = inspect_model(source if source is not None else embedded_model(), images=True)
     with quiet_libraries():
-        place = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
-        pipe = load_pipeline(facts, dtype=args.dtype, device=place)
+        where = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
+        pipe = load_pipeline(facts, dtype=model.dtype, device=where)
     pipe.set_progress_bar_config(disable=True)
-    return Policy(pipe, args, peft_config, facts.defaults)
+    return Policy(pipe, model, lora, peft_config, facts.defaults)
 
 
 def _plain(module: Any, weights: Mapping[str, Tensor]) -> Any:
@@ -228,22 +235,3 @@ def _plain(module: Any, weights: Mapping[str, Tensor]) -> Any:
         made = kind.from_config(module.config)
     made.load_state_dict(dict(weights), assign=True)
     return made
-
-
-def _check_targets(module: nn.Module, targets: Any) -> None:
-    if not isinstance(targets, list | tuple | set):
-        return  # a pattern: peft itself refuses one that matches nothing
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)]
-    for target in sorted(targets):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            endings = dict.fromkeys(".".join(p for p in name.split(".")[-2:] if not p.isdigit()) for name in names)
-            raise UserError(
-                f"lora_target_modules: {target!r} matches no layer of {type(module).__name__}. Its layers end in "
-                f"{', '.join(list(endings)[:12])}"
-            )
-
-
-def _arguments(pipe: Any) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(type(pipe).__call__).parameters)

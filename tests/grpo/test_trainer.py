@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
+from postgen.grpo.evaluation import combined
 from postgen.grpo.guards import HackingGuard, check_groups
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOTrainer
@@ -347,11 +348,11 @@ def test_grpo_evaluation_keeps_to_the_batch_size_and_adds_costs_of_processes(tmp
     sizes = []
     run.build()
     run.policy.modules["transformer"].register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    run.evaluator.run(run.eval_prompts)
+    run.evaluator.run(run.eval_prompts.rows)
     assert max(sizes) == 3
     spent = [{"forward_equivalents": 3.0, "transformer_seconds": 1.0}, {"forward_equivalents": 4.0}]
     spent[1]["transformer_seconds"] = 0.5
-    means = run.evaluator._means([([{"reward": 1.0}], [], spent[0]), ([{"reward": 2.0}], [], spent[1])])
+    means = combined([([{"reward": 1.0}], [], spent[0]), ([{"reward": 2.0}], [], spent[1])])
     assert (means["reward"], means["cost/forward_equivalents"], means["cost/transformer_seconds"]) == (1.5, 7, 1.5)
 
 
