@@ -41,7 +41,7 @@ def check_groups(runner: RewardRunner, batches: Batches) -> None:
 
 
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
-    """Load networks of rewards and ask servers now: what fails at the first evaluation takes all updates before along.
+    """Load the networks of rewards and ask their servers now, so that no run fails at its first evaluation.
 
     Raises:
         UserError: weights that cannot be found, or a server that cannot be reached.

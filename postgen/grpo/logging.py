@@ -73,7 +73,7 @@ def write_clip(path: Path, clip: Tensor, fps: float) -> None:
 
 
 def tiled(clips: Sequence[Tensor], columns: int) -> Tensor:
-    """Return clips (F,3,H,W) of one size as one clip, row by row; missing places are black."""
+    """Return clips (F,3,H,W) of one size as one clip, row by row; missing clips are black."""
     blank = torch.zeros_like(clips[0])
     padded = [*clips, *[blank] * (-len(clips) % columns)]
     rows = [torch.cat(padded[low : low + columns], dim=3) for low in range(0, len(padded), columns)]

@@ -70,7 +70,7 @@ class Embeddings:
         negative = row.get("negative_prompt")
         negative = self.negative_prompt if negative is None else str(negative)
         image = row.get("image")
-        # Rows live as long as the run. What a tensor prints leaves most of it out: two pictures may print alike.
+        # By identity, as rows live as long as the run: the text form of a tensor is shortened, two may print alike.
         picture_key = str(image) if image is None or isinstance(image, str | Path) else f"object {id(image)}"
         key = row["prompt"], negative if self.guidance else "", picture_key
         if key in self._known:

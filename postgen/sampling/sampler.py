@@ -283,8 +283,8 @@ class Sampler:
 
     def _window(self, samples: Sequence[Sample]) -> Iterator[Move]:
         """Return the stochastic steps, which all samples take together, wherever they stand."""
-        for place in range(self.how.window):
-            now = [sample.start + place for sample in samples]
+        for offset in range(self.how.window):
+            now = [sample.start + offset for sample in samples]
             seeds = [sample.step_seed(step) for sample, step in zip(samples, now, strict=True)]
             yield Move(rows=slice(0, len(now)), start=now, stop=[step + 1 for step in now], seeds=seeds)
 

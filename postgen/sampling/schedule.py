@@ -101,7 +101,7 @@ def linspace_schedule(denoiser: Denoiser, steps: int, shift: float, device: torc
     """Return S equal steps from 1 to 0, shifted: s = k t / (1 + (k - 1) t), as DanceGRPO draws its rollouts.
 
     Pipelines of some flow models put their last level but one close to 0, where a stochastic step leaves more noise
-    than the network then believes in; here the last step begins at k / (S + k - 1).
+    than the network is then told of; here the last step begins at k / (S + k - 1).
 
     Raises:
         UserError: the model is no flow.

@@ -48,7 +48,7 @@ Weighting = Literal["none", "std", "inv_grad"]
 def overshooting(kind: Kind, schedule: Schedule, noise_level: float, steps: Sequence[int]) -> list[int]:
     """Return those steps that add noise of more than four times the level on which they end.
 
-    The next prediction then believes in a fraction of the noise that is there. Twice the level did no harm to clips of
+    The network is then told of a fraction of the noise that is there. Twice the level did no harm to clips of
     the embedded model, 50 times broke them.
     """
     index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
@@ -100,7 +100,7 @@ class Transition:
     def gradient_scale(self) -> Tensor:
         """Return, per level, the factor of the noise z in the gradient of the summed log-probability by prediction.
 
-        It weights the steps of a rollout without being asked to: c_t of arXiv:2605.15980.
+        It weights the steps of a rollout implicitly: c_t of arXiv:2605.15980.
         """
         return self.slope.abs() / self.std if self.has_scale else 2 * self.std * self.slope.abs()
 
@@ -151,7 +151,7 @@ def transition(
     Args:
         kind: which of the formulas at the top of this file.
         x: (B, ...) latents, float32 or float64: in half precision the ratio of an unchanged policy would not be 1.
-        prediction: what the network said about x, of the same shape; computed with in the dtype of x.
+        prediction: the network's output for x, of the same shape; it is brought to the dtype of x.
         levels: where the step begins and ends, (B,), or (B, T) for noise levels per frame.
         noise_level: strength a of the noise, see `NOISE_LEVEL`.
         prediction_type: meaning of `prediction`.

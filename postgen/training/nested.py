@@ -25,13 +25,13 @@ def parts_of(config_class: type[Part]) -> dict[str, list[str]]:
     return found
 
 
-def flat(config_class: type[Part], values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Return values under the names of the fields.
 
     Args:
         config_class: the configuration.
         values: by field, or by part and field.
-        place: what messages call the source of the values.
+        origin: what messages call the source of the values.
 
     Raises:
         UserError: an unknown key or part, a part that is no mapping, or a key that is given twice.
@@ -41,24 +41,24 @@ def flat(config_class: type[Part], values: Mapping[str, Any], place: str) -> dic
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and key in parts:
-            _add(found, _fields(str(key), value, parts[key], place), place)
+            _add(found, _fields(str(key), value, parts[key], origin), origin)
         elif key in known:
-            _add(found, {key: value}, place)
+            _add(found, {key: value}, origin)
         elif key in parts:
             some = ", ".join(parts[key][:3])
             raise UserError(
-                f"{key} in {place} is {value!r}, it must be a mapping with keys of this part ({some}, ...)."
+                f"{key} in {origin} is {value!r}, it must be a mapping with keys of this part ({some}, ...)."
             )
         elif isinstance(value, Mapping):
             raise UserError(
-                f"{config_class.__name__} has no part {key!r} ({place}): its parts are {', '.join(parts)}."
+                f"{config_class.__name__} has no part {key!r} ({origin}): its parts are {', '.join(parts)}."
             )
         else:
-            check_key(str(key), [*known, *parts], place)
+            check_key(str(key), [*known, *parts], origin)
     return found
 
 
-def check_key(key: str, known: Iterable[str], place: str) -> None:
+def check_key(key: str, known: Iterable[str], origin: str) -> None:
     """Check that a key is one of those that are known.
 
     Raises:
@@ -69,23 +69,23 @@ def check_key(key: str, known: Iterable[str], place: str) -> None:
         return
     near = difflib.get_close_matches(key, known, n=1, cutoff=0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"Unknown key {key!r} in {place}.{hint}")
+    raise UserError(f"Unknown key {key!r} in {origin}.{hint}")
 
 
-def _fields(part: str, values: Mapping[str, Any], own: list[str], place: str) -> dict[str, Any]:
+def _fields(part: str, values: Mapping[str, Any], own: list[str], origin: str) -> dict[str, Any]:
     """Return the values of one part under the names of its fields."""
     names = {name.removeprefix(f"{part}_"): name for name in own} | {name: name for name in own}
     if part == "method":
         names["name"] = "method"
     found: dict[str, Any] = {}
     for key, value in values.items():
-        check_key(str(key), names, f"the part {part} of {place}")
-        _add(found, {names[key]: value}, place)
+        check_key(str(key), names, f"the part {part} of {origin}")
+        _add(found, {names[key]: value}, origin)
     return found
 
 
-def _add(found: dict[str, Any], values: Mapping[str, Any], place: str) -> None:
+def _add(found: dict[str, Any], values: Mapping[str, Any], origin: str) -> None:
     for name, value in values.items():
         if name in found:
-            raise UserError(f"{name} is given twice in {place}: keep one of the two spellings.")
+            raise UserError(f"{name} is given twice in {origin}: keep one of the two spellings.")
         found[name] = value

@@ -136,7 +136,7 @@ class Policy:
         self._switches_off = self.adapter is not None and not lora.lora_path
         if self.adapter is None:
             for module in self.modules.values():
-                # In half precision most updates of such a learning rate would be rounded away.
+                # In half precision most updates of a usual learning rate would be rounded away.
                 module.requires_grad_(True).float()
         for module in self.modules.values():
             if model.gradient_checkpointing:

@@ -60,8 +60,8 @@ def find_method(method: str) -> "type[Trainer[Any]]":
     Raises:
         UserError: nobody knows it, or it cannot be imported.
     """
-    place = METHODS.get(method, method)
-    module, colon, name = place.partition(":")
+    location = METHODS.get(method, method)
+    module, colon, name = location.partition(":")
     if not colon:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
