@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from postgen.families import denoiser_for
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Move, Sampler, Sampling
 from postgen.sampling.schedule import Schedule, schedule_of
 from postgen.sampling.solver import Multistep
 from postgen.sampling.transition import NOISE_LEVEL, split, transition, wide
+from tests.families.tiny_pipelines import tiny_pipeline
 from tests.sampling.toy import FrameDenoiser, ToyPipeline
 
+CPU = torch.device("cpu")
 FRAMES = 4
 START = torch.tensor([[0, 3, 6, 2], [7, 1, 4, 5]])
 
@@ -29,17 +32,17 @@ def case(axis=2):
 def kinds():
     flow = [(kind, "flow") for kind in ("dance", "flow", "exact", "cps", "ode")]
     # epsilon says nothing at alpha-bar 0, where the schedule above begins.
-    return flow + [(kind, said) for kind in ("ddim", "ode") for said in ("v_prediction", "sample")]
+    return flow + [(kind, meaning) for kind in ("ddim", "ode") for meaning in ("v_prediction", "sample")]
 
 
-@pytest.mark.parametrize(("kind", "said"), kinds())
+@pytest.mark.parametrize(("kind", "meaning"), kinds())
 @pytest.mark.parametrize("axis", [1, 2])
-def test_frames_of_one_level_are_a_row_of_it(kind, said, axis):
-    (x, v, z), steps = case(axis), schedule(said, axis)
+def test_frames_of_one_level_are_a_row_of_it(kind, meaning, axis):
+    (x, v, z), steps = case(axis), schedule(meaning, axis)
     index = torch.tensor([2, 5])
-    row = transition(kind, x, v, steps.levels(index, index + 1), NOISE_LEVEL[kind], said)
+    row = transition(kind, x, v, steps.levels(index, index + 1), NOISE_LEVEL[kind], meaning)
     each = index[:, None].expand(2, FRAMES)
-    frame = transition(kind, x, v, steps.levels(each, each + 1), NOISE_LEVEL[kind], said)
+    frame = transition(kind, x, v, steps.levels(each, each + 1), NOISE_LEVEL[kind], meaning)
     assert torch.equal(frame.mean, row.mean)
     assert torch.equal(frame.clean, row.clean)
     assert torch.equal(frame.std, row.std[:, None].expand(2, FRAMES))
@@ -51,16 +54,16 @@ def test_frames_of_one_level_are_a_row_of_it(kind, said, axis):
             torch.testing.assert_close(frame.log_prob(y, reduction), row.log_prob(y, reduction), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize(("kind", "said"), kinds())
+@pytest.mark.parametrize(("kind", "meaning"), kinds())
 @pytest.mark.parametrize("axis", [1, 2])
-def test_each_frame_steps_as_it_does_alone(kind, said, axis):
-    (x, v, z), steps = case(axis), schedule(said, axis)
-    together = transition(kind, x, v, steps.levels(START, START + 1), NOISE_LEVEL[kind], said)
+def test_each_frame_steps_as_it_does_alone(kind, meaning, axis):
+    (x, v, z), steps = case(axis), schedule(meaning, axis)
+    together = transition(kind, x, v, steps.levels(START, START + 1), NOISE_LEVEL[kind], meaning)
     scores = []
     for frame in range(FRAMES):
         one = [tensor.narrow(axis, frame, 1) for tensor in (x, v, z)]
         levels = steps.levels(START[:, frame], START[:, frame] + 1)
-        alone = transition(kind, *one[:2], levels, NOISE_LEVEL[kind], said)
+        alone = transition(kind, *one[:2], levels, NOISE_LEVEL[kind], meaning)
         assert torch.equal(together.mean.narrow(axis, frame, 1), alone.mean)
         assert torch.equal(together.sample(z).narrow(axis, frame, 1), alone.sample(one[2]))
         assert torch.equal(together.std[:, frame], alone.std)
@@ -72,12 +75,12 @@ def test_each_frame_steps_as_it_does_alone(kind, said, axis):
         torch.testing.assert_close(together.log_prob(together.sample(z), "sum"), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("kind", "said"), kinds())
-def test_clean_frames_are_left_alone_and_out_of_the_probability(kind, said):
-    (x, v, z), steps = case(), schedule(said)
+@pytest.mark.parametrize(("kind", "meaning"), kinds())
+def test_clean_frames_are_left_alone_and_out_of_the_probability(kind, meaning):
+    (x, v, z), steps = case(), schedule(meaning)
     start, stop = torch.tensor([[8, 8, 2, 3], [8, 1, 2, 3]]), torch.tensor([[8, 8, 3, 4], [8, 2, 3, 4]])
     v.requires_grad_(True)
-    step = transition(kind, x, v, steps.levels(start, stop), NOISE_LEVEL[kind], said)
+    step = transition(kind, x, v, steps.levels(start, stop), NOISE_LEVEL[kind], meaning)
     y = step.sample(z).detach()
     still = (start == 8)[:, None, :, None, None].expand_as(x)
     assert torch.equal(y[still], x[still])
@@ -91,7 +94,7 @@ def test_clean_frames_are_left_alone_and_out_of_the_probability(kind, said):
     assert torch.isfinite(gradient).all()
     assert not gradient[still].any()
     alone = transition(
-        kind, x[:1, :, 2:], v[:1, :, 2:], steps.levels(start[:1, 2:], stop[:1, 2:]), NOISE_LEVEL[kind], said
+        kind, x[:1, :, 2:], v[:1, :, 2:], steps.levels(start[:1, 2:], stop[:1, 2:]), NOISE_LEVEL[kind], meaning
     )
     torch.testing.assert_close(found[0], alone.log_prob(y[:1, :, 2:], "mean")[0], rtol=1e-13, atol=0)
 
@@ -124,7 +127,7 @@ def test_walk_with_levels_per_frame():
     denoiser = FrameDenoiser(ToyPipeline())
     torch.nn.init.normal_(denoiser.transformers["transformer"].outer.weight, std=0.2)
     how = Sampling(kind="ode", size={"num_frames": FRAMES, "height": 2, "width": 2})
-    sampler = Sampler(denoiser, schedule_of(denoiser, 6), how, Meter(torch.device("cpu")), torch.device("cpu"))
+    sampler = Sampler(denoiser, schedule_of(denoiser, 6), how, Meter(CPU), CPU)
     x = sampler.noise([1, 2])
     together = [Move(rows=slice(0, 2), start=[index] * 2, stop=[index + 1] * 2) for index in range(6)]
     lag = torch.arange(FRAMES)
@@ -151,3 +154,38 @@ def test_levels_that_do_not_fit_are_refused():
         transition("ode", x, v, schedule().levels(START[:, :3], START[:, :3] + 1), 0.0)
     assert wide(torch.ones(2), x).shape == (2, 1, 1, 1, 1)
     assert wide(torch.ones(2, 4), x, 2).shape == (2, 1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["LTX", "SkyReels-V2"])
+def test_walk_of_a_video_model_with_levels_per_frame(name):
+    """A clean first frame is left bit by bit while the others are drawn; equal levels are a row's."""
+    pipe, size = tiny_pipeline(name)
+    denoiser = denoiser_for(pipe)
+    shape = denoiser.latent_shape(**size)
+    frames = shape[denoiser.frame_axis - 1]
+    how = Sampling(kind="ode", size=size)
+    sampler = Sampler(denoiser, schedule_of(denoiser, 3, shape), how, Meter(CPU), CPU)
+    condition, x = denoiser.encode_prompt(["a ball"], guidance=False), sampler.noise([1])
+    end = {}
+    for each in (False, True):
+        moves = [
+            Move(
+                rows=slice(0, 1),
+                start=torch.full((1, frames) if each else (1,), step),
+                stop=torch.full((1, frames) if each else (1,), step + 1),
+            )
+            for step in range(3)
+        ]
+        end[each] = list(sampler.walk(x, moves, condition))[-1].after
+    torch.testing.assert_close(end[True], end[False], rtol=1e-4, atol=1e-5)
+    first = torch.arange(frames) == 0
+    moves = [
+        Move(rows=slice(0, 1), start=torch.where(first, 3, step)[None], stop=torch.where(first, 3, step + 1)[None])
+        for step in range(3)
+    ]
+    states = list(sampler.walk(x, moves, condition))
+    assert states[0].levels.s[0, :2].tolist() == [0.0, sampler.schedule.sigmas[0]]
+    history = x.narrow(denoiser.frame_axis, 0, 1)
+    for state in states:
+        assert torch.equal(state.after.narrow(denoiser.frame_axis, 0, 1), history)
+    assert not torch.allclose(states[-1].after, end[True])
