@@ -20,9 +20,10 @@ from tqdm import tqdm
 from benchmarks.gates import write_result
 from benchmarks.grpo_exploration import FIRST, SIZE, Explorer, options
 from postgen.grpo.advantages import compute_advantages
-from postgen.grpo.kernels import KINDS, Schedule, linspace_schedule, schedule_of
-from postgen.grpo.meter import Meter
-from postgen.grpo.rollout import Sampler, Sampling, Trajectories, latent_shape
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sampler, Sampling, Trajectories
+from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
+from postgen.sampling.transition import KINDS
 
 CASES = (
     *("dance:0.3:pipeline:2.5:16:15", "dance:0.8:pipeline:2.5:16:15", "dance:0.3:linspace:2.5:16:15"),
@@ -52,7 +53,7 @@ def schedule(explorer: Explorer, given: dict[str, Any]) -> Schedule:
     """Return the noise levels of a case."""
     if given["grid"] == "linspace":
         return linspace_schedule(explorer.denoiser, given["steps"], given["shift"], explorer.device)
-    shape = latent_shape(explorer.denoiser, SIZE, explorer.device)
+    shape = explorer.denoiser.latent_shape(**SIZE)
     return schedule_of(explorer.denoiser, given["steps"], shape)
 
 

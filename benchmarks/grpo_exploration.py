@@ -23,12 +23,13 @@ from benchmarks.gates import write_result
 from postgen import world
 from postgen.assets import embedded_model
 from postgen.families import Condition, denoiser_for
-from postgen.grpo.conditions import Embeddings
-from postgen.grpo.kernels import KINDS, Schedule, schedule_of
-from postgen.grpo.meter import Meter
 from postgen.grpo.quality import diversity
-from postgen.grpo.rollout import Sample, Sampler, Sampling, Trajectories, latent_shape
-from postgen.grpo.seeds import seed_of
+from postgen.sampling.conditions import Embeddings
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
+from postgen.sampling.schedule import Schedule, schedule_of
+from postgen.sampling.seeds import seed_of
+from postgen.sampling.transition import KINDS
 from postgen.world.check import check_batch
 
 STEPS = 16
@@ -63,7 +64,7 @@ class Explorer:
         self.device, self.prompts, self.samples, self.batch = torch.device(device), prompts, samples, batch
         self.specs = [world.sample(first + k, num_bodies=2, camera="static") for k in range(prompts)]
         self.texts = [world.simple_caption(spec) for spec in self.specs]
-        self.schedule = schedule_of(self.denoiser, STEPS, latent_shape(self.denoiser, SIZE, self.device))
+        self.schedule = schedule_of(self.denoiser, STEPS, self.denoiser.latent_shape(**SIZE))
         self.embeddings = Embeddings(
             self.denoiser, size=SIZE, guidance=False, negative_prompt="", keep_all=True, device=self.device
         )

@@ -3,15 +3,25 @@
 import ast
 from collections.abc import Iterator
 
-METHODS = {"enhance", "lit", "grpo", "worldweaver", "fused"}
-GROUND = {"errors", "files"}
-LOWER = {*GROUND, "compat", "families", "kernels", "training", "metrics", "rewards", "video"}
-TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "plug_ins", "train"}
+METHODS = {
+    *("enhance", "fused", "lit", "sparse", "tokens", "sparsity", "quant", "grpo", "worldweaver", "distill", "causal"),
+    *("merging", "prompt", "sft", "judges", "experimental"),
+}
+"""Rooms of one method each: none imports another."""
+GROUND = {"errors", "files", "settings"}
+LOWER = {
+    *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
+    *("video", "world"),
+}
+"""What lies below a method."""
+TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
+TOP |= {"train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "settings": {"errors"},
     "assets": GROUND,
     "compat": GROUND,
     "kernels": {"files"},
@@ -20,11 +30,15 @@ ALLOWED = {
     "metrics": {*GROUND, "assets", "video", "world"},
     "rewards": {*GROUND, "assets", "metrics", "video", "world"},
     "families": {*GROUND, "assets", "compat"},
-    "training": {*GROUND, "assets", "compat", "families", "video"},
+    "sampling": {*GROUND, "assets", "compat", "families"},
+    "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
+    "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
     "pipelines": {*GROUND, "compat", "families", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
-    # The recipe of the embedded model builds one model, so it knows that model's classes, and the world it learns.
-    "pretrain": {*LOWER, "assets", "world"},
+    # A few-step student of a block-causal model is one more stage of the conversion.
+    "distill": {*LOWER, "causal"},
+    # The recipe of the embedded model builds one model, so it knows that model's classes.
+    "pretrain": LOWER,
 }
 """Room -> other rooms it may import."""
 
@@ -39,8 +53,8 @@ VIDEO_NAMES = {
     "VideoCapture",
     "VideoWriter",
 }
-MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "assets"}
-CLASS_FREE = {*METHODS, "training"}
+MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "settings", "assets"}
+CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
 GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
 
 

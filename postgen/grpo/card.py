@@ -5,53 +5,81 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .curves import draw_curves
 
-if TYPE_CHECKING:
-    from .group import GroupTrainer
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What a card tells of a run."""
+
+    source: Any
+    """The model that was trained: a folder, a hub id, a pipeline, or None for the embedded model."""
+    pipeline: str
+    """Class of its pipeline."""
+    trainer: str
+    """Class of the trainer."""
+    method: str
+    """Name of the method; empty for a trainer made in Python."""
+    step: int
+    """Updates done."""
+    lora: bool
+    """Whether adapters were trained, and not all weights."""
+    modules: Mapping[str, Any]
+    """The trained networks by component name."""
+    rewards: Sequence[tuple[str, float]]
+    """Names and weights."""
+    prompts: int
+    """Rows of prompts."""
+    train_dataset: str | None
+    """Where they come from; None for rows given in Python."""
+    settings: Mapping[str, Any]
+    """The configuration."""
 
 
-def write_card(trainer: GroupTrainer[Any], folder: Path) -> None:
-    """Write `README.md` into an export, with `curves.png`, and sheets before and after where there are samples."""
-    args = trainer.args
-    curves = draw_curves(args.folder / "metrics.jsonl", folder / "curves.png")
-    sheets = sorted((args.folder / "samples").glob("step-*.png"))
+def write_card(card: Card, run: Path, folder: Path) -> None:
+    """Write `README.md` into an export, with `curves.png`, and sheets before and after where there are samples.
+
+    Args:
+        card: what there is to tell.
+        run: folder of the run.
+        folder: of the export.
+    """
+    curves = draw_curves(run / "metrics.jsonl", folder / "curves.png")
+    sheets = sorted((run / "samples").glob("step-*.png"))
     before = [path for path in sheets if path.stem == "step-000000"]
     for name, found in (("before.png", before), ("after.png", [path for path in sheets if path not in before][-1:])):
         for path in found:
             shutil.copyfile(path, folder / name)
-    (folder / "README.md").write_text(_text(trainer, folder, curves), encoding="utf-8")
+    (folder / "README.md").write_text(_text(card, folder, curves), encoding="utf-8")
 
 
-def _text(trainer: GroupTrainer[Any], folder: Path, curves: list[str]) -> str:
-    args, policy = trainer.args, trainer.policy
-    base, hub = _base(trainer)
-    rewards = ", ".join(
-        f"{name} (weight {weight:g})"
-        for name, weight in zip(trainer.runner.names, trainer.runner.weights, strict=True)
-    )
+def _text(card: Card, folder: Path, curves: list[str]) -> str:
+    base, hub = _base(card.source)
+    average = card.settings["ema_decay"]
     lines = [
         "---",
         "library_name: diffusers",
         *([f"base_model: {base}"] if hub else ()),
-        f"tags: [postgen, {args.method or type(trainer).__name__}{', lora' if policy.adapter else ''}]",
+        f"tags: [postgen, {card.method or card.trainer}{', lora' if card.lora else ''}]",
         "---",
         "",
-        f"# {base} after {trainer.global_step} updates of {type(trainer).__name__}",
+        f"# {base} after {card.step} updates of {card.trainer}",
         "",
-        f"- Base: {base} ({type(policy.pipe).__name__})",
-        f"- Trained: {'LoRA' if policy.adapter else 'all weights'} of {', '.join(policy.modules)}",
-        f"- Rewards: {rewards}",
-        f"- Prompts: {len(trainer.prompts)} of {args.train_dataset or 'rows given in Python'}",
-        f"- Averaged weights: {'decay ' + format(args.ema_decay, 'g') if args.ema_decay else 'no'}",
+        f"- Base: {base} ({card.pipeline})",
+        f"- Trained: {'LoRA' if card.lora else 'all weights'} of {', '.join(card.modules)}",
+        f"- Rewards: {', '.join(f'{name} (weight {weight:g})' for name, weight in card.rewards)}",
+        f"- Prompts: {card.prompts} of {card.train_dataset or 'rows given in Python'}",
+        f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
         f"- Command: `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
         "- Versions: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft")),
         "",
-        *_use(trainer),
+        *_use(card),
         *([f"![curves](curves.png)\n\n{', '.join(curves)} over steps.\n"] if curves else ()),
         *(
             f"## {name.capitalize()}\n\n![{name}]({name}.png)\n"
@@ -61,16 +89,15 @@ def _text(trainer: GroupTrainer[Any], folder: Path, curves: list[str]) -> str:
         "## Settings",
         "",
         "```json",
-        json.dumps(args.to_dict(), indent=1),
+        json.dumps(dict(card.settings), indent=1),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _base(trainer: GroupTrainer[Any]) -> tuple[str, bool]:
+def _base(source: Any) -> tuple[str, bool]:
     """Return the name of the model that was trained, and whether it looks like one of the hub."""
-    source = trainer.source
     if source is None:
         return "the embedded model of postgen", False
     if isinstance(source, str | Path):
@@ -80,10 +107,10 @@ def _base(trainer: GroupTrainer[Any]) -> tuple[str, bool]:
     return name, name.count("/") == 1 and not Path(name).exists()
 
 
-def _use(trainer: GroupTrainer[Any]) -> list[str]:
+def _use(card: Card) -> list[str]:
     lines = ['pipe.load_lora_weights("THIS_FOLDER")']
-    if trainer.policy.adapter is None:
-        classes = {name: _class_of(module) for name, module in trainer.policy.modules.items()}
+    if not card.lora:
+        classes = {name: _class_of(module) for name, module in card.modules.items()}
         lines = [
             f"from diffusers import {', '.join(sorted({*classes.values()}))}\n",
             *(

@@ -1,51 +1,31 @@
-"""Settings of `DanceGRPOTrainer`, under TRL's names where the meaning is the same."""
+"""Configuration of `DanceGRPOTrainer` and its parts, under TRL's names where the meaning is the same."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
+from postgen.sampling.config import SamplingConfig
+from postgen.sampling.transition import NOISE_LEVEL, Kind, Reduction, Weighting
+from postgen.settings import Part
 from postgen.training import TrainingConfig
+from postgen.training.lora import AdapterConfig
+from postgen.training.policy import ModelConfig
+from postgen.training.prompts import PromptsConfig
 
 from .advantages import Aggregation, Scale
-from .kernels import NOISE_LEVEL, Grid, Kind, Reduction, Weighting
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
-Solver = Literal["euler", "dpm++"]
 
 
 @dataclass(kw_only=True)
-class RolloutConfig(TrainingConfig):
-    """What rollouts and evaluations need: the model, prompts, rewards, sampling.
+class RewardConfig(Part):
+    """What samples are scored by.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: weights that do not fit the rewards.
     """
 
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""
-
-    weight_decay: float = 1e-4
-    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
-
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
-
-    model: str | None = None
-    """A diffusers folder or hub id; none is the embedded model."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the frozen weights. Trained weights are float32 in any case."""
-
-    train_dataset: str | None = None
-    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset` (its split `train`; another one
-    as `org/name:test`), or `package.module:function`. Further columns (`negative_prompt`, `image`, anything a reward
-    takes) are handed on."""
-
-    eval_dataset: str | None = None
-    """The same for held-out prompts; none evaluates nothing."""
-
-    shuffle_dataset: bool = True
-    """Draw prompts in a new random order in each pass over them."""
+    part: ClassVar[str] = "reward"
 
     reward_funcs: list[str] = field(default_factory=list)
     """Names of rewards, or import paths `package.module.function`."""
@@ -56,50 +36,27 @@ class RolloutConfig(TrainingConfig):
     eval_reward_funcs: list[str] = field(default_factory=list)
     """Rewards that are only ever measured, never trained on: what they lose while the others rise is hacked."""
 
-    height: int | None = None
-    """Pixels; none takes the model's default, as for `width` and `num_frames`."""
+    reward_device: str | None = None
+    """Where rewards with a network compute; none leaves each where it is."""
 
-    width: int | None = None
-    """Pixels."""
+    offload_reward: bool = False
+    """Bring them there only for the call."""
 
-    num_frames: int | None = None
-    """Frames of a clip, 1 for image models."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = not self.reward_weights or len(self.reward_weights) == len(self.reward_funcs)
+        self.require(fits or not self.reward_funcs, "reward_weights", "one number for each of reward_funcs")
 
-    fps: float | None = None
-    """Frames per second that rewards are told and videos are written with; none takes the model's default."""
 
-    num_inference_steps: int = 16
-    """Steps of a rollout."""
+@dataclass(kw_only=True)
+class EvaluationConfig(Part):
+    """What an evaluation draws and shows, and what follows from reward hacking.
 
-    guidance_scale: float = 1.0
-    """Classifier-free guidance in rollouts and in training passes alike; up to 1 is off, which halves the cost."""
+    Raises:
+        UserError: a value outside its range.
+    """
 
-    negative_prompt: str = ""
-    """Text of the unconditional pass for rows without one of their own."""
-
-    flow_shift: float | None = None
-    """Shift of the noise levels; none keeps the scheduler's."""
-
-    sigma_schedule: Grid = "pipeline"
-    """Noise levels of a rollout: the pipeline's, or for flow models `linspace`, equal steps from 1 to 0, shifted."""
-
-    max_sequence_length: int | None = None
-    """Tokens of a prompt; none is the pipeline's default."""
-
-    share_initial_noise: bool = True
-    """All samples of a prompt start from one noise. Without it rewards are hacked more easily, says DanceGRPO."""
-
-    rollout_solver: Solver = "euler"
-    """How the steps after the stochastic ones are taken; dpm++ is DPM-Solver++ (2M)."""
-
-    rollout_solver_fraction: float = 1.0
-    """Share of the steps after the stochastic ones that are taken, on a coarser grid, in (0, 1]."""
-
-    rollout_batch_size: int | None = None
-    """Samples that a process generates at a time; none is `per_device_train_batch_size`."""
-
-    decode_batch_size: int | None = None
-    """Samples that are decoded at a time; none is the batch size of rollouts."""
+    part: ClassVar[str] = "eval"
 
     eval_prompts: int = 64
     """Rows of `eval_dataset` that are evaluated, from the first on."""
@@ -122,72 +79,37 @@ class RolloutConfig(TrainingConfig):
     on_hacking: Literal["flag", "stop"] = "flag"
     """What follows: a warning and the metric `eval_hacking`, or the end of the run as well."""
 
-    log_completions: bool = False
-    """Write a table of each logged rollout and some of its clips to `completions/`."""
-
-    num_completions_to_log: int = 4
-    """Clips of it."""
-
-    reward_device: str | None = None
-    """Where rewards with a network compute; none leaves each where it is."""
-
-    offload_reward: bool = False
-    """Bring them there only for the call."""
-
-    precompute_prompt_embeds: bool = False
-    """Encode all prompts before training, keep the encodings, and move the text encoders to the CPU."""
-
-    use_peft: bool = True
-    """Train LoRA adapters; without it all weights of the denoiser."""
-
-    lora_r: int = 32
-    """Rank."""
-
-    lora_alpha: int = 64
-    """The update is scaled by lora_alpha / lora_r."""
-
-    lora_target_modules: list[str] = field(default_factory=list)
-    """Endings of layer names; empty takes those of the model's attention."""
-
-    lora_path: str | None = None
-    """A LoRA to go on from; its rank and layers hold."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-
-    dry_run: bool = False
-    """Load the model, print an estimate of memory and cost, then end."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("height", "width", "num_frames", "rollout_batch_size", "decode_batch_size", "lora_r"):
-            value = getattr(self, name)
-            self.require(value is None or value >= 1, name, "at least 1")
-        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
-        eval_steps = self.eval_num_inference_steps
-        self.require(eval_steps is None or eval_steps >= 2, "eval_num_inference_steps", "at least 2")
-        for name in ("eval_prompts", "num_generations_eval", "lora_alpha"):
+        for name in ("eval_prompts", "num_generations_eval"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("guidance_scale", "hacking_patience", "num_completions_to_log", "eval_grid"):
+        steps = self.eval_num_inference_steps
+        self.require(steps is None or steps >= 2, "eval_num_inference_steps", "at least 2")
+        for name in ("hacking_patience", "eval_grid"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
-        self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
-        self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
-        fits = not self.reward_weights or len(self.reward_weights) == len(self.reward_funcs)
-        self.require(fits or not self.reward_funcs, "reward_weights", "one number for each of reward_funcs")
-
-    @property
-    def rollout_batch(self) -> int:
-        """Samples that a process generates at a time."""
-        return self.rollout_batch_size or self.per_device_train_batch_size
 
 
 @dataclass(kw_only=True)
-class GroupConfig(RolloutConfig):
+class GroupConfig(
+    EvaluationConfig, RewardConfig, SamplingConfig, PromptsConfig, AdapterConfig, ModelConfig, TrainingConfig
+):
     """Groups of samples, their rewards and advantages: what every trainer of the family shares.
 
     Raises:
         UserError: a value outside its range, or groups that do not fit into batches.
     """
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""
+
+    weight_decay: float = 1e-4
+    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
+
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
+
+    share_initial_noise: bool = True
+    """All samples of a prompt start from one noise. Without it rewards are hacked more easily, says DanceGRPO."""
 
     num_generations: int = 12
     """Samples of each prompt, at least 2."""
@@ -216,8 +138,18 @@ class GroupConfig(RolloutConfig):
     advantage_eps: float = 1e-4
     """Added to the std."""
 
+    log_completions: bool = False
+    """Write a table of each logged rollout and some of its clips to `completions/`."""
+
+    num_completions_to_log: int = 4
+    """Clips of it."""
+
+    dry_run: bool = False
+    """Load the model, print an estimate of memory and cost, then end."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(self.num_completions_to_log >= 0, "num_completions_to_log", "at least 0")
         self.require(self.num_generations >= 2, "num_generations", "at least 2: advantages compare samples")
         self.require(self.num_iterations >= 1, "num_iterations", "at least 1")
         kept = self.best_of_n
@@ -229,6 +161,11 @@ class GroupConfig(RolloutConfig):
         for name in ("steps_per_generation", "generation_batch_size"):
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, "at least 1")
+
+    @property
+    def rollout_batch(self) -> int:
+        """Samples that a process draws at a time."""
+        return self.rollout_batch_size or self.per_device_train_batch_size
 
     @property
     def kept(self) -> int:
@@ -245,10 +182,10 @@ class DanceGRPOConfig(GroupConfig):
     """
 
     sde_type: Kind = "dance"
-    """Transition kernel of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
+    """Transition of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
 
     noise_level: float | None = None
-    """Strength of the noise; none is the kernel's published one."""
+    """Strength of the noise; none is the published one of `sde_type`."""
 
     sde_window_size: int | None = None
     """Stochastic steps in a row; only they are trained. None is all steps but the last."""
@@ -279,7 +216,7 @@ class DanceGRPOConfig(GroupConfig):
     """Weight of the divergence from the reference policy: adapters off, or the weights at the start."""
 
     kl_type: Literal["mean", "velocity"] = "mean"
-    """That divergence: KL between the two kernels per latent value, or mean square of the predictions' difference."""
+    """That divergence: KL of the two transitions per latent value, or mean square of the predictions' difference."""
 
     ratio_norm: bool = False
     """GRPO-Guard's normalisation of the ratio (arXiv:2510.22319); wants `epsilon` 2e-6 to 4e-6."""
@@ -298,7 +235,7 @@ class DanceGRPOConfig(GroupConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.sde_type != "ode", "sde_type", "a kernel with noise: without it nothing is explored")
+        self.require(self.sde_type != "ode", "sde_type", "a transition with noise: without it nothing is explored")
         self.require(self.noise_level is None or self.noise_level > 0, "noise_level", "above 0")
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")

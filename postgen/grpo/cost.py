@@ -2,88 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from postgen.training import Reason, TrainResult
-
-from .config import DanceGRPOConfig
-
-if TYPE_CHECKING:
-    from .group import GroupTrainer
+from .batches import Batches
 
 
-def report(trainer: GroupTrainer[Any]) -> TrainResult:
-    """Load the model, print the estimate, and return without training."""
-    trainer.build()
-    numbers = estimate(trainer)
-    if trainer.accelerator.is_main_process:
-        print("\n".join(_lines(trainer, numbers)))
-    return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a method does with one sample; passes are rows through the denoiser, those of guidance counted."""
+
+    rollout: float
+    """Forward passes of its rollout."""
+    trained: float
+    """Passes with gradients in one iteration over it."""
+    beside: int
+    """Forward passes of other policies, the old one or the reference, for each of those."""
+    latents: int
+    """Latents that are kept of it."""
 
 
-def estimate(trainer: GroupTrainer[Any]) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run as far as its cost goes."""
+
+    batches: Batches
+    work: Work
+    weights: int
+    """Bytes of the pipeline's weights."""
+    trained: int
+    """Trained parameters."""
+    copies: int
+    """Copies of the trained parameters: their average, and what stands in for other policies."""
+    latent: int
+    """Numbers in the latents of a sample."""
+    clip: int
+    """Numbers in a clip."""
+    backward: float
+    """Forward passes that a backward pass costs, see `Meter`."""
+    max_steps: int
+    """Updates."""
+
+
+def estimate(plan: Plan) -> dict[str, float]:
     """Return bytes (of one process) and forward-equivalents (of all), names as in the report.
 
     Activations are not estimated: they depend on the model's code and on checkpointing.
     """
-    args, batches, policy = trainer.args, trainer.batches, trainer.policy
-    trained = [p for module in policy.modules.values() for p in module.parameters() if p.requires_grad]
-    latent = trainer.sampler.noise([0]).numel() * 4
-    rollout, train = passes(trainer)
-    frames, height, width = (trainer.size[name] for name in ("num_frames", "height", "width"))
+    batches, work = plan.batches, plan.work
     here = batches.samples // batches.processes
-    forward_process = not isinstance(args, DanceGRPOConfig)
-    stored = 1 if forward_process else trainer.sampler.how.window + 2
-    means = trainer.sampler.how.window if trainer.sampler.how.keep_means else 0
-    backward = trainer.meter.backward
-    beside = int(forward_process) + int(args.beta > 0)  # passes of the old and of the reference policy
-    per_rollout = batches.samples * rollout + batches.samples * batches.kept / batches.group * (
-        batches.iterations * train * (1 + backward + beside)
+    per_rollout = batches.samples * work.rollout + batches.samples * batches.kept / batches.group * (
+        batches.iterations * work.trained * (1 + plan.backward + work.beside)
     )
     updates = batches.updates * batches.iterations
-    copies = int(forward_process) + int(policy.copies_reference)
     return {
-        "bytes/weights": float(_bytes(_parameters(policy.pipe.components.values()))),
-        # Gradient, two moments of AdamW, the average, and what stands in for other policies, all float32.
-        "bytes/training": float(sum(p.numel() for p in trained) * 4 * (3 + int(args.ema_decay > 0) + copies)),
-        "bytes/rollout": float(here * latent * (stored + means)),
-        "bytes/clips": float(here * frames * 3 * height * width * 4),
-        "trained_parameters": float(sum(p.numel() for p in trained)),
-        "passes/rollout_per_sample": rollout,
-        "passes/train_per_sample": train,
+        "bytes/weights": float(plan.weights),
+        # Gradient, two moments of AdamW, and the copies, all float32.
+        "bytes/training": float(plan.trained * 4 * (3 + plan.copies)),
+        "bytes/rollout": float(here * plan.latent * 4 * work.latents),
+        "bytes/clips": float(here * plan.clip * 4),
+        "trained_parameters": float(plan.trained),
+        "passes/rollout_per_sample": work.rollout,
+        "passes/train_per_sample": work.trained,
         "forward_equivalents/update": per_rollout / updates,
-        "forward_equivalents/run": per_rollout / updates * args.max_steps,
+        "forward_equivalents/run": per_rollout / updates * plan.max_steps,
     }
 
 
-def passes(trainer: GroupTrainer[Any]) -> tuple[float, float]:
-    """Return forward passes of a sample's rollout, and passes with gradients in one iteration over it."""
-    from .solver import coarser
-    from .trainer import DanceGRPOTrainer
-
-    sampler, args = trainer.sampler, trainer.args
-    steps = sampler.schedule.steps
-    if not isinstance(trainer, DanceGRPOTrainer):
-        return sampler.passes * float(len(coarser(0, steps, sampler.how.fraction)) - 1), sampler.passes * float(
-            getattr(args, "train_timesteps", 1)
-        )
-    window = trainer.window
-    middle = (window.first + window.stop - window.size) // 2
-    shared = args.share_initial_noise and args.sde_window_per != "sample"
-    prefix = middle / args.num_generations if shared else middle
-    tail = len(coarser(middle + window.size, steps, sampler.how.fraction)) - 1
-    return sampler.passes * float(prefix + window.size + tail), sampler.passes * float(window.kept)
-
-
-def _lines(trainer: GroupTrainer[Any], numbers: dict[str, float]) -> list[str]:
-    batches, giga = trainer.batches, 2**30
+def report(plan: Plan, numbers: Mapping[str, float]) -> str:
+    """Return the lines that a dry run prints."""
+    batches, giga = plan.batches, 2**30
     lines = [
         f"{batches.processes} process(es), {batches.prompts} prompts x {batches.group} samples a rollout, "
-        f"{batches.updates * batches.iterations} update(s) each, {trainer.args.max_steps} updates",
+        f"{batches.updates * batches.iterations} update(s) each, {plan.max_steps} updates",
         *(
             f"{name:28s} {value / giga:10.3f} GiB" if name.startswith("bytes") else f"{name:28s} {value:10.4g}"
             for name, value in numbers.items()
@@ -92,14 +87,15 @@ def _lines(trainer: GroupTrainer[Any], numbers: dict[str, float]) -> list[str]:
     ]
     if torch.cuda.is_available():
         lines.append(f"{'free GPU memory':28s} {torch.cuda.mem_get_info()[0] / giga:10.3f} GiB")
-    return lines
+    return "\n".join(lines)
 
 
-def _parameters(components: Iterable[Any]) -> Iterable[nn.Parameter]:
-    for component in components:
-        if isinstance(component, nn.Module):
-            yield from component.parameters()
+def bytes_of(components: Iterable[Any]) -> int:
+    """Return the bytes of the parameters of those components that are modules."""
+    modules = [component for component in components if isinstance(component, nn.Module)]
+    return sum(parameter.numel() * parameter.element_size() for part in modules for parameter in part.parameters())
 
 
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+def trained_in(modules: Iterable[nn.Module]) -> int:
+    """Return how many parameters of some modules are trained."""
+    return sum(parameter.numel() for part in modules for parameter in part.parameters() if parameter.requires_grad)

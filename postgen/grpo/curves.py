@@ -51,8 +51,8 @@ def draw_plots(plots: Mapping[str, tuple[str, Mapping[str, Points]]], target: Pa
     """
     columns = min(2, len(plots))
     sheet = Image.new("RGB", (columns * _WIDTH, -(-len(plots) // columns) * _HEIGHT), "white")
-    for place, (title, (across, lines)) in enumerate(plots.items()):
-        _plot(ImageDraw.Draw(sheet), title, across, lines, place % columns * _WIDTH, place // columns * _HEIGHT)
+    for number, (title, (across, lines)) in enumerate(plots.items()):
+        _plot(ImageDraw.Draw(sheet), title, across, lines, number % columns * _WIDTH, number // columns * _HEIGHT)
     with replacing(target) as part:
         sheet.save(part, format="PNG")
 

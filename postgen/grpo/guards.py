@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner
+from postgen.training.prompts import Prompts, columns
 
 from .batches import Batches
-from .data import Prompts, columns
 
 
 def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | None) -> None:
@@ -41,7 +41,7 @@ def check_groups(runner: RewardRunner, batches: Batches) -> None:
 
 
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
-    """Load networks of rewards and ask servers now: what fails at the first evaluation takes all updates before along.
+    """Load the networks of rewards and ask their servers now, so that no run fails at its first evaluation.
 
     Raises:
         UserError: weights that cannot be found, or a server that cannot be reached.
@@ -109,6 +109,28 @@ class HackingGuard:
             self.parted = self.parted + 1 if reward > before[0] and gold < before[1] else 0
         self.history.append((reward, gold))
         return bool(self.patience) and self.parted >= self.patience
+
+    def watch(self, means: Mapping[str, float], gold: str) -> dict[str, float]:
+        """Look at the means of an evaluation and warn of reward hacking.
+
+        Args:
+            means: of the evaluation.
+            gold: name of the gold reward.
+
+        Returns:
+            The metric `hacking`, or nothing where one of the two rewards has no mean.
+        """
+        reward, other = means.get("reward"), means.get(f"gold/{gold}/mean")
+        if reward is None or other is None:
+            return {}
+        hacked = self.see(reward, other)
+        if hacked:
+            warnings.warn(
+                f"reward hacking? Over {self.parted} evaluations the reward rose to {reward:.4g} "
+                f"while {gold} fell to {other:.4g}",
+                stacklevel=2,
+            )
+        return {"hacking": float(hacked)}
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""

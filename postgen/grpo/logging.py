@@ -12,17 +12,21 @@ from torch import Tensor
 
 from postgen.files import replacing
 from postgen.rewards import RewardResult
+from postgen.sampling.conditions import Row
 from postgen.video import contact_sheet, write_video
-
-from .config import RolloutConfig
-from .data import Row
 
 
 class CompletionLog:
-    """Writes `completions/step-N.jsonl`, a row per sample of the first process, and clips of the first of them."""
+    """Writes `step-N.jsonl`, a row per sample of the first process, and clips of the first of them.
 
-    def __init__(self, args: RolloutConfig, fps: float) -> None:
-        self.args, self.fps = args, fps
+    Args:
+        folder: where to.
+        clips: how many of a rollout.
+        fps: frames per second.
+    """
+
+    def __init__(self, folder: Path, clips: int, fps: float) -> None:
+        self.folder, self.clips, self.fps = folder, clips, fps
 
     def write(
         self,
@@ -31,21 +35,17 @@ class CompletionLog:
         clips: Sequence[Tensor],
         result: RewardResult,
         advantages: Sequence[float],
-        is_main: bool,
     ) -> None:
-        """Write a rollout, if it is wanted and this is the first process."""
-        if not (self.args.log_completions and is_main):
-            return
-        folder = self.args.folder / "completions"
+        """Write a rollout."""
         lines = []
-        for place, row in enumerate(rows):
-            scores = {name: _number(result.values[place, k].item()) for k, name in enumerate(result.names)}
-            extra = {name: values[place] for name, values in result.extra.items()}
-            lines.append({"step": step, "prompt": row["prompt"], **scores, "advantage": advantages[place], **extra})
-        with replacing(folder / f"step-{step:06d}.jsonl") as part:
+        for number, row in enumerate(rows):
+            scores = {name: _number(result.values[number, k].item()) for k, name in enumerate(result.names)}
+            extra = {name: values[number] for name, values in result.extra.items()}
+            lines.append({"step": step, "prompt": row["prompt"], **scores, "advantage": advantages[number], **extra})
+        with replacing(self.folder / f"step-{step:06d}.jsonl") as part:
             part.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines))
-        for place, clip in enumerate(clips[: self.args.num_completions_to_log]):
-            write_clip(folder / f"step-{step:06d}-{place}", clip, self.fps)
+        for number, clip in enumerate(clips[: self.clips]):
+            write_clip(self.folder / f"step-{step:06d}-{number}", clip, self.fps)
 
 
 def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> None:
@@ -73,7 +73,7 @@ def write_clip(path: Path, clip: Tensor, fps: float) -> None:
 
 
 def tiled(clips: Sequence[Tensor], columns: int) -> Tensor:
-    """Return clips (F,3,H,W) of one size as one clip, row by row; missing places are black."""
+    """Return clips (F,3,H,W) of one size as one clip, row by row; missing clips are black."""
     blank = torch.zeros_like(clips[0])
     padded = [*clips, *[blank] * (-len(clips) % columns)]
     rows = [torch.cat(padded[low : low + columns], dim=3) for low in range(0, len(padded), columns)]

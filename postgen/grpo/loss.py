@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import Reduction, Transition, reduced
+from postgen.sampling.transition import Reduction, Transition, reduced
 
 
 @dataclass(slots=True)
@@ -52,12 +52,12 @@ def log_ratio(
     """Return (B,) log-ratios of the new policy to the one that drew the samples.
 
     Args:
-        step: the kernel under the new policy.
+        step: the transition under the new policy.
         log_prob: of the sample under it.
         old_log_prob: of the sample under the policy that drew it.
-        old_mean: mean of that policy's kernel; normalises the ratio as GRPO-Guard does (arXiv:2510.22319, eq. 8). The
-            log-ratio of a moved mean is negative on average, so that the upper clip would never act; this centres it
-            and gives every step the same spread.
+        old_mean: mean of that policy's transition; normalises the ratio as GRPO-Guard does (arXiv:2510.22319, eq. 8).
+            The log-ratio of a moved mean is negative on average, so that the upper clip would never act; this
+            centres it and gives every step the same spread.
         reduction: that of the log-probabilities.
     """
     plain = log_prob - old_log_prob
@@ -80,7 +80,7 @@ def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: flo
 
 
 def gaussian_kl(step: Transition, reference: Transition) -> Tensor:
-    """Return (B,) KL of two kernels of equal std, the mean over latent values.
+    """Return (B,) KL of two transitions of equal std, the mean over latent values.
 
     It is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's image recipes divide by 2 g^2, which
     is smaller by the length of the step: their beta times that length is ours.

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 from postgen.families import PredictionType
+from postgen.sampling.sampler import Sampling
+from postgen.sampling.schedule import Levels
+from postgen.sampling.seeds import normal, seed_of
+from postgen.sampling.solver import coarser
+from postgen.sampling.transition import split, wide
 from postgen.training import TrainingConfig
+from postgen.training.policy import WeightsCopy
 
 from .config import GroupConfig
+from .cost import Work
 from .group import GroupTrainer, Metrics
-from .kernels import Levels, split, wide
 from .loss import velocity_kl
-from .policy import Snapshot
-from .rollout import Sampling
-from .seeds import normal, seed_of
 
 
 @dataclass(kw_only=True)
@@ -106,16 +109,35 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
     def prepare(self) -> None:
-        """Keep the reference policy."""
-        if self.args.beta:
-            self.policy.keep_reference()
-        self._old: Snapshot | None = None
+        """Leave the old policy to be copied when it is first needed."""
+        self._old: WeightsCopy | None = None
 
     @property
-    def old(self) -> Snapshot:
+    def needs_reference(self) -> bool:
+        """Whether the difference from the reference policy has a weight."""
+        return self.args.beta > 0
+
+    @property
+    def copies(self) -> int:
+        """Copies of the trained weights: the old policy is one more."""
+        return super().copies + 1
+
+    def work(self) -> Work:
+        """Return the passes of a sample: a deterministic rollout, and a few noise levels for each policy."""
+        sampler = self.sampler
+        steps = len(coarser(0, sampler.schedule.steps, sampler.how.fraction)) - 1
+        return Work(
+            rollout=sampler.passes * float(steps),
+            trained=sampler.passes * float(self.args.train_timesteps),
+            beside=1 + int(self.needs_reference),
+            latents=1,
+        )
+
+    @property
+    def old(self) -> WeightsCopy:
         """The old policy; made when it is first needed, after weights have been loaded and moved."""
         if self._old is None:
-            self._old = Snapshot(self.trained())
+            self._old = WeightsCopy(self.trained())
         return self._old
 
     def sampling(self) -> Sampling:

@@ -19,14 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from postgen.sampling.sampler import Sampling
+from postgen.sampling.solver import coarser
+from postgen.sampling.transition import check_kind, overshooting, step_weights
 from postgen.training import TrainingConfig
 
+from .buffer import Buffer
 from .config import DanceGRPOConfig
-from .group import Buffer, GroupTrainer, Metrics
+from .cost import Work
+from .group import GroupTrainer, Metrics
 from .guards import RatioCheck
-from .kernels import check_kind, overshooting, step_weights
 from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
-from .rollout import Sampling
 from .window import Window
 
 
@@ -64,8 +67,6 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         )
         self.ratio_check = RatioCheck(args.check_on_policy_ratio, args.max_ratio_error)
         self._worst = torch.zeros((), device=self.device)
-        if args.beta:
-            self.policy.keep_reference()
 
     def sampling(self) -> Sampling:
         """Return how rollouts are drawn."""
@@ -87,18 +88,42 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         index = {"rollout": (), "prompt": (prompt,), "sample": (prompt, sample)}[self.args.sde_window_per]
         return self.window.start(rollout, *index)
 
+    @property
+    def shares_rollout_window(self) -> bool:
+        """Whether all samples of a rollout have one window."""
+        return self.args.sde_window_per == "rollout" or not self.args.sde_window_size
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the divergence from the reference policy has a weight."""
+        return self.args.beta > 0
+
+    def work(self) -> Work:
+        """Return the passes of a sample whose window lies in the middle of its range."""
+        args, window, sampler = self.args, self.window, self.sampler
+        middle = (window.first + window.stop - window.size) // 2
+        shared = args.share_initial_noise and args.sde_window_per != "sample"
+        prefix = middle / args.num_generations if shared else middle
+        tail = len(coarser(middle + window.size, sampler.schedule.steps, sampler.how.fraction)) - 1
+        return Work(
+            rollout=sampler.passes * float(prefix + window.size + tail),
+            trained=sampler.passes * float(window.kept),
+            beside=int(self.needs_reference),
+            latents=window.size + 2 + (window.size if sampler.how.keep_means else 0),
+        )
+
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
         """Go through the trained steps of some samples; all but the last are passed back here."""
         assert self.buffer is not None
         buffer, count = self.buffer, self.window.kept
-        places = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
+        offsets = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
         parts, differences = [], []
         for number in range(count):
-            place = places[:, number].to(self.device)
+            offset = offsets[:, number].to(self.device)
             last = number == count - 1
             with nullcontext() if last else self.no_sync():
-                loss, metrics, difference = self._transition_loss(buffer, rows, place, condition)
+                loss, metrics, difference = self._transition_loss(buffer, rows, offset, condition)
                 loss = loss / count
                 if not last:
                     self.backward(loss)
@@ -120,18 +145,19 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         return {"logp_diff/max": worst}
 
     def _transition_loss(
-        self, buffer: Buffer, rows: Tensor, place: Tensor, condition: Any
+        self, buffer: Buffer, rows: Tensor, offset: Tensor, condition: Any
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the loss of one trained step of each row, metrics, and the largest log-ratio."""
+        """Return the loss of one trained step of each row, `offset` steps into its window, metrics, and the largest
+        log-ratio."""
         args, paths = self.args, buffer.paths
-        index = paths.start[rows] + place
-        x, y, old = paths.states[rows, place], paths.states[rows, place + 1], paths.log_probs[rows, place]
+        index = paths.start[rows] + offset
+        x, y, old = paths.states[rows, offset], paths.states[rows, offset + 1], paths.log_probs[rows, offset]
         reference = self._reference(x, index, condition) if args.beta else None
         with self.meter.training(self.sampler.passes * len(rows)):
             prediction = self.sampler.predict(x, index, condition)
         step = self.sampler.step(x, prediction, index)
         log_prob = step.log_prob(y, args.log_prob_reduction)
-        old_mean = None if paths.means is None else paths.means[rows, place]
+        old_mean = None if paths.means is None else paths.means[rows, offset]
         ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)

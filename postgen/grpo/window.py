@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postgen.sampling.seeds import seed_of
+
 from .config import DanceGRPOConfig, Strategy
-from .seeds import seed_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +54,12 @@ class Window:
             rollout: number of the rollout.
             index: of the prompt or sample that draws its own, nothing for one window per rollout.
         """
-        places = self.stop - self.first - self.size + 1
-        if self.strategy == "fixed" or places == 1:
+        positions = self.stop - self.first - self.size + 1
+        if self.strategy == "fixed" or positions == 1:
             return self.first
         if self.strategy == "progressive":
-            return self.first + rollout // self.interval % places
-        return self.first + seed_of(self.seed, "window", rollout, *index) % places
+            return self.first + rollout // self.interval % positions
+        return self.first + seed_of(self.seed, "window", rollout, *index) % positions
 
     def trained(self, rollout: int, sample: int) -> Tensor:
         """Return (kept,) steps of the window, counted from its start, in the order they are trained."""

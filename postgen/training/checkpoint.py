@@ -168,7 +168,7 @@ def sweep(output_dir: Path) -> None:
             path.unlink()
 
 
-def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str) -> None:
+def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], location: str) -> None:
     """Compare names and shapes of tensors.
 
     Raises:
@@ -187,7 +187,7 @@ def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place
         *([f"{len(shapes)} of another shape, first {shapes[0]}"] if shapes else ()),
     ]
     if parts:
-        raise UserError(f"{place} does not fit this model: {'; '.join(parts)}. Use the recipe that made it.")
+        raise UserError(f"{location} does not fit this model: {'; '.join(parts)}. Use the recipe that made it.")
 
 
 def _head(folder: Path) -> dict[str, Any] | None:

@@ -1,24 +1,30 @@
 """Settings of every run, under the names of `transformers.TrainingArguments` where the meaning is the same."""
 
 import dataclasses
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from postgen.errors import UserError
+from postgen.settings import Part
+
+from .nested import flat
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
-    """Settings of a run. A method adds its own fields in a subclass; the class stays flat, so a recipe is a flat YAML.
+class TrainingConfig(Part):
+    """What every run has. A method's configuration inherits from it and from the other parts that it needs.
+
+    All fields are keywords of one flat dataclass. A recipe, and `from_dict`, may nest those of a part under its name.
 
     Raises:
         UserError: a value has the wrong type or lies outside its range.
     """
+
+    part: ClassVar[str] = "training"
 
     output_dir: str
     """Folder of the run: checkpoints, `metrics.jsonl`, `config.yaml`, `export/`."""
@@ -115,11 +121,11 @@ class TrainingConfig:
     """Show no progress bar."""
 
     def __post_init__(self) -> None:
-        """Bring values into their declared types and check ranges."""
+        # Words that a recipe may use instead of a value; types and ranges are checked afterwards.
         self.report_to = _names(self.report_to)
         self.resume_from_checkpoint = _resume(self.resume_from_checkpoint)
         self.save_total_limit = self.save_total_limit or None
-        coerce(self)
+        super().__post_init__()
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "adam_epsilon"):
@@ -139,61 +145,23 @@ class TrainingConfig:
             if name not in TRACKERS:
                 raise UserError(f"report_to: unknown tracker {name!r}. Known: {', '.join(TRACKERS)}, or none.")
 
-    def require(self, holds: bool, name: str, allowed: str) -> None:
-        """Raise a `UserError` about field `name` unless `holds`; `allowed` says what it must be."""
-        if not holds:
-            raise UserError(f"{name} is {getattr(self, name)!r}, it must be {allowed}.")
-
     @property
     def folder(self) -> Path:
         """`output_dir` as a path."""
         return Path(self.output_dir)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the configuration that a recipe with these values describes, flat or nested by part.
+
+        Raises:
+            UserError: an unknown key, one that is given twice, or a value that does not fit.
+        """
+        return cls(**flat(cls, values, "from_dict"))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, in their order."""
         return dataclasses.asdict(self)
-
-
-def coerce(config: TrainingConfig) -> None:
-    """Check each field against its annotation; whole floats become ints, ints become floats, paths strings.
-
-    YAML and Python callers give values that no argument parser has seen.
-    """
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
-
-
-def _coerced(name: str, value: Any, hint: Any) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [option for option in options if option is not type(None)]
-        if len(inner) == len(options):
-            return value
-        return None if value is None else _coerced(name, value, inner[0])
-    if origin is Literal:
-        if value in options:
-            return value
-        raise UserError(f"{name} is {value!r}. Allowed: {', '.join(map(str, options))}.")
-    if origin is list:
-        if isinstance(value, list | tuple):
-            return [_coerced(name, item, options[0]) for item in value] if options else list(value)
-        raise UserError(f"{name} is {value!r}, it must be a list.")
-    return _scalar(name, value, hint)
-
-
-def _scalar(name: str, value: Any, hint: Any) -> Any:
-    if hint is str and isinstance(value, Path):
-        return str(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    right = isinstance(value, hint) if isinstance(hint, type) else True
-    if right and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{name} is {value!r}, it must be a value of type {hint.__name__}.")
 
 
 def _names(value: Any) -> list[str]:

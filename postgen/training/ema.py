@@ -41,13 +41,13 @@ class Ema:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Put the average into the model; afterwards the trained weights stand there again, bit by bit."""
-        places = [local(parameter.data) for parameter in self._parameters]
-        trained = [place.clone() for place in places]
-        torch._foreach_copy_(places, [local(shadow) for shadow in self._model.shadow_params])
+        targets = [local(parameter.data) for parameter in self._parameters]
+        trained = [target.clone() for target in targets]
+        torch._foreach_copy_(targets, [local(shadow) for shadow in self._model.shadow_params])
         try:
             yield
         finally:
-            torch._foreach_copy_(places, trained)
+            torch._foreach_copy_(targets, trained)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by name."""

@@ -1,8 +1,9 @@
-"""Recipes: flat YAML with `method:`, and `--key value` words, become a trainer class and its configuration."""
+"""Recipes: YAML with `method:`, flat or nested by part, and `--key value` words, become a trainer and its settings."""
 
 import dataclasses
 import difflib
 import importlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -11,6 +12,7 @@ import yaml
 from postgen.errors import UserError
 
 from .config import TrainingConfig
+from .nested import check_key, flat
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -30,7 +32,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     """Return the trainer class of a recipe and its checked configuration.
 
     Args:
-        path: a YAML file with `method:` and fields of the method's configuration; `env:` sets environment variables.
+        path: a YAML file with `method:` and fields of the method's configuration, which may be nested by part (see
+            `postgen.training.nested`); `env:` sets environment variables.
         overrides: `["--key", "value", ...]`, stronger than the file.
 
     Raises:
@@ -38,17 +41,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     """
     overrides = list(overrides or ())
     values = _read(Path(path))
-    method = _last_value(overrides, "method") or values.get("method")
+    method = _last_value(overrides, "method") or _method_of(values)
     if not isinstance(method, str) or not method:
         raise UserError(f"{path} names no method. Add a line 'method: NAME', one of: {', '.join(METHODS)}.")
     trainer = find_method(method)
     known = [item.name for item in dataclasses.fields(trainer.config_class)]
-    for key in values:
-        _check_key(str(key), [*known, "env"], str(path))
+    env = {"env": values.pop("env")} if "env" in values else {}
+    values = flat(trainer.config_class, values, str(path))
     for word in overrides:
         if word.startswith("--"):
-            _check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")
-    return trainer, _parse(trainer.config_class, Path(path), overrides)
+            check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")
+    return trainer, _parse(trainer.config_class, Path(path), {**env, **values}, overrides)
 
 
 def find_method(method: str) -> "type[Trainer[Any]]":
@@ -57,8 +60,8 @@ def find_method(method: str) -> "type[Trainer[Any]]":
     Raises:
         UserError: nobody knows it, or it cannot be imported.
     """
-    place = METHODS.get(method, method)
-    module, colon, name = place.partition(":")
+    location = METHODS.get(method, method)
+    module, colon, name = location.partition(":")
     if not colon:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -88,6 +91,11 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _method_of(values: dict[str, Any]) -> Any:
+    method = values.get("method")
+    return method.get("name") if isinstance(method, dict) else method
+
+
 def _key(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
@@ -100,15 +108,9 @@ def _last_value(overrides: list[str], key: str) -> str | None:
     return found
 
 
-def _check_key(key: str, known: list[str], place: str) -> None:
-    if key in known:
-        return
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"Unknown key {key!r} in {place}.{hint}")
-
-
-def _parse(config_class: type[TrainingConfig], path: Path, overrides: list[str]) -> TrainingConfig:
+def _parse(
+    config_class: type[TrainingConfig], path: Path, values: dict[str, Any], overrides: list[str]
+) -> TrainingConfig:
     try:
         from trl.scripts.utils import TrlParser
     except ImportError as error:
@@ -121,7 +123,11 @@ def _parse(config_class: type[TrainingConfig], path: Path, overrides: list[str])
     parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
     config: TrainingConfig
     try:
-        (config,) = parser.parse_args_and_config(["--config", str(path), *overrides])
+        with tempfile.TemporaryDirectory() as folder:
+            # The parser reads files, and knows no parts.
+            file = Path(folder) / path.name
+            file.write_text(yaml.safe_dump(values), encoding="utf-8")
+            (config,) = parser.parse_args_and_config(["--config", str(file), *overrides])
     except UserError:
         raise
     except ValueError as error:

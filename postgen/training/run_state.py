@@ -84,17 +84,17 @@ class RunState:
         return float(torch.stack([whole(parameter.double().abs().sum()) for parameter in self.parameters]).sum())
 
     @torch.no_grad()
-    def restore(self, snapshot: Snapshot, place: str) -> None:
+    def restore(self, snapshot: Snapshot, location: str) -> None:
         """Take the values of a checkpoint. Learning rate, decay and the like stay as this run was configured.
 
         Raises:
-            UserError: names or shapes differ, or only one of the two keeps an average; `place` names the checkpoint.
+            UserError: names or shapes differ, or only one of the two keeps an average. The message names `location`.
         """
         tensors = self._tensors()
-        check_names(snapshot.weights, tensors, place)
+        check_names(snapshot.weights, tensors, location)
         if bool(snapshot.ema) != (self.ema is not None):
             has = "has" if snapshot.ema else "has no"
-            raise UserError(f"{place} {has} averaged weights: set ema_decay as in the run that wrote it.")
+            raise UserError(f"{location} {has} averaged weights: set ema_decay as in the run that wrote it.")
         for name, tensor in tensors.items():
             tensor.copy_(cut_like(snapshot.weights[name], tensor))
         if self.ema is not None:

@@ -180,7 +180,7 @@ class Trainer(ABC, Generic[C]):
                 result = self._loop()
         finally:
             self.close()
-        # Not after an error: the others would fail for want of this process before it has told what went wrong.
+        # Not after an error: the other processes would fail first, and their errors hide this one.
         self.models = dict(self._raw)
         leave_group(self.accelerator)
         return result

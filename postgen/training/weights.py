@@ -45,12 +45,12 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _from_folder(folder: Path, name: str, *, alone: bool) -> dict[str, Tensor]:
-    places = [folder / name, *([folder] if alone else [])]
-    for place in places:
-        files = sorted(place.glob("*.safetensors"))
+    locations = [folder / name, *([folder] if alone else [])]
+    for location in locations:
+        files = sorted(location.glob("*.safetensors"))
         if files:
             return {key: value for file in files for key, value in _read(file).items()}
-    raise UserError(f"init_from: no *.safetensors in {' or '.join(map(str, places))}.")
+    raise UserError(f"init_from: no *.safetensors in {' or '.join(map(str, locations))}.")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"init_from: {path} cannot be read ({error}).") from error
 
 
-def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:
+def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], location: str) -> None:
     own = model.state_dict()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     wrong = [
@@ -74,5 +74,5 @@ def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], place: str) -> 
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{place} does not fit: {'; '.join(wrong[:3])}{more}.")
+        raise UserError(f"{location} does not fit: {'; '.join(wrong[:3])}{more}.")
     model.load_state_dict(dict(tensors), strict=False)

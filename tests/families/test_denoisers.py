@@ -5,9 +5,10 @@ import torch
 
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
-from postgen.grpo.kernels import schedule_of, transition
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.transition import transition
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
-from tests.grpo.toy import ToyDenoiser, ToyPipeline
+from tests.sampling.toy import ToyDenoiser, ToyPipeline
 
 STEPS = 4
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
 from postgen.training import checkpoint
-from tests.grpo.toy import ROWS, ToyPipeline, near
+from tests.grpo.toy import ROWS, near
+from tests.sampling.toy import ToyPipeline
 
 
 @dataclass(kw_only=True)

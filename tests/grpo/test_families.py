@@ -69,12 +69,12 @@ def test_grpo_draws_and_trains_on_the_published_noise_levels_with(name, tmp_path
 
 
 def test_grpo_flow_shift_holds_where_the_size_would_set_it(tmp_path):
-    from postgen.grpo.kernels import schedule_of
-    from postgen.grpo.policy import Policy
+    from postgen.sampling.schedule import schedule_of
+    from postgen.training.policy import Policy
 
     pipe, _ = tiny_pipeline("FLUX")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=True)
     args = DanceGRPOConfig(output_dir=str(tmp_path), flow_shift=3.0, lora_r=2)
-    sigmas = schedule_of(Policy(pipe, args).denoiser, 4, (4, 2, 4)).sigmas
+    sigmas = schedule_of(Policy(pipe, args, args).denoiser, 4, (4, 2, 4)).sigmas
     t = torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64)
     torch.testing.assert_close(sigmas, 3 * t / (1 + 2 * t), atol=1e-6, rtol=0)

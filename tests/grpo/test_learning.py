@@ -1,4 +1,4 @@
-"""Does it learn? The toy's reward rises under every kernel and under NFT, and not when advantages are shuffled."""
+"""Does it learn? The toy's reward rises under every transition and under NFT, and not when advantages are shuffled."""
 
 import dataclasses
 

@@ -9,13 +9,15 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.batches import Batches
-from postgen.grpo.data import Prompts
+from postgen.grpo.evaluation import combined
 from postgen.grpo.guards import HackingGuard, check_groups
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOTrainer
 from postgen.rewards import AllRewardsFailed, RewardRunner
 from postgen.training import load_recipe
-from tests.grpo.toy import ROWS, ToyPipeline, grpo, lines, lines_of, near, settings
+from postgen.training.prompts import Prompts
+from tests.grpo.toy import ROWS, grpo, lines, lines_of, near, settings
+from tests.sampling.toy import ToyPipeline
 
 # Batches.
 
@@ -71,7 +73,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"best_of_n": 9}, "best_of_n is 9, it must be in 2..num_generations"),
         ({"sde_window_size": 8}, "sde_window_size is 8, it must be in 1..7: the last step has no noise"),
         ({"sde_window_range": [3, 9]}, "hold the window within 0..7"),
-        ({"sde_type": "ode"}, "a kernel with noise"),
+        ({"sde_type": "ode"}, "a transition with noise"),
         ({"sde_type": "cps", "ratio_norm": True}, "another than cps with ratio_norm"),
         ({"sde_type": "ddim"}, "'ddim' is not for a model that predicts flow"),
         ({"reward_funcs": ["a"], "reward_weights": [1.0, 2.0]}, "one number for each of reward_funcs"),
@@ -346,11 +348,11 @@ def test_grpo_evaluation_keeps_to_the_batch_size_and_adds_costs_of_processes(tmp
     sizes = []
     run.build()
     run.policy.modules["transformer"].register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    run.evaluator.run(run.eval_prompts)
+    run.evaluator.run(run.eval_prompts.rows)
     assert max(sizes) == 3
     spent = [{"forward_equivalents": 3.0, "transformer_seconds": 1.0}, {"forward_equivalents": 4.0}]
     spent[1]["transformer_seconds"] = 0.5
-    means = run.evaluator._means([([{"reward": 1.0}], [], spent[0]), ([{"reward": 2.0}], [], spent[1])])
+    means = combined([([{"reward": 1.0}], [], spent[0]), ([{"reward": 2.0}], [], spent[1])])
     assert (means["reward"], means["cost/forward_equivalents"], means["cost/transformer_seconds"]) == (1.5, 7, 1.5)
 
 

@@ -6,7 +6,8 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.grpo.trainer import DanceGRPOTrainer
-from tests.grpo.toy import ToyModel, ToyPipeline, grpo, lines
+from tests.grpo.toy import grpo, lines
+from tests.sampling.toy import ToyModel, ToyPipeline
 
 
 def test_grpo_ratio_is_one_in_the_trainer_and_leaves_it_afterwards(tmp_path):
@@ -90,8 +91,8 @@ def test_grpo_step_weighting_and_guard_enter_the_loss(tmp_path):
 
 def test_grpo_ratio_norm_takes_the_bias_out(tmp_path):
     """The mean log-ratio of a moved policy is negative; normalised it is about 0 (many values, so that both show)."""
-    from postgen.grpo.kernels import Transition
     from postgen.grpo.loss import log_ratio
+    from postgen.sampling.transition import Transition
 
     source = torch.Generator().manual_seed(0)
     mean = torch.randn(64, 20000, generator=source)
@@ -119,8 +120,9 @@ def test_grpo_beta_holds_the_policy_near_the_reference(tmp_path, kl_type):
 
 
 def test_grpo_gaussian_kl_is_one_formula_in_both_spaces():
-    from postgen.grpo.kernels import Schedule, transition
     from postgen.grpo.loss import gaussian_kl, velocity_kl
+    from postgen.sampling.schedule import Schedule
+    from postgen.sampling.transition import transition
 
     source = torch.Generator().manual_seed(0)
     x, v, w = torch.randn(3, 2, 5, generator=source, dtype=torch.float64)
@@ -134,8 +136,8 @@ def test_grpo_gaussian_kl_is_one_formula_in_both_spaces():
 
 
 def test_grpo_nft_by_hand():
-    from postgen.grpo.kernels import Schedule
     from postgen.grpo.nft import nft_loss
+    from postgen.sampling.schedule import Schedule
 
     schedule = Schedule(torch.tensor([1.0, 0.5, 0.0]).double())
     index = torch.tensor([1])

@@ -5,19 +5,40 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from postgen.errors import UserError
-
-from .seeds import seed_of
-
-Row = dict[str, Any]
+from postgen.sampling.conditions import Row
+from postgen.sampling.seeds import seed_of
+from postgen.settings import Part
 
 _OWN = ("prompt", "negative_prompt", "image")
-"""Columns that are ours; the others are handed to the rewards."""
+"""Columns that sampling reads; the others are handed on."""
+
+
+@dataclass(kw_only=True)
+class PromptsConfig(Part):
+    """Where prompts come from."""
+
+    part: ClassVar[str] = "prompts"
+
+    train_dataset: str | None = None
+    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset` (its split `train`; another one
+    as `org/name:test`), or `package.module:function`. Further columns (`negative_prompt`, `image`, anything a reward
+    takes) are handed on."""
+
+    eval_dataset: str | None = None
+    """The same for held-out prompts; none evaluates nothing."""
+
+    shuffle_dataset: bool = True
+    """Draw prompts in a new random order in each pass over them."""
+
+    precompute_prompt_embeds: bool = False
+    """Encode all prompts before training, keep the encodings, and move the text encoders to the CPU."""
 
 
 class Prompts:
@@ -49,13 +70,13 @@ class Prompts:
 
     def at(self, position: int) -> Row:
         """Return the row at a position of the endless order: every row once, then every row again in another order."""
-        turn, place = divmod(position, len(self.rows))
+        turn, index = divmod(position, len(self.rows))
         if not self.shuffle:
-            return self.rows[place]
+            return self.rows[index]
         if self._order[0] != turn:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", turn))
             self._order = turn, torch.randperm(len(self.rows), generator=generator).tolist()
-        return self.rows[self._order[1][place]]
+        return self.rows[self._order[1][index]]
 
 
 def columns(rows: Iterable[Row]) -> dict[str, Any]:
@@ -101,7 +122,7 @@ def _read_lines(path: Path, name: str) -> list[Mapping[str, Any]]:
 
 
 def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
-    place, _, split = source.rpartition(":")
+    location, _, split = source.rpartition(":")
     try:
         import datasets
     except ImportError as error:
@@ -109,7 +130,9 @@ def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
             f"{name} {source} needs datasets: pip install 'postgen[train]', or give a JSONL file"
         ) from error
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(place or split, split=split if place else "train")
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            location or split, split=split if location else "train"
+        )
     except Exception as error:  # the hub and the readers raise all kinds
         raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     return rows
@@ -123,9 +146,9 @@ def _checked(row: Any, number: int, name: str) -> Row:
         raise UserError(f"row {number} of {name} has no column 'prompt', it has {known}")
     prompt = row["prompt"]
     if isinstance(prompt, list):
-        # A conversation: what the user said last.
-        said = [turn["content"] for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
-        prompt = said[-1] if said else None
+        # A conversation: the last message of the user.
+        messages = [turn["content"] for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        prompt = messages[-1] if messages else None
     if not isinstance(prompt, str):
         raise UserError(f"row {number} of {name}: the prompt is {row['prompt']!r}, it must be a text")
     return {**row, "prompt": prompt}

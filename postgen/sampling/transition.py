@@ -1,4 +1,4 @@
-"""Transition kernels: one step x -> y of a diffusion sampler as a Gaussian with a density.
+"""Transitions: one step x -> y of a diffusion sampler as a Gaussian with a density.
 
 All published flow SDEs are one formula. With s the noise level, s' the next one, D = s - s' > 0, v = noise - clean the
 prediction, e = x + (1 - s) v the noise that x contains, x0 = x - s v the clean latents:
@@ -16,6 +16,9 @@ prediction, e = x + (1 - s) v the noise that x contains, x0 = x - s v the clean 
 `flow` and `exact` have a pole at s = 1: there 1 - s is not taken smaller than 1 minus the second noise level, and
 `exact`, whose integral diverges, is `flow`. Sampling and training call the same function, so that the probability
 ratio of an unchanged policy is 1.
+
+Noise levels are one a row, (B,), or one a row and latent frame, (B, T); "per level" below is either. A frame that is
+clean before and after a step (s = s' = 0) is left as it is, bit by bit.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.families import Denoiser, PredictionType
+from postgen.families import PredictionType
+
+from .schedule import Levels, Schedule
 
 Kind = Literal["dance", "flow", "exact", "cps", "ddim", "ode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -37,97 +42,13 @@ NOISE_LEVEL: dict[Kind, float] = {"dance": 0.3, "flow": 0.7, "exact": 0.7, "cps"
 """The published strength `a` of each kind."""
 
 Reduction = Literal["mean", "sum", "sqrt"]
-Grid = Literal["pipeline", "linspace"]
 Weighting = Literal["none", "std", "inv_grad"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Levels:
-    """Where steps begin and end, one entry a row, float64."""
-
-    s: Tensor
-    """(B,) noise level before the step: what the network is told."""
-    after: Tensor
-    """(B,) noise level after it."""
-    second: Tensor
-    """() second noise level of the schedule, where the pole at 1 is cut off."""
-    alpha_bar: Tensor | None = None
-    """(B,) alpha-bar before the step, for models that have one."""
-    alpha_bar_after: Tensor | None = None
-    """(B,) alpha-bar after it."""
-
-    def mix(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return (clean, noise) factors of the latents before and after the step: x = clean x0 + noise e."""
-        if self.alpha_bar is None or self.alpha_bar_after is None:
-            return (1 - self.s, self.s), (1 - self.after, self.after)
-        before, after = self.alpha_bar, self.alpha_bar_after
-        return (before.sqrt(), (1 - before).sqrt()), (after.sqrt(), (1 - after).sqrt())
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Noise levels of a rollout.
-
-    Raises:
-        UserError: fewer than two steps, or levels that do not fall.
-    """
-
-    sigmas: Tensor
-    """(T + 1,) float64, falling to 0."""
-    prediction_type: PredictionType = "flow"
-    """What the network predicts."""
-    alpha_bars: Tensor | None = None
-    """(T + 1,) float64, for models that are no flow."""
-
-    def __post_init__(self) -> None:
-        if len(self.sigmas) < 3 or not bool((self.sigmas[1:] < self.sigmas[:-1]).all()):
-            raise UserError(f"a rollout needs at least 2 steps of falling noise, got {self.sigmas.tolist()}")
-
-    @property
-    def steps(self) -> int:
-        """Transitions."""
-        return len(self.sigmas) - 1
-
-    def levels(self, start: Tensor, stop: Tensor) -> Levels:
-        """Return the levels of steps from index `start` to index `stop`, (B,) each."""
-        bars = self.alpha_bars
-        return Levels(
-            s=self.sigmas[start],
-            after=self.sigmas[stop],
-            second=self.sigmas[1],
-            alpha_bar=None if bars is None else bars[start],
-            alpha_bar_after=None if bars is None else bars[stop],
-        )
-
-
-def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = None) -> Schedule:
-    """Return the noise levels that a denoiser's pipeline would use for so many steps on latents of a shape."""
-    sigmas = denoiser.sigmas(steps, shape)
-    kind = denoiser.prediction_type
-    bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()
-    return Schedule(sigmas.double(), kind, bars)
-
-
-def linspace_schedule(denoiser: Denoiser, steps: int, shift: float, device: torch.device) -> Schedule:
-    """Return T equal steps from 1 to 0, shifted: s = k t / (1 + (k - 1) t), as DanceGRPO draws its rollouts.
-
-    Pipelines of some flow models put their last level but one close to 0, where a stochastic step leaves more noise
-    than the network then believes in; here the last step begins at k / (T + k - 1).
-
-    Raises:
-        UserError: the model is no flow.
-    """
-    if denoiser.prediction_type != "flow":
-        predicted = denoiser.prediction_type
-        raise UserError(f"sigma_schedule 'linspace' is for flow models, this predicts {predicted}: use 'pipeline'")
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-    return Schedule(shift * t / (1 + (shift - 1) * t))
 
 
 def overshooting(kind: Kind, schedule: Schedule, noise_level: float, steps: Sequence[int]) -> list[int]:
     """Return those steps that add noise of more than four times the level on which they end.
 
-    The next prediction then believes in a fraction of the noise that is there. Twice the level did no harm to clips of
+    The network is then told of a fraction of the noise that is there. Twice the level did no harm to clips of
     the embedded model, 50 times broke them.
     """
     index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
@@ -145,39 +66,57 @@ class Transition:
     mean: Tensor
     """(B, ...)"""
     std: Tensor
-    """(B,), 0 for a step without noise."""
+    """(B,) or (B, T), 0 for a step without noise."""
     clean: Tensor
     """(B, ...) estimate of the clean latents."""
     slope: Tensor
-    """(B,) derivative of the mean by the prediction, at most 0 for a flow."""
+    """(B,) or (B, T) derivative of the mean by the prediction, at most 0 for a flow."""
     has_scale: bool
     """Whether the log-probability divides by the variance: all kinds but `cps`."""
+    frame_axis: int | None = None
+    """Axis of the latents along which T runs."""
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return the next latents for standard normal noise."""
-        return self.mean + wide(self.std, self.mean) * noise
+        return self.mean + wide(self.std, self.mean, self.frame_axis) * noise
 
     def log_prob(self, y: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return (B,) log-probabilities (K2), reduced over all other dimensions.
 
-        `cps` leaves out 1 / (2 std^2) and the constants, as published.
+        `cps` leaves out 1 / (2 std^2) and the constants, as published. With levels per frame the frames without noise
+        have no density and take no part, neither in a sum nor in a mean.
         """
         square = (y - self.mean).square()
+        counted = None
+        std = wide(self.std, y, self.frame_axis)
+        if self.std.dim() > 1:
+            counted = (std > 0).expand_as(square)
+            std = torch.where(std > 0, std, 1)
         if not self.has_scale:
-            return reduced(-square, reduction)
-        std = wide(self.std, y)
-        return reduced(-square / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+            return reduced(-square, reduction, counted)
+        values = -square / (2 * std.square()) - std.log() - 0.5 * math.log(2 * math.pi)
+        return reduced(values, reduction, counted)
 
     def gradient_scale(self) -> Tensor:
-        """Return (B,): the gradient of the summed log-probability by the prediction is so many times the noise z.
+        """Return, per level, the factor of the noise z in the gradient of the summed log-probability by prediction.
 
-        It weights the steps of a rollout without being asked to: c_t of arXiv:2605.15980.
+        It weights the steps of a rollout implicitly: c_t of arXiv:2605.15980.
         """
         return self.slope.abs() / self.std if self.has_scale else 2 * self.std * self.slope.abs()
 
 
-def reduced(values: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce (B, ...) to (B,): the mean, the sum, or the sum over the root of the number of values."""
+def reduced(values: Tensor, reduction: Reduction, counted: Tensor | None = None) -> Tensor:
+    """Reduce (B, ...) to (B,): the mean, the sum, or the sum over the root of the number of values.
+
+    Args:
+        values: what is reduced.
+        reduction: how.
+        counted: (B, ...) which values take part; none is all. A row without any gives 0.
+    """
+    if counted is not None:
+        total = torch.where(counted, values, 0).flatten(1).sum(1)
+        number = counted.flatten(1).sum(1).clamp_min(1).to(values.dtype)
+        return total / (number if reduction == "mean" else number**0.5) if reduction != "sum" else total
     flat = values.flatten(1)
     if reduction == "mean":
         return flat.mean(1)
@@ -187,14 +126,16 @@ def reduced(values: Tensor, reduction: Reduction) -> Tensor:
 def split(x: Tensor, prediction: Tensor, levels: Levels, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
     """Return the clean latents and the noise that a prediction sees in x."""
     (clean, noise), _ = levels.mix()
-    a, b = wide(clean, x), wide(noise, x)
+    axis = levels.frame_axis
+    a, b = wide(clean, x, axis), wide(noise, x, axis)
     if prediction_type == "flow":
         return x - b * prediction, x + a * prediction
     if prediction_type == "epsilon":
         return (x - b * prediction) / a, prediction
     if prediction_type == "v_prediction":
         return a * x - b * prediction, a * prediction + b * x
-    return prediction, (x - a * prediction) / b
+    # Where nothing is noise, x is the clean latents, whatever is predicted.
+    return torch.where(b > 0, prediction, x), (x - a * prediction) / torch.where(b > 0, b, 1)
 
 
 def transition(
@@ -205,18 +146,18 @@ def transition(
     noise_level: float,
     prediction_type: PredictionType = "flow",
 ) -> Transition:
-    """Return the Gaussian of one step, a row each.
+    """Return the Gaussian of one step of every row.
 
     Args:
-        kind: the kernel.
+        kind: which of the formulas at the top of this file.
         x: (B, ...) latents, float32 or float64: in half precision the ratio of an unchanged policy would not be 1.
-        prediction: what the network said about x, of the same shape; computed with in the dtype of x.
-        levels: where the step begins and ends.
+        prediction: the network's output for x, of the same shape; it is brought to the dtype of x.
+        levels: where the step begins and ends, (B,), or (B, T) for noise levels per frame.
         noise_level: strength a of the noise, see `NOISE_LEVEL`.
         prediction_type: meaning of `prediction`.
 
     Raises:
-        ValueError: latents in half precision.
+        ValueError: latents in half precision, or levels per frame that do not fit the latents.
         UserError: a kind that is not for this model.
     """
     if x.dtype not in (torch.float32, torch.float64):
@@ -227,14 +168,14 @@ def transition(
     if levels.alpha_bar is not None or kind == "cps":
         return _mixed(kind, clean, noise, levels, noise_level, prediction_type)
     variance = _variance(kind, levels, noise_level)
-    delta, s = levels.s - levels.after, levels.s
-    pull = variance / (2 * s)  # D g^2 / (2 s)
-    mean = x - wide(delta, x) * prediction - wide(pull, x) * noise
-    return Transition(mean, variance.sqrt(), clean, -(delta + pull * (1 - s)), True)
+    delta, s, axis = levels.s - levels.after, levels.s, levels.frame_axis
+    pull = variance / (2 * _divisor(s))  # D g^2 / (2 s)
+    mean = x - wide(delta, x, axis) * prediction - wide(pull, x, axis) * noise
+    return Transition(mean, variance.sqrt(), clean, -(delta + pull * (1 - s)), True, axis)
 
 
 def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
-    """Refuse a kernel that is not for such a model.
+    """Check that a kind of transition is for such a model.
 
     Raises:
         UserError: names those that are.
@@ -246,7 +187,7 @@ def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
 
 
 def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
-    """Return std^2 = g^2 D of the kinds that follow (K1), (B,) float64."""
+    """Return std^2 = g^2 D of the kinds that follow (K1), float64, per level."""
     s, delta = levels.s, levels.s - levels.after
     if kind == "ode":
         return torch.zeros_like(s)
@@ -263,7 +204,7 @@ def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
 def _mixed(
     kind: Kind, clean: Tensor, noise: Tensor, levels: Levels, a: float, prediction_type: PredictionType
 ) -> Transition:
-    """Kernels that mix the clean latents and the noise anew: cps, ddim, and the ode of models with alpha-bar."""
+    """Return a step that mixes clean latents and noise anew: cps, ddim, and the ode of models with alpha-bar."""
     (clean_before, noise_before), (clean_after, noise_after) = levels.mix()
     if kind == "cps":
         std = levels.after * math.sin(a * math.pi / 2)
@@ -271,11 +212,12 @@ def _mixed(
         std = torch.zeros_like(levels.s)
     else:
         # 1 - A / A' in factors of the latents, where A' may be 1 and A may be 0.
-        std = a * (noise_after / noise_before) * (1 - (clean_before / clean_after).square()).sqrt()
+        std = a * (noise_after / _divisor(noise_before)) * (1 - (clean_before / clean_after).square()).sqrt()
     kept = (noise_after.square() - std.square()).clamp_min(0).sqrt()
-    mean = wide(clean_after, clean) * clean + wide(kept, noise) * noise
+    axis = levels.frame_axis
+    mean = wide(clean_after, clean, axis) * clean + wide(kept, noise, axis) * noise
     by_clean, by_noise = _slopes(clean_before, noise_before, prediction_type)
-    return Transition(mean, std, clean, clean_after * by_clean + kept * by_noise, kind != "cps")
+    return Transition(mean, std, clean, clean_after * by_clean + kept * by_noise, kind != "cps", axis)
 
 
 def _slopes(clean: Tensor, noise: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
@@ -284,13 +226,13 @@ def _slopes(clean: Tensor, noise: Tensor, prediction_type: PredictionType) -> tu
         return -noise, clean
     if prediction_type == "epsilon":
         return -noise / clean, torch.ones_like(noise)
-    return torch.ones_like(noise), -clean / noise
+    return torch.ones_like(noise), -clean / _divisor(noise)
 
 
 def step_weights(
     kind: Kind, schedule: Schedule, noise_level: float, weighting: Weighting, steps: Sequence[int], *, guard: bool
 ) -> Tensor:
-    """Return the (T,) weight of each step's loss, with mean 1 over `steps` and 0 elsewhere.
+    """Return the (S,) weight of each step's loss, with mean 1 over `steps` and 0 elsewhere.
 
     Args:
         kind, schedule, noise_level: the rollout.
@@ -314,6 +256,28 @@ def step_weights(
     return table
 
 
-def wide(values: Tensor, like: Tensor) -> Tensor:
-    """Give (B,) the dimensions and the dtype of latents."""
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def wide(values: Tensor, like: Tensor, frame_axis: int | None = None) -> Tensor:
+    """Give values per level the dimensions and the dtype of latents, so that they can be multiplied.
+
+    Args:
+        values: (B,), or (B, T) for T latent frames.
+        like: (B, ...) latents.
+        frame_axis: the axis of `like` with the T frames; (B,) does not need it.
+
+    Raises:
+        ValueError: (B, T) without a frame axis, or with another number of frames than the latents have.
+    """
+    shape = [-1, *[1] * (like.dim() - 1)]
+    if values.dim() > 1:
+        if frame_axis is None:
+            raise ValueError("noise levels per frame, (B, T), need a schedule with a frame_axis")
+        if values.shape[1] != like.shape[frame_axis]:
+            found, frames = tuple(values.shape), like.shape[frame_axis]
+            raise ValueError(f"noise levels per frame must be (B, {frames}) for these latents, got {found}")
+        shape[frame_axis] = values.shape[1]
+    return values.to(like.dtype).view(shape)
+
+
+def _divisor(values: Tensor) -> Tensor:
+    """Return levels to divide by: 1 in place of the 0 of clean frames, whose numerators are 0 as well."""
+    return torch.where(values > 0, values, 1)

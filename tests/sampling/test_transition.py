@@ -1,4 +1,4 @@
-"""Transition kernels against the published formulas, torch.distributions and diffusers' own schedulers."""
+"""Transitions against the published formulas, torch.distributions and diffusers' own schedulers."""
 
 import math
 
@@ -7,17 +7,9 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.grpo.kernels import (
-    KINDS,
-    NOISE_LEVEL,
-    Schedule,
-    linspace_schedule,
-    overshooting,
-    split,
-    step_weights,
-    transition,
-)
-from tests.grpo.toy import ToyDenoiser, ToyPipeline
+from postgen.sampling.schedule import Schedule, linspace_schedule
+from postgen.sampling.transition import KINDS, NOISE_LEVEL, overshooting, split, step_weights, transition
+from tests.sampling.toy import ToyDenoiser, ToyPipeline
 
 FLOW_KINDS = ("dance", "flow", "exact", "cps", "ode")
 
@@ -54,7 +46,7 @@ def k1(kind: str, x, v, s: float, after: float, second: float, a: float) -> tupl
 
 
 @pytest.mark.parametrize("kind", FLOW_KINDS)
-def test_grpo_kernel_equals_the_published_formula(kind):
+def test_transition_equals_the_published_formula(kind):
     x, v, z = case(4)
     steps = shifted(16)
     rows = (0, 1, 7, 14)
@@ -68,7 +60,7 @@ def test_grpo_kernel_equals_the_published_formula(kind):
         assert (found.clean[row] - (x[row] - s * v[row])).abs().max() <= 1e-10
 
 
-def test_grpo_kernel_of_dance_is_its_own_drift_with_the_score():
+def test_transition_of_dance_is_its_own_drift_with_the_score():
     """dz = (v - eta^2 / 2 * score) dt + eta dw with score = -(x - (1 - s) x0) / s^2, as DanceGRPO's code has it."""
     x, v, _ = case()
     steps = shifted(12)
@@ -79,7 +71,7 @@ def test_grpo_kernel_of_dance_is_its_own_drift_with_the_score():
     assert (transition("dance", x, v, levels, 0.3).mean - mean).abs().max() <= 1e-10
 
 
-def test_grpo_kernel_of_flow_is_flow_grpos_own_algebra():
+def test_transition_of_flow_is_flow_grpos_own_algebra():
     """mean = x (1 + g^2 / (2 s) dt) + v (1 + g^2 (1 - s) / (2 s)) dt, dt < 0, as Flow-GRPO's code has it."""
     x, v, _ = case()
     steps = shifted(10)
@@ -92,7 +84,7 @@ def test_grpo_kernel_of_flow_is_flow_grpos_own_algebra():
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "exact", "ddim"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sqrt"])
-def test_grpo_kernel_log_prob_equals_torch_distributions(kind, reduction):
+def test_transition_log_prob_equals_torch_distributions(kind, reduction):
     x, v, z = case()
     schedule = ddim_schedule("v_prediction") if kind == "ddim" else shifted(8)
     step = transition(kind, x, v, at(schedule, 1, 3, 6), NOISE_LEVEL[kind], schedule.prediction_type)
@@ -104,7 +96,7 @@ def test_grpo_kernel_log_prob_equals_torch_distributions(kind, reduction):
     assert (step.log_prob(y, reduction) - expected).abs().max() <= 1e-10
 
 
-def test_grpo_kernel_log_prob_of_cps_has_no_scale():
+def test_transition_log_prob_of_cps_has_no_scale():
     x, v, z = case()
     step = transition("cps", x, v, at(shifted(8), 0, 3, 6), 0.8)
     expected = -(step.std.view(-1, 1, 1, 1) * z).square().mean((1, 2, 3))
@@ -112,7 +104,7 @@ def test_grpo_kernel_log_prob_of_cps_has_no_scale():
 
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps"])
-def test_grpo_kernel_without_noise_is_eulers_step(kind):
+def test_transition_without_noise_is_eulers_step(kind):
     x, v, _ = case()
     levels = at(shifted(8), 0, 3, 6)
     euler = x - (levels.s - levels.after).view(-1, 1, 1, 1) * v
@@ -121,7 +113,7 @@ def test_grpo_kernel_without_noise_is_eulers_step(kind):
     assert transition("ode", x, v, levels, 0.7).std.tolist() == [0, 0, 0]
 
 
-def test_grpo_kernel_samples_have_its_mean_and_std():
+def test_transition_samples_have_its_mean_and_std():
     x, v, _ = case(1)
     step = transition("exact", x, v, at(shifted(8), 2), 0.7)
     source = torch.Generator().manual_seed(1)
@@ -133,7 +125,7 @@ def test_grpo_kernel_samples_have_its_mean_and_std():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_grpo_kernel_ddim_equals_diffusers(eta, prediction_type, set_alpha_to_one):
+def test_transition_ddim_equals_diffusers(eta, prediction_type, set_alpha_to_one):
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -167,7 +159,7 @@ def ddim_schedule(prediction_type: str, scheduler=None) -> Schedule:
     return Schedule(sigmas, prediction_type, bars)
 
 
-def test_grpo_kernel_ddim_starts_where_nothing_is_left():
+def test_transition_ddim_starts_where_nothing_is_left():
     """Rescaled to a terminal signal-to-noise of zero, as CogVideoX is: alpha-bar runs from 0 to 1."""
     from diffusers import DDIMScheduler
 
@@ -186,7 +178,7 @@ def test_grpo_kernel_ddim_starts_where_nothing_is_left():
     assert torch.equal(last.mean, last.clean)
 
 
-def test_grpo_kernel_cps_at_one_equals_diffusers_stochastic_euler():
+def test_transition_cps_at_one_equals_diffusers_stochastic_euler():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
@@ -204,7 +196,7 @@ def test_grpo_kernel_cps_at_one_equals_diffusers_stochastic_euler():
 
 
 @pytest.mark.parametrize("kind", FLOW_KINDS)
-def test_grpo_kernel_is_finite_at_both_ends(kind):
+def test_transition_is_finite_at_both_ends(kind):
     x, v, z = case(2)
     step = transition(kind, x, v, at(shifted(8), 0, 7), NOISE_LEVEL[kind])
     assert torch.isfinite(step.sample(z)).all()
@@ -215,7 +207,7 @@ def test_grpo_kernel_is_finite_at_both_ends(kind):
 
 @pytest.mark.parametrize("kind", ["flow", "exact"])
 @pytest.mark.parametrize("first", [1.0, 1 - 1e-6, 0.9999])
-def test_grpo_kernel_cuts_its_pole_off(kind, first):
+def test_transition_cuts_its_pole_off(kind, first):
     """Uncut, the first step from 0.9999 would have a std of 9."""
     x, v, _ = case(2)
     levels = at(Schedule(torch.tensor([first, 0.98, 0.96, 0.0]).double()), 0, 1)
@@ -225,7 +217,7 @@ def test_grpo_kernel_cuts_its_pole_off(kind, first):
 
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps", "ddim"])
-def test_grpo_kernel_slope_is_the_gradient(kind):
+def test_transition_slope_is_the_gradient(kind):
     x, v, z = case()
     schedule = ddim_schedule("epsilon") if kind == "ddim" else shifted(8)
     levels = at(schedule, 0, 3, 6)
@@ -239,7 +231,7 @@ def test_grpo_kernel_slope_is_the_gradient(kind):
     assert (gradient - expected).abs().max() <= 1e-9
 
 
-def test_grpo_kernel_gradient_scales_are_those_of_the_note():
+def test_transition_gradient_scales_are_those_of_the_note():
     """c_t of 20 steps with shift 3, computed from its formula sqrt(D) / g + g sqrt(D) (1 - s) / (2 s)."""
     steps = shifted(20)
     for kind in ("dance", "flow"):
@@ -256,7 +248,7 @@ def test_grpo_kernel_gradient_scales_are_those_of_the_note():
 
 
 @pytest.mark.parametrize("guard", [False, True])
-def test_grpo_kernel_step_weights(guard):
+def test_transition_step_weights(guard):
     steps, used = shifted(12), [1, 2, 5]
     for weighting in ("none", "std", "inv_grad"):
         table = step_weights("flow", steps, 0.7, weighting, used, guard=guard)
@@ -270,8 +262,8 @@ def test_grpo_kernel_step_weights(guard):
     assert (table[used] * scale).std() < 1e-12
 
 
-def test_grpo_kernel_final_spread_of_a_gaussian():
-    """Data N(0, 0.5^2), exact predictions: no kernel is unbiased, dance and flow come closer with more steps."""
+def test_transition_final_spread_of_a_gaussian():
+    """Data N(0, 0.5^2), exact predictions: no transition is unbiased, dance and flow come closer with more steps."""
     source, n = torch.Generator().manual_seed(0), 20000
 
     def spread(kind: str, count: int) -> float:
@@ -294,7 +286,7 @@ def test_grpo_kernel_final_spread_of_a_gaussian():
     assert spread("cps", 50) < 0.8
 
 
-def test_grpo_kernel_split_agrees_with_its_mix():
+def test_transition_split_agrees_with_its_mix():
     x, v, _ = case()
     for schedule in (shifted(8), ddim_schedule("epsilon"), ddim_schedule("v_prediction"), ddim_schedule("sample")):
         levels = at(schedule, 1, 4, 6)
@@ -303,7 +295,7 @@ def test_grpo_kernel_split_agrees_with_its_mix():
         assert (a.view(-1, 1, 1, 1) * clean + b.view(-1, 1, 1, 1) * noise - x).abs().max() <= 1e-12
 
 
-def test_grpo_kernel_refuses_what_does_not_fit():
+def test_transition_refuses_what_does_not_fit():
     x, v, _ = case()
     with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
         transition("dance", x.bfloat16(), v, at(shifted(8), 1, 2, 3), 0.3)
@@ -316,18 +308,18 @@ def test_grpo_kernel_refuses_what_does_not_fit():
     assert set(NOISE_LEVEL) == set(KINDS)
 
 
-def test_grpo_kernel_takes_the_published_noise_levels():
+def test_transition_takes_the_published_noise_levels():
     found = linspace_schedule(ToyDenoiser(ToyPipeline()), 16, 3.0, torch.device("cpu"))
     assert (found.sigmas - shifted(16).sigmas).abs().max() <= 1e-12
     assert found.sigmas[-2] == pytest.approx(3 / (16 + 3 - 1))
 
 
-def test_grpo_kernel_refuses_them_for_a_model_that_is_no_flow():
+def test_transition_refuses_them_for_a_model_that_is_no_flow():
     with pytest.raises(UserError, match="predicts epsilon: use 'pipeline'"):
         linspace_schedule(ToyDenoiser(ToyPipeline("epsilon")), 16, 3.0, torch.device("cpu"))
 
 
-def test_grpo_kernel_names_steps_that_add_more_noise_than_the_next_one_believes_in():
+def test_transition_names_steps_that_add_more_noise_than_the_next_one_believes_in():
     steps = Schedule(torch.tensor([1.0, 0.5, 0.01, 0.0], dtype=torch.float64))
     assert overshooting("dance", steps, 0.3, range(2)) == [1]
     assert overshooting("dance", shifted(16), 0.3, range(15)) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch.nn.functional import interpolate
 from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
 
-from .data import Row
-from .rollout import Conditions
+Row = dict[str, Any]
+"""One row of prompts: `prompt`, perhaps `negative_prompt` and `image`, and any further columns."""
+
+Conditions = Callable[[Sequence[int]], Condition]
+"""Prompt numbers -> their conditions, stacked."""
 
 _KEPT = 1024
 """Encodings that are kept for later when not all of them are."""
@@ -47,6 +50,11 @@ class Embeddings:
         self.negative_prompt, self.keep_all, self.device = negative_prompt, keep_all, device
         self._known: OrderedDict[tuple[str, str, str], dict[str, Tensor]] = OrderedDict()
 
+    def encode(self, rows: Iterable[Row]) -> None:
+        """Encode rows now instead of when they are first asked for."""
+        for row in rows:
+            self.of(row)
+
     def table(self, row_of: Callable[[int], Row]) -> Conditions:
         """Return a function from row numbers to their stacked conditions."""
 
@@ -62,7 +70,7 @@ class Embeddings:
         negative = row.get("negative_prompt")
         negative = self.negative_prompt if negative is None else str(negative)
         image = row.get("image")
-        # Rows live as long as the run. What a tensor prints leaves most of it out: two pictures may print alike.
+        # By identity, as rows live as long as the run: the text form of a tensor is shortened, two may print alike.
         picture_key = str(image) if image is None or isinstance(image, str | Path) else f"object {id(image)}"
         key = row["prompt"], negative if self.guidance else "", picture_key
         if key in self._known:

@@ -1,15 +1,16 @@
-"""Rollouts: windows, seeds, the shared prefix, the fast solver, and the ratio of a policy that has not changed."""
+"""The sampler: windows, seeds, the shared prefix, the fast solver, and the ratio of a policy that has not changed."""
 
 import pytest
 import torch
 
-from postgen.grpo.kernels import schedule_of, transition
-from postgen.grpo.meter import Meter
-from postgen.grpo.rollout import Sample, Sampler, Sampling
-from postgen.grpo.seeds import normal, seed_of
-from postgen.grpo.solver import Multistep, coarser
-from postgen.grpo.window import Window
-from tests.grpo.toy import ToyDenoiser, ToyPipeline
+from postgen.errors import UserError
+from postgen.sampling.meter import Meter
+from postgen.sampling.sampler import Sample, Sampler, Sampling
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.seeds import normal, seed_of
+from postgen.sampling.solver import Multistep, coarser
+from postgen.sampling.transition import transition
+from tests.sampling.toy import ToyDenoiser, ToyPipeline
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def conditions(numbers):
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_grpo_ratio_is_one_before_the_first_update(kind, reduction):
+def test_sampler_ratio_is_one_before_the_first_update(kind, reduction):
     drawn = sampler(kind=kind, window=3, reduction=reduction)
     paths = drawn.draw(samples(), conditions, 6)
     for place in range(3):
@@ -55,7 +56,7 @@ def test_grpo_ratio_is_one_before_the_first_update(kind, reduction):
             assert (log_prob - paths.log_probs[one, place]).abs().max() <= 1e-5
 
 
-def test_grpo_ratio_suffers_from_latents_in_half_precision():
+def test_sampler_ratio_suffers_from_latents_in_half_precision():
     """Why latents are kept in float32: rounded to bfloat16, log-probabilities miss by many times the clip range."""
     drawn = sampler(kind="dance", noise=0.3, window=3)
     paths = drawn.draw(samples(), conditions, 6)
@@ -66,7 +67,7 @@ def test_grpo_ratio_suffers_from_latents_in_half_precision():
 
 
 @pytest.mark.parametrize("how", [{}, {"solver": "dpm++", "fraction": 0.6}], ids=["euler", "dpm++"])
-def test_grpo_rollout_does_not_depend_on_batches(how):
+def test_sampler_does_not_depend_on_batches(how):
     drawn = sampler(window=2, **how)
     rows = samples(start=(1, 4))
     together, alone = drawn.draw(rows, conditions, 6), drawn.draw(rows, conditions, 1)
@@ -77,7 +78,7 @@ def test_grpo_rollout_does_not_depend_on_batches(how):
     assert mixed.start.tolist() == [4, 1, 4]
 
 
-def test_grpo_rollout_takes_samples_with_different_windows_together():
+def test_sampler_takes_samples_with_different_windows_together():
     drawn, calls = sampler(window=2, solver="dpm++", fraction=0.6), []
     predict = drawn.denoiser.predict
     drawn.denoiser.predict = lambda x, *words: calls.append(len(x)) or predict(x, *words)
@@ -86,7 +87,7 @@ def test_grpo_rollout_takes_samples_with_different_windows_together():
     assert calls == [2, 1, 1, 1, 6, 6, 3, 3, 6]
 
 
-def test_grpo_rollout_shares_noise_and_prefix_of_a_prompt():
+def test_sampler_shares_noise_and_prefix_of_a_prompt():
     drawn = sampler(window=1)
     paths = drawn.draw(samples(start=4), conditions, 6)
     assert torch.equal(paths.states[0, 0], paths.states[1, 0])
@@ -100,7 +101,7 @@ def test_grpo_rollout_shares_noise_and_prefix_of_a_prompt():
     assert apart.meter.totals["forwards"] == 8 * 6
 
 
-def test_grpo_rollout_outside_the_window_is_eulers():
+def test_sampler_outside_the_window_is_eulers():
     drawn = sampler(window=0)
     paths = drawn.draw(samples(2, 1, start=0), conditions, 2)
     x, sigmas = normal((3, 1, 2, 2), [100, 101], CPU), drawn.schedule.sigmas
@@ -116,7 +117,7 @@ def test_grpo_rollout_outside_the_window_is_eulers():
     assert paths.log_probs.shape == (2, 0)
 
 
-def test_grpo_rollout_keeps_means_when_asked():
+def test_sampler_keeps_means_when_asked():
     drawn = sampler(window=2, keep_means=True)
     paths = drawn.draw(samples(), conditions, 6)
     step = drawn.step(paths.states[:, 1], drawn.predict(paths.states[:, 1], paths.start + 1, {}), paths.start + 1)
@@ -124,8 +125,90 @@ def test_grpo_rollout_keeps_means_when_asked():
     assert sampler(window=2).draw(samples(), conditions, 6).means is None
 
 
+def collected(drawn, rows):
+    """What `states` yields, sorted by sample: latents before each step, and after the last."""
+    found = [{} for _ in rows]
+    for state in drawn.states(rows, conditions):
+        for row, owners in enumerate(state.samples):
+            for sample in owners:
+                found[sample][state.start[row].item()] = state
+                found[sample]["x", state.start[row].item()] = state.x[row]
+                found[sample]["x", state.stop[row].item()] = state.after[row]
+    return found
+
+
+@pytest.mark.parametrize("how", [{}, {"solver": "dpm++", "fraction": 0.6}], ids=["euler", "dpm++"])
+def test_sampler_yields_the_states_that_draw_collects(how):
+    drawn = sampler(window=2, keep_means=True, **how)
+    rows = samples(start=(4, 1))
+    paths, found = drawn.draw(rows, conditions, 6, keep=[0, 1, 8]), collected(drawn, rows)
+    for sample, steps in enumerate(found):
+        start = rows[sample].start
+        assert torch.equal(paths.clean[sample], steps["x", 8])
+        for place in range(3):
+            assert torch.equal(paths.states[sample, place], steps["x", start + place])
+        for place in range(2):
+            state = steps[start + place]
+            row = next(row for row, owners in enumerate(state.samples) if sample in owners)
+            log_prob = state.transition.log_prob(state.after)[row]
+            assert torch.equal(paths.log_probs[sample, place], log_prob)
+            assert torch.equal(paths.means[sample, place], state.transition.mean[row])
+            assert state.stochastic
+        for number, step in enumerate((0, 1, 8)):
+            assert torch.equal(paths.kept[sample, number], steps["x", step])
+        # The whole grid of a sample, one step after the other.
+        indices = sorted(step for step in steps if isinstance(step, int))
+        assert indices == [*range(start + 2), *coarser(start + 2, 8, drawn.how.fraction)[:-1]]
+
+
+def test_sampler_tells_who_shares_a_beginning():
+    drawn = sampler(window=1)
+    found = [state.samples for state in drawn.states(samples(start=(3, 1)), conditions)]
+    alone = tuple((sample,) for sample in (3, 4, 5, 0, 1, 2))
+    # In the order of the windows: the second prompt's three samples reach theirs first.
+    assert found[:3] == [((3, 4, 5), (0, 1, 2)), ((0, 1, 2),), ((0, 1, 2),)]
+    assert found[3] == found[-1] == alone
+
+
+def test_sampler_keeps_states_of_deterministic_samples():
+    drawn = sampler(window=0)
+    rows = samples(4, 1, start=0)
+    paths = drawn.draw(rows, conditions, 4, keep=[8, 0, 3])
+    x, sigmas = normal((3, 1, 2, 2), [row.initial for row in rows], CPU), drawn.schedule.sigmas
+    states = [x]
+    with torch.no_grad():
+        for index in range(8):
+            prediction = drawn.predict(x, torch.full((4,), index), conditions(range(4)))
+            x = x - (sigmas[index] - sigmas[index + 1]).float() * prediction
+            states.append(x)
+    torch.testing.assert_close(
+        paths.kept, torch.stack([states[step] for step in (8, 0, 3)], dim=1), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(paths.kept[:, 0], paths.clean)
+    torch.testing.assert_close(drawn.draw(rows, conditions, 2, keep=[3]).kept[:, 0], paths.kept[:, 2])
+    assert torch.equal(paths.rows(torch.tensor([2])).kept, paths.kept[2:3])
+    assert drawn.draw(rows, conditions, 4).kept is None
+
+
+def test_sampler_refuses_steps_that_are_not_taken():
+    drawn = sampler(window=2, fraction=0.5)
+    with pytest.raises(
+        UserError, match=r"keep names steps \[5, 9\], which are not taken: choose from \[0, 1, 2, 3, 4, 6, 8\]"
+    ):
+        drawn.draw(samples(), conditions, 6, keep=[0, 5, 9])
+    with pytest.raises(ValueError, match="the last of 8 steps has no noise"):
+        sampler(window=2).draw(samples(start=6), conditions, 6)
+
+
+def test_sampler_leaves_gradients_as_its_caller_has_them():
+    drawn = sampler(window=1)
+    for state in drawn.states(samples(), conditions):
+        assert torch.is_grad_enabled()
+        assert not state.after.requires_grad
+
+
 @pytest.mark.parametrize("count", [5, 12])
-def test_grpo_solver_equals_diffusers_dpm_solver(count):
+def test_solver_equals_diffusers_dpm_solver(count):
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
@@ -148,7 +231,7 @@ def test_grpo_solver_equals_diffusers_dpm_solver(count):
             torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5)
 
 
-def test_grpo_solver_beats_euler_with_as_many_steps():
+def test_solver_beats_euler_with_as_many_steps():
     truth = sampler(400, window=0).draw(samples(4, 1, start=0), conditions, 4).clean
     errors = {}
     for solver in ("euler", "dpm++"):
@@ -160,7 +243,7 @@ def test_grpo_solver_beats_euler_with_as_many_steps():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
-def test_grpo_rollout_of_models_with_alpha_bar(prediction_type, solver):
+def test_sampler_of_models_with_alpha_bar(prediction_type, solver):
     """The toy's flow in another parametrisation: deterministic samples agree with the flow's own."""
     how = {"kind": "ddim", "noise": 1.0, "window": 0, "solver": solver}
     fine = sampler(200, prediction_type, **how).draw(samples(4, 1, start=0), conditions, 4).clean
@@ -173,34 +256,14 @@ def test_grpo_rollout_of_models_with_alpha_bar(prediction_type, solver):
     assert (step.log_prob(paths.states[:, 1]) - paths.log_probs[:, 0]).abs().max() <= 1e-5
 
 
-def test_grpo_window_strategies():
-    def window(**changes):
-        base = {"size": 2, "first": 1, "stop": 6, "strategy": "random", "interval": 3, "kept": 2, "seed": 5}
-        return Window(**{**base, **changes})
-
-    assert {window(strategy="fixed").start(number) for number in range(9)} == {1}
-    assert [window(strategy="progressive").start(number) for number in range(0, 18, 3)] == [1, 2, 3, 4, 1, 2]
-    assert [window(strategy="progressive").start(number) for number in range(4)] == [1, 1, 1, 2]
-    drawn = [window().start(0, prompt) for prompt in range(60)]
-    assert set(drawn) == {1, 2, 3, 4}
-    assert drawn == [window().start(0, prompt) for prompt in range(60)]
-    assert drawn != [window().start(1, prompt) for prompt in range(60)]
-    assert drawn != [window(seed=6).start(0, prompt) for prompt in range(60)]
-    kept = window(size=10, stop=11, kept=6)
-    orders = [kept.trained(0, sample).tolist() for sample in range(5)]
-    assert all(len(set(order)) == 6 and max(order) < 10 for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-    assert window().trained(0, 0).tolist() == [0, 1]
-
-
-def test_grpo_seeds_are_one_sequence_per_name():
+def test_seeds_are_one_sequence_per_name():
     seeds = {seed_of(1, stream, a, b) for stream in ("step", "initial") for a in range(5) for b in range(5)}
     assert len(seeds) == 50
     first = normal((4,), [3, 4], CPU)
     assert torch.equal(first[1], normal((4,), [4], CPU)[0])
 
 
-def test_grpo_coarser_grids():
+def test_coarser_grids():
     assert coarser(3, 12, 0.4) == [3, 5, 7, 10, 12]
     assert coarser(11, 12, 0.4) == [11, 12]
     assert coarser(0, 4, 1.0) == [0, 1, 2, 3, 4]

@@ -1,0 +1,45 @@
+"""The samples of a rollout that a process trains on, and their form in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.sampling.sampler import Trajectories
+
+
+@dataclass(slots=True)
+class Buffer:
+    """The samples of a rollout that this process trains on, in the order of its micro-batches."""
+
+    number: int
+    """Of the rollout."""
+    paths: Trajectories
+    advantages: Tensor
+    """(n,)"""
+    prompts: list[int]
+    """Number of each sample's prompt within the rollout."""
+    samples: list[int]
+    """Number of each sample within the rollout."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: tensors and JSON values under flat names."""
+        paths = self.paths
+        state: dict[str, Any] = {"number": self.number, "prompts": self.prompts, "samples": self.samples}
+        state |= {f"buffer.{name}": getattr(paths, name) for name in ("clean", "start", "states", "log_probs")}
+        state["buffer.advantages"] = self.advantages
+        return state | ({"buffer.means": paths.means} if paths.means is not None else {})
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Buffer | None:
+        """Return the buffer of a checkpoint, or None where it has none."""
+        if "number" not in state:
+            return None
+        held = {key.removeprefix("buffer."): value for key, value in state.items() if key.startswith("buffer.")}
+        held = {name: value.to(device) for name, value in held.items()}
+        advantages = held.pop("advantages")
+        return cls(state["number"], Trajectories(**held), advantages, state["prompts"], state["samples"])

@@ -1,0 +1,89 @@
+"""The part of a configuration that says what is drawn and how."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from postgen.errors import UserError
+from postgen.families.loading import Defaults
+from postgen.settings import Part
+
+from .schedule import SigmaSchedule
+from .solver import Solver
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(Part):
+    """Sizes of clips, steps, guidance, solver, batches.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    part: ClassVar[str] = "sampling"
+
+    height: int | None = None
+    """Pixels; none takes the model's default, as for `width` and `num_frames`."""
+
+    width: int | None = None
+    """Pixels."""
+
+    num_frames: int | None = None
+    """Frames of a clip, 1 for image models."""
+
+    fps: float | None = None
+    """Frames per second that rewards are told and videos are written with; none takes the model's default."""
+
+    num_inference_steps: int = 16
+    """Steps of a rollout."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in rollouts and in training passes alike; up to 1 is off, which halves the cost."""
+
+    negative_prompt: str = ""
+    """Text of the unconditional pass for rows without one of their own."""
+
+    sigma_schedule: SigmaSchedule = "pipeline"
+    """Noise levels of a rollout: the pipeline's, or for flow models `linspace`, equal steps from 1 to 0, shifted."""
+
+    rollout_solver: Solver = "euler"
+    """How the steps after the stochastic ones are taken; dpm++ is DPM-Solver++ (2M)."""
+
+    rollout_solver_fraction: float = 1.0
+    """Share of the steps after the stochastic ones that are taken, on a coarser grid, in (0, 1]."""
+
+    rollout_batch_size: int | None = None
+    """Samples that a process draws at a time; none is `per_device_train_batch_size`."""
+
+    decode_batch_size: int | None = None
+    """Samples that are decoded at a time; none is as many as are drawn at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width", "num_frames", "rollout_batch_size", "decode_batch_size"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "at least 1")
+        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
+        self.require(self.guidance_scale >= 0, "guidance_scale", "at least 0")
+        self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
+
+    def clip_size(self, pipe: Any, defaults: Defaults) -> dict[str, int]:
+        """Return `num_frames`, `height` and `width` of what is made.
+
+        Args:
+            pipe: the pipeline; without an argument `num_frames` it makes pictures.
+            defaults: what the model's folder says about sizes.
+
+        Raises:
+            UserError: neither the configuration nor the model gives one of them.
+        """
+        takes = inspect.signature(type(pipe).__call__).parameters
+        found = {}
+        for name in ("num_frames", "height", "width"):
+            value = getattr(self, name) or getattr(defaults, name)
+            if value is None and name == "num_frames" and "num_frames" not in takes:
+                value = 1
+            if value is None:
+                raise UserError(f"{name} is not given, and {type(pipe).__name__} has no default: set it")
+            found[name] = int(value)
+        return found

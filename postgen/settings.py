@@ -1,0 +1,85 @@
+"""Parts of a configuration: keyword-only dataclasses whose fields are checked, put together by inheritance."""
+
+import types
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from postgen.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Part:
+    """Base of a part. Each part lives with the code that reads it; a configuration inherits from those that it needs.
+
+    A part checks its own fields in `__post_init__`, after `super().__post_init__()`: the parts of a configuration then
+    check themselves once each, when all values have their declared types.
+
+    >>> @dataclass(kw_only=True)
+    ... class Size(Part):
+    ...     width: int = 8
+    ...     def __post_init__(self) -> None:
+    ...         super().__post_init__()
+    ...         self.require(self.width >= 1, "width", "at least 1")
+    >>> Size(width=0)
+    Traceback (most recent call last):
+    postgen.errors.UserError: width is 0, it must be at least 1.
+    """
+
+    part: ClassVar[str] = ""
+    """Name under which a recipe may nest the fields of a class; empty where it may not."""
+
+    def __post_init__(self) -> None:
+        """Bring all values into their declared types."""
+        coerce(self)
+
+    def require(self, holds: bool, name: str, allowed: str) -> None:
+        """Raise a `UserError` about field `name` unless `holds`; `allowed` says what it must be."""
+        if not holds:
+            raise UserError(f"{name} is {getattr(self, name)!r}, it must be {allowed}.")
+
+
+def coerce(config: Part) -> None:
+    """Check each field against its annotation; whole floats become ints, ints become floats, paths strings.
+
+    YAML and Python callers give values that no argument parser has seen.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    for item in fields(config):
+        value = getattr(config, item.name)
+        setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [option for option in options if option is not type(None)]
+        if len(inner) == len(options):
+            return value
+        return None if value is None else _coerced(name, value, inner[0])
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{name} is {value!r}. Allowed: {', '.join(map(str, options))}.")
+    if origin is list:
+        if isinstance(value, list | tuple):
+            return [_coerced(name, item, options[0]) for item in value] if options else list(value)
+        raise UserError(f"{name} is {value!r}, it must be a list.")
+    return _scalar(name, value, hint)
+
+
+def _scalar(name: str, value: Any, hint: Any) -> Any:
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) if isinstance(hint, type) else True
+    if right and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{name} is {value!r}, it must be a value of type {hint.__name__}.")

@@ -1,0 +1,106 @@
+"""LoRA adapters that are trained: their configuration, and how they are put into a denoiser's networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from postgen.errors import UserError
+from postgen.families import Denoiser
+from postgen.families.lora import check_lora, load_loras
+from postgen.settings import Part
+
+
+@dataclass(kw_only=True)
+class AdapterConfig(Part):
+    """Which LoRA adapters are trained.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    part: ClassVar[str] = "lora"
+
+    use_peft: bool = True
+    """Train LoRA adapters; without it all weights of the denoiser."""
+
+    lora_r: int = 32
+    """Rank."""
+
+    lora_alpha: int = 64
+    """The update is scaled by lora_alpha / lora_r."""
+
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Endings of layer names; empty takes those of the model's attention."""
+
+    lora_path: str | None = None
+    """A LoRA to go on from; its rank and layers hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_r", "lora_alpha"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+
+
+def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_config: Any = None) -> str | None:
+    """Put adapters into the networks of a denoiser, in float32 and ready to be trained.
+
+    Args:
+        pipe: the pipeline of the denoiser.
+        denoiser: names the networks, and the layers that are adapted by default.
+        config: which adapters.
+        peft_config: a `peft.LoraConfig` instead of the one that `config` describes.
+
+    Returns:
+        The name of the adapters, or None when the configuration wants none.
+
+    Raises:
+        UserError: two sources of adapters, a file that does not fit, or layers that do not exist.
+    """
+    if config.lora_path and peft_config is not None:
+        raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
+    networks: dict[str, Any] = dict(denoiser.transformers)
+    if config.lora_path:
+        check_lora(config.lora_path)
+        load_loras(pipe, [config.lora_path])
+        adapter = "lora0"
+    elif config.use_peft or peft_config is not None:
+        peft_config = peft_config if peft_config is not None else _peft_config(config, denoiser)
+        adapter = "default"
+        for module in networks.values():
+            _check_targets(module, peft_config.target_modules)
+            module.add_adapter(peft_config, adapter_name=adapter)
+    else:
+        return None
+    for module in networks.values():
+        for name, parameter in module.named_parameters():
+            if f".{adapter}." in name and "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+    return adapter
+
+
+def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora_target_modules or denoiser.lora_targets),
+    )
+
+
+def _check_targets(module: nn.Module, targets: Any) -> None:
+    if not isinstance(targets, list | tuple | set):
+        return  # a pattern: peft itself refuses one that matches nothing
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            endings = dict.fromkeys(".".join(p for p in name.split(".")[-2:] if not p.isdigit()) for name in names)
+            raise UserError(
+                f"lora_target_modules: {target!r} matches no layer of {type(module).__name__}. Its layers end in "
+                f"{', '.join(list(endings)[:12])}"
+            )

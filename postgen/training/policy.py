@@ -1,0 +1,237 @@
+"""The model that is trained: loaded, frozen but for adapters (or not at all), with its reference, and saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from postgen.assets import embedded_model
+from postgen.compat import quiet_libraries, save_lora
+from postgen.errors import UserError
+from postgen.families import Denoiser, denoiser_for
+from postgen.families.loading import Defaults, inspect_model, load_pipeline
+from postgen.families.lora_export import NOTE
+from postgen.sampling.schedule import shifted
+from postgen.settings import Part
+
+from .lora import AdapterConfig, add_adapters
+from .run_state import trained_parameters
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Part):
+    """Which model is trained, and how it is loaded and run.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    part: ClassVar[str] = "model"
+
+    model: str | None = None
+    """A diffusers folder or hub id; none is the embedded model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the frozen weights. Trained weights are float32 in any case."""
+
+    flow_shift: float | None = None
+    """Shift of the noise levels; none keeps the scheduler's."""
+
+    max_sequence_length: int | None = None
+    """Tokens of a prompt; none is the pipeline's default."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
+
+
+class WeightsCopy:
+    """A copy of trained parameters that can stand in for them.
+
+    Args:
+        parameters: the trained parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self.tensors: list[Tensor] = [parameter.detach().clone() for parameter in self._parameters]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Put the copy into the model; afterwards the trained weights stand there again, bit by bit."""
+        trained = [parameter.detach().clone() for parameter in self._parameters]
+        self._write(self.tensors)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    @torch.no_grad()
+    def blend(self, decay: float) -> None:
+        """Move the copy towards the weights: decay * copy + (1 - decay) * weights."""
+        for copy, parameter in zip(self.tensors, self._parameters, strict=True):
+            copy.lerp_(parameter.detach(), 1 - decay)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Return the copy by `<prefix><name>`."""
+        return {f"{prefix}{name}": tensor for name, tensor in zip(self._names, self.tensors, strict=True)}
+
+    def load(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Take the copy of a checkpoint."""
+        for name, tensor in zip(self._names, self.tensors, strict=True):
+            tensor.copy_(state[f"{prefix}{name}"])
+
+    @torch.no_grad()
+    def _write(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self._parameters, tensors, strict=True):
+            parameter.data.copy_(tensor)
+
+
+class Policy:
+    """A pipeline with the parameters that are trained.
+
+    Args:
+        pipe: a pipeline, already on its device; its components are used in place.
+        model: how it is run.
+        lora: which adapters are added; without any, all weights of the denoiser are trained.
+        peft_config: a `peft.LoraConfig`; none takes the one that `lora` describes.
+        defaults: what the model's folder says about sizes.
+
+    Raises:
+        UserError: no denoiser for it, or LoRA layers that it does not have.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        model: ModelConfig,
+        lora: AdapterConfig,
+        peft_config: Any = None,
+        defaults: Defaults | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.denoiser: Denoiser = denoiser_for(pipe)
+        if model.flow_shift is not None:
+            pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
+        if model.max_sequence_length is not None:
+            self.denoiser.max_sequence_length = model.max_sequence_length
+        self.defaults = defaults or Defaults()
+        self.modules: dict[str, Any] = dict(self.denoiser.transformers)
+        self._start: WeightsCopy | None = None
+        for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+            module.requires_grad_(False).eval()
+        self.adapter = add_adapters(pipe, self.denoiser, lora, peft_config)
+        # Adapters of a file are part of the model that training starts from.
+        self._switches_off = self.adapter is not None and not lora.lora_path
+        if self.adapter is None:
+            for module in self.modules.values():
+                # In half precision most updates of a usual learning rate would be rounded away.
+                module.requires_grad_(True).float()
+        for module in self.modules.values():
+            if model.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether a copy of the trained weights is kept as the reference."""
+        return self._start is not None
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is what it was before training: adapters off, or, with all weights trained, a copy."""
+        with ExitStack() as stack:
+            if not self._switches_off:
+                if self._start is None:
+                    raise RuntimeError("keep_reference has not been called")
+                stack.enter_context(self._start.swapped_in())
+            else:
+                for module in self.modules.values():
+                    module.disable_adapters()
+                    stack.callback(module.enable_adapters)
+            yield
+
+    def park_text_encoders(self) -> None:
+        """Move the text encoders to the CPU: all prompts are encoded."""
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                part.to("cpu")
+
+    def keep_reference(self, init_from: str | None) -> None:
+        """Remember the weights as they are, where switching adapters off would not give them back.
+
+        Args:
+            init_from: where other weights are about to be taken from (`TrainingConfig.init_from`).
+
+        Raises:
+            UserError: the weights are about to be replaced, so that they are no reference.
+        """
+        if not self._switches_off:
+            if init_from:
+                raise UserError(
+                    "init_from with beta above 0: the reference would be the model before it. Name a folder "
+                    "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
+                )
+            self._start = WeightsCopy(trained_parameters(self.modules))
+
+    def save(self, folder: Path, state: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
+
+        Args:
+            folder: an existing folder. Of two experts each gets its own sub-folder.
+            state: complete weights by model and name, where the models hold only shards.
+        """
+        for name, module in self.modules.items():
+            weights = None if state is None else state[name]
+            alone = len(self.modules) == 1
+            if self.adapter is None:
+                (module if weights is None else _plain(module, weights)).save_pretrained(folder / name)
+            else:
+                target = folder if alone else folder / name
+                save_lora(self.pipe, target, name, module, self.adapter, weights)
+                # For `postgen export-lora`: layers of different families have the same names.
+                (target / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
+
+
+def load_policy(
+    source: Any, model: ModelConfig, lora: AdapterConfig, device: torch.device, peft_config: Any = None
+) -> Policy:
+    """Return the policy of a model.
+
+    Args:
+        source: a folder, a hub id, a pipeline, or None for the embedded model.
+        model: how it is loaded and run.
+        lora: which adapters are added.
+        device: where it is trained.
+        peft_config: instead of the one that `lora` describes.
+
+    Raises:
+        UserError: it cannot be loaded, or as `Policy`.
+    """
+    if source is not None and not isinstance(source, str | Path):
+        return Policy(source.to(device), model, lora, peft_config)
+    facts = inspect_model(source if source is not None else embedded_model(), images=True)
+    with quiet_libraries():
+        where = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
+        pipe = load_pipeline(facts, dtype=model.dtype, device=where)
+    pipe.set_progress_bar_config(disable=True)
+    return Policy(pipe, model, lora, peft_config, facts.defaults)
+
+
+def _plain(module: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Return a sharded model as one of its own class; the one it has now is made up by torch."""
+    kind: Any = next(parent for parent in type(module).__mro__ if not parent.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        made = kind.from_config(module.config)
+    made.load_state_dict(dict(weights), assign=True)
+    return made
