@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,81 +10,26 @@ from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.state import NAME, Enhancement
 from postgen.errors import UserError
-from postgen.families.installed import installed, transformers_of
+from postgen.families.handle import PlugInHandle, set_for_call
+from postgen.families.installed import transformers_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class EnhanceAVideoHandle:
+class EnhanceAVideoHandle(PlugInHandle[EnhanceAVideoConfig, Enhancement]):
     """Enhance-A-Video as it stands on one or more transformers."""
 
-    def __init__(self, parts: Mapping[str, tuple[nn.Module, Enhancement]]) -> None:
-        self._parts = dict(parts)
+    name = NAME
+    config_class = EnhanceAVideoConfig
+    removed = "Enhance-A-Video was removed: apply it again"
+    doubled = "Enhance-A-Video is on {where} already: update or remove it"
 
-    @property
-    def config(self) -> EnhanceAVideoConfig:
-        """The settings."""
-        return self._first.config
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it acts."""
-        return self._first.enabled
-
-    @property
-    def _first(self) -> Enhancement:
-        if not self._parts:
-            raise UserError("Enhance-A-Video was removed: apply it again")
-        return next(iter(self._parts.values()))[1]
-
-    def enable(self) -> None:
-        """Act again after `disable`."""
-        self._switch(True)
-
-    def disable(self) -> None:
-        """Stop acting, to the bit, until `enable`; what is installed stays."""
-        self._switch(False)
-
-    def _switch(self, enabled: bool) -> None:
-        self._first  # noqa: B018 - raises where nothing is installed
-        for _, enhancement in self._parts.values():
-            enhancement.enabled = enabled
-
-    def update(self, config: EnhanceAVideoConfig | None = None, **changes: Any) -> None:
-        """Change the settings.
-
-        Args:
-            config: all of them; None keeps the present ones.
-            changes: fields of `EnhanceAVideoConfig` to change.
-
-        Raises:
-            UserError: settings that are wrong, or an unknown field.
-        """
-        known = EnhanceAVideoConfig.__dataclass_fields__
-        if unknown := sorted(changes.keys() - known.keys()):
-            raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
-        before = self.config
+    def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Let one of the two kinds of weight end the other."""
         if changes.get("relative_weight") is not None:
-            changes = {"weight": "auto", **changes}
-        elif "weight" in changes:
-            changes = {"relative_weight": None, **changes}
-        new = dataclasses.replace(config or before, **changes)
-        try:
-            for _, enhancement in self._parts.values():
-                enhancement.configure(new)
-        except UserError:
-            for _, enhancement in self._parts.values():
-                enhancement.configure(before)
-            raise
-
-    def remove(self) -> None:
-        """Take it off: the model is as before, bit by bit."""
-        self._first  # noqa: B018 - raises where nothing is installed
-        for model, enhancement in self._parts.values():
-            if installed(model).plug_ins.get(NAME) is enhancement:
-                enhancement.remove(model)
-        self._parts = {}
+            return {"weight": "auto", **changes}
+        return {"relative_weight": None, **changes} if "weight" in changes else changes
 
     def stats(self) -> dict[str, tuple[float, ...]]:
         """Return the gains of the last measured call, one per sample, by layer (`transformer.blocks.0.attn1`).
@@ -94,7 +38,7 @@ class EnhanceAVideoHandle:
         """
         return {
             f"{part}.{layer}" if part else layer: gains
-            for part, (_, enhancement) in self._parts.items()
+            for part, (_, enhancement) in self.still_on.items()
             for layer, gains in enhancement.gains().items()
         }
 
@@ -115,27 +59,14 @@ def apply_enhance_a_video(target: Any, config: EnhanceAVideoConfig | None = None
     Example:
         handle = apply_enhance_a_video(pipe, EnhanceAVideoConfig(weight=2.0))
     """
-    config = config or EnhanceAVideoConfig()
-    models = transformers_of(target)
-    for name, model in models.items():
-        if NAME in installed(model).plug_ins:
-            raise UserError(f"Enhance-A-Video is on {name or 'this transformer'} already: update or remove it")
-    progress = PipelineProgress(target) if "" not in models else None
-    # Everything that can be wrong shows here, before anything is installed.
-    parts = {name: (model, Enhancement(model, config, progress)) for name, model in models.items()}
-    for model, enhancement in parts.values():
-        enhancement.install(model)
-    return EnhanceAVideoHandle(parts)
+    settings = config or EnhanceAVideoConfig()
+    progress = _progress_of(target)
+    return EnhanceAVideoHandle.attach(target, lambda model: Enhancement(model, settings, progress))
 
 
 def handle_of(target: Any) -> EnhanceAVideoHandle | None:
     """Return a handle to what is on a pipeline or transformer (a deep copy has its own); None where nothing is."""
-    parts = {
-        name: (model, installed(model).plug_ins[NAME])
-        for name, model in transformers_of(target).items()
-        if NAME in installed(model).plug_ins
-    }
-    return EnhanceAVideoHandle(parts) if parts else None
+    return EnhanceAVideoHandle.of(target)
 
 
 def remove_enhance_a_video(target: Any) -> None:
@@ -166,39 +97,20 @@ def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | N
         yield
         return
     config = _config_of(setting)
-    models = transformers_of(target)
-    progress = PipelineProgress(target) if "" not in models else None
+    progress = _progress_of(target)
+
+    def make(model: nn.Module, settings: EnhanceAVideoConfig) -> Enhancement:
+        return Enhancement(model, settings, progress)
+
     with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(_one_for_call(model, config, progress))
+        for model in transformers_of(target).values():
+            stack.enter_context(set_for_call(model, NAME, config, make))
         yield
 
 
-@contextmanager
-def _one_for_call(
-    model: nn.Module, config: EnhanceAVideoConfig | None, progress: PipelineProgress | None
-) -> Iterator[None]:
-    found: Enhancement | None = installed(model).plug_ins.get(NAME)
-    if found is None:
-        added = None if config is None else Enhancement(model, config, progress)
-        if added is not None:
-            added.install(model)
-        try:
-            yield
-        finally:
-            if added is not None:
-                added.remove(model)
-        return
-    before, enabled = found.config, found.enabled
-    if config is not None:
-        found.configure(config)
-    found.enabled = config is not None
-    try:
-        yield
-    finally:
-        if config is not None:
-            found.configure(before)
-        found.enabled = enabled
+def _progress_of(target: Any) -> PipelineProgress | None:
+    """Return what reads the step off a pipeline; a bare transformer has none."""
+    return None if "" in transformers_of(target) else PipelineProgress(target)
 
 
 def _config_of(setting: EnhanceAVideoConfig | float | str) -> EnhanceAVideoConfig | None:

@@ -40,33 +40,52 @@ class Enhancement:
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._hooks: list[Any] = []
         self._notes: dict[str, str] = {}  # what was warned of under these settings, by kind
-        self.configure(config)
+        self.configure(model, config)
 
     @property
     def config(self) -> EnhanceAVideoConfig:
         """The settings."""
         return self.call.config
 
-    def configure(self, config: EnhanceAVideoConfig) -> None:
-        """Take new settings; nothing changes where they are wrong.
+    def check(self, model: nn.Module, config: EnhanceAVideoConfig) -> None:
+        """Refuse settings that are wrong.
 
         Raises:
             UserError: a pattern that no layer matches, or start and stop without a way to know the step.
         """
-        if not config.whole_range and config.progress is None and self.progress is None:
-            raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
-        weights = {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
-        if isinstance(config.weight, Mapping):
-            for pattern in config.weight:
-                if not any(re.fullmatch(pattern, name) for name in self.layers):
-                    known = ", ".join(list(self.layers)[:3])
-                    raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
+        self._weights(config)
+
+    def configure(self, model: nn.Module, config: EnhanceAVideoConfig) -> None:
+        """Take new settings; nothing changes where they are wrong.
+
+        Raises:
+            UserError: as `check`.
+        """
+        weights = self._weights(config)
         self.call.config = config
         self._notes.clear()
         for name, layer in self.layers.items():
             chosen = weights[name]
             layer.on = chosen is not None
             layer.weight, layer.relative_weight = chosen or (0.0, 0.0)
+
+    def _weights(self, config: EnhanceAVideoConfig) -> dict[str, tuple[float, float] | None]:
+        if not config.whole_range and config.progress is None and self.progress is None:
+            raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
+        if isinstance(config.weight, Mapping):
+            for pattern in config.weight:
+                if not any(re.fullmatch(pattern, name) for name in self.layers):
+                    known = ", ".join(list(self.layers)[:3])
+                    raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
+        return {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
+
+    def enable(self, model: nn.Module) -> None:
+        """Act again after `disable`."""
+        self.enabled = True
+
+    def disable(self, model: nn.Module) -> None:
+        """Stop acting, to the bit; what is installed stays."""
+        self.enabled = False
 
     def install(self, model: nn.Module) -> None:
         """Put the wrappers on the processors and the hooks on the transformer."""

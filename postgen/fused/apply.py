@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from postgen.errors import UserError
-from postgen.families.installed import installed, transformers_of
+from postgen.families.handle import PlugInHandle, set_for_call
+from postgen.families.installed import transformers_of
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.state import NAME, Fusion
 
-if TYPE_CHECKING:
-    from torch import nn
 
-
-class FusedOpsHandle:
+class FusedOpsHandle(PlugInHandle[FusedOpsConfig, Fusion]):
     """The fused operations as they stand on one or more transformers."""
 
-    def __init__(self, parts: Mapping[str, tuple[nn.Module, Fusion]]) -> None:
-        self._parts = dict(parts)
-
-    @property
-    def config(self) -> FusedOpsConfig:
-        """The settings."""
-        return self._living[0][1].config
-
-    @property
-    def enabled(self) -> bool:
-        """Whether they act."""
-        return self._living[0][1].enabled
-
-    @property
-    def _living(self) -> list[tuple[nn.Module, Fusion]]:
-        """The transformers that these operations are on; `remove_fused_ops` may have taken them off one."""
-        found = list(_still_on(self._parts).values())
-        if not found:
-            raise UserError("the fused operations were removed: apply them again")
-        return found
-
-    def enable(self) -> None:
-        """Act again after `disable`.
-
-        Raises:
-            UserError: they were removed, or a block was changed meanwhile so that they cannot act; nothing changes.
-        """
-        off = [(model, fusion) for model, fusion in self._living if not fusion.enabled]
-        # Everything that can be wrong shows here; layers may have come or gone since.
-        for model, fusion in off:
-            fusion.configure(model, fusion.config)
-        for model, fusion in off:
-            fusion.install(model)
-
-    def disable(self) -> None:
-        """Give the stock model back, bit by bit, until `enable`."""
-        for model, fusion in self._living:
-            fusion.disable(model)
-
-    def update(self, config: FusedOpsConfig | None = None, **changes: Any) -> None:
-        """Change the settings.
-
-        Args:
-            config: all of them; None keeps the present ones.
-            changes: fields of `FusedOpsConfig` to change.
-
-        Raises:
-            UserError: settings that are wrong, or an unknown field.
-        """
-        known = FusedOpsConfig.__dataclass_fields__
-        if unknown := sorted(changes.keys() - known.keys()):
-            raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
-        new = dataclasses.replace(config or self.config, **changes)
-        # Everything that can be wrong shows here, before anything changes.
-        living = self._living
-        for model, _ in living:
-            Fusion(model, new)
-        for model, fusion in living:
-            fusion.configure(model, new)
-
-    def remove(self) -> None:
-        """Take them off: the model is as before, bit by bit."""
-        for model, fusion in self._living:
-            fusion.remove(model)
-        self._parts = {}
+    name = NAME
+    config_class = FusedOpsConfig
+    removed = "the fused operations were removed: apply them again"
+    doubled = "fused operations are on {where} already: update or remove them"
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Return in how many layers or blocks which operation is fused, by component of the pipeline."""
-        return {part: fusion.counts() for part, (_, fusion) in _still_on(self._parts).items()}
-
-
-def _still_on(parts: Mapping[str, tuple[nn.Module, Fusion]]) -> dict[str, tuple[nn.Module, Fusion]]:
-    return {part: each for part, each in parts.items() if installed(each[0]).plug_ins.get(NAME) is each[1]}
+        return {part: fusion.counts() for part, (_, fusion) in self.still_on.items()}
 
 
 def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedOpsHandle:
@@ -113,16 +45,8 @@ def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedO
     Example:
         handle = apply_fused_ops(pipe, FusedOpsConfig(attention=None))
     """
-    config = config or FusedOpsConfig()
-    models = transformers_of(target)
-    for name, model in models.items():
-        if NAME in installed(model).plug_ins:
-            raise UserError(f"fused operations are on {name or 'this transformer'} already: update or remove them")
-    # Everything that can be wrong shows here, before anything is installed.
-    parts = {name: (model, Fusion(model, config)) for name, model in models.items()}
-    for model, fusion in parts.values():
-        fusion.install(model)
-    return FusedOpsHandle(parts)
+    settings = config or FusedOpsConfig()
+    return FusedOpsHandle.attach(target, lambda model: Fusion(model, settings))
 
 
 def remove_fused_ops(target: Any) -> None:
@@ -131,14 +55,10 @@ def remove_fused_ops(target: Any) -> None:
     Raises:
         UserError: they are not on.
     """
-    parts = {
-        name: (model, installed(model).plug_ins[NAME])
-        for name, model in transformers_of(target).items()
-        if NAME in installed(model).plug_ins
-    }
-    if not parts:
+    handle = FusedOpsHandle.of(target)
+    if handle is None:
         raise UserError(f"there are no fused operations on this {type(target).__name__}")
-    FusedOpsHandle(parts).remove()
+    handle.remove()
 
 
 @contextmanager
@@ -159,31 +79,5 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
     config = FusedOpsConfig() if setting is True else setting or None
     with ExitStack() as stack:
         for model in transformers_of(target).values():
-            stack.enter_context(_one_for_call(model, config))
+            stack.enter_context(set_for_call(model, NAME, config, Fusion))
         yield
-
-
-@contextmanager
-def _one_for_call(model: nn.Module, config: FusedOpsConfig | None) -> Iterator[None]:
-    found: Fusion | None = installed(model).plug_ins.get(NAME)
-    fusion = found or (None if config is None else Fusion(model, config))
-    if fusion is None:
-        yield
-        return
-    before, enabled = fusion.config, fusion.enabled
-    if config is None:
-        fusion.disable(model)
-    else:
-        fusion.configure(model, config)
-        if not fusion.enabled:
-            fusion.install(model)
-    try:
-        yield
-    finally:
-        fusion.disable(model)
-        if found is None:
-            del installed(model).plug_ins[NAME]
-        else:
-            fusion.configure(model, before)
-            if enabled:
-                fusion.install(model)

@@ -73,6 +73,23 @@ class Fusion:
         installed(model).plug_ins[NAME] = self
         self.enabled = True
 
+    def check(self, model: nn.Module, config: FusedOpsConfig) -> None:
+        """Refuse settings that are wrong on the transformer as it is now; layers may have come or gone since.
+
+        Raises:
+            UserError: as `apply_fused_ops` raises it.
+        """
+        Fusion(model, config)
+
+    def enable(self, model: nn.Module) -> None:
+        """Put everything in its place again.
+
+        Raises:
+            UserError: as `apply_fused_ops` raises it; nothing changes then.
+        """
+        self.configure(model, self.config)
+        self.install(model)
+
     def remove(self, model: nn.Module) -> None:
         """Take everything off."""
         self.disable(model)
