@@ -345,8 +345,9 @@ def lora_base_problem(module: nn.Module) -> str | None:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(module, BaseTunerLayer):
+    layer: Any = module
+    if not isinstance(layer, BaseTunerLayer):
         return None
-    if not isinstance(module, LoraLayer) or any(module.use_dora.values()):
-        return f"peft's {type(module).__name__} (or DoRA in it) reads its weight"
-    return "LoRA is merged into its weight: unmerge or unload it first" if module.merged else None
+    if not isinstance(layer, LoraLayer) or any(layer.use_dora.values()):
+        return f"peft's {type(layer).__name__} (or DoRA in it) reads its weight"
+    return "LoRA is merged into its weight: unmerge or unload it first" if layer.merged else None

@@ -293,7 +293,7 @@ def _easyanimate(config: Any, size: Size) -> dict[str, Any]:
 def _cosmos(config: Any, size: Size) -> dict[str, Any]:
     extras: dict[str, Any] = {"fps": FRAME_RATE}
     if config["concat_padding_mask"]:
-        from diffusers.utils import is_torchvision_available
+        from diffusers.utils.import_utils import is_torchvision_available
 
         if not is_torchvision_available():
             raise UserError("Cosmos resizes its padding mask with torchvision: pip install torchvision")

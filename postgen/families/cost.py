@@ -33,8 +33,8 @@ from postgen.compat import unwrap
 from postgen.errors import UserError
 from postgen.families.calls import Size, call_arguments, call_of, compression
 from postgen.families.layout import Grid
-from postgen.families.registry import layout_named
 from postgen.families.linear import role_of
+from postgen.families.registry import layout_named
 
 Part = Literal["self-attention", "other attention", "projections", "feed-forward", "modulation", "other"]
 """`self-attention`: scores and values among the video tokens, text in the same sequence included; `other attention`:
@@ -151,8 +151,7 @@ def forward_cost(
     """
     kind, config = _kind_and_config(model)
     row = layout_named(*(parent.__name__ for parent in kind.__mro__)).transformer
-    clip = {"num_frames": num_frames, "height": height, "width": width, "text_tokens": text_tokens, "batch": batch}
-    size = latent_size(row, config, **clip, factors=factors)
+    size = latent_size(row, config, num_frames, height, width, text_tokens=text_tokens, batch=batch, factors=factors)
     return call_cost(model, call_arguments(row, config, size), passes=2 if guidance > 1 else 1, dtype=dtype)
 
 
@@ -188,10 +187,10 @@ def call_cost(
 def latent_size(
     kind: str,
     config: Mapping[str, Any],
-    *,
     num_frames: int,
     height: int,
     width: int,
+    *,
     text_tokens: int | None = None,
     batch: int = 1,
     factors: tuple[int, int] | None = None,
@@ -250,7 +249,7 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self, fake: FakeTensorMode, itemsize: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
         self.itemsize = itemsize
         self.modules = ModuleTracker()

@@ -279,9 +279,7 @@ def test_offloading(wan: TinyModel) -> None:
     refused(model, "cannot be replaced: (its weight is not in memory|accelerate's AlignDevicesHook)")
     remove_hook_from_module(model, recurse=True)
     grouped: Any = tiny_model("Wan").transformer
-    grouped.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-    )
+    grouped.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     refused(grouped, "the diffusers hook (lazy_prefetch_)?group_offloading would lose it")
     cast: Any = tiny_model("Wan").transformer
     cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -303,7 +301,9 @@ def test_a_new_layer_that_was_taken_out(wan: TinyModel) -> None:
     handle = replace_linears(wan.transformer, double, owner="fp8")
     attention: Any = wan.transformer.get_submodule("blocks.0.attn1")
     mine, attention.to_q = attention.to_q, nn.Linear(32, 32)
-    with pytest.raises(UserError, match=r"1 layers of fp8 are no longer in the model, the first is blocks.0.attn1.to_q"):
+    with pytest.raises(
+        UserError, match=r"1 layers of fp8 are no longer in the model, the first is blocks.0.attn1.to_q"
+    ):
         handle.remove()
     attention.to_q = mine
     handle.remove()
