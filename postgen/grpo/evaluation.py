@@ -63,7 +63,7 @@ class Evaluator:
         if process.is_main_process and args.eval_grid:
             texts = [chosen[number]["prompt"] for number in numbers[: len(shown)]]
             write_samples(args.folder / "samples", trainer.global_step, shown, texts, trainer.policy.fps)
-        return self._means(gather_object([(rows, metrics, trainer.meter.read())]))
+        return self.combined(gather_object([(rows, metrics, trainer.meter.read())]))
 
     def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> tuple[Rows, dict[str, float], list[Tensor]]:
         trainer, count = self.trainer, self.trainer.args.num_generations_eval
@@ -106,7 +106,7 @@ class Evaluator:
             **columns(rows),
         )
 
-    def _means(
+    def combined(
         self, parts: list[tuple[Rows, list[tuple[dict[str, float], int]], dict[str, float]]]
     ) -> dict[str, float]:
         """Return means over the samples of all processes, and the sums of what these have spent on training."""
