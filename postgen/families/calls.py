@@ -5,15 +5,15 @@ For counting and timing, where only shapes matter. Values are random normal; mas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families.layout import LatentAxes
+from postgen.families.layout import Grid, LatentAxes, Layout
 from postgen.families.registry import layout_named
 
 FRAME_RATE = 24
@@ -37,8 +37,9 @@ class Size:
     dtype: torch.dtype = torch.float32
 
     def noise(self, *shape: int) -> Tensor:
-        """(batch, *shape)"""
-        return torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
+        """(batch, *shape), always the same; the random state of the program is left alone."""
+        source = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(self.batch, *shape, generator=source, device=self.device, dtype=self.dtype)
 
     def text(self, width: int, tokens: int | None = None) -> Tensor:
         """(batch, tokens, width)"""
@@ -102,7 +103,7 @@ def call_arguments(kind: str, config: Any, size: Size) -> dict[str, Any]:
     """
     call = call_of(kind)
     arguments = {
-        "hidden_states": size.latents(_channels(config), layout_named(kind).latent_axes),
+        "hidden_states": size.latents(_channels(config), _row(kind).latent_axes),
         "timestep": size.full(500.0),
         "encoder_hidden_states": size.text(config[call.text_width]),
     }
@@ -115,7 +116,7 @@ def call_of(kind: str) -> Call:
     Raises:
         UserError: unknown.
     """
-    layout_named(kind)
+    _row(kind)
     if kind not in CALLS:
         raise UserError(f"it is not known how {kind} is called. Known: {', '.join(sorted(CALLS))}")
     return CALLS[kind]
@@ -129,6 +130,37 @@ def compression(kind: str, config: Any) -> tuple[int, int]:
     # Cosmos 2 took the autoencoder of Wan, and lost the learned positions with it.
     slow = kind == "CosmosTransformer3DModel" and config["extra_pos_embed_type"] == "learnable"
     return 8 if slow else call.time, 16 if wide else call.space
+
+
+# All that counting, timing and replacing layers read of the layout rows.
+
+
+def _row(kind: str, *parents: str) -> Layout:
+    return layout_named(kind, *parents)
+
+
+def registered_name(kind: type) -> str:
+    """Return the class name under which a transformer class, or the first of its parents, is registered.
+
+    Raises:
+        UserError: none is.
+    """
+    return _row(*(parent.__name__ for parent in kind.__mro__)).transformer
+
+
+def block_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the repeated blocks."""
+    return tuple(_row(registered_name(type(model))).block_modules(model))
+
+
+def self_attention_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that attend among the video tokens."""
+    return tuple(_row(registered_name(type(model))).attention_modules(model))
+
+
+def grid_of_call(model: nn.Module, arguments: Mapping[str, Any]) -> Grid | None:
+    """Return the token grid of a call; None where it does not tell."""
+    return _row(registered_name(type(model))).grid(model, **arguments)
 
 
 def _channels(config: Any) -> int:

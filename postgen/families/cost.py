@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,10 +32,18 @@ from torch.utils.module_tracker import ModuleTracker
 
 from postgen.compat import unwrap
 from postgen.errors import UserError
-from postgen.families.calls import Size, call_arguments, call_of, compression
+from postgen.families.calls import (
+    Size,
+    block_names,
+    call_arguments,
+    call_of,
+    compression,
+    grid_of_call,
+    registered_name,
+    self_attention_names,
+)
 from postgen.families.layout import Grid
 from postgen.families.linear import role_of
-from postgen.families.registry import layout_named
 
 Part = Literal["self-attention", "other attention", "projections", "feed-forward", "modulation", "other"]
 """`self-attention`: scores and values among the video tokens, text in the same sequence included; `other attention`:
@@ -150,7 +159,7 @@ def forward_cost(
         UserError: an unknown class, or a size that the model does not take.
     """
     kind, config = _kind_and_config(model)
-    row = layout_named(*(parent.__name__ for parent in kind.__mro__)).transformer
+    row = registered_name(kind)
     size = latent_size(row, config, num_frames, height, width, text_tokens=text_tokens, batch=batch, factors=factors)
     return call_cost(model, call_arguments(row, config, size), passes=2 if guidance > 1 else 1, dtype=dtype)
 
@@ -233,7 +242,7 @@ def _kind_and_config(model: nn.Module | Mapping[str, Any]) -> tuple[Any, Mapping
     name = model.get("_class_name")
     if name is None:
         raise UserError("a config needs _class_name, the transformer's class, as its config.json has it")
-    layout_named(name)
+    call_of(name)
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise UserError(f"diffusers {diffusers.__version__} has no {name}: give the transformer itself")
@@ -280,7 +289,11 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _is_small(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation without weights is worth computing: what it gives decides, a dense mask does not."""
+        """Whether an operation without weights is worth computing: one that gives a dense mask is not."""
+        # Broadcasting, joining and repeating give at most the product of what they are given.
+        sizes = (each.numel() if isinstance(each, Tensor) else each for each in tree_leaves((args, kwargs)))
+        if prod(1 + abs(size) for size in sizes if isinstance(size, int)) <= _SMALL:
+            return True
         args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         try:
             with self.fake:
@@ -310,9 +323,7 @@ def _moved(packet: Any, args: tuple[Any, ...], out: Any) -> int:
 
 
 def _collect(model: Any, counter: _Counter, arguments: Mapping[str, Any], passes: int) -> Cost:
-    row = layout_named(*(parent.__name__ for parent in type(model).__mro__))
-    attention = tuple(row.attention_modules(model))
-    names = tuple(row.block_modules(model))
+    attention, names = self_attention_names(model), block_names(model)
     parts: dict[Part, Work] = dict.fromkeys(PARTS, Work())
     blocks: dict[str, dict[Part, Work]] = {name: dict.fromkeys(PARTS, Work()) for name in names}
     inside = re.compile("|".join(f"({re.escape(name)})(?:\\..+)?" for name in names))
@@ -320,7 +331,7 @@ def _collect(model: Any, counter: _Counter, arguments: Mapping[str, Any], passes
         parts[part] += work * passes
         if found := inside.fullmatch(name):
             blocks[found[found.lastindex or 0]][part] += work * passes
-    return Cost(transformer=type(model).__name__, grid=row.grid(model, **arguments), parts=parts, blocks=blocks)
+    return Cost(transformer=type(model).__name__, grid=grid_of_call(model, arguments), parts=parts, blocks=blocks)
 
 
 def _products(counter: _Counter, attention: tuple[str, ...]) -> Iterator[tuple[str, Part, Work]]:

@@ -24,9 +24,8 @@ from torch import nn
 
 from postgen.compat import unwrap
 from postgen.errors import UserError
-from postgen.families.calls import call_arguments
+from postgen.families.calls import call_arguments, grid_of_call, registered_name
 from postgen.families.cost import latent_size
-from postgen.families.registry import layout_of
 from postgen.files import replacing
 
 
@@ -136,19 +135,17 @@ def measure_latency(
     if repeats < 1 or warm_up < 0:
         raise UserError(f"repeats must be at least 1 and warm_up at least 0, got {repeats} and {warm_up}")
     model: Any = unwrap(transformer)
-    row = layout_of(model)
+    kind = registered_name(type(model))
     weight = next(model.parameters())
     place = {"device": weight.device, "dtype": weight.dtype}
     rows, told = [], 0
     for shape in shapes:
-        size = latent_size(
-            row.transformer, model.config, *shape, text_tokens=text_tokens, batch=batch, factors=factors, **place
-        )
+        size = latent_size(kind, model.config, *shape, text_tokens=text_tokens, batch=batch, factors=factors, **place)
         told = size.text_tokens
-        arguments = call_arguments(row.transformer, model.config, size)
-        grid = row.grid(model, **arguments)
+        arguments = call_arguments(kind, model.config, size)
+        grid = grid_of_call(model, arguments)
         if grid is None:
-            raise UserError(f"{row.transformer} does not tell its tokens at {shape}")
+            raise UserError(f"{kind} does not tell its tokens at {shape}")
         seconds = _median_seconds(partial(transformer, **arguments), weight.device, warm_up, repeats)
         frames, height, width = shape
         rows.append(Latency(num_frames=frames, height=height, width=width, tokens=grid.tokens, seconds=seconds))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from postgen.compat import lora_base_problem, module_hooks, unwrap
 from postgen.errors import UserError
+from postgen.families.calls import block_names
 from postgen.families.installed import installed
-from postgen.families.registry import layout_of
 
 Role = Literal["attention", "feed_forward", "modulation", "other"]
 """What a layer serves: projections of an attention, a feed-forward, scales and shifts, or anything else."""
@@ -177,9 +177,10 @@ def replace_linears(
     _check_layers(inner, layers)
     record = _Replaced(owner, {}, {}, originals)
     plug_ins[_key(owner)] = record
+    places = _places(inner, layers)
     try:
         for name, linear in layers.items():
-            _replace(inner, record, name, linear, make(name, linear))
+            _replace(places[name], record, name, linear, make(name, linear))
         if not record.replacements:
             raise UserError(f"{owner} replaced none of {len(layers)} linear layers")
     except BaseException:
@@ -201,7 +202,7 @@ def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -
     if pattern is not None:
         full = re.compile(pattern)
         return lambda name: full.fullmatch(name) is not None
-    blocks = tuple(f"{name}." for name in layout_of(model).block_modules(model))
+    blocks = tuple(f"{name}." for name in block_names(model))
     return lambda name: name.startswith(blocks) and role_of(name) in roles
 
 
@@ -209,14 +210,13 @@ def _key(owner: str) -> str:
     return f"linear layers ({owner})"
 
 
-def _replace(model: nn.Module, record: _Replaced, name: str, linear: nn.Linear, new: Any) -> None:
+def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear: nn.Linear, new: Any) -> None:
     if new is None:
         return
     if not isinstance(new, nn.Module) or new is linear:
         raise UserError(f"{record.owner} made {type(new).__name__} for {name}: a new torch module is needed, or None")
     new.train(linear.training)
-    parent, child = _places(model, {name: linear})[name]
-    setattr(parent, child, new)
+    setattr(*place, new)
     record.replacements[name] = new
     if record.kept == "dropped":
         return
@@ -234,7 +234,7 @@ def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module)
     setattr(*place, original)
 
 
-def _places(model: nn.Module, wanted: dict[str, Any]) -> dict[str, tuple[nn.Module, str]]:
+def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """Find modules wherever they are by now: (parent, name of the child) by the key of `wanted`."""
     keys = {id(module): key for key, module in wanted.items()}
     return {
@@ -255,6 +255,10 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
 
 
 def _check_wrappers(model: nn.Module) -> None:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 

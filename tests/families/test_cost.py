@@ -143,6 +143,12 @@ def test_attention_moves_no_scores() -> None:
     assert work.activation_bytes == 2 * 4 * 24 * 32 * 4  # layers, q k v and the output, tokens, width, float32
 
 
+def test_the_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    forward_cost(WAN_14B, num_frames=5, height=16, width=16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_is_installed_does_not_count() -> None:
     from postgen.families.linear import replace_linears
 
