@@ -175,14 +175,18 @@ def call_cost(
 
     Args:
         model: a transformer, or the config of one with `_class_name`.
-        arguments: keyword arguments of its forward, float32 on CPU.
-        passes: how often it is called.
+        arguments: keyword arguments of its forward, on any device and of any dtype.
+        passes: how often it is called, at least once.
         dtype: what the bytes are counted in; shapes are found in float32.
 
     Raises:
-        UserError: an unknown class.
+        UserError: an unknown class, or no pass.
     """
+    if passes < 1:
+        raise UserError(f"passes must be at least 1, got {passes}")
     kind, config = _kind_and_config(model)
+    registered_name(kind)
+    arguments = tree_map_only(Tensor, _on_cpu, dict(arguments))
     fake = FakeTensorMode()
     known = inspect.signature(kind.__init__).parameters
     with fake:
@@ -211,13 +215,16 @@ def latent_size(
         UserError: frames, height or width that the autoencoder and the patches do not divide.
     """
     call = call_of(kind)
+    text_tokens = call.text_tokens if text_tokens is None else text_tokens
     time, space = factors or compression(kind, config)
     patch = config.get("patch_size") or 1
     side = space * (patch if isinstance(patch, int) else patch[-1])
-    if min(num_frames, height, width, batch) < 1 or (num_frames - 1) % time or height % side or width % side:
+    wrong = (num_frames - 1) % time or height % side or width % side
+    if wrong or min(num_frames, height, width, batch, text_tokens) < 1:
         raise UserError(
-            f"{kind} takes batch >= 1, 1 + a multiple of {time} frames and sides that are multiples of {side}, got"
-            f" {num_frames} frames of {height} x {width}, batch {batch}"
+            f"{kind} takes at least one clip and text token, 1 + a multiple of {time} frames and sides that are"
+            f" multiples of {side}, got {num_frames} frames of {height} x {width}, batch {batch} and {text_tokens} text"
+            " tokens"
         )
     patch_t = config.get("patch_size_t") or 1
     frames = (num_frames - 1) // time + 1 + call.more_frames
@@ -228,9 +235,13 @@ def latent_size(
         frames=-(-frames // patch_t) * patch_t,
         height=height // space,
         width=width // space,
-        text_tokens=text_tokens or call.text_tokens,
+        text_tokens=text_tokens,
         **place,
     )
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _kind_and_config(model: nn.Module | Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

@@ -74,6 +74,7 @@ class StreamingDecoder:
 
         Returns:
             Clips (B, F, 3, H, W), float32 in [0, 1]. F may be 0: some frames are told by later pieces only.
+            A push that fails (out of memory) leaves everything as it was: push again, in smaller pieces.
 
         Raises:
             UserError: the video is finished, longer than `num_latents`, or the piece does not fit the ones before.
@@ -85,7 +86,12 @@ class StreamingDecoder:
             )
         if self._finished:
             raise UserError("the video is finished: make a new StreamingDecoder for the next")
-        frames = self._decode(self._stream.push, latents)
+        before = self._stream.snapshot()
+        try:
+            frames = self._decode(self._stream.push, latents)
+        except BaseException:
+            vars(self._stream).update(before)
+            raise
         self._size = size
         self._pushed += latents.shape[2]
         return self._clips(frames)
@@ -116,12 +122,16 @@ class StreamingDecoder:
         """
         if not {"size", "counts"} <= state.keys():
             raise UserError("this is no state of a StreamingDecoder: size and counts are missing")
+        pushed, finished = state["counts"].tolist()
+        kept = {name: each.to(self.vae.device) for name, each in state.items() if name not in ("size", "counts")}
+        try:
+            self._stream.load(kept, pushed)
+        except KeyError as error:
+            raise UserError(
+                f"this state is of another autoencoder than {type(self.vae).__name__}: no {error}"
+            ) from error
         self._size = tuple(state["size"].tolist()) or None
-        self._pushed, finished = state["counts"].tolist()
-        self._finished = bool(finished)
-        device = self.vae.device
-        kept = {name: tensor.to(device) for name, tensor in state.items() if name not in ("size", "counts")}
-        self._stream.load(kept, self._pushed)
+        self._pushed, self._finished = pushed, bool(finished)
 
     def _decode(self, function: Any, *latents: Tensor) -> Tensor | None:
         from diffusers.utils.accelerate_utils import apply_forward_hook

@@ -31,6 +31,10 @@ class Stream(ABC):
         """Return the frames that are left."""
         return None
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the attributes as they are; tensors in them are replaced by a push, never written to."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+
     @abstractmethod
     def state(self) -> State:
         """Return what is kept."""
@@ -71,9 +75,10 @@ class _Wan(Stream):
         return {"repeated": torch.tensor(words, dtype=torch.int64), **tensors}
 
     def load(self, state: State, pushed: int) -> None:
+        words = state["repeated"].tolist()
         self.started = pushed > 0
         self.cache = [state.get(f"cache.{place}") for place in range(len(self.cache))]
-        for place in state["repeated"].tolist():
+        for place in words:
             self.cache[place] = "Rep"
 
 

@@ -137,6 +137,14 @@ def test_passes_batch_and_blocks() -> None:
     )
 
 
+def test_arguments_of_any_dtype() -> None:
+    tiny = tiny_model("Wan")
+    half = tree_map_only(torch.Tensor, lambda x: x.to(torch.bfloat16), tiny.arguments)
+    assert call_cost(tiny.transformer, half) == call_cost(tiny.transformer, tiny.arguments)
+    with pytest.raises(UserError, match="passes must be at least 1"):
+        call_cost(tiny.transformer, half, passes=0)
+
+
 def test_attention_moves_no_scores() -> None:
     tiny = tiny_model("Wan")
     work = call_cost(tiny.transformer, tiny.arguments, dtype=torch.float32).parts["self-attention"]
@@ -166,8 +174,8 @@ def test_wrong_calls() -> None:
         forward_cost({"num_layers": 2}, **clip)
     with pytest.raises(UserError, match=r"no layout for UNet3DConditionModel: .*Known"):
         forward_cost({"_class_name": "UNet3DConditionModel"}, **clip)
-    for wrong in ({"num_frames": 8}, {"height": 60}, {"width": 0}, {"batch": 0}):
-        with pytest.raises(UserError, match="WanTransformer3DModel takes batch >= 1, 1 \\+ a multiple of 4 frames"):
+    for wrong in ({"num_frames": 8}, {"height": 60}, {"width": 0}, {"batch": 0}, {"text_tokens": 0}):
+        with pytest.raises(UserError, match=r"WanTransformer3DModel takes .*1 \+ a multiple of 4 frames"):
             forward_cost(WAN_14B, **{**clip, **wrong})  # type: ignore[arg-type]
 
 

@@ -226,6 +226,8 @@ def test_wrong_use() -> None:
         decoder.push(noise(1))
     with pytest.raises(UserError, match="no state of a StreamingDecoder"):
         decoder.load_state_dict({})
+    with pytest.raises(UserError, match="of another autoencoder than AutoencoderKLWan: no 'repeated'"):
+        decoder.load_state_dict(StreamingDecoder(cogvideox(), num_latents=3).state_dict())
     few = StreamingDecoder(cogvideox(), num_latents=3)
     few.push(noise(2))
     with pytest.raises(UserError, match="2 of num_latents=3"):
@@ -233,6 +235,29 @@ def test_wrong_use() -> None:
     with pytest.raises(UserError, match="more than num_latents=3"):
         few.push(noise(2))
     assert few.push(noise(1)).shape[1] == 9
+
+
+@pytest.mark.parametrize("name", [*EXACT, *WINDOWS])
+def test_a_push_that_failed_can_be_repeated(name: str) -> None:
+    vae, latents = {**EXACT, **WINDOWS}[name](), noise(7)
+    if name in WINDOWS:
+        short_windows(vae)
+    options: dict[str, Any] = {"num_latents": 7, "windows": True}
+    expected = in_pieces(StreamingDecoder(vae, **options), latents, 1)
+    decoder, calls = StreamingDecoder(vae, **options), []
+    begun = [decoder.push(part) for part in latents[:, :, :2].split(1, 2)]
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+
+    hook = vae.decoder.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        decoder.push(latents[:, :, 2:])
+    hook.remove()
+    rest = [decoder.push(part) for part in latents[:, :, 2:].split(1, 2)]
+    torch.testing.assert_close(torch.cat([*begun, *rest, decoder.finish()], 1), expected, atol=1e-5, rtol=0)
 
 
 def test_nothing_is_kept_for_gradients() -> None:
