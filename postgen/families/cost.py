@@ -223,8 +223,8 @@ def latent_size(
     if wrong or min(num_frames, height, width, batch, text_tokens) < 1:
         raise UserError(
             f"{kind} takes at least one clip and text token, 1 + a multiple of {time} frames and sides that are"
-            f" multiples of {side}, got {num_frames} frames of {height} x {width}, batch {batch} and {text_tokens} text"
-            " tokens"
+            f" multiples of {side}, got {num_frames} frames of {height} x {width}, batch {batch},"
+            f" {text_tokens} text tokens"
         )
     patch_t = config.get("patch_size_t") or 1
     frames = (num_frames - 1) // time + 1 + call.more_frames
