@@ -21,7 +21,7 @@ from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
 
 NOT_ON_META = {"HunyuanVideo Framepack", "HunyuanVideo 1.5", "Mochi", "Helios"}
 """Their forward reads masks, or enters autocast, which torch's counter cannot follow without memory."""
-TWICE = {"CogVideoX 1.0", "Wan 2.2 text-and-image-to-video", "SkyReels-V2"}
+TWICE = {"CogVideoX 1.0", "Wan image-to-video", "Wan 2.2 text-and-image-to-video", "SkyReels-V2"}
 """Their classes have another tiny model."""
 WAN_14B = {"_class_name": "WanTransformer3DModel", "num_layers": 2}
 
