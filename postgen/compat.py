@@ -355,3 +355,34 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     pipe.save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )
+
+
+def module_hooks(module: nn.Module, *, itself: bool) -> str | None:
+    """Name what accelerate or diffusers hooked onto a module that knows the weights inside; None: nothing.
+
+    Args:
+        module: the module.
+        itself: whether any hook counts, else only those that move or cast the weights of inner modules.
+    """
+    from accelerate.hooks import AlignDevicesHook
+
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if each is not None and (itself or (isinstance(each, AlignDevicesHook) and each.offload)):
+            return f"accelerate's {type(each).__name__}"
+    names = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+    moving = names if itself else [name for name in names if "offload" in name or "casting" in name]
+    return f"the diffusers hook {moving[0]}" if moving else None
+
+
+def lora_base_problem(module: nn.Module) -> str | None:
+    """Say why the layer inside a peft wrapper cannot be replaced; None: it can, or there is no wrapper."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer: Any = module
+    if not isinstance(layer, BaseTunerLayer):
+        return None
+    if not isinstance(layer, LoraLayer) or any(layer.use_dora.values()):
+        return f"peft's {type(layer).__name__} (or DoRA in it) reads its weight"
+    return "LoRA is merged into its weight: unmerge or unload it first" if layer.merged else None

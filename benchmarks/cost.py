@@ -1,0 +1,177 @@
+"""What a forward of published video transformers costs, and what fewer tokens or weights could save of it at most.
+
+    python -m benchmarks.cost
+
+Counts on the real classes with their published configs (the config.json of the named hub repositories), without their
+memory; no device is measured. Writes benchmarks/results/cost.json and prints the tables of docs/cost.md.
+
+The formula beside the counts is that of Wan's block (arXiv:2503.20314) for N video tokens, width d,
+feed-forward f and 512 text tokens: self-attention 4 N N d, its projections 8 N d d, cross-attention 4 * 512 N d, its
+query and output 4 N d d, its key and value 4 * 512 d d, feed-forward 4 N d f.
+"""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+from benchmarks.gates import gate, write_result
+from postgen.families.cost import Cost, forward_cost
+
+Size = tuple[int, int, int]
+
+WAN: dict[str, dict[str, Any]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+WAN_SIZES: dict[str, Size] = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
+TEXT = 512
+
+MODELS: dict[str, tuple[dict[str, Any], Size]] = {
+    "THUDM/CogVideoX-2b": ({"_class_name": "CogVideoXTransformer3DModel"}, (49, 480, 720)),
+    "THUDM/CogVideoX-5b": (
+        {
+            "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 48, "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
+        (49, 480, 720),
+    ),
+    "THUDM/CogVideoX1.5-5B": (
+        {
+            "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 48, "num_layers": 42,
+            "use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False, "sample_frames": 81,
+            "sample_height": 300, "sample_width": 300,
+        },
+        (81, 768, 1360),
+    ),
+    "hunyuanvideo-community/HunyuanVideo": ({"_class_name": "HunyuanVideoTransformer3DModel"}, (129, 720, 1280)),
+    "Lightricks/LTX-Video": ({"_class_name": "LTXVideoTransformer3DModel"}, (161, 512, 704)),
+    "genmo/mochi-1-preview": ({"_class_name": "MochiTransformer3DModel"}, (163, 480, 848)),
+}  # fmt: skip
+
+ROUNDED: dict[tuple[str, str], dict[str, float]] = {
+    ("1.3B", "480p"): {
+        "TFLOP": 283, "attention %": 70, "other products %": 29, "2:4 at 1.3": 1.07, "2:4 at 1.6": 1.12,
+        "merge attention .7": 1.60, "merge attention .5": 2.26, "merge block .7": 1.81, "merge block .5": 3.08,
+        "half the keys": 1.54, "half the steps at N/4": 1.79,
+    },
+    ("1.3B", "720p"): {
+        "TFLOP": 1250, "attention %": 84, "other products %": 15, "2:4 at 1.3": 1.04, "2:4 at 1.6": 1.06,
+        "merge attention .7": 1.79, "merge attention .5": 2.85, "merge block .7": 1.91, "merge block .5": 3.46,
+        "half the keys": 1.73,
+    },
+    ("14B", "480p"): {
+        "TFLOP": 1676, "attention %": 52, "other products %": 47, "2:4 at 1.3": 1.12, "2:4 at 1.6": 1.21,
+        "merge attention .7": 1.46, "merge attention .5": 1.91, "merge block .7": 1.70, "merge block .5": 2.71,
+        "half the keys": 1.36, "half the steps at N/4": 1.74,
+    },
+    ("14B", "720p"): {
+        "TFLOP": 6521, "attention %": 72, "other products %": 28, "2:4 at 1.3": 1.07, "2:4 at 1.6": 1.12,
+        "merge attention .7": 1.65, "merge attention .5": 2.42, "merge block .7": 1.82, "merge block .5": 3.12,
+        "half the keys": 1.56, "half the steps at N/4": 1.79,
+    },
+}  # fmt: skip
+"""What every row must round to: TFLOP and per cent to whole numbers, ratios to two places."""
+
+
+def formula(config: dict[str, Any], tokens: int) -> dict[str, int]:
+    """Return FLOPs of Wan's blocks by what grows how, without what does not depend on the video."""
+    width, layers, ffn = config["num_attention_heads"] * 128, config["num_layers"], config["ffn_dim"]
+    return {
+        "attention": layers * 4 * tokens * tokens * width,
+        "projections": layers * 8 * tokens * width * width,
+        "cross attention": layers * 4 * TEXT * tokens * width,
+        "cross projections": layers * 4 * tokens * width * width,
+        "feed-forward": layers * 4 * tokens * width * ffn,
+    }
+
+
+def ceilings(work: dict[str, int]) -> dict[str, float]:
+    """Return how many times as fast a forward could be at most, by method, where FLOPs were all that counts."""
+    total, attention = sum(work.values()), work["attention"]
+    products = total - attention - work["cross attention"]
+    rest, projections = total - attention, work["projections"]
+    row = {
+        "TFLOP": total / 1e12,
+        "attention %": 100 * attention / total,
+        "other products %": 100 * products / total,
+        **{f"2:4 at {speed}": total / (total - products * (1 - 1 / speed)) for speed in (1.3, 1.6)},
+    }
+    for name, keep in ((".7", 0.7), (".5", 0.5)):
+        merged = attention * keep**2 + projections * keep + rest - projections
+        row[f"merge attention {name}"] = total / merged
+        row[f"merge block {name}"] = total / (attention * keep**2 + rest * keep)
+    row["half the keys"] = total / (attention / 2 + rest)
+    row["half the steps at N/4"] = 2 * total / (total + attention / 16 + rest / 4)
+    return row
+
+
+def numbers(name: str, size: Size, cost: Cost) -> dict[str, Any]:
+    """Return the row of one model in the result file."""
+    assert cost.grid is not None
+    return {
+        "model": name,
+        "transformer": cost.transformer,
+        "size": size,
+        "tokens": cost.grid.tokens,
+        "tflop": cost.flops / 1e12,
+        "parts": {part: work.flops / 1e12 for part, work in cost.parts.items()},
+        "weight_gb": cost.total.weight_bytes / 1e9,
+        "activation_gb": cost.total.activation_bytes / 1e9,
+    }
+
+
+def wan() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Count the four Wan rows: what they cost, their ceilings, their gates."""
+    rows, limits, gates = [], [], []
+    for name, config in WAN.items():
+        model = name.split("-")[3]
+        for label, (frames, height, width) in WAN_SIZES.items():
+            config = {"_class_name": "WanTransformer3DModel", **config}
+            cost = forward_cost(config, num_frames=frames, height=height, width=width, text_tokens=TEXT)
+            rows.append(numbers(name, (frames, height, width), cost))
+            work = formula(config, rows[-1]["tokens"])
+            row = ceilings(work)
+            limits.append({"model": model, "size": label, "tokens": rows[-1]["tokens"], **row})
+            text = config["num_layers"] * 4 * TEXT * (config["num_attention_heads"] * 128) ** 2
+            beyond = cost.flops - sum(work.values()) - text - cost.parts["other"].flops
+            gates.append(gate(f"{model} {label}: FLOPs counted beyond the formula", beyond, "==", 0))
+            for key, target in ROUNDED[model, label].items():
+                places = 0 if key == "TFLOP" or key.endswith("%") else 2
+                gates.append(gate(f"{model} {label}: {key}", round(row[key], places), "==", target))
+    return rows, limits, gates
+
+
+def main() -> None:
+    """Count everything, write the result, print the tables."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows, limits, gates = wan()
+    for name, (config, size) in MODELS.items():
+        frames, height, width = size
+        rows.append(numbers(name, size, forward_cost(config, num_frames=frames, height=height, width=width)))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    gates.append(gate("memory that counting takes, GiB", grown, "<=", 1.0))
+    write_result("cost", {"models": rows, "ceilings": limits, "gates": gates})
+    print_tables(rows, limits)
+    print(f"{sum(row['ok'] for row in gates)} of {len(gates)} gates are met")
+
+
+def print_tables(rows: list[dict[str, Any]], limits: list[dict[str, Any]]) -> None:
+    """Print the tables of docs/cost.md."""
+    parts = list(rows[0]["parts"])
+    print(f"| Model | Frames, size | Tokens | TFLOP | {' | '.join(parts)} | Weights GB | Activations GB |")
+    print("|" + "---|" * (len(parts) + 6))
+    for row in rows:
+        frames, height, width = row["size"]
+        shares = " | ".join(f"{100 * row['parts'][part] / row['tflop']:.1f} %" for part in parts)
+        sizes = f"{row['model'].split('/')[1]} | {frames}, {width} x {height} | {row['tokens']:,}"
+        print(f"| {sizes} | {row['tflop']:,.0f} | {shares} | {row['weight_gb']:.1f} | {row['activation_gb']:.0f} |")
+    keys = [key for key in limits[0] if key not in ("model", "size", "tokens")]
+    print(f"\n| Wan 2.1 | Tokens | {' | '.join(keys)} |\n|" + "---|" * (len(keys) + 2))
+    for row in limits:
+        values = [f"{row[key]:,.0f}" if key == "TFLOP" or key.endswith("%") else f"{row[key]:.2f}" for key in keys]
+        print(f"| {row['model']} {row['size']} | {row['tokens']:,} | {' | '.join(values)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""The one place where linear layers of a model are replaced: low precision, quantised and sparse layers come in here.
+
+    handle = replace_linears(pipe.transformer, lambda name, linear: Float8Linear(linear), owner="fp8")
+    handle.remove()  # the very same layers as before
+
+A replaced layer stands in the module tree where the old one stood, so `state_dict` and `save_pretrained` see what the
+replacement defines. What cannot be replaced without going wrong silently is refused, with the layer and the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from postgen.compat import lora_base_problem, module_hooks, unwrap
+from postgen.errors import UserError
+from postgen.families.calls import block_names
+from postgen.families.installed import installed
+
+Role = Literal["attention", "feed_forward", "modulation", "other"]
+"""What a layer serves: projections of an attention, a feed-forward, scales and shifts, or anything else."""
+
+Make = Callable[[str, nn.Linear], nn.Module | None]
+"""(name, layer) -> what takes its place, on the same device; None leaves it."""
+
+Originals = Literal["here", "cpu", "dropped"]
+"""Where the replaced layers wait: as they are, in main memory, or nowhere (then nothing can be taken off)."""
+
+_ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
+    ("modulation", re.compile(r".*(norm|modulation|adaln|ada_ln|scale_shift|_gate).*")),
+    ("attention", re.compile(r".*(attn|attention).*|face_adapter")),
+    ("feed_forward", re.compile(r"(\w+_)?(ff|ffn|mlp|feed_forward)(_\w+)?")),
+)
+_IN_SINGLE_BLOCKS = re.compile(r"single_transformer_blocks\.\d+\.proj_(mlp|out)")
+
+
+def role_of(name: str) -> Role:
+    """Tell the role of a layer from its name; the outermost part of it that says something decides.
+
+    >>> role_of("blocks.0.attn1.to_out.0"), role_of("transformer_blocks.3.norm1.linear"), role_of("patch_embedding")
+    ('attention', 'modulation', 'other')
+    """
+    # Single-stream blocks put feed-forward and output of the attention into one layer.
+    if _IN_SINGLE_BLOCKS.fullmatch(name):
+        return "feed_forward"
+    for part in name.split("."):
+        for role, pattern in _ROLES:
+            if pattern.fullmatch(part):
+                return role
+    return "other"
+
+
+def find_linears(
+    model: nn.Module, *, roles: Collection[Role] = ("attention", "feed_forward"), pattern: str | None = None
+) -> dict[str, nn.Linear]:
+    """Return linear layers of a model by name. Where peft wrapped one, it is the layer inside, under the outer name.
+
+    Args:
+        model: a transformer, which may be wrapped (peft, compiled).
+        roles: which layers of the repeated blocks.
+        pattern: instead of that, the layers anywhere whose name this matches in full: for any class of model.
+
+    Raises:
+        UserError: a class without a layout and no pattern, or nothing is found.
+    """
+    inner = unwrap(model)
+    wanted = _selection(inner, roles, pattern)
+    found: dict[str, nn.Linear] = {}
+    for inside, module in inner.named_modules():
+        name = inside.removesuffix(".base_layer")
+        if isinstance(module, nn.Linear) and wanted(name) and not _is_adapter(inner, inside):
+            found[name] = module
+    if not found:
+        asked = f"named {pattern!r}" if pattern else f"with the roles {', '.join(roles)}"
+        raise UserError(f"{type(inner).__name__} has no linear layers {asked}")
+    return found
+
+
+@dataclass
+class _Replaced:
+    """What is left on the model: it is copied and pickled with it."""
+
+    owner: str
+    originals: dict[str, nn.Linear]
+    replacements: dict[str, nn.Module]
+    kept: Originals
+
+    def describe(self) -> str:
+        kinds = sorted({type(module).__name__ for module in self.replacements.values()})
+        return f"{len(self.replacements)} linear layers are {', '.join(kinds)}"
+
+
+class LinearsHandle:
+    """Replaced layers as they stand in a model. Get it from `replace_linears` or `replaced_linears`."""
+
+    def __init__(self, model: nn.Module, record: _Replaced) -> None:
+        self._model = model
+        self._record: _Replaced | None = record
+
+    @property
+    def owner(self) -> str:
+        """Who replaced them."""
+        return self._known().owner
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What stands in the model now, by the name of the layer."""
+        return dict(self._known().replacements)
+
+    def remove(self) -> None:
+        """Put the old layers back: the same objects with the same parameters and hooks, on the device of the new ones.
+
+        LoRA that was put around a replaced layer meanwhile is put around the old one.
+
+        Raises:
+            UserError: removed already, the old layers were dropped, or somebody took a new layer out of the model.
+                Nothing is changed then.
+        """
+        record = self._known()
+        if record.kept == "dropped":
+            raise UserError(f"{record.owner} dropped the layers it replaced: load the model again")
+        places = _places(self._model, record.replacements)
+        if lost := [name for name in record.replacements if name not in places]:
+            raise UserError(
+                f"{len(lost)} layers of {record.owner} are no longer in the model, the first is {lost[0]}: undo what"
+                " replaced them before"
+            )
+        for name, original in record.originals.items():
+            _put_back(places[name], original, record.replacements[name])
+        del installed(self._model).plug_ins[_key(record.owner)]
+        self._record = None
+
+    def _known(self) -> _Replaced:
+        if self._record is None:
+            raise UserError("these layers were put back: replace them again")
+        return self._record
+
+
+def replace_linears(
+    model: nn.Module,
+    make: Make,
+    *,
+    owner: str,
+    roles: Collection[Role] = ("attention", "feed_forward"),
+    pattern: str | None = None,
+    originals: Originals = "here",
+) -> LinearsHandle:
+    """Put other modules in the place of linear layers.
+
+    Everything is checked before `make` is called for the first time; if `make` fails, the layers made so far are put
+    back, unless they are to be dropped.
+
+    Args:
+        model: a transformer, which may be wrapped (peft, compiled).
+        make: makes one replacement.
+        owner: who asks, a word for messages and `postgen.summary`.
+        roles: as in `find_linears`.
+        pattern: as in `find_linears`.
+        originals: where the old layers wait.
+
+    Raises:
+        UserError: a layer that cannot be replaced safely, named with the reason; nothing to replace; `make` gave
+            something that is no module.
+    """
+    inner = unwrap(model)
+    plug_ins = installed(inner).plug_ins
+    if _key(owner) in plug_ins:
+        raise UserError(f"{owner} has replaced linear layers of this model already: remove them first")
+    _check_wrappers(model)
+    _check_claims(inner, owner, roles, pattern)
+    layers = find_linears(inner, roles=roles, pattern=pattern)
+    _check_layers(inner, layers)
+    record = _Replaced(owner, {}, {}, originals)
+    plug_ins[_key(owner)] = record
+    places = _places(inner, layers)
+    try:
+        for name, linear in layers.items():
+            _replace(places[name], record, name, linear, make(name, linear))
+        if not record.replacements:
+            raise UserError(f"{owner} replaced none of {len(layers)} linear layers")
+    except BaseException:
+        if originals == "dropped":
+            raise
+        LinearsHandle(inner, record).remove()
+        raise
+    return LinearsHandle(inner, record)
+
+
+def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
+    """Return a handle for every owner that replaced layers of a model; a deep copy of a model has its own."""
+    inner = unwrap(model)
+    records = [found for found in installed(inner).plug_ins.values() if isinstance(found, _Replaced)]
+    return {record.owner: LinearsHandle(inner, record) for record in records}
+
+
+def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -> Callable[[str], bool]:
+    if pattern is not None:
+        full = re.compile(pattern)
+        return lambda name: full.fullmatch(name) is not None
+    blocks = tuple(f"{name}." for name in block_names(model))
+    return lambda name: name.startswith(blocks) and role_of(name) in roles
+
+
+def _key(owner: str) -> str:
+    return f"linear layers ({owner})"
+
+
+def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear: nn.Linear, new: Any) -> None:
+    if new is None:
+        return
+    if not isinstance(new, nn.Module) or new is linear:
+        raise UserError(f"{record.owner} made {type(new).__name__} for {name}: a new torch module is needed, or None")
+    new.train(linear.training)
+    setattr(*place, new)
+    record.replacements[name] = new
+    if record.kept == "dropped":
+        return
+    record.originals[name] = linear
+    # A wrapper may go on using the layer itself.
+    if record.kept == "cpu" and not any(part is linear.weight for part in new.parameters()):
+        linear.to("cpu")
+
+
+def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module) -> None:
+    device = next((tensor.device for tensor in (*new.parameters(), *new.buffers())), original.weight.device)
+    if original.weight.device != device:
+        original.to(device)
+    original.train(new.training)
+    setattr(*place, original)
+
+
+def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Find modules wherever they are by now: (parent, name of the child) by the key of `wanted`."""
+    keys = {id(module): key for key, module in wanted.items()}
+    return {
+        keys[id(child)]: (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if id(child) in keys
+    }
+
+
+def _is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a layer belongs to peft: something inside a wrapped layer that is not the layer itself."""
+    parents = name.split(".")
+    return any(
+        hasattr(model.get_submodule(".".join(parents[:count])), "base_layer") and parents[count] != "base_layer"
+        for count in range(1, len(parents))
+    )
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel | FSDPModule | DistributedDataParallel):
+            where = name or "the model"
+            raise UserError(f"{where} is wrapped by {type(module).__name__}: replace linear layers before wrapping")
+
+
+def _check_claims(model: nn.Module, owner: str, roles: Collection[Role], pattern: str | None) -> None:
+    """Refuse what another owner holds, also where what stands there now is no linear layer."""
+    wanted = _selection(model, roles, pattern)
+    for found in replaced_linears(model).values():
+        for name in found.modules:
+            if wanted(name):
+                raise UserError(f"{name} is replaced by {found.owner} already: remove that before {owner}")
+
+
+def _check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    users: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(name)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    for name, linear in layers.items():
+        for problem in (*_problems(linear, users, names), *_problems_around(model, names[id(linear)][0])):
+            raise UserError(f"{name} cannot be replaced: {problem}")
+
+
+def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
+    if type(linear) is not nn.Linear:
+        yield f"it is a {type(linear).__name__}, which may compute something else or be read by others"
+    elif type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
+        yield f"its weight is a {type(linear.weight.data).__name__}: sharded or quantised already"
+    elif linear.weight.is_meta or linear.weight.shape != (linear.out_features, linear.in_features):
+        yield "its weight is not in memory: load the model and switch offloading off first"
+    for parameter in linear.parameters():
+        if len(shared := users[id(parameter)]) > 1:
+            yield f"its weights are tied: {' and '.join(shared)}"
+    if len(same := names[id(linear)]) > 1:
+        yield f"it is the same layer as {same[1]}"
+    hooks = [*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks]
+    if hooks:
+        yield f"{len(hooks)} hooks on it would not run any more: remove them first"
+
+
+def _problems_around(model: nn.Module, name: str) -> Iterator[str]:
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+    for module in around:
+        if hooks := module_hooks(module, itself=module is around[-1]):
+            yield f"{hooks} would lose it: replace linear layers before switching that on"
+    if problem := lora_base_problem(around[-2]):
+        yield problem
+    if any(getattr(module, "fused_projections", False) for module in around[:-1]):
+        yield "the projections are fused, so some are not called: unfuse_qkv_projections() first"
