@@ -12,17 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from postgen.errors import UserError
 from postgen.training import Trainer, TrainingConfig
 from postgen.video import contact_sheet
 
+from .clip_pass import ClipPass
 from .measure import masked_psnr
 from .pool import FIRST_TRAINING_SEED, Clips, dilated, render_clips, specs_of, to_model
-from .whole_clip import WholeClip
 
 
 @dataclass(kw_only=True)
 class AutoencoderConfig(TrainingConfig):
-    """Settings of the method; the batch size counts 17-frame clips; shorter clips come in larger batches.
+    """Settings of the method; the batch size counts clips of the first length, other clips come as many as cost that.
 
     Raises:
         UserError: a value outside its range.
@@ -32,28 +33,58 @@ class AutoencoderConfig(TrainingConfig):
     """Height and width of the clips in pixels, a multiple of 8."""
 
     base_dim: int = 32
-    """Channels of the first level."""
+    """Channels of the encoder's first level in units of `dim_mult`."""
+
+    decoder_base_dim: int | None = None
+    """The same of the decoder; none is as many as the encoder's."""
 
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
-    """Channels of each level in units of base_dim; three levels."""
+    """Channels of each level in units of the base; three levels."""
 
     z_dim: int = 16
     """Latent channels."""
 
+    lengths: list[int] = field(default_factory=lambda: [17, 33])
+    """Clip lengths to train on, each 4n+1 and at least 9; the first is evaluated."""
+
+    sizes: list[int] = field(default_factory=list)
+    """Height and width of the clips of each length, multiples of 8, the first one `size`; empty: `size` for all."""
+
+    length_weights: list[float] = field(default_factory=lambda: [0.85, 0.15])
+    """How often each length is drawn in the last part of the run."""
+
     pool_clips: int = 4096
-    """17-frame clips that are rendered once and kept on the device; an eighth as many of 33 frames come on top."""
+    """Clips of the first length that are rendered once and kept on the device of each process."""
+
+    pool_shares: list[float] = field(default_factory=lambda: [1.0, 0.125])
+    """Clips of each length that are kept, in units of `pool_clips`; in (0, 1], the first 1."""
 
     image_until: float = 0.1
     """Share of the run that trains on single frames."""
 
     short_until: float = 0.45
-    """Share of the run after which 9-frame crops give way to clips of 17 and 33 frames."""
+    """Share of the run after which 9-frame crops of the first length give way to whole clips of all lengths."""
+
+    image_share: float = 0.0
+    """Share of the later steps that train on single frames, in [0,1)."""
 
     object_weight: float = 4.0
     """Weight of pixels on and around bodies, on top of 1."""
 
+    edge_weight: float = 0.0
+    """Weight on top of that of those among them where the picture changes: outlines, edges of cubes, contacts."""
+
+    first_frame_weight: float = 1.0
+    """Factor of the weight of a clip's first frame, above 0: it is encoded alone and is one frame of many."""
+
+    mse_weight: float = 2.0
+    """Weight of the squared error beside the absolute one's 1."""
+
     gradient_weight: float = 0.5
     """Weight of the error of spatial and temporal differences."""
+
+    gradient_scales: int = 1
+    """Scales at which these differences are taken, 1 to 4; each halves height and width once more."""
 
     kl_weight: float = 3e-6
     """Weight of the mean KL divergence of a latent value from a standard normal."""
@@ -62,28 +93,58 @@ class AutoencoderConfig(TrainingConfig):
     """Compute 3-D convolutions as 2-D ones over stacked frames."""
 
     compile: bool = False
-    """Fuse norm and activation with torch.compile."""
+    """Fuse norm and activation with torch.compile instead of with the kernel of `postgen.kernels.norm_silu`."""
+
+    cuda_graphs: bool = False
+    """Replay forward and backward passes as CUDA graphs, on GPUs; gradient_accumulation_steps 1, without compile."""
 
     eval_clips: int = 32
     """Clips that evaluation reconstructs, half of them of held-out combinations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.sizes = self.sizes or [self.size] * len(self.lengths)
         self.require(self.size % 8 == 0 and self.size >= 16, "size", "a multiple of 8, at least 16")
         self.require(len(self.dim_mult) == 3, "dim_mult", "three multipliers")
+        base = self.decoder_base_dim
+        self.require(base is None or base >= 1, "decoder_base_dim", "none or at least 1")
+        self.require(
+            bool(self.lengths) and all(n >= 9 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 9"
+        )
+        for name in ("sizes", "length_weights", "pool_shares"):
+            self.require(len(getattr(self, name)) == len(self.lengths), name, "as many numbers as lengths")
+        self.require(
+            self.sizes[0] == self.size and all(n % 8 == 0 and n >= 16 for n in self.sizes),
+            "sizes",
+            "multiples of 8, at least 16, the first one size",
+        )
+        weights = self.length_weights
+        self.require(min(weights) >= 0 < sum(weights), "length_weights", "at least 0, not all 0")
+        shares = self.pool_shares
+        self.require(shares[0] == 1 and all(0 < x <= 1 for x in shares), "pool_shares", "in (0, 1], the first 1")
         self.require(self.pool_clips >= 8, "pool_clips", "at least 8")
         self.require(
             0 <= self.image_until <= self.short_until <= 1, "image_until", "in [0, short_until], both within [0,1]"
         )
+        self.require(0 <= self.image_share < 1, "image_share", "in [0,1)")
+        for name in ("object_weight", "edge_weight", "mse_weight", "gradient_weight", "kl_weight"):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        self.require(self.first_frame_weight > 0, "first_frame_weight", "above 0")
+        self.require(1 <= self.gradient_scales <= 4, "gradient_scales", "from 1 to 4")
         self.require(self.eval_clips >= 2, "eval_clips", "at least 2")
+        if self.cuda_graphs:
+            alone = self.gradient_accumulation_steps == 1
+            self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
+            self.require(not self.compile, "compile", "false with cuda_graphs")
 
 
-def new_autoencoder(base_dim: int, dim_mult: list[int], z_dim: int) -> Any:
+def new_autoencoder(base_dim: int, dim_mult: list[int], z_dim: int, decoder_base_dim: int | None = None) -> Any:
     """An `AutoencoderKLWan` with random weights: 8x smaller in space, 4x in time, pixels in 2x2 cells."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
         base_dim=base_dim,
+        decoder_base_dim=decoder_base_dim,
         z_dim=z_dim,
         dim_mult=dim_mult,
         num_res_blocks=1,
@@ -104,78 +165,92 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """A new autoencoder run on whole clips; also renders the clips to train on and to evaluate."""
         args = self.args
-        self.vae = new_autoencoder(args.base_dim, args.dim_mult, args.z_dim)
-        whole = WholeClip(self.vae, folded=args.folded, compiled=args.compile)
-        rank = self.accelerator.process_index
-        first = FIRST_TRAINING_SEED + rank * 10_000_000
-        self.clips = render_clips(specs_of(first, args.pool_clips, 17), args.size, self.device)
-        long = specs_of(first + args.pool_clips, max(1, args.pool_clips // 8), 33)
-        self.long_clips = render_clips(long, args.size, self.device)
-        half = args.eval_clips // 2
-        held = [*specs_of(0, half, 17), *specs_of(half, args.eval_clips - half, 17, "held_out")]
+        self.vae = new_autoencoder(args.base_dim, args.dim_mult, args.z_dim, args.decoder_base_dim)
+        several = self.accelerator.num_processes > 1
+        if args.cuda_graphs and self.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a GPU, not {self.device.type}. Leave it out.")
+        whole = ClipPass(
+            self.vae,
+            args,
+            every_gradient=args.cuda_graphs or several,
+            graphs=args.cuda_graphs,
+            folded=args.folded,
+            compiled=args.compile,
+            align=32 if self.device.type == "cuda" else 1,
+        )
+        first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
+        self.pools: list[Clips] = []
+        for frames, size, share in zip(args.lengths, args.sizes, args.pool_shares, strict=True):
+            count = max(1, int(args.pool_clips * share))
+            self.pools.append(render_clips(specs_of(first, count, frames), size, self.device))
+            first += count
+        half, frames = args.eval_clips // 2, args.lengths[0]
+        held = [*specs_of(0, half, frames), *specs_of(half, args.eval_clips - half, frames, "held_out")]
         self.held_out = render_clips(held, args.size, self.device)
+        if args.cuda_graphs:
+            whole.to(self.device).train()
+            with self.accelerator.autocast():
+                for kind, batch, frames in self._kinds():
+                    whole.record(batch, frames, args.sizes[kind], self.device)
         return {"autoencoder": whole}
 
+    def _kinds(self) -> list[tuple[int, int, int]]:
+        """Kinds of batches (pool, clips, frames) that cost about the same: single frames, crops, whole clips."""
+        args, batch, longest = self.args, self.args.per_device_train_batch_size, self.args.lengths[0]
+        full = longest * args.size**2
+        whole = [
+            (kind, max(1, batch * full // (frames * size**2)), frames)
+            for kind, (frames, size) in enumerate(zip(args.lengths, args.sizes, strict=True))
+        ]
+        return [(0, batch * round(0.7 * longest), 1), (0, batch * round(longest / 9), 9), *whole]
+
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of one batch of random clips; metrics: KL, squared error everywhere and on the bodies."""
+        """Loss of one batch of random clips; metrics: KL, squared error everywhere, on the bodies, in first frames."""
         rgb, mask = self._draw()
-        x = to_model(rgb)
+        batch, frames, _, height, width = rgb.shape
+        shape = (batch, self.args.z_dim, 1 + (frames - 1) // 4, height // 8, width // 8)
+        noise = torch.randn(shape, generator=self.generator, device=self.device)
         with self.accelerator.autocast():
-            y, mean, logvar = self.models["autoencoder"](x)
-        loss, error = self._loss(x, y, mask)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        weight = mask[:, None]
-        objects = (error.square() * weight).sum() / (weight.sum() * 3).clamp_min(1)
-        metrics: dict[str, float | Tensor] = {
-            "kl": kl.detach(),
-            "mse_objects": objects.detach(),
-            "mse": error.square().mean(),
-        }
-        return loss + self.args.kl_weight * kl, metrics
+            found = self.models["autoencoder"](rgb, mask, noise)
+        return found[0], dict(zip(ClipPass.MEASURES, found[1:].detach(), strict=True))
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Bytes (B,T,3,H,W) and dilated mask (B,T,H,W) of random clips; their length follows the run's progress."""
-        args, batch = self.args, self.args.per_device_train_batch_size
-        done = self.progress()
-        if done < args.image_until:
-            return self._pick(self.clips, batch * 12, 1)
-        if done < args.short_until:
-            return self._pick(self.clips, batch * 2, 9)
-        if random.random() < 0.15:
-            return self._pick(self.long_clips, max(1, batch // 2), 33)
-        return self._pick(self.clips, batch, 17)
+        """Bytes (B,T,3,H,W) and mask (B,T,H,W) of random clips; their length follows the run's progress."""
+        args, done = self.args, self.progress()
+        # The same kind of batch in every process, so that none waits for another.
+        chance = random.Random(f"kind-{args.seed}-{self.global_step}")
+        single, short, *whole = self._kinds()
+        if done < args.image_until or (args.image_share and chance.random() < args.image_share):
+            return self._pick(*single)
+        return self._pick(*(short if done < args.short_until else chance.choices(whole, args.length_weights)[0]))
 
-    def _pick(self, clips: Clips, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+    def _pick(self, kind: int, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+        clips = self.pools[kind]
         total = clips.rgb_NT3HW.shape[1]
         index = torch.randint(len(clips.specs), (batch, 1), generator=self.generator, device=self.device)
         start = torch.randint(total - frames + 1, (batch, 1), generator=self.generator, device=self.device)
         time = start + torch.arange(frames, device=self.device)
-        return clips.rgb_NT3HW[index, time], dilated(clips.mask_NTHW[index, time])
-
-    def _loss(self, x: Tensor, y: Tensor, mask_BTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """L1 + 2 MSE + differences, weighted towards the bodies; also the error tensor, detached."""
-        error = y - x
-        weight = 1.0 + self.args.object_weight * mask_BTHW[:, None]
-        weight = weight / weight.mean()
-        loss = (weight * (error.abs() + 2.0 * error.square())).mean()
-        steps = [error.diff(dim=dim).abs() * weight.narrow(dim, 1, weight.shape[dim] - 1) for dim in (2, 3, 4)]
-        loss = loss + self.args.gradient_weight * sum((s.mean() for s in steps if s.numel()), start=loss.new_zeros(()))
-        return loss, error.detach()
+        return clips.rgb_NT3HW[index, time], clips.mask_NTHW[index, time]
 
     def evaluate(self) -> dict[str, float]:
-        """PSNR in dB on unseen scenes (everywhere, on the bodies, there in the last frame); writes a contact sheet."""
+        """PSNR in dB on unseen scenes, everywhere and on the bodies: all frames, the first, the others, the last.
+
+        Writes a contact sheet of four clips, each above its reconstruction.
+        """
         x = to_model(self.held_out.rgb_NT3HW)
         y = torch.cat([self._reconstruct(part) for part in x.split(8)])
         mask = dilated(self.held_out.mask_NTHW)[:, None]
         if self.accelerator.is_main_process:
-            rows = torch.cat((x[:4, :, ::4], y[:4, :, ::4]), 0).transpose(1, 2)
-            sheet = ((rows.flatten(0, 1) + 1) / 2).float().cpu()
-            contact_sheet(
-                sheet, self.args.folder / "reconstructions.png", columns=x[:, :, ::4].shape[2], limit=len(sheet)
-            )
+            pairs = torch.stack((x[:4, :, ::4], y[:4, :, ::4]), 1).flatten(0, 1).transpose(1, 2)
+            sheet = ((pairs.flatten(0, 1) + 1) / 2).float().cpu()
+            contact_sheet(sheet, self.args.folder / "reconstructions.png", columns=pairs.shape[1], limit=len(sheet))
+        first, rest = (masked_psnr(x[:, :, p], y[:, :, p], mask[:, :, p]) for p in (slice(1), slice(1, None)))
         return {
             "psnr": masked_psnr(x, y, torch.ones_like(mask)),
             "psnr_objects": masked_psnr(x, y, mask),
+            "psnr_objects_first": first,
+            "psnr_objects_rest": rest,
+            "first_frame_gap_db": rest - first,
             "psnr_objects_last": masked_psnr(x[:, :, -1:], y[:, :, -1:], mask[:, :, -1:]),
         }
 
@@ -195,7 +270,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
     def _latent_statistics(self) -> tuple[list[float], list[float]]:
         whole: Any = self.unwrap("autoencoder")
         parts = []
-        for rgb in self.clips.rgb_NT3HW[:256].split(8):
+        for rgb in self.pools[0].rgb_NT3HW[:256].split(8):
             with self.accelerator.autocast():
                 parts.append(whole.encode(to_model(rgb))[0])
         z = torch.cat(parts).transpose(0, 1).flatten(1).double()

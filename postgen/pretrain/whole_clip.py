@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.kernels.norm_silu import naive
+from postgen.kernels.norm_silu.ops import norm_silu_pad
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     """SiLU of the RMS norm over channels (dim 1), statistics in float32 or wider; gamma has shape (C,1,1,1)."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    scale = (wide.square().mean(1, keepdim=True) + 1e-24).rsqrt()
-    return F.silu(wide * scale * gamma.to(wide.dtype)).to(x.dtype)
+    return naive.norm_silu(x, gamma.flatten())
 
 
 class WholeClip(nn.Module):
@@ -31,13 +31,15 @@ class WholeClip(nn.Module):
     Args:
         vae: the autoencoder; blocks of the residual kind (`is_residual=True`, Wan 2.2) are not supported.
         folded: compute a 3x3x3 convolution as a 2-D one over three stacked frames; often faster with few channels.
-        compiled: fuse norm and activation with `torch.compile`.
+        compiled: fuse norm and activation with `torch.compile`; without it, and not folded, they and the padding are
+            `postgen.kernels.norm_silu`.
+        align: fill the channels of pixels up to a multiple of this with zeros; on GPUs 32 are fast.
 
     Raises:
         UserError: an autoencoder with residual blocks.
     """
 
-    def __init__(self, vae: Any, *, folded: bool = False, compiled: bool = False) -> None:
+    def __init__(self, vae: Any, *, folded: bool = False, compiled: bool = False, align: int = 1) -> None:
         super().__init__()
         if vae.config.is_residual:
             raise UserError("WholeClip supports autoencoders with is_residual=False (Wan 2.1) only.")
@@ -46,6 +48,8 @@ class WholeClip(nn.Module):
         self.quant_conv, self.post_quant_conv = vae.quant_conv, vae.post_quant_conv
         self.patch = int(vae.config.patch_size or 1)
         self.folded = folded
+        # Before shortcuts were products and pixels had 32 channels, one weight gradient took cuDNN 150 ms on an H200.
+        self.plain, self.align = folded or compiled, align
         self._norm_silu: Callable[[Tensor, Tensor], Tensor] = norm_silu
         if compiled:
             self._norm_silu = torch.compile(norm_silu, dynamic=True)
@@ -61,11 +65,11 @@ class WholeClip(nn.Module):
         if (x.shape[2] - 1) % 4:
             raise UserError(f"A clip for this autoencoder has 4n+1 frames, not {x.shape[2]}.")
         encoder: Any = self.encoder
-        h = self._conv(encoder.conv_in, self._patchify(x).contiguous(memory_format=torch.channels_last_3d))
+        h = self._conv_in(encoder.conv_in, self._patchify(x))
         for block in encoder.down_blocks:
             h = self._down(block, h) if hasattr(block, "resample") else self._residual(block, h)
         h = self._middle(encoder.mid_block, h)
-        h = self._conv(encoder.conv_out, self._norm_silu(h, encoder.norm_out.gamma))
+        h = self._norm_conv(encoder.norm_out, encoder.conv_out, h)
         mean, logvar = self._wide(self.quant_conv(h)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -79,12 +83,33 @@ class WholeClip(nn.Module):
                 h = self._residual(layer, h)
             if block.upsamplers is not None:
                 h = self._up(block.upsamplers[0], h)
-        h = self._conv(decoder.conv_out, self._norm_silu(h, decoder.norm_out.gamma))
+        h = self._norm_conv(decoder.norm_out, decoder.conv_out, h)
         return self._wide(self._unpatchify(h))
 
     @staticmethod
     def _wide(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.float()
+
+    def _norm_conv(self, norm: Any, conv: Any, x: Tensor) -> Tensor:
+        if self.plain:
+            return self._conv(conv, self._norm_silu(x, norm.gamma))
+        # Padded already: the layer's own forward would do it again.
+        return self._aligned(conv, norm_silu_pad(x, norm.gamma.flatten()))
+
+    def _conv_in(self, conv: Any, x: Tensor) -> Tensor:
+        if self.plain:
+            return self._conv(conv, x.contiguous(memory_format=torch.channels_last_3d))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = F.pad(x, (*naive.PADDING, 0, -x.shape[1] % self.align))
+        return self._aligned(conv, x.contiguous(memory_format=torch.channels_last_3d))
+
+    def _aligned(self, conv: Any, padded: Tensor) -> Tensor:
+        weight, bias, missing = conv.weight, conv.bias, -conv.out_channels % self.align
+        if missing or padded.shape[1] != weight.shape[1]:
+            weight = F.pad(weight, (*(0,) * 7, padded.shape[1] - weight.shape[1], 0, missing))
+            bias = F.pad(bias, (0, missing))
+        return F.conv3d(padded, weight, bias)[:, : conv.out_channels]
 
     def _conv(self, conv: Any, x: Tensor) -> Tensor:
         if not self.folded or conv.kernel_size != (3, 3, 3):
@@ -98,10 +123,15 @@ class WholeClip(nn.Module):
         return clip
 
     def _residual(self, block: Any, x: Tensor) -> Tensor:
-        shortcut = block.conv_shortcut(x)
-        h = self._conv(block.conv1, self._norm_silu(x, block.norm1.gamma))
-        h = self._conv(block.conv2, self._norm_silu(h, block.norm2.gamma))
-        return h + shortcut  # type: ignore[no-any-return]
+        shortcut = self._shortcut(block.conv_shortcut, x)
+        h = self._norm_conv(block.norm1, block.conv1, x)
+        return self._norm_conv(block.norm2, block.conv2, h) + shortcut
+
+    def _shortcut(self, conv: Any, x: Tensor) -> Tensor:
+        if self.plain or not isinstance(conv, nn.Conv3d):
+            return conv(x)  # type: ignore[no-any-return]
+        # One place at a time is a matrix product.
+        return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
     def _middle(self, block: Any, x: Tensor) -> Tensor:
         x = self._residual(block.resnets[0], x)
@@ -120,7 +150,7 @@ class WholeClip(nn.Module):
             pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))
             later = torch.stack((pairs[:, 0], pairs[:, 1]), dim=3).flatten(2, 3)
             x = torch.cat((x[:, :, :1], later), dim=2)
-        return _per_frame(layer.resample, x)
+        return _per_frame(lambda pictures: layer.resample[1](_larger(layer.resample[0], pictures)), x)
 
     def _patchify(self, x: Tensor) -> Tensor:
         p = self.patch
@@ -135,7 +165,15 @@ class WholeClip(nn.Module):
         return cells.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, channels // (p * p), t, height * p, width * p)
 
 
+def _larger(upsample: Any, pictures: Tensor) -> Tensor:
+    if pictures.dtype not in (torch.bfloat16, torch.float16):
+        return upsample(pictures)  # type: ignore[no-any-return]
+    # Copies of pixels need no float32, which the layer's own forward takes.
+    return F.interpolate(pictures, scale_factor=upsample.scale_factor, mode=upsample.mode)
+
+
 def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     frames = x.shape[2]
-    clip: Tensor = layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
+    pictures = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    clip: Tensor = layer(pictures).unflatten(0, (-1, frames)).transpose(1, 2)
     return clip

@@ -85,6 +85,45 @@ def test_shipped_recipes_are_read(autoencoder):
     assert Path(written["autoencoder"]) == Path(config.output_dir) / "export"
 
 
+def test_the_recipe_of_the_third_autoencoder_is_read():
+    trainer, config = load_recipe(RECIPES / "tiny-autoencoder-3.yaml")
+    assert trainer is AutoencoderTrainer
+    assert (config.size, config.dim_mult, config.lengths[0], config.max_steps) == (128, [2, 2, 2], 33, 29500)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("sizes", [32], "sizes.*as many numbers as lengths"),
+        ("sizes", [16, 32], "sizes.*the first one size"),
+        ("lengths", [16, 33], "lengths.*4n"),
+        ("pool_shares", [0.5, 0.5], "pool_shares.*the first 1"),
+        ("length_weights", [0.0, 0.0], "length_weights.*not all 0"),
+        ("image_share", 1.0, "image_share"),
+        ("edge_weight", -1.0, "edge_weight.*at least 0"),
+        ("first_frame_weight", 0.0, "first_frame_weight.*above 0"),
+        ("gradient_scales", 5, "gradient_scales.*from 1 to 4"),
+        ("decoder_base_dim", 0, "decoder_base_dim"),
+    ],
+)
+def test_an_autoencoder_out_of_range_is_refused(tmp_path, key, value, text):
+    with pytest.raises(UserError, match=text):
+        load_recipe(recipe(tmp_path, method="autoencoder", **{key: value}))
+
+
+def test_graphs_of_the_autoencoder_need_a_gpu(tmp_path):
+    path = recipe(tmp_path, method="autoencoder", cuda_graphs=True)
+    for words, text in (
+        (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps.*1 with cuda_graphs"),
+        (["--compile", "true"], "compile.*false with cuda_graphs"),
+    ):
+        with pytest.raises(UserError, match=text):
+            load_recipe(path, words)
+    trainer, config = load_recipe(path)
+    with pytest.raises(UserError, match=r"cuda_graphs needs a GPU, not cpu\. Leave it out"):
+        trainer(config).train()
+
+
 def test_a_recipe_without_its_autoencoder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no autoencoder\. Train one: recipes/tiny-autoencoder\.yaml"):
         load_recipe(RECIPES / "tiny-wan.yaml", ["--autoencoder", str(tmp_path)])
@@ -116,7 +155,12 @@ def test_the_autoencoder_is_trained_and_exported(tmp_path):
     values = {
         "method": "autoencoder",
         "base_dim": 8,
+        "decoder_base_dim": 12,
         "z_dim": 4,
+        "lengths": [17, 9],
+        "sizes": [32, 16],
+        "edge_weight": 1.0,
+        "first_frame_weight": 2.0,
         "pool_clips": 8,
         "max_steps": 3,
         "image_until": 0.3,
@@ -127,7 +171,7 @@ def test_the_autoencoder_is_trained_and_exported(tmp_path):
     assert main([str(recipe(tmp_path, **values))]) == 0
     run = tmp_path / "run"
     vae = AutoencoderKLWan.from_pretrained(run / "export")
-    assert (vae.config.base_dim, vae.config.z_dim) == (8, 4)
+    assert (vae.config.base_dim, vae.config.decoder_base_dim, vae.config.z_dim) == (8, 12, 4)
     assert all(value > 0 for value in vae.config.latents_std)
     assert vae.config.latents_std != [1.0] * 4
     with torch.no_grad():
@@ -137,7 +181,9 @@ def test_the_autoencoder_is_trained_and_exported(tmp_path):
         assert vae.decode(z).sample.shape == clip.shape
     assert (run / "reconstructions.png").is_file()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert any("psnr_objects" in name for row in rows for name in row)
+    measured = next(row for row in rows if "eval_psnr_objects" in row)
+    gap = measured["eval_psnr_objects_rest"] - measured["eval_psnr_objects_first"]
+    assert measured["eval_first_frame_gap_db"] == pytest.approx(gap)
 
 
 def test_the_export_is_a_plain_pipeline(text_run):
