@@ -139,13 +139,16 @@ class Enhancement:
         self.call.active = torch.is_grad_enabled()
         if any(layer.mismatch for layer in self.layers.values()):
             self._warn_of_tokens()
-        elif unseen := sum(layer.unseen for layer in self.layers.values()):
-            layers = f"{unseen} of {len(self.layers)} layers"
-            self._warn(
-                "unseen", f"no attention call was seen in {layers} (past diffusers' dispatcher?). It is off there"
-            )
+        elif unseen := [name for name, layer in self.layers.items() if layer.unseen]:
+            self._warn_of_unseen(unseen)
         for layer in self.layers.values():
             layer.unseen = layer.mismatch = False
+
+    def _warn_of_unseen(self, unseen: list[str]) -> None:
+        by = [name for name, modules in self._stack.claims.items() if not set(modules).isdisjoint(unseen)]
+        why = f"{' and '.join(by)} does not show it to us" if by else "past diffusers' dispatcher?"
+        layers = f"{len(unseen)} of {len(self.layers)} layers"
+        self._warn("unseen", f"no attention call was seen in {layers} ({why}). It is off there")
 
     def gains(self) -> dict[str, tuple[float, ...]]:
         """Return the gains of the last measured call, one per sample, by layer."""

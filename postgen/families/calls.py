@@ -118,7 +118,10 @@ def call_of(kind: str) -> Call:
     """
     video_tokens_named(kind)
     if kind not in CALLS:
-        raise UserError(f"it is not known how {kind} is called. Known: {', '.join(sorted(CALLS))}")
+        raise UserError(
+            f"it is not known how {kind} is called. Known: {', '.join(sorted(CALLS))}. For another class give the "
+            "arguments of its forward to postgen.families.cost.call_cost"
+        )
     return CALLS[kind]
 
 

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -62,11 +62,12 @@ def find_linears(
 
     Args:
         model: a transformer, which may be wrapped (peft, compiled).
-        roles: which layers of the repeated blocks.
+        roles: which layers of the repeated blocks: one or several of "attention" (its projections),
+            "feed_forward", "modulation" and "other".
         pattern: instead of that, the layers anywhere whose name this matches in full: for any class of model.
 
     Raises:
-        UserError: a class without a layout and no pattern, or nothing is found.
+        UserError: a class without a layout and no pattern, an unknown role, or nothing is found.
     """
     inner = unwrap(model)
     wanted = _selection(inner, roles, pattern)
@@ -76,7 +77,7 @@ def find_linears(
         if isinstance(module, nn.Linear) and wanted(name) and not _is_adapter(inner, inside):
             found[name] = module
     if not found:
-        asked = f"named {pattern!r}" if pattern else f"with the roles {', '.join(roles)}"
+        asked = f"named {pattern!r}" if pattern else f"with the roles {roles}"
         raise UserError(f"{type(inner).__name__} has no linear layers {asked}")
     return found
 
@@ -202,8 +203,11 @@ def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -
     if pattern is not None:
         full = re.compile(pattern)
         return lambda name: full.fullmatch(name) is not None
+    wanted = {roles} if isinstance(roles, str) else set(roles)
+    if unknown := wanted.difference(get_args(Role)):
+        raise UserError(f"unknown roles {', '.join(sorted(unknown))}: choose from {', '.join(get_args(Role))}")
     blocks = tuple(f"{name}." for name in block_names(model))
-    return lambda name: name.startswith(blocks) and role_of(name) in roles
+    return lambda name: name.startswith(blocks) and role_of(name) in wanted
 
 
 def _key(owner: str) -> str:

@@ -70,6 +70,9 @@ class Recording:
         store = FolderStore(Path(folder))
         return cls(store.index(), store)
 
+    def __repr__(self) -> str:
+        return f"Recording({', '.join(f'{name}: {len(calls)} calls' for name, calls in self._calls.items())})"
+
     def __getitem__(self, name: str) -> tuple[RecordedCall, ...]:
         if name not in self._calls:
             raise UserError(f"block {name} was not recorded. Recorded: {', '.join(self._calls)}")
@@ -110,8 +113,8 @@ def capture(
 
     Raises:
         UserError: an unknown model or block, a block that did not run, an argument that is no tensor, number, text or
-            collection of these, another device, or a folder that is not empty
-            or cannot be written.
+            collection of these, `where` is another device than the CPU, or a folder that is not empty or cannot
+            be written.
     """
     chosen = _chosen(transformer, blocks)
     if str(where).partition(":")[0] in ("cuda", "meta", "mps", "xpu"):

@@ -2,7 +2,7 @@
 
     decoder = StreamingDecoder(pipe.vae)
     for latents in pieces:                # as many latent frames as there are, one is enough
-        clip = decoder.push(latents)      # (B, F, 3, H, W): what can be told by now
+        clip = decoder.push(latents)      # (B, F, 3, H, W): the frames that are known by now
     rest = decoder.finish()
 
 Exact where an autoencoder looks back only: what it remembers is kept between pieces, so the frames are those of
@@ -73,7 +73,7 @@ class StreamingDecoder:
             latents: (B, C, t, h, w), t >= 1, as `vae.decode` takes them.
 
         Returns:
-            Clips (B, F, 3, H, W), float32 in [0, 1]. F may be 0: some frames are told by later pieces only.
+            Clips (B, F, 3, H, W), float32 in [0, 1]. F may be 0: some frames need later pieces.
             A push that fails (out of memory) leaves everything as it was: push again, in smaller pieces.
 
         Raises:

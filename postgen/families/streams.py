@@ -1,4 +1,4 @@
-"""What each autoencoder remembers while a video is decoded in pieces; `postgen.families.streaming` is the door."""
+"""What each autoencoder remembers while a video is decoded in pieces; used through `postgen.families.streaming`."""
 
 from __future__ import annotations
 

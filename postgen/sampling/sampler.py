@@ -125,8 +125,8 @@ class Trajectories:
 class Sampling:
     """How samples are drawn."""
 
-    kind: Kind
-    """Kernel of the stochastic steps."""
+    kind: Kind = "ode"
+    """Transition of the stochastic steps, one of `transition.KINDS`; without such steps it does not matter."""
     noise: float = 0.0
     """Strength of their noise."""
     window: int = 0
@@ -152,15 +152,21 @@ class Sampler:
         denoiser: the policy.
         schedule: noise levels of the steps.
         sampling: how to draw.
-        meter: counts and times the passes through the network.
+        meter: counts and times the passes through the network; None is one of its own.
         device: where latents live.
     """
 
     def __init__(
-        self, denoiser: Denoiser, schedule: Schedule, sampling: Sampling, meter: Meter, device: torch.device
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        sampling: Sampling,
+        meter: Meter | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.denoiser, self.schedule, self.how = denoiser, schedule, sampling
-        self.meter, self.device = meter, device
+        self.device = torch.device(device)
+        self.meter = meter or Meter(self.device)
         self.passes = 2 if sampling.guidance > 1 else 1
 
     def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:

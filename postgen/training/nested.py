@@ -41,7 +41,7 @@ def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> di
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and key in parts:
-            _add(found, _fields(str(key), value, parts[key], origin), origin)
+            _add(found, _fields(str(key), value, parts, origin), origin)
         elif key in known:
             _add(found, {key: value}, origin)
         elif key in parts:
@@ -67,18 +67,22 @@ def check_key(key: str, known: Iterable[str], origin: str) -> None:
     known = list(known)
     if key in known:
         return
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    spellings = (key.replace(".", "_"), key.rpartition(".")[2])  # lora.r, sampling.guidance_scale
+    near = [name for name in spellings if name in known] or difflib.get_close_matches(key, known, n=1, cutoff=0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"Unknown key {key!r} in {origin}.{hint}")
 
 
-def _fields(part: str, values: Mapping[str, Any], own: list[str], origin: str) -> dict[str, Any]:
+def _fields(part: str, values: Mapping[str, Any], parts: Mapping[str, list[str]], origin: str) -> dict[str, Any]:
     """Return the values of one part under the names of its fields."""
+    own = parts[part]
     names = {name.removeprefix(f"{part}_"): name for name in own} | {name: name for name in own}
     if part == "method":
         names["name"] = "method"
     found: dict[str, Any] = {}
     for key, value in values.items():
+        if key not in names and (owner := next((name for name in parts if key in parts[name]), None)):
+            raise UserError(f"Unknown key {key!r} in the part {part} of {origin}: it is a key of the part {owner}.")
         check_key(str(key), names, f"the part {part} of {origin}")
         _add(found, {names[key]: value}, origin)
     return found

@@ -376,6 +376,8 @@ class Trainer(ABC, Generic[C]):
         if self.accelerator.is_main_process:
             changed = changed_settings(snapshot.meta["config"], self.args)
             say(f"resumed from {folder}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+            if self.global_step >= self.args.max_steps:
+                say(f"it is at step {self.global_step}: nothing is left to do up to max_steps {self.args.max_steps}")
 
 
 def _due(step: int, every: int) -> bool:

@@ -166,6 +166,16 @@ def test_what_is_installed_does_not_count() -> None:
     assert call_cost(tiny.transformer, tiny.arguments) == before
 
 
+def test_a_class_that_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CALLS, "WanTransformer3DModel")
+    with pytest.raises(
+        UserError, match=r"how WanTransformer3DModel is called\. Known: .* arguments .* to .*call_cost"
+    ):
+        forward_cost(WAN_14B, num_frames=9, height=64, width=64)
+    tiny = tiny_model("Wan")
+    assert call_cost(tiny.transformer, tiny.arguments).flops > 0
+
+
 def test_wrong_calls() -> None:
     clip = {"num_frames": 9, "height": 64, "width": 64}
     with pytest.raises(UserError, match=r"no layout for Linear\. Known: .*WanTransformer3DModel"):

@@ -106,6 +106,8 @@ def test_which_layers(wan: TinyModel) -> None:
     block = [*attention, "ffn.net.0.proj", "ffn.net.2"]
     assert list(find_linears(wan.transformer)) == [f"blocks.{i}.{name}" for i in (0, 1) for name in block]
     assert len(find_linears(wan.transformer, roles=["feed_forward"])) == 4
+    with pytest.raises(UserError, match="unknown roles ffn: choose from attention, feed_forward, modulation, other"):
+        find_linears(wan.transformer, roles=["ffn"])  # type: ignore[list-item]
     assert list(find_linears(wan.transformer, pattern="proj_out")) == ["proj_out"]
     single = find_linears(tiny_model("HunyuanVideo").transformer)
     assert "single_transformer_blocks.0.proj_mlp" in single

@@ -84,7 +84,9 @@ def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
     assert result.global_step == 14
     assert parts(tmp_path / "checkpoint-14") == before
     assert metrics(tmp_path) == lines
-    assert "resumed from" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resumed from" in said
+    assert "it is at step 14: nothing is left to do up to max_steps 14" in said
 
 
 def test_settings_of_the_resumed_run_count(tmp_path, capsys):

@@ -44,6 +44,7 @@ def test_the_saved_config_is_a_recipe(recipe, tmp_path):
     [
         ({"lerning_rate": 1}, [], r"Unknown key 'lerning_rate' in .*recipe.yaml. Did you mean 'learning_rate'\?"),
         ({}, ["--max_step", "3"], r"Unknown key 'max_step' in the command line. Did you mean 'max_steps'\?"),
+        ({}, ["--training.max_steps", "3"], r"Unknown key 'training.max_steps' in .* Did you mean 'max_steps'\?"),
         ({}, ["--max_steps", "many"], "invalid int value: 'many'"),
         ({}, ["stray"], "Settings are given as --key value"),
         ({}, ["--no_bf16"], "Settings are given as --key value"),

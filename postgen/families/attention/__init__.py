@@ -13,8 +13,8 @@
         out = dispatched(attention, query, key, value, mask)  # or what the method does instead
         return reader.finish(call, out, query.dtype)
 
-One file per architecture; `reading` says what is read. Which operations are fused, sparse or quantised is the caller's
-business.
+`dispatched` is in `reading`, which says what is read. One file per architecture. Which operations are fused, sparse or
+quantised is the caller's business. A whole method that does so: `docs/models.md`.
 """
 
 from postgen.families.attention.registry import AttentionAnatomy, AttentionReader, attention_of, register_attention

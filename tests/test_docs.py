@@ -1,0 +1,77 @@
+"""The examples of these pages run as they are written, one after the other, in a folder where the model lies."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def ran(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
+    """Run a page; return its names and what it prints."""
+    (tmp_path / "postgen").symlink_to(ROOT / "postgen")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / request.param).read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "page"}
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(code, request.param, "exec"), names)
+    return names, printed.getvalue()
+
+
+@pytest.mark.parametrize("ran", ["models.md"], indirect=True)
+def test_models(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert len(names["others"]) == 3
+    assert torch.equal(names["after"], names["recording"]["blocks.4"][0].output())
+    assert "attention processors: diffusers < windowed (computes) < enhance_a_video" in printed
+    assert "last gains" in printed
+
+
+@pytest.mark.parametrize("ran", ["cost.md"], indirect=True)
+def test_cost(ran: tuple[dict[str, Any], str]) -> None:
+    names, _ = ran
+    assert round(names["cost"].flops / 1e12) == 6523
+    assert round(names["cost"].share("self-attention"), 3) == 0.718
+    assert names["seconds"] > 0
+
+
+@pytest.mark.parametrize("ran", ["streaming.md"], indirect=True)
+def test_streaming(ran: tuple[dict[str, Any], str]) -> None:
+    import postgen
+    from postgen.families import denoiser_for
+
+    names, _ = ran
+    with torch.no_grad():
+        expected = denoiser_for(names["pipe"]).decode(names["video"].frames)
+    torch.testing.assert_close(names["whole"], expected, rtol=0, atol=1e-5)
+    assert postgen.probe("ball.mp4").frames == 17
+
+
+@pytest.mark.parametrize("ran", ["linear_layers.md"], indirect=True)
+def test_linear_layers(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert "linear layers (int8): 12 linear layers are Int8Linear" in printed
+    assert not any(isinstance(module, names["Int8Linear"]) for module in names["transformer"].modules())
+
+
+@pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
+def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
+    """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""
+    names, _ = ran
+    noise = names["sampler"].noise([7])
+    expected = names["pipe"](
+        "a red ball rolls left", **names["size"], num_inference_steps=4, guidance_scale=3.0, latents=noise,
+        output_type="pt",
+    ).frames[0]  # fmt: skip
+    torch.testing.assert_close(names["clip"], expected, rtol=0, atol=1e-4)
+    assert Path("given.png").is_file()
