@@ -138,6 +138,10 @@ def test_a_failing_make_leaves_no_trace(wan: TinyModel) -> None:
         replace_linears(wan.transformer, fail, owner="fp8")
     with pytest.raises(UserError, match=r"fp8 made int for blocks.0.attn1.to_q"):
         replace_linears(wan.transformer, lambda n, x: 3, owner="fp8")  # type: ignore[arg-type, return-value]
+    one = Double(nn.Linear(1, 1))
+    for make in (lambda n, x: one, lambda n, x: modules["blocks.0.ffn"]):
+        with pytest.raises(UserError, match=r"fp8 made a module for .* that the model has already"):
+            replace_linears(wan.transformer, make, owner="fp8")
     assert dict(wan.transformer.named_modules()) == modules
     assert not installed(wan.transformer).plug_ins
 
@@ -155,6 +159,40 @@ def test_two_owners(wan: TinyModel) -> None:
     first.remove()
     second.remove()
     assert torch.equal(wan(), before)
+
+
+def test_one_owner_inside_another(wan: TinyModel) -> None:
+    before = wan()
+    outer = replace_linears(wan.transformer, inside, owner="outer")
+    ((name, _),) = outer.modules["blocks.0.attn1.to_q"].named_children()
+    inner = replace_linears(wan.transformer, copied, owner="inner", pattern=rf".*to_q\.{name}")
+    with pytest.raises(UserError, match=r"inner replaced what is inside blocks.0.attn1.to_q: remove it before outer"):
+        outer.remove()
+    inner.remove()
+    outer.remove()
+    assert torch.equal(wan(), before)
+    assert not replaced_linears(wan.transformer)
+
+
+def test_handles_know_what_another_handle_did(wan: TinyModel) -> None:
+    first = replace_linears(wan.transformer, double, owner="fp8")
+    second = replaced_linears(wan.transformer)["fp8"]
+    first.remove()
+    third = replace_linears(wan.transformer, double, owner="fp8")
+    for call in (second.remove, lambda: second.modules, first.remove):
+        with pytest.raises(UserError, match="were put back: replace them again"):
+            call()
+    third.remove()
+
+
+def test_wrong_words(wan: TinyModel) -> None:
+    for call, message in (
+        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is no regular expression"),
+        (lambda: replace_linears(wan.transformer, double, owner="fp8", originals="gpu"), "'gpu'. Allowed: here, cpu"),  # type: ignore[arg-type]
+        (lambda: find_linears(object()), "in a module, got object"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match=message):
+            call()  # type: ignore[no-untyped-call]
 
 
 def test_copies_have_their_own(wan: TinyModel) -> None:
@@ -211,6 +249,28 @@ def test_lora_after(wan: TinyModel) -> None:
     assert torch.equal(wan(), adapted)
     with pytest.raises(UserError, match="no linear layers named"):
         find_linears(wan.transformer, pattern=r".*lora_A.*")
+
+
+@pytest.mark.parametrize("first", ["lora", "layers"])
+def test_lora_fused_into_a_new_layer(first: str, wan: TinyModel) -> None:
+    """The old layer never had it added, and unfusing would subtract it from there."""
+    plain, model = wan(), wan.transformer
+    torch.manual_seed(0)
+    if first == "lora":
+        lora(model)
+    handle = replace_linears(model, copied, owner="fp8")
+    if first == "layers":
+        lora(model)
+    adapted = wan()
+    model.fuse_lora()  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"LoRA is fused into blocks.0.attn1.to_q of fp8: unfuse"):
+        handle.remove()
+    torch.testing.assert_close(wan(), adapted)
+    model.unfuse_lora()  # type: ignore[operator]
+    handle.remove()
+    assert torch.equal(wan(), adapted)
+    model.unload_lora()  # type: ignore[operator]
+    assert torch.equal(wan(), plain)
 
 
 def test_lora_that_reads_the_weight(wan: TinyModel) -> None:
