@@ -119,7 +119,8 @@ class LinearsHandle:
 
         Raises:
             UserError: removed already, the old layers were dropped, somebody took a new layer out of the model, or
-                changed what is inside one (another owner, LoRA that was fused into it). Nothing is changed then.
+                changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing is changed
+                then.
         """
         record = self._known()
         if record.kept == "dropped":
@@ -269,10 +270,17 @@ def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tupl
 
 def _check_removal(model: nn.Module, record: _Replaced, places: Mapping[str, tuple[nn.Module, str]]) -> None:
     """Refuse to lose what others did to the new layers since."""
+    fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
+    copied = {id(inside) for module in fused for inside in module.modules()}
     for name, new in record.replacements.items():
         # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one.
         if getattr(places[name][0], "merged", False) and places[name][1] == "base_layer":
             raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before taking that off")
+        if id(new) in copied:
+            raise UserError(
+                f"the projections are fused from {name} of {record.owner}, and would go on computing with it:"
+                " unfuse_qkv_projections() first"
+            )
         inside = {id(module) for module in new.modules()}
         for other in replaced_linears(model).values():
             if other.owner != record.owner and any(id(module) in inside for module in other.modules.values()):

@@ -76,7 +76,7 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
     if setting is None:
         yield
         return
-    config = None if setting is False else FusedOpsHandle.settings(None if setting is True else setting)
+    config = FusedOpsHandle.settings(None if setting is True else setting) if setting else None
     with ExitStack() as stack:
         for model in transformers_of(target).values():
             stack.enter_context(set_for_call(model, NAME, config, Fusion))

@@ -87,6 +87,11 @@ def test_settings_of_another_plug_in_are_refused(plug_in: Any, wan: TinyModel) -
             with pytest.raises(postgen.UserError, match=f"they must be a {type(config).__name__}"):
                 call(settings)
     assert handle.config == config
+    with (
+        pytest.raises(postgen.UserError, match="they must be a FusedOpsConfig"),
+        fused_for_call(wan.transformer, "all"),
+    ):  # type: ignore[arg-type]
+        pass
 
 
 def test_one_transformer_in_two_places(plug_in: Any, wan: TinyModel) -> None:

@@ -330,6 +330,24 @@ def test_fused_projections(wan: TinyModel) -> None:
     replace_linears(model, double, owner="fp8").remove()
 
 
+def test_projections_fused_from_new_layers(wan: TinyModel) -> None:
+    """The fused projection holds their weights, and stands there until it is taken off itself."""
+    before, model = wan(), wan.transformer
+
+    def other(name: str, linear: nn.Linear) -> nn.Module:
+        made = copied(name, linear)
+        made.weight.data.mul_(2)  # type: ignore[operator, union-attr]
+        return made
+
+    handle = replace_linears(model, other, owner="fp8")
+    model.fuse_qkv_projections()  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"fused from blocks.0.attn1.to_q of fp8.*unfuse_qkv_projections\(\) first"):
+        handle.remove()
+    model.unfuse_qkv_projections()  # type: ignore[operator]
+    handle.remove()
+    assert torch.equal(wan(), before)
+
+
 def test_offloading(wan: TinyModel) -> None:
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_module

@@ -120,6 +120,7 @@ def test_the_environment_is_no_part(tmp_path, monkeypatch):
         (SamplingConfig, {"rollout_solver": "heun"}, "rollout_solver is 'heun'. Allowed: euler, dpm"),
         (AdapterConfig, {"lora_r": 0}, "lora_r is 0, it must be at least 1"),
         (ModelConfig, {"flow_shift": 0}, "flow_shift is 0.0, it must be above 0"),
+        (ModelConfig, {"max_sequence_length": 0}, "max_sequence_length is 0, it must be at least 1"),
         (PromptsConfig, {"shuffle_dataset": "no"}, "shuffle_dataset is 'no', it must be a value of type bool"),
     ],
 )
