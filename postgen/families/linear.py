@@ -119,8 +119,8 @@ class LinearsHandle:
 
         Raises:
             UserError: removed already, the old layers were dropped, somebody took a new layer out of the model, or
-                changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing is changed
-                then.
+                changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing
+                changes then.
         """
         record = self._known()
         if record.kept == "dropped":
@@ -196,9 +196,10 @@ def replace_linears(
         if not record.replacements:
             raise UserError(f"{owner} replaced none of {len(layers)} linear layers")
     except BaseException:
-        if originals == "dropped":
-            raise
-        LinearsHandle(inner, record).remove()
+        if originals != "dropped":
+            LinearsHandle(inner, record).remove()
+        elif not record.replacements:
+            del plug_ins[_key(owner)]
         raise
     return LinearsHandle(inner, record)
 

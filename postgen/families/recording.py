@@ -7,7 +7,7 @@
 
 Tensors are kept as the block was given them: type, shape and strides, so that a block replayed on the CPU gives the
 bits it gave. A tensor that several calls share (text, rotary embeddings, the output of one block that is the input of
-the next) is kept once.
+the next) is kept once, as long as torch counts no change of it in place: changes through `.data` go unseen.
 """
 
 from __future__ import annotations

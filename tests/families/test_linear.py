@@ -121,9 +121,10 @@ def test_some_are_left(wan: TinyModel) -> None:
     handle = replace_linears(wan.transformer, lambda n, x: Double(x) if n.endswith("to_q") else None, owner="q")
     assert list(handle.modules) == [f"blocks.{i}.attn{j}.to_q" for i in (0, 1) for j in (1, 2)]
     handle.remove()
-    with pytest.raises(UserError, match="q replaced none of 20"):
-        replace_linears(wan.transformer, lambda n, x: None, owner="q")
-    assert not replaced_linears(wan.transformer)
+    for originals in ("here", "dropped"):
+        with pytest.raises(UserError, match="q replaced none of 20"):
+            replace_linears(wan.transformer, lambda n, x: None, owner="q", originals=originals)  # type: ignore[arg-type]
+        assert not replaced_linears(wan.transformer)
 
 
 def test_a_failing_make_leaves_no_trace(wan: TinyModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -252,13 +253,9 @@ def test_another_number_of_latents_is_refused(name: str) -> None:
     assert sum(each.shape[1] for each in made) == 9
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-def test_a_finish_that_failed_can_be_repeated(name: str) -> None:
-    vae, latents = WINDOWS[name](), noise(9)
-    vae.tile_sample_stride_num_frames = vae.temporal_compression_ratio  # four windows wait for the end
-    one, other = (StreamingDecoder(vae, windows=True) for _ in range(2))
-    one.push(latents)
-    other.push(latents)
+@contextmanager
+def out_of_memory(vae: Any) -> Iterator[None]:
+    """Let the second call of the decoder fail."""
     calls = []
 
     def fail(*args: Any) -> None:
@@ -267,9 +264,22 @@ def test_a_finish_that_failed_can_be_repeated(name: str) -> None:
             raise MemoryError
 
     hook = vae.decoder.register_forward_hook(fail)
-    with pytest.raises(MemoryError):
+    try:
+        with pytest.raises(MemoryError):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_finish_that_failed_can_be_repeated(name: str) -> None:
+    vae, latents = WINDOWS[name](), noise(9)
+    vae.tile_sample_stride_num_frames = vae.temporal_compression_ratio  # four windows wait for the end
+    one, other = (StreamingDecoder(vae, windows=True) for _ in range(2))
+    one.push(latents)
+    other.push(latents)
+    with out_of_memory(vae):
         one.finish()
-    hook.remove()
     assert torch.equal(one.finish(), other.finish())
 
 
@@ -280,18 +290,11 @@ def test_a_push_that_failed_can_be_repeated(name: str) -> None:
         short_windows(vae)
     options: dict[str, Any] = {"num_latents": 7, "windows": True}
     expected = in_pieces(StreamingDecoder(vae, **options), latents, 1)
-    decoder, calls = StreamingDecoder(vae, **options), []
+    decoder = StreamingDecoder(vae, **options)
     begun = [decoder.push(part) for part in latents[:, :, :2].split(1, 2)]
 
-    def fail(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-
-    hook = vae.decoder.register_forward_hook(fail)
-    with pytest.raises(MemoryError):
+    with out_of_memory(vae):
         decoder.push(latents[:, :, 2:])
-    hook.remove()
     rest = [decoder.push(part) for part in latents[:, :, 2:].split(1, 2)]
     torch.testing.assert_close(torch.cat([*begun, *rest, decoder.finish()], 1), expected, atol=1e-5, rtol=0)
 
