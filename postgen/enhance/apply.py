@@ -59,7 +59,7 @@ def apply_enhance_a_video(target: Any, config: EnhanceAVideoConfig | None = None
     Example:
         handle = apply_enhance_a_video(pipe, EnhanceAVideoConfig(weight=2.0))
     """
-    settings = config or EnhanceAVideoConfig()
+    settings = EnhanceAVideoHandle.settings(config)
     progress = _progress_of(target)
     return EnhanceAVideoHandle.attach(target, lambda model: Enhancement(model, settings, progress))
 

@@ -180,7 +180,7 @@ def call_cost(
         dtype: what the bytes are counted in; shapes are found in float32.
 
     Raises:
-        UserError: an unknown class, or no pass.
+        UserError: an unknown class, no pass, or arguments that the class or its configuration does not take.
     """
     if passes < 1:
         raise UserError(f"passes must be at least 1, got {passes}")
@@ -192,8 +192,14 @@ def call_cost(
     with fake:
         built: Any = kind(**{name: value for name, value in config.items() if name in known and name != "self"}).eval()
     counter = _Counter(fake, dtype.itemsize)
-    with torch.no_grad(), counter.modules, counter:
-        built(**arguments)
+    try:
+        with torch.no_grad(), counter.modules, counter:
+            built(**arguments)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{kind.__name__} does not take this call: {told}. Give a size and arguments that it takes"
+        ) from error
     return _collect(built, counter, arguments, passes)
 
 
@@ -217,6 +223,8 @@ def latent_size(
     call = call_of(kind)
     text_tokens = call.text_tokens if text_tokens is None else text_tokens
     time, space = factors or compression(kind, config)
+    if min(time, space) < 1:
+        raise UserError(f"factors are {time} frames and {space} pixels in a latent, they must be at least 1")
     patch = config.get("patch_size") or 1
     side = space * (patch if isinstance(patch, int) else patch[-1])
     wrong = (num_frames - 1) % time or height % side or width % side

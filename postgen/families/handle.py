@@ -106,6 +106,18 @@ class PlugInHandle(Generic[C, A]):
             undo.pop_all()
         return cls(parts)
 
+    @classmethod
+    def settings(cls, config: Any | None) -> C:
+        """Return settings as they were given; None is the default ones.
+
+        Raises:
+            UserError: they are not of this plug-in.
+        """
+        made: C = cls.config_class() if config is None else config
+        if not isinstance(made, cls.config_class):
+            raise UserError(f"the settings are {made!r}, they must be a {cls.config_class.__name__}")
+        return made
+
     @property
     def config(self) -> C:
         """The settings."""
@@ -155,13 +167,14 @@ class PlugInHandle(Generic[C, A]):
             changes: fields of the settings to change.
 
         Raises:
-            UserError: it was removed, settings that are wrong, or an unknown field; nothing changes.
+            UserError: it was removed, settings that are wrong or another plug-in's, an unknown field; nothing changes.
         """
         known = self.config_class.__dataclass_fields__
         if unknown := sorted(changes.keys() - known.keys()):
             raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
         on = self._on
-        new: Any = dataclasses.replace(self.config if config is None else config, **self.completed(changes))  # type: ignore[type-var]
+        given: Any = self.config if config is None else self.settings(config)
+        new: Any = dataclasses.replace(given, **self.completed(changes))
         for model, part in on:
             part.check(model, new)
         for model, part in on:
@@ -188,6 +201,8 @@ def set_for_call(
 ) -> Iterator[None]:
     """Set a plug-in on a transformer for the calls in a block; afterwards it is as it was before.
 
+    What is removed within the block stays removed.
+
     Args:
         model: the transformer.
         name: of the plug-in.
@@ -205,7 +220,7 @@ def set_for_call(
         try:
             yield
         finally:
-            if added is not None:
+            if added is not None and _is_on(model, name, added):
                 added.remove(model)
         return
     before, enabled = found.config, found.enabled
@@ -215,7 +230,12 @@ def set_for_call(
         _set(model, found, before if config is None else config, config is not None)
         yield
     finally:
-        _set(model, found, before, enabled)
+        if _is_on(model, name, found):
+            _set(model, found, before, enabled)
+
+
+def _is_on(model: nn.Module, name: str, part: Attached) -> bool:
+    return installed(model).plug_ins.get(name) is part
 
 
 def _set(model: nn.Module, part: Attached, config: Any, enabled: bool) -> None:

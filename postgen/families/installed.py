@@ -53,6 +53,8 @@ def processor_stack(transformer: nn.Module) -> ProcessorStack:
 def transformers_of(target: Any) -> dict[str, nn.Module]:
     """Return the transformers of a pipeline by component name, or a bare transformer under the name "".
 
+    One that stands in a pipeline twice comes once, under its first name.
+
     Raises:
         UserError: neither a pipeline with a transformer nor a module.
     """
@@ -60,12 +62,12 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
 
     if isinstance(target, nn.Module):
         return {"": unwrap(target)}
-    components = getattr(target, "components", {})
-    found = {
-        name: unwrap(module)
-        for name, module in components.items()
-        if name.startswith("transformer") and isinstance(module, nn.Module)
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in getattr(target, "components", {}).items():
+        if name.startswith("transformer") and isinstance(module, nn.Module):
+            inner = unwrap(module)
+            if all(inner is not each for each in found.values()):
+                found[name] = inner
     if not found:
         raise UserError(
             f"{type(target).__name__} has no transformer: give a diffusers video pipeline or its transformer"

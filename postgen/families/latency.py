@@ -140,6 +140,8 @@ def measure_latency(
     place = {"device": weight.device, "dtype": weight.dtype}
     rows, told = [], 0
     for shape in shapes:
+        if len(shape) != 3:
+            raise UserError(f"a shape is (num_frames, height, width), got {shape}")
         size = latent_size(kind, model.config, *shape, text_tokens=text_tokens, batch=batch, factors=factors, **place)
         told = size.text_tokens
         arguments = call_arguments(kind, model.config, size)

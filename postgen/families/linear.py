@@ -67,9 +67,10 @@ def find_linears(
         pattern: instead of that, the layers anywhere whose name this matches in full: for any class of model.
 
     Raises:
-        UserError: a class without a layout and no pattern, an unknown role, or nothing is found.
+        UserError: a class without a layout and no pattern, an unknown role, no module, a wrong pattern, or
+            nothing is found.
     """
-    inner = unwrap(model)
+    inner = _module(model)
     wanted = _selection(inner, roles, pattern)
     found: dict[str, nn.Linear] = {}
     for inside, module in inner.named_modules():
@@ -119,8 +120,9 @@ class LinearsHandle:
         LoRA that was put around a replaced layer meanwhile is put around the old one.
 
         Raises:
-            UserError: removed already, the old layers were dropped, or somebody took a new layer out of the model.
-                Nothing is changed then.
+            UserError: removed already, the old layers were dropped, somebody took a new layer out of the model, or
+                changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing
+                changes then.
         """
         record = self._known()
         if record.kept == "dropped":
@@ -131,15 +133,18 @@ class LinearsHandle:
                 f"{len(lost)} layers of {record.owner} are no longer in the model, the first is {lost[0]}: undo what"
                 " replaced them before"
             )
+        _check_removal(self._model, record, places)
         for name, original in record.originals.items():
             _put_back(places[name], original, record.replacements[name])
         del installed(self._model).plug_ins[_key(record.owner)]
         self._record = None
 
     def _known(self) -> _Replaced:
-        if self._record is None:
+        # Another handle may have put them back.
+        record = self._record
+        if record is None or all(each is not record for each in installed(self._model).plug_ins.values()):
             raise UserError("these layers were put back: replace them again")
-        return self._record
+        return record
 
 
 def replace_linears(
@@ -166,9 +171,11 @@ def replace_linears(
 
     Raises:
         UserError: a layer that cannot be replaced safely, named with the reason; nothing to replace; `make` gave
-            something that is no module.
+            something that is no new module.
     """
-    inner = unwrap(model)
+    inner = _module(model)
+    if originals not in get_args(Originals):
+        raise UserError(f"originals is {originals!r}. Allowed: {', '.join(get_args(Originals))}")
     plug_ins = installed(inner).plug_ins
     if _key(owner) in plug_ins:
         raise UserError(f"{owner} has replaced linear layers of this model already: remove them first")
@@ -178,30 +185,48 @@ def replace_linears(
     _check_layers(inner, layers)
     record = _Replaced(owner, {}, {}, originals)
     plug_ins[_key(owner)] = record
-    places = _places(inner, layers)
+    places, known = _places(inner, layers), {id(module) for module in inner.modules()}
     try:
         for name, linear in layers.items():
-            _replace(places[name], record, name, linear, make(name, linear))
+            new = make(name, linear)
+            if new is not None and id(new) in known:
+                raise UserError(
+                    f"{owner} made a module for {name} that the model has already: make one for each layer"
+                )
+            _replace(places[name], record, name, linear, new)
+            known.add(id(new))
         if not record.replacements:
             raise UserError(f"{owner} replaced none of {len(layers)} linear layers")
     except BaseException:
-        if originals == "dropped":
-            raise
-        LinearsHandle(inner, record).remove()
+        if originals != "dropped":
+            LinearsHandle(inner, record).remove()
+        elif not record.replacements:
+            del plug_ins[_key(owner)]
         raise
     return LinearsHandle(inner, record)
 
 
 def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
     """Return a handle for every owner that replaced layers of a model; a deep copy of a model has its own."""
-    inner = unwrap(model)
+    inner = _module(model)
     records = [found for found in installed(inner).plug_ins.values() if isinstance(found, _Replaced)]
     return {record.owner: LinearsHandle(inner, record) for record in records}
 
 
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"linear layers are replaced in a module, got {type(model).__name__}: give pipe.transformer, say"
+        )
+    return unwrap(model)
+
+
 def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -> Callable[[str], bool]:
     if pattern is not None:
-        full = re.compile(pattern)
+        try:
+            full = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from error
         return lambda name: full.fullmatch(name) is not None
     wanted = {roles} if isinstance(roles, str) else set(roles)
     if unknown := wanted.difference(get_args(Role)):
@@ -247,6 +272,25 @@ def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tupl
         for name, child in parent.named_children()
         if id(child) in keys
     }
+
+
+def _check_removal(model: nn.Module, record: _Replaced, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """Refuse to lose what others did to the new layers since."""
+    fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
+    copied = {id(inside) for module in fused for inside in module.modules()}
+    for name, new in record.replacements.items():
+        # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one.
+        if getattr(places[name][0], "merged", False) and places[name][1] == "base_layer":
+            raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before taking that off")
+        if id(new) in copied:
+            raise UserError(
+                f"the projections are fused from {name} of {record.owner}, and would go on computing with it:"
+                " unfuse_qkv_projections() first"
+            )
+        inside = {id(module) for module in new.modules()}
+        for other in replaced_linears(model).values():
+            if other.owner != record.owner and any(id(module) in inside for module in other.modules.values()):
+                raise UserError(f"{other.owner} replaced what is inside {name}: remove it before {record.owner}")
 
 
 def _is_adapter(model: nn.Module, name: str) -> bool:

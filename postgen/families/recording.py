@@ -7,7 +7,7 @@
 
 Tensors are kept as the block was given them: type, shape and strides, so that a block replayed on the CPU gives the
 bits it gave. A tensor that several calls share (text, rotary embeddings, the output of one block that is the input of
-the next) is kept once.
+the next) is kept once, as long as torch counts no change of it in place: changes through `.data` go unseen.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Recording:
         Raises:
             UserError: there is no complete recording in it.
         """
-        store = FolderStore(Path(folder))
+        store = FolderStore(Path(folder).absolute())
         return cls(store.index(), store)
 
     def __repr__(self) -> str:
@@ -90,7 +90,7 @@ class Recording:
 
 def capture(
     transformer: nn.Module,
-    blocks: Iterable[Block | str],
+    blocks: Iterable[Block | str] | str,
     run: Callable[[], Any],
     *,
     where: Literal["cpu"] | Path | str = "cpu",
@@ -114,7 +114,7 @@ def capture(
     Raises:
         UserError: an unknown model or block, a block that did not run, an argument that is no tensor, number, text or
             collection of these, `where` is another device than the CPU, or a folder that is not empty or cannot
-            be written.
+            be written (a full disk).
     """
     chosen = _chosen(transformer, blocks)
     if str(where).partition(":")[0] in ("cuda", "meta", "mps", "xpu"):
@@ -122,7 +122,12 @@ def capture(
     if where == "cpu":
         memory = MemoryStore()
         return Recording(_recorded(chosen, run, memory), memory)
-    folder = Path(where)
+    # The run may change the current folder.
+    folder = Path(where).absolute()
+    if folder == Path.cwd():
+        raise UserError(
+            "a recording takes the place of its folder, which the current one cannot leave: name a new one"
+        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder: name a new one for the recording")
     check_place(folder)
@@ -141,6 +146,9 @@ def replay(
     device: torch.device | str | None = None,
 ) -> Any:
     """Run one block alone on a recorded call, and return what it returns: on the CPU the recorded bits.
+
+    Hooks on the block act. Those of a cache across steps (`enable_cache`) give what they kept: take them off before.
+    Enhance-A-Video acts within a forward of the whole model only, so it does not here.
 
     Autocast and gradients are the caller's: replay under the autocast that the recorded run had.
 
@@ -165,7 +173,8 @@ def _device_of(module: nn.Module) -> torch.device:
     return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
 
-def _chosen(transformer: nn.Module, blocks: Iterable[Block | str]) -> list[Block]:
+def _chosen(transformer: nn.Module, blocks: Iterable[Block | str] | str) -> list[Block]:
+    blocks = [blocks] if isinstance(blocks, str) else blocks
     known = {block.name: block for block in blocks_of(transformer)}
     names = {block if isinstance(block, str) else block.name for block in blocks}
     if unknown := sorted(names - known.keys()):
@@ -199,6 +208,7 @@ def _recorded(blocks: list[Block], run: Callable[[], Any], store: Store) -> dict
             for hook in hooks:
                 stack.callback(hook.remove)
         run()
+    store.forget()
     if silent := [name for name, found in calls.items() if not found]:
         raise UserError(f"block {', '.join(silent)} did not run: let run() call this very model")
     return calls

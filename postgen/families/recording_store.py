@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,10 @@ class Store(ABC):
             f"{what}: a {type(value).__name__} cannot be recorded, only tensors, numbers, texts and collections"
         )
 
+    def forget(self) -> None:
+        """Nothing more is kept: what was seen is of no use, and would keep the recording from being copied."""
+        self._seen.clear()
+
     def load(self, spec: Any, device: torch.device | str) -> Any:
         """Return a structure that `keep` took apart, with new tensors on a device; one that came twice is one."""
         return self._load(spec, torch.device(device), {})
@@ -74,7 +80,9 @@ class Store(ABC):
             # The same data with other strides was another tensor.
             name = f"{value} {spec['size']} {spec['stride']}"
             if name not in made:
-                made[name] = _laid_out(self.get(value), spec["size"], spec["stride"], device)
+                data = self.get(value)
+                data = torch.view_as_complex(data) if spec["complex"] else data
+                made[name] = _laid_out(data, spec["size"], spec["stride"], device)
             return made[name]
         if kind == "value":
             return value
@@ -107,7 +115,9 @@ class Store(ABC):
         with torch.inference_mode(False), torch.no_grad():
             copy = torch.empty(data.shape, dtype=data.dtype, device="cpu")
             copy.copy_(data)
-        return {"tensor": self.put(copy), "size": size, "stride": stride}
+            # The file format has no complex numbers of every size.
+            copy = torch.view_as_real(copy).contiguous() if copy.is_complex() else copy
+        return {"tensor": self.put(copy), "size": size, "stride": stride, "complex": tensor.is_complex()}
 
 
 class MemoryStore(Store):
@@ -162,18 +172,36 @@ class FolderStore(Store):
         return found
 
     def flush(self) -> None:
-        """Write what is new to a file of its own."""
+        """Write what is new to a file of its own.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if not self._new:
             return
-        self._folder.mkdir(exist_ok=True)
-        save_file(self._new, self._folder / f"{self._file}.safetensors")
+        with self._writing():
+            save_file(self._new, self._folder / f"{self._file}.safetensors")
         self._new = {}
         self._file = f"{next(self._files):06}"
 
     def write_index(self, specs: dict[str, list[dict[str, Any]]]) -> None:
-        """Write the structures of all calls: the recording is complete."""
-        self._folder.mkdir(exist_ok=True)
-        (self._folder / INDEX).write_text(json.dumps({"format": FORMAT, "blocks": specs}), encoding="utf-8")
+        """Write the structures of all calls: the recording is complete.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._writing():
+            (self._folder / INDEX).write_text(json.dumps({"format": FORMAT, "blocks": specs}), encoding="utf-8")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(exist_ok=True)
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the recording cannot be written to {self._folder.parent} ({error}): make room or name another place"
+            ) from error
 
     def index(self) -> dict[str, list[dict[str, Any]]]:
         """Read the structures of all calls.
@@ -185,7 +213,7 @@ class FolderStore(Store):
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
             known = read["format"] == FORMAT
-            blocks: dict[str, list[dict[str, Any]]] = read["blocks"]
+            blocks: dict[str, list[dict[str, Any]]] = dict(read["blocks"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._folder} holds no recording of blocks ({INDEX}: {error})") from error
         if not known:

@@ -13,7 +13,10 @@ rule that diffusers calls framewise decoding. HunyuanVideo decodes so by itself;
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +34,8 @@ class StreamingDecoder:
 
     Args:
         vae: the autoencoder.
-        num_latents: latent frames of the whole video, where that is known. CogVideoX needs it: it decodes in pairs,
-            and an odd one goes to the first.
+        num_latents: latent frames of the whole video, where that is known: another number is refused then. CogVideoX
+            needs it: it decodes in pairs, and an odd one goes to the first.
         windows: accept windows where the autoencoder's own decode uses none (`use_framewise_decoding`): the clip is
             another one then. Length and stride of a window are its `tile_sample_min_num_frames` and
             `tile_sample_stride_num_frames`.
@@ -57,6 +60,8 @@ class StreamingDecoder:
                 "the autoencoder decodes in tiles, which a stream does not: vae.disable_tiling() (a stream needs"
                 " memory for a few frames only)"
             )
+        if num_latents is not None and num_latents < 1:
+            raise UserError(f"num_latents is {num_latents}: a video has at least 1 latent frame")
         self._stream = self.way.stream(vae, num_latents)
         self._pushed, self._finished = 0, False
         self._size: tuple[int, ...] | None = None
@@ -84,27 +89,34 @@ class StreamingDecoder:
             raise UserError(
                 f"a piece is (B, C, t, h, w) with t >= 1 and the sizes of the first, got {tuple(latents.shape)}"
             )
+        if latents.shape[1] != self._channels:
+            raise UserError(
+                f"{type(self.vae).__name__} takes latents of {self._channels} channels, got {latents.shape[1]}"
+            )
         if self._finished:
             raise UserError("the video is finished: make a new StreamingDecoder for the next")
-        before = self._stream.snapshot()
-        try:
+        whole = self._stream.num_latents
+        if whole is not None and self._pushed + latents.shape[2] > whole:
+            raise UserError(f"more than num_latents={whole} latent frames were pushed")
+        with self._all_or_nothing():
             frames = self._decode(self._stream.push, latents)
-        except BaseException:
-            vars(self._stream).update(before)
-            raise
         self._size = size
         self._pushed += latents.shape[2]
         return self._clips(frames)
 
     def finish(self) -> Tensor:
-        """Return the frames that waited for later pieces, (B, F, 3, H, W); F is often 0.
+        """Return the frames that waited for later pieces, (B, F, 3, H, W); F is often 0. It can be repeated as a push.
 
         Raises:
             UserError: nothing was pushed, fewer latents than `num_latents` were, or the video is finished.
         """
         if self._size is None or self._finished:
             raise UserError("there is nothing to finish: push latents first, and finish once")
-        frames = self._decode(self._stream.finish)
+        whole = self._stream.num_latents
+        if whole is not None and self._pushed != whole:
+            raise UserError(f"{self._pushed} of num_latents={whole} latent frames were pushed")
+        with self._all_or_nothing():
+            frames = self._decode(self._stream.finish)
         self._finished = True
         return self._clips(frames)
 
@@ -112,26 +124,47 @@ class StreamingDecoder:
         """Return what is kept, as tensors (safetensors takes them), to go on later or elsewhere."""
         size = torch.tensor(self._size or (), dtype=torch.int64)
         counts = torch.tensor([self._pushed, self._finished], dtype=torch.int64)
-        return {"size": size, "counts": counts, **self._stream.state()}
+        return {"autoencoder": self._autoencoder, "size": size, "counts": counts, **self._stream.state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another decoder of the same autoencoder stopped.
 
         Raises:
-            UserError: not such a state.
+            UserError: not such a state, or that of another class or configuration; nothing changes then.
         """
-        if not {"size", "counts"} <= state.keys():
-            raise UserError("this is no state of a StreamingDecoder: size and counts are missing")
-        pushed, finished = state["counts"].tolist()
-        kept = {name: each.to(self.vae.device) for name, each in state.items() if name not in ("size", "counts")}
-        try:
-            self._stream.load(kept, pushed)
-        except KeyError as error:
+        if missing := {"autoencoder", "size", "counts"} - state.keys():
+            raise UserError(f"this is no state of a StreamingDecoder: {' and '.join(sorted(missing))} not in it")
+        if not torch.equal(state["autoencoder"].cpu(), self._autoencoder):
             raise UserError(
-                f"this state is of another autoencoder than {type(self.vae).__name__}: no {error}"
-            ) from error
+                f"this state is of another autoencoder than this {type(self.vae).__name__}: go on with the one that"
+                " began the video"
+            )
+        pushed, finished = state["counts"].tolist()
+        with self._all_or_nothing():
+            self._stream.load({name: each.to(self.vae.device) for name, each in state.items()}, pushed)
         self._size = tuple(state["size"].tolist()) or None
         self._pushed, self._finished = pushed, bool(finished)
+
+    @property
+    def _channels(self) -> int:
+        config = self.vae.config
+        return int(config.get("z_dim") or config["latent_channels"])
+
+    @property
+    def _autoencoder(self) -> Tensor:
+        """A number for class and configuration, to know a state by."""
+        config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        words = json.dumps([type(self.vae).__name__, config], sort_keys=True, default=str)
+        return torch.tensor([zlib.crc32(words.encode())], dtype=torch.int64)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        before = self._stream.snapshot()
+        try:
+            yield
+        except BaseException:
+            vars(self._stream).update(before)
+            raise
 
     def _decode(self, function: Any, *latents: Tensor) -> Tensor | None:
         from diffusers.utils.accelerate_utils import apply_forward_hook

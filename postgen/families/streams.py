@@ -87,20 +87,16 @@ class _CogVideoX(Stream):
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)
-        if num_latents is None or num_latents < 1:
+        if num_latents is None:
             raise UserError(
                 f"{type(vae).__name__} decodes in pairs and the odd latent frame first: give num_latents, the latent"
                 " frames of the whole video"
             )
         self.waiting: Tensor | None = None
         self.cache: Any = None
-        self.pushed = self.decoded = 0
+        self.decoded = 0
 
     def push(self, latents: Tensor) -> Tensor | None:
-        assert self.num_latents is not None
-        if self.pushed + latents.shape[2] > self.num_latents:
-            raise UserError(f"more than num_latents={self.num_latents} latent frames were pushed")
-        self.pushed += latents.shape[2]
         waiting = latents if self.waiting is None else torch.cat([self.waiting, latents], 2)
         made = []
         while (size := self._next_group()) and waiting.shape[2] >= size:
@@ -112,10 +108,6 @@ class _CogVideoX(Stream):
             self.decoded += size
         self.waiting = waiting.clone()  # not a view of everything pushed
         return torch.cat(made, 2) if made else None
-
-    def finish(self) -> None:
-        if self.pushed != self.num_latents:
-            raise UserError(f"{self.pushed} of num_latents={self.num_latents} latent frames were pushed")
 
     def _next_group(self) -> int:
         assert self.num_latents is not None
@@ -130,7 +122,6 @@ class _CogVideoX(Stream):
         return {"groups": counts, **waiting, **dict(_flat("cache", self.cache))}
 
     def load(self, state: State, pushed: int) -> None:
-        self.pushed = pushed
         self.num_latents, self.decoded = state["groups"].tolist()
         self.waiting = state.get("waiting")
         nested: Any = {}
@@ -161,6 +152,12 @@ class _Windows(Stream):
         self.time = vae.temporal_compression_ratio
         self.length = vae.tile_sample_min_num_frames // self.time + 1
         self.stride = vae.tile_sample_stride_num_frames // self.time
+        if not 1 <= self.stride <= self.length:
+            raise UserError(
+                f"windows of {vae.tile_sample_min_num_frames} frames every {vae.tile_sample_stride_num_frames}: the"
+                f" stride must be at least {self.time} (one latent frame) and no longer than the window"
+                " (tile_sample_stride_num_frames and tile_sample_min_num_frames of the autoencoder)"
+            )
         self.waiting: Tensor | None = None
         self.before: Tensor | None = None
         """Last frames of the window before."""

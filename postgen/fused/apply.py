@@ -45,7 +45,7 @@ def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedO
     Example:
         handle = apply_fused_ops(pipe, FusedOpsConfig(attention=None))
     """
-    settings = config or FusedOpsConfig()
+    settings = FusedOpsHandle.settings(config)
     return FusedOpsHandle.attach(target, lambda model: Fusion(model, settings))
 
 
@@ -76,7 +76,7 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
     if setting is None:
         yield
         return
-    config = FusedOpsConfig() if setting is True else setting or None
+    config = FusedOpsHandle.settings(None if setting is True else setting) if setting else None
     with ExitStack() as stack:
         for model in transformers_of(target).values():
             stack.enter_context(set_for_call(model, NAME, config, Fusion))

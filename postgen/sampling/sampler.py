@@ -196,8 +196,13 @@ class Sampler:
                 the number of steps the clean latents.
 
         Raises:
-            UserError: a step of `keep` that a sample does not reach, as on a coarser grid.
+            UserError: no samples, a batch of none, or a step of `keep` that a sample does not reach, as on a coarser
+                grid.
         """
+        if not samples or batch < 1:
+            raise UserError(
+                f"there is nothing to draw: {len(samples)} samples, {batch} at a time; give at least 1 each"
+            )
         self._check_keep(samples, keep)
         order = sorted(range(len(samples)), key=lambda row: samples[row].start)
         chunks = [order[low : low + batch] for low in range(0, len(order), batch)]
@@ -219,6 +224,8 @@ class Sampler:
         Raises:
             ValueError: a window that reaches the last step.
         """
+        if not samples:
+            return
         order = sorted(range(len(samples)), key=lambda row: samples[row].start)
         rows = [samples[row] for row in order]
         if rows and rows[-1].start + self.how.window >= self.schedule.steps:
@@ -250,12 +257,16 @@ class Sampler:
             moves: the steps.
             condition: of the B rows.
             samples: what `State.samples` says of each row; none is the number of the row.
+
+        Raises:
+            UserError: a move with another number of rows, indices or seeds, or a `multistep` without the first row.
         """
         names = [(row,) for row in range(len(x))] if samples is None else samples
         solver = Multistep()
         for move in moves:
             part, told = x[move.rows], {name: value[move.rows] for name, value in condition.items()}
             start, stop = self._index(move.start), self._index(move.stop)
+            _check_move(move, len(part), start, stop)
             levels = self.schedule.levels(start, stop)
             with self.meter.rollout(self.passes * len(part)):
                 prediction = self.predict(part, start, told)
@@ -342,6 +353,20 @@ class Sampler:
 
     def _index(self, indices: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(indices, device=self.device)
+
+
+def _check_move(move: Move, rows: int, start: Tensor, stop: Tensor) -> None:
+    """Refuse what broadcasting would take, one seed for several rows for instance, and a history of other rows."""
+    seeds = rows if move.seeds is None else len(move.seeds)
+    if not rows or start.shape != stop.shape or start.shape[:1] != (rows,) or seeds != rows:
+        raise UserError(
+            f"a move of {rows} rows has start {tuple(start.shape)}, stop {tuple(stop.shape)} and {seeds} seeds:"
+            " give one of each for each of its rows, at least one"
+        )
+    if move.rows.step not in (None, 1):
+        raise UserError(f"the rows of a move stand side by side, got {move.rows}")
+    if move.multistep and move.rows.start:
+        raise UserError(f"the rows of a multistep move begin with the first, got {move.rows}: walk the others alone")
 
 
 def _prefix(starts: Sequence[int]) -> Iterator[Move]:

@@ -164,8 +164,8 @@ class TrainingConfig(Part):
         return dataclasses.asdict(self)
 
 
-def _names(value: Any) -> list[str]:
-    names = [value] if isinstance(value, str) else list(value or ())
+def _names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value or []
     return [] if names == ["none"] else names
 
 

@@ -53,6 +53,8 @@ class ModelConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
+        length = self.max_sequence_length
+        self.require(length is None or length >= 1, "max_sequence_length", "at least 1")
 
 
 class WeightsCopy:

@@ -47,6 +47,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     trainer = find_method(method)
     known = [item.name for item in dataclasses.fields(trainer.config_class)]
     env = {"env": values.pop("env")} if "env" in values else {}
+    if not all(isinstance(each, dict) for each in env.values()):
+        raise UserError(f"env in {path} is {env['env']!r}, it must be a mapping of environment variables.")
     values = flat(trainer.config_class, values, str(path))
     for word in overrides:
         if word.startswith("--"):
@@ -81,7 +83,7 @@ def find_method(method: str) -> "type[Trainer[Any]]":
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Recipe {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -89,6 +91,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"Recipe {path} must be a list of 'key: value' lines.")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys: the settings of a part that is written twice would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            # A merged mapping ("<<") may be overridden.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _method_of(values: dict[str, Any]) -> Any:

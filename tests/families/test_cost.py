@@ -189,6 +189,21 @@ def test_wrong_calls() -> None:
             forward_cost(WAN_14B, **{**clip, **wrong})  # type: ignore[arg-type]
 
 
+def test_calls_that_the_class_does_not_take() -> None:
+    """What the class says about it, instead of a trace from inside the counter."""
+    wan, clip = tiny_model("Wan").transformer, {"num_frames": 9, "height": 64, "width": 64}
+    with pytest.raises(UserError, match=r"WanTransformer3DModel does not take this call: .*nonsense"):
+        call_cost(wan, {"nonsense": 1})
+    with pytest.raises(UserError, match="factors are 0 frames and 8 pixels"):
+        forward_cost(wan, **clip, factors=(0, 8))
+    # Its table of positions has the size of the clips of its configuration.
+    fixed = tiny_model("CogVideoX 1.0").transformer
+    with pytest.raises(UserError, match=r"CogVideoXTransformer3DModel does not take this call: .*broadcast"):
+        forward_cost(fixed, num_frames=1, height=256, width=128)
+    with pytest.raises(UserError, match=r"a shape is \(num_frames, height, width\), got \(9, 64\)"):
+        measure_latency(wan, [(9, 64)])  # type: ignore[list-item]
+
+
 def test_measured_latency(tmp_path: Path) -> None:
     tiny = tiny_model("Wan")
     shapes = [(9, 32, 32), (5, 32, 32), (5, 32, 64)]

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import postgen
+from postgen.enhance.apply import enhance_for_call
+from postgen.fused.apply import fused_for_call
 from tests.families.tiny_models import TinyModel, tiny_model
 
 APPLY: dict[str, tuple[Callable[..., Any], Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
@@ -73,6 +75,60 @@ def test_switching_gives_the_stock_model_back(plug_in: Any, wan: TinyModel) -> N
         with pytest.raises(postgen.UserError, match="on this transformer already"):
             apply(wan.transformer)
         handle.remove()
+        assert torch.equal(wan(), stock)
+
+
+def test_settings_of_another_plug_in_are_refused(plug_in: Any, wan: TinyModel) -> None:
+    apply, (wrong,) = plug_in[0], [other[0] for other in APPLY.values() if other is not plug_in]
+    handle = apply(wan.transformer)
+    config, other = handle.config, wrong(wan.transformer).config
+    for settings in (other, 3.0):
+        for call in (handle.update, lambda settings: apply(tiny_model("Wan").transformer, settings)):
+            with pytest.raises(postgen.UserError, match=f"they must be a {type(config).__name__}"):
+                call(settings)
+    assert handle.config == config
+    with (
+        pytest.raises(postgen.UserError, match="they must be a FusedOpsConfig"),
+        fused_for_call(wan.transformer, "all"),
+    ):  # type: ignore[arg-type]
+        pass
+
+
+def test_one_transformer_in_two_places(plug_in: Any, wan: TinyModel) -> None:
+    apply, _, change, _ = plug_in
+
+    class Pipe:
+        components = {"transformer": wan.transformer, "transformer_2": wan.transformer}  # noqa: RUF012
+
+    with torch.no_grad():
+        stock = wan()
+        handle = apply(Pipe())
+        assert list(handle.still_on) == ["transformer"]
+        handle.update(**change)
+        handle.remove()
+        assert torch.equal(wan(), stock)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("on", [False, True])
+def test_what_is_removed_within_a_call_stays_removed(plug_in: Any, wan: TinyModel, on: bool, again: bool) -> None:
+    apply, remove, change, _ = plug_in
+    for_call = {"enhance": enhance_for_call, "fused": fused_for_call}
+    within: Any = next(for_call[name] for name, known in APPLY.items() if known is plug_in)
+    with torch.no_grad():
+        stock = wan()
+        if on:
+            apply(wan.transformer)
+        with within(wan.transformer, True):
+            remove(wan.transformer)
+            handle = apply(wan.transformer) if again else None
+            if handle is not None:
+                handle.update(**change)
+        if handle is not None:
+            assert handle.enabled
+            assert all(getattr(handle.config, name) == value for name, value in change.items())
+            handle.remove()
+        assert not postgen.summary(wan.transformer).transformers[0].plug_ins
         assert torch.equal(wan(), stock)
 
 

@@ -15,50 +15,9 @@ from postgen.errors import UserError
 from postgen.families.installed import installed
 from postgen.families.linear import find_linears, replace_linears, replaced_linears
 from tests.families.tiny_models import TinyModel, tiny_model
+from tests.families.toy_linears import Double, Inside, copied, double, inside
 
 FAMILIES = ["Wan", "CogVideoX 1.5", "HunyuanVideo", "LTX", "Mochi", "Latte"]
-
-
-class Inside(nn.Module):
-    """Calls the layer it took the place of."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
-        return out
-
-
-class Double(nn.Module):
-    """The same in float64, with its own weights under other names."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(linear.weight.detach().double())
-        self.offset = None if linear.bias is None else nn.Parameter(linear.bias.detach().double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.double(), self.matrix, self.offset).to(x.dtype)
-
-
-class Copied(nn.Linear):
-    """A linear layer that peft can adapt, like that of most quantisation libraries."""
-
-
-def inside(name: str, linear: nn.Linear) -> nn.Module:
-    return Inside(linear)
-
-
-def double(name: str, linear: nn.Linear) -> nn.Module:
-    return Double(linear)
-
-
-def copied(name: str, linear: nn.Linear) -> nn.Module:
-    made = Copied(linear.in_features, linear.out_features, linear.bias is not None)
-    made.load_state_dict(linear.state_dict())
-    return made
 
 
 @pytest.fixture
@@ -123,9 +82,10 @@ def test_some_are_left(wan: TinyModel) -> None:
     handle = replace_linears(wan.transformer, lambda n, x: Double(x) if n.endswith("to_q") else None, owner="q")
     assert list(handle.modules) == [f"blocks.{i}.attn{j}.to_q" for i in (0, 1) for j in (1, 2)]
     handle.remove()
-    with pytest.raises(UserError, match="q replaced none of 20"):
-        replace_linears(wan.transformer, lambda n, x: None, owner="q")
-    assert not replaced_linears(wan.transformer)
+    for originals in ("here", "dropped"):
+        with pytest.raises(UserError, match="q replaced none of 20"):
+            replace_linears(wan.transformer, lambda n, x: None, owner="q", originals=originals)  # type: ignore[arg-type]
+        assert not replaced_linears(wan.transformer)
 
 
 def test_a_failing_make_leaves_no_trace(wan: TinyModel) -> None:
@@ -140,6 +100,10 @@ def test_a_failing_make_leaves_no_trace(wan: TinyModel) -> None:
         replace_linears(wan.transformer, fail, owner="fp8")
     with pytest.raises(UserError, match=r"fp8 made int for blocks.0.attn1.to_q"):
         replace_linears(wan.transformer, lambda n, x: 3, owner="fp8")  # type: ignore[arg-type, return-value]
+    one = Double(nn.Linear(1, 1))
+    for make in (lambda n, x: one, lambda n, x: modules["blocks.0.ffn"]):
+        with pytest.raises(UserError, match=r"fp8 made a module for .* that the model has already"):
+            replace_linears(wan.transformer, make, owner="fp8")
     assert dict(wan.transformer.named_modules()) == modules
     assert not installed(wan.transformer).plug_ins
 
@@ -157,6 +121,40 @@ def test_two_owners(wan: TinyModel) -> None:
     first.remove()
     second.remove()
     assert torch.equal(wan(), before)
+
+
+def test_one_owner_inside_another(wan: TinyModel) -> None:
+    before = wan()
+    outer = replace_linears(wan.transformer, inside, owner="outer")
+    ((name, _),) = outer.modules["blocks.0.attn1.to_q"].named_children()
+    inner = replace_linears(wan.transformer, copied, owner="inner", pattern=rf".*to_q\.{name}")
+    with pytest.raises(UserError, match=r"inner replaced what is inside blocks.0.attn1.to_q: remove it before outer"):
+        outer.remove()
+    inner.remove()
+    outer.remove()
+    assert torch.equal(wan(), before)
+    assert not replaced_linears(wan.transformer)
+
+
+def test_handles_know_what_another_handle_did(wan: TinyModel) -> None:
+    first = replace_linears(wan.transformer, double, owner="fp8")
+    second = replaced_linears(wan.transformer)["fp8"]
+    first.remove()
+    third = replace_linears(wan.transformer, double, owner="fp8")
+    for call in (second.remove, lambda: second.modules, first.remove):
+        with pytest.raises(UserError, match="were put back: replace them again"):
+            call()
+    third.remove()
+
+
+def test_wrong_words(wan: TinyModel) -> None:
+    for call, message in (
+        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is no regular expression"),
+        (lambda: replace_linears(wan.transformer, double, owner="fp8", originals="gpu"), "'gpu'. Allowed: here, cpu"),  # type: ignore[arg-type]
+        (lambda: find_linears(object()), "in a module, got object"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match=message):
+            call()  # type: ignore[no-untyped-call]
 
 
 def test_copies_have_their_own(wan: TinyModel) -> None:
@@ -215,6 +213,28 @@ def test_lora_after(wan: TinyModel) -> None:
         find_linears(wan.transformer, pattern=r".*lora_A.*")
 
 
+@pytest.mark.parametrize("first", ["lora", "layers"])
+def test_lora_fused_into_a_new_layer(first: str, wan: TinyModel) -> None:
+    """The old layer never had it added, and unfusing would subtract it from there."""
+    plain, model = wan(), wan.transformer
+    torch.manual_seed(0)
+    if first == "lora":
+        lora(model)
+    handle = replace_linears(model, copied, owner="fp8")
+    if first == "layers":
+        lora(model)
+    adapted = wan()
+    model.fuse_lora()  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"LoRA is fused into blocks.0.attn1.to_q of fp8: unfuse"):
+        handle.remove()
+    torch.testing.assert_close(wan(), adapted)
+    model.unfuse_lora()  # type: ignore[operator]
+    handle.remove()
+    assert torch.equal(wan(), adapted)
+    model.unload_lora()  # type: ignore[operator]
+    assert torch.equal(wan(), plain)
+
+
 def test_lora_that_reads_the_weight(wan: TinyModel) -> None:
     lora(wan.transformer)
     wan.transformer.fuse_lora()  # type: ignore[operator]
@@ -270,6 +290,24 @@ def test_fused_projections(wan: TinyModel) -> None:
     refused(model, "the projections are fused, so some are not called")
     model.unfuse_qkv_projections()
     replace_linears(model, double, owner="fp8").remove()
+
+
+def test_projections_fused_from_new_layers(wan: TinyModel) -> None:
+    """The fused projection holds their weights, and stands there until it is taken off itself."""
+    before, model = wan(), wan.transformer
+
+    def other(name: str, linear: nn.Linear) -> nn.Module:
+        made = copied(name, linear)
+        made.weight.data.mul_(2)  # type: ignore[operator, union-attr]
+        return made
+
+    handle = replace_linears(model, other, owner="fp8")
+    model.fuse_qkv_projections()  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"fused from blocks.0.attn1.to_q of fp8.*unfuse_qkv_projections\(\) first"):
+        handle.remove()
+    model.unfuse_qkv_projections()  # type: ignore[operator]
+    handle.remove()
+    assert torch.equal(wan(), before)
 
 
 def test_offloading(wan: TinyModel) -> None:

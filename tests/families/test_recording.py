@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +122,7 @@ TENSORS = {
     "scalar": torch.tensor(2.5),
     "empty": torch.empty(0, 3),
     "complex": torch.randn(2, 3, dtype=torch.complex64),
+    "complex with strides": torch.randn(2, 3, 4, dtype=torch.complex128).transpose(1, 2).conj(),
     "bfloat16": torch.randn(2, 3).bfloat16(),
     "mask": torch.tensor([[True, False]]),
     "with gradient": torch.randn(2, 3, requires_grad=True) * 2,
@@ -131,7 +134,7 @@ def test_type_shape_and_strides_come_back(kind: str, tmp_path: Path) -> None:
     x, store = TENSORS[kind], FolderStore(tmp_path)
     spec = json.loads(json.dumps(store.keep(x, "x")))
     store.flush()
-    back = store.load(spec, "cpu")
+    back = FolderStore(tmp_path).load(spec, "cpu")
     assert (back.dtype, back.requires_grad) == (x.dtype, False)
     assert torch.equal(back, x)
     if kind != "overlapping":
@@ -277,6 +280,38 @@ def test_nothing_is_left_when_the_run_fails(where: str, wan: TinyModel, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_the_run_may_change_the_folder(wan: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recording = capture(wan.transformer, "blocks.0", lambda: (wan(), monkeypatch.chdir("other")), where="kept")
+    assert (tmp_path / "kept" / "recording.json").exists()
+    assert not list((tmp_path / "other").iterdir())
+    assert recording["blocks.0"][0].output().shape == (2, 24, 32)
+    with pytest.raises(UserError, match="the place of its folder"):
+        capture(wan.transformer, "blocks.0", wan, where=".")
+
+
+def test_a_full_disk_leaves_nothing(wan: TinyModel, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    import signal
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot be written to {tmp_path} .*make room"):
+            capture(wan.transformer, BLOCKS, wan, where=tmp_path / "kept")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_in_memory_is_copied_and_pickled(wan: TinyModel) -> None:
+    recording = capture(wan.transformer, BLOCKS, wan)
+    for other in (copy.deepcopy(recording), pickle.loads(pickle.dumps(recording))):
+        assert same(other["blocks.1"][0].inputs(), recording["blocks.1"][0].inputs())
+
+
 def test_what_cannot_be_recorded_is_said(wan: TinyModel, tmp_path: Path) -> None:
     model = wan.transformer
     with pytest.raises(UserError, match=r"no block blocks.7 in WanTransformer3DModel. Known: blocks.0, blocks.1"):
@@ -301,4 +336,7 @@ def test_what_cannot_be_recorded_is_said(wan: TinyModel, tmp_path: Path) -> None
     index = tmp_path / "kept" / "recording.json"
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        Recording.read(tmp_path / "kept")
+    index.write_text('{"format": 1, "blocks": [1]}')
+    with pytest.raises(UserError, match="holds no recording of blocks"):
         Recording.read(tmp_path / "kept")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -226,15 +227,60 @@ def test_wrong_use() -> None:
         decoder.push(noise(1))
     with pytest.raises(UserError, match="no state of a StreamingDecoder"):
         decoder.load_state_dict({})
-    with pytest.raises(UserError, match="of another autoencoder than AutoencoderKLWan: no 'repeated'"):
-        decoder.load_state_dict(StreamingDecoder(cogvideox(), num_latents=3).state_dict())
-    few = StreamingDecoder(cogvideox(), num_latents=3)
-    few.push(noise(2))
+    with pytest.raises(UserError, match="takes latents of 4 channels, got 3"):
+        StreamingDecoder(wan()).push(noise(1, channels=3))
+    with pytest.raises(UserError, match="num_latents is 0"):
+        StreamingDecoder(wan(), num_latents=0)
+    for other in (cogvideox(), wan(base_dim=8)):
+        with pytest.raises(UserError, match="of another autoencoder than this AutoencoderKLWan"):
+            decoder.load_state_dict(StreamingDecoder(other, num_latents=3).state_dict())
+    short = hunyuan_video()
+    short.tile_sample_stride_num_frames = 3
+    with pytest.raises(UserError, match="the stride must be at least 4"):
+        StreamingDecoder(short)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_another_number_of_latents_is_refused(name: str) -> None:
+    vae = EXACT[name]()
+    few = StreamingDecoder(vae, num_latents=3)
+    made = [few.push(noise(2))]
     with pytest.raises(UserError, match="2 of num_latents=3"):
         few.finish()
     with pytest.raises(UserError, match="more than num_latents=3"):
         few.push(noise(2))
-    assert few.push(noise(1)).shape[1] == 9
+    made += [few.push(noise(1)), few.finish()]
+    assert sum(each.shape[1] for each in made) == 9
+
+
+@contextmanager
+def out_of_memory(vae: Any) -> Iterator[None]:
+    """Let the second call of the decoder fail."""
+    calls = []
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+
+    hook = vae.decoder.register_forward_hook(fail)
+    try:
+        with pytest.raises(MemoryError):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_finish_that_failed_can_be_repeated(name: str) -> None:
+    vae, latents = WINDOWS[name](), noise(9)
+    vae.tile_sample_stride_num_frames = vae.temporal_compression_ratio  # four windows wait for the end
+    one, other = (StreamingDecoder(vae, windows=True) for _ in range(2))
+    one.push(latents)
+    other.push(latents)
+    with out_of_memory(vae):
+        one.finish()
+    assert torch.equal(one.finish(), other.finish())
 
 
 @pytest.mark.parametrize("name", [*EXACT, *WINDOWS])
@@ -244,18 +290,11 @@ def test_a_push_that_failed_can_be_repeated(name: str) -> None:
         short_windows(vae)
     options: dict[str, Any] = {"num_latents": 7, "windows": True}
     expected = in_pieces(StreamingDecoder(vae, **options), latents, 1)
-    decoder, calls = StreamingDecoder(vae, **options), []
+    decoder = StreamingDecoder(vae, **options)
     begun = [decoder.push(part) for part in latents[:, :, :2].split(1, 2)]
 
-    def fail(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-
-    hook = vae.decoder.register_forward_hook(fail)
-    with pytest.raises(MemoryError):
+    with out_of_memory(vae):
         decoder.push(latents[:, :, 2:])
-    hook.remove()
     rest = [decoder.push(part) for part in latents[:, :, 2:].split(1, 2)]
     torch.testing.assert_close(torch.cat([*begun, *rest, decoder.finish()], 1), expected, atol=1e-5, rtol=0)
 

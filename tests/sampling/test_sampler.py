@@ -5,7 +5,7 @@ import torch
 
 from postgen.errors import UserError
 from postgen.sampling.meter import Meter
-from postgen.sampling.sampler import Sample, Sampler, Sampling
+from postgen.sampling.sampler import Move, Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import Multistep, coarser
@@ -198,6 +198,25 @@ def test_sampler_refuses_steps_that_are_not_taken():
         drawn.draw(samples(), conditions, 6, keep=[0, 5, 9])
     with pytest.raises(ValueError, match="the last of 8 steps has no noise"):
         sampler(window=2).draw(samples(start=6), conditions, 6)
+
+
+def test_sampler_refuses_moves_that_do_not_fit():
+    drawn, two = sampler(window=1), slice(0, 2)
+    x = drawn.noise([1, 2, 3, 4])
+    for words, message in (
+        ({"rows": two, "start": [0, 0], "stop": [1, 1], "seeds": [5]}, "a move of 2 rows has .* 1 seeds"),
+        ({"rows": two, "start": [0], "stop": [1]}, r"2 rows has start \(1,\), stop \(1,\)"),
+        ({"rows": two, "start": [0, 0], "stop": [1]}, r"start \(2,\), stop \(1,\)"),
+        ({"rows": slice(4, 6), "start": [], "stop": []}, "a move of 0 rows"),
+        ({"rows": slice(0, 4, 2), "start": [0, 0], "stop": [1, 1]}, "stand side by side"),
+        ({"rows": slice(2, 4), "start": [0, 0], "stop": [1, 1], "multistep": True}, "begin with the first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(drawn.walk(x, [Move(**words)], conditions([0] * 4)))
+    assert list(drawn.states([], conditions)) == []
+    for rows, batch in (([], 4), (samples(), 0)):
+        with pytest.raises(UserError, match="nothing to draw"):
+            drawn.draw(rows, conditions, batch)
 
 
 def test_sampler_leaves_gradients_as_its_caller_has_them():

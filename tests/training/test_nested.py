@@ -120,6 +120,7 @@ def test_the_environment_is_no_part(tmp_path, monkeypatch):
         (SamplingConfig, {"rollout_solver": "heun"}, "rollout_solver is 'heun'. Allowed: euler, dpm"),
         (AdapterConfig, {"lora_r": 0}, "lora_r is 0, it must be at least 1"),
         (ModelConfig, {"flow_shift": 0}, "flow_shift is 0.0, it must be above 0"),
+        (ModelConfig, {"max_sequence_length": 0}, "max_sequence_length is 0, it must be at least 1"),
         (PromptsConfig, {"shuffle_dataset": "no"}, "shuffle_dataset is 'no', it must be a value of type bool"),
     ],
 )
@@ -129,6 +130,34 @@ def test_parts_check_themselves(part, values, message):
         part(**values)
     with pytest.raises(UserError, match=message):
         DanceGRPOConfig(output_dir="run", **values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: {r: 8}\nlora: {alpha: 9}", r"lora is given twice in .* line 4"),
+        ("lora: {r: 8, r: 9}", "r is given twice"),
+        ("seed: 1\nseed: 2", "seed is given twice"),
+        ("env:", "env in .* is None, it must be a mapping of environment variables"),
+        ("env: [A]", r"env in .* is \['A'\], it must be a mapping"),
+        ("report_to: 3", "report_to is 3, it must be a list"),
+    ],
+)
+def test_wrong_yaml_is_told(text, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"method: dancegrpo\noutput_dir: run\n{text}\n")
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({key: FLAT[key] for key in ("method", "output_dir", "model", "train_dataset", "reward_funcs")})
+        + "sampling: &small {height: 64, width: 32}\neval: {<<: {num_inference_steps: 3, grid: 1}, grid: 0}\n"
+    )
+    _, config = load_recipe(path)
+    assert (config.height, config.eval_num_inference_steps, config.eval_grid) == (64, 3, 0)
 
 
 def test_every_part_is_checked_once():

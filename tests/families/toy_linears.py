@@ -1,0 +1,47 @@
+"""Layers that take the place of linear ones in tests, and what makes them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Inside(nn.Module):
+    """Calls the layer it took the place of."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out
+
+
+class Double(nn.Module):
+    """The same in float64, with its own weights under other names."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(linear.weight.detach().double())
+        self.offset = None if linear.bias is None else nn.Parameter(linear.bias.detach().double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.double(), self.matrix, self.offset).to(x.dtype)
+
+
+class Copied(nn.Linear):
+    """A linear layer that peft can adapt, like that of most quantisation libraries."""
+
+
+def inside(name: str, linear: nn.Linear) -> nn.Module:
+    return Inside(linear)
+
+
+def double(name: str, linear: nn.Linear) -> nn.Module:
+    return Double(linear)
+
+
+def copied(name: str, linear: nn.Linear) -> nn.Module:
+    made = Copied(linear.in_features, linear.out_features, linear.bias is not None)
+    made.load_state_dict(linear.state_dict())
+    return made
