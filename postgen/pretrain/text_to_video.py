@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig
 
 from .fast_step import GraphedCall, RowRotaryAttention
 from .latents import LatentPool, build_pool
-from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
+from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
+from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
 from .pool import FIRST_TRAINING_SEED, draw_scenes
 from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer
 
@@ -44,6 +46,15 @@ class TextToVideoConfig(TrainingConfig):
 
     length_weights: list[float] = field(default_factory=lambda: [0.6, 0.1, 0.15, 0.15])
     """How often each length is drawn, and the share of the pool that it gets."""
+
+    sizes: list[int] = field(default_factory=list)
+    """Height and width of the clips of each length, the first one `size`; [] is `size` for all."""
+
+    even_cost: bool = False
+    """Draw more clips of the smaller kinds in a batch, so that batches have about as many latents as the first kind."""
+
+    noise_shares: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
+    """Shares of batches with one noise level for a clip, with a clean first latent, with a level for each latent."""
 
     pool_clips: int = 32768
     """Encoded clips kept on the device, all lengths together."""
@@ -107,11 +118,18 @@ class TextToVideoConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.size % 16 == 0, "size", "a multiple of 16")
+        self.sizes = self.sizes or [self.size] * len(self.lengths)
+        self.require(self.size >= 16 and self.size % 16 == 0, "size", "a multiple of 16")
         self.require(
             bool(self.lengths) and all(n >= 5 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 5"
         )
-        self.require(len(self.length_weights) == len(self.lengths), "length_weights", "as many numbers as lengths")
+        for name in ("length_weights", "sizes"):
+            self.require(len(getattr(self, name)) == len(self.lengths), name, "as many numbers as lengths")
+        weights, shares = self.length_weights, self.noise_shares
+        self.require(min(weights) >= 0 < sum(weights), "length_weights", "at least 0, not all 0")
+        fit = self.sizes[0] == self.size and all(n >= 16 and n % 16 == 0 for n in self.sizes)
+        self.require(fit, "sizes", "multiples of 16, the first one size")
+        self.require(len(shares) == 3 and min(shares) >= 0 < sum(shares), "noise_shares", "three shares, not all 0")
         self.require(self.pool_clips >= len(self.lengths), "pool_clips", "at least one per length")
         self.require(len(self.bodies) == 3 and min(self.bodies) >= 0 < sum(self.bodies), "bodies", "three shares")
         self.require(self.shift >= 1, "shift", "at least 1")
@@ -153,6 +171,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.tokenizer = train_tokenizer(words, args.vocabulary)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
         self.transformer = new_transformer(args, self.vae.config.z_dim)
+        self.denoiser = WanDenoiser(make_pipeline(self.components(), args.shift))
         self.cross_attention, self.self_attention = PaddedCrossAttention(), RowRotaryAttention()
         self.stock_processors = [(block.attn1.processor, block.attn2.processor) for block in self.transformer.blocks]
         if args.compile:
@@ -175,30 +194,41 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         args, frames = self.args, self.args.lengths[index]
         share = args.length_weights[index] / sum(args.length_weights)
         count = max(1, round(args.pool_clips * share))
-        part = (args.pool_round * self.accelerator.num_processes + self.accelerator.process_index) * 1_000_000
-        first = FIRST_TRAINING_SEED + part + 200_000 * index
+        part = args.pool_round * self.accelerator.num_processes + self.accelerator.process_index
+        first = FIRST_TRAINING_SEED + 200_000 * (part * max(5, len(args.lengths)) + index)
         scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip, bodies=tuple(args.bodies))
-        return build_pool(scenes, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
+        tokens, size = args.text_length, args.sizes[index]
+        return build_pool(scenes, self.vae, self.tokenizer, size, tokens, self.device, bf16=args.bf16)
+
+    def _batch(self, index: int) -> int:
+        """Clips in a batch of a kind."""
+        args = self.args
+        if not args.even_cost:
+            return args.per_device_train_batch_size
+        costs = [(1 + (n - 1) // 4) * size**2 for n, size in zip(args.lengths, args.sizes, strict=True)]
+        return max(1, args.per_device_train_batch_size * costs[0] // costs[index])
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Flow-matching loss of one batch; metrics: its mean over noisy (sigma above 0.75) and cleaner clips."""
-        args, batch = self.args, self.args.per_device_train_batch_size
-        pool = random.choices(self.pools, args.length_weights)[0]
-        x0, ids = pool.draw(batch, self.generator)
+        """Flow-matching loss of one batch.
+
+        Metrics: `loss_noisy` and `loss_clean`, its mean over clips above and below noise level 0.75, of batches with
+        one level a clip; with mixed levels also `loss_<kind>` for each of `levels.KINDS`.
+        """
+        args = self.args
+        # The same kind of batch in every process, so that none waits for another.
+        chance = random.Random(f"kind-{args.seed}-{self.global_step}")
+        index = chance.choices(range(len(self.pools)), args.length_weights)[0]
+        kind, batch = draw_kind(args.noise_shares, chance), self._batch(index)
+        x0, ids = self.pools[index].draw(batch, self.generator)
         dropped = torch.rand(batch, 1, generator=self.generator, device=self.device) < args.caption_dropout
         ids = torch.where(dropped, self.empty, ids)
         noise = torch.randn(x0.shape, generator=self.generator, device=self.device)
-        u = torch.randn(batch, generator=self.generator, device=self.device).sigmoid()
-        sigma = args.shift * u / (1 + (args.shift - 1) * u)
-        s = sigma[:, None, None, None, None]
-        x = (1 - s) * x0 + s * noise
-        prediction = self.predict(x, sigma, ids)
-        error = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
-        late = (sigma > 0.75).float()
-        metrics: dict[str, float | Tensor] = {
-            "loss_noisy": (error.detach() * late).sum() / late.sum().clamp_min(1),
-            "loss_clean": (error.detach() * (1 - late)).sum() / (1 - late).sum().clamp_min(1),
-        }
+        sigma = draw_sigma(kind, batch, x0.shape[2], args.shift, self.generator, self.device)
+        prediction = self.predict(noised(x0, noise, sigma), sigma, ids)
+        error = flow_error(prediction, x0, noise, sigma)
+        metrics = error_by_level(error, sigma) if kind == "one" else {}
+        if any(args.noise_shares[1:]):
+            metrics[f"loss_{kind}"] = error.detach().mean()
         return error.mean(), metrics
 
     def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
@@ -206,8 +236,9 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         hidden, offset = encode_text(self.models["text_encoder"], ids)
         self._use([(self.self_attention, self.cross_attention)] * len(self.stock_processors))
         self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
+        timestep = self.denoiser.network_timestep(self.denoiser.timestep(sigma), x)
         return self.models["transformer"](  # type: ignore[no-any-return]
-            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
+            hidden_states=x, timestep=timestep, encoder_hidden_states=hidden, return_dict=False
         )[0]
 
     def _use(self, processors: Sequence[tuple[Any, Any]]) -> None:
