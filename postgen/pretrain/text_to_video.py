@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from postgen import world
 from postgen.errors import UserError
 from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig
@@ -24,7 +25,8 @@ from .latents import LatentPool, build_pool
 from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
 from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
 from .pool import FIRST_TRAINING_SEED, draw_scenes
-from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer
+from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer, word_tokenizer
+from .wording import world_words
 
 
 @dataclass(kw_only=True)
@@ -51,7 +53,7 @@ class TextToVideoConfig(TrainingConfig):
     """Height and width of the clips of each length, the first one `size`; [] is `size` for all."""
 
     even_cost: bool = False
-    """Draw more clips of the smaller kinds in a batch, so that batches have about as many latents as the first kind."""
+    """Draw more clips of the smaller kinds in a batch, so that all batches have about as many latents."""
 
     noise_shares: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
     """Shares of batches with one noise level for a clip, with a clean first latent, with a level for each latent."""
@@ -91,6 +93,15 @@ class TextToVideoConfig(TrainingConfig):
 
     vocabulary: int = 640
     """Most pieces of the tokenizer."""
+
+    whole_words: bool = False
+    """A tokenizer that knows the words of the world and no other, instead of one of pieces; `vocabulary` is unused."""
+
+    synonym_share: float = 0.0
+    """Chance of each colour, shape and verb of a caption to be said by a synonym, in [0, 1]."""
+
+    unknown_share: float = 0.0
+    """Chance of a stray unknown word in a caption, in [0, 1]; needs `whole_words`."""
 
     shift: float = 2.0
     """Shift of sigma in training, and of the scheduler that is exported; at least 1."""
@@ -137,6 +148,9 @@ class TextToVideoConfig(TrainingConfig):
         self.require(self.patch in (1, 2), "patch", "1 or 2")
         self.require(self.head_dim % 2 == 0 and self.head_dim >= 12, "head_dim", "even, at least 12")
         self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
+        self.require(0 <= self.synonym_share <= 1, "synonym_share", "in [0,1]")
+        self.require(0 <= self.unknown_share <= 1, "unknown_share", "in [0,1]")
+        self.require(self.whole_words or not self.unknown_share, "unknown_share", "0 without whole_words")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
@@ -166,9 +180,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         if args.cuda_graphs:
             self._check_graphs()
         self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
-        # The tokenizer does not depend on the pool, so weights stay usable with another pool.
-        words = [text for seed in range(3000) for text in _wordings(seed)]
-        self.tokenizer = train_tokenizer(words, args.vocabulary)
+        self.tokenizer = _tokenizer(args)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
         self.transformer = new_transformer(args, self.vae.config.z_dim)
         self.denoiser = WanDenoiser(make_pipeline(self.components(), args.shift))
@@ -196,7 +208,15 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         count = max(1, round(args.pool_clips * share))
         part = args.pool_round * self.accelerator.num_processes + self.accelerator.process_index
         first = FIRST_TRAINING_SEED + 200_000 * (part * max(5, len(args.lengths)) + index)
-        scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip, bodies=tuple(args.bodies))
+        scenes = draw_scenes(
+            first,
+            count,
+            frames,
+            captions=args.captions_per_clip,
+            bodies=tuple(args.bodies),
+            synonym_share=args.synonym_share,
+            unknown_share=args.unknown_share,
+        )
         tokens, size = args.text_length, args.sizes[index]
         return build_pool(scenes, self.vae, self.tokenizer, size, tokens, self.device, bf16=args.bf16)
 
@@ -269,8 +289,10 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         }
 
 
-def _wordings(seed: int) -> list[str]:
-    from postgen import world
-
-    spec = world.sample(seed, split="all")
-    return [world.caption(spec, seed), world.simple_caption(spec)]
+def _tokenizer(args: TextToVideoConfig) -> Any:
+    """The tokenizer. It does not depend on the pool, so weights stay usable with another pool."""
+    if args.whole_words:
+        return word_tokenizer(world_words())
+    specs = ((seed, world.sample(seed, split="all")) for seed in range(3000))
+    texts = [text for seed, spec in specs for text in (world.caption(spec, seed), world.simple_caption(spec))]
+    return train_tokenizer(texts, args.vocabulary)

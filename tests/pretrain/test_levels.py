@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -12,9 +13,14 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
 
+from postgen import world
+from postgen.assets import embedded_model
 from postgen.errors import UserError
+from postgen.families.loading import inspect_model
 from postgen.pretrain.autoencoder import new_autoencoder
 from postgen.pretrain.levels import KINDS, draw_kind, draw_sigma, flow_error, noised
+from postgen.pretrain.pipeline_folder import EXAMPLES
+from postgen.pretrain.text import unknown_words
 from postgen.training import load_recipe
 
 SHARES = [0.7, 0.15, 0.15]
@@ -36,6 +42,9 @@ def run(tmp_path_factory):
         "even_cost": True,
         "noise_shares": [0.4, 0.3, 0.3],
         "pool_clips": 12,
+        "whole_words": True,
+        "synonym_share": 0.3,
+        "unknown_share": 0.05,
         "max_steps": 6,
         "per_device_train_batch_size": 2,
         "num_layers": 1,
@@ -164,6 +173,8 @@ def test_the_log_tells_the_kinds_apart(run):
         ("length_weights", "[0,0,0]", "length_weights.*not all 0"),
         ("noise_shares", "[1,0]", "noise_shares.*three shares"),
         ("noise_shares", "[0,0,0]", "noise_shares.*not all 0"),
+        ("synonym_share", "1.5", "synonym_share.*in"),
+        ("whole_words", "false", "unknown_share.*0 without whole_words"),
     ],
 )
 def test_values_out_of_range_are_refused(run, key, value, text):
@@ -172,3 +183,32 @@ def test_values_out_of_range_are_refused(run, key, value, text):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=text):
         load_recipe(path)
+
+
+def test_the_command_line_names_words_that_the_model_does_not_know(run, cli, tmp_path):
+    words = ["-o", tmp_path / "clip.gif", "--model", run.args.folder / "export", "--steps", "1"]
+    done = cli("generate", "a cat and a red ball on a sofa", *words)
+    assert done.code == 0, done.err
+    lines = [line for line in done.err.splitlines() if "unknown to" in line]
+    assert len(lines) == 1
+    assert "export: cat, sofa. It knows prompts like" in lines[0]
+    assert all(f'"{text}"' in lines[0] for text in EXAMPLES)
+    done = cli("generate", "a red ball rolls left", *words)
+    assert (done.code, "unknown" in done.err) == (0, False)
+
+
+def test_examples_are_prompts_of_the_world(run):
+    facts = inspect_model(run.args.folder / "export")
+    assert facts.closed_vocabulary == EXAMPLES
+    assert len(EXAMPLES) == 3
+    assert inspect_model(embedded_model()).closed_vocabulary == ()
+    for text in EXAMPLES:
+        assert world.parse(text) is not None
+        assert not unknown_words(run.tokenizer, text)
+
+
+def test_a_damaged_list_of_examples_is_refused(run, tmp_path):
+    folder = shutil.copytree(run.args.folder / "export", tmp_path / "model")
+    (folder / "postgen.json").write_text('{"closed_vocabulary": "a red ball"}')
+    with pytest.raises(UserError, match="closed_vocabulary must be a list of example prompts"):
+        inspect_model(folder)
