@@ -12,7 +12,8 @@ from postgen.pretrain.pool import draw_scenes
 from postgen.pretrain.text import tokenize, train_tokenizer, unknown_words, word_tokenizer
 from postgen.pretrain.wording import EVENT_FORMS, UNKNOWN, captions, world_words
 from postgen.world import words as tables
-from postgen.world.spec import COLOURS, EVENTS
+from postgen.world.camera import camera_path
+from postgen.world.spec import BACKGROUNDS, CAMERAS, COLOURS, EVENTS
 
 COUNT = 1500
 
@@ -60,6 +61,21 @@ def test_other_words_say_the_same_scene(scenes):
             assert found is not None, text
             assert Counter((b.colour, b.shape, b.event) for b in found.bodies) == wanted, text
             assert found.camera == scene.spec.camera, text
+
+
+def test_cameras_and_floors_are_all_there(scenes):
+    cameras = Counter(scene.spec.camera for scene in scenes)
+    floors = Counter(scene.spec.background for scene in scenes)
+    assert set(cameras) == set(CAMERAS)
+    assert set(floors) == set(BACKGROUNDS)
+    assert 0.1 <= 1 - cameras["static"] / COUNT <= 0.3
+    assert min(cameras.values()) >= 0.012 * COUNT
+    assert min(floors.values()) >= 0.2 * COUNT
+    for scene in scenes[:400]:
+        spec = scene.spec
+        position, rotation = camera_path(spec, 0, 33)
+        moved = (rotation - rotation[0]).abs().amax() + (position - position[0]).abs().amax()
+        assert (moved > 0.1) == (spec.camera != "static"), spec.camera
 
 
 def test_forms_of_all_events_are_read_as_such():
