@@ -7,7 +7,7 @@ Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig
 
 from .fast_step import GraphedCall, RowRotaryAttention
+from .joint_pass import JointPass
 from .latents import LatentPool, build_pool
 from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
 from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
@@ -116,7 +117,8 @@ class TextToVideoConfig(TrainingConfig):
     """Compile the denoiser's blocks."""
 
     cuda_graphs: bool = False
-    """Replay forward and backward passes as CUDA graphs; one GPU, gradient_accumulation_steps 1."""
+    """Replay forward and backward passes as CUDA graphs, with gradient_accumulation_steps 1. On several GPUs both
+    models are one module then: `init_from` takes such a run or its checkpoints, and no export."""
 
     eval_prompts: int = 16
     """Prompts that evaluation samples and judges."""
@@ -155,6 +157,7 @@ class TextToVideoConfig(TrainingConfig):
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
+            self.require(not self.fully_shard, "fully_shard", "false with cuda_graphs")
         if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
             raise UserError(
                 f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
@@ -177,8 +180,8 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """Denoiser and text encoder with random weights; also encodes the clips to train on."""
         args = self.args
-        if args.cuda_graphs:
-            self._check_graphs()
+        if args.cuda_graphs and self.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a GPU, not {self.device.type}. Leave it out.")
         self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
         self.tokenizer = _tokenizer(args)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
@@ -191,16 +194,37 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.empty = tokenize(self.tokenizer, [""], args.text_length).to(self.device)
         self.pools = [self._pool(i) for i in range(len(args.lengths))]
         self.predict: Callable[..., Tensor] = self._predict
+        if self._joint():
+            return {"joint": self._joint_pass()}
         if args.cuda_graphs:
             self.predict = GraphedCall(self._predict, {"transformer": self.transformer, "text": self.text_encoder})
         return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
-    def _check_graphs(self) -> None:
-        if self.device.type != "cuda" or self.accelerator.num_processes > 1:
-            raise UserError(
-                f"cuda_graphs needs one process on a GPU, not {self.accelerator.num_processes} on {self.device.type}."
-                " Leave it out."
-            )
+    def _joint(self) -> bool:
+        """Whether both models are one module, recorded before the processes average its gradients."""
+        return self.args.cuda_graphs and self.accelerator.num_processes > 1
+
+    def _joint_pass(self) -> JointPass:
+        if self.accelerator.is_fsdp2:
+            raise UserError("cuda_graphs cannot be recorded for a model that is cut over processes. Leave one out.")
+        joint = JointPass(self._velocity, self.transformer, self.text_encoder, graphs=self.args.cuda_graphs)
+        self.predict = lambda *inputs: self.models["joint"](*inputs)
+        if self.args.cuda_graphs:
+            joint.to(self.device).train()
+            with self.accelerator.autocast():
+                joint.record(self._samples())
+        return joint
+
+    def _samples(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs of every shape that training steps have."""
+        for index, pool in enumerate(self.pools):
+            batch = self._batch(index)
+            x = torch.zeros((batch, *pool.latents.shape[1:]), device=self.device)
+            ids, sigma = self.empty.repeat(batch, 1), x.new_full((batch, x.shape[2]), 0.5)
+            if self.args.noise_shares[0]:
+                yield x, sigma[:, 0].contiguous(), ids
+            if any(self.args.noise_shares[1:]):
+                yield x, sigma, ids
 
     def _pool(self, index: int) -> LatentPool:
         args, frames = self.args, self.args.lengths[index]
@@ -253,11 +277,14 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
 
     def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         # Each model enters its own autocast: a cache of casts that outlived one would be recorded into a graph.
-        hidden, offset = encode_text(self.models["text_encoder"], ids)
+        return self._velocity(self.models["transformer"], self.models["text_encoder"], x, sigma, ids)
+
+    def _velocity(self, transformer: Any, text_encoder: Any, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+        hidden, offset = encode_text(text_encoder, ids)
         self._use([(self.self_attention, self.cross_attention)] * len(self.stock_processors))
         self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
         timestep = self.denoiser.network_timestep(self.denoiser.timestep(sigma), x)
-        return self.models["transformer"](  # type: ignore[no-any-return]
+        return transformer(  # type: ignore[no-any-return]
             hidden_states=x, timestep=timestep, encoder_hidden_states=hidden, return_dict=False
         )[0]
 

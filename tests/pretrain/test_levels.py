@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from postgen import world
 from postgen.assets import embedded_model
@@ -21,7 +22,9 @@ from postgen.pretrain.autoencoder import new_autoencoder
 from postgen.pretrain.levels import KINDS, draw_kind, draw_sigma, flow_error, noised
 from postgen.pretrain.pipeline_folder import EXAMPLES
 from postgen.pretrain.text import unknown_words
+from postgen.pretrain.text_to_video import TextToVideoTrainer
 from postgen.training import load_recipe
+from tests.pretrain.test_recipes import text_to_video
 
 SHARES = [0.7, 0.15, 0.15]
 
@@ -31,11 +34,8 @@ def run(tmp_path_factory):
     """A trainer after six steps over all kinds, two sizes and two lengths."""
     folder = tmp_path_factory.mktemp("levels")
     new_autoencoder(8, [1, 2, 2], 4).save_pretrained(folder / "vae")
-    values = {
-        "method": "text_to_video",
-        "output_dir": str(folder / "run"),
-        "autoencoder": str(folder),
-        "size": 32,
+    path = text_to_video(folder, folder)
+    changes = {
         "lengths": [9, 5, 9],
         "sizes": [32, 32, 16],
         "length_weights": [0.4, 0.3, 0.3],
@@ -46,22 +46,10 @@ def run(tmp_path_factory):
         "synonym_share": 0.3,
         "unknown_share": 0.05,
         "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "num_layers": 1,
-        "num_heads": 2,
-        "head_dim": 12,
-        "ffn_dim": 32,
-        "text_width": 16,
-        "text_layers": 1,
         "eval_prompts": 0,
-        "logging_steps": 1,
         "save_steps": 0,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "device": "cpu",
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
     trainer, config = load_recipe(path)
     made = trainer(config)
     made.train()
@@ -129,6 +117,29 @@ def test_equal_levels_per_latent_are_one_level(run):
     torch.testing.assert_close(*errors)
 
 
+def test_both_models_train_as_one_module(run, tmp_path):
+    class Joint(TextToVideoTrainer):
+        def _joint(self):
+            return True
+
+    values = {"output_dir": str(tmp_path / "run"), "max_steps": 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(run.recipe.read_text()), **values}))
+    joint = Joint(load_recipe(path)[1])
+    joint.train()
+    assert [*joint.models] == ["joint"]
+    shapes = {(tuple(x.shape), sigma.dim(), tuple(ids.shape)) for x, sigma, ids in joint._samples()}
+    assert len(shapes) == 6
+    for index, pool in enumerate(joint.pools):
+        x, ids = pool.draw(joint._batch(index), joint.generator)
+        for dims, sigma in ((1, torch.full((len(x),), 0.4)), (2, torch.full((len(x), x.shape[2]), 0.4))):
+            assert (tuple(x.shape), dims, tuple(ids.shape)) in shapes
+            apart = joint._velocity(joint.transformer, joint.text_encoder, x, sigma, ids)
+            torch.testing.assert_close(joint.predict(x, sigma, ids), apart, rtol=0, atol=0)
+    again = load_file(tmp_path / "run" / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {name for name, _ in joint.transformer.named_parameters()} <= set(again)
+
+
 def test_the_network_is_told_what_image_to_video_tells_it(run):
     parts = {**run.components(), "image_encoder": None, "image_processor": None, "expand_timesteps": True}
     pipe = WanImageToVideoPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0), **parts)
@@ -173,12 +184,14 @@ def test_the_log_tells_the_kinds_apart(run):
         ("length_weights", "[0,0,0]", "length_weights.*not all 0"),
         ("noise_shares", "[1,0]", "noise_shares.*three shares"),
         ("noise_shares", "[0,0,0]", "noise_shares.*not all 0"),
+        ("fully_shard", "true", "fully_shard.*false with cuda_graphs"),
         ("synonym_share", "1.5", "synonym_share.*in"),
         ("whole_words", "false", "unknown_share.*0 without whole_words"),
     ],
 )
 def test_values_out_of_range_are_refused(run, key, value, text):
     values = {**yaml.safe_load(run.recipe.read_text()), key: yaml.safe_load(value)}
+    values["cuda_graphs"] = key == "fully_shard"
     path = run.recipe.with_name("wrong.yaml")
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=text):
