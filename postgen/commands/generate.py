@@ -118,11 +118,26 @@ def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, for
 
     with waiting(f"Loading {jobs[0].facts.source}"), quiet_libraries():
         pipe = load(jobs[0])
+    for text in texts:
+        _tell_unknown(pipe, jobs[0], text)
     for number, (config, name) in enumerate(zip(configs, names, strict=True), 1):
         title = "Generating" if len(configs) == 1 else f"Generating {number} of {len(configs)}"
         with steps(title) as on_step:
             files = generate_video(config, name, format=format, pipe=pipe, on_step=on_step)
         typer.echo(f"Video {files.video}, contact sheet {files.sheet}, settings {files.sidecar}")
+
+
+def _tell_unknown(pipe: Any, job: Any, prompt: str) -> None:
+    """Say in one line which words a model with a closed vocabulary does not know; nothing for other models."""
+    examples = job.facts.closed_vocabulary
+    if not examples:
+        return
+    from postgen.pretrain.text import unknown_words
+
+    if words := unknown_words(pipe.tokenizer, prompt):
+        name = "the embedded model" if job.config.model is None else job.facts.source
+        known = ", ".join(f'"{text}"' for text in examples)
+        typer.echo(f"unknown to {name}: {', '.join(words)}. It knows prompts like {known}", err=True)
 
 
 def _numbered(output: Path, number: int) -> Path:

@@ -71,6 +71,8 @@ class ModelFacts:
     """Class name of the transformer; None where the pipeline has none."""
     full_precision: tuple[str, ...] = ()
     """Components that stay in float32, whatever the dtype."""
+    closed_vocabulary: tuple[str, ...] = ()
+    """Example prompts of a model whose tokenizer knows some words and no other, as `postgen.json` says; else empty."""
 
     def check_size(self, num_frames: int | None, height: int | None, width: int | None) -> None:
         """Refuse sizes that the model cannot make.
@@ -101,7 +103,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
-    own = _own_defaults(folder / "postgen.json")
+    own, examples = _own_defaults(folder / "postgen.json")
     transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
     if pipeline in _WAN_PIPELINES:
         return ModelFacts(
@@ -113,6 +115,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
             multiples=_wan_multiples(folder),
             transformer=transformer,
             full_precision=("vae",),  # its decoder loses detail in half precision
+            closed_vocabulary=examples,
         )
     parameters = _call_parameters(pipeline, source, images)
     return ModelFacts(
@@ -123,6 +126,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
         defaults=Defaults(**own),
         multiples=None,
         transformer=transformer,
+        closed_vocabulary=examples,
     )
 
 
@@ -230,14 +234,18 @@ def _component_class(index: dict[str, Any], name: str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _own_defaults(path: Path) -> dict[str, Any]:
-    own = _read_json(path) if path.is_file() else {}
+def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a folder says of itself: defaults of a call, and example prompts if it knows a closed vocabulary."""
+    own = dict(_read_json(path)) if path.is_file() else {}
+    examples = own.pop("closed_vocabulary", [])
+    if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
+        raise UserError(f"{path}: closed_vocabulary must be a list of example prompts, got {examples!r}")
     known = Defaults.__dataclass_fields__
     for name, value in own.items():
         kind = str if name == "dtype" else (int, float)
         if name not in known or not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
             raise UserError(f"{path}: bad entry {name}={value!r}. Known: {', '.join(known)}")
-    return own
+    return own, tuple(examples)
 
 
 def _wan_multiples(folder: Path) -> tuple[int, int, int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .clip_loss import clip_loss, edges
-from .fast_step import GraphedCall
+from .fast_step import GraphedCall, uncached_autocast
 from .pool import dilated, to_model
 from .whole_clip import WholeClip
 
@@ -55,7 +54,7 @@ class ClipPass(WholeClip):
             mask_BTHW: bytes, 1 on bodies.
             noise: standard normal, of the latents' shape.
         """
-        with self._autocast(rgb_BT3HW.device.type):
+        with uncached_autocast(rgb_BT3HW.device.type):
             return self._pass(rgb_BT3HW, mask_BTHW, noise)
 
     def record(self, batch: int, frames: int, size: int, device: torch.device) -> None:
@@ -90,13 +89,6 @@ class ClipPass(WholeClip):
             objects[:, :, first].sum() / (mask[:, :, first].sum() * 3).clamp_min(1),
         )
         return torch.stack((loss, *measures))
-
-    @staticmethod
-    def _autocast(device: str) -> Any:
-        if not torch.is_autocast_enabled(device):
-            return nullcontext()
-        # A cast that the cache keeps from one pass to the next would be missing in a recorded graph.
-        return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 def pixel_weight(x: Tensor, mask: Tensor, settings: LossSettings) -> Tensor:

@@ -8,6 +8,7 @@ other element.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ def rotated(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
+def uncached_autocast(device: str) -> Any:
+    """The autocast that is entered, but its casts are not kept: one from an earlier pass would miss in a graph."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+
+
 class _Call(nn.Module):
     """One shape of the call, with its own graph; the parameters are shared by all."""
 
@@ -71,10 +79,15 @@ class GraphedCall:
     Args:
         function: computes with the parameters of `models`, draws no random number, never waits for the device.
         models: whose parameters get gradients.
+        share_memory: keep what lies between inputs and outputs of all graphs in the same memory. Then a backward pass
+            must end before the forward pass of another shape begins.
     """
 
-    def __init__(self, function: Callable[..., Tensor], models: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], models: dict[str, nn.Module], *, share_memory: bool = False
+    ) -> None:
         self._function, self._models = function, nn.ModuleDict(models)
+        self._memory = torch.cuda.graph_pool_handle() if share_memory else None
         self._calls: dict[tuple[torch.Size, ...], Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -83,6 +96,6 @@ class GraphedCall:
         if shapes not in self._calls:
             samples = tuple(x.detach().clone() for x in inputs)
             call = _Call(self._function, self._models)
-            graphed: Any = torch.cuda.make_graphed_callables(call, samples, num_warmup_iters=4)
+            graphed: Any = torch.cuda.make_graphed_callables(call, samples, num_warmup_iters=4, pool=self._memory)
             self._calls[shapes] = graphed
         return self._calls[shapes](*inputs)

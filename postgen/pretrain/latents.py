@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,6 @@ from torch import Tensor
 from .pool import Scene, render_in_batches, to_model
 from .text import tokenize
 from .whole_clip import WholeClip
-
-
-class PoolSettings(Protocol):
-    """What `build_pool` reads of a configuration."""
-
-    size: int
-    text_length: int
 
 
 @dataclass(slots=True)
@@ -36,21 +29,30 @@ class LatentPool:
 
 
 def build_pool(
-    scenes: list[Scene], vae: Any, tokenizer: Any, settings: PoolSettings, device: torch.device, *, bf16: bool
+    scenes: list[Scene], vae: Any, tokenizer: Any, size: int, tokens: int, device: torch.device, *, bf16: bool
 ) -> LatentPool:
-    """Render and encode scenes of one length; each has the same number of wordings."""
+    """Render and encode scenes of one length; each has the same number of wordings.
+
+    Args:
+        scenes: what the clips show.
+        vae, tokenizer: of the model.
+        size: height and width of the clips in pixels.
+        tokens: of a caption, longer ones are cut.
+        device: where the pool is kept.
+        bf16: encode in bfloat16.
+    """
     specs = [scene.spec for scene in scenes]
     whole = WholeClip(vae, folded=device.type == "cpu")
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     parts = []
     with torch.no_grad():
-        label = f"encoding {len(specs)} clips of {specs[0].num_frames} frames"
-        for rgb, _ in render_in_batches(specs, settings.size, device, mask=False, label=label):
+        label = f"encoding {len(specs)} clips of {specs[0].num_frames} frames, {size} px"
+        for rgb, _ in render_in_batches(specs, size, device, mask=False, label=label):
             for part in rgb.split(64):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     z, _ = whole.encode(to_model(part))
                 parts.append(((z - mean) / std).to(torch.float16))
     wordings = [text for scene in scenes for text in scene.captions]
-    ids = tokenize(tokenizer, wordings, settings.text_length).unflatten(0, (len(scenes), -1))
+    ids = tokenize(tokenizer, wordings, tokens).unflatten(0, (len(scenes), -1))
     return LatentPool(torch.cat(parts), ids.to(device))

@@ -13,6 +13,13 @@ from postgen import world
 from postgen.video import contact_sheet
 from postgen.world.spec import FPS
 
+EXAMPLES = (
+    "a red ball rolls left",
+    "a navy box falls and a golden sphere bounces",
+    "a green cylinder stays still, the camera orbits left",
+)
+"""Prompts that show what the model knows, for those who ask it for something else."""
+
 
 class ModelSettings(Protocol):
     """What these functions read of a configuration."""
@@ -29,6 +36,7 @@ class ModelSettings(Protocol):
     eval_prompts: int
     eval_num_inference_steps: int
     eval_guidance_scale: float
+    whole_words: bool
     output_dir: str
 
 
@@ -66,7 +74,7 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
     pipe = make_pipeline({**components, **half, "text_encoder": text_encoder}, settings.shift)
     pipe.save_pretrained(folder)
     _name_tokenizer_class(folder)
-    defaults = {
+    defaults: dict[str, Any] = {
         "width": settings.size,
         "height": settings.size,
         "num_frames": settings.lengths[0],
@@ -75,6 +83,8 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
         "fps": FPS,
         "dtype": "float32",
     }
+    if settings.whole_words:
+        defaults["closed_vocabulary"] = list(EXAMPLES)
     (folder / "postgen.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 

@@ -18,6 +18,8 @@ from postgen import world
 from postgen.world import Spec
 from postgen.world.spec import Split
 
+from .wording import captions as worded
+
 #: Clips of the training split start here; evaluation uses seeds below it.
 FIRST_TRAINING_SEED = 1_000_000
 _CHUNK = 512
@@ -39,6 +41,8 @@ def draw_scenes(
     captions: int = 0,
     split: Split = "train",
     bodies: tuple[float, ...] | None = None,
+    synonym_share: float = 0.0,
+    unknown_share: float = 0.0,
 ) -> list[Scene]:
     """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes.
 
@@ -46,8 +50,10 @@ def draw_scenes(
         first_seed, count, num_frames, split: as in `world.sample`.
         captions: wordings of each scene, the plainest first.
         bodies: shares of scenes with one, two and three bodies; None leaves that to `world.sample`.
+        synonym_share, unknown_share: as in `wording.captions`.
     """
-    task = partial(_draw, num_frames=num_frames, captions=captions, split=split, bodies=bodies)
+    shares = (synonym_share, unknown_share)
+    task = partial(_draw, num_frames=num_frames, captions=captions, split=split, bodies=bodies, shares=shares)
     starts = range(first_seed, first_seed + count, _CHUNK)
     spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
     workers = min(len(spans), os.cpu_count() or 1)
@@ -57,13 +63,20 @@ def draw_scenes(
         return [scene for part in executor.map(task, spans) for scene in part]
 
 
-def _draw(seeds: range, num_frames: int, captions: int, split: Split, bodies: tuple[float, ...] | None) -> list[Scene]:
+def _draw(
+    seeds: range,
+    num_frames: int,
+    captions: int,
+    split: Split,
+    bodies: tuple[float, ...] | None,
+    shares: tuple[float, float],
+) -> list[Scene]:
     scenes = []
     for seed in seeds:
         number = None if bodies is None else random.Random(f"bodies-{seed}").choices((1, 2, 3), bodies)[0]
         spec = world.sample(seed, num_frames=num_frames, num_bodies=number, split=split)
-        first = (world.simple_caption(spec),) if captions else ()
-        scenes.append(Scene(spec, first + tuple(world.caption(spec, 1000 * seed + i) for i in range(1, captions))))
+        texts = worded(spec, [1000 * seed + i for i in range(1, captions)], *shares) if captions else ()
+        scenes.append(Scene(spec, texts))
     return scenes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_SEQUENCE_LENGTH = 512
 """Tokens that `WanPipeline.encode_prompt` pads to by default."""
+_SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
@@ -29,21 +30,34 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
     Returns:
         A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=special,
+        special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.normalizer = _normalizer()
     tokenizer.train_from_iterator(captions, trainer)
+    return _finished(tokenizer)
+
+
+def _normalizer() -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+
+
+def _finished(tokenizer: Any) -> Any:
+    """Wrap for transformers what lower-cases and ends every text in </s>."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.normalizer = _normalizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -53,6 +67,42 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
         model_max_length=MAX_SEQUENCE_LENGTH,
         padding_side="right",
     )
+
+
+def word_tokenizer(words: Iterable[str]) -> Any:
+    """A fast tokenizer of whole words and , ; . - that lower-cases; every other word is <unk>.
+
+    Args:
+        words: what it knows, lower case.
+
+    Returns:
+        A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pieces = [*_SPECIAL, ",", ";", ".", "-", *sorted(set(words))]
+    model = models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    return _finished(tokenizer)
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """Words of a prompt that the tokenizer does not know, in order, each once; punctuation does not count.
+
+    A tokenizer of pieces knows every string, whatever its model was trained on, so it has none.
+
+    Args:
+        tokenizer: a fast one with an unknown token.
+        prompt: any text.
+    """
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    found = [prompt[start:end].lower() for token, (start, end) in spans if token == tokenizer.unk_token_id]
+    return list(dict.fromkeys(word for word in found if any(map(str.isalnum, word))))
 
 
 def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> Any:

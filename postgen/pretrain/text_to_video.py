@@ -7,7 +7,7 @@ Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,14 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from postgen import world
 from postgen.errors import UserError
+from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig
 
 from .fast_step import GraphedCall, RowRotaryAttention
+from .joint_pass import JointPass
 from .latents import LatentPool, build_pool
-from .pipeline_folder import new_transformer, sample_sheet, write_pipeline
+from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
+from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
 from .pool import FIRST_TRAINING_SEED, draw_scenes
-from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer
+from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer, word_tokenizer
+from .wording import world_words
 
 
 @dataclass(kw_only=True)
@@ -44,6 +49,15 @@ class TextToVideoConfig(TrainingConfig):
 
     length_weights: list[float] = field(default_factory=lambda: [0.6, 0.1, 0.15, 0.15])
     """How often each length is drawn, and the share of the pool that it gets."""
+
+    sizes: list[int] = field(default_factory=list)
+    """Height and width of the clips of each length, the first one `size`; [] is `size` for all."""
+
+    even_cost: bool = False
+    """Draw more clips of the smaller kinds in a batch, so that all batches have about as many latents."""
+
+    noise_shares: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
+    """Shares of batches with one noise level for a clip, with a clean first latent, with a level for each latent."""
 
     pool_clips: int = 32768
     """Encoded clips kept on the device, all lengths together."""
@@ -81,6 +95,15 @@ class TextToVideoConfig(TrainingConfig):
     vocabulary: int = 640
     """Most pieces of the tokenizer."""
 
+    whole_words: bool = False
+    """A tokenizer that knows the words of the world and no other, instead of one of pieces; `vocabulary` is unused."""
+
+    synonym_share: float = 0.0
+    """Chance of each colour, shape and verb of a caption to be said by a synonym, in [0, 1]."""
+
+    unknown_share: float = 0.0
+    """Chance of a stray unknown word in a caption, in [0, 1]; needs `whole_words`."""
+
     shift: float = 2.0
     """Shift of sigma in training, and of the scheduler that is exported; at least 1."""
 
@@ -94,7 +117,8 @@ class TextToVideoConfig(TrainingConfig):
     """Compile the denoiser's blocks."""
 
     cuda_graphs: bool = False
-    """Replay forward and backward passes as CUDA graphs; one GPU, gradient_accumulation_steps 1."""
+    """Replay forward and backward passes as CUDA graphs, with gradient_accumulation_steps 1. On several GPUs both
+    models are one module then: `init_from` takes such a run or its checkpoints, and no export."""
 
     eval_prompts: int = 16
     """Prompts that evaluation samples and judges."""
@@ -107,11 +131,18 @@ class TextToVideoConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.size % 16 == 0, "size", "a multiple of 16")
+        self.sizes = self.sizes or [self.size] * len(self.lengths)
+        self.require(self.size >= 16 and self.size % 16 == 0, "size", "a multiple of 16")
         self.require(
             bool(self.lengths) and all(n >= 5 and n % 4 == 1 for n in self.lengths), "lengths", "4n+1, at least 5"
         )
-        self.require(len(self.length_weights) == len(self.lengths), "length_weights", "as many numbers as lengths")
+        for name in ("length_weights", "sizes"):
+            self.require(len(getattr(self, name)) == len(self.lengths), name, "as many numbers as lengths")
+        weights, shares = self.length_weights, self.noise_shares
+        self.require(min(weights) >= 0 < sum(weights), "length_weights", "at least 0, not all 0")
+        fit = self.sizes[0] == self.size and all(n >= 16 and n % 16 == 0 for n in self.sizes)
+        self.require(fit, "sizes", "multiples of 16, the first one size")
+        self.require(len(shares) == 3 and min(shares) >= 0 < sum(shares), "noise_shares", "three shares, not all 0")
         self.require(self.pool_clips >= len(self.lengths), "pool_clips", "at least one per length")
         self.require(len(self.bodies) == 3 and min(self.bodies) >= 0 < sum(self.bodies), "bodies", "three shares")
         self.require(self.shift >= 1, "shift", "at least 1")
@@ -119,10 +150,14 @@ class TextToVideoConfig(TrainingConfig):
         self.require(self.patch in (1, 2), "patch", "1 or 2")
         self.require(self.head_dim % 2 == 0 and self.head_dim >= 12, "head_dim", "even, at least 12")
         self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
+        self.require(0 <= self.synonym_share <= 1, "synonym_share", "in [0,1]")
+        self.require(0 <= self.unknown_share <= 1, "unknown_share", "in [0,1]")
+        self.require(self.whole_words or not self.unknown_share, "unknown_share", "0 without whole_words")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
+            self.require(not self.fully_shard, "fully_shard", "false with cuda_graphs")
         if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
             raise UserError(
                 f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
@@ -145,14 +180,13 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """Denoiser and text encoder with random weights; also encodes the clips to train on."""
         args = self.args
-        if args.cuda_graphs:
-            self._check_graphs()
+        if args.cuda_graphs and self.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a GPU, not {self.device.type}. Leave it out.")
         self.vae = load_autoencoder(args.autoencoder).to(self.device).requires_grad_(False)
-        # The tokenizer does not depend on the pool, so weights stay usable with another pool.
-        words = [text for seed in range(3000) for text in _wordings(seed)]
-        self.tokenizer = train_tokenizer(words, args.vocabulary)
+        self.tokenizer = _tokenizer(args)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
         self.transformer = new_transformer(args, self.vae.config.z_dim)
+        self.denoiser = WanDenoiser(make_pipeline(self.components(), args.shift))
         self.cross_attention, self.self_attention = PaddedCrossAttention(), RowRotaryAttention()
         self.stock_processors = [(block.attn1.processor, block.attn2.processor) for block in self.transformer.blocks]
         if args.compile:
@@ -160,54 +194,98 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.empty = tokenize(self.tokenizer, [""], args.text_length).to(self.device)
         self.pools = [self._pool(i) for i in range(len(args.lengths))]
         self.predict: Callable[..., Tensor] = self._predict
+        if self._joint():
+            return {"joint": self._joint_pass()}
         if args.cuda_graphs:
             self.predict = GraphedCall(self._predict, {"transformer": self.transformer, "text": self.text_encoder})
         return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
-    def _check_graphs(self) -> None:
-        if self.device.type != "cuda" or self.accelerator.num_processes > 1:
-            raise UserError(
-                f"cuda_graphs needs one process on a GPU, not {self.accelerator.num_processes} on {self.device.type}."
-                " Leave it out."
-            )
+    def _joint(self) -> bool:
+        """Whether both models are one module, recorded before the processes average its gradients."""
+        return self.args.cuda_graphs and self.accelerator.num_processes > 1
+
+    def _joint_pass(self) -> JointPass:
+        if self.accelerator.is_fsdp2:
+            raise UserError("cuda_graphs cannot be recorded for a model that is cut over processes. Leave one out.")
+        joint = JointPass(self._velocity, self.transformer, self.text_encoder, graphs=self.args.cuda_graphs)
+        self.predict = lambda *inputs: self.models["joint"](*inputs)
+        if self.args.cuda_graphs:
+            joint.to(self.device).train()
+            with self.accelerator.autocast():
+                joint.record(self._samples())
+        return joint
+
+    def _samples(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs of every shape that training steps have."""
+        for index, pool in enumerate(self.pools):
+            batch = self._batch(index)
+            x = torch.zeros((batch, *pool.latents.shape[1:]), device=self.device)
+            ids, sigma = self.empty.repeat(batch, 1), x.new_full((batch, x.shape[2]), 0.5)
+            if self.args.noise_shares[0]:
+                yield x, sigma[:, 0].contiguous(), ids
+            if any(self.args.noise_shares[1:]):
+                yield x, sigma, ids
 
     def _pool(self, index: int) -> LatentPool:
         args, frames = self.args, self.args.lengths[index]
         share = args.length_weights[index] / sum(args.length_weights)
         count = max(1, round(args.pool_clips * share))
-        part = (args.pool_round * self.accelerator.num_processes + self.accelerator.process_index) * 1_000_000
-        first = FIRST_TRAINING_SEED + part + 200_000 * index
-        scenes = draw_scenes(first, count, frames, captions=args.captions_per_clip, bodies=tuple(args.bodies))
-        return build_pool(scenes, self.vae, self.tokenizer, args, self.device, bf16=args.bf16)
+        part = args.pool_round * self.accelerator.num_processes + self.accelerator.process_index
+        first = FIRST_TRAINING_SEED + 200_000 * (part * max(5, len(args.lengths)) + index)
+        scenes = draw_scenes(
+            first,
+            count,
+            frames,
+            captions=args.captions_per_clip,
+            bodies=tuple(args.bodies),
+            synonym_share=args.synonym_share,
+            unknown_share=args.unknown_share,
+        )
+        tokens, size = args.text_length, args.sizes[index]
+        return build_pool(scenes, self.vae, self.tokenizer, size, tokens, self.device, bf16=args.bf16)
+
+    def _batch(self, index: int) -> int:
+        """Clips in a batch of a kind."""
+        args = self.args
+        if not args.even_cost:
+            return args.per_device_train_batch_size
+        costs = [(1 + (n - 1) // 4) * size**2 for n, size in zip(args.lengths, args.sizes, strict=True)]
+        return max(1, args.per_device_train_batch_size * costs[0] // costs[index])
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Flow-matching loss of one batch; metrics: its mean over noisy (sigma above 0.75) and cleaner clips."""
-        args, batch = self.args, self.args.per_device_train_batch_size
-        pool = random.choices(self.pools, args.length_weights)[0]
-        x0, ids = pool.draw(batch, self.generator)
+        """Flow-matching loss of one batch.
+
+        Metrics: `loss_noisy` and `loss_clean`, its mean over clips above and below noise level 0.75, of batches with
+        one level a clip; with mixed levels also `loss_<kind>` for each of `levels.KINDS`.
+        """
+        args = self.args
+        # The same kind of batch in every process, so that none waits for another.
+        chance = random.Random(f"kind-{args.seed}-{self.global_step}")
+        index = chance.choices(range(len(self.pools)), args.length_weights)[0]
+        kind, batch = draw_kind(args.noise_shares, chance), self._batch(index)
+        x0, ids = self.pools[index].draw(batch, self.generator)
         dropped = torch.rand(batch, 1, generator=self.generator, device=self.device) < args.caption_dropout
         ids = torch.where(dropped, self.empty, ids)
         noise = torch.randn(x0.shape, generator=self.generator, device=self.device)
-        u = torch.randn(batch, generator=self.generator, device=self.device).sigmoid()
-        sigma = args.shift * u / (1 + (args.shift - 1) * u)
-        s = sigma[:, None, None, None, None]
-        x = (1 - s) * x0 + s * noise
-        prediction = self.predict(x, sigma, ids)
-        error = (prediction.float() - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
-        late = (sigma > 0.75).float()
-        metrics: dict[str, float | Tensor] = {
-            "loss_noisy": (error.detach() * late).sum() / late.sum().clamp_min(1),
-            "loss_clean": (error.detach() * (1 - late)).sum() / (1 - late).sum().clamp_min(1),
-        }
+        sigma = draw_sigma(kind, batch, x0.shape[2], args.shift, self.generator, self.device)
+        prediction = self.predict(noised(x0, noise, sigma), sigma, ids)
+        error = flow_error(prediction, x0, noise, sigma)
+        metrics = error_by_level(error, sigma) if kind == "one" else {}
+        if any(args.noise_shares[1:]):
+            metrics[f"loss_{kind}"] = error.detach().mean()
         return error.mean(), metrics
 
     def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         # Each model enters its own autocast: a cache of casts that outlived one would be recorded into a graph.
-        hidden, offset = encode_text(self.models["text_encoder"], ids)
+        return self._velocity(self.models["transformer"], self.models["text_encoder"], x, sigma, ids)
+
+    def _velocity(self, transformer: Any, text_encoder: Any, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+        hidden, offset = encode_text(text_encoder, ids)
         self._use([(self.self_attention, self.cross_attention)] * len(self.stock_processors))
         self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
-        return self.models["transformer"](  # type: ignore[no-any-return]
-            hidden_states=x, timestep=sigma * 1000, encoder_hidden_states=hidden, return_dict=False
+        timestep = self.denoiser.network_timestep(self.denoiser.timestep(sigma), x)
+        return transformer(  # type: ignore[no-any-return]
+            hidden_states=x, timestep=timestep, encoder_hidden_states=hidden, return_dict=False
         )[0]
 
     def _use(self, processors: Sequence[tuple[Any, Any]]) -> None:
@@ -238,8 +316,10 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         }
 
 
-def _wordings(seed: int) -> list[str]:
-    from postgen import world
-
-    spec = world.sample(seed, split="all")
-    return [world.caption(spec, seed), world.simple_caption(spec)]
+def _tokenizer(args: TextToVideoConfig) -> Any:
+    """The tokenizer. It does not depend on the pool, so weights stay usable with another pool."""
+    if args.whole_words:
+        return word_tokenizer(world_words())
+    specs = ((seed, world.sample(seed, split="all")) for seed in range(3000))
+    texts = [text for seed, spec in specs for text in (world.caption(spec, seed), world.simple_caption(spec))]
+    return train_tokenizer(texts, args.vocabulary)

@@ -56,7 +56,8 @@ def test_row_rotation_is_for_self_attention_only():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_graphs_give_the_same_values_and_gradients():
+@pytest.mark.parametrize("share_memory", [False, True])
+def test_graphs_give_the_same_values_and_gradients(share_memory):
     model = small_transformer().cuda()
     for block in model.blocks:
         block.attn1.processor = RowRotaryAttention()
@@ -64,7 +65,7 @@ def test_graphs_give_the_same_values_and_gradients():
     def call(x, t, text):
         return model(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
 
-    graphed = GraphedCall(call, {"model": model})
+    graphed = GraphedCall(call, {"model": model}, share_memory=share_memory)
     for frames in (3, 5, 3, 5):
         inputs = [*arguments("cuda").values()]
         inputs[0] = torch.randn(2, 4, frames, 8, 6, device="cuda")

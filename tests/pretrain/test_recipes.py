@@ -12,7 +12,10 @@ import yaml
 
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
+from postgen.pretrain.pipeline_folder import new_transformer
+from postgen.pretrain.text import new_text_encoder, word_tokenizer
 from postgen.pretrain.text_to_video import TextToVideoTrainer
+from postgen.pretrain.wording import world_words
 from postgen.train import main
 from postgen.training import load_recipe
 
@@ -91,6 +94,24 @@ def test_the_recipe_of_the_third_autoencoder_is_read():
     assert (config.size, config.dim_mult, config.lengths[0], config.max_steps) == (128, [2, 2, 2], 33, 29500)
 
 
+def test_the_third_version_will_fit_into_24_megabytes(monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    trainer, config = load_recipe(RECIPES / "tiny-wan-3.yaml")
+    assert trainer is TextToVideoTrainer
+    assert (config.size, config.lengths[0], config.num_layers, config.noise_shares) == (128, 33, 8, [0.7, 0.15, 0.15])
+    assert {96, 128, 160} == set(config.sizes)
+    assert {17, 33, 49} == set(config.lengths)
+    autoencoder = RECIPES.parent / config.autoencoder
+    words = len(word_tokenizer(world_words()))
+    with torch.device("meta"):
+        denoiser = new_transformer(config, json.loads((autoencoder / "vae" / "config.json").read_text())["z_dim"])
+        text = new_text_encoder(words, config.text_width, config.text_layers, 4)
+    weights = sum(2 * p.numel() for p in denoiser.parameters()) + sum(4 * p.numel() for p in text.parameters())
+    vae = (autoencoder / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size
+    # 23.5 MB of weights; configurations and the tokenizer are 40 kB in the second version.
+    assert 23.3e6 <= weights + vae <= 23.9e6
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
@@ -145,7 +166,7 @@ def test_graphs_that_cannot_be_recorded_are_refused(tmp_path, autoencoder):
     with pytest.raises(UserError, match=r"gradient_accumulation_steps.*1 with cuda_graphs"):
         load_recipe(path, ["--cuda_graphs", "true", "--gradient_accumulation_steps", "2"])
     trainer, config = load_recipe(path, ["--cuda_graphs", "true"])
-    with pytest.raises(UserError, match=r"cuda_graphs needs one process on a GPU, not 1 on cpu\. Leave it out"):
+    with pytest.raises(UserError, match=r"cuda_graphs needs a GPU, not cpu\. Leave it out"):
         trainer(config).train()
 
 

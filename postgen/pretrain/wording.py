@@ -1,0 +1,137 @@
+"""Other words for a caption: synonyms, sizes, verb forms, so that every word that prompts are read with is trained."""
+
+from __future__ import annotations
+
+import random
+import re
+
+from postgen import world
+from postgen.world import Body, Spec
+from postgen.world.spec import PAIR_EVENTS
+from postgen.world.words import (
+    BACKGROUND_PHRASES,
+    CAMERA_PHRASES,
+    COLOUR_SYNONYMS,
+    EVENT_PHRASES,
+    JOINERS,
+    PLACE_PHRASES,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+)
+
+UNKNOWN = "<unk>"
+"""What a word that the model does not know becomes."""
+
+EVENT_FORMS: dict[str, tuple[str, ...]] = {
+    "moves left": ("is moving left", "is {rolling} left", "goes left", "{roll} leftward", "moves leftwards"),
+    "moves right": ("is moving right", "is {rolling} right", "goes right", "{roll} rightward", "moves rightwards"),
+    "moves closer": ("comes nearer", "moves forward", "is approaching", "{roll} towards the viewer"),
+    "moves away": ("moves back", "{roll} backward", "is receding", "goes backwards"),
+    "stays": ("is resting", "is motionless", "remains in place", "stands on the floor"),
+    "bounces": ("jumps", "is jumping", "bounces high"),
+    "falls": ("is falling", "drops", "is dropping", "lands on the floor"),
+    "collides": ("knocks into {other}", "is hitting {other}", "crashes with {other}", "bumps against {other}"),
+    "passes behind": ("goes behind {other}", "is moving behind {other}", "is {rolling} behind {other}"),
+}
+"""Readings of the verbs that `world.parse` takes and `world.caption` never writes; {rolling} goes with {roll}."""
+
+_SYNONYMS = {
+    name: tuple(word for word, colour in COLOUR_SYNONYMS.items() if colour == name)
+    for name in set(COLOUR_SYNONYMS.values())
+}
+_WORD = re.compile(r"[a-z]+")
+
+
+def captions(spec: Spec, seeds: list[int], synonym_share: float, unknown_share: float = 0.0) -> tuple[str, ...]:
+    """The plainest wording of a scene, and one for each seed, some in other words.
+
+    Args:
+        spec: the scene.
+        seeds: any integers.
+        synonym_share: chance of each colour, shape and verb to be said by a word that `world.caption` seldom or never
+            takes, in [0, 1].
+        unknown_share: chance of a stray word (`UNKNOWN`) in a wording, in [0, 1].
+    """
+    texts = (world.caption(spec, seed) for seed in seeds)
+    if synonym_share or unknown_share:
+        texts = (
+            reworded(text, spec, synonym_share, unknown_share, seed) for text, seed in zip(texts, seeds, strict=True)
+        )
+    return (world.simple_caption(spec), *texts)
+
+
+def reworded(text: str, spec: Spec, synonym_share: float, unknown_share: float, seed: int) -> str:
+    """Say a caption of `world.caption` in other words; `world.parse` still reads the same scene.
+
+    Args:
+        text: the caption.
+        spec, synonym_share, unknown_share: as in `captions`.
+        seed: any integer.
+    """
+    rng = random.Random(f"postgen-reworded-{seed}")
+    for body in spec.bodies:
+        if rng.random() < synonym_share:
+            text = _other_verb(text, spec, body, rng)
+    for body in spec.bodies:
+        text = _other_noun(text, body, synonym_share, rng)
+    text = re.sub(r"\b(an?) (?=(\w))", lambda m: "an " if m[2] in "aeiou" else "a ", text)
+    if rng.random() < 0.5 * synonym_share:
+        text += "."
+    if rng.random() < unknown_share:
+        words = text.split(" ")
+        words.insert(rng.randrange(len(words) + 1), UNKNOWN)
+        text = " ".join(words)
+    return text
+
+
+def _noun(body: Body) -> str:
+    return rf"{body.colour} (?:{'|'.join(map(re.escape, SHAPE_WORDS[body.shape]))})"
+
+
+def _other_verb(text: str, spec: Spec, body: Body, rng: random.Random) -> str:
+    """Replace the phrase that follows a body's noun by one of `EVENT_FORMS`."""
+    form = _filled(rng.choice(EVENT_FORMS[body.event]), body)
+    for phrase in sorted(EVENT_PHRASES[body.event], key=len, reverse=True):
+        before, _, after = _filled(phrase, body).partition("{other}")
+        other = ""
+        if body.event in PAIR_EVENTS and body.partner is not None:
+            other = rf"((?:an? |the )?(?:[\w-]+ )?{_noun(spec.bodies[body.partner])})"
+        pattern = rf"({_noun(body)}) {re.escape(before)}{other}{re.escape(after)}(?![\w-])"
+        found = re.search(pattern, text)
+        if found is not None:
+            said = form.replace("{other}", found[2]) if other else form
+            return f"{text[: found.start()]}{found[1]} {said}{text[found.end() :]}"
+    return text
+
+
+def _filled(phrase: str, body: Body) -> str:
+    ball = body.shape == "ball"
+    return phrase.replace("{rolling}", "rolling" if ball else "sliding").replace(
+        "{roll}", "rolls" if ball else "slides"
+    )
+
+
+def _other_noun(text: str, body: Body, share: float, rng: random.Random) -> str:
+    """Replace colour and shape of a body, and say the size of a medium one."""
+    found = re.search(_noun(body), text)
+    if found is None:
+        return text
+    colour, shape = found[0].split(" ")
+    if body.colour in _SYNONYMS and rng.random() < share:
+        colour = rng.choice(_SYNONYMS[body.colour])
+    if rng.random() < share:
+        shape = rng.choice(SHAPE_WORDS[body.shape][1:])
+    if body.size == "medium" and rng.random() < 0.3 * share:
+        colour = f"{rng.choice(SIZE_WORDS['medium'])} {colour}"
+    return f"{text[: found.start()]}{colour} {shape}{text[found.end() :]}"
+
+
+def world_words() -> list[str]:
+    """Every word that captions use and prompts are read with, sorted; "medium-sized" counts as two."""
+    tables = (SHAPE_WORDS, SIZE_WORDS, EVENT_PHRASES, PLACE_PHRASES, CAMERA_PHRASES, BACKGROUND_PHRASES, EVENT_FORMS)
+    phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
+    phrases += [*COLOUR_SYNONYMS, *COLOUR_SYNONYMS.values(), *JOINERS]
+    phrases += ["a an the", "rolls slides rolling sliding", "from the left", "from the right"]
+    phrases += world.spec.COLOURS
+    text = " ".join(re.sub(r"\{\w+\}", "", phrase) for phrase in phrases)
+    return sorted(set(_WORD.findall(text.lower())))
