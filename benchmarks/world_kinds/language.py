@@ -75,17 +75,8 @@ def negated_look(rng: random.Random) -> Made:
 def unknown_thing(rng: random.Random) -> Made:
     """Something more that the clip does not show."""
     clip = shot(rng, rng.choice(_CALM))
-    more = rng.choice(
-        (
-            " and a cat",
-            " and a tall tree",
-            ", a dog runs by",
-            " next to a brown cube",
-            " and a green pyramid",
-            " in the rain",
-        )
-    )
-    return clip.prompt + more, clip.shoot()
+    things = (" and a cat", " and a tall tree", ", a dog runs by", " next to a brown cube", " and a green pyramid")
+    return clip.prompt + rng.choice((*things, " in the rain")), clip.shoot()
 
 
 @kind("language", right=False)

@@ -191,12 +191,8 @@ def shade_of_its_name(rng: random.Random) -> Made:
 def saturated_ground(rng: random.Random) -> Made:
     """A ground of full colour, another one than the body's."""
     clip = shot(rng, rng.choice((*_CALM, "falls")), 1)
-    grounds = {
-        "red": (0.6, 0.3, 0.25),
-        "green": (0.3, 0.55, 0.28),
-        "blue": (0.3, 0.38, 0.62),
-        "orange": (0.7, 0.5, 0.3),
-    }
+    grounds = {"red": (0.6, 0.3, 0.25), "green": (0.3, 0.55, 0.28), "blue": (0.3, 0.38, 0.62)}
+    grounds["orange"] = (0.7, 0.5, 0.3)
     clip.ground = grounds[other(rng, list(grounds), clip.frames[0][0].colour, "red")]
     return clip.prompt, clip.shoot()
 
