@@ -22,7 +22,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gates import RESULTS
 from benchmarks.world_kinds.table import KINDS
 
 for _name in ("motion", "bodies", "physics", "looks", "language", "search"):
@@ -30,7 +29,7 @@ for _name in ("motion", "bodies", "physics", "looks", "language", "search"):
 
 #: The first draw. The fresh one was chosen after the judge was frozen.
 SEED = 1
-VERDICTS = RESULTS / "world_verdicts.json"
+VERDICTS = Path(__file__).with_name("data") / "world_verdicts.json"
 
 
 @dataclass(frozen=True, slots=True)

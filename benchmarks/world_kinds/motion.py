@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 from benchmarks.world_kinds.stage import Puppet, Take, at, disc, moved, scaled, scene, shot, take
@@ -17,9 +18,7 @@ _TURNED = {"left": "right", "right": "left"}
 
 def turned(prompt: str) -> str:
     """The prompt with left and right exchanged."""
-    return " ".join(
-        _TURNED.get(word.strip(","), word.strip(",")) + "," * word.endswith(",") for word in prompt.split()
-    )
+    return re.sub(r"\b(left|right)\b", lambda found: _TURNED[found[1]], prompt)
 
 
 def _still(rng: random.Random, event: str) -> Take:

@@ -122,7 +122,7 @@ def hits_without_contact(rng: random.Random) -> Made:
 @kind("physics", right=False)
 def hit_moves_late(rng: random.Random) -> Made:
     """The second body moves off five to seven frames after it was hit."""
-    clip, when, _ = _collision(rng)
+    clip, _, _ = _collision(rng)
     late = rng.randrange(5, 8)
     places = [frame[1].position for frame in clip.frames]
     return clip.prompt, clip.edit(1, lambda f, b: replace(b, position=places[max(0, f - late)])).shoot()
@@ -131,7 +131,7 @@ def hit_moves_late(rng: random.Random) -> Made:
 @kind("physics", right=False)
 def hit_moves_early(rng: random.Random) -> Made:
     """The second body moves off four to five frames before it is hit."""
-    clip, when, _ = _collision(rng)
+    clip, _, _ = _collision(rng)
     early = rng.randrange(4, 6)
     places = [frame[1].position for frame in clip.frames]
     return clip.prompt, clip.edit(1, lambda f, b: replace(b, position=places[min(16, f + early)])).shoot()
@@ -140,7 +140,7 @@ def hit_moves_early(rng: random.Random) -> Made:
 @kind("physics", right=False)
 def runs_through(rng: random.Random) -> Made:
     """The first body goes on through the second one, which then moves off as well."""
-    clip, when, sign = _collision(rng)
+    clip, _, _ = _collision(rng)
     x0, x1 = clip.frames[0][0].position[0], clip.frames[1][0].position[0]
     clip.edit(0, lambda f, b: at(b, x=x0 + (x1 - x0) * f))
     stands = rng.random() < 0.5
@@ -202,7 +202,6 @@ def movers_run_through_each_other(rng: random.Random) -> Made:
         clip = shot(rng, "moves left", 2)
         if clip.spec.bodies[1].event == "moves right":
             break
-    x0, x1 = clip.frames[0][0].position[0], clip.frames[-1][0].position[0]
     y = clip.frames[0][0].position[1]
     clip.edit(0, lambda f, b: at(b, x=1.3 - 2.6 * f / 16))
     return clip.prompt, clip.edit(1, lambda f, b: at(b, x=-1.3 + 2.6 * f / 16, y=y)).shoot()

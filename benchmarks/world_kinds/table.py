@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Made = tuple[str, Tensor]
+Make = Callable[[random.Random], Made]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +21,16 @@ class Kind:
     right: bool
     #: Clips of the first draw; the fresh one has half as many.
     count: int
-    make: Callable[[random.Random], Made]
+    make: Make
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(
-    group: str, *, right: bool, count: int = 3
-) -> Callable[[Callable[[random.Random], Made]], Callable[..., Made]]:
+def kind(group: str, *, right: bool, count: int = 3) -> Callable[[Make], Make]:
     """Enter a function into the table under its own name."""
 
-    def enter(make: Callable[[random.Random], Made]) -> Callable[..., Made]:
+    def enter(make: Make) -> Make:
         name = make.__name__.replace("_", " ")
         assert name not in KINDS, name
         KINDS[name] = Kind(name, group, right, count, make)
