@@ -43,16 +43,18 @@ def _reports(job: dict[str, Any], rows: bytes) -> list[dict[str, Any]]:
     import numpy as np
 
     from postgen.world.check.report import Sight, judge
-    from postgen.world.spec import Spec
+    from postgen.world.reading import Reading
 
     sight = Sight(
         rows_NC=np.frombuffer(rows, np.float64).reshape(-1, job["columns"]),
         count_BF=np.array(job["count"]),
+        spots_MSC=np.array(job["spots"], np.float64),
         height=job["height"],
         width=job["width"],
         likeness=job["likeness"],
+        film=job["film"],
     )
-    return [report.to_dict() for report in judge(sight, [Spec.from_dict(scene) for scene in job["scenes"]])]
+    return [report.to_dict() for report in judge(sight, [Reading.from_dict(asked) for asked in job["asked"]])]
 
 
 def _bare_packages() -> None:
