@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from .plan import Wish, arrange
@@ -27,7 +28,7 @@ _SHAPE = {word: shape for shape, words in SHAPE_WORDS.items() for word in words}
 _SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
 
 
-def _any(words: dict[str, str]) -> str:
+def _any(words: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 

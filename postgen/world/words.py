@@ -155,7 +155,7 @@ BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
 }
 JOINERS: tuple[str, ...] = (" and ", ", ", " while ", ", and ", "; ")
 NUMBERS: dict[str, int] = {"a": 1, "an": 1, "the": 1, "one": 1, "1": 1, "two": 2, "2": 2, "three": 3, "3": 3}
-NEGATIONS: frozenset[str] = frozenset("not no never without nor neither none cannot hardly".split())
+NEGATIONS: frozenset[str] = frozenset(["not", "no", "never", "without", "nor", "neither", "none", "cannot", "hardly"])
 _SMALL = "a an the and while then again is are it its there scene video clip of with in on at to from as it's slowly"
 _VERBS = (
     "move moves moving roll rolls rolling slide slides sliding go goes going come comes coming travel travels head"

@@ -167,10 +167,10 @@ def _net(value: Sequence[float]) -> float:
 
 
 def order(value: Sequence[float]) -> float:
-    """Rank correlation with time in [-1,1], equal values with their mean rank; of two values the sign of their difference."""
+    """Rank correlation with time in [-1,1], equal values with their mean rank; of two the sign of their difference."""
     n = len(value)
     if n < 3:
-        return _sign(value[-1] - value[0]) if n == 2 else 0.0
+        return sign_of(value[-1] - value[0]) if n == 2 else 0.0
     ranked = sorted(range(n), key=value.__getitem__)
     total, start = 0.0, 0
     while start < n:
@@ -183,11 +183,13 @@ def order(value: Sequence[float]) -> float:
     return 1.0 - 6.0 * total / (n * (n * n - 1))
 
 
-def _sign(value: float) -> float:
+def sign_of(value: float) -> float:
+    """-1, 0 or 1."""
     return float((value > 0) - (value < 0))
 
 
-def _spread(value: Sequence[float]) -> float:
+def spread(value: Sequence[float]) -> float:
+    """Largest less smallest."""
     return max(value) - min(value)
 
 
@@ -218,8 +220,8 @@ def approaches(w: Way, sign: float) -> float:
 
 def stays(w: Way) -> float:
     """Rests where it is."""
-    spread = max(_spread(w.x), _spread(w.y))
-    return min(ramp(spread, 0.45, 0.05), ramp(_spread(w.s), 0.25, 0.05), w.steady)
+    far = max(spread(w.x), spread(w.y))
+    return min(ramp(far, 0.45, 0.05), ramp(spread(w.s), 0.25, 0.05), w.steady)
 
 
 #: How far below a body its shadow ends, in units of its size: above the ground, and on it.
@@ -245,7 +247,7 @@ def falls(w: Way) -> float:
 
 def bounces(w: Way) -> float:
     """Goes down and up again at least once, not more often than gravity lets it."""
-    height = _spread(w.y)
+    height = spread(w.y)
     turns = _turns(w.y, 0.25 * height)
     down_first = len(turns) > 1 and turns[1] > turns[0]
     ups = sum(b < a for a, b in pairwise(turns))
@@ -254,7 +256,7 @@ def bounces(w: Way) -> float:
         ramp(height, 0.0, 0.7),
         1.0 if ups >= 1 and (down_first or len(turns) > 2) else 0.0,
         ramp(len(turns) - 1, allowed + 1, allowed - 1),
-        ramp(_spread(w.x) / max(height, 1e-6), 1.2, 0.4),
+        ramp(spread(w.x) / max(height, 1e-6), 1.2, 0.4),
         ramp(w.low_shade, *_HANGING),
         w.steady,
     )
@@ -272,94 +274,6 @@ def _turns(value: Sequence[float], least: float) -> list[float]:
     return points
 
 
-def collides(first: Track, second: Track) -> float:
-    """First comes up to second, which rests; then second goes on the same way, and first does not run through it."""
-    both = [f for f in range(len(first.pieces)) if first.pieces[f] is not None and second.pieces[f] is not None]
-    if len(both) < 6:
-        return 0.0
-    a, b = way(first, both), way(second, both)
-    scale = _size(second, both) / _size(first, both)
-    ax = [x / scale for x in a.x]
-    sign = _sign(b.x[0] - ax[0])
-    start = next((i for i, x in enumerate(b.x) if sign * (x - b.x[0]) > 0.12), 0)
-    if start < 2:
-        return 0.0
-    gaps = [_gap(first, second, f) for f in both]
-    least = min(gaps[max(0, start - 2) : start + 2])
-    # It is on its way before it is far enough to be told from noise.
-    onset = max(i for i in range(start) if sign * (b.x[i] - b.x[0]) <= 0.03) + 1
-    contact = next(i for i, gap in enumerate(gaps) if gap <= max(least, min(gaps)) + 0.08)
-    return min(
-        ramp(sign * (ax[start - 1] - ax[0]), 0.0, 0.5),
-        ramp(sign * order(ax[:start]) if start > 2 else 1.0, 0.5, 1.0),
-        ramp(_spread(b.x[:start]), 0.35, 0.05),
-        ramp(least, 0.35, 0.12),
-        ramp(abs(onset - contact) / max(1.0, (len(first.pieces) - 1) / 16), 5.0, 2.0),
-        ramp(_onward(ax, start, sign), 1.05, 0.85),
-        ramp(min(gaps), -1.0, -0.45),
-        1.0 if sign * (b.x[-1] - ax[-1]) > 0 else 0.0,
-        ramp(sign * b.dx, 0.0, 0.5),
-        ramp(sign * order(b.x[start - 1 :]), 0.5, 0.9),
-        min(ramp(a.step, 1.2, 0.8), ramp(b.step, 1.2, 0.8)),
-        min(ramp(a.seen, 0.5, 0.8), ramp(b.seen, 0.5, 0.8)),
-    )
-
-
-def _onward(x: list[float], start: int, sign: float) -> float:
-    """Speed of a body after a frame over that before it."""
-    before, after = x[max(0, start - 5) : start], x[start + 1 :]
-    if len(before) < 2 or len(after) < 2:
-        return 0.0
-    first, then = ((v[-1] - v[0]) / (len(v) - 1) for v in (before, after))
-    return sign * then / max(sign * first, 1e-6)
-
-
-def _size(track: Track, frames: list[int]) -> float:
-    return math.sqrt(median([p.area for f in frames if (p := track.pieces[f]) is not None]))
-
-
-def _gap(first: Track, second: Track, frame: int) -> float:
-    """Free space between two bodies along x in their mean width; negative where they overlap in the picture.
-
-    The world lets bodies touch at their contact circles, which are wider than a cylinder by a quarter on either side.
-    """
-    a, b = first.pieces[frame], second.pieces[frame]
-    if a is None or b is None:
-        return 9.0
-    left, right = (a, b) if a.x < b.x else (b, a)
-    wide = [p.box[2] - p.box[0] for p in (left, right)]
-    slack = sum(0.235 * w for w, p in zip(wide, (left, right), strict=True) if p.box[3] - p.box[1] > 1.35 * w)
-    return (right.box[0] - left.box[2] - slack) / (0.5 * sum(wide))
-
-
-def passes_behind(first: Track, second: Track) -> float:
-    """First goes across from one side of second to the other and is covered on the way, second never is."""
-    front = [p.area for p in second.pieces if p is not None and not p.merged]
-    if len(first.visible) < 2 or len(front) < 2:
-        return 0.0
-    side = [
-        (a.x - b.x) / math.sqrt(b.area)
-        for a, b in zip(first.pieces, second.pieces, strict=True)
-        if a is not None and b is not None
-    ]
-    if not side:
-        # Never in the picture together, as in a clip where one turns into the other.
-        return 0.0
-    w = way(first, first.visible)
-    sign = _sign(w.dx)
-    areas = [0.0 if p is None else p.area for p in first.pieces]
-    return min(
-        ramp(sign * w.order_x, 0.6, 1.0),
-        ramp(-sign * side[0], 0.0, 0.6),
-        ramp(sign * side[-1], 0.0, 0.6),
-        ramp(min(areas) / large([area for area in areas if area > 0]), 0.9, 0.4),
-        ramp(min(front) / median(front), 0.82, 0.97),
-        # Slivers at either side of the front body lie further apart than a body moves in a frame.
-        ramp(first.leap(first.clean), 1.2, 0.8),
-        ramp(w.seen, 0.5, 0.9),
-    )
-
-
 #: Events of one body.
 SINGLE: dict[str, Callable[[Way], float]] = {
     "moves left": lambda w: moves(w, -1.0),
@@ -370,8 +284,6 @@ SINGLE: dict[str, Callable[[Way], float]] = {
     "bounces": bounces,
     "falls": falls,
 }
-#: Events of a body with a second one.
-PAIR: dict[str, Callable[[Track, Track], float]] = {"collides": collides, "passes behind": passes_behind}
 
 
 def place(track: Track, name: str | None) -> float:

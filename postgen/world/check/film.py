@@ -1,8 +1,8 @@
 """Whether the camera moves as it should: the flow of the ground against the exact one of such a path.
 
-Where the camera goes along the asked path by `a` times the usual way, the brightness of the ground changes from a frame
-to the next by -a (gradient . flow); `a` is the least-squares answer over the whole clip. Bodies and what is around them
-are left out, so a body that goes by does not count as a camera that pans.
+Where the camera goes along the asked path by `a` times the usual way, the brightness of the ground changes from one
+frame to the next by -a (gradient . flow); `a` is the least-squares answer over the whole clip. Bodies and what is
+around them are left out, so a body that goes by does not count as a camera that pans.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def flow(camera: str, frames: int) -> Tensor:
     seen = torch.einsum("fij,fpj->fpi", rotation[1:], position[:-1, None] + far * ray - position[1:, None])
     moved = (seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * FOCAL + 1) * (_GRID / 2)
     start = torch.stack((u, v), -1).reshape(-1, 2) * (_GRID / 2) + _GRID / 2
-    return (moved - start).movedim(-1, 1).unflatten(-1, (_GRID, _GRID))
+    field: Tensor = (moved - start).movedim(-1, 1).unflatten(-1, (_GRID, _GRID))
+    return field
 
 
 def filmed(pictures_M3HW: Tensor, body_MHW: Tensor, cameras: Sequence[str]) -> list[float | None]:

@@ -37,7 +37,8 @@ def balance(pictures_M3HW: Tensor, frames: int) -> Tensor | None:
     if not bool((weight > 0).any()):
         return None
     gain = (tone.mean(1, keepdim=True) / tone.clamp_min(0.02)) ** weight[:, None]
-    return gain.repeat_interleave(frames, 0)[:, :, None, None]
+    gains: Tensor = gain.repeat_interleave(frames, 0)[:, :, None, None]
+    return gains
 
 
 def find_spots(pictures_M3HW: Tensor, body_MHW: Tensor) -> Tensor:
@@ -73,13 +74,15 @@ def _ground(small_M3GG: Tensor, free_MGG: Tensor) -> Tensor:
         # Of the rest after the row's middle, so that the small ridge pulls towards a row of one colour.
         right = _with_neighbours(torch.einsum("mgcx,mgx,kx->mgkc", rows - middle, weight, basis))
         fitted = middle + torch.einsum("mgkc,kx->mgcx", torch.linalg.solve(normal, right), basis)
-    return fitted.movedim(2, 1)
+    ground: Tensor = fitted.movedim(2, 1)
+    return ground
 
 
 def _with_neighbours(x_MGKL: Tensor) -> Tensor:
     """Each row and two above and below it: a row that is mostly covered takes the form of theirs."""
     rows = x_MGKL.flatten(2).mT
-    return (5 * functional.avg_pool1d(rows, 5, 1, 2)).mT.unflatten(2, x_MGKL.shape[2:])
+    summed: Tensor = (5 * functional.avg_pool1d(rows, 5, 1, 2)).mT.unflatten(2, x_MGKL.shape[2:])
+    return summed
 
 
 def _measured(labels_MP: Tensor, odd_MP: Tensor) -> Tensor:

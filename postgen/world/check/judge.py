@@ -13,9 +13,10 @@ from postgen.world.check import events
 from postgen.world.check.film import filmed
 from postgen.world.check.ground import balance, find_spots
 from postgen.world.check.pieces import COLUMNS
-from postgen.world.check.report import Report, Sight, judge
+from postgen.world.check.report import Report, judge
 from postgen.world.check.segment import Blobs, find_blobs, smooth
 from postgen.world.check.shapes import shape_features
+from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import BODY_AREA, Track
 from postgen.world.check.workers import pool_of
 from postgen.world.reading import Reading
@@ -29,11 +30,14 @@ _SHADING = 0.1
 def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
     """Judge one clip against a scene or a prompt, from its pixels alone.
 
-    Colour, shape, event and the number of bodies are judged; size, place, background, light and the exact layout of
-    the spec are not. With a moving camera the events are not judged either (nor is the camera itself).
+    Judged are the number of bodies, their colour, shape and event, where the prompt puts them and which way they go;
+    that each is the same thing in every frame, with nothing beside it but shadows; and the camera where one is asked
+    for (the events are not judged then). Not judged are the sizes, the floor, the light and the exact layout of a
+    spec; a prompt that names a size or a floor, denies something or holds unknown words has clauses that cannot be
+    judged (`Report.clauses`), and no clip of it is `all_right`.
 
     Args:
-        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 128 px.
+        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; a still is a clip that repeats.
         spec_or_prompt: what should be there; a prompt is read by `world.parse`.
 
     Raises:
@@ -132,7 +136,9 @@ def _reading(asked: Spec | str | Reading) -> Reading:
 
     reading = read(asked)
     if reading is None:
-        raise UserError(f"The prompt {asked!r} names no body of the world: write for instance 'a red ball moves left'.")
+        raise UserError(
+            f"The prompt {asked!r} names no body of the world: write for instance 'a red ball moves left'."
+        )
     return reading
 
 
@@ -150,7 +156,8 @@ def world_likeness(pictures_M3HW: Tensor, blobs: Blobs, frames: int) -> list[flo
     level = (light * ground).mean((1, 2)) / space.clamp_min(0.05)
     measures = torch.stack((space, rough, stray, level), 1).reshape(-1, frames, 4)
     jumps = (measures[:, 1:, 3] / measures[:, :-1, 3].clamp_min(1e-3)).clamp_min(1e-3).log().abs().amax(1)
-    return [_likeness(*m, jump) for m, jump in zip(measures.mean(1).tolist(), jumps.tolist(), strict=True)]
+    rows = zip(measures.mean(1).tolist(), jumps.tolist(), strict=True)
+    return [_likeness(m[0], m[1], m[2], m[3], jump) for m, jump in rows]
 
 
 def _likeness(space: float, rough: float, stray: float, level: float, jump: float) -> float:

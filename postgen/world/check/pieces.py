@@ -85,7 +85,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
 
 @dataclass(slots=True)
 class Spot:
-    """Something on the ground that is no coloured body, in parts of the picture; `odd` is the area that is no shadow."""
+    """Something that is no coloured body, in parts of the picture; `odd` is the area that is no shadow."""
 
     area: float
     odd: float

@@ -6,17 +6,17 @@ Nothing here imports torch, so that a process of `workers` starts fast and stays
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from postgen.world.check import events, steady, surroundings
-from postgen.world.check.pieces import Piece, Spot, pieces, spots
+from postgen.world.check.pairs import PAIR
+from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import Track, bodies, follow
 from postgen.world.reading import Clause, Reading
 from postgen.world.spec import COLOURS, SHAPES, Spec
@@ -25,7 +25,7 @@ from postgen.world.spec import COLOURS, SHAPES, Spec
 _ODD = ((0.006, -0.002), (0.0, -0.04), (0.03, -0.01))
 #: Greatest brightness over that of the named colour, and share of that colour: another colour, this one.
 _LIGHT, _PURE = (0.55, 0.72), (0.62, 0.8)
-#: Misfit of an outline that is no ball, cube, cylinder, and of a sure one; difference of misfits that is a sure answer.
+#: Misfit of an outline that is no ball, cube, cylinder, and of a sure one; difference of misfits that is sure.
 _MISFIT = ((0.12, 0.06), (0.18, 0.07), (0.18, 0.07))
 _SURE = 0.03
 _SHARP = (0.10, 0.16)
@@ -107,59 +107,6 @@ class Report:
         return cls(**{**data, "bodies": bodies, "clauses": tuple(Clause(**clause) for clause in data["clauses"])})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sight:
-    """What the device saw in B clips of F pictures: N blobs, with C values each.
-
-    `rows_NC` float64, the blobs of one picture after those of another, columns as `pieces.COLUMNS`; `count_BF` of each
-    picture; `height` and `width` of all pictures; `likeness` how much each clip looks like the world, in [0,1].
-    """
-
-    rows_NC: NDArray[np.float64]
-    count_BF: NDArray[np.int64]
-    spots_MSC: NDArray[np.float64]
-    height: int
-    width: int
-    likeness: list[float]
-    #: How far the camera of each clip goes along the path that was asked for, in parts of the usual way; or None.
-    film: list[float | None]
-
-    def __len__(self) -> int:
-        return len(self.likeness)
-
-    def part(self, low: int, high: int) -> Sight:
-        """Return clips low to high - 1."""
-        start, stop = (int(self.count_BF[:clip].sum()) for clip in (low, high))
-        rows, likeness = self.rows_NC[start:stop], self.likeness[low:high]
-        frames = self.count_BF.shape[1]
-        return replace(
-            self,
-            rows_NC=rows,
-            count_BF=self.count_BF[low:high],
-            spots_MSC=self.spots_MSC[low * frames : high * frames],
-            likeness=likeness,
-            film=self.film[low:high],
-        )
-
-    def pieces(self) -> Iterator[list[dict[int, list[Piece]]]]:
-        """Yield the coloured pieces of each frame of each clip."""
-        rows = iter(self.rows_NC.tolist())
-        for counts in self.count_BF.tolist():
-            yield [pieces(list(itertools.islice(rows, count)), self.height, self.width) for count in counts]
-
-    def tracks(self) -> Iterator[list[Track]]:
-        """Yield the bodies of each clip."""
-        return map(follow, self.pieces())
-
-
-    def spots(self) -> Iterator[list[list[Spot]]]:
-        """Yield the spots of each frame of each clip."""
-        step = self.count_BF.shape[1]
-        table = self.spots_MSC.tolist()
-        for low in range(0, len(table), step):
-            yield [spots([row for row in rows if row[0] > 0]) for rows in table[low : low + step]]
-
-
 def judge(sight: Sight, asked: Sequence[Spec | Reading]) -> list[Report]:
     """Judge clips against one scene each."""
     reports = []
@@ -191,7 +138,7 @@ class _Candidate:
         """Value of an event of two bodies, the other one its partner."""
         key = (event, id(other))
         if key not in self._pairs:
-            self._pairs[key] = events.PAIR[event](self.track, other.track)
+            self._pairs[key] = PAIR[event](self.track, other.track)
         return self._pairs[key]
 
     def colour(self, name: str) -> float:
@@ -269,7 +216,9 @@ def _motion(body: BodyReport) -> float:
     """Value of what a body does; half of the way there for the right direction alone."""
     if body.event is None:
         return 1.0
-    return body.event if body.direction is None else 0.75 * body.event + 0.25 * min(body.direction, 2 * body.event + 0.2)
+    return (
+        body.event if body.direction is None else 0.75 * body.event + 0.25 * min(body.direction, 2 * body.event + 0.2)
+    )
 
 
 def _kept(value: float) -> float:
@@ -353,7 +302,9 @@ def _event_value(reading: Reading, index: int, found: _Candidate | None, other: 
         value = found.alone[body.event]
     else:
         value = 0.0 if other is None else found.beside(body.event, other)
-    return min(value, events.place(found.track, reading.places[index]), events.heads(found.track, reading.headings[index]))
+    return min(
+        value, events.place(found.track, reading.places[index]), events.heads(found.track, reading.headings[index])
+    )
 
 
 def _body_report(reading: Reading, index: int, chosen: list[_Candidate | None]) -> BodyReport:
@@ -381,8 +332,8 @@ def _body_report(reading: Reading, index: int, chosen: list[_Candidate | None]) 
 def _found_event(found: _Candidate, others: list[_Candidate]) -> str | None:
     """What a body does, as far as it can be told."""
     ranked = dict(found.alone)
-    for name in events.PAIR if others else ():
+    for name in PAIR if others else ():
         ranked[name] = max(0.0, *(found.beside(name, other) for other in others))
     # What a body does with another one says more than its own way does.
-    top = max(ranked, key=lambda name: (name in events.PAIR and ranked[name] >= 0.5, ranked[name]))
+    top = max(ranked, key=lambda name: (name in PAIR and ranked[name] >= 0.5, ranked[name]))
     return top if ranked[top] >= 0.5 else None

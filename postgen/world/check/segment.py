@@ -130,15 +130,7 @@ def _lower(one: Tensor, two: Tensor, apart: Tensor) -> None:
 
 def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     """Pieces of saturated colour in smoothed pictures; they are cut out of the pictures times `gain_M311`."""
-    own = colour_share(smooth_M3HW)
-    share, hue, bright = own
-    if gain_M311 is not None:
-        share, hue, _ = colour_share((smooth_M3HW * gain_M311).clamp(0, 1))
-        # What is grey itself, as the sky, or fog before it, is no body although the gain gives it a colour.
-        apart = (hue - own[1]).abs()
-        alike = torch.minimum(apart, len(COLOURS) - apart) <= 1
-        mixed = torch.minimum(share, 1.5 * own[0]) * alike
-        share = torch.where((gain_M311 == 1).all(1), share, mixed)
+    share, hue, named, purity, bright = _coloured(smooth_M3HW, gain_M311)
     kind = torch.where(share > SHARE, hue, -1)
     pictures, height, width = kind.shape
     pixels = height * width
@@ -168,12 +160,11 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     box = torch.stack((sums.least(x, width), sums.least(y, height), -sums.least(-x, 1), -sums.least(-y, 1)), -1)
     valid = (area >= _FRAGMENT * pixels) & (area <= _LARGEST * pixels) & (core_area >= 4)
     edge = (box[..., :2] <= 0).any(-1) | (box[..., 2] >= width - 1) | (box[..., 3] >= height - 1)
-    soft = torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1)
     return Blobs(
         valid=valid,
         touch=touch > 2,
         border=edge,
-        colour=_named(own[1].flatten(1), slot, inner),
+        colour=_named(named.flatten(1), slot, inner),
         kind=kind.flatten(1).gather(1, top),
         group=groups.gather(1, top),
         area=area,
@@ -181,13 +172,27 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
         y=sums.add(y) / size,
         box=box,
         sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
-        pure=sums.add(_exact(own[0].flatten(1)) * inner) / core_area.clamp_min(1),
+        pure=sums.add(_exact(purity.flatten(1)) * inner) / core_area.clamp_min(1),
         light=-sums.least(-bright.flatten(1) * inner, 0.0),
         slot_MP=slot,
         share_MHW=share,
-        soft_M2HW=soft,
+        soft_M2HW=torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1),
         hue_MHW=hue,
     )
+
+
+def _coloured(smooth_M3HW: Tensor, gain_M311: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Colour share and colour by which bodies are cut out; colour, share and brightness of the picture itself."""
+    purity, named, bright = colour_share(smooth_M3HW)
+    share, hue = purity, named
+    if gain_M311 is not None:
+        share, hue, _ = colour_share((smooth_M3HW * gain_M311).clamp(0, 1))
+        # What is grey itself, as the sky, or fog before it, is no body although the gain gives it a colour.
+        apart = (hue - named).abs()
+        alike = torch.minimum(apart, len(COLOURS) - apart) <= 1
+        mixed = torch.minimum(share, 1.5 * purity) * alike
+        share = torch.where((gain_M311 == 1).all(1), share, mixed)
+    return share, hue, named, purity, bright
 
 
 class _Sums:
@@ -241,7 +246,8 @@ def _slope(share_MHW: Tensor) -> Tensor:
 
 def _exact(value: Tensor) -> Tensor:
     """In steps of 1/1024, so that sums over a blob are exact in whatever order a device adds them."""
-    return (value * 1024).round() / 1024
+    exact: Tensor = (value * 1024).round() / 1024
+    return exact
 
 
 def _named(hue_MP: Tensor, slot_MP: Tensor, inner_MP: Tensor) -> Tensor:
@@ -249,4 +255,5 @@ def _named(hue_MP: Tensor, slot_MP: Tensor, inner_MP: Tensor) -> Tensor:
     names = len(COLOURS)
     index = torch.where(slot_MP >= 0, slot_MP * names + hue_MP, SLOTS * names)
     votes = inner_MP.new_zeros(len(inner_MP), SLOTS * names + 1).scatter_add_(1, index, inner_MP)
-    return votes[:, :-1].unflatten(1, (SLOTS, names)).argmax(-1)
+    name: Tensor = votes[:, :-1].unflatten(1, (SLOTS, names)).argmax(-1)
+    return name

@@ -43,7 +43,7 @@ def light(track: Track) -> float:
 
 
 def shape(track: Track, index: int) -> float:
-    """Share of the frames with a clean outline in which no other shape fits much better, from a half (0) to all (1)."""
+    """Whether in the frames with a clean outline no other shape fits much better; 0 where one does in a third."""
     outlines = [p.misfit for p in whole(track).values() if p.misfit is not None]
     if len(outlines) < 4:
         return 1.0

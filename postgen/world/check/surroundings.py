@@ -15,7 +15,7 @@ _NEAR, _ASIDE = 0.05, 0.34
 #: A body's rim, where colours mix.
 _RIM = 0.03
 #: How far the shadow of a body that stands may reach below it, in picture heights.
-_FOOT = 0.045
+_FOOT = 0.06
 
 
 def strangers(tracks: Sequence[Track], frames: Sequence[Sequence[Spot]], pieces: Sequence[Sequence[Piece]]) -> int:
@@ -55,7 +55,9 @@ def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track,
     standing: set[int] = set()
     strange = 0
     for spot in spots:
-        owners = [(abs(spot.x - p.x) + abs(spot.box[3] - p.box[3]), k) for k, (_, p) in enumerate(seen) if _beside(spot, p)]
+        owners = [
+            (abs(spot.x - p.x) + abs(spot.box[3] - p.box[3]), k) for k, (_, p) in enumerate(seen) if _beside(spot, p)
+        ]
         along = any(_along(spot.box, piece) for _, piece in seen)
         if spot.odd >= (_ODD_BESIDE if owners or along else _ODD) and not (along and spot.odd < 0.3 * spot.area):
             strange = max(strange, 1 + (spot.odd >= (_ODD_BESIDE if owners or along else 2 * _ODD)))
@@ -69,25 +71,25 @@ def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track,
             standing.add(id(track))
         if track.shade[number] is None:
             track.shade[number] = spot.box[3] - piece.box[3]
-        near = sum(p.area for t, p in seen if _beside(spot, p) or (id(t) in flying and _below(spot, p)))
-        strange = max(strange, 2 * (spot.area > near))
-    reach = [(t, p) for t, p in seen if id(t) in flying and id(t) not in standing]
+        reach = sum(p.area for t, p in seen if _beside(spot, p) or (id(t) in flying and _below(spot, p)))
+        strange = max(strange, 2 * (spot.area > reach))
+    aloft = [(t, p) for t, p in seen if id(t) in flying and id(t) not in standing]
     for spot in air:
         if spot.area >= 0.0012:
-            strange = max(strange, _in_the_air(number, spot, reach))
+            strange = max(strange, _in_the_air(number, spot, aloft))
     return strange
 
 
-def _in_the_air(number: int, spot: Spot, reach: list[tuple[Track, Piece]]) -> int:
-    """Whether a dark spot is no shadow of a body in the air, of which each has one; its owner leaves `reach`."""
-    owners = [(abs(spot.x - p.x), k) for k, (_, p) in enumerate(reach) if _below(spot, p)]
+def _in_the_air(number: int, spot: Spot, aloft: list[tuple[Track, Piece]]) -> int:
+    """Whether a dark spot is no shadow of a body in the air, of which each has one; its owner leaves `aloft`."""
+    owners = [(abs(spot.x - p.x), k) for k, (_, p) in enumerate(aloft) if _below(spot, p)]
     if not owners:
         return int(spot.area >= _SHADOW)
-    near = sum(piece.area for _, piece in reach if _below(spot, piece))
-    track, piece = reach[min(owners)[1]]
+    near = sum(piece.area for _, piece in aloft if _below(spot, piece))
+    track, piece = aloft[min(owners)[1]]
     if spot.area >= 0.12 * piece.area:
         track.shade[number] = spot.box[3] - piece.box[3]
-        del reach[min(owners)[1]]
+        del aloft[min(owners)[1]]
     return 2 * (spot.area >= max(_SHADOW, 0.8 * near))
 
 
@@ -99,10 +101,10 @@ def _along(box: tuple[float, float, float, float], piece: Piece) -> bool:
 
 def _beside(spot: Spot, piece: Piece) -> bool:
     """Whether a spot touches a body, at its sides or below: where the shadow of a body that stands begins."""
-    sx0, sy0, sx1, sy1 = spot.box
+    sx0, _, sx1, sy1 = spot.box
     x0, y0, x1, y1 = piece.box
     across = sx0 <= x1 + _NEAR and sx1 >= x0 - _NEAR
-    return across and y0 + 0.3 * (y1 - y0) <= sy1 <= y1 + max(_FOOT, 0.14 * (y1 - y0))
+    return across and y0 + 0.3 * (y1 - y0) <= sy1 <= y1 + max(_FOOT, 0.17 * (y1 - y0))
 
 
 def _below(spot: Spot, piece: Piece) -> bool:

@@ -40,7 +40,9 @@ class Track:
     @cached_property
     def clean(self) -> list[int]:
         """Frames where its whole outline is seen: nothing near it, not cut by the picture's edge."""
-        return [f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border or p.merged)]
+        return [
+            f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border or p.merged)
+        ]
 
     @property
     def present(self) -> list[bool]:
@@ -78,10 +80,10 @@ def _one_colour(colour: int, frames: list[list[Piece]]) -> list[Track]:
     least = max(0.25 * median(largest), 0.5 * BODY_AREA)
     main = [[p for i, p in enumerate(f) if p.area >= least or (i == 0 and p.touch)] for f in frames]
     count = len(frames)
-    slots = 0
-    # A body may be behind another one of its colour most of the time.
-    while slots < _MOST_PER_COLOUR and sum(len(f) > slots for f in main) >= (_SECOND if slots else _PERSISTENT) * count:
-        slots += 1
+    slots, least_share = 0, _PERSISTENT
+    while slots < _MOST_PER_COLOUR and sum(len(f) > slots for f in main) >= least_share * count:
+        # A second one may be behind the first, of its own colour, most of the time.
+        slots, least_share = slots + 1, _SECOND
     tracks = [Track(colour, [None] * count, [-1] * count) for _ in range(slots)]
     for track in tracks:
         track.hidden = [False] * count

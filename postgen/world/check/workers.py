@@ -16,7 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from postgen.world.check.report import Report, Sight
+from postgen.world.check.report import Report
+from postgen.world.check.sight import Sight
 from postgen.world.reading import Reading
 from postgen.world.spec import Spec
 
@@ -72,20 +73,21 @@ class _Process:
         self.pid = self._process.pid
 
     def judge(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Report]:
-        rows = sight.rows_NC.tobytes()
+        rows, spots = sight.rows_NC.tobytes(), sight.spots_MSC.tobytes()
         job = {
             "bytes": len(rows),
+            "spot_bytes": len(spots),
+            "spot_shape": sight.spots_MSC.shape[1:],
             "columns": sight.rows_NC.shape[1],
             "count": sight.count_BF.tolist(),
             "height": sight.height,
             "width": sight.width,
-            "spots": sight.spots_MSC.tolist(),
             "likeness": sight.likeness,
             "film": sight.film,
             "asked": [(Reading.of(one) if isinstance(one, Spec) else one).to_dict() for one in scenes],
         }
         try:
-            _pipe(self._process.stdin).write(json.dumps(job).encode() + b"\n" + rows)
+            _pipe(self._process.stdin).write(json.dumps(job).encode() + b"\n" + rows + spots)
             _pipe(self._process.stdin).flush()
             answer = json.loads(_pipe(self._process.stdout).readline())
         except (OSError, ValueError) as error:
