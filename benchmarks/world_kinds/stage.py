@@ -22,6 +22,8 @@ from postgen.world.spec import BACKGROUNDS, COLOURS, SHAPES, Body, Spec
 RGB = tuple[float, float, float]
 #: Far beyond the fog: not visible.
 NOWHERE = (0.0, 900.0, 0.6)
+#: Rays per pixel and axis.
+SUPERSAMPLE = 2
 _BASIS = ("red", "green", "blue", "yellow")
 
 
@@ -69,12 +71,13 @@ class Take:
 
     def shoot(self) -> Tensor:
         """Render the clip (F,3,H,W)."""
-        clip = self._render(self.spec.background, {})
+        plain = self._render(self.spec.background, {})
+        clip = plain
         for body in range(len(self.frames[0])):
             if any(frame[body].rgb is not None for frame in self.frames):
-                clip = clip + self._recoloured(body) - self._render(self.spec.background, {})
+                clip = clip + self._recoloured(body) - plain
         if self.ground is not None:
-            clip = clip + self._grounded() - self._render(self.spec.background, {})
+            clip = clip + self._grounded() - plain
         return clip.clamp(0, 1)
 
     def _recoloured(self, body: int) -> Tensor:
@@ -95,7 +98,8 @@ class Take:
         for frame in self.frames:
             bodies = [replace(b, colour=colours.get(k, b.colour)) for k, b in enumerate(frame)]
             specs.append(replace(self.spec, bodies=tuple(bodies), background=background, camera="static"))
-        return world.render(specs, num_frames=1, size=self.size, geometry=False).rgb_BF3HW[:, 0]
+        shots = world.render(specs, num_frames=1, size=self.size, supersample=SUPERSAMPLE, geometry=False)
+        return shots.rgb_BF3HW[:, 0]
 
 
 def _mix(rgb: RGB, table: Sequence[RGB]) -> Tensor:
