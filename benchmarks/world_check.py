@@ -1,6 +1,7 @@
-"""How often the judge of the synthetic world is right: on true clips, on spoilt ones, on pictures that only pretend.
+"""How often the judge of the synthetic world is right: on true clips, on spoilt ones, on pictures that only pretend,
+and on clips that a person has looked at.
 
-    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630]
+    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated clips.safetensors]
 
 Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import world_corruptions as spoil
+from benchmarks import world_eye
 from benchmarks.gates import gate, write_result
 from postgen import world
 from postgen.world.check import Report, check_batch
@@ -222,6 +225,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=720, help="true clips (default: 720)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
+    parser.add_argument("--generated", type=Path, help="keep the clips of the embedded model in this safetensors file")
     parser.add_argument("--output", default="world_check", help="name or path of the result file")
     return parser.parse_args()
 
@@ -242,6 +246,12 @@ def main() -> None:
     print(f"{rate:.1f} clips/s on {args.device}")
     print("true clips not called right:", *true["true"]["wrong"], sep="\n  ")
     rows = gates(true, spoilt, gaming, rate if clips.is_cuda else None)
+    same = world_eye.invariance(specs[::4], clips[::4], make)
+    print("judged alike:", {name: round(value, 4) for name, value in same.items()})
+    eye = None if args.quick else world_eye.measure(args.device, args.generated)
+    if eye is not None:
+        rows += world_eye.gates(eye, same, true["true"]["all_right"])
+        print(*eye["apart"], *eye["generated"]["apart"], sep="\n  ")
     print(f"{sum(r['ok'] for r in rows)} of {len(rows)} gates met:", *[r["name"] for r in rows if not r["ok"]])
     if not args.quick:
         settings = {
@@ -251,7 +261,8 @@ def main() -> None:
             "first_seed": FRESH,
             "supersample": make.supersample,
         }
-        tables = {"true": true, "spoilt": spoilt, "gaming": gaming, "clips_per_second": rate}
+        tables = {"true": true, "spoilt": spoilt, "gaming": gaming, "clips_per_second": rate, "invariance": same}
+        tables |= eye or {}
         write_result(args.output, {"settings": {**settings, "device": args.device}, **tables, "gates": rows})
 
 

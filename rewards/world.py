@@ -11,7 +11,8 @@ from torch import Tensor
 
 from postgen.world import Spec
 from postgen.world.check import Report, check_batch
-from postgen.world.parse import parse
+from postgen.world.parse import parse, read
+from postgen.world.reading import Reading
 
 _LEAST_FRAMES, _LEAST_SIDE = 5, 32
 
@@ -26,26 +27,41 @@ def world(
 ) -> list[float | None]:
     """Score clips by `postgen.world.check`: 1 for a clip that shows all of it, graded down to 0.
 
+    A prompt with a clause that cannot be judged (a size, a negation, an unknown thing) leaves 0.45 of the score.
+
     Args:
         prompts: read by `world.parse` where there is no spec.
         completions: clips (F,3,H,W) in [0,1], F >= 5, at least 32 px.
         spec: column of scenes, as `Spec` or as its JSON form.
-        log_metric: gets the shares of clips with the right count, colour, shape, direction and event.
+        log_metric: gets the shares of clips with the right count, colour, shape, direction, event and camera, of those
+            that are steady, and of those whose prompt is readable.
         workers: processes that judge beside this one, as in `check_batch`; 0 needs none.
 
     Returns:
         One score in [0,1] a clip; None for a prompt that names no body of the world, and for a clip that is too short
         or too small to be judged.
     """
-    wanted = scenes(prompts, spec)
+    wanted = _asked(prompts, spec)
     reports: dict[int, Report] = {}
-    for rows in alike(completions, [scene is not None for scene in wanted]):
+    for rows in alike(completions, [asked is not None for asked in wanted]):
         clips = torch.stack([completions[row] for row in rows])
         asked = [s for row in rows if (s := wanted[row]) is not None]
         reports |= zip(rows, check_batch(clips, asked, workers=workers), strict=True)
     if log_metric is not None:
         _log_shares(list(reports.values()), log_metric)
     return [reports[row].score if row in reports else None for row in range(len(completions))]
+
+
+def _asked(
+    prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | None] | None
+) -> list[Spec | Reading | None]:
+    """As `scenes`, with all that was understood of a prompt."""
+    given = spec if spec is not None else [None] * len(prompts)
+    known = cache(read)
+    return [
+        known(prompt) if own is None else scene
+        for prompt, own, scene in zip(prompts, given, scenes(prompts, spec), strict=True)
+    ]
 
 
 def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | None] | None = None) -> list[Spec | None]:
@@ -73,7 +89,7 @@ def alike(completions: Sequence[Tensor], wanted: Sequence[bool]) -> list[list[in
 
 
 def _log_shares(reports: Sequence[Report], log_metric: Any) -> None:
-    for name in ("count", "colour", "shape", "direction", "event"):
+    for name in ("count", "colour", "shape", "direction", "event", "steady", "camera", "readable"):
         values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
         if values:
             log_metric(f"world/{name}", sum(values) / len(values))

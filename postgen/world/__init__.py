@@ -1,14 +1,17 @@
 """A small synthetic 3-D world whose ground truth is exact: a clip is a pure function of a spec, a spec of a seed."""
 
 from .grammar import caption, simple_caption
-from .parse import parse
+from .parse import parse, read
 from .plan import Wish, arrange, eligible_events, sample
+from .reading import Clause, Reading
 from .render import Frames, render, stream
 from .spec import Body, Spec, is_held_out
 
 __all__ = [
     "Body",
+    "Clause",
     "Frames",
+    "Reading",
     "Spec",
     "Wish",
     "arrange",
@@ -16,6 +19,7 @@ __all__ = [
     "eligible_events",
     "is_held_out",
     "parse",
+    "read",
     "render",
     "sample",
     "simple_caption",

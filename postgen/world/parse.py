@@ -1,17 +1,23 @@
-"""Prompts back to scenes: which bodies, events and camera a sentence asks for."""
+"""Prompts back to scenes: which bodies, events and camera a sentence asks for, and which of its words are not read."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 
 from .plan import Wish, arrange
-from .spec import COLOURS, Spec
+from .reading import Clause, Reading
+from .spec import COLOURS, PAIR_EVENTS, Spec
 from .words import (
     BACKGROUND_PHRASES,
     CAMERA_PHRASES,
     COLOUR_SYNONYMS,
     EVENT_PHRASES,
+    KNOWN_WORDS,
+    NEGATIONS,
+    NUMBERS,
     PLACE_PHRASES,
     SHAPE_WORDS,
     SIZE_WORDS,
@@ -22,11 +28,12 @@ _SHAPE = {word: shape for shape, words in SHAPE_WORDS.items() for word in words}
 _SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
 
 
-def _any(words: dict[str, str]) -> str:
+def _any(words: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
-_NOUN = re.compile(rf"(?:\b({_any(_SIZE)})\s+)?\b({_any(_COLOUR)})\s+({_any(_SHAPE)})s?\b")
+_NOUN = re.compile(rf"(?:\b({_any(NUMBERS)})\s+)?(?:\b({_any(_SIZE)})\s+)?\b({_any(_COLOUR)})\s+({_any(_SHAPE)})s?\b")
+_REST = re.compile(r"\b(does|do) not move\b(?! (left|right|closer|away|to|toward))")
 _GOES = "to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding"
 #: Readings of the verbs, tried before the phrases; the order matters (a two-body event names a direction too).
 _LOOSE: tuple[tuple[str, str], ...] = (
@@ -51,9 +58,9 @@ _LOOSE: tuple[tuple[str, str], ...] = (
 def parse(prompt: str) -> Spec | None:
     """Read a prompt as a scene with a fixed layout, or None when it names no body of the world.
 
-    A body is "[size] colour shape"; what follows it up to the next one that is not its partner says what it does.
-    Without a known verb it stays. When the wishes cannot be laid out together (more than three bodies, say), None
-    as well.
+    A body is "[number] [size] colour shape"; what follows it up to the next one that is not its partner says what it
+    does. Without a known verb it stays. When the wishes cannot be laid out together (more than three bodies, say),
+    None as well.
 
     Args:
         prompt: any text.
@@ -63,26 +70,68 @@ def parse(prompt: str) -> Spec | None:
     >>> parse("a cat on a sofa") is None
     True
     """
-    text = " ".join(prompt.lower().split())
+    reading = read(prompt)
+    return None if reading is None else reading.scene
+
+
+def read(prompt: str) -> Reading | None:
+    """Read a prompt as `parse` does, and say of each clause whether all of it was understood.
+
+    Not read are sizes, floors, negations, moves of the camera beside moves of a body, and every word that the world
+    does not know.
+
+    >>> [clause.why for clause in read("a red ball moves left and a cat sleeps").clauses]
+    ['', 'unknown: cat, sleeps']
+    """
+    text = " ".join(prompt.lower().replace("n't", " not").split())
     camera = _phrase_in(text, CAMERA_PHRASES) or "static"
-    text = _without(_without(text, CAMERA_PHRASES), BACKGROUND_PHRASES)
-    nouns = list(_NOUN.finditer(text))
-    if not nouns or len(nouns) > 3:
+    plain = _without(_without(text, CAMERA_PHRASES), BACKGROUND_PHRASES)
+    nouns = list(_NOUN.finditer(plain))
+    wishes = _wishes(plain, nouns) if nouns else []
+    if not wishes or len(wishes) > 3:
         return None
-    wishes = _wishes(text, nouns)
-    if camera != "static" and any(w.event != "stays" for w in wishes):
-        camera = "static"
-    rng = random.Random(f"postgen-parse-{text}")
+    both = camera != "static" and any(w.event != "stays" for w in wishes)
+    rng = random.Random(f"postgen-parse-{plain}")
     for frames in (17,) * 12 + (33,) * 4:
-        spec = arrange(wishes, rng, num_frames=frames, camera=camera)
-        if spec is not None:
-            return spec
+        scene = arrange(wishes, rng, num_frames=frames, camera="static" if both else camera)
+        if scene is not None:
+            headings = tuple(w.heading if w.partner is not None else None for w in wishes)
+            return Reading(scene, _clauses(text, both), tuple(w.place for w in wishes), headings)
     return None
+
+
+def _clauses(text: str, both: bool) -> tuple[Clause, ...]:
+    """The clauses of a prompt, each with what was not read of it; `both`: the camera and a body move."""
+    said = sorted((p for phrases in CAMERA_PHRASES.values() for p in phrases), key=len, reverse=True)
+    filmed = [p for p in said if p in text]
+    for phrase in filmed:
+        text = text.replace(phrase, "{camera}")
+    found = []
+    for part in re.split(r"[,;.]| and | while ", text):
+        if part.strip():
+            moves = both and "{camera}" in part
+            whole = part.strip().replace("{camera}", filmed[0] if filmed else "")
+            found.append(Clause(whole, "the camera and a body move" if moves else _unread(part)))
+    return tuple(found)
+
+
+def _unread(part: str) -> str:
+    if _phrase_in(part, BACKGROUND_PHRASES):
+        return "the floor is not judged"
+    rest = _REST.sub(" ", part.replace("{camera}", " "))
+    words = re.findall(r"[a-z0-9'-]+", rest)
+    if denied := [w for w in words if w in NEGATIONS]:
+        return f"negation: {', '.join(denied)}"
+    if sizes := [w for w in words if w in _SIZE]:
+        return f"size: {', '.join(sizes)}"
+    words = re.findall(r"[a-z0-9'-]+", _NOUN.sub(" ", rest))
+    unknown = [w for w in words if w not in KNOWN_WORDS]
+    return f"unknown: {', '.join(unknown)}" if unknown else ""
 
 
 def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
     wishes: list[Wish] = []
-    taken: set[int] = set()
+    taken: dict[int, int] = {}
     for index, noun in enumerate(nouns):
         end = nouns[index + 1].start() if index + 1 < len(nouns) else len(text)
         tail = text[noun.end() : end]
@@ -92,23 +141,24 @@ def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
             if event in ("collides", "passes behind"):
                 if index + 1 < len(nouns):
                     partner = index + 1
-                    taken.add(partner)
+                    taken[partner] = len(wishes)
                     tail += text[nouns[partner].end() :].split(" and ")[0]
                 else:
                     event = "moves left" if "left" in tail else "moves right"
-        size, colour, shape = noun.groups()
-        wishes.append(
-            Wish(
-                colour=_COLOUR[colour],
-                shape=_SHAPE[shape],
-                event=event,
-                size=_SIZE.get(size or ""),
-                partner=partner,
-                place=_phrase_in(tail, PLACE_PHRASES) if event in ("stays", "falls", "bounces") else None,
-                heading=_heading(tail) if partner is not None else None,
-            )
+        number, size, colour, shape = noun.groups()
+        wish = Wish(
+            colour=_COLOUR[colour],
+            shape=_SHAPE[shape],
+            event=event,
+            size=_SIZE.get(size or ""),
+            place=_phrase_in(tail, PLACE_PHRASES) if event in ("stays", "falls", "bounces") else None,
+            heading=_heading(tail) if partner is not None else None,
         )
-    return wishes
+        if index in taken:
+            wishes[taken[index]] = replace(wishes[taken[index]], partner=len(wishes))
+        wishes += [wish] * NUMBERS.get(number or "a", 1)
+    # A partner that did not come leaves a body that only moves.
+    return [w if w.partner is not None or w.event not in PAIR_EVENTS else replace(w, event="stays") for w in wishes]
 
 
 def _expects_other(tail: str) -> bool:

@@ -154,3 +154,22 @@ BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "sage": ("on a sage floor", "on sage ground", "on grey-green ground", "over a sage floor", "sage floor"),
 }
 JOINERS: tuple[str, ...] = (" and ", ", ", " while ", ", and ", "; ")
+NUMBERS: dict[str, int] = {"a": 1, "an": 1, "the": 1, "one": 1, "1": 1, "two": 2, "2": 2, "three": 3, "3": 3}
+NEGATIONS: frozenset[str] = frozenset(["not", "no", "never", "without", "nor", "neither", "none", "cannot", "hardly"])
+_SMALL = "a an the and while then again is are it its there scene video clip of with in on at to from as it's slowly"
+_VERBS = (
+    "move moves moving roll rolls rolling slide slides sliding go goes going come comes coming travel travels head"
+    " heads run out left right leftwards leftward rightwards rightward closer nearer forward forwards towards toward"
+    " approach approaches approaching camera viewer away distance recede recedes back backward backwards stay stays"
+    " staying stand stands standing still rest rests resting remain remains place motionless bounce bounces bouncing"
+    " jump jumps jumping fall falls falling drop drops dropping land lands landing hit hits hitting collide collides"
+    " colliding bump bumps into crash crashes knock knocks against behind pass passes passing up down"
+)
+#: Every word besides colours, shapes, sizes and numbers that a prompt may hold without being misunderstood.
+KNOWN_WORDS: frozenset[str] = frozenset(
+    word
+    for table in (EVENT_PHRASES, PLACE_PHRASES)
+    for phrases in table.values()
+    for phrase in phrases
+    for word in phrase.replace("{roll}", "").replace("{other}", "").split()
+) - NEGATIONS | frozenset(f"{_SMALL} {_VERBS}".split())

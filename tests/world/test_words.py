@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -98,3 +99,24 @@ def test_size_place_and_heading_are_read():
     spec = world.parse("a red ball hits a blue cube from the right")
     assert spec.bodies[0].velocity[0] < 0
     assert spec.bodies[spec.bodies[0].partner].colour == "blue"
+
+
+def test_numbers_are_read():
+    scene = world.parse("two red balls move left and a blue cube falls")
+    assert bodies(scene) == {("red", "ball", "moves left"): 2, ("blue", "cube", "falls"): 1}
+    assert len(world.parse("3 pink cylinders stay still").bodies) == 3
+    assert world.parse("three red balls fall and a blue cube bounces") is None
+
+
+def test_captions_are_readable_but_for_sizes_and_floors():
+    for seed in range(150):
+        spec = world.sample(seed, split="all")
+        assert all(clause.readable for clause in world.read(world.simple_caption(spec)).clauses)
+        whys = [clause.why for clause in world.read(world.caption(spec, seed)).clauses if not clause.readable]
+        assert all(why.startswith(("size: ", "the floor")) for why in whys), whys
+
+
+def test_a_reading_goes_through_json():
+    reading = world.read("a red ball hits a small blue cube from the left and a cat sleeps on the right")
+    assert reading.headings == ("right", None)
+    assert world.Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading

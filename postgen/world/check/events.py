@@ -34,6 +34,13 @@ class Way:
     count: int
     step: float
     seen: float
+    #: Root of its area in picture sizes.
+    size: float = 0.2
+    #: Largest turn of the way from a frame to the next (second difference of x), in units of the size.
+    turn: float = 0.0
+    #: How far the body's own shadow reaches below it at the end, and where it is lowest, in units of the size.
+    end_shade: float = 0.0
+    low_shade: float = 0.0
 
     @cached_property
     def dx(self) -> float:
@@ -63,12 +70,23 @@ class Way:
     @cached_property
     def steady(self) -> float:
         """1 for a body that is always there and never leaps."""
-        return min(ramp(self.step, 1.2, 0.8), ramp(self.seen, 0.5, 0.9))
+        return min(ramp(self.step, 1.2, 0.8), ramp(self.seen, 0.5, 0.9), ramp(self.turn, 0.5, 0.25))
+
+    def runs(self, value: Sequence[float], sign: float) -> float:
+        """Whether a value goes one way all the time: neither at one stroke nor back in between; in [0,1]."""
+        steps = [sign * (b - a) for a, b in pairwise(value)]
+        total = sum(steps)
+        if total <= 0:
+            return 0.0
+        back = sum(-step for step in steps if step < 0)
+        # One of n equal steps is 1 / n; a step over a gap counts as one too.
+        most = max(0.35, 2.2 / len(steps))
+        return min(ramp(back / total, 0.45, 0.15), ramp(max(steps) / total, most + 0.15, most))
 
     @property
     def needed(self) -> float:
-        """Part of the full move that a short clip has time for."""
-        return min(1.0, (self.count - 1) / 8)
+        """Part of the full move that a short clip has time for, and a very large body has room for."""
+        return min(1.0, (self.count - 1) / 8, 0.27 / self.size)
 
 
 def ways(track: Track) -> list[Way]:
@@ -79,9 +97,10 @@ def ways(track: Track) -> list[Way]:
     visible = track.visible
     least = 0.65 * large([p.area for p in track.pieces if p is not None])
     most = [f for f in visible if (p := track.pieces[f]) is not None and p.area >= least]
+    single = [f for f in visible if (p := track.pieces[f]) is not None and not p.merged]
     choices = [visible]
-    for frames in (most, track.clean):
-        if len(frames) >= 0.6 * len(track.pieces) and frames not in choices:
+    for frames, share in ((most, 0.4), (track.clean, 0.4), (single, 0.1)):
+        if len(frames) >= share * len(track.pieces) and frames not in choices:
             choices.append(frames)
     return [way(track, frames) for frames in choices]
 
@@ -92,14 +111,40 @@ def way(track: Track, frames: list[int]) -> Way:
     area = [p.area for p in pieces]
     size = math.sqrt(median(area))
     present = track.present
+    x, y = [p.x / size for p in pieces], [p.y / size for p in pieces]
     return Way(
-        x=[p.x / size for p in pieces],
-        y=[p.y / size for p in pieces],
+        x=x,
+        y=y,
         s=(0.5 * np.log(area)).tolist(),
         count=len(track.pieces),
         step=track.step,
         seen=sum(present) / len(present),
+        size=size,
+        turn=_turn(frames, x),
+        **_shades(track, size),
     )
+
+
+def _turn(frames: list[int], x: list[float]) -> float:
+    """Largest second difference of x over three frames in a row."""
+    rows = zip(frames, frames[2:], x, x[1:], x[2:], strict=False)
+    return max((abs(a - 2 * b + c) for f, g, a, b, c in rows if g == f + 2), default=0.0)
+
+
+def _shades(track: Track, size: float) -> dict[str, float]:
+    """How far the shadow reaches below the body in the last frames and in the lowest ones; 0 where none is seen."""
+    rows = [(p.y, s) for p, s in zip(track.pieces, track.shade, strict=False) if p is not None and s is not None]
+    seen = [p.y for p in track.pieces if p is not None]
+    if not rows or not seen:
+        return {"end_shade": 0.0, "low_shade": 0.0}
+    last = track.shade[-2:]
+    end = min((0.0 if s is None else s) for s in last)
+    low, high = max(seen), min(seen)
+    deepest = [y for y in seen if y >= low - 0.08 * (low - high)]
+    near = [s for y, s in rows if y >= low - 0.08 * (low - high)]
+    # A lowest frame without a shadow below is one on the ground.
+    least = 0.0 if len(near) < len(deepest) else min(near)
+    return {"end_shade": end / size, "low_shade": least / size}
 
 
 def large(values: Sequence[float]) -> float:
@@ -122,19 +167,29 @@ def _net(value: Sequence[float]) -> float:
 
 
 def order(value: Sequence[float]) -> float:
-    """Rank correlation with time in [-1,1]; 0 for fewer than three values."""
+    """Rank correlation with time in [-1,1], equal values with their mean rank; of two the sign of their difference."""
     n = len(value)
     if n < 3:
-        return 0.0
+        return sign_of(value[-1] - value[0]) if n == 2 else 0.0
     ranked = sorted(range(n), key=value.__getitem__)
-    return 1.0 - 6.0 * sum((rank - time) ** 2 for rank, time in enumerate(ranked)) / (n * (n * n - 1))
+    total, start = 0.0, 0
+    while start < n:
+        end = start
+        while end + 1 < n and value[ranked[end + 1]] - value[ranked[start]] < 1e-6:
+            end += 1
+        middle = (start + end) / 2
+        total += sum((middle - ranked[k]) ** 2 for k in range(start, end + 1))
+        start = end + 1
+    return 1.0 - 6.0 * total / (n * (n * n - 1))
 
 
-def _sign(value: float) -> float:
+def sign_of(value: float) -> float:
+    """-1, 0 or 1."""
     return float((value > 0) - (value < 0))
 
 
-def _spread(value: Sequence[float]) -> float:
+def spread(value: Sequence[float]) -> float:
+    """Largest less smallest."""
     return max(value) - min(value)
 
 
@@ -144,6 +199,7 @@ def moves(w: Way, sign: float) -> float:
     return min(
         ramp(sign * w.dx, 0.0, 2 * far),
         ramp(sign * w.order_x, 0.6, 1.0),
+        w.runs(w.x, sign),
         ramp(abs(w.ds), 0.25, 0.05),
         ramp(abs(w.dy) / max(abs(w.dx), 1e-6), 0.9, 0.3),
         w.steady,
@@ -152,10 +208,11 @@ def moves(w: Way, sign: float) -> float:
 
 def approaches(w: Way, sign: float) -> float:
     """Comes closer (sign 1: grows and goes down the picture) or goes away (-1)."""
-    far = w.needed * 0.11
+    far = min(1.0, (w.count - 1) / 8) * 0.11
     return min(
         ramp(sign * w.ds, 0.0, 2 * far),
         ramp(sign * w.order_s, 0.6, 1.0),
+        w.runs(w.s, sign),
         ramp(sign * w.dy, -0.1, 0.3),
         w.steady,
     )
@@ -163,12 +220,16 @@ def approaches(w: Way, sign: float) -> float:
 
 def stays(w: Way) -> float:
     """Rests where it is."""
-    spread = max(_spread(w.x), _spread(w.y))
-    return min(ramp(spread, 0.45, 0.05), ramp(_spread(w.s), 0.25, 0.05), w.steady)
+    far = max(spread(w.x), spread(w.y))
+    return min(ramp(far, 0.45, 0.05), ramp(spread(w.s), 0.25, 0.05), w.steady)
+
+
+#: How far below a body its shadow ends, in units of its size: above the ground, and on it.
+_HANGING = (0.42, 0.18)
 
 
 def falls(w: Way) -> float:
-    """Goes down, never up again, and rests at the end."""
+    """Goes down, never up again, and rests on the ground at the end."""
     drop = max(w.y) - w.y[0]
     steps = np.diff(w.y)
     rise = float(np.maximum(-steps, 0.0).sum())
@@ -179,13 +240,14 @@ def falls(w: Way) -> float:
         ramp(last / max(float(steps.max(initial=0.0)), 1e-6), 0.8, 0.2),
         ramp(abs(w.dx) / max(drop, 1e-6), 0.7, 0.1),
         ramp(w.ds, 0.2, 0.04),
+        ramp(w.end_shade, *_HANGING),
         w.steady,
     )
 
 
 def bounces(w: Way) -> float:
     """Goes down and up again at least once, not more often than gravity lets it."""
-    height = _spread(w.y)
+    height = spread(w.y)
     turns = _turns(w.y, 0.25 * height)
     down_first = len(turns) > 1 and turns[1] > turns[0]
     ups = sum(b < a for a, b in pairwise(turns))
@@ -194,7 +256,8 @@ def bounces(w: Way) -> float:
         ramp(height, 0.0, 0.7),
         1.0 if ups >= 1 and (down_first or len(turns) > 2) else 0.0,
         ramp(len(turns) - 1, allowed + 1, allowed - 1),
-        ramp(_spread(w.x) / max(height, 1e-6), 1.2, 0.4),
+        ramp(spread(w.x) / max(height, 1e-6), 1.2, 0.4),
+        ramp(w.low_shade, *_HANGING),
         w.steady,
     )
 
@@ -211,72 +274,6 @@ def _turns(value: Sequence[float], least: float) -> list[float]:
     return points
 
 
-def collides(first: Track, second: Track) -> float:
-    """First comes up to second, which rests; then second goes on the same way."""
-    both = [f for f in range(len(first.pieces)) if first.pieces[f] is not None and second.pieces[f] is not None]
-    if len(both) < 6:
-        return 0.0
-    a, b = way(first, both), way(second, both)
-    scale = _size(second, both) / _size(first, both)
-    ax = [x / scale for x in a.x]
-    sign = _sign(b.x[0] - ax[0])
-    start = next((i for i, x in enumerate(b.x) if sign * (x - b.x[0]) > 0.12), 0)
-    if start < 2:
-        return 0.0
-    gap = [_gap(first, second, f) for f in both[max(0, start - 2) : start + 1]]
-    return min(
-        ramp(sign * (ax[start - 1] - ax[0]), 0.0, 0.5),
-        ramp(sign * order(ax[:start]) if start > 2 else 1.0, 0.5, 1.0),
-        ramp(_spread(b.x[:start]), 0.35, 0.05),
-        ramp(min(gap), 1.0, 0.2),
-        ramp(sign * b.dx, 0.0, 0.5),
-        ramp(sign * order(b.x[start - 1 :]), 0.5, 0.9),
-        min(ramp(a.step, 1.2, 0.8), ramp(b.step, 1.2, 0.8)),
-        min(ramp(a.seen, 0.5, 0.8), ramp(b.seen, 0.5, 0.8)),
-    )
-
-
-def _size(track: Track, frames: list[int]) -> float:
-    return math.sqrt(median([p.area for f in frames if (p := track.pieces[f]) is not None]))
-
-
-def _gap(first: Track, second: Track, frame: int) -> float:
-    """Free space between two bodies along x in mean root areas; negative where they overlap in the picture."""
-    a, b = first.pieces[frame], second.pieces[frame]
-    if a is None or b is None:
-        return 9.0
-    left, right = (a, b) if a.x < b.x else (b, a)
-    return (right.box[0] - left.box[2]) / (0.5 * (math.sqrt(a.area) + math.sqrt(b.area)))
-
-
-def passes_behind(first: Track, second: Track) -> float:
-    """First goes across from one side of second to the other and is covered on the way, second never is."""
-    front = [p.area for p in second.pieces if p is not None]
-    if len(first.visible) < 4 or len(front) < 4:
-        return 0.0
-    side = [
-        (a.x - b.x) / math.sqrt(b.area)
-        for a, b in zip(first.pieces, second.pieces, strict=True)
-        if a is not None and b is not None
-    ]
-    if not side:
-        # Never in the picture together, as in a clip where one turns into the other.
-        return 0.0
-    w = way(first, first.visible)
-    sign = _sign(w.dx)
-    areas = [0.0 if p is None else p.area for p in first.pieces]
-    return min(
-        ramp(sign * w.order_x, 0.6, 1.0),
-        ramp(-sign * side[0], 0.0, 0.6),
-        ramp(sign * side[-1], 0.0, 0.6),
-        ramp(min(areas) / large(areas), 0.9, 0.4),
-        ramp(min(front) / median(front), 0.6, 0.95),
-        # Slivers at either side of the front body lie further apart than a body moves in a frame.
-        ramp(first.leap(first.clean), 1.2, 0.8),
-        ramp(w.seen, 0.5, 0.9),
-    )
-
-
 #: Events of one body.
 SINGLE: dict[str, Callable[[Way], float]] = {
     "moves left": lambda w: moves(w, -1.0),
@@ -287,8 +284,22 @@ SINGLE: dict[str, Callable[[Way], float]] = {
     "bounces": bounces,
     "falls": falls,
 }
-#: Events of a body with a second one.
-PAIR: dict[str, Callable[[Track, Track], float]] = {"collides": collides, "passes behind": passes_behind}
+
+
+def place(track: Track, name: str | None) -> float:
+    """Whether a body is where it should be in its first frame: in the left, the middle or the right of the picture."""
+    if name is None:
+        return 1.0
+    x = next(p.x for p in track.pieces if p is not None) - 0.5
+    return ramp(abs(x), 0.26, 0.14) if name == "middle" else ramp(x if name == "right" else -x, 0.0, 0.1)
+
+
+def heads(track: Track, side: str | None) -> float:
+    """Whether a body goes to that side on the whole."""
+    if side is None:
+        return 1.0
+    sign = 1.0 if side == "right" else -1.0
+    return ramp(sign * max((w.dx for w in ways(track)), key=abs), 0.0, 0.4)
 
 
 def heading(w: Way, event: str) -> float:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-#: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`.
-COLUMNS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "x0", "y0", "x1", "y1")
-_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
+#: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
+#: how much better the outline of something else fits than each of them.
+COLUMNS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "x0", "y0", "x1", "y1")
+_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
 
 Row = Sequence[float]
 
@@ -25,9 +26,16 @@ class Piece:
     border: bool
     whole: bool
     sharp: float
+    #: Share of its colour in its pixels, and brightness of its lightest one over that of the named colour.
+    pure: float
+    light: float
     #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
     misfit: tuple[float, ...] | None
+    #: How much better than each shape the outline of none of them fits, or None as well.
+    odd: tuple[float, ...] | None
     group: int
+    #: A second body of its colour is behind it, in one piece with it.
+    merged: bool = False
 
 
 def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece]]:
@@ -46,14 +54,15 @@ def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece
 
 def _piece(rows: list[Row], height: int, width: int) -> Piece:
     if len(rows) == 1:
-        _, group, touch, border, area, x, y, sharp, x0, y0, x1, y1, *misfit = rows[0]
+        _, group, touch, border, area, x, y, sharp, pure, light, x0, y0, x1, y1, *misfit = rows[0]
         # Rounded as the weighted mean of several is.
         x, y, sharp = x * area / area, y * area / area, sharp * area / area
         whole = misfit[0] < float("inf")
     else:
         group, misfit, whole = rows[0][1], [], False
         area = sum(row[_AREA] for row in rows)
-        x, y, sharp = (sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP))
+        x, y, sharp, pure = (sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP, _PURE))
+        light = max(row[_LIGHT] for row in rows)
         x0, y0 = (min(row[k] for row in rows) for k in (_X0, _Y0))
         x1, y1 = (max(row[k] for row in rows) for k in (_X1, _Y1))
         touch, border = (any(row[k] for row in rows) for k in (_TOUCH, _BORDER))
@@ -66,6 +75,25 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         border=bool(border),
         whole=whole,
         sharp=sharp,
-        misfit=tuple(misfit) if whole else None,
+        pure=pure,
+        light=light,
+        misfit=tuple(misfit[:3]) if whole else None,
+        odd=tuple(misfit[3:]) if whole else None,
         group=int(group),
     )
+
+
+@dataclass(slots=True)
+class Spot:
+    """Something that is no coloured body, in parts of the picture; `odd` is the area that is no shadow."""
+
+    area: float
+    odd: float
+    x: float
+    y: float
+    box: tuple[float, float, float, float]
+
+
+def spots(rows: Sequence[Row]) -> list[Spot]:
+    """Spots of a picture; its rows are those of `ground.SPOT_COLUMNS`."""
+    return [Spot(area, odd, x, y, (x0, y0, x1, y1)) for area, odd, x, y, x0, y0, x1, y1 in rows]

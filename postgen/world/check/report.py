@@ -6,27 +6,37 @@ Nothing here imports torch, so that a process of `workers` starts fast and stays
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from postgen.world.check import events
-from postgen.world.check.pieces import pieces
-from postgen.world.check.tracks import Track, follow
+from postgen.world.check import events, steady, surroundings
+from postgen.world.check.pairs import PAIR
+from postgen.world.check.sight import Sight
+from postgen.world.check.tracks import Track, bodies, follow
+from postgen.world.reading import Clause, Reading
 from postgen.world.spec import COLOURS, SHAPES, Spec
 
-#: Misfit above which an outline is none of the shapes, and the difference of misfits that is a sure answer.
-_NO_SHAPE, _SURE = 0.14, 0.03
+#: How much better an outline that is none of the shapes may fit than a ball, a cube, a cylinder: no body, a sure one.
+_ODD = ((0.006, -0.002), (0.0, -0.04), (0.03, -0.01))
+#: Greatest brightness over that of the named colour, and share of that colour: another colour, this one.
+_LIGHT, _PURE = (0.55, 0.72), (0.62, 0.8)
+#: Misfit of an outline that is no ball, cube, cylinder, and of a sure one; difference of misfits that is sure.
+_MISFIT = ((0.12, 0.06), (0.18, 0.07), (0.18, 0.07))
+_SURE = 0.03
 _SHARP = (0.10, 0.16)
 #: A body with a softer rim than this is a smear, and the picture none of this world.
 _SMEAR = (0.06, 0.12)
-#: Score of a clip with the wrong number of bodies, at most.
-_WRONG_COUNT = 0.15
+#: What is left of a score for one value that is wholly wrong, and for a wrong number of bodies.
+_FLOOR = 0.15
+#: What is left of the score under a prompt with a clause that cannot be judged.
+_UNREADABLE = 0.45
+#: Way of the camera in parts of the usual one: not what was asked for, and it.
+_FILM = (0.2, 0.7)
 _MOVES = ("moves left", "moves right", "moves closer", "moves away")
 
 
@@ -42,6 +52,7 @@ class BodyReport:
     shape: float
     event: float | None
     direction: float | None
+    steady: float = 0.0
     found_colour: str | None = None
     found_shape: str | None = None
     found_event: str | None = None
@@ -52,10 +63,12 @@ class BodyReport:
 class Report:
     """Judgement of a clip.
 
-    `score` in [0,1] is the mean of the judged values over the bodies, at most 0.15 with a wrong count, times `world`
-    in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings, bodies with a rim). `count`,
-    `colour`, `shape`, `direction`, `event`: whether that is right for every body; None where nothing asks for it (no
-    move, a camera that moves). `found_count` is the number of bodies seen.
+    `score` in [0,1] is a product: of the judged values of each body (their geometric mean over the bodies), of the
+    count, and of `world` in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings, bodies with a
+    rim). A value that is wholly wrong leaves 0.15 of it, so nothing else can make up for it. `count`, `colour`,
+    `shape`, `direction`, `event`: whether that is right for every body; None where nothing asks for it (no move, a
+    camera that moves). `steady`: every body is there in every frame and keeps its size and its light, and nothing else
+    turns up. `found_count` is the number of bodies seen, `strange` the number of frames with something besides them.
     """
 
     score: float
@@ -68,6 +81,17 @@ class Report:
     all_right: bool
     found_count: int
     bodies: tuple[BodyReport, ...]
+    steady: bool = True
+    strange: int = 0
+    #: Whether the camera moves as it should; None where it should stand.
+    camera: bool | None = None
+    #: Parts of the prompt, with why one cannot be judged; empty for a scene.
+    clauses: tuple[Clause, ...] = ()
+
+    @property
+    def readable(self) -> bool:
+        """Whether every clause of the prompt can be judged; a clip of one that cannot is never `all_right`."""
+        return all(clause.readable for clause in self.clauses)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` reads it back, floats to the last digit."""
@@ -80,46 +104,20 @@ class Report:
             BodyReport(**{**body, "track": tuple(None if place is None else tuple(place) for place in body["track"])})
             for body in data["bodies"]
         )
-        return cls(**{**data, "bodies": bodies})
+        return cls(**{**data, "bodies": bodies, "clauses": tuple(Clause(**clause) for clause in data["clauses"])})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sight:
-    """What the device saw in B clips of F pictures: N blobs, with C values each.
-
-    `rows_NC` float64, the blobs of one picture after those of another, columns as `pieces.COLUMNS`; `count_BF` of each
-    picture; `height` and `width` of all pictures; `likeness` how much each clip looks like the world, in [0,1].
-    """
-
-    rows_NC: NDArray[np.float64]
-    count_BF: NDArray[np.int64]
-    height: int
-    width: int
-    likeness: list[float]
-
-    def __len__(self) -> int:
-        return len(self.likeness)
-
-    def part(self, low: int, high: int) -> Sight:
-        """Return clips low to high - 1."""
-        start, stop = (int(self.count_BF[:clip].sum()) for clip in (low, high))
-        rows, likeness = self.rows_NC[start:stop], self.likeness[low:high]
-        return replace(self, rows_NC=rows, count_BF=self.count_BF[low:high], likeness=likeness)
-
-    def tracks(self) -> Iterator[list[Track]]:
-        """Yield the bodies of each clip."""
-        rows = iter(self.rows_NC.tolist())
-        for counts in self.count_BF.tolist():
-            yield follow([pieces(list(itertools.islice(rows, count)), self.height, self.width) for count in counts])
-
-
-def judge(sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
+def judge(sight: Sight, asked: Sequence[Spec | Reading]) -> list[Report]:
     """Judge clips against one scene each."""
-    frames = sight.count_BF.shape[1]
-    return [
-        _report(tracks, scene, likeness, frames)
-        for tracks, scene, likeness in zip(sight.tracks(), scenes, sight.likeness, strict=True)
-    ]
+    reports = []
+    clips = zip(sight.pieces(), sight.spots(), sight.likeness, sight.film, strict=True)
+    for (found, spotted, likeness, film), wish in zip(clips, asked, strict=True):
+        tracks = follow(found)
+        strange = surroundings.strangers(tracks, spotted, [list(itertools.chain(*f.values())) for f in found])
+        tracks = bodies(tracks)
+        reading = Reading.of(wish) if isinstance(wish, Spec) else wish
+        reports.append(_report(tracks, reading, likeness, strange, film))
+    return reports
 
 
 class _Candidate:
@@ -140,22 +138,41 @@ class _Candidate:
         """Value of an event of two bodies, the other one its partner."""
         key = (event, id(other))
         if key not in self._pairs:
-            self._pairs[key] = events.PAIR[event](self.track, other.track)
+            self._pairs[key] = PAIR[event](self.track, other.track)
         return self._pairs[key]
 
     def colour(self, name: str) -> float:
         """How surely it has a colour, in [0,1]."""
-        seen = [c for c in self.track.colours if c >= 0]
-        return events.ramp(seen.count(list(COLOURS).index(name)) / len(seen), 0.5, 1.0)
+        least = 0.3 * events.large([p.area for p in self.track.pieces if p is not None])
+        pairs = zip(self.track.pieces, self.track.colours, strict=True)
+        seen = [(p, c) for p, c in pairs if p is not None and p.area >= least]
+        own = [p for p, c in seen if c == list(COLOURS).index(name)]
+        if not own:
+            return 0.0
+        return min(
+            events.ramp(1 - len(own) / len(seen), 0.2, 0.0),
+            events.ramp(max(p.light for p in own), *_LIGHT),
+            events.ramp(median(p.pure for p in own), *_PURE),
+        )
+
+    @cached_property
+    def steady(self) -> float:
+        """Whether it is the same thing in every frame."""
+        return min(steady.presence(self.track), steady.size(self.track), steady.light(self.track))
 
     @cached_property
     def shapes(self) -> dict[str, float]:
         """How surely it has each shape, in [0,1]."""
-        return {shape: 0.0 if self.misfit is None else _shape_value(*self.misfit, shape) for shape in SHAPES}
+        if self.misfit is None:
+            return dict.fromkeys(SHAPES, 0.0)
+        return {
+            shape: min(_shape_value(*self.misfit, shape), steady.shape(self.track, k))
+            for k, shape in enumerate(SHAPES)
+        }
 
 
-def _report(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> Report:
-    wanted = len(scene.bodies)
+def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int, film: float | None) -> Report:
+    wanted, frames = len(reading.scene.bodies), len(tracks[0].pieces) if tracks else 1
     there = [sum(present) for present in zip(*(track.present for track in tracks), strict=True)] or [0] * frames
     share = there.count(wanted) / frames
     found = len(tracks)
@@ -163,12 +180,20 @@ def _report(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> R
     candidates = [_Candidate(track) for track in tracks]
     sharp = [c.misfit[1] for c in candidates if c.misfit is not None]
     likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
-    bodies = _match(candidates, scene)
-    values = [[v for v in (b.colour, b.shape, b.direction, b.event) if v is not None] for b in bodies]
-    score = float(np.mean([np.mean(v) for v in values])) * likeness
-    score *= events.ramp(share, 0.3, 1.0) if count else _WRONG_COUNT
-    colour, shape = all(b.colour >= 0.5 for b in bodies), all(b.shape >= 0.5 for b in bodies)
-    direction, event = _all([b.direction for b in bodies]), _all([b.event for b in bodies])
+    judged = _match(candidates, reading)
+    alone = events.ramp(strange / frames, 0.5, 0.0) if strange < 2 else 0.4 * events.ramp(strange / frames, 1.0, 0.1)
+    parts = [[b.colour, b.shape, b.steady, _motion(b)] for b in judged]
+    score = float(np.prod([_kept(v) for row in parts for v in row])) ** (1 / wanted) * likeness
+    score *= _kept(alone) * (events.ramp(share, 0.0, 1.0) if count else _FLOOR)
+    filmed = None if film is None else min(events.ramp(film, *_FILM), events.ramp(film, 2.2, 1.6))
+    score *= 1.0 if filmed is None else _kept(filmed)
+    readable = all(clause.readable for clause in reading.clauses)
+    score *= 1.0 if readable else _UNREADABLE
+    colour, shape = all(b.colour >= 0.5 for b in judged), all(b.shape >= 0.5 for b in judged)
+    direction, event = _all([b.direction for b in judged]), _all([b.event for b in judged])
+    same = alone >= 0.5 and all(b.steady >= 0.5 for b in judged)
+    right = count and colour and shape and same and direction is not False and event is not False
+    right = right and readable and (filmed is None or filmed >= 0.5)
     return Report(
         score=score,
         world=likeness,
@@ -177,10 +202,28 @@ def _report(tracks: list[Track], scene: Spec, likeness: float, frames: int) -> R
         shape=shape,
         direction=direction,
         event=event,
-        all_right=count and colour and shape and direction is not False and event is not False and likeness >= 0.5,
+        all_right=right and likeness >= 0.5,
         found_count=found,
-        bodies=bodies,
+        bodies=judged,
+        steady=same,
+        strange=strange,
+        camera=None if filmed is None else filmed >= 0.5,
+        clauses=reading.clauses,
     )
+
+
+def _motion(body: BodyReport) -> float:
+    """Value of what a body does; half of the way there for the right direction alone."""
+    if body.event is None:
+        return 1.0
+    return (
+        body.event if body.direction is None else 0.75 * body.event + 0.25 * min(body.direction, 2 * body.event + 0.2)
+    )
+
+
+def _kept(value: float) -> float:
+    """What is left of a score for a value."""
+    return _FLOOR + (1 - _FLOOR) * value
 
 
 def _all(values: list[float | None]) -> bool | None:
@@ -188,15 +231,16 @@ def _all(values: list[float | None]) -> bool | None:
     return all(v >= 0.5 for v in judged) if judged else None
 
 
-def _match(found: list[_Candidate], scene: Spec) -> tuple[BodyReport, ...]:
+def _match(found: list[_Candidate], reading: Reading) -> tuple[BodyReport, ...]:
     """Give each body asked for one that is there, so that as much as possible is right; colour weighs most."""
+    scene = reading.scene
     found = sorted(found, key=lambda c: -len(c.track.visible))[:5]
     slots: list[_Candidate | None] = [*found, *[None] * max(0, len(scene.bodies) - len(found))]
     looks = [[_looks(one, body.colour, body.shape) for one in slots] for body in scene.bodies]
 
     @cache
     def event(b: int, own: int, partner: int | None) -> float:
-        return _event_value(scene, b, slots[own], None if partner is None else slots[partner]) or 0.0
+        return _event_value(reading, b, slots[own], None if partner is None else slots[partner]) or 0.0
 
     best: tuple[float, tuple[int, ...]] = (-1.0, ())
     for choice in itertools.permutations(range(len(slots)), len(scene.bodies)):
@@ -206,57 +250,68 @@ def _match(found: list[_Candidate], scene: Spec) -> tuple[BodyReport, ...]:
         if value > best[0]:
             best = value, choice
     chosen = [slots[t] for t in best[1]]
-    return tuple(_body_report(scene, b, chosen) for b in range(len(chosen)))
+    return tuple(_body_report(reading, b, chosen) for b in range(len(chosen)))
 
 
 def _looks(found: _Candidate | None, colour: str, shape: str) -> tuple[float, float]:
     return (0.0, 0.0) if found is None else (found.colour(colour), found.shapes[shape])
 
 
-def _misfit(track: Track) -> tuple[list[float], float] | None:
-    """Median misfit with every shape over the frames with a clean outline, and the median sharpness of the rim.
+def _misfit(track: Track) -> tuple[list[float], float, list[float]] | None:
+    """Median misfit with every shape over the frames with a clean outline, median sharpness of the rim, and oddness.
 
     Without two clean frames, the third of the frames in which most of the body is seen.
     """
-    seen = [p for f in track.clean if (p := track.pieces[f]) is not None]
-    outlines = [(p.misfit, p.sharp) for p in seen if p.misfit is not None]
+    least = 0.5 * events.large([p.area for p in track.pieces if p is not None])
+    seen = [p for f in track.clean if (p := track.pieces[f]) is not None and p.area >= least]
+    outlines = [(p.misfit, p.sharp, p.odd) for p in seen if p.misfit is not None and p.odd is not None]
     if len(outlines) < 2:
         seen = sorted((p for p in track.pieces if p is not None and p.misfit is not None), key=lambda p: -p.area)
-        outlines = [(p.misfit, p.sharp) for p in seen[: max(1, len(seen) // 3)] if p.misfit is not None]
+        best = seen[: max(1, len(seen) // 3)]
+        # A part of a body may have the outline of anything.
+        outlines = [(p.misfit, p.sharp, (-1.0, -1.0, -1.0)) for p in best if p.misfit is not None]
     if not outlines:
         return None
-    misfits, sharp = zip(*outlines, strict=True)
-    return [median(values) for values in zip(*misfits, strict=True)], median(sharp)
+    misfits, sharp, odd = zip(*outlines, strict=True)
+    middle = [median(values) for values in zip(*misfits, strict=True)]
+    return middle, median(sharp), [median(values) for values in zip(*odd, strict=True)]
 
 
-def _shape_value(misfits: list[float], sharp: float, shape: str) -> float:
-    """How surely a body with these misfits and this rim has a shape, in [0,1]."""
-    own = misfits[SHAPES.index(shape)]
+def _shape_value(misfits: list[float], sharp: float, odd: list[float], shape: str) -> float:
+    """How surely a body with these misfits, this rim and this oddness has a shape, in [0,1]."""
+    index = SHAPES.index(shape)
+    own = misfits[index]
     other = min(m for m, name in zip(misfits, SHAPES, strict=True) if name != shape)
     return min(
         events.ramp(other - own, -_SURE, _SURE),
-        events.ramp(own, _NO_SHAPE * 1.5, _NO_SHAPE * 0.5),
+        events.ramp(own, *_MISFIT[index]),
+        events.ramp(odd[index], *_ODD[index]),
         events.ramp(sharp, *_SHARP),
     )
 
 
-def _event_value(scene: Spec, index: int, found: _Candidate | None, other: _Candidate | None) -> float | None:
+def _event_value(reading: Reading, index: int, found: _Candidate | None, other: _Candidate | None) -> float | None:
     """Value of the event of a body, `other` its partner; None for a moving camera and the partner of a collision."""
-    body = scene.bodies[index]
+    scene, body = reading.scene, reading.scene.bodies[index]
     hit = any(b.partner == index and b.event == "collides" for b in scene.bodies)
     if scene.camera != "static" or hit:
         return None
     if found is None:
         return 0.0
     if body.partner is None:
-        return found.alone[body.event]
-    return 0.0 if other is None else found.beside(body.event, other)
+        value = found.alone[body.event]
+    else:
+        value = 0.0 if other is None else found.beside(body.event, other)
+    return min(
+        value, events.place(found.track, reading.places[index]), events.heads(found.track, reading.headings[index])
+    )
 
 
-def _body_report(scene: Spec, index: int, chosen: list[_Candidate | None]) -> BodyReport:
+def _body_report(reading: Reading, index: int, chosen: list[_Candidate | None]) -> BodyReport:
+    scene = reading.scene
     body, found = scene.bodies[index], chosen[index]
     asked = body.event in _MOVES and scene.camera == "static"
-    event = _event_value(scene, index, found, None if body.partner is None else chosen[body.partner])
+    event = _event_value(reading, index, found, None if body.partner is None else chosen[body.partner])
     if found is None:
         return BodyReport(colour=0.0, shape=0.0, event=event, direction=0.0 if asked else None)
     colour, shape = _looks(found, body.colour, body.shape)
@@ -266,6 +321,7 @@ def _body_report(scene: Spec, index: int, chosen: list[_Candidate | None]) -> Bo
         shape=shape,
         event=event,
         direction=max(events.heading(way, body.event) for way in found.ways) if asked else None,
+        steady=found.steady,
         found_colour=list(COLOURS)[found.track.colour],
         found_shape=max(SHAPES, key=found.shapes.__getitem__) if found.misfit is not None else None,
         found_event=_found_event(found, others) if scene.camera == "static" else None,
@@ -276,8 +332,8 @@ def _body_report(scene: Spec, index: int, chosen: list[_Candidate | None]) -> Bo
 def _found_event(found: _Candidate, others: list[_Candidate]) -> str | None:
     """What a body does, as far as it can be told."""
     ranked = dict(found.alone)
-    for name in events.PAIR if others else ():
+    for name in PAIR if others else ():
         ranked[name] = max(0.0, *(found.beside(name, other) for other in others))
     # What a body does with another one says more than its own way does.
-    top = max(ranked, key=lambda name: (name in events.PAIR and ranked[name] >= 0.5, ranked[name]))
+    top = max(ranked, key=lambda name: (name in PAIR and ranked[name] >= 0.5, ranked[name]))
     return top if ranked[top] >= 0.5 else None

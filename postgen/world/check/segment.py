@@ -23,7 +23,7 @@ SLOTS = 10
 SHARE = 0.45
 _MIN_CHROMA = 0.06
 #: Areas as parts of the picture: a fragment that is still looked at, and the largest thing that can be a body.
-_FRAGMENT, _LARGEST = 0.0012, 0.33
+_FRAGMENT, _LARGEST = 0.0012, 0.6
 _NEAR = 2
 #: Rounds of `label` that nearly any picture needs: not asking whether they were the last saves waiting for the device.
 _BLIND_ROUNDS = 4
@@ -35,7 +35,9 @@ class Blobs:
 
     `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
     `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
-    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel. Maps: `slot_MP` blob of
+    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel, `pure` mean colour share
+    within the rim, `light` the greatest brightness there, `kind` the colour by which it was cut out (it differs from
+    `colour` on a ground of full colour). Maps: `slot_MP` blob of
     a pixel or -1; `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
     """
 
@@ -43,12 +45,15 @@ class Blobs:
     touch: Tensor
     border: Tensor
     colour: Tensor
+    kind: Tensor
     group: Tensor
     area: Tensor
     x: Tensor
     y: Tensor
     box: Tensor
     sharp: Tensor
+    pure: Tensor
+    light: Tensor
     slot_MP: Tensor
     share_MHW: Tensor
     soft_M2HW: Tensor
@@ -123,9 +128,9 @@ def _lower(one: Tensor, two: Tensor, apart: Tensor) -> None:
     torch.minimum(two, least, out=two)
 
 
-def find_blobs(smooth_M3HW: Tensor) -> Blobs:
-    """Pieces of saturated colour in smoothed pictures."""
-    share, hue, bright = colour_share(smooth_M3HW)
+def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
+    """Pieces of saturated colour in smoothed pictures; they are cut out of the pictures times `gain_M311`."""
+    share, hue, named, purity, bright = _coloured(smooth_M3HW, gain_M311)
     kind = torch.where(share > SHARE, hue, -1)
     pictures, height, width = kind.shape
     pixels = height * width
@@ -147,6 +152,7 @@ def find_blobs(smooth_M3HW: Tensor) -> Blobs:
     y, x = torch.meshgrid(*(torch.arange(n, device=kind.device).float() for n in (height, width)), indexing="ij")
     x, y = (c.reshape(1, -1).expand(pictures, -1) for c in (x, y))
     sums = _Sums(slot, SLOTS)
+    inner = (core.flatten(1) & (slot >= 0)).float()
     size = area.clamp_min(1)
     touch = sums.add(_touching(slot.reshape(kind.shape)).flatten(1).float())
     rim = _rim(slot.reshape(kind.shape)).flatten(1)
@@ -154,23 +160,39 @@ def find_blobs(smooth_M3HW: Tensor) -> Blobs:
     box = torch.stack((sums.least(x, width), sums.least(y, height), -sums.least(-x, 1), -sums.least(-y, 1)), -1)
     valid = (area >= _FRAGMENT * pixels) & (area <= _LARGEST * pixels) & (core_area >= 4)
     edge = (box[..., :2] <= 0).any(-1) | (box[..., 2] >= width - 1) | (box[..., 3] >= height - 1)
-    soft = torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1)
     return Blobs(
         valid=valid,
         touch=touch > 2,
         border=edge,
-        colour=kind.flatten(1).gather(1, top),
+        colour=_named(named.flatten(1), slot, inner),
+        kind=kind.flatten(1).gather(1, top),
         group=groups.gather(1, top),
         area=area,
         x=sums.add(x) / size,
         y=sums.add(y) / size,
         box=box,
         sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
+        pure=sums.add(_exact(purity.flatten(1)) * inner) / core_area.clamp_min(1),
+        light=-sums.least(-bright.flatten(1) * inner, 0.0),
         slot_MP=slot,
         share_MHW=share,
-        soft_M2HW=soft,
+        soft_M2HW=torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1),
         hue_MHW=hue,
     )
+
+
+def _coloured(smooth_M3HW: Tensor, gain_M311: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Colour share and colour by which bodies are cut out; colour, share and brightness of the picture itself."""
+    purity, named, bright = colour_share(smooth_M3HW)
+    share, hue = purity, named
+    if gain_M311 is not None:
+        share, hue, _ = colour_share((smooth_M3HW * gain_M311).clamp(0, 1))
+        # What is grey itself, as the sky, or fog before it, is no body although the gain gives it a colour.
+        apart = (hue - named).abs()
+        alike = torch.minimum(apart, len(COLOURS) - apart) <= 1
+        mixed = torch.minimum(share, 1.5 * purity) * alike
+        share = torch.where((gain_M311 == 1).all(1), share, mixed)
+    return share, hue, named, purity, bright
 
 
 class _Sums:
@@ -219,5 +241,19 @@ def _slope(share_MHW: Tensor) -> Tensor:
     """Length of the gradient by central differences, per pixel."""
     x = functional.pad(share_MHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     dx, dy = (x[:, 1:-1, 2:] - x[:, 1:-1, :-2]) / 2, (x[:, 2:, 1:-1] - x[:, :-2, 1:-1]) / 2
-    # In steps of 1/1024, so that sums over a blob are exact in whatever order a device adds them.
-    return ((dx * dx + dy * dy).sqrt() * 1024).round() / 1024
+    return _exact((dx * dx + dy * dy).sqrt())
+
+
+def _exact(value: Tensor) -> Tensor:
+    """In steps of 1/1024, so that sums over a blob are exact in whatever order a device adds them."""
+    exact: Tensor = (value * 1024).round() / 1024
+    return exact
+
+
+def _named(hue_MP: Tensor, slot_MP: Tensor, inner_MP: Tensor) -> Tensor:
+    """The colour of most of the inner pixels of each blob (M,K)."""
+    names = len(COLOURS)
+    index = torch.where(slot_MP >= 0, slot_MP * names + hue_MP, SLOTS * names)
+    votes = inner_MP.new_zeros(len(inner_MP), SLOTS * names + 1).scatter_add_(1, index, inner_MP)
+    name: Tensor = votes[:, :-1].unflatten(1, (SLOTS, names)).argmax(-1)
+    return name

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from postgen.world.check.outlines import outlines
 from postgen.world.check.segment import Blobs
 from postgen.world.raycast import FAR, Solids, camera_rays, nearest, normals
 from postgen.world.spec import SHAPES
@@ -70,6 +71,14 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return masks.flatten(2).to(device), basis.to(device), inner.to(device), shape.to(device)
 
 
+@functools.lru_cache(maxsize=4)
+def strangers(device: str) -> tuple[Tensor, Tensor]:
+    """Outlines (blurs,T,P) that none of the solids has, and for which shape each of them counts (3,T)."""
+    window, belongs = outlines(GRID, WINDOW)
+    masks = torch.stack([_gauss(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in _BLURS])
+    return masks.flatten(2).to(device), belongs.to(device)
+
+
 def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
     """Windows (N,C,GRID,GRID) around (x, y) px whose side is 2 * WINDOW * sqrt(area)."""
     height, width = maps_NCHW.shape[-2:]
@@ -89,28 +98,37 @@ def _gauss(maps_NCHW: Tensor, sigma: float) -> Tensor:
 
 
 def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
-    """Misfit of outline and of shading with the best view of every shape: (N, 2, 3), both 0 for a perfect match."""
+    """How a blob looks: (N, 3, 3) by shape.
+
+    Misfit of outline and of shading with the best view of every shape, both 0 for a perfect match; and how much better
+    an outline fits that is none of this shape (`outlines`), 0 and less where none does.
+    """
     masks, basis, inner, shape = templates(str(blobs.area.device))
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
     own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
-    same = (blobs.hue_MHW[picture_N] == blobs.colour[picture_N, slot_N][:, None, None]).float()
+    same = (blobs.hue_MHW[picture_N] == blobs.kind[picture_N, slot_N][:, None, None]).float()
     near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
     soft = blobs.soft_M2HW[picture_N]
     window = crop(torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1), x, y, area).flatten(2)
     mask, bright = window[:, 0], window[:, 1]
     level = (1.1 / area.clamp_min(1).sqrt())[:, None] - masks.new_tensor(_BLURS)
     chosen = level.abs().argmin(1)
+    strange, belongs = strangers(str(mask.device))
     outline = torch.empty(len(mask), masks.shape[1], device=mask.device)
+    apart = torch.empty(len(mask), strange.shape[1], device=mask.device)
     # One wait for the device, where looking for the rows of each blur would take one a blur.
     counts = (chosen[:, None] == torch.arange(len(_BLURS), device=chosen.device)).sum(0).tolist()
     for blur, rows in enumerate(chosen.argsort(stable=True).split(counts)):
         outline[rows] = _distance(mask[rows], masks[blur])
+        apart[rows] = _distance(mask[rows], strange[blur])
     shading = _unexplained(bright, basis, inner)
     result = []
     for s in range(len(SHAPES)):
         view = torch.where(shape == s, outline, torch.inf).argmin(1, keepdim=True)
-        result.append(torch.cat((outline.gather(1, view), shading.gather(1, view)), 1))
+        fit = outline.gather(1, view)
+        better = fit - torch.where(belongs[s], apart, torch.inf).amin(1, keepdim=True)
+        result.append(torch.cat((fit, shading.gather(1, view), better), 1))
     return torch.stack(result, -1)
 
 

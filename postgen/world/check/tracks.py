@@ -13,7 +13,7 @@ from postgen.world.check.pieces import Piece
 
 #: Area of the smallest body as a part of the picture, and the share of the frames that make it one.
 BODY_AREA = 0.004
-_PERSISTENT = 0.2
+_PERSISTENT, _SECOND = 0.2, 0.1
 _MOST_PER_COLOUR = 3
 #: Longest way of a body from a frame to the next in picture widths; the fastest fall of the world makes 0.08.
 JUMP = 0.11
@@ -29,6 +29,8 @@ class Track:
     colours: list[int]
     #: Frames in which it is not seen but a body in front, or the picture's edge, explains that.
     hidden: list[bool] = field(default_factory=list)
+    #: How far its shadow reaches below it, in picture heights, where one is seen that is its own.
+    shade: list[float | None] = field(default_factory=list)
 
     @cached_property
     def visible(self) -> list[int]:
@@ -38,7 +40,9 @@ class Track:
     @cached_property
     def clean(self) -> list[int]:
         """Frames where its whole outline is seen: nothing near it, not cut by the picture's edge."""
-        return [f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border)]
+        return [
+            f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border or p.merged)
+        ]
 
     @property
     def present(self) -> list[bool]:
@@ -65,7 +69,7 @@ def follow(frames: Sequence[dict[int, list[Piece]]]) -> list[Track]:
         tracks += _one_colour(colour, [frame.get(colour, []) for frame in frames])
     tracks = _join_recoloured(tracks)
     for track in tracks:
-        track.hidden = _explained(track)
+        track.hidden = [a or b for a, b in zip(track.hidden, _explained(track), strict=True)]
     return tracks
 
 
@@ -76,26 +80,50 @@ def _one_colour(colour: int, frames: list[list[Piece]]) -> list[Track]:
     least = max(0.25 * median(largest), 0.5 * BODY_AREA)
     main = [[p for i, p in enumerate(f) if p.area >= least or (i == 0 and p.touch)] for f in frames]
     count = len(frames)
-    slots = 0
-    while slots < _MOST_PER_COLOUR and sum(len(f) > slots for f in main) >= _PERSISTENT * count:
-        slots += 1
+    slots, least_share = 0, _PERSISTENT
+    while slots < _MOST_PER_COLOUR and sum(len(f) > slots for f in main) >= least_share * count:
+        # A second one may be behind the first, of its own colour, most of the time.
+        slots, least_share = slots + 1, _SECOND
     tracks = [Track(colour, [None] * count, [-1] * count) for _ in range(slots)]
+    for track in tracks:
+        track.hidden = [False] * count
     last: list[Piece | None] = [None] * slots
     for number, pieces in enumerate(main):
         for slot, piece in _assign(last, pieces[:slots]):
             tracks[slot].pieces[number] = last[slot] = piece
             tracks[slot].colours[number] = colour
+        _merge(tracks, last, number)
     return tracks
 
 
+def _merge(tracks: list[Track], last: list[Piece | None], number: int) -> None:
+    """Where two bodies of one colour are one piece, the one that has none is behind the other one."""
+    for track, old in zip(tracks, last, strict=True):
+        if track.pieces[number] is not None or old is None:
+            continue
+        for other in tracks:
+            piece = other.pieces[number]
+            if piece is not None and ((number and track.hidden[number - 1]) or _within(old, piece)):
+                track.hidden[number] = piece.merged = True
+
+
+def _within(one: Piece, other: Piece) -> bool:
+    """Whether the middle of a body was in another one's box, or beside it."""
+    x0, y0, x1, y1 = other.box
+    return x0 - 0.03 <= one.x <= x1 + 0.03 and y0 - 0.03 <= one.y <= y1 + 0.03
+
+
 def _assign(last: list[Piece | None], pieces: list[Piece]) -> list[tuple[int, Piece]]:
-    """Pieces to slots with the least way in all; a slot that is still empty costs nothing but comes last."""
+    """Pieces to slots with the least way in all, and change of size; an empty slot costs nothing but comes last."""
     best: tuple[float, tuple[int, ...]] | None = None
     for order in itertools.permutations(range(len(last)), len(pieces)):
         cost = 0.0
         for slot, piece in zip(order, pieces, strict=True):
             old = last[slot]
-            cost += 0.5 + 0.001 * slot if old is None else math.hypot(piece.x - old.x, piece.y - old.y)
+            if old is None:
+                cost += 0.5 + 0.001 * slot
+            else:
+                cost += math.hypot(piece.x - old.x, piece.y - old.y) + 0.1 * abs(math.log(piece.area / old.area))
         if best is None or cost < best[0]:
             best = cost, order
     return list(zip(best[1], pieces, strict=True)) if best else []
@@ -112,11 +140,23 @@ def _join_recoloured(tracks: list[Track]) -> list[Track]:
     return tracks
 
 
+def bodies(tracks: list[Track]) -> list[Track]:
+    """The tracks without the seams: strips of mixed colour that lie along larger bodies all the time."""
+    areas = [median([p.area for p in t.pieces if p is not None]) for t in tracks]
+    top = max(areas, default=0.0)
+    seams = [
+        area < min(0.3 * top, 0.016) and all(p.touch for p in t.pieces if p is not None)
+        for t, area in zip(tracks, areas, strict=True)
+    ]
+    return [t for t, seam in zip(tracks, seams, strict=True) if not seam]
+
+
 def _joined(one: Track, two: Track) -> Track:
     """Both as one track; where both are seen, it is the first."""
     pairs = list(zip(one.pieces, two.pieces, one.colours, two.colours, strict=True))
     colours = [d if a is None and b is not None else c for a, b, c, d in pairs]
-    return Track(one.colour, [b if a is None else a for a, b, _, _ in pairs], colours)
+    hidden = [a or b for a, b in zip(one.hidden, two.hidden, strict=True)]
+    return Track(one.colour, [b if a is None else a for a, b, _, _ in pairs], colours, hidden)
 
 
 def _continues(one: Track, two: Track) -> bool:

@@ -1,6 +1,6 @@
 """What a process of `workers` runs: jobs come in at stdin, reports go out at stdout, until stdin ends.
 
-A job is a line of JSON and the raw float64 of its rows; an answer is a line of JSON, the reports or the error.
+A job is a line of JSON and the raw float64 of its rows and spots; an answer is one of JSON, the reports or the error.
 
 It ends with the process that started it, however that one ends: then stdin is closed. It is run as a file, not as a
 module, and not by `multiprocessing`, which would import the parent's main program again.
@@ -25,10 +25,10 @@ def main() -> None:
     sys.stdout = sys.stderr
     while line := jobs.readline():
         job = json.loads(line)
-        rows = jobs.read(job["bytes"])
+        rows, spots = jobs.read(job["bytes"]), jobs.read(job["spot_bytes"])
         answer: dict[str, object]
         try:
-            answer = {"reports": _reports(job, rows)}
+            answer = {"reports": _reports(job, rows, spots)}
         except Exception as error:
             answer = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
         try:
@@ -39,20 +39,23 @@ def main() -> None:
             os._exit(0)
 
 
-def _reports(job: dict[str, Any], rows: bytes) -> list[dict[str, Any]]:
+def _reports(job: dict[str, Any], rows: bytes, spots: bytes) -> list[dict[str, Any]]:
     import numpy as np
 
-    from postgen.world.check.report import Sight, judge
-    from postgen.world.spec import Spec
+    from postgen.world.check.report import judge
+    from postgen.world.check.sight import Sight
+    from postgen.world.reading import Reading
 
     sight = Sight(
         rows_NC=np.frombuffer(rows, np.float64).reshape(-1, job["columns"]),
         count_BF=np.array(job["count"]),
+        spots_MSC=np.frombuffer(spots, np.float64).reshape(-1, *job["spot_shape"]),
         height=job["height"],
         width=job["width"],
         likeness=job["likeness"],
+        film=job["film"],
     )
-    return [report.to_dict() for report in judge(sight, [Spec.from_dict(scene) for scene in job["scenes"]])]
+    return [report.to_dict() for report in judge(sight, [Reading.from_dict(asked) for asked in job["asked"]])]
 
 
 def _bare_packages() -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from postgen.world.check.report import Report, Sight
+from postgen.world.check.report import Report
+from postgen.world.check.sight import Sight
+from postgen.world.reading import Reading
 from postgen.world.spec import Spec
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -36,7 +38,7 @@ class Pool:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(workers, "judge")
 
-    def submit(self, sight: Sight, scenes: Sequence[Spec]) -> list[Future[list[Report]]]:
+    def submit(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Future[list[Report]]]:
         """Begin to judge clips, an equal number in each process; results in their order, or `WorkerDied`."""
         step = -(-len(sight) // len(self.processes))
         return [
@@ -44,7 +46,7 @@ class Pool:
             for low in range(0, len(sight), step)
         ]
 
-    def _judge(self, sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
+    def _judge(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Report]:
         process = self._idle.get()
         try:
             return process.judge(sight, scenes)
@@ -70,19 +72,22 @@ class _Process:
         )
         self.pid = self._process.pid
 
-    def judge(self, sight: Sight, scenes: Sequence[Spec]) -> list[Report]:
-        rows = sight.rows_NC.tobytes()
+    def judge(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Report]:
+        rows, spots = sight.rows_NC.tobytes(), sight.spots_MSC.tobytes()
         job = {
             "bytes": len(rows),
+            "spot_bytes": len(spots),
+            "spot_shape": sight.spots_MSC.shape[1:],
             "columns": sight.rows_NC.shape[1],
             "count": sight.count_BF.tolist(),
             "height": sight.height,
             "width": sight.width,
             "likeness": sight.likeness,
-            "scenes": [scene.to_dict() for scene in scenes],
+            "film": sight.film,
+            "asked": [(Reading.of(one) if isinstance(one, Spec) else one).to_dict() for one in scenes],
         }
         try:
-            _pipe(self._process.stdin).write(json.dumps(job).encode() + b"\n" + rows)
+            _pipe(self._process.stdin).write(json.dumps(job).encode() + b"\n" + rows + spots)
             _pipe(self._process.stdin).flush()
             answer = json.loads(_pipe(self._process.stdout).readline())
         except (OSError, ValueError) as error:

@@ -1,0 +1,173 @@
+"""The judge of the synthetic world beside a person: on constructed clips, on generated ones, on mirrored ones.
+
+The verdicts are those of benchmarks/data; how they were come by stands in `benchmarks.world_constructions`. They were
+written before the judge saw the clips, and those of the fresh draw after it was frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.gates import gate
+from benchmarks.world_constructions import SEED, Construction, draw, verdicts
+from benchmarks.world_kinds.motion import turned
+from postgen import world
+from postgen.errors import UserError
+from postgen.world.check import Report, check, check_batch
+from postgen.world.spec import COLOURS, Spec
+
+DATA = Path(__file__).with_name("data")
+#: The seed of the fresh draw: nobody's choice, the first six digits of the commit's hash when the judge was frozen.
+FRESH_SEED = 0x702D60
+
+COLUMNS = ("wrong", "wrong_passed", "right", "right_failed", "unclear")
+Table = dict[str, dict[str, int]]
+
+
+def judged(clip: Tensor, prompt: str) -> Report | None:
+    """The report of a clip; None for a prompt that is refused, which passes nothing."""
+    try:
+        return check(clip, prompt)
+    except UserError:
+        return None
+
+
+def passes(report: Report | None) -> bool:
+    """Whether the judge calls all of it right."""
+    return report is not None and report.all_right
+
+
+def constructed(clips: Iterable[Construction], device: str) -> tuple[Table, list[dict[str, Any]], float]:
+    """Table by kind, the clips on which judge and eye differ, and the share whose mirror image is judged alike."""
+    said, table, apart = verdicts(), {}, []
+    alike: list[bool] = []
+    for made in clips:
+        eye = said[made.name].partition(":")[0]
+        row = table.setdefault(made.kind, dict.fromkeys(COLUMNS, 0))
+        row[eye] += 1
+        clip = made.clip.to(device)
+        report = judged(clip, made.prompt)
+        alike.append(passes(report) == passes(judged(clip.flip(-1), turned(made.prompt))))
+        row["wrong_passed"] += eye == "wrong" and passes(report)
+        row["right_failed"] += eye == "right" and not passes(report)
+        if (eye == "wrong" and passes(report)) or (eye == "right" and not passes(report)):
+            score = None if report is None else round(report.score, 3)
+            apart.append({"clip": made.name, "prompt": made.prompt, "eye": said[made.name], "score": score})
+    return table, apart, sum(alike) / len(alike)
+
+
+def share(table: Table, part: str, whole: str) -> float:
+    """Share of all kinds together."""
+    return sum(row[part] for row in table.values()) / max(1, sum(row[whole] for row in table.values()))
+
+
+def generated(device: str, kept: Path | None) -> dict[str, Any]:
+    """Agreement with the eye on clips of the embedded model; `kept` holds them between runs."""
+    rows = json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))["clips"]
+    clips = load_file(kept) if kept is not None and kept.exists() else _make(rows, device)
+    if kept is not None and not kept.exists():
+        save_file(clips, kept)
+    apart, agree, pairs = [], [], 0
+    for name, row in rows.items():
+        eye = row["verdict"].partition(":")[0]
+        report = judged(clips[name].to(device).float() / 255, row["prompt"])
+        if eye != "unclear":
+            agree.append((eye == "right") == passes(report))
+            pairs += name.startswith("2-")
+            if not agree[-1]:
+                apart.append({"clip": name, "prompt": row["prompt"], "eye": row["verdict"], "judge": passes(report)})
+    return {
+        "clips": len(rows),
+        "judged": len(agree),
+        "of_two": pairs,
+        "agree": sum(agree) / len(agree),
+        "apart": apart,
+    }
+
+
+def _make(rows: dict[str, dict[str, Any]], device: str) -> dict[str, Tensor]:
+    from benchmarks.embedded_model import load
+    from postgen.assets import embedded_model
+
+    pipe = load(embedded_model(), device)
+    made: dict[str, Tensor] = {}
+    names = list(rows)
+    for low in range(0, len(names), 4):
+        part = names[low : low + 4]
+        frames = pipe(
+            [rows[name]["prompt"] for name in part],
+            height=96,
+            width=96,
+            num_frames=17,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=[torch.Generator("cpu").manual_seed(rows[name]["seed"]) for name in part],
+            output_type="pt",
+        ).frames
+        for name, clip in zip(part, frames, strict=True):
+            made[name] = (clip.float().clamp(0, 1) * 255).round().byte().cpu()
+    return made
+
+
+_EXCHANGED = {"left": "right", "right": "left", "closer": "away", "away": "closer"}
+
+
+def invariance(specs: Sequence[Spec], clips: Tensor, make: Any) -> dict[str, float]:
+    """Share of true clips that are judged alike after a change that changes nothing: right as before."""
+    before = [r.all_right for r in check_batch(clips, specs)]
+    captions = [world.simple_caption(spec) for spec in specs]
+    mirrored = check_batch(clips.flip(-1), [turned(text) for text in captions])
+    names = list(COLOURS)
+    other = {name: names[(k + 3) % len(names)] for k, name in enumerate(names)}
+    permuted = [replace(s, bodies=tuple(replace(b, colour=other[b.colour]) for b in s.bodies)) for s in specs]
+    repainted = check_batch(make(permuted, clips.shape[1]), permuted)
+    back = [k for k, s in enumerate(specs) if all(b.event == "stays" or b.event.startswith("moves") for b in s.bodies)]
+    asked = [" ".join(_EXCHANGED.get(word, word) for word in captions[k].split()) for k in back]
+    reversed_ = check_batch(clips[back].flip(1), asked)
+    return {
+        "mirror": _alike(before, mirrored),
+        "palette": _alike(before, repainted),
+        "time": _alike([before[k] for k in back], reversed_),
+    }
+
+
+def _alike(before: Sequence[bool], after: Sequence[Report]) -> float:
+    return sum(a == b.all_right for a, b in zip(before, after, strict=True)) / len(before)
+
+
+def measure(device: str, kept: Path | None) -> dict[str, Any]:
+    """All tables: constructions of both draws, what the judge before this one made of them, generated clips."""
+    first, apart, mirror = constructed(draw(SEED), device)
+    fresh, apart_fresh, mirror_fresh = constructed(draw(FRESH_SEED, fresh=True), device)
+    return {
+        "constructed": first,
+        "constructed_fresh": fresh,
+        "apart": apart + apart_fresh,
+        "mirror": min(mirror, mirror_fresh),
+        "before": json.loads((DATA / "world_before.json").read_text(encoding="utf-8")),
+        "generated": generated(device, kept),
+    }
+
+
+def gates(eye: dict[str, Any], same: dict[str, float], true_right: float) -> list[dict[str, Any]]:
+    """The numbers asked for."""
+    tables = (eye["constructed"], eye["constructed_fresh"])
+    right = sum(row["right"] for table in tables for row in table.values())
+    failed = sum(row["right_failed"] for table in tables for row in table.values())
+    return [
+        gate("wrong_passed", share(tables[0], "wrong_passed", "wrong"), "<=", 0.03),
+        gate("wrong_passed_fresh", share(tables[1], "wrong_passed", "wrong"), "<=", 0.05),
+        gate("right_failed", failed / right, "<=", 0.03),
+        gate("mirror_invariance", min(eye["mirror"], same["mirror"]), "==", 1),
+        gate("eye_agreement", eye["generated"]["agree"], ">=", 0.95),
+        gate("true_clips_right", true_right, ">=", 0.98),
+        gate("constructions", len(verdicts()), ">=", 400),
+    ]

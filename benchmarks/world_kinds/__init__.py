@@ -1,0 +1,1 @@
+"""Clips that are made right or wrong on purpose, in kinds; `benchmarks.world_constructions` draws and shows them."""

@@ -1,0 +1,94 @@
+"""Whether the camera moves as it should: the flow of the ground against the exact one of such a path.
+
+Where the camera goes along the asked path by `a` times the usual way, the brightness of the ground changes from one
+frame to the next by -a (gradient . flow); `a` is the least-squares answer over the whole clip. Bodies and what is
+around them are left out, so a body that goes by does not count as a camera that pans.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgen.world.camera import FOCAL, camera_path
+from postgen.world.spec import Body, Spec
+
+_GRID = 48
+#: The usual way within a clip: the middle of what the world plans.
+_AMOUNT = {"pan": 0.16, "orbit": 0.475, "dolly": 0.25}
+_KINDS = ("pan left", "orbit left", "dolly in", "dolly return")
+#: Rows below the horizon, where there is a ground to look at.
+_TOP = 8
+
+
+@functools.lru_cache(maxsize=32)
+def flow(camera: str, frames: int) -> Tensor:
+    """Flow of the ground (F-1,2,GRID,GRID) in cells a frame, along the usual way of such a camera."""
+    spec = Spec(
+        bodies=(Body(colour="red", shape="ball"),),
+        camera=camera,
+        camera_amount=_AMOUNT[camera.split()[0]],
+        num_frames=frames,
+    )
+    position, rotation = camera_path(spec, 0, frames)
+    steps = (torch.arange(_GRID) + 0.5) / _GRID * 2 - 1
+    v, u = torch.meshgrid(steps, steps, indexing="ij")
+    ray = torch.stack((u / FOCAL, v / FOCAL, torch.ones_like(u)), -1).reshape(-1, 3)
+    ray = torch.einsum("fji,pj->fpi", rotation[:-1], ray)
+    down = ray[..., 2:] < -0.02
+    far = torch.where(down, -position[:-1, None, 2:] / ray[..., 2:].clamp_max(-0.02), 1e4)
+    seen = torch.einsum("fij,fpj->fpi", rotation[1:], position[:-1, None] + far * ray - position[1:, None])
+    moved = (seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * FOCAL + 1) * (_GRID / 2)
+    start = torch.stack((u, v), -1).reshape(-1, 2) * (_GRID / 2) + _GRID / 2
+    field: Tensor = (moved - start).movedim(-1, 1).unflatten(-1, (_GRID, _GRID))
+    return field
+
+
+def filmed(pictures_M3HW: Tensor, body_MHW: Tensor, cameras: Sequence[str]) -> list[float | None]:
+    """Way of the camera of each clip in parts of the usual one; less where another path explains the flow better."""
+    frames = len(pictures_M3HW) // len(cameras)
+    result: list[float | None] = [None] * len(cameras)
+    for row, camera in enumerate(cameras):
+        if camera != "static":
+            part = slice(row * frames, (row + 1) * frames)
+            result[row] = _way(pictures_M3HW[part], body_MHW[part], camera)
+    return result
+
+
+def _way(pictures_F3HW: Tensor, body_FHW: Tensor, camera: str) -> float:
+    small = functional.adaptive_avg_pool2d(pictures_F3HW, _GRID)
+    body = functional.adaptive_max_pool2d(body_FHW.float()[:, None], _GRID)
+    small = _soft(small)
+    free = 1 - functional.max_pool2d(body, 9, 1, 4)
+    weight = (free[1:] * free[:-1])[:, 0]
+    weight[:, :_TOP] = 0
+    weight[..., :2] = weight[..., -2:] = weight[:, -2:] = 0
+    change = small[1:] - small[:-1]
+    middle = (small[1:] + small[:-1]) / 2
+    dx = torch.zeros_like(middle)
+    dy = torch.zeros_like(middle)
+    dx[..., 1:-1] = (middle[..., 2:] - middle[..., :-2]) / 2
+    dy[..., 1:-1, :] = (middle[..., 2:, :] - middle[..., :-2, :]) / 2
+    total = float((weight[:, None] * change * change).sum())
+    best, own, way = 0.0, 0.0, 0.0
+    for kind in _KINDS:
+        field = flow(kind, len(small)).to(small.device)
+        along = field[:, None, 0] * dx + field[:, None, 1] * dy
+        power = float((weight[:, None] * along * along).sum())
+        amount = -float((weight[:, None] * along * change).sum()) / max(power, 1e-9)
+        held = amount * amount * power / max(total, 1e-9)
+        if kind.split()[0] == camera.split()[0] and (camera == "dolly return") == (kind == "dolly return"):
+            own, way = held, amount if camera == kind else -amount
+        else:
+            best = max(best, held)
+    # A path that another one explains better is not the path that was asked for.
+    return way * min(1.0, own / max(best, 1e-9))
+
+
+def _soft(maps_F3GG: Tensor) -> Tensor:
+    x = functional.pad(maps_F3GG, (2, 2, 2, 2), mode="replicate")
+    return functional.avg_pool2d(functional.avg_pool2d(x, 3, 1), 3, 1)

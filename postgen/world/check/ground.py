@@ -1,0 +1,110 @@
+"""What is not a coloured body: the colour of the ground, and spots on it that are shadows or things of no colour.
+
+The ground and the sky are smooth along a row and all light is white, so each row of a picture is a cubic in x but for
+bodies and shadows, and a shadow darkens all three channels alike, to between a third and nine tenths.
+
+Suffixes: M pictures, S spots of a picture, G rows and columns of a coarse picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgen.world.check.segment import label
+
+#: What is said of a spot, in parts of the picture: `odd` is the area that no shadow explains.
+SPOT_COLUMNS = ("area", "odd", "x", "y", "x0", "y0", "x1", "y1")
+SPOTS = 8
+_GRID = 48
+#: A spot differs from the ground by these parts of its brightness, and of its colour.
+_LEVEL, _TINT = 0.10, 0.055
+_SHADOW = (0.28, 0.92)
+#: Saturation from which the ground's own colour is taken out of the picture before bodies are looked for.
+_COLOURED = (0.22, 0.30)
+
+
+def balance(pictures_M3HW: Tensor, frames: int) -> Tensor | None:
+    """Gains (M,3,1,1) that turn a ground of full colour grey; None where no clip has one."""
+    height, width = pictures_M3HW.shape[-2:]
+    side = max(2, width // 12)
+    low = pictures_M3HW[:, :, height // 3 :]
+    edges = (low[..., :side].flatten(2), low[..., -side:].flatten(2), low[:, :, -side:].flatten(2))
+    tone = torch.cat(edges, 2).unflatten(0, (-1, frames)).movedim(1, 2).flatten(2).median(-1).values
+    saturation = (tone.amax(1) - tone.amin(1)) / tone.amax(1).clamp_min(1e-3)
+    weight = ((saturation - _COLOURED[0]) / (_COLOURED[1] - _COLOURED[0])).clamp(0, 1)
+    if not bool((weight > 0).any()):
+        return None
+    gain = (tone.mean(1, keepdim=True) / tone.clamp_min(0.02)) ** weight[:, None]
+    gains: Tensor = gain.repeat_interleave(frames, 0)[:, :, None, None]
+    return gains
+
+
+def find_spots(pictures_M3HW: Tensor, body_MHW: Tensor) -> Tensor:
+    """Spots (M,SPOTS,8) off the bodies, the largest first, columns as `SPOT_COLUMNS`; area 0 where there is none."""
+    reach = 2 * round(2 * pictures_M3HW.shape[-1] / 96) + 1
+    body = functional.max_pool2d(body_MHW.float()[:, None], reach, 1, reach // 2)
+    body = functional.adaptive_max_pool2d(body, _GRID)[:, 0] > 0
+    small = functional.adaptive_avg_pool2d(pictures_M3HW, _GRID)
+    ratio = small / _ground(small, ~body).clamp_min(0.05)
+    level = ratio.mean(1)
+    tint = (ratio - level[:, None]).abs().amax(1)
+    spot = (((level - 1).abs() > _LEVEL) | (tint > _TINT)) & ~body
+    shadow = (level > _SHADOW[0]) & (level < _SHADOW[1]) & (tint < _TINT)
+    labels = label(torch.where(spot, 0, -1)).flatten(1)
+    return _measured(labels, (spot & ~shadow).flatten(1).float())
+
+
+def _ground(small_M3GG: Tensor, free_MGG: Tensor) -> Tensor:
+    """The ground without anything on it: a cubic in x for each row, fitted with little weight to what stands out."""
+    x = torch.linspace(-1, 1, _GRID, device=small_M3GG.device)
+    basis = torch.stack((torch.ones_like(x), x, 1.5 * x**2 - 0.5, 2.5 * x**3 - 1.5 * x))
+    products = (basis[:, None] * basis[None]).flatten(0, 1)
+    rows = small_M3GG.movedim(1, 2)
+    masked = torch.where(free_MGG[:, :, None], rows, torch.nan)
+    # What stands on a row mostly darkens it, so well above the middle.
+    middle = masked.nanquantile(0.8, -1, keepdim=True).nan_to_num(0.5)
+    fitted = middle.expand_as(rows)
+    ridge = torch.diag(torch.tensor([1e-2, 0.5, 1.0, 1.0], device=x.device))
+    for width in (0.12, 0.06, 0.04):
+        far = ((rows - fitted) / fitted.clamp_min(0.05)).abs().amax(2)
+        weight = free_MGG / (1 + (far / width) ** 2) ** 2
+        normal = _with_neighbours((weight @ products.T).unflatten(-1, (4, 4))) + ridge
+        # Of the rest after the row's middle, so that the small ridge pulls towards a row of one colour.
+        right = _with_neighbours(torch.einsum("mgcx,mgx,kx->mgkc", rows - middle, weight, basis))
+        fitted = middle + torch.einsum("mgkc,kx->mgcx", torch.linalg.solve(normal, right), basis)
+    ground: Tensor = fitted.movedim(2, 1)
+    return ground
+
+
+def _with_neighbours(x_MGKL: Tensor) -> Tensor:
+    """Each row and two above and below it: a row that is mostly covered takes the form of theirs."""
+    rows = x_MGKL.flatten(2).mT
+    summed: Tensor = (5 * functional.avg_pool1d(rows, 5, 1, 2)).mT.unflatten(2, x_MGKL.shape[2:])
+    return summed
+
+
+def _measured(labels_MP: Tensor, odd_MP: Tensor) -> Tensor:
+    pictures, pixels = labels_MP.shape
+    inside = labels_MP >= 0
+    count = torch.zeros(pictures, pixels, device=labels_MP.device)
+    count.scatter_add_(1, labels_MP.clamp_min(0), inside.float())
+    area, top = count.topk(SPOTS, dim=1)
+    slot_of = torch.full((pictures, pixels), -1, device=labels_MP.device)
+    slot_of.scatter_(1, top, torch.arange(SPOTS, device=labels_MP.device).expand(pictures, -1))
+    slot = torch.where(inside, slot_of.gather(1, labels_MP.clamp_min(0)), -1)
+    slot = torch.where(slot >= 0, slot, SPOTS)
+    place = torch.arange(pixels, device=labels_MP.device).expand(pictures, -1)
+    y, x = (place // _GRID).float(), (place % _GRID).float()
+
+    def add(value: Tensor) -> Tensor:
+        return value.new_zeros(pictures, SPOTS + 1).scatter_add_(1, slot, value)[:, :-1]
+
+    def least(value: Tensor) -> Tensor:
+        return value.new_zeros(pictures, SPOTS + 1).scatter_reduce_(1, slot, value, "amin", include_self=False)[:, :-1]
+
+    size = area.clamp_min(1)
+    columns = [area / pixels, add(odd_MP) / pixels, (add(x) / size + 0.5) / _GRID, (add(y) / size + 0.5) / _GRID]
+    columns += [least(x) / _GRID, least(y) / _GRID, (1 - least(-x)) / _GRID, (1 - least(-y)) / _GRID]
+    return torch.stack(columns, -1)

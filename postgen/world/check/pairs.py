@@ -1,0 +1,102 @@
+"""What two bodies do together. Every test gives a value in [0,1]; 0.5 and more is "yes"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+
+from postgen.world.check.events import large, order, ramp, sign_of, spread, way
+from postgen.world.check.tracks import Track
+
+
+def collides(first: Track, second: Track) -> float:
+    """First comes up to second, which rests; then second goes on the same way, and first does not run through it."""
+    both = [f for f in range(len(first.pieces)) if first.pieces[f] is not None and second.pieces[f] is not None]
+    if len(both) < 6:
+        return 0.0
+    a, b = way(first, both), way(second, both)
+    scale = _size(second, both) / _size(first, both)
+    ax = [x / scale for x in a.x]
+    sign = sign_of(b.x[0] - ax[0])
+    start = next((i for i, x in enumerate(b.x) if sign * (x - b.x[0]) > 0.12), 0)
+    if start < 2:
+        return 0.0
+    gaps = [_gap(first, second, f) for f in both]
+    least = min(gaps[max(0, start - 2) : start + 2])
+    # It is on its way before it is far enough to be told from noise.
+    onset = max(i for i in range(start) if sign * (b.x[i] - b.x[0]) <= 0.03) + 1
+    contact = next(i for i, gap in enumerate(gaps) if gap <= max(least, min(gaps)) + 0.08)
+    return min(
+        ramp(sign * (ax[start - 1] - ax[0]), 0.0, 0.5),
+        ramp(sign * order(ax[:start]) if start > 2 else 1.0, 0.5, 1.0),
+        ramp(spread(b.x[:start]), 0.35, 0.05),
+        ramp(least, 0.35, 0.12),
+        ramp(abs(onset - contact) / max(1.0, (len(first.pieces) - 1) / 16), 5.0, 2.0),
+        ramp(_onward(ax, start, sign), 1.05, 0.85),
+        ramp(min(gaps), -1.0, -0.45),
+        1.0 if sign * (b.x[-1] - ax[-1]) > 0 else 0.0,
+        ramp(sign * b.dx, 0.0, 0.5),
+        ramp(sign * order(b.x[start - 1 :]), 0.5, 0.9),
+        min(ramp(a.step, 1.2, 0.8), ramp(b.step, 1.2, 0.8)),
+        min(ramp(a.seen, 0.5, 0.8), ramp(b.seen, 0.5, 0.8)),
+    )
+
+
+def _onward(x: list[float], start: int, sign: float) -> float:
+    """Speed of a body after a frame over that before it."""
+    before, after = x[max(0, start - 5) : start], x[start + 1 :]
+    if len(before) < 2 or len(after) < 2:
+        return 0.0
+    first, then = ((v[-1] - v[0]) / (len(v) - 1) for v in (before, after))
+    return sign * then / max(sign * first, 1e-6)
+
+
+def _size(track: Track, frames: list[int]) -> float:
+    return math.sqrt(median([p.area for f in frames if (p := track.pieces[f]) is not None]))
+
+
+def _gap(first: Track, second: Track, frame: int) -> float:
+    """Free space between two bodies along x in their mean width; negative where they overlap in the picture.
+
+    The world lets bodies touch at their contact circles, which are wider than a cylinder by a quarter on either side.
+    """
+    a, b = first.pieces[frame], second.pieces[frame]
+    if a is None or b is None:
+        return 9.0
+    left, right = (a, b) if a.x < b.x else (b, a)
+    wide = [p.box[2] - p.box[0] for p in (left, right)]
+    slack = sum(0.235 * w for w, p in zip(wide, (left, right), strict=True) if p.box[3] - p.box[1] > 1.35 * w)
+    return (right.box[0] - left.box[2] - slack) / (0.5 * sum(wide))
+
+
+def passes_behind(first: Track, second: Track) -> float:
+    """First goes across from one side of second to the other and is covered on the way, second never is."""
+    front = [p.area for p in second.pieces if p is not None and not p.merged]
+    if len(first.visible) < 2 or len(front) < 2:
+        return 0.0
+    side = [
+        (a.x - b.x) / math.sqrt(b.area)
+        for a, b in zip(first.pieces, second.pieces, strict=True)
+        if a is not None and b is not None
+    ]
+    if not side:
+        # Never in the picture together, as in a clip where one turns into the other.
+        return 0.0
+    w = way(first, first.visible)
+    sign = sign_of(w.dx)
+    areas = [0.0 if p is None else p.area for p in first.pieces]
+    return min(
+        ramp(sign * w.order_x, 0.6, 1.0),
+        ramp(-sign * side[0], 0.0, 0.6),
+        ramp(sign * side[-1], 0.0, 0.6),
+        ramp(min(areas) / large([area for area in areas if area > 0]), 0.9, 0.4),
+        ramp(min(front) / median(front), 0.82, 0.97),
+        # Slivers at either side of the front body lie further apart than a body moves in a frame.
+        ramp(first.leap(first.clean), 1.2, 0.8),
+        ramp(w.seen, 0.5, 0.9),
+    )
+
+
+#: Events of a body with a second one.
+PAIR: dict[str, Callable[[Track, Track], float]] = {"collides": collides, "passes behind": passes_behind}

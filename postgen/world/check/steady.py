@@ -1,0 +1,52 @@
+"""Whether a body is the same in every frame: there, of one size, one colour and one shape. Values as in `events`."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from postgen.world.check.events import large, ramp
+from postgen.world.check.pieces import Piece
+from postgen.world.check.tracks import Track
+
+
+def whole(track: Track) -> dict[int, Piece]:
+    """Frames in which most of a body is seen and nothing covers its outline."""
+    least = 0.25 * large([p.area for p in track.pieces if p is not None])
+    return {f: p for f in track.clean if (p := track.pieces[f]) is not None and p.area >= least}
+
+
+def presence(track: Track) -> float:
+    """1 for a body that is never missing, below 0.5 for one that is: the less, the more frames it is gone."""
+    present = track.present
+    missing = present.count(False) / len(present)
+    return 1.0 if not missing else 0.4 * ramp(missing, 0.6, 0.0)
+
+
+def size(track: Track) -> float:
+    """Whether its size changes smoothly, in frames that follow each other and show all of it."""
+    seen = whole(track)
+    logs = {f: 0.5 * math.log(p.area) for f, p in seen.items()}
+    jumps = [abs(logs[f] - logs[g]) for f, g in pairwise(logs) if g == f + 1]
+    bends = [abs(logs[f - 1] - 2 * logs[f] + logs[f + 1]) for f in logs if f - 1 in logs and f + 1 in logs]
+    jitter = large(bends) if len(bends) >= 4 else 0.0
+    return min(ramp(jitter, 0.20, 0.08), ramp(max(jumps, default=0.0), 0.30, 0.14))
+
+
+def light(track: Track) -> float:
+    """Whether its brightness stays, from a frame to the next and over the whole clip."""
+    seen = [p.light for p in whole(track).values()]
+    if len(seen) < 2:
+        return 1.0
+    jump = max(abs(math.log(b / a)) for a, b in pairwise([max(v, 0.02) for v in seen]))
+    return ramp(jump, 0.55, 0.22)
+
+
+def shape(track: Track, index: int) -> float:
+    """Whether in the frames with a clean outline no other shape fits much better; 0 where one does in a third."""
+    outlines = [p.misfit for p in whole(track).values() if p.misfit is not None]
+    if len(outlines) < 4:
+        return 1.0
+    other = [min(m for k, m in enumerate(row) if k != index) for row in outlines]
+    wrong = sum(best < row[index] - 0.03 for best, row in zip(other, outlines, strict=True)) / len(outlines)
+    return ramp(wrong, 0.36, 0.0)

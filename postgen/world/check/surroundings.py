@@ -1,0 +1,112 @@
+"""What is in a clip besides the bodies that are followed: shadows, and whatever has no right to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from postgen.world.check.pieces import Piece, Spot
+from postgen.world.check.tracks import Track
+
+#: Parts of the picture: what no shadow explains, alone and beside a body; a shadow that is nobody's; a coloured piece
+#: that is no body's, alone and beside one.
+_ODD, _ODD_BESIDE, _SHADOW, _PIECE, _PIECE_BESIDE = 0.0022, 0.010, 0.004, 0.0012, 0.0065
+#: How near a shadow lies to a body that stands, and how far to the side of one in the air, in picture widths.
+_NEAR, _ASIDE = 0.05, 0.34
+#: A body's rim, where colours mix.
+_RIM = 0.03
+#: How far the shadow of a body that stands may reach below it, in picture heights.
+_FOOT = 0.06
+
+
+def strangers(tracks: Sequence[Track], frames: Sequence[Sequence[Spot]], pieces: Sequence[Sequence[Piece]]) -> int:
+    """Number of frames with something that is no body followed, nor a shadow; gives each body its own shadow.
+
+    What is large counts twice: once is not by chance.
+    """
+    for track in tracks:
+        track.shade = [None] * len(frames)
+    flying = {id(track) for track in tracks if _flies(track)}
+    count = 0
+    for number, (spots, coloured) in enumerate(zip(frames, pieces, strict=True)):
+        seen = [(track, piece) for track in tracks if (piece := track.pieces[number]) is not None]
+        mine = {id(piece) for _, piece in seen}
+        bodies = [piece for _, piece in seen]
+        others = [_alone(piece, bodies) for piece in coloured if id(piece) not in mine]
+        count += max([_unexplained(number, spots, seen, flying), *others])
+    return count
+
+
+def _flies(track: Track) -> bool:
+    """Whether a body goes up or down the picture, as one in the air does."""
+    low = [piece.box[3] for piece in track.pieces if piece is not None]
+    return max(low) - min(low) > 0.05
+
+
+def _alone(piece: Piece, bodies: Sequence[Piece]) -> int:
+    """Whether a coloured piece is a thing of its own and not a part, or a rim, of a body."""
+    beside = piece.touch or any(piece.group == body.group or _along(piece.box, body) for body in bodies)
+    least = _PIECE_BESIDE if beside else _PIECE
+    return (piece.area >= least) + (piece.area >= max(least, 2.5 * _PIECE))
+
+
+def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track, Piece]], flying: set[int]) -> int:
+    """0 where every spot is a body's shadow, else 1 or 2."""
+    air: list[Spot] = []
+    standing: set[int] = set()
+    strange = 0
+    for spot in spots:
+        owners = [
+            (abs(spot.x - p.x) + abs(spot.box[3] - p.box[3]), k) for k, (_, p) in enumerate(seen) if _beside(spot, p)
+        ]
+        along = any(_along(spot.box, piece) for _, piece in seen)
+        if spot.odd >= (_ODD_BESIDE if owners or along else _ODD) and not (along and spot.odd < 0.3 * spot.area):
+            strange = max(strange, 1 + (spot.odd >= (_ODD_BESIDE if owners or along else 2 * _ODD)))
+        if not owners:
+            # Over a body's rim lies what is left of one behind it.
+            if not along or spot.area >= _ODD_BESIDE:
+                air.append(spot)
+            continue
+        track, piece = seen[min(owners)[1]]
+        if spot.area >= 0.1 * piece.area:
+            standing.add(id(track))
+        if track.shade[number] is None:
+            track.shade[number] = spot.box[3] - piece.box[3]
+        reach = sum(p.area for t, p in seen if _beside(spot, p) or (id(t) in flying and _below(spot, p)))
+        strange = max(strange, 2 * (spot.area > reach))
+    aloft = [(t, p) for t, p in seen if id(t) in flying and id(t) not in standing]
+    for spot in air:
+        if spot.area >= 0.0012:
+            strange = max(strange, _in_the_air(number, spot, aloft))
+    return strange
+
+
+def _in_the_air(number: int, spot: Spot, aloft: list[tuple[Track, Piece]]) -> int:
+    """Whether a dark spot is no shadow of a body in the air, of which each has one; its owner leaves `aloft`."""
+    owners = [(abs(spot.x - p.x), k) for k, (_, p) in enumerate(aloft) if _below(spot, p)]
+    if not owners:
+        return int(spot.area >= _SHADOW)
+    near = sum(piece.area for _, piece in aloft if _below(spot, piece))
+    track, piece = aloft[min(owners)[1]]
+    if spot.area >= 0.12 * piece.area:
+        track.shade[number] = spot.box[3] - piece.box[3]
+        del aloft[min(owners)[1]]
+    return 2 * (spot.area >= max(_SHADOW, 0.8 * near))
+
+
+def _along(box: tuple[float, float, float, float], piece: Piece) -> bool:
+    """Whether a box lies against a body's."""
+    x0, y0, x1, y1 = piece.box
+    return box[0] <= x1 + _RIM and box[2] >= x0 - _RIM and box[1] <= y1 + _RIM and box[3] >= y0 - _RIM
+
+
+def _beside(spot: Spot, piece: Piece) -> bool:
+    """Whether a spot touches a body, at its sides or below: where the shadow of a body that stands begins."""
+    sx0, _, sx1, sy1 = spot.box
+    x0, y0, x1, y1 = piece.box
+    across = sx0 <= x1 + _NEAR and sx1 >= x0 - _NEAR
+    return across and y0 + 0.3 * (y1 - y0) <= sy1 <= y1 + max(_FOOT, 0.17 * (y1 - y0))
+
+
+def _below(spot: Spot, piece: Piece) -> bool:
+    """Whether a spot may be the shadow of a body in the air."""
+    return abs(spot.x - piece.x) <= _ASIDE and spot.box[3] >= piece.box[3]
