@@ -30,7 +30,9 @@ def tokenizer():
 
 def test_the_vocabulary_has_every_word_of_the_world(tokenizer):
     phrases = list(COLOURS)
-    for table in (getattr(tables, name) for name in dir(tables) if name.isupper()):
+    # What the judge knows of numbers, negations and other words of a prompt is no wording of a scene.
+    names = {name for name in dir(tables) if name.isupper() and name[0] != "_"}
+    for table in (getattr(tables, name) for name in sorted(names - {"NUMBERS", "NEGATIONS", "KNOWN_WORDS"})):
         # Keys are names of the world, but for synonyms, which are said; names in braces are filled in.
         rows = [table] if isinstance(table, tuple) else [(k, v) if isinstance(v, str) else v for k, v in table.items()]
         phrases += [phrase for row in rows for phrase in row]
