@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from postgen import world
 from postgen.world import Spec
-from postgen.world.spec import Split
+from postgen.world.plan import eligible_events
+from postgen.world.spec import PAIR_EVENTS, Split
 
 from .wording import captions as worded
 
@@ -41,6 +42,7 @@ def draw_scenes(
     captions: int = 0,
     split: Split = "train",
     bodies: tuple[float, ...] | None = None,
+    pair_share: float = 0.0,
     synonym_share: float = 0.0,
     unknown_share: float = 0.0,
 ) -> list[Scene]:
@@ -50,34 +52,41 @@ def draw_scenes(
         first_seed, count, num_frames, split: as in `world.sample`.
         captions: wordings of each scene, the plainest first.
         bodies: shares of scenes with one, two and three bodies; None leaves that to `world.sample`.
+        pair_share: share of the scenes with more bodies that are made to show a collision or a body that passes behind
+            another, besides those that `world.sample` draws; needs `bodies`.
         synonym_share, unknown_share: as in `wording.captions`.
     """
     shares = (synonym_share, unknown_share)
-    task = partial(_draw, num_frames=num_frames, captions=captions, split=split, bodies=bodies, shares=shares)
+    drawn = partial(_sample, num_frames=num_frames, split=split, bodies=bodies, pair_share=pair_share)
+    task = partial(_draw, drawn=drawn, captions=captions, shares=shares)
     starts = range(first_seed, first_seed + count, _CHUNK)
     spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
-    workers = min(len(spans), os.cpu_count() or 1)
+    # torchrun's processes draw at the same time and share the cores.
+    workers = min(len(spans), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if workers < 4:
         return [scene for span in spans for scene in task(span)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
         return [scene for part in executor.map(task, spans) for scene in part]
 
 
-def _draw(
-    seeds: range,
-    num_frames: int,
-    captions: int,
-    split: Split,
-    bodies: tuple[float, ...] | None,
-    shares: tuple[float, float],
-) -> list[Scene]:
+def _draw(seeds: range, drawn: Callable[[int], Spec], captions: int, shares: tuple[float, float]) -> list[Scene]:
     scenes = []
     for seed in seeds:
-        number = None if bodies is None else random.Random(f"bodies-{seed}").choices((1, 2, 3), bodies)[0]
-        spec = world.sample(seed, num_frames=num_frames, num_bodies=number, split=split)
+        spec = drawn(seed)
         texts = worded(spec, [1000 * seed + i for i in range(1, captions)], *shares) if captions else ()
         scenes.append(Scene(spec, texts))
     return scenes
+
+
+def _sample(seed: int, *, num_frames: int, split: Split, bodies: tuple[float, ...] | None, pair_share: float) -> Spec:
+    if bodies is None:
+        return world.sample(seed, num_frames=num_frames, split=split)
+    number = random.Random(f"bodies-{seed}").choices((1, 2, 3), bodies)[0]
+    chance, event = random.Random(f"pairs-{seed}"), None
+    possible = [name for name in PAIR_EVENTS if name in eligible_events(num_frames, number)]
+    if possible and chance.random() < pair_share:
+        event = chance.choice(possible)
+    return world.sample(seed, num_frames=num_frames, num_bodies=number, event=event, split=split)
 
 
 def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train") -> list[Spec]:

@@ -113,6 +113,10 @@ class TextToVideoConfig(TrainingConfig):
     bodies: list[float] = field(default_factory=lambda: [0.5, 0.4, 0.1])
     """Shares of scenes with one, two and three bodies."""
 
+    pair_share: float = 0.0
+    """Share of the scenes with more bodies that are made to show a collision or a body passing behind another, besides
+    those that the world draws anyway, in [0, 1]."""
+
     compile: bool = False
     """Compile the denoiser's blocks."""
 
@@ -150,6 +154,7 @@ class TextToVideoConfig(TrainingConfig):
         self.require(self.patch in (1, 2), "patch", "1 or 2")
         self.require(self.head_dim % 2 == 0 and self.head_dim >= 12, "head_dim", "even, at least 12")
         self.require(self.vocabulary >= 300, "vocabulary", "at least 300")
+        self.require(0 <= self.pair_share <= 1, "pair_share", "in [0,1]")
         self.require(0 <= self.synonym_share <= 1, "synonym_share", "in [0,1]")
         self.require(0 <= self.unknown_share <= 1, "unknown_share", "in [0,1]")
         self.require(self.whole_words or not self.unknown_share, "unknown_share", "0 without whole_words")
@@ -238,6 +243,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             frames,
             captions=args.captions_per_clip,
             bodies=tuple(args.bodies),
+            pair_share=args.pair_share,
             synonym_share=args.synonym_share,
             unknown_share=args.unknown_share,
         )
