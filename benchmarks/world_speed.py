@@ -1,0 +1,70 @@
+"""Clips a second that the judge of the synthetic world scores, in one process and with four beside it.
+
+    python -m benchmarks.world_speed [--device cpu|cuda] [--clips 256] [--repeats 3] [--output NAME]
+
+True clips of one to three bodies, as RL scores them (96 px, 17 frames) and as the embedded model makes them (128 px,
+33 frames); median of the repeats, with the processes already started. Writes benchmarks/results/world_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.gates import device, gate, write_result
+from postgen import world
+from postgen.world.check import check_batch
+
+SHAPES = {"96 px, 17 frames": (96, 17), "128 px, 33 frames": (128, 33)}
+GATED = "96 px, 17 frames"
+WORKERS = (0, 4)
+
+
+def rates(size: int, frames: int, clips: int, repeats: int, place: str) -> dict[str, float]:
+    """Clips a second for each number of processes."""
+    specs = [world.sample(seed, num_frames=frames) for seed in range(clips)]
+    rgb = world.render(specs, size=size, device=place).rgb_BF3HW
+    found = {}
+    for workers in WORKERS:
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            check_batch(rgb, specs, workers=workers)
+            times.append(time.perf_counter() - start)
+        found[f"{workers} workers"] = clips / statistics.median(times[1:])
+    return found
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--clips", type=int, default=256, help="clips of a call (default: 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="calls that count, after one that does not (default: 3)")
+    parser.add_argument("--output", default="world_speed", help="name or path of the result file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = options()
+    rows: dict[str, dict[str, float]] = {}
+    for name, (size, frames) in SHAPES.items():
+        rows[name] = rates(size, frames, args.clips, args.repeats, args.device)
+        print(f"{name:18s}", {workers: round(rate, 1) for workers, rate in rows[name].items()}, flush=True)
+    # The number asked for is that of a machine that trains: on another one it is not measured.
+    rate = rows[GATED]["4 workers"] if args.device == "cuda" else None
+    payload: dict[str, Any] = {
+        "settings": {"clips": args.clips, "repeats": args.repeats, "device": args.device},
+        "clips_per_second": rows,
+        "gates": [gate("clips_per_second", rate, ">=", 100)],
+    }
+    print(device(), "->", write_result(args.output, payload))
+
+
+if __name__ == "__main__":
+    main()
