@@ -15,7 +15,7 @@ LOWER = {
 }
 """What lies below a method."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
-TOP |= {"train"}
+TOP |= {"request", "train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {
@@ -30,10 +30,11 @@ ALLOWED = {
     "metrics": {*GROUND, "assets", "video", "world"},
     "rewards": {*GROUND, "assets", "metrics", "video", "world"},
     "families": {*GROUND, "assets", "compat"},
-    "sampling": {*GROUND, "assets", "compat", "families"},
+    "sampling": {*GROUND, "assets", "compat", "families", "video"},
     "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
-    "pipelines": {*GROUND, "compat", "families", *METHODS},
+    # The table of plug-ins names places and imports none of them.
+    "pipelines": {*GROUND, "compat", "families", "plug_ins", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
     # A few-step student of a block-causal model is one more stage of the conversion.
     "distill": {*LOWER, "causal"},

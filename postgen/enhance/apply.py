@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.state import NAME, Enhancement
 from postgen.errors import UserError
-from postgen.families.handle import PlugInHandle, set_for_call
+from postgen.families.handle import PlugInHandle
 from postgen.families.installed import transformers_of
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | N
     def make(model: nn.Module, settings: EnhanceAVideoConfig) -> Enhancement:
         return Enhancement(model, settings, progress)
 
-    with ExitStack() as stack:
-        for model in transformers_of(target).values():
-            stack.enter_context(set_for_call(model, NAME, config, make))
+    with EnhanceAVideoHandle.for_call(target, config, make):
         yield
 
 

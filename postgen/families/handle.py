@@ -118,6 +118,27 @@ class PlugInHandle(Generic[C, A]):
             raise UserError(f"the settings are {made!r}, they must be a {cls.config_class.__name__}")
         return made
 
+    @classmethod
+    @contextmanager
+    def for_call(cls, target: Any, config: C | None, make: Callable[[nn.Module, C], A]) -> Iterator[None]:
+        """Set the plug-in on every transformer of a pipeline, or on a transformer, for the calls in a block.
+
+        Afterwards it is as it was before; what is removed within the block stays removed.
+
+        Args:
+            target: the pipeline or transformer.
+            config: settings; None is off.
+            make: what is installed where it is not on yet.
+
+        Raises:
+            UserError: settings that are wrong, or a model that it does not know; nothing changes.
+        """
+        settings = None if config is None else cls.settings(config)
+        with ExitStack() as stack:
+            for model in transformers_of(target).values():
+                stack.enter_context(set_for_call(model, cls.name, settings, make))
+            yield
+
     @property
     def config(self) -> C:
         """The settings."""

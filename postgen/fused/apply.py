@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from postgen.errors import UserError
-from postgen.families.handle import PlugInHandle, set_for_call
-from postgen.families.installed import transformers_of
+from postgen.families.handle import PlugInHandle
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.state import NAME, Fusion
 
@@ -77,7 +76,5 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
         yield
         return
     config = FusedOpsHandle.settings(None if setting is True else setting) if setting else None
-    with ExitStack() as stack:
-        for model in transformers_of(target).values():
-            stack.enter_context(set_for_call(model, NAME, config, Fusion))
+    with FusedOpsHandle.for_call(target, config, Fusion):
         yield
