@@ -110,7 +110,7 @@ def register_plug_in(row: PlugIn) -> None:
     for other in _rows:
         for field in ("name", "option"):
             if getattr(other, field) == getattr(row, field):
-                raise UserError(f"the plug-in {other.name} has the {field} {getattr(row, field)} already: take another")
+                raise UserError(f"the plug-in {other.name} has the {field} {getattr(row, field)} already")
     _rows.append(row)
 
 

@@ -8,7 +8,7 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "settings"}
+GROUND = {"errors", "files", "prompt_rows", "settings"}
 LOWER = {
     *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
@@ -21,6 +21,7 @@ TOP |= {"request", "train"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "prompt_rows": {"errors"},
     "settings": {"errors"},
     "assets": GROUND,
     "compat": GROUND,
@@ -54,7 +55,7 @@ VIDEO_NAMES = {
     "VideoCapture",
     "VideoWriter",
 }
-MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "settings", "assets"}
+MODEL_FREE = {"kernels", "video", "world", "metrics", *GROUND, "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
 GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
 

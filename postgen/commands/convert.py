@@ -1,4 +1,4 @@
-"""`postgen convert METHOD MODEL -o OUT`: a command for each method that makes one model, or part of one, of another."""
+"""`postgen convert METHOD MODEL -o OUT`: one command a method that makes a model, or part of one, of another."""
 
 from __future__ import annotations
 

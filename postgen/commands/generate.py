@@ -1,6 +1,5 @@
 """`postgen generate`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
+from postgen.prompt_rows import read_prompts
 
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
@@ -60,41 +60,11 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
     if prompt is not None and prompts is not None:
         raise UserError("give one prompt or --prompts FILE, not both")
     if prompts is not None:
-        return read_prompts(prompts)
+        return [str(row["prompt"]) for row in read_prompts(prompts)]
     text = prompt if prompt is not None else old
     if text is None:
         raise UserError('there is no prompt: postgen generate "a red ball rolls left" -o out.mp4')
     return [text]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read a file of prompts: JSONL objects with `prompt`, or one prompt a line; blank lines do not count.
-
-    Raises:
-        UserError: no such file, a line without prompt, or no prompt at all.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}") from error
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            texts.append(_json_prompt(line, path, number) if path.suffix == ".jsonl" else line.strip())
-    if not texts:
-        raise UserError(f"there is no prompt in {path}")
-    return texts
-
-
-def _json_prompt(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    text = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{path}, line {number} has no prompt: expected an object with a text under 'prompt'")
-    return text
 
 
 def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:

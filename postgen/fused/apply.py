@@ -66,8 +66,8 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves them as they are; False switches them off; True fuses everything; a config is taken as it
-            is.
+        setting: None leaves them as they are; False or 0 switches them off; True fuses everything; a config is taken
+            as it is.
 
     Raises:
         UserError: an unknown model, or code of diffusers that changed since.
@@ -75,6 +75,7 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
     if setting is None:
         yield
         return
-    config = FusedOpsHandle.settings(None if setting is True else setting) if setting else None
+    off = isinstance(setting, int | float) and not setting
+    config = None if off else FusedOpsHandle.settings(None if setting is True else setting)
     with FusedOpsHandle.for_call(target, config, Fusion):
         yield
