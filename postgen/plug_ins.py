@@ -124,11 +124,6 @@ def resolve(place: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def is_off(setting: Any) -> bool:
-    """Whether a setting means off; None, which leaves a plug-in as it is, does not."""
-    return setting is False or (isinstance(setting, int | float) and setting == 0)
-
-
 def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, Any]:
     """Turn the texts of options into settings, before the weights of the model are read.
 
@@ -142,6 +137,8 @@ def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, A
     Raises:
         UserError: a text that is none of its plug-in, or a plug-in that cannot act on the model.
     """
+    from postgen.families.handle import is_off
+
     settings = {row.name: resolve(row.parse)(texts[row.option]) if row.option in texts else False for row in _rows}
     for row in _rows:
         if is_off(settings[row.name]):
@@ -166,13 +163,14 @@ def plug_ins_for_call(target: Any, settings: Mapping[str, Any]) -> Iterator[None
     with ExitStack() as stack:
         for row in _rows:
             setting = settings.get(row.name)
-            # What is off on a model that does not have it needs no import.
-            if setting is not None and not (is_off(setting) and not _is_on(target, row.name)):
+            if setting is not None and _acts(target, row.name, setting):
                 stack.enter_context(resolve(row.for_call)(target, setting))
         yield
 
 
-def _is_on(target: Any, name: str) -> bool:
+def _acts(target: Any, name: str, setting: Any) -> bool:
+    """Whether a setting changes anything: what is off where it is not on anyway need not even be imported."""
+    from postgen.families.handle import is_off
     from postgen.families.installed import installed, transformers_of
 
-    return any(name in installed(model).plug_ins for model in transformers_of(target).values())
+    return not is_off(setting) or any(name in installed(m).plug_ins for m in transformers_of(target).values())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from postgen.errors import UserError
@@ -60,8 +59,7 @@ def remove_fused_ops(target: Any) -> None:
     handle.remove()
 
 
-@contextmanager
-def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterator[None]:
+def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> AbstractContextManager[None]:
     """Set the fused operations for the calls in a block; afterwards they are as before.
 
     Args:
@@ -72,10 +70,4 @@ def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterat
     Raises:
         UserError: an unknown model, or code of diffusers that changed since.
     """
-    if setting is None:
-        yield
-        return
-    off = isinstance(setting, int | float) and not setting
-    config = None if off else FusedOpsHandle.settings(None if setting is True else setting)
-    with FusedOpsHandle.for_call(target, config, Fusion):
-        yield
+    return FusedOpsHandle.for_call(target, setting, Fusion)
