@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,18 @@ def test_compare_parses_and_prepares_each_side_once(
     assert calls == dict.fromkeys((*PREPARED[:2], *PARSED), 2)
     settings = [json.loads((tmp_path / f"x-{side}.json").read_text())["settings"] for side in "ab"]
     assert [(each["fused"], each["enhance"]) for each in settings] == [("off", "2.5"), ("norm_rope", "1")]
+
+
+def test_the_command_line_starts_without_any_method_or_model_library() -> None:
+    script = (
+        "import sys\nfrom postgen.cli import main\n"
+        "try:\n    main([{words}])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = ('torch', 'diffusers', 'transformers', 'numpy', 'postgen.families', 'postgen.enhance', 'postgen.fused')\n"
+        "found = sorted(set(heavy) & set(sys.modules))\nassert not found, found"
+    )
+    for words in ("'--help'", "'compare', '--help'", "'convert', '--help'"):
+        run = subprocess.run([sys.executable, "-c", script.format(words=words)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
 
 
 def test_what_is_off_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
