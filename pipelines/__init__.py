@@ -1,4 +1,4 @@
-"""Drop-in diffusers pipelines: the same names, calls and folders, and `enhance_a_video=`.
+"""Drop-in diffusers pipelines: the same names, calls and folders, with a keyword argument for each plug-in.
 
     from postgen.pipelines import WanPipeline  # instead of: from diffusers import WanPipeline
 

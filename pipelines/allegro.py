@@ -1,4 +1,4 @@
-"""Allegro, as in diffusers and with `enhance_a_video=`."""
+"""Allegro, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

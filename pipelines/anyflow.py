@@ -1,4 +1,4 @@
-"""AnyFlow, as in diffusers and with `enhance_a_video=`."""
+"""AnyFlow, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""ChronoEdit, as in diffusers and with `enhance_a_video=`."""
+"""ChronoEdit, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""CogVideoX, as in diffusers and with `enhance_a_video=`."""
+"""CogVideoX, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""ConsisID, as in diffusers and with `enhance_a_video=`."""
+"""ConsisID, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

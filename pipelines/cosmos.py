@@ -1,4 +1,4 @@
-"""Cosmos, as in diffusers and with `enhance_a_video=`."""
+"""Cosmos, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

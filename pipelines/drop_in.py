@@ -1,58 +1,77 @@
-"""What every drop-in pipeline has in common: diffusers' own call with keyword arguments of ours."""
+"""What every drop-in pipeline has in common: diffusers' own call, with a keyword argument for each plug-in."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from postgen.enhance import EnhanceAVideoConfig, enhance_for_call
-
-EnhanceSetting = EnhanceAVideoConfig | float | str | None
-"""None leaves Enhance-A-Video as it is, 0 or False is off, "auto" or True is the model's recommended weight, a number
-is the weight, a config is taken as it is."""
+from postgen.errors import UserError
+from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call
 
 _DOCUMENTATION = """
 
-        enhance_a_video (`float`, `str` or [`postgen.EnhanceAVideoConfig`], *optional*):
-            Enhance-A-Video for this call: a weight, "auto" or a config is on, 0 or False is off, None leaves it as it
-            is. Afterwards it is as it was before, also after an error.
+        {row.name} (*optional*):
+            {row.title} for this call: {row.values} is on, 0 or False is off, None leaves it as it is.
+            Afterwards it is as it was before, also after an error.
 """
 
 
 class DropIn:
     """First parent of a drop-in pipeline; the second one is the class of diffusers that it stands for.
 
-    The pair has the diffusers class' name, its whole call and `enhance_a_video=`. A folder that it saves names the
-    diffusers class, so it loads without postgen.
+    The pair has the diffusers class' name, its whole call and a keyword argument for each row of `postgen.plug_ins`. A
+    folder that it saves names the diffusers class, so it loads without postgen.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if DropIn in cls.__bases__:
             (parent,) = (base for base in cls.__bases__ if base is not DropIn)
-            cls.__call__ = _with_settings(parent.__call__)  # type: ignore[method-assign]
+            cls.__call__ = _Call(parent.__call__)  # type: ignore[assignment, method-assign]
 
-    if TYPE_CHECKING:  # at run time every class has its parent's signature and the keyword
+    if TYPE_CHECKING:  # at run time every class has its parent's signature and the keywords
 
-        def __call__(self, *args: Any, enhance_a_video: EnhanceSetting = None, **kwargs: Any) -> Any:
-            """Run the pipeline, with Enhance-A-Video set for this call. Every other argument is that of diffusers."""
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Run the pipeline with plug-ins set for this call. Every other argument is that of diffusers."""
 
 
-def _with_settings(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a pipeline's `__call__` with our keyword arguments, which `inspect.signature` shows too."""
+class _Call:
+    """A pipeline's `__call__` with the keyword arguments that the table has when it is looked up."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        function = _with_settings(self._call, known_plug_ins())
+        return function if instance is None else MethodType(function, instance)
+
+
+@functools.cache
+def _with_settings(call: Callable[..., Any], rows: tuple[PlugIn, ...]) -> Callable[..., Any]:
+    """Return a pipeline's `__call__` with our keyword arguments, which `inspect.signature` shows too.
+
+    Raises:
+        UserError: the pipeline has an argument of the name of a plug-in.
+    """
+    signature = inspect.signature(call)
+    for row in rows:
+        if row.name in signature.parameters:
+            raise UserError(f"{call.__qualname__} has an argument {row.name} itself: name the plug-in otherwise")
 
     @functools.wraps(call)
-    def __call__(self: Any, *args: Any, enhance_a_video: EnhanceSetting = None, **kwargs: Any) -> Any:
-        with enhance_for_call(self, enhance_a_video):
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = {row.name: kwargs.pop(row.name, None) for row in rows}
+        with plug_ins_for_call(self, settings):
             return call(self, *args, **kwargs)
 
-    signature = inspect.signature(call)
-    ours = inspect.signature(__call__, follow_wrapped=False).parameters["enhance_a_video"]
     theirs = list(signature.parameters.values())
+    ours = [inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None) for row in rows]
     at_end = [one for one in theirs if one.kind is one.VAR_KEYWORD]
     theirs = [one for one in theirs if one.kind is not one.VAR_KEYWORD]
-    __call__.__signature__ = signature.replace(parameters=[*theirs, ours, *at_end])  # type: ignore[attr-defined]
-    __call__.__doc__ = (call.__doc__ or "").rstrip() + _DOCUMENTATION
+    __call__.__signature__ = signature.replace(parameters=[*theirs, *ours, *at_end])  # type: ignore[attr-defined]
+    texts = [_DOCUMENTATION.format(row=row).rstrip() for row in rows]
+    __call__.__doc__ = (call.__doc__ or "").rstrip() + "".join(texts) + "\n"
     return __call__

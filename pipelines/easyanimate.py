@@ -1,4 +1,4 @@
-"""EasyAnimate, as in diffusers and with `enhance_a_video=`."""
+"""EasyAnimate, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

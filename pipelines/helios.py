@@ -1,4 +1,4 @@
-"""Helios, as in diffusers and with `enhance_a_video=`."""
+"""Helios, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo, as in diffusers and with `enhance_a_video=`."""
+"""HunyuanVideo, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5, as in diffusers and with `enhance_a_video=`."""
+"""HunyuanVideo 1.5, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""Kandinsky 5 and 6, as in diffusers and with `enhance_a_video=`."""
+"""Kandinsky 5 and 6, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""Latte, as in diffusers and with `enhance_a_video=`."""
+"""Latte, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""LTX-Video, as in diffusers and with `enhance_a_video=`."""
+"""LTX-Video, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""LTX-2, as in diffusers and with `enhance_a_video=`."""
+"""LTX-2, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

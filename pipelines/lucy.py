@@ -1,4 +1,4 @@
-"""Lucy Edit, as in diffusers and with `enhance_a_video=`."""
+"""Lucy Edit, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""Mochi, as in diffusers and with `enhance_a_video=`."""
+"""Mochi, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

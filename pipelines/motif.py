@@ -1,4 +1,4 @@
-"""Motif-Video, as in diffusers and with `enhance_a_video=`."""
+"""Motif-Video, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

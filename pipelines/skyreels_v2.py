@@ -1,4 +1,4 @@
-"""SkyReels-V2, as in diffusers and with `enhance_a_video=`."""
+"""SkyReels-V2, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

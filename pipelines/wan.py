@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, as in diffusers and with `enhance_a_video=`."""
+"""Wan 2.1 and 2.2, as in diffusers, with a keyword argument for each plug-in."""
 
 import diffusers
 

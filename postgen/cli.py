@@ -5,36 +5,54 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import postgen
 from postgen.commands.compare import compare
+from postgen.commands.convert import checked, convert_commands
+from postgen.commands.errors import STOPPED, tell, tell_error
 from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
+from postgen.commands.options import takes_settings
 from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
-from postgen.compat import command_error
-from postgen.errors import UserError
 
-_STOPPED = "postgen: stopped; no half-written file was left"
+MAKE, JUDGE, TRAIN, CONVERT, SERVE, ABOUT = "Make", "Judge", "Train", "Convert", "Serve", "About"
+"""Groups of commands in `postgen --help`."""
 
-app = typer.Typer(
-    name="postgen",
-    help="Make a trained diffusers video model better, faster and longer.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(generate)
-app.command()(compare)
-app.command(context_settings=SETTINGS)(train)
-app.command()(score)
-app.command("serve-reward")(serve_reward)
-app.command("export-lora")(export_lora)
-app.command()(info)
+
+def app(**words: Any) -> Any:
+    """Run the command line as it is now: plug-ins that were registered before this call have their options."""
+    return build()(**words)
+
+
+def build() -> typer.Typer:
+    """Return the command line, with an option for each row of the table of plug-ins.
+
+    Raises:
+        UserError: a plug-in has the option of a setting.
+    """
+    commands = typer.Typer(
+        name="postgen",
+        help="Make a trained diffusers video model better, faster and longer.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    commands.callback()(_common)
+    commands.command(rich_help_panel=MAKE)(takes_settings(generate))
+    commands.command(rich_help_panel=MAKE)(takes_settings(compare))
+    commands.command(rich_help_panel=JUDGE)(score)
+    commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
+    commands.add_typer(convert_commands(), name="convert", rich_help_panel=CONVERT)
+    short = "The same as convert lora."
+    commands.command("export-lora", rich_help_panel=CONVERT, short_help=short)(checked(export_lora))
+    commands.command("serve-reward", rich_help_panel=SERVE)(serve_reward)
+    commands.command(rich_help_panel=ABOUT)(info)
+    return commands
 
 
 def _show_version(asked: bool) -> None:
@@ -43,7 +61,6 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
@@ -66,18 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.unraisablehook = _unraisable
     try:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
-    except UserError as error:
-        _leave(f"postgen: error: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _leave(_STOPPED, 130)
+        _stop()
     except Exception as error:
-        if (told := command_error(error)) is None:
+        if (code := tell_error(error)) is None:
             raise
-        _leave(f"postgen: error: {told[0]} (see postgen --help)", told[1])
+        raise SystemExit(code) from None
     code = result if isinstance(result, int) else 0
     if code == 130:  # newer typer turns Ctrl-C into this code by itself
-        _leave(_STOPPED, code)
+        _stop()
     raise SystemExit(code)
+
+
+def _stop() -> NoReturn:
+    tell(STOPPED)
+    raise SystemExit(130)
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
@@ -96,11 +116,6 @@ def _warning(
     if category is UserWarning:
         return f"postgen: warning: {' '.join(str(message).split())}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

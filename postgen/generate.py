@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
-from postgen.families.loading import DEVICES, DTYPES, OFFLOADS, ModelFacts, check_device, inspect_model, load_pipeline
-from postgen.families.lora import check_lora, load_loras, parse_lora
+from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
+from postgen.families.lora import check_lora, load_loras
 from postgen.files import check_place
-from postgen.plug_ins import check_plug_ins, enhance_setting, fused_setting, plug_ins_for_call
+from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
+from postgen.request import GenerateConfig, portable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,64 +35,6 @@ _CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
-    """One video. A field that is None takes the model's default."""
-
-    prompt: str
-    """What the video shows."""
-    model: str | None = None
-    """A local diffusers folder or a hub id; None is the embedded model."""
-    negative_prompt: str | None = None
-    """What it should not show; needs guidance above 1."""
-    width: int | None = None
-    """Pixels."""
-    height: int | None = None
-    """Pixels."""
-    num_frames: int | None = None
-    """Frames of the clip."""
-    num_inference_steps: int | None = None
-    """Denoising steps."""
-    guidance_scale: float | None = None
-    """Scale of classifier-free guidance; up to 1 is off."""
-    seed: int = 0
-    """Seed of the initial noise, drawn on the CPU so that every device starts from the same."""
-    dtype: str = "auto"
-    """auto, float32, bfloat16 or float16."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    offload: str = "none"
-    """none, model or sequential."""
-    lora: tuple[str, ...] = ()
-    """LoRA files, each `PATH[:scale]`."""
-    image: str | None = None
-    """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
-    fps: float | None = None
-    """Frames per second of the written video."""
-    enhance: str | None = None
-    """Enhance-A-Video: auto, or its weight as a number; None and 0 are off."""
-    fused: str | None = None
-    """Fused operations: auto for all, or some of norm_rope, adaln, attention with commas between; None is off."""
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        if not self.prompt.strip():
-            raise UserError("the prompt is empty: say what the video shows")
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("offload", self.offload, OFFLOADS)
-        _check_choice("device", self.device.partition(":")[0], DEVICES)
-        for name in ("width", "height", "num_frames", "num_inference_steps", "fps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0, got {value}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
-        enhance_setting(self.enhance)
-        fused_setting(self.fused)
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """A checked request: every default filled in."""
 
@@ -100,12 +42,22 @@ class Job:
     """The request."""
     facts: ModelFacts
     """What is known of its model."""
+    plug_ins: Mapping[str, Any]
+    """Settings of plug-ins by name, from `postgen.plug_ins.prepare_plug_ins`."""
 
     @property
     def loading(self) -> tuple[Any, ...]:
         """Equal for two jobs that can share a loaded pipeline."""
         config = self.config
         return self.facts.source, config.dtype, config.device, config.offload, config.lora
+
+    def again(self, *, prompt: str, seed: int) -> Job:
+        """Return the same request for another prompt and seed; what was checked once is not checked again.
+
+        Raises:
+            UserError: an empty prompt, or a seed that is none.
+        """
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, prompt=prompt, seed=seed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +88,7 @@ def prepare(config: GenerateConfig) -> Job:
     _check_inputs(config, facts)
     if config.device != "auto":
         check_device(config.device)
-    return Job(config=config, facts=facts)
+    return Job(config=config, facts=facts, plug_ins=prepare_plug_ins(facts, config.plug_ins))
 
 
 def load(job: Job) -> Any:
@@ -163,7 +115,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
     config = job.config
     call = {name: getattr(config, name) for name in job.facts.arguments if getattr(config, name) is not None}
     if config.image is not None:
-        call["image"] = _open_image(config.image)
+        call["image"] = _first_frame(config.image)
     total = config.num_inference_steps or 0
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +125,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
 
     generator = torch.Generator().manual_seed(config.seed)
     try:
-        with plug_ins_for_call(pipe, enhance=config.enhance, fused=config.fused):
+        with plug_ins_for_call(pipe, job.plug_ins):
             frames = pipe(**call, generator=generator, output_type="pt", callback_on_step_end=after_step).frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
@@ -264,48 +216,19 @@ def generate_video(
     """
     paths, kind = output_paths(Path(output), format)
     job = prepare(config)
-    pipe = pipe if pipe is not None else load(job)
-    start = time.perf_counter()
-    clip = run(pipe, job, on_step)
-    write(clip, job, paths, kind, seconds=time.perf_counter() - start, place=str(execution_device(pipe)))
+    make_video(pipe if pipe is not None else load(job), job, paths, kind, on_step)
     return paths
 
 
-def portable(config: GenerateConfig) -> dict[str, Any]:
-    """Return the settings for a sidecar: file names become absolute, so that it works from every folder."""
-    settings = dataclasses.asdict(config)
-    for name in ("model", "image"):
-        settings[name] = _absolute(settings[name])
-    loras = map(parse_lora, config.lora)
-    settings["lora"] = [f"{_absolute(path)}:{scale:g}" for path, scale in loras]
-    return settings
-
-
-def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
-    """Return the settings of a sidecar (keywords of `GenerateConfig`) and the format of its video.
+def make_video(pipe: Any, job: Job, paths: Written, kind: str, on_step: StepCallback | None = None) -> None:
+    """Run a job and write its files; `paths` and `kind` are from `output_paths`.
 
     Raises:
-        UserError: no such file, not a sidecar, or settings that this version does not know.
+        UserError: as `run` and `write`.
     """
-    try:
-        note = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the sidecar {path}: {error}") from error
-    settings = note.get("settings") if isinstance(note, dict) else None
-    if not isinstance(settings, dict) or not isinstance(note.get("format"), str):
-        raise UserError(f"{path} is no sidecar of postgen: it has no settings or no format")
-    known = GenerateConfig.__dataclass_fields__
-    if unknown := sorted(set(settings) - set(known)):
-        raise UserError(f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
-    loras = settings.get("lora", [])
-    if not isinstance(loras, list) or not all(isinstance(lora, str) for lora in loras):
-        raise UserError(f"the sidecar {path} is damaged: lora must be a list of texts, got {loras!r}")
-    settings["lora"] = tuple(loras)
-    try:
-        GenerateConfig(**{"prompt": "", **settings})
-    except UserError as error:
-        raise UserError(f"the sidecar {path} is damaged: {error}") from error
-    return settings, note["format"]
+    start = time.perf_counter()
+    clip = run(pipe, job, on_step)
+    write(clip, job, paths, kind, seconds=time.perf_counter() - start, place=str(execution_device(pipe)))
 
 
 def versions() -> dict[str, str]:
@@ -325,46 +248,16 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
     if config.image is None and facts.takes_image:
         raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
     if config.image is not None:
-        _open_image(config.image)
+        _first_frame(config.image)
     for lora in config.lora:
         check_lora(lora)
-    check_plug_ins(facts, enhance=config.enhance, fused=config.fused)
 
 
 def _sibling(base: Path, suffix: str) -> Path:
     return base.with_name(base.name + suffix)
 
 
-def _absolute(name: str | None) -> str | None:
-    if name is None or not Path(name).expanduser().exists():
-        return name
-    return str(Path(name).expanduser().resolve())
+def _first_frame(path: str) -> Any:
+    from postgen.video import read_picture
 
-
-def _open_image(path: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(Path(path).expanduser()) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}") from error
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"unknown {name} {value!r}. Known: {', '.join(known)}")
-
-
-_KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "tuple": (tuple,)}
-
-
-def _check_types(config: GenerateConfig) -> None:
-    """Settings also come from files and from `key=value` texts, where a number may have become something else."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind, _, optional = str(field.type).partition(" | ")
-        allowed = _KINDS[kind.partition("[")[0]]
-        if (value is None and optional) or (isinstance(value, allowed) and not isinstance(value, bool)):
-            continue
-        raise UserError(f"{field.name} must be {kind}, got {value!r}")
+    return read_picture(path)

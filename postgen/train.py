@@ -2,6 +2,7 @@
 
 import sys
 
+from postgen.commands.errors import tell_error
 from postgen.errors import UserError
 
 USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-run]
@@ -25,8 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell_error(error) or 2
 
 
 def _run(words: list[str]) -> int:

@@ -8,19 +8,20 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "settings"}
+GROUND = {"errors", "files", "prompt_rows", "settings"}
 LOWER = {
     *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
 }
 """What lies below a method."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
-TOP |= {"train"}
+TOP |= {"request", "train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "prompt_rows": {"errors"},
     "settings": {"errors"},
     "assets": GROUND,
     "compat": GROUND,
@@ -30,10 +31,11 @@ ALLOWED = {
     "metrics": {*GROUND, "assets", "video", "world"},
     "rewards": {*GROUND, "assets", "metrics", "video", "world"},
     "families": {*GROUND, "assets", "compat"},
-    "sampling": {*GROUND, "assets", "compat", "families"},
+    "sampling": {*GROUND, "assets", "compat", "families", "video"},
     "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
-    "pipelines": {*GROUND, "compat", "families", *METHODS},
+    # The table of plug-ins names places and imports none of them.
+    "pipelines": {*GROUND, "compat", "families", "plug_ins", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
     # A few-step student of a block-causal model is one more stage of the conversion.
     "distill": {*LOWER, "causal"},
@@ -53,7 +55,7 @@ VIDEO_NAMES = {
     "VideoCapture",
     "VideoWriter",
 }
-MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "settings", "assets"}
+MODEL_FREE = {"kernels", "video", "world", "metrics", *GROUND, "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
 GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
 

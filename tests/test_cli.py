@@ -91,7 +91,7 @@ def test_prompts_as_jsonl(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     assert cli("generate", "--prompts", prompts, *words).code == 0
     assert json.loads((tmp_path / "x-001.json").read_text())["prompt"] == "a cone"
     prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    assert "line 2 has no prompt" in cli("generate", "--prompts", prompts, *words).err
+    assert "line 2 has no column 'prompt', it has text" in cli("generate", "--prompts", prompts, *words).err
 
 
 def test_image_to_video(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str
         (["a", "--model", "./absent"], "there is no model folder ./absent"),
         (["a", "--frobnicate", "1"], "No such option: --frobnicate"),
         (["a", "--prompts", "absent.txt"], "not both"),
-        (["--prompts", "absent.txt"], "cannot read the prompts absent.txt"),
+        (["--prompts", "absent.txt"], "the prompts absent.txt cannot be read"),
         (["--from", "absent.json"], "cannot read the sidecar absent.json"),
     ],
 )

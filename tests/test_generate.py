@@ -12,7 +12,8 @@ from postgen import UserError, read_video
 from postgen.compare import compare_videos, pair_paths
 from postgen.families.loading import check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, parse_lora
-from postgen.generate import GenerateConfig, generate_video, load, output_paths, prepare, read_sidecar, run
+from postgen.generate import generate_video, load, output_paths, prepare, run
+from postgen.request import GenerateConfig, read_sidecar
 
 SMALL: dict[str, Any] = {"width": 32, "height": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
 
@@ -39,7 +40,7 @@ def test_a_loaded_pipeline_can_be_used_again(tiny_wan: Path, tmp_path: Path) -> 
     assert torch.equal(read_video(first.video), read_video(second.video))
     settings, kind = read_sidecar(first.sidecar)
     assert kind == "frames"
-    assert GenerateConfig(**settings) == prepare(config).config
+    assert GenerateConfig.of(settings) == prepare(config).config
 
 
 def test_interrupt_from_the_step_callback_leaves_nothing(tiny_wan: Path, tmp_path: Path) -> None:

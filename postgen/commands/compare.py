@@ -1,38 +1,15 @@
 """`postgen compare`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
 
-# Short names, as the options of the command line have them.
-_NAMES = {
-    "model": "model",
-    "lora": "lora",
-    "width": "width",
-    "height": "height",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "negative-prompt": "negative_prompt",
-    "prompt": "prompt",
-    "image": "image",
-    "enhance": "enhance",
-    "fused": "fused",
-    "dtype": "dtype",
-    "device": "device",
-    "offload": "offload",
-}
-_NUMBERS: dict[str, type[int] | type[float]] = {
-    "width": int,
-    "height": int,
-    "num_frames": int,
-    "num_inference_steps": int,
-    "guidance_scale": float,
-}
+_OF_BOTH = ("size", "seed", "fps")
+"""Settings that are not of one side alone."""
 
 Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_default=False)]
 A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
@@ -43,7 +20,6 @@ Output = Annotated[
 ]
 
 
-@o.takes_settings
 def compare(
     prompt: Prompt,
     a: A = None,
@@ -62,7 +38,7 @@ def compare(
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
-    """Turn `key=value` texts into keywords of `GenerateConfig`.
+    """Turn `key=value` texts into settings for `GenerateConfig.of`; keys are the options of the command line.
 
     Raises:
         UserError: no equals sign, an unknown key, a value that is no number.
@@ -71,22 +47,32 @@ def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
     {'num_inference_steps': 10, 'guidance_scale': 1.0}
     """
     side: dict[str, Any] = {}
+    keys = _keys()
     for text in texts:
         key, equals, value = text.partition("=")
-        name = _NAMES.get(key.replace("_", "-"))
+        kind, name = keys.get(key.replace("_", "-"), (str, None))
         if not equals or name is None:
-            raise UserError(f"{option} {text!r} must be key=value. Known keys: {', '.join(_NAMES)}")
+            raise UserError(f"{option} {text!r} must be key=value. Known keys: {', '.join(keys)}")
         if name == "lora":
             side[name] = (*side.get(name, ()), value)
         elif name in side:
             raise UserError(f"{option} gives {key} twice")
         else:
-            side[name] = _number(option, text, name, value)
+            side[name] = _value(option, text, kind, value)
     return side
 
 
-def _number(option: str, text: str, name: str, value: str) -> Any:
-    kind = _NUMBERS.get(name, str)
+def _keys() -> dict[str, tuple[type, str]]:
+    """Return what `--a` and `--b` take: key -> type of the value, and the setting it stands for."""
+    keys: dict[str, tuple[type, str]] = {}
+    for name, (option, field) in o.setting_options().items():
+        if name not in _OF_BOTH:
+            kind = next(kind for kind in get_args(get_args(option)[0]) if kind is not type(None))
+            keys[name.replace("_", "-")] = kind, field
+    return keys | {"prompt": (str, "prompt")}
+
+
+def _value(option: str, text: str, kind: type, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
@@ -97,9 +83,10 @@ def _make(
     shared: dict[str, Any], sides: list[dict[str, Any]], labels: list[str], output: Path, format: str | None
 ) -> None:
     from postgen.compare import compare_videos, pair_paths
-    from postgen.generate import GenerateConfig, prepare
+    from postgen.generate import prepare
+    from postgen.request import GenerateConfig
 
-    jobs = [prepare(GenerateConfig(**(shared | side))) for side in sides]
+    jobs = [prepare(GenerateConfig.of(shared | side)) for side in sides]
     if not output.suffix and format is None:
         format = "mp4"
     paths = pair_paths(output, format)

@@ -15,7 +15,7 @@ Family = Annotated[
     typer.Option(
         "--family",
         help="wan, hunyuan_video, ltx, cogvideox, flux, stable_diffusion_3, stable_diffusion (and XL). "
-        "[default: what the export or its layers say]",
+        "\\[default: what the export or its layers say]",
     ),
 ]
 

@@ -1,6 +1,5 @@
 """`postgen generate`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
+from postgen.prompt_rows import read_prompts
 
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
@@ -28,7 +28,6 @@ From = Annotated[
 ]
 
 
-@o.takes_settings
 def generate(
     prompt: Prompt = None,
     output: Output = None,
@@ -50,7 +49,7 @@ def _again(
     sidecar: Path, given: dict[str, Any], output: Path | None, format: str | None
 ) -> tuple[dict[str, Any], Path, str | None]:
     """Fill in what a sidecar says where the options say nothing."""
-    from postgen.generate import read_sidecar
+    from postgen.request import read_sidecar
 
     old, old_format = read_sidecar(sidecar)
     output = output or sidecar.with_name(f"{sidecar.stem}-again")
@@ -61,69 +60,40 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
     if prompt is not None and prompts is not None:
         raise UserError("give one prompt or --prompts FILE, not both")
     if prompts is not None:
-        return read_prompts(prompts)
+        return [str(row["prompt"]) for row in read_prompts(prompts)]
     text = prompt if prompt is not None else old
     if text is None:
         raise UserError('there is no prompt: postgen generate "a red ball rolls left" -o out.mp4')
     return [text]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read a file of prompts: JSONL objects with `prompt`, or one prompt a line; blank lines do not count.
-
-    Raises:
-        UserError: no such file, a line without prompt, or no prompt at all.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}") from error
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            texts.append(_json_prompt(line, path, number) if path.suffix == ".jsonl" else line.strip())
-    if not texts:
-        raise UserError(f"there is no prompt in {path}")
-    return texts
-
-
-def _json_prompt(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    text = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{path}, line {number} has no prompt: expected an object with a text under 'prompt'")
-    return text
-
-
 def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:
-    from postgen.generate import GenerateConfig, generate_video, load, output_paths, prepare
+    from postgen.generate import load, make_video, output_paths, prepare
+    from postgen.request import GenerateConfig
 
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
-    first = given.pop("seed", 0)
-    configs = [GenerateConfig(prompt=text, seed=first + n, **given) for text in texts for n in range(count)]
+    config = GenerateConfig.of({"seed": 0, **given, "prompt": texts[0]})
+    wanted = [(text, config.seed + n) for text in texts for n in range(count)]
     if not output.suffix and format is None:
         format = "mp4"
-    names = [output] if len(configs) == 1 else [_numbered(output, n) for n in range(len(configs))]
+    names = [output] if len(wanted) == 1 else [_numbered(output, n) for n in range(len(wanted))]
     # Every mistake is found here, before seconds or minutes go into loading.
-    for name in names:
-        output_paths(name, format)
-    jobs = [prepare(config) for config in configs]
+    places = [output_paths(name, format) for name in names]
+    first = prepare(config)
+    jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 
     from postgen.commands.progress import steps, waiting
     from postgen.compat import quiet_libraries
 
-    with waiting(f"Loading {jobs[0].facts.source}"), quiet_libraries():
-        pipe = load(jobs[0])
+    with waiting(f"Loading {first.facts.source}"), quiet_libraries():
+        pipe = load(first)
     for text in texts:
-        _tell_unknown(pipe, jobs[0], text)
-    for number, (config, name) in enumerate(zip(configs, names, strict=True), 1):
-        title = "Generating" if len(configs) == 1 else f"Generating {number} of {len(configs)}"
+        _tell_unknown(pipe, first, text)
+    for number, (job, (files, kind)) in enumerate(zip(jobs, places, strict=True), 1):
+        title = "Generating" if len(jobs) == 1 else f"Generating {number} of {len(jobs)}"
         with steps(title) as on_step:
-            files = generate_video(config, name, format=format, pipe=pipe, on_step=on_step)
+            make_video(pipe, job, files, kind, on_step)
         typer.echo(f"Video {files.video}, contact sheet {files.sheet}, settings {files.sidecar}")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from postgen.errors import UserError
+from postgen.plug_ins import PlugIn, known_plug_ins
 
 MODEL, LOOK, RUN, FILES = "Model", "Video", "Running", "Files"
 
@@ -47,24 +48,6 @@ Image = Annotated[
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)
 ]
-Enhance = Annotated[
-    str | None,
-    typer.Option(
-        "--enhance",
-        metavar="WEIGHT|auto",
-        help="Enhance-A-Video: its weight, or auto for the model's. \\[default: off]",
-        rich_help_panel=LOOK,
-    ),
-]
-Fused = Annotated[
-    str | None,
-    typer.Option(
-        "--fused",
-        metavar="auto|OPS",
-        help="Fused kernels: auto for all, or some of norm_rope,adaln,attention. \\[default: off]",
-        rich_help_panel=RUN,
-    ),
-]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="auto, float32, bfloat16 or float16. \\[default: auto]", rich_help_panel=RUN),
@@ -82,6 +65,8 @@ Format = Annotated[
     ),
 ]
 
+_OTHERS = ("prompt", "prompts", "output", "format", "count", "sidecar", "from", "a", "b", "plug_ins", "help")
+"""Words that the commands and `GenerateConfig` use for something else."""
 
 SETTINGS: dict[str, tuple[Any, str]] = {
     "model": (Model, "model"),
@@ -96,8 +81,6 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "seed": (Seed, "seed"),
     "image": (Image, "image"),
     "fps": (Fps, "fps"),
-    "enhance": (Enhance, "enhance"),
-    "fused": (Fused, "fused"),
     "dtype": (Dtype, "dtype"),
     "device": (Device, "device"),
     "offload": (Offload, "offload"),
@@ -105,24 +88,45 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 """Every setting of a video: parameter of a command -> its option, and the field of `GenerateConfig`."""
 
 
+def setting_options() -> dict[str, tuple[Any, str]]:
+    """Return `SETTINGS` and the options of the plug-ins, each of which is its own field.
+
+    Raises:
+        UserError: a plug-in has the option of a setting.
+    """
+    options = dict(SETTINGS)
+    taken = {*SETTINGS, *(field for _, field in SETTINGS.values()), *_OTHERS}
+    for row in known_plug_ins():
+        if row.option in taken:
+            raise UserError(f"the plug-in {row.name} has the option {row.option}, which is taken: name it otherwise")
+        options[row.option] = (_plug_in_option(row), row.option)
+    return options
+
+
+def _plug_in_option(row: PlugIn) -> Any:
+    text = f"{row.summary} \\[default: off]"
+    name = f"--{row.option.replace('_', '-')}"
+    return Annotated[str | None, typer.Option(name, metavar=row.metavar, help=text, rich_help_panel=row.panel)]
+
+
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `SETTINGS` to a command, in the place of its parameter `given`.
+    """Add the options of all settings to a command, in the place of its parameter `given`.
 
     Args:
         command: a function whose parameter `given` takes the settings that were really given, as `settings` returns
             them.
     """
-    parameters = []
+    options, parameters = setting_options(), []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if parameter.name != "given":
             parameters.append(parameter)
             continue
-        for name, (option, _) in SETTINGS.items():
+        for name, (option, _) in options.items():
             parameters.append(parameter.replace(name=name, annotation=option, default=None))
 
     @functools.wraps(command)
     def with_options(**values: Any) -> None:
-        given = {field: values.pop(name) for name, (_, field) in SETTINGS.items()}
+        given = {field: values.pop(name) for name, (_, field) in options.items()}
         command(**values, given=settings(given.pop("size"), **given))
 
     # typer reads both.
@@ -132,7 +136,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def settings(size: str | None, **given: Any) -> dict[str, Any]:
-    """Return the settings that were really given, as keywords of `GenerateConfig`.
+    """Return the settings that were really given, for `GenerateConfig.of`.
 
     Raises:
         UserError: a size that is none, or given twice.

@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from postgen.errors import UserError
 from postgen.files import check_place, replacing
+from postgen.prompt_rows import read_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +64,7 @@ def score(
         raise UserError(f"--output must end in .jsonl or .csv, got {output}")
     if output is not None:
         check_place(output)
-    rows = None if prompts is None else read_rows(prompts)
+    rows = None if prompts is None else read_prompts(prompts)
 
     from postgen.commands.progress import steps
     from postgen.compat import quiet_libraries
@@ -94,20 +95,6 @@ def score(
         typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
     if unread or useless:
         raise typer.Exit(1)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a prompt file: JSONL objects with `prompt` and other keys, or one prompt a line.
-
-    Raises:
-        UserError: as `postgen.commands.generate.read_prompts`.
-    """
-    from postgen.commands.generate import read_prompts
-
-    texts = read_prompts(path)
-    if path.suffix != ".jsonl":
-        return [{"prompt": text} for text in texts]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _numbers(text: str) -> list[float]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.state import NAME, Enhancement
 from postgen.errors import UserError
-from postgen.families.handle import PlugInHandle, set_for_call
+from postgen.families.handle import PlugInHandle
 from postgen.families.installed import transformers_of
 
 if TYPE_CHECKING:
@@ -24,6 +23,13 @@ class EnhanceAVideoHandle(PlugInHandle[EnhanceAVideoConfig, Enhancement]):
     config_class = EnhanceAVideoConfig
     removed = "Enhance-A-Video was removed: apply it again"
     doubled = "Enhance-A-Video is on {where} already: update or remove it"
+
+    @classmethod
+    def spelled_out(cls, setting: Any) -> EnhanceAVideoConfig:
+        """Return the settings that a weight, "auto" or True stands for."""
+        if isinstance(setting, EnhanceAVideoConfig):
+            return setting
+        return EnhanceAVideoConfig(weight="auto" if setting is True else setting)
 
     def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Let one of the two kinds of weight end the other."""
@@ -81,8 +87,7 @@ def remove_enhance_a_video(target: Any) -> None:
     handle.remove()
 
 
-@contextmanager
-def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | None) -> Iterator[None]:
+def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | None) -> AbstractContextManager[None]:
     """Set Enhance-A-Video for the calls in a block; afterwards it is as it was before.
 
     Args:
@@ -93,32 +98,14 @@ def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | N
     Raises:
         UserError: an unknown model, or settings that are wrong.
     """
-    if setting is None:
-        yield
-        return
-    config = _config_of(setting)
-    progress = _progress_of(target)
+    progress = None if setting is None else _progress_of(target)
 
     def make(model: nn.Module, settings: EnhanceAVideoConfig) -> Enhancement:
         return Enhancement(model, settings, progress)
 
-    with ExitStack() as stack:
-        for model in transformers_of(target).values():
-            stack.enter_context(set_for_call(model, NAME, config, make))
-        yield
+    return EnhanceAVideoHandle.for_call(target, setting, make)
 
 
 def _progress_of(target: Any) -> PipelineProgress | None:
     """Return what reads the step off a pipeline; a bare transformer has none."""
     return None if "" in transformers_of(target) else PipelineProgress(target)
-
-
-def _config_of(setting: EnhanceAVideoConfig | float | str) -> EnhanceAVideoConfig | None:
-    """Return the settings that a short form stands for; None is off."""
-    if isinstance(setting, EnhanceAVideoConfig):
-        return setting
-    if setting is True or setting == "auto":
-        return EnhanceAVideoConfig()
-    if setting is False or setting == 0:
-        return None
-    return EnhanceAVideoConfig(weight=setting)  # type: ignore[arg-type]

@@ -88,5 +88,25 @@ class EnhanceAVideoConfig:
         return self.whole_range or self.start <= progress < self.stop
 
 
+def enhance_setting(text: str | None) -> float | str:
+    """Return the setting that a text of the command line or of a sidecar names: auto or a weight; 0 and None are off.
+
+    Raises:
+        UserError: neither.
+
+    >>> enhance_setting("2.5")
+    2.5
+    """
+    if text == "auto":
+        return text
+    try:
+        weight = 0.0 if text is None else float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"enhance must be auto or a number, got {text!r}")
+    return weight
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -118,6 +118,39 @@ class PlugInHandle(Generic[C, A]):
             raise UserError(f"the settings are {made!r}, they must be a {cls.config_class.__name__}")
         return made
 
+    @classmethod
+    def spelled_out(cls, setting: Any) -> C:
+        """Return the settings that a setting of one call stands for; True is the default ones.
+
+        A plug-in that also takes a number or a word says here what it means.
+
+        Raises:
+            UserError: it stands for none.
+        """
+        return cls.settings(None if setting is True else setting)
+
+    @classmethod
+    @contextmanager
+    def for_call(cls, target: Any, setting: Any, make: Callable[[nn.Module, C], A]) -> Iterator[None]:
+        """Set the plug-in on a pipeline or transformer for the calls in a block; afterwards it is as it was before.
+
+        Args:
+            target: the pipeline (all its transformers are taken) or transformer.
+            setting: None leaves it as it is, False or 0 is off, anything else is what `spelled_out` takes.
+            make: what is installed where it is not on yet.
+
+        Raises:
+            UserError: settings that are wrong, or a model that it does not know; nothing changes.
+        """
+        if setting is None:
+            yield
+            return
+        config = None if is_off(setting) else cls.spelled_out(setting)
+        with ExitStack() as stack:
+            for model in transformers_of(target).values():
+                stack.enter_context(set_for_call(model, cls.name, config, make))
+            yield
+
     @property
     def config(self) -> C:
         """The settings."""
@@ -193,6 +226,11 @@ class PlugInHandle(Generic[C, A]):
         for model, part in self._on:
             part.remove(model)
         self._parts = {}
+
+
+def is_off(setting: Any) -> bool:
+    """Whether a setting of one call switches a plug-in off: False or 0. None, which leaves it as it is, does not."""
+    return isinstance(setting, int | float) and setting == 0
 
 
 @contextmanager

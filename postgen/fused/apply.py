@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from postgen.errors import UserError
-from postgen.families.handle import PlugInHandle, set_for_call
-from postgen.families.installed import transformers_of
+from postgen.families.handle import PlugInHandle
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.state import NAME, Fusion
 
@@ -61,23 +59,15 @@ def remove_fused_ops(target: Any) -> None:
     handle.remove()
 
 
-@contextmanager
-def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> Iterator[None]:
+def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> AbstractContextManager[None]:
     """Set the fused operations for the calls in a block; afterwards they are as before.
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves them as they are; False switches them off; True fuses everything; a config is taken as it
-            is.
+        setting: None leaves them as they are; False or 0 switches them off; True fuses everything; a config is taken
+            as it is.
 
     Raises:
         UserError: an unknown model, or code of diffusers that changed since.
     """
-    if setting is None:
-        yield
-        return
-    config = FusedOpsHandle.settings(None if setting is True else setting) if setting else None
-    with ExitStack() as stack:
-        for model in transformers_of(target).values():
-            stack.enter_context(set_for_call(model, NAME, config, Fusion))
-        yield
+    return FusedOpsHandle.for_call(target, setting, Fusion)

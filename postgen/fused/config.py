@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from postgen.errors import UserError
 
+FUSED = ("norm_rope", "adaln", "attention")
+"""What `--fused` can name; `FusedOpsConfig` says what they are."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedOpsConfig:
@@ -36,3 +39,23 @@ class FusedOpsConfig:
         if self.attention not in backend_names():
             known = ", ".join(["auto", *backend_names()])
             raise UserError(f"unknown attention {self.attention!r}. Known: {known}, or None")
+
+
+def fused_setting(text: str | None) -> FusedOpsConfig | bool:
+    """Return the setting that a text of the command line or of a sidecar names: auto is all, off and None nothing.
+
+    Raises:
+        UserError: an unknown name.
+
+    >>> fused_setting("norm_rope,adaln").attention is None
+    True
+    """
+    if text in (None, "off"):
+        return False
+    if text == "auto":
+        return FusedOpsConfig()
+    names = {name.strip() for name in (text or "").split(",")}
+    if not names <= set(FUSED):
+        raise UserError(f"fused must be auto, off or some of {', '.join(FUSED)} with commas between, got {text!r}")
+    attention = "auto" if "attention" in names else None
+    return FusedOpsConfig(norm_rope="norm_rope" in names, adaln="adaln" in names, attention=attention)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
+from postgen.video import read_picture
 
 Row = dict[str, Any]
 """One row of prompts: `prompt`, perhaps `negative_prompt` and `image`, and any further columns."""
@@ -101,10 +101,6 @@ def load_image(image: Any, height: int, width: int) -> Tensor:
     from PIL import Image
 
     if isinstance(image, str | Path):
-        try:
-            with Image.open(Path(image).expanduser()) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:
-            raise UserError(f"cannot read the picture {image}: {error}") from error
+        image = read_picture(image)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from postgen.errors import UserError
+from postgen.prompt_rows import prompt_row, read_prompts
 from postgen.sampling.conditions import Row
 from postgen.sampling.seeds import seed_of
 from postgen.settings import Part
@@ -57,7 +57,7 @@ class Prompts:
 
     def __init__(self, source: str | Iterable[Mapping[str, Any]], name: str, *, seed: int, shuffle: bool) -> None:
         self.name, self.seed, self.shuffle = name, seed, shuffle
-        rows = [_checked(row, number, name) for number, row in enumerate(_read(source, name))]
+        rows = _read(source, name)
         if not rows:
             raise UserError(f"{name} has no rows: give prompts, one JSON object a line")
         # A batch of rows that all lack a column must not lack it for the rewards.
@@ -86,12 +86,17 @@ def columns(rows: Iterable[Row]) -> dict[str, Any]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> Iterable[Mapping[str, Any]]:
-    if not isinstance(source, str):
-        return source
-    path = Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json", ".txt") or path.is_file():
-        return _read_lines(path, name)
+def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
+    if isinstance(source, str):
+        path = Path(source).expanduser()
+        if path.suffix in (".jsonl", ".json", ".txt") or path.is_file():
+            return read_prompts(path, name, empty=True)
+        source = _made(source, name)
+    return [prompt_row(row, f"row {number} of {name}") for number, row in enumerate(source)]
+
+
+def _made(source: str, name: str) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a function or of a data set."""
     module, colon, function = source.partition(":")
     if colon and "/" not in source:
         try:
@@ -101,24 +106,6 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> Iterable[Mapp
         rows: Iterable[Mapping[str, Any]] = made()
         return rows
     return _load_dataset(source, name)
-
-
-def _read_lines(path: Path, name: str) -> list[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} {path} cannot be read: {error}") from error
-    if path.suffix == ".txt":
-        return [{"prompt": line} for line in lines if line.strip()]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name} {path}, line {number} is no JSON: {error}") from error
-    return rows
 
 
 def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
@@ -136,19 +123,3 @@ def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
     except Exception as error:  # the hub and the readers raise all kinds
         raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     return rows
-
-
-def _checked(row: Any, number: int, name: str) -> Row:
-    if not isinstance(row, Mapping):
-        raise UserError(f"row {number} of {name} is {row!r}, it must be an object with a prompt")
-    if "prompt" not in row:
-        known = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"row {number} of {name} has no column 'prompt', it has {known}")
-    prompt = row["prompt"]
-    if isinstance(prompt, list):
-        # A conversation: the last message of the user.
-        messages = [turn["content"] for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
-        prompt = messages[-1] if messages else None
-    if not isinstance(prompt, str):
-        raise UserError(f"row {number} of {name}: the prompt is {row['prompt']!r}, it must be a text")
-    return {**row, "prompt": prompt}

@@ -1,11 +1,11 @@
-"""Read and write video. The only place of postgen that opens a video file.
+"""Read and write video. The only place of postgen that opens a video or picture file.
 
 A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a long video never sits in memory whole.
 """
 
 from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import VideoError
-from postgen.video.read import VideoInfo, iter_video, probe, read_video
+from postgen.video.read import VideoInfo, iter_video, probe, read_picture, read_video
 from postgen.video.write import FORMATS, check_target, write_video
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "contact_sheet",
     "iter_video",
     "probe",
+    "read_picture",
     "read_video",
     "side_by_side",
     "write_video",

@@ -94,6 +94,16 @@ def read_video(path: str | Path, *, start: int = 0, count: int | None = None) ->
     return torch.cat(list(iter_video(path, start=start, count=count)))
 
 
+def read_picture(path: str | Path) -> Image.Image:
+    """Read a picture file of any format that Pillow knows, as an RGB picture of 8 bits a channel.
+
+    Raises:
+        VideoError: no such file, or no picture.
+    """
+    with _open_picture(Path(path).expanduser()) as picture:
+        return picture.convert("RGB")
+
+
 def _existing(path: str | Path) -> Path:
     source = Path(path)
     if not source.exists():
@@ -148,7 +158,7 @@ def _open_picture(file: Path) -> Image.Image:
         picture = Image.open(file)
         picture.load()
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise VideoError(f"cannot read {file} as a picture: {error}") from error
+        raise VideoError(f"cannot read the picture {file}: {error}") from error
     return picture
 
 

@@ -9,20 +9,19 @@ import pytest
 import torch
 
 import postgen
-from postgen.enhance.apply import enhance_for_call
 from postgen.fused.apply import fused_for_call
+from postgen.plug_ins import known_plug_ins, resolve
 from tests.families.tiny_models import TinyModel, tiny_model
 
-APPLY: dict[str, tuple[Callable[..., Any], Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
-    "enhance": (
-        postgen.apply_enhance_a_video,
-        postgen.remove_enhance_a_video,
-        {"weight": 3.0},
-        {"weight": {"x": 1.0}},
-    ),
-    "fused": (postgen.apply_fused_ops, postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
+CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
+    "enhance_a_video": (postgen.remove_enhance_a_video, {"weight": 3.0}, {"weight": {"x": 1.0}}),
+    "fused_ops": (postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
 }
-"""Plug-in -> how it is put on and off, a change of its settings, and a wrong one."""
+"""Plug-in -> how it is taken off, a change of its settings, and a wrong one: a row for each row of the table."""
+
+APPLY: dict[str, tuple[Callable[..., Any], Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
+    row.name: (resolve(row.apply), *CHANGES[row.name]) for row in known_plug_ins()
+}
 
 
 @pytest.fixture(params=sorted(APPLY))
@@ -113,8 +112,7 @@ def test_one_transformer_in_two_places(plug_in: Any, wan: TinyModel) -> None:
 @pytest.mark.parametrize("on", [False, True])
 def test_what_is_removed_within_a_call_stays_removed(plug_in: Any, wan: TinyModel, on: bool, again: bool) -> None:
     apply, remove, change, _ = plug_in
-    for_call = {"enhance": enhance_for_call, "fused": fused_for_call}
-    within: Any = next(for_call[name] for name, known in APPLY.items() if known is plug_in)
+    within: Any = next(resolve(row.for_call) for row in known_plug_ins() if APPLY[row.name] is plug_in)
     with torch.no_grad():
         stock = wan()
         if on:

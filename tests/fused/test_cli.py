@@ -11,7 +11,7 @@ import pytest
 from postgen.commands.compare import parse_side
 from postgen.errors import UserError
 from postgen.fused import FusedOpsConfig
-from postgen.plug_ins import fused_setting
+from postgen.fused.config import fused_setting
 from postgen.video import read_video
 
 SIZE = ("--size", "32x32", "--frames", "5", "--steps", "1", "--format", "frames")

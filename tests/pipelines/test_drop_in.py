@@ -1,4 +1,4 @@
-"""Every drop-in pipeline: the diffusers class with one keyword more, and one tiny call of it."""
+"""Every drop-in pipeline: the diffusers class with a keyword for each plug-in, and one tiny call of it."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def test_class_and_signature(name: str) -> None:
     assert (ours.__name__, ours.__module__) == (name, f"postgen.pipelines.{drop_ins._HOMES[name]}")
     assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
     wanted, found = (dict(inspect.signature(kind.__call__).parameters) for kind in (theirs, ours))
-    setting = found.pop("enhance_a_video")
-    assert setting.kind is setting.KEYWORD_ONLY
-    assert setting.default is None
+    for keyword in ("enhance_a_video", "fused_ops"):
+        setting = found.pop(keyword)
+        assert setting.kind is setting.KEYWORD_ONLY
+        assert setting.default is None
+        assert f"{keyword} (" in ours.__call__.__doc__
     assert list(found.items()) == list(wanted.items())
     assert theirs.__call__.__doc__.strip() in ours.__call__.__doc__
-    assert "enhance_a_video (" in ours.__call__.__doc__
 
 
 def test_names_are_known_to_type_checkers() -> None:

@@ -151,6 +151,33 @@ def test_a_wrong_setting_is_refused_before_anything_runs(wan: tuple[Any, dict[st
     assert handle_of(pipe) is None
 
 
+@pytest.mark.parametrize("name", FOUR)
+def test_fused_operations_for_one_call(name: str) -> None:
+    """As `apply_fused_ops` before the call; beside Enhance-A-Video; off and left out are the stock bits."""
+    components, arguments = TINY[name]()
+    pipe = getattr(drop_ins, name)(**components)
+    config = postgen.FusedOpsConfig(attention=None)
+    stock, both = run(pipe, arguments), run(pipe, arguments, fused_ops=config, enhance_a_video=CONFIG)
+    for_call = run(pipe, arguments, fused_ops=config)
+    torch.testing.assert_close(for_call, stock, rtol=0, atol=1e-4)
+    assert not torch.equal(both, for_call)
+    handle = postgen.apply_fused_ops(pipe, config)
+    assert torch.equal(run(pipe, arguments), for_call)
+    assert torch.equal(run(pipe, arguments, enhance_a_video=CONFIG), both)
+    assert torch.equal(run(pipe, arguments, fused_ops=0), stock)
+    assert handle.enabled
+    handle.remove()
+    assert torch.equal(run(pipe, arguments, fused_ops=False), stock)
+
+
+def test_fused_operations_are_refused_where_they_are_not_known() -> None:
+    components, arguments = TINY["MochiPipeline"]()
+    pipe = drop_ins.MochiPipeline(**components)
+    for setting, message in ((True, "no fused operations for MochiTransformer3DModel"), ("auto", "FusedOpsConfig")):
+        with pytest.raises(postgen.UserError, match=message):
+            run(pipe, arguments, fused_ops=setting)
+
+
 def test_callbacks_and_arguments_by_position(wan: tuple[Any, dict[str, Any]], outputs: dict[str, Tensor]) -> None:
     pipe, arguments = wan
     steps: list[int] = []

@@ -113,7 +113,7 @@ def test_exit_codes(recipe, capsys):
     assert "The recipe comes first" in capsys.readouterr().err
     assert main([str(recipe()), "--wdith", "3"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: Unknown key 'wdith'")
+    assert error.startswith("postgen: error: Unknown key 'wdith'")
     assert error.count("\n") == 1
 
 

@@ -1,0 +1,164 @@
+"""What is asked for: the settings of one video, and the sidecar that keeps them. Light to import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from postgen.errors import UserError
+from postgen.families.loading import DEVICES, DTYPES, OFFLOADS
+from postgen.families.lora import parse_lora
+from postgen.plug_ins import known_plug_ins
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """One video. A field that is None takes the model's default."""
+
+    prompt: str
+    """What the video shows."""
+    model: str | None = None
+    """A local diffusers folder or a hub id; None is the embedded model."""
+    negative_prompt: str | None = None
+    """What it should not show; needs guidance above 1."""
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
+    num_frames: int | None = None
+    """Frames of the clip."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance; up to 1 is off."""
+    seed: int = 0
+    """Seed of the initial noise, drawn on the CPU so that every device starts from the same."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    offload: str = "none"
+    """none, model or sequential."""
+    lora: tuple[str, ...] = ()
+    """LoRA files, each `PATH[:scale]`."""
+    image: str | None = None
+    """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
+    fps: float | None = None
+    """Frames per second of the written video."""
+    plug_ins: Mapping[str, str] = field(default_factory=dict)
+    """Texts by option of `postgen.plug_ins`, as {"enhance": "auto"}; what is not named is off."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return a request from settings as commands and sidecars have them: an option of a plug-in beside the fields.
+
+        Raises:
+            UserError: a setting that is none, or a wrong one.
+        """
+        fields = cls.__dataclass_fields__.keys() - {"plug_ins"}
+        own = {name: value for name, value in settings.items() if name in fields}
+        others = {name: value for name, value in settings.items() if name not in fields and value is not None}
+        return cls(**own, plug_ins=others)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty: say what the video shows")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("offload", self.offload, OFFLOADS)
+        _check_choice("device", self.device.partition(":")[0], DEVICES)
+        for name in ("width", "height", "num_frames", "num_inference_steps", "fps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0, got {value}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        options = [row.option for row in known_plug_ins()]
+        for option, text in self.plug_ins.items():
+            if option not in options:
+                raise UserError(f"unknown setting {option!r}. Plug-ins: {', '.join(options)}")
+            if not isinstance(text, str):
+                raise UserError(f"{option} must be a text, got {text!r}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+
+
+def portable(config: GenerateConfig) -> dict[str, Any]:
+    """Return the settings for a sidecar: file names become absolute, so that it works from every folder.
+
+    Plug-ins stand beside the fields, each under its option; None is off.
+    """
+    settings = dataclasses.asdict(config)
+    texts = settings.pop("plug_ins")
+    settings |= {row.option: texts.get(row.option) for row in known_plug_ins()}
+    for name in ("model", "image"):
+        settings[name] = _absolute(settings[name])
+    loras = map(parse_lora, config.lora)
+    settings["lora"] = [f"{_absolute(path)}:{scale:g}" for path, scale in loras]
+    return settings
+
+
+def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Return the settings of a sidecar (for `GenerateConfig.of`) and the format of its video.
+
+    Raises:
+        UserError: no such file, not a sidecar, or settings that this version does not know.
+    """
+    try:
+        note = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the sidecar {path}: {error}") from error
+    settings = note.get("settings") if isinstance(note, dict) else None
+    if not isinstance(settings, dict) or not isinstance(note.get("format"), str):
+        raise UserError(f"{path} is no sidecar of postgen: it has no settings or no format")
+    known = [name for name in GenerateConfig.__dataclass_fields__ if name != "plug_ins"]
+    known += [row.option for row in known_plug_ins()]
+    # A plug-in that was off is not missed.
+    settings = {name: value for name, value in settings.items() if name in known or value is not None}
+    if unknown := sorted(set(settings) - set(known)):
+        raise UserError(f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
+    loras = settings.get("lora", [])
+    if not isinstance(loras, list) or not all(isinstance(lora, str) for lora in loras):
+        raise UserError(f"the sidecar {path} is damaged: lora must be a list of texts, got {loras!r}")
+    settings["lora"] = tuple(loras)
+    try:
+        GenerateConfig.of({"prompt": "", **settings})
+    except UserError as error:
+        raise UserError(f"the sidecar {path} is damaged: {error}") from error
+    return settings, note["format"]
+
+
+def _absolute(name: str | None) -> str | None:
+    if name is None or not Path(name).expanduser().exists():
+        return name
+    return str(Path(name).expanduser().resolve())
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}. Known: {', '.join(known)}")
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "tuple": (tuple,),
+    "Mapping": (Mapping,),
+}
+
+
+def _check_types(config: GenerateConfig) -> None:
+    """Settings also come from files and from `key=value` texts, where a number may have become something else."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        kind, _, optional = str(item.type).partition(" | ")
+        allowed = _KINDS[kind.partition("[")[0]]
+        if (value is None and optional) or (isinstance(value, allowed) and not isinstance(value, bool)):
+            continue
+        raise UserError(f"{item.name} must be {kind}, got {value!r}")
