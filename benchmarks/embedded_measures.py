@@ -144,9 +144,7 @@ class Watcher:
             return self._look(*what)
 
     @torch.no_grad()
-    def _look(
-        self, group: Group, rows: slice, clips: Tensor, images: Tensor | None, keep: int
-    ) -> tuple[Seen, Seen]:
+    def _look(self, group: Group, rows: slice, clips: Tensor, images: Tensor | None, keep: int) -> tuple[Seen, Seen]:
         asked, truth = group.part(rows)
         moves = group.truth is not None
         given = None if images is None else images[rows]

@@ -1,6 +1,6 @@
 """What the embedded model can do, judged on the reloaded folder by the world's checker.
 
-    python -m benchmarks.embedded_model [--quick] [--prompts 256] [--groups one two ...] [--model FOLDER] [--old FOLDER]
+    python -m benchmarks.embedded_model [--quick] [--prompts 256] [--groups one two ...] [--model NEW] [--old BEFORE]
 
 Groups of prompts (`benchmarks.embedded_groups`), clip i from seed first_seed + i, sizes, frames, steps and guidance of
 the folder's postgen.json. The model before this one makes clips of one and of two bodies in the same run, by its own
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import autoencoder
 from benchmarks.embedded_groups import BUILDERS, Group, build
@@ -36,8 +35,8 @@ from benchmarks.gates import RESULTS, device, write_result
 from postgen import world
 from postgen.assets import embedded_model
 
-#: Clips on a sheet, and of a group's file; groups that are drawn.
-SHEET, KEPT = 60, 32
+#: Clips of a group that are kept, and groups that are also drawn on a sheet.
+SHOWN = 60
 DRAWN = ("one", "two", "image_one", "camera", "synonyms")
 #: Clips of the autoencoder's gates.
 RECONSTRUCTED = 64
@@ -116,7 +115,7 @@ class Run:
         group = build(name, self.count, self.args.first_seed, self.defaults[False], self.defaults.get(True))
         start, job, looks = time.perf_counter(), self.job(group), []
         for rows, clips in batches(self.pipe(group.old), job, name):
-            looks.append(self.watcher.submit(group, rows, clips, job.images, max(0, SHEET - rows.start)))
+            looks.append(self.watcher.submit(group, rows, clips, job.images, max(0, SHOWN - rows.start)))
         return group, looks, time.perf_counter() - start
 
     def finish(self, group: Group, looks: list[Future[tuple[Seen, Seen]]], seconds: float) -> None:
@@ -139,11 +138,11 @@ class Run:
         captions = [f"{text} ({verdict(r)})" for text, r in zip(group.prompts, seen.reports, strict=True)]
         folder: Path | None = self.args.clips
         if folder is not None:
-            kept = (seen.clips[:KEPT], captions[:KEPT])
-            self.written.append(self.writer.submit(write_clips, folder / f"{group.name}.safetensors", *kept))
+            kept = (seen.clips, captions[: len(seen.clips)])
+            path = folder / f"{group.name}.safetensors"
+            self.written.append(self.writer.submit(write_clips, path, *kept))
             if group.name in DRAWN:
-                path = folder / f"{group.name}.jpg"
-                self.written.append(self.writer.submit(sheet, seen.clips[:SHEET], captions[:SHEET], path))
+                self.written.append(self.writer.submit(sheet, *kept, path.with_suffix(".png")))
 
     def flush(self) -> None:
         """Write what is there."""

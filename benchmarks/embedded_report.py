@@ -1,4 +1,4 @@
-"""Gates of the embedded model, two runs beside each other, files of several processes joined, the table of the docs."""
+"""Gates of the embedded model, two runs beside each other, files of several processes joined, a table for the docs."""
 
 from __future__ import annotations
 

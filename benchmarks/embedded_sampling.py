@@ -1,4 +1,4 @@
-"""Clips of the embedded model for benchmarks: text-to-video and image-to-video by diffusers' own pipelines, in batches.
+"""Clips of the embedded model for benchmarks: text- and image-to-video by diffusers' own pipelines, in batches.
 
 A clip depends on its own seed alone, up to rounding: the noise of every row comes from a generator of its own.
 """

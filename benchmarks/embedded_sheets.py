@@ -83,7 +83,7 @@ def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
 
 
 def sheet(clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, columns: int = COLUMNS) -> Path:
-    """Draw clips (F,3,H,W) uint8, each as a row of frames under its caption, and save the picture by its suffix."""
+    """Draw clips (F,3,H,W) uint8, each as a row of frames under its caption, as a PNG."""
     height, width = clips[0].shape[-2:]
     wide, tall = SHOWN * (width + _GAP) + 2 * _GAP, height + _LINE + 2 * _GAP
     rows = -(-len(clips) // columns)
@@ -98,7 +98,7 @@ def sheet(clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, colum
             frame = Image.fromarray(clip[index].permute(1, 2, 0).numpy())
             picture.paste(frame, (left + number * (width + _GAP), top + _LINE))
     with replacing(path) as part:
-        picture.save(part, "JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG", quality=92)
+        picture.save(part, "PNG")
     return path
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     """Turn kept clips into a sheet or one of them into a GIF."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="file of kept clips")
-    parser.add_argument("--sheet", type=Path, help="picture of all clips, .png or .jpg")
+    parser.add_argument("--sheet", type=Path, help="PNG of all clips")
     parser.add_argument("--gif", type=Path, help="one clip as a video, by the suffix of the name")
     parser.add_argument("--clip", type=int, default=0, help="which clip (default: the first)")
     args = parser.parse_args()
