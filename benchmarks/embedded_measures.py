@@ -176,9 +176,10 @@ def summary(group: Group, seen: Seen, true: Seen) -> dict[str, Any]:
     if true.reports:
         row["true_clips"] = shares(true.reports)
     if true.motion:
-        pairs = torch.tensor([seen.motion, true.motion]).T
-        found = bootstrap(pairs, ratio_of_means) if float(pairs[:, 1].sum()) > 0 and len(pairs) > 1 else None
-        row["motion_ratio"] = None if found is None else [found.value, found.low, found.high]
+        found = bootstrap(torch.tensor([seen.motion, true.motion]).T, ratio_of_means)
+        ratio = [found.value, found.low, found.high]
+        # Among few clips a draw may hold none that moves.
+        row["motion_ratio"] = ratio if all(map(math.isfinite, ratio)) else None
     if seen.psnr_first:
         row["psnr_of_first_frame"] = sum(seen.psnr_first) / len(seen.psnr_first)
     if group.name == "seeds":

@@ -23,12 +23,14 @@ from torch import Tensor
 from postgen.files import replacing
 from postgen.video import write_video
 from postgen.world.check import Report
+from postgen.world.spec import FPS
 
 #: Most bytes of a file of clips; of a group that needs more, the last clips are left out.
 LIMIT = 14_000_000
 #: Frames of a clip that a sheet shows, evenly spread, and clips side by side.
 SHOWN, COLUMNS = 5, 2
 _GAP, _TEXT, _LINE = 4, 11, 15
+_MILLISECONDS = 1000 // FPS
 
 
 def bytes_of(clips: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def write_clips(path: Path, clips: Sequence[Tensor], captions: Sequence[str]) ->
         target = io.BytesIO()
         # Equal frames must stay frames of their own.
         pictures[0].save(
-            target, "WEBP", save_all=True, append_images=pictures[1:], lossless=True, method=1, duration=125
+            target, "WEBP", save_all=True, append_images=pictures[1:], lossless=True, method=1, duration=_MILLISECONDS
         )
         data = target.getvalue()
         used += len(data)
@@ -75,9 +77,9 @@ def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
     for item in data:
         frames = []
         for frame in ImageSequence.Iterator(Image.open(io.BytesIO(item))):
-            # An animation holds a frame that repeats once, for longer.
-            times = max(1, round(frame.info.get("duration", 125) / 125))
-            frames += [torch.from_numpy(np.array(frame.convert("RGB")).copy()).permute(2, 0, 1)] * times
+            # Loading it tells how long it is shown: a frame that repeats is held once.
+            picture = torch.from_numpy(np.array(frame.convert("RGB"))).permute(2, 0, 1)
+            frames += [picture] * max(1, round(frame.info.get("duration", _MILLISECONDS) / _MILLISECONDS))
         clips.append(torch.stack(frames))
     return clips, captions
 
@@ -121,7 +123,7 @@ def main() -> None:
     if args.sheet:
         sheet(clips, captions, args.sheet)
     if args.gif:
-        write_video(clips[args.clip].float() / 255, args.gif, fps=8)
+        write_video(args.gif, clips[args.clip], fps=FPS)
 
 
 if __name__ == "__main__":
