@@ -206,8 +206,8 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--prompts", type=int, help="prompts of each group, at least 2 (default: 256, with --quick 16)")
     add("--first_seed", type=int, default=0, help="number of the first scene, and seed of its noise (default: 0)")
-    add("--groups", nargs="+", default=[*PARTS, *BUILDERS], choices=[*PARTS, *BUILDERS], metavar="GROUP",
-        help=f"what to measure (default: all): {', '.join([*PARTS, *BUILDERS])}")  # fmt: skip
+    add("--groups", nargs="+", default=[*BUILDERS, *PARTS], choices=[*BUILDERS, *PARTS], metavar="GROUP",
+        help=f"what to measure (default: all): {', '.join([*BUILDERS, *PARTS])}")  # fmt: skip
     add("--quick", action="store_true", help="16 prompts a group, 8 reconstructions; prints only")
     add("--model", type=Path, help="another folder than the embedded model's")
     add("--old", type=Path, help="folder of the model before it (default: the embedded model's)")
