@@ -78,7 +78,7 @@ class Run:
             "frames": new.frames,
             "old": None if old is None else dataclasses.asdict(old),
             "autocast": "bfloat16" if self.args.autocast else None,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "products_of_float32": "TF32 on a GPU",
             "autoencoder_clips": RECONSTRUCTED,
         }
 
@@ -158,6 +158,7 @@ class Run:
             count = 8 if self.args.quick else RECONSTRUCTED
             rows, _ = autoencoder.measure({"model": self.pipe(False).vae}, count, *autoencoder.SETTINGS[0])
             self.result[name] = rows[0]
+        self.result.setdefault("devices", {})[name] = device()
         self.flush()
 
     def __call__(self) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if twice := sorted(whole["groups"].keys() & result["groups"].keys()):
             raise UserError(f"two of the files have {', '.join(twice)}: measure each group once")
         whole["groups"] |= result["groups"]
+        whole["devices"] = whole.get("devices", {}) | result.get("devices", {})
         for part in (*PARTS, "folder_mb"):
             if result.get(part) is None:
                 continue
