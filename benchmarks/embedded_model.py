@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import autoencoder
 from benchmarks.embedded_groups import BUILDERS, Group, build
@@ -38,6 +39,8 @@ from postgen.assets import embedded_model
 #: Clips of a group that are kept, and groups that are also drawn on a sheet.
 SHOWN = 60
 DRAWN = ("one", "two", "image_one", "camera", "synonyms")
+#: Clips by group of the picture beside the result file.
+PICTURED = {"one": 8, "two": 4}
 #: Clips of the autoencoder's gates.
 RECONSTRUCTED = 64
 
@@ -59,6 +62,7 @@ class Run:
         workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if self.cuda else 0)
         self.watcher, self.writer = Watcher(args.device, workers), ThreadPoolExecutor(4, "writer")
         self.written: list[Future[Any]] = []
+        self.picture: list[tuple[Tensor, str]] = []
         self.result: dict[str, Any] = {"settings": self.settings(), "groups": {}}
 
     @property
@@ -136,6 +140,7 @@ class Run:
     def draw(self, group: Group, seen: Seen) -> None:
         """Begin to write the clips and the sheet of a group, where they are wanted."""
         captions = [f"{text} ({verdict(r)})" for text, r in zip(group.prompts, seen.reports, strict=True)]
+        self.picture += zip(seen.clips[: PICTURED.get(group.name, 0)], captions, strict=False)
         folder: Path | None = self.args.clips
         if folder is not None:
             kept = (seen.clips, captions[: len(seen.clips)])
@@ -178,6 +183,10 @@ class Run:
         if late is not None:
             self.finish(*late)
         self.watcher.close()
+        if self.picture and not self.args.quick:
+            target = Path(self.args.output)
+            path = target.with_suffix(".png") if target.suffix == ".json" else RESULTS / f"{target.name}.png"
+            sheet(*zip(*self.picture, strict=True), path)
         for future in self.written:
             future.result()
         return self.result

@@ -267,6 +267,7 @@ def test_a_run_in_parts_and_a_shifted_one(folder, tmp_path, monkeypatch, capsys)
     assert clips[0].shape == (9, 3, 32, 32)
     assert captions[0].startswith(world.simple_caption(world.sample(0, num_bodies=1, camera="static", num_frames=9)))
     assert (tmp_path / "clips" / "one.png").stat().st_size > 1000
+    assert (tmp_path / "a.png").stat().st_size > 1000
     shifted = ("--groups", "one", "--first_seed", 50, "--against", tmp_path / "both.json")
     call(monkeypatch, *shared, *shifted, "--output", tmp_path / "shifted.json")
     told = json.loads((tmp_path / "shifted.json").read_text())
