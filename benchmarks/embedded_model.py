@@ -1,235 +1,258 @@
 """What the embedded model can do, judged on the reloaded folder by the world's checker.
 
-    python -m benchmarks.embedded_model [--quick] [--prompts 256] [--guidance 3 4 5 6] [--model FOLDER]
+    python -m benchmarks.embedded_model [--quick] [--prompts 256] [--groups one two ...] [--model NEW] [--old BEFORE]
 
-Prompts of scenes below the training seeds, clip i from seed i, 20 steps: one body, two bodies, combinations of colour,
-shape and event that training never saw, and lengths of 9, 25 and 33 frames. Reconstructions of the autoencoder are
-measured on the pixels of bodies and their rim. Writes benchmarks/results/embedded_model.json and a contact sheet.
+Groups of prompts (`benchmarks.embedded_groups`), clip i from seed first_seed + i, sizes, frames, steps and guidance of
+the folder's postgen.json. The model before this one makes clips of one and of two bodies in the same run, by its own
+defaults. The autoencoder is measured by `benchmarks.autoencoder`. The result file is written anew after every group,
+so a run that is cut leaves what it has; gates of other groups stand there as not measured. Several processes may share
+the groups, and a second run may take other prompts and seeds:
+
+    python -m benchmarks.embedded_model --merge a.json b.json
+    python -m benchmarks.embedded_model --first_seed 100000 --against embedded_model --output embedded_model_shifted
+    python -m benchmarks.embedded_model --table
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
-import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.gates import RESULTS, gate, write_result
+from benchmarks import autoencoder
+from benchmarks.embedded_groups import BUILDERS, Group, build
+from benchmarks.embedded_measures import Seen, Watcher, summary
+from benchmarks.embedded_report import PARTS, agreement, gates, markdown, merged, stored
+from benchmarks.embedded_sampling import Defaults, Job, batches, load, seconds_on_two_cores
+from benchmarks.embedded_sheets import sheet, verdict, write_clips
+from benchmarks.gates import RESULTS, device, write_result
 from postgen import world
 from postgen.assets import embedded_model
-from postgen.pretrain.measure import masked_psnr
-from postgen.pretrain.pool import dilated, to_model
-from postgen.video import contact_sheet
-from postgen.world.check import Report, check_batch
-from postgen.world.spec import Spec
 
-STEPS = 20
-BATCH = {"cpu": 8, "cuda": 64}
-MEASURES = ("count", "colour", "shape", "direction", "event", "all_right", "score")
-GUIDANCE = 5.0
-TARGETS = {
-    ("one", "colour"): ("colour", 0.95),
-    ("one", "shape"): ("shape", 0.85),
-    ("one", "event"): ("motion", 0.80),
-    ("two", "all_right"): ("two_objects", 0.35),
-}
+#: Clips of a group that are kept, and groups that are also drawn on a sheet.
+SHOWN = 60
+DRAWN = ("one", "two", "image_one", "camera", "synonyms")
+#: Clips by group of the picture beside the result file.
+PICTURED = {"one": 8, "two": 4}
+#: Clips of the autoencoder's gates.
+RECONSTRUCTED = 64
 
 
-def load(folder: Path, device: str) -> Any:
-    """The pipeline as any user of diffusers loads it."""
-    from diffusers import WanPipeline
+class Run:
+    """Two models, what is measured of them, and where it goes."""
 
-    pipe = WanPipeline.from_pretrained(folder).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.folders = {False: args.model or embedded_model()}
+        if args.old or not self.folders[False].samefile(embedded_model()):
+            self.folders[True] = args.old or embedded_model()
+        self.groups = [name for name in args.groups if True in self.folders or not name.startswith("old_")]
+        if len(self.groups) < len(args.groups):
+            print("No model before this one: give --old FOLDER to measure it; the gate of two bodies needs it.")
+        self.defaults = {old: Defaults.of(folder) for old, folder in self.folders.items()}
+        self.pipes: dict[bool, Any] = {}
+        self.count = args.prompts or (16 if args.quick else 256)
+        workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if self.cuda else 0)
+        self.watcher, self.writer = Watcher(args.device, workers), ThreadPoolExecutor(4, "writer")
+        self.written: list[Future[Any]] = []
+        self.picture: list[tuple[Tensor, str]] = []
+        self.result: dict[str, Any] = {"settings": self.settings(), "groups": {}}
 
+    @property
+    def cuda(self) -> bool:
+        """Whether it runs on a GPU."""
+        return bool(self.args.device == "cuda")
 
-def groups(count: int) -> dict[str, tuple[int, list[Spec]]]:
-    """Name -> (frames, scenes of a static camera)."""
-    found: dict[str, tuple[int, list[Spec]]] = {
-        "one": (17, [world.sample(i, num_bodies=1, camera="static") for i in range(count)]),
-        "two": (17, [world.sample(i, num_bodies=2, camera="static") for i in range(count)]),
-        "one, unseen": (
-            17,
-            [world.sample(i, num_bodies=1, camera="static", split="held_out") for i in range(count)],
-        ),
-    }
-    for frames in (9, 25, 33):
-        scenes = [world.sample(i, num_bodies=1, camera="static", num_frames=frames) for i in range(count)]
-        found[f"one, {frames} frames"] = (frames, scenes)
-    return found
+    def settings(self) -> dict[str, Any]:
+        """What every part of a run that is shared by several processes must have in common."""
+        new, old = self.defaults[False], self.defaults.get(True)
+        return {
+            "prompts_per_group": self.count,
+            "first_seed": self.args.first_seed,
+            "steps": new.steps,
+            "guidance_scale": self.args.guidance or new.guidance,
+            "size": new.size,
+            "frames": new.frames,
+            "old": None if old is None else dataclasses.asdict(old),
+            "autocast": "bfloat16" if self.args.autocast else None,
+            "products_of_float32": "TF32 on a GPU",
+            "autoencoder_clips": RECONSTRUCTED,
+        }
 
+    def pipe(self, old: bool) -> Any:
+        """A model, loaded when it is first needed."""
+        if old not in self.pipes:
+            self.pipes[old] = load(self.folders[old], self.args.device)
+        return self.pipes[old]
 
-def generate(pipe: Any, prompts: list[str], guidance: float, frames: int, label: str) -> Tensor:
-    """Clips (B,F,3,H,W) on the pipeline's device; clip i has seed i."""
-    parts = []
-    batch = BATCH[pipe.device.type]
-    for low in tqdm(range(0, len(prompts), batch), desc=label, unit="batch", leave=False):
-        part = prompts[low : low + batch]
-        output = pipe(
-            part,
-            height=96,
-            width=96,
-            num_frames=frames,
-            num_inference_steps=STEPS,
-            guidance_scale=guidance,
-            generator=[torch.Generator("cpu").manual_seed(low + i) for i in range(len(part))],
-            output_type="pt",
+    def job(self, group: Group) -> Job:
+        """A group as a job for its model."""
+        defaults = self.defaults[group.old]
+        images = None
+        if group.image:
+            assert group.truth is not None
+            frames = world.render(
+                group.truth, num_frames=1, size=group.size, geometry=False, device=self.args.device
+            ).rgb_BF3HW
+            # As bytes, which is what a picture file holds.
+            images = (frames[:, 0] * 255).round() / 255
+        return Job(
+            prompts=group.prompts,
+            seeds=group.seeds,
+            size=group.size,
+            frames=group.frames,
+            steps=defaults.steps,
+            guidance=defaults.guidance if group.old else self.args.guidance or defaults.guidance,
+            images=images,
+            autocast=self.args.autocast,
         )
-        parts.append(output.frames.float())
-    return torch.cat(parts)
+
+    def begin(self, name: str) -> tuple[Group, list[Future[tuple[Seen, Seen]]], float]:
+        """Make the clips of a group; what is seen in them may come later."""
+        group = build(name, self.count, self.args.first_seed, self.defaults[False], self.defaults.get(True))
+        start, job, looks = time.perf_counter(), self.job(group), []
+        for rows, clips in batches(self.pipe(group.old), job, name):
+            looks.append(self.watcher.submit(group, rows, clips, job.images, max(0, SHOWN - rows.start)))
+        return group, looks, time.perf_counter() - start
+
+    def finish(self, group: Group, looks: list[Future[tuple[Seen, Seen]]], seconds: float) -> None:
+        """Sum up a group, write the result, and draw its clips."""
+        seen, true = Seen.none(), Seen.none()
+        for future in looks:
+            for whole, part in zip((seen, true), future.result(), strict=True):
+                whole.add(part)
+        row = summary(group, seen, true)
+        row |= {"seconds": round(seconds, 1), "device": device()}
+        self.result["groups"][group.name] = row
+        low, high = row["intervals"].get("all_right", (float("nan"),) * 2)
+        told = {name: round(value, 3) for name, value in row["shares"].items()}
+        print(f"{group.name:22s} [{low:.3f}, {high:.3f}] {seconds:6.1f} s", told, flush=True)
+        self.flush()
+        self.draw(group, seen)
+
+    def draw(self, group: Group, seen: Seen) -> None:
+        """Begin to write the clips and the sheet of a group, where they are wanted."""
+        captions = [f"{text} ({verdict(r)})" for text, r in zip(group.prompts, seen.reports, strict=True)]
+        self.picture += zip(seen.clips[: PICTURED.get(group.name, 0)], captions, strict=False)
+        folder: Path | None = self.args.clips
+        if folder is not None:
+            kept = (seen.clips, captions[: len(seen.clips)])
+            path = folder / f"{group.name}.safetensors"
+            self.written.append(self.writer.submit(write_clips, path, *kept))
+            if group.name in DRAWN:
+                self.written.append(self.writer.submit(sheet, *kept, path.with_suffix(".png")))
+
+    def flush(self) -> None:
+        """Write what is there."""
+        if not self.args.quick:
+            publish(self.result, self.args.output, self.args.against)
+
+    def part(self, name: str) -> None:
+        """Measure what is no group of prompts."""
+        folder = self.folders[False]
+        if name == "seconds_cpu":
+            self.result[name] = seconds_on_two_cores(folder)
+        else:
+            count = 8 if self.args.quick else RECONSTRUCTED
+            rows, _ = autoencoder.measure({"model": self.pipe(False).vae}, count, *autoencoder.SETTINGS[0])
+            self.result[name] = rows[0]
+        self.result.setdefault("devices", {})[name] = device()
+        self.flush()
+
+    def __call__(self) -> dict[str, Any]:
+        """Measure the chosen groups and parts; judging one group goes on while the next is made."""
+        folder = self.folders[False]
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self.result["folder_mb"] = size / 1e6
+        late = None
+        for name in self.groups:
+            if name in PARTS:
+                self.part(name)
+                continue
+            made = self.begin(name)
+            if late is not None:
+                self.finish(*late)
+            late = made
+        if late is not None:
+            self.finish(*late)
+        self.watcher.close()
+        if self.picture and not self.args.quick:
+            target = Path(self.args.output)
+            path = target.with_suffix(".png") if target.suffix == ".json" else RESULTS / f"{target.name}.png"
+            sheet(*zip(*self.picture, strict=True), path)
+        for future in self.written:
+            future.result()
+        return self.result
 
 
-def shares(reports: list[Report]) -> dict[str, float]:
-    """Share of clips that are right, by attribute, among those that the attribute applies to, and the mean score."""
-    result = {}
-    for name in MEASURES:
-        values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
-        if values:
-            result[name] = sum(values) / len(values)
-    return result
+def publish(result: dict[str, Any], output: str, against: str | None) -> list[dict[str, Any]]:
+    """Write a result file with its gates, beside a first run where one is named; the gates."""
+    result = dict(result)
+    if against is not None and result["groups"]:
+        result["against"] = agreement(stored(against), result)
+    result["gates"] = gates(result)
+    write_result(output, result)
+    return list(result["gates"])
 
 
-def sampled(pipe: Any, count: int, guidance: float) -> tuple[dict[str, dict[str, float]], Tensor]:
-    """Rows of shares of every group, and the clips of the sheet: eight with one body, four with two."""
-    rows, sheet = {}, []
-    for name, (frames, specs) in groups(count).items():
-        clips = generate(pipe, [world.simple_caption(spec) for spec in specs], guidance, frames, name)
-        rows[name] = shares(check_batch(clips, specs))
-        print(f"{name:16s}", {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
-        if name in ("one", "two"):
-            sheet.append(clips[: 8 if name == "one" else 4, ::4].cpu())
-    return rows, torch.cat(sheet)
-
-
-@torch.no_grad()
-def reconstructed(vae: Any, count: int) -> dict[str, float]:
-    """PSNR on bodies, all frames and the last one, and the judge's score on reconstructions over that on originals."""
-    specs = [world.sample(i, camera="static") for i in range(count)]
-    rec, true, masks = [], [], []
-    for low in range(0, count, 16):
-        frames = world.render(specs[low : low + 16], size=96, device=vae.device)
-        x = to_model(frames.rgb_BF3HW)
-        rec.append(vae.decode(vae.encode(x).latent_dist.mode(), return_dict=False)[0])
-        true.append(x)
-        assert frames.ids_BFHW is not None
-        masks.append(dilated((frames.ids_BFHW > 0).float())[:, None])
-    y, x, mask = torch.cat(rec), torch.cat(true), torch.cat(masks)
-    scores = [shares(check_batch(clips.transpose(1, 2) * 0.5 + 0.5, specs))["score"] for clips in (y.clamp(-1, 1), x)]
-    return {
-        "psnr_objects": masked_psnr(y, x, mask),
-        "psnr_objects_last": masked_psnr(y[:, :, -1:], x[:, :, -1:], mask[:, :, -1:]),
-        "score": scores[0],
-        "score_of_originals": scores[1],
-    }
-
-
-def seconds_on_two_cores(folder: Path, guidance: float) -> float:
-    """Median seconds of a default clip on two CPU cores, in a process of its own that sees no GPU."""
-    code = (
-        "import json, os, sys, time, pathlib\n"
-        "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])\n"
-        "import torch; torch.set_num_threads(2)\n"
-        "from benchmarks import embedded_model as b\n"
-        "pipe = b.load(pathlib.Path(sys.argv[1]), 'cpu')\n"
-        "times = [b.one_clip(pipe, float(sys.argv[2])) for _ in range(4)]\n"
-        "print(json.dumps(times[1:]))\n"
-    )
-    told = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(guidance)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(statistics.median(json.loads(told.stdout.splitlines()[-1])))
-
-
-def one_clip(pipe: Any, guidance: float) -> float:
-    """Seconds of one default clip."""
-    start = time.perf_counter()
-    generate(pipe, ["a red ball rolls left"], guidance, 17, "")
-    return time.perf_counter() - start
-
-
-def gates(
-    rows: dict[str, dict[str, float]], autoencoder: dict[str, float], seconds: float, size: float
-) -> list[dict[str, Any]]:
-    """The numbers asked for."""
-    result = [gate(name, rows[group][key], ">=", target) for (group, key), (name, target) in TARGETS.items()]
-    score = rows["one"]["score"]
-    result.append(gate("unseen_ratio", rows["one, unseen"]["score"] / score, ">=", 0.6))
-    for frames in (9, 25, 33):
-        result.append(gate(f"frames_{frames}", rows[f"one, {frames} frames"]["score"] / score, ">=", 0.8))
-    result += [
-        gate("ae_psnr_objects", autoencoder["psnr_objects"], ">=", 29.0),
-        gate("ae_psnr_objects_last", autoencoder["psnr_objects_last"], ">=", 27.0),
-        gate("check_on_reconstructions", autoencoder["score"] / autoencoder["score_of_originals"], ">=", 0.97),
-        gate("seconds_cpu", seconds, "<=", 8.0),
-        gate("folder_mb", size, "<=", 20.0),
-    ]
-    return result
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print gates."""
+    for row in rows:
+        value = "not measured" if row["value"] is None else f"{row['value']:.3f}"
+        state = "ok" if row["ok"] else "MISSED" if row["value"] is not None else ""
+        print(f"{row['name']:28s} {value:>12s} {row['op']} {row['target']:g}  {state}")
 
 
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=256, help="prompts of each group (default: 256)")
-    parser.add_argument("--guidance", type=float, nargs="*", default=[], help="more guidance scales, one table each")
-    parser.add_argument("--quick", action="store_true", help="32 prompts a group; prints only")
-    parser.add_argument("--model", type=Path, help="another folder than the embedded model's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", default="embedded_model", help="name or path of the result file")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--prompts", type=int, help="prompts of each group, at least 2 (default: 256, with --quick 16)")
+    add("--first_seed", type=int, default=0, help="number of the first scene, and seed of its noise (default: 0)")
+    add("--groups", nargs="+", default=[*BUILDERS, *PARTS], choices=[*BUILDERS, *PARTS], metavar="GROUP",
+        help=f"what to measure (default: all): {', '.join([*BUILDERS, *PARTS])}")  # fmt: skip
+    add("--quick", action="store_true", help="16 prompts a group, 8 reconstructions; prints only")
+    add("--model", type=Path, help="another folder than the embedded model's")
+    add("--old", type=Path, help="folder of the model before it (default: the embedded model's)")
+    add("--guidance", type=float, help="guidance scale of the measured model (default: the folder's)")
+    add("--autocast", action="store_true", help="bfloat16 autocast (default: float32, TF32 on a GPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--workers", type=int, help="processes that judge beside this one (default: 8 on a GPU, none on a CPU)")
+    add("--clips", type=Path, metavar="FOLDER", help="keep clips of each group and draw sheets here")
+    add("--output", default="embedded_model", help="name or path of the result file")
+    add("--against", help="result of a first run with other seeds, to be compared with")
+    add("--merge", nargs="+", metavar="FILE", help="join result files of other groups; nothing is measured")
+    add("--table", action="store_true", help="print the table of the documentation; nothing is measured")
+    args = parser.parse_args()
+    if args.prompts is not None and args.prompts < 2:
+        parser.error(f"--prompts {args.prompts}: intervals need at least 2")
+    return args
 
 
 def main() -> None:
-    """Measure, print, write; the gates are those at guidance 5."""
+    """Measure, print, write."""
     args = options()
-    count = 32 if args.quick else args.prompts
-    folder = args.model or embedded_model()
-    default = json.loads((folder / "postgen.json").read_text())["guidance_scale"]
-    pipe = load(folder, args.device)
-    tables = {}
-    for guidance in dict.fromkeys((GUIDANCE, default, *args.guidance)):
-        print(f"guidance {guidance:g}")
-        tables[f"{guidance:g}"], sheet = sampled(pipe, count, guidance)
-        if guidance == default:
-            shown = sheet
-    # Cheap, and fewer clips say too little beside thin margins.
-    autoencoder = reconstructed(pipe.vae, max(count, 256))
-    print("reconstructions ", {key: round(value, 3) for key, value in autoencoder.items()}, flush=True)
-    seconds = seconds_on_two_cores(folder, default)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    rows = gates(tables[f"{GUIDANCE:g}"], autoencoder, seconds, size)
-    for row in rows:
-        print(
-            f"{row['name']:26s} {row['value']:8.3f} {row['op']} {row['target']:g}  {'ok' if row['ok'] else 'MISSED'}"
-        )
-    if args.quick:
+    if args.table:
+        shifted = RESULTS / "embedded_model_shifted.json"
+        print(markdown(stored(args.output), stored(shifted) if shifted.is_file() else None))
         return
-    settings = {"prompts_per_group": count, "steps": STEPS, "default_guidance": default, "first_seed": 0}
-    where = write_result(
-        args.output,
-        {
-            "settings": settings,
-            "by_guidance": tables,
-            "autoencoder": autoencoder,
-            "seconds_on_two_cores": seconds,
-            "gates": rows,
-        },
-    )
-    picture = RESULTS / "embedded_model.png" if where.parent == RESULTS else where.with_suffix(".png")
-    contact_sheet(shown.flatten(0, 1), picture, columns=shown.shape[1], limit=len(shown) * shown.shape[1])
+    if args.merge:
+        show(publish(merged([stored(name) for name in args.merge]), args.output, args.against))
+        return
+    if args.clips is not None:
+        args.clips.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    result = Run(args)()
+    show(gates(result) if args.quick else publish(result, args.output, args.against))
 
 
 if __name__ == "__main__":

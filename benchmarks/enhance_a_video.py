@@ -1,12 +1,13 @@
 """What Enhance-A-Video does to the embedded model, whether it is the official method, what it costs.
 
-    python -m benchmarks.enhance_a_video [--prompts 128] [--weights 0.5 1 2 4] [--device cuda] [--quick]
+    python -m benchmarks.enhance_a_video [--prompts 256] [--weights 0.5 1 2 4 8] [--model FOLDER] [--quick]
 
-Prompts of one and of two bodies under a static camera, clip i from seed i, the same seeds at every weight. The checker
-judges every clip; flicker is measured on the whole picture and on the ground (floor and backdrop, where no body is
-seen in the frames compared), warp error on the ground, whose exact flow under a static camera is zero, motion on the
-whole picture: a frozen clip has no flicker, so less of it counts only with motion unchanged. Differences to the plain
-model are paired by clip, with 95 % bootstrap intervals. Writes benchmarks/results/enhance_a_video.json.
+Prompts of one and of two bodies under a static camera, clip i from seed i, the same seeds at every weight; size,
+length, steps and guidance are those of the folder's postgen.json. The checker judges every clip; flicker is measured
+on the whole picture and on the ground (floor and backdrop, where no body is seen in the frames compared), warp error
+on the ground, whose exact flow under a static camera is zero, motion on the whole picture: a frozen clip has no
+flicker, so less of it counts only with motion unchanged. Differences to the plain model are paired by clip, with 95 %
+bootstrap intervals. Writes benchmarks/results/enhance_a_video.json.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import argparse
 import dataclasses
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import postgen
-from benchmarks.embedded_model import STEPS, generate, load, shares
+from benchmarks.embedded_measures import ground, shares
+from benchmarks.embedded_sampling import Defaults, Job, generate, load
 from benchmarks.enhance_cost import extra_memory_mib, layer_cost
 from benchmarks.enhance_families import passing_families
 from benchmarks.gates import RESULTS, gate, write_result
@@ -31,23 +33,14 @@ from postgen.assets import embedded_model
 from postgen.metrics.bootstrap import Interval, bootstrap, ratio_of_means
 from postgen.metrics.video_measures import flicker, motion, warp_error
 from postgen.world.check import check_batch
-from postgen.world.check.segment import colour_share, smooth
 from postgen.world.spec import Spec
 from tests.enhance.official import MODELS, parity
 
-WEIGHTS = (0.25, 1.0, 2.0, 4.0)
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
 AT_ONCE = 32
-FRAMES = 17
 
 Rows = dict[str, Tensor]
 """One number a clip, by measure."""
-
-
-def ground(clips: Tensor) -> Tensor:
-    """Pixels of (B, F, 3, H, W) at least 4 px from whatever is coloured like a body, bool (B, F, H, W)."""
-    share, _, _ = colour_share(smooth(clips.flatten(0, 1)))
-    body = functional.max_pool2d((share > 0.25).float()[:, None], 9, 1, 4)[:, 0]
-    return (body == 0).unflatten(0, clips.shape[:2])
 
 
 def measured(clips: Tensor) -> Rows:
@@ -93,20 +86,25 @@ class Gains:
         }
 
 
-def scenes(count: int) -> list[Spec]:
+def scenes(count: int, frames: int) -> list[Spec]:
     """As many scenes of one body as of two, filmed by a static camera."""
-    return [world.sample(i, num_bodies=bodies, camera="static") for bodies in (1, 2) for i in range(count)]
+    return [
+        world.sample(i, num_bodies=bodies, camera="static", num_frames=frames)
+        for bodies in (1, 2)
+        for i in range(count)
+    ]
 
 
-def judged(pipe: Any, specs: list[Spec], guidance: float, label: str) -> tuple[Rows, dict[str, Any]]:
+def judged(pipe: Any, specs: list[Spec], how: Defaults, label: str, workers: int) -> tuple[Rows, dict[str, Any]]:
     """Numbers of every clip, and the checker's shares by number of bodies."""
     half = len(specs) // 2
     groups = {"one": specs[:half], "two": specs[half:]}
     clips, reports, checker = [], [], {}
     for name, part in groups.items():
         prompts = [world.simple_caption(spec) for spec in part]
-        clips.append(generate(pipe, prompts, guidance, FRAMES, f"{label}, {name}"))
-        reports += check_batch(clips[-1], part)
+        job = Job(prompts=prompts, seeds=list(range(half)), **dataclasses.asdict(how))
+        clips.append(generate(pipe, job, f"{label}, {name}"))
+        reports += check_batch(clips[-1], part, workers=workers)
         checker[name] = shares(reports[-half:])
     rows = measured(torch.cat(clips).clamp(0, 1))
     rows["score"] = torch.tensor([report.score for report in reports])
@@ -132,14 +130,14 @@ def means(rows: Rows) -> dict[str, float]:
     return {name: float(values.nanmean()) for name, values in rows.items()}
 
 
-def sweep(pipe: Any, specs: list[Spec], guidance: float, weights: list[float]) -> dict[str, Any]:
+def sweep(pipe: Any, specs: list[Spec], how: Defaults, weights: list[float], workers: int) -> dict[str, Any]:
     """The plain model, `auto` and every weight, on the same prompts and seeds."""
-    plain, checker = judged(pipe, specs, guidance, "plain")
+    plain, checker = judged(pipe, specs, how, "plain", workers)
     table: dict[str, Any] = {"plain": {"means": means(plain), "checker": checker}}
     for weight in ("auto", *weights):
         handle = postgen.apply_enhance_a_video(pipe, postgen.EnhanceAVideoConfig(weight=weight))
         with Gains(pipe, handle) as gains:
-            rows, checker = judged(pipe, specs, guidance, f"weight {weight}")
+            rows, checker = judged(pipe, specs, how, f"weight {weight}", workers)
         handle.remove()
         against = compared(rows, plain)
         table[f"{weight}"] = {
@@ -182,8 +180,10 @@ def _cell(interval: dict[str, float], factor: float, form: str) -> str:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of each number of bodies (default: 128)")
+    parser.add_argument("--prompts", type=int, default=256, help="prompts of each number of bodies (default: 256)")
     parser.add_argument("--weights", type=float, nargs="*", default=WEIGHTS, help="weights beside auto")
+    parser.add_argument("--model", type=Path, help="another folder than the embedded model's")
+    parser.add_argument("--workers", type=int, default=0, help="processes that judge beside this one (default: none)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="enhance_a_video", help="name or path of the result file")
@@ -210,14 +210,17 @@ def main() -> None:
     if args.table:
         print(markdown(json.loads((RESULTS / "enhance_a_video.json").read_text())["by_weight"]))
         return
-    folder = embedded_model()
-    guidance = args.guidance or json.loads((folder / "postgen.json").read_text())["guidance_scale"]
+    folder = args.model or embedded_model()
+    how = Defaults.of(folder)
+    how = dataclasses.replace(how, guidance=args.guidance or how.guidance)
     differences = {name: parity(name)[0] for name in MODELS}
     families = passing_families()
     memory = extra_memory_mib(args.device)
     cost = layer_cost() if args.device == "cuda" else None
     print(f"parity {max(differences.values()):.1e}, {sum(families.values())} families, {memory:.0f} MiB, cost {cost}")
-    table = sweep(load(folder, args.device), scenes(args.prompts), guidance, list(args.weights))
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    table = sweep(load(folder, args.device), scenes(args.prompts, how.frames), how, list(args.weights), args.workers)
     rows = gates(table["auto"], max(differences.values()), sum(families.values()), memory)
     for row in rows:
         print(
@@ -227,9 +230,11 @@ def main() -> None:
         return
     settings = {
         "prompts": 2 * args.prompts,
-        "guidance_scale": guidance,
-        "steps": STEPS,
-        "frames": FRAMES,
+        "guidance_scale": how.guidance,
+        "steps": how.steps,
+        "size": how.size,
+        "frames": how.frames,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "first_seed": 0,
     }
     payload = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.embedded_model import load
+from benchmarks.embedded_sampling import load
 from benchmarks.gates import write_result
 from postgen import world
 from postgen.assets import embedded_model

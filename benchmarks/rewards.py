@@ -32,6 +32,7 @@ EXACT = ("world", "parabola", "permanence", "depth_consistency")
 #: First seed of the scenes; training takes seeds from 1,000,000 on.
 FIRST = 300_000
 LEVEL = 2
+#: What the learned rewards were trained on and the recipes of the embedded model train at, whatever its own size is.
 FRAMES, SIZE = 17, 96
 
 

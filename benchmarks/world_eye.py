@@ -94,7 +94,7 @@ def generated(device: str, kept: Path | None) -> dict[str, Any]:
 
 
 def _make(rows: dict[str, dict[str, Any]], device: str) -> dict[str, Tensor]:
-    from benchmarks.embedded_model import load
+    from benchmarks.embedded_sampling import load
     from postgen.assets import embedded_model
 
     pipe = load(embedded_model(), device)

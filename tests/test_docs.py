@@ -60,7 +60,7 @@ def test_streaming(ran: tuple[dict[str, Any], str]) -> None:
 @pytest.mark.parametrize("ran", ["linear_layers.md"], indirect=True)
 def test_linear_layers(ran: tuple[dict[str, Any], str]) -> None:
     names, printed = ran
-    assert "linear layers (int8): 12 linear layers are Int8Linear" in printed
+    assert "linear layers (int8): 16 linear layers are Int8Linear" in printed
     assert not any(isinstance(module, names["Int8Linear"]) for module in names["transformer"].modules())
 
 

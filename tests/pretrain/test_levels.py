@@ -214,7 +214,7 @@ def test_examples_are_prompts_of_the_world(run):
     facts = inspect_model(run.args.folder / "export")
     assert facts.closed_vocabulary == EXAMPLES
     assert len(EXAMPLES) == 3
-    assert inspect_model(embedded_model()).closed_vocabulary == ()
+    assert inspect_model(embedded_model()).closed_vocabulary == EXAMPLES
     for text in EXAMPLES:
         assert world.parse(text) is not None
         assert not unknown_words(run.tokenizer, text)

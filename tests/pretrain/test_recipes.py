@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
 from postgen.pretrain.pipeline_folder import new_transformer
@@ -77,39 +79,36 @@ def text_run(tmp_path_factory, autoencoder):
     return folder / "run"
 
 
-def test_shipped_recipes_are_read(autoencoder):
+def test_the_recipe_of_the_autoencoder_is_read():
     trainer, config = load_recipe(RECIPES / "tiny-autoencoder.yaml")
-    assert trainer is AutoencoderTrainer
-    assert (config.size, config.dim_mult, config.folded) == (96, [1, 2, 2], False)
-    trainer, settings = load_recipe(RECIPES / "tiny-wan.yaml", ["--autoencoder", str(autoencoder)])
-    assert trainer is TextToVideoTrainer
-    assert settings.size == config.size
-    written = yaml.safe_load((RECIPES / "tiny-wan.yaml").read_text())
-    assert Path(written["autoencoder"]) == Path(config.output_dir) / "export"
-
-
-def test_the_recipe_of_the_third_autoencoder_is_read():
-    trainer, config = load_recipe(RECIPES / "tiny-autoencoder-3.yaml")
     assert trainer is AutoencoderTrainer
     assert (config.size, config.dim_mult, config.lengths[0], config.max_steps) == (128, [2, 2, 2], 33, 29500)
 
 
-def test_the_third_version_will_fit_into_24_megabytes(monkeypatch):
+def test_the_recipe_of_the_denoiser_builds_the_shipped_model(monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
-    trainer, config = load_recipe(RECIPES / "tiny-wan-3.yaml")
+    trainer, config = load_recipe(RECIPES / "tiny-wan.yaml")
     assert trainer is TextToVideoTrainer
-    assert (config.size, config.lengths[0], config.num_layers, config.noise_shares) == (128, 33, 8, [0.7, 0.15, 0.15])
+    assert (config.size, config.lengths[0], config.noise_shares) == (128, 33, [0.7, 0.15, 0.15])
     assert {96, 128, 160} == set(config.sizes)
     assert {17, 33, 49} == set(config.lengths)
-    autoencoder = RECIPES.parent / config.autoencoder
-    words = len(word_tokenizer(world_words()))
+    folder = embedded_model()
+    assert Path(config.autoencoder).resolve() == folder
     with torch.device("meta"):
-        denoiser = new_transformer(config, json.loads((autoencoder / "vae" / "config.json").read_text())["z_dim"])
-        text = new_text_encoder(words, config.text_width, config.text_layers, 4)
-    weights = sum(2 * p.numel() for p in denoiser.parameters()) + sum(4 * p.numel() for p in text.parameters())
-    vae = (autoencoder / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size
-    # 23.5 MB of weights; configurations and the tokenizer are 40 kB in the second version.
-    assert 23.3e6 <= weights + vae <= 23.9e6
+        denoiser = new_transformer(config, json.loads((folder / "vae" / "config.json").read_text())["z_dim"])
+        text = new_text_encoder(len(word_tokenizer(world_words())), config.text_width, config.text_layers, 4)
+    for module, path in (
+        (denoiser, folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+        (text, folder / "text_encoder" / "model.safetensors"),
+    ):
+        with safe_open(path, "pt") as file:
+            shipped = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        built = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        # Tied embeddings are written once.
+        assert shipped.items() <= built.items()
+        assert len(shipped) >= len(built) - 1
+    facts = json.loads((folder / "postgen.json").read_text())
+    assert (facts["width"], facts["num_frames"], facts["guidance_scale"]) == (128, 33, config.eval_guidance_scale)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded model's third version, as any user of diffusers loads it."""
+"""The autoencoder of the embedded model, as any user of diffusers loads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from postgen.assets import embedded_model
 from postgen.pretrain.measure import masked_psnr
 from postgen.pretrain.pool import dilated, to_model
 
-FOLDER = embedded_model().with_name("tiny-wan-3") / "vae"
+FOLDER = embedded_model() / "vae"
 
 
 def test_it_keeps_two_bodies_of_an_unseen_scene():
@@ -23,7 +23,7 @@ def test_it_keeps_two_bodies_of_an_unseen_scene():
         y = vae.decode(z).sample
     assert z.shape == (1, 16, 3, 16, 16)
     mask = dilated((pictures.ids_BFHW > 0).float())[:, None]
-    # 32.9 and 34.9 on this clip; the second version's has 29.5 and 30.8.
+    # 32.9 and 34.9 on this clip.
     assert masked_psnr(x, y, mask) >= 32.6
     assert masked_psnr(x[:, :, :1], y[:, :, :1], mask[:, :, :1]) >= 34.6
     mean, std = (

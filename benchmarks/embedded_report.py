@@ -1,0 +1,161 @@
+"""Gates of the embedded model, two runs beside each other, files of several processes joined, a table for the docs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from benchmarks import autoencoder
+from benchmarks.gates import RESULTS, gate
+from postgen.errors import UserError
+
+#: Group, and its gate on the share of wholly right clips.
+RIGHT = {
+    "one": ("one_body", 0.97),
+    "image_one": ("image_to_video_right", 0.9),
+    "synonyms": ("synonyms_right", 0.9),
+}
+#: Group whose share of wholly right clips is held against that of "one", and the gate.
+RATIOS = {
+    "unseen": ("unseen_ratio", 0.9),
+    "frames_17": ("frames_17", 0.8),
+    "frames_49": ("frames_49", 0.8),
+    "size_96": ("size_96", 0.8),
+}
+PARTS = ("autoencoder", "seconds_cpu")
+"""What a result file has beside groups, measured once."""
+
+
+def right(result: dict[str, Any], name: str, measure: str = "all_right") -> float | None:
+    """A group's share; None where the group was not measured."""
+    row = result["groups"].get(name)
+    return None if row is None else row["shares"].get(measure)
+
+
+def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers asked for; what was not measured misses its gate."""
+    rows = [gate(name, right(result, group), ">=", target) for group, (name, target) in RIGHT.items()]
+    old, one = right(result, "old_two"), right(result, "one")
+    # Without the model before there is nothing to be better than.
+    two = None if old is None else right(result, "two")
+    rows.append(gate("two_bodies", two, ">=", max(0.6, (old or 0.0) + 0.1)))
+    for group, (name, target) in RATIOS.items():
+        share = right(result, group)
+        rows.append(gate(name, share / one if share is not None and one else None, ">=", target))
+    rows.append(gate("camera_right", right(result, "camera", "camera"), ">=", 0.8))
+    floors = result["groups"].get("seeds", {}).get("diversity", {}).get("floors")
+    rows.append(gate("floor_colours", floors, ">=", 0.8))
+    missing = {"psnr_objects": None, "first_frame_gap_db": None, "kept_right": None}
+    rows += autoencoder.gates(result.get("autoencoder") or missing)
+    rows += [
+        gate("seconds_cpu", result.get("seconds_cpu"), "<=", 8.0),
+        gate("folder_mb", result.get("folder_mb"), "<=", 24.0),
+    ]
+    against = result.get("against")
+    if against:
+        rows.append(gate("groups_apart_from_first_run", len(against["apart"]), "==", 0))
+    return rows
+
+
+def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Differences of the shares of wholly right clips of two runs with other prompts and seeds.
+
+    Newcombe's intervals of a difference of two shares (Statistics in Medicine 17, 1998, method 10), at a level that
+    leaves one chance in 20 that any group of two equal models lies outside (Bonferroni).
+
+    Raises:
+        UserError: the same prompts in both, or no common group.
+    """
+    if first["settings"]["first_seed"] == second["settings"]["first_seed"]:
+        raise UserError("both runs have the same first_seed: a second run needs prompts and seeds of its own")
+    names = [name for name in second["groups"] if name in first["groups"]]
+    if not names:
+        raise UserError("the two runs have no group in common")
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * len(names)))
+    table, apart = {}, []
+    for name in names:
+        a, b = (run["groups"][name]["right"] for run in (first, second))
+        low, high = difference(a.count("1"), len(a), b.count("1"), len(b), z)
+        table[name] = {"first": a.count("1") / len(a), "second": b.count("1") / len(b), "interval": [low, high]}
+        if not low <= 0 <= high:
+            apart.append(name)
+    return {"first_seed": first["settings"]["first_seed"], "date": first["date"], "groups": table, "apart": apart}
+
+
+def difference(right_a: int, of_a: int, right_b: int, of_b: int, z: float) -> tuple[float, float]:
+    """Interval of the second share less the first, z normal quantiles wide to both sides."""
+    (low_a, p_a, high_a), (low_b, p_b, high_b) = _wilson(right_a, of_a, z), _wilson(right_b, of_b, z)
+    gap = p_b - p_a
+    return gap - math.hypot(p_b - low_b, high_a - p_a), gap + math.hypot(high_b - p_b, p_a - low_a)
+
+
+def _wilson(hits: int, n: int, z: float) -> tuple[float, float, float]:
+    """Share with Wilson's score interval around it."""
+    p = hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return min(low, p), p, max(high, p)
+
+
+def stored(name: str | Path) -> dict[str, Any]:
+    """A result file by its name or path.
+
+    Raises:
+        UserError: there is none, or it is of the benchmark of the second version.
+    """
+    path = Path(name) if Path(name).suffix == ".json" else RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"there is no result file {path}")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "groups" not in result:
+        raise UserError(f"{path} has no groups: it was not written by this version of benchmarks.embedded_model")
+    return result
+
+
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several that measured different groups of the same model with the same settings.
+
+    Raises:
+        UserError: other settings, or a group or part that two of them have.
+    """
+    whole: dict[str, Any] = {"settings": results[0]["settings"], "groups": {}}
+    for result in results:
+        if result["settings"] != whole["settings"]:
+            raise UserError(f"cannot join runs with different settings: {whole['settings']}, {result['settings']}")
+        if twice := sorted(whole["groups"].keys() & result["groups"].keys()):
+            raise UserError(f"two of the files have {', '.join(twice)}: measure each group once")
+        whole["groups"] |= result["groups"]
+        whole["devices"] = whole.get("devices", {}) | result.get("devices", {})
+        for part in (*PARTS, "folder_mb"):
+            if result.get(part) is None:
+                continue
+            if part != "folder_mb" and whole.get(part) is not None:
+                raise UserError(f"two of the files have {part}: measure it once")
+            whole[part] = result[part]
+    return whole
+
+
+COLUMNS = ("count", "colour", "shape", "direction", "event", "all_right")
+
+
+def markdown(result: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
+    """The groups as a table for the documentation; the last column is of the run with other prompts and seeds."""
+    heads = ["prompts", "px, frames", *(name.replace("_", " ") for name in COLUMNS), "its 95 % interval"]
+    heads += ["shifted run"] if shifted else []
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, row in result["groups"].items():
+        cells = [_number(row["shares"].get(column)) for column in COLUMNS]
+        low, high = row["intervals"].get("all_right", (None, None))
+        cells = [name, f"{row['size']}, {row['frames']}", *cells, f"{_number(low)} to {_number(high)}"]
+        if shifted:
+            cells.append(_number(right(shifted, name)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
