@@ -2,7 +2,8 @@
 
     python -m benchmarks.embedded_picture [--seed 0] [--model FOLDER] [-o docs/images/embedded.webp]
 
-Sizes, steps and guidance are those of the model's postgen.json, and the first clip has the seed that is given, the next one the next.
+Sizes, steps and guidance are those of the model's postgen.json. The first clip has the seed that is given, the second
+one the next, and so on.
 """
 
 from __future__ import annotations

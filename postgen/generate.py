@@ -79,6 +79,8 @@ def prepare(config: GenerateConfig) -> Job:
         UserError: the first thing that is wrong, in one line.
     """
     facts = inspect_model(config.model if config.model is not None else postgen.embedded_model())
+    if config.image is not None:
+        facts = facts.with_image()
     for name in ("negative_prompt", *_CALL):
         if getattr(config, name) is not None and name not in facts.arguments:
             raise UserError(f"{facts.pipeline} has no {name}: leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class Defaults:
 _WAN_DEFAULTS = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 # Pipelines whose rules we know from their configuration alone.
 _WAN_PIPELINES = {"WanPipeline": False, "WanImageToVideoPipeline": True}
+# Where the first latent frame may be given, with a timestep of its own, one set of weights serves both pipelines.
+_CONTINUES = {"WanPipeline": "WanImageToVideoPipeline"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,21 @@ class ModelFacts:
     """Components that stay in float32, whatever the dtype."""
     closed_vocabulary: tuple[str, ...] = ()
     """Example prompts of a model whose tokenizer knows some words and no other, as `postgen.json` says; else empty."""
+    image_pipeline: str | None = None
+    """Class of the pipeline in which the same weights continue a first frame; None where there is none.
+
+    A text-to-video folder has one if its `model_index.json` says `expand_timesteps` (Wan2.2-TI2V-5B), or its
+    `postgen.json` says `image_to_video`."""
+    expands_timesteps: bool = False
+    """Whether `pipeline` is that class."""
+
+    def with_image(self) -> ModelFacts:
+        """The facts of the pipeline that takes a first frame: these, or those of `image_pipeline`."""
+        if self.takes_image or self.image_pipeline is None:
+            return self
+        return replace(
+            self, pipeline=self.image_pipeline, image_pipeline=None, takes_image=True, expands_timesteps=True
+        )
 
     def check_size(self, num_frames: int | None, height: int | None, width: int | None) -> None:
         """Refuse sizes that the model cannot make.
@@ -103,7 +120,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
-    own, examples = _own_defaults(folder / "postgen.json")
+    own, examples, continues = _own_defaults(folder / "postgen.json")
     transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
     if pipeline in _WAN_PIPELINES:
         return ModelFacts(
@@ -116,6 +133,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
             transformer=transformer,
             full_precision=("vae",),  # its decoder loses detail in half precision
             closed_vocabulary=examples,
+            image_pipeline=_CONTINUES.get(pipeline) if continues or index.get("expand_timesteps") is True else None,
         )
     parameters = _call_parameters(pipeline, source, images)
     return ModelFacts(
@@ -173,7 +191,11 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
         raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
     try:
         loader: Any = diffusers.DiffusionPipeline
-        pipe = loader.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place))
+        options = {}
+        if facts.expands_timesteps:
+            # The folder names the class that takes text alone.
+            loader, options = getattr(diffusers, facts.pipeline), {"expand_timesteps": True}
+        pipe = loader.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place), **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
@@ -234,18 +256,21 @@ def _component_class(index: dict[str, Any], name: str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a folder says of itself: defaults of a call, and example prompts if it knows a closed vocabulary."""
+def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
+    """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too."""
     own = dict(_read_json(path)) if path.is_file() else {}
     examples = own.pop("closed_vocabulary", [])
     if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
         raise UserError(f"{path}: closed_vocabulary must be a list of example prompts, got {examples!r}")
+    continues = own.pop("image_to_video", False)
+    if not isinstance(continues, bool):
+        raise UserError(f"{path}: image_to_video must be true or false, got {continues!r}")
     known = Defaults.__dataclass_fields__
     for name, value in own.items():
         kind = str if name == "dtype" else (int, float)
         if name not in known or not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
             raise UserError(f"{path}: bad entry {name}={value!r}. Known: {', '.join(known)}")
-    return own, tuple(examples)
+    return own, tuple(examples), continues
 
 
 def _wan_multiples(folder: Path) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ class ModelSettings(Protocol):
     eval_num_inference_steps: int
     eval_guidance_scale: float
     whole_words: bool
+    noise_shares: list[float]
     output_dir: str
 
 
@@ -85,6 +86,8 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
     }
     if settings.whole_words:
         defaults["closed_vocabulary"] = list(EXAMPLES)
+    if settings.noise_shares[1]:
+        defaults["image_to_video"] = True
     (folder / "postgen.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
