@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from postgen.errors import UserError
@@ -22,7 +21,7 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
-from postgen.training import Reason, Trainer, TrainingConfig, TrainResult
+from postgen.training import Reason, Trainer, TrainingConfig, TrainResult, Weights
 from postgen.training.policy import Policy, load_policy
 from postgen.training.prompts import Prompts
 
@@ -112,8 +111,6 @@ class GroupTrainer(Trainer[G]):
             raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
         if self.eval_prompts is not None and min(args.eval_prompts, len(self.eval_prompts)) % processes:
             raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
-        if self.needs_reference and (not args.use_peft or args.lora_path):
-            raise UserError("sharded training keeps no copy of all weights: set beta to 0, or train a new LoRA")
 
     # Hooks of the family.
 
@@ -151,7 +148,7 @@ class GroupTrainer(Trainer[G]):
     @property
     def copies(self) -> int:
         """Copies of the trained weights that are kept beside them."""
-        return int(self.args.ema_decay > 0) + int(self.policy.copies_reference)
+        return int(self.args.ema_decay > 0) + int(self.needs_reference and self.policy.copies_reference)
 
     def prepare(self) -> None:
         """Do something once the models stand, before the first rollout and before a checkpoint is read."""
@@ -212,10 +209,15 @@ class GroupTrainer(Trainer[G]):
         )
         self.prepare()
         if self.needs_reference:
-            self.policy.keep_reference(args.init_from)
+            self.policy.check_reference(args.init_from)
         if not args.dry_run:
             load_rewards([self.runner, self.gold])
         return self.policy.modules
+
+    def on_models_ready(self) -> None:
+        """Keep a copy of the weights as the reference, where one is needed."""
+        if self.needs_reference:
+            self.policy.keep_reference()
 
     def training_step(self) -> tuple[Tensor, Metrics]:
         """Train on the next micro-batch, after a new rollout where the last one is used up."""
@@ -240,13 +242,13 @@ class GroupTrainer(Trainer[G]):
             write_samples(args.folder / "samples", self.global_step, found.clips, found.prompts, self.fps)
         watched = {} if self.gold is None else self.hacking.watch(found.means, self.gold.names[0])
         if watched.get("hacking") and args.on_hacking == "stop":
-            self.callbacks.control.should_training_stop = True
+            self.request_stop()
         return found.means | watched
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained models, and a model card."""
         args, policy = self.args, self.policy
-        policy.save(folder, self.whole_weights)
+        policy.save(folder, weights)
         card = Card(
             source=self.source,
             pipeline=type(policy.pipe).__name__,
@@ -371,9 +373,8 @@ class GroupTrainer(Trainer[G]):
     def _networks(self, *, wrapped: bool) -> Iterator[None]:
         """Let the denoiser call the networks that average gradients, or those inside, whose calls may be unequal."""
         table = self.policy.denoiser.transformers
-        for name in self.policy.modules:
-            model = self.models.get(name, self.policy.modules[name])
-            table[name] = model.module if isinstance(model, DistributedDataParallel) and not wrapped else model
+        for name in self.policy.modules.keys() & self.models.keys():  # the models stand only once they are prepared
+            table[name] = self.models[name] if wrapped else self.unaveraged(name)
         # In TF32 a convolution rounds by its batch size, and the policy's ratio would show that instead of learning.
         cudnn = torch.backends.cudnn
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):

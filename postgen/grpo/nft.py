@@ -11,7 +11,7 @@ No log-probabilities, no trajectories, no stochastic sampler. The old policy fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
 from postgen.sampling.transition import split, wide
 from postgen.training import TrainingConfig
-from postgen.training.policy import WeightsCopy
+from postgen.training.swap import WeightsCopy
 
 from .config import GroupConfig
 from .cost import Work
@@ -108,10 +108,6 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
-    def prepare(self) -> None:
-        """Leave the old policy to be copied when it is first needed."""
-        self._old: WeightsCopy | None = None
-
     @property
     def needs_reference(self) -> bool:
         """Whether the difference from the reference policy has a weight."""
@@ -133,12 +129,14 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             latents=1,
         )
 
-    @property
-    def old(self) -> WeightsCopy:
-        """The old policy; made when it is first needed, after weights have been loaded and moved."""
-        if self._old is None:
-            self._old = WeightsCopy(self.trained())
-        return self._old
+    def on_models_ready(self) -> None:
+        """Begin with an old policy that is the new one."""
+        super().on_models_ready()
+        self.old = WeightsCopy(self.policy.modules)
+
+    def weight_copies(self) -> Mapping[str, WeightsCopy]:
+        """Return the old policy."""
+        return {"old": self.old}
 
     def sampling(self) -> Sampling:
         """Return how rollouts are drawn."""
@@ -209,12 +207,3 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
     def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
         with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
             return self.sampler.predict(x, index, condition)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the common state and the old policy."""
-        return {**super().state_dict(), **self.old.state("old.")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.old.load(state, "old.")
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith("old.")})

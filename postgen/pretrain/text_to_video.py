@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from postgen import world
 from postgen.errors import UserError
 from postgen.families.wan import WanDenoiser
-from postgen.training import Trainer, TrainingConfig
+from postgen.training import Trainer, TrainingConfig, Weights
 
 from .fast_step import GraphedCall, RowRotaryAttention
 from .joint_pass import JointPass
@@ -301,7 +301,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         with torch.compiler.set_stance("force_eager"):
             return sample_sheet(self.components(), self.args, self.device)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Write the pipeline folder."""
         self._use(self.stock_processors)
         write_pipeline(folder, self.components(), self.args)

@@ -89,7 +89,6 @@ def test_grpo_groups_may_span_processes(tmp_path):
             "init_from with beta above 0: the reference would be the model before",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
-        ({"fully_shard": True, "beta": 0.1}, "sharded training keeps no copy of all weights"),
         ({"fully_shard": True}, "fully_shard cuts the model over processes, and there is one"),
         ({"height": None}, "height is not given, and ToyPipeline has no default"),
     ],
