@@ -183,7 +183,9 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
         clean, advantages = buffer.paths.clean[rows], buffer.advantages[rows]
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
-        seeds = [seed_of(args.seed, "forward", self.micro, number, buffer.samples[row]) for row in rows.tolist()]
+        # Of the update, not of the micro-batch: two processes draw what one does with twice the accumulation.
+        update = self.micro // self.batches.accumulation
+        seeds = [seed_of(args.seed, "forward", update, number, buffer.samples[row]) for row in rows.tolist()]
         index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
         levels = schedule.levels(index, index + 1)
         (a, b), _ = levels.mix()
