@@ -125,7 +125,10 @@ class TrainerHooks(ABC, Generic[C]):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's own state in this process (a data cursor, ...): whole tensors, JSON values, flat names."""
+        """Return the method's own state in this process (a data cursor, ...): JSON values, whole tensors.
+
+        Both under flat names.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

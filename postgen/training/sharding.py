@@ -151,22 +151,24 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def uncut(module: Any, weights: Mapping[str, Tensor]) -> Any:
+def uncut(module: Any, weights: Mapping[str, Tensor], prefix: str = "") -> Any:
     """Return a cut diffusers or transformers model as one of its own class on the CPU; one that is whole as it is.
 
     Args:
-        module: the model; `fully_shard` has given it a class of its own making.
-        weights: all of its weights, whole, by their names in its `state_dict`.
+        module: the model, which may be a part of what is trained; `fully_shard` gives modules classes of its own.
+        weights: all weights of what is trained, whole, by their names in its `state_dict`.
+        prefix: what stands before the names of this model there, with a dot at the end.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module
     from torch.distributed.fsdp import FSDPModule
 
-    parents: tuple[Any, ...] = type(module).__mro__
-    if FSDPModule not in parents:
-        return module
-    kind = next(parent for parent in parents if not issubclass(parent, FSDPModule))
+    kinds: Iterable[Any] = type(module).__mro__
+    kind = next(parent for parent in kinds if not issubclass(parent, FSDPModule))
     with torch.device("meta"):
         made = (kind.from_config if hasattr(kind, "from_config") else kind)(module.config)
-    made.load_state_dict(dict(weights), assign=True)
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    made.load_state_dict(own, assign=True)
     for name, buffer in module.named_buffers():
         # Those that no file holds; FSDP cuts no buffers.
         owner, _, key = name.rpartition(".")
