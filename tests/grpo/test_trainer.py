@@ -242,6 +242,15 @@ def test_grpo_hacking_guard():
     assert not HackingGuard(0).see(1, 1)
 
 
+def test_grpo_hacking_guard_speaks_up_only_when_the_two_part():
+    guard = HackingGuard(2)
+    assert not any(guard.see(k / 10, k / 10) for k in range(5))
+    assert not guard.see(0.1, 0.1)  # both fell: no hacking
+    assert not guard.see(0.6, 0.05)
+    assert guard.see(0.7, 0.02)
+    assert not guard.see(0.8, float("inf"))
+
+
 def test_grpo_stops_when_the_gold_reward_falls(tmp_path):
     def gold(completions):
         return [(clip - 1).square().mean() for clip in completions]
