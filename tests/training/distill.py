@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgen.training import Trainer, TrainingConfig
-from postgen.training.sharding import uncut
+from postgen.training.sharding import prepare, repeated_blocks, uncut
 from tests.families.tiny_models import tiny_model
 from tests.grpo.killed import Whole
 from tests.grpo.toy import ROWS, near, settings
@@ -88,6 +90,34 @@ def resumed(folder: Path) -> None:
     distill(folder / "resumed", fully_shard=True, resume_from_checkpoint=source, **CUT)
 
 
+def cut_by_accelerate(folder: Path) -> None:
+    """Two models with blocks of other classes, by the function that it uses for FSDP2, which it does not on CPUs."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import FSDPModule
+
+    torch.distributed.init_process_group("gloo")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=False
+    )
+    accelerator = SimpleNamespace(
+        is_fsdp2=True,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=None,
+        mixed_precision="no",
+        is_main_process=True,
+        prepare_model=lambda module, evaluation_mode: module,
+    )
+    pieces = []
+    for name in ("Wan", "LTX"):
+        tiny, teacher = tiny_model(name, frames=2), tiny_model(name, frames=2, seed=1).transformer
+        whole = Distillation(tiny.transformer, teacher)
+        net = prepare(whole, accelerator, fully=False, blocks=partial(repeated_blocks, whole, name))
+        net(**tiny.arguments).backward()
+        pieces += [name for name, part in net.named_modules() if isinstance(part, FSDPModule)]
+    (folder / f"accelerate-{torch.distributed.get_rank()}.json").write_text(json.dumps(pieces))
+    torch.distributed.destroy_process_group()
+
+
 def nft(folder: Path, **changes: Any) -> None:
     """DiffusionNFT on all weights, with old policy, reference and average."""
     from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
@@ -109,4 +139,4 @@ def nft_resumed(folder: Path) -> None:
     nft(folder / "nft-resumed", fully_shard=True, resume_from_checkpoint=str(folder / "nft" / "checkpoint-3"))
 
 
-JOBS = [averaged, cut, resumed, nft_cut, nft_resumed]
+JOBS = [averaged, cut, resumed, cut_by_accelerate, nft_cut, nft_resumed]

@@ -55,6 +55,15 @@ def test_cut_weights_of_a_wrapper_learn_the_same(pair, alone):
     assert difference(saved(pair / "cut", 3), saved(pair / "cut", 4)) > 1e-3
 
 
+def test_accelerate_cuts_a_wrapper_at_the_same_blocks(pair):
+    blocks = [
+        [f"{part}.{name}.{n}" for part in ("student", "teacher") for n in (0, 1)]
+        for name in ("blocks", "transformer_blocks")
+    ]
+    for rank in (0, 1):
+        assert json.loads((pair / f"accelerate-{rank}.json").read_text()) == ["", *blocks[0], "", *blocks[1]]
+
+
 def test_cut_weights_resume_exactly(pair):
     for run, other in (("cut", "resumed"), ("nft", "nft-resumed")):
         for path in (pair / run / "checkpoint-4").glob("*.safetensors"):
