@@ -32,8 +32,9 @@ from .card import Card, write_card
 from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
 from .evaluation import Evaluator, evaluation_sampler
-from .guards import HackingGuard, check_columns, check_groups, load_rewards
+from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
 from .logging import CompletionLog, write_samples
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
 from .scoring import Rewards, Scoring, gathered, reward_metrics
 
@@ -93,7 +94,9 @@ class GroupTrainer(Trainer[G]):
         check_groups(self.runner, self.batches)
         self.micro = 0
         self.buffer: Buffer | None = None
-        self._check_shards()
+        if self.sharded:
+            evaluated = 0 if self.eval_prompts is None else min(args.eval_prompts, len(self.eval_prompts))
+            check_equal_calls(self.batches.processes, evaluated, one_window=self.shares_rollout_window)
         self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
         self.hacking = HackingGuard(args.hacking_patience)
 
@@ -102,16 +105,6 @@ class GroupTrainer(Trainer[G]):
         """Return the trainer of a recipe."""
         return cls(args=args)
 
-    def _check_shards(self) -> None:
-        """With sharded weights every process must call the network equally often."""
-        args, processes = self.args, self.accelerator.num_processes
-        if not self.sharded:
-            return
-        if not self.shares_rollout_window:
-            raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
-        if self.eval_prompts is not None and min(args.eval_prompts, len(self.eval_prompts)) % processes:
-            raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
-
     # Hooks of the family.
 
     @abstractmethod
@@ -119,7 +112,7 @@ class GroupTrainer(Trainer[G]):
         """Return how rollouts are drawn."""
 
     @abstractmethod
-    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return the first stochastic step of a sample."""
 
     @abstractmethod
@@ -285,40 +278,39 @@ class GroupTrainer(Trainer[G]):
 
     # A rollout.
 
-    def row_of(self, rollout: int, prompt: int) -> Row:
+    def row_of(self, rollout: RolloutNumber, prompt: PromptNumber) -> Row:
         """Return the row of a prompt of a rollout."""
         return self.prompts.at(rollout * self.batches.prompts + prompt)
 
-    def conditions(self, rollout: int) -> Conditions:
+    def conditions(self, rollout: RolloutNumber) -> Conditions:
         """Return the function from prompt numbers of a rollout to their stacked conditions."""
-        return self.embeddings.table(lambda prompt: self.row_of(rollout, prompt))
+        return self.embeddings.table(lambda prompt: self.row_of(rollout, PromptNumber(prompt)))
 
     def _new_rollout(self) -> Metrics:
         """Draw, score and select the samples of the next rollout."""
         for module in self.policy.modules.values():
             module.eval()  # no dropout, neither here nor in training passes
         self.before_rollout()
-        number = self.micro // self.batches.per_rollout
-        before = self.meter.read()
-        samples = [self._sample(number, index) for index in self.batches.mine()]
+        number = RolloutNumber(self.micro // self.batches.per_rollout)
+        before, drawn = self.meter.read(), self.batches.mine()
+        samples = [self._sample(number, index) for index in drawn]
         with self.meter.time("rollout_seconds"):
             paths = self.draw(number, samples)
-        rows = [self.row_of(number, sample.prompt) for sample in samples]
+        rows = [self.row_of(number, self.batches.prompt_of(index)) for index in drawn]
         clips = self.decode(paths.clean)
         with self.meter.time("reward_seconds"):
             result = self.score(rows, clips, paths.clean)
-        indices = [sample.index for sample in samples]
-        everyone = gathered(result.values, indices, self.batches.samples, self.global_step + 1)
+        everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
         advantages = self.advantages(everyone)
         chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
-        row_of = {sample.index: row for row, sample in enumerate(samples)}
-        mine = [index for index in chosen if index in row_of]
+        row_of = {index: row for row, index in enumerate(drawn)}
+        mine = [SampleNumber(index) for index in chosen if index in row_of]
         picked = torch.tensor([row_of[index] for index in mine], device=self.device)
         own = advantages.values[torch.tensor(mine)].to(self.device)
-        self.buffer = Buffer(number, paths.rows(picked), own, [index // self.batches.group for index in mine], mine)
+        self.buffer = Buffer(number, paths.rows(picked), own, [self.batches.prompt_of(index) for index in mine], mine)
         args = self.args
         if args.log_completions and self.accelerator.is_main_process and self.global_step % args.logging_steps == 0:
-            values = [advantages.values[sample.index].item() for sample in samples]
+            values = [advantages.values[index].item() for index in drawn]
             log = CompletionLog(args.folder / "completions", args.num_completions_to_log, self.fps)
             log.write(self.global_step, rows, clips, result, values)
         spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
@@ -326,7 +318,7 @@ class GroupTrainer(Trainer[G]):
         metrics["diversity/latent_pairwise"] = diversity(paths.clean, [sample.prompt for sample in samples])
         return metrics
 
-    def draw(self, number: int, samples: Sequence[Sample]) -> Trajectories:
+    def draw(self, number: RolloutNumber, samples: Sequence[Sample]) -> Trajectories:
         """Draw the samples of rollout `number`."""
         with self._networks(wrapped=False), self.rollout_policy():
             return self.sampler.draw(samples, self.conditions(number), self.args.rollout_batch)
@@ -355,8 +347,8 @@ class GroupTrainer(Trainer[G]):
             eps=args.advantage_eps,
         )
 
-    def _sample(self, number: int, index: int) -> Sample:
-        prompt, seed = index // self.batches.group, self.args.seed
+    def _sample(self, number: RolloutNumber, index: SampleNumber) -> Sample:
+        prompt, seed = self.batches.prompt_of(index), self.args.seed
         shared = self.args.share_initial_noise
         initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, index + 1)
         return Sample(

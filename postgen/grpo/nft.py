@@ -32,6 +32,7 @@ from .config import GroupConfig
 from .cost import Work
 from .group import GroupTrainer, Metrics
 from .loss import velocity_kl
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
 
 
 @dataclass(kw_only=True)
@@ -149,7 +150,7 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             size=self.size,
         )
 
-    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return 0: no step is stochastic."""
         return 0
 
