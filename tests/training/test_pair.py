@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from postgen.pretrain.autoencoder import new_autoencoder
 from tests.training.distill import CUT, distill, nft
 from tests.training.pair import run_pair
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
+    new_autoencoder(8, [1, 2, 2], 4).save_pretrained(folder / "vae")
     run_pair("tests.training.distill:JOBS", folder)
     return folder
 
@@ -76,6 +78,16 @@ def test_a_cut_model_is_exported_whole(pair):
     student = WanTransformer3DModel.from_pretrained(pair / "cut" / "export" / "student")
     average = saved(pair / "cut", 4, "ema")
     assert all(torch.equal(value, average[f"distillation.student.{key}"]) for key, value in student.named_parameters())
+
+
+def test_two_cut_models_are_exported_as_one_pipeline(pair):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(pair / "two" / "export")
+    average = saved(pair / "two", 2, "ema")
+    for name, kind in (("transformer", torch.float16), ("text_encoder", torch.float32)):
+        found = {f"{name}.{key}": value for key, value in getattr(pipe, name).named_parameters()}
+        assert all(torch.equal(value.to(kind), average[key].to(kind)) for key, value in found.items()), name
 
 
 def test_policies_of_cut_weights_take_turns_as_whole_ones_do(pair, alone):
