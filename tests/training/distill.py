@@ -145,7 +145,14 @@ def two_models_cut(folder: Path) -> None:
 
     sizes = {"size": 16, "lengths": [5], "length_weights": [1.0], "pool_clips": 2, "captions_per_clip": 1}
     sizes |= {"num_layers": 1, "num_heads": 2, "head_dim": 12, "ffn_dim": 16, "text_width": 16, "text_layers": 1}
-    values = {"whole_words": True, "eval_prompts": 0, "max_steps": 2, "ema_decay": 0.9, "fully_shard": True, "learning_rate": 1e-2}
+    values = {
+        "whole_words": True,
+        "eval_prompts": 0,
+        "max_steps": 2,
+        "ema_decay": 0.9,
+        "fully_shard": True,
+        "learning_rate": 1e-2,
+    }
     values |= {"device": "cpu", "disable_tqdm": True, "report_to": []}
     config = TextToVideoConfig(output_dir=str(folder / "two"), autoencoder=str(folder), **sizes, **values)
     TextToVideoTrainer(config).train()
