@@ -31,6 +31,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return get_base() if callable(get_base) else inner
 
 
+def block_classes(module: nn.Module) -> set[str]:
+    """Return the names of the classes of blocks that a model of diffusers or transformers says are to stay whole."""
+    return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
+
+
 def command_error(error: BaseException) -> tuple[str, int] | None:
     """Return message and exit code of an error of the command line itself (unknown option, bad value), else None.
 

@@ -1,7 +1,7 @@
 """Guards: cheap rewards in [0,1] that are 1 for every sound clip and fall where a policy cheats another reward.
 
 Add them with a weight, or put them in front of a reward with `postgen.rewards.compose.guarded`. They are no measure
-of quality: two clips inside the bounds are equal. `GoldWatch` is the guard of a whole run.
+of quality: two clips inside the bounds are equal.
 """
 
 from __future__ import annotations
@@ -115,43 +115,3 @@ class SharpnessBand(Band):
     def __call__(self, completions: Sequence[Tensor]) -> list[float]:
         """Score clips."""
         return [self.inside(sharpness(clip)) for clip in completions]
-
-
-class GoldWatch:
-    """Watches a run for reward hacking: what is trained on rises while a held-out reward has been falling.
-
-    Args:
-        patience: evaluations in a row.
-
-    Raises:
-        UserError: a patience below 1.
-
-    >>> watch = GoldWatch(patience=2)
-    >>> [watch.update(train, gold) for train, gold in [(0.1, 0.5), (0.2, 0.6), (0.3, 0.5), (0.4, 0.4)]]
-    [False, False, False, True]
-    """
-
-    def __init__(self, patience: int = 3) -> None:
-        if patience < 1:
-            raise UserError(f"patience must be at least 1, got {patience}")
-        self.patience, self.run = patience, 0
-        self.best_gold = self.trained_then = float("-inf")
-
-    def update(self, trained: float, gold: float) -> bool:
-        """Take the means of an evaluation; True when the gold reward lies below its best for `patience` evaluations.
-
-        Only evaluations count at which the trained reward is higher than it was at the best gold one.
-        """
-        if gold >= self.best_gold:
-            self.best_gold, self.trained_then, self.run = gold, trained, 0
-        else:
-            self.run = self.run + 1 if trained > self.trained_then else 0
-        return self.run >= self.patience
-
-    def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint keeps."""
-        return {"run": self.run, "best_gold": self.best_gold, "trained_then": self.trained_then}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take back what `state_dict` returned."""
-        self.run, self.best_gold, self.trained_then = int(state["run"]), state["best_gold"], state["trained_then"]

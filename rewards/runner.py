@@ -46,7 +46,7 @@ class RewardResult:
     names: tuple[str, ...]
     """The K rewards."""
     weights: tuple[float, ...]
-    """Weight of each reward, 0 for a held-out one."""
+    """Weight of each reward, 0 for one that is only measured."""
     failed: dict[str, int]
     """Reward -> rows without a number, for whatever reason."""
     errors: dict[str, str]
@@ -80,8 +80,7 @@ class RewardRunner:
 
     Args:
         reward_funcs: one or several of what `get_reward` takes.
-        weights: one a reward; None is 1 for each.
-        held_out: more rewards, of weight 0: measured beside the others so that hacking those is seen.
+        weights: one a reward; None is 1 for each. One of weight 0 is measured beside the others and adds nothing.
         device: where rewards that hold a network compute; None leaves each where it is.
         offload: bring networks to the device for a call only. Saves memory, costs the way there and back.
         timeout: seconds a call may take; None waits for ever. A function that does not return in time is left to
@@ -105,19 +104,16 @@ class RewardRunner:
         reward_funcs: Sequence[Source] | Source,
         weights: Sequence[float] | None = None,
         *,
-        held_out: Sequence[Source] | Source = (),
         device: torch.device | str | None = None,
         offload: bool = False,
         timeout: float | None = None,
         batch_bytes: int = 2**30,
         reward_error: Literal["none", "raise"] = "none",
     ) -> None:
-        trained, watched = get_rewards(reward_funcs), get_rewards(held_out)
-        self._check_weights(len(trained), weights)
-        self.rewards = [*trained, *watched]
+        self.rewards = get_rewards(reward_funcs)
+        self._check_weights(len(self.rewards), weights)
         self.names = tuple(reward.name for reward in self.rewards)
-        own = [1.0] * len(trained) if weights is None else [float(weight) for weight in weights]
-        self.weights = (*own, *[0.0] * len(watched))
+        self.weights = (1.0,) * len(self.rewards) if weights is None else tuple(float(weight) for weight in weights)
         self.device, self.offload, self.timeout = device, offload, timeout
         self.batch_bytes, self.reward_error = batch_bytes, reward_error
         self._check()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from postgen.errors import UserError
 
 from .config import GroupConfig
+from .numbers import PromptNumber, SampleNumber
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +104,12 @@ class Batches:
         """Samples that a process draws for an update, in a row."""
         return self.accumulation * self.per_device * self.group // self.kept
 
-    def mine(self) -> list[int]:
+    def prompt_of(self, sample: SampleNumber) -> PromptNumber:
+        """Return the prompt of a sample."""
+        return PromptNumber(sample // self.group)
+
+    def mine(self) -> list[SampleNumber]:
         """Return the numbers of the samples that this process draws, update by update."""
         part = self.part
         starts = (part * (update * self.processes + self.rank) for update in range(self.updates))
-        return [start + offset for start in starts for offset in range(part)]
+        return [SampleNumber(start + offset) for start in starts for offset in range(part)]

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from postgen.sampling.sampler import Trajectories
 
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
+
 
 @dataclass(slots=True)
 class Buffer:
     """The samples of a rollout that this process trains on, in the order of its micro-batches."""
 
-    number: int
-    """Of the rollout."""
+    number: RolloutNumber
     paths: Trajectories
     advantages: Tensor
     """(n,)"""
-    prompts: list[int]
-    """Number of each sample's prompt within the rollout."""
-    samples: list[int]
-    """Number of each sample within the rollout."""
+    prompts: list[PromptNumber]
+    """Of each sample."""
+    samples: list[SampleNumber]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors and JSON values under flat names."""

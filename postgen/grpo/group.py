@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from postgen.errors import UserError
@@ -22,7 +21,7 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
-from postgen.training import Reason, Trainer, TrainingConfig, TrainResult
+from postgen.training import Reason, Trainer, TrainingConfig, TrainResult, Weights
 from postgen.training.policy import Policy, load_policy
 from postgen.training.prompts import Prompts
 
@@ -33,8 +32,9 @@ from .card import Card, write_card
 from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
 from .evaluation import Evaluator, evaluation_sampler
-from .guards import HackingGuard, check_columns, check_groups, load_rewards
+from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
 from .logging import CompletionLog, write_samples
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
 from .scoring import Rewards, Scoring, gathered, reward_metrics
 
@@ -94,7 +94,9 @@ class GroupTrainer(Trainer[G]):
         check_groups(self.runner, self.batches)
         self.micro = 0
         self.buffer: Buffer | None = None
-        self._check_shards()
+        if self.sharded:
+            evaluated = 0 if self.eval_prompts is None else min(args.eval_prompts, len(self.eval_prompts))
+            check_equal_calls(self.batches.processes, evaluated, one_window=self.shares_rollout_window)
         self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
         self.hacking = HackingGuard(args.hacking_patience)
 
@@ -103,18 +105,6 @@ class GroupTrainer(Trainer[G]):
         """Return the trainer of a recipe."""
         return cls(args=args)
 
-    def _check_shards(self) -> None:
-        """With sharded weights every process must call the network equally often."""
-        args, processes = self.args, self.accelerator.num_processes
-        if not self.sharded:
-            return
-        if not self.shares_rollout_window:
-            raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
-        if self.eval_prompts is not None and min(args.eval_prompts, len(self.eval_prompts)) % processes:
-            raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
-        if self.needs_reference and (not args.use_peft or args.lora_path):
-            raise UserError("sharded training keeps no copy of all weights: set beta to 0, or train a new LoRA")
-
     # Hooks of the family.
 
     @abstractmethod
@@ -122,7 +112,7 @@ class GroupTrainer(Trainer[G]):
         """Return how rollouts are drawn."""
 
     @abstractmethod
-    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return the first stochastic step of a sample."""
 
     @abstractmethod
@@ -151,7 +141,7 @@ class GroupTrainer(Trainer[G]):
     @property
     def copies(self) -> int:
         """Copies of the trained weights that are kept beside them."""
-        return int(self.args.ema_decay > 0) + int(self.policy.copies_reference)
+        return int(self.args.ema_decay > 0) + int(self.needs_reference and self.policy.copies_reference)
 
     def prepare(self) -> None:
         """Do something once the models stand, before the first rollout and before a checkpoint is read."""
@@ -212,10 +202,15 @@ class GroupTrainer(Trainer[G]):
         )
         self.prepare()
         if self.needs_reference:
-            self.policy.keep_reference(args.init_from)
+            self.policy.check_reference(args.init_from)
         if not args.dry_run:
             load_rewards([self.runner, self.gold])
         return self.policy.modules
+
+    def on_models_ready(self) -> None:
+        """Keep a copy of the weights as the reference, where one is needed."""
+        if self.needs_reference:
+            self.policy.keep_reference()
 
     def training_step(self) -> tuple[Tensor, Metrics]:
         """Train on the next micro-batch, after a new rollout where the last one is used up."""
@@ -240,13 +235,13 @@ class GroupTrainer(Trainer[G]):
             write_samples(args.folder / "samples", self.global_step, found.clips, found.prompts, self.fps)
         watched = {} if self.gold is None else self.hacking.watch(found.means, self.gold.names[0])
         if watched.get("hacking") and args.on_hacking == "stop":
-            self.callbacks.control.should_training_stop = True
+            self.request_stop()
         return found.means | watched
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained models, and a model card."""
         args, policy = self.args, self.policy
-        policy.save(folder, self.whole_weights)
+        policy.save(folder, weights)
         card = Card(
             source=self.source,
             pipeline=type(policy.pipe).__name__,
@@ -283,40 +278,39 @@ class GroupTrainer(Trainer[G]):
 
     # A rollout.
 
-    def row_of(self, rollout: int, prompt: int) -> Row:
+    def row_of(self, rollout: RolloutNumber, prompt: PromptNumber) -> Row:
         """Return the row of a prompt of a rollout."""
         return self.prompts.at(rollout * self.batches.prompts + prompt)
 
-    def conditions(self, rollout: int) -> Conditions:
+    def conditions(self, rollout: RolloutNumber) -> Conditions:
         """Return the function from prompt numbers of a rollout to their stacked conditions."""
-        return self.embeddings.table(lambda prompt: self.row_of(rollout, prompt))
+        return self.embeddings.table(lambda prompt: self.row_of(rollout, PromptNumber(prompt)))
 
     def _new_rollout(self) -> Metrics:
         """Draw, score and select the samples of the next rollout."""
         for module in self.policy.modules.values():
             module.eval()  # no dropout, neither here nor in training passes
         self.before_rollout()
-        number = self.micro // self.batches.per_rollout
-        before = self.meter.read()
-        samples = [self._sample(number, index) for index in self.batches.mine()]
+        number = RolloutNumber(self.micro // self.batches.per_rollout)
+        before, drawn = self.meter.read(), self.batches.mine()
+        samples = [self._sample(number, index) for index in drawn]
         with self.meter.time("rollout_seconds"):
             paths = self.draw(number, samples)
-        rows = [self.row_of(number, sample.prompt) for sample in samples]
+        rows = [self.row_of(number, self.batches.prompt_of(index)) for index in drawn]
         clips = self.decode(paths.clean)
         with self.meter.time("reward_seconds"):
             result = self.score(rows, clips, paths.clean)
-        indices = [sample.index for sample in samples]
-        everyone = gathered(result.values, indices, self.batches.samples, self.global_step + 1)
+        everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
         advantages = self.advantages(everyone)
         chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
-        row_of = {sample.index: row for row, sample in enumerate(samples)}
-        mine = [index for index in chosen if index in row_of]
+        row_of = {index: row for row, index in enumerate(drawn)}
+        mine = [SampleNumber(index) for index in chosen if index in row_of]
         picked = torch.tensor([row_of[index] for index in mine], device=self.device)
         own = advantages.values[torch.tensor(mine)].to(self.device)
-        self.buffer = Buffer(number, paths.rows(picked), own, [index // self.batches.group for index in mine], mine)
+        self.buffer = Buffer(number, paths.rows(picked), own, [self.batches.prompt_of(index) for index in mine], mine)
         args = self.args
         if args.log_completions and self.accelerator.is_main_process and self.global_step % args.logging_steps == 0:
-            values = [advantages.values[sample.index].item() for sample in samples]
+            values = [advantages.values[index].item() for index in drawn]
             log = CompletionLog(args.folder / "completions", args.num_completions_to_log, self.fps)
             log.write(self.global_step, rows, clips, result, values)
         spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
@@ -324,7 +318,7 @@ class GroupTrainer(Trainer[G]):
         metrics["diversity/latent_pairwise"] = diversity(paths.clean, [sample.prompt for sample in samples])
         return metrics
 
-    def draw(self, number: int, samples: Sequence[Sample]) -> Trajectories:
+    def draw(self, number: RolloutNumber, samples: Sequence[Sample]) -> Trajectories:
         """Draw the samples of rollout `number`."""
         with self._networks(wrapped=False), self.rollout_policy():
             return self.sampler.draw(samples, self.conditions(number), self.args.rollout_batch)
@@ -353,8 +347,8 @@ class GroupTrainer(Trainer[G]):
             eps=args.advantage_eps,
         )
 
-    def _sample(self, number: int, index: int) -> Sample:
-        prompt, seed = index // self.batches.group, self.args.seed
+    def _sample(self, number: RolloutNumber, index: SampleNumber) -> Sample:
+        prompt, seed = self.batches.prompt_of(index), self.args.seed
         shared = self.args.share_initial_noise
         initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, index + 1)
         return Sample(
@@ -371,9 +365,8 @@ class GroupTrainer(Trainer[G]):
     def _networks(self, *, wrapped: bool) -> Iterator[None]:
         """Let the denoiser call the networks that average gradients, or those inside, whose calls may be unequal."""
         table = self.policy.denoiser.transformers
-        for name in self.policy.modules:
-            model = self.models.get(name, self.policy.modules[name])
-            table[name] = model.module if isinstance(model, DistributedDataParallel) and not wrapped else model
+        for name in self.policy.modules.keys() & self.models.keys():  # the models stand only once they are prepared
+            table[name] = self.models[name] if wrapped else self.unaveraged(name)
         # In TF32 a convolution rounds by its batch size, and the policy's ratio would show that instead of learning.
         cudnn = torch.backends.cudnn
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):

@@ -40,6 +40,23 @@ def check_groups(runner: RewardRunner, batches: Batches) -> None:
         )
 
 
+def check_equal_calls(processes: int, evaluated: int, *, one_window: bool) -> None:
+    """Refuse what calls the network in some processes more often than in others, where its weights are cut.
+
+    Args:
+        processes: how many share the work.
+        evaluated: prompts of an evaluation.
+        one_window: whether all samples of a rollout take the same steps through the network.
+
+    Raises:
+        UserError: they would wait for one another.
+    """
+    if not one_window:
+        raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
+    if evaluated % processes:
+        raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
+
+
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
     """Load the networks of rewards and ask their servers now, so that no run fails at its first evaluation.
 

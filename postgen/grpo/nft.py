@@ -11,7 +11,7 @@ No log-probabilities, no trajectories, no stochastic sampler. The old policy fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,12 +26,13 @@ from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
 from postgen.sampling.transition import split, wide
 from postgen.training import TrainingConfig
-from postgen.training.policy import WeightsCopy
+from postgen.training.swap import WeightsCopy
 
 from .config import GroupConfig
 from .cost import Work
 from .group import GroupTrainer, Metrics
 from .loss import velocity_kl
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
 
 
 @dataclass(kw_only=True)
@@ -108,10 +109,6 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
-    def prepare(self) -> None:
-        """Leave the old policy to be copied when it is first needed."""
-        self._old: WeightsCopy | None = None
-
     @property
     def needs_reference(self) -> bool:
         """Whether the difference from the reference policy has a weight."""
@@ -133,12 +130,14 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             latents=1,
         )
 
-    @property
-    def old(self) -> WeightsCopy:
-        """The old policy; made when it is first needed, after weights have been loaded and moved."""
-        if self._old is None:
-            self._old = WeightsCopy(self.trained())
-        return self._old
+    def on_models_ready(self) -> None:
+        """Begin with an old policy that is the new one."""
+        super().on_models_ready()
+        self.old = WeightsCopy(self.policy.modules)
+
+    def weight_copies(self) -> Mapping[str, WeightsCopy]:
+        """Return the old policy."""
+        return {"old": self.old}
 
     def sampling(self) -> Sampling:
         """Return how rollouts are drawn."""
@@ -151,7 +150,7 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             size=self.size,
         )
 
-    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return 0: no step is stochastic."""
         return 0
 
@@ -185,7 +184,9 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
         clean, advantages = buffer.paths.clean[rows], buffer.advantages[rows]
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
-        seeds = [seed_of(args.seed, "forward", self.micro, number, buffer.samples[row]) for row in rows.tolist()]
+        # Of the update, not of the micro-batch: two processes draw what one does with twice the accumulation.
+        update = self.micro // self.batches.accumulation
+        seeds = [seed_of(args.seed, "forward", update, number, buffer.samples[row]) for row in rows.tolist()]
         index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
         levels = schedule.levels(index, index + 1)
         (a, b), _ = levels.mix()
@@ -209,12 +210,3 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
     def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
         with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
             return self.sampler.predict(x, index, condition)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the common state and the old policy."""
-        return {**super().state_dict(), **self.old.state("old.")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.old.load(state, "old.")
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith("old.")})

@@ -16,6 +16,7 @@ from postgen.sampling.conditions import Row
 from postgen.training.prompts import columns
 
 from .config import RewardConfig
+from .numbers import SampleNumber
 
 RewardLike = str | Callable[..., Any]
 Rewards = RewardLike | Sequence[RewardLike]
@@ -59,7 +60,7 @@ class Scoring:
         return RewardRunner(rewards, weights, device=self.args.reward_device, offload=self.args.offload_reward)
 
 
-def gathered(values: Tensor, indices: Sequence[int], total: int, step: int) -> Tensor:
+def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: int) -> Tensor:
     """Return the rewards of all processes in the order of the samples, (total, K), on the CPU.
 
     Args:

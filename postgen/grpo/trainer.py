@@ -30,6 +30,7 @@ from .cost import Work
 from .group import GroupTrainer, Metrics
 from .guards import RatioCheck
 from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
+from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .window import Window
 
 
@@ -83,7 +84,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             size=self.size,
         )
 
-    def window_start(self, rollout: int, prompt: int, sample: int) -> int:
+    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return the first stochastic step of a sample."""
         index = {"rollout": (), "prompt": (prompt,), "sample": (prompt, sample)}[self.args.sde_window_per]
         return self.window.start(rollout, *index)

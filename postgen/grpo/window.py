@@ -8,6 +8,7 @@ from torch import Tensor
 from postgen.sampling.seeds import seed_of
 
 from .config import DanceGRPOConfig, Strategy
+from .numbers import RolloutNumber, SampleNumber
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class Window:
         """Steps that may be stochastic."""
         return range(self.first, self.stop)
 
-    def start(self, rollout: int, *index: int) -> int:
+    def start(self, rollout: RolloutNumber, *index: int) -> int:
         """Return the first stochastic step.
 
         Args:
@@ -61,7 +62,7 @@ class Window:
             return self.first + rollout // self.interval % positions
         return self.first + seed_of(self.seed, "window", rollout, *index) % positions
 
-    def trained(self, rollout: int, sample: int) -> Tensor:
+    def trained(self, rollout: RolloutNumber, sample: SampleNumber) -> Tensor:
         """Return (kept,) steps of the window, counted from its start, in the order they are trained."""
         if self.kept == self.size:
             return torch.arange(self.size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.training import Trainer, TrainingConfig
+from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.video import contact_sheet
 
 from .clip_pass import ClipPass
@@ -260,7 +260,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
             mean, _ = whole.encode(x)
             return whole.decode(mean).clamp(-1, 1)  # type: ignore[no-any-return]
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """A diffusers autoencoder folder in half precision, with the latents' measured mean and standard deviation."""
         mean, std = self._latent_statistics()
         vae = copy.deepcopy(self.vae).to(device="cpu", dtype=torch.float16)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from postgen import world
 from postgen.errors import UserError
 from postgen.families.wan import WanDenoiser
-from postgen.training import Trainer, TrainingConfig
+from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.training.sharding import uncut
 
 from .fast_step import GraphedCall, RowRotaryAttention
 from .joint_pass import JointPass
@@ -307,10 +308,13 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         with torch.compiler.set_stance("force_eager"):
             return sample_sheet(self.components(), self.args, self.device)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Write the pipeline folder."""
         self._use(self.stock_processors)
-        write_pipeline(folder, self.components(), self.args)
+        parts = self.components()
+        for name in parts.keys() & weights.keys():
+            parts[name] = uncut(parts[name], weights[name])
+        write_pipeline(folder, parts, self.args)
 
     def components(self) -> dict[str, Any]:
         """The modules of the pipeline by their names there."""

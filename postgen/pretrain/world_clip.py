@@ -20,7 +20,7 @@ from torch.nn import functional
 from postgen import world
 from postgen.rewards.frames import uniform_frames
 from postgen.rewards.world_clip import WorldClipNet, save_world_clip
-from postgen.training import Trainer, TrainingConfig
+from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.world.spec import COLOURS, PAIR_EVENTS, SHAPES, Spec
 
 from .pool import FIRST_TRAINING_SEED, Scene, draw_scenes, render_in_batches
@@ -183,7 +183,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
             hits.setdefault(name, []).append(float(right.float().mean()))
         return {name: sum(values) / len(values) for name, values in hits.items()}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Half-precision weights, tokenizer and configuration."""
         towers: Any = self.unwrap("towers")
         save_world_clip(towers, self.tokenizer, {**self.config, "size": self.args.size}, folder)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from postgen import world
 from postgen.rewards.world_judge import HEADS, WorldJudgeNet
 from postgen.rewards.world_net import save_net
-from postgen.training import Trainer, TrainingConfig
+from postgen.training import Trainer, TrainingConfig, Weights
 
 from .corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
 from .pool import FIRST_TRAINING_SEED, specs_of
@@ -197,7 +197,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         judge: Any = self.unwrap("judge")
         return torch.cat([judge(part) for part in clips.split(32)])
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Weights) -> None:
         """Half-precision weights and configuration with the mean and spread of the scores of clean clips."""
         judge: Any = self.unwrap("judge")
         scores = torch.cat([self._scores(part.float() / 255) for part in self.unseen.clean.split(64)])

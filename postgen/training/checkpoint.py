@@ -4,6 +4,7 @@ checkpoint-N/
   state.json               step, settings, names of the files with their sizes; written last
   weights.safetensors      trained parameters and buffers
   ema.safetensors          their moving average, when there is one
+  copies.safetensors       other policies, `<copy>|<parameter>`, when there are any
   optimizer.safetensors    moments, `<parameter>|<moment>`
   rank-R.safetensors/json  random states and the method's own state, one pair per process
 """
@@ -24,6 +25,7 @@ from postgen.errors import UserError
 from postgen.files import replacing
 
 FORMAT = 1
+_GROUPS = ("weights", "ema", "optimizer")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,6 +42,9 @@ class Snapshot:
     ema: dict[str, Tensor] = field(default_factory=dict)
     """Averages under the names of the parameters; empty without an average."""
 
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the weights that the method keeps, by `<copy>|<parameter>`."""
+
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     """Moments by `<parameter>|<moment>`."""
 
@@ -47,7 +52,7 @@ class Snapshot:
     """For each process: random states and method state, JSON values and tensors under flat names."""
 
     meta: dict[str, Any] = field(default_factory=dict)
-    """JSON values: configuration, number of averages, metrics in progress, versions."""
+    """JSON values: configuration, number of averages, what the optimiser keeps beside moments, versions."""
 
 
 def write(output_dir: Path, snapshot: Snapshot) -> Path:
@@ -69,7 +74,7 @@ def write(output_dir: Path, snapshot: Snapshot) -> Path:
 def _write(target: Path, snapshot: Snapshot) -> None:
     with replacing(target) as part:
         part.mkdir()
-        for name in ("weights", "ema", "optimizer"):
+        for name in (*_GROUPS, *(["copies"] if snapshot.copies else [])):
             _save_tensors(part / f"{name}.safetensors", getattr(snapshot, name))
         for rank, state in enumerate(snapshot.ranks):
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -98,7 +103,8 @@ def read(folder: Path) -> Snapshot:
     if head["format"] != FORMAT:
         raise UserError(f"{folder} has checkpoint format {head['format']}, this version reads {FORMAT}.")
     try:
-        groups = {name: load_file(folder / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
+        copies = ["copies"] if "copies.safetensors" in head["files"] else []
+        groups = {name: load_file(folder / f"{name}.safetensors") for name in (*_GROUPS, *copies)}
         ranks = [
             {
                 **json.loads((folder / f"rank-{rank}.json").read_text()),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from postgen.assets import embedded_model
 from postgen.compat import quiet_libraries, save_lora
@@ -22,7 +22,9 @@ from postgen.sampling.schedule import shifted
 from postgen.settings import Part
 
 from .lora import AdapterConfig, add_adapters
-from .run_state import trained_parameters
+from .run_state import Weights
+from .sharding import uncut
+from .swap import WeightsCopy
 
 
 @dataclass(kw_only=True)
@@ -55,49 +57,6 @@ class ModelConfig(Part):
         self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
         length = self.max_sequence_length
         self.require(length is None or length >= 1, "max_sequence_length", "at least 1")
-
-
-class WeightsCopy:
-    """A copy of trained parameters that can stand in for them.
-
-    Args:
-        parameters: the trained parameters by name.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._names = list(parameters)
-        self._parameters = list(parameters.values())
-        self.tensors: list[Tensor] = [parameter.detach().clone() for parameter in self._parameters]
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Put the copy into the model; afterwards the trained weights stand there again, bit by bit."""
-        trained = [parameter.detach().clone() for parameter in self._parameters]
-        self._write(self.tensors)
-        try:
-            yield
-        finally:
-            self._write(trained)
-
-    @torch.no_grad()
-    def blend(self, decay: float) -> None:
-        """Move the copy towards the weights: decay * copy + (1 - decay) * weights."""
-        for copy, parameter in zip(self.tensors, self._parameters, strict=True):
-            copy.lerp_(parameter.detach(), 1 - decay)
-
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """Return the copy by `<prefix><name>`."""
-        return {f"{prefix}{name}": tensor for name, tensor in zip(self._names, self.tensors, strict=True)}
-
-    def load(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Take the copy of a checkpoint."""
-        for name, tensor in zip(self._names, self.tensors, strict=True):
-            tensor.copy_(state[f"{prefix}{name}"])
-
-    @torch.no_grad()
-    def _write(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self._parameters, tensors, strict=True):
-            parameter.data.copy_(tensor)
 
 
 class Policy:
@@ -146,8 +105,8 @@ class Policy:
 
     @property
     def copies_reference(self) -> bool:
-        """Whether a copy of the trained weights is kept as the reference."""
-        return self._start is not None
+        """Whether the reference is a copy of the trained weights, because switching adapters off would not give it."""
+        return not self._switches_off
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -169,38 +128,40 @@ class Policy:
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 part.to("cpu")
 
-    def keep_reference(self, init_from: str | None) -> None:
-        """Remember the weights as they are, where switching adapters off would not give them back.
+    def check_reference(self, init_from: str | None) -> None:
+        """Check that the weights which training starts from are those of the reference.
 
         Args:
             init_from: where other weights are about to be taken from (`TrainingConfig.init_from`).
 
         Raises:
-            UserError: the weights are about to be replaced, so that they are no reference.
+            UserError: the weights are about to be replaced.
         """
-        if not self._switches_off:
-            if init_from:
-                raise UserError(
-                    "init_from with beta above 0: the reference would be the model before it. Name a folder "
-                    "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
-                )
-            self._start = WeightsCopy(trained_parameters(self.modules))
+        if self.copies_reference and init_from:
+            raise UserError(
+                "init_from with beta above 0: the reference would be the model before it. Name a folder "
+                "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
+            )
 
-    def save(self, folder: Path, state: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    def keep_reference(self) -> None:
+        """Remember the weights as they are, on their device and cut where they are, if a copy is needed."""
+        if self.copies_reference:
+            self._start = WeightsCopy(self.modules)
+
+    def save(self, folder: Path, weights: Weights) -> None:
         """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
 
         Args:
             folder: an existing folder. Of two experts each gets its own sub-folder.
-            state: complete weights by model and name, where the models hold only shards.
+            weights: all weights of each model, as a trainer's `export` is given them.
         """
         for name, module in self.modules.items():
-            weights = None if state is None else state[name]
             alone = len(self.modules) == 1
             if self.adapter is None:
-                (module if weights is None else _plain(module, weights)).save_pretrained(folder / name)
+                uncut(module, weights[name]).save_pretrained(folder / name)
             else:
                 target = folder if alone else folder / name
-                save_lora(self.pipe, target, name, module, self.adapter, weights)
+                save_lora(self.pipe, target, name, module, self.adapter, weights[name])
                 # For `postgen export-lora`: layers of different families have the same names.
                 (target / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
 
@@ -228,12 +189,3 @@ def load_policy(
         pipe = load_pipeline(facts, dtype=model.dtype, device=where)
     pipe.set_progress_bar_config(disable=True)
     return Policy(pipe, model, lora, peft_config, facts.defaults)
-
-
-def _plain(module: Any, weights: Mapping[str, Tensor]) -> Any:
-    """Return a sharded model as one of its own class; the one it has now is made up by torch."""
-    kind: Any = next(parent for parent in type(module).__mro__ if not parent.__name__.startswith("FSDP"))
-    with torch.device("meta"):
-        made = kind.from_config(module.config)
-    made.load_state_dict(dict(weights), assign=True)
-    return made

@@ -1,7 +1,7 @@
-"""The parts of a run that training changes (modules, AdamW, schedule, average), into a checkpoint and back."""
+"""The parts of a run that training changes (modules, optimiser, schedule, average), into a checkpoint and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,20 +12,15 @@ from postgen.errors import UserError
 from .checkpoint import Snapshot, check_names
 from .config import TrainingConfig
 from .ema import Ema
-from .sharding import cut_like, whole
+from .optimizer_state import OptimizerState
+from .sharding import cut_like, gathered, whole
+from .swap import WeightsCopy, trained_parameters
+
+Weights = dict[str, dict[str, Tensor]]
+"""Tensors by model and by the name in its `state_dict`, each of them whole."""
 
 _RUN_ONLY = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "max_seconds", "save_seconds"}
 """Settings that do not change what is learned."""
-
-
-def trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient by `<model>.<parameter>`."""
-    return {
-        f"{name}.{key}": parameter
-        for name, module in modules.items()
-        for key, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def changed_settings(before: Mapping[str, Any], config: TrainingConfig) -> list[str]:
@@ -53,29 +48,39 @@ class RunState:
     ema: Ema | None
     """Average of the trained weights."""
 
+    copies: Mapping[str, WeightsCopy] = field(default_factory=dict)
+    """Copies of the trained weights that the method keeps."""
+
     def __post_init__(self) -> None:
         """Name the trained parameters once: walking the modules at each step would cost time."""
         self.named = trained_parameters(self.modules)
         self.parameters = list(self.named.values())
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.named.items()}
+        self.optimizer_state = OptimizerState(self.optimizer, self.named)
 
-    def snapshot(self, step: int, ranks: list[dict[str, Any]], meta: Mapping[str, Any]) -> Snapshot:
-        """Return the state after `step` steps with the parts that the caller collected; no tensor is copied.
+    @torch.no_grad()
+    def snapshot(self, step: int, ranks: list[dict[str, Any]], meta: Mapping[str, Any], *, keep: bool) -> Snapshot:
+        """Return the state after `step` steps with the parts that the caller collected; whole tensors are not copied.
 
         With sharded weights every process must call this.
+
+        Args:
+            step: optimiser steps done.
+            ranks: what each process keeps for itself.
+            meta: JSON values.
+            keep: whether this process writes it; that of another one has no tensors.
         """
-        moments = {
-            f"{self._names[parameter]}|{key}": whole(value)
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
         return Snapshot(
             step=step,
-            weights={name: whole(tensor) for name, tensor in self._tensors().items()},
-            ema={name: whole(tensor) for name, tensor in self.ema.tensors().items()} if self.ema else {},
-            optimizer=moments,
+            weights=gathered(self._tensors(), keep=keep),
+            ema=gathered(self.ema.tensors(), keep=keep) if self.ema else {},
+            copies=gathered(self._copies(), keep=keep),
+            optimizer=gathered(self.optimizer_state.tensors(), keep=keep),
             ranks=ranks,
-            meta={**meta, "ema_steps": self.ema.steps if self.ema else 0},
+            meta={
+                **meta,
+                "ema_steps": self.ema.steps if self.ema else 0,
+                "optimizer": self.optimizer_state.values(),
+            },
         )
 
     @torch.no_grad()
@@ -98,20 +103,20 @@ class RunState:
         for name, tensor in tensors.items():
             tensor.copy_(cut_like(snapshot.weights[name], tensor))
         if self.ema is not None:
-            self.ema.load(snapshot.ema, snapshot.meta["ema_steps"])
-        self._restore_moments(snapshot.optimizer)
+            self.ema.resume(snapshot.ema, snapshot.meta["ema_steps"])
+        check_names(snapshot.copies, self._copies(), location)
+        for name, copy in self.copies.items():
+            copy.load({key: snapshot.copies[f"{name}|{key}"] for key in copy.tensors()})
+        self.optimizer_state.restore(snapshot.optimizer, snapshot.meta.get("optimizer", {}))
         self.scheduler.last_epoch = snapshot.step
         rates = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, base, shape in rates:
             group["lr"] = base * shape(snapshot.step)
 
     @torch.no_grad()
-    def whole_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return all weights by model and name, on the CPU; every process must call this."""
-        return {
-            name: {key: whole(value.detach()).cpu() for key, value in module.state_dict().items()}
-            for name, module in self.modules.items()
-        }
+    def whole_weights(self, *, keep: bool) -> Weights:
+        """Return all weights by model and name as `sharding.gathered` does; with cut ones every process calls this."""
+        return {name: gathered(module.state_dict(), keep=keep) for name, module in self.modules.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return trained parameters, and buffers that belong to the state."""
@@ -121,16 +126,5 @@ class RunState:
             found |= {f"{name}.{key}": value for key, value in module.state_dict().items() if key not in parameters}
         return found
 
-    def _restore_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        by_parameter: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            parameter, _, key = name.rpartition("|")
-            by_parameter.setdefault(parameter, {})[key] = tensor
-        order = [self._names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            index: {key: cut_like(value, self.named[name]) for key, value in by_parameter[name].items()}
-            for index, name in enumerate(order)
-            if name in by_parameter
-        }
-        self.optimizer.load_state_dict(state)
+    def _copies(self) -> dict[str, Tensor]:
+        return {f"{name}|{key}": value for name, copy in self.copies.items() for key, value in copy.tensors().items()}

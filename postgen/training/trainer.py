@@ -1,11 +1,11 @@
-"""The one training loop of every method: accelerate, AdamW, averaged weights, checkpoints, logs, callbacks."""
+"""The one training loop of every method: accelerate, optimiser, averaged weights, checkpoints, logs, callbacks."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -18,30 +18,49 @@ from postgen.files import replacing
 
 from . import checkpoint, rng, weights
 from .callbacks import Callbacks
-from .config import TrainingConfig
 from .ema import Ema
+from .hooks import C, TrainerHooks
 from .logging import available_trackers, say
 from .processes import check_equal, leave_group
 from .run_log import RunLog
-from .run_state import RunState, changed_settings, trained_parameters
+from .run_state import RunState, changed_settings
 from .sharding import check_launch, no_sync, prepare, whole
 from .stop import Reason, Signals, TrainResult
-
-C = TypeVar("C", bound=TrainingConfig)
+from .swap import trained_parameters
 
 _AGREE_EVERY = 10
 """Steps between two agreements of several processes about stopping; one process looks after every step."""
 
 
-class Trainer(ABC, Generic[C]):
+class Trainer(TrainerHooks[C]):
     """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
 
-    Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `on_optimizer_step`, `evaluate`,
-    `state_dict`, `load_state_dict`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`
-    (a generator on the device, seeded for this process, kept in checkpoints), `whole_weights` (in `export`, with
-    sharded weights: all of them by model and name, of which the models hold only parts), `models` (prepared by
-    accelerate; the forward passes that carry gradients go through these, so that several processes average them),
-    `sharded` (whether they hold only parts).
+    Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `build_optimizer`, `shard_blocks`,
+    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`. Attributes
+    for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`).
+
+    Several processes average the gradients of calls `self.models[name](...)` and of no others: DDP and FSDP see the
+    `forward` of what `build` returned, not that of a part of it, and not another method. A loss that needs more than
+    one such call, or several networks, is therefore computed in the `forward` of a module around them, which returns
+    it. Frozen networks may stand in that module; what is exported is taken out of it.
+
+        class Distillation(nn.Module):
+            def __init__(self, student, teacher):
+                super().__init__()
+                self.student, self.teacher = student, teacher.requires_grad_(False)
+
+            def forward(self, x, sigma, condition):
+                with torch.no_grad():
+                    target = self.teacher(x, sigma, condition)
+                return (self.student(x, sigma, condition) - target).square().mean()
+
+        def build(self):
+            return {"distillation": Distillation(student, teacher)}
+
+        def training_step(self):
+            return self.models["distillation"](*self.batch()), {}
+
+    Sharded weights of such a module are cut at the blocks of the networks inside it, see `shard_blocks`.
 
     Args:
         args: the configuration, an instance of `config_class`.
@@ -50,8 +69,6 @@ class Trainer(ABC, Generic[C]):
     Raises:
         UserError: the device is absent, or launched in a way that it cannot be (`check_launch`).
     """
-
-    config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
 
     def __init__(self, args: C, callbacks: Iterable[TrainerCallback] = ()) -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -75,69 +92,17 @@ class Trainer(ABC, Generic[C]):
         self.generator = torch.Generator(self.device)
         self.callbacks = Callbacks(callbacks, args, is_main=self.accelerator.is_main_process)
         self._raw: dict[str, nn.Module] = {}
+        self._trained: dict[str, nn.Parameter] = {}
         self.log = RunLog(args, self.accelerator)
         self._saved_step = -1
-        self.whole_weights: dict[str, dict[str, Tensor]] | None = None
-
-    # Hooks of a method.
+        self._checked = False
 
     @classmethod
     def from_config(cls, args: C) -> Self:
         """Return the trainer of a recipe, which has nothing but its configuration."""
         return cls(args)
 
-    @abstractmethod
-    def build(self) -> Mapping[str, nn.Module]:
-        """Return the modules to train by name, on any device. Parameters without `requires_grad` stay frozen."""
-
-    @abstractmethod
-    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Draw one micro-batch with `self.generator`; return its mean loss and metrics (numbers or scalar tensors).
-
-        Reading a tensor here (`item`, `float`) makes every step wait for the device: return it instead.
-        A method with several backward passes calls `self.backward` inside `self.no_sync()` for all but the last,
-        whose loss it returns.
-        """
-
-    @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the result of the run into the empty `folder`; called on the first process, average swapped in."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return AdamW's groups. By default biases and gains (fewer than two dimensions) do not decay."""
-        trained = list(self.trained().values())
-        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-        rest = [parameter for parameter in trained if parameter.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
-
-    def on_optimizer_step(self) -> None:
-        """Do something after each optimiser step and update of the average; `global_step` counts the step already."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Return numbers to log as `eval_<name>`; called on every process, averaged over them, average swapped in."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the method's own state (a data cursor, ...): tensors and JSON values under flat names."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned in this process; tensors come on the CPU."""
-
-    # What a method may use.
-
-    def unwrap(self, name: str) -> nn.Module:
-        """Return the module that `build` gave for `name`."""
-        return self._raw[name]
-
-    def progress(self) -> float:
-        """Return the share of `max_steps` that is done, in [0, 1]."""
-        return min(1.0, self.global_step / self.args.max_steps)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by `<model>.<parameter>`."""
-        return trained_parameters(self._raw)
+    # What a training step may use.
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch, or of a part of its loss."""
@@ -198,12 +163,15 @@ class Trainer(ABC, Generic[C]):
         # The same weights in every process; afterwards each process has its own streams.
         set_seed(self.args.seed)
         self._raw = dict(self.build())
-        if not self.trained():
+        if not trained_parameters(self._raw):
             raise UserError("Nothing to train: no parameter of the models requires a gradient.")
         if self.args.init_from and source is None:
             weights.initialise(self._raw, Path(self.args.init_from))
         for name, module in self._raw.items():
-            self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard)
+            blocks = partial(self.shard_blocks, name)
+            self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard, blocks=blocks)
+        self._trained = trained_parameters(self._raw)
+        self.on_models_ready()
         self._parts = self._build_parts()
         set_seed(self.args.seed, device_specific=True)
         self.generator.manual_seed(rng.stream_seed(self.args.seed, self.accelerator.process_index))
@@ -217,26 +185,18 @@ class Trainer(ABC, Generic[C]):
 
     def _build_parts(self) -> RunState:
         args = self.args
-        # Fused needs a GPU; foreach is its equal elsewhere.
-        kind = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
-        adamw = torch.optim.AdamW(
-            self.parameter_groups(),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            **kind,
-        )
-        self.optimizer = self.accelerator.prepare_optimizer(adamw)
+        optimizer = self.build_optimizer(self.parameter_groups())
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         # Not prepared: accelerate would step it once per process.
         scheduler = get_scheduler(
             args.lr_scheduler_type,
-            optimizer=adamw,
+            optimizer=optimizer,
             num_warmup_steps=args.warmup_steps,
             num_training_steps=args.max_steps,
         )
-        ema = Ema(self.trained(), args.ema_decay, args.ema_warmup) if args.ema_decay else None
-        return RunState(modules=self._raw, optimizer=adamw, scheduler=scheduler, ema=ema)
+        ema = Ema(self._raw, args.ema_decay, args.ema_warmup) if args.ema_decay else None
+        copies = self.weight_copies()
+        return RunState(modules=self._raw, optimizer=optimizer, scheduler=scheduler, ema=ema, copies=copies)
 
     def _loop(self) -> TrainResult:
         args = self.args
@@ -263,7 +223,7 @@ class Trainer(ABC, Generic[C]):
         return TrainResult(global_step=self.global_step, reason=reason, metrics=self.log.newest)
 
     def _step(self) -> None:
-        """One optimiser step: forward and backward of each micro-batch, clipping, AdamW, schedule, average."""
+        """One optimiser step: forward and backward of each micro-batch, clipping, update, schedule, average."""
         count = self.args.gradient_accumulation_steps
         for micro_batch in range(count):
             with self.no_sync() if micro_batch < count - 1 else nullcontext():
@@ -274,6 +234,9 @@ class Trainer(ABC, Generic[C]):
         limit = self.args.max_grad_norm or float("inf")
         norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, limit))
         self.optimizer.step()
+        if not self._checked:
+            self._parts.optimizer_state.check()
+            self._checked = True
         self._parts.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
@@ -328,11 +291,11 @@ class Trainer(ABC, Generic[C]):
 
     def _export(self) -> None:
         with self.for_inference():
-            self.whole_weights = self._parts.whole_weights() if self.sharded else None
+            weights = self._parts.whole_weights(keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
                 with replacing(self.args.folder / "export") as part:
                     part.mkdir()
-                    self.export(part)
+                    self.export(part, weights)
         self.accelerator.wait_for_everyone()
 
     def _event(self, name: str, **extra: Any) -> None:
@@ -351,7 +314,7 @@ class Trainer(ABC, Generic[C]):
         }
         ranks = gather_object([own])
         meta = {"config": self.args.to_dict(), "seconds": self.log.seconds(), "torch": torch.__version__}
-        snapshot = self._parts.snapshot(self.global_step, ranks, meta)
+        snapshot = self._parts.snapshot(self.global_step, ranks, meta, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             checkpoint.write(self.args.folder, snapshot)
             checkpoint.prune(self.args.folder, self.args.save_total_limit)

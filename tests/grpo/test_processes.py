@@ -50,12 +50,15 @@ def alone(folder, **changes):
             {"per_device_train_batch_size": 8, "best_of_n": 2, "sde_window_per": "sample"},
         ),
         (
-            {"fully_shard": True, "sde_window_per": "rollout", "ema_decay": 0.9},
+            # The reference and the average stand in the model between the updates.
+            {"fully_shard": True, "sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1},
             {
                 "gradient_accumulation_steps": 2,
                 "steps_per_generation": 4,
                 "sde_window_per": "rollout",
                 "ema_decay": 0.9,
+                "beta": 0.1,
+                "eval_steps": 1,
             },
         ),
     ],

@@ -89,7 +89,6 @@ def test_grpo_groups_may_span_processes(tmp_path):
             "init_from with beta above 0: the reference would be the model before",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
-        ({"fully_shard": True, "beta": 0.1}, "sharded training keeps no copy of all weights"),
         ({"fully_shard": True}, "fully_shard cuts the model over processes, and there is one"),
         ({"height": None}, "height is not given, and ToyPipeline has no default"),
     ],
@@ -241,6 +240,15 @@ def test_grpo_hacking_guard():
     again.load(**guard.state())
     assert again.see(6, 2)
     assert not HackingGuard(0).see(1, 1)
+
+
+def test_grpo_hacking_guard_speaks_up_only_when_the_two_part():
+    guard = HackingGuard(2)
+    assert not any(guard.see(k / 10, k / 10) for k in range(5))
+    assert not guard.see(0.1, 0.1)  # both fell: no hacking
+    assert not guard.see(0.6, 0.05)
+    assert guard.see(0.7, 0.02)
+    assert not guard.see(0.8, float("inf"))
 
 
 def test_grpo_stops_when_the_gold_reward_falls(tmp_path):

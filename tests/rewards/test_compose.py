@@ -1,7 +1,5 @@
 """Rewards made of rewards, and guards."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from postgen import world
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner, get_reward, known_rewards
 from postgen.rewards.compose import guarded, per_frame, thresholded
-from postgen.rewards.guards import GoldWatch, brightness, motion, sharpness
+from postgen.rewards.guards import brightness, motion, sharpness
 
 RAMP = torch.linspace(0, 1, 9)[:, None, None, None].expand(9, 3, 6, 6)
 
@@ -140,19 +138,6 @@ def test_bands_are_one_inside_and_fall_outside(clip):
 def test_bounds_are_checked(text):
     with pytest.raises(UserError):
         get_reward(text)
-
-
-def test_gold_watch_speaks_up_only_when_the_two_part():
-    watch = GoldWatch(patience=2)
-    assert not any(watch.update(k / 10, k / 10) for k in range(5))
-    assert not watch.update(0.1, 0.1)  # both fell: no hacking
-    assert not watch.update(0.6, 0.3)
-    again = GoldWatch(patience=2)
-    again.load_state_dict(watch.state_dict())
-    assert again.update(0.7, 0.2)
-    assert not again.update(0.7, math.inf)
-    with pytest.raises(UserError, match="at least 1"):
-        GoldWatch(patience=0)
 
 
 def test_every_registered_name_leads_somewhere():

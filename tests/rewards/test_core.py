@@ -203,12 +203,12 @@ def test_all_failed_is_an_error_unless_it_may_be():
     with pytest.raises(AllRewardsFailed, match="no weights today"):
         call([broken])
     assert call([broken], must_score=False).failed == {"broken": 2}
-    with pytest.raises(AllRewardsFailed):  # a held-out reward trains nothing
-        call([broken], options={"held_out": [level]})
+    with pytest.raises(AllRewardsFailed):  # a reward that is only measured trains nothing
+        call([broken, level], options={"weights": [1.0, 0.0]})
 
 
-def test_held_out_rewards_weigh_nothing():
-    result = call([level], options={"held_out": [quick]})
+def test_rewards_that_are_only_measured_weigh_nothing():
+    result = call([level, quick], options={"weights": [1.0, 0.0]})
     assert result.weights == (1.0, 0.0)
     torch.testing.assert_close(result.weighted(), torch.tensor([0.0, 0.1]))
 

@@ -156,7 +156,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
     before = (tmp_path / "export" / "net.safetensors").read_bytes()
     run = make(tmp_path, max_steps=4, resume_from_checkpoint="latest")
 
-    def export(folder):
+    def export(folder, weights):
         (folder / "half").write_text("half")
         raise OSError("disk full")
 

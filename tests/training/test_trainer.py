@@ -91,15 +91,15 @@ def test_average_follows_its_formula(trainer):
 
 
 def test_warm_average_starts_faster():
-    parameter = torch.nn.Parameter(torch.zeros(1))
+    net = torch.nn.ParameterDict({"p": torch.zeros(1)})
     means = []
     for warmup in (False, True):
-        ema = Ema({"p": parameter}, 0.9999, warmup)
+        ema = Ema({"net": net}, 0.9999, warmup)
         ema.update()
-        parameter.data.fill_(1.0)
+        net["p"].data.fill_(1.0)
         ema.update()
-        means.append(float(ema.tensors()["p"]))
-        parameter.data.fill_(0.0)
+        means.append(float(ema.tensors()["net.p"]))
+        net["p"].data.fill_(0.0)
     assert means == pytest.approx([1 - 2 / 11, 2 ** (-2 / 3)])
 
 
@@ -173,7 +173,7 @@ def test_deadline(trainer):
 def test_saving_by_the_clock(trainer):
     run = trainer(save_seconds=1e-9, save_steps=0, save_total_limit=None)
     exports = []
-    run.export = lambda folder: exports.append(run.global_step)
+    run.export = lambda folder, weights: exports.append(run.global_step)
     run.train()
     assert exports == [1, 2, 3, 4, 5, 6, 6]
     assert len(list(run.args.folder.glob("checkpoint-*"))) == 6

@@ -77,8 +77,8 @@ class TinyTrainer(Trainer[TinyConfig]):
         torch.rand(3, generator=self.generator, device=self.device)
         return {"bias": float(self.unwrap("net")[3].bias)}
 
-    def export(self, folder):
-        save_file(self.unwrap("net").state_dict(), folder / "net.safetensors")
+    def export(self, folder, weights):
+        save_file(weights["net"], folder / "net.safetensors")
 
     def state_dict(self):
         return {"cursor": self.cursor, "drawn": self.drawn}
