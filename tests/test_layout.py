@@ -63,6 +63,9 @@ def test_import_arrows():
         ("postgen.families.wan", "from ..grpo import trainer", "families must not import grpo"),
         ("postgen.lit.layer", "import postgen.fused.apply", "lit must not import fused"),
         ("postgen.lit.layer", "from postgen.pretrain import x", "lit must not import pretrain"),
+        ("postgen.judges.world_clip", "from postgen.pretrain import pool", "judges must not import pretrain"),
+        ("postgen.pretrain.latents", "from postgen import judges", "pretrain must not import judges"),
+        ("postgen.judges.world_judge", "from diffusers import WanPipeline", "no concrete model class: WanPipeline"),
         ("postgen.enhance.apply", "from diffusers import WanPipeline", "no concrete model class: WanPipeline"),
         ("postgen.grpo.group", "from postgen.apps.demo import x", "grpo must not import apps"),
         ("postgen.rewards.colour", "from postgen.families import layout", "rewards must not import families"),
@@ -114,6 +117,7 @@ def test_an_offence_is_found(module, source, message):
         ("postgen.quant.apply", "from postgen import families, kernels, reconstruct"),
         ("postgen.optimize.search", "from postgen import fused, quant, tokens"),
         ("postgen.posttrain.stages", "from postgen import grpo, sft"),
+        ("postgen.judges.world_clip", "from postgen import rewards, training, world"),
     ],
 )
 def test_the_rules_leave_room(module, source):

@@ -19,15 +19,16 @@ from postgen import world
 from postgen.errors import UserError
 from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig
+from postgen.training.tokenizers import tokenize, train_tokenizer, word_tokenizer
+from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
+from postgen.world.wording import world_words
 
 from .fast_step import GraphedCall, RowRotaryAttention
 from .joint_pass import JointPass
 from .latents import LatentPool, build_pool
 from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
 from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
-from .pool import FIRST_TRAINING_SEED, draw_scenes
-from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer, word_tokenizer
-from .wording import world_words
+from .text import PaddedCrossAttention, encode_text, new_text_encoder
 
 
 @dataclass(kw_only=True)

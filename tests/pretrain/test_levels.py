@@ -21,9 +21,9 @@ from postgen.families.loading import inspect_model
 from postgen.pretrain.autoencoder import new_autoencoder
 from postgen.pretrain.levels import KINDS, draw_kind, draw_sigma, flow_error, noised
 from postgen.pretrain.pipeline_folder import EXAMPLES
-from postgen.pretrain.text import unknown_words
 from postgen.pretrain.text_to_video import TextToVideoTrainer
 from postgen.training import load_recipe
+from postgen.training.tokenizers import unknown_words
 from tests.pretrain.test_recipes import text_to_video
 
 SHARES = [0.7, 0.15, 0.15]
