@@ -146,9 +146,10 @@ def test_the_network_is_told_what_image_to_video_tells_it(run):
     pipe.set_progress_bar_config(disable=True)
     seen = []
     hook = run.transformer.register_forward_pre_hook(lambda _, __, told: seen.append(told), with_kwargs=True)
-    run._use(run.stock_processors)
     try:
-        pipe(Image.new("RGB", (32, 32), "red"), "a red ball", height=32, width=32, num_frames=9, num_inference_steps=1)
+        with run.stock_attention():
+            size = {"height": 32, "width": 32, "num_frames": 9}
+            pipe(Image.new("RGB", (32, 32), "red"), "a red ball", **size, num_inference_steps=1)
     finally:
         hook.remove()
     sigma = pipe.scheduler.sigmas[:1].expand(3).clone()[None]
