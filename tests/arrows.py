@@ -3,6 +3,8 @@
 import ast
 from collections.abc import Iterator
 
+from tests.private_names import MODEL_LIBRARIES
+
 METHODS = {
     *("enhance", "fused", "lit", "sparse", "tokens", "sparsity", "quant", "grpo", "worldweaver", "distill", "causal"),
     *("merging", "prompt", "sft", "judges", "experimental"),
@@ -10,10 +12,10 @@ METHODS = {
 """Rooms of one method each: none imports another."""
 GROUND = {"errors", "files", "settings"}
 LOWER = {
-    *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
+    *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
 }
-"""What lies below a method."""
+"""What lies below a method. What it needs of `compat`, families offer."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
 TOP |= {"train"}
 """Rooms that put everything together: they may import any room."""
@@ -33,7 +35,7 @@ ALLOWED = {
     "sampling": {*GROUND, "assets", "compat", "families"},
     "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
-    "pipelines": {*GROUND, "compat", "families", *METHODS},
+    "pipelines": {*GROUND, "families", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
     # A few-step student of a block-causal model is one more stage of the conversion.
     "distill": {*LOWER, "causal"},
@@ -42,7 +44,6 @@ ALLOWED = {
 }
 """Room -> other rooms it may import."""
 
-MODEL_LIBRARIES = {"accelerate", "diffusers", "peft", "transformers", "trl"}
 VIDEO_LIBRARIES = {"av", "decord", "imageio", "imageio_ffmpeg", "moviepy", "torchcodec"}
 VIDEO_NAMES = {
     "export_to_video",
@@ -78,13 +79,12 @@ def offences(module: str, source: str, *, is_package: bool = False) -> list[str]
     """Return what a module imports against the rules, one line each."""
     tree = ast.parse(source)
     package = module if is_package else module.rpartition(".")[0]
-    found = [
+    return [
         f"{module}:{line}: {problem}"
         for line, target, name in imports(tree, package)
         for problem in (_inside(module, target, name), *_outside(module, target, name))
         if problem
     ]
-    return found + [f"{module}:{line}: private {chain}" for line, chain in _private_chains(module, tree)]
 
 
 def _inside(module: str, target: str, name: str) -> str:
@@ -108,8 +108,6 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
         yield f"only postgen.video opens videos, not {here}: {target} {name}"
     if library not in MODEL_LIBRARIES:
         return
-    if here != "compat" and any(part.startswith("_") for part in (*target.split("."), name)):
-        yield f"private {target} {name}: only postgen.compat may"
     if here in CLASS_FREE and library in ("diffusers", "transformers") and _is_concrete(name):
         yield f"{here} knows no concrete model class: {name}"
     if library == "trl" and name != "TrlParser":
@@ -119,14 +117,3 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
 def _is_concrete(name: str) -> bool:
     endings = ("Model", "Pipeline", "ForCausalLM", "ForConditionalGeneration")
     return name not in GENERIC_CLASSES and (name.endswith(endings) or name.startswith("AutoencoderKL"))
-
-
-def _private_chains(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Find `diffusers.a._b`: an underscore attribute reached from the library's own name."""
-    if room(module) == "compat":
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            chain = ast.unparse(node)
-            if chain.split(".")[0] in MODEL_LIBRARIES:
-                yield node.lineno, chain
