@@ -1,4 +1,4 @@
-"""Load LoRA files into a pipeline, and refuse those that would not do what they say."""
+"""Load LoRA files into a pipeline and refuse those that would not do what they say; write them."""
 
 from __future__ import annotations
 
@@ -97,6 +97,28 @@ def _check_layers(pipe: Any, path: str, state: dict[str, Any]) -> None:
             f"the LoRA {path} does not fit {type(pipe).__name__}: {matched} of its {len(wanted)} layer names match,"
             f" these match no layer: {some}"
         )
+
+
+def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
+    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file.
+
+    Args:
+        pipe: the pipeline.
+        folder: where to; the file is `pytorch_lora_weights.safetensors`.
+        name: of the component; a second expert is written under the name of the first, as diffusers loads it.
+        module: the component.
+        adapter: name of its adapter.
+        state: its complete adapter weights by parameter name, where the module holds only shards.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    part = "unet" if name == "unet" else "transformer"
+    layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
+    layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
+    metadata = module.peft_config[adapter].to_dict()
+    pipe.save_lora_weights(
+        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
+    )
 
 
 def _is_hub_id(path: str) -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen import compat
 from postgen.errors import UserError
+from postgen.families.attention import dispatch
 from postgen.families.installed import transformers_of
 from postgen.families.registry import video_tokens_of
 from postgen.kernels.attention.ops import attention
@@ -39,7 +39,7 @@ def register_attention_backend() -> Any:
     Raises:
         UserError: the installed diffusers has another attention dispatcher.
     """
-    return compat.register_attention_backend(NAME, backend_attention)
+    return dispatch.register_attention_backend(NAME, backend_attention)
 
 
 @contextmanager
@@ -60,15 +60,15 @@ def routed_attention(target: Any) -> Iterator[None]:
     """
     backend = register_attention_backend()
     modules = [module for transformer in transformers_of(target).values() for module in _modules(transformer)]
-    before = [module.processor._attention_backend for module in modules]
+    before = [dispatch.attention_settings(module.processor)[0] for module in modules]
     try:
         for module in modules:
-            module.processor._attention_backend = backend
+            dispatch.set_attention_backend(module.processor, backend)
         yield
     finally:
         # Whatever processor is on the module by now.
         for module, kept in zip(modules, before, strict=True):
-            module.processor._attention_backend = kept
+            dispatch.set_attention_backend(module.processor, kept)
 
 
 def backend_attention(
@@ -123,12 +123,12 @@ def _modules(transformer: Any) -> list[Any]:
     tokens = video_tokens_of(transformer)
     if tokens.attention_call != "dispatch":
         raise UserError(
-            f"{type(compat.unwrap(transformer)).__name__} calls torch's attention itself,"
+            f"{type(transformer).__name__} calls torch's attention itself,"
             " so no attention backend of diffusers acts on it"
         )
-    modules = tokens.attention_modules(compat.unwrap(transformer))
+    modules = tokens.attention_modules(transformer)
     for name, module in modules.items():
-        if not hasattr(module.processor, "_attention_backend"):
+        if not dispatch.takes_attention_backend(module.processor):
             raise UserError(
                 f"{type(module.processor).__name__} of {name} asks diffusers for no attention backend, so none acts on"
                 " it: set a processor of diffusers that does"

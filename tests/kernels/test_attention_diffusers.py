@@ -14,9 +14,9 @@ import torch
 from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
-from postgen.compat import register_attention_backend as register
-from postgen.compat import tap_dispatched
 from postgen.errors import UserError
+from postgen.families.attention.dispatch import register_attention_backend as register
+from postgen.families.attention.dispatch import tap_dispatched
 from postgen.fused import attention as fused
 from postgen.fused.attention import backend_attention, register_attention_backend, routed_attention
 from tests.families.tiny_models import TinyModel, tiny_model
@@ -212,7 +212,7 @@ def test_compiles_whole(models: dict[str, TinyModel], name: str) -> None:
 
 
 def test_enhance_a_video_sees_the_calls(models: dict[str, TinyModel]) -> None:
-    from postgen.compat import install_attention_tap
+    from postgen.families.attention.dispatch import install_attention_tap
 
     install_attention_tap()
     seen: list[int] = []
