@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -310,10 +309,9 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a seed gives."""
-    from importlib.metadata import version
+    from postgen.versions import versions as named
 
-    found = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"postgen": postgen.__version__, "python": platform.python_version(), **found}
+    return named("torch", "diffusers", "transformers")
 
 
 def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:

@@ -10,7 +10,7 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "settings"}
+GROUND = {"errors", "files", "settings", "tensor_files", "versions"}
 LOWER = {
     *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
@@ -24,6 +24,8 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "settings": {"errors"},
+    "tensor_files": {"errors"},
+    "versions": set(),
     "assets": GROUND,
     "compat": GROUND,
     "kernels": {"files"},
@@ -54,7 +56,7 @@ VIDEO_NAMES = {
     "VideoCapture",
     "VideoWriter",
 }
-MODEL_FREE = {"kernels", "video", "world", "metrics", "errors", "files", "settings", "assets"}
+MODEL_FREE = {"kernels", "video", "world", "metrics", *GROUND, "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
 GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
 
@@ -106,6 +108,8 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
     # postgen.info asks the libraries for their versions.
     if opens and here not in ("video", "info"):
         yield f"only postgen.video opens videos, not {here}: {target} {name}"
+    if library == "safetensors" and name in ("safe_open", "load_file") and here != "tensor_files":
+        yield f"only postgen.tensor_files opens safetensors, not {here}"
     if library not in MODEL_LIBRARIES:
         return
     if here in CLASS_FREE and library in ("diffusers", "transformers") and _is_concrete(name):

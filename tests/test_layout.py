@@ -84,6 +84,7 @@ def test_import_arrows():
         ("postgen.training.loop", "from trl import DPOTrainer", "only name taken from trl, not DPOTrainer"),
         ("postgen.lit.layer", "from postgen.compat import unwrap", "lit must not import compat"),
         ("postgen.pipelines.wan", "from postgen import compat", "pipelines must not import compat"),
+        ("postgen.training.ema", "from safetensors.torch import load_file", "only postgen.tensor_files opens"),
         ("postgen.generate", "import imageio", "only postgen.video opens videos"),
         ("postgen.generate", "from diffusers.utils import export_to_video", "only postgen.video opens videos"),
         ("postgen.quantum", "from postgen.errors import UserError", "quantum is a new room"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
+from postgen.tensor_files import opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,6 @@ def check_lora(text: str) -> None:
     Raises:
         UserError: no such file, not safetensors, nothing of LoRA in it.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(parse_lora(text)[0]).expanduser()
     if path.is_dir():
         path = path / WEIGHTS
@@ -43,11 +42,8 @@ def check_lora(text: str) -> None:
         return
     if not path.is_file():
         raise UserError(f"there is no LoRA file {path}: give a .safetensors file or a folder with {WEIGHTS}")
-    try:
-        with safe_open(path, framework="numpy") as content:
-            names = list(content.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read the LoRA {path}: {error}") from error
+    with opened(path, f"cannot read the LoRA {path}", framework="numpy") as content:
+        names = list(content.keys())
     if not any("lora" in name for name in names):
         raise UserError(f"{path} is no LoRA: none of its {len(names)} tensors has 'lora' in its name")
 

@@ -8,8 +8,6 @@ It computes self-attention, told by as many queries as keys, and leaves the few 
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +20,7 @@ from postgen.families.attention import dispatch
 from postgen.families.installed import transformers_of
 from postgen.families.registry import video_tokens_of
 from postgen.kernels.attention.ops import attention
+from postgen.kernels.dispatch import warn_once
 
 NAME = "postgen"
 """What `set_attention_backend` and diffusers' `attention_backend` take."""
@@ -89,7 +88,12 @@ def backend_attention(
         return attention(query, key, value, scale=scale)
     mask = _one_per_key(attn_mask, *key.shape[:2])
     if mask is None:
-        _warn_once(tuple(attn_mask.shape), str(attn_mask.dtype))
+        # Compiled code has no place for a warning.
+        if not torch.compiler.is_compiling():
+            warn_once(
+                "attention runs on diffusers' native backend: a mask"
+                f" {tuple(attn_mask.shape)} of {attn_mask.dtype} is not one bool a key"
+            )
         return None
     # Attention does not care about the order of keys: with those that count in front, their number is the mask.
     order = mask.int().argsort(dim=1, descending=True, stable=True)[..., None, None]
@@ -107,16 +111,6 @@ def _one_per_key(mask: Tensor, batch: int, keys: int) -> Tensor | None:
     if mask.dim() == 4 and mask.shape[1:] == (1, 1, keys) and mask.shape[0] in (1, batch):
         return mask[:, 0, 0].expand(batch, keys)
     return mask if mask.shape == (batch, keys) else None
-
-
-@functools.cache
-def _warn_once(shape: tuple[int, ...], dtype: str) -> None:
-    # Compiled code has no place for a warning.
-    if torch.compiler.is_compiling():
-        return
-    warnings.warn(
-        f"attention runs on diffusers' native backend: a mask {shape} of {dtype} is not one bool a key", stacklevel=3
-    )
 
 
 def _modules(transformer: Any) -> list[Any]:
