@@ -31,6 +31,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return get_base() if callable(get_base) else inner
 
 
+def block_classes(module: nn.Module) -> set[str]:
+    """Return the names of the classes of blocks that a model of diffusers or transformers says are to stay whole."""
+    return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
+
+
 def command_error(error: BaseException) -> tuple[str, int] | None:
     """Return message and exit code of an error of the command line itself (unknown option, bad value), else None.
 
@@ -355,11 +360,6 @@ def module_hooks(module: nn.Module, *, itself: bool) -> str | None:
     names = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
     moving = names if itself else [name for name in names if "offload" in name or "casting" in name]
     return f"the diffusers hook {moving[0]}" if moving else None
-
-
-def no_split_classes(module: nn.Module) -> set[str]:
-    """Return the names of the classes of a model's repeated blocks, as it tells those who place or cut them."""
-    return set(getattr(module, "_no_split_modules", None) or ())
 
 
 def lora_base_problem(module: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from postgen.compat import no_split_classes
+from postgen.compat import block_classes
 from postgen.errors import UserError
 
 
@@ -73,7 +73,7 @@ def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool) -> nn.M
     # Only the device and bfloat16's autocast; the wrapper for evaluation averages no gradients.
     prepared: nn.Module = accelerator.prepare_model(module, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = no_split_classes(module)
+    blocks = block_classes(module)
     for part in prepared.modules():
         if type(part).__name__ in blocks:
             fully_shard(part, mesh=mesh)
