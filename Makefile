@@ -37,6 +37,7 @@ test: $(STAMP)  ## run the tests in JOBS processes: make test JOBS=4 ARGS="-k vi
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 style: $(STAMP)  ## format and fix what ruff can fix
+	$(BIN)/python pipelines/names.py
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks.embedded_sampling import Defaults
 from postgen import world
 from postgen.errors import UserError
-from postgen.pretrain.pool import FIRST_TRAINING_SEED
-from postgen.pretrain.wording import EVENT_FORMS
 from postgen.world import Reading, Spec
+from postgen.world.scenes import FIRST_TRAINING_SEED
 from postgen.world.spec import CAMERAS, COLOURS, PAIR_EVENTS, SHAPES
+from postgen.world.wording import EVENT_FORMS
 from postgen.world.words import (
     CAMERA_PHRASES,
     COLOUR_SYNONYMS,

@@ -22,11 +22,11 @@ from benchmarks.gates import gate, write_result
 from benchmarks.reward_shapes import VIT_L_14, RandomClip, shapes
 from postgen import world
 from postgen.errors import UserError
-from postgen.pretrain.corruptions import LEVELS, render_takes, shows
-from postgen.pretrain.pool import specs_of
-from postgen.pretrain.world_clip import evaluation_groups
-from postgen.pretrain.world_judge import pair_accuracy
+from postgen.judges.corruptions import LEVELS, render_takes, shows
+from postgen.judges.world_clip import evaluation_groups
+from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import Reward, RewardRunner, get_reward
+from postgen.world.scenes import specs_of
 
 EXACT = ("world", "parabola", "permanence", "depth_consistency")
 #: First seed of the scenes; training takes seeds from 1,000,000 on.

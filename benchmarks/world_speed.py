@@ -44,9 +44,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--clips", type=int, default=256, help="clips of a call (default: 256)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="calls that count, after a first one (default: 3)"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="calls that count, after a first one (default: 3)")
     parser.add_argument("--output", default="world_speed", help="name or path of the result file")
     return parser.parse_args()
 

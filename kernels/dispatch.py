@@ -23,7 +23,7 @@ def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -
         return False
     reason = obstacle or why_not_triton(*tensors)
     if reason is not None:
-        _warn_once(operation, reason)
+        warn_once(f"{operation} runs as plain torch, not as a fused kernel: {reason}", stacklevel=3)
     return reason is None
 
 
@@ -59,6 +59,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def _warn_once(operation: str, reason: str) -> None:
-    warnings.warn(f"{operation} runs as plain torch, not as a fused kernel: {reason}", stacklevel=3)
+TOLD: set[str] = set()
+"""What `warn_once` has said in this process."""
+
+
+def warn_once(message: str, stacklevel: int = 2) -> None:
+    """Warn, the first time that this is said in the process; `stacklevel` counts from the caller, as in `warnings`."""
+    if message not in TOLD:
+        TOLD.add(message)
+        warnings.warn(message, stacklevel=stacklevel + 1)

@@ -9,7 +9,10 @@ A class is imported when it is first asked for, and only with its own family.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from postgen.pipelines.names import homes
 
 if TYPE_CHECKING:
     from postgen.pipelines.allegro import AllegroPipeline as AllegroPipeline
@@ -74,66 +77,8 @@ if TYPE_CHECKING:
     from postgen.pipelines.wan import WanVACEPipeline as WanVACEPipeline
     from postgen.pipelines.wan import WanVideoToVideoPipeline as WanVideoToVideoPipeline
 
-_FAMILIES = {
-    "allegro": ("AllegroPipeline",),
-    "anyflow": ("AnyFlowPipeline",),
-    "chronoedit": ("ChronoEditPipeline",),
-    "cogvideox": (
-        "CogVideoXFunControlPipeline",
-        "CogVideoXImageToVideoPipeline",
-        "CogVideoXPipeline",
-        "CogVideoXVideoToVideoPipeline",
-    ),
-    "consisid": ("ConsisIDPipeline",),
-    "cosmos": (
-        "Cosmos2VideoToWorldPipeline",
-        "Cosmos2_5_PredictBasePipeline",
-        "Cosmos2_5_TransferPipeline",
-        "CosmosTextToWorldPipeline",
-        "CosmosVideoToWorldPipeline",
-    ),
-    "easyanimate": ("EasyAnimateControlPipeline", "EasyAnimateInpaintPipeline", "EasyAnimatePipeline"),
-    "helios": ("HeliosPipeline", "HeliosPyramidPipeline"),
-    "hunyuan_video": (
-        "HunyuanSkyreelsImageToVideoPipeline",
-        "HunyuanVideoFramepackPipeline",
-        "HunyuanVideoImageToVideoPipeline",
-        "HunyuanVideoPipeline",
-    ),
-    "hunyuan_video15": ("HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline"),
-    "kandinsky": ("Kandinsky5I2VPipeline", "Kandinsky5T2VPipeline", "Kandinsky6TI2VAPipeline"),
-    "latte": ("LattePipeline",),
-    "ltx": ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline", "LTXImageToVideoPipeline", "LTXPipeline"),
-    "ltx2": (
-        "LTX2ConditionPipeline",
-        "LTX2DFRPipeline",
-        "LTX2DFRTemporalRefinePipeline",
-        "LTX2HDRPipeline",
-        "LTX2ImageToVideoPipeline",
-        "LTX2InContextPipeline",
-        "LTX2Pipeline",
-    ),
-    "lucy": ("LucyEditPipeline",),
-    "mochi": ("MochiPipeline",),
-    "motif": ("MotifVideoImage2VideoPipeline", "MotifVideoPipeline"),
-    "skyreels_v2": (
-        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-        "SkyReelsV2DiffusionForcingPipeline",
-        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-        "SkyReelsV2ImageToVideoPipeline",
-        "SkyReelsV2Pipeline",
-    ),
-    "wan": (
-        "WanAnimatePipeline",
-        "WanImageToVideoPipeline",
-        "WanPipeline",
-        "WanVACEPipeline",
-        "WanVideoToVideoPipeline",
-    ),
-}
-"""Module of a family -> its pipeline classes."""
-
-_HOMES = {name: family for family, names in _FAMILIES.items() for name in names}
+_HOMES = homes(Path(__file__).parent)
+"""Class -> file of its family."""
 
 __all__ = sorted(_HOMES)
 

@@ -274,6 +274,23 @@ def attention_settings(processor: Any) -> tuple[Any, Any]:
     return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
 
 
+def takes_attention_backend(processor: Any) -> bool:
+    """Whether a processor asks diffusers' dispatcher for a backend, which `set_attention_backend` may then set."""
+    return hasattr(processor, "_attention_backend")
+
+
+def set_attention_backend(processor: Any, backend: Any) -> None:
+    """Let a processor ask for a backend, as diffusers keeps it; None asks for the default."""
+    processor._attention_backend = backend
+
+
+def hand_settings_over(old: Any, new: Any) -> None:
+    """Give a processor the backend and the split among ranks that diffusers set on another one."""
+    for name in ("_attention_backend", "_parallel_config"):
+        if name in vars(old):
+            setattr(new, name, getattr(old, name))
+
+
 def register_processor_class(kind: type, parent: type) -> None:
     """Tell diffusers' hooks that look processors up by their exact class what they know of the parent class."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry
@@ -321,45 +338,10 @@ def rebind_forward(module: nn.Module, old: Callable[..., Any], new: Callable[...
     return reached
 
 
-def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:
-    """Return the group among which Ulysses attention splits the tokens; None where nothing is split.
-
-    Raises:
-        UserError: ring attention, or uneven shards.
-    """
-    config = getattr(parallel_config, "context_parallel_config", None)
-    if config is None:
-        return None
-    if config.ring_degree > 1:
-        raise UserError(
-            f"Enhance-A-Video does not work with ring attention (ring_degree={config.ring_degree}): use ulysses_degree"
-        )
-    if config.ulysses_anything:
-        raise UserError("Enhance-A-Video needs even shards: leave ulysses_anything off")
+def mesh_group(config: Any) -> dist.ProcessGroup:
+    """Return the processes among which a `ContextParallelConfig` of diffusers makes Ulysses attention trade heads."""
     group: dist.ProcessGroup = config._ulysses_mesh.get_group()
     return group
-
-
-def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
-    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file.
-
-    Args:
-        pipe: the pipeline.
-        folder: where to; the file is `pytorch_lora_weights.safetensors`.
-        name: of the component; a second expert is written under the name of the first, as diffusers loads it.
-        module: the component.
-        adapter: name of its adapter.
-        state: its complete adapter weights by parameter name, where the module holds only shards.
-    """
-    from peft.utils import get_peft_model_state_dict
-
-    part = "unet" if name == "unet" else "transformer"
-    layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
-    layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
-    metadata = module.peft_config[adapter].to_dict()
-    pipe.save_lora_weights(
-        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
-    )
 
 
 def module_hooks(module: nn.Module, *, itself: bool) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -235,10 +234,9 @@ def make_video(pipe: Any, job: Job, paths: Written, kind: str, on_step: StepCall
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a seed gives."""
-    from importlib.metadata import version
+    from postgen.versions import versions as named
 
-    found = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"postgen": postgen.__version__, "python": platform.python_version(), **found}
+    return named("torch", "diffusers", "transformers")
 
 
 def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import NamedTuple
 
 import postgen
+from postgen.versions import version_of
+from postgen.versions import versions as named
 
 PACKAGES = (
     "torch",
@@ -37,13 +38,7 @@ class Finding(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Return the versions of postgen, Python and the packages it stands on; `missing` for one not installed."""
-    found = {"postgen": postgen.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    return named(*PACKAGES)
 
 
 def devices() -> list[Finding]:
@@ -87,13 +82,7 @@ def attention_backends() -> list[Finding]:
 
 
 def _version_of(packages: tuple[str, ...]) -> str:
-    found = []
-    for name in packages:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    return ", ".join(f"{name} {found}" for name in packages if (found := version_of(name)))
 
 
 def _probed(name: str, probe: Callable[[], str]) -> Finding:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postgen.errors import UserError
+from postgen.errors import UserError, first_line
+from postgen.tensor_files import read_tensors
 
 State = dict[str, Tensor]
 """Name -> weight."""
@@ -89,17 +90,11 @@ def read_state(path: Path) -> State:
         UserError: it is damaged, or holds something else than weights.
     """
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        return read_tensors(path, f"{path} cannot be read as weights")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
-        raise UserError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -181,9 +176,5 @@ def _download(url: str) -> Path:
 
 
 def _not_found(what: str, error: Exception) -> UserError:
-    told = _first_line(error).rstrip(".")
+    told = first_line(error).rstrip(".")
     return UserError(f"cannot load {what}: {told}. Give a local folder or file, or download it once with a network.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,17 +3,19 @@
 import ast
 from collections.abc import Iterator
 
+from tests.private_names import MODEL_LIBRARIES
+
 METHODS = {
     *("enhance", "fused", "lit", "sparse", "tokens", "sparsity", "quant", "grpo", "worldweaver", "distill", "causal"),
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "prompt_rows", "settings"}
+GROUND = {"errors", "files", "prompt_rows", "settings", "tensor_files", "versions"}
 LOWER = {
-    *(*GROUND, "assets", "compat", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
+    *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
 }
-"""What lies below a method."""
+"""What lies below a method. What it needs of `compat`, families offer."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
 TOP |= {"request", "train"}
 """Rooms that put everything together: they may import any room."""
@@ -23,6 +25,8 @@ ALLOWED = {
     "files": {"errors"},
     "prompt_rows": {"errors"},
     "settings": {"errors"},
+    "tensor_files": {"errors"},
+    "versions": set(),
     "assets": GROUND,
     "compat": GROUND,
     "kernels": {"files"},
@@ -35,7 +39,7 @@ ALLOWED = {
     "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
     # The table of plug-ins names places and imports none of them.
-    "pipelines": {*GROUND, "compat", "families", "plug_ins", *METHODS},
+    "pipelines": {*GROUND, "families", "plug_ins", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
     # A few-step student of a block-causal model is one more stage of the conversion.
     "distill": {*LOWER, "causal"},
@@ -44,7 +48,6 @@ ALLOWED = {
 }
 """Room -> other rooms it may import."""
 
-MODEL_LIBRARIES = {"accelerate", "diffusers", "peft", "transformers", "trl"}
 VIDEO_LIBRARIES = {"av", "decord", "imageio", "imageio_ffmpeg", "moviepy", "torchcodec"}
 VIDEO_NAMES = {
     "export_to_video",
@@ -80,13 +83,12 @@ def offences(module: str, source: str, *, is_package: bool = False) -> list[str]
     """Return what a module imports against the rules, one line each."""
     tree = ast.parse(source)
     package = module if is_package else module.rpartition(".")[0]
-    found = [
+    return [
         f"{module}:{line}: {problem}"
         for line, target, name in imports(tree, package)
         for problem in (_inside(module, target, name), *_outside(module, target, name))
         if problem
     ]
-    return found + [f"{module}:{line}: private {chain}" for line, chain in _private_chains(module, tree)]
 
 
 def _inside(module: str, target: str, name: str) -> str:
@@ -108,10 +110,10 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
     # postgen.info asks the libraries for their versions.
     if opens and here not in ("video", "info"):
         yield f"only postgen.video opens videos, not {here}: {target} {name}"
+    if library == "safetensors" and name in ("safe_open", "load_file") and here != "tensor_files":
+        yield f"only postgen.tensor_files opens safetensors, not {here}"
     if library not in MODEL_LIBRARIES:
         return
-    if here != "compat" and any(part.startswith("_") for part in (*target.split("."), name)):
-        yield f"private {target} {name}: only postgen.compat may"
     if here in CLASS_FREE and library in ("diffusers", "transformers") and _is_concrete(name):
         yield f"{here} knows no concrete model class: {name}"
     if library == "trl" and name != "TrlParser":
@@ -121,14 +123,3 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
 def _is_concrete(name: str) -> bool:
     endings = ("Model", "Pipeline", "ForCausalLM", "ForConditionalGeneration")
     return name not in GENERIC_CLASSES and (name.endswith(endings) or name.startswith("AutoencoderKL"))
-
-
-def _private_chains(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Find `diffusers.a._b`: an underscore attribute reached from the library's own name."""
-    if room(module) == "compat":
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            chain = ast.unparse(node)
-            if chain.split(".")[0] in MODEL_LIBRARIES:
-                yield node.lineno, chain

@@ -22,6 +22,7 @@ from torch import Tensor
 from postgen.kernels.attention import naive
 from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Backend, Call, Result
 from postgen.kernels.attention.store import Store
+from postgen.kernels.dispatch import warn_once
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Largest relative L2 error, against float64, of a backend that is trusted. float32 leaves room for TF32."""
@@ -139,7 +140,7 @@ class Router:
             reason = self._failures[backend.name, Trait.of(call)] = _first_line(error)
         self._chosen = {problem: each for problem, each in self._chosen.items() if each is not backend}
         instead = self.last_resort(call)
-        _warn_once(f"attention runs on {instead.name}, not on {backend.name}: {reason}")
+        warn_once(f"attention runs on {instead.name}, not on {backend.name}: {reason}")
         return instead.run(call)
 
     def named(self, name: str, call: Call) -> Backend:
@@ -155,7 +156,7 @@ class Router:
         if reason is None:
             return found[0]
         chosen = self.choose(call)
-        _warn_once(f"attention runs on {chosen.name}, not on {name}: {reason}")
+        warn_once(f"attention runs on {chosen.name}, not on {name}: {reason}")
         return chosen
 
     def choose(self, call: Call) -> Backend:
@@ -203,7 +204,7 @@ class Router:
                 backend.run(call)
                 runs[backend.name] = [self._clock(partial(backend.run, call), call.query.device)]
             except Exception as error:  # whatever a kernel does not like about this size
-                _warn_once(f"attention backend {backend.name} is not used at this size: {_first_line(error)}")
+                warn_once(f"attention backend {backend.name} is not used at this size: {_first_line(error)}")
         best = min((times[0] for times in runs.values()), default=0.0)
         runs = {name: times for name, times in runs.items() if times[0] <= HOPELESS * best}
         racing = [backend for backend in backends if backend.name in runs]
@@ -298,12 +299,3 @@ def _error(call: Call, out: Tensor, lse: Tensor | None) -> float:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=2)

@@ -102,7 +102,7 @@ def _tell_unknown(pipe: Any, job: Any, prompt: str) -> None:
     examples = job.facts.closed_vocabulary
     if not examples:
         return
-    from postgen.pretrain.text import unknown_words
+    from postgen.training.tokenizers import unknown_words
 
     if words := unknown_words(pipe.tokenizer, prompt):
         name = "the embedded model" if job.config.model is None else job.facts.source

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from postgen.compat import tap_dispatched, ulysses_group
 from postgen.enhance.gain import frame_gain
 from postgen.enhance.sdpa import tap_sdpa
-from postgen.enhance.shards import whole_sequence
+from postgen.enhance.shards import ulysses_group, whole_sequence
 from postgen.errors import UserError
+from postgen.families.attention.dispatch import tap_dispatched
 from postgen.kernels.temporal_cfi.ops import temporal_self_share
 
 if TYPE_CHECKING:

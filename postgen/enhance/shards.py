@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.families.attention.dispatch import mesh_group
+
+
+def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:
+    """Return the group among which Ulysses attention splits the tokens; None where nothing is split.
+
+    Raises:
+        UserError: ring attention, or uneven shards.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise UserError(
+            f"Enhance-A-Video does not work with ring attention (ring_degree={config.ring_degree}): use ulysses_degree"
+        )
+    if config.ulysses_anything:
+        raise UserError("Enhance-A-Video needs even shards: leave ulysses_anything off")
+    return mesh_group(config)
 
 
 def whole_sequence(shard: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from postgen.compat import install_attention_tap
 from postgen.enhance.call import VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.layer import EnhancedAttention
@@ -19,6 +18,7 @@ from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
 from postgen.families import Grid, layout_of, video_tokens_of
+from postgen.families.attention.dispatch import install_attention_tap
 from postgen.families.installed import installed, processor_stack
 
 NAME = "enhance_a_video"

@@ -32,8 +32,8 @@ from torch.utils.module_tracker import ModuleTracker
 
 from postgen.compat import unwrap
 from postgen.errors import UserError
+from postgen.families.call_extras import Size
 from postgen.families.calls import (
-    Size,
     block_names,
     call_arguments,
     call_of,

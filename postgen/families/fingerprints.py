@@ -8,10 +8,10 @@ import inspect
 import io
 import tokenize
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 from postgen.errors import UserError
+from postgen.versions import version_of
 
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -61,6 +61,6 @@ def known_for(
     if text not in found.fingerprints:
         raise UserError(
             f"{kind.__name__} is not the one of diffusers 0.42 that its {what} stands for (fingerprint {text},"
-            f" diffusers {version('diffusers')}): {advice}"
+            f" diffusers {version_of('diffusers')}): {advice}"
         )
     return found

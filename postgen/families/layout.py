@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from postgen.families.blocks import Blocks
 from postgen.families.video_tokens import VideoTokens
@@ -11,13 +13,38 @@ from postgen.families.video_tokens import VideoTokens
 if TYPE_CHECKING:
     from torch import nn
 
+    from postgen.families.attention.registry import AttentionAnatomy
+    from postgen.families.call_extras import Extras
+    from postgen.families.denoiser import Denoiser
+
 TimestepShape = Literal["B", "BT", "B1T11", "BL"]
 """One timestep per sample (B,), per latent frame (B, T) or (B, 1, T, 1, 1), or per token (B, T*H*W)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """How a transformer class is called: latents, timestep, the encoding of a text, and the rest."""
+
+    extras: str | Extras = "nothing"
+    """`extras(config, size)` gives the rest by name; or the name of a function of `families.call_extras`."""
+    text_tokens: int = 512
+    """Tokens of a prompt that the pipeline pads to by default."""
+    text_width: str = "text_dim"
+    """Field of the config that tells the width of the text."""
+    time: int = 4
+    """Frames that its autoencoder puts into a latent frame."""
+    space: int = 8
+    """Pixels a side that its autoencoder puts into a latent pixel."""
+    more_frames: int = 0
+    """Latent frames of references that stand beside those of the clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One row. Every class has blocks; what else methods need is a part of its own, missing where a class has none."""
+    """One row. Every class has blocks; what else methods need is a part of its own, missing where a class has none.
+
+    What needs torch is named as `module:NAME` and imported when it is asked for, so that the rows are light.
+    """
 
     transformer: str
     """Class name in diffusers (or of the third party that registers the row); UNets count."""
@@ -28,6 +55,13 @@ class Layout:
     video: VideoTokens | None = None
     """Where the tokens of a video are inside self-attention; None: no softmax over its frames.
     Ask `postgen.families.video_tokens_of`, which says why."""
+    call: Call | None = None
+    """How it is called, for counting and timing a forward; every row with video tokens says it."""
+    attention: str | AttentionAnatomy | None = None
+    """How its self-attention is computed, or where that is. Ask `postgen.families.attention.attention_of`."""
+    denoisers: Mapping[str, str | Callable[[Any], Denoiser]] = field(default_factory=dict)
+    """What makes the denoiser of a pipeline, or where that is, by the name of the pipeline's class.
+    Ask `postgen.families.denoiser_for`."""
 
     def block_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Return the repeated blocks by name, in the order in which they run.
@@ -36,3 +70,11 @@ class Layout:
             UserError: none matches; the model's structure is not what the row says.
         """
         return {block.name: block.module for block in self.blocks.find(transformer)}
+
+
+def found(place: Any) -> Any:
+    """Return what a row names as `module:NAME`, importing the module; what is no text is returned as it is."""
+    if not isinstance(place, str):
+        return place
+    module, name = place.split(":")
+    return getattr(import_module(module), name)

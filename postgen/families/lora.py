@@ -1,4 +1,4 @@
-"""Load LoRA files into a pipeline, and refuse those that would not do what they say."""
+"""Load LoRA files into a pipeline and refuse those that would not do what they say; write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
+from postgen.tensor_files import opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,6 @@ def check_lora(text: str) -> None:
     Raises:
         UserError: no such file, not safetensors, nothing of LoRA in it.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(parse_lora(text)[0]).expanduser()
     if path.is_dir():
         path = path / WEIGHTS
@@ -43,11 +42,8 @@ def check_lora(text: str) -> None:
         return
     if not path.is_file():
         raise UserError(f"there is no LoRA file {path}: give a .safetensors file or a folder with {WEIGHTS}")
-    try:
-        with safe_open(path, framework="numpy") as content:
-            names = list(content.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read the LoRA {path}: {error}") from error
+    with opened(path, f"cannot read the LoRA {path}", framework="numpy") as content:
+        names = list(content.keys())
     if not any("lora" in name for name in names):
         raise UserError(f"{path} is no LoRA: none of its {len(names)} tensors has 'lora' in its name")
 
@@ -97,6 +93,28 @@ def _check_layers(pipe: Any, path: str, state: dict[str, Any]) -> None:
             f"the LoRA {path} does not fit {type(pipe).__name__}: {matched} of its {len(wanted)} layer names match,"
             f" these match no layer: {some}"
         )
+
+
+def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
+    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file.
+
+    Args:
+        pipe: the pipeline.
+        folder: where to; the file is `pytorch_lora_weights.safetensors`.
+        name: of the component; a second expert is written under the name of the first, as diffusers loads it.
+        module: the component.
+        adapter: name of its adapter.
+        state: its complete adapter weights by parameter name, where the module holds only shards.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    part = "unet" if name == "unet" else "transformer"
+    layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
+    layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
+    metadata = module.peft_config[adapter].to_dict()
+    pipe.save_lora_weights(
+        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
+    )
 
 
 def _is_hub_id(path: str) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.files import replacing
+from postgen.tensor_files import opened, read_tensors
 
 from .lora import WEIGHTS
 from .lora_names import NAMES, Names
@@ -113,15 +114,14 @@ def read_lora(path: Path) -> dict[str, Layer]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
+    said = f"cannot read the LoRA {path}"
+    tensors = read_tensors(path, said)
+    with opened(path, said) as content:
+        metadata = content.metadata() or {}
     try:
-        with safe_open(path, framework="pt") as content:
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118, no mapping
-            metadata = content.metadata() or {}
         settings = _settings(path, metadata)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the LoRA {path}: {error}") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{said}: {error}") from error
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)

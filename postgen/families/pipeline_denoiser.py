@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families.denoiser import Condition, PredictionType
-from postgen.families.registry import layout_of
+from postgen.families.registry import layout_of, pipelines_per_frame
 from postgen.families.wan_sizes import check_size
-
-PER_FRAME = ("WanPipeline", "WanImageToVideoPipeline", "SkyReelsV2Pipeline", "LTXPipeline")
-"""Pipelines whose networks take a noise level per latent frame, for the message to those who ask another for it."""
 
 
 class PipelineDenoiser(ABC):
@@ -315,7 +312,7 @@ class PipelineDenoiser(ABC):
         elif len(given) == 2:
             raise UserError(
                 f"{type(self.model).__name__} takes one noise level per row, sigma of shape ({len(x)},), got {given}: "
-                f"levels per frame need one of {', '.join(PER_FRAME)}"
+                f"levels per frame need one of {', '.join(pipelines_per_frame())}"
             )
         if given not in allowed:
             raise UserError(f"sigma must have the shape {' or '.join(map(str, allowed))}, got {given}")

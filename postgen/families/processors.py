@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import register_processor_class
+from postgen.compat import hand_settings_over, register_processor_class
 from postgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ProcessorStack:
         return (*self._claims, *self.wrappers)
 
     def dispatches(self, module: str) -> bool:
-        """Whether a claimant computes a module's attention where `compat.tap_dispatched` sees it."""
+        """Whether a claimant computes a module's attention where `attention.dispatch.tap_dispatched` sees it."""
         return any(module in self._claims[name] for name in self._dispatching)
 
     def claim(self, name: str, computes: Mapping[str, Wrapper], *, dispatches: bool = False) -> None:
@@ -70,8 +70,8 @@ class ProcessorStack:
         Args:
             name: who claims; `release` takes it.
             computes: function by module name.
-            dispatches: `compat.tap_dispatched` sees the queries and keys that attention reads: the functions go
-                through diffusers' dispatcher, or call `compat.show_attention_call`.
+            dispatches: `attention.dispatch.tap_dispatched` sees the queries and keys that attention reads: the
+                functions go through diffusers' dispatcher, or call `attention.show_attention_call`.
 
         Raises:
             UserError: the name is on the processors already, somebody else computes one of the modules, or the
@@ -182,9 +182,7 @@ class ProcessorStack:
         if module.processor is not stacked:
             return
         # What diffusers set on the processor meanwhile stays.
-        for key in ("_attention_backend", "_parallel_config"):
-            if key in vars(stacked):
-                setattr(original, key, getattr(stacked, key))
+        hand_settings_over(stacked, original)
         _set_processor(module, original)
 
     def _take_off(self) -> None:

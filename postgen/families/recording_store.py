@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.tensor_files import opened
 
 INDEX = "recording.json"
 """The file that makes a folder a recording."""
@@ -164,11 +165,9 @@ class FolderStore(Store):
             UserError: its file is missing or damaged.
         """
         file, name = key.split("/")
-        try:
-            with safe_open(self._folder / f"{file}.safetensors", framework="pt") as tensors:
-                found: Tensor = tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._folder} is not a whole recording ({error}): record it again") from error
+        said = f"{self._folder} is not a whole recording, record it again"
+        with opened(self._folder / f"{file}.safetensors", said) as tensors:
+            found: Tensor = tensors.get_tensor(name)
         return found
 
     def flush(self) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
 from postgen.families import rows_images, rows_others, rows_unets, rows_wan
 from postgen.families.blocks import Block
 from postgen.families.denoiser import Denoiser
-from postgen.families.layout import Layout
+from postgen.families.layout import Layout, found
 from postgen.families.rows_refused import NO_LAYOUT, NO_VIDEO_TOKENS
 from postgen.families.video_tokens import VideoTokens
 
@@ -20,18 +19,8 @@ if TYPE_CHECKING:
 _layouts: dict[str, Layout] = {
     row.transformer: row for row in (*rows_wan.ROWS, *rows_others.ROWS, *rows_images.ROWS, *rows_unets.ROWS)
 }
-_denoisers: dict[str, str | Callable[[Any], Denoiser]] = {
-    "CogVideoXPipeline": "postgen.families.cogvideox:CogVideoXDenoiser",
-    "FluxPipeline": "postgen.families.flux:FluxDenoiser",
-    "HunyuanVideoPipeline": "postgen.families.hunyuan_video:HunyuanVideoDenoiser",
-    "LTXPipeline": "postgen.families.ltx:LTXDenoiser",
-    "SkyReelsV2Pipeline": "postgen.families.wan:SkyReelsV2Denoiser",
-    "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser",
-    "StableDiffusionPipeline": "postgen.families.stable_diffusion:StableDiffusionDenoiser",
-    "StableDiffusionXLPipeline": "postgen.families.stable_diffusion:StableDiffusionXLDenoiser",
-    "WanImageToVideoPipeline": "postgen.families.wan:WanDenoiser",
-    "WanPipeline": "postgen.families.wan:WanDenoiser",
-}
+_denoisers: dict[str, Callable[[Any], Denoiser]] = {}
+"""What was registered beside the rows, by pipeline class."""
 
 
 def register_layout(layout: Layout) -> None:
@@ -61,8 +50,13 @@ def register_layout(layout: Layout) -> None:
     _layouts[layout.transformer] = layout
 
 
+def known_layouts() -> tuple[Layout, ...]:
+    """Return every row."""
+    return tuple(_layouts.values())
+
+
 def register_denoiser(pipeline: str, factory: Callable[[Any], Denoiser]) -> None:
-    """Add the denoiser of the pipeline class of this name, or replace it; `factory(pipe)` makes it."""
+    """Add the denoiser of the pipeline class of this name, or replace that of its row; `factory(pipe)` makes it."""
     _denoisers[pipeline] = factory
 
 
@@ -147,14 +141,23 @@ def denoiser_for(pipe: Any) -> Denoiser:
     Raises:
         UserError: nothing is known of the class.
     """
+    known = _known_denoisers()
     for parent in type(pipe).__mro__:
-        if factory := _denoisers.get(parent.__name__):
-            if isinstance(factory, str):
-                module, name = factory.split(":")
-                factory = getattr(import_module(module), name)
-            made: Denoiser = factory(pipe)
+        if parent.__name__ in known:
+            made: Denoiser = found(known[parent.__name__])(pipe)
             return made
     raise UserError(
-        f"no denoiser for {type(pipe).__name__}. Known: {', '.join(sorted(_denoisers))}."
+        f"no denoiser for {type(pipe).__name__}. Known: {', '.join(sorted(known))}."
         " To add one, pass a factory to postgen.families.register_denoiser"
     )
+
+
+def pipelines_per_frame() -> tuple[str, ...]:
+    """Return the pipeline classes whose denoisers take a noise level per latent frame, sorted."""
+    rows = (row for row in _layouts.values() if {"BT", "BL"} & {*row.timestep_shapes})
+    return tuple(sorted(name for row in rows for name in row.denoisers))
+
+
+def _known_denoisers() -> dict[str, str | Callable[[Any], Denoiser]]:
+    known = {name: place for row in _layouts.values() for name, place in row.denoisers.items()}
+    return known | _denoisers

@@ -78,4 +78,13 @@ _BLOCKS = {
     "ZImageTransformer2DModel": _refined("x"),
 }
 
-ROWS = tuple(Layout(transformer=name, blocks=blocks) for name, blocks in _BLOCKS.items())
+_DENOISERS = {
+    "FluxTransformer2DModel": {"FluxPipeline": "postgen.families.flux:FluxDenoiser"},
+    "SD3Transformer2DModel": {
+        "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser"
+    },
+}
+
+ROWS = tuple(
+    Layout(transformer=name, blocks=blocks, denoisers=_DENOISERS.get(name, {})) for name, blocks in _BLOCKS.items()
+)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from postgen.families.blocks import BlockGroup, Blocks
-from postgen.families.layout import Layout, TimestepShape
+from postgen.families.layout import Call, Layout, TimestepShape
 from postgen.families.video_tokens import Grid, VideoTokens, grid_bcthw, grid_btchw, grid_packed
 
 
@@ -35,7 +35,14 @@ def _double_single(breaks: str = "") -> Blocks:
 
 
 def _row(
-    transformer: str, blocks: Blocks, *, timestep_shapes: tuple[TimestepShape, ...] = ("B",), **changes: Any
+    transformer: str,
+    blocks: Blocks,
+    call: Call,
+    *,
+    timestep_shapes: tuple[TimestepShape, ...] = ("B",),
+    attention: str | None = None,
+    denoisers: Mapping[str, str] | None = None,
+    **changes: Any,
 ) -> Layout:
     video: dict[str, Any] = {
         "self_attention": r"transformer_blocks\.\d+\.attn1",
@@ -44,7 +51,15 @@ def _row(
         "grid_rule": grid_bcthw,
         **changes,
     }
-    return Layout(transformer=transformer, blocks=blocks, timestep_shapes=timestep_shapes, video=VideoTokens(**video))
+    return Layout(
+        transformer=transformer,
+        blocks=blocks,
+        timestep_shapes=timestep_shapes,
+        video=VideoTokens(**video),
+        call=call,
+        attention=attention,
+        denoisers=denoisers or {},
+    )
 
 
 _SINGLE_AND_DOUBLE = r"(single_)?transformer_blocks\.\d+\.attn"
@@ -67,28 +82,50 @@ _AUDIO = "the audio passes through the blocks beside the video"
 _VISUAL = r"visual_transformer_blocks\.\d+"
 
 ROWS = (
-    _row("AllegroTransformer3DModel", _FLAT, attention_call="sdpa"),
+    _row(
+        "AllegroTransformer3DModel",
+        _FLAT,
+        Call(extras="allegro", text_width="caption_channels"),
+        attention_call="sdpa",
+    ),
     _row(
         "CogVideoXTransformer3DModel",
         _JOINT,
+        Call(extras="cogvideox", text_tokens=226, text_width="text_embed_dim"),
         token_order="text-video",
         latent_axes="BTCHW",
         grid_rule=grid_btchw,
         attention_call="sdpa",
+        attention="postgen.families.attention.cogvideox:ANATOMY",
+        denoisers={"CogVideoXPipeline": "postgen.families.cogvideox:CogVideoXDenoiser"},
     ),
     _row(
         "ConsisIDTransformer3DModel",
         _one_group(hidden_out=0, text_out=1, breaks="the face of a given person is added between the blocks"),
+        Call(extras="consisid", text_tokens=226, text_width="text_embed_dim"),
         token_order="text-video",
         latent_axes="BTCHW",
         grid_rule=grid_btchw,
         attention_call="sdpa",
     ),
-    _row("CosmosTransformer3DModel", _FLAT, timestep_shapes=("B", "B1T11"), attention_call="dispatch"),
-    _row("EasyAnimateTransformer3DModel", _JOINT, token_order="text-video", attention_call="sdpa"),
+    _row(
+        "CosmosTransformer3DModel",
+        _FLAT,
+        Call(extras="cosmos", text_width="text_embed_dim"),
+        timestep_shapes=("B", "B1T11"),
+        attention_call="dispatch",
+    ),
+    _row(
+        "EasyAnimateTransformer3DModel",
+        _JOINT,
+        Call(extras="easyanimate", text_tokens=256, text_width="text_embed_dim"),
+        token_order="text-video",
+        attention_call="sdpa",
+    ),
     _row(
         "HunyuanVideo15Transformer3DModel",
         _JOINT,
+        Call(extras="hunyuan_15", text_tokens=1000, text_width="text_embed_dim", space=16),
         self_attention=r"transformer_blocks\.\d+\.attn",
         token_order="video-text",
         attention_call="dispatch",
@@ -96,6 +133,7 @@ ROWS = (
     _row(
         "HunyuanVideoFramepackTransformer3DModel",
         _double_single(),
+        Call(extras="framepack", text_tokens=256, text_width="text_embed_dim"),
         self_attention=_SINGLE_AND_DOUBLE,
         token_order="history-video-text",
         attention_call="dispatch",
@@ -103,13 +141,17 @@ ROWS = (
     _row(
         "HunyuanVideoTransformer3DModel",
         _double_single(),
+        Call(extras="hunyuan", text_tokens=256, text_width="text_embed_dim"),
         self_attention=_SINGLE_AND_DOUBLE,
         token_order="video-text",
         attention_call="dispatch",
+        attention="postgen.families.attention.hunyuan_video:ANATOMY",
+        denoisers={"HunyuanVideoPipeline": "postgen.families.hunyuan_video:HunyuanVideoDenoiser"},
     ),
     _row(
         "Kandinsky5Transformer3DModel",
         _one_group(_VISUAL, hidden="visual_embed", text="text_embed"),
+        Call(extras="kandinsky5", text_width="in_text_dim"),
         self_attention=_VISUAL + r"\.self_attention",
         # Block-sparse attention reorders the tokens within a frame only.
         token_order="video",
@@ -120,6 +162,7 @@ ROWS = (
     _row(
         "Kandinsky6Transformer3DModel",
         _one_group(_VISUAL, hidden="vis", text="text_v", hidden_out=0, breaks=_AUDIO),
+        Call(extras="kandinsky6", text_tokens=1024, text_width="in_text_dim"),
         self_attention=_VISUAL + r"\.video_dec_block\.self_attention",
         # The given image of image-to-video is one more frame, the last.
         token_order="video",
@@ -130,6 +173,7 @@ ROWS = (
     _row(
         "LTX2VideoTransformer3DModel",
         _one_group(hidden_out=0, breaks=_AUDIO),
+        Call(extras="ltx2", text_tokens=1024, text_width="caption_channels", time=8, space=32),
         # Key frames and references are appended.
         token_order="video-reference",
         latent_axes="packed",
@@ -140,14 +184,18 @@ ROWS = (
     _row(
         "LTXVideoTransformer3DModel",
         _FLAT,
+        Call(extras="ltx", text_tokens=128, text_width="caption_channels", time=8, space=32),
         latent_axes="packed",
         timestep_shapes=("B", "BL"),
         grid_rule=grid_packed,
         attention_call="dispatch",
+        attention="postgen.families.attention.ltx:ANATOMY",
+        denoisers={"LTXPipeline": "postgen.families.ltx:LTXDenoiser"},
     ),
     _row(
         "LatteTransformer3DModel",
         _latte(),
+        Call(text_tokens=120, text_width="caption_channels", time=1),
         self_attention=r"temporal_transformer_blocks\.\d+\.attn1",
         attention_call="sdpa",
         factorised=True,
@@ -155,6 +203,7 @@ ROWS = (
     _row(
         "MochiTransformer3DModel",
         _JOINT,
+        Call(extras="mochi", text_tokens=256, text_width="text_embed_dim", time=6),
         token_order="video-text",
         attention_call="sdpa",
         scale_target="norm2",
@@ -162,6 +211,7 @@ ROWS = (
     _row(
         "MotifVideoTransformer3DModel",
         _double_single("the decoder's blocks begin with the video again, and take that of the encoder as their text"),
+        Call(extras="motif", text_width="text_embed_dim"),
         self_attention=_SINGLE_AND_DOUBLE,
         # In the blocks of its decoder, the video of the encoder stands where the text is elsewhere.
         token_order="video-text",

@@ -16,8 +16,15 @@ _UNET = Blocks(
 )
 """Blocks without cross-attention take no text."""
 
+_DENOISERS = {
+    "UNet2DConditionModel": {
+        "StableDiffusionPipeline": "postgen.families.stable_diffusion:StableDiffusionDenoiser",
+        "StableDiffusionXLPipeline": "postgen.families.stable_diffusion:StableDiffusionXLDenoiser",
+    }
+}
+
 ROWS = tuple(
-    Layout(transformer=name, blocks=_UNET)
+    Layout(transformer=name, blocks=_UNET, denoisers=_DENOISERS.get(name, {}))
     for name in (
         "I2VGenXLUNet",
         "UNet2DConditionModel",

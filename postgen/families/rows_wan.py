@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from postgen.families.blocks import BlockGroup, Blocks
-from postgen.families.layout import Layout, TimestepShape
+from postgen.families.layout import Call, Layout, TimestepShape
 from postgen.families.video_tokens import VideoTokens, grid_bcthw, grid_btchw
 
 _MAIN = BlockGroup(names=r"blocks\.\d+")
@@ -20,9 +21,12 @@ def _frames_per_block(config: Any) -> int:
 
 def _wan_like(
     transformer: str,
+    call: Call,
     *,
     blocks: Blocks = _PLAIN,
     timestep_shapes: tuple[TimestepShape, ...] = ("B",),
+    attention: str | None = None,
+    denoisers: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> Layout:
     video: dict[str, Any] = {
@@ -33,7 +37,15 @@ def _wan_like(
         "attention_call": "dispatch",
         **changes,
     }
-    return Layout(transformer=transformer, blocks=blocks, timestep_shapes=timestep_shapes, video=VideoTokens(**video))
+    return Layout(
+        transformer=transformer,
+        blocks=blocks,
+        timestep_shapes=timestep_shapes,
+        video=VideoTokens(**video),
+        call=call,
+        attention=attention,
+        denoisers=denoisers or {},
+    )
 
 
 _CONTROLLED = Blocks(
@@ -52,15 +64,36 @@ _ANIMATED = Blocks(
 )
 
 ROWS = (
-    _wan_like("AnyFlowTransformer3DModel", timestep_shapes=("BT",), latent_axes="BTCHW", grid_rule=grid_btchw),
+    _wan_like(
+        "AnyFlowTransformer3DModel",
+        Call(extras="anyflow"),
+        timestep_shapes=("BT",),
+        latent_axes="BTCHW",
+        grid_rule=grid_btchw,
+    ),
     # Editing an image makes two latent frames; the reasoning steps make more.
-    _wan_like("ChronoEditTransformer3DModel", timestep_shapes=("B", "BL")),
+    _wan_like("ChronoEditTransformer3DModel", Call(extras="image_of_wan"), timestep_shapes=("B", "BL")),
     # Long, middle and short history come first; their keys may be amplified, those of the current frames are not.
-    _wan_like("HeliosTransformer3DModel", token_order="history-video"),
-    _wan_like("SkyReelsV2Transformer3DModel", timestep_shapes=("B", "BT"), causal_rule=_frames_per_block),
+    _wan_like("HeliosTransformer3DModel", Call(extras="helios"), token_order="history-video"),
+    _wan_like(
+        "SkyReelsV2Transformer3DModel",
+        Call(extras="skyreels"),
+        timestep_shapes=("B", "BT"),
+        causal_rule=_frames_per_block,
+        denoisers={"SkyReelsV2Pipeline": "postgen.families.wan:SkyReelsV2Denoiser"},
+    ),
     # The reference image is the first frame. The face adapters attend within a frame.
-    _wan_like("WanAnimateTransformer3DModel", blocks=_ANIMATED),
-    _wan_like("WanTransformer3DModel", timestep_shapes=("B", "BL")),
+    _wan_like("WanAnimateTransformer3DModel", Call(extras="animate", more_frames=1), blocks=_ANIMATED),
+    _wan_like(
+        "WanTransformer3DModel",
+        Call(extras="image_of_wan"),
+        timestep_shapes=("B", "BL"),
+        attention="postgen.families.attention.wan:ANATOMY",
+        denoisers={
+            "WanImageToVideoPipeline": "postgen.families.wan:WanDenoiser",
+            "WanPipeline": "postgen.families.wan:WanDenoiser",
+        },
+    ),
     # Reference images are leading frames. The control blocks steer the main ones; their attention is left alone.
-    _wan_like("WanVACETransformer3DModel", blocks=_CONTROLLED),
+    _wan_like("WanVACETransformer3DModel", Call(extras="vace"), blocks=_CONTROLLED),
 )

@@ -8,8 +8,6 @@ It computes self-attention, told by as many queries as keys, and leaves the few 
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen import compat
 from postgen.errors import UserError
+from postgen.families.attention import dispatch
 from postgen.families.installed import transformers_of
 from postgen.families.registry import video_tokens_of
 from postgen.kernels.attention.ops import attention
+from postgen.kernels.dispatch import warn_once
 
 NAME = "postgen"
 """What `set_attention_backend` and diffusers' `attention_backend` take."""
@@ -39,7 +38,7 @@ def register_attention_backend() -> Any:
     Raises:
         UserError: the installed diffusers has another attention dispatcher.
     """
-    return compat.register_attention_backend(NAME, backend_attention)
+    return dispatch.register_attention_backend(NAME, backend_attention)
 
 
 @contextmanager
@@ -60,15 +59,15 @@ def routed_attention(target: Any) -> Iterator[None]:
     """
     backend = register_attention_backend()
     modules = [module for transformer in transformers_of(target).values() for module in _modules(transformer)]
-    before = [module.processor._attention_backend for module in modules]
+    before = [dispatch.attention_settings(module.processor)[0] for module in modules]
     try:
         for module in modules:
-            module.processor._attention_backend = backend
+            dispatch.set_attention_backend(module.processor, backend)
         yield
     finally:
         # Whatever processor is on the module by now.
         for module, kept in zip(modules, before, strict=True):
-            module.processor._attention_backend = kept
+            dispatch.set_attention_backend(module.processor, kept)
 
 
 def backend_attention(
@@ -89,7 +88,12 @@ def backend_attention(
         return attention(query, key, value, scale=scale)
     mask = _one_per_key(attn_mask, *key.shape[:2])
     if mask is None:
-        _warn_once(tuple(attn_mask.shape), str(attn_mask.dtype))
+        # Compiled code has no place for a warning.
+        if not torch.compiler.is_compiling():
+            warn_once(
+                "attention runs on diffusers' native backend: a mask"
+                f" {tuple(attn_mask.shape)} of {attn_mask.dtype} is not one bool a key"
+            )
         return None
     # Attention does not care about the order of keys: with those that count in front, their number is the mask.
     order = mask.int().argsort(dim=1, descending=True, stable=True)[..., None, None]
@@ -109,26 +113,16 @@ def _one_per_key(mask: Tensor, batch: int, keys: int) -> Tensor | None:
     return mask if mask.shape == (batch, keys) else None
 
 
-@functools.cache
-def _warn_once(shape: tuple[int, ...], dtype: str) -> None:
-    # Compiled code has no place for a warning.
-    if torch.compiler.is_compiling():
-        return
-    warnings.warn(
-        f"attention runs on diffusers' native backend: a mask {shape} of {dtype} is not one bool a key", stacklevel=3
-    )
-
-
 def _modules(transformer: Any) -> list[Any]:
     tokens = video_tokens_of(transformer)
     if tokens.attention_call != "dispatch":
         raise UserError(
-            f"{type(compat.unwrap(transformer)).__name__} calls torch's attention itself,"
+            f"{type(transformer).__name__} calls torch's attention itself,"
             " so no attention backend of diffusers acts on it"
         )
-    modules = tokens.attention_modules(compat.unwrap(transformer))
+    modules = tokens.attention_modules(transformer)
     for name, module in modules.items():
-        if not hasattr(module.processor, "_attention_backend"):
+        if not dispatch.takes_attention_backend(module.processor):
             raise UserError(
                 f"{type(module.processor).__name__} of {name} asks diffusers for no attention backend, so none acts on"
                 " it: set a processor of diffusers that does"

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import rebind_forward, register_block_class
 from postgen.errors import UserError
+from postgen.families.forwards import rebind_forward, register_block_class
 
 if TYPE_CHECKING:
     from torch import nn

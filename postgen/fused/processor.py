@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from postgen.compat import attention_settings, show_attention_call
-from postgen.families.attention import AttentionReader
+from postgen.families.attention import AttentionReader, show_attention_call
+from postgen.families.attention.dispatch import attention_settings
 from postgen.families.attention.reading import NormValues, Stream, dispatched
 from postgen.fused.config import FusedOpsConfig
 from postgen.kernels.attention.ops import attention

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import install_attention_tap
 from postgen.families import layout_of, video_tokens_of
 from postgen.families.attention import attention_of
+from postgen.families.attention.dispatch import install_attention_tap
 from postgen.families.fingerprints import known_for
 from postgen.families.installed import installed, processor_stack
 from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block

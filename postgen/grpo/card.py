@@ -7,9 +7,10 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from postgen.versions import version_of
 
 from .curves import draw_curves
 
@@ -77,7 +78,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         f"- Prompts: {card.prompts} of {card.train_dataset or 'rows given in Python'}",
         f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
         f"- Command: `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
-        "- Versions: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft")),
+        "- Versions: " + ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "peft")),
         "",
         *_use(card),
         *([f"![curves](curves.png)\n\n{', '.join(curves)} over steps.\n"] if curves else ()),

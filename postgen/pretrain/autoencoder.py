@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.video import contact_sheet
+from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
 
 from .clip_pass import ClipPass
 from .measure import masked_psnr
-from .pool import FIRST_TRAINING_SEED, Clips, dilated, render_clips, specs_of, to_model
+from .pool import Clips, dilated, render_clips, to_model
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pool import Scene, render_in_batches, to_model
-from .text import tokenize
+from postgen.training.tokenizers import tokenize
+from postgen.world.scenes import Scene, render_in_batches
+
+from .pool import to_model
 from .whole_clip import WholeClip
 
 

@@ -1,4 +1,4 @@
-"""Text side of the embedded model: a tokenizer trained on captions, a small UMT5, and padding that costs nothing.
+"""Text side of the embedded model: a small UMT5, and padding that costs nothing.
 
 Wan pads prompt embeddings with zeros to 512 tokens without a mask, so every padded key is the same. Attention over n
 equal keys is attention over one key with log(n) added to its score; `PaddedCrossAttention` uses that to train on the
@@ -8,101 +8,13 @@ short sequence and still compute exactly what the pipeline computes with 512 tok
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_SEQUENCE_LENGTH = 512
-"""Tokens that `WanPipeline.encode_prompt` pads to by default."""
-_SPECIAL = ["<pad>", "</s>", "<unk>"]
-
-
-def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
-    """A fast BPE tokenizer with byte fallback through byte-level pieces: lower-cases, knows every string.
-
-    Args:
-        captions: texts to learn the merges from.
-        vocabulary: most pieces to keep, at least 300 (256 bytes and the special tokens are always there).
-
-    Returns:
-        A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.normalizer = _normalizer()
-    tokenizer.train_from_iterator(captions, trainer)
-    return _finished(tokenizer)
-
-
-def _normalizer() -> Any:
-    from tokenizers import normalizers
-
-    return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-
-
-def _finished(tokenizer: Any) -> Any:
-    """Wrap for transformers what lower-cases and ends every text in </s>."""
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer.normalizer = _normalizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=MAX_SEQUENCE_LENGTH,
-        padding_side="right",
-    )
-
-
-def word_tokenizer(words: Iterable[str]) -> Any:
-    """A fast tokenizer of whole words and , ; . - that lower-cases; every other word is <unk>.
-
-    Args:
-        words: what it knows, lower case.
-
-    Returns:
-        A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    pieces = [*_SPECIAL, ",", ";", ".", "-", *sorted(set(words))]
-    model = models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.add_special_tokens(_SPECIAL)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
-    return _finished(tokenizer)
-
-
-def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words of a prompt that the tokenizer does not know, in order, each once; punctuation does not count.
-
-    A tokenizer of pieces knows every string, whatever its model was trained on, so it has none.
-
-    Args:
-        tokenizer: a fast one with an unknown token.
-        prompt: any text.
-    """
-    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    found = [prompt[start:end].lower() for token, (start, end) in spans if token == tokenizer.unk_token_id]
-    return list(dict.fromkeys(word for word in found if any(map(str.isalnum, word))))
+from postgen.training.tokenizers import MAX_SEQUENCE_LENGTH
 
 
 def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> Any:
@@ -126,12 +38,6 @@ def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> An
         tie_word_embeddings=False,
     )
     return UMT5EncoderModel(config)
-
-
-def tokenize(tokenizer: Any, captions: list[str], length: int) -> Tensor:
-    """Token ids (N, length) int16, padded with 0; a longer caption is cut and still ends in </s>."""
-    encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=length)["input_ids"]
-    return torch.tensor(encoded, dtype=torch.int16)
 
 
 def encode_text(text_encoder: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:

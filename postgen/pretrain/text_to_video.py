@@ -7,8 +7,10 @@ Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,18 +19,23 @@ from torch import Tensor, nn
 
 from postgen import world
 from postgen.errors import UserError
+from postgen.families.installed import processor_stack
 from postgen.families.wan import WanDenoiser
 from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.training.sharding import uncut
+from postgen.training.tokenizers import tokenize, train_tokenizer, word_tokenizer
+from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
+from postgen.world.wording import world_words
 
 from .fast_step import GraphedCall, RowRotaryAttention
 from .joint_pass import JointPass
 from .latents import LatentPool, build_pool
 from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
 from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
-from .pool import FIRST_TRAINING_SEED, draw_scenes
-from .text import PaddedCrossAttention, encode_text, new_text_encoder, tokenize, train_tokenizer, word_tokenizer
-from .wording import world_words
+from .text import PaddedCrossAttention, encode_text, new_text_encoder
+
+NAME = "text_to_video"
+"""Name on the processor stack while it trains."""
 
 
 @dataclass(kw_only=True)
@@ -194,7 +201,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.transformer = new_transformer(args, self.vae.config.z_dim)
         self.denoiser = WanDenoiser(make_pipeline(self.components(), args.shift))
         self.cross_attention, self.self_attention = PaddedCrossAttention(), RowRotaryAttention()
-        self.stock_processors = [(block.attn1.processor, block.attn2.processor) for block in self.transformer.blocks]
+        self._claim()
         if args.compile:
             self.transformer.compile_repeated_blocks(dynamic=True)
         self.empty = tokenize(self.tokenizer, [""], args.text_length).to(self.device)
@@ -288,33 +295,43 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
 
     def _velocity(self, transformer: Any, text_encoder: Any, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         hidden, offset = encode_text(text_encoder, ids)
-        self._use([(self.self_attention, self.cross_attention)] * len(self.stock_processors))
         self.cross_attention.set(offset, torch.bfloat16 if self.args.bf16 else torch.float32)
         timestep = self.denoiser.network_timestep(self.denoiser.timestep(sigma), x)
         return transformer(  # type: ignore[no-any-return]
             hidden_states=x, timestep=timestep, encoder_hidden_states=hidden, return_dict=False
         )[0]
 
-    def _use(self, processors: Sequence[tuple[Any, Any]]) -> None:
-        for block, (own, text) in zip(self.transformer.blocks, processors, strict=True):
-            block.attn1.processor, block.attn2.processor = own, text
+    def _claim(self) -> None:
+        """Compute attention as training does: rotation by rows, and the padding of texts as one key."""
+        own, text = (partial(_compute_by, each) for each in (self.self_attention, self.cross_attention))
+        blocks = range(len(self.transformer.blocks))
+        computes = {f"blocks.{n}.{name}": fn for n in blocks for name, fn in (("attn1", own), ("attn2", text))}
+        processor_stack(self.transformer).claim(NAME, computes)
+
+    @contextmanager
+    def stock_attention(self) -> Iterator[None]:
+        """While open, diffusers' own processors compute attention: on samples, and in what is written."""
+        processor_stack(self.transformer).release(NAME)
+        try:
+            yield
+        finally:
+            self._claim()
 
     def evaluate(self) -> dict[str, float]:
         """What `sample_sheet` measures on samples of the evaluation prompts; empty without prompts."""
         if not self.args.eval_prompts:
             return {}
-        self._use(self.stock_processors)
         # Compiling the blocks anew for these few calls would take longer than they do.
-        with torch.compiler.set_stance("force_eager"):
+        with self.stock_attention(), torch.compiler.set_stance("force_eager"):
             return sample_sheet(self.components(), self.args, self.device)
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the pipeline folder."""
-        self._use(self.stock_processors)
         parts = self.components()
         for name in parts.keys() & weights.keys():
             parts[name] = uncut(parts[name], weights[name])
-        write_pipeline(folder, parts, self.args)
+        with self.stock_attention():
+            write_pipeline(folder, parts, self.args)
 
     def components(self) -> dict[str, Any]:
         """The modules of the pipeline by their names there."""
@@ -324,6 +341,11 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             "text_encoder": self.text_encoder,
             "tokenizer": self.tokenizer,
         }
+
+
+def _compute_by(processor: Any, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the compute slot of a module: another processor than its own."""
+    return processor(attention, *args, **kwargs)
 
 
 def _tokenizer(args: TextToVideoConfig) -> Any:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.files import replacing
+from postgen.tensor_files import read_tensors
 
 FORMAT = 1
 _GROUPS = ("weights", "ema", "optimizer")
@@ -104,15 +105,15 @@ def read(folder: Path) -> Snapshot:
         raise UserError(f"{folder} has checkpoint format {head['format']}, this version reads {FORMAT}.")
     try:
         copies = ["copies"] if "copies.safetensors" in head["files"] else []
-        groups = {name: load_file(folder / f"{name}.safetensors") for name in (*_GROUPS, *copies)}
+        groups = {name: read_tensors(folder / f"{name}.safetensors") for name in (*_GROUPS, *copies)}
         ranks = [
             {
                 **json.loads((folder / f"rank-{rank}.json").read_text()),
-                **load_file(folder / f"rank-{rank}.safetensors"),
+                **read_tensors(folder / f"rank-{rank}.safetensors"),
             }
             for rank in range(head["ranks"])
         ]
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, UserError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is damaged ({error}). Resume from an earlier checkpoint.") from error
     return Snapshot(step=head["step"], ranks=ranks, meta=head["meta"], **groups)
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from postgen.assets import embedded_model
-from postgen.compat import quiet_libraries, save_lora
+from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
+from postgen.families.lora import save_lora
 from postgen.families.lora_export import NOTE
 from postgen.sampling.schedule import shifted
 from postgen.settings import Part

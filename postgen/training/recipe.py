@@ -22,8 +22,8 @@ METHODS = {
     "dancegrpo": "postgen.grpo.trainer:DanceGRPOTrainer",
     "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
-    "world_clip": "postgen.pretrain.world_clip:WorldClipTrainer",
-    "world_judge": "postgen.pretrain.world_judge:WorldJudgeTrainer",
+    "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
+    "world_judge": "postgen.judges.world_judge:WorldJudgeTrainer",
 }
 """Method name -> `package.module:Class` of its trainer."""
 

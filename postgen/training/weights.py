@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.tensor_files import read_tensors
 
 from .checkpoint import find
 
@@ -54,10 +53,7 @@ def _from_folder(folder: Path, name: str, *, alone: bool) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"init_from: {path} cannot be read ({error}).") from error
+    return read_tensors(path, f"init_from: {path} cannot be read")
 
 
 def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], location: str) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import postgen
-from postgen.compat import show_attention_call
 from postgen.families import video_tokens_of
 from postgen.families.attention import AttentionReader, attention_of
+from postgen.families.attention.dispatch import show_attention_call
 from postgen.families.attention.reading import dispatched
 from postgen.families.installed import installed, processor_stack
 from postgen.families.processors import ProcessorStack

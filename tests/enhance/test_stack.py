@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import postgen
-from postgen.compat import install_attention_tap, tap_dispatched
 from postgen.families import video_tokens_of
+from postgen.families.attention.dispatch import install_attention_tap, tap_dispatched
 from postgen.families.installed import processor_stack
 from postgen.families.processors import ProcessorStack
 from tests.families.tiny_models import TinyModel, tiny_model

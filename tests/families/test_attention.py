@@ -27,7 +27,7 @@ FUSED = ("CogVideoX 1.5", "Wan")
 NAMES = [
     name
     for name, build in BUILDERS.items()
-    if build(Size(batch=1, frames=4, layers=1))[0].__name__ in registry._anatomies
+    if build(Size(batch=1, frames=4, layers=1))[0].__name__ in registry.known_anatomies()
 ]
 """Every tiny model of which there is an attention file."""
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from postgen.errors import UserError
 from postgen.families import registry
-from postgen.families.calls import CALLS, call_arguments
+from postgen.families.calls import call_arguments
 from postgen.families.cost import PARTS, call_cost, forward_cost, latent_size
 from postgen.families.latency import Latency, LatencyTable, measure_latency
 from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
@@ -27,7 +27,8 @@ WAN_14B = {"_class_name": "WanTransformer3DModel", "num_layers": 2}
 
 
 def test_every_class_is_known() -> None:
-    assert CALLS.keys() == {name for name, row in registry._layouts.items() if row.video is not None}
+    for row in registry.known_layouts():
+        assert (row.call is None) == (row.video is None), row.transformer
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name not in TWICE])
@@ -167,7 +168,8 @@ def test_what_is_installed_does_not_count() -> None:
 
 
 def test_a_class_that_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(CALLS, "WanTransformer3DModel")
+    row = dataclasses.replace(registry.layout_named("WanTransformer3DModel"), call=None)
+    monkeypatch.setattr(registry, "_layouts", {**registry._layouts, row.transformer: row})
     with pytest.raises(
         UserError, match=r"how WanTransformer3DModel is called\. Known: .* arguments .* to .*call_cost"
     ):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
-from postgen.families.pipeline_denoiser import PER_FRAME
+from postgen.families.registry import pipelines_per_frame
 from tests.conftest import LATENT_CHANNELS, wan_components
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
 
@@ -139,9 +139,9 @@ def test_denoiser_names_the_pipelines_that_take_levels_of_frames() -> None:
             continue
         x = denoiser.initial_latents(1, **size)
         levels = torch.full((1, 1 if denoiser.frame_axis is None else x.shape[denoiser.frame_axis]), 0.5)
-        with pytest.raises(UserError, match=r"one noise level per row.*need one of WanPipeline, .*LTXPipeline$"):
+        with pytest.raises(UserError, match=r"one noise level per row.*need one of LTXPipeline, .*WanPipeline$"):
             denoiser.predict(x, levels, {"prompt": x})
-    assert taking == set(PER_FRAME)
+    assert taking == set(pipelines_per_frame())
 
 
 @torch.no_grad()

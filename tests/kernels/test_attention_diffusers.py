@@ -14,11 +14,12 @@ import torch
 from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
-from postgen.compat import register_attention_backend as register
-from postgen.compat import tap_dispatched
 from postgen.errors import UserError
+from postgen.families.attention.dispatch import register_attention_backend as register
+from postgen.families.attention.dispatch import tap_dispatched
 from postgen.fused import attention as fused
 from postgen.fused.attention import backend_attention, register_attention_backend, routed_attention
+from postgen.kernels import dispatch as kernel_dispatch
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
@@ -169,8 +170,10 @@ def test_a_sample_whose_keys_are_all_masked_gives_zeros() -> None:
     [torch.randn(2, 1, 1, 9), torch.rand(2, 1, 9, 9) > 0.3, torch.rand(2, 2, 9, 9) > 0.3, torch.eye(9).bool()],
     ids=lambda mask: f"{'x'.join(map(str, mask.shape))} {mask.dtype}",
 )
-def test_other_masks_are_left_to_diffusers_with_a_warning(mask: Tensor, calls: list[tuple[int, int]]) -> None:
-    fused._warn_once.cache_clear()
+def test_other_masks_are_left_to_diffusers_with_a_warning(
+    mask: Tensor, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_dispatch, "TOLD", set())
     tensors = random_inputs()
     with pytest.warns(UserWarning, match="is not one bool a key"):
         found = dispatch.dispatch_attention_fn(*tensors, attn_mask=mask, backend=register_attention_backend())
@@ -212,7 +215,7 @@ def test_compiles_whole(models: dict[str, TinyModel], name: str) -> None:
 
 
 def test_enhance_a_video_sees_the_calls(models: dict[str, TinyModel]) -> None:
-    from postgen.compat import install_attention_tap
+    from postgen.families.attention.dispatch import install_attention_tap
 
     install_attention_tap()
     seen: list[int] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from postgen.info import attention_backends
-from postgen.kernels.attention import router as router_module
+from postgen.kernels import dispatch
 from postgen.kernels.attention.backends import MATH, SDPA, TIMED, Backend, Call, Result
 from postgen.kernels.attention.ops import attention, backend_names, router
 from postgen.kernels.attention.router import Problem, Router, bucket
@@ -26,7 +26,7 @@ from tests.kernels.launches import relative_error
 
 @pytest.fixture(autouse=True)
 def every_warning_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "_warned", set())
+    monkeypatch.setattr(dispatch, "TOLD", set())
 
 
 def delayed(name: str, seconds: float) -> Backend:

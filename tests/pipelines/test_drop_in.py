@@ -19,6 +19,7 @@ from torch import Tensor
 import postgen.pipelines as drop_ins
 from postgen.enhance import handle_of
 from postgen.families import registry
+from postgen.pipelines.names import typed
 from tests.pipelines import ltx2, more, others, wan_like  # noqa: F401 - they enter their builders into the table
 from tests.pipelines.parts import TINY, wan_parts
 
@@ -75,10 +76,12 @@ def test_class_and_signature(name: str) -> None:
 
 
 def test_names_are_known_to_type_checkers() -> None:
-    tree = ast.parse(Path(drop_ins.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {alias.asname: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
-    assert typed == {name: f"postgen.pipelines.{home}" for name, home in drop_ins._HOMES.items()}
+    folder = Path(drop_ins.__file__).parent
+    for text in ((folder / "__init__.py").read_text(), typed(folder)):
+        block = next(node for node in ast.parse(text).body if isinstance(node, ast.If))
+        found = {alias.asname: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+        wanted = {name: f"postgen.pipelines.{home}" for name, home in drop_ins._HOMES.items()}
+        assert found == wanted, "run `make style`, which writes the imports for type checkers"
     with pytest.raises(AttributeError, match=r"no attribute 'FluxPipeline'\. It has: AllegroPipeline"):
         drop_ins.FluxPipeline  # noqa: B018
 
@@ -89,7 +92,10 @@ def test_a_family_is_imported_alone_and_late() -> None:
         "print(sorted(name for name in sys.modules if name.startswith('postgen.pipelines.')))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.split("\n")[:2] == ["False", "['postgen.pipelines.drop_in', 'postgen.pipelines.wan']"]
+    assert run.stdout.split("\n")[:2] == [
+        "False",
+        "['postgen.pipelines.drop_in', 'postgen.pipelines.names', 'postgen.pipelines.wan']",
+    ]
 
 
 def test_classes_can_be_pickled() -> None:

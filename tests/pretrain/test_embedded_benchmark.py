@@ -21,9 +21,10 @@ from postgen import world
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import new_autoencoder
 from postgen.pretrain.pipeline_folder import new_transformer, write_pipeline
-from postgen.pretrain.text import new_text_encoder, word_tokenizer
-from postgen.pretrain.wording import world_words
+from postgen.pretrain.text import new_text_encoder
+from postgen.training.tokenizers import word_tokenizer
 from postgen.world.spec import BACKGROUNDS
+from postgen.world.wording import world_words
 from postgen.world.words import CAMERA_PHRASES, COLOUR_SYNONYMS, SHAPE_WORDS
 
 TINY = Defaults(size=32, frames=9, steps=2, guidance=3.0)

@@ -21,9 +21,9 @@ from postgen.families.loading import inspect_model
 from postgen.pretrain.autoencoder import new_autoencoder
 from postgen.pretrain.levels import KINDS, draw_kind, draw_sigma, flow_error, noised
 from postgen.pretrain.pipeline_folder import EXAMPLES
-from postgen.pretrain.text import unknown_words
 from postgen.pretrain.text_to_video import TextToVideoTrainer
 from postgen.training import load_recipe
+from postgen.training.tokenizers import unknown_words
 from tests.pretrain.test_recipes import text_to_video
 
 SHARES = [0.7, 0.15, 0.15]
@@ -146,9 +146,10 @@ def test_the_network_is_told_what_image_to_video_tells_it(run):
     pipe.set_progress_bar_config(disable=True)
     seen = []
     hook = run.transformer.register_forward_pre_hook(lambda _, __, told: seen.append(told), with_kwargs=True)
-    run._use(run.stock_processors)
     try:
-        pipe(Image.new("RGB", (32, 32), "red"), "a red ball", height=32, width=32, num_frames=9, num_inference_steps=1)
+        with run.stock_attention():
+            size = {"height": 32, "width": 32, "num_frames": 9}
+            pipe(Image.new("RGB", (32, 32), "red"), "a red ball", **size, num_inference_steps=1)
     finally:
         hook.remove()
     sigma = pipe.scheduler.sigmas[:1].expand(3).clone()[None]

@@ -15,11 +15,12 @@ from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
 from postgen.pretrain.pipeline_folder import new_transformer
-from postgen.pretrain.text import new_text_encoder, word_tokenizer
+from postgen.pretrain.text import new_text_encoder
 from postgen.pretrain.text_to_video import TextToVideoTrainer
-from postgen.pretrain.wording import world_words
 from postgen.train import main
 from postgen.training import load_recipe
+from postgen.training.tokenizers import word_tokenizer
+from postgen.world.wording import world_words
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PLAIN = {

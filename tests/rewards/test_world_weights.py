@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from postgen import assets, world
-from postgen.pretrain.corruptions import render_takes
-from postgen.pretrain.world_clip import evaluation_groups
-from postgen.pretrain.world_judge import pair_accuracy
+from postgen.judges.corruptions import render_takes
+from postgen.judges.world_clip import evaluation_groups
+from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import get_reward
 
 FOLDERS = [Path(assets.__file__).parent / name for name in ("world-clip", "world-judge")]

@@ -17,6 +17,7 @@
 quantised is the caller's business. A whole method that does so: `docs/models.md`.
 """
 
+from postgen.families.attention.dispatch import show_attention_call
 from postgen.families.attention.registry import AttentionAnatomy, AttentionReader, attention_of, register_attention
 
-__all__ = ["AttentionAnatomy", "AttentionReader", "attention_of", "register_attention"]
+__all__ = ["AttentionAnatomy", "AttentionReader", "attention_of", "register_attention", "show_attention_call"]

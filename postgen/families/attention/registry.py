@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
 from postgen.families.fingerprints import known_for
+from postgen.families.layout import found
+from postgen.families.registry import known_layouts
 
 if TYPE_CHECKING:
     import torch
@@ -58,17 +59,12 @@ class AttentionAnatomy:
         return known_for(kind, kind.__call__, self.readers, what=what, advice=advice)
 
 
-_anatomies: dict[str, str | AttentionAnatomy] = {
-    "CogVideoXTransformer3DModel": "cogvideox",
-    "HunyuanVideoTransformer3DModel": "hunyuan_video",
-    "LTXVideoTransformer3DModel": "ltx",
-    "WanTransformer3DModel": "wan",
-}
-"""Transformer class -> anatomy, or the file beside this one that holds it as `ANATOMY`."""
+_anatomies: dict[str, AttentionAnatomy] = {}
+"""What was registered beside the rows, by transformer class."""
 
 
 def register_attention(transformer: str, anatomy: AttentionAnatomy) -> None:
-    """Add the anatomy of the transformer class of this name, or replace it."""
+    """Add the anatomy of the transformer class of this name, or replace that of its row."""
     _anatomies[transformer] = anatomy
 
 
@@ -81,13 +77,18 @@ def attention_of(transformer: nn.Module) -> AttentionAnatomy:
     from postgen.compat import unwrap
 
     kind = type(unwrap(transformer))
+    known = known_anatomies()
     for parent in kind.__mro__:
-        if found := _anatomies.get(parent.__name__):
-            if isinstance(found, AttentionAnatomy):
-                return found
-            anatomy: AttentionAnatomy = import_module(f"postgen.families.attention.{found}").ANATOMY
+        if parent.__name__ in known:
+            anatomy: AttentionAnatomy = found(known[parent.__name__])
             return anatomy
     raise UserError(
-        f"the attention of {kind.__name__} cannot be read. Known: {', '.join(sorted(_anatomies))}."
+        f"the attention of {kind.__name__} cannot be read. Known: {', '.join(sorted(known))}."
         " To add one, pass its anatomy to postgen.families.attention.register_attention"
     )
+
+
+def known_anatomies() -> dict[str, str | AttentionAnatomy]:
+    """Return what is known, or where it is, by transformer class."""
+    rows = {row.transformer: row.attention for row in known_layouts()}
+    return {name: place for name, place in rows.items() if place is not None} | _anatomies

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from postgen import world
-from postgen.pretrain.pool import draw_scenes
-from postgen.pretrain.text import tokenize, train_tokenizer, unknown_words, word_tokenizer
-from postgen.pretrain.wording import EVENT_FORMS, UNKNOWN, captions, world_words
+from postgen.training.tokenizers import tokenize, train_tokenizer, unknown_words, word_tokenizer
 from postgen.world import words as tables
 from postgen.world.camera import camera_path
+from postgen.world.scenes import draw_scenes
 from postgen.world.spec import BACKGROUNDS, CAMERAS, COLOURS, EVENTS
+from postgen.world.wording import EVENT_FORMS, UNKNOWN, captions, world_words
 
 COUNT = 1500
 

@@ -10,9 +10,9 @@ import yaml
 
 from postgen import world
 from postgen.errors import UserError
-from postgen.pretrain.corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
-from postgen.pretrain.world_clip import WorldClipTrainer, edited, evaluation_groups, sense
-from postgen.pretrain.world_judge import WorldJudgeTrainer, pair_accuracy
+from postgen.judges.corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
+from postgen.judges.world_clip import WorldClipTrainer, edited, evaluation_groups, sense
+from postgen.judges.world_judge import WorldJudgeTrainer, pair_accuracy
 from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.world_clip import WorldClipNet
 from postgen.rewards.world_judge import HEADS

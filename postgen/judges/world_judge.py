@@ -21,9 +21,9 @@ from postgen import world
 from postgen.rewards.world_judge import HEADS, WorldJudgeNet
 from postgen.rewards.world_net import save_net
 from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
 
 from .corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
-from .pool import FIRST_TRAINING_SEED, specs_of
 
 _FRAMES = 17
 _ON_ANY_CLIP = ("blur", "noise", "colour drift", "flicker", "freeze")

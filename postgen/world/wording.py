@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 import re
 
-from postgen import world
-from postgen.world import Body, Spec
-from postgen.world.spec import PAIR_EVENTS
-from postgen.world.words import (
+from .grammar import caption, simple_caption
+from .spec import COLOURS, PAIR_EVENTS, Body, Spec
+from .words import (
     BACKGROUND_PHRASES,
     CAMERA_PHRASES,
     COLOUR_SYNONYMS,
@@ -52,12 +51,12 @@ def captions(spec: Spec, seeds: list[int], synonym_share: float, unknown_share: 
             takes, in [0, 1].
         unknown_share: chance of a stray word (`UNKNOWN`) in a wording, in [0, 1].
     """
-    texts = (world.caption(spec, seed) for seed in seeds)
+    texts = (caption(spec, seed) for seed in seeds)
     if synonym_share or unknown_share:
         texts = (
             reworded(text, spec, synonym_share, unknown_share, seed) for text, seed in zip(texts, seeds, strict=True)
         )
-    return (world.simple_caption(spec), *texts)
+    return (simple_caption(spec), *texts)
 
 
 def reworded(text: str, spec: Spec, synonym_share: float, unknown_share: float, seed: int) -> str:
@@ -132,6 +131,6 @@ def world_words() -> list[str]:
     phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
     phrases += [*COLOUR_SYNONYMS, *COLOUR_SYNONYMS.values(), *JOINERS]
     phrases += ["a an the", "rolls slides rolling sliding", "from the left", "from the right"]
-    phrases += world.spec.COLOURS
+    phrases += COLOURS
     text = " ".join(re.sub(r"\{\w+\}", "", phrase) for phrase in phrases)
     return sorted(set(_WORD.findall(text.lower())))

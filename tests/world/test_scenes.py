@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from postgen import world
-from postgen.pretrain.pool import draw_scenes
+from postgen.world.scenes import draw_scenes
 from postgen.world.spec import PAIR_EVENTS
 
 COUNT = 200

@@ -21,10 +21,9 @@ from postgen import world
 from postgen.rewards.frames import uniform_frames
 from postgen.rewards.world_clip import WorldClipNet, save_world_clip
 from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.training.tokenizers import tokenize, train_tokenizer
+from postgen.world.scenes import FIRST_TRAINING_SEED, Scene, draw_scenes, render_in_batches
 from postgen.world.spec import COLOURS, PAIR_EVENTS, SHAPES, Spec
-
-from .pool import FIRST_TRAINING_SEED, Scene, draw_scenes, render_in_batches
-from .text import tokenize, train_tokenizer
 
 GROUP = 32
 """Captions that each evaluated clip has to be told apart from, its own among them."""

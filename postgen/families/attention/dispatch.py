@@ -1,0 +1,28 @@
+"""Attention calls that go through diffusers' dispatcher: who looks at them, and which backend computes them.
+
+What of it is private to diffusers is in `postgen.compat`; methods take it from here.
+"""
+
+from __future__ import annotations
+
+from postgen.compat import (
+    attention_settings,
+    install_attention_tap,
+    mesh_group,
+    register_attention_backend,
+    set_attention_backend,
+    show_attention_call,
+    takes_attention_backend,
+    tap_dispatched,
+)
+
+__all__ = [
+    "attention_settings",
+    "install_attention_tap",
+    "mesh_group",
+    "register_attention_backend",
+    "set_attention_backend",
+    "show_attention_call",
+    "takes_attention_backend",
+    "tap_dispatched",
+]

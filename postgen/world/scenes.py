@@ -1,0 +1,109 @@
+"""Many scenes with their wordings, and their renders: what models and judges of the world are trained on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .plan import eligible_events, sample
+from .render import render
+from .spec import PAIR_EVENTS, Spec, Split
+from .wording import captions as worded
+
+#: Clips of the training split start here; evaluation uses seeds below it.
+FIRST_TRAINING_SEED = 1_000_000
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A scene and its wordings, the plainest first."""
+
+    spec: Spec
+    captions: tuple[str, ...]
+
+
+def draw_scenes(
+    first_seed: int,
+    count: int,
+    num_frames: int,
+    *,
+    captions: int = 0,
+    split: Split = "train",
+    bodies: tuple[float, ...] | None = None,
+    pair_share: float = 0.0,
+    synonym_share: float = 0.0,
+    unknown_share: float = 0.0,
+) -> list[Scene]:
+    """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes.
+
+    Args:
+        first_seed, count, num_frames, split: as in `world.sample`.
+        captions: wordings of each scene, the plainest first.
+        bodies: shares of scenes with one, two and three bodies; None leaves that to `world.sample`.
+        pair_share: share of the scenes with more bodies that are made to show a collision or a body that passes behind
+            another, besides those that `world.sample` draws; needs `bodies`.
+        synonym_share, unknown_share: as in `wording.captions`.
+    """
+    shares = (synonym_share, unknown_share)
+    drawn = partial(_sample, num_frames=num_frames, split=split, bodies=bodies, pair_share=pair_share)
+    task = partial(_draw, drawn=drawn, captions=captions, shares=shares)
+    starts = range(first_seed, first_seed + count, _CHUNK)
+    spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
+    # torchrun's processes draw at the same time and share the cores.
+    workers = min(len(spans), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if workers < 4:
+        return [scene for span in spans for scene in task(span)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        return [scene for part in executor.map(task, spans) for scene in part]
+
+
+def _draw(seeds: range, drawn: Callable[[int], Spec], captions: int, shares: tuple[float, float]) -> list[Scene]:
+    scenes = []
+    for seed in seeds:
+        spec = drawn(seed)
+        texts = worded(spec, [1000 * seed + i for i in range(1, captions)], *shares) if captions else ()
+        scenes.append(Scene(spec, texts))
+    return scenes
+
+
+def _sample(seed: int, *, num_frames: int, split: Split, bodies: tuple[float, ...] | None, pair_share: float) -> Spec:
+    if bodies is None:
+        return sample(seed, num_frames=num_frames, split=split)
+    number = random.Random(f"bodies-{seed}").choices((1, 2, 3), bodies)[0]
+    chance, event = random.Random(f"pairs-{seed}"), None
+    possible = [name for name in PAIR_EVENTS if name in eligible_events(num_frames, number)]
+    if possible and chance.random() < pair_share:
+        event = chance.choice(possible)
+    return sample(seed, num_frames=num_frames, num_bodies=number, event=event, split=split)
+
+
+def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train") -> list[Spec]:
+    """Scenes of consecutive seeds."""
+    return [scene.spec for scene in draw_scenes(first_seed, count, num_frames, split=split)]
+
+
+def render_in_batches(
+    specs: Sequence[Spec],
+    size: int,
+    device: torch.device | str,
+    *,
+    mask: bool,
+    label: str = "rendering",
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
+    # On a GPU the physics takes as long for one clip as for thousands.
+    batch = 256 if torch.device(device).type == "cpu" else 2048
+    starts = range(0, len(specs), batch)
+    for low in tqdm(starts, desc=label, unit="batch", disable=len(starts) < 4, leave=False):
+        frames = render(specs[low : low + batch], size=size, geometry=mask, device=device)
+        yield frames.rgb_BF3HW, frames.ids_BFHW

@@ -1,0 +1,98 @@
+"""Private names of diffusers, transformers, accelerate, peft and trl are touched in postgen.compat only."""
+
+import ast
+
+import pytest
+
+from tests.private_names import kin, touched
+from tests.test_layout import library
+
+OWN = """
+class Base:
+    __slots__ = ("_kept",)
+    _table = {}
+
+    def __init__(self):
+        self._mine, self.public = 1, 2
+
+    def _step(self):
+        return self._mine + len(type(self)._table)
+
+
+class Other(Base):
+    def _more(self, other):
+        return super()._step() + self._step() + other._mine + getattr(other, "_mine", 0)
+"""
+
+
+def test_the_library_keeps_to_the_rule():
+    sources = {module: path.read_text(encoding="utf-8") for module, path in library()}
+    related = kin(map(ast.parse, sources.values()))
+    found = [line for module, source in sources.items() for line in touched(module, source, related)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("def f(pipe):\n    return pipe._execution_device", "pipe._execution_device"),
+        ("def f(pipe):\n    pipe._guidance_scale = 2", "pipe._guidance_scale"),
+        ("def f(module):\n    module.processor._attention_backend = 1", "module.processor._attention_backend"),
+        ("def f(pipe):\n    return pipe.transformer.blocks[0]._chunk_size", "blocks[0]._chunk_size"),
+        ("def f(pipe):\n    return getattr(pipe, '_name')", "getattr(pipe, '_name')"),
+        ("def f(pipe):\n    return hasattr(pipe.vae, '_name')", "hasattr(pipe.vae, '_name')"),
+        ("def f(pipe):\n    setattr(pipe, '_name', 1)", "setattr(pipe, '_name', 1)"),
+        ("def f(pipe):\n    delattr(pipe, '_name')", "delattr(pipe, '_name')"),
+        ("def f(pipe):\n    object.__setattr__(pipe, '_name', 1)", "object.__setattr__(pipe, '_name', 1)"),
+        ("def f(pipe):\n    return vars(pipe)['_name']", "'_name'"),
+        ("NAMES = ('_attention_backend', 'heads')", "'_attention_backend'"),
+        ("from operator import attrgetter\nfind = attrgetter('vae._name')", "'vae._name'"),
+        ("MODULE = 'diffusers.hooks._helpers'", "'diffusers.hooks._helpers'"),
+        ("from diffusers.hooks import _registry", "diffusers.hooks._registry"),
+        ("def f():\n    from diffusers.hooks._helpers import Thing", "diffusers.hooks._helpers.Thing"),
+        ("import diffusers.hooks._common as common", "diffusers.hooks._common"),
+        ("import peft\nx = peft.tuners._name", "peft.tuners._name"),
+        ("from diffusers import hooks as h\nx = h._registry", "h._registry"),
+        ("from accelerate import state\nx = state._shared()._name", "state._shared()._name"),
+        ("def f(attend, q):\n    return attend(q, _parallel_config=None)", "_parallel_config="),
+        # Reached through a class of one's own.
+        ("from trl import X\nclass A(X):\n    def f(self):\n        return self._signature", "self._signature"),
+        ("from trl import X\nclass A(X):\n    def f(self):\n        return super()._signature", "super()._signature"),
+        ("class A:\n    def f(self):\n        return self.pipe._name", "self.pipe._name"),
+        # A function of the module of that name says nothing of the object.
+        ("def _name():\n    pass\ndef f(pipe):\n    return pipe._name", "pipe._name"),
+    ],
+)
+def test_a_private_name_is_found(source, what):
+    (line,) = [line for line in touched("postgen.families.wan", source) if what in line]
+    assert "only postgen.compat may" in line
+    assert touched("postgen.compat", source) == touched("postgen.compat.attention", source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        OWN,
+        "from typing import NamedTuple\nclass P(NamedTuple):\n    x: int\ndef f(p):\n    return p._replace(x=1)",
+        "import os\nimport torch\ndef f():\n    os._exit(torch._C._get_x())",
+        "def f(linear):\n    return linear._forward_hooks",
+        "class A:\n    def f(self):\n        if hasattr(self, '_bar'):\n            self._bar = 1",
+        "def f(name):\n    return f'{name}_seconds', __name__, 'a_b', '_', '__call__'",
+        "def _helper():\n    pass\nx = _helper()",
+        "KEY = '_class_name'",
+    ],
+)
+def test_names_of_ones_own_are_free(source):
+    assert touched("postgen.families.wan", source) == []
+
+
+def test_names_of_a_parent_elsewhere_are_ones_own():
+    child = "class Child(Base):\n    def f(self):\n        return self._step()"
+    related = kin([ast.parse(OWN), ast.parse(child)])
+    assert touched("postgen.families.child", child, related) == []
+    assert touched("postgen.families.child", child) != []
+    # Not those of a class that it is no kin of, and not of an object that is handed in.
+    stranger = child.replace("(Base)", "")
+    assert touched("postgen.families.child", stranger, kin([ast.parse(OWN), ast.parse(stranger)])) != []
+    handed = "class Child(Base):\n    def f(self, other):\n        return other._step()"
+    assert touched("postgen.families.child", handed, kin([ast.parse(OWN), ast.parse(handed)])) != []
