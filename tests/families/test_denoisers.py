@@ -8,7 +8,7 @@ from postgen.families import Denoiser, denoiser_for
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.transition import transition
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
-from tests.sampling.toy import ToyDenoiser, ToyPipeline
+from tests.sampling.toy import PointPipeline, ToyDenoiser
 
 STEPS = 4
 
@@ -175,7 +175,7 @@ def test_denoiser_refuses_another_number_of_negative_prompts(built):
 
 @pytest.mark.parametrize("prediction_type", ["flow", "epsilon"])
 def test_denoiser_of_the_toy_has_all_that_is_used(prediction_type):
-    toy = ToyDenoiser(ToyPipeline(prediction_type))
+    toy = ToyDenoiser(PointPipeline(prediction_type))
     assert isinstance(toy, Denoiser)
     x = toy.initial_latents(2, num_frames=1, height=2, width=2, generator=None)
     assert toy.latent_shape(1, 2, 2) == x.shape[1:]

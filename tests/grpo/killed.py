@@ -10,7 +10,7 @@ from typing import Any
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
 from postgen.training import checkpoint
 from tests.grpo.toy import ROWS, near
-from tests.sampling.toy import ToyPipeline
+from tests.sampling.toy import PointPipeline
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class KilledGRPO(DanceGRPOTrainer):
 
     @classmethod
     def from_config(cls, args: Any) -> Any:
-        return cls(ToyPipeline(), near, args, ROWS, ROWS)
+        return cls(PointPipeline(), near, args, ROWS, ROWS)
 
     def _maybe(self, point: str) -> None:
         if (self.args.kill_at, self.args.kill_step) == (point, self.global_step):
@@ -103,4 +103,4 @@ class FailingGRPO(KilledGRPO):
 
     @classmethod
     def from_config(cls, args: Any) -> Any:
-        return cls(ToyPipeline(), broken, args, ROWS)
+        return cls(PointPipeline(), broken, args, ROWS)

@@ -17,7 +17,7 @@ from postgen.rewards import AllRewardsFailed, RewardRunner
 from postgen.training import load_recipe
 from postgen.training.prompts import Prompts
 from tests.grpo.toy import ROWS, grpo, lines, lines_of, near, settings
-from tests.sampling.toy import ToyPipeline
+from tests.sampling.toy import PointPipeline
 
 # Batches.
 
@@ -90,7 +90,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
         ({"fully_shard": True}, "fully_shard cuts the model over processes, and there is one"),
-        ({"height": None}, "height is not given, and ToyPipeline has no default"),
+        ({"height": None}, "height is not given, and PointPipeline has no default"),
     ],
 )
 def test_grpo_bad_input(tmp_path, changes, message):
@@ -339,8 +339,8 @@ def test_grpo_takes_from_the_configuration_what_is_not_given(tmp_path):
     run = DanceGRPOTrainer(args=args)
     assert (run.source, run.runner.names, run.gold.names) == ("a/b", ("motion_floor",), ("parabola",))
     assert (len(run.prompts), len(run.eval_prompts)) == (1, 1)
-    run = DanceGRPOTrainer(ToyPipeline(), near, args, ROWS)
-    assert (type(run.source), run.runner.names, len(run.prompts)) == (ToyPipeline, ("near",), 8)
+    run = DanceGRPOTrainer(PointPipeline(), near, args, ROWS)
+    assert (type(run.source), run.runner.names, len(run.prompts)) == (PointPipeline, ("near",), 8)
 
 
 def test_grpo_evaluation_alone_prints_its_numbers(tmp_path, capsys):
@@ -369,5 +369,5 @@ def test_grpo_card_shows_before_only_what_was_before(tmp_path):
     run.train()
     assert {path.name for path in (tmp_path / "export").glob("*.png")} == {"after.png"}
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "# a ToyPipeline made in Python after 1 updates of DanceGRPOTrainer" in card
+    assert "# a PointPipeline made in Python after 1 updates of DanceGRPOTrainer" in card
     assert "## Before" not in card

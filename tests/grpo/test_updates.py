@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from postgen.errors import UserError
 from postgen.grpo.trainer import DanceGRPOTrainer
 from tests.grpo.toy import grpo, lines
-from tests.sampling.toy import ToyModel, ToyPipeline
+from tests.sampling.toy import PointPipeline, ToyModel
 
 
 def test_grpo_ratio_is_one_in_the_trainer_and_leaves_it_afterwards(tmp_path):
@@ -61,7 +61,7 @@ def test_grpo_update_equals_one_joint_loss(tmp_path):
 
     run.callbacks.callbacks.append(Look())
     run.train()
-    model, buffer = ToyPipeline().transformer, run.buffer
+    model, buffer = PointPipeline().transformer, run.buffer
     run.policy.denoiser.transformers["transformer"] = model
     total = 0
     for place in range(7):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
-from tests.sampling.toy import ToyPipeline
+from tests.sampling.toy import PointPipeline
 
 
 def near(completions: list[Tensor], **columns: Any) -> list[float]:
@@ -52,7 +52,7 @@ def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows
     config = DiffusionNFTConfig if issubclass(kind, DiffusionNFTTrainer) else DanceGRPOConfig
     prediction_type = changes.pop("prediction_type", "flow")
     extra = {name: changes.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in changes}
-    return kind(ToyPipeline(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
+    return kind(PointPipeline(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
 
 
 def lines(trainer: Any) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     """A pipeline with random weights, as the training writes it."""
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 12, "ffn_dim": 32, "text_width": 16, "patch": 2}
-    settings = Namespace(**sizes, size=32, lengths=[9], shift=2.0, whole_words=True)
+    settings = Namespace(**sizes, size=32, lengths=[9], shift=2.0, whole_words=True, noise_shares=[0.7, 0.15, 0.15])
     settings.eval_num_inference_steps, settings.eval_guidance_scale = TINY.steps, TINY.guidance
     tokenizer = word_tokenizer(world_words())
     parts = {

@@ -10,7 +10,7 @@ from postgen.sampling.schedule import Schedule, schedule_of
 from postgen.sampling.solver import Multistep
 from postgen.sampling.transition import NOISE_LEVEL, split, transition, wide
 from tests.families.tiny_pipelines import tiny_pipeline
-from tests.sampling.toy import FrameDenoiser, ToyPipeline
+from tests.sampling.toy import FrameDenoiser, PointPipeline
 
 CPU = torch.device("cpu")
 FRAMES = 4
@@ -124,7 +124,7 @@ def test_solver_takes_frames_as_it_takes_rows():
 
 def test_walk_with_levels_per_frame():
     """Frames that start later end as they do alone, whatever the others do meanwhile."""
-    denoiser = FrameDenoiser(ToyPipeline())
+    denoiser = FrameDenoiser(PointPipeline())
     torch.nn.init.normal_(denoiser.transformers["transformer"].outer.weight, std=0.2)
     how = Sampling(kind="ode", size={"num_frames": FRAMES, "height": 2, "width": 2})
     sampler = Sampler(denoiser, schedule_of(denoiser, 6), how, Meter(CPU), CPU)

@@ -10,13 +10,13 @@ from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import Multistep, coarser
 from postgen.sampling.transition import transition
-from tests.sampling.toy import ToyDenoiser, ToyPipeline
+from tests.sampling.toy import PointPipeline, ToyDenoiser
 
 CPU = torch.device("cpu")
 
 
 def sampler(steps=8, prediction_type="flow", **how) -> Sampler:
-    denoiser = ToyDenoiser(ToyPipeline(prediction_type))
+    denoiser = ToyDenoiser(PointPipeline(prediction_type))
     # Weights of the net that are not zero, so that predictions are no linear function.
     torch.nn.init.normal_(denoiser.transformers["transformer"].outer.weight, std=0.2)
     how = {"kind": "flow", "noise": 0.7, "size": {"num_frames": 1, "height": 2, "width": 2}, **how}
@@ -234,7 +234,7 @@ def test_solver_equals_diffusers_dpm_solver(count):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_type="midpoint"
     )
     scheduler.set_timesteps(count)
-    denoiser = ToyDenoiser(ToyPipeline())
+    denoiser = ToyDenoiser(PointPipeline())
     torch.nn.init.normal_(denoiser.transformers["transformer"].outer.weight, std=0.2)
     schedule = type(schedule_of(denoiser, 2))(scheduler.sigmas.double())
     x = other = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))

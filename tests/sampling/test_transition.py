@@ -9,7 +9,7 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.sampling.schedule import Schedule, linspace_schedule
 from postgen.sampling.transition import KINDS, NOISE_LEVEL, overshooting, split, step_weights, transition
-from tests.sampling.toy import ToyDenoiser, ToyPipeline
+from tests.sampling.toy import PointPipeline, ToyDenoiser
 
 FLOW_KINDS = ("dance", "flow", "exact", "cps", "ode")
 
@@ -314,14 +314,14 @@ def test_transition_refuses_what_does_not_fit():
 
 
 def test_transition_takes_the_published_noise_levels():
-    found = linspace_schedule(ToyDenoiser(ToyPipeline()), 16, 3.0, torch.device("cpu"))
+    found = linspace_schedule(ToyDenoiser(PointPipeline()), 16, 3.0, torch.device("cpu"))
     assert (found.sigmas - shifted(16).sigmas).abs().max() <= 1e-12
     assert found.sigmas[-2] == pytest.approx(3 / (16 + 3 - 1))
 
 
 def test_transition_refuses_them_for_a_model_that_is_no_flow():
     with pytest.raises(UserError, match="predicts epsilon: use 'pipeline'"):
-        linspace_schedule(ToyDenoiser(ToyPipeline("epsilon")), 16, 3.0, torch.device("cpu"))
+        linspace_schedule(ToyDenoiser(PointPipeline("epsilon")), 16, 3.0, torch.device("cpu"))
 
 
 def test_transition_names_steps_that_add_more_noise_than_the_next_one_believes_in():

@@ -48,7 +48,7 @@ class ToyModel(nn.Module):
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
-class ToyPipeline:
+class PointPipeline:
     """As much of a pipeline as the trainer looks at."""
 
     def __init__(self, prediction_type: str = "flow") -> None:
@@ -60,7 +60,7 @@ class ToyPipeline:
     def components(self) -> dict[str, Any]:
         return {"transformer": self.transformer}
 
-    def to(self, device: Any) -> ToyPipeline:
+    def to(self, device: Any) -> PointPipeline:
         self.transformer.to(device)
         return self
 
@@ -77,7 +77,7 @@ class ToyDenoiser:
     encodes_video = False
     shape = SHAPE
 
-    def __init__(self, pipe: ToyPipeline) -> None:
+    def __init__(self, pipe: PointPipeline) -> None:
         self.transformers = {"transformer": pipe.transformer}
         self.prediction_type = pipe.prediction_type
         if self.prediction_type != "flow":
@@ -134,7 +134,7 @@ class ToyDenoiser:
         return latents.transpose(1, 2)
 
 
-register_denoiser("ToyPipeline", ToyDenoiser)
+register_denoiser("PointPipeline", ToyDenoiser)
 
 
 class FrameDenoiser(ToyDenoiser):

@@ -16,7 +16,7 @@ from postgen.training.sharding import prepare, repeated_blocks, uncut
 from tests.families.tiny_models import tiny_model
 from tests.grpo.killed import Whole
 from tests.grpo.toy import ROWS, near, settings
-from tests.sampling.toy import ToyPipeline
+from tests.sampling.toy import PointPipeline
 
 ROWS_IN_ALL = 4
 
@@ -128,7 +128,7 @@ def nft(folder: Path, **changes: Any) -> None:
     values = {"per_device_train_batch_size": 8, "num_generations": 4, "steps_per_generation": 2, "max_steps": 4}
     values |= {"beta": 0.1, "old_decay_rate": 0.1, "eval_steps": 1, "eval_prompts": 4, "ema_decay": 0.9}
     values |= {"save_steps": 1, "save_total_limit": None, **changes}
-    WholeNFT(ToyPipeline(), near, settings(folder, DiffusionNFTConfig, **values), ROWS, ROWS).train()
+    WholeNFT(PointPipeline(), near, settings(folder, DiffusionNFTConfig, **values), ROWS, ROWS).train()
 
 
 def nft_cut(folder: Path) -> None:
