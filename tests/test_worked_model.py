@@ -25,7 +25,7 @@ from postgen.families.linear import find_linears
 from postgen.pipelines.names import homes
 from tests.conftest import LATENT_CHANNELS, TEXT_DIM, wan_components
 from tests.contributing import blocks
-from tests.toy_diffusers import ToyPipeline, ToyTransformer3DModel
+from tests.toy_diffusers import ToyTransformer3DModel, ToyVideoPipeline
 
 SIZE = {"num_frames": 9, "height": 32, "width": 48}
 """Latents of 3 frames of 4 x 6, tokens of 3 frames of 2 x 3."""
@@ -43,8 +43,8 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
             folder.mkdir()
             (folder / "toy.py").write_text(code, encoding="utf-8")
             patch.setattr(package, "__path__", [*package.__path__, str(folder)])
-            assert homes(folder) == ({"ToyPipeline": "toy"} if name == "pipelines" else {})
-        patch.setattr(diffusers, "ToyPipeline", ToyPipeline, raising=False)
+            assert homes(folder) == ({"ToyVideoPipeline": "toy"} if name == "pipelines" else {})
+        patch.setattr(diffusers, "ToyVideoPipeline", ToyVideoPipeline, raising=False)
         patch.setattr(registry, "_layouts", dict(registry._layouts))
         made: Layout = eval(entry, dict(vars(rows_others)))
         families.register_layout(made)
@@ -116,7 +116,7 @@ def test_attention_is_read_and_put_together_again(row: Layout, components: dict[
 
 
 def test_the_denoiser_predicts_what_the_pipeline_does(row: Layout, components: dict[str, Any]) -> None:
-    pipe: Any = ToyPipeline(**components)
+    pipe: Any = ToyVideoPipeline(**components)
     denoiser: Any = denoiser_for(pipe)
     assert type(denoiser).__module__ == "postgen.families.toy"
     expected = video(pipe, guidance_scale=3.0)
@@ -138,9 +138,9 @@ def test_the_denoiser_predicts_what_the_pipeline_does(row: Layout, components: d
 
 
 def test_enhance_a_video_and_the_drop_in_class(row: Layout, components: dict[str, Any]) -> None:
-    plain: Any = ToyPipeline(**components)
-    ours: Any = import_module("postgen.pipelines.toy").ToyPipeline(**components)
-    assert (type(ours).__name__, isinstance(ours, ToyPipeline)) == ("ToyPipeline", True)
+    plain: Any = ToyVideoPipeline(**components)
+    ours: Any = import_module("postgen.pipelines.toy").ToyVideoPipeline(**components)
+    assert (type(ours).__name__, isinstance(ours, ToyVideoPipeline)) == ("ToyVideoPipeline", True)
     stock = video(plain)
     assert torch.equal(video(ours), stock)
     enhanced = video(ours, enhance_a_video=8.0)
@@ -154,8 +154,8 @@ def test_enhance_a_video_and_the_drop_in_class(row: Layout, components: dict[str
 def test_a_program_of_its_own_registers_the_parts_themselves(row: Layout, components: dict[str, Any]) -> None:
     anatomy = import_module("postgen.families.attention.toy").ANATOMY
     factory = import_module("postgen.families.toy").ToyDenoiser
-    mine = dataclasses.replace(row, attention=anatomy, denoisers={"ToyPipeline": factory})
+    mine = dataclasses.replace(row, attention=anatomy, denoisers={"ToyVideoPipeline": factory})
     families.register_layout(mine)
     assert attention.attention_of(components["transformer"]) is anatomy
-    assert type(denoiser_for(ToyPipeline(**components))) is factory
+    assert type(denoiser_for(ToyVideoPipeline(**components))) is factory
     families.register_layout(row)

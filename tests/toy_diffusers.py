@@ -109,5 +109,5 @@ class ToyTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
-class ToyPipeline(diffusers.WanPipeline):
+class ToyVideoPipeline(diffusers.WanPipeline):
     """Wan's with another transformer."""
