@@ -149,8 +149,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=64, help="clips of the main setting (default: 64)")
     parser.add_argument("--quick", action="store_true", help="8 clips of the main setting alone; prints only")
-    parser.add_argument("--new", type=Path, default=embedded_model().with_name("tiny-wan-3"), help="what is judged")
-    parser.add_argument("--old", type=Path, default=embedded_model(), help="what it is compared with")
+    parser.add_argument("--new", type=Path, default=embedded_model(), help="what is judged")
+    parser.add_argument("--old", type=Path, help="what it is compared with (default: nothing)")
     parser.add_argument("--log", type=Path, help="metrics.jsonl of the run that made the new one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="autoencoder", help="name or path of the result file")
@@ -160,7 +160,8 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write; the gates are those of the new autoencoder at the main setting."""
     args = options()
-    vaes = {name: load(folder, args.device) for name, folder in (("old", args.old), ("new", args.new))}
+    folders = (("old", args.old), ("new", args.new))
+    vaes = {name: load(folder, args.device) for name, folder in folders if folder is not None}
     rows: list[dict[str, Any]] = []
     for number, (size, frames) in enumerate(SETTINGS[:1] if args.quick else SETTINGS):
         count = 8 if args.quick else args.clips if number == 0 else max(8, args.clips // 4)
@@ -168,7 +169,7 @@ def main() -> None:
         rows += found
         if number == 0:
             sheet = lines
-    judged = gates(rows[1])
+    judged = gates(next(row for row in rows if row["model"] == "new"))
     for row in judged:
         print(f"{row['name']:26s} {row['value']:8.3f} {row['op']} {row['target']:g} {'ok' if row['ok'] else 'MISSED'}")
     if args.quick:
