@@ -6,6 +6,7 @@ written before the judge saw the clips, and those of the fresh draw after it was
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -69,10 +70,27 @@ def share(table: Table, part: str, whole: str) -> float:
     return sum(row[part] for row in table.values()) / max(1, sum(row[whole] for row in table.values()))
 
 
-def generated(device: str, kept: Path | None) -> dict[str, Any]:
-    """Agreement with the eye on clips of the embedded model; `kept` holds them between runs."""
+def check_model(kept: Path | None, model: Path) -> None:
+    """Refuse a model whose clips no person looked at, unless `kept` holds those clips.
+
+    Raises:
+        UserError: it is another model.
+    """
+    if kept is not None and kept.exists():
+        return
+    known = json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))["denoiser_sha256"]
+    weights = (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    if not hashlib.sha256(weights).hexdigest().startswith(known):
+        raise UserError(
+            f"a person looked at clips of another model than {model}: give --model the second version of the embedded"
+            " model, which is in the repository's history at 070004b"
+        )
+
+
+def generated(device: str, kept: Path | None, model: Path) -> dict[str, Any]:
+    """Agreement with the eye on clips of the model of `check_model`; `kept` holds them between runs."""
     rows = json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))["clips"]
-    clips = load_file(kept) if kept is not None and kept.exists() else _make(rows, device)
+    clips = load_file(kept) if kept is not None and kept.exists() else _make(rows, device, model)
     if kept is not None and not kept.exists():
         save_file(clips, kept)
     apart, agree, pairs = [], [], 0
@@ -93,11 +111,10 @@ def generated(device: str, kept: Path | None) -> dict[str, Any]:
     }
 
 
-def _make(rows: dict[str, dict[str, Any]], device: str) -> dict[str, Tensor]:
+def _make(rows: dict[str, dict[str, Any]], device: str, model: Path) -> dict[str, Tensor]:
     from benchmarks.embedded_sampling import load
-    from postgen.assets import embedded_model
 
-    pipe = load(embedded_model(), device)
+    pipe = load(model, device)
     made: dict[str, Tensor] = {}
     names = list(rows)
     for low in range(0, len(names), 4):
@@ -143,7 +160,7 @@ def _alike(before: Sequence[bool], after: Sequence[Report]) -> float:
     return sum(a == b.all_right for a, b in zip(before, after, strict=True)) / len(before)
 
 
-def measure(device: str, kept: Path | None) -> dict[str, Any]:
+def measure(device: str, kept: Path | None, model: Path) -> dict[str, Any]:
     """All tables: constructions of both draws, what the judge before this one made of them, generated clips."""
     first, apart, mirror = constructed(draw(SEED), device)
     fresh, apart_fresh, mirror_fresh = constructed(draw(FRESH_SEED, fresh=True), device)
@@ -153,7 +170,7 @@ def measure(device: str, kept: Path | None) -> dict[str, Any]:
         "apart": apart + apart_fresh,
         "mirror": min(mirror, mirror_fresh),
         "before": json.loads((DATA / "world_before.json").read_text(encoding="utf-8")),
-        "generated": generated(device, kept),
+        "generated": generated(device, kept, model),
     }
 
 
