@@ -1,7 +1,7 @@
 """How often the judge of the synthetic world is right: on true clips, on spoilt ones, on pictures that only pretend,
 and on clips that a person has looked at.
 
-    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated clips.safetensors] [--model FOLDER]
+    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated clips.safetensors]
 
 Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
 """
