@@ -130,7 +130,7 @@ class TextToVideoConfig(TrainingConfig):
 
     cuda_graphs: bool = False
     """Replay forward and backward passes as CUDA graphs, with gradient_accumulation_steps 1. On several GPUs both
-    models are one module then: `init_from` takes such a run or its checkpoints, and no export."""
+    models are one module then: `init_from` takes exports, and of checkpoints those of such a run alone."""
 
     eval_prompts: int = 16
     """Prompts that evaluation samples and judges."""

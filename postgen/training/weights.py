@@ -17,7 +17,8 @@ def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
 
     `folder` may be a checkpoint (its averaged weights are taken when it has them), the folder of a run (its newest
     checkpoint), a folder with one sub-folder of safetensors per model name (an export, a diffusers pipeline), or, for
-    a single model, the folder with its safetensors files. Every trained parameter must be found; tensors that are not
+    a single model, the folder with its safetensors files. A model without a sub-folder that is a module around others
+    takes theirs. Every trained parameter must be found; tensors that are not
     trained may be absent.
 
     Raises:
@@ -28,7 +29,7 @@ def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
     newest = find(folder)
     found = _from_checkpoint(newest[-1] if newest else folder)
     for name, model in models.items():
-        tensors = _part(found, name) if found else _from_folder(folder, name, alone=len(models) == 1)
+        tensors = _part(found, name) if found else _from_folder(folder, name, model, alone=len(models) == 1)
         _load(model, tensors, f"init_from: {folder} ({name})")
 
 
@@ -43,13 +44,19 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _from_folder(folder: Path, name: str, *, alone: bool) -> dict[str, Tensor]:
+def _from_folder(folder: Path, name: str, model: torch.nn.Module, *, alone: bool) -> dict[str, Tensor]:
     locations = [folder / name, *([folder] if alone else [])]
     for location in locations:
-        files = sorted(location.glob("*.safetensors"))
-        if files:
-            return {key: value for file in files for key, value in _read(file).items()}
+        if tensors := _in(location):
+            return tensors
+    parts = {part: _in(folder / part) for part, _ in model.named_children()}
+    if any(parts.values()):
+        return {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
     raise UserError(f"init_from: no *.safetensors in {' or '.join(map(str, locations))}.")
+
+
+def _in(folder: Path) -> dict[str, Tensor]:
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in _read(file).items()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:

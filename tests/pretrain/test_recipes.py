@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import WanPipeline
 from safetensors import safe_open
 
 from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
+from postgen.pretrain.joint_pass import JointPass
 from postgen.pretrain.pipeline_folder import new_transformer
 from postgen.pretrain.text import new_text_encoder
 from postgen.pretrain.text_to_video import TextToVideoTrainer
 from postgen.train import main
 from postgen.training import load_recipe
 from postgen.training.tokenizers import word_tokenizer
+from postgen.training.weights import initialise
 from postgen.world.wording import world_words
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -231,3 +234,21 @@ def test_a_resumed_run_is_the_same_bit_by_bit(text_run, autoencoder, tmp_path):
         assert (run / "checkpoint-4" / name).read_bytes() == (text_run / "checkpoint-4" / name).read_bytes(), name
     weights = (text_run / "checkpoint-2" / PARTS[0]).read_bytes()
     assert weights != (run / "checkpoint-4" / PARTS[0]).read_bytes()
+
+
+def test_a_run_of_both_models_as_one_goes_on_from_an_export(text_run):
+    export = text_run / "export"
+    pipe = WanPipeline.from_pretrained(export, dtype=torch.float32)
+    models = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+    wanted = {
+        name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()
+    }
+    for model in models.values():
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    joint = JointPass(lambda *inputs: inputs[2], *models.values(), graphs=False)
+    initialise({"joint": joint}, export)
+    for name, model in models.items():
+        torch.testing.assert_close(dict(model.state_dict()), wanted[name], rtol=0, atol=0)
+    with pytest.raises(UserError, match=r"no \*\.safetensors in .*joint"):
+        initialise({"joint": torch.nn.Linear(2, 2)}, export)
