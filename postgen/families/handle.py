@@ -231,7 +231,7 @@ class PlugInHandle(Generic[C, A]):
 
 def is_off(setting: Any) -> bool:
     """Whether a setting of one call switches a plug-in off: False or 0. None, which leaves it as it is, does not."""
-    return isinstance(setting, Number) and setting == 0
+    return isinstance(setting, Number) and not setting
 
 
 @contextmanager
