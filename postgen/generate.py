@@ -48,7 +48,8 @@ class Job:
     def loading(self) -> tuple[Any, ...]:
         """Equal for two jobs that can share a loaded pipeline."""
         config = self.config
-        return self.facts.source, config.dtype, config.device, config.offload, config.lora
+        facts = self.facts
+        return facts.source, facts.pipeline, config.dtype, config.device, config.offload, config.lora
 
     def again(self, *, prompt: str, seed: int) -> Job:
         """Return the same request for another prompt and seed; what was checked once is not checked again.

@@ -59,7 +59,7 @@ def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
         raise UserError(f"{where} has no column 'prompt', it has {known}")
     prompt = row["prompt"]
     if isinstance(prompt, list):
-        messages = [turn["content"] for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        messages = [turn.get("content") for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
         prompt = messages[-1] if messages else None
     if not isinstance(prompt, str):
         raise UserError(f"{where}: the prompt is {row['prompt']!r}, it must be a text")

@@ -50,7 +50,7 @@ class GenerateConfig:
     """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
     fps: float | None = None
     """Frames per second of the written video."""
-    plug_ins: Mapping[str, str] = field(default_factory=dict)
+    plug_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Texts by option of `postgen.plug_ins`, as {"enhance": "auto"}; what is not named is off."""
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 
 MODEL_LIBRARIES = {"accelerate", "diffusers", "peft", "transformers", "trl"}
 MAY = "postgen.compat"
@@ -26,7 +27,7 @@ TORCH |= {"_scaled_dot_product_flash_attention_for_cpu"}
 
 _SELF = {"self", "cls"}
 _BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "__setattr__", "__getattribute__", "__delattr__"}
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_DOTTED = re.compile(r"\.*[A-Za-z_]\w*([.:][A-Za-z_]\w*)*")
 
 
 def is_private(name: str) -> bool:
@@ -70,6 +71,30 @@ def kin(trees: Iterable[ast.AST]) -> dict[str, set[str]]:
             old = (id(names[parent]), id(names[child]))
             names.update({name: both for name, own in names.items() if id(own) in old})
     return names
+
+
+def replaced(module: str, source: str) -> list[str]:
+    """Return which private names of a library's class a class that inherits from it defines anew, one line each."""
+    if module == MAY or module.startswith(f"{MAY}."):
+        return []
+    tree = ast.parse(source)
+    own, places = defined(tree), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODEL_LIBRARIES:
+            places.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
+        elif isinstance(node, ast.Import):
+            names = [alias.asname or alias.name for alias in node.names if alias.name.split(".")[0] in MODEL_LIBRARIES]
+            places.update({name: (name, "") for name in names})
+    found = []
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        names = {name for name in own[kind.name] if is_private(name)} - NO_LIBRARY - TORCH
+        for base in kind.bases if names else ():
+            place, name = places.get(ast.unparse(base).split(".")[0], ("", ""))
+            if place:
+                parent = getattr(import_module(place), name or _last(base))
+                both = sorted(names & {*dir(parent)} - {*dir(object)})
+                found += [f"{module}:{kind.lineno}: {kind.name} defines {each} of {parent.__name__}" for each in both]
+    return found
 
 
 def touched(module: str, source: str, related: Mapping[str, set[str]] | None = None) -> list[str]:
@@ -116,7 +141,11 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if _last(node.func) in _BY_NAME and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+        by_name = _last(node.func) in _BY_NAME and len(node.args) > 1
+        # A name that is put together is nobody's own: f"_{name}", "_" + name.
+        if by_name and not isinstance(node.args[1], ast.Constant) and _begins(node.args[1]).startswith("_"):
+            self.found.add((node.lineno, ast.unparse(node)))
+        if by_name and isinstance(node.args[1], ast.Constant):
             name = str(node.args[1].value)
             if is_private(name) and not self._own(node.args[0], name):
                 self.found.add((node.lineno, ast.unparse(node)))
@@ -129,7 +158,15 @@ class _Finder(ast.NodeVisitor):
             self.found.add((node.value.lineno, f"{node.arg}="))
         self.generic_visit(node)
 
+    def visit_MatchClass(self, node: ast.MatchClass) -> None:
+        names = [name for name in node.kwd_attrs if is_private(name) and name not in self.here]
+        self.found.update((node.lineno, f"{name}=") for name in names)
+        self.generic_visit(node)
+
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        start = _begins(node)
+        if start.split(".")[0] in MODEL_LIBRARIES and "._" in start:
+            self.found.add((node.lineno, ast.unparse(node)))
         for value in node.values:
             if isinstance(value, ast.FormattedValue):
                 self.visit(value)
@@ -139,7 +176,7 @@ class _Finder(ast.NodeVisitor):
         text = node.value
         if not isinstance(text, str) or not _DOTTED.fullmatch(text) or text.startswith("torch."):
             return
-        parts = [part for part in text.split(".") if is_private(part) and not part.startswith("_postgen")]
+        parts = [part for part in re.split("[.:]", text) if is_private(part) and not part.startswith("_postgen")]
         if any(part not in self.here | NO_LIBRARY | TORCH for part in parts):
             self.found.add((node.lineno, repr(text)))
 
@@ -164,6 +201,15 @@ def _is_self(node: ast.expr) -> bool:
     if isinstance(node, ast.Attribute) and node.attr == "__class__":
         return _is_self(node.value)
     return isinstance(node, ast.Name) and node.id in _SELF
+
+
+def _begins(node: ast.expr) -> str:
+    """What a text that is put together begins with; nothing where that is not known."""
+    if isinstance(node, ast.BinOp):
+        return _begins(node.left)
+    if isinstance(node, ast.JoinedStr) and node.values:
+        return _begins(node.values[0])
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def _libraries(tree: ast.AST) -> Iterator[tuple[str, str]]:

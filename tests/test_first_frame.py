@@ -12,6 +12,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 import postgen
+from postgen.compare import compare_videos, pair_paths
 from postgen.errors import UserError
 from postgen.families.loading import inspect_model
 from postgen.generate import load, prepare, run
@@ -51,6 +52,20 @@ def test_the_same_folder_takes_text_or_a_first_frame(tiny_wan: Path, tmp_path: P
         Image.open(image), "a ball", **call, generator=torch.Generator().manual_seed(3), output_type="pt"
     ).frames[0]
     torch.testing.assert_close(run(pipe, job), expected.float(), rtol=0, atol=0)
+
+
+def test_a_side_of_a_comparison_may_have_a_first_frame(tiny_wan: Path, tmp_path: Path) -> None:
+    """The same weights in two pipelines: each side runs in its own."""
+    folder, image = shutil.copytree(tiny_wan, tmp_path / "model"), picture(tmp_path)
+    changed(folder, "postgen.json", image_to_video=True)
+    request = {"prompt": "a ball", "model": str(folder), "dtype": "float32", "device": "cpu", **SMALL}
+    jobs = [prepare(GenerateConfig(**request, **more)) for more in ({}, {"image": str(image)})]
+    expected = [run(load(job), job) for job in jobs]
+    for order in ((0, 1), (1, 0)):
+        paths = pair_paths(tmp_path / f"{order[0]}", "frames")
+        clips = compare_videos(*(jobs[side] for side in order), paths)
+        for side, clip in zip(order, clips, strict=True):
+            torch.testing.assert_close(clip, expected[side], rtol=0, atol=0)
 
 
 def test_other_folders_take_no_first_frame(tiny_wan: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import postgen
@@ -92,6 +93,26 @@ def test_generate_parses_and_prepares_once(
     assert calls == {**dict.fromkeys((*PREPARED, *PARSED), 1), "postgen.generate:output_paths": count}
 
 
+def test_files_of_prompts_and_sidecars_are_prepared_once_too(
+    cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a ball\na cube\n")
+    words = ["--model", tiny_wan, *SMALL, *WORDS]
+    reads = ("postgen.commands.generate:read_prompts", "postgen.request:read_sidecar")
+    calls = counted(monkeypatch, *PREPARED[:2], *PARSED, *reads)
+    done = cli("generate", "--prompts", tmp_path / "prompts.txt", "--count", "2", "-o", tmp_path / "x", *words)
+    assert done.code == 0, done.err
+    assert calls == dict.fromkeys((*PREPARED[:2], *PARSED, reads[0]), 1)
+    calls.clear()
+    # What an earlier version wrote: the texts of its plug-ins beside the others.
+    note = json.loads((tmp_path / "x-003.json").read_text())
+    assert "plug_ins" not in note["settings"]
+    done = cli("generate", "--from", tmp_path / "x-003.json", "-o", tmp_path / "again")
+    assert done.code == 0, done.err
+    assert calls == dict.fromkeys((*PREPARED[:2], *PARSED, reads[1]), 1)
+    assert json.loads((tmp_path / "again.json").read_text())["settings"] == note["settings"]
+
+
 def test_compare_parses_and_prepares_each_side_once(
     cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +148,9 @@ def test_what_is_off_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_off_for_a_call_is_off_where_it_was_on(row: PlugIn) -> None:
     transformer = tiny_model("Wan").transformer
     handle = resolve(row.apply)(transformer, None)
-    with plug_ins_for_call(transformer, {row.name: 0}):
-        assert not handle.enabled
+    for zero in (0, 0.0, False, np.float32(0), np.int64(0)):
+        with plug_ins_for_call(transformer, {row.name: zero}):
+            assert not handle.enabled
     with plug_ins_for_call(transformer, {}):
         assert handle.enabled
     assert handle.enabled
@@ -155,6 +177,8 @@ def test_rows_that_are_refused(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_settings_that_are_no_options() -> None:
     assert GenerateConfig.of({"prompt": "a", "fused": None}).plug_ins == {}
+    # Requests may stand in sets and tables.
+    assert len({GenerateConfig(prompt="a", plug_ins={"fused": text}) for text in ("auto", "auto", "off")}) == 2
     with pytest.raises(postgen.UserError, match="unknown setting 'fuse'"):
         GenerateConfig.of({"prompt": "a", "fuse": "auto"})
     with pytest.raises(postgen.UserError, match="enhance must be a text, got 2"):

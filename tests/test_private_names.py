@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.private_names import kin, touched
+from tests.private_names import kin, replaced, touched
 from tests.test_layout import library
 
 OWN = """
@@ -29,7 +29,20 @@ def test_the_library_keeps_to_the_rule():
     sources = {module: path.read_text(encoding="utf-8") for module, path in library()}
     related = kin(map(ast.parse, sources.values()))
     found = [line for module, source in sources.items() for line in touched(module, source, related)]
+    found += [line for module, source in sources.items() for line in replaced(module, source)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "base", ["import diffusers\nclass A(diffusers.ConfigMixin)", "from diffusers import ConfigMixin as W\nclass A(W)"]
+)
+def test_a_private_name_of_a_parent_is_not_defined_anew(base):
+    for body in ("_get_init_keys = None", "def _get_init_keys(cls):\n        pass"):
+        source = f"{base}:\n    {body}"
+        assert replaced("postgen.families.wan", source) == [
+            "postgen.families.wan:2: A defines _get_init_keys of ConfigMixin"
+        ]
+        assert replaced("postgen.compat", source) == replaced("postgen.x", source.replace("_get_init", "_mine")) == []
 
 
 @pytest.mark.parametrize(
@@ -48,6 +61,16 @@ def test_the_library_keeps_to_the_rule():
         ("NAMES = ('_attention_backend', 'heads')", "'_attention_backend'"),
         ("from operator import attrgetter\nfind = attrgetter('vae._name')", "'vae._name'"),
         ("MODULE = 'diffusers.hooks._helpers'", "'diffusers.hooks._helpers'"),
+        ("def f(pipe, name):\n    return getattr(pipe, f'_{name}')", "getattr(pipe, f'_{name}')"),
+        ("def f(pipe, name):\n    return getattr(pipe, '_' + name)", "getattr(pipe, '_' + name)"),
+        ("def f(pipe):\n    match pipe:\n        case Pipe(_name=x):\n            return x", "_name="),
+        ("PLACE = 'diffusers.hooks:_helper'", "'diffusers.hooks:_helper'"),
+        ("def f(load):\n    return load('._helpers', 'diffusers.hooks')", "'._helpers'"),
+        ("def f(load, name):\n    return load(f'diffusers.hooks._{name}')", "f'diffusers.hooks._{name}'"),
+        ("def f(pipe):\n    return (found := pipe)._name", "(found := pipe)._name"),
+        ("from diffusers.hooks._helpers import *", "diffusers.hooks._helpers.*"),
+        ("def f(pipe):\n    return pipe.__dict__['_name']", "'_name'"),
+        ("from diffusers import WanPipeline\nx = WanPipeline._name", "WanPipeline._name"),
         ("from diffusers.hooks import _registry", "diffusers.hooks._registry"),
         ("def f():\n    from diffusers.hooks._helpers import Thing", "diffusers.hooks._helpers.Thing"),
         ("import diffusers.hooks._common as common", "diffusers.hooks._common"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from postgen.errors import UserError
@@ -230,7 +231,7 @@ class PlugInHandle(Generic[C, A]):
 
 def is_off(setting: Any) -> bool:
     """Whether a setting of one call switches a plug-in off: False or 0. None, which leaves it as it is, does not."""
-    return isinstance(setting, int | float) and setting == 0
+    return isinstance(setting, Number) and not setting
 
 
 @contextmanager

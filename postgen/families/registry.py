@@ -24,7 +24,7 @@ _denoisers: dict[str, Callable[[Any], Denoiser]] = {}
 
 
 def register_layout(layout: Layout) -> None:
-    r"""Add the layout of a transformer class, or replace it.
+    r"""Add the layout of a transformer class, or replace it with all that it says: call, attention and denoisers too.
 
     Example:
         from postgen.families import BlockGroup, Blocks, Layout, VideoTokens, register_layout

@@ -45,8 +45,9 @@ class StandIn:
     def swapped_in(self) -> Iterator[None]:
         """Put the values into the models; afterwards the trained weights stand there again, bit by bit."""
         trained = [local(parameter).clone() for parameter in self._parameters]
-        self._write(self.values)
         try:
+            # Stopped half-way, it is undone too.
+            self._write(self.values)
             yield
         finally:
             self._write(trained)

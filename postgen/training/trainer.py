@@ -121,9 +121,9 @@ class Trainer(TrainerHooks[C]):
             stack.enter_context(rng.preserved(self.generator))
             if self._parts.ema is not None and self._parts.ema.steps:
                 stack.enter_context(self._parts.ema.swapped_in())
-            for module, _ in modes:
-                module.training = False
             try:
+                for module, _ in modes:
+                    module.training = False
                 yield
             finally:
                 for module, training in modes:

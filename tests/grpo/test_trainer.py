@@ -113,6 +113,9 @@ def test_grpo_jsonl_lines_are_checked(tmp_path):
         grpo(tmp_path / "run", rows=str(path))
     path.write_text('{"prompt": [{"role": "user", "content": "said"}], "target": 3}\n\n')
     assert grpo(tmp_path / "run", rows=str(path)).prompts.rows == [{"prompt": "said", "target": 3}]
+    path.write_text('{"prompt": [{"role": "user"}]}\n')
+    with pytest.raises(UserError, match=r"line 1: the prompt is \[{'role': 'user'}\], it must be a text"):
+        grpo(tmp_path / "run", rows=str(path))
 
 
 def test_grpo_data_sets_may_name_a_split(tmp_path, monkeypatch):
