@@ -78,6 +78,13 @@ def test_other_folders_take_no_first_frame(tiny_wan: Path, tmp_path: Path) -> No
         inspect_model(folder)
 
 
+def test_another_pipeline_that_says_so_is_refused(tiny_wan_image: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_wan_image, tmp_path / "model")
+    changed(folder, "postgen.json", image_to_video=True)
+    with pytest.raises(UserError, match="image_to_video holds for WanPipeline, and this is a WanImageToVideoPipeline"):
+        inspect_model(folder)
+
+
 def test_the_embedded_model_takes_a_first_frame() -> None:
     facts = inspect_model(postgen.embedded_model())
     assert facts.image_pipeline == "WanImageToVideoPipeline"

@@ -121,6 +121,9 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
     own, examples, continues = _own_defaults(folder / "postgen.json")
+    if continues and pipeline not in _CONTINUES:
+        known = ", ".join(_CONTINUES)
+        raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
     transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
     if pipeline in _WAN_PIPELINES:
         return ModelFacts(
