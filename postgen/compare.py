@@ -101,7 +101,7 @@ def _write_both(a: Tensor, b: Tensor, paths: PairPaths, labels: tuple[str, str],
 
 
 def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, list[int]]:
-    """Return up to `_ROW` frames of each, evenly spread in time, first those of `a`, all of one size; their indices."""
+    """Return up to `_ROW` frames of each, evenly in time and of one size, first those of `a`; and their indices."""
     import torch
     from torch.nn.functional import pad
 

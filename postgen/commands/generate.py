@@ -25,7 +25,9 @@ Count = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", help="File of prompts: .txt, one a line, or .jsonl with `prompt`.", rich_help_panel=o.FILES),
+    typer.Option(
+        "--prompts", help="File of prompts: .txt, one a line, or .jsonl with `prompt`.", rich_help_panel=o.FILES
+    ),
 ]
 From = Annotated[
     Path | None,
