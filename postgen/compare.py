@@ -95,19 +95,21 @@ def _write_both(a: Tensor, b: Tensor, paths: PairPaths, labels: tuple[str, str],
 
     with replacing(paths.both) as both, replacing(paths.sheet) as sheet:
         write_video(both, side_by_side(a, b), fps=fps, format=paths.kind)
-        rows, columns = _rows(a, b)
-        contact_sheet(rows, sheet, columns=columns, title=f"upper: {labels[0]}   lower: {labels[1]}")
+        rows, indices = _rows(a, b)
+        title = f"upper: {labels[0]} | lower: {labels[1]}"
+        contact_sheet(rows, sheet, columns=len(rows) // 2, title=title, indices=indices)
 
 
-def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-    """Return up to `_ROW` frames of each, evenly spread in time, first those of `a`; all of one size."""
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, list[int]]:
+    """Return up to `_ROW` frames of each, evenly in time and of one size, first those of `a`; and their indices."""
     import torch
     from torch.nn.functional import pad
 
     columns = min(_ROW, len(a), len(b))
     height, width = (max(a.shape[axis], b.shape[axis]) for axis in (-2, -1))
-    picked = []
+    picked, indices = [], []
     for clip in (a, b):
         index = torch.linspace(0, len(clip) - 1, columns).round().long()
         picked.append(pad(clip[index], (0, width - clip.shape[-1], 0, height - clip.shape[-2])))
-    return torch.cat(picked), columns
+        indices += index.tolist()
+    return torch.cat(picked), indices

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 2 wrong input (one line on stderr), 130 interrupted after saving a checkpoint.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & set(words):
         print(USAGE, end="")
         return 0 if words else 2
     try:

@@ -23,6 +23,11 @@ def test_contact_sheet_of_a_long_clip_keeps_its_ends(tmp_path):
     with Image.open(contact_sheet(clip, tmp_path / "s.png", limit=5)) as picture:
         row = [picture.getpixel((6 + 15 * column + 4, 6 + 15 + 4))[0] for column in range(5)]
     assert row == [0, 50, 100, 149, 199]
+    kept = [0, 50, 100, 149, 199]
+    told = contact_sheet(clip[kept], tmp_path / "told.png", indices=kept)
+    assert told.read_bytes() == (tmp_path / "s.png").read_bytes()
+    with pytest.raises(VideoError, match="2 frames need as many indices, got 1"):
+        contact_sheet(clip[:2], tmp_path / "t.png", indices=[0])
     for options in ({"columns": 0}, {"limit": 1}):
         with pytest.raises(VideoError, match="columns must be"):
             contact_sheet(clip, tmp_path / "t.png", **options)

@@ -51,8 +51,12 @@ def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         kind, name = keys.get(key.replace("_", "-"), (str, None))
-        if not equals or name is None:
+        if not equals:
             raise UserError(f"{option} {text!r} must be key=value. Known keys: {', '.join(keys)}")
+        if key in _OF_BOTH:
+            raise UserError(f"{option} {text!r}: both videos have one {key}, which --{key} sets")
+        if name is None:
+            raise UserError(f"{option} {text!r} names no setting. Known keys: {', '.join(keys)}")
         if name == "lora":
             side[name] = (*side.get(name, ()), value)
         elif name in side:

@@ -13,14 +13,21 @@ from postgen.prompt_rows import read_prompts
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="The video. \\[default: named after the prompt]", rich_help_panel=o.FILES),
+    typer.Option(
+        "-o",
+        "--output",
+        help="The video; of several, -000, -001, ... are added. \\[default: named after the (first) prompt]",
+        rich_help_panel=o.FILES,
+    ),
 ]
 Count = Annotated[
     int, typer.Option("--count", help="Videos per prompt, with seed, seed+1, ...", rich_help_panel=o.LOOK)
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", help="File of prompts: one a line, or JSONL with `prompt`.", rich_help_panel=o.FILES),
+    typer.Option(
+        "--prompts", help="File of prompts: .txt, one a line, or .jsonl with `prompt`.", rich_help_panel=o.FILES
+    ),
 ]
 From = Annotated[
     Path | None,

@@ -43,7 +43,10 @@ Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the first video. \\[default: 0]", rich_help_panel=LOOK)
 ]
 Image = Annotated[
-    str | None, typer.Option("--image", help="First frame, for image-to-video models.", rich_help_panel=LOOK)
+    str | None,
+    typer.Option(
+        "--image", help="First frame, for models that take one; the embedded model does.", rich_help_panel=LOOK
+    ),
 ]
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)

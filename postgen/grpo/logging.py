@@ -60,7 +60,14 @@ def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Seq
     moments = torch.linspace(0, len(shown[0]) - 1, min(5, len(shown[0]))).round().long()
     frames = torch.cat([clip[moments] for clip in shown])
     title = f"step {step}: " + "; ".join(prompts[:3])
-    contact_sheet(frames, folder / f"{name}.png", columns=len(moments), limit=max(2, len(frames)), title=title)
+    contact_sheet(
+        frames,
+        folder / f"{name}.png",
+        columns=len(moments),
+        limit=max(2, len(frames)),
+        title=title,
+        indices=moments.tolist() * len(shown),
+    )
 
 
 def write_clip(path: Path, clip: Tensor, fps: float) -> None:

@@ -219,6 +219,8 @@ class Trainer(TrainerHooks[C]):
         if self._saved_step != self.global_step:
             self._save()
         self._export()
+        if self.accelerator.is_main_process:
+            say(f"step {self.global_step}: what was trained is in {args.folder / 'export'}")
         self._event("on_train_end")
         return TrainResult(global_step=self.global_step, reason=reason, metrics=self.log.newest)
 

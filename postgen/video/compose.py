@@ -1,6 +1,6 @@
 """Views of clips: a contact sheet, two clips side by side."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,7 +18,13 @@ _LINE = 15
 
 
 def contact_sheet(
-    clip: Frames, path: str | Path, *, columns: int = 6, title: str | None = None, limit: int = 36
+    clip: Frames,
+    path: str | Path,
+    *,
+    columns: int = 6,
+    title: str | None = None,
+    limit: int = 36,
+    indices: Sequence[int] | None = None,
 ) -> Path:
     """Draw the frames of a clip in a grid, each under its index, and save the grid as a PNG.
 
@@ -28,18 +34,24 @@ def contact_sheet(
         columns: frames per row, at least 1.
         title: text above the grid, wrapped to its width.
         limit: most frames shown; of a longer clip that many are drawn, evenly spread, first and last among them.
+        indices: what stands above the frames, one number each; default: 0, 1, ...
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        VideoError: no frame, a bad number, frames that `write_video` would refuse, or a place that cannot be written.
+        VideoError: no frame, a bad number, indices of another count, frames that `write_video` would refuse, or a
+            place that cannot be written.
     """
     if columns < 1 or limit < 2:
         raise VideoError(f"columns must be >= 1 and limit >= 2, got {columns=}, {limit=}")
     shown = list(enumerate(pictures(clip)))
     if not shown:
         raise VideoError("there is no frame to show")
+    if indices is not None:
+        if len(indices) != len(shown):
+            raise VideoError(f"{len(shown)} frames need as many indices, got {len(indices)}")
+        shown = [(index, picture) for index, (_, picture) in zip(indices, shown, strict=True)]
     if len(shown) > limit:
         kept = torch.linspace(0, len(shown) - 1, limit).round().int().tolist()
         shown = [shown[index] for index in kept]

@@ -158,7 +158,8 @@ def _open_picture(file: Path) -> Image.Image:
         picture = Image.open(file)
         picture.load()
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise VideoError(f"cannot read the picture {file}: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # str() of an OSError names the file once more
+        raise VideoError(f"cannot read the picture {file}: {reason}") from error
     return picture
 
 

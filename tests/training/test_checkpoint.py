@@ -79,6 +79,7 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path):
 
 def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
     make(tmp_path).train()
+    assert f"step 14: what was trained is in {tmp_path / 'export'}" in capsys.readouterr().err
     before, lines = parts(tmp_path / "checkpoint-14"), metrics(tmp_path)
     result = make(tmp_path, resume_from_checkpoint="latest").train()
     assert result.global_step == 14

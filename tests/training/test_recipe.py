@@ -107,8 +107,9 @@ def test_every_method_is_named_by_module_and_class():
 
 def test_exit_codes(recipe, capsys):
     assert main([]) == 2
-    assert main(["--help"]) == 0
-    assert "usage: postgen train RECIPE.yaml" in capsys.readouterr().out
+    for words in (["--help"], [str(recipe()), "--help"]):
+        assert main(words) == 0
+        assert "usage: postgen train RECIPE.yaml" in capsys.readouterr().out
     assert main(["--max_steps", "3"]) == 2
     assert "The recipe comes first" in capsys.readouterr().err
     assert main([str(recipe()), "--wdith", "3"]) == 2
