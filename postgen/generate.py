@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
-from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
+from postgen.families.loading import RATES, ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras
+from postgen.families.video_calls import ROWS, UNKNOWN
 from postgen.files import check_place
 from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
 from postgen.request import GenerateConfig, portable
@@ -30,7 +32,7 @@ StepCallback = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all)."""
 
 
-_CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale")
+_CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +50,7 @@ class Job:
     def loading(self) -> tuple[Any, ...]:
         """Equal for two jobs that can share a loaded pipeline."""
         config = self.config
-        facts = self.facts
-        return facts.source, facts.pipeline, config.dtype, config.device, config.offload, config.lora
+        return self.facts.source, self.facts.pipeline, config.dtype, config.device, config.offload, config.lora
 
     def again(self, *, prompt: str, seed: int) -> Job:
         """Return the same request for another prompt and seed; what was checked once is not checked again.
@@ -84,9 +85,18 @@ def prepare(config: GenerateConfig) -> Job:
     for name in ("negative_prompt", *_CALL):
         if getattr(config, name) is not None and name not in facts.arguments:
             raise UserError(f"{facts.pipeline} has no {name}: leave it out")
-    own = {name: getattr(facts.defaults, name) for name in (*_CALL, "fps") if getattr(config, name) is None}
+    own = {name: facts.default(name) for name in (*_CALL, "fps") if getattr(config, name) is None}
+    if config.negative_prompt is None:
+        own.pop("true_cfg_scale", None)  # without a negative prompt, the pipelines leave true guidance off
+        if (config.true_cfg_scale or 0) > 1:
+            own["negative_prompt"] = ""
     config = dataclasses.replace(config, **own)
     facts.check_size(config.num_frames, config.height, config.width)
+    if config.num_inference_steps is not None and config.num_inference_steps < facts.least_steps:
+        raise UserError(
+            f"{facts.pipeline} needs at least {facts.least_steps} steps with its schedule,"
+            f" got {config.num_inference_steps}"
+        )
     _check_inputs(config, facts)
     if config.device != "auto":
         check_device(config.device)
@@ -115,9 +125,6 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
     import torch
 
     config = job.config
-    call = {name: getattr(config, name) for name in job.facts.arguments if getattr(config, name) is not None}
-    if config.image is not None:
-        call["image"] = _first_frame(config.image)
     total = config.num_inference_steps or 0
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -125,16 +132,28 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
             on_step(step + 1, total or pipe.num_timesteps)
         return tensors
 
+    call = _call(job) | ({"callback_on_step_end": after_step} if "callback_on_step_end" in job.facts.arguments else {})
     generator = torch.Generator().manual_seed(config.seed)
     try:
         with plug_ins_for_call(pipe, job.plug_ins):
-            frames = pipe(**call, generator=generator, output_type="pt", callback_on_step_end=after_step).frames
+            frames = pipe(**call, generator=generator, output_type="pt").frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
     except ValueError as error:
         raise UserError(f"{job.facts.pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
     clip: Tensor = frames[0].float().cpu()
     return clip
+
+
+def _call(job: Job) -> dict[str, Any]:
+    """Return what the pipeline of a job is called with."""
+    config, takes = job.config, job.facts.arguments
+    call = {name: getattr(config, name) for name in ("prompt", "negative_prompt", *_CALL) if name in takes}
+    call = {name: value for name, value in call.items() if value is not None}
+    rate = config.fps if config.fps is not None else job.facts.defaults.fps
+    # A whole rate is an int, as the pipelines' own defaults are.
+    call |= {name: int(rate) if rate == int(rate) else rate for name in RATES if name in takes}
+    return call if config.image is None else {**call, "image": _first_frame(config.image)}
 
 
 def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]:
@@ -170,7 +189,10 @@ def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, 
     from postgen.files import replacing
     from postgen.video import contact_sheet, write_video
 
-    config = job.config
+    config = _as_made(job.config, clip)
+    if config.num_frames != clip.shape[0]:
+        text = f"{job.facts.pipeline} made {clip.shape[0]} frames where {config.num_frames} were asked for"
+        warnings.warn(text, stacklevel=2)
     note = {
         "prompt": config.prompt,
         "seed": config.seed,
@@ -240,18 +262,43 @@ def versions() -> dict[str, str]:
     return named("torch", "diffusers", "transformers")
 
 
+def _as_made(config: GenerateConfig, clip: Tensor) -> GenerateConfig:
+    """Write down sizes that the pipeline chose itself."""
+    made: dict[str, Any] = {"num_frames": clip.shape[0], "width": clip.shape[-1], "height": clip.shape[-2]}
+    return dataclasses.replace(config, **{name: n for name, n in made.items() if getattr(config, name) is None})
+
+
 def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
-    guidance = config.guidance_scale
-    if config.negative_prompt is not None and guidance is not None and guidance <= 1:
-        raise UserError(f"a negative prompt needs guidance above 1, got {guidance}: change one of the two")
+    if reason := ROWS.get(facts.pipeline, UNKNOWN).refused:
+        raise UserError(f"{facts.pipeline} makes no video here: {reason}")
+    if facts.needs_others:
+        raise UserError(f"{facts.pipeline} needs {', '.join(facts.needs_others)}, which this command cannot give")
+    _check_negative(config, facts)
+    if "prompt" not in facts.arguments:
+        warnings.warn(f"{facts.pipeline} takes no text: the prompt only names the files", stacklevel=3)
     if config.image is not None and not facts.takes_image:
         raise UserError(f"{facts.pipeline} takes text only: leave --image out or use an image-to-video model")
-    if config.image is None and facts.takes_image:
+    if config.image is None and facts.needs_image:
         raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
     if config.image is not None:
         _first_frame(config.image)
     for lora in config.lora:
         check_lora(lora)
+
+
+def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:
+    """Refuse a negative prompt that no guidance would use; some pipelines carry a guider of their own instead."""
+    if config.negative_prompt is None:
+        return
+    true, guidance = config.true_cfg_scale, config.guidance_scale
+    if "true_cfg_scale" in facts.arguments:
+        if true is None or true <= 1:
+            raise UserError(
+                f"a negative prompt needs true_cfg_scale (--true-cfg) above 1 in {facts.pipeline}, whose guidance is"
+                f" distilled, got {true}: change one of the two"
+            )
+    elif guidance is not None and guidance <= 1:
+        raise UserError(f"a negative prompt needs guidance above 1, got {guidance}: change one of the two")
 
 
 def _sibling(base: Path, suffix: str) -> Path:

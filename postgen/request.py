@@ -25,7 +25,7 @@ class GenerateConfig:
     model: str | None = None
     """A local diffusers folder or a hub id; None is the embedded model."""
     negative_prompt: str | None = None
-    """What it should not show; needs guidance above 1."""
+    """What it should not show; needs guidance above 1, or true guidance where the model has it."""
     width: int | None = None
     """Pixels."""
     height: int | None = None
@@ -35,7 +35,10 @@ class GenerateConfig:
     num_inference_steps: int | None = None
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Scale of classifier-free guidance; up to 1 is off."""
+    """Scale of classifier-free guidance; up to 1 is off. A distilled network (HunyuanVideo) is told it."""
+    true_cfg_scale: float | None = None
+    """Scale of classifier-free guidance beside that of a distilled network, against the negative prompt or, where
+    there is none, the empty one; up to 1 is off."""
     seed: int = 0
     """Seed of the initial noise, drawn on the CPU so that every device starts from the same."""
     dtype: str = "auto"
@@ -49,7 +52,7 @@ class GenerateConfig:
     image: str | None = None
     """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
     fps: float | None = None
-    """Frames per second of the written video."""
+    """Frames per second of the written video; a network that is conditioned on them is told."""
     plug_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Texts by option of `postgen.plug_ins`, as {"enhance": "auto"}; what is not named is off."""
 
@@ -76,8 +79,10 @@ class GenerateConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be above 0, got {value}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        for name in ("guidance_scale", "true_cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be at least 0, got {value}")
         options = [row.option for row in known_plug_ins()]
         for option, text in self.plug_ins.items():
             if option not in options:

@@ -1,6 +1,8 @@
 """`postgen generate`."""
 
+import hashlib
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,9 @@ Count = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", help="File of prompts: .txt, one a line, or .jsonl with `prompt`.", rich_help_panel=o.FILES
+        "--prompts",
+        help="File of prompts: one a line, JSONL, JSON, CSV or TSV with `prompt`.",
+        rich_help_panel=o.FILES,
     ),
 ]
 From = Annotated[
@@ -122,5 +126,16 @@ def _numbered(output: Path, number: int) -> Path:
 
 
 def _file_name(prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:60].rstrip("-") or "video"
+    """Name the files of a prompt after its words, in any script; one that is cut or has no word gets a number.
+
+    >>> _file_name("A red ball, rolls left!")
+    'a-red-ball-rolls-left'
+    """
+    text = unicodedata.normalize("NFC", prompt.lower())
+    # Letters, marks (the vowels of many scripts) and digits.
+    words = re.sub("-+", "-", "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)).strip("-")
+    # File systems count bytes, and the temporary name beside it is longer.
+    short = words[:60].encode()[:150].decode(errors="ignore").rstrip("-")
+    if short == words and words:
+        return words
+    return f"{short or 'video'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

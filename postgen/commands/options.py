@@ -36,6 +36,14 @@ Guidance = Annotated[
     float | None,
     typer.Option("--guidance", help="Guidance scale; 1 is off. \\[default: the model's]", rich_help_panel=LOOK),
 ]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option(
+        "--true-cfg",
+        help="Guidance beside that of a distilled model; needed by its negative prompt.",
+        rich_help_panel=LOOK,
+    ),
+]
 Negative = Annotated[
     str | None, typer.Option("--negative-prompt", help="What the video should not show.", rich_help_panel=LOOK)
 ]
@@ -80,6 +88,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "frames": (Frames, "num_frames"),
     "steps": (Steps, "num_inference_steps"),
     "guidance": (Guidance, "guidance_scale"),
+    "true_cfg": (TrueCfg, "true_cfg_scale"),
     "negative_prompt": (Negative, "negative_prompt"),
     "seed": (Seed, "seed"),
     "image": (Image, "image"),

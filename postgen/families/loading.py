@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
+from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
+from postgen.families.wan_sizes import check_size, multiples
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,10 @@ OFFLOADS = ("none", "model", "sequential")
 # Copied by hand from the pipelines' signatures: reading them there would cost seconds of import.
 _WAN_ARGUMENTS = frozenset(
     {"prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale"}
-)
+) | {"callback_on_step_end"}
+RATES = ("frame_rate", "fps")
+"""Names under which a call takes the rate at which its clip is going to play."""
+_ARGUMENTS = _WAN_ARGUMENTS | {"true_cfg_scale", *RATES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +47,7 @@ class Defaults:
     guidance_scale: float | None = None
     """Scale of classifier-free guidance."""
     fps: float = 8.0
-    """Frames per second of the written video."""
+    """Frames per second of the written video, of which a network is told that is conditioned on them."""
     dtype: str | None = None
     """Number type that `auto` stands for, whatever the device."""
 
@@ -64,11 +70,19 @@ class ModelFacts:
     takes_image: bool
     """Whether a first frame is an input."""
     arguments: frozenset[str]
-    """Names of the settings that its call accepts."""
+    """Names of the settings that its call accepts and its network gets."""
     defaults: Defaults
     """What holds where the user says nothing."""
     multiples: tuple[int, int, int] | None
     """What height, width and frames - 1 must divide by; None where only the pipeline knows."""
+    least_steps: int = 1
+    """Fewest denoising steps that it can make."""
+    call_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of its call, by name of a setting."""
+    needs_image: bool = False
+    """Whether it makes nothing without a first frame."""
+    needs_others: tuple[str, ...] = ()
+    """Further inputs that its call must have."""
     transformer: str | None = None
     """Class name of the transformer; None where the pipeline has none."""
     full_precision: tuple[str, ...] = ()
@@ -88,8 +102,18 @@ class ModelFacts:
         if self.takes_image or self.image_pipeline is None:
             return self
         return replace(
-            self, pipeline=self.image_pipeline, image_pipeline=None, takes_image=True, expands_timesteps=True
+            self,
+            pipeline=self.image_pipeline,
+            image_pipeline=None,
+            takes_image=True,
+            needs_image=True,
+            expands_timesteps=True,
         )
+
+    def default(self, name: str) -> Any:
+        """Return what a setting is where the user says nothing: the folder's word, else the call's; None: neither."""
+        value = getattr(self.defaults, name, None)
+        return self.call_defaults.get(name) if value is None else value
 
     def check_size(self, num_frames: int | None, height: int | None, width: int | None) -> None:
         """Refuse sizes that the model cannot make.
@@ -97,10 +121,8 @@ class ModelFacts:
         Raises:
             UserError: names the nearest allowed ones.
         """
-        if self.multiples is not None and None not in (num_frames, height, width):
-            from postgen.families.wan_sizes import check_size
-
-            check_size(num_frames or 0, height or 0, width or 0, *self.multiples)
+        if self.multiples is not None:
+            check_size(num_frames, height, width, *self.multiples)
 
 
 def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
@@ -124,30 +146,50 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     if continues and pipeline not in _CONTINUES:
         known = ", ".join(_CONTINUES)
         raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
+    network = _optional(folder / "transformer" / "config.json") or _optional(folder / "unet" / "config.json")
+    own = {"fps": rate_of(pipeline, index, network), **own}
     transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
     if pipeline in _WAN_PIPELINES:
-        return ModelFacts(
+        facts = ModelFacts(
             source=source,
             pipeline=pipeline,
             takes_image=_WAN_PIPELINES[pipeline],
+            needs_image=_WAN_PIPELINES[pipeline],
             arguments=_WAN_ARGUMENTS,
-            defaults=Defaults(**{**_WAN_DEFAULTS, "fps": 16.0, **own}),
+            defaults=Defaults(**{**_WAN_DEFAULTS, **own}),
             multiples=_wan_multiples(folder),
-            transformer=transformer,
             full_precision=("vae",),  # its decoder loses detail in half precision
-            closed_vocabulary=examples,
             image_pipeline=_CONTINUES.get(pipeline) if continues or index.get("expand_timesteps") is True else None,
         )
-    parameters = _call_parameters(pipeline, source, images)
+    else:
+        facts = _facts_of_call(folder, source, pipeline, network, Defaults(**own), images)
+    return replace(
+        facts,
+        transformer=transformer,
+        least_steps=least_steps(pipeline, _optional(folder / "scheduler" / "scheduler_config.json")),
+        closed_vocabulary=examples,
+    )
+
+
+def _facts_of_call(
+    folder: Path, source: str, pipeline: str, network: Mapping[str, Any], defaults: Defaults, images: bool
+) -> ModelFacts:
+    """Return what the signature of a pipeline's call and its row say."""
+    call = _call(pipeline, source, images)
+    arguments = _ARGUMENTS & call.keys()
+    if "true_cfg_scale" in call and network.get("guidance_embeds") is False:
+        arguments -= {"guidance_scale"}  # the pipeline takes it, the network does not
+    required = [name for name, value in call.items() if value is inspect.Parameter.empty]
     return ModelFacts(
         source=source,
         pipeline=pipeline,
-        takes_image="image" in parameters,
-        arguments=frozenset(_WAN_ARGUMENTS & parameters),
-        defaults=Defaults(**own),
-        multiples=None,
-        transformer=transformer,
-        closed_vocabulary=examples,
+        takes_image="image" in call,
+        needs_image="image" in call and not ROWS.get(pipeline, UNKNOWN).image_optional,
+        needs_others=tuple(name for name in required if name not in ("self", "prompt", "image")),
+        arguments=arguments,
+        defaults=defaults,
+        call_defaults={name: call[name] for name in arguments if isinstance(call[name], int | float)},
+        multiples=sizes_of(pipeline, _optional(folder / "vae" / "config.json"), network),
     )
 
 
@@ -235,7 +277,7 @@ def _small_files(model: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["model_index.json", "postgen.json", "*/config.json"]
+        patterns = ["model_index.json", "postgen.json", "*/config.json", "scheduler/scheduler_config.json"]
         return Path(snapshot_download(model, allow_patterns=patterns)), model
     except Exception as error:  # every kind of network and hub trouble means the same here
         reason = " ".join(str(error).split())[:160]
@@ -252,6 +294,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _optional(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
+
+
 def _component_class(index: dict[str, Any], name: str) -> str | None:
     """Read an entry such as `"transformer": ["diffusers", "WanTransformer3DModel"]`; an absent one is [null, null]."""
     entry = index.get(name)
@@ -261,7 +307,7 @@ def _component_class(index: dict[str, Any], name: str) -> str | None:
 
 def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too."""
-    own = dict(_read_json(path)) if path.is_file() else {}
+    own = _optional(path)
     examples = own.pop("closed_vocabulary", [])
     if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
         raise UserError(f"{path}: closed_vocabulary must be a list of example prompts, got {examples!r}")
@@ -277,21 +323,21 @@ def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
 
 
 def _wan_multiples(folder: Path) -> tuple[int, int, int]:
-    from postgen.families.wan_sizes import multiples
-
     vae = _read_json(folder / "vae" / "config.json")
     transformer = next((name for name in ("transformer", "transformer_2") if (folder / name).is_dir()), "transformer")
     patch = _read_json(folder / transformer / "config.json").get("patch_size", (1, 2, 2))
     return multiples(vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4), patch)
 
 
-def _call_parameters(pipeline: str, source: str, images: bool) -> frozenset[str]:
+def _call(pipeline: str, source: str, images: bool) -> dict[str, Any]:
+    """Return the parameters of a pipeline's call with their defaults; those without are `inspect.Parameter.empty`."""
     import diffusers
 
     kind = getattr(diffusers, pipeline, None)
     if kind is None:
         raise UserError(f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks")
-    parameters = frozenset(inspect.signature(kind.__call__).parameters)
-    if "num_frames" not in parameters and not images:
+    parameters = inspect.signature(kind.__call__).parameters.values()
+    call = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}
+    if "num_frames" not in call and not images:
         raise UserError(f"{source} holds a {pipeline}, which makes no video")
-    return parameters
+    return call

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from postgen.errors import UserError
-from postgen.prompt_rows import prompt_row, read_prompts
+from postgen.prompt_rows import FILES, prompt_row, read_prompts
 from postgen.sampling.conditions import Row
 from postgen.sampling.seeds import seed_of
 from postgen.settings import Part
@@ -27,9 +27,9 @@ class PromptsConfig(Part):
     part: ClassVar[str] = "prompts"
 
     train_dataset: str | None = None
-    """JSONL file with a column `prompt`, a name or folder for `datasets.load_dataset` (its split `train`; another one
-    as `org/name:test`), or `package.module:function`. Further columns (`negative_prompt`, `image`, anything a reward
-    takes) are handed on."""
+    """File of prompts (JSONL, JSON, CSV, TSV, text) with a column `prompt`, a name or folder for
+    `datasets.load_dataset` (its split `train`; another one as `org/name:test`), or `package.module:function`. Further
+    columns (`negative_prompt`, `image`, anything a reward takes) are handed on."""
 
     eval_dataset: str | None = None
     """The same for held-out prompts; none evaluates nothing."""
@@ -45,8 +45,8 @@ class Prompts:
     """Rows with a `prompt`, in a random order that follows from the seed.
 
     Args:
-        source: a JSONL file, a name for `datasets.load_dataset` (the split "train", another one as `org/name:test`),
-            `package.module:function`, or rows.
+        source: a file of prompts, a name for `datasets.load_dataset` (the split "train", another one as
+            `org/name:test`), `package.module:function`, or rows.
         name: what messages call it.
         seed: of the order.
         shuffle: whether the order is random.
@@ -89,7 +89,7 @@ def columns(rows: Iterable[Row]) -> dict[str, Any]:
 def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     if isinstance(source, str):
         path = Path(source).expanduser()
-        if path.suffix in (".jsonl", ".json", ".txt") or path.is_file():
+        if path.suffix in FILES or path.is_file():
             return read_prompts(path, name, empty=True)
         source = _made(source, name)
     return [prompt_row(row, f"row {number} of {name}") for number, row in enumerate(source)]

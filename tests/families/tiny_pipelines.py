@@ -78,7 +78,7 @@ def cogvideox() -> Any:
     return CogVideoXPipeline(_tokenizer(226), _t5(), vae.eval(), transformer.eval(), scheduler)
 
 
-def hunyuan_video() -> Any:
+def hunyuan_video(**config: Any) -> Any:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
     from transformers import LlamaConfig, LlamaModel
 
@@ -96,7 +96,7 @@ def hunyuan_video() -> Any:
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, num_layers=1,
         num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=TEXT_DIM,
-        pooled_projection_dim=POOLED, rope_axes_dim=(4, 6, 6), patch_size=1, patch_size_t=1,
+        pooled_projection_dim=POOLED, rope_axes_dim=(4, 6, 6), patch_size=1, patch_size_t=1, **config,
     )  # fmt: skip
     return HunyuanVideoPipeline(
         llama.eval(), tokenizer, transformer.eval(), vae.eval(), _flow(shift=7.0), _clip(), _tokenizer()
@@ -230,11 +230,15 @@ def tiny_pipeline(name: str) -> tuple[Any, dict[str, int]]:
     """Make one of `PIPELINES`; weights that start at zero are drawn too, or nothing would show."""
     torch.manual_seed(0)
     make, size = PIPELINES[name]
-    pipe = make()
+    return drawn(make()), size
+
+
+def drawn(pipe: Any) -> Any:
+    """Draw the weights of a pipeline that start at zero, and keep it from showing its progress."""
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         for part in pipe.components.values():
             for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
                 if not parameter.any():
                     parameter.normal_(std=0.1)
-    return pipe, size
+    return pipe

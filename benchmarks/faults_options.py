@@ -1,0 +1,192 @@
+"""Does every option of `generate` reach every family, or is it refused before the weights are read?
+
+    python -m benchmarks.faults_options
+
+Makes videos of 32 pixels with tiny random models of the real classes, with and without an option: it counts the
+options without effect and prints the table of docs/support.md. It says nothing about quality.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from postgen.compat import quiet_libraries
+from postgen.errors import UserError
+from postgen.families.loading import RATES
+from postgen.generate import generate_video, load, prepare, run
+from postgen.request import GenerateConfig
+from postgen.video import probe
+from tests.families.tiny_videos import VIDEOS, save_tiny_video
+
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "--width": ({"width": 64}, {"width": 33}, {"width": 40}),
+    "--height": ({"height": 64}, {"height": 33}, {"height": 40}),
+    "--frames": ({"num_frames": 13}, {"num_frames": 17}, {"num_frames": 10}, {"num_frames": 8}),
+    "--steps": ({"num_inference_steps": 3}, {"num_inference_steps": 1}),
+    "--guidance": ({"guidance_scale": 5.0},),
+    "--negative-prompt": ({"negative_prompt": "ugly"},),
+    "--negative-prompt, --true-cfg": ({"negative_prompt": "ugly", "true_cfg_scale": 4.0},),
+    "--true-cfg": ({"true_cfg_scale": 4.0},),
+    "--seed": ({"seed": 8},),
+    "--image": ({"image": "second.png"},),
+    "--fps": ({"fps": 12.0}, {"fps": 12.5}),
+}
+"""Option -> changes, each of which must act as asked or be refused."""
+
+_SAID = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance", "image": "--image"}
+_SAID |= {"negative_prompt": "negative"}
+"""What a refusal calls a setting, where that is not its own name."""
+
+
+_FRAMES = {"CogVideoX": 9, "Mochi": 7}
+"""Frames of the video without options, where 5 cannot be made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of an option in a family."""
+
+    family: str
+    option: str
+    state: str
+    """`acts`, `refused`, or what went wrong."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the option acted or was refused, as it must."""
+        return self.state in ("acts", "refused")
+
+
+class Family:
+    """A tiny model of a family, and the video that it makes without any option."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.pipes: dict[Any, Any] = {}
+        save_tiny_video(name, folder)
+        for number, colour in enumerate(((250, 30, 60), (20, 90, 240))):
+            Image.new("RGB", (32, 32), colour).save(folder / f"{('first', 'second')[number]}.png")
+        self.given = {
+            "width": 32,
+            "height": 32,
+            "num_frames": next((n for family, n in _FRAMES.items() if family in name), 5),
+            "num_inference_steps": 2,
+            "dtype": "float32",
+        }
+        if prepare_facts(folder).needs_image:
+            self.given["image"] = str(folder / "first.png")
+        if "guidance_scale" in prepare_facts(folder).arguments:
+            self.given["guidance_scale"] = 3.0
+
+    def request(self, **changes: Any) -> GenerateConfig:
+        """Return the request with changes."""
+        if "image" in changes:
+            changes["image"] = str(self.folder / changes["image"])
+        return GenerateConfig(
+            **{"prompt": "a red ball", "model": str(self.folder), "device": "cpu", **self.given, **changes}
+        )
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """The clip without options."""
+        return self.clip()
+
+    def clip(self, **changes: Any) -> Tensor:
+        """Make a clip with changes."""
+        job = prepare(self.request(**changes))
+        if job.loading not in self.pipes:
+            self.pipes[job.loading] = load(job)
+        return run(self.pipes[job.loading], job)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield what becomes of every option."""
+        for option, all_changes in OPTIONS.items():
+            states = [self._state(changes) for changes in all_changes]
+            wrong = [state for state in states if state not in ("acts", "refused")]
+            # An option of which one value acts is one that the family has.
+            state = wrong[0] if wrong else "acts" if "acts" in states else "refused"
+            yield Outcome(family=self.name, option=option, state=state)
+
+    def _state(self, changes: dict[str, Any]) -> str:
+        asked = ", ".join(f"{name}={value}" for name, value in changes.items())
+        try:
+            prepare(self.request(**changes))
+        except UserError as error:
+            named = any(_SAID.get(name, name) in str(error) for name in changes)
+            return "refused" if named and "\n" not in str(error) else f"{asked} is not named: {error}"
+        try:
+            return "acts" if self._acts(changes) else f"{asked} has no effect"
+        except Exception as error:  # whatever it is, it comes after the weights were read
+            return f"{asked} fails: {type(error).__name__}: {error}"
+
+    def _acts(self, changes: dict[str, Any]) -> bool:
+        if "fps" in changes:
+            return self._plays(**changes)
+        clip = self.clip(**changes)
+        if not torch.isfinite(clip).all():
+            return False
+        sizes = {"num_frames": clip.shape[0], "width": clip.shape[-1], "height": clip.shape[-2]}
+        if set(changes) <= sizes.keys():
+            return all(sizes[name] == value for name, value in changes.items())
+        return clip.shape != self.plain.shape or not torch.equal(clip, self.plain)
+
+    def _plays(self, fps: float) -> bool:
+        """Whether the written video plays at a rate, and the network was told it where it is told one."""
+        job, clip = prepare(self.request(fps=fps)), self.clip(fps=fps)
+        with tempfile.TemporaryDirectory() as folder:
+            files = generate_video(job.config, Path(folder) / "x.mp4", pipe=self.pipes[job.loading])
+            plays = probe(files.video).fps == fps
+        told = set(RATES) & prepare_facts(self.folder).arguments
+        return plays and not (told and torch.equal(clip, self.plain))
+
+
+def prepare_facts(folder: Path) -> Any:
+    """Return what is known of a model before it is loaded."""
+    from postgen.families.loading import inspect_model
+
+    return inspect_model(folder)
+
+
+def outcomes() -> list[Outcome]:
+    """Return what becomes of every option in every family."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SVD says each time that it takes no text
+        for number, name in enumerate(VIDEOS):
+            found += Family(name, Path(folder) / str(number)).outcomes()
+    return found
+
+
+def options_without_effect() -> int:
+    """Return how many options, over all families, neither act nor are refused before the weights are read."""
+    return sum(not each.holds for each in outcomes())
+
+
+def table(found: list[Outcome]) -> str:
+    """Return the table of docs/support.md: a row a family, a column an option."""
+    lines = [f"| | {' | '.join(f'`{option}`' for option in OPTIONS)} |", "|---" * (len(OPTIONS) + 1) + "|"]
+    for family in VIDEOS:
+        states = {each.option: each.state for each in found if each.family == family}
+        lines.append(f"| {family} | {' | '.join(states[option] for option in OPTIONS)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and the number."""
+    found = outcomes()
+    print(table(found))
+    print(f"options without effect: {sum(not each.holds for each in found)} of {len(found)}")
+
+
+if __name__ == "__main__":
+    main()
