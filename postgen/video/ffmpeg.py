@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from postgen.errors import UserError
 
@@ -127,7 +127,7 @@ class _Patient(io.RawIOBase):
         # A thread, as not every system can wait for a pipe with a time limit.
         self._watch = threading.Thread(target=self._watched, daemon=True)
 
-    def __enter__(self) -> "_Patient":
+    def __enter__(self) -> Self:
         self._watch.start()
         return self
 

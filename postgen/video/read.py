@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class _Stream:
     codec: str | None
 
     @classmethod
-    def of(cls, source: Path) -> "_Stream":
+    def of(cls, source: Path) -> Self:
         """Read it from what ffmpeg prints; a file that it cannot open gets its error from the decoder."""
         streams = re.split(r"^ *Stream #", header(source), flags=re.MULTILINE)[1:]
         found = next((text for text in streams if ": Video: " in text and "(attached pic)" not in text), "")
