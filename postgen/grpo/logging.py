@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from postgen.files import replacing
 from postgen.rewards import RewardResult
 from postgen.sampling.conditions import Row
-from postgen.video import contact_sheet, write_video
+from postgen.video import NoFFmpegError, contact_sheet, write_video
 
 
 class CompletionLog:
@@ -49,14 +51,14 @@ class CompletionLog:
 
 
 def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> None:
-    """Write `step-N.mp4` (for pictures only the sheet) with the clips side by side, and `step-N.png`, a sheet."""
+    """Write `step-N.mp4`, the clips side by side (not of pictures, nor without ffmpeg), and `step-N.png`, a sheet."""
     if not clips:
         return
     shown = [_displayable(clip) for clip in clips]
     columns = math.ceil(math.sqrt(len(shown)))
     name = f"step-{step:06d}"
     if len(shown[0]) > 1:
-        write_video(folder / f"{name}.mp4", tiled(shown, columns), fps=fps)
+        _video_written(folder / f"{name}.mp4", tiled(shown, columns), fps)
     moments = torch.linspace(0, len(shown[0]) - 1, min(5, len(shown[0]))).round().long()
     frames = torch.cat([clip[moments] for clip in shown])
     title = f"step {step}: " + "; ".join(prompts[:3])
@@ -71,12 +73,25 @@ def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Seq
 
 
 def write_clip(path: Path, clip: Tensor, fps: float) -> None:
-    """Write a clip as `path`.mp4, a picture as `path`.png."""
+    """Write a clip as `path`.mp4; a picture, and without ffmpeg any clip, as the sheet `path`.png."""
     clip = _displayable(clip)
-    if len(clip) > 1:
-        write_video(path.with_suffix(".mp4"), clip, fps=fps)
-    else:
-        contact_sheet(clip, path.with_suffix(".png"), columns=1)
+    if len(clip) == 1 or not _video_written(path.with_suffix(".mp4"), clip, fps):
+        contact_sheet(clip, path.with_suffix(".png"), columns=min(len(clip), 6))
+
+
+def _video_written(path: Path, clip: Tensor, fps: float) -> bool:
+    """Write a video; where there is no ffmpeg, say so once and return False: a run does not end for its pictures."""
+    try:
+        write_video(path, clip, fps=fps)
+    except NoFFmpegError as error:
+        _say_once(f"samples are written as PNG sheets instead of videos: {error}")
+        return False
+    return True
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def tiled(clips: Sequence[Tensor], columns: int) -> Tensor:

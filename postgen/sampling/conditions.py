@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from postgen.families import Condition, Denoiser
-from postgen.video import read_picture
+from postgen.video import read_picture, rgb_picture
 
 Row = dict[str, Any]
 """One row of prompts: `prompt`, perhaps `negative_prompt` and `image`, and any further columns."""
@@ -100,7 +100,6 @@ def load_image(image: Any, height: int, width: int) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    if isinstance(image, str | Path):
-        image = read_picture(image)
-    picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    picture = read_picture(image) if isinstance(image, str | Path) else rgb_picture(image)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255

@@ -4,12 +4,14 @@ A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a lon
 """
 
 from postgen.video.compose import contact_sheet, side_by_side
-from postgen.video.ffmpeg import VideoError
-from postgen.video.read import VideoInfo, iter_video, probe, read_picture, read_video
+from postgen.video.ffmpeg import NoFFmpegError, VideoError
+from postgen.video.read import VideoInfo, iter_video, probe, read_video
+from postgen.video.stills import read_picture, rgb_picture
 from postgen.video.write import FORMATS, check_target, write_video
 
 __all__ = [
     "FORMATS",
+    "NoFFmpegError",
     "VideoError",
     "VideoInfo",
     "check_target",
@@ -18,6 +20,7 @@ __all__ = [
     "probe",
     "read_picture",
     "read_video",
+    "rgb_picture",
     "side_by_side",
     "write_video",
 ]

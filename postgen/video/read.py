@@ -1,18 +1,32 @@
 """Video files and folders of pictures -> clips."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from postgen.video.ffmpeg import VideoError, decoder
+from postgen.video.containers import check_whole
+from postgen.video.ffmpeg import VideoError, decoder, header
+from postgen.video.stills import read_picture
+
+# With rounding and chroma as exact as ffmpeg has them: its fast way takes up to 2 of 255 off, every time.
+_EXACT = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+# PQ and HLG, whose values are no brightness of an ordinary screen. Diffuse white (203 cd/m2, ITU-R BT.2408) stays
+# near white, what is brighter is pressed together above it, and wide colours become BT.709's.
+_HDR = re.compile(r"/(smpte2084|arib-std-b67)\b")
+_TONES = (
+    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+    "zscale=t=bt709:m=bt709:r=full,format=gbrp,"
+)
+_ALPHA = re.compile(r" (yuva|rgba|bgra|argb|abgr|ya8|ya16|gbrap|pal8|ayuv|vuya|uyva)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +48,12 @@ class VideoInfo:
         return self.frames / self.fps if self.fps else 0.0
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | Path, *, square: bool = True) -> VideoInfo:
     """Measure a video file, or a folder of PNG pictures, by decoding it: the frame count is true, not the header's.
+
+    Args:
+        path: a video file or a folder.
+        square: as for `iter_video`: the size is the one that it gives.
 
     Raises:
         VideoError: no such file, not a video, damaged or cut short.
@@ -43,9 +61,10 @@ def probe(path: str | Path) -> VideoInfo:
     source = _existing(path)
     if source.is_dir():
         return _probe_folder(source)
+    check_whole(source)
     size, time_base = (0, 0), Fraction(0)
     frames = first = last = duration = 0
-    with decoder(source, ["-f", "framecrc"]) as output:
+    with decoder(source, ["-vf", _scale(square), "-f", "framecrc", "-flush_packets", "1"]) as output:
         for line in output:
             if line.startswith(b"#dimensions 0:"):
                 width, height = line.split()[-1].split(b"x")
@@ -63,27 +82,37 @@ def probe(path: str | Path) -> VideoInfo:
     return VideoInfo(width=size[0], height=size[1], fps=float(rate), frames=frames)
 
 
-def iter_video(path: str | Path, *, chunk: int = 16, start: int = 0, count: int | None = None) -> Iterator[Tensor]:
+def iter_video(
+    path: str | Path, *, chunk: int = 16, start: int = 0, count: int | None = None, square: bool = True
+) -> Iterator[Tensor]:
     """Yield a video as clips of up to `chunk` frames, (F, 3, H, W) in [0, 1]; only one chunk is in memory at a time.
+
+    Frames are what a player shows: of any pixel format, turned as the file says, without its cover picture, what is
+    transparent on white. High dynamic range (PQ, HLG) is brought down to the ordinary one. Colours without a tag are
+    taken for BT.601, as by ffmpeg and what is built on it.
 
     Args:
         path: a video file, or a folder of PNG pictures in the order of their names.
         chunk: frames per clip, at least 1; the last clip may be shorter.
         start: index of the first frame.
         count: number of frames to read; None reads to the end, and a video that ends earlier gives fewer.
+        square: stretch the width of a video whose pixels are not square, as players do; False gives the stored pixels.
+            The pictures of a folder have square ones.
 
     Raises:
-        VideoError: no such file, not a video, damaged or cut short, or no frame at `start`.
+        VideoError: no such file, not a video, damaged or cut short, a frame of another size than the first, a decoder
+            that gives nothing for a minute, or no frame at `start`.
     """
     if chunk < 1 or start < 0 or (count is not None and count < 1):
         raise VideoError(f"chunk and count must be >= 1 and start >= 0, got {chunk=}, {count=}, {start=}")
     source = _existing(path)
     stop = None if count is None else start + count
-    pictures = _folder_pictures(source, start, stop) if source.is_dir() else _file_pictures(source, start, stop)
-    return _clips(pictures, chunk, source, start)
+    if source.is_dir():
+        return _clips(_folder_pictures(source, start, stop), chunk, source, start)
+    return _clips(_file_pictures(source, start, stop, square), chunk, source, start)
 
 
-def read_video(path: str | Path, *, start: int = 0, count: int | None = None) -> Tensor:
+def read_video(path: str | Path, *, start: int = 0, count: int | None = None, square: bool = True) -> Tensor:
     """Read a video, or `count` frames of it from `start` on, as one clip (F, 3, H, W) in [0, 1].
 
     The whole clip is held in memory, 12 bytes per pixel; `iter_video` reads long ones.
@@ -91,17 +120,7 @@ def read_video(path: str | Path, *, start: int = 0, count: int | None = None) ->
     Raises:
         VideoError: as `iter_video`.
     """
-    return torch.cat(list(iter_video(path, start=start, count=count)))
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file of any format that Pillow knows, as an RGB picture of 8 bits a channel.
-
-    Raises:
-        VideoError: no such file, or no picture.
-    """
-    with _open_picture(Path(path).expanduser()) as picture:
-        return picture.convert("RGB")
+    return torch.cat(list(iter_video(path, start=start, count=count, square=square)))
 
 
 def _existing(path: str | Path) -> Path:
@@ -112,32 +131,78 @@ def _existing(path: str | Path) -> Path:
 
 
 def _clips(pictures: Iterator[Tensor], chunk: int, source: Path, start: int) -> Iterator[Tensor]:
-    empty = True
+    size, done = None, 0
     while batch := list(islice(pictures, chunk)):
-        empty = False
+        for picture in batch:
+            size = size or picture.shape
+            if picture.shape != size:
+                was, now = (f"{width}x{height}" for height, width, _ in (size, picture.shape))
+                raise VideoError(f"{source}: frame {start + done} is {now}, the frames before {was}")
+            done += 1
         yield torch.stack(batch).permute(0, 3, 1, 2).contiguous().float().div_(255)
-    if empty:
+    if not done:
         raise VideoError(f"{source} holds no frame {start}: it ends earlier")
 
 
-def _file_pictures(source: Path, start: int, stop: int | None) -> Iterator[Tensor]:
+def _scale(square: bool) -> str:
+    # The width changes and not the height, so that no line is made up.
+    return f"scale=w='{'max(1,round(iw*sar))' if square else 'iw'}':h=ih:{_EXACT},setsar=1"
+
+
+def _file_pictures(source: Path, start: int, stop: int | None, square: bool) -> Iterator[Tensor]:
+    check_whole(source)
+    stream = _Stream.of(source)
     window = f"trim=start_frame={start}" + ("" if stop is None else f":end_frame={stop}")
-    # PPM pictures one behind the other: every frame tells its own size, which no header has to be trusted for.
-    with decoder(source, ["-vf", window, "-f", "image2pipe", "-c:v", "ppm"]) as output:
-        while (picture := _next_ppm(output)) is not None:
-            yield picture
+    filters = f"{window},{_TONES if stream.hdr else ''}{_scale(square)},format={'rgba' if stream.alpha else 'rgb24'}"
+    # PAM pictures one behind the other: every frame tells its own size, which no header has to be trusted for.
+    arguments = ["-vf", filters, "-f", "image2pipe", "-c:v", "pam"]
+    with decoder(source, arguments, codec=stream.codec, skip=start) as output:
+        left = None if stop is None else stop - start
+        while left != 0 and (picture := _next_pam(output)) is not None:
+            yield _on_white(picture) if stream.alpha else picture
+            left = None if left is None else left - 1
 
 
-def _next_ppm(output: IO[bytes]) -> Tensor | None:
-    if output.readline() != b"P6\n":
-        return None
-    width, height = map(int, output.readline().split())
-    output.readline()  # the largest value, always 255
-    data = bytearray(output.read(width * height * 3))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stream:
+    """What must be known of a video before it is decoded."""
+
+    alpha: bool
+    hdr: bool
+    codec: str | None
+
+    @classmethod
+    def of(cls, source: Path) -> Self:
+        """Read it from what ffmpeg prints; a file that it cannot open gets its error from the decoder."""
+        streams = re.split(r"^ *Stream #", header(source), flags=re.MULTILINE)[1:]
+        found = next((text for text in streams if ": Video: " in text and "(attached pic)" not in text), "")
+        line = found.partition("\n")[0]
+        # ffmpeg's own VP8 and VP9 decoders leave out transparency, which is a second stream inside the first.
+        second = re.search(r"^ *alpha_mode *: *1", found, re.MULTILINE | re.IGNORECASE)
+        codec = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(line.partition("Video: ")[2].split(" ")[0].strip(","))
+        alpha = bool(second or _ALPHA.search(line))
+        return cls(alpha=alpha, hdr=bool(_HDR.search(line)), codec=codec if second else None)
+
+
+def _on_white(picture: Tensor) -> Tensor:
+    """Lay (H, W, 4) with straight alpha on white."""
+    colour, alpha = picture[..., :3].int(), picture[..., 3:].int()
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _next_pam(output: IO[bytes]) -> Tensor | None:
+    fields: dict[bytes, bytes] = {}
+    while (line := output.readline()) != b"ENDHDR\n":
+        if not line:
+            return None
+        name, _, value = line.partition(b" ")
+        fields[name] = value
+    width, height, depth = (int(fields[name]) for name in (b"WIDTH", b"HEIGHT", b"DEPTH"))
+    assert int(fields[b"MAXVAL"]) == 255
+    data = bytearray(output.read(width * height * depth))
     # A short picture is the end of a damaged file; the decoder reports why.
-    return (
-        torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3) if len(data) == width * height * 3 else None
-    )
+    whole = len(data) == width * height * depth
+    return torch.frombuffer(data, dtype=torch.uint8).view(height, width, depth) if whole else None
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -149,22 +214,18 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _folder_pictures(folder: Path, start: int, stop: int | None) -> Iterator[Tensor]:
     for file in _folder_files(folder)[start:stop]:
-        with _open_picture(file) as picture:
-            yield torch.from_numpy(np.array(picture.convert("RGB")))
-
-
-def _open_picture(file: Path) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        reason = getattr(error, "strerror", None) or error  # str() of an OSError names the file once more
-        raise VideoError(f"cannot read the picture {file}: {reason}") from error
-    return picture
+        yield torch.from_numpy(np.array(read_picture(file)))
 
 
 def _probe_folder(folder: Path) -> VideoInfo:
     files = _folder_files(folder)
-    with _open_picture(files[0]) as picture:
-        rate = Fraction(picture.info.get("fps", 0))
-        return VideoInfo(width=picture.width, height=picture.height, fps=float(rate), frames=len(files))
+    first = read_picture(files[0])
+    return VideoInfo(width=first.width, height=first.height, fps=float(_noted_rate(files[0])), frames=len(files))
+
+
+def _noted_rate(file: Path) -> Fraction:
+    with Image.open(file) as picture:
+        try:
+            return Fraction(picture.info.get("fps", 0))
+        except (ValueError, TypeError, ZeroDivisionError):
+            return Fraction(0)  # not a note of ours

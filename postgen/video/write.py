@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from postgen.files import replacing
-from postgen.video.ffmpeg import VideoError, encoder
+from postgen.video.ffmpeg import VideoError, encoder, executable
 from postgen.video.pictures import Frames, pictures
 from postgen.video.read import VideoInfo
 
@@ -75,7 +75,7 @@ def check_target(path: str | Path, format: str | None = None) -> str:
 
     Raises:
         VideoError: unknown format or suffix, a suffix that belongs to another format, a place that cannot be written,
-            a folder that holds other things.
+            a folder that holds other things; `NoFFmpegError` when the format needs an ffmpeg and there is none.
     """
     target = Path(path)
     by_suffix = {suffix: name for name, suffix in FORMATS.items() if suffix}.get(target.suffix.lower())
@@ -92,6 +92,8 @@ def check_target(path: str | Path, format: str | None = None) -> str:
     elif target.is_dir():
         raise VideoError(f"cannot write {target}: it is a folder")
     _check_writable(target)
+    if kind != "frames":
+        executable()
     return kind
 
 

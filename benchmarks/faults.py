@@ -1,0 +1,138 @@
+"""Wrong results without a word: how many are left. `python -m benchmarks.faults` writes `results/faults.json`.
+
+Each gate has a function that measures it and returns its value with the rows behind it; a gate without one stands in
+the file as not measured. `--only NAME` measures some of them and keeps what the file says of the others.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+
+from benchmarks.gates import RESULTS, gate, write_result
+from postgen.video import VideoError, probe, read_video
+
+SEED = 18
+CUTS = 25
+FRAMES = 40
+CODECS: Mapping[str, tuple[str, ...]] = {
+    "webm": ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-b:v", "400k"),
+    "gif": (),
+    "mkv": ("-c:v", "libx264"),
+    "ts": ("-c:v", "libx264"),
+    "ogv": ("-c:v", "libtheora", "-q:v", "6"),
+    "avi": ("-c:v", "mpeg4", "-q:v", "4"),
+    "mov": ("-c:v", "libx264", "-movflags", "+faststart"),
+    "flv": ("-c:v", "libx264"),
+}
+
+
+def short_reads() -> tuple[int, list[dict[str, Any]]]:
+    """Cut a file of each of eight containers at 25 random bytes; count cuts that read as a shorter video, no error."""
+    generator = random.Random(SEED)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for suffix, codec in CODECS.items():
+            whole = Path(name, f"whole.{suffix}")
+            _make(whole, codec)
+            if _frames(whole) != (FRAMES, FRAMES):
+                raise RuntimeError(f"the whole {suffix} does not read as {FRAMES} frames: {_frames(whole)}")
+            data = whole.read_bytes()
+            cuts = sorted(generator.sample(range(1, len(data)), CUTS))
+            short = [cut for cut in cuts if _reads_short(Path(name, f"cut.{suffix}"), data[:cut])]
+            rows.append({"container": suffix, "bytes": len(data), "cuts": cuts, "short": short})
+            print(f"{suffix}: {len(data)} bytes, {len(short)} of {CUTS} cuts read as a shorter video")
+            if suffix == "ts":
+                rows[-1]["between_packets"] = _between_packets(Path(name, "cut.ts"), data)
+    return sum(len(row["short"]) for row in rows), rows
+
+
+def _between_packets(path: Path, data: bytes) -> dict[str, int]:
+    """What no reader can tell, beside the gate: a stream cut exactly between two of its packets; every third place."""
+    cuts = range(188, len(data), 3 * 188)
+    return {"cuts": len(cuts), "short": sum(_reads_short(path, data[:cut]) for cut in cuts)}
+
+
+def _make(path: Path, codec: tuple[str, ...]) -> None:
+    source = ("-f", "lavfi", "-i", f"testsrc2=size=96x64:rate=10:duration={FRAMES / 10}")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *codec, str(path)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+def _reads_short(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return any(frames is not None and frames < FRAMES for frames in _frames(path))
+
+
+def _frames(path: Path) -> tuple[int | None, int | None]:
+    """Return how many frames `probe` counts and `read_video` gives; None for an error."""
+    found: list[int | None] = []
+    for count in (lambda: probe(path).frames, lambda: len(read_video(path))):
+        try:
+            found.append(count())
+        except VideoError:
+            found.append(None)
+    return found[0], found[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A gate, and the function that measures it; None as long as there is none."""
+
+    name: str
+    op: str
+    target: float
+    measure: Callable[[], tuple[float, list[dict[str, Any]]]] | None = None
+
+
+FAULTS = (
+    Fault(name="short_reads", op="==", target=0, measure=short_reads),
+    Fault(name="threads_wrong", op="==", target=0),
+    Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3),
+    Fault(name="options_without_effect", op="==", target=0),
+    Fault(name="lora_formats_round_trip", op="==", target=1.0),
+)
+
+
+def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the payload of the result file: gates, the rows behind them, the names of those not measured.
+
+    Args:
+        only: gates to measure; none for all.
+        before: the file's content, from which the other gates keep value and rows.
+    """
+    values = {row["name"]: row["value"] for row in before.get("gates", [])}
+    rows = dict(before.get("rows", {}))
+    for fault in FAULTS:
+        if fault.measure is not None and (not only or fault.name in only):
+            values[fault.name], rows[fault.name] = fault.measure()
+    gates = [gate(fault.name, values.get(fault.name), fault.op, fault.target) for fault in FAULTS]
+    missing = [row["name"] for row in gates if row["value"] is None]
+    return {"seed": SEED, "not_measured": missing, "gates": gates, "rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write the file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
+    names = [fault.name for fault in FAULTS if fault.measure is not None]
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="measure these alone")
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
+    options = parser.parse_args(argv)
+    before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    payload = measured(options.only, before)
+    write_result(options.output, payload)
+    for name in payload["not_measured"]:
+        print(f"{name}: not measured")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
