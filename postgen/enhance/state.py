@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ STRONG = 0.5
 class Plan:
     """What settings mean on one transformer, and what was warned of under them."""
 
-    def __init__(self, weights: dict[str, tuple[float, float] | None]) -> None:
+    def __init__(self, weights: dict[str, tuple[float, float] | None], progress: Callable[..., float] | None) -> None:
         self.weights = weights
         """(weight, relative weight) by layer; None leaves it alone."""
+        self.progress = progress
+        """(forward arguments, transformer) -> where the denoising is; None: it was not needed."""
         self.notes: dict[str, str] = {}
         """By kind."""
 
@@ -74,7 +76,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
                 if not any(re.fullmatch(pattern, name) for name in self.layers):
                     known = ", ".join(list(self.layers)[:3])
                     raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
-        return Plan({name: _weight_of(name, config, self.call.transformer) for name in self.layers})
+        weights = {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
+        return Plan(weights, self.progress)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[EnhanceAVideoConfig]]) -> None:
         """Put the wrappers on the processors, whoever is enabled, or take them off."""
@@ -180,8 +183,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
     def _progress(self, model: nn.Module, arguments: Mapping[str, Any]) -> float:
         if self.call.config.progress is not None:
             return self.call.config.progress()
-        assert self.progress is not None  # prepare saw to it
-        return float(self.progress(arguments, model))
+        return float(self.now.prepared.progress(arguments, model))
 
     def _grid(self, arguments: Mapping[str, Any]) -> Grid | None:
         """Return the token grid, or None after a warning."""

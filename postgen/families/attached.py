@@ -195,15 +195,18 @@ class AttachedPlugIn(Generic[C]):
         for setting in own:
             setting.open = False
 
-    def open_block(self, model: nn.Module, config: C | None) -> Setting[C]:
-        """Begin a block of calls with settings of their own; None is off.
+    def open_block(self, model: nn.Module, made: AttachedPlugIn[C] | None) -> Setting[C]:
+        """Begin a block of calls with settings of their own.
+
+        Args:
+            model: the transformer.
+            made: one that was made with these settings, perhaps this one; None is off.
 
         Raises:
-            UserError: they are wrong; nothing changes.
+            UserError: it cannot be put on; nothing changes.
         """
-        prepared = self.setting.prepared if config is None else self.prepare(model, config)
-        given = self.setting.config if config is None else config
-        setting = Setting(given, enabled=config is not None, prepared=prepared)
+        given = self.setting if made is None else made.setting
+        setting = Setting(given.config, enabled=made is not None, prepared=given.prepared)
         self._calls.append(setting)
         try:
             self._changed(model)

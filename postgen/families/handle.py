@@ -226,16 +226,16 @@ def set_for_call(
         model: the transformer.
         name: of the plug-in.
         config: settings; None is off.
-        make: what is installed where it is not on yet.
+        make: checks the settings, and returns what is installed where it is not on yet.
 
     Raises:
         UserError: settings that are wrong, or a model that it does not know; nothing changes.
     """
     with CHANGING:
         found: AttachedPlugIn[Any] | None = installed(model).plug_ins.get(name)
-        if found is None and config is not None:
-            found = make(model, config)
-        setting = None if found is None else found.open_block(model, config)
+        made = None if config is None else make(model, config)
+        found = found or made
+        setting = None if found is None else found.open_block(model, made)
     try:
         yield
     finally:
