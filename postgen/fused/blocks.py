@@ -89,11 +89,13 @@ def is_fused(block: nn.Module) -> bool:
 def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
     """Return the subclass of a block's class with this forward; one for each, so compiled code is shared."""
 
+    stock = parent.forward
+
     @functools.wraps(forward)
     def fused_or_stock(self: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = self.__dict__.get(_WANTED)
         if wanted is None or not wanted():
-            return parent.forward(self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
     # The class is made at run time, so an object of it is pickled as an object of its parent and made again.
@@ -102,7 +104,7 @@ def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
 
     body = {
         "forward": fused_or_stock,
-        "postgen_stock_forward": parent.forward,
+        "postgen_stock_forward": stock,
         "postgen_parent": parent,
         "__reduce__": __reduce__,
         "__module__": parent.__module__,

@@ -272,3 +272,24 @@ def test_a_transformer_that_is_exchanged_is_told_of_once(row: PlugIn, value: str
         pipe.register_modules(transformer=tiny_model(MODEL).transformer)
     (text,) = [str(each.message) for each in told]
     assert f"transformer of CogVideoXPipeline was replaced after {row.name} was applied" in text
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_code_has_the_settings_of_its_thread(calls: Calls, whole: bool) -> None:
+    torch._dynamo.reset()
+    settings = (calls.settings[0], None)
+    try:
+        if whole:
+            calls.model.compile(fullgraph=True, backend="eager")
+        else:
+            for block in calls.model.transformer_blocks:
+                block.compile(fullgraph=True, backend="eager")
+        alone = [calls(setting) for setting in settings]
+        for got, expected in zip(alone, (calls.alone[0], calls.alone[3]), strict=True):
+            assert torch.allclose(got, expected, atol=1e-5)
+        assert not torch.equal(*alone)
+        found = in_threads(*(lambda setting=s: [calls(setting) for _ in range(3)] for s in settings))
+        for results, expected in zip(found, alone, strict=True):
+            assert all(torch.equal(each, expected) for each in results)
+    finally:
+        torch._dynamo.reset()
