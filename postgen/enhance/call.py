@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -10,19 +12,44 @@ if TYPE_CHECKING:
     from postgen.enhance.config import EnhanceAVideoConfig
     from postgen.families import Grid, VideoTokens
 
+T = TypeVar("T")
+
+
+class PerThread(threading.local, Generic[T]):
+    """An object for each thread. Compiled code may read `own` and write into it (what it writes here is lost)."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self.own = make()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerThread, (self._make,)
+
+
+class Kept:
+    """What was kept of the last call under gradients, for whatever thread autograd runs layers again in."""
+
+    def __init__(self) -> None:
+        self.values: tuple[Any, ...] | None = None
+
 
 class VideoCall:
-    """The settings, where the video's tokens are, and the geometry of the call under way.
+    """The settings, where the video's tokens are, and the geometry of the call under way in a thread.
 
     The transformer's hooks write it before its layers run, the layers read it.
     """
 
-    def __init__(self, transformer: str, model_config: Any, video: VideoTokens, config: EnhanceAVideoConfig) -> None:
+    def __init__(
+        self, transformer: str, model_config: Any, video: VideoTokens, config: EnhanceAVideoConfig, kept: Kept
+    ) -> None:
         self.transformer = transformer
         """Name of the class, for messages."""
         self.model_config = model_config
         self.video = video
         self.config = config
+        self.kept = kept
+        self.begun = False
+        """Whether this thread has called the transformer."""
         self.active = False
         """Whether the call under way is enhanced."""
         self.frames, self.places = 0, 0
@@ -38,6 +65,15 @@ class VideoCall:
         """Frames in a block of block-causal attention; 0: every frame sees every frame."""
         rule = self.video.causal_rule
         return 0 if rule is None else rule(self.model_config)
+
+    def keep(self) -> None:
+        """Keep the call for layers that are run again."""
+        self.kept.values = self.active, self.config, self.frames, self.places
+
+    def resume(self) -> None:
+        """Take what was kept."""
+        if self.kept.values is not None:
+            self.active, self.config, self.frames, self.places = self.kept.values
 
     def measure(self, grid: Grid) -> None:
         """Take the geometry of a call."""

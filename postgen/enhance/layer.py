@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from postgen.enhance.call import Kept, PerThread
 from postgen.enhance.gain import frame_gain
 from postgen.enhance.sdpa import tap_sdpa
 from postgen.enhance.shards import ulysses_group, whole_sequence
@@ -20,14 +22,11 @@ if TYPE_CHECKING:
     from postgen.enhance.call import VideoCall
 
 
-class EnhancedAttention:
-    """The wrapper of one module's processor; `around` is pushed on the processor stack.
+class LayerCall:
+    """What is known of a layer in a thread: its weight in the call under way, and what was measured."""
 
-    Everything Python decides here is the same for every layer of a model, so compiled blocks share their code.
-    """
-
-    def __init__(self, call: VideoCall) -> None:
-        self.call = call
+    def __init__(self, calls: PerThread[VideoCall]) -> None:
+        self.call = calls.own
         self.on = True
         """Whether the layer has a weight at all."""
         self.weight = 0.0
@@ -42,77 +41,124 @@ class EnhancedAttention:
         self.mismatch = False
         """The last call showed tokens that are not the video's."""
 
+    @property
+    def active(self) -> bool:
+        """Whether the layer is enhanced in the call under way."""
+        return self.call.active and self.on
+
+
+class EnhancedAttention:
+    """The wrapper of one module's processor; `around` is pushed on the processor stack.
+
+    Everything Python decides here is the same for every layer of a model, so compiled blocks share their code.
+    """
+
+    def __init__(self, calls: PerThread[VideoCall]) -> None:
+        self._threads = PerThread(functools.partial(LayerCall, calls))
+        self._kept = Kept()
+
+    @property
+    def here(self) -> LayerCall:
+        """What is known in this thread."""
+        return self._threads.own
+
+    @property
+    def gain(self) -> Tensor | None:
+        """(B,) of the last call of this thread."""
+        return self.here.gain
+
+    @gain.setter
+    def gain(self, gain: Tensor | None) -> None:
+        self.here.gain = gain
+
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the attention and scale the video tokens of what it returns."""
-        if not (self.call.active and self.on):
+        here = self._threads.own
+        if not here.call.begun:
+            self._resume()
+        if not here.active:
             return inner(attention, *args, **kwargs)
         text = _text_length(args, kwargs)
         shares: list[Tensor] = []
 
         def look(query: Tensor, key: Tensor, scale: float | None, parallel_config: Any) -> None:
             with torch.no_grad():
-                share = self._share(query, key, scale, parallel_config, text)
+                share = _share(here, query, key, scale, parallel_config, text)
             if share is not None:
                 shares.append(share)
 
-        tap = tap_dispatched if self.dispatched else tap_sdpa
+        tap = tap_dispatched if here.dispatched else tap_sdpa
         with tap(look):
             output = inner(attention, *args, **kwargs)
         if not shares:
-            self.unseen, self.gain = True, None
+            here.unseen, here.gain = True, None
             return output
         # A processor may call attention once per sample.
-        self.gain = self._gain(shares[0] if len(shares) == 1 else torch.cat(shares))
-        if self.call.video.scale_target != "attention":
+        gain = _gain(here, shares[0] if len(shares) == 1 else torch.cat(shares))
+        here.gain = gain
+        if here.call.video.scale_target != "attention":
             return output
         if isinstance(output, tuple):
-            return self._scaled(output[0], self.gain), *output[1:]
-        return self._scaled(output, self.gain)
+            return _scaled(here.call, output[0], gain), *output[1:]
+        return _scaled(here.call, output, gain)
 
     def scale_norm(self, module: Any, args: Any, output: Any) -> Any:
         """Forward hook of the norm behind the attention, where that norm would cancel a scalar on the attention."""
-        gain = self.gain
+        here = self._threads.own
         # A cache may have kept the attention's output from an earlier step: its gain is the one kept here.
-        if gain is None or not (self.call.active and self.on):
+        if here.gain is None or not here.active:
             return output
-        return _times(output, gain.view(-1, *[1] * (output.dim() - 1)))
+        return _times(output, here.gain.view(-1, *[1] * (output.dim() - 1)))
 
-    def _share(
-        self, query: Tensor, key: Tensor, scale: float | None, parallel_config: Any, text: int
-    ) -> Tensor | None:
-        call = self.call
-        group = ulysses_group(parallel_config)
-        if group is not None:
-            if call.video.token_order != "video":
-                raise UserError(f"Enhance-A-Video cannot split {call.transformer} among ranks: its tokens are mixed")
-            query, key = whole_sequence(query, group), whole_sequence(key, group)
-        seen = call.locate(query, key, text)
-        if seen is None:
-            self.mismatch = True
-            return None
-        query, key = seen
-        share: Tensor = temporal_self_share(query, key, scale, call.causal_frames, call.config.chunk_size)
-        if group is not None:
-            torch.distributed.all_reduce(share, group=group)
-            share = share / group.size()
-        return share
+    def keep(self) -> None:
+        """Keep what is known of the call, for a thread of autograd that runs the layer again."""
+        here = self._threads.own
+        self._kept.values = here.on, here.weight, here.relative_weight, here.dispatched
 
-    def _gain(self, share: Tensor) -> Tensor:
-        frames, config = self.call.frames, self.call.config
-        weight = self.weight + self.relative_weight * frames
-        return frame_gain(share, frames, weight, reduction=config.reduction, max_gain=config.max_gain)
+    def _resume(self) -> None:
+        here = self._threads.own
+        here.call.resume()
+        if self._kept.values is not None:
+            here.on, here.weight, here.relative_weight, here.dispatched = self._kept.values
 
-    def _scaled(self, video: Tensor, gain: Tensor) -> Tensor:
-        call = self.call
-        if call.video.factorised:
-            return _times(video, gain.repeat_interleave(call.places).view(-1, 1, 1))
-        gain = gain.view(-1, *[1] * (video.dim() - 1))
-        order, others = call.video.token_order, video.shape[1] - call.tokens
-        if video.dim() == 3 and others > 0 and order.startswith("history"):
-            return torch.cat([video[:, :others], _times(video[:, others:], gain)], dim=1)
-        if video.dim() == 3 and others > 0 and order == "video-reference":
-            return torch.cat([_times(video[:, : call.tokens], gain), video[:, call.tokens :]], dim=1)
-        return _times(video, gain)
+
+def _share(
+    here: LayerCall, query: Tensor, key: Tensor, scale: float | None, parallel_config: Any, text: int
+) -> Tensor | None:
+    call = here.call
+    group = ulysses_group(parallel_config)
+    if group is not None:
+        if call.video.token_order != "video":
+            raise UserError(f"Enhance-A-Video cannot split {call.transformer} among ranks: its tokens are mixed")
+        query, key = whole_sequence(query, group), whole_sequence(key, group)
+    seen = call.locate(query, key, text)
+    if seen is None:
+        here.mismatch = True
+        return None
+    query, key = seen
+    share: Tensor = temporal_self_share(query, key, scale, call.causal_frames, call.config.chunk_size)
+    if group is not None:
+        torch.distributed.all_reduce(share, group=group)
+        share = share / group.size()
+    return share
+
+
+def _gain(here: LayerCall, share: Tensor) -> Tensor:
+    frames, config = here.call.frames, here.call.config
+    weight = here.weight + here.relative_weight * frames
+    return frame_gain(share, frames, weight, reduction=config.reduction, max_gain=config.max_gain)
+
+
+def _scaled(call: VideoCall, video: Tensor, gain: Tensor) -> Tensor:
+    if call.video.factorised:
+        return _times(video, gain.repeat_interleave(call.places).view(-1, 1, 1))
+    gain = gain.view(-1, *[1] * (video.dim() - 1))
+    order, others = call.video.token_order, video.shape[1] - call.tokens
+    if video.dim() == 3 and others > 0 and order.startswith("history"):
+        return torch.cat([video[:, :others], _times(video[:, others:], gain)], dim=1)
+    if video.dim() == 3 and others > 0 and order == "video-reference":
+        return torch.cat([_times(video[:, : call.tokens], gain), video[:, call.tokens :]], dim=1)
+    return _times(video, gain)
 
 
 def _times(output: Tensor, gain: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from postgen.errors import UserError
+from postgen.families.installed import transformers_of
 
 _CLOSE = 0.005
 """What bfloat16 may move a timestep, as a part of the largest."""
@@ -15,37 +20,39 @@ _CLOSE = 0.005
 class PipelineProgress:
     """Fraction of the denoising steps that are done when the transformer is called.
 
-    The pipeline is asked each time, so a scheduler that is exchanged later counts, and it is not kept alive.
+    The step is that of the pipeline whose `__call__` is running in this thread, so what another pipeline with the same
+    transformer does, or did, is of no account. Without one, the pipeline given here is taken, for loops written by
+    hand; it is not kept alive. A scheduler is asked for each time, so one that is exchanged later counts.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
 
-    def __call__(self, arguments: Mapping[str, Any]) -> float:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> float:
         """Return a number in [0, 1).
 
         Args:
             arguments: forward arguments of the transformer; `timestep` is looked up in the schedule where the
                 scheduler does not count its steps (DDIM), has not begun to (the first step of a call, which need not
                 be that of the schedule), or is one of several (diffusion forcing has one a frame).
+            model: the transformer that is called; None takes the innermost pipeline whatever it has.
 
         Raises:
-            UserError: the pipeline is gone.
+            UserError: no pipeline is running, and the one given is gone or at the end of its schedule.
         """
+        pipe = _running(model)
+        if pipe is not None:
+            return _fraction(pipe.scheduler, arguments)
         pipe = self._pipe() if self._pipe is not None else None
         if pipe is None:
             raise UserError("start and stop need the pipeline, which is gone: apply Enhance-A-Video to the new one")
-        scheduler = pipe.scheduler
-        steps = scheduler.timesteps
-        counted = getattr(scheduler, "step_index", None)
-        if counted is not None:
-            return float(counted / len(steps))
-        # Timesteps may come per sample, frame or token; clean reference tokens have 0.
-        now = arguments["timestep"].max().to(steps)
-        distance, index = (steps - now).abs().min(0)
-        # A count that has not begun, in a model with a time of its own (Cosmos), is at the first step.
-        unlike = hasattr(scheduler, "step_index") and distance > _CLOSE * steps.abs().max()
-        return 0.0 if unlike else int(index) / len(steps)
+        if (getattr(pipe.scheduler, "step_index", None) or 0) >= len(pipe.scheduler.timesteps):
+            raise UserError(
+                f"start and stop need the denoising step, but no pipeline is running and the {type(pipe).__name__}"
+                " that Enhance-A-Video was applied to has finished: call a pipeline, or give progress=, a function"
+            )
+        return _fraction(pipe.scheduler, arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineProgress:
         return self
@@ -55,3 +62,39 @@ class PipelineProgress:
 
     def __setstate__(self, state: None) -> None:
         self._pipe = None  # type: ignore[assignment]
+
+
+def _running(model: nn.Module | None) -> Any | None:
+    """Return the innermost pipeline with this transformer whose call is under way in this thread; None: there is none.
+
+    A pipeline of diffusers says nowhere that it runs. Its frame does, and is gone however the call ends.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if frame.f_code.co_name == "__call__" and names and names[0] == "self":
+            found = frame.f_locals.get("self")
+            if hasattr(found, "scheduler") and hasattr(found, "components") and (model is None or _has(found, model)):
+                return found
+        frame = frame.f_back
+    return None
+
+
+def _has(pipe: Any, model: nn.Module) -> bool:
+    try:
+        return any(each is model for each in transformers_of(pipe).values())
+    except UserError:  # it has none
+        return False
+
+
+def _fraction(scheduler: Any, arguments: Mapping[str, Any]) -> float:
+    steps = scheduler.timesteps
+    counted = getattr(scheduler, "step_index", None)
+    if counted is not None:
+        return float(counted / len(steps))
+    # Timesteps may come per sample, frame or token; clean reference tokens have 0.
+    now = arguments["timestep"].max().to(steps)
+    distance, index = (steps - now).abs().min(0)
+    # A count that has not begun, in a model with a time of its own (Cosmos), is at the first step.
+    unlike = hasattr(scheduler, "step_index") and distance > _CLOSE * steps.abs().max()
+    return 0.0 if unlike else int(index) / len(steps)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from postgen.enhance.call import VideoCall
+from postgen.enhance.call import Kept, PerThread, VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.layer import EnhancedAttention
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
 from postgen.families import Grid, layout_of, video_tokens_of
+from postgen.families.attached import AttachedPlugIn, Setting
 from postgen.families.attention.dispatch import install_attention_tap
-from postgen.families.installed import installed, processor_stack
+from postgen.families.installed import processor_stack
 
 NAME = "enhance_a_video"
 """Name on the processor stack and among the plug-ins of a transformer."""
@@ -28,48 +30,45 @@ STRONG = 0.5
 """w/T from which on a warning is given; the strongest official setting has 0.26."""
 
 
-class Enhancement:
-    """Everything on one transformer. `install` puts it there, `remove` takes it off."""
+class Plan:
+    """What settings mean on one transformer, and what was warned of under them."""
+
+    def __init__(self, weights: dict[str, tuple[float, float] | None], progress: Callable[..., float] | None) -> None:
+        self.weights = weights
+        """(weight, relative weight) by layer; None leaves it alone."""
+        self.progress = progress
+        """(forward arguments, transformer) -> where the denoising is; None: it was not needed."""
+        self.notes: dict[str, str] = {}
+        """By kind."""
+
+
+class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
+    """Everything on one transformer."""
+
+    name = NAME
 
     def __init__(self, model: nn.Module, config: EnhanceAVideoConfig, progress: PipelineProgress | None) -> None:
-        video = video_tokens_of(model)
-        self.call = VideoCall(layout_of(model).transformer, model.config, video, config)
         self.progress = progress
-        self.enabled = True
-        self.layers = {name: EnhancedAttention(self.call) for name in video.attention_modules(model)}
+        video = video_tokens_of(model)
+        transformer = layout_of(model).transformer
+        self._threads = PerThread(functools.partial(VideoCall, transformer, model.config, video, config, Kept()))
+        self.layers = {name: EnhancedAttention(self._threads) for name in video.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._hooks: list[Any] = []
-        self._notes: dict[str, str] = {}  # what was warned of under these settings, by kind
-        self.configure(model, config)
+        self._norm_hooks: list[Any] = []
+        self._last: tuple[int, dict[str, Tensor]] = 0, {}
+        super().__init__(model, config)
 
     @property
-    def config(self) -> EnhanceAVideoConfig:
-        """The settings."""
-        return self.call.config
+    def call(self) -> VideoCall:
+        """The call under way in this thread."""
+        return self._threads.own
 
-    def check(self, model: nn.Module, config: EnhanceAVideoConfig) -> None:
-        """Refuse settings that are wrong.
+    def prepare(self, model: nn.Module, config: EnhanceAVideoConfig) -> Plan:
+        """Find the weight of each layer.
 
         Raises:
             UserError: a pattern that no layer matches, or start and stop without a way to know the step.
         """
-        self._weights(config)
-
-    def configure(self, model: nn.Module, config: EnhanceAVideoConfig) -> None:
-        """Take new settings; nothing changes where they are wrong.
-
-        Raises:
-            UserError: as `check`.
-        """
-        weights = self._weights(config)
-        self.call.config = config
-        self._notes.clear()
-        for name, layer in self.layers.items():
-            chosen = weights[name]
-            layer.on = chosen is not None
-            layer.weight, layer.relative_weight = chosen or (0.0, 0.0)
-
-    def _weights(self, config: EnhanceAVideoConfig) -> dict[str, tuple[float, float] | None]:
         if not config.whole_range and config.progress is None and self.progress is None:
             raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
         if isinstance(config.weight, Mapping):
@@ -77,71 +76,78 @@ class Enhancement:
                 if not any(re.fullmatch(pattern, name) for name in self.layers):
                     known = ", ".join(list(self.layers)[:3])
                     raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
-        return {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
+        weights = {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
+        return Plan(weights, self.progress)
 
-    def enable(self, model: nn.Module) -> None:
-        """Act again after `disable`."""
-        self.enabled = True
-
-    def disable(self, model: nn.Module) -> None:
-        """Stop acting, to the bit; what is installed stays."""
-        self.enabled = False
-
-    def install(self, model: nn.Module) -> None:
-        """Put the wrappers on the processors and the hooks on the transformer."""
-        install_attention_tap()
+    def arrange(self, model: nn.Module, live: Sequence[Setting[EnhanceAVideoConfig]]) -> None:
+        """Put the wrappers on the processors, whoever is enabled, or take them off."""
         self._stack = processor_stack(model)
-        self._stack.push(NAME, {name: layer.around for name, layer in self.layers.items()})
-        # Native hooks: the hooks of diffusers and accelerate replace `forward`, and these survive that.
-        self._hooks.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self.after_forward))
-        target = self.call.video.scale_target
-        if target != "attention":
-            for name, layer in self.layers.items():
-                norm = model.get_submodule(f"{name.rpartition('.')[0]}.{target}")
-                self._hooks.append(norm.register_forward_hook(layer.scale_norm))
-        installed(model).plug_ins[NAME] = self
-
-    def remove(self, model: nn.Module) -> None:
-        """Take everything off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._stack.pop(NAME)
-        del installed(model).plug_ins[NAME]
+        on = NAME in self._stack.wrappers
+        if live and not on:
+            install_attention_tap()
+            self._stack.push(NAME, {name: layer.around for name, layer in self.layers.items()})
+            target = self.call.video.scale_target
+            if target != "attention":
+                for name, layer in self.layers.items():
+                    norm = model.get_submodule(f"{name.rpartition('.')[0]}.{target}")
+                    self._norm_hooks.append(norm.register_forward_hook(layer.scale_norm))
+        elif on and not live:
+            for hook in self._norm_hooks:
+                hook.remove()
+            self._norm_hooks.clear()
+            self._stack.pop(NAME)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the geometry of the call that comes."""
-        self.call.active = False
-        if not self.enabled:
+        super().before_forward(model, args, kwargs)
+        call, now = self.call, self.now
+        call.begun, call.active = True, False
+        if not now.enabled:
             return
-        if model.training and not self.config.train:
+        call.config = now.config
+        if model.training and not now.config.train:
             self._warn("training", "it is off in training mode: call eval(), or set train=True")
             return
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        if not self.config.whole_range and not self.config.covers(self._progress(arguments)):
+        if not now.config.whole_range and not now.config.covers(self._progress(model, arguments)):
             return
         grid = self._grid(arguments)
-        if grid is None or grid.frames < self.config.min_frames:
+        if grid is None or grid.frames < now.config.min_frames:
             return
-        self.call.measure(grid)
-        self.call.active = True
-        through_diffusers = self.call.video.attention_call == "dispatch"
+        call.measure(grid)
+        call.active = True
+        through_diffusers = call.video.attention_call == "dispatch"
         for name, layer in self.layers.items():
-            layer.dispatched = through_diffusers or self._stack.dispatches(name)
+            weights = now.prepared.weights[name]
+            here = layer.here
+            here.on = weights is not None
+            here.weight, here.relative_weight = weights or (0.0, 0.0)
+            here.dispatched = through_diffusers or self._stack.dispatches(name)
         self._warn_of_displaced()
         self._warn_of_strength()
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """Say what went wrong in the layers, where a warning does not break compiled code."""
-        if not self.call.active:
-            return
+        call, eager = self.call, not torch.compiler.is_compiling()
+        if call.active and output is not None:
+            self._warn_of_layers()
+            if eager:
+                self._last = call.frames, {name: x.gain for name, x in self.layers.items() if x.gain is not None}
         # Gradient checkpointing runs the layers again, outside a call of the transformer.
-        self.call.active = torch.is_grad_enabled()
-        if any(layer.mismatch for layer in self.layers.values()):
+        call.active = call.active and output is not None and torch.is_grad_enabled()
+        if eager and torch.is_grad_enabled():
+            call.keep()
+            for layer in self.layers.values():
+                layer.keep()
+        super().after_forward(model, args, output)
+
+    def _warn_of_layers(self) -> None:
+        layers = {name: layer.here for name, layer in self.layers.items()}
+        if any(layer.mismatch for layer in layers.values()):
             self._warn_of_tokens()
-        elif unseen := [name for name, layer in self.layers.items() if layer.unseen]:
+        elif unseen := [name for name, layer in layers.items() if layer.unseen]:
             self._warn_of_unseen(unseen)
-        for layer in self.layers.values():
+        for layer in layers.values():
             layer.unseen = layer.mismatch = False
 
     def _warn_of_unseen(self, unseen: list[str]) -> None:
@@ -151,8 +157,13 @@ class Enhancement:
         self._warn("unseen", f"no attention call was seen in {layers} ({why}). It is off there")
 
     def gains(self) -> dict[str, tuple[float, ...]]:
-        """Return the gains of the last measured call, one per sample, by layer."""
-        return {name: tuple(layer.gain.tolist()) for name, layer in self.layers.items() if layer.gain is not None}
+        """Return the gains of the last measured call, one per sample, by layer: of this thread, if it made one."""
+        return {name: tuple(gain.tolist()) for name, gain in self._measured()[1].items()}
+
+    def _measured(self) -> tuple[int, dict[str, Tensor]]:
+        if not self.call.begun:
+            return self._last
+        return self.call.frames, {name: x.gain for name, x in self.layers.items() if x.gain is not None}
 
     def describe(self) -> str:
         """Say in one line what is on and how it is set."""
@@ -160,27 +171,26 @@ class Enhancement:
         if config.weight == "auto" and relative is None:
             relative = recommended_weight(self.call.transformer).relative_weight
         weight = f"weight {config.weight}" if relative is None else f"weight {relative:.3g} x latent frames"
-        on = sum(layer.on for layer in self.layers.values())
+        on = sum(weights is not None for weights in self.setting.prepared.weights.values())
         parts = [weight, f"{on} of {len(self.layers)} layers"]
         if not config.whole_range:
             parts.append(f"steps {config.start:.0%} to {config.stop:.0%}")
         if gains := [gain for layer in self.gains().values() for gain in layer]:
-            parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self.call.frames} frames")
-        parts += [f"note: {text}" for text in self._notes.values()]
+            parts.append(f"last gains {min(gains):.4f} to {max(gains):.4f} with {self._measured()[0]} frames")
+        parts += [f"note: {text}" for text in self.setting.prepared.notes.values()]
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
-    def _progress(self, arguments: Mapping[str, Any]) -> float:
-        if self.config.progress is not None:
-            return self.config.progress()
-        assert self.progress is not None  # configure saw to it
-        return self.progress(arguments)
+    def _progress(self, model: nn.Module, arguments: Mapping[str, Any]) -> float:
+        if self.call.config.progress is not None:
+            return self.call.config.progress()
+        return float(self.now.prepared.progress(arguments, model))
 
     def _grid(self, arguments: Mapping[str, Any]) -> Grid | None:
         """Return the token grid, or None after a warning."""
         video = self.call.video
         packed = video.latent_axes == "packed"
         grid = video.grid_rule(self.call.model_config, arguments)
-        given = self.config.num_frames
+        given = self.call.config.num_frames
         if given is not None:
             frames = given(arguments) if callable(given) else given
             if isinstance(frames, Grid):
@@ -214,10 +224,11 @@ class Enhancement:
             )
 
     def _warn_of_strength(self) -> None:
-        if self.config.max_gain is not None:
+        if self.call.config.max_gain is not None:
             return
         frames = self.call.frames
-        strength = max(layer.weight / frames + layer.relative_weight for layer in self.layers.values())
+        layers = [layer.here for layer in self.layers.values()]
+        strength = max(layer.weight / frames + layer.relative_weight for layer in layers)
         if strength > STRONG:
             self._warn(
                 "strength",
@@ -226,9 +237,10 @@ class Enhancement:
             )
 
     def _warn(self, kind: str, text: str) -> None:
-        if kind in self._notes:
+        notes = self.now.prepared.notes
+        if kind in notes:
             return
-        self._notes[kind] = text
+        notes[kind] = text
         # A warning would break the graph of a model that is compiled as a whole: the summary tells it.
         if not torch.compiler.is_compiling():
             warnings.warn(f"Enhance-A-Video on {self.call.transformer}: {text}", stacklevel=2)

@@ -6,54 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from numbers import Number
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from postgen.errors import UserError
+from postgen.families.attached import CHANGING, AttachedPlugIn
 from postgen.families.installed import installed, transformers_of
+from postgen.families.replaced import watch_replacements
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Attached(Protocol):
-    """A plug-in as it stands on one transformer. Methods that can fail change nothing then."""
-
-    @property
-    def config(self) -> Any:
-        """The settings, a frozen dataclass."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it acts."""
-
-    def check(self, model: nn.Module, config: Any) -> None:
-        """Find everything that is wrong with settings on this transformer as it is now.
-
-        Raises:
-            UserError: what is wrong.
-        """
-
-    def install(self, model: nn.Module) -> None:
-        """Put it on the transformer and enter it among its plug-ins; it acts from then on."""
-
-    def configure(self, model: nn.Module, config: Any) -> None:
-        """Take new settings, enabled or not."""
-
-    def enable(self, model: nn.Module) -> None:
-        """Act again after `disable`."""
-
-    def disable(self, model: nn.Module) -> None:
-        """Give the stock model back, bit by bit, but stay entered."""
-
-    def remove(self, model: nn.Module) -> None:
-        """Take it off for good."""
-
-    def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
-
-
 C = TypeVar("C")
-A = TypeVar("A", bound=Attached)
+A = TypeVar("A", bound=AttachedPlugIn[Any])
 Parts = Mapping[str, tuple["nn.Module", A]]
 """Component of a pipeline -> its transformer, and what stands on it."""
 
@@ -79,8 +44,8 @@ class PlugInHandle(Generic[C, A]):
     @classmethod
     def of(cls, target: Any) -> Self | None:
         """Return a handle to what is on a pipeline or transformer (a deep copy has its own); None where nothing is."""
-        models = transformers_of(target).items()
-        on = {part: (m, installed(m).plug_ins[cls.name]) for part, m in models if cls.name in installed(m).plug_ins}
+        found = {part: (m, installed(m).plug_ins.get(cls.name)) for part, m in transformers_of(target).items()}
+        on = {part: (m, plug_in) for part, (m, plug_in) in found.items() if plug_in is not None and plug_in.visible}
         return cls(on) if on else None
 
     @classmethod
@@ -92,19 +57,23 @@ class PlugInHandle(Generic[C, A]):
             make: checks a transformer and returns what is installed on it.
 
         Raises:
-            UserError: it is on one of them already, or `make` refuses one.
+            UserError: it is on one of them already, also for a call in another thread, or `make` refuses one.
         """
         models = transformers_of(target)
-        for component, model in models.items():
-            if cls.name in installed(model).plug_ins:
-                raise UserError(cls.doubled.format(where=component or "this transformer"))
-        # Everything that can be wrong shows here, before anything is installed.
-        parts = {component: (model, make(model)) for component, model in models.items()}
-        with ExitStack() as undo:
+        with CHANGING, ExitStack() as undo:
+            for component, model in models.items():
+                if (standing := installed(model).plug_ins.get(cls.name)) is not None:
+                    where = component or "this transformer"
+                    if standing.visible:
+                        raise UserError(cls.doubled.format(where=where))
+                    raise UserError(f"a call in another thread has {cls.name} on {where}: apply it when that ended")
+            # Everything that can be wrong shows here, before anything is installed.
+            parts = {component: (model, make(model)) for component, model in models.items()}
             for model, part in parts.values():
                 part.install(model)
                 undo.callback(part.remove, model)
             undo.pop_all()
+        watch_replacements()
         return cls(parts)
 
     @classmethod
@@ -134,6 +103,9 @@ class PlugInHandle(Generic[C, A]):
     @contextmanager
     def for_call(cls, target: Any, setting: Any, make: Callable[[nn.Module, C], A]) -> Iterator[None]:
         """Set the plug-in on a pipeline or transformer for the calls in a block; afterwards it is as it was before.
+
+        It is set for the thread or task that opens the block, as context variables are: `asyncio.to_thread` takes it
+        along, a thread that is started otherwise runs `contextvars.copy_context().run` to have it.
 
         Args:
             target: the pipeline (all its transformers are taken) or transformer.
@@ -167,7 +139,11 @@ class PlugInHandle(Generic[C, A]):
     def still_on(self) -> dict[str, tuple[nn.Module, A]]:
         """The transformers that it is on, by component."""
         parts = self._parts.items()
-        return {part: each for part, each in parts if installed(each[0]).plug_ins.get(self.name) is each[1]}
+        return {
+            part: (model, plug_in)
+            for part, (model, plug_in) in parts
+            if installed(model).plug_ins.get(self.name) is plug_in and plug_in.visible
+        }
 
     @property
     def _on(self) -> list[tuple[nn.Module, A]]:
@@ -182,16 +158,19 @@ class PlugInHandle(Generic[C, A]):
         Raises:
             UserError: it was removed, or the model changed meanwhile so that it cannot act; nothing changes.
         """
-        off = [(model, part) for model, part in self._on if not part.enabled]
-        for model, part in off:
-            part.check(model, part.config)
-        for model, part in off:
-            part.enable(model)
+        with CHANGING:
+            off = [(model, part) for model, part in self._on if not part.enabled]
+            for model, part in off:
+                part.check(model, part.config)
+            for model, part in off:
+                part.configure(model, part.config)  # layers may have come or gone since
+                part.enable(model)
 
     def disable(self) -> None:
         """Give the stock model back, bit by bit, until `enable`."""
-        for model, part in self._on:
-            part.disable(model)
+        with CHANGING:
+            for model, part in self._on:
+                part.disable(model)
 
     def update(self, config: C | None = None, **changes: Any) -> None:
         """Change the settings.
@@ -206,13 +185,14 @@ class PlugInHandle(Generic[C, A]):
         known = self.config_class.__dataclass_fields__
         if unknown := sorted(changes.keys() - known.keys()):
             raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
-        on = self._on
-        given: Any = self.config if config is None else self.settings(config)
-        new: Any = dataclasses.replace(given, **self.completed(changes))
-        for model, part in on:
-            part.check(model, new)
-        for model, part in on:
-            part.configure(model, new)
+        with CHANGING:
+            on = self._on
+            given: Any = self.config if config is None else self.settings(config)
+            new: Any = dataclasses.replace(given, **self.completed(changes))
+            for model, part in on:
+                part.check(model, new)
+            for model, part in on:
+                part.configure(model, new)
 
     def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Return the changes with those that follow from them: fields that exclude each other, say."""
@@ -224,9 +204,10 @@ class PlugInHandle(Generic[C, A]):
         Raises:
             UserError: it was removed already.
         """
-        for model, part in self._on:
-            part.remove(model)
-        self._parts = {}
+        with CHANGING:
+            for model, part in self._on:
+                part.remove(model)
+            self._parts = {}
 
 
 def is_off(setting: Any) -> bool:
@@ -236,7 +217,7 @@ def is_off(setting: Any) -> bool:
 
 @contextmanager
 def set_for_call(
-    model: nn.Module, name: str, config: Any | None, make: Callable[[nn.Module, Any], Attached]
+    model: nn.Module, name: str, config: Any | None, make: Callable[[nn.Module, Any], AttachedPlugIn[Any]]
 ) -> Iterator[None]:
     """Set a plug-in on a transformer for the calls in a block; afterwards it is as it was before.
 
@@ -246,39 +227,19 @@ def set_for_call(
         model: the transformer.
         name: of the plug-in.
         config: settings; None is off.
-        make: what is installed where it is not on yet.
+        make: checks the settings, and returns what is installed where it is not on yet.
 
     Raises:
         UserError: settings that are wrong, or a model that it does not know; nothing changes.
     """
-    found: Attached | None = installed(model).plug_ins.get(name)
-    if found is None:
-        added = None if config is None else make(model, config)
-        if added is not None:
-            added.install(model)
-        try:
-            yield
-        finally:
-            if added is not None and _is_on(model, name, added):
-                added.remove(model)
-        return
-    before, enabled = found.config, found.enabled
-    if config is not None:
-        found.check(model, config)
+    with CHANGING:
+        found: AttachedPlugIn[Any] | None = installed(model).plug_ins.get(name)
+        made = None if config is None else make(model, config)
+        found = found or made
+        setting = None if found is None else found.open_block(model, made)
     try:
-        _set(model, found, before if config is None else config, config is not None)
         yield
     finally:
-        if _is_on(model, name, found):
-            _set(model, found, before, enabled)
-
-
-def _is_on(model: nn.Module, name: str, part: Attached) -> bool:
-    return installed(model).plug_ins.get(name) is part
-
-
-def _set(model: nn.Module, part: Attached, config: Any, enabled: bool) -> None:
-    if part.config is not config:
-        part.configure(model, config)
-    if enabled != part.enabled:
-        (part.enable if enabled else part.disable)(model)
+        if found is not None and setting is not None:
+            with CHANGING:
+                found.close_block(model, setting)

@@ -43,7 +43,7 @@ class ProcessorStack:
         self._originals: dict[str, Any] = {}
         self._stacked: dict[str, Any] = {}
         self._modules: dict[str, Any] = {}
-        self._dispatching: set[str] = set()
+        self._dispatching: dict[str, Callable[[], bool]] = {}
 
     @property
     def claims(self) -> dict[str, tuple[str, ...]]:
@@ -62,16 +62,19 @@ class ProcessorStack:
 
     def dispatches(self, module: str) -> bool:
         """Whether a claimant computes a module's attention where `attention.dispatch.tap_dispatched` sees it."""
-        return any(module in self._claims[name] for name in self._dispatching)
+        return any(module in self._claims[name] and sees() for name, sees in self._dispatching.items())
 
-    def claim(self, name: str, computes: Mapping[str, Wrapper], *, dispatches: bool = False) -> None:
+    def claim(
+        self, name: str, computes: Mapping[str, Wrapper], *, dispatches: bool | Callable[[], bool] = False
+    ) -> None:
         """Compute the attention of modules instead of diffusers' processor, below every wrapper.
 
         Args:
             name: who claims; `release` takes it.
             computes: function by module name.
             dispatches: `attention.dispatch.tap_dispatched` sees the queries and keys that attention reads: the
-                functions go through diffusers' dispatcher, or call `attention.show_attention_call`.
+                functions go through diffusers' dispatcher, or call `attention.show_attention_call`. A function is
+                asked in every call, for a claimant that leaves some calls to diffusers' processor.
 
         Raises:
             UserError: the name is on the processors already, somebody else computes one of the modules, or the
@@ -81,7 +84,7 @@ class ProcessorStack:
         self._install_all(name, computes)
         self._claims[name] = dict(computes)
         if dispatches:
-            self._dispatching.add(name)
+            self._dispatching[name] = dispatches if callable(dispatches) else _always
         self._refresh()
 
     def check_claim(self, name: str, modules: Iterable[str]) -> None:
@@ -109,7 +112,7 @@ class ProcessorStack:
         if name not in self._claims:
             raise UserError(f"{name} computes no attention here. Those who do: {', '.join(self._claims) or 'nobody'}")
         del self._claims[name]
-        self._dispatching.discard(name)
+        self._dispatching.pop(name, None)
         self._take_off()
 
     def push(self, name: str, wrappers: Mapping[str, Wrapper]) -> None:
@@ -208,6 +211,10 @@ def _set_processor(module: Any, processor: Any) -> None:
         module.set_processor(processor)
     else:  # MochiAttention
         module.processor = processor
+
+
+def _always() -> bool:
+    return True
 
 
 @functools.cache

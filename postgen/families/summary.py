@@ -76,7 +76,11 @@ def summary(target: Any) -> Summary:
             TransformerSummary(
                 component=component,
                 kind=type(model).__name__,
-                plug_ins={name: plug_in.describe() for name, plug_in in found.plug_ins.items()},
+                plug_ins={
+                    name: plug_in.describe()
+                    for name, plug_in in found.plug_ins.items()
+                    if getattr(plug_in, "visible", True)  # and not on for a call in another thread only
+                },
                 claims={name: len(modules) for name, modules in stack.claims.items()},
                 wrappers=stack.wrappers,
                 displaced=stack.displaced(),

@@ -31,6 +31,11 @@ class FusedOpsConfig:
         if not self.norm_rope and not self.adaln and self.attention is None:
             raise UserError("there is nothing to fuse: set norm_rope, adaln or attention")
 
+    @property
+    def in_attention(self) -> bool:
+        """Whether anything in the attention modules is fused."""
+        return self.norm_rope or self.attention is not None
+
     def _check_attention(self) -> None:
         if self.attention in (None, "auto"):
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from postgen.families.attached import AttachedPlugIn
 from postgen.families.attention import AttentionReader, show_attention_call
 from postgen.families.attention.dispatch import attention_settings
 from postgen.families.attention.reading import NormValues, Stream, dispatched
@@ -18,18 +19,27 @@ from postgen.kernels.qk_norm_rope.ops import qk_norm_rope
 
 
 def compute_fused(
-    config: FusedOpsConfig, reader: AttentionReader, inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
+    fusion: AttachedPlugIn[FusedOpsConfig],
+    reader: AttentionReader,
+    inner: Callable[..., Any],
+    module: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Return what the processor `inner` returns; it is called where the reader does not know the call.
+    """Return what the processor `inner` returns; it computes where the call wants nothing fused or is not known.
 
     Args:
-        config: which operations are fused.
+        fusion: says which operations are fused in this call.
         reader: of the module's processor.
         inner: the processor.
         module: the attention module.
         args: as the processor takes them.
         kwargs: as the processor takes them.
     """
+    now = fusion.now
+    config = now.config
+    if not now.enabled or not config.in_attention:
+        return inner(module, *args, **kwargs)
     call = reader.bind(module, *args, **kwargs)
     reading = reader.read(call)
     if reading is None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from postgen.families import layout_of, video_tokens_of
-from postgen.families.attention import attention_of
+from postgen.families.attached import AttachedPlugIn, Setting
+from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.attention.dispatch import install_attention_tap
 from postgen.families.fingerprints import known_for
-from postgen.families.installed import installed, processor_stack
-from postgen.fused.blocks import check_block, fuse_block, fused_blocks, restore_block
+from postgen.families.installed import processor_stack
+from postgen.fused.blocks import check_block, fuse_block, fused_blocks, is_fused, restore_block
 from postgen.fused.config import FusedOpsConfig
 from postgen.fused.known import fused_blocks_of
 
@@ -22,26 +24,39 @@ NAME = "fused_ops"
 """Name on the processor stack and among the plug-ins of a transformer."""
 
 
-class Fusion:
-    """Everything on one transformer. `install` puts it there, `remove` takes it off."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What settings take the place of on one transformer."""
+
+    readers: dict[str, AttentionReader]
+    """By attention module."""
+    forwards: dict[str, Callable[..., Any]]
+    """By block."""
+
+
+class Fusion(AttachedPlugIn[FusedOpsConfig]):
+    """Everything on one transformer. What is in place computes as the stock model in calls that do not want it."""
+
+    name = NAME
 
     def __init__(self, model: nn.Module, config: FusedOpsConfig) -> None:
-        self.enabled = False
-        self._plan(model, config)
+        self._blocks: dict[str, Callable[..., Any]] = {}
+        self._readers: dict[str, AttentionReader] = {}
+        super().__init__(model, config)
 
-    def _plan(self, model: nn.Module, config: FusedOpsConfig) -> None:
-        """Find what is replaced by what; nothing changes where something is not known.
+    def prepare(self, model: nn.Module, config: FusedOpsConfig) -> Plan:
+        """Find what is replaced by what on the transformer as it is now; layers may have come or gone since.
 
         Raises:
             UserError: an unknown transformer, processor or block, somebody replaced the forward of a block, or
                 somebody else computes attention.
         """
         known, layout = fused_blocks_of(model), layout_of(model)
-        computes: dict[str, Callable[..., Any]] = {}
+        readers: dict[str, AttentionReader] = {}
         forwards: dict[str, Callable[..., Any]] = {}
-        if config.norm_rope or config.attention is not None:
-            computes = _computes(model, config, video_tokens_of(model).attention_modules(model))
-            processor_stack(model).check_claim(NAME, computes)
+        if config.in_attention:
+            readers = _readers(model, video_tokens_of(model).attention_modules(model))
+            processor_stack(model).check_claim(NAME, readers)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
                 kind: Any = type(block)
@@ -49,85 +64,72 @@ class Fusion:
                 advice = "leave it as it is with adaln=False"
                 forwards[name] = known_for(kind, kind.forward, known, what="fused form", advice=advice).forward
                 check_block(block)
-        self.config, self._computes, self._forwards = config, computes, forwards
+        return Plan(readers=readers, forwards=forwards)
 
-    def install(self, model: nn.Module) -> None:
-        """Put everything in its place.
+    def arrange(self, model: nn.Module, live: Sequence[Setting[FusedOpsConfig]]) -> None:
+        """Put in place what any of the settings wants, and take off what none does.
 
         Raises:
-            UserError: somebody replaced the forward of a block, or computes attention; nothing is changed then.
+            UserError: somebody replaced the forward of a block, or computes attention, or a block has another class
+                by now; nothing is changed then.
         """
-        fused: list[nn.Module] = []
+        plans = [setting.prepared for setting in live if setting.enabled]
+        blocks = {name: forward for plan in plans for name, forward in plan.forwards.items()}
+        readers = {name: reader for plan in plans for name, reader in plan.readers.items()}
+        if readers:
+            processor_stack(model).check_claim(NAME, readers)
+        before = self._blocks
+        self._arrange_blocks(model, blocks)
         try:
-            for name, forward in self._forwards.items():
-                block = model.get_submodule(name)
-                fuse_block(block, forward)
-                fused.append(block)
-            if self._computes:
-                install_attention_tap()
-                processor_stack(model).claim(NAME, self._computes, dispatches=True)
+            self._arrange_attention(model, readers)
         except BaseException:
-            for block in fused:
-                restore_block(block)
+            self._arrange_blocks(model, before)
             raise
-        installed(model).plug_ins[NAME] = self
-        self.enabled = True
 
-    def check(self, model: nn.Module, config: FusedOpsConfig) -> None:
-        """Refuse settings that are wrong on the transformer as it is now; layers may have come or gone since.
+    def _arrange_blocks(self, model: nn.Module, wanted: dict[str, Callable[..., Any]]) -> None:
+        standing = fused_blocks(model)
+        new = [(model.get_submodule(name), forward) for name, forward in wanted.items()]
+        blocks = [block for block, _ in new]
+        for block in blocks:
+            check_block(block)
+        for block in standing:
+            if all(block is not each for each in blocks):
+                restore_block(block)
+        for block, forward in new:
+            if not is_fused(block):
+                fuse_block(block, forward, self._wants_blocks)
+        self._blocks = wanted
 
-        Raises:
-            UserError: as `apply_fused_ops` raises it.
-        """
-        Fusion(model, config)
-
-    def enable(self, model: nn.Module) -> None:
-        """Put everything in its place again.
-
-        Raises:
-            UserError: as `apply_fused_ops` raises it; nothing changes then.
-        """
-        self.configure(model, self.config)
-        self.install(model)
-
-    def remove(self, model: nn.Module) -> None:
-        """Take everything off."""
-        self.disable(model)
-        del installed(model).plug_ins[NAME]
-
-    def disable(self, model: nn.Module) -> None:
-        """Take everything off, but stay known to the transformer.
-
-        Raises:
-            UserError: a block has another class by now; nothing changes then.
-        """
-        if not self.enabled:
+    def _arrange_attention(self, model: nn.Module, wanted: dict[str, AttentionReader]) -> None:
+        if wanted == self._readers:
             return
-        for block in fused_blocks(model):
-            restore_block(block)
-        if self._computes:
-            processor_stack(model).release(NAME)
-        self.enabled = False
+        stack = processor_stack(model)
+        if self._readers:
+            stack.release(NAME)
+        self._readers = {}
+        if wanted:
+            from postgen.fused.processor import compute_fused
 
-    def configure(self, model: nn.Module, config: FusedOpsConfig) -> None:
-        """Take new settings; nothing changes where they are wrong.
+            install_attention_tap()
+            computes = {name: functools.partial(compute_fused, self, reader) for name, reader in wanted.items()}
+            stack.claim(NAME, computes, dispatches=self._wants_attention)
+        self._readers = wanted
 
-        Raises:
-            UserError: as `apply_fused_ops` raises it.
-        """
-        wanted = Fusion(model, config)
-        enabled = self.enabled
-        self.disable(model)
-        self.config, self._computes, self._forwards = wanted.config, wanted._computes, wanted._forwards
-        if enabled:
-            self.install(model)
+    def _wants_blocks(self) -> bool:
+        now = self.now
+        return now.enabled and now.config.adaln
+
+    def _wants_attention(self) -> bool:
+        now = self.now
+        return now.enabled and now.config.in_attention
 
     def counts(self) -> dict[str, int]:
         """Return in how many attention layers and blocks which operation is fused."""
-        config, layers = self.config, len(self._computes)
+        plan = self.setting.prepared
+        config, layers = self.config, len(plan.readers)
         counts = {
             "norm_rope": layers if config.norm_rope else 0,
-            "adaln": len(self._forwards),
+            "adaln": len(plan.forwards),
             "attention": layers if config.attention is not None else 0,
         }
         return {name: count for name, count in counts.items() if count}
@@ -137,18 +139,13 @@ class Fusion:
         units = {"norm_rope": "layers", "adaln": "blocks", "attention": "layers"}
         parts = [f"{name} in {count} {units[name]}" for name, count in self.counts().items()]
         if self.config.attention is not None:
-            parts[-1] = f"attention {self.config.attention} in {len(self._computes)} layers"
+            parts[-1] = f"attention {self.config.attention} in {len(self.setting.prepared.readers)} layers"
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
 
-def _computes(
-    model: nn.Module, config: FusedOpsConfig, modules: Mapping[str, nn.Module]
-) -> dict[str, Callable[..., Any]]:
-    """Return what computes the attention of each module."""
-    from postgen.fused.processor import compute_fused
-
+def _readers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, AttentionReader]:
+    """Return what knows the calls of each module's processor."""
     anatomy, advice = attention_of(model), "leave it as it is with norm_rope=False, attention=None"
-    readers = {
+    return {
         name: anatomy.reader(module.processor, what="fused form", advice=advice) for name, module in modules.items()
     }
-    return {name: functools.partial(compute_fused, config, reader) for name, reader in readers.items()}

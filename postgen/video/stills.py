@@ -34,7 +34,8 @@ def read_picture(path: str | Path) -> Image.Image:
     except VideoError as error:
         raise VideoError(f"cannot read the picture {file}: {error}") from error
     except _BROKEN as error:
-        raise VideoError(f"cannot read the picture {file}: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # str() of an OSError names the file once more
+        raise VideoError(f"cannot read the picture {file}: {reason}") from error
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,21 @@
+"""The benchmark of calls in threads: nothing is wrong, and what is wrong is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import faults_threads
+from postgen.families.attached import AttachedPlugIn
+from postgen.plug_ins import known_plug_ins
+
+
+def test_no_call_is_wrong() -> None:
+    assert faults_threads.wrong_by_plug_in(calls=8) == {row.name: 0 for row in known_plug_ins()}
+
+
+def test_settings_that_cross_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every thread read the settings that were opened last."""
+    last = property(lambda self: ([self._usual, *self._calls])[-1])
+    monkeypatch.setattr(AttachedPlugIn, "now", last)
+    found = faults_threads.wrong_by_plug_in(calls=8)
+    assert all(count > 0 for count in found.values())
