@@ -93,11 +93,30 @@ class Fault:
     measure: Callable[[], tuple[float, list[dict[str, Any]]]] | None = None
 
 
+def threads_wrong() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many calls in threads gave other bits than alone, and how many of each plug-in."""
+    from benchmarks import faults_threads
+
+    found = faults_threads.wrong_by_plug_in()
+    return sum(found.values()), [
+        {"plug_in": name, "wrong": n, "of": faults_threads.CALLS} for name, n in found.items()
+    ]
+
+
+def options_without_effect() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many options, over all families, neither act nor are refused, and what becomes of each."""
+    from benchmarks.faults_options import outcomes
+
+    found = outcomes()
+    rows = [{"family": each.family, "option": each.option, "state": each.state} for each in found]
+    return sum(not each.holds for each in found), rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
-    Fault(name="threads_wrong", op="==", target=0),
+    Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
     Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3),
-    Fault(name="options_without_effect", op="==", target=0),
+    Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0),
 )
 
