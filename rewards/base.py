@@ -13,6 +13,7 @@ be `async def`. An attribute `groupwise = True` asks for the rows of one prompt 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,6 +107,7 @@ class Reward:
         if (output is None) != (not outputs) or (output is not None and output not in outputs):
             raise UserError(f"the reward {self.name} has the outputs {', '.join(outputs) or 'none'}, not {output}")
         self.function, self.output = function, output
+        self._ours = _home(function).startswith("postgen.rewards.")
         self.groupwise = bool(getattr(function, "groupwise", False))
         self.batch_bytes: int | None = getattr(function, "batch_bytes", None)
         call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
@@ -159,7 +161,14 @@ class Reward:
                 )
 
     def arguments(self, available: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of the available arguments that the function takes, clips in the form it names."""
+        """Return those of the available arguments that the function takes, clips in the form it names.
+
+        Code that is not ours gets clips and latents of its own: what it writes there, the next reward must not see.
+        """
+        if not self._ours:
+            available = {**available, "completions": [clip.clone() for clip in available["completions"]]}
+            if available.get("latents") is not None:
+                available["latents"] = available["latents"].clone()
         forms = [f for f in _VIDEO_FORMS if f in self._parameters and f not in available]
         taken = {k: v for k, v in available.items() if self._takes_all or k in self._parameters}
         return taken | {form: _as_form(form, available["completions"], self.name) for form in forms}
@@ -191,6 +200,13 @@ def _finite(value: Any) -> float | None:
 
 def _name_of(function: Any) -> str:
     return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
+
+
+def _home(function: Callable[..., Any]) -> str:
+    """The module of a function, of the class of an object, or of what options are bound to."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", None) or type(function).__module__)
 
 
 def _as_form(form: str, completions: Sequence[Tensor], name: str) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from postgen.errors import UserError
+from postgen.own_code import names_own_code, own_function
 from postgen.rewards.base import Reward
 
 Source = str | Callable[..., Any] | Reward
@@ -69,8 +70,9 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     """Return a reward by its name, import path, address or function; no weights are read before it is used.
 
     Args:
-        reward: a name from `known_rewards()`, an import path `pkg.mod.fn`, an `http://` address that serves a reward,
-            a reward function, or a class of one. A text may end in options, as "clip_score(frames=8, reduce='min')".
+        reward: a name from `known_rewards()`, a place as `own_function` takes it (`pkg.mod.fn`, `mod:fn`,
+            `folder/file.py:fn`), an `http://` address that serves a reward, a reward function, or a class of one. A
+            text may end in options, as "clip_score(frames=8, reduce='min')".
         options: keywords of the class or function, for instance `model`, `frames`, `device`.
 
     Raises:
@@ -91,12 +93,13 @@ def get_reward(reward: Source, **options: Any) -> Reward:
         return Reward(_with_options(RemoteReward, {"url": reward, **options}, reward))
     if reward in _PLACES:
         return _registered(reward, options)
-    if "." in reward:
-        return Reward(_with_options(_imported(reward), options, reward))
+    if names_own_code(reward):
+        return Reward(_with_options(own_function(reward, "the reward"), options, reward))
     near = difflib.get_close_matches(reward, known_rewards(), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or give an import path 'pkg.mod.fn'."
+        f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or name a function of your own:"
+        " 'pkg.mod.fn' or 'file.py:fn'."
     )
 
 
@@ -146,17 +149,6 @@ def _registered(name: str, options: dict[str, Any]) -> Reward:
     if model is None:
         model = _SHARED[key] = _with_options(target, options, name)
     return Reward(model, name=name, output=output[0])
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module, _, attribute = path.rpartition(".")
-    try:
-        function: Callable[..., Any] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"cannot import the reward {path!r}: {error}. Known names: {', '.join(known_rewards())}."
-        ) from error
-    return function
 
 
 def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "prompt_rows", "settings", "tensor_files", "versions"}
+GROUND = {"errors", "files", "own_code", "prompt_rows", "settings", "tensor_files", "versions"}
 LOWER = {
     *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
@@ -23,6 +23,7 @@ TOP |= {"request", "train"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "own_code": {"errors"},
     "prompt_rows": {"errors"},
     "settings": {"errors"},
     "tensor_files": {"errors"},

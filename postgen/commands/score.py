@@ -24,7 +24,8 @@ Paths = Annotated[list[Path], typer.Argument(help="Videos, folders of them, or f
 Reward = Annotated[
     str,
     typer.Option(
-        "--reward", help="Rewards with commas between: names as clip_score(frames=8), pkg.mod.fn, http://..."
+        "--reward",
+        help="Rewards with commas between: names as clip_score(frames=8), pkg.mod.fn, file.py:fn, http://...",
     ),
 ]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="What every video should show.")]

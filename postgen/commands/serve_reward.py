@@ -8,7 +8,7 @@ import typer
 from postgen.commands.score import Device, reward_device
 from postgen.errors import UserError
 
-Reward = Annotated[str, typer.Argument(help="Name or import path of a reward.")]
+Reward = Annotated[str, typer.Argument(help="Name of a reward, or pkg.mod.fn, file.py:fn.")]
 Port = Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 lets the system choose one.")]
 MaxMb = Annotated[float, typer.Option("--max-mb", help="Longest request that is read, in MiB.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of the reward may take.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from postgen.errors import UserError
+from postgen.own_code import names_own_code, own_function
 from postgen.prompt_rows import FILES, prompt_row, read_prompts
 from postgen.sampling.conditions import Row
 from postgen.sampling.seeds import seed_of
@@ -97,13 +97,16 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
 
 def _made(source: str, name: str) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a function or of a data set."""
-    module, colon, function = source.partition(":")
-    if colon and "/" not in source:
+    if ":" in source and names_own_code(source):
+        function = own_function(source, name)
+        if not callable(function):
+            raise UserError(f"{name}: {source} is a {type(function).__name__}, not a function that returns rows")
         try:
-            made = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{name}: {source} cannot be imported: {error}") from error
-        rows: Iterable[Mapping[str, Any]] = made()
+            rows: Iterable[Mapping[str, Any]] = function()
+        except SystemExit as error:
+            raise UserError(f"{name}: {source} ended the program instead of returning rows") from error
+        if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
+            raise UserError(f"{name}: {source} returned a {type(rows).__name__}, not rows of prompts")
         return rows
     return _load_dataset(source, name)
 

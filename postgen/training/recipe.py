@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import yaml
 
 from postgen.errors import UserError
+from postgen.own_code import own_function
 
 from .config import TrainingConfig
 from .nested import check_key, flat
@@ -57,14 +57,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
 
 
 def find_method(method: str) -> "type[Trainer[Any]]":
-    """Return the trainer class for a name in `METHODS` or a `package.module:Class`.
+    """Return the trainer class for a name in `METHODS`, or a `package.module:Class` or `file.py:Class`.
 
     Raises:
         UserError: nobody knows it, or it cannot be imported.
     """
     location = METHODS.get(method, method)
-    module, colon, name = location.partition(":")
-    if not colon:
+    if ":" not in location:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
@@ -72,10 +71,7 @@ def find_method(method: str) -> "type[Trainer[Any]]":
         )
     from .trainer import Trainer
 
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"method {method!r} cannot be imported: {error}.") from error
+    found = own_function(location, "method")
     if not (isinstance(found, type) and issubclass(found, Trainer)):
         raise UserError(f"method {method!r} is no subclass of postgen.training.Trainer.")
     return found

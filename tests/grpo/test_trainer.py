@@ -80,7 +80,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"rows": [{"text": "a"}]}, "row 0 of train_dataset has no column 'prompt', it has text"),
         ({"rows": []}, "train_dataset has no rows"),
         ({"rows": "nowhere.jsonl"}, "train_dataset nowhere.jsonl cannot be read"),
-        ({"rows": "postgen.nothing:rows"}, "train_dataset: postgen.nothing:rows cannot be imported"),
+        ({"rows": "postgen.nothing:rows"}, "train_dataset 'postgen.nothing:rows' cannot be imported"),
         ({"rows": None}, "there are no prompts: give train_dataset"),
         ({"reward": []}, "there is no reward: give reward_funcs"),
         ({"reward": "wrold"}, "wrold"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.rewards import AllRewardsFailed, Reward, RewardModel, RewardRunner
+from postgen.rewards import AllRewardsFailed, Reward, RewardModel, RewardRunner, get_reward
+from postgen.rewards.compose import guarded
 
 
 def clip(value=0.5, frames=3, size=8):
@@ -340,3 +341,31 @@ def test_no_gradients_are_kept():
         return [value]
 
     assert RewardRunner([graded])(["a"], [clip()]).failed == {"graded": 0}
+
+
+def zeroes(completions, latents=None):
+    for clip in completions:
+        clip.zero_()
+    completions.clear()
+    if latents is not None:
+        latents.zero_()
+    return [0.0, 0.0]
+
+
+def seen(prompts, completions, latents, **columns):
+    return [float(clip.mean() + latents[row].mean()) for row, clip in enumerate(completions)]
+
+
+@pytest.mark.parametrize("first", [zeroes, guarded(zeroes, ["brightness_band"])])
+def test_a_reward_that_writes_into_its_clips_writes_into_its_own(first):
+    clips, latents = [torch.full((5, 3, 32, 32), 0.5), torch.full((5, 3, 32, 32), 0.25)], torch.ones(2, 4)
+    found = RewardRunner([first, seen])(["a", "b"], clips, latents=latents)
+    assert found.values[:, 1].tolist() == [1.5, 1.25]
+    assert [float(clip.mean()) for clip in clips] == [0.5, 0.25]
+    assert latents.sum() == 8
+
+
+def test_rewards_of_the_package_take_no_copies():
+    clip = torch.rand(5, 3, 32, 32)
+    given = get_reward("world").arguments({"prompts": ["a red ball"], "completions": [clip]})
+    assert given["completions"][0] is clip
