@@ -28,7 +28,7 @@ class RewardConfig(Part):
     part: ClassVar[str] = "reward"
 
     reward_funcs: list[str] = field(default_factory=list)
-    """Names of rewards, or import paths `package.module.function`."""
+    """Names of rewards, or functions of your own: `package.module.function`, `file.py:function`."""
 
     reward_weights: list[float] = field(default_factory=list)
     """A weight for each reward; empty is 1 for all."""
@@ -42,10 +42,14 @@ class RewardConfig(Part):
     offload_reward: bool = False
     """Bring them there only for the call."""
 
+    reward_patience: int = 3
+    """Rollouts in a row in which a reward with a weight scores no sample, after which the run stops; 0 is never."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = not self.reward_weights or len(self.reward_weights) == len(self.reward_funcs)
         self.require(fits or not self.reward_funcs, "reward_weights", "one number for each of reward_funcs")
+        self.require(self.reward_patience >= 0, "reward_patience", "at least 0")
 
 
 @dataclass(kw_only=True)

@@ -301,6 +301,7 @@ class GroupTrainer(Trainer[G]):
         with self.meter.time("reward_seconds"):
             result = self.score(rows, clips, paths.clean)
         everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
+        self.scoring.check_alive(everyone, self.global_step + 1)
         advantages = self.advantages(everyone)
         chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
         row_of = {index: row for row, index in enumerate(drawn)}

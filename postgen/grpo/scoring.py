@@ -42,6 +42,7 @@ class Scoring:
             raise UserError("there is no reward: give reward_funcs, names or functions")
         self.runner = self._runner(rewards, args.reward_weights or None)
         self.gold = self._runner(gold, None) if gold else None
+        self._dead = dict.fromkeys(self.runner.names, 0)
 
     def score(self, rows: Sequence[Row], clips: Sequence[Tensor], latents: Tensor, *, fps: float) -> RewardResult:
         """Return the rewards of samples of this process."""
@@ -51,6 +52,25 @@ class Scoring:
         """Return the held-out rewards of samples of this process."""
         assert self.gold is not None
         return self._call(self.gold, rows, clips, fps=fps)
+
+    def check_alive(self, values: Tensor, step: int) -> None:
+        """End a run that would go on without one of its rewards.
+
+        Args:
+            values: (N, K) of all processes, NaN where there is no score. Rollouts are counted from the start of this
+                process: a run that is resumed begins anew.
+            step: of the run, for the message.
+
+        Raises:
+            AllRewardsFailed: a reward with a weight has scored nothing in `reward_patience` rollouts in a row.
+        """
+        for name, weight, column in zip(self.runner.names, self.runner.weights, values.T, strict=True):
+            self._dead[name] = self._dead[name] + 1 if weight and bool(column.isnan().all()) else 0
+            if self.args.reward_patience and self._dead[name] >= self.args.reward_patience:
+                raise AllRewardsFailed(
+                    f"the reward {name} has scored no sample in {self._dead[name]} rollouts up to step {step}: the"
+                    " warnings above say why. Mend it, take it out, or set reward_patience (0 goes on without it)"
+                )
 
     def _call(self, runner: RewardRunner, rows: Sequence[Row], clips: Sequence[Tensor], **more: Any) -> RewardResult:
         prompts = [row["prompt"] for row in rows]

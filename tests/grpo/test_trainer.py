@@ -147,7 +147,7 @@ def test_grpo_rewards_get_columns_and_failures_are_survived(tmp_path):
     def failing(completions):
         raise RuntimeError("out of order")
 
-    run = grpo(tmp_path, reward=[picky, failing], reward_weights=[1.0, 0.5], max_steps=4)
+    run = grpo(tmp_path, reward=[picky, failing], reward_weights=[1.0, 0.5], max_steps=4, reward_patience=0)
     run.train()
     assert len(seen) == 4
     assert seen[1][1:3] == (1, torch.Size([16, 3, 1, 2, 2]))
@@ -205,6 +205,27 @@ def test_grpo_reward_that_always_fails_ends_the_run(tmp_path):
     with pytest.raises(AllRewardsFailed, match="every reward failed on every one of 16 samples of step 1"):
         grpo(tmp_path, reward=failing).train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("patience", "weight", "calls"), [(1, 1.0, 1), (2, 1.0, 4), (0, 1.0, 6), (1, 0.0, 6)])
+def test_grpo_a_second_reward_that_dies_ends_the_run(tmp_path, patience, weight, calls):
+    """It scores the second rollout alone, so two in a row are lost with the fourth."""
+    times = []
+
+    def second(completions):
+        times.append(len(times) + 1)
+        if times[-1] != 2:
+            raise RuntimeError("out of order")
+        return [0.0] * len(completions)
+
+    changes = {"reward_patience": patience, "reward_weights": [1.0, weight], "max_steps": 6}
+    run = grpo(tmp_path, reward=[near, second], **changes)
+    if calls == 6:
+        run.train()
+    else:
+        with pytest.raises(AllRewardsFailed, match=f"the reward second has scored no sample in {patience} rollouts"):
+            run.train()
+    assert len(times) == calls
 
 
 def test_grpo_best_of_n_trains_on_the_extremes(tmp_path):
