@@ -147,7 +147,7 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
         return [prompt_row(row, f"{where}, entry {number}", empty=empty) for number, row in enumerate(rows, 1)]
     if isinstance(whole, Exception) and text.lstrip().startswith("["):
         raise UserError(f"{where} is no JSON: {whole}")
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL
         return [prompt_row(whole, where, empty=empty)]
     return [_json_row(line, f"{where}, line {number}", empty) for number, line in _lines(text)]
 
