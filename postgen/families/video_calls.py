@@ -33,8 +33,8 @@ class VideoCall:
     """Whether it makes video from text alone too, although it takes a first frame."""
 
 
-# Networks on a U-Net of images. Their examples write a GIF and name no rate; they were trained at 8 frames per second
-# (AnimateDiff, arXiv 2307.04725; ModelScope, arXiv 2308.06571; I2VGen-XL, arXiv 2311.04145).
+# Networks on a U-Net of images (AnimateDiff, ModelScope, I2VGen-XL). Their examples write a GIF and name no rate: ours
+# is the usual one of short clips, 8 frames per second.
 _MOTION = VideoCall(frames="free", pixels=8)
 _HUNYUAN = VideoCall(fps=15)
 _COGVIDEOX = VideoCall(fps=8, pixels=8)
@@ -44,7 +44,7 @@ _SKYREELS = VideoCall(fps=24)
 _LTX = VideoCall(fps=25, pixels=32)
 _LTX2 = VideoCall(fps=24, pixels=32)
 _KANDINSKY = VideoCall(fps=24)
-# Both make 121 frames of 5 seconds (arXiv 2511.18870); the example of text-to-video is that of HunyuanVideo, with 15.
+# Both make 121 frames of 5 seconds; the example of text-to-video is that of HunyuanVideo, with 15.
 _HUNYUAN_15 = VideoCall(fps=24, pixels=1)
 _EASYANIMATE = VideoCall(fps=8)
 
