@@ -22,7 +22,7 @@ from benchmarks.gates import gate, write_result
 from benchmarks.reward_shapes import VIT_L_14, RandomClip, shapes
 from postgen import world
 from postgen.errors import UserError
-from postgen.judges.corruptions import LEVELS, render_takes, shows
+from postgen.judges.spoil import LEVELS, render_takes, shows
 from postgen.judges.world_clip import evaluation_groups
 from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import Reward, RewardRunner, get_reward

@@ -10,7 +10,7 @@ import yaml
 
 from postgen import world
 from postgen.errors import UserError
-from postgen.judges.corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
+from postgen.judges.spoil import HEAD, LEVELS, Picked, corrupt, render_takes, shows
 from postgen.judges.world_clip import WorldClipTrainer, edited, evaluation_groups, sense
 from postgen.judges.world_judge import WorldJudgeTrainer, pair_accuracy
 from postgen.rewards import RewardRunner, get_reward
@@ -80,6 +80,7 @@ def takes():
     specs = [
         world.sample(k, event="moves left" if k % 2 else "stays", num_bodies=1, camera="static") for k in range(4)
     ]
+    specs += [world.sample(4, event="collides", num_bodies=2), world.sample(5, event="falls", num_bodies=1)]
     return render_takes(specs, 48, "cpu")
 
 
@@ -239,8 +240,9 @@ def test_freezing_repeats_and_vanishing_empties_frames(takes):
 
 
 def test_levels_may_differ_within_a_batch(takes):
-    picked = takes.pick(torch.tensor([0, 0, 0]))
     for kind in LEVELS:
+        row = int(takes.rows(kind)[0])
+        picked = takes.pick(torch.tensor([row, row, row]))
         mixed = corrupt(kind, torch.tensor([0, 2, 4]), picked, torch.Generator().manual_seed(0))
         assert torch.equal(mixed[0], picked.clean[0])
 
@@ -259,6 +261,7 @@ def sharpness_error(clips, takes):
 
 def test_takes_pick_floats(takes):
     picked = takes.pick(torch.tensor([1, 2]))
-    assert isinstance(picked, Takes)
-    assert picked.aside.shape[:2] == (4, 2)
+    assert isinstance(picked, Picked)
+    assert takes.courses["teleport"].clips.shape[:2] == (4, 6)
+    assert picked.course("teleport", torch.tensor([0, 4])).shape == picked.clean.shape
     assert 0 <= picked.clean.min() <= picked.clean.max() <= 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from postgen import assets, world
-from postgen.judges.corruptions import render_takes
+from postgen.judges.spoil import render_takes
 from postgen.judges.world_clip import evaluation_groups
 from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import get_reward
