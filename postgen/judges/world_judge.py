@@ -1,8 +1,8 @@
 """Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
 
-Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a corruption is
-for and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
-spoilt as renders are, and a reconstruction also counts as worse to look at than its render.
+Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a kind of spoiling is for
+and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
+spoilt as a whole as renders are, and a reconstruction also counts as worse to look at than its render.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class WorldJudgeConfig(TrainingConfig):
     """Height and width of the clips in pixels."""
 
     pool_clips: int = 3072
-    """Scenes that are rendered, each in seven versions, and kept on the device."""
+    """Scenes that are rendered, each in seven versions (3.9 MB of 17 frames at 96 px), and kept on the device."""
 
     course_clips: int = 512
-    """Most of these scenes that each kind of `postgen.judges.spoil.courses` is rendered for, at four strengths."""
+    """Most of them that each of `postgen.judges.spoil.COURSES` but leaps is rendered for, at four strengths."""
 
     kinds_per_step: int = 4
     """Kinds that the pairs of a step are of."""
@@ -82,7 +82,9 @@ class WorldJudgeConfig(TrainingConfig):
             self.require(getattr(self, name) >= 2, name, "at least 2")
         self.require(self.course_clips >= 1, "course_clips", "at least 1")
         batch = self.per_device_train_batch_size
-        self.require(1 <= self.kinds_per_step <= batch, "kinds_per_step", f"in 1..per_device_train_batch_size ({batch})")
+        self.require(
+            1 <= self.kinds_per_step <= batch, "kinds_per_step", f"in 1..per_device_train_batch_size ({batch})"
+        )
         for name in ("reconstructions", "samples"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.sampling_steps >= 1, "sampling_steps", "at least 1")

@@ -7,7 +7,8 @@ clip in the same way and differ in strength only. Suffixes: B clips, T frames, K
 scenes, `courses` renders bodies on ways that no body goes.
 """
 
+from .courses import COURSES
 from .kinds import HEAD, LEVELS, ON_ANY_CLIP, corrupt
 from .takes import Picked, Takes, render_takes, shows
 
-__all__ = ["HEAD", "LEVELS", "ON_ANY_CLIP", "Picked", "Takes", "corrupt", "render_takes", "shows"]
+__all__ = ["COURSES", "HEAD", "LEVELS", "ON_ANY_CLIP", "Picked", "Takes", "corrupt", "render_takes", "shows"]

@@ -47,7 +47,7 @@ def iridescent(picked: Picked, strength: Tensor, generator: torch.Generator) -> 
 
 
 def double(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """The first body twice, so many radii apart: both seen through all the time, or one that comes out of the other."""
+    """The first body twice, so many radii apart: both seen through all the time, or one comes out of the other."""
     body, clips = first_body(picked), picked.clean
     batch, frames = clips.shape[:2]
     drawn = uniform((batch, 3), generator, clips.device)

@@ -36,7 +36,7 @@ class Layer:
         return distance, torch.atan2(dy, dx)
 
     def warped(self, x: Tensor, y: Tensor, centre: Tensor, radius: Tensor) -> Layer:
-        """Take what is at (x, y), each (B,T,H or 1,W or 1) in half widths from the middle, to every pixel; nothing from outside."""
+        """Take to every pixel what is at (x, y), each (B,T,H or 1,W or 1), in half widths; nothing from outside."""
         both = torch.cat((self.paint, self.cover), 2).flatten(0, 1)
         grid = torch.stack(torch.broadcast_tensors(x, y), -1).flatten(0, 1)
         moved = functional.grid_sample(both, grid, align_corners=False).unflatten(0, self.cover.shape[:2])
@@ -80,6 +80,8 @@ def first_body(picked: Picked) -> Layer:
     x, y = _steps(cover)
     weight = cover[:, :, 0]
     area = weight.sum((-1, -2))
-    centre = torch.stack(((weight * x).sum((-1, -2)), (weight * y).sum((-1, -2))), -1) / area.clamp_min(1e-3)[..., None]
+    centre = (
+        torch.stack(((weight * x).sum((-1, -2)), (weight * y).sum((-1, -2))), -1) / area.clamp_min(1e-3)[..., None]
+    )
     radius = (area / torch.pi).sqrt() * (2 / cover.shape[-1])
     return Layer(paint, cover, centre, radius)

@@ -23,7 +23,7 @@ _NOWHERE = (0.0, 900.0, 0.6)
 
 
 def shows(kind: str, spec: Spec) -> bool:
-    """Whether a kind can be seen on a scene at all: a body that rests cannot freeze, one that hits none is not late."""
+    """Whether a kind can be seen on a scene at all: a body that rests cannot freeze."""
     if kind in COURSES:
         return COURSES[kind].shows(spec)
     return kind != "freeze" or spec.bodies[0].event in _MOVING

@@ -82,5 +82,3 @@ def ground_patch(picked: Picked, strength: Tensor, generator: torch.Generator) -
     patch = pattern * torch.sigmoid(40 * (0.18 + 0.2 * drawn[7] - distance.sqrt()))
     bare = 1 - picked.matte[:, :, 1:]
     return clips * (1 + wide(strength) * bare * patch[:, None, None])
-
-
