@@ -42,7 +42,7 @@ class WorldJudgeConfig(TrainingConfig):
     """Height and width of the clips in pixels."""
 
     pool_clips: int = 3072
-    """Scenes that are rendered, each in seven versions (3.9 MB of 17 frames at 96 px), and kept on the device."""
+    """Scenes that are rendered, each in seven versions (3.6 MB of 17 frames at 96 px), and kept on the device."""
 
     course_clips: int = 512
     """Most of them that each of `postgen.judges.spoil.COURSES` but leaps is rendered for, at four strengths."""
@@ -110,6 +110,8 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         held = [*specs_of(0, half, _FRAMES), *specs_of(half, args.eval_clips - half, _FRAMES, "held_out")]
         self.unseen = render_takes(held, args.size, self.device)
         self.made, self.remade = self._of_pipeline()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
         self.config: dict[str, Any] = {
             "video": {
                 "channels": [32, 48, 64, 96],
@@ -165,7 +167,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
             for kind, count in zip(kinds, shares, strict=True)
         ]
         heads = [HEADS.index(HEAD.get(kind, "visual")) for kind in kinds]
-        head = torch.tensor(heads, device=self.device).repeat_interleave(torch.tensor(shares, device=self.device))
+        head = torch.tensor(heads).repeat_interleave(torch.tensor(shares)).to(self.device)
         better, worse = (torch.cat(side) for side in zip(*pairs, strict=True))
         with self.accelerator.autocast():
             scores = self.models["judge"](torch.cat((better, worse)))
