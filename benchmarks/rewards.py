@@ -131,7 +131,10 @@ def judge_tables(judges: dict[str, Reward], count: int, device: str, quick: bool
     """What is measured of the judges "now" and "before": pairs of held-out combinations, and constructions."""
     if "now" not in judges:
         return {"judge_pairs": {}}
-    takes = render_takes(specs_of(FIRST, count, FRAMES, "held_out"), SIZE, device)
+    specs = specs_of(FIRST, count, FRAMES, "held_out")
+    # Some kinds are seen on collisions alone, which one scene in ten shows.
+    specs += [world.sample(FIRST + k, event="collides", split="held_out") for k in range(count // 4)]
+    takes = render_takes(specs, SIZE, device)
     tables = {"judge_pairs": judged_pairs(judges["now"], takes)}
     if "before" in judges:
         tables["judge_pairs_before"] = judged_pairs(judges["before"], takes)

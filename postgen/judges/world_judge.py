@@ -23,7 +23,7 @@ from postgen.families.loading import inspect_model
 from postgen.rewards.world_judge import HEADS, WorldJudgeNet
 from postgen.rewards.world_net import save_net
 from postgen.training import Trainer, TrainingConfig, Weights
-from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
+from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes, specs_of
 
 from .spoil import HEAD, LEVELS, ON_ANY_CLIP, Picked, Takes, corrupt, render_takes
 
@@ -102,8 +102,9 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         """A judge with random weights; also renders the scenes, and makes the pipeline's clips."""
         args = self.args
         first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
-        pool = specs_of(first, args.pool_clips, _FRAMES)
-        self.takes = render_takes(pool, args.size, self.device, args.course_clips)
+        # More collisions than the world draws by itself: three kinds are seen on them alone.
+        pool = draw_scenes(first, args.pool_clips, _FRAMES, bodies=(0.5, 0.4, 0.1), pair_share=0.3)
+        self.takes = render_takes([scene.spec for scene in pool], args.size, self.device, args.course_clips)
         shown = {kind: self.takes.rows(kind) for kind in LEVELS}
         self.rows_of = {kind: rows for kind, rows in shown.items() if len(rows)}
         half = args.eval_clips // 2
