@@ -29,7 +29,7 @@ from postgen.world.spec import CAMERAS
 FIRST = 600_000
 #: Files: (prefix of the names, bodies, clips, whether as the folder says). Every fourth clip of `1-` is filmed by a
 #: camera that moves.
-PARTS = (("2", 2, 64, True), ("2r", 2, 64, False), ("1", 1, 40, True), ("1r", 1, 40, False))
+PARTS = (("2", 2, 52, True), ("2r", 2, 76, False), ("1", 1, 40, True), ("1r", 1, 40, False))
 #: As policies draw clips: the sizes of the recipes, their fewest steps, no guidance.
 ROLLOUT = Defaults(size=96, frames=17, steps=8, guidance=1.0)
 #: Clips on a sheet.
