@@ -2,83 +2,253 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import re
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError
-from postgen.tensor_files import opened
+from postgen.compat import put_lora
+from postgen.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-_SUFFIX = re.compile(r"\.(lora_[AB]|lora\.(up|down)|lora_magnitude_vector)\b.*$")
+    from torch import nn
+
+    from .lora_file import LoraFile
+    from .lora_found import Found
+
+_SUFFIX = re.compile(r"\.(lora_[AB]|lora\.(up|down)|lora_magnitude_vector|lora_linear_layer)\b.*$")
+_OLD = re.compile(r"_lora\.(up|down)\b.*$")
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_NETWORK = re.compile(r"(transformer|transformer_2)=(.*)", re.DOTALL)
+LARGEST = 1000.0
+"""Scale of a LoRA, either sign: beyond it nothing is left of the model, and soon no finite number."""
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """Split `PATH[:scale]`; the scale is 1 where none is given.
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """A LoRA as it is asked for."""
 
-    >>> parse_lora("style.safetensors:0.5")
-    ('style.safetensors', 0.5)
+    path: str
+    """File, folder or hub id."""
+    scale: float = 1.0
+    network: str | None = None
+    """The one of two networks that it is for."""
+
+    def __str__(self) -> str:
+        short = f"{self.scale:g}"
+        said = f"{self.path}:{short if float(short) == self.scale else repr(self.scale)}"
+        return said if self.network is None else f"{self.network}={said}"
+
+
+def parse_lora(text: str) -> LoraChoice:
+    """Split `[NETWORK=]PATH[:scale]`; the scale is 1 where none is given, NETWORK transformer or transformer_2.
+
+    Raises:
+        UserError: a scale that is not finite or too large.
+
+    >>> parse_lora("transformer_2=style.safetensors:0.5")
+    LoraChoice(path='style.safetensors', scale=0.5, network='transformer_2')
     """
-    path, colon, scale = text.rpartition(":")
+    match = _NETWORK.fullmatch(text)
+    network, rest = (match[1], match[2]) if match else (None, text)
+    path, colon, number = rest.rpartition(":")
     try:
-        return (path, float(scale)) if colon else (text, 1.0)
+        scale = float(number) if colon else 1.0
     except ValueError:
-        return text, 1.0  # the colon belongs to the path
+        return LoraChoice(rest, network=network)  # the colon belongs to the path
+    if not math.isfinite(scale) or abs(scale) > LARGEST:
+        raise UserError(f"the scale of the LoRA {path} is {number}, it must be from -{LARGEST:g} to {LARGEST:g}")
+    return LoraChoice(path if colon else rest, scale, network)
 
 
 def check_lora(text: str) -> None:
     """Look into a LoRA file without loading a model. A hub id (owner/name) is left to the load.
 
     Raises:
-        UserError: no such file, not safetensors, nothing of LoRA in it.
+        UserError: no such file, not safetensors, nothing of LoRA in it, values that are not finite.
     """
-    path = Path(parse_lora(text)[0]).expanduser()
-    if path.is_dir():
-        path = path / WEIGHTS
-    elif not path.exists() and path.parts and _is_hub_id(parse_lora(text)[0]):
+    from .lora_file import find_loras, open_lora
+
+    path = Path(parse_lora(text).path).expanduser()
+    if not path.exists() and _is_hub_id(parse_lora(text).path):
         return
-    if not path.is_file():
-        raise UserError(f"there is no LoRA file {path}: give a .safetensors file or a folder with {WEIGHTS}")
-    with opened(path, f"cannot read the LoRA {path}", framework="numpy") as content:
-        names = list(content.keys())
-    if not any("lora" in name for name in names):
-        raise UserError(f"{path} is no LoRA: none of its {len(names)} tensors has 'lora' in its name")
+    for file in find_loras(path).values():
+        open_lora(file)
 
 
-def load_loras(pipe: Any, loras: Sequence[str]) -> None:
-    """Load LoRA files, each `PATH[:scale]`, and switch all of them on together.
+def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) -> None:
+    """Load LoRA files, each `[NETWORK=]PATH[:scale]`, and switch all of them on together, as `lora0`, `lora1`, ...
+
+    All that a file holds is applied. Differences of norms and tables, which no adapter can hold, are added to the
+    weights for good.
+
+    Args:
+        pipe: the pipeline.
+        loras: the files.
+        adapters_only: whether to refuse such differences.
 
     Raises:
-        UserError: the pipeline takes none, or a name in the file matches no layer of the model.
+        UserError: the pipeline takes none, a file is for another model, or some of its tensors cannot be applied.
     """
     if not loras:
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRA: leave --lora out")
+    scales: dict[str, list[tuple[str, float]]] = {}
+    for number, choice in enumerate(map(parse_lora, loras)):
+        for network, path in _files(pipe, choice).items():
+            _load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
+            scales.setdefault(network, []).append((f"lora{number}", choice.scale))
+    if len(networks_of(pipe)) > 1:
+        for network, pairs in scales.items():
+            names, weights = zip(*pairs, strict=True)
+            getattr(pipe, network).set_adapters(list(names), list(weights))
+        return
+    names, weights = zip(*next(iter(scales.values())), strict=True)
+    present = {name for adapters in pipe.get_list_adapters().values() for name in adapters}
+    known = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present]
+    if known:  # a file of differences alone leaves no adapter
+        pipe.set_adapters([name for name, _ in known], [weight for _, weight in known])
+
+
+def networks_of(pipe: Any) -> list[str]:
+    """Return the components that LoRA files are for: one, or the two experts."""
+    from .lora_file import EXPERTS
+
     if getattr(pipe, "transformer_2", None) is not None:
-        raise UserError("--lora cannot say which of the model's two transformers it is for: leave it out")
-    scales = []
-    for number, (path, scale) in enumerate(map(parse_lora, loras)):
-        _load_one(pipe, str(Path(path).expanduser()), f"lora{number}")
-        scales.append(scale)
-    pipe.set_adapters([f"lora{number}" for number in range(len(loras))], scales)
+        return [name for name in EXPERTS if getattr(pipe, name, None) is not None]
+    return ["transformer" if getattr(pipe, "transformer", None) is not None else "unet"]
 
 
-def _load_one(pipe: Any, path: str, name: str) -> None:
+def _files(pipe: Any, choice: LoraChoice) -> dict[str, Path]:
+    """Return the files of a LoRA by the network that each is for.
+
+    Raises:
+        UserError: it is not said for which, or the pipeline has no such network.
+    """
+    from .lora_file import find_loras, open_lora
+
+    path = Path(choice.path).expanduser()
+    found = find_loras(_downloaded(choice.path) if not path.exists() and _is_hub_id(choice.path) else path)
+    networks = networks_of(pipe)
+    if choice.network is not None and len(found) == 1:
+        found = dict.fromkeys([choice.network], next(iter(found.values())))
+    elif choice.network is not None:
+        found = {choice.network: found[choice.network]}
+    if len(networks) == 1 and set(found) == {None}:
+        return {networks[0]: found[None]}
+    if None in found:
+        network = open_lora(found[None]).note.get("network")
+        if network not in networks:
+            raise UserError(
+                f"{type(pipe).__name__} here has two transformers, and the LoRA {choice.path} does not say which it is"
+                f" for: give it as {networks[0]}={choice.path} (noisy steps) or {networks[1]}={choice.path}"
+            )
+        return {network: found[None]}
+    if missing := [str(network) for network in found if network not in networks]:
+        raise UserError(f"the LoRA {choice.path} is for {', '.join(missing)}, this {type(pipe).__name__} has none")
+    return {str(network): file for network, file in found.items()}
+
+
+def _load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapters_only: bool) -> None:
+    from .lora_file import open_lora
+    from .lora_found import find_layers, network_shapes
+    from .lora_layers import shortened
+    from .lora_names import names_of
+
+    module = getattr(pipe, network)
+    file = open_lora(path)
+    shapes = network_shapes(module)
+    parameters = {name.replace(".base_layer", "") for name, _ in module.named_parameters() if ".lora_" not in name}
     try:
-        _check_layers(pipe, path, type(pipe).lora_state_dict(path))
-        pipe.load_lora_weights(path, adapter_name=name)
+        found = find_layers(file, names_of(type(pipe).__name__), shapes, parameters)
+        if found.rest:
+            _load_by_diffusers(pipe, network, file, name)
+            return
+        if found.strange:
+            raise _misfit(pipe, file, found.strange)
+        if found.offsets and adapters_only:
+            raise UserError(
+                f"the LoRA {path} holds differences of norms or tables, which cannot be trained on and written:"
+                f" {shortened(list(found.offsets))}"
+            )
+        _apply(pipe, module, file, found, name, scale)
     except UserError:
         raise
     except Exception as error:  # diffusers, peft and the hub raise all kinds
-        raise UserError(f"cannot load the LoRA {path}: {' '.join(str(error).split())[:300]}") from error
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot load the LoRA {path}: {text}{_made_for(pipe, file)}") from error
 
 
-def _check_layers(pipe: Any, path: str, state: dict[str, Any]) -> None:
-    wanted = {_SUFFIX.sub("", key) for key in state if not key.endswith(".alpha")}
+def _apply(pipe: Any, module: nn.Module, file: LoraFile, found: Found, name: str, scale: float) -> None:
+    from .lora_layers import adapter_settings, adapter_state
+
+    layers = found.layers
+    if scale != 1 and any(layer.magnitude is not None for layer in layers.values()):
+        raise UserError(
+            f"the LoRA {file.path} is DoRA, whose magnitudes are not scaled: its scale must be 1, got {scale:g}"
+        )
+    if layers:
+        try:
+            settings = adapter_settings(layers)
+        except UserError as error:
+            raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
+        kept = {key: file.settings[key] for key in ("lora_dropout", "target_modules") if file.settings.get(key)}
+        with warnings.catch_warnings():
+            # Differences of a bias that the model lacks are added all the same; only merging them is impossible.
+            warnings.filterwarnings("ignore", message=".*lora_bias=True")
+            put_lora(pipe, module, adapter_state(layers), name, settings | kept)
+    _shift(module, file, found, scale)
+
+
+def _shift(module: nn.Module, file: LoraFile, found: Found, scale: float) -> None:
+    """Add differences to parameters that no adapter can change."""
+    import torch
+
+    own = {key.replace(".base_layer", ""): value for key, value in module.named_parameters()}
+    for name, offset in found.offsets.items():
+        if own[name].shape != offset.shape:
+            raise UserError(
+                f"the LoRA {file.path} does not fit: {name} is {tuple(offset.shape)} in it and"
+                f" {tuple(own[name].shape)} in the model"
+            )
+        if own[name].is_meta:
+            raise UserError(
+                f"the LoRA {file.path} changes {name}, which is offloaded: load the model without --offload"
+            )
+    with torch.no_grad():
+        for name, offset in found.offsets.items():
+            own[name].add_((scale * offset.double()).to(own[name]))
+
+
+def _load_by_diffusers(pipe: Any, network: str, file: LoraFile, name: str) -> None:
+    """Let diffusers read what we have no names for, if all of it comes through."""
+    from .lora_layers import shortened
+    from .lora_trace import left_out
+
+    kind = type(pipe)
+    # What the loader of Stable Diffusion XL gives its conversion as well.
+    more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
+    convert = functools.partial(kind.lora_state_dict, **more)
+    state = convert(dict(file.tensors))
+    _check_layers(pipe, file, state[0] if isinstance(state, tuple) else state)
+    if lost := left_out(convert, file.tensors):
+        raise UserError(
+            f"the LoRA {file.path}: {len(lost)} of its {len(file.tensors)} tensors cannot be applied to"
+            f" {kind.__name__}: {shortened(lost)}"
+        )
+    second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
+    pipe.load_lora_weights(str(file.path), adapter_name=name, **second)
+
+
+def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
+    wanted = {_layer_of(key) for key in state if not key.endswith(".alpha")}
     layers = {
         f"{part}.{name}"
         for part, module in pipe.components.items()
@@ -87,16 +257,66 @@ def _check_layers(pipe: Any, path: str, state: dict[str, Any]) -> None:
         for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
     }
     if missing := sorted(wanted - layers):
-        matched = len(wanted) - len(missing)
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"the LoRA {path} does not fit {type(pipe).__name__}: {matched} of its {len(wanted)} layer names match,"
-            f" these match no layer: {some}"
-        )
+        raise _misfit(pipe, file, missing, len(wanted))
+
+
+def _layer_of(key: str) -> str:
+    if _OLD.search(key):
+        layer, _, part = _OLD.sub("", key).replace(".processor", "").rpartition(".")
+        own = f"{part}.0" if part == "to_out" else part
+        return f"{layer}.{_TEXT.get(part, part) if key.startswith('text_encoder') else own}"
+    return _SUFFIX.sub("", key)
+
+
+def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int | None = None) -> UserError:
+    from .lora_found import base_layers
+
+    total = len(base_layers(file)) if total is None else total
+    some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return UserError(
+        f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
+        f" match, these match no layer: {some}{_made_for(pipe, file)}"
+    )
+
+
+def _made_for(pipe: Any, file: LoraFile) -> str:
+    """Say what a file is for, where that can be told and is something else."""
+    from .lora_found import families_like
+    from .lora_names import NAMES
+
+    here = type(pipe).__name__
+    if (said := file.note.get("pipeline")) not in (None, here):
+        return f". It was made for {said}"
+    fits = [family for family in families_like(file) if here not in NAMES[family].pipelines]
+    return f". Its layers are those of {' or '.join(fits)}" if fits else ""
+
+
+def _downloaded(name: str) -> Path:
+    """Return the file of a LoRA on the hub.
+
+    Raises:
+        UserError: it cannot be had, or the repository has several.
+    """
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    from .lora_file import WEIGHTS
+
+    try:
+        files = [file for file in list_repo_files(name) if file.endswith(".safetensors")]
+        if WEIGHTS not in files and len(files) != 1:
+            raise UserError(
+                f"the LoRA {name} has {len(files)} .safetensors files on the hub ({', '.join(files[:3])}): download"
+                " the one that you want and give its path"
+            )
+        return Path(hf_hub_download(name, WEIGHTS if WEIGHTS in files else files[0]))
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises all kinds
+        raise UserError(f"cannot load the LoRA {name}: {first_line(error)}") from error
 
 
 def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
-    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file.
+    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file, and a note beside it.
 
     Args:
         pipe: the pipeline.
@@ -108,6 +328,10 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     """
     from peft.utils import get_peft_model_state_dict
 
+    from .lora_file import NOTE
+    from .lora_found import network_shapes
+    from .lora_names import names_of, outputs_of
+
     part = "unet" if name == "unet" else "transformer"
     layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
     layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
@@ -115,6 +339,10 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     pipe.save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )
+    # For `postgen export-lora`: layers of different families have the same names.
+    kind = type(pipe).__name__
+    note = {"pipeline": kind, "network": name, "outputs": outputs_of(network_shapes(module), names_of(kind))}
+    (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")
 
 
 def _is_hub_id(path: str) -> bool:
