@@ -203,6 +203,7 @@ def _apply(pipe: Any, module: nn.Module, file: LoraFile, found: Found, name: str
         with warnings.catch_warnings():
             # Differences of a bias that the model lacks are added all the same; only merging them is impossible.
             warnings.filterwarnings("ignore", message=".*lora_bias=True")
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             put_lora(pipe, module, adapter_state(layers), name, settings | kept)
     _shift(module, file, found, scale)
 
@@ -250,13 +251,14 @@ def _load_by_diffusers(pipe: Any, network: str, file: LoraFile, name: str) -> No
 def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
     wanted = {_layer_of(key) for key in state if not key.endswith(".alpha")}
     layers = {
-        f"{part}.{name}"
+        # Newer text encoders of transformers lack the level `text_model`, which diffusers leaves out then.
+        f"{part}.{name}".replace(".text_model.", ".")
         for part, module in pipe.components.items()
         if hasattr(module, "named_modules")
         # A layer that already carries an adapter hides its own name one level down.
         for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
     }
-    if missing := sorted(wanted - layers):
+    if missing := sorted(name for name in wanted if name.replace(".text_model.", ".") not in layers):
         raise _misfit(pipe, file, missing, len(wanted))
 
 
@@ -341,7 +343,9 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     )
     # For `postgen export-lora`: layers of different families have the same names.
     kind = type(pipe).__name__
-    note = {"pipeline": kind, "network": name, "outputs": outputs_of(network_shapes(module), names_of(kind))}
+    note = {"pipeline": kind, "outputs": outputs_of(network_shapes(module), names_of(kind))}
+    if len(networks_of(pipe)) > 1:  # one network's alone may go to either of two
+        note["network"] = name
     (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")
 
 

@@ -21,8 +21,8 @@ from .lora_names import NAMES, Names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 NOTE = "lora.json"
-"""Beside a LoRA that we wrote: `pipeline`, the class of its base model; `network`, the component that it is for;
-`outputs`, how many outputs layers have that others than ours may need to know."""
+"""Beside a LoRA that we wrote: `pipeline`, the class of its base model; `network`, the one of two that it is for;
+`outputs`, how many outputs the layers of the model have, by `Names`."""
 SAID = "postgen"
 """Key of the same note among the metadata of a file."""
 EXPERTS = ("transformer", "transformer_2")

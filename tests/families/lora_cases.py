@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from postgen.families import denoiser_for
 from postgen.families.lora import load_loras, networks_of, save_lora
+from postgen.families.lora_export import export_lora
+from postgen.families.lora_file import NOTE, WEIGHTS
 from postgen.training.lora import AdapterConfig, add_adapters
 from tests.conftest import LATENT_CHANNELS, wan_components
 from tests.families.tiny_pipelines import PIPELINES
@@ -115,3 +120,43 @@ def same(one: Changes, other: Changes) -> bool:
         one[part].keys() == other[part].keys() and all(torch.equal(one[part][k], other[part][k]) for k in one[part])
         for part in one
     )
+
+
+def converted_by_diffusers(family: str, format: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what diffusers' conversion of an exported file changes, and what the file was written from.
+
+    The file has the width of the published models, for which the conversion is written. What is compared is what a
+    change does to a few vectors; all numbers are small and whole, so that sums are exact in any order.
+    """
+    import diffusers
+
+    kind, network = {
+        "FLUX": ("FluxPipeline", "FluxTransformer2DModel"),
+        "HunyuanVideo": ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel"),
+    }[family]
+    with torch.device("meta"):
+        model = getattr(diffusers, network)(num_layers=1, num_single_layers=1)
+    source, tensors, expected = torch.Generator().manual_seed(5), {}, {}
+    for name, module in model.named_modules():
+        if re.fullmatch(r"(single_)?transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)", name):
+            shapes = (4, module.in_features), (module.out_features, 4)
+            down, up = (torch.randint(-3, 4, shape, generator=source).float() for shape in shapes)
+            tensors |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+            expected[name] = 2 * up.double() @ (down.double() @ _probe(module.in_features))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "lora_adapter_metadata": settings})
+    (folder / NOTE).write_text(json.dumps({"pipeline": kind}))
+    export_lora(folder, folder / "out.safetensors", format)
+    state = getattr(diffusers, kind).lora_state_dict(folder / "out.safetensors")
+    found = {}
+    for key, down in state.items():
+        if key.endswith(".lora_A.weight"):
+            change = state[key.replace(".lora_A.", ".lora_B.")].double() @ (down.double() @ _probe(down.shape[1]))
+            if change.any():
+                found[key.removeprefix("transformer.").removesuffix(".lora_A.weight")] = change
+    return found, expected
+
+
+def _probe(width: int) -> Tensor:
+    return torch.randint(-3, 4, (width, 8), generator=torch.Generator().manual_seed(6)).double()
