@@ -376,5 +376,13 @@ def lora_base_problem(module: nn.Module) -> str | None:
 
 
 def put_lora(pipe: Any, network: Any, state: dict[str, torch.Tensor], name: str, settings: dict[str, Any]) -> None:
-    """Put a LoRA adapter, by layer names, into a network of a pipeline, whatever hooks offloading has put on it."""
-    network.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=settings, _pipeline=pipe)
+    """Put a LoRA adapter, by layer names, into a network or text encoder of a pipeline.
+
+    Hooks that offloading has put on a network are taken off for it, and put back.
+    """
+    if hasattr(network, "load_lora_adapter"):
+        network.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=settings, _pipeline=pipe)
+    else:  # a model of transformers
+        from peft import LoraConfig
+
+        network.load_adapter(adapter_name=name, adapter_state_dict=state, peft_config=LoraConfig(**settings))

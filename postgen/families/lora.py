@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import put_lora
 from postgen.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
-    from .lora_file import LoraFile
-    from .lora_found import Found
-
-_SUFFIX = re.compile(r"\.(lora_[AB]|lora\.(up|down)|lora_magnitude_vector|lora_linear_layer)\b.*$")
-_OLD = re.compile(r"_lora\.(up|down)\b.*$")
-_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _NETWORK = re.compile(r"(transformer|transformer_2)=(.*)", re.DOTALL)
 LARGEST = 1000.0
 """Scale of a LoRA, either sign: beyond it nothing is left of the model, and soon no finite number."""
@@ -100,10 +89,12 @@ def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) 
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRA: leave --lora out")
+    from .lora_load import load_one
+
     scales: dict[str, list[tuple[str, float]]] = {}
     for number, choice in enumerate(map(parse_lora, loras)):
         for network, path in _files(pipe, choice).items():
-            _load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
+            load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
             scales.setdefault(network, []).append((f"lora{number}", choice.scale))
     if len(networks_of(pipe)) > 1:
         for network, pairs in scales.items():
@@ -154,143 +145,6 @@ def _files(pipe: Any, choice: LoraChoice) -> dict[str, Path]:
     if missing := [str(network) for network in found if network not in networks]:
         raise UserError(f"the LoRA {choice.path} is for {', '.join(missing)}, this {type(pipe).__name__} has none")
     return {str(network): file for network, file in found.items()}
-
-
-def _load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapters_only: bool) -> None:
-    from .lora_file import open_lora
-    from .lora_found import find_layers, network_shapes
-    from .lora_layers import shortened
-    from .lora_names import names_of
-
-    module = getattr(pipe, network)
-    file = open_lora(path)
-    shapes = network_shapes(module)
-    parameters = {name.replace(".base_layer", "") for name, _ in module.named_parameters() if ".lora_" not in name}
-    try:
-        found = find_layers(file, names_of(type(pipe).__name__), shapes, parameters)
-        if found.rest:
-            _load_by_diffusers(pipe, network, file, name)
-            return
-        if found.strange:
-            raise _misfit(pipe, file, found.strange)
-        if found.offsets and adapters_only:
-            raise UserError(
-                f"the LoRA {path} holds differences of norms or tables, which cannot be trained on and written:"
-                f" {shortened(list(found.offsets))}"
-            )
-        _apply(pipe, module, file, found, name, scale)
-    except UserError:
-        raise
-    except Exception as error:  # diffusers, peft and the hub raise all kinds
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"cannot load the LoRA {path}: {text}{_made_for(pipe, file)}") from error
-
-
-def _apply(pipe: Any, module: nn.Module, file: LoraFile, found: Found, name: str, scale: float) -> None:
-    from .lora_layers import adapter_settings, adapter_state
-
-    layers = found.layers
-    if scale != 1 and any(layer.magnitude is not None for layer in layers.values()):
-        raise UserError(
-            f"the LoRA {file.path} is DoRA, whose magnitudes are not scaled: its scale must be 1, got {scale:g}"
-        )
-    if layers:
-        try:
-            settings = adapter_settings(layers)
-        except UserError as error:
-            raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
-        kept = {key: file.settings[key] for key in ("lora_dropout", "target_modules") if file.settings.get(key)}
-        with warnings.catch_warnings():
-            # Differences of a bias that the model lacks are added all the same; only merging them is impossible.
-            warnings.filterwarnings("ignore", message=".*lora_bias=True")
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            put_lora(pipe, module, adapter_state(layers), name, settings | kept)
-    _shift(module, file, found, scale)
-
-
-def _shift(module: nn.Module, file: LoraFile, found: Found, scale: float) -> None:
-    """Add differences to parameters that no adapter can change."""
-    import torch
-
-    own = {key.replace(".base_layer", ""): value for key, value in module.named_parameters()}
-    for name, offset in found.offsets.items():
-        if own[name].shape != offset.shape:
-            raise UserError(
-                f"the LoRA {file.path} does not fit: {name} is {tuple(offset.shape)} in it and"
-                f" {tuple(own[name].shape)} in the model"
-            )
-        if own[name].is_meta:
-            raise UserError(
-                f"the LoRA {file.path} changes {name}, which is offloaded: load the model without --offload"
-            )
-    with torch.no_grad():
-        for name, offset in found.offsets.items():
-            own[name].add_((scale * offset.double()).to(own[name]))
-
-
-def _load_by_diffusers(pipe: Any, network: str, file: LoraFile, name: str) -> None:
-    """Let diffusers read what we have no names for, if all of it comes through."""
-    from .lora_layers import shortened
-    from .lora_trace import left_out
-
-    kind = type(pipe)
-    # What the loader of Stable Diffusion XL gives its conversion as well.
-    more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
-    convert = functools.partial(kind.lora_state_dict, **more)
-    state = convert(dict(file.tensors))
-    _check_layers(pipe, file, state[0] if isinstance(state, tuple) else state)
-    if lost := left_out(convert, file.tensors):
-        raise UserError(
-            f"the LoRA {file.path}: {len(lost)} of its {len(file.tensors)} tensors cannot be applied to"
-            f" {kind.__name__}: {shortened(lost)}"
-        )
-    second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
-    pipe.load_lora_weights(str(file.path), adapter_name=name, **second)
-
-
-def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
-    wanted = {_layer_of(key) for key in state if not key.endswith(".alpha")}
-    layers = {
-        # Newer text encoders of transformers lack the level `text_model`, which diffusers leaves out then.
-        f"{part}.{name}".replace(".text_model.", ".")
-        for part, module in pipe.components.items()
-        if hasattr(module, "named_modules")
-        # A layer that already carries an adapter hides its own name one level down.
-        for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
-    }
-    if missing := sorted(name for name in wanted if name.replace(".text_model.", ".") not in layers):
-        raise _misfit(pipe, file, missing, len(wanted))
-
-
-def _layer_of(key: str) -> str:
-    if _OLD.search(key):
-        layer, _, part = _OLD.sub("", key).replace(".processor", "").rpartition(".")
-        own = f"{part}.0" if part == "to_out" else part
-        return f"{layer}.{_TEXT.get(part, part) if key.startswith('text_encoder') else own}"
-    return _SUFFIX.sub("", key)
-
-
-def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int | None = None) -> UserError:
-    from .lora_found import base_layers
-
-    total = len(base_layers(file)) if total is None else total
-    some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-    return UserError(
-        f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
-        f" match, these match no layer: {some}{_made_for(pipe, file)}"
-    )
-
-
-def _made_for(pipe: Any, file: LoraFile) -> str:
-    """Say what a file is for, where that can be told and is something else."""
-    from .lora_found import families_like
-    from .lora_names import NAMES
-
-    here = type(pipe).__name__
-    if (said := file.note.get("pipeline")) not in (None, here):
-        return f". It was made for {said}"
-    fits = [family for family in families_like(file) if here not in NAMES[family].pipelines]
-    return f". Its layers are those of {' or '.join(fits)}" if fits else ""
 
 
 def _downloaded(name: str) -> Path:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from postgen.errors import UserError
 from postgen.tensor_files import opened, read_tensors
 
 from .lora_layers import shortened
-from .lora_names import NAMES, Names
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 NOTE = "lora.json"
@@ -29,7 +28,9 @@ EXPERTS = ("transformer", "transformer_2")
 """Networks of a pipeline with two; the first makes the noisy steps."""
 
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.)+")
+PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.|text_encoder(_[23])?\.)+")
+"""Before a layer's name, in the keys of diffusers and peft."""
+_TEXT_ENCODER = re.compile(r"(text_encoder(?:_[23])?)\.|lora_te([12]?)_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +40,23 @@ class LoraFile:
     path: Path
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
-    """Arguments of `peft.LoraConfig`, as far as they are said."""
+    """Arguments of `peft.LoraConfig`, as far as they are said; those for text encoders under their names."""
     note: dict[str, Any]
     """As `NOTE`; empty where there is none."""
 
-    @property
-    def names(self) -> Names | None:
-        """The names of the family that the note tells, if one is known."""
-        return next((names for names in NAMES.values() if self.note.get("pipeline") in names.pipelines), None)
+    def parts(self, network: str) -> dict[str, LoraFile]:
+        """Return what is for the network, under its name, and what is for text encoders, under theirs."""
+        tensors: dict[str, dict[str, Tensor]] = {network: {}}
+        for key, tensor in self.tensors.items():
+            match = _TEXT_ENCODER.match(key)
+            name = network if match is None else match[1] or ("text_encoder_2" if match[2] == "2" else "text_encoder")
+            tensors.setdefault(name, {})[key] = tensor
+        return {
+            name: replace(
+                self, tensors=own, settings=self.settings if name == network else self.settings.get(name, {})
+            )
+            for name, own in tensors.items()
+        }
 
 
 def find_loras(path: Path) -> dict[str | None, Path]:
@@ -89,7 +99,7 @@ def open_lora(path: Path) -> LoraFile:
     if bad:
         raise UserError(f"the LoRA {path} is damaged: NaN or infinity in {len(bad)} tensors: {shortened(bad)}")
     settings = _settings(path, metadata, said)
-    for name, value in _numbers(settings):
+    for name, value in (pair for each in _each(settings) for pair in _numbers(each)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"the LoRA {path} is damaged: {name} is {value!r}")
     return LoraFile(path=path, tensors=tensors, settings=settings, note=_note(path, metadata))
@@ -101,13 +111,20 @@ def _settings(path: Path, metadata: Mapping[str, str], said: str) -> dict[str, A
         if path.name == _PEFT_WEIGHTS and (path.parent / _PEFT_CONFIG).is_file():
             settings = json.loads((path.parent / _PEFT_CONFIG).read_text(encoding="utf-8"))
         else:
-            packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            settings = {PREFIX.sub("", key): v for key, v in packed.items() if not key.startswith("text_encoder")}
+            settings = {}
+            for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+                match = _TEXT_ENCODER.match(key)
+                home = settings if match is None else settings.setdefault(match[1], {})
+                home[PREFIX.sub("", key)] = value
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{said}: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{said}: its settings are {settings!r}")
     return settings
+
+
+def _each(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [settings, *(own for key, own in settings.items() if key.startswith("text_encoder"))]
 
 
 def _numbers(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

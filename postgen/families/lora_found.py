@@ -26,6 +26,7 @@ _KEY = re.compile(
     r"\.(?P<end>weight|bias)"
     r"|\.(?P<kind>alpha|lora_magnitude_vector|dora_scale|diff_b|diff)(?:\.default)?(?:\.weight)?)"
 )
+_FLAT = re.compile(r"lora_(unet|transformer|te[12]?)_")
 _DOWN = ("lora_A", "lora_down", "lora.down")
 
 
@@ -151,19 +152,17 @@ def _members(
 ) -> tuple[str, ...]:
     """Return diffusers' names of a key's layer; none where nobody knows it."""
     base = match["base"]
-    for prefix in ("lora_unet_", "lora_transformer_"):
-        if base.startswith(prefix):
-            rest = base.removeprefix(prefix)
-            if rest in flat:
-                return (flat[rest],)
-            return () if names is None else own_names(rest, names, underscored=True)
-    if base.startswith(("text_encoder", "lora_te")):
-        return ()
+    if (match_flat := _FLAT.match(base)) is not None:
+        rest = base[match_flat.end() :]
+        # Newer text encoders of transformers lack the level `text_model`.
+        if found := flat.get(rest, flat.get(rest.removeprefix("text_model_"))):
+            return (found,)
+        return () if names is None else own_names(rest, names, underscored=True)
     rest = PREFIX.sub("", base.removeprefix("diffusion_model."))
     if match["old"]:  # older UNets: attn1.processor.to_q_lora.down.weight
         rest = re.sub(r"\.to_out$", ".to_out.0", rest.replace(".processor", ""))
-    if own is not None and rest in own:
-        return (rest,)
+    if own is not None and (known := {rest, rest.removeprefix("text_model.")} & own):
+        return (known.pop(),)
     if own is None and (names is None or author_name(rest, names) is not None):
         return (rest,)
     return () if names is None else own_names(rest, names)

@@ -36,7 +36,7 @@ class AdapterConfig(Part):
     """Endings of layer names; empty takes those of the model's attention."""
 
     lora_path: str | None = None
-    """A LoRA to go on from; its rank and layers hold."""
+    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

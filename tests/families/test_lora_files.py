@@ -286,29 +286,44 @@ def test_folders_that_hold_one_lora(pipe: Any, tmp_path: Path) -> None:
         assert cases.same(cases.read_by_postgen(pipe, str(tmp_path / folder)), expected)
 
 
-def test_what_only_diffusers_can_read(written: Any) -> None:
-    """A text encoder's layers of kohya go through diffusers, alpha included; what it would leave out is named."""
-    pipe, _ = tiny_pipeline("Stable Diffusion")
-    unet = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    tensors = pair(unet, 8, 8)
-    for part in "qkv":
-        tensors |= pair(text.replace("_q_", f"_{part}_"), 8, 8)
-    tensors |= pair(text.replace("_q_", "_out_"), 8, 8)
-    alphas = {key.replace("lora_up.weight", "alpha"): torch.tensor(6.0) for key in tensors if "lora_up" in key}
-    tensors |= alphas
-    load_loras(pipe, [f"{written(tensors)}:0.5"])
+UNET = "unet_down_blocks_1_attentions_0_transformer_blocks_0"
+SGM = "unet_input_blocks_3_1_transformer_blocks_0"
+
+
+@pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
+def test_text_encoders_of_kohya_and_their_own_alphas(written: Any, family: str) -> None:
+    """XL's UNet has the author's names there, which diffusers converts: it mixes alphas up that are not all equal."""
+    pipe, _ = tiny_pipeline(family)
+    unet, places = (UNET, ("te",)) if family == "Stable Diffusion" else (SGM, ("te1", "te2"))
+    width = 8
+    text = "text_model_encoder_layers_0_self_attn"
     layers = {
-        unet: pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q,
-        text: dict(pipe.text_encoder.named_modules())["encoder.layers.0.self_attn.q_proj"],
+        f"lora_{unet}_attn1_to_{part}": f"unet down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{part}"
+        for part in "qk"
     }
-    for name, layer in layers.items():
-        expected = 1.5 * tensors[f"{name}.lora_up.weight"].double() @ tensors[f"{name}.lora_down.weight"].double()
-        found = layer.scaling["lora0"] * layer.lora_B["lora0"].weight.double() @ layer.lora_A["lora0"].weight.double()
-        torch.testing.assert_close(found, expected)
+    layers |= {
+        f"lora_{te}_{text}_{part}_proj": f"text_encoder{'_2' * (te == 'te2')} encoder.layers.0.self_attn.{part}_proj"
+        for te in places
+        for part in ("q", "k", "v", "out")
+    }
+    tensors = {}
+    for number, name in enumerate(layers):
+        tensors |= pair(name, width, width) | {f"{name}.alpha": torch.tensor(3.0 + number)}
+    load_loras(pipe, [f"{written(tensors)}:0.5"])
+    for number, (name, place) in enumerate(layers.items()):
+        part, _, layer = place.partition(" ")
+        whole = {key.replace("text_model.", ""): module for key, module in getattr(pipe, part).named_modules()}[layer]
+        found = whole.scaling["lora0"] * whole.lora_B["lora0"].weight.double() @ whole.lora_A["lora0"].weight.double()
+        down, up = (tensors[f"{name}.lora_{half}.weight"].double() for half in ("down", "up"))
+        torch.testing.assert_close(found, (3 + number) / 4 * up @ down)
     pipe.unload_lora_weights()
-    with pytest.raises(UserError, match="changes text_encoder, which is not trained and would not be written"):
+    with pytest.raises(
+        UserError, match=r"changes text_encoder(, text_encoder_2)?, which is not trained and would not be"
+    ):
         add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(lora_path=written(tensors)))
+
+
+def test_what_diffusers_would_leave_out_is_named(written: Any) -> None:
     flux, _ = tiny_pipeline("FLUX")
     layer = "lora_unet_double_blocks_0_img_attn_proj"
     lost = pair("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k", 8, 8)
