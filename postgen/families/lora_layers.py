@@ -25,7 +25,7 @@ class Layer:
     bias: Tensor | None = None
     """(out,), what the layer's bias is changed by; not scaled."""
     magnitude: Tensor | None = None
-    """(out,), of DoRA (arXiv:2402.09353): the lengths of the changed weight's rows."""
+    """(out,), of DoRA: the lengths of the changed weight's rows, as peft computes with them."""
 
     @property
     def rank(self) -> int:
