@@ -197,7 +197,7 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     )
     # For `postgen export-lora`: layers of different families have the same names.
     kind = type(pipe).__name__
-    note = {"pipeline": kind, "outputs": outputs_of(network_shapes(module), names_of(kind))}
+    note = {"pipeline": kind, "outputs": outputs_of(network_shapes(module), names_of(module))}
     if len(networks_of(pipe)) > 1:  # one network's alone may go to either of two
         note["network"] = name
     (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")

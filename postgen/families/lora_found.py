@@ -179,7 +179,9 @@ def _layer(file: LoraFile, name: str, parts: dict[str, Tensor], shape: tuple[int
     magnitude = _magnitude(where, name, parts, shape)
     if (change := parts.get("diff")) is not None:
         if change.ndim < 2:
-            raise UserError(f"{where}: the difference of {name} is no change of a layer, it has shape {change.shape}")
+            raise UserError(
+                f"{where}: the difference of {name} is no change of a layer, it has shape {tuple(change.shape)}"
+            )
         whole = full_rank(floating(change))
         layer = whole if layer is None else added(layer, whole)
     if (shift := parts.get("diff_b")) is not None:

@@ -16,12 +16,12 @@ from postgen.compat import put_lora
 from postgen.errors import UserError
 
 from .lora_file import LoraFile, open_lora
-from .lora_found import Found, base_layers, families_like, find_layers, network_shapes
+from .lora_found import Found, families_like, find_layers, network_shapes
 from .lora_layers import adapter_settings, adapter_state, shortened
 from .lora_names import NAMES, names_of
 from .lora_trace import left_out
 
-_SUFFIX = re.compile(r"\.(lora_[AB]|lora\.(up|down)|lora_magnitude_vector|lora_linear_layer)\b.*$")
+_SUFFIX = re.compile(r"\.(lora_[AB]|lora[._](up|down)|lora_magnitude_vector|lora_linear_layer)\b.*$")
 _OLD = re.compile(r"_lora\.(up|down)\b.*$")
 _HALF = re.compile(r"(?:_lora|\.lora|\.lora_linear_layer)\.(up|down)\.weight$")
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -45,10 +45,12 @@ def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapt
     try:
         found = _found(pipe, network, file)
         if any(part.rest for part in found.values()):
-            file = _converted(pipe, file)
+            rest = [key for part in found.values() for key in part.rest]
+            file = _converted(pipe, file, rest)
             found = _found(pipe, network, file)
         if strange := [layer for part in found.values() for layer in part.strange]:
-            raise _misfit(pipe, file, strange)
+            total = len(strange) + sum(len(part.layers) for part in found.values())
+            raise _misfit(pipe, file, strange, total)
         if any(part.rest for part in found.values()):
             # Other kinds of adapters, all of which diffusers has taken.
             second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
@@ -77,7 +79,7 @@ def _found(pipe: Any, network: str, file: LoraFile) -> dict[str, Found]:
         if (module := getattr(pipe, name, None)) is None:
             found[name] = Found(rest=list(part.tensors))
             continue
-        names = names_of(type(pipe).__name__) if name == network else None
+        names = names_of(module) if name == network else None
         found[name] = find_layers(part, names, network_shapes(module), _parameters(module))
     return found
 
@@ -111,7 +113,8 @@ def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) 
     except UserError as error:
         raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
     said = file.settings.get(part, {}) if part.startswith("text_encoder") else file.settings
-    return settings | {key: said[key] for key in ("lora_dropout", "target_modules") if said.get(key)}
+    kept = {"lora_dropout": float | int, "target_modules": list}  # names such as "all-linear" hold elsewhere
+    return settings | {key: said[key] for key, kind in kept.items() if isinstance(said.get(key), kind)}
 
 
 def _apply(pipe: Any, part: str, found: Found, settings: dict[str, Any] | None, name: str, scale: float) -> None:
@@ -138,8 +141,13 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _converted(pipe: Any, file: LoraFile) -> LoraFile:
+def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
     """Return a file with the keys that diffusers makes of those that we have no names for.
+
+    Args:
+        pipe: the pipeline.
+        file: the file.
+        rest: the keys that we have no names for.
 
     Raises:
         UserError: not all of it comes through.
@@ -148,10 +156,17 @@ def _converted(pipe: Any, file: LoraFile) -> LoraFile:
     # What the loader of Stable Diffusion XL gives its conversion as well.
     more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
     convert = functools.partial(kind.lora_state_dict, **more)
-    out = convert(dict(file.tensors))
+    try:
+        out = convert(dict(file.tensors))
+        lost = left_out(convert, file.tensors)
+    except Exception as error:  # a conversion raises all kinds
+        raise UserError(
+            f"the LoRA {file.path}: {len(rest)} of its {len(file.tensors)} tensors cannot be applied to"
+            f" {kind.__name__}: {shortened(rest)}{_made_for(pipe, file)}"
+        ) from error
     state, alphas = out if isinstance(out, tuple) else (out, None)
     _check_layers(pipe, file, state)
-    if lost := left_out(convert, file.tensors):
+    if lost:
         raise UserError(
             f"the LoRA {file.path}: {len(lost)} of its {len(file.tensors)} tensors cannot be applied to"
             f" {kind.__name__}: {shortened(lost)}"
@@ -193,8 +208,7 @@ def _layer_of(key: str) -> str:
     return _SUFFIX.sub("", key)
 
 
-def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int | None = None) -> UserError:
-    total = len(base_layers(file)) if total is None else total
+def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int) -> UserError:
     some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     return UserError(
         f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
@@ -207,5 +221,6 @@ def _made_for(pipe: Any, file: LoraFile) -> str:
     here = type(pipe).__name__
     if (said := file.note.get("pipeline")) not in (None, here):
         return f". It was made for {said}"
-    fits = [family for family in families_like(file) if here not in NAMES[family].pipelines]
+    networks = [type(part).__name__ for part in pipe.components.values()]
+    fits = [family for family in families_like(file) if not set(networks) & set(NAMES[family].networks)]
     return f". Its layers are those of {' or '.join(fits)}" if fits else ""

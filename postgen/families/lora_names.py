@@ -22,6 +22,8 @@ class Names:
 
     pipelines: tuple[str, ...]
     """Pipeline classes of diffusers."""
+    networks: tuple[str, ...]
+    """Classes of the networks that LoRA changes there and in other pipelines."""
     plain: Mapping[str, str] = field(default_factory=dict)
     """diffusers' name -> the author's."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -83,9 +85,10 @@ def own_names(theirs: str, names: Names, *, underscored: bool = False) -> tuple[
     return ()
 
 
-def names_of(pipeline: str) -> Names | None:
-    """Return the names for a pipeline class, drop-in or of diffusers; None where none are known."""
-    return next((names for names in NAMES.values() if pipeline in names.pipelines), None)
+def names_of(network: object) -> Names | None:
+    """Return the names for a network; None where none are known."""
+    kind = type(network).__name__
+    return next((names for names in NAMES.values() if kind in names.networks), None)
 
 
 def outputs_of(shapes: Mapping[str, tuple[int, ...]], names: Names | None) -> dict[str, int]:
@@ -167,6 +170,12 @@ NAMES: dict[str, Names] = {
             *("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline"),
             *("SkyReelsV2Pipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2ImageToVideoPipeline"),
         ),
+        networks=(
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+        ),
         plain={
             **{f"blocks.{{}}.{mine}": f"blocks.{{}}.{theirs}" for mine, theirs in _WAN_BLOCK.items()},
             "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -189,6 +198,7 @@ NAMES: dict[str, Names] = {
     ),
     "hunyuan_video": Names(
         pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        networks=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         plain={
             **_double("_", "fc1", "fc2", "linear"),
             f"{_REFINER}.attn.to_out.0": f"{_REFINER_THEIRS}.self_attn_proj",
@@ -201,6 +211,7 @@ NAMES: dict[str, Names] = {
     ),
     "ltx": Names(
         pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+        networks=("LTXVideoTransformer3DModel",),
         plain={
             "proj_in": "patchify_proj",
             "proj_out": "proj_out",
@@ -218,6 +229,7 @@ NAMES: dict[str, Names] = {
     # ComfyUI has nodes of others for it, which run diffusers' network; kohya's tools do not know it.
     "cogvideox": Names(
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+        networks=("CogVideoXTransformer3DModel",),
         unchanged=(
             *_parts("transformer_blocks.{}.attn1", (*_QKV, "to_out.0")),
             *_parts("transformer_blocks.{}", ("ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")),
@@ -228,6 +240,7 @@ NAMES: dict[str, Names] = {
     ),
     "flux": Names(
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
+        networks=("FluxTransformer2DModel",),
         plain=_double(".", "0", "2", "lin"),
         fused=_double_fused("."),
         comfyui="alpha",
@@ -235,6 +248,7 @@ NAMES: dict[str, Names] = {
     # comfy/utils.py, `mmdit_to_diffusers`, finds diffusers' names in the author's fused layers.
     "stable_diffusion_3": Names(
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+        networks=("SD3Transformer2DModel",),
         unchanged=(
             *_parts("transformer_blocks.{}.attn", (*_QKV, "to_out.0", *_ADDED, "to_add_out")),
             *_parts("transformer_blocks.{}.attn2", (*_QKV, "to_out.0")),
@@ -248,6 +262,7 @@ NAMES: dict[str, Names] = {
     # ComfyUI and kohya's tools both read diffusers' names of the UNet, with underscores.
     "stable_diffusion": Names(
         pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+        networks=("UNet2DConditionModel",),
         unchanged=tuple(
             f"{part}.attentions.{{}}.{layer}"
             for part in ("down_blocks.{}", "mid_block", "up_blocks.{}")

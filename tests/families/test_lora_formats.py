@@ -41,6 +41,22 @@ def test_lora_comes_back_exactly(tmp_path: Path, family: str) -> None:
     assert len(found) == (10 if family in ("Wan", "FLUX") else 4)
 
 
+def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of one layer is another one in a single format."""
+    from postgen.families import lora_export
+
+    def spoilt(layers: Any, style: Any, keyed: Any = lora_export.keyed) -> Any:
+        tensors = keyed(layers, style)
+        if style == "kohya":
+            next(value for value in tensors.values() if value.ndim == 2)[0, 0] += 2.0**-20
+        return tensors
+
+    monkeypatch.setattr(lora_export, "keyed", spoilt)
+    found = {each.format: each for each in outcomes("Wan", tmp_path, twice=False)}
+    assert [name for name, each in found.items() if not each.holds] == ["kohya"]
+    assert found["kohya"].postgen == found["kohya"].diffusers == "16 layers changed, and not as the 16 were"
+
+
 @pytest.mark.parametrize(
     ("dtype", "format", "error"),
     [
