@@ -168,6 +168,28 @@ def test_alpha_beside_any_keys_counts(pipe: Any, written: Any, base: str) -> Non
     assert torch.equal(cases.changes(pipe)["transformer"]["blocks.0.attn1.to_q"], expected)
 
 
+def test_ranks_and_alphas_of_every_layer_go_on(pipe: Any, written: Any, tmp_path: Path) -> None:
+    """Through training, its export, and diffusers' keys: read by us and by diffusers."""
+    tensors: dict[str, Tensor] = {}
+    expected = {}
+    for number, part in enumerate("qkvo"):
+        base = f"diffusion_model.blocks.1.self_attn.{part}"
+        tensors |= pair(base, rank=1 + number % 3) | {f"{base}.alpha": torch.tensor(2.0 ** (number % 2 + 2))}
+        own = "blocks.1.attn1." + ("to_out.0" if part == "o" else f"to_{part}")
+        scale = 2.0 ** (number % 2 + 2) / (1 + number % 3)
+        down, up = (tensors[f"{base}.lora_{half}.weight"].double() for half in ("down", "up"))
+        expected[own] = scale * up @ down
+    adapter = add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(lora_path=written(tensors)))
+    assert adapter is not None
+    assert cases.same(cases.changes(pipe), {"transformer": expected})
+    cases.save(pipe, tmp_path / "run", adapter)
+    pipe.unload_lora_weights()
+    export_lora(tmp_path / "run", tmp_path / "out.safetensors", "diffusers")
+    for file in (tmp_path / "run" / WEIGHTS, tmp_path / "out.safetensors"):
+        assert cases.same(cases.read_by_postgen(pipe, str(file)), {"transformer": expected})
+        assert cases.same(cases.read_by_diffusers(pipe, {"transformer": file}), {"transformer": expected})
+
+
 def peft_metadata(**settings: Any) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
@@ -333,3 +355,23 @@ def test_what_diffusers_would_leave_out_is_named(written: Any) -> None:
     lost = pair("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.k", 8, 8)
     with pytest.raises(UserError, match=r"2 of its 4 tensors cannot be applied to FluxPipeline: text_encoders\.t5xxl"):
         load_loras(flux, [written(pair(layer, 32, 32) | lost)])
+
+
+def test_a_repository_on_the_hub_has_one_file_or_the_usual_name(
+    pipe: Any, written: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    path = written(pair())
+    listed = ["README.md", "a.safetensors"]
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: listed)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: asked.append((name, file)) or path)
+    load_loras(pipe, ["owner/style:0.5"])
+    listed.append(WEIGHTS)
+    pipe.unload_lora_weights()
+    load_loras(pipe, ["owner/style"])
+    assert asked == [("owner/style", "a.safetensors"), ("owner/style", WEIGHTS)]
+    listed[2:] = ["b.safetensors"]
+    with pytest.raises(UserError, match=r"owner/style has 2 \.safetensors files on the hub \(a\.safetensors, b\."):
+        load_loras(pipe, ["owner/style"])

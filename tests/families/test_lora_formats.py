@@ -205,9 +205,12 @@ def test_training_refuses_what_it_would_not_write(pipe: Any, tmp_path: Path) -> 
 
 def test_names_are_one_to_one() -> None:
     """No two layers of diffusers have one name there, and each is found back, with dots and with underscores."""
+    import diffusers
+
     from postgen.families.lora_names import author_name, own_names
 
     for names in NAMES.values():
+        assert all(hasattr(diffusers, kind) for kind in (*names.pipelines, *names.networks))
         for theirs, members in names.rows():
             mine = [member.format(3, 1, 2, 4) for member in members]
             places = [author_name(name, names) for name in mine]
