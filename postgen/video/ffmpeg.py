@@ -161,12 +161,12 @@ def executable() -> str:
     Raises:
         NoFFmpegError: there is none.
     """
-    # Imported here: the contact sheets and the training loop need no ffmpeg.
-    import imageio_ffmpeg
-
     try:
+        # Imported here: the contact sheets and the training loop need no ffmpeg.
+        import imageio_ffmpeg
+
         found: str = imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         raise NoFFmpegError(
             "there is no ffmpeg to read and write videos with: install imageio-ffmpeg with its program, or ffmpeg "
             "itself, or name one in IMAGEIO_FFMPEG_EXE"

@@ -1,5 +1,6 @@
 """Where there is no ffmpeg, a run shows its samples as PNG sheets and says so once."""
 
+import sys
 import warnings
 
 import pytest
@@ -14,6 +15,12 @@ from tests.video.test_kinds import without_ffmpeg
 @pytest.fixture
 def no_ffmpeg(monkeypatch):
     without_ffmpeg(monkeypatch)
+    _say_once.cache_clear()
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     _say_once.cache_clear()
 
 
@@ -44,3 +51,12 @@ def test_generate_says_it_before_any_frame(tmp_path, cli, no_ffmpeg):
     assert told.code != 0
     assert "install imageio-ffmpeg" in told.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_package_it_is_the_same(tmp_path, cli, no_package):
+    with pytest.warns(UserWarning, match="PNG sheets"):
+        write_clip(tmp_path / "a", torch.ones(4, 3, 16, 16), 8)
+    told = cli("generate", "a ball", "-o", tmp_path / "a.mp4")
+    assert told.code != 0
+    assert "install imageio-ffmpeg" in told.err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
