@@ -1,6 +1,6 @@
 """Clips of the embedded model for a person to look at: which prompts and seeds, how they are made, where they lie.
 
-    python -m benchmarks.world_eye_clips FOLDER [--device cuda] [--model MODEL] [--sheets]
+    python -m benchmarks.world_eye_clips FOLDER [--first 600000] [--device cuda] [--model MODEL] [--sheets]
 
 Half of them are made as the model's folder says, half as a policy draws them in training: small, in few steps, without
 guidance, so that more of them are wrong. The judge never sees them here. Four files of lossless clips are written,
@@ -25,8 +25,9 @@ from postgen import world
 from postgen.assets import embedded_model
 from postgen.world.spec import CAMERAS
 
-#: First seed of the scenes and of the noise; no other benchmark takes these.
-FIRST = 600_000
+#: First seeds of the scenes and of the noise: of the clips that the judge was mended on, and of those that were drawn
+#: and looked at afterwards. No other benchmark takes these.
+FIRST, FIRST_FRESH = 600_000, 650_000
 #: Files: (prefix of the names, bodies, clips, whether as the folder says). Every fourth clip of `1-` is filmed by a
 #: camera that moves.
 PARTS = (("2", 2, 52, True), ("2r", 2, 76, False), ("1", 1, 40, True), ("1r", 1, 40, False))
@@ -41,11 +42,11 @@ def sampling(model: Path, folder_says: bool) -> Defaults:
     return Defaults.of(model) if folder_says else ROLLOUT
 
 
-def rows(prefix: str, bodies: int, count: int, frames: int) -> dict[str, dict[str, Any]]:
+def rows(prefix: str, bodies: int, count: int, frames: int, first: int) -> dict[str, dict[str, Any]]:
     """Name -> prompt and seed of the clips of a part."""
     found = {}
     for k in range(count):
-        seed = FIRST + 1000 * [part[0] for part in PARTS].index(prefix) + k
+        seed = first + 1000 * [part[0] for part in PARTS].index(prefix) + k
         camera = CAMERAS[1 + k // 4 % (len(CAMERAS) - 1)] if prefix == "1" and k % 4 == 3 else "static"
         spec = world.sample(seed, num_bodies=bodies, camera=camera, num_frames=frames)
         found[f"{prefix}-{k:03d}"] = {"prompt": world.simple_caption(spec), "seed": seed}
@@ -58,7 +59,7 @@ def weights_of(model: Path) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def make(folder: Path, model: Path, device: str) -> None:
+def make(folder: Path, model: Path, device: str, first: int = FIRST) -> None:
     """Write the four files of clips, and `rows.json` that tells what they are."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe, all_rows = load(model, device), {}
@@ -66,7 +67,7 @@ def make(folder: Path, model: Path, device: str) -> None:
         torch.set_float32_matmul_precision("high")
     for prefix, bodies, count, folder_says in PARTS:
         how = sampling(model, folder_says)
-        part = rows(prefix, bodies, count, how.frames)
+        part = rows(prefix, bodies, count, how.frames, first)
         job = Job(
             prompts=[row["prompt"] for row in part.values()],
             seeds=[row["seed"] for row in part.values()],
@@ -107,12 +108,13 @@ def main() -> None:
     """Make the clips, draw the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the clips are kept; what is there already is not made again")
+    parser.add_argument("--first", type=int, default=FIRST, help=f"first seed (default: {FIRST})")
     parser.add_argument("--model", type=Path, default=embedded_model(), help="default: the embedded model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sheets", action="store_true", help="draw the sheets too")
     args = parser.parse_args()
     if not (args.folder / "rows.json").is_file():
-        make(args.folder, args.model, args.device)
+        make(args.folder, args.model, args.device, args.first)
     if args.sheets:
         sheets(args.folder)
 
