@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from postgen.errors import UserError
 from postgen.world.check import events
+from postgen.world.check.facets import roundness
 from postgen.world.check.film import filmed
 from postgen.world.check.ground import balance, find_spots
 from postgen.world.check.pieces import COLUMNS
 from postgen.world.check.report import Report, judge
 from postgen.world.check.segment import Blobs, find_blobs, smooth
-from postgen.world.check.shapes import shape_features
+from postgen.world.check.shapes import shape_features, windows
 from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import BODY_AREA, Track
 from postgen.world.check.workers import pool_of
@@ -171,14 +172,15 @@ def _likeness(space: float, rough: float, stray: float, level: float, jump: floa
 
 
 def _misfits(blobs: Blobs) -> Tensor:
-    """Misfit of every blob with every shape, and what fits better (M,K,6); `inf` where it is not looked at."""
-    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES)), torch.inf)
+    """Misfit of every blob with every shape, what fits better, and `roundness` (M,K,7); `inf` if not looked at."""
+    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 1), torch.inf)
     pixels = blobs.slot_MP.shape[1]
     chosen = blobs.valid & (blobs.area >= 0.5 * BODY_AREA * pixels)
     picture, slot = chosen.nonzero(as_tuple=True)
     for low in range(0, len(picture), 512):
         part = slice(low, low + 512)
-        features = shape_features(blobs, picture[part], slot[part])
+        window = windows(blobs, picture[part], slot[part])
+        features = shape_features(*window)
         misfit = features[:, 0] + _SHADING * features[:, 1]
-        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2]), 1)
+        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window)[:, None]), 1)
     return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 #: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
-#: how much better the outline of something else fits than each of them.
+#: how much better the outline of something else fits than each of them, then `facets.roundness`.
 COLUMNS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "x0", "y0", "x1", "y1")
 _TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
 
@@ -33,6 +33,8 @@ class Piece:
     misfit: tuple[float, ...] | None
     #: How much better than each shape the outline of none of them fits, or None as well.
     odd: tuple[float, ...] | None
+    #: How much rather it is a cylinder than a box, or None as well.
+    round: float | None
     group: int
     #: A second body of its colour is behind it, in one piece with it.
     merged: bool = False
@@ -78,7 +80,8 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         pure=pure,
         light=light,
         misfit=tuple(misfit[:3]) if whole else None,
-        odd=tuple(misfit[3:]) if whole else None,
+        odd=tuple(misfit[3:6]) if whole else None,
+        round=misfit[6] if whole else None,
         group=int(group),
     )
 

@@ -166,7 +166,7 @@ class _Candidate:
         if self.misfit is None:
             return dict.fromkeys(SHAPES, 0.0)
         return {
-            shape: min(_shape_value(*self.misfit, shape), steady.shape(self.track, k))
+            shape: min(_shape_value(*self.misfit, shape), steady.shape(self.track, k), steady.edges(self.track, shape))
             for k, shape in enumerate(SHAPES)
         }
 

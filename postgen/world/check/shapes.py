@@ -25,7 +25,7 @@ WINDOW = 0.95
 _PITCH = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60)
 _YAWS = 9
 #: Blur of the templates in parts of the root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
-_BLURS = (0.03, 0.05, 0.075, 0.11)
+BLURS = (0.03, 0.05, 0.075, 0.11)
 _RENDER = 160
 
 
@@ -59,23 +59,27 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
     hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
-    area = hit.sum((1, 2))
-    steps = torch.arange(_RENDER).float()
-    x, y = (hit * steps).sum((1, 2)) / area, (hit * steps[:, None]).sum((1, 2)) / area
-    window = crop(torch.cat((hit[:, None], normal * hit[:, None]), 1), x, y, area)
-    masks = torch.stack([_gauss(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in _BLURS])
+    return *(part.to(device) for part in bank(hit, normal)), shape.to(device)
+
+
+def bank(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outlines (blurs,T,P), shading bases (T,P,4) and inner pixels (T,P) of rendered views, as in `templates`."""
+    area = hit_TRR.sum((1, 2))
+    steps = torch.arange(hit_TRR.shape[-1]).float()
+    x, y = (hit_TRR * steps).sum((1, 2)) / area, (hit_TRR * steps[:, None]).sum((1, 2)) / area
+    window = crop(torch.cat((hit_TRR[:, None], normal_T3RR * hit_TRR[:, None]), 1), x, y, area)
+    masks = torch.stack([_gauss(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
     inner = (-functional.max_pool2d(-window[:, :1], 3, 1, 1) > 0.99).flatten(1).float()
-    basis = torch.cat((torch.ones(count, 1, GRID, GRID), window[:, 1:]), 1).flatten(2) * inner[:, None]
+    basis = torch.cat((torch.ones(len(window), 1, GRID, GRID), window[:, 1:]), 1).flatten(2) * inner[:, None]
     left, value, _ = torch.linalg.svd(basis.mT, full_matrices=False)
-    basis = left * (value > 1e-3 * value[:, :1])[:, None]
-    return masks.flatten(2).to(device), basis.to(device), inner.to(device), shape.to(device)
+    return masks.flatten(2), left * (value > 1e-3 * value[:, :1])[:, None], inner
 
 
 @functools.lru_cache(maxsize=4)
 def strangers(device: str) -> tuple[Tensor, Tensor]:
     """Outlines (blurs,T,P) that none of the solids has, and for which shape each of them counts (3,T)."""
     window, belongs = outlines(GRID, WINDOW)
-    masks = torch.stack([_gauss(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in _BLURS])
+    masks = torch.stack([_gauss(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
     return masks.flatten(2).to(device), belongs.to(device)
 
 
@@ -97,13 +101,8 @@ def _gauss(maps_NCHW: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(x, kernel[:, :, None], padding=(0, 6))
 
 
-def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
-    """How a blob looks: (N, 3, 3) by shape.
-
-    Misfit of outline and of shading with the best view of every shape, both 0 for a perfect match; and how much better
-    an outline fits that is none of this shape (`outlines`), 0 and less where none does.
-    """
-    masks, basis, inner, shape = templates(str(blobs.area.device))
+def windows(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outline and brightness (N,P) of blobs in windows as in `crop`, and which of `BLURS` each has (N,)."""
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
     own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
@@ -111,18 +110,20 @@ def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
     near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
     soft = blobs.soft_M2HW[picture_N]
     window = crop(torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1), x, y, area).flatten(2)
-    mask, bright = window[:, 0], window[:, 1]
-    level = (1.1 / area.clamp_min(1).sqrt())[:, None] - masks.new_tensor(_BLURS)
-    chosen = level.abs().argmin(1)
-    strange, belongs = strangers(str(mask.device))
-    outline = torch.empty(len(mask), masks.shape[1], device=mask.device)
-    apart = torch.empty(len(mask), strange.shape[1], device=mask.device)
-    # One wait for the device, where looking for the rows of each blur would take one a blur.
-    counts = (chosen[:, None] == torch.arange(len(_BLURS), device=chosen.device)).sum(0).tolist()
-    for blur, rows in enumerate(chosen.argsort(stable=True).split(counts)):
-        outline[rows] = _distance(mask[rows], masks[blur])
-        apart[rows] = _distance(mask[rows], strange[blur])
-    shading = _unexplained(bright, basis, inner)
+    level = (1.1 / area.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
+    return window[:, 0], window[:, 1], level.abs().argmin(1)
+
+
+def shape_features(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
+    """How blobs look in their `windows`: (N, 3, 3) by shape.
+
+    Misfit of outline and of shading with the best view of every shape, both 0 for a perfect match; and how much better
+    an outline fits that is none of this shape (`outlines`), 0 and less where none does.
+    """
+    masks, basis, inner, shape = templates(str(mask_NP.device))
+    strange, belongs = strangers(str(mask_NP.device))
+    outline, apart = misfits(mask_NP, blur_N, masks, strange)
+    shading = unexplained(bright_NP, basis, inner)
     result = []
     for s in range(len(SHAPES)):
         view = torch.where(shape == s, outline, torch.inf).argmin(1, keepdim=True)
@@ -132,13 +133,24 @@ def shape_features(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> Tensor:
     return torch.stack(result, -1)
 
 
+def misfits(mask_NP: Tensor, blur_N: Tensor, *banks: Tensor) -> list[Tensor]:
+    """Squared difference of outlines from those of each bank (blurs,T,P), over their mean area: (N,T) each."""
+    found = [mask_NP.new_empty(len(mask_NP), masks.shape[1]) for masks in banks]
+    # One wait for the device, where looking for the rows of each blur would take one a blur.
+    counts = (blur_N[:, None] == torch.arange(len(BLURS), device=blur_N.device)).sum(0).tolist()
+    for blur, rows in enumerate(blur_N.argsort(stable=True).split(counts)):
+        for distance, masks in zip(found, banks, strict=True):
+            distance[rows] = _distance(mask_NP[rows], masks[blur])
+    return found
+
+
 def _distance(mask_NP: Tensor, template_TP: Tensor) -> Tensor:
     """Squared difference of soft outlines over their mean area (N,T)."""
     one, two = (mask_NP**2).sum(1)[:, None], (template_TP**2).sum(1)
     return (one + two - 2 * mask_NP @ template_TP.T).clamp_min(0) / (0.5 * (one + two))
 
 
-def _unexplained(bright_NP: Tensor, basis_TP4: Tensor, inner_TP: Tensor) -> Tensor:
+def unexplained(bright_NP: Tensor, basis_TP4: Tensor, inner_TP: Tensor) -> Tensor:
     """Root mean square brightness inside the outline that the template's normals leave over, over its mean (N,T)."""
     power = (bright_NP**2) @ inner_TP.T
     held = torch.einsum("np,tpk->ntk", bright_NP, basis_TP4).square().sum(-1)
