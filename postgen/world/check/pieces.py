@@ -8,8 +8,9 @@ from operator import attrgetter
 
 #: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
 #: how much better the outline of something else fits than each of them, then `facets.roundness`.
-COLUMNS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "x0", "y0", "x1", "y1")
-_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
+_OF_BLOBS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "stain")
+COLUMNS = (*_OF_BLOBS, "x0", "y0", "x1", "y1")
+_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _STAIN, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
 
 Row = Sequence[float]
 
@@ -29,6 +30,8 @@ class Piece:
     #: Share of its colour in its pixels, and brightness of its lightest one over that of the named colour.
     pure: float
     light: float
+    #: Part of the picture, in it and what hangs together with it, whose hue is no body's (`stains.stained`).
+    stain: float
     #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
     misfit: tuple[float, ...] | None
     #: How much better than each shape the outline of none of them fits, or None as well.
@@ -56,7 +59,8 @@ def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece
 
 def _piece(rows: list[Row], height: int, width: int) -> Piece:
     if len(rows) == 1:
-        _, group, touch, border, area, x, y, sharp, pure, light, x0, y0, x1, y1, *misfit = rows[0]
+        _, group, touch, border, area, x, y, sharp, pure, light, stain, *box = rows[0]
+        (x0, y0, x1, y1), misfit = box[:4], box[4:]
         # Rounded as the weighted mean of several is.
         x, y, sharp = x * area / area, y * area / area, sharp * area / area
         whole = misfit[0] < float("inf")
@@ -64,7 +68,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         group, misfit, whole = rows[0][1], [], False
         area = sum(row[_AREA] for row in rows)
         x, y, sharp, pure = (sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP, _PURE))
-        light = max(row[_LIGHT] for row in rows)
+        light, stain = (max(row[k] for row in rows) for k in (_LIGHT, _STAIN))
         x0, y0 = (min(row[k] for row in rows) for k in (_X0, _Y0))
         x1, y1 = (max(row[k] for row in rows) for k in (_X1, _Y1))
         touch, border = (any(row[k] for row in rows) for k in (_TOUCH, _BORDER))
@@ -79,6 +83,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         sharp=sharp,
         pure=pure,
         light=light,
+        stain=stain / (width * height),
         misfit=tuple(misfit[:3]) if whole else None,
         odd=tuple(misfit[3:6]) if whole else None,
         round=misfit[6] if whole else None,

@@ -158,7 +158,8 @@ class _Candidate:
     @cached_property
     def steady(self) -> float:
         """Whether it is the same thing in every frame."""
-        return min(steady.presence(self.track), steady.size(self.track), steady.light(self.track))
+        track = self.track
+        return min(steady.presence(track), steady.size(track), steady.light(track), steady.hue(track))
 
     @cached_property
     def shapes(self) -> dict[str, float]:

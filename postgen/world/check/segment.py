@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from postgen.world.check.stains import stained
 from postgen.world.spec import COLOURS
 
 SLOTS = 10
@@ -36,8 +37,8 @@ class Blobs:
     `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
     `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
     (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel, `pure` mean colour share
-    within the rim, `light` the greatest brightness there, `kind` the colour by which it was cut out (it differs from
-    `colour` on a ground of full colour). Maps: `slot_MP` blob of
+    within the rim, `light` the greatest brightness there, `stain` the `stains.stained` pixels of its group, `kind` the
+    colour by which it was cut out (it differs from `colour` on a ground of full colour). Maps: `slot_MP` blob of
     a pixel or -1; `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
     """
 
@@ -54,6 +55,7 @@ class Blobs:
     sharp: Tensor
     pure: Tensor
     light: Tensor
+    stain: Tensor
     slot_MP: Tensor
     share_MHW: Tensor
     soft_M2HW: Tensor
@@ -174,11 +176,20 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
         sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
         pure=sums.add(_exact(purity.flatten(1)) * inner) / core_area.clamp_min(1),
         light=-sums.least(-bright.flatten(1) * inner, 0.0),
+        stain=_stains(smooth_M3HW, named, groups).gather(1, groups.gather(1, top).clamp_min(0)),
         slot_MP=slot,
         share_MHW=share,
         soft_M2HW=torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1),
         hue_MHW=hue,
     )
+
+
+def _stains(smooth_M3HW: Tensor, named_MHW: Tensor, groups_MP: Tensor) -> Tensor:
+    """Number of stained pixels of each group, under the number of the group (M,P)."""
+    own = _hue(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
+    body = (groups_MP >= 0).reshape(named_MHW.shape)
+    strange = stained(_hue(smooth_M3HW), named_MHW, body, own).flatten(1).float()
+    return torch.zeros_like(strange).scatter_add_(1, groups_MP.clamp_min(0), strange)
 
 
 def _coloured(smooth_M3HW: Tensor, gain_M311: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

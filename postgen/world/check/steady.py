@@ -12,6 +12,9 @@ from postgen.world.check.tracks import Track
 #: Roundness (`facets.roundness`) of a body that is no cube, and of a sure one; the same of a cylinder.
 _ROUND = {"cube": (0.14, 0.07), "cylinder": (-0.06, 0.04)}
 
+#: Part of the picture whose hue is no body's, of a spoilt clip and of a good one.
+_STAIN = (0.0011, 0.0004)
+
 
 def whole(track: Track) -> dict[int, Piece]:
     """Frames in which most of a body is seen and nothing covers its outline."""
@@ -45,6 +48,12 @@ def light(track: Track) -> float:
     return ramp(jump, 0.55, 0.22)
 
 
+def hue(track: Track) -> float:
+    """Whether it keeps its one hue and does not run into its neighbour: by the root mean square of the stains."""
+    power = sum(p.stain**2 for p in track.pieces if p is not None) / len(track.pieces)
+    return ramp(math.sqrt(power), *_STAIN)
+
+
 def shape(track: Track, index: int) -> float:
     """Whether in the frames with a clean outline no other shape fits much better; 0 where one does in a third."""
     outlines = [p.misfit for p in whole(track).values() if p.misfit is not None]
@@ -58,7 +67,7 @@ def shape(track: Track, index: int) -> float:
 def edges(track: Track, name: str) -> float:
     """Whether it has the edges of its shape, or none, in nearly two thirds of the frames with a clean outline."""
     seen = sorted(p.round for p in whole(track).values() if p.round is not None)
-    if name not in _ROUND or len(seen) < 3:
+    if name not in _ROUND or len(seen) < 4:
         return 1.0
     part = 0.65 if name == "cube" else 0.35
     return ramp(seen[int(part * (len(seen) - 1) + 0.5)], *_ROUND[name])
