@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch.nn import functional
 
 from postgen import world
 from postgen.world.camera import project_point
+from postgen.world.check.segment import SHARE, colour_share
 from postgen.world.physics import Simulation
-from postgen.world.spec import COLOURS, SHAPES, Body, Spec
+from postgen.world.spec import COLOURS, HALF_HEIGHT, HALF_WIDTH, SHAPES, Body, Spec
 
 #: Renders one spec per clip at a length: (specs, frames) -> (B,F,3,H,W).
 Renderer = Callable[[Sequence[Spec], int], Tensor]
@@ -29,6 +31,35 @@ def shuffled(clip: Tensor, seed: int) -> Tensor:
 def frozen(clip: Tensor) -> Tensor:
     """The first frame, again and again."""
     return clip[:1].expand_as(clip)
+
+
+def rounded(specs: Sequence[Spec], frames: int, make: Renderer, width: float = 0.8) -> Tensor:
+    """Clips of the scenes with a squat cylinder, as high as the cube and `width` radii wide, for every cube.
+
+    Scenes that hold a true cylinder get that one squat, too.
+    """
+    cubes = [
+        replace(s, bodies=tuple(replace(b, shape="cylinder" if b.shape == "cube" else b.shape) for b in s.bodies))
+        for s in specs
+    ]
+    with patch.dict(HALF_HEIGHT, cylinder=HALF_HEIGHT["cube"]), patch.dict(HALF_WIDTH, cylinder=width):
+        return make(cubes, frames)
+
+
+def stained(clip: Tensor, own: str, other: str, part: float = 0.35, frames: slice = slice(None)) -> Tensor:
+    """The foot of the body of a colour, the given part of its height, half-way to another colour for some frames."""
+    share, _, bright = colour_share(clip)
+    body = share > SHARE
+    rows = torch.arange(clip.shape[-2], device=clip.device)[None, :, None]
+    seen = body.any(-1, keepdim=True)
+    low, high = torch.where(seen, rows, 10**6).amin(1, keepdim=True), torch.where(seen, rows, -1).amax(1, keepdim=True)
+    foot = body & (rows > high - part * (high - low))
+    colours = clip.new_tensor([COLOURS[own], COLOURS[other]])
+    light = (bright * max(COLOURS[own]))[:, None].clamp(0, 1)
+    paint = colours.mean(0)[:, None, None] / colours.mean(0).max() * light
+    result = clip.clone()
+    result[frames] = torch.where(foot[frames, None], paint[frames], clip[frames])
+    return result
 
 
 def blurred(clip: Tensor, sigma: float) -> Tensor:

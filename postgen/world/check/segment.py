@@ -73,8 +73,8 @@ def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Colour share in [0,1], index of the nearest colour by hue, brightness relative to that albedo; each (M,H,W)."""
     table = rgb_M3HW.new_tensor(list(COLOURS.values()))
     high, low = rgb_M3HW.amax(1), rgb_M3HW.amin(1)
-    angle = _hue(rgb_M3HW)
-    own = _hue(table[:, :, None, None])[:, 0, 0]
+    angle = hue_of(rgb_M3HW)
+    own = hue_of(table[:, :, None, None])[:, 0, 0]
     gap = (angle[..., None] - own).abs()
     nearest = torch.minimum(gap, 6 - gap).argmin(-1)
     albedo = table[nearest].movedim(-1, 1)
@@ -87,7 +87,7 @@ def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return share, nearest, high / albedo.amax(1)
 
 
-def _hue(rgb: Tensor) -> Tensor:
+def hue_of(rgb: Tensor) -> Tensor:
     """Hue in [0,6) of (M,3,H,W)."""
     red, green, blue = rgb.unbind(1)
     high, low = rgb.amax(1), rgb.amin(1)
@@ -186,9 +186,9 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
 
 def _stains(smooth_M3HW: Tensor, named_MHW: Tensor, groups_MP: Tensor) -> Tensor:
     """Number of stained pixels of each group, under the number of the group (M,P)."""
-    own = _hue(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
+    own = hue_of(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
     body = (groups_MP >= 0).reshape(named_MHW.shape)
-    strange = stained(_hue(smooth_M3HW), named_MHW, body, own).flatten(1).float()
+    strange = stained(hue_of(smooth_M3HW), named_MHW, body, own).flatten(1).float()
     return torch.zeros_like(strange).scatter_add_(1, groups_MP.clamp_min(0), strange)
 
 

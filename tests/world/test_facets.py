@@ -1,0 +1,79 @@
+"""The judge tells round from edged whatever the height, and sees hues that are no body's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import world_corruptions as spoil
+from benchmarks.world_check import Maker
+from postgen import world
+from postgen.world.check import check_batch
+from postgen.world.check.facets import roundness, templates
+from postgen.world.check.segment import SHARE, colour_share, hue_of
+from postgen.world.check.stains import stained
+from postgen.world.spec import COLOURS
+
+
+@pytest.fixture(scope="module")
+def make():
+    return Maker("cpu", 80, 1)
+
+
+@pytest.fixture(scope="module")
+def cubes():
+    """Scenes of one cube each, its turn and its event at random."""
+    found = (world.sample(seed, num_bodies=1, camera="static", split="all", num_frames=9) for seed in range(700, 800))
+    return [spec for spec in found if spec.bodies[0].shape == "cube"][:8]
+
+
+@pytest.fixture(scope="module")
+def true(make, cubes):
+    return make(cubes, 9)
+
+
+@pytest.mark.parametrize("shape", ["cube", "cylinder"])
+def test_a_view_of_the_bank_is_explained_by_its_own_kind(shape):
+    masks, basis, _ = templates("cpu", shape)
+    rows = torch.arange(0, masks.shape[1], 17)
+    bright = basis[rows].sum(-1)
+    value = roundness(masks[1, rows], bright, torch.ones_like(rows))
+    value = -value if shape == "cube" else value
+    assert value.min() >= 0
+    # Nearly level and face on, a box and a cylinder have one outline.
+    assert value.median() > 0.9
+
+
+def test_cubes_are_edged_and_squat_cylinders_are_not(make, cubes, true):
+    right = check_batch(true, cubes)
+    assert all(r.all_right for r in right)
+    wrong = check_batch(spoil.rounded(cubes, 9, make), cubes)
+    assert not any(r.all_right for r in wrong if r.bodies[0].shape < 0.5)
+    # Small or seen nearly level, a squat cylinder and a cube have one outline: what cannot be told does not fail.
+    assert sum(r.bodies[0].shape < 0.5 for r in wrong) > len(cubes) / 2
+    assert sum(r.score for r in wrong) < 0.7 * sum(r.score for r in right)
+
+
+def test_a_foot_of_another_hue_is_no_steady_body(cubes, true):
+    own = cubes[0].bodies[0].colour
+    other = {"purple": "blue", "pink": "purple"}.get(own, "pink" if own != "red" else "purple")
+    clips = torch.stack([spoil.stained(true[0], own, other, part) for part in (0.05, 0.15, 0.35)])
+    reports = check_batch(clips, [cubes[0]] * 3)
+    # A rim of a pixel or two is an edge.
+    assert reports[0].all_right
+    assert not reports[2].all_right
+    values = [r.bodies[0].steady for r in reports]
+    assert values[0] >= values[1] >= values[2]
+    assert values[2] < 0.5 < values[0]
+    assert reports[2].score < 0.5 * reports[0].score
+
+
+def test_stained_is_what_has_three_pixels_each_way_of_no_bodyshue_of():
+    clip = torch.full((1, 3, 20, 20), 0.5)
+    clip[:, :, 4:16, 2:10] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    clip[:, :, 4:16, 10:18] = torch.tensor([0.12, 0.25, 0.92])[:, None, None]
+    for wide, count in ((0, 0), (2, 0), (4, 2 * 10)):
+        clip[:, :, 4:16, 10 : 10 + wide] = torch.tensor([0.6, 0.15, 0.6])[:, None, None]
+        share, named, _ = colour_share(clip)
+        own = hue_of(torch.tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
+        assert int(stained(hue_of(clip), named, share > SHARE, own).sum()) == count
