@@ -59,7 +59,8 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
     hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
-    return *(part.to(device) for part in bank(hit, normal)), shape.to(device)
+    masks, basis, inner = bank(hit, normal)
+    return masks.to(device), basis.to(device), inner.to(device), shape.to(device)
 
 
 def bank(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
