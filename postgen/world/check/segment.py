@@ -136,8 +136,7 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     kind = torch.where(share > SHARE, hue, -1)
     pictures, height, width = kind.shape
     pixels = height * width
-    labels = label(kind).flatten(1)
-    groups = label(torch.where(kind >= 0, 0, -1)).flatten(1)
+    labels, groups = (label(one).flatten(1) for one in (kind, torch.where(kind >= 0, 0, -1)))
     inside = labels >= 0
     index = labels.clamp_min(0)
     count = torch.zeros(pictures, pixels, device=kind.device).scatter_add_(1, index, inside.float())
