@@ -31,6 +31,7 @@ from .buffer import Buffer
 from .card import Card, write_card
 from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
+from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
 from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
 from .logging import CompletionLog, write_samples
@@ -99,6 +100,7 @@ class GroupTrainer(Trainer[G]):
             check_equal_calls(self.batches.processes, evaluated, one_window=self.shares_rollout_window)
         self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
         self.hacking = HackingGuard(args.hacking_patience)
+        self.curves = Curves(args.folder / "metrics.jsonl")
 
     @classmethod
     def from_config(cls, args: G) -> Self:
@@ -255,7 +257,7 @@ class GroupTrainer(Trainer[G]):
             train_dataset=args.train_dataset,
             settings=args.to_dict(),
         )
-        write_card(card, args.folder, folder)
+        write_card(card, self.curves, args.folder, folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what the run has cost, and the rollout if it is not used up."""

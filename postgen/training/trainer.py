@@ -270,7 +270,7 @@ class Trainer(TrainerHooks[C]):
 
     def _log(self, values: dict[str, float]) -> None:
         self.log.write(self.global_step, values)
-        self.callbacks.state.log_history.append({"step": self.global_step, **values})
+        self.callbacks.remember(self.global_step, values)
         self._event("on_log", logs=values)
 
     def _evaluate(self) -> None:
