@@ -142,7 +142,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
-    own, examples, continues = _own_defaults(folder / "postgen.json")
+    own, examples, continues = _own_words(folder / "postgen.json")
     if continues and pipeline not in _CONTINUES:
         known = ", ".join(_CONTINUES)
         raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
@@ -305,7 +305,16 @@ def _component_class(index: dict[str, Any], name: str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
+def own_defaults(path: Path) -> dict[str, Any]:
+    """Return what a `postgen.json` says of the fields of `Defaults`; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _own_words(path)[0]
+
+
+def _own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too."""
     own = _optional(path)
     examples = own.pop("closed_vocabulary", [])

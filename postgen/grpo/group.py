@@ -57,7 +57,8 @@ class GroupTrainer(Trainer[G]):
         eval_reward_funcs: gold rewards, only ever measured.
 
     Raises:
-        UserError: no prompts or rewards, batches that do not divide, an unknown reward.
+        UserError: no prompts or rewards, batches that do not divide, an unknown reward, sizes that the model
+            cannot make.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = GroupConfig
@@ -77,6 +78,7 @@ class GroupTrainer(Trainer[G]):
             raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}")
         super().__init__(args, callbacks)
         self.source, self._peft_config = args.model if model is None else model, peft_config
+        args.check_size(self.source, here=True)
         train_dataset = args.train_dataset if train_dataset is None else train_dataset
         eval_dataset = args.eval_dataset if eval_dataset is None else eval_dataset
         if train_dataset is None:
@@ -170,9 +172,10 @@ class GroupTrainer(Trainer[G]):
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode prompts."""
         args = self.args
+        args.check_size(self.source)
         self.policy: Policy = load_policy(self.source, args, args, self.device, self._peft_config)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
-        self.fps = float(args.fps or self.policy.defaults.fps)
+        self.fps = self.policy.rate(args.fps)
         evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.embeddings = Embeddings(
             self.policy.denoiser,
