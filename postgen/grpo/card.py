@@ -120,7 +120,9 @@ def _use(card: Card) -> list[str]:
                 for name, kind in classes.items()
             ),
         ]
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", ""]
+    option = "--lora" if card.lora else "--model"
+    told = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", told, ""]
 
 
 def _class_of(module: Any) -> str:

@@ -16,6 +16,7 @@ from postgen.assets import embedded_model
 from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
+from postgen.families.exports import write_note
 from postgen.families.loaded import defaults_of
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import save_lora
@@ -164,10 +165,14 @@ class Policy:
     def save(self, folder: Path, weights: Weights) -> None:
         """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
 
+        The latter with a note of the model around them, so that `postgen generate --model` takes the folder.
+
         Args:
             folder: an existing folder. Of two experts each gets its own sub-folder.
             weights: all weights of each model, as a trainer's `export` is given them.
         """
+        if self.adapter is None:
+            write_note(folder, self.pipe, list(self.modules))
         for name, module in self.modules.items():
             alone = len(self.modules) == 1
             if self.adapter is None:
