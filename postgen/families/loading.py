@@ -132,7 +132,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """Read the small files of a model, a local diffusers folder or a hub id; no weights are touched.
 
     Args:
-        model: the folder or id.
+        model: the folder or id; also an export of trained networks (`postgen.families.exports`).
         images: whether a pipeline that makes pictures will do.
 
     Raises:

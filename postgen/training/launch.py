@@ -159,4 +159,4 @@ def _precision(args: TrainingConfig) -> str:
 
 
 def _asked(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes", "y", "on", "t")  # as accelerate reads it

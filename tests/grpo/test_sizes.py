@@ -16,7 +16,7 @@ from postgen.training.policy import ModelConfig, Policy
 from postgen.video import probe
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
 from tests.families.tiny_videos import VIDEOS, save_tiny_video
-from tests.grpo.toy import near
+from tests.grpo.toy import lines, near
 
 ROWS = [{"prompt": "a ball"}]
 
@@ -94,3 +94,25 @@ def test_cogvideox_is_trained_on_8n_plus_1_frames(tmp_path):
     pipe, size = tiny_pipeline("CogVideoX")
     with pytest.raises(UserError, match=r"the number of frames must be 8n\+1, got 5: use 1 or 9"):
         trainer(pipe, tmp_path, **{**size, "num_frames": 5})
+
+
+def test_cogvideox_15_is_trained_on_the_frames_it_was_asked_for(tmp_path):
+    pipe, size = tiny_pipeline("CogVideoX")
+    config = {**pipe.transformer.config, "patch_size_t": 2, "patch_bias": False, "_use_default_values": []}
+    pipe.transformer = diffusers.CogVideoXTransformer3DModel.from_config(config)
+    seen = []
+
+    def noting(completions):
+        seen.extend(len(clip) for clip in completions)
+        return near(completions)
+
+    args = DanceGRPOConfig(
+        output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, num_inference_steps=3, lora_r=2,
+        max_steps=1, sde_type="ddim", sde_window_size=1, check_on_policy_ratio="raise", logging_steps=1, device="cpu",
+        disable_tqdm=True, report_to=[], save_steps=0, **size,
+    )  # fmt: skip
+    run = DanceGRPOTrainer(pipe, noting, args, ROWS)
+    run.train()
+    assert seen == [9, 9]
+    assert run.fps == 16
+    assert lines(run)[0]["grad_norm"] > 0
