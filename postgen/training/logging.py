@@ -77,9 +77,9 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
         with replacing(path) as part, part.open("w") as file:
-            for line in _lines(path) if resumed_step else ():
+            for text, line in _lines(path) if resumed_step else ():
                 if line["step"] <= resumed_step:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(text.rstrip("\n") + "\n")
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. Numbers that JSON lacks (nan, inf) are written as null."""
@@ -91,14 +91,14 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines, one at a time: a file may be longer than memory. One cut off by a kill is left out."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the whole lines with what they say, one at a time; one that was cut off by a kill is left out."""
     if not path.is_file():
         return
     with path.open() as file:
         for text in file:
             try:
-                yield json.loads(text)
+                yield text, json.loads(text)
             except json.JSONDecodeError:
                 continue
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import threading
 import tracemalloc
 
@@ -158,6 +159,7 @@ class Leaks(faults_growth.Readings):
         self.kept = [*getattr(self, "kept", []), torch.ones(2**17)]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_the_benchmark_sees_what_grows():
     readings = faults_growth.measured("trainer", 40, every=10, callback=Leaks, report_to=[])
     assert faults_growth.slope(readings.points, 10) == pytest.approx(500, rel=0.2)
