@@ -19,7 +19,7 @@ from postgen.world.scenes import FIRST_TRAINING_SEED
 from postgen.world.spec import CAMERAS, COLOURS, PAIR_EVENTS, SHAPES
 from postgen.world.wording import EVENT_FORMS
 from postgen.world.words import (
-    CAMERA_PHRASES,
+    CAMERA_READINGS,
     COLOUR_SYNONYMS,
     EVENT_PHRASES,
     PLACE_PHRASES,
@@ -93,15 +93,18 @@ def _plain(
 
 
 def _camera(count: int, first: int, model: Defaults) -> Group:
-    """One body at rest, filmed by each of the moves in turn, said in each of its ways in turn."""
+    """One body at rest, filmed by each of the moves in turn, said in each of its ways in turn, sentences also joined
+    by "while"."""
     moves = CAMERAS[1:]
     scenes, prompts, labels = [], [], []
     for i in range(count):
         move = moves[i % len(moves)]
         spec = world.sample(first + i, num_bodies=1, camera=move, num_frames=model.frames)
-        phrases = CAMERA_PHRASES[move]
+        phrases = CAMERA_READINGS[move]
         still = world.simple_caption(replace(spec, camera="static"))
-        prompts.append(f"{still}, {phrases[i // len(moves) % len(phrases)]}")
+        turn, number = divmod(i // len(moves), len(phrases))
+        joined = " while " if turn % 2 and phrases[number].startswith("the camera ") else ", "
+        prompts.append(f"{still}{joined}{phrases[number]}")
         scenes.append(spec)
         labels.append((move,))
     group = _group("camera", first, scenes, model.size, model.frames, truth=scenes, labels=labels)

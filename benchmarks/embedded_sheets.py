@@ -84,10 +84,12 @@ def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
     return clips, captions
 
 
-def sheet(clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, columns: int = COLUMNS) -> Path:
-    """Draw clips (F,3,H,W) uint8, each as a row of frames under its caption, as a PNG."""
+def sheet(
+    clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, columns: int = COLUMNS, shown: int = SHOWN
+) -> Path:
+    """Draw clips (F,3,H,W) uint8, each as a row of `shown` frames under its caption, as a PNG."""
     height, width = clips[0].shape[-2:]
-    wide, tall = SHOWN * (width + _GAP) + 2 * _GAP, height + _LINE + 2 * _GAP
+    wide, tall = shown * (width + _GAP) + 2 * _GAP, height + _LINE + 2 * _GAP
     rows = -(-len(clips) // columns)
     picture = Image.new("RGB", (columns * wide, rows * tall), "white")
     draw = ImageDraw.Draw(picture)
@@ -96,7 +98,7 @@ def sheet(clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, colum
         row, column = divmod(place, columns)
         left, top = column * wide + _GAP, row * tall + _GAP
         draw.text((left, top), _cut(caption, font, wide - 2 * _GAP), fill="black", font=font)
-        for number, index in enumerate(torch.linspace(0, len(clip) - 1, SHOWN).round().long().tolist()):
+        for number, index in enumerate(torch.linspace(0, len(clip) - 1, shown).round().long().tolist()):
             frame = Image.fromarray(clip[index].permute(1, 2, 0).numpy())
             picture.paste(frame, (left + number * (width + _GAP), top + _LINE))
     with replacing(path) as part:

@@ -1,8 +1,9 @@
 """How good and how fast the rewards are: exact ones on true and spoilt clips, our learned ones on unseen clips, time.
 
-    python -m benchmarks.rewards [--quick] [--device cuda] [--clip FOLDER] [--judge FOLDER]
+    python -m benchmarks.rewards [--quick] [--device cuda] [--clip FOLDER] [--judge FOLDER] [--before FOLDER]
 
-Prints the numbers and writes benchmarks/results/rewards.json (with --quick only prints). Times are taken on a GPU
+Prints the numbers and writes benchmarks/results/rewards.json (with --quick only prints). With --before the tables of
+the judge are also made for the weights of that folder, in the same run. Times are taken on a GPU
 only, with the published shapes of CLIP L/14, CLIP H/14 and Qwen2-VL-2B and random weights.
 """
 
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import judge_kinds
 from benchmarks.gates import gate, write_result
 from benchmarks.reward_shapes import VIT_L_14, RandomClip, shapes
 from postgen import world
 from postgen.errors import UserError
-from postgen.judges.corruptions import LEVELS, render_takes, shows
+from postgen.judges.spoil import LEVELS, Takes, render_takes
 from postgen.judges.world_clip import evaluation_groups
 from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import Reward, RewardRunner, get_reward
@@ -111,16 +113,32 @@ def retrieval(reward: Reward, groups: int, device: str) -> dict[str, float]:
     return {"all": sum(map(sum, hits.values())) / groups, **means}
 
 
-def judged_pairs(reward: Reward, count: int, device: str) -> dict[str, dict[str, float]]:
-    """Accuracy of the judge on pairs of a clean clip and its corruption, by level and kind; held-out combinations."""
-    takes = render_takes(specs_of(FIRST, count, FRAMES, "held_out"), SIZE, device)
+def judged_pairs(reward: Reward, takes: Takes) -> dict[str, dict[str, float | None]]:
+    """Accuracy of the judge on pairs of a clean clip and its corruption, by level and kind."""
 
     def score(clips: Tensor) -> Tensor:
         return torch.tensor(reward([""] * len(clips), list(clips)))
 
-    table = {f"level {level}": pair_accuracy(score, takes, level) for level in range(1, 5)}
-    table["pairs"] = {kind: float(sum(shows(kind, spec) for spec in takes.specs)) for kind in LEVELS}
+    found = {f"level {level}": pair_accuracy(score, takes, level) for level in range(1, 5)}
+    table: dict[str, dict[str, float | None]] = {
+        level: {kind: None if value != value else value for kind, value in row.items()} for level, row in found.items()
+    }
+    table["pairs"] = {kind: float(len(takes.rows(kind))) for kind in LEVELS}
     return table
+
+
+def judge_tables(judges: dict[str, Reward], count: int, device: str, quick: bool) -> dict[str, Any]:
+    """What is measured of the judges "now" and "before": pairs of held-out combinations, and constructions."""
+    if "now" not in judges:
+        return {"judge_pairs": {}}
+    specs = specs_of(FIRST, count, FRAMES, "held_out")
+    # Some kinds are seen on collisions alone, which one scene in ten shows.
+    specs += [world.sample(FIRST + k, event="collides", split="held_out") for k in range(count // 4)]
+    takes = render_takes(specs, SIZE, device)
+    tables = {"judge_pairs": judged_pairs(judges["now"], takes)}
+    if "before" in judges:
+        tables["judge_pairs_before"] = judged_pairs(judges["before"], takes)
+    return {**tables, "judge_constructions": judge_kinds.table(judges, quick)}
 
 
 def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, float]:
@@ -195,7 +213,7 @@ def learned(name: str, folder: str | None) -> Reward | None:
 def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The numbers asked for, as gates; what could not be measured misses its gate."""
     pairs, found = result["judge_pairs"], result["world_clip_retrieval"]
-    weakest = min(pairs[f"level {LEVEL}"].values()) if pairs else None
+    weakest = min(value for value in pairs[f"level {LEVEL}"].values() if value is not None) if pairs else None
     rows = [
         gate("judge_pair_accuracy_min", weakest, ">=", 0.9),
         gate("world_clip_retrieval_at_1", found["all"] if found else None, ">=", 0.8),
@@ -221,6 +239,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clip", help="export of the method world_clip (default: the shipped weights)")
     parser.add_argument("--judge", help="export of the method world_judge (default: the shipped weights)")
+    parser.add_argument("--before", help="another export of world_judge, for a second column of its tables")
     parser.add_argument("--output", default="rewards", help="name or path of the result file")
     return parser.parse_args()
 
@@ -230,8 +249,10 @@ def main() -> None:
     args = options()
     quick, device = args.quick, args.device
     clip, judge = learned("world_clip", args.clip), learned("world_judge", args.judge)
+    before = learned("world_judge", args.before) if args.before else None
+    judges = {name: reward for name, reward in (("now", judge), ("before", before)) if reward is not None}
     own = [reward for reward in (clip, judge) if reward is not None]
-    for reward in own:
+    for reward in (*own, *judges.values()):
         reward.load(device)
     shape = {"width": 64, "layers": 2} if quick else {}
     random = {**VIT_L_14, "vision_cfg": {**VIT_L_14["vision_cfg"], **shape}}
@@ -240,7 +261,7 @@ def main() -> None:
         "settings": {"device": device, "first_seed": FIRST, "frames": FRAMES, "size": SIZE, "level": LEVEL},
         "exact": exact_rows(4 if quick else 48, device),
         "world_clip_retrieval": retrieval(clip, 2 if quick else 16, device) if clip else {},
-        "judge_pairs": judged_pairs(judge, 16 if quick else 256, device) if judge else {},
+        **judge_tables(judges, 8 if quick else 256, device, quick),
         "batch_equals_single": single_gap(alike, device),
         "times": times(device, 4 if quick else 16, 2 if quick else 5) if device.startswith("cuda") else {},
     }

@@ -1,7 +1,7 @@
 """How often the judge of the synthetic world is right: on true clips, on spoilt ones, on pictures that only pretend,
 and on clips that a person has looked at.
 
-    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated clips.safetensors]
+    python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated FOLDER]
 
 Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
 """
@@ -204,7 +204,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=720, help="true clips (default: 720)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
-    parser.add_argument("--generated", type=Path, help="keep the clips of the embedded model in this safetensors file")
+    parser.add_argument("--generated", type=Path, help="keep the clips of the embedded model in this folder")
     parser.add_argument("--model", type=Path, default=embedded_model(), help="whose clips a person looked at")
     parser.add_argument("--output", default="world_check", help="name or path of the result file")
     return parser.parse_args()

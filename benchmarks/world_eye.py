@@ -6,19 +6,20 @@ written before the judge saw the clips, and those of the fresh draw after it was
 
 from __future__ import annotations
 
-import hashlib
 import json
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import world_eye_clips
 from benchmarks.gates import gate
 from benchmarks.world_constructions import SEED, Construction, draw, verdicts
+from benchmarks.world_eye_clips import weights_of
 from benchmarks.world_kinds.motion import turned
 from postgen import world
 from postgen.errors import UserError
@@ -71,67 +72,50 @@ def share(table: Table, part: str, whole: str) -> float:
 
 
 def check_model(kept: Path | None, model: Path) -> None:
-    """Refuse a model whose clips no person looked at, unless `kept` holds those clips.
+    """Refuse a model whose clips no person looked at, or kept clips of another one.
 
     Raises:
         UserError: it is another model.
     """
-    if kept is not None and kept.exists():
-        return
-    known = json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))["denoiser_sha256"]
-    weights = (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    if not hashlib.sha256(weights).hexdigest().startswith(known):
-        raise UserError(
-            f"a person looked at clips of another model than {model}: give --model the second version of the embedded"
-            " model, which is in the repository's history at 070004b"
-        )
+    known = _verdicts()["denoiser_sha256"]
+    if kept is not None and (kept / "rows.json").is_file():
+        if json.loads((kept / "rows.json").read_text(encoding="utf-8"))["denoiser_sha256"] != known:
+            raise UserError(f"{kept} holds clips of another model than the one whose clips a person looked at.")
+    elif weights_of(model) != known:
+        raise UserError(f"a person looked at clips of another model than {model}: its denoiser begins with {known}.")
+
+
+def _verdicts() -> Any:
+    return json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))
 
 
 def generated(device: str, kept: Path | None, model: Path) -> dict[str, Any]:
-    """Agreement with the eye on clips of the model of `check_model`; `kept` holds them between runs."""
-    rows = json.loads((DATA / "world_generated.json").read_text(encoding="utf-8"))["clips"]
-    clips = load_file(kept) if kept is not None and kept.exists() else _make(rows, device, model)
-    if kept is not None and not kept.exists():
-        save_file(clips, kept)
+    """Agreement with the eye on clips of the model of `check_model`; the folder `kept` holds them between runs."""
+    rows = _verdicts()["clips"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = kept or Path(temporary)
+        if not (folder / "rows.json").is_file():
+            world_eye_clips.make(folder, model, device)
+        clips = world_eye_clips.kept_clips(folder)
     apart, agree, pairs = [], [], 0
+    seen: Counter[str] = Counter()
     for name, row in rows.items():
         eye = row["verdict"].partition(":")[0]
+        seen[eye] += 1
         report = judged(clips[name].to(device).float() / 255, row["prompt"])
         if eye != "unclear":
             agree.append((eye == "right") == passes(report))
-            pairs += name.startswith("2-")
+            pairs += name.startswith("2")
             if not agree[-1]:
                 apart.append({"clip": name, "prompt": row["prompt"], "eye": row["verdict"], "judge": passes(report)})
     return {
         "clips": len(rows),
         "judged": len(agree),
         "of_two": pairs,
+        "by_eye": dict(seen),
         "agree": sum(agree) / len(agree),
         "apart": apart,
     }
-
-
-def _make(rows: dict[str, dict[str, Any]], device: str, model: Path) -> dict[str, Tensor]:
-    from benchmarks.embedded_sampling import load
-
-    pipe = load(model, device)
-    made: dict[str, Tensor] = {}
-    names = list(rows)
-    for low in range(0, len(names), 4):
-        part = names[low : low + 4]
-        frames = pipe(
-            [rows[name]["prompt"] for name in part],
-            height=96,
-            width=96,
-            num_frames=17,
-            num_inference_steps=20,
-            guidance_scale=3.0,
-            generator=[torch.Generator("cpu").manual_seed(rows[name]["seed"]) for name in part],
-            output_type="pt",
-        ).frames
-        for name, clip in zip(part, frames, strict=True):
-            made[name] = (clip.float().clamp(0, 1) * 255).round().byte().cpu()
-    return made
 
 
 _EXCHANGED = {"left": "right", "right": "left", "closer": "away", "away": "closer"}

@@ -376,3 +376,16 @@ def lora_base_problem(module: nn.Module) -> str | None:
     if not isinstance(layer, LoraLayer) or any(layer.use_dora.values()):
         return f"peft's {type(layer).__name__} (or DoRA in it) reads its weight"
     return "LoRA is merged into its weight: unmerge or unload it first" if layer.merged else None
+
+
+def put_lora(pipe: Any, network: Any, state: dict[str, torch.Tensor], name: str, settings: dict[str, Any]) -> None:
+    """Put a LoRA adapter, by layer names, into a network or text encoder of a pipeline.
+
+    Hooks that offloading has put on a network are taken off for it, and put back.
+    """
+    if hasattr(network, "load_lora_adapter"):
+        network.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=settings, _pipeline=pipe)
+    else:  # a model of transformers
+        from peft import LoraConfig
+
+        network.load_adapter(adapter_name=name, adapter_state_dict=state, peft_config=LoraConfig(**settings))

@@ -104,7 +104,7 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     for name in ("model", "image"):
         settings[name] = _absolute(settings[name])
     loras = map(parse_lora, config.lora)
-    settings["lora"] = [f"{_absolute(path)}:{scale:g}" for path, scale in loras]
+    settings["lora"] = [str(dataclasses.replace(lora, path=_absolute(lora.path) or lora.path)) for lora in loras]
     return settings
 
 

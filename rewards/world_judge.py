@@ -1,8 +1,9 @@
 """A judge of looks and of motion in the synthetic world, without a prompt: learned from pairs of graded corruptions.
 
-Two heads, as VideoAlign's VQ and MQ (arXiv:2501.13918): `visual` falls with blur, noise and drifting colours,
-`motion` with flicker, vanishing, leaps and freezing. Learned, and therefore hackable. Scores are in standard
-deviations of clean renders (one for both heads): 0 is a usual render, less is worse.
+Two heads, as VideoAlign's VQ and MQ (arXiv:2501.13918): `visual` falls with what one frame shows (blur, noise, wrong
+outlines and colours, ghosts, specks), `motion` with what several show (flicker, bodies that vanish, leap, tremble or
+change, floating, collisions that are none). Learned, and therefore hackable. Scores are in standard deviations of
+clean renders (one for both heads): 0 is a usual render, less is worse.
 """
 
 from __future__ import annotations

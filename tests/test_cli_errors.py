@@ -31,6 +31,9 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
     assert "0 of its 8 layer names match, these match no layer: transformer.layers.0" in cli(*words, other).err
     save_file({name.replace("blocks.1", "blocks.7"): value for name, value in state.items()}, other)
     assert "4 of its 8 layer names match" in cli(*words, other).err
+    save_file({name: value * torch.nan for name, value in state.items()}, other)
+    assert "NaN or infinity in 16 tensors: " in cli(*words, other).err
+    assert "the scale of the LoRA a is nan" in cli(*words, "a:nan").err
     save_file({"transformer.blocks.0.attn1.to_q.weight": torch.ones(2)}, other)
     assert "is no LoRA" in cli(*words, other).err
     other.write_text("nothing")

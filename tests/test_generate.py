@@ -11,7 +11,7 @@ import torch
 from postgen import UserError, read_video
 from postgen.compare import compare_videos, pair_paths
 from postgen.families.loading import check_device, inspect_model, load_pipeline
-from postgen.families.lora import check_lora, parse_lora
+from postgen.families.lora import LoraChoice, check_lora, parse_lora
 from postgen.generate import generate_video, load, output_paths, prepare, run
 from postgen.request import GenerateConfig, read_sidecar
 
@@ -176,22 +176,28 @@ def test_output_paths(tmp_path: Path) -> None:
 
 
 def test_parse_lora() -> None:
-    assert parse_lora("a/b") == ("a/b", 1.0)
-    assert parse_lora("a.safetensors:-0.5") == ("a.safetensors", -0.5)
-    assert parse_lora(r"C:\x.safetensors") == (r"C:\x.safetensors", 1.0)
+    assert parse_lora("a/b") == LoraChoice("a/b", 1.0)
+    assert parse_lora("a.safetensors:-0.5") == LoraChoice("a.safetensors", -0.5)
+    assert parse_lora(r"C:\x.safetensors") == LoraChoice(r"C:\x.safetensors", 1.0)
+    assert parse_lora("transformer_2=a:b=c:2") == LoraChoice("a:b=c", 2.0, "transformer_2")
+    for text in ("a:0.1234567890123", "transformer=a/b:1", r"C:\x.safetensors:-1000"):
+        assert str(parse_lora(text)) == text  # what a sidecar keeps
+    for scale in ("nan", "inf", "-inf", "1e400", "1001"):
+        with pytest.raises(UserError, match=rf"the scale of the LoRA a is {scale}, it must be from -1000 to 1000"):
+            parse_lora(f"a:{scale}")
     check_lora("owner/name")  # a hub id is looked up when it is loaded
     with pytest.raises(UserError, match="there is no LoRA file"):
         check_lora("name")
 
 
-def test_lora_needs_one_transformer(tiny_wan: Path, tmp_path: Path) -> None:
+def test_lora_needs_one_transformer(tiny_lora: Path) -> None:
     from postgen.families.lora import load_loras
 
     class Two:
-        load_lora_weights = transformer_2 = True
+        load_lora_weights = transformer = transformer_2 = True
 
     with pytest.raises(UserError, match="two transformers"):
-        load_loras(Two(), ["x"])
+        load_loras(Two(), [str(tiny_lora)])
     with pytest.raises(UserError, match="object takes no LoRA"):
         load_loras(object(), ["x"])
     load_loras(object(), [])

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 Source = Annotated[
-    Path, typer.Argument(help="LoRA file of diffusers, its folder, a peft folder, or the folder of a run.")
+    Path, typer.Argument(help="LoRA file under any of the keys, its folder, a peft folder, or the folder of a run.")
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file to write.")]
-Format = Annotated[str, typer.Option("--format", help="comfyui, or kohya (sd-scripts, musubi-tuner).")]
+Format = Annotated[str, typer.Option("--format", help="comfyui, kohya (sd-scripts, musubi-tuner), or diffusers.")]
 Family = Annotated[
     str | None,
     typer.Option(
@@ -21,7 +21,7 @@ Family = Annotated[
 
 
 def export_lora(path: Source, output: Output, format: Format, family: Family = None) -> None:
-    """Write a LoRA under the keys that ComfyUI or kohya's tools use; the changed weights stay the same."""
+    """Write a LoRA under the keys of ComfyUI, kohya's tools or diffusers; the changed weights stay the same."""
     from postgen.families.lora_export import export_lora as export
 
     layers = export(path, output, format, family)  # type: ignore[arg-type]

@@ -21,7 +21,9 @@ Model = Annotated[
 ]
 Lora = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="LoRA file PATH[:scale]; may be given several times.", rich_help_panel=MODEL),
+    typer.Option(
+        "--lora", help="LoRA file or folder [NETWORK=]PATH[:scale]; may be given several times.", rich_help_panel=MODEL
+    ),
 ]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]

@@ -2,101 +2,177 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError
-from postgen.tensor_files import opened
+from postgen.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-_SUFFIX = re.compile(r"\.(lora_[AB]|lora\.(up|down)|lora_magnitude_vector)\b.*$")
+_NETWORK = re.compile(r"(transformer|transformer_2)=(.*)", re.DOTALL)
+LARGEST = 1000.0
+"""Scale of a LoRA, either sign: beyond it nothing is left of the model, and soon no finite number."""
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """Split `PATH[:scale]`; the scale is 1 where none is given.
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """A LoRA as it is asked for."""
 
-    >>> parse_lora("style.safetensors:0.5")
-    ('style.safetensors', 0.5)
+    path: str
+    """File, folder or hub id."""
+    scale: float = 1.0
+    network: str | None = None
+    """The one of two networks that it is for."""
+
+    def __str__(self) -> str:
+        short = f"{self.scale:g}"
+        said = f"{self.path}:{short if float(short) == self.scale else repr(self.scale)}"
+        return said if self.network is None else f"{self.network}={said}"
+
+
+def parse_lora(text: str) -> LoraChoice:
+    """Split `[NETWORK=]PATH[:scale]`; the scale is 1 where none is given, NETWORK transformer or transformer_2.
+
+    Raises:
+        UserError: a scale that is not finite or too large.
+
+    >>> parse_lora("transformer_2=style.safetensors:0.5")
+    LoraChoice(path='style.safetensors', scale=0.5, network='transformer_2')
     """
-    path, colon, scale = text.rpartition(":")
+    match = _NETWORK.fullmatch(text)
+    network, rest = (match[1], match[2]) if match else (None, text)
+    path, colon, number = rest.rpartition(":")
     try:
-        return (path, float(scale)) if colon else (text, 1.0)
+        scale = float(number) if colon else 1.0
     except ValueError:
-        return text, 1.0  # the colon belongs to the path
+        return LoraChoice(rest, network=network)  # the colon belongs to the path
+    if not math.isfinite(scale) or abs(scale) > LARGEST:
+        raise UserError(f"the scale of the LoRA {path} is {number}, it must be from -{LARGEST:g} to {LARGEST:g}")
+    return LoraChoice(path if colon else rest, scale, network)
 
 
 def check_lora(text: str) -> None:
     """Look into a LoRA file without loading a model. A hub id (owner/name) is left to the load.
 
     Raises:
-        UserError: no such file, not safetensors, nothing of LoRA in it.
+        UserError: no such file, not safetensors, nothing of LoRA in it, values that are not finite.
     """
-    path = Path(parse_lora(text)[0]).expanduser()
-    if path.is_dir():
-        path = path / WEIGHTS
-    elif not path.exists() and path.parts and _is_hub_id(parse_lora(text)[0]):
+    from .lora_file import find_loras, open_lora
+
+    path = Path(parse_lora(text).path).expanduser()
+    if not path.exists() and _is_hub_id(parse_lora(text).path):
         return
-    if not path.is_file():
-        raise UserError(f"there is no LoRA file {path}: give a .safetensors file or a folder with {WEIGHTS}")
-    with opened(path, f"cannot read the LoRA {path}", framework="numpy") as content:
-        names = list(content.keys())
-    if not any("lora" in name for name in names):
-        raise UserError(f"{path} is no LoRA: none of its {len(names)} tensors has 'lora' in its name")
+    for file in find_loras(path).values():
+        open_lora(file)
 
 
-def load_loras(pipe: Any, loras: Sequence[str]) -> None:
-    """Load LoRA files, each `PATH[:scale]`, and switch all of them on together.
+def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) -> None:
+    """Load LoRA files, each `[NETWORK=]PATH[:scale]`, and switch all of them on together, as `lora0`, `lora1`, ...
+
+    All that a file holds is applied. Differences of norms and tables, which no adapter can hold, are added to the
+    weights for good.
+
+    Args:
+        pipe: the pipeline.
+        loras: the files.
+        adapters_only: whether to refuse such differences.
 
     Raises:
-        UserError: the pipeline takes none, or a name in the file matches no layer of the model.
+        UserError: the pipeline takes none, a file is for another model, or some of its tensors cannot be applied.
     """
     if not loras:
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRA: leave --lora out")
+    from .lora_load import load_one
+
+    scales: dict[str, list[tuple[str, float]]] = {}
+    for number, choice in enumerate(map(parse_lora, loras)):
+        for network, path in _files(pipe, choice).items():
+            load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
+            scales.setdefault(network, []).append((f"lora{number}", choice.scale))
+    if len(networks_of(pipe)) > 1:
+        for network, pairs in scales.items():
+            names, weights = zip(*pairs, strict=True)
+            getattr(pipe, network).set_adapters(list(names), list(weights))
+        return
+    names, weights = zip(*next(iter(scales.values())), strict=True)
+    present = {name for adapters in pipe.get_list_adapters().values() for name in adapters}
+    known = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present]
+    if known:  # a file of differences alone leaves no adapter
+        pipe.set_adapters([name for name, _ in known], [weight for _, weight in known])
+
+
+def networks_of(pipe: Any) -> list[str]:
+    """Return the components that LoRA files are for: one, or the two experts."""
+    from .lora_file import EXPERTS
+
     if getattr(pipe, "transformer_2", None) is not None:
-        raise UserError("--lora cannot say which of the model's two transformers it is for: leave it out")
-    scales = []
-    for number, (path, scale) in enumerate(map(parse_lora, loras)):
-        _load_one(pipe, str(Path(path).expanduser()), f"lora{number}")
-        scales.append(scale)
-    pipe.set_adapters([f"lora{number}" for number in range(len(loras))], scales)
+        return [name for name in EXPERTS if getattr(pipe, name, None) is not None]
+    return ["transformer" if getattr(pipe, "transformer", None) is not None else "unet"]
 
 
-def _load_one(pipe: Any, path: str, name: str) -> None:
+def _files(pipe: Any, choice: LoraChoice) -> dict[str, Path]:
+    """Return the files of a LoRA by the network that each is for.
+
+    Raises:
+        UserError: it is not said for which, or the pipeline has no such network.
+    """
+    from .lora_file import find_loras, open_lora
+
+    path = Path(choice.path).expanduser()
+    found = find_loras(_downloaded(choice.path) if not path.exists() and _is_hub_id(choice.path) else path)
+    networks = networks_of(pipe)
+    if choice.network is not None and len(found) == 1:
+        found = dict.fromkeys([choice.network], next(iter(found.values())))
+    elif choice.network is not None:
+        found = {choice.network: found[choice.network]}
+    if len(networks) == 1 and set(found) == {None}:
+        return {networks[0]: found[None]}
+    if None in found:
+        network = open_lora(found[None]).note.get("network")
+        if network not in networks:
+            raise UserError(
+                f"{type(pipe).__name__} here has two transformers, and the LoRA {choice.path} does not say which it is"
+                f" for: give it as {networks[0]}={choice.path} (noisy steps) or {networks[1]}={choice.path}"
+            )
+        return {network: found[None]}
+    if missing := [str(network) for network in found if network not in networks]:
+        raise UserError(f"the LoRA {choice.path} is for {', '.join(missing)}, this {type(pipe).__name__} has none")
+    return {str(network): file for network, file in found.items()}
+
+
+def _downloaded(name: str) -> Path:
+    """Return the file of a LoRA on the hub.
+
+    Raises:
+        UserError: it cannot be had, or the repository has several.
+    """
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    from .lora_file import WEIGHTS
+
     try:
-        _check_layers(pipe, path, type(pipe).lora_state_dict(path))
-        pipe.load_lora_weights(path, adapter_name=name)
+        files = [file for file in list_repo_files(name) if file.endswith(".safetensors")]
+        if WEIGHTS not in files and len(files) != 1:
+            raise UserError(
+                f"the LoRA {name} has {len(files)} .safetensors files on the hub ({', '.join(files[:3])}): download"
+                " the one that you want and give its path"
+            )
+        return Path(hf_hub_download(name, WEIGHTS if WEIGHTS in files else files[0]))
     except UserError:
         raise
-    except Exception as error:  # diffusers, peft and the hub raise all kinds
-        raise UserError(f"cannot load the LoRA {path}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _check_layers(pipe: Any, path: str, state: dict[str, Any]) -> None:
-    wanted = {_SUFFIX.sub("", key) for key in state if not key.endswith(".alpha")}
-    layers = {
-        f"{part}.{name}"
-        for part, module in pipe.components.items()
-        if hasattr(module, "named_modules")
-        # A layer that already carries an adapter hides its own name one level down.
-        for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
-    }
-    if missing := sorted(wanted - layers):
-        matched = len(wanted) - len(missing)
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"the LoRA {path} does not fit {type(pipe).__name__}: {matched} of its {len(wanted)} layer names match,"
-            f" these match no layer: {some}"
-        )
+    except Exception as error:  # the hub raises all kinds
+        raise UserError(f"cannot load the LoRA {name}: {first_line(error)}") from error
 
 
 def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
-    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file.
+    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file, and a note beside it.
 
     Args:
         pipe: the pipeline.
@@ -108,6 +184,10 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     """
     from peft.utils import get_peft_model_state_dict
 
+    from .lora_file import NOTE
+    from .lora_found import network_shapes
+    from .lora_names import names_of, outputs_of
+
     part = "unet" if name == "unet" else "transformer"
     layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
     layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
@@ -115,6 +195,12 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     pipe.save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )
+    # For `postgen export-lora`: layers of different families have the same names.
+    kind = type(pipe).__name__
+    note = {"pipeline": kind, "outputs": outputs_of(network_shapes(module), names_of(module))}
+    if len(networks_of(pipe)) > 1:  # one network's alone may go to either of two
+        note["network"] = name
+    (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")
 
 
 def _is_hub_id(path: str) -> bool:

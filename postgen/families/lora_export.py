@@ -1,5 +1,6 @@
-"""Write a LoRA of diffusers or peft under the keys of ComfyUI or of kohya's tools; the changed weights stay the same.
+"""Write a LoRA under the keys of ComfyUI, of kohya's tools or of diffusers; the changed weights stay the same.
 
+    diffusers  transformer.<diffusers' name>.lora_A.weight, .lora_B.weight, alpha in the metadata  (unet. of a UNet)
     comfyui    diffusion_model.<author's name>.lora_A.weight, .lora_B.weight        (Wan, HunyuanVideo, LTX)
                diffusion_model.<author's name>.lora_down.weight, .lora_up.weight, .alpha                 (FLUX)
     kohya      lora_unet_<author's name, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
@@ -12,78 +13,69 @@ the fused weight by exactly what the parts change theirs.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, first_line
 from postgen.files import replacing
-from postgen.tensor_files import opened, read_tensors
 
-from .lora import WEIGHTS
-from .lora_names import NAMES, Names
+from .lora_file import PREFIX, SAID, LoraFile, find_loras, open_lora
+from .lora_found import base_layers, families_like, find_layers
+from .lora_layers import Layer, adapter_settings, adapter_state, folded, fuse, shortened
+from .lora_names import NAMES, Names, author_name
 
-Format = Literal["comfyui", "kohya"]
+Format = Literal["comfyui", "kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-NOTE = "lora.json"
-"""Beside a LoRA that we wrote: `pipeline`, the class of its base model."""
 
-_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_KEY = re.compile(r"(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)(?:\.default)?\.weight|(.+)\.(alpha)")
-_SHARES = {3: (1, 1, 1), 4: (1, 1, 1, 4)}
-"""Outputs of the parts of a fused layer, relative to one another: q, k, v, and the first layer of an MLP."""
-_PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.)+")
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A low-rank change of one weight: scale * up @ down."""
-
-    down: Tensor
-    """(r, in, ...)"""
-    up: Tensor
-    """(out, r, ...)"""
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return len(self.down)
+_WAN_MLPS = {1536: 8960, 3072: 14336, 5120: 13824}
+"""Width of Wan -> outputs of the first layer of its MLPs, of the models that are published."""
 
 
 def export_lora(source: str | Path, target: str | Path, format: Format, family: str | None = None) -> list[str]:
     """Write a LoRA under other keys and return the names of the layers written.
 
     Args:
-        source: a LoRA file of diffusers, a folder with one (an export of a run, or the run's folder), or a folder that
-            peft has written.
+        source: a LoRA file under any of the keys, a folder with one (an export of a run, or the run's folder), or a
+            folder that peft has written.
         target: the file to write; it ends in .safetensors.
-        format: comfyui or kohya.
+        format: comfyui, kohya or diffusers.
         family: a key of `NAMES`; none finds it from the note beside the LoRA, or from the names of its layers.
 
     Raises:
         UserError: nothing to read, an unknown format or family, layers that the family does not have or whose names
-            fit several families, DoRA.
+            fit several families, what the format has no place for (DoRA, differences of biases).
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r}. Allowed: {', '.join(FORMATS)}")
     target = Path(target)
     if target.suffix != ".safetensors":
         raise UserError(f"a LoRA is written as .safetensors, got {target}")
-    path = find_lora(Path(source).expanduser())
-    layers = read_lora(path)
-    family = family or _noted_family(path) or _guess(layers, path)
+    file = open_lora(find_lora(Path(source).expanduser()))
+    family = family or _noted_family(file) or _guess(file)
     if family not in NAMES:
         raise UserError(f"unknown family {family!r}. Known: {', '.join(NAMES)}")
-    if format == "kohya" and not NAMES[family].kohya:
+    names = NAMES[family]
+    if format == "kohya" and not names.kohya:
         raise UserError(f"kohya's tools have no keys for {family}: use --format comfyui")
-    renamed = rename(layers, NAMES[family], f"{path} as {family}")
-    _write(target, keyed(renamed, NAMES[family].comfyui if format == "comfyui" else "kohya"))
+    layers = _layers(file, names, family)
+    note: dict[str, Any] = {key: file.note[key] for key in ("pipeline", "network", "outputs") if key in file.note}
+    if format == "diffusers":
+        _write(target, *_as_diffusers(layers, "unet" if family == "stable_diffusion" else "transformer"), note)
+        return list(layers)
+    for what, key in (("DoRA", "magnitude"), ("differences of biases", "bias")):
+        if having := [name for name, layer in layers.items() if getattr(layer, key) is not None]:
+            raise UserError(
+                f"{file.path} has {what}, for which {format} has no place that is read alike everywhere:"
+                f" {shortened(having)}. Use --format diffusers"
+            )
+    renamed = rename(layers, names, f"{file.path} as {family}", file.note.get("outputs"))
+    if format == "kohya" and names.kohya_whole:
+        renamed = whole_blocks(renamed, names, file)
+    _write(target, keyed(renamed, names.comfyui if format == "comfyui" else "kohya"), {}, note)
     return list(renamed)
 
 
@@ -93,91 +85,89 @@ def find_lora(path: Path) -> Path:
     Raises:
         UserError: there is none, or there are two.
     """
-    if path.is_file():
-        return path
-    places = (path, path / "export")
-    for found in (folder / name for folder in places for name in (WEIGHTS, _PEFT_WEIGHTS)):
-        if found.is_file():
-            return found
-    for folder in places:
-        experts = [found.parent for found in sorted(folder.glob(f"transformer*/{WEIGHTS}"))]
-        if experts:
-            raise UserError(f"{folder} holds a LoRA of each of two networks: give {' or '.join(map(str, experts))}")
-        if any(folder.glob("*/config.json")):
-            raise UserError(f"{folder} holds a whole model and no LoRA: there is nothing to convert")
-    raise UserError(f"there is no LoRA at {path}: give a .safetensors file, or a folder with {WEIGHTS}")
+    found = find_loras(path)
+    if len(found) > 1:
+        both = " or ".join(str(file.parent) for file in found.values())
+        raise UserError(f"{path} holds a LoRA of each of two networks: give {both}")
+    return next(iter(found.values()))
 
 
-def read_lora(path: Path) -> dict[str, Layer]:
-    """Return the layers of a LoRA of diffusers or peft by diffusers' names, without the name of the network.
+def read_lora(path: Path, names: Names | None = None, family: str | None = None) -> dict[str, Layer]:
+    """Return the layers of a LoRA by diffusers' names, without the name of the network.
+
+    Args:
+        path: of the file.
+        names: of its family; none reads diffusers' own keys.
+        family: what the family is called in errors.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    said = f"cannot read the LoRA {path}"
-    tensors = read_tensors(path, said)
-    with opened(path, said) as content:
-        metadata = content.metadata() or {}
-    try:
-        settings = _settings(path, metadata)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{said}: {error}") from error
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or key.startswith("text_encoder"):
-            raise UserError(f"{path} holds {key}, which is no plain LoRA of a denoiser: it cannot be converted")
-        part = {"lora.down": "lora_A", "lora.up": "lora_B"}.get(match[2], match[2] or "alpha")
-        found.setdefault(_PREFIX.sub("", match[1] or match[3]), {})[part] = tensor
-    whole = {name: parts for name, parts in found.items() if {"lora_A", "lora_B"} <= parts.keys()}
-    if len(whole) < len(found) or not whole:
-        raise UserError(f"{path}: {next((n for n in found if n not in whole), 'it')} has no pair of LoRA matrices")
-    return {
-        name: Layer(parts["lora_A"], parts["lora_B"], _scale(name, parts, settings)) for name, parts in whole.items()
-    }
+    return _layers(open_lora(path), names, family)
 
 
-def rename(layers: Mapping[str, Layer], names: Names, place: str) -> dict[str, Layer]:
+def rename(
+    layers: Mapping[str, Layer], names: Names, place: str, outputs: Mapping[str, int] | None = None
+) -> dict[str, Layer]:
     """Return the layers by the author's names.
+
+    Args:
+        layers: by diffusers' names.
+        names: of the family.
+        place: what errors begin with.
+        outputs: of layers, by diffusers' names with `{}` for the numbers, where they are known.
 
     Raises:
         UserError: some match none of the family's.
     """
     renamed: dict[str, Layer] = {}
     fused: dict[str, list[Layer | None]] = {}
+    patterns: dict[str, str] = {}
     missed = []
     for name, layer in layers.items():
-        found = _author_name(name, names)
+        found = author_name(name, names)
         if found is None:
             missed.append(name)
-        elif found[1] not in names.fused:
-            renamed[found[0]] = layer
+        elif found.pattern not in names.fused:
+            renamed[found.theirs] = layer
         else:
-            theirs, pattern, part = found
-            fused.setdefault(theirs, [None] * len(names.fused[pattern]))[part] = layer
+            patterns[found.theirs] = found.pattern
+            fused.setdefault(found.theirs, [None] * len(names.fused[found.pattern]))[found.part] = layer
     if missed:
-        some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
-        raise UserError(f"{place}: {len(missed)} of {len(layers)} layers have no name there: {some}")
-    return renamed | {name: fuse(parts, _SHARES[len(parts)]) for name, parts in fused.items()}
+        raise UserError(_unnamed(place, missed, len(layers)))
+    for theirs, parts in fused.items():
+        renamed[theirs] = fuse(parts, _rows(parts, names.fused[patterns[theirs]], outputs or {}))
+    return renamed
 
 
-def fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
-    """Return one layer whose outputs are those of the parts one after another; a part that is None changes nothing.
+def whole_blocks(layers: Mapping[str, Layer], names: Names, file: LoraFile) -> dict[str, Layer]:
+    """Add layers that change nothing, so that diffusers finds all of the blocks' layers that it looks for.
 
     Args:
-        parts: at least one is there.
-        shares: outputs of each, relative to one another.
+        layers: by the author's names.
+        names: of the family.
+        file: where they are from.
+
+    Raises:
+        UserError: a layer that is in no block, or the size of a missing layer is not known.
     """
-    known = [(part, share) for part, share in zip(parts, shares, strict=True) if part is not None]
-    unit = len(known[0][0].up) // known[0][1]
-    up = known[0][0].up.new_zeros(unit * sum(shares), sum(part.rank for part, _ in known))
-    row = column = 0
-    for part, share in zip(parts, shares, strict=True):
-        if part is not None:
-            up[row : row + unit * share, column : column + part.rank] = part.up * part.scale
-            column += part.rank
-        row += unit * share
-    return Layer(torch.cat([part.down for part, _ in known]), up)
+    whole = dict.fromkeys(names.kohya_whole)
+    if any("cross_attn.k_img" in name or "cross_attn.v_img" in name for name in layers):
+        whole |= {"cross_attn.k_img": None, "cross_attn.v_img": None}
+    inside = {name: name.split(".", 2) for name in layers if name.startswith("blocks.")}
+    if outside := [name for name in layers if name not in inside or inside[name][2] not in whole]:
+        raise UserError(
+            f"{file.path}: kohya's tools know layers of the blocks alone, not {shortened(outside)}: use --format"
+            " comfyui"
+        )
+    count = 1 + max(int(number) for _, number, _ in inside.values())
+    filled = dict(layers)
+    for name in (f"blocks.{number}.{part}" for number in range(count) for part in whole):
+        if name not in filled:
+            outs, ins = _wan_shape(name.split(".", 2)[2], layers, file)
+            like = next(iter(layers.values())).down
+            filled[name] = Layer(like.new_zeros(1, ins), like.new_zeros(outs, 1))
+    return filled
 
 
 def keyed(layers: Mapping[str, Layer], style: Literal["peft", "alpha", "kohya", "diffusers"]) -> dict[str, Tensor]:
@@ -188,59 +178,69 @@ def keyed(layers: Mapping[str, Layer], style: Literal["peft", "alpha", "kohya", 
         key = prefix + (name.replace(".", "_") if style == "kohya" else name)
         if style in ("peft", "diffusers"):
             # Nothing says that these are scaled.
-            tensors |= {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.up * layer.scale}
+            down, up = folded(layer)
+            tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
         else:
             tensors |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up}
-            tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=layer.down.dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.rank)
     return tensors
 
 
-def _author_name(name: str, names: Names) -> tuple[str, str, int] | None:
-    """Return the author's name of a layer, its pattern, and which part of that layer this is."""
-    rows = [
-        *((mine, mine, 0) for mine in names.unchanged),
-        *((mine, theirs, 0) for mine, theirs in names.plain.items()),
-        *((mine, theirs, place) for theirs, members in names.fused.items() for place, mine in enumerate(members)),
-    ]
-    for mine, theirs, place in rows:
-        if (match := re.fullmatch(re.escape(mine).replace(r"\{\}", r"(\d+)"), name)) is not None:
-            return theirs.format(*match.groups()), theirs, place
-    return None
+def _layers(file: LoraFile, names: Names | None, family: str | None) -> dict[str, Layer]:
+    found = find_layers(file, names)
+    if found.rest:
+        place = f"{file.path} as {family}" if family else str(file.path)
+        bases = base_layers(file, found.rest)
+        raise UserError(_unnamed(place, bases, len(base_layers(file))))
+    if not found.layers:
+        raise UserError(f"{file.path} changes no layer: there is nothing to write")
+    return found.layers
 
 
-def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what peft was told, from the file itself or from the configuration beside it."""
-    if path.name == _PEFT_WEIGHTS and (path.parent / _PEFT_CONFIG).is_file():
-        settings: dict[str, Any] = json.loads((path.parent / _PEFT_CONFIG).read_text(encoding="utf-8"))
-    else:
-        packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        settings = {_PREFIX.sub("", key): value for key, value in packed.items()}
-    if settings.get("use_dora"):
-        raise UserError(f"{path} is DoRA, whose magnitudes have no place in a LoRA: merge it into the model instead")
-    return settings
+def _unnamed(place: str, missed: list[str], total: int) -> str:
+    some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+    return f"{place}: {len(missed)} of {total} layers have no name there: {some}"
 
 
-def _scale(name: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
-    """Return the factor of a layer: alpha / rank; without any alpha it is 1, as for diffusers."""
-    rank = len(parts["lora_A"])
-    if "alpha" in parts:
-        return parts["alpha"].item() / rank
-    if "lora_alpha" not in settings:
-        return 1.0
-    alphas: Mapping[str, float] = settings.get("alpha_pattern") or {}
-    # As peft looks them up: the end of a layer's name.
-    own = (alpha for pattern, alpha in alphas.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
-    alpha = float(next(own, settings["lora_alpha"]))
-    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+def _rows(parts: list[Layer | None], members: tuple[str, ...], outputs: Mapping[str, int]) -> list[int]:
+    """Return the outputs of each part of a fused layer; of parts that are not there as said, or as usual."""
+    known = next(part for part in parts if part is not None)
+    width = known.down.shape[1]  # what q, k and v, which read the hidden states, give as well
+    usual = [width, width, width, 4 * width]
+    rows = zip(parts, members, usual, strict=False)
+    return [len(part.up) if part is not None else outputs.get(mine, otherwise) for part, mine, otherwise in rows]
 
 
-def _noted_family(path: Path) -> str | None:
-    try:
-        pipeline = json.loads((path.parent / NOTE).read_text(encoding="utf-8"))["pipeline"]
-    except FileNotFoundError:
+def _wan_shape(part: str, layers: Mapping[str, Layer], file: LoraFile) -> tuple[int, int]:
+    """Return outputs and inputs of a layer of Wan's blocks, from those that are there."""
+    for name, layer in layers.items():
+        if name.endswith(f".{part}"):
+            return len(layer.up), layer.down.shape[1]
+    name, layer = next(iter(layers.items()))
+    width = len(layer.up) if name.endswith("ffn.2") else layer.down.shape[1]
+    if not part.startswith("ffn"):
+        return width, width
+    others = [each for key, each in layers.items() if ".ffn." in key]
+    said = file.note.get("outputs", {}).get("blocks.{}.ffn.net.0.proj", _WAN_MLPS.get(width))
+    inner = max((*others[0].down.shape[1:2], len(others[0].up))) if others else said
+    if inner is None:
+        raise UserError(
+            f"{file.path}: diffusers reads kohya's keys of Wan only where the MLPs have some too, and how wide they"
+            f" are is not known for a width of {width}: convert the folder of the run, whose lora.json says so"
+        )
+    return (inner, width) if part == "ffn.0" else (width, inner)
+
+
+def _as_diffusers(layers: Mapping[str, Layer], part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file as diffusers writes it."""
+    tensors = {f"{part}.{key}": value for key, value in adapter_state(layers).items()}
+    settings = {f"{part}.{key}": value for key, value in adapter_settings(layers).items()}
+    return tensors, {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+
+
+def _noted_family(file: LoraFile) -> str | None:
+    if (pipeline := file.note.get("pipeline")) is None:
         return None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path.parent / NOTE} cannot be read: {error}. Give --family") from error
     for family, names in NAMES.items():
         if pipeline in names.pipelines:
             return family
@@ -248,24 +248,26 @@ def _noted_family(path: Path) -> str | None:
     raise UserError(f"nothing is known of the keys of {pipeline} outside diffusers. Known: {known}")
 
 
-def _guess(layers: Mapping[str, Layer], path: Path) -> str:
-    fits = [family for family, names in NAMES.items() if all(_author_name(name, names) is not None for name in layers)]
+def _guess(file: LoraFile) -> str:
+    fits = families_like(file)
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise UserError(f"the layers of {path} fit {' and '.join(fits)}: say which with --family")
+        raise UserError(f"the layers of {file.path} fit {' and '.join(fits)}: say which with --family")
+    first = next(iter(base_layers(file)), next(iter(file.tensors)))
     raise UserError(
-        f"the layers of {path} fit no family, the first is {next(iter(layers))}. Known: {', '.join(NAMES)}; --family "
-        "says which of its layers have no name there"
+        f"the layers of {file.path} fit no family, the first is {PREFIX.sub('', first)}. Known: {', '.join(NAMES)};"
+        " --family says which of its layers have no name there"
     )
 
 
-def _write(target: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], note: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    said = {SAID: json.dumps(note)} if note else {}
     try:
         with replacing(target) as part:
-            save_file(whole, part, metadata={"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+            save_file(whole, part, metadata={"format": "pt", **metadata, **said})
+    except Exception as error:  # a full disk is the writer's own error
+        raise UserError(f"cannot write {target}: {getattr(error, 'strerror', None) or first_line(error)}") from error

@@ -9,7 +9,9 @@ musubi_tuner/convert_lora.py). The renamings are those that diffusers itself mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,17 +22,86 @@ class Names:
 
     pipelines: tuple[str, ...]
     """Pipeline classes of diffusers."""
+    networks: tuple[str, ...]
+    """Classes of the networks that LoRA changes there and in other pipelines."""
     plain: Mapping[str, str] = field(default_factory=dict)
     """diffusers' name -> the author's."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The author's name -> those of diffusers whose outputs it has one after another: q, k, v, or these and an MLP."""
     unchanged: tuple[str, ...] = ()
-    """Beginnings of names that both share."""
+    """Names that both share."""
+    read: Mapping[str, str] = field(default_factory=dict)
+    """diffusers' name -> the author's, of what is read but not written: the patch embedding, norms, tables."""
     comfyui: Literal["peft", "alpha", "kohya", "diffusers"] = "peft"
     """Keys for ComfyUI: `diffusion_model.` with lora_A and lora_B, or with lora_down, lora_up and alpha (both are read
     by ComfyUI; this is the one that diffusers reads for the family too); as kohya's; or diffusers' own."""
     kohya: bool = True
     """Whether kohya's tools, or ComfyUI in their format, have such keys."""
+    kohya_whole: tuple[str, ...] = ()
+    """The author's layers of a block of which diffusers reads kohya's keys for all or for none, and the only ones."""
+
+    def rows(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield the author's name and diffusers' names of every layer that is written."""
+        yield from ((name, (name,)) for name in self.unchanged)
+        yield from ((theirs, (mine,)) for mine, theirs in self.plain.items())
+        yield from self.fused.items()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer of diffusers stands in the author's network."""
+
+    theirs: str
+    """The author's layer."""
+    pattern: str
+    """The same with `{}` for the numbers."""
+    part: int
+    """Which part of that layer it is."""
+    mine: str
+    """diffusers' name with `{}` for the numbers."""
+
+
+def author_name(name: str, names: Names) -> Place | None:
+    """Return where a layer by diffusers' name stands; None where it has no name there."""
+    for theirs, members in names.rows():
+        for part, mine in enumerate(members):
+            if (match := _pattern(mine).fullmatch(name)) is not None:
+                return Place(theirs.format(*match.groups()), theirs, part, mine)
+    return None
+
+
+def own_names(theirs: str, names: Names, *, underscored: bool = False) -> tuple[str, ...]:
+    """Return diffusers' names of an author's layer, several where that one holds several; none where it is unknown.
+
+    Args:
+        theirs: the author's name.
+        names: of the family.
+        underscored: whether its dots are written as underscores.
+    """
+    others = ((other, (mine,)) for mine, other in names.read.items())
+    for pattern, members in (*names.rows(), *others):
+        if (match := _pattern(pattern.replace(".", "_") if underscored else pattern).fullmatch(theirs)) is not None:
+            return tuple(mine.format(*match.groups()) for mine in members)
+    return ()
+
+
+def names_of(network: object) -> Names | None:
+    """Return the names for a network; None where none are known."""
+    kind = type(network).__name__
+    return next((names for names in NAMES.values() if kind in names.networks), None)
+
+
+def outputs_of(shapes: Mapping[str, tuple[int, ...]], names: Names | None) -> dict[str, int]:
+    """Return how many outputs the layers of a family have, by diffusers' names with `{}` for the numbers."""
+    if names is None:
+        return {}
+    places = ((author_name(name, names), shape) for name, shape in shapes.items())
+    return {place.mine: shape[0] for place, shape in places if place is not None and place.theirs != place.mine}
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
 _QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -50,6 +121,16 @@ _WAN_BLOCK = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }  # fmt: skip
+_WAN_ATTENTION = (*_parts("self_attn", ("q", "k", "v", "o")), *_parts("cross_attn", ("q", "k", "v", "o")))
+_WAN_NORMS = {
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+}
 
 _DOUBLE_FUSED = {"img_attn": ("transformer_blocks.{}.attn", _QKV), "txt_attn": ("transformer_blocks.{}.attn", _ADDED)}
 _SINGLE = "single_transformer_blocks.{}"
@@ -89,6 +170,12 @@ NAMES: dict[str, Names] = {
             *("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline"),
             *("SkyReelsV2Pipeline", "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2ImageToVideoPipeline"),
         ),
+        networks=(
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+        ),
         plain={
             **{f"blocks.{{}}.{mine}": f"blocks.{{}}.{theirs}" for mine, theirs in _WAN_BLOCK.items()},
             "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -100,9 +187,18 @@ NAMES: dict[str, Names] = {
             "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
             "proj_out": "head.head",
         },
+        read={
+            **{f"blocks.{{}}.{mine}": f"blocks.{{}}.{theirs}" for mine, theirs in _WAN_NORMS.items()},
+            "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+            "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+            "scale_shift_table": "head.modulation",
+            "patch_embedding": "patch_embedding",
+        },
+        kohya_whole=(*_WAN_ATTENTION, "ffn.0", "ffn.2"),
     ),
     "hunyuan_video": Names(
         pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        networks=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
         plain={
             **_double("_", "fc1", "fc2", "linear"),
             f"{_REFINER}.attn.to_out.0": f"{_REFINER_THEIRS}.self_attn_proj",
@@ -115,6 +211,7 @@ NAMES: dict[str, Names] = {
     ),
     "ltx": Names(
         pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+        networks=("LTXVideoTransformer3DModel",),
         plain={
             "proj_in": "patchify_proj",
             "proj_out": "proj_out",
@@ -132,6 +229,7 @@ NAMES: dict[str, Names] = {
     # ComfyUI has nodes of others for it, which run diffusers' network; kohya's tools do not know it.
     "cogvideox": Names(
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+        networks=("CogVideoXTransformer3DModel",),
         unchanged=(
             *_parts("transformer_blocks.{}.attn1", (*_QKV, "to_out.0")),
             *_parts("transformer_blocks.{}", ("ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")),
@@ -142,6 +240,7 @@ NAMES: dict[str, Names] = {
     ),
     "flux": Names(
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
+        networks=("FluxTransformer2DModel",),
         plain=_double(".", "0", "2", "lin"),
         fused=_double_fused("."),
         comfyui="alpha",
@@ -149,6 +248,7 @@ NAMES: dict[str, Names] = {
     # comfy/utils.py, `mmdit_to_diffusers`, finds diffusers' names in the author's fused layers.
     "stable_diffusion_3": Names(
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+        networks=("SD3Transformer2DModel",),
         unchanged=(
             *_parts("transformer_blocks.{}.attn", (*_QKV, "to_out.0", *_ADDED, "to_add_out")),
             *_parts("transformer_blocks.{}.attn2", (*_QKV, "to_out.0")),
@@ -162,6 +262,7 @@ NAMES: dict[str, Names] = {
     # ComfyUI and kohya's tools both read diffusers' names of the UNet, with underscores.
     "stable_diffusion": Names(
         pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+        networks=("UNet2DConditionModel",),
         unchanged=tuple(
             f"{part}.attentions.{{}}.{layer}"
             for part in ("down_blocks.{}", "mid_block", "up_blocks.{}")

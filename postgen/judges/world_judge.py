@@ -1,12 +1,13 @@
 """Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
 
-Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a corruption is
-for and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
-spoilt as renders are, and a reconstruction also counts as worse to look at than its render.
+Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a kind of spoiling is for
+and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
+spoilt as a whole as renders are, and a reconstruction also counts as worse to look at than its render.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen import world
+from postgen.families.loading import inspect_model
 from postgen.rewards.world_judge import HEADS, WorldJudgeNet
 from postgen.rewards.world_net import save_net
 from postgen.training import Trainer, TrainingConfig, Weights
-from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
+from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes, specs_of
 
-from .corruptions import HEAD, LEVELS, Takes, corrupt, render_takes, shows
+from .spoil import HEAD, LEVELS, ON_ANY_CLIP, Picked, Takes, corrupt, render_takes
 
 _FRAMES = 17
-_ON_ANY_CLIP = ("blur", "noise", "colour drift", "flicker", "freeze")
-"""Kinds that need no second render of the scene."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,13 @@ class WorldJudgeConfig(TrainingConfig):
     """Height and width of the clips in pixels."""
 
     pool_clips: int = 3072
-    """Scenes that are rendered, each in six versions, and kept on the device."""
+    """Scenes that are rendered, each in seven versions (3.6 MB of 17 frames at 96 px), and kept on the device."""
+
+    course_clips: int = 512
+    """Most of them that each of `postgen.judges.spoil.COURSES` but leaps is rendered for, at four strengths."""
+
+    kinds_per_step: int = 4
+    """Kinds that the pairs of a step are of."""
 
     pipeline: str | None = None
     """Folder of a diffusers text-to-video pipeline of the world, for reconstructions and samples; none takes none."""
@@ -74,6 +80,11 @@ class WorldJudgeConfig(TrainingConfig):
         self.require(self.width >= 32 and self.width % 32 == 0, "width", "a multiple of 32")
         for name in ("pool_clips", "eval_clips"):
             self.require(getattr(self, name) >= 2, name, "at least 2")
+        self.require(self.course_clips >= 1, "course_clips", "at least 1")
+        batch = self.per_device_train_batch_size
+        self.require(
+            1 <= self.kinds_per_step <= batch, "kinds_per_step", f"in 1..per_device_train_batch_size ({batch})"
+        )
         for name in ("reconstructions", "samples"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.sampling_steps >= 1, "sampling_steps", "at least 1")
@@ -91,27 +102,27 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         """A judge with random weights; also renders the scenes, and makes the pipeline's clips."""
         args = self.args
         first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
-        self.takes = render_takes(specs_of(first, args.pool_clips, _FRAMES), args.size, self.device)
-        self.rows_of = {kind: self._rows(kind) for kind in LEVELS}
+        # More collisions than the world draws by itself: three kinds are seen on them alone.
+        pool = draw_scenes(first, args.pool_clips, _FRAMES, bodies=(0.5, 0.4, 0.1), pair_share=0.3)
+        self.takes = render_takes([scene.spec for scene in pool], args.size, self.device, args.course_clips)
+        shown = {kind: self.takes.rows(kind) for kind in LEVELS}
+        self.rows_of = {kind: rows for kind, rows in shown.items() if len(rows)}
         half = args.eval_clips // 2
         held = [*specs_of(0, half, _FRAMES), *specs_of(half, args.eval_clips - half, _FRAMES, "held_out")]
         self.unseen = render_takes(held, args.size, self.device)
         self.made, self.remade = self._of_pipeline()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
         self.config: dict[str, Any] = {
             "video": {
                 "channels": [32, 48, 64, 96],
                 "width": args.width,
                 "layers": args.layers,
-                "grid": 4,
+                "grid": 6,
                 "frames": _FRAMES,
             }
         }
         return {"judge": WorldJudgeNet(**self.config)}
-
-    def _rows(self, kind: str) -> Tensor:
-        """Scenes of the pool that show a kind; all of them where none does."""
-        rows = [row for row, spec in enumerate(self.takes.specs) if shows(kind, spec)]
-        return torch.tensor(rows or range(len(self.takes.specs)), device=self.device)
 
     def _of_pipeline(self) -> tuple[Tensor | None, Tensor | None]:
         """Samples of the pipeline, and reconstructions of the pool's first clips; uint8 as the renders."""
@@ -120,6 +131,8 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
             return None, None
         from diffusers import DiffusionPipeline
 
+        # Guided as the folder says, not as its pipeline does by default; its size and length are those of the judge.
+        self.guidance = inspect_model(args.pipeline).default("guidance_scale")
         pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         prompts = [world.simple_caption(spec) for spec in self.takes.specs[: args.samples]]
@@ -137,6 +150,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
             width=self.args.size,
             num_frames=_FRAMES,
             num_inference_steps=self.args.sampling_steps,
+            guidance_scale=self.guidance,
             generator=seeds,
             output_type="pt",
         ).frames
@@ -144,54 +158,60 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return clips
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Bradley-Terry loss of one batch of pairs, all of one kind; metric: share of pairs in the right order."""
-        kind = random.choice([*LEVELS, *(["remade"] if self.remade is not None else [])])
-        better, worse = self._remade_pair() if kind == "remade" else self._pair(kind)
+        """Bradley-Terry loss of one batch of pairs of some kinds; metric: share of pairs in the right order."""
+        args = self.args
+        known = [*self.rows_of, *(["remade"] if self.remade is not None else [])]
+        kinds = random.sample(known, min(args.kinds_per_step, len(known)))
+        shares = [len(part) for part in torch.arange(args.per_device_train_batch_size).tensor_split(len(kinds))]
+        pairs = [
+            self._remade_pair(count) if kind == "remade" else self._pair(kind, count)
+            for kind, count in zip(kinds, shares, strict=True)
+        ]
+        heads = [HEADS.index(HEAD.get(kind, "visual")) for kind in kinds]
+        head = torch.tensor(heads).repeat_interleave(torch.tensor(shares)).to(self.device)
+        better, worse = (torch.cat(side) for side in zip(*pairs, strict=True))
         with self.accelerator.autocast():
             scores = self.models["judge"](torch.cat((better, worse)))
         gap = scores[: len(better)] - scores[len(better) :]
-        head = HEADS.index(HEAD.get(kind, "visual"))
+        own, other = (gap.gather(1, column[:, None])[:, 0] for column in (head, 1 - head))
         # The mean of both heads must rank the pair as well: it is what a policy is trained on.
-        loss = -functional.logsigmoid(gap[:, head]).mean() - functional.logsigmoid(gap.mean(1)).mean()
-        loss = loss + self.args.other_head_weight * gap[:, 1 - head].square().mean()
+        loss = -functional.logsigmoid(own).mean() - functional.logsigmoid(gap.mean(1)).mean()
+        loss = loss + args.other_head_weight * other.square().mean()
         # Only differences count above; this keeps the scores near zero.
         loss = loss + 1e-3 * scores.square().mean()
-        return loss, {"right": (gap[:, head] > 0).float().mean()}
+        return loss, {"right": (own > 0).float().mean()}
 
-    def _pair(self, kind: str) -> tuple[Tensor, Tensor]:
+    def _pair(self, kind: str, count: int) -> tuple[Tensor, Tensor]:
         """The same clips at two levels of a kind."""
-        batch = self.args.per_device_train_batch_size
-        takes = self._draw(kind, batch)
-        low = torch.randint(4, (batch,), generator=self.generator, device=self.device)
-        more = torch.randint(1, 5, (batch,), generator=self.generator, device=self.device)
+        picked = self._draw(kind, count)
+        low = torch.randint(4, (count,), generator=self.generator, device=self.device)
+        more = torch.randint(1, 5, (count,), generator=self.generator, device=self.device)
         high = (low + more).clamp_max(4)
         seed = random.getrandbits(60)
         generators = [torch.Generator(self.device).manual_seed(seed) for _ in range(2)]
-        return corrupt(kind, low, takes, generators[0]), corrupt(kind, high, takes, generators[1])
+        return corrupt(kind, low, picked, generators[0]), corrupt(kind, high, picked, generators[1])
 
-    def _draw(self, kind: str, batch: int) -> Takes:
+    def _draw(self, kind: str, batch: int) -> Picked:
         """Scenes that show a kind; every third time clips of the pipeline, where there are some and the kind can."""
         extra = [clips for clips in (self.made, self.remade) if clips is not None]
-        if extra and kind in _ON_ANY_CLIP and random.random() < 1 / 3:
+        if extra and kind in ON_ANY_CLIP and random.random() < 1 / 3:
             clips = random.choice(extra)
             rows = torch.randint(len(clips), (batch,), generator=self.generator, device=self.device)
-            picked = clips[rows].float() / 255
-            return Takes(picked, picked, picked[None], [])
+            return Picked.of(clips[rows].float() / 255)
         choice = self.rows_of[kind]
         rows = choice[torch.randint(len(choice), (batch,), generator=self.generator, device=self.device)]
         return self.takes.pick(rows)
 
-    def _remade_pair(self) -> tuple[Tensor, Tensor]:
+    def _remade_pair(self, count: int) -> tuple[Tensor, Tensor]:
         assert self.remade is not None
-        batch = self.args.per_device_train_batch_size
-        rows = torch.randint(len(self.remade), (batch,), generator=self.generator, device=self.device)
+        rows = torch.randint(len(self.remade), (count,), generator=self.generator, device=self.device)
         return self.takes.clean[rows].float() / 255, self.remade[rows].float() / 255
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on pairs of unseen clips, clean against the second level, by the mean of both heads."""
         accuracy = pair_accuracy(lambda clips: self._scores(clips).mean(1), self.unseen, level=2)
         named = {f"pairs_{kind.replace(' ', '_')}": value for kind, value in accuracy.items()}
-        return {**named, "pairs_min": min(accuracy.values())}
+        return {**named, "pairs_min": min(value for value in accuracy.values() if not math.isnan(value))}
 
     def _scores(self, clips: Tensor) -> Tensor:
         judge: Any = self.unwrap("judge")
@@ -227,9 +247,9 @@ def pair_accuracy(score: Any, takes: Takes, level: int, seed: int = 0) -> dict[s
     result = {}
     device = takes.clean.device
     for kind in LEVELS:
-        rows = torch.tensor([r for r, s in enumerate(takes.specs) if shows(kind, s)], device=device, dtype=torch.long)
+        rows = takes.rows(kind)
         wins = []
-        for part in rows.split(32):
+        for part in rows.split(32) if len(rows) else ():
             picked = takes.pick(part)
             generator = torch.Generator(device).manual_seed(seed + int(part[0]))
             levels = torch.full((len(part),), level, device=device)

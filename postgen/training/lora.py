@@ -9,7 +9,7 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.families import Denoiser
-from postgen.families.lora import check_lora, load_loras
+from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.settings import Part
 
 
@@ -36,7 +36,7 @@ class AdapterConfig(Part):
     """Endings of layer names; empty takes those of the model's attention."""
 
     lora_path: str | None = None
-    """A LoRA to go on from; its rank and layers hold."""
+    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +63,7 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
         raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
     networks: dict[str, Any] = dict(denoiser.transformers)
     if config.lora_path:
-        check_lora(config.lora_path)
-        load_loras(pipe, [config.lora_path])
+        _go_on_from(pipe, config.lora_path, networks)
         adapter = "lora0"
     elif config.use_peft or peft_config is not None:
         peft_config = peft_config if peft_config is not None else _peft_config(config, denoiser)
@@ -80,6 +79,22 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
     return adapter
+
+
+def _go_on_from(pipe: Any, path: str, networks: dict[str, Any]) -> None:
+    """Load a LoRA of which nothing would be missing from what training writes."""
+    if (scale := parse_lora(path).scale) != 1:
+        raise UserError(f"lora_path {path}: training goes on from a LoRA as it is, leave the scale {scale:g} out")
+    check_lora(path)
+    load_loras(pipe, [path], adapters_only=True)
+    adapted = {name for name, part in pipe.components.items() if "lora0" in getattr(part, "peft_config", {})}
+    if missing := sorted(set(networks) - adapted):
+        raise UserError(
+            f"lora_path {path} has no LoRA for {', '.join(missing)}, which is trained too: give a folder with one for"
+            f" each of {', '.join(networks)}"
+        )
+    if others := sorted(adapted - set(networks)):
+        raise UserError(f"lora_path {path} changes {', '.join(others)}, which is not trained and would not be written")
 
 
 def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:

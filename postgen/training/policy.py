@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from postgen.families.exports import write_note
 from postgen.families.loaded import defaults_of
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import save_lora
-from postgen.families.lora_export import NOTE
 from postgen.sampling.schedule import shifted
 from postgen.settings import Part
 
@@ -180,8 +178,6 @@ class Policy:
             else:
                 target = folder if alone else folder / name
                 save_lora(self.pipe, target, name, module, self.adapter, weights[name])
-                # For `postgen export-lora`: layers of different families have the same names.
-                (target / NOTE).write_text(json.dumps({"pipeline": type(self.pipe).__name__}) + "\n")
 
 
 def load_policy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .spec import PAIR_EVENTS, Body, Spec
+from .spec import PAIR_EVENTS, PLACE_BORDER, Body, Spec
 from .words import (
     BACKGROUND_PHRASES,
     CAMERA_PHRASES,
@@ -16,6 +16,8 @@ from .words import (
 )
 
 _PLACED = ("stays", "bounces", "falls")
+_CLEAR = 0.25
+"""Metres from the border of two places within which a caption names neither."""
 
 
 def caption(spec: Spec, seed: int = 0) -> str:
@@ -89,5 +91,7 @@ def _clause(spec: Spec, body: Body, rng: random.Random) -> str:
     if body.event in PAIR_EVENTS and rng.random() < 0.3:
         text += " from the left" if body.velocity[0] > 0 else " from the right"
     if body.event in _PLACED and spec.camera == "static" and rng.random() < 0.25:
-        text += " " + rng.choice(PLACE_PHRASES[body.place])
+        where = rng.choice(PLACE_PHRASES[body.place])
+        if abs(abs(body.position[0]) - PLACE_BORDER) >= _CLEAR:
+            text += f" {where}"
     return text

@@ -12,7 +12,7 @@ from .reading import Clause, Reading
 from .spec import COLOURS, PAIR_EVENTS, Spec
 from .words import (
     BACKGROUND_PHRASES,
-    CAMERA_PHRASES,
+    CAMERA_READINGS,
     COLOUR_SYNONYMS,
     EVENT_PHRASES,
     KNOWN_WORDS,
@@ -84,8 +84,8 @@ def read(prompt: str) -> Reading | None:
     ['', 'unknown: cat, sleeps']
     """
     text = " ".join(prompt.lower().replace("n't", " not").split())
-    camera = _phrase_in(text, CAMERA_PHRASES) or "static"
-    plain = _without(_without(text, CAMERA_PHRASES), BACKGROUND_PHRASES)
+    camera = _phrase_in(text, CAMERA_READINGS) or "static"
+    plain = _without(_without(text, CAMERA_READINGS), BACKGROUND_PHRASES)
     nouns = list(_NOUN.finditer(plain))
     wishes = _wishes(plain, nouns) if nouns else []
     if not wishes or len(wishes) > 3:
@@ -102,7 +102,7 @@ def read(prompt: str) -> Reading | None:
 
 def _clauses(text: str, both: bool) -> tuple[Clause, ...]:
     """The clauses of a prompt, each with what was not read of it; `both`: the camera and a body move."""
-    said = sorted((p for phrases in CAMERA_PHRASES.values() for p in phrases), key=len, reverse=True)
+    said = sorted((p for phrases in CAMERA_READINGS.values() for p in phrases), key=len, reverse=True)
     filmed = [p for p in said if p in text]
     for phrase in filmed:
         text = text.replace(phrase, "{camera}")

@@ -31,6 +31,10 @@ class Motion:
     rotations_BFK33: Tensor
     contact_BFK: Tensor
 
+    def first(self, frames: int) -> Motion:
+        """The same for the first frames alone."""
+        return Motion(self.positions_BFK3[:, :frames], self.rotations_BFK33[:, :frames], self.contact_BFK[:, :frames])
+
 
 class Simulation:
     """A batch of scenes that is advanced frame by frame, so a clip of any length needs constant memory.

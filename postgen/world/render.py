@@ -53,6 +53,7 @@ def render(
     supersample: int = 2,
     geometry: bool = True,
     device: torch.device | str = "cpu",
+    motion: Motion | None = None,
 ) -> Frames:
     """Render the first frames of several scenes at once.
 
@@ -63,6 +64,8 @@ def render(
         supersample: rays per pixel and axis for antialiasing; 1 is none.
         geometry: also return depth, ids and flow (one more pass with one ray a pixel).
         device: where to compute.
+        motion: how the bodies go instead of what the scenes say, one row per scene and at least as many frames and
+            body slots as are rendered, on the device; for pictures of what cannot happen.
 
     Raises:
         UserError: no spec, or a size, length or supersample below 1.
@@ -71,7 +74,8 @@ def render(
         raise UserError(f"size={size}, num_frames={num_frames}, supersample={supersample}: each must be at least 1.")
     simulation = Simulation(specs, device)
     frames = num_frames or specs[0].num_frames
-    return _render_motion(specs, simulation.run(frames), 0, size, supersample, geometry, device)
+    motion = simulation.run(frames) if motion is None else motion.first(frames)
+    return _render_motion(specs, motion, 0, size, supersample, geometry, device)
 
 
 def stream(

@@ -39,6 +39,8 @@ EVENTS: tuple[str, ...] = (
 #: Events of a body together with another one, its partner (which has the event "stays").
 PAIR_EVENTS: tuple[str, ...] = ("collides", "passes behind")
 PLACES: tuple[str, ...] = ("left", "middle", "right")
+PLACE_BORDER = 0.75
+"""Metres to either side of the middle where left and right begin."""
 CAMERAS: tuple[str, ...] = (
     "static",
     "pan left",
@@ -123,7 +125,7 @@ class Body:
     def place(self) -> str:
         """Where the body stands at frame 0 of a first camera: left, middle or right."""
         x = self.position[0]
-        return "left" if x < -0.75 else "right" if x > 0.75 else "middle"
+        return "left" if x < -PLACE_BORDER else "right" if x > PLACE_BORDER else "middle"
 
 
 #: Half height of each solid in radii, and half width (edge of the cube, radius of the cylinder).

@@ -9,7 +9,8 @@ from .grammar import caption, simple_caption
 from .spec import COLOURS, PAIR_EVENTS, Body, Spec
 from .words import (
     BACKGROUND_PHRASES,
-    CAMERA_PHRASES,
+    CAMERA_FORMS,
+    CAMERA_READINGS,
     COLOUR_SYNONYMS,
     EVENT_PHRASES,
     JOINERS,
@@ -73,6 +74,7 @@ def reworded(text: str, spec: Spec, synonym_share: float, unknown_share: float, 
             text = _other_verb(text, spec, body, rng)
     for body in spec.bodies:
         text = _other_noun(text, body, synonym_share, rng)
+    text = _other_camera(text, spec.camera, synonym_share, rng)
     text = re.sub(r"\b(an?) (?=(\w))", lambda m: "an " if m[2] in "aeiou" else "a ", text)
     if rng.random() < 0.5 * synonym_share:
         text += "."
@@ -125,9 +127,21 @@ def _other_noun(text: str, body: Body, share: float, rng: random.Random) -> str:
     return f"{text[: found.start()]}{colour} {shape}{text[found.end() :]}"
 
 
+def _other_camera(text: str, move: str, share: float, rng: random.Random) -> str:
+    """Say the move of the camera at the end of a caption by one of `CAMERA_FORMS`, or join it by "while"."""
+    before, comma, said = text.rpartition(", ")
+    if said not in CAMERA_READINGS[move]:
+        return text
+    if rng.random() < share:
+        said = rng.choice(CAMERA_FORMS[move])
+    if said.startswith("the camera ") and rng.random() < 2 * share:
+        comma = " while "
+    return f"{before}{comma}{said}"
+
+
 def world_words() -> list[str]:
     """Every word that captions use and prompts are read with, sorted; "medium-sized" counts as two."""
-    tables = (SHAPE_WORDS, SIZE_WORDS, EVENT_PHRASES, PLACE_PHRASES, CAMERA_PHRASES, BACKGROUND_PHRASES, EVENT_FORMS)
+    tables = (SHAPE_WORDS, SIZE_WORDS, EVENT_PHRASES, PLACE_PHRASES, CAMERA_READINGS, BACKGROUND_PHRASES, EVENT_FORMS)
     phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
     phrases += [*COLOUR_SYNONYMS, *COLOUR_SYNONYMS.values(), *JOINERS]
     phrases += ["a an the", "rolls slides rolling sliding", "from the left", "from the right"]

@@ -147,6 +147,25 @@ CAMERA_PHRASES: dict[str, tuple[str, ...]] = {
         "the camera comes nearer and goes back",
     ),
 }
+#: Readings of the moves that prompts are read with and `world.caption` never writes.
+CAMERA_FORMS: dict[str, tuple[str, ...]] = {
+    "static": ("the camera is still", "the camera is fixed"),
+    "pan left": ("the camera pans to the left", "the camera is panning left", "the camera turns to the left"),
+    "pan right": ("the camera pans to the right", "the camera is panning right", "the camera turns to the right"),
+    "orbit left": ("the camera orbits to the left", "the camera is orbiting left", "the camera circles to the left"),
+    "orbit right": (
+        "the camera orbits to the right",
+        "the camera is orbiting right",
+        "the camera circles to the right",
+    ),
+    "dolly in": ("the camera moves closer", "the camera moves forward", "the camera is zooming in"),
+    "dolly out": ("the camera moves away", "the camera moves back", "the camera is zooming out"),
+    "dolly return": ("the camera moves closer and back", "the camera is zooming in and out"),
+}
+CAMERA_READINGS: dict[str, tuple[str, ...]] = {
+    move: (*phrases, *CAMERA_FORMS[move]) for move, phrases in CAMERA_PHRASES.items()
+}
+"""All ways of saying a move of the camera."""
 BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "grey": ("on a grey floor", "on a gray floor", "on grey ground", "over a grey floor", "grey floor"),
     "sand": ("on sand", "on a sandy floor", "on sandy ground", "over a sand floor", "sandy floor"),

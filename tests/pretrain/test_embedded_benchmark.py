@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -25,7 +26,7 @@ from postgen.pretrain.text import new_text_encoder
 from postgen.training.tokenizers import word_tokenizer
 from postgen.world.spec import BACKGROUNDS
 from postgen.world.wording import world_words
-from postgen.world.words import CAMERA_PHRASES, COLOUR_SYNONYMS, SHAPE_WORDS
+from postgen.world.words import CAMERA_READINGS, COLOUR_SYNONYMS, SHAPE_WORDS
 
 TINY = Defaults(size=32, frames=9, steps=2, guidance=3.0)
 FULL = Defaults(size=128, frames=33, steps=20, guidance=3.0)
@@ -137,9 +138,10 @@ def test_every_word_is_asked_for_a_few_times():
         assert world.parse(prompt).bodies == asked.scene.bodies
     pairs = build("synonyms_two", 256, 0, FULL)
     assert all(len(asked.scene.bodies) == 2 for asked in pairs.asked)
-    filmed = build("camera", 35, 0, FULL)
-    said = {prompt.split(", ")[1] for prompt in filmed.prompts}
-    assert said == {phrase for name, phrases in CAMERA_PHRASES.items() if name != "static" for phrase in phrases}
+    filmed = build("camera", 112, 0, FULL)
+    said = {re.split(", | while ", prompt)[1] for prompt in filmed.prompts}
+    assert any(" while the camera" in prompt for prompt in filmed.prompts)
+    assert said == {phrase for name, phrases in CAMERA_READINGS.items() if name != "static" for phrase in phrases}
 
 
 def test_seeds_of_training_and_a_missing_model_are_refused():

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from benchmarks import judge_kinds
 from benchmarks import rewards as bench
 from benchmarks.reward_shapes import QWEN2_VL_2B, VIT_L_14, RandomClip, RandomVideoAlign
+from benchmarks.world_constructions import KINDS
+from postgen.judges.spoil import LEVELS
 from postgen.rewards.clip import clip_config
 from postgen.rewards.videoalign import MARKS
 
@@ -94,3 +97,38 @@ def test_gates_say_what_is_missing():
     assert ok["world_clip_retrieval_at_1"]
     assert ok["clips_per_s_clip_l"]
     assert not ok["judge_pair_accuracy_min"]
+
+
+def test_separation_is_the_share_of_pairs_in_order():
+    right, wrong = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0])
+    assert judge_kinds.separation(right, wrong) == pytest.approx((1 + 0.5 + 0 + 1 + 1 + 0) / 6)
+
+
+def test_constructions_of_the_judge_are_known_kinds():
+    names = [*judge_kinds.WRONG, *judge_kinds.PLAIN, *judge_kinds.UNUSUAL]
+    assert len(names) == len(set(names))
+    assert {KINDS[name].right for name in judge_kinds.WRONG} == {False}
+    assert {KINDS[name].right for name in (*judge_kinds.PLAIN, *judge_kinds.UNUSUAL)} == {True}
+    assert set(judge_kinds.WRONG.values()) <= {"", *LEVELS}
+
+
+def test_table_of_constructions_has_a_column_for_each_judge(monkeypatch):
+    monkeypatch.setattr(judge_kinds, "WRONG", {"strobes": "strobe"})
+    monkeypatch.setattr(judge_kinds, "PLAIN", ("true fall",))
+    monkeypatch.setattr(judge_kinds, "UNUSUAL", ())
+
+    def steady(prompts, completions):
+        """Strobing changes the picture every frame; a fall is over soon."""
+        return [-float(clip[8:].diff(dim=0).abs().mean()) for clip in completions]
+
+    def blind(prompts, completions):
+        return [0.0] * len(completions)
+
+    found = judge_kinds.table({"now": steady, "before": blind})
+    apart = found["kinds"]["strobes"]["now_plain"]
+    assert apart > 0.8
+    assert found["kinds"]["strobes"]["before_right"] == 0.5
+    assert found["means"]["now"] == {
+        **dict.fromkeys(("all_plain", "all_right", "trained_plain", "trained_right"), apart),
+        **dict.fromkeys(("untrained_plain", "untrained_right")),
+    }

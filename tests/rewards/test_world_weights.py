@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from postgen import assets, world
-from postgen.judges.corruptions import render_takes
+from postgen.judges.spoil import render_takes
 from postgen.judges.world_clip import evaluation_groups
 from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import get_reward
@@ -44,8 +44,10 @@ def test_world_clip_finds_captions_and_feels_one_word():
 @pytest.mark.slow
 @torch.no_grad()
 def test_world_judge_prefers_clean_clips():
-    specs = [world.sample(300_000 + k, event="moves left", split="held_out") for k in range(8)]
+    events = ("moves left", "collides", "falls", "moves left")
+    specs = [world.sample(300_000 + k, event=events[k % 4], split="held_out") for k in range(12)]
     takes = render_takes(specs, 96, "cpu")
     judge = get_reward("world_judge")
     accuracy = pair_accuracy(lambda clips: torch.tensor(judge([""] * len(clips), list(clips))), takes, level=3)
-    assert min(accuracy.values()) > 0.7
+    # Some kinds are seen on collisions or falls alone, three each.
+    assert min(accuracy.values()) > 0.6

@@ -88,6 +88,16 @@ def test_forms_of_all_events_are_read_as_such():
             assert world.parse(f"a red ball {text}").bodies[0].event == event, text
 
 
+def test_moves_of_the_camera_are_said_in_all_ways(scenes):
+    texts = [text for scene in scenes if scene.spec.camera != "static" for text in scene.captions]
+    forms = {form for forms in tables.CAMERA_FORMS.values() for form in forms}
+    assert {form for form in forms if any(text.endswith((form, f"{form}.")) for text in texts)} >= {
+        form for move, forms in tables.CAMERA_FORMS.items() if move != "static" for form in forms
+    }
+    joined = sum(" while the camera" in text for text in texts)
+    assert 0.05 <= joined / len(texts) <= 0.5
+
+
 def test_without_a_share_captions_are_those_of_the_world():
     spec = world.sample(3, num_bodies=2)
     assert captions(spec, [7, 8], 0.0) == (world.simple_caption(spec), world.caption(spec, 7), world.caption(spec, 8))

@@ -9,7 +9,14 @@ import pytest
 
 from postgen import world
 from postgen.world.spec import CAMERAS, COLOURS, EVENTS, SHAPES
-from postgen.world.words import CAMERA_PHRASES, COLOUR_SYNONYMS, EVENT_PHRASES, PLACE_PHRASES, SHAPE_WORDS
+from postgen.world.words import (
+    CAMERA_PHRASES,
+    CAMERA_READINGS,
+    COLOUR_SYNONYMS,
+    EVENT_PHRASES,
+    PLACE_PHRASES,
+    SHAPE_WORDS,
+)
 
 
 def bodies(spec):
@@ -51,9 +58,26 @@ def test_every_wording_of_an_event_is_read(event):
 
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_every_wording_of_a_camera_is_read(camera):
-    for phrase in CAMERA_PHRASES[camera]:
-        spec = world.parse(f"a green cube stays still, {phrase}")
-        assert (spec.camera, spec.bodies[0].event) == (camera, "stays"), phrase
+    for phrase in CAMERA_READINGS[camera]:
+        joiners = (", ", " while ") if phrase.startswith("the camera ") else (", ",)
+        for joiner in joiners:
+            reading = world.read(f"a green cube stays still{joiner}{phrase}")
+            scene = reading.scene
+            assert (scene.camera, scene.bodies[0].event) == (camera, "stays"), phrase
+            assert not any(clause.why for clause in reading.clauses), phrase
+
+
+def test_a_place_is_named_only_where_it_is_clear():
+    said = Counter()
+    for seed in range(400):
+        spec = world.sample(seed, num_bodies=1, event="stays", camera="static")
+        text = world.caption(spec, seed)
+        named = [place for place, phrases in PLACE_PHRASES.items() if any(phrase in text for phrase in phrases)]
+        if named:
+            x = spec.bodies[0].position[0]
+            assert abs(x) <= 0.5 or abs(x) >= 1.0, (text, x)
+            said.update([spec.bodies[0].place])
+    assert min(said[place] for place in PLACE_PHRASES) >= 10
 
 
 def test_a_caption_depends_on_its_seed_alone():

@@ -1,0 +1,121 @@
+"""Clips of the embedded model for a person to look at: which prompts and seeds, how they are made, where they lie.
+
+    python -m benchmarks.world_eye_clips FOLDER [--device cuda] [--model MODEL] [--sheets]
+
+Half of them are made as the model's folder says, half as a policy draws them in training: small, in few steps, without
+guidance, so that more of them are wrong. The judge never sees them here. Four files of lossless clips are written,
+with --sheets also pictures with the prompts under numbers, for the person.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.embedded_sampling import Defaults, Job, generate, load
+from benchmarks.embedded_sheets import bytes_of, read_clips, sheet, write_clips
+from postgen import world
+from postgen.assets import embedded_model
+from postgen.world.spec import CAMERAS
+
+#: First seed of the scenes and of the noise; no other benchmark takes these.
+FIRST = 600_000
+#: Files: (prefix of the names, bodies, clips, whether as the folder says). Every fourth clip of `1-` is filmed by a
+#: camera that moves.
+PARTS = (("2", 2, 52, True), ("2r", 2, 76, False), ("1", 1, 40, True), ("1r", 1, 40, False))
+#: As policies draw clips: the sizes of the recipes, their fewest steps, no guidance.
+ROLLOUT = Defaults(size=96, frames=17, steps=8, guidance=1.0)
+#: Clips on a sheet.
+_ON_A_SHEET = 8
+
+
+def sampling(model: Path, folder_says: bool) -> Defaults:
+    """Sizes, steps and guidance of a part."""
+    return Defaults.of(model) if folder_says else ROLLOUT
+
+
+def rows(prefix: str, bodies: int, count: int, frames: int) -> dict[str, dict[str, Any]]:
+    """Name -> prompt and seed of the clips of a part."""
+    found = {}
+    for k in range(count):
+        seed = FIRST + 1000 * [part[0] for part in PARTS].index(prefix) + k
+        camera = CAMERAS[1 + k // 4 % (len(CAMERAS) - 1)] if prefix == "1" and k % 4 == 3 else "static"
+        spec = world.sample(seed, num_bodies=bodies, camera=camera, num_frames=frames)
+        found[f"{prefix}-{k:03d}"] = {"prompt": world.simple_caption(spec), "seed": seed}
+    return found
+
+
+def weights_of(model: Path) -> str:
+    """The first twelve digits of the hash of a model's denoiser."""
+    data = (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def make(folder: Path, model: Path, device: str) -> None:
+    """Write the four files of clips, and `rows.json` that tells what they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe, all_rows = load(model, device), {}
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    for prefix, bodies, count, folder_says in PARTS:
+        how = sampling(model, folder_says)
+        part = rows(prefix, bodies, count, how.frames)
+        job = Job(
+            prompts=[row["prompt"] for row in part.values()],
+            seeds=[row["seed"] for row in part.values()],
+            **asdict(how),
+        )
+        clips = bytes_of(generate(pipe, job, prefix))
+        kept = write_clips(folder / f"{prefix}.safetensors", list(clips), job.prompts)
+        if kept < count:
+            raise RuntimeError(f"only {kept} of the {count} clips of {prefix} fit into a file")
+        all_rows |= part
+    told = {"denoiser_sha256": weights_of(model), "clips": all_rows}
+    (folder / "rows.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_clips(folder: Path) -> dict[str, Tensor]:
+    """Name -> clip (F,3,H,W) uint8 of the files that `make` wrote."""
+    found = {}
+    for prefix, _, _, _ in PARTS:
+        clips, _ = read_clips(folder / f"{prefix}.safetensors")
+        found |= {f"{prefix}-{k:03d}": clip for k, clip in enumerate(clips)}
+    return found
+
+
+def sheets(folder: Path) -> None:
+    """Draw the clips under their names and prompts, a few on each sheet."""
+    told = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["clips"]
+    for prefix, _, _, _ in PARTS:
+        clips, prompts = read_clips(folder / f"{prefix}.safetensors")
+        names = [f"{prefix}-{k:03d}" for k in range(len(clips))]
+        assert prompts == [told[name]["prompt"] for name in names]
+        captions = [f"{name}  {prompt}" for name, prompt in zip(names, prompts, strict=True)]
+        for low in range(0, len(clips), _ON_A_SHEET):
+            part = slice(low, low + _ON_A_SHEET)
+            sheet(clips[part], captions[part], folder / f"sheet-{prefix}-{low:03d}.png", columns=1, shown=9)
+
+
+def main() -> None:
+    """Make the clips, draw the sheets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the clips are kept; what is there already is not made again")
+    parser.add_argument("--model", type=Path, default=embedded_model(), help="default: the embedded model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sheets", action="store_true", help="draw the sheets too")
+    args = parser.parse_args()
+    if not (args.folder / "rows.json").is_file():
+        make(args.folder, args.model, args.device)
+    if args.sheets:
+        sheets(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Find and open LoRA files: their tensors, the settings of peft, and the note that says what they are for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.tensor_files import opened, read_tensors
+
+from .lora_layers import shortened
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+NOTE = "lora.json"
+"""Beside a LoRA that we wrote: `pipeline`, the class of its base model; `network`, the one of two that it is for;
+`outputs`, how many outputs the layers of the model have, by `Names`."""
+SAID = "postgen"
+"""Key of the same note among the metadata of a file."""
+EXPERTS = ("transformer", "transformer_2")
+"""Networks of a pipeline with two; the first makes the noisy steps."""
+
+_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.|text_encoder(_[23])?\.)+")
+"""Before a layer's name, in the keys of diffusers and peft."""
+_TEXT_ENCODER = re.compile(r"(text_encoder(?:_[23])?)\.|lora_te([12]?)_")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraFile:
+    """What stands in a LoRA file and beside it."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    """Arguments of `peft.LoraConfig`, as far as they are said; those for text encoders under their names."""
+    note: dict[str, Any]
+    """As `NOTE`; empty where there is none."""
+
+    def parts(self, network: str) -> dict[str, LoraFile]:
+        """Return what is for the network, under its name, and what is for text encoders, under theirs."""
+        tensors: dict[str, dict[str, Tensor]] = {network: {}}
+        for key, tensor in self.tensors.items():
+            match = _TEXT_ENCODER.match(key)
+            name = network if match is None else match[1] or ("text_encoder_2" if match[2] == "2" else "text_encoder")
+            tensors.setdefault(name, {})[key] = tensor
+        return {
+            name: replace(
+                self, tensors=own, settings=self.settings if name == network else self.settings.get(name, {})
+            )
+            for name, own in tensors.items()
+        }
+
+
+def find_loras(path: Path) -> dict[str | None, Path]:
+    """Return the LoRA files that a path means, by the network they are for; None where nothing says which.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file():
+        return {None: path}
+    places = (path, path / "export")
+    for found in (folder / name for folder in places for name in (WEIGHTS, _PEFT_WEIGHTS)):
+        if found.is_file():
+            return {None: found}
+    for folder in places:
+        experts = {name: folder / name / WEIGHTS for name in EXPERTS}
+        present: dict[str | None, Path] = {name: found for name, found in experts.items() if found.is_file()}
+        if present:
+            return present
+        if any(folder.glob("*/config.json")):
+            raise UserError(f"{folder} holds a whole model and no LoRA")
+    if path.is_dir() and len(others := sorted(path.glob("*.safetensors"))) == 1:
+        return {None: others[0]}
+    raise UserError(f"there is no LoRA file {path}: give a .safetensors file, or a folder with {WEIGHTS}")
+
+
+def open_lora(path: Path) -> LoraFile:
+    """Read a LoRA file, the configuration of peft and the note beside it.
+
+    Raises:
+        UserError: it cannot be read, holds something else, or values that are not finite.
+    """
+    said = f"cannot read the LoRA {path}"
+    tensors = read_tensors(path, said)
+    with opened(path, said) as content:
+        metadata = content.metadata() or {}
+    if not any("lora" in name or ".lokr_" in name or name.endswith((".diff", ".diff_b")) for name in tensors):
+        raise UserError(f"{path} is no LoRA: none of its {len(tensors)} tensors has 'lora' in its name")
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(_comparable(tensor)).all()]
+    if bad:
+        raise UserError(f"the LoRA {path} is damaged: NaN or infinity in {len(bad)} tensors: {shortened(bad)}")
+    settings = _settings(path, metadata, said)
+    for name, value in (pair for each in _each(settings) for pair in _numbers(each)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"the LoRA {path} is damaged: {name} is {value!r}")
+    return LoraFile(path=path, tensors=tensors, settings=settings, note=_note(path, metadata))
+
+
+def _settings(path: Path, metadata: Mapping[str, str], said: str) -> dict[str, Any]:
+    """Return what peft was told, from the file itself or from the configuration beside it."""
+    try:
+        if path.name == _PEFT_WEIGHTS and (path.parent / _PEFT_CONFIG).is_file():
+            settings = json.loads((path.parent / _PEFT_CONFIG).read_text(encoding="utf-8"))
+        else:
+            settings = {}
+            for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
+                match = _TEXT_ENCODER.match(key)
+                home = settings if match is None else settings.setdefault(match[1], {})
+                home[PREFIX.sub("", key)] = value
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{said}: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{said}: its settings are {settings!r}")
+    return settings
+
+
+def _each(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [settings, *(own for key, own in settings.items() if key.startswith("text_encoder"))]
+
+
+def _numbers(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    numbers = [(name, settings[name]) for name in ("r", "lora_alpha") if name in settings]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        numbers += (
+            [(f"{name} of {key}", v) for key, v in patterns.items()]
+            if isinstance(patterns, dict)
+            else [(name, patterns)]
+        )
+    return numbers
+
+
+def _note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    beside = path.parent / NOTE
+    try:
+        note = json.loads(metadata[SAID] if SAID in metadata else beside.read_text(encoding="utf-8"))
+        return {"pipeline": note["pipeline"], **note}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        place = f"the note of {path}" if SAID in metadata else beside
+        raise UserError(f"{place} cannot be read: {type(error).__name__} {error}. Mend or remove it") from error
+
+
+def floating(tensor: Tensor) -> Tensor:
+    """Return a tensor to compute with: numbers of 8 bits have no arithmetic."""
+    return tensor.float() if not tensor.is_floating_point() or tensor.itemsize == 1 else tensor
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.itemsize == 1 else tensor

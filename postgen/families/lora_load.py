@@ -1,0 +1,226 @@
+"""Put what stands in a LoRA file into the components of a pipeline: all of it, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from postgen.compat import put_lora
+from postgen.errors import UserError
+
+from .lora_file import LoraFile, open_lora
+from .lora_found import Found, families_like, find_layers, network_shapes
+from .lora_layers import adapter_settings, adapter_state, shortened
+from .lora_names import NAMES, names_of
+from .lora_trace import left_out
+
+_SUFFIX = re.compile(r"\.(lora_[AB]|lora[._](up|down)|lora_magnitude_vector|lora_linear_layer)\b.*$")
+_OLD = re.compile(r"_lora\.(up|down)\b.*$")
+_HALF = re.compile(r"(?:_lora|\.lora|\.lora_linear_layer)\.(up|down)\.weight$")
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapters_only: bool) -> None:
+    """Load a LoRA file into a network of a pipeline, and into its text encoders where the file changes them.
+
+    Args:
+        pipe: the pipeline.
+        network: name of the component.
+        path: the file.
+        name: of the adapter.
+        scale: of it; adapters are set to it elsewhere, differences that no adapter can hold are added here.
+        adapters_only: whether to refuse such differences.
+
+    Raises:
+        UserError: the file is for another model, or some of its tensors cannot be applied.
+    """
+    file = open_lora(path)
+    try:
+        found = _found(pipe, network, file)
+        if any(part.rest for part in found.values()):
+            rest = [key for part in found.values() for key in part.rest]
+            file = _converted(pipe, file, rest)
+            found = _found(pipe, network, file)
+        if strange := [layer for part in found.values() for layer in part.strange]:
+            total = len(strange) + sum(len(part.layers) for part in found.values())
+            raise _misfit(pipe, file, strange, total)
+        if any(part.rest for part in found.values()):
+            # Other kinds of adapters, all of which diffusers has taken.
+            second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
+            pipe.load_lora_weights(str(path), adapter_name=name, **second)
+            return
+        offsets = [parameter for part in found.values() for parameter in part.offsets]
+        if offsets and adapters_only:
+            raise UserError(
+                f"the LoRA {path} holds differences of norms or tables, which cannot be trained on and written:"
+                f" {shortened(offsets)}"
+            )
+        settings = {part: _settings(pipe, part, file, own, scale) for part, own in found.items()}
+        for part, own in found.items():
+            _apply(pipe, part, own, settings[part], name, scale)
+    except UserError:
+        raise
+    except Exception as error:  # diffusers, peft and the hub raise all kinds
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot load the LoRA {path}: {text}{_made_for(pipe, file)}") from error
+
+
+def _found(pipe: Any, network: str, file: LoraFile) -> dict[str, Found]:
+    """Return what a file changes in each component."""
+    found = {}
+    for name, part in file.parts(network).items():
+        if (module := getattr(pipe, name, None)) is None:
+            found[name] = Found(rest=list(part.tensors))
+            continue
+        names = names_of(module) if name == network else None
+        found[name] = find_layers(part, names, network_shapes(module), _parameters(module))
+    return found
+
+
+def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) -> dict[str, Any] | None:
+    """Return the settings of the adapter of a component; None where it needs none.
+
+    Raises:
+        UserError: the changes cannot be made.
+    """
+    layers, module = found.layers, getattr(pipe, part)
+    if scale != 1 and any(layer.magnitude is not None for layer in layers.values()):
+        raise UserError(
+            f"the LoRA {file.path} is DoRA, whose magnitudes are not scaled: its scale must be 1, got {scale:g}"
+        )
+    own = _parameters(module)
+    for name, offset in found.offsets.items():
+        if own[name].shape != offset.shape:
+            raise UserError(
+                f"the LoRA {file.path} does not fit: {name} is {tuple(offset.shape)} in it and"
+                f" {tuple(own[name].shape)} in the model"
+            )
+        if own[name].is_meta:
+            raise UserError(
+                f"the LoRA {file.path} changes {name}, which is offloaded: load the model without --offload"
+            )
+    if not layers:
+        return None
+    try:
+        settings = adapter_settings(layers)
+    except UserError as error:
+        raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
+    said = file.settings.get(part, {}) if part.startswith("text_encoder") else file.settings
+    kept = {"lora_dropout": float | int, "target_modules": list}  # names such as "all-linear" hold elsewhere
+    return settings | {key: said[key] for key, kind in kept.items() if isinstance(said.get(key), kind)}
+
+
+def _apply(pipe: Any, part: str, found: Found, settings: dict[str, Any] | None, name: str, scale: float) -> None:
+    """Put an adapter into a component, and add differences to parameters that no adapter can change."""
+    module = getattr(pipe, part)
+    if settings is not None:
+        with warnings.catch_warnings():
+            # Differences of a bias that the model lacks are added all the same; only merging them is impossible.
+            warnings.filterwarnings("ignore", message=".*lora_bias=True")
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            # The layers are those of the file, whatever others have these endings.
+            warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+            put_lora(pipe, module, adapter_state(found.layers), name, settings)
+    own = _parameters(module)
+    with torch.no_grad():
+        for parameter, offset in found.offsets.items():
+            own[parameter].add_((scale * offset.double()).to(own[parameter]))
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names that they have without adapters."""
+    return {
+        name.replace(".base_layer", ""): value for name, value in module.named_parameters() if ".lora_" not in name
+    }
+
+
+def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
+    """Return a file with the keys that diffusers makes of those that we have no names for.
+
+    Args:
+        pipe: the pipeline.
+        file: the file.
+        rest: the keys that we have no names for.
+
+    Raises:
+        UserError: not all of it comes through.
+    """
+    kind = type(pipe)
+    # What the loader of Stable Diffusion XL gives its conversion as well.
+    more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
+    convert = functools.partial(kind.lora_state_dict, **more)
+    try:
+        out = convert(dict(file.tensors))
+        lost = left_out(convert, file.tensors)
+    except Exception as error:  # a conversion raises all kinds
+        raise UserError(
+            f"the LoRA {file.path}: {len(rest)} of its {len(file.tensors)} tensors cannot be applied to"
+            f" {kind.__name__}: {shortened(rest)}{_made_for(pipe, file)}"
+        ) from error
+    state, alphas = out if isinstance(out, tuple) else (out, None)
+    _check_layers(pipe, file, state)
+    if lost:
+        raise UserError(
+            f"the LoRA {file.path}: {len(lost)} of its {len(file.tensors)} tensors cannot be applied to"
+            f" {kind.__name__}: {shortened(lost)}"
+        )
+    return dataclasses.replace(file, tensors=_plain(state, alphas or {}))
+
+
+def _plain(state: dict[str, Any], alphas: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers converts to under the newest of its keys, alphas beside the layers."""
+    tensors = {}
+    for key, tensor in state.items():
+        half = {"down": "lora_A", "up": "lora_B"}.get(match[1]) if (match := _HALF.search(key)) else None
+        tensors[key if half is None else f"{_layer_of(key)}.{half}.weight"] = tensor
+    return tensors | {
+        f"{_layer_of(key.removesuffix('.alpha'))}.alpha": torch.as_tensor(v) for key, v in alphas.items()
+    }
+
+
+def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
+    wanted = {_layer_of(key) for key in state if not key.endswith(".alpha")}
+    layers = {
+        # Newer text encoders of transformers lack the level `text_model`, which diffusers leaves out then.
+        f"{part}.{name}".replace(".text_model.", ".")
+        for part, module in pipe.components.items()
+        if hasattr(module, "named_modules")
+        # A layer that already carries an adapter hides its own name one level down.
+        for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
+    }
+    if missing := sorted(name for name in wanted if name.replace(".text_model.", ".") not in layers):
+        raise _misfit(pipe, file, missing, len(wanted))
+
+
+def _layer_of(key: str) -> str:
+    """Return the layer of one of diffusers' keys, older ones too."""
+    if _OLD.search(key):
+        layer, _, part = _OLD.sub("", key).replace(".processor", "").rpartition(".")
+        own = f"{part}.0" if part == "to_out" else part
+        return f"{layer}.{_TEXT.get(part, part) if key.startswith('text_encoder') else own}"
+    return _SUFFIX.sub("", key)
+
+
+def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int) -> UserError:
+    some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return UserError(
+        f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
+        f" match, these match no layer: {some}{_made_for(pipe, file)}"
+    )
+
+
+def _made_for(pipe: Any, file: LoraFile) -> str:
+    """Say what a file is for, where that can be told and is something else."""
+    here = type(pipe).__name__
+    if (said := file.note.get("pipeline")) not in (None, here):
+        return f". It was made for {said}"
+    networks = [type(part).__name__ for part in pipe.components.values()]
+    fits = [family for family in families_like(file) if not set(networks) & set(NAMES[family].networks)]
+    return f". Its layers are those of {' or '.join(fits)}" if fits else ""

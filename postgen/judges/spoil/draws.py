@@ -1,0 +1,56 @@
+"""What the kinds draw at random. How much is drawn never depends on a strength, so that levels differ in it only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from postgen.world.spec import COLOURS
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Numbers in [0,1)."""
+    return torch.rand(shape, generator=generator, device=device)
+
+
+def wide(value: Tensor) -> Tensor:
+    """(B,) or (B,T) -> (B,1 or T,1,1,1)."""
+    return value.reshape(len(value), -1, 1, 1, 1)
+
+
+def window(clips: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames of a stretch of a length, after the first frame and, where it fits, before the last: (B,T,1,1,1)."""
+    batch, frames = clips.shape[:2]
+    part = torch.rand(batch, generator=generator, device=clips.device)
+    start = 1 + (part * (frames - 1 - length).clamp_min(1)).floor()
+    time = torch.arange(frames, device=clips.device)
+    return wide((time >= start[:, None]) & (time < (start + length)[:, None]))
+
+
+def ranks(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """A number for every frame, (B,T): the frames below n are n frames at random or, in every second clip, the last n.
+
+    So the frames of a lower level are among those of a higher one.
+    """
+    batch, frames = clips.shape[:2]
+    drawn = uniform((batch, frames + 1), generator, clips.device)
+    scattered = drawn[:, 1:].argsort(1).argsort(1)
+    last = torch.arange(frames - 1, -1, -1, device=clips.device).expand(batch, -1)
+    return torch.where(drawn[:, :1] < 0.5, scattered, last)
+
+
+def rhythm(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames (B,T), bool: every second, every third, or some at random; one of the middle at least."""
+    batch, frames = clips.shape[:2]
+    drawn = uniform((batch, frames + 2), generator, clips.device)
+    time = torch.arange(frames, device=clips.device)
+    step = torch.where(drawn[:, :1] < 0.4, 2, 3)
+    beat = time % step == 1
+    some = (drawn[:, 2:] < 0.25) | (time == frames // 2)
+    return torch.where(drawn[:, :1] < 0.75, beat, some)
+
+
+def colours(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Albedos of the world's colours at random: (*shape,3)."""
+    palette = torch.tensor(list(COLOURS.values()), device=device)
+    return palette[torch.randint(len(palette), shape, generator=generator, device=device)]
