@@ -12,7 +12,7 @@ from typing import Any
 
 from postgen.versions import version_of
 
-from .curves import draw_curves
+from .curves import Curves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,21 +43,22 @@ class Card:
     """The configuration."""
 
 
-def write_card(card: Card, run: Path, folder: Path) -> None:
+def write_card(card: Card, curves: Curves, run: Path, folder: Path) -> None:
     """Write `README.md` into an export, with `curves.png`, and sheets before and after where there are samples.
 
     Args:
         card: what there is to tell.
+        curves: of the run.
         run: folder of the run.
         folder: of the export.
     """
-    curves = draw_curves(run / "metrics.jsonl", folder / "curves.png")
+    drawn = curves.draw(folder / "curves.png")
     sheets = sorted((run / "samples").glob("step-*.png"))
     before = [path for path in sheets if path.stem == "step-000000"]
     for name, found in (("before.png", before), ("after.png", [path for path in sheets if path not in before][-1:])):
         for path in found:
             shutil.copyfile(path, folder / name)
-    (folder / "README.md").write_text(_text(card, folder, curves), encoding="utf-8")
+    (folder / "README.md").write_text(_text(card, folder, drawn), encoding="utf-8")
 
 
 def _text(card: Card, folder: Path, curves: list[str]) -> str:
@@ -119,7 +120,9 @@ def _use(card: Card) -> list[str]:
                 for name, kind in classes.items()
             ),
         ]
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", ""]
+    option = "--lora" if card.lora else "--model"
+    told = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", told, ""]
 
 
 def _class_of(module: Any) -> str:
