@@ -74,8 +74,11 @@ def read_note(folder: Path) -> Export | None:
 
 def hint(folder: Path, model: str) -> str:
     """Return what to do with a folder that is no model, to be put behind the message."""
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
-        return f"; it holds a LoRA: use --lora {model}, with the model that it was trained on as --model"
+    if any((place / "pytorch_lora_weights.safetensors").is_file() for place in (folder, folder / "export")):
+        return (
+            f"; it holds a LoRA: use --lora {model} (lora_path in a recipe), with the model that it was trained on as"
+            " --model"
+        )
     if read_note(folder / "export") is not None or (folder / "export" / "model_index.json").is_file():
         return f"; it is the folder of a run: use {Path(model) / 'export'}"
     if any(folder.glob("transformer*/config.json")):

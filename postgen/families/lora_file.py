@@ -77,7 +77,7 @@ def find_loras(path: Path) -> dict[str | None, Path]:
         if present:
             return present
         if any(folder.glob("*/config.json")):
-            raise UserError(f"{folder} holds a whole model and no LoRA")
+            raise UserError(f"{folder} holds a whole model and no LoRA: give it as --model")
     if path.is_dir() and len(others := sorted(path.glob("*.safetensors"))) == 1:
         return {None: others[0]}
     raise UserError(f"there is no LoRA file {path}: give a .safetensors file, or a folder with {WEIGHTS}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         f"- Rewards: {', '.join(f'{name} (weight {weight:g})' for name, weight in card.rewards)}",
         f"- Prompts: {card.prompts} of {card.train_dataset or 'rows given in Python'}",
         f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
-        f"- Command: `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        f"- Command: `{_command()}`",
         "- Versions: " + ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "peft")),
         "",
         *_use(card),
@@ -96,6 +97,14 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _command() -> str:
+    """Return the words that started this process, so that a shell takes them again."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _base(source: Any) -> tuple[str, bool]:

@@ -36,7 +36,8 @@ class AdapterConfig(Part):
     """Endings of layer names; empty takes those of the model's attention."""
 
     lora_path: str | None = None
-    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold."""
+    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold, and it is what is
+    trained, with `use_peft: false` too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,10 +65,11 @@ def test_folders_that_are_no_model_say_what_to_do(trained, tiny_wan, tmp_path, c
     _, folder = trained
     told = cli("generate", "a", "--model", folder, "-o", tmp_path / "x.mp4")
     assert told.err.endswith(f"it is the folder of a run: use {folder / 'export'}\n")
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").touch()
-    told = cli("generate", "a", "--model", tmp_path / "lora", "-o", tmp_path / "x.mp4")
-    assert f"it holds a LoRA: use --lora {tmp_path / 'lora'}" in told.err
+    (tmp_path / "lora" / "export").mkdir(parents=True)
+    (tmp_path / "lora" / "export" / "pytorch_lora_weights.safetensors").touch()
+    for place in (tmp_path / "lora" / "export", tmp_path / "lora"):
+        told = cli("generate", "a", "--model", place, "-o", tmp_path / "x.mp4")
+        assert f"it holds a LoRA: use --lora {place} (lora_path in a recipe)" in told.err
     shutil.copytree(folder / "export", tmp_path / "old", ignore=shutil.ignore_patterns("base.json"))
     told = cli("generate", "a", "--model", tmp_path / "old", "-o", tmp_path / "x.mp4")
     assert (told.code, told.err.count("\n")) == (2, 1)
