@@ -33,6 +33,7 @@ _PARTS = r"text_encoder(?:_[23])?|connectors|text_conditioner|transformer_ref"
 PREFIX = re.compile(rf"^(base_model\.model\.|transformer\.|unet\.|(?:{_PARTS})\.)+")
 """Before a layer's name, in the keys of diffusers and peft."""
 _PART = re.compile(rf"({_PARTS})\.|lora_te([12]?)_")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 CHANGES_MODEL = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 """Ways of peft to begin training that change the weights of the model itself."""
 
@@ -70,6 +71,8 @@ def find_loras(path: Path) -> dict[str | None, Path]:
         UserError: there is none.
     """
     if path.is_file():
+        if (shard := _SHARD.search(path.name)) is not None and int(shard[1]) > 1:
+            raise UserError(f"{path} is one of {int(shard[1])} files of a LoRA: bring them together in one file first")
         return {None: path}
     places = (path, path / "export")
     for found in (folder / name for folder in places for name in (WEIGHTS, _PEFT_WEIGHTS)):
@@ -82,8 +85,9 @@ def find_loras(path: Path) -> dict[str | None, Path]:
             return present
         if any(folder.glob("*/config.json")):
             raise UserError(f"{folder} holds a whole model and no LoRA")
-    if path.is_dir() and len(others := sorted(path.glob("*.safetensors"))) == 1:
-        return {None: others[0]}
+    others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(others) == 1 or any(map(_SHARD.search, map(str, others))):
+        return find_loras(others[0])
     raise UserError(f"there is no LoRA file {path}: give a .safetensors file, or a folder with {WEIGHTS}")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families.lora import load_loras
+from postgen.families.lora import check_lora, load_loras
 from postgen.training.lora import AdapterConfig, add_adapters
 from tests.families import lora_cases as cases
 from tests.families.test_lora_files import OWN, WIDTH, Q, drawn, pair, peft_metadata
@@ -95,3 +95,14 @@ def test_training_does_not_begin_by_changing_the_model() -> None:
     config = LoraConfig(r=2, init_lora_weights="olora", target_modules=["to_q"])
     with pytest.raises(UserError, match="has init_lora_weights olora, which changes the model too"):
         add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(), config)
+
+
+def test_a_part_of_a_sharded_lora_is_refused(tmp_path: Path) -> None:
+    shards = [tmp_path / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard, base in zip(shards, (OWN, OWN[:-1] + "k"), strict=True):
+        save_file(pair(base), shard)
+    for path in (shards[0], tmp_path):
+        with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is one of 2 files of a LoRA"):
+            check_lora(str(path))
+    shards[0].rename(tmp_path / "model-00001-of-00001.safetensors")
+    check_lora(str(tmp_path / "model-00001-of-00001.safetensors"))
