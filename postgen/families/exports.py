@@ -63,13 +63,17 @@ def read_note(folder: Path) -> Export | None:
         return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        base, parts = str(note["base"]), tuple(map(str, note["parts"]))
+        base, parts = note["base"], note["parts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if not (isinstance(base, str) and base and isinstance(parts, list) and parts and set(map(type, parts)) == {str}):
+        raise UserError(
+            f"{path} must have a base (a folder or owner/name) and a list of parts, got {base!r}, {parts!r}"
+        )
     for name in parts:
         if not (folder / name / "config.json").is_file():
             raise UserError(f"{path} says that there is {name}/, and there is none: is the export complete?")
-    return Export(base=str(embedded_model()) if base == EMBEDDED else base, parts=parts)
+    return Export(base=str(embedded_model()) if base == EMBEDDED else base, parts=tuple(parts))
 
 
 def hint(folder: Path, model: str) -> str:

@@ -13,6 +13,7 @@ from postgen.errors import UserError
 from postgen.families.exports import NOTE, hint, read_note
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
 from postgen.families.wan_sizes import check_size, multiples
+from postgen.families.whole import check_whole, random_weights_told
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +181,9 @@ def _inspect_export(folder: Path, source: str, model: str, images: bool) -> Mode
     if export is None:
         raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json{hint(folder, model)}")
     try:
+        inner = _small_files(export.base)[0]
+        if (inner / NOTE).is_file() and not (inner / "model_index.json").is_file():
+            raise UserError("that is an export itself, name the whole model there")
         facts = inspect_model(export.base, images=images)
     except UserError as error:
         raise UserError(f"{model} is an export of {export.base}, which {folder / NOTE} names: {error}") from error
@@ -260,10 +264,12 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
             # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
             loader = getattr(diffusers, facts.pipeline)
             options |= {name: _part(name, source, dtypes) for name, source in facts.parts}
-        pipe = loader.from_pretrained(facts.source, dtype=dtypes, **options)
+        with random_weights_told(facts.source):
+            pipe = loader.from_pretrained(facts.source, dtype=dtypes, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
+    check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
     if offload == "model":
         pipe.enable_model_cpu_offload(device=place)
     elif offload == "sequential":

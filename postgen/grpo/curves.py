@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from postgen.files import replacing
+from postgen.training.logging import metrics_row
 
 Points = Sequence[tuple[float, float]]
 
@@ -96,23 +96,24 @@ class Curves:
                 if not line.endswith(b"\n"):  # half written: the run goes on, or was killed
                     break
                 self._position += len(line)
-                self._take(json.loads(line))
+                if (row := metrics_row(line)) is not None:
+                    self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
         for name, value in row.items():
             if name in _SHOWN or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean")):
                 curve = self._found.setdefault(name, Curve())
-                if value is not None:
+                if isinstance(value, int | float):
                     curve.add(row["step"], value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`; none when there is no such file.
 
-    The last line may be half written: the run goes on, or was killed.
+    The last line may be half written: the run goes on, or was killed. Damaged lines are left out.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [row for line in lines if line.endswith(b"\n") and (row := metrics_row(line)) is not None]
 
 
 def draw_plots(plots: Mapping[str, tuple[str, Mapping[str, Points]]], target: Path) -> None:

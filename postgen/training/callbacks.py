@@ -47,6 +47,8 @@ class Callbacks:
     def remember(self, step: int, values: Mapping[str, float]) -> None:
         """Add a line to `state.log_history`; the oldest of its kind goes where there are too many."""
         history, kind = self.state.log_history, _evaluates(values)
+        if self._lines.total() != len(history):  # a callback has cut it, or taken another
+            self._lines = Counter(map(_evaluates, history))
         history.append({"step": step, **values})
         self._lines[kind] += 1
         if self._lines[kind] > KEPT:

@@ -76,10 +76,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        with replacing(path) as part, part.open("w") as file:
+        with replacing(path) as part, part.open("wb") as file:
             for text, line in _lines(path) if resumed_step else ():
                 if line["step"] <= resumed_step:
-                    file.write(text.rstrip("\n") + "\n")
+                    file.write(text.rstrip(b"\n") + b"\n")
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. Numbers that JSON lacks (nan, inf) are written as null."""
@@ -91,16 +91,23 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the whole lines with what they say, one at a time; one that was cut off by a kill is left out."""
+def metrics_row(line: str | bytes) -> dict[str, Any] | None:
+    """Return what a line of `metrics.jsonl` says; None of one that was cut off by a kill, or damaged by the disk."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # letters that are none, too
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the whole lines with what they say, one at a time."""
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for text in file:
-            try:
-                yield text, json.loads(text)
-            except json.JSONDecodeError:
-                continue
+            if (row := metrics_row(text)) is not None:
+                yield text, row
 
 
 class Progress:

@@ -84,11 +84,14 @@ def test_folders_that_are_no_model_say_what_to_do(trained, tiny_wan, tmp_path, c
         ("{", "cannot read"),
         ('{"base": "/nowhere", "parts": ["transformer"]}', "is an export of /nowhere, which"),
         ('{"base": "/nowhere", "parts": ["transformer_2"]}', "there is transformer_2/, and there is none"),
+        ('{"base": "/nowhere", "parts": []}', "must have a base .* and a list of parts, got '/nowhere', .."),
+        ('{"base": "/nowhere", "parts": "transformer"}', "and a list of parts"),
+        ('{"base": "EXPORT", "parts": ["transformer"]}', "that is an export itself, name the whole model there"),
     ],
 )
 def test_a_wrong_note_is_told(trained, tmp_path, note, message):
     shutil.copytree(trained[1] / "export", tmp_path / "export")
-    (tmp_path / "export" / "base.json").write_text(note)
+    (tmp_path / "export" / "base.json").write_text(note.replace("EXPORT", str(tmp_path / "export")))
     with pytest.raises(UserError, match=message):
         inspect_model(tmp_path / "export")
 

@@ -18,6 +18,7 @@ from postgen.sampling.meter import Meter
 from postgen.training import callbacks
 from postgen.training.logging import MetricsFile
 from tests.grpo.toy import grpo, lines
+from tests.training.tiny import TinyConfig
 
 
 def written(path, steps):
@@ -67,7 +68,7 @@ def test_a_long_curve_keeps_its_ends_and_all_that_stands_out():
 def test_an_export_reads_what_is_new_alone(tmp_path, monkeypatch):
     path, read = tmp_path / "metrics.jsonl", []
     written(path, range(1000))
-    monkeypatch.setattr(curves.json, "loads", lambda text, plain=json.loads: read.append(text) or plain(text))
+    monkeypatch.setattr(json, "loads", lambda text, plain=json.loads: read.append(text) or plain(text))
     drawn = Curves(path)
     drawn.draw(tmp_path / "curves.png")
     assert len(read) == 1000
@@ -111,6 +112,28 @@ def test_the_log_in_memory_keeps_the_newest_lines_of_each_kind(tmp_path, monkeyp
         (6, True), (9, True), (10, False), (11, False), (12, False), (12, True),
     ]  # fmt: skip
     assert len(lines(run)) == 16
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "reward": 0.5}\n', b'{"step": 2,  "reward": 1.5}\n', b'{"step": 3, "reward": "much"}\n']
+    bad = [b"\0\0\0\n", b"\xff\xfe\n", b"7\n", b'{"reward": 1.0}\n', b'{"step": null}\n', b'{"step": 2, "re\n']
+    path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 9']))
+    assert Curves(path).draw(tmp_path / "curves.png") == ["reward"]
+    assert [row["step"] for row in curves.read_metrics(path)] == [1, 2, 3]
+    MetricsFile(path, 2)
+    assert path.read_bytes() == b"".join(good[:2])
+
+
+def test_a_callback_may_clear_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "KEPT", 2)
+    kept = callbacks.Callbacks([], TinyConfig(output_dir=str(tmp_path), max_steps=9), is_main=True)
+    for step in range(3):
+        kept.remember(step, {"loss": 1.0})
+    kept.state.log_history.clear()
+    for step in range(3, 6):
+        kept.remember(step, {"loss": 1.0})
+    assert [line["step"] for line in kept.state.log_history] == [4, 5]
 
 
 def test_the_guard_and_checkpoints_keep_the_last_evaluation(tmp_path):
