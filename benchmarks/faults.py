@@ -113,6 +113,14 @@ def options_without_effect() -> tuple[float, list[dict[str, Any]]]:
     return sum(not each.holds for each in found), rows
 
 
+def rss_mb_per_1000_steps() -> tuple[float, list[dict[str, Any]]]:
+    """Return the steepest growth of memory over steps among the trainers, and what was read of each."""
+    from benchmarks.faults_growth import by_trainer
+
+    rows = by_trainer()
+    return max(row["mb_per_1000_steps"] for row in rows), rows
+
+
 def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
     """Return the share of families x formats in which a LoRA comes back exactly, of those not refused, and each."""
     from benchmarks.faults_lora import all_outcomes
@@ -125,7 +133,7 @@ def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
-    Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3),
+    Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3, measure=rss_mb_per_1000_steps),
     Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0, measure=lora_formats_round_trip),
 )

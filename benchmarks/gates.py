@@ -78,12 +78,52 @@ def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
     Raises:
         ValueError: a payload that sets a stamped key, or holds NaN.
     """
-    target = Path(path) if Path(path).suffix == ".json" else RESULTS / f"{path}.json"
-    stamp = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "device": device(), "versions": versions()}
+    stamp = _stamp()
     clash = sorted(stamp.keys() & payload.keys())
     if clash:
         raise ValueError(f"write_result sets {', '.join(clash)} itself: leave it out of the payload")
-    text = json.dumps({**stamp, **payload}, indent=2, allow_nan=False) + "\n"
+    return _write(_target(path), {**stamp, **payload})
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Return a result file as it stands, by the name or path that `write_result` takes."""
+    found: dict[str, Any] = json.loads(_target(path).read_text(encoding="utf-8"))
+    return found
+
+
+def amend_result(path: str | Path, measured: dict[str, Any], settings: dict[str, Any], gates: list[Gate]) -> Path:
+    """Put keys of a result that were measured again into its file, each with a stamp of its own under `remeasured`.
+
+    The other keys keep their values, and with them the file's own date, device and versions.
+
+    Args:
+        path: of an existing result, as for `write_result`.
+        measured: the keys and their new values.
+        settings: of this measurement; they stand in the stamps.
+        gates: of the whole result as it is now.
+
+    Raises:
+        ValueError: a key that the file does not get by measuring, or a value with NaN.
+        FileNotFoundError: there is no such file yet.
+    """
+    old, stamp = read_result(path), _stamp()
+    clash = sorted({*stamp, "gates", "settings", "remeasured"} & measured.keys())
+    if clash:
+        raise ValueError(f"{', '.join(clash)} cannot be measured: leave it out of the payload")
+    again = {**old.get("remeasured", {}), **{key: {**stamp, "settings": settings} for key in measured}}
+    return _write(_target(path), {**old, **measured, "remeasured": again, "gates": gates})
+
+
+def _target(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".json" else RESULTS / f"{path}.json"
+
+
+def _stamp() -> dict[str, Any]:
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "device": device(), "versions": versions()}
+
+
+def _write(target: Path, result: dict[str, Any]) -> Path:
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     with replacing(target) as part:
         part.write_text(text, encoding="utf-8")
     return target

@@ -1,18 +1,22 @@
 """How good and how fast the rewards are: exact ones on true and spoilt clips, our learned ones on unseen clips, time.
 
     python -m benchmarks.rewards [--quick] [--device cuda] [--clip FOLDER] [--judge FOLDER] [--before FOLDER]
+                                 [--seeds FOLDER ...] [--scenes 256] [--parts exact clip judge single times]
 
-Prints the numbers and writes benchmarks/results/rewards.json (with --quick only prints). With --before the tables of
-the judge are also made for the weights of that folder, in the same run. Times are taken on a GPU
-only, with the published shapes of CLIP L/14, CLIP H/14 and Qwen2-VL-2B and random weights.
+Prints the numbers and writes benchmarks/results/rewards.json (with --quick only prints). With --before and --seeds the
+tables of the judge are also made for the weights of those folders, in the same run. With --parts only these are
+measured and replaced in the file, and `remeasured` says when, where and with which weights; all the rest keeps the
+date and the device at the head of the file. Times are taken on a GPU only, with the published shapes of CLIP L/14,
+CLIP H/14 and Qwen2-VL-2B and random weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import judge_kinds
-from benchmarks.gates import gate, write_result
+from benchmarks.gates import amend_result, gate, read_result, write_result
 from benchmarks.reward_shapes import VIT_L_14, RandomClip, shapes
 from postgen import world
 from postgen.errors import UserError
@@ -28,8 +32,10 @@ from postgen.judges.spoil import LEVELS, Takes, render_takes
 from postgen.judges.world_clip import evaluation_groups
 from postgen.judges.world_judge import pair_accuracy
 from postgen.rewards import Reward, RewardRunner, get_reward
+from postgen.rewards.world_net import reward_folder
 from postgen.world.scenes import specs_of
 
+PARTS = ("exact", "clip", "judge", "single", "times")
 EXACT = ("world", "parabola", "permanence", "depth_consistency")
 #: First seed of the scenes; training takes seeds from 1,000,000 on.
 FIRST = 300_000
@@ -113,13 +119,13 @@ def retrieval(reward: Reward, groups: int, device: str) -> dict[str, float]:
     return {"all": sum(map(sum, hits.values())) / groups, **means}
 
 
-def judged_pairs(reward: Reward, takes: Takes) -> dict[str, dict[str, float | None]]:
+def judged_pairs(reward: Reward, takes: Takes, levels: Iterable[int]) -> dict[str, dict[str, float | None]]:
     """Accuracy of the judge on pairs of a clean clip and its corruption, by level and kind."""
 
     def score(clips: Tensor) -> Tensor:
         return torch.tensor(reward([""] * len(clips), list(clips)))
 
-    found = {f"level {level}": pair_accuracy(score, takes, level) for level in range(1, 5)}
+    found = {f"level {level}": pair_accuracy(score, takes, level) for level in levels}
     table: dict[str, dict[str, float | None]] = {
         level: {kind: None if value != value else value for kind, value in row.items()} for level, row in found.items()
     }
@@ -128,17 +134,22 @@ def judged_pairs(reward: Reward, takes: Takes) -> dict[str, dict[str, float | No
 
 
 def judge_tables(judges: dict[str, Reward], count: int, device: str, quick: bool) -> dict[str, Any]:
-    """What is measured of the judges "now" and "before": pairs of held-out combinations, and constructions."""
+    """What is measured of the judge "now" and of others: pairs of held-out combinations, and constructions.
+
+    Of the others the pairs of all levels are not worth their time: those of the level that the gate reads.
+    """
     if "now" not in judges:
-        return {"judge_pairs": {}}
+        return {"judge_pairs": {}, "judge_pairs_others": {}, "judge_constructions": {}}
     specs = specs_of(FIRST, count, FRAMES, "held_out")
     # Some kinds are seen on collisions alone, which one scene in ten shows.
     specs += [world.sample(FIRST + k, event="collides", split="held_out") for k in range(count // 4)]
     takes = render_takes(specs, SIZE, device)
-    tables = {"judge_pairs": judged_pairs(judges["now"], takes)}
-    if "before" in judges:
-        tables["judge_pairs_before"] = judged_pairs(judges["before"], takes)
-    return {**tables, "judge_constructions": judge_kinds.table(judges, quick)}
+    others = {name: judged_pairs(judge, takes, (LEVEL,)) for name, judge in judges.items() if name != "now"}
+    return {
+        "judge_pairs": judged_pairs(judges["now"], takes, range(1, 5)),
+        "judge_pairs_others": others,
+        "judge_constructions": judge_kinds.table(judges, quick),
+    }
 
 
 def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, float]:
@@ -240,38 +251,77 @@ def options() -> argparse.Namespace:
     parser.add_argument("--clip", help="export of the method world_clip (default: the shipped weights)")
     parser.add_argument("--judge", help="export of the method world_judge (default: the shipped weights)")
     parser.add_argument("--before", help="another export of world_judge, for a second column of its tables")
+    parser.add_argument("--seeds", nargs="*", default=[], help="exports of other runs of the recipe, a column each")
+    parser.add_argument(
+        "--scenes", type=int, default=256, help="of the judge's pairs, besides a quarter of collisions"
+    )
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="measure these again, keep the rest of the file")
     parser.add_argument("--output", default="rewards", help="name or path of the result file")
     return parser.parse_args()
+
+
+def fingerprint(reward: Reward | None) -> str | None:
+    """First digits of the SHA-256 of a learned reward's weights; None without weights."""
+    if reward is None:
+        return None
+    model: Any = reward.function
+    file = reward_folder(model.model, model.name.replace("_", "-")) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def measure(args: argparse.Namespace, clip: Reward | None, judges: dict[str, Reward]) -> dict[str, Any]:
+    """The parts that are asked for, by the keys of the result file."""
+    quick, device = args.quick, args.device
+    own = [reward for reward in (clip, judges.get("now")) if reward is not None]
+    shape = {"width": 64, "layers": 2} if quick else {}
+    random = {**VIT_L_14, "vision_cfg": {**VIT_L_14["vision_cfg"], **shape}}
+    alike: list[Any] = [*EXACT, "motion_floor", "brightness_band", "sharpness_band", RandomClip(random), *own]
+
+    def timed() -> dict[str, Any]:
+        return times(device, 4 if quick else 16, 2 if quick else 5) if device.startswith("cuda") else {}
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "exact": lambda: {"exact": exact_rows(4 if quick else 48, device)},
+        "clip": lambda: {"world_clip_retrieval": retrieval(clip, 2 if quick else 16, device) if clip else {}},
+        "judge": lambda: judge_tables(judges, 8 if quick else args.scenes, device, quick),
+        "single": lambda: {"batch_equals_single": single_gap(alike, device)},
+        "times": lambda: {"times": timed()},
+    }
+    result: dict[str, Any] = {}
+    for part in args.parts or PARTS:
+        result |= parts[part]()
+    return result
 
 
 def main() -> None:
     """Measure and print; write the result file unless --quick."""
     args = options()
-    quick, device = args.quick, args.device
-    clip, judge = learned("world_clip", args.clip), learned("world_judge", args.judge)
-    before = learned("world_judge", args.before) if args.before else None
-    judges = {name: reward for name, reward in (("now", judge), ("before", before)) if reward is not None}
-    own = [reward for reward in (clip, judge) if reward is not None]
-    for reward in (*own, *judges.values()):
-        reward.load(device)
-    shape = {"width": 64, "layers": 2} if quick else {}
-    random = {**VIT_L_14, "vision_cfg": {**VIT_L_14["vision_cfg"], **shape}}
-    alike: list[Any] = [*EXACT, "motion_floor", "brightness_band", "sharpness_band", RandomClip(random), *own]
-    result: dict[str, Any] = {
-        "settings": {"device": device, "first_seed": FIRST, "frames": FRAMES, "size": SIZE, "level": LEVEL},
-        "exact": exact_rows(4 if quick else 48, device),
-        "world_clip_retrieval": retrieval(clip, 2 if quick else 16, device) if clip else {},
-        **judge_tables(judges, 8 if quick else 256, device, quick),
-        "batch_equals_single": single_gap(alike, device),
-        "times": times(device, 4 if quick else 16, 2 if quick else 5) if device.startswith("cuda") else {},
-    }
-    rows = gates(result)
-    for key, value in result.items():
+    if args.parts and "times" in args.parts and not args.device.startswith("cuda"):
+        raise SystemExit("times are taken on a GPU only: leave 'times' out of --parts, its old rows then stay")
+    clip = learned("world_clip", args.clip)
+    folders = {"now": args.judge, "before": args.before, **{f"seed {k + 1}": f for k, f in enumerate(args.seeds)}}
+    found = {name: learned("world_judge", f) for name, f in folders.items() if name == "now" or f}
+    judges = {name: reward for name, reward in found.items() if reward is not None}
+    for reward in judges.values():
+        reward.load(args.device)
+    if clip:
+        clip.load(args.device)
+    settings = {"device": args.device, "first_seed": FIRST, "frames": FRAMES, "size": SIZE, "level": LEVEL}
+    weights = {"world_clip": fingerprint(clip), **{f"world_judge {n}": fingerprint(j) for n, j in judges.items()}}
+    settings |= {"scenes": args.scenes, "weights": weights}
+    measured = measure(args, clip, judges)
+    result = {**read_result(args.output), **measured} if args.parts and not args.quick else measured
+    for key, value in measured.items():
         print(key, value)
+    rows = gates(result) if not (args.quick and args.parts) else []
     for row in rows:
         print("ok " if row["ok"] else "NO ", row["name"], row["value"], row["op"], row["target"])
-    if not quick:
-        write_result(args.output, {**result, "gates": rows})
+    if args.quick:
+        return
+    if args.parts:
+        amend_result(args.output, measured, settings, rows)
+    else:
+        write_result(args.output, {"settings": settings, **measured, "gates": rows})
 
 
 if __name__ == "__main__":

@@ -36,13 +36,16 @@ def block_classes(module: nn.Module) -> set[str]:
     return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
 
 
-def command_error(error: BaseException) -> tuple[str, int] | None:
-    """Return message and exit code of an error of the command line itself (unknown option, bad value), else None.
+def command_error(error: BaseException) -> tuple[str, int, str] | None:
+    """Return message, exit code and command of an error of the command line itself (unknown option, bad value).
 
+    None for any other. The command is that in which it happened, as `postgen generate`; empty where none is known.
     Newer typer carries its own copy of click, older typer uses the click package: both mark such errors alike.
     """
     text, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
-    return (str(text()), code) if callable(text) and isinstance(code, int) else None
+    if not callable(text) or not isinstance(code, int):
+        return None
+    return str(text()), code, str(getattr(getattr(error, "ctx", None), "command_path", ""))
 
 
 @contextmanager

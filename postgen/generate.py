@@ -23,7 +23,7 @@ from postgen.families.lora import check_lora, load_loras
 from postgen.families.video_calls import ROWS, UNKNOWN
 from postgen.files import check_place
 from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
-from postgen.request import GenerateConfig, portable
+from postgen.request import GenerateConfig, plug_in_places, portable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,8 @@ class Job:
     @property
     def loading(self) -> tuple[Any, ...]:
         """Equal for two jobs that can share a loaded pipeline."""
-        config = self.config
-        return self.facts.source, self.facts.pipeline, config.dtype, config.device, config.offload, config.lora
+        config, facts = self.config, self.facts
+        return facts.source, facts.parts, facts.pipeline, config.dtype, config.device, config.offload, config.lora
 
     def again(self, *, prompt: str, seed: int) -> Job:
         """Return the same request for another prompt and seed; what was checked once is not checked again.
@@ -197,6 +197,7 @@ def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, 
         "prompt": config.prompt,
         "seed": config.seed,
         "settings": portable(config),
+        "plug_ins": plug_in_places(config),
         "format": kind,
         "pipeline": job.facts.pipeline,
         "frames": clip.shape[0],

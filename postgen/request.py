@@ -108,6 +108,38 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     return settings
 
 
+def plug_in_places(config: GenerateConfig) -> dict[str, str]:
+    """Return, for a sidecar, where the plug-ins come from that a request names: `module:function` by option."""
+    return {row.option: row.apply for row in known_plug_ins() if row.option in config.plug_ins}
+
+
+def _known() -> list[str]:
+    fields = [name for name in GenerateConfig.__dataclass_fields__ if name != "plug_ins"]
+    return [*fields, *(row.option for row in known_plug_ins())]
+
+
+def _check_known(path: str | Path, settings: Mapping[str, Any], places: Any) -> None:
+    """Refuse settings that nobody here knows; one of a plug-in says where that comes from.
+
+    Raises:
+        UserError: the first of them.
+    """
+    known = _known()
+    unknown = sorted(set(settings) - set(known))
+    for name in unknown:
+        if isinstance(places, dict) and isinstance(place := places.get(name), str):
+            raise UserError(
+                f"the sidecar {path} was made with a plug-in {name!r} of {place.partition(':')[0]}, which this command"
+                " does not have: use the command of its package, or a program of two lines, postgen.plug_ins."
+                f'register_plug_in(its row) and postgen.cli.main(); without it, set "{name}" to null in the sidecar'
+            )
+    if unknown:
+        raise UserError(
+            f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}. One of a"
+            " plug-in is known to the command that registers it"
+        )
+
+
 def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
     """Return the settings of a sidecar (for `GenerateConfig.of`) and the format of its video.
 
@@ -121,12 +153,10 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
     settings = note.get("settings") if isinstance(note, dict) else None
     if not isinstance(settings, dict) or not isinstance(note.get("format"), str):
         raise UserError(f"{path} is no sidecar of postgen: it has no settings or no format")
-    known = [name for name in GenerateConfig.__dataclass_fields__ if name != "plug_ins"]
-    known += [row.option for row in known_plug_ins()]
+    known = _known()
     # A plug-in that was off is not missed.
     settings = {name: value for name, value in settings.items() if name in known or value is not None}
-    if unknown := sorted(set(settings) - set(known)):
-        raise UserError(f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
+    _check_known(path, settings, note.get("plug_ins"))
     loras = settings.get("lora", [])
     if not isinstance(loras, list) or not all(isinstance(lora, str) for lora in loras):
         raise UserError(f"the sidecar {path} is damaged: lora must be a list of texts, got {loras!r}")

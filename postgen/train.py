@@ -8,7 +8,7 @@ from postgen.errors import UserError
 USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-run]
 
   RECIPE.yaml    YAML with 'method:' and the fields of that method's configuration, flat or nested by part
-  --key value    replaces a value of the recipe
+  --key value    replaces a value of the recipe; the values of a list follow one another: --key 0 2
   --resume       go on from the newest checkpoint of output_dir, if there is one
   --dry-run      load the model, print what the run would need and cost, and end (dancegrpo, diffusion_nft)
 """

@@ -33,6 +33,12 @@ def _await_left() -> None:
         thread.join(max(0.0, end - time.monotonic()))
 
 
+def _leave(key: int, thread: threading.Thread) -> None:
+    for other in [other for other, old in _left.items() if not old.is_alive()]:
+        del _left[other]
+    _left[key] = thread
+
+
 class AllRewardsFailed(UserError):
     """No row of a batch was scored by any reward: training on it would learn nothing."""
 
@@ -206,7 +212,7 @@ class RewardRunner:
         thread.start()
         thread.join(self.timeout)
         if thread.is_alive():
-            _left[id(function)] = thread
+            _leave(id(function), thread)
             raise TimeoutError(f"no answer within {self.timeout:g} s")
         if "error" in outcome:
             raise outcome["error"]
@@ -259,7 +265,7 @@ class _Work:
         loop.join(None if limit is None else limit + _GRACE)
         if loop.is_alive():
             # Its time limit is kept by the loop itself, so one of them never lets the loop run.
-            _left[id(loop)] = loop
+            _leave(id(loop), loop)
             for views in jobs:
                 self._failed(views, TimeoutError("an async reward blocks its event loop"))
 

@@ -263,3 +263,24 @@ cli.main(["30"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
     assert (done.returncode, done.stderr) == (130, "postgen: stopped; no half-written file was left\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "help_of"),
+    [
+        (["paint"], "postgen"),
+        (["--frobnicate"], "postgen"),
+        (["generate", "a", "--frobnicate"], "postgen generate"),
+        (["generate", "a", "--steps", "many"], "postgen generate"),
+        (["compare"], "postgen compare"),
+        (["score"], "postgen score"),
+        (["info", "--frobnicate"], "postgen info"),
+        (["convert", "lora"], "postgen convert lora"),
+        (["export-lora", "--frobnicate"], "postgen export-lora"),
+    ],
+)
+def test_a_usage_error_points_to_the_help_of_its_command(cli: Any, words: list[str], help_of: str) -> None:
+    done = cli(*words)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.endswith(f"(see {help_of} --help)\n")
+    assert cli(*help_of.split()[1:], "--help").code == 0

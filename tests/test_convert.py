@@ -58,4 +58,7 @@ def test_convert_alone_tells_its_methods(cli: Any) -> None:
     assert (done.code, done.err) == (2, "")
     assert all(method in done.out for method in CONVERTERS)
     unknown = cli("convert", "paint", "x")
-    assert (unknown.code, unknown.err) == (2, "postgen: error: No such command 'paint'. (see postgen --help)\n")
+    assert (unknown.code, unknown.err) == (
+        2,
+        "postgen: error: No such command 'paint'. (see postgen convert --help)\n",
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gates
-from benchmarks.gates import gate, main, recompute, write_result
+from benchmarks.gates import amend_result, gate, main, read_result, recompute, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +49,33 @@ def test_result_is_stamped_and_replaced_whole(tmp_path):
         write_result(path, {"date": "today", "gates": []})
     assert json.loads(path.read_text()) == written
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_parts_measured_again_have_stamps_of_their_own(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"date": "then", "device": "1x GPU", "versions": {}, "a": 1, "times": 2, "gates": []}))
+    rows = [gate("a", 3, ">=", 2)]
+    amend_result(path, {"a": 3}, {"scenes": 8}, rows)
+    again = read_result(path)
+    assert {key: again[key] for key in ("date", "device", "versions", "a", "times", "gates")} == {
+        "date": "then",
+        "device": "1x GPU",
+        "versions": {},
+        "a": 3,
+        "times": 2,
+        "gates": rows,
+    }
+    stamp = again["remeasured"]["a"]
+    assert set(again["remeasured"]) == {"a"}
+    assert stamp["device"] == gates.device()
+    assert stamp["settings"] == {"scenes": 8}
+    # What was measured again before keeps its stamp.
+    amend_result(path, {"b": 4}, {"scenes": 9}, rows)
+    assert read_result(path)["remeasured"]["a"] == stamp
+    with pytest.raises(ValueError, match="device cannot be measured"):
+        amend_result(path, {"device": "another"}, {}, rows)
+    with pytest.raises(FileNotFoundError):
+        amend_result(tmp_path / "none.json", {"a": 1}, {}, rows)
 
 
 def test_bare_name_goes_to_the_results_folder(tmp_path, monkeypatch):

@@ -57,6 +57,16 @@ def test_option_key_and_sidecar(boost: Any, cli: Any, tiny_wan: Path, tmp_path: 
     assert [each["boost"] for each in settings] == [None, "1"]
     assert cli("generate", "--from", tmp_path / "on.json", "-o", tmp_path / "again").code == 0
     assert torch.equal(frames("again"), frames("on"))
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(table, "_rows", table._rows[:-1])
+        missing = cli("generate", "--from", tmp_path / "on.json", "-o", tmp_path / "x")
+        assert (missing.code, missing.err.count("\n"), (tmp_path / "x").exists()) == (2, 1, False)
+        assert "was made with a plug-in 'boost' of postgen.boost, which this command does not have" in missing.err
+        note = json.loads((tmp_path / "on.json").read_text())
+        note["settings"]["boost"] = None  # as it says
+        (tmp_path / "off.json").write_text(json.dumps(note))
+        assert cli("generate", "--from", tmp_path / "off.json", "-o", tmp_path / "plain").code == 0
+        assert torch.equal(frames("plain"), frames("stock"))
     wrong = cli("generate", "a ball", "-o", tmp_path / "x", "--boost", "much", *words)
     assert (wrong.code, wrong.err) == (2, "postgen: error: boost must be a number, got 'much'\n")
 

@@ -28,5 +28,5 @@ def tell_error(error: BaseException) -> int | None:
     if (told := command_error(error)) is None:
         return None
     if told[0]:  # nothing is to be said where typer has shown the help of a group instead
-        tell(f"postgen: error: {told[0]} (see postgen --help)")
+        tell(f"postgen: error: {told[0]} (see {told[2] or 'postgen'} --help)")
     return told[1]

@@ -14,7 +14,10 @@ def train(
         typer.Argument(metavar="RECIPE.yaml", help="Recipe, and values that replace its own."),
     ],
 ) -> None:
-    """Run a training recipe; `--key value` replaces a value of it, --resume goes on, --dry-run only estimates."""
+    """Run a training recipe.
+
+    `--key value` replaces a value of it (`--key 0 2` a list), --resume goes on, --dry-run only estimates.
+    """
     from postgen.train import main
 
     # It has printed what there is to say, so its code goes out as it is.

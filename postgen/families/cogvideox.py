@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from postgen.compat import rotary_table
@@ -28,22 +29,29 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """What height, width and frames - 1 must divide by."""
+        """What height, width and frames - 1 must divide by: the autoencoder decodes pairs, and a single one first."""
         side = math.lcm(8, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
-        return side, side, self.pipe.vae_scale_factor_temporal
+        return side, side, 2 * self.pipe.vae_scale_factor_temporal
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents.
-
-        Raises:
-            UserError: CogVideoX 1.5 would have to pad the clip.
-        """
+        """Return the shape of one sample's latents; for CogVideoX 1.5 as its pipeline pads them."""
         time, space = self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
-        frames, patch = (num_frames - 1) // time + 1, self.model.config.patch_size_t or 1
-        if frames % patch:
-            fits = [(frames + more) * time - time + 1 for more in (-(frames % patch), patch - frames % patch)]
-            raise UserError(f"CogVideoX 1.5 would pad {num_frames} frames: use {' or '.join(map(str, fits))}")
-        return frames, self.model.config.in_channels, height // space, width // space
+        frames = (num_frames - 1) // time + 1
+        return frames + self._padding(frames), self.model.config.in_channels, height // space, width // space
+
+    def _padding(self, frames: int) -> int:
+        """Latent frames that stand before those of a clip, so that patches of several frames come out even."""
+        return -frames % (self.model.config.patch_size_t or 1)
+
+    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: Any = None) -> Tensor:
+        """Turn clips into latents, padded with the first one as the pipeline for first frames does. See `Denoiser`."""
+        latents = super().encode_video(clips, sample=sample, generator=generator)
+        return torch.cat([latents[:, :1]] * self._padding(latents.shape[1]) + [latents], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents into clips, without those that pad: those of a clip are odd in number, as `multiples` says."""
+        padded = self._padding(1) and latents.shape[1] % 2 == 0
+        return super().decode(latents[:, 1:] if padded else latents)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
         """Encode texts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +70,29 @@ class Layout:
             UserError: none matches; the model's structure is not what the row says.
         """
         return {block.name: block.module for block in self.blocks.find(transformer)}
+
+
+def video_row(
+    usual: VideoTokens,
+    transformer: str,
+    blocks: Blocks,
+    call: Call,
+    *,
+    timestep_shapes: tuple[TimestepShape, ...] = ("B",),
+    attention: str | None = None,
+    denoisers: Mapping[str, str] | None = None,
+    **changes: Any,
+) -> Layout:
+    """Return the row of a video transformer whose tokens are as usual but for some changes."""
+    return Layout(
+        transformer=transformer,
+        blocks=blocks,
+        timestep_shapes=timestep_shapes,
+        video=replace(usual, **changes),
+        call=call,
+        attention=attention,
+        denoisers=denoisers or {},
+    )
 
 
 def found(place: Any) -> Any:

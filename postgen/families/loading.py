@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
+from postgen.families.exports import NOTE, hint, read_note
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
 from postgen.families.wan_sizes import check_size, multiples
+from postgen.families.whole import check_whole, random_weights_told
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +98,8 @@ class ModelFacts:
     `postgen.json` says `image_to_video`."""
     expands_timesteps: bool = False
     """Whether `pipeline` is that class."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Components that come from elsewhere, an export, and what their `from_pretrained` is given."""
 
     def with_image(self) -> ModelFacts:
         """The facts of the pipeline that takes a first frame: these, or those of `image_pipeline`."""
@@ -129,7 +133,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """Read the small files of a model, a local diffusers folder or a hub id; no weights are touched.
 
     Args:
-        model: the folder or id.
+        model: the folder or id; also an export of trained networks (`postgen.families.exports`).
         images: whether a pipeline that makes pictures will do.
 
     Raises:
@@ -137,12 +141,12 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """
     folder, source = _small_files(str(model))
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+        return _inspect_export(folder, source, str(model), images)
     index = _read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
-    own, examples, continues = _own_defaults(folder / "postgen.json")
+    own, examples, continues = _own_words(folder / "postgen.json")
     if continues and pipeline not in _CONTINUES:
         known = ", ".join(_CONTINUES)
         raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
@@ -169,6 +173,21 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
         least_steps=least_steps(pipeline, _optional(folder / "scheduler" / "scheduler_config.json")),
         closed_vocabulary=examples,
     )
+
+
+def _inspect_export(folder: Path, source: str, model: str, images: bool) -> ModelFacts:
+    """Return the facts of the model to which the networks of an export belong."""
+    export = read_note(folder)
+    if export is None:
+        raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json{hint(folder, model)}")
+    try:
+        inner = _small_files(export.base)[0]
+        if (inner / NOTE).is_file() and not (inner / "model_index.json").is_file():
+            raise UserError("that is an export itself, name the whole model there")
+        facts = inspect_model(export.base, images=images)
+    except UserError as error:
+        raise UserError(f"{model} is an export of {export.base}, which {folder / NOTE} names: {error}") from error
+    return replace(facts, parts=tuple((name, source) for name in export.parts))
 
 
 def _facts_of_call(
@@ -236,14 +255,21 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
         raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
     try:
         loader: Any = diffusers.DiffusionPipeline
-        options = {}
+        options: dict[str, Any] = {}
         if facts.expands_timesteps:
             # The folder names the class that takes text alone.
             loader, options = getattr(diffusers, facts.pipeline), {"expand_timesteps": True}
-        pipe = loader.from_pretrained(facts.source, dtype=_dtypes(facts, dtype, place), **options)
+        dtypes = _dtypes(facts, dtype, place)
+        if facts.parts:
+            # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
+            loader = getattr(diffusers, facts.pipeline)
+            options |= {name: _part(name, source, dtypes) for name, source in facts.parts}
+        with random_weights_told(facts.source):
+            pipe = loader.from_pretrained(facts.source, dtype=dtypes, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
+    check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
     if offload == "model":
         pipe.enable_model_cpu_offload(device=place)
     elif offload == "sequential":
@@ -251,6 +277,14 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     else:
         pipe.to(place)
     return pipe
+
+
+def _part(name: str, source: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """Load one network by the class that its configuration names."""
+    import diffusers
+
+    kind: Any = diffusers.AutoModel
+    return kind.from_pretrained(source, subfolder=name, dtype=dtypes.get(name, dtypes["default"]))
 
 
 def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]:
@@ -277,7 +311,7 @@ def _small_files(model: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["model_index.json", "postgen.json", "*/config.json", "scheduler/scheduler_config.json"]
+        patterns = ["model_index.json", "postgen.json", NOTE, "*/config.json", "scheduler/scheduler_config.json"]
         return Path(snapshot_download(model, allow_patterns=patterns)), model
     except Exception as error:  # every kind of network and hub trouble means the same here
         reason = " ".join(str(error).split())[:160]
@@ -305,7 +339,16 @@ def _component_class(index: dict[str, Any], name: str) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _own_defaults(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
+def own_defaults(path: Path) -> dict[str, Any]:
+    """Return what a `postgen.json` says of the fields of `Defaults`; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _own_words(path)[0]
+
+
+def _own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too."""
     own = _optional(path)
     examples = own.pop("closed_vocabulary", [])

@@ -89,23 +89,19 @@ def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) 
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRA: leave --lora out")
+    from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+
     from .lora_load import load_one
 
-    scales: dict[str, list[tuple[str, float]]] = {}
+    scales: dict[str, float] = {}
     for number, choice in enumerate(map(parse_lora, loras)):
+        scales[f"lora{number}"] = choice.scale
         for network, path in _files(pipe, choice).items():
             load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
-            scales.setdefault(network, []).append((f"lora{number}", choice.scale))
-    if len(networks_of(pipe)) > 1:
-        for network, pairs in scales.items():
-            names, weights = zip(*pairs, strict=True)
-            getattr(pipe, network).set_adapters(list(names), list(weights))
-        return
-    names, weights = zip(*next(iter(scales.values())), strict=True)
-    present = {name for adapters in pipe.get_list_adapters().values() for name in adapters}
-    known = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in present]
-    if known:  # a file of differences alone leaves no adapter
-        pipe.set_adapters([name for name, _ in known], [weight for _, weight in known])
+    # Every component: a pipeline's own `set_adapters` passes over most text encoders.
+    for part in pipe.components.values():
+        if names := [name for name in scales if name in (getattr(part, "peft_config", None) or {})]:
+            set_weights_and_activate_adapters(part, names, [scales[name] for name in names])
 
 
 def networks_of(pipe: Any) -> list[str]:

@@ -28,9 +28,14 @@ EXPERTS = ("transformer", "transformer_2")
 """Networks of a pipeline with two; the first makes the noisy steps."""
 
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|unet\.|text_encoder(_[23])?\.)+")
+_PARTS = r"text_encoder(?:_[23])?|connectors|text_conditioner|transformer_ref"
+"""Components beside the network: text encoders, and what some pipelines of diffusers have (LTX-2, ...)."""
+PREFIX = re.compile(rf"^(base_model\.model\.|transformer\.|unet\.|(?:{_PARTS})\.)+")
 """Before a layer's name, in the keys of diffusers and peft."""
-_TEXT_ENCODER = re.compile(r"(text_encoder(?:_[23])?)\.|lora_te([12]?)_")
+_PART = re.compile(rf"({_PARTS})\.|lora_te([12]?)_")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+CHANGES_MODEL = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
+"""Ways of peft to begin training that change the weights of the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +45,15 @@ class LoraFile:
     path: Path
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
-    """Arguments of `peft.LoraConfig`, as far as they are said; those for text encoders under their names."""
+    """Arguments of `peft.LoraConfig`, as far as they are said; those for other components under their names."""
     note: dict[str, Any]
     """As `NOTE`; empty where there is none."""
 
     def parts(self, network: str) -> dict[str, LoraFile]:
-        """Return what is for the network, under its name, and what is for text encoders, under theirs."""
+        """Return what is for the network, under its name, and what is for other components, under theirs."""
         tensors: dict[str, dict[str, Tensor]] = {network: {}}
         for key, tensor in self.tensors.items():
-            match = _TEXT_ENCODER.match(key)
+            match = _PART.match(key)
             name = network if match is None else match[1] or ("text_encoder_2" if match[2] == "2" else "text_encoder")
             tensors.setdefault(name, {})[key] = tensor
         return {
@@ -66,6 +71,8 @@ def find_loras(path: Path) -> dict[str | None, Path]:
         UserError: there is none.
     """
     if path.is_file():
+        if (shard := _SHARD.search(path.name)) is not None and int(shard[1]) > 1:
+            raise UserError(f"{path} is one of {int(shard[1])} files of a LoRA: bring them together in one file first")
         return {None: path}
     places = (path, path / "export")
     for found in (folder / name for folder in places for name in (WEIGHTS, _PEFT_WEIGHTS)):
@@ -77,9 +84,10 @@ def find_loras(path: Path) -> dict[str | None, Path]:
         if present:
             return present
         if any(folder.glob("*/config.json")):
-            raise UserError(f"{folder} holds a whole model and no LoRA")
-    if path.is_dir() and len(others := sorted(path.glob("*.safetensors"))) == 1:
-        return {None: others[0]}
+            raise UserError(f"{folder} holds a whole model and no LoRA: give it as --model")
+    others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(others) == 1 or any(map(_SHARD.search, map(str, others))):
+        return find_loras(others[0])
     raise UserError(f"there is no LoRA file {path}: give a .safetensors file, or a folder with {WEIGHTS}")
 
 
@@ -98,7 +106,16 @@ def open_lora(path: Path) -> LoraFile:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(_comparable(tensor)).all()]
     if bad:
         raise UserError(f"the LoRA {path} is damaged: NaN or infinity in {len(bad)} tensors: {shortened(bad)}")
+    if whole := [name for name, tensor in tensors.items() if _is_integer(tensor) and not name.endswith("alpha")]:
+        raise UserError(f"the LoRA {path} is quantised: integers in {len(whole)} tensors: {shortened(whole)}")
     settings = _settings(path, metadata, said)
+    for own in _each(settings):
+        if CHANGES_MODEL.fullmatch(str(own.get("init_lora_weights"))):
+            raise UserError(
+                f"the LoRA {path} began as {own['init_lora_weights']}, which changes the model as well, and changes"
+                " another one than it is loaded into: have peft write it as plain LoRA"
+                " (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
     for name, value in (pair for each in _each(settings) for pair in _numbers(each)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"the LoRA {path} is damaged: {name} is {value!r}")
@@ -113,8 +130,8 @@ def _settings(path: Path, metadata: Mapping[str, str], said: str) -> dict[str, A
         else:
             settings = {}
             for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
-                match = _TEXT_ENCODER.match(key)
-                home = settings if match is None else settings.setdefault(match[1], {})
+                part = match[1] if (match := _PART.match(key)) else None
+                home = settings if part is None else settings.setdefault(part, {})
                 home[PREFIX.sub("", key)] = value
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{said}: {error}") from error
@@ -124,7 +141,7 @@ def _settings(path: Path, metadata: Mapping[str, str], said: str) -> dict[str, A
 
 
 def _each(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [settings, *(own for key, own in settings.items() if key.startswith("text_encoder"))]
+    return [settings, *(own for key, own in settings.items() if re.fullmatch(_PARTS, key))]
 
 
 def _numbers(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -154,6 +171,10 @@ def _note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def floating(tensor: Tensor) -> Tensor:
     """Return a tensor to compute with: numbers of 8 bits have no arithmetic."""
     return tensor.float() if not tensor.is_floating_point() or tensor.itemsize == 1 else tensor
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _comparable(tensor: Tensor) -> Tensor:

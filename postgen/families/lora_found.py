@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 
+from .lora import LARGEST
 from .lora_file import PREFIX, LoraFile, floating
 from .lora_layers import Layer, added, full_rank, split
 from .lora_names import NAMES, Names, author_name, own_names
 
 _KEY = re.compile(
     r"(?P<base>.+?)(?:"
-    r"(?P<old>_)?(?:(?<=_)|\.)(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?"
-    r"\.(?P<end>weight|bias)"
-    r"|\.(?P<kind>alpha|lora_magnitude_vector|dora_scale|diff_b|diff)(?:\.default)?(?:\.weight)?)"
+    r"(?P<old>_)?(?:(?<=_)|\.)(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.[\w-]+)?"
+    r"\.(?P<end>weight|bias)"  # before it peft's name of the adapter, where a whole model was saved
+    r"|\.(?P<kind>lora_magnitude_vector)(?:\.[\w-]+)?(?:\.weight)?"
+    r"|\.(?P<own>alpha|dora_scale|diff_b|diff)(?:\.default)?(?:\.weight)?)"
 )
 _FLAT = re.compile(r"lora_(unet|transformer|te[12]?)_")
 _DOWN = ("lora_A", "lora_down", "lora.down")
@@ -142,7 +144,7 @@ def _changes(layer: Layer) -> bool:
 
 def _kind(match: re.Match[str]) -> str:
     if match["half"] is None:
-        return str(match["kind"])
+        return str(match["kind"] or match["own"])
     half = "down" if match["half"] in _DOWN else "up"
     return half if match["end"] == "weight" else {"up": "bias"}.get(half, "")
 
@@ -217,7 +219,7 @@ def _scale(file: LoraFile, name: str, rank: int, alpha: Tensor | None) -> float:
             raise UserError(
                 f"the LoRA {file.path}: alpha of {name} has shape {tuple(alpha.shape)}, it must be a number"
             )
-        return float(alpha.item()) / rank
+        return _bounded(file, name, float(alpha.item()) / rank)
     settings = file.settings
     said = _of(settings, "rank_pattern", name, settings.get("r", rank))
     if "r" in settings and said != rank:
@@ -225,7 +227,16 @@ def _scale(file: LoraFile, name: str, rank: int, alpha: Tensor | None) -> float:
     if "lora_alpha" not in settings:
         return 1.0
     value = float(_of(settings, "alpha_pattern", name, settings["lora_alpha"]))
-    return value / rank**0.5 if settings.get("use_rslora") else value / rank
+    return _bounded(file, name, value / rank**0.5 if settings.get("use_rslora") else value / rank)
+
+
+def _bounded(file: LoraFile, name: str, scale: float) -> float:
+    if abs(scale) > LARGEST:
+        raise UserError(
+            f"the LoRA {file.path} is damaged: the alpha of {name} is {scale:g} times its rank, at most {LARGEST:g} is"
+            " allowed"
+        )
+    return scale
 
 
 def _of(settings: Mapping[str, Any], patterns: str, name: str, otherwise: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from postgen.compat import put_lora
 from postgen.errors import UserError
 
+from .lora import networks_of
 from .lora_file import LoraFile, open_lora
 from .lora_found import Found, families_like, find_layers, network_shapes
 from .lora_layers import adapter_settings, adapter_state, shortened
@@ -44,18 +45,15 @@ def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapt
     file = open_lora(path)
     try:
         found = _found(pipe, network, file)
-        if any(part.rest for part in found.values()):
-            rest = [key for part in found.values() for key in part.rest]
+        if rest := [key for part in found.values() for key in part.rest]:
             file = _converted(pipe, file, rest)
             found = _found(pipe, network, file)
         if strange := [layer for part in found.values() for layer in part.strange]:
             total = len(strange) + sum(len(part.layers) for part in found.values())
             raise _misfit(pipe, file, strange, total)
-        if any(part.rest for part in found.values()):
-            # Other kinds of adapters, all of which diffusers has taken.
-            second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
-            pipe.load_lora_weights(str(path), adapter_name=name, **second)
-            return
+        if rest := [key for part in found.values() for key in part.rest]:
+            # diffusers' loader would leave an adapter of such keys as it was made: zeros, or whatever memory held.
+            raise _unknown(pipe, file, rest, len(file.tensors))
         offsets = [parameter for part in found.values() for parameter in part.offsets]
         if offsets and adapters_only:
             raise UserError(
@@ -112,7 +110,7 @@ def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) 
         settings = adapter_settings(layers)
     except UserError as error:
         raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
-    said = file.settings.get(part, {}) if part.startswith("text_encoder") else file.settings
+    said = file.settings if part in networks_of(pipe) else file.settings.get(part, {})
     kept = {"lora_dropout": float | int, "target_modules": list}  # names such as "all-linear" hold elsewhere
     return settings | {key: said[key] for key, kind in kept.items() if isinstance(said.get(key), kind)}
 
@@ -160,17 +158,11 @@ def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
         out = convert(dict(file.tensors))
         lost = left_out(convert, file.tensors)
     except Exception as error:  # a conversion raises all kinds
-        raise UserError(
-            f"the LoRA {file.path}: {len(rest)} of its {len(file.tensors)} tensors cannot be applied to"
-            f" {kind.__name__}: {shortened(rest)}{_made_for(pipe, file)}"
-        ) from error
+        raise _unknown(pipe, file, rest, len(file.tensors), _made_for(pipe, file)) from error
     state, alphas = out if isinstance(out, tuple) else (out, None)
     _check_layers(pipe, file, state)
     if lost:
-        raise UserError(
-            f"the LoRA {file.path}: {len(lost)} of its {len(file.tensors)} tensors cannot be applied to"
-            f" {kind.__name__}: {shortened(lost)}"
-        )
+        raise _unknown(pipe, file, lost, len(file.tensors))
     return dataclasses.replace(file, tensors=_plain(state, alphas or {}))
 
 
@@ -213,6 +205,13 @@ def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int) -> UserEr
     return UserError(
         f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
         f" match, these match no layer: {some}{_made_for(pipe, file)}"
+    )
+
+
+def _unknown(pipe: Any, file: LoraFile, keys: list[str], total: int, hint: str = "") -> UserError:
+    return UserError(
+        f"the LoRA {file.path}: {len(keys)} of its {total} tensors cannot be applied to {type(pipe).__name__}:"
+        f" {shortened(keys)}{hint}"
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from postgen.families.blocks import BlockGroup, Blocks
-from postgen.families.layout import Call, Layout, TimestepShape
+from postgen.families.layout import Call, Layout, video_row
 from postgen.families.video_tokens import Grid, VideoTokens, grid_bcthw, grid_btchw, grid_packed
 
 
@@ -34,32 +35,16 @@ def _double_single(breaks: str = "") -> Blocks:
     )
 
 
-def _row(
-    transformer: str,
-    blocks: Blocks,
-    call: Call,
-    *,
-    timestep_shapes: tuple[TimestepShape, ...] = ("B",),
-    attention: str | None = None,
-    denoisers: Mapping[str, str] | None = None,
-    **changes: Any,
-) -> Layout:
-    video: dict[str, Any] = {
-        "self_attention": r"transformer_blocks\.\d+\.attn1",
-        "token_order": "video",
-        "latent_axes": "BCTHW",
-        "grid_rule": grid_bcthw,
-        **changes,
-    }
-    return Layout(
-        transformer=transformer,
-        blocks=blocks,
-        timestep_shapes=timestep_shapes,
-        video=VideoTokens(**video),
-        call=call,
-        attention=attention,
-        denoisers=denoisers or {},
-    )
+_row = functools.partial(
+    video_row,
+    VideoTokens(
+        self_attention=r"transformer_blocks\.\d+\.attn1",
+        token_order="video",
+        latent_axes="BCTHW",
+        grid_rule=grid_bcthw,
+        attention_call="dispatch",
+    ),
+)
 
 
 _SINGLE_AND_DOUBLE = r"(single_)?transformer_blocks\.\d+\.attn"

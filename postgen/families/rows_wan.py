@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from postgen.families.blocks import BlockGroup, Blocks
-from postgen.families.layout import Call, Layout, TimestepShape
+from postgen.families.layout import Call, Layout, video_row
 from postgen.families.video_tokens import VideoTokens, grid_bcthw, grid_btchw
 
 _MAIN = BlockGroup(names=r"blocks\.\d+")
@@ -19,33 +18,17 @@ def _frames_per_block(config: Any) -> int:
     return frames if frames > 1 else 0
 
 
-def _wan_like(
-    transformer: str,
-    call: Call,
-    *,
-    blocks: Blocks = _PLAIN,
-    timestep_shapes: tuple[TimestepShape, ...] = ("B",),
-    attention: str | None = None,
-    denoisers: Mapping[str, str] | None = None,
-    **changes: Any,
-) -> Layout:
-    video: dict[str, Any] = {
-        "self_attention": r"blocks\.\d+\.attn1",
-        "token_order": "video",
-        "latent_axes": "BCTHW",
-        "grid_rule": grid_bcthw,
-        "attention_call": "dispatch",
-        **changes,
-    }
-    return Layout(
-        transformer=transformer,
-        blocks=blocks,
-        timestep_shapes=timestep_shapes,
-        video=VideoTokens(**video),
-        call=call,
-        attention=attention,
-        denoisers=denoisers or {},
-    )
+_USUAL = VideoTokens(
+    self_attention=r"blocks\.\d+\.attn1",
+    token_order="video",
+    latent_axes="BCTHW",
+    grid_rule=grid_bcthw,
+    attention_call="dispatch",
+)
+
+
+def _wan_like(transformer: str, call: Call, *, blocks: Blocks = _PLAIN, **changes: Any) -> Layout:
+    return video_row(_USUAL, transformer, blocks, call, **changes)
 
 
 _CONTROLLED = Blocks(

@@ -44,7 +44,8 @@ _SKYREELS = VideoCall(fps=24)
 _LTX = VideoCall(fps=25, pixels=32)
 _LTX2 = VideoCall(fps=24, pixels=32)
 _KANDINSKY = VideoCall(fps=24)
-# Both make 121 frames of 5 seconds; the example of text-to-video is that of HunyuanVideo, with 15.
+# Its authors write 121 frames at 24 (generate.py of github.com/Tencent-Hunyuan/HunyuanVideo-1.5), as does diffusers'
+# example from a first frame; that from text was taken over from HunyuanVideo, with 15.
 _HUNYUAN_15 = VideoCall(fps=24, pixels=1)
 _EASYANIMATE = VideoCall(fps=8)
 
@@ -133,7 +134,7 @@ def rate_of(pipeline: str, index: Mapping[str, Any], network: Mapping[str, Any])
     if pipeline in ("WanPipeline", "WanImageToVideoPipeline") and index.get("expand_timesteps") is True:
         return 24.0  # Wan2.2-TI2V-5B
     if pipeline in ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline") and network.get("patch_size_t"):
-        return 16.0  # CogVideoX 1.5: 81 frames of 5 seconds (its model card)
+        return 16.0  # CogVideoX 1.5: "Frame Rate: 16 frames/second" (model card of THUDM/CogVideoX1.5-5B)
     return ROWS.get(pipeline, UNKNOWN).fps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from postgen.versions import version_of
 
-from .curves import draw_curves
+from .curves import Curves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,21 +44,22 @@ class Card:
     """The configuration."""
 
 
-def write_card(card: Card, run: Path, folder: Path) -> None:
+def write_card(card: Card, curves: Curves, run: Path, folder: Path) -> None:
     """Write `README.md` into an export, with `curves.png`, and sheets before and after where there are samples.
 
     Args:
         card: what there is to tell.
+        curves: of the run.
         run: folder of the run.
         folder: of the export.
     """
-    curves = draw_curves(run / "metrics.jsonl", folder / "curves.png")
+    drawn = curves.draw(folder / "curves.png")
     sheets = sorted((run / "samples").glob("step-*.png"))
     before = [path for path in sheets if path.stem == "step-000000"]
     for name, found in (("before.png", before), ("after.png", [path for path in sheets if path not in before][-1:])):
         for path in found:
             shutil.copyfile(path, folder / name)
-    (folder / "README.md").write_text(_text(card, folder, curves), encoding="utf-8")
+    (folder / "README.md").write_text(_text(card, folder, drawn), encoding="utf-8")
 
 
 def _text(card: Card, folder: Path, curves: list[str]) -> str:
@@ -77,7 +79,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         f"- Rewards: {', '.join(f'{name} (weight {weight:g})' for name, weight in card.rewards)}",
         f"- Prompts: {card.prompts} of {card.train_dataset or 'rows given in Python'}",
         f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
-        f"- Command: `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        f"- Command: `{_command()}`",
         "- Versions: " + ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "peft")),
         "",
         *_use(card),
@@ -95,6 +97,14 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _command() -> str:
+    """Return the words that started this process, so that a shell takes them again."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _base(source: Any) -> tuple[str, bool]:
@@ -119,7 +129,9 @@ def _use(card: Card) -> list[str]:
                 for name, kind in classes.items()
             ),
         ]
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", ""]
+    option = "--lora" if card.lora else "--model"
+    told = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", told, ""]
 
 
 def _class_of(module: Any) -> str:

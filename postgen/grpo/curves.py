@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,110 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from postgen.files import replacing
+from postgen.training.logging import metrics_row
 
 Points = Sequence[tuple[float, float]]
 
+PIECES = 512
+"""Pieces of a long curve; a plot is fewer points wide."""
+
+_SHOWN = ("reward", "eval_reward", "ratio/mean", "diversity/latent_pairwise")
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 640, 230, 40, 180
 _COLOURS = ((30, 90, 200), (210, 80, 30), (30, 140, 70), (140, 60, 170))
 
 
-def draw_curves(metrics: Path, target: Path) -> list[str]:
-    """Draw rewards over steps from `metrics.jsonl`, a plot each; return the names of those drawn."""
-    rows = read_metrics(metrics)
-    wanted = [
-        name
-        for name in dict.fromkeys(key for row in rows for key in row)
-        if name in ("reward", "eval_reward", "ratio/mean", "diversity/latent_pairwise")
-        or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean"))
-    ]
-    found = {name: {"": [(row["step"], row[name]) for row in rows if row.get(name) is not None]} for name in wanted}
-    found = {name: lines for name, lines in found.items() if len(lines[""]) > 1}
-    if found:
-        draw_plots({name: ("step", lines) for name, lines in found.items()}, target)
-    return list(found)
+class Curve:
+    """A curve of any length in bounded memory, for a picture.
+
+    Up to `PIECES` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
+    many pieces of equally many points are kept, and its two ends: drawn, it looks the same.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._every = 0, 1
+        self._pieces: list[list[tuple[float, float]]] = []
+        self._ends: list[tuple[float, float]] = []
+
+    def add(self, x: float, y: float) -> None:
+        """Add a point; `x` rises."""
+        point = x, y
+        self._ends = [*self._ends[:1], point]
+        if self._count % self._every:
+            self._pieces[-1] = _extremes([*self._pieces[-1], point])
+        else:
+            if len(self._pieces) == PIECES:
+                self._every *= 2
+                pairs = zip(self._pieces[::2], self._pieces[1::2], strict=True)
+                self._pieces = [_extremes([*left, *right]) for left, right in pairs]
+            self._pieces.append([point])
+        self._count += 1
+
+    def points(self) -> list[tuple[float, float]]:
+        """Return what is kept, from left to right."""
+        return sorted({*self._ends, *(point for piece in self._pieces for point in piece)})
+
+
+def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return list({min(points, key=_height), max(points, key=_height)})
+
+
+def _height(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+class Curves:
+    """The rewards of a run over its steps, read off `metrics.jsonl` as it grows.
+
+    Each line is read once, so drawing costs the same at the end of a long run as at its beginning.
+
+    Args:
+        metrics: the file, which may not be there yet.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+        self._file, self._position = -1, 0
+        self._found: dict[str, Curve] = {}
+
+    def draw(self, target: Path) -> list[str]:
+        """Draw a plot for each curve of at least two points; return the names of those drawn."""
+        self._read_on()
+        points = {name: curve.points() for name, curve in self._found.items()}
+        plots = {name: ("step", {"": line}) for name, line in points.items() if len(line) > 1}
+        if plots:
+            draw_plots(plots, target)
+        return list(plots)
+
+    def _read_on(self) -> None:
+        if not self.metrics.is_file():
+            return
+        with self.metrics.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._position:  # another run has begun
+                self._file, self._position, self._found = found.st_ino, 0, {}
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):  # half written: the run goes on, or was killed
+                    break
+                self._position += len(line)
+                if (row := metrics_row(line)) is not None:
+                    self._take(row)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name in _SHOWN or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean")):
+                curve = self._found.setdefault(name, Curve())
+                if isinstance(value, int | float):
+                    curve.add(row["step"], value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`; none when there is no such file.
 
-    The last line may be half written: the run goes on, or was killed.
+    The last line may be half written: the run goes on, or was killed. Damaged lines are left out.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [row for line in lines if line.endswith(b"\n") and (row := metrics_row(line)) is not None]
 
 
 def draw_plots(plots: Mapping[str, tuple[str, Mapping[str, Points]]], target: Path) -> None:

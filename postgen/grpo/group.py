@@ -31,6 +31,7 @@ from .buffer import Buffer
 from .card import Card, write_card
 from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
+from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
 from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
 from .logging import CompletionLog, write_samples
@@ -56,7 +57,8 @@ class GroupTrainer(Trainer[G]):
         eval_reward_funcs: gold rewards, only ever measured.
 
     Raises:
-        UserError: no prompts or rewards, batches that do not divide, an unknown reward.
+        UserError: no prompts or rewards, batches that do not divide, an unknown reward, sizes that the model
+            cannot make.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = GroupConfig
@@ -76,6 +78,7 @@ class GroupTrainer(Trainer[G]):
             raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}")
         super().__init__(args, callbacks)
         self.source, self._peft_config = args.model if model is None else model, peft_config
+        args.check_size(self.source, here=True)
         train_dataset = args.train_dataset if train_dataset is None else train_dataset
         eval_dataset = args.eval_dataset if eval_dataset is None else eval_dataset
         if train_dataset is None:
@@ -99,6 +102,7 @@ class GroupTrainer(Trainer[G]):
             check_equal_calls(self.batches.processes, evaluated, one_window=self.shares_rollout_window)
         self.meter = Meter(self.device, backward=3.0 if args.gradient_checkpointing else 2.0)
         self.hacking = HackingGuard(args.hacking_patience)
+        self.curves = Curves(args.folder / "metrics.jsonl")
 
     @classmethod
     def from_config(cls, args: G) -> Self:
@@ -168,9 +172,10 @@ class GroupTrainer(Trainer[G]):
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode prompts."""
         args = self.args
+        args.check_size(self.source)
         self.policy: Policy = load_policy(self.source, args, args, self.device, self._peft_config)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
-        self.fps = float(args.fps or self.policy.defaults.fps)
+        self.fps = self.policy.rate(args.fps)
         evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.embeddings = Embeddings(
             self.policy.denoiser,
@@ -255,7 +260,7 @@ class GroupTrainer(Trainer[G]):
             train_dataset=args.train_dataset,
             settings=args.to_dict(),
         )
-        write_card(card, args.folder, folder)
+        write_card(card, self.curves, args.folder, folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what the run has cost, and the rollout if it is not used up."""

@@ -116,15 +116,15 @@ class HackingGuard:
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.history: list[tuple[float, float]] = []
+        self.last: tuple[float, float] | None = None
+        """Means of the last evaluation: reward, gold reward."""
         self.parted = 0
 
     def see(self, reward: float, gold: float) -> bool:
         """Take the means of an evaluation; return whether the rewards have parted for long enough."""
-        if self.history:
-            before = self.history[-1]
-            self.parted = self.parted + 1 if reward > before[0] and gold < before[1] else 0
-        self.history.append((reward, gold))
+        if self.last is not None:
+            self.parted = self.parted + 1 if reward > self.last[0] and gold < self.last[1] else 0
+        self.last = reward, gold
         return bool(self.patience) and self.parted >= self.patience
 
     def watch(self, means: Mapping[str, float], gold: str) -> dict[str, float]:
@@ -151,8 +151,10 @@ class HackingGuard:
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
-        return {"history": [list(pair) for pair in self.history], "parted": self.parted}
+        return {"history": [] if self.last is None else [list(self.last)], "parted": self.parted}
 
     def load(self, history: list[list[float]], parted: int) -> None:
-        """Take it back."""
-        self.history, self.parted = [(a, b) for a, b in history], parted
+        """Take it back. Checkpoints hold a list of pairs, of which the last counts."""
+        self.last, self.parted = None, parted
+        for reward, gold in history[-1:]:
+            self.last = reward, gold

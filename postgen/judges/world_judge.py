@@ -25,6 +25,7 @@ from postgen.rewards.world_net import save_net
 from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes, specs_of
 
+from .chances import KindChances
 from .spoil import HEAD, LEVELS, ON_ANY_CLIP, Picked, Takes, corrupt, render_takes
 
 _FRAMES = 17
@@ -49,6 +50,9 @@ class WorldJudgeConfig(TrainingConfig):
 
     kinds_per_step: int = 4
     """Kinds that the pairs of a step are of."""
+
+    hard_share: float = 0.5
+    """Part of the draws in which a kind's chance follows the share of its pairs that were ranked wrongly of late."""
 
     pipeline: str | None = None
     """Folder of a diffusers text-to-video pipeline of the world, for reconstructions and samples; none takes none."""
@@ -85,6 +89,7 @@ class WorldJudgeConfig(TrainingConfig):
         self.require(
             1 <= self.kinds_per_step <= batch, "kinds_per_step", f"in 1..per_device_train_batch_size ({batch})"
         )
+        self.require(0 <= self.hard_share <= 1, "hard_share", "in 0..1")
         for name in ("reconstructions", "samples"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.sampling_steps >= 1, "sampling_steps", "at least 1")
@@ -111,6 +116,8 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         held = [*specs_of(0, half, _FRAMES), *specs_of(half, args.eval_clips - half, _FRAMES, "held_out")]
         self.unseen = render_takes(held, args.size, self.device)
         self.made, self.remade = self._of_pipeline()
+        known = [*self.rows_of, *(["remade"] if self.remade is not None else [])]
+        self.chances = KindChances(known, args.hard_share)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
         self.config: dict[str, Any] = {
@@ -160,8 +167,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Bradley-Terry loss of one batch of pairs of some kinds; metric: share of pairs in the right order."""
         args = self.args
-        known = [*self.rows_of, *(["remade"] if self.remade is not None else [])]
-        kinds = random.sample(known, min(args.kinds_per_step, len(known)))
+        kinds = self.chances.draw(args.kinds_per_step)
         shares = [len(part) for part in torch.arange(args.per_device_train_batch_size).tensor_split(len(kinds))]
         pairs = [
             self._remade_pair(count) if kind == "remade" else self._pair(kind, count)
@@ -179,7 +185,18 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         loss = loss + args.other_head_weight * other.square().mean()
         # Only differences count above; this keeps the scores near zero.
         loss = loss + 1e-3 * scores.square().mean()
+        # Wrong as the evaluation counts it: by the mean of both heads, ties included.
+        for kind, wrong in zip(kinds, (gap.detach().mean(1) <= 0).float().cpu().split(shares), strict=True):
+            self.chances.note(kind, float(wrong.mean()))
         return loss, {"right": (own > 0).float().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how often the kinds' pairs were ranked wrongly, which the next kinds are drawn by."""
+        return {"errors": dict(self.chances.errors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.chances.load(state["errors"])
 
     def _pair(self, kind: str, count: int) -> tuple[Tensor, Tensor]:
         """The same clips at two levels of a kind."""
@@ -246,6 +263,7 @@ def pair_accuracy(score: Any, takes: Takes, level: int, seed: int = 0) -> dict[s
     """
     result = {}
     device = takes.clean.device
+    clean = torch.cat([score(part.float() / 255) for part in takes.clean.split(32)])
     for kind in LEVELS:
         rows = takes.rows(kind)
         wins = []
@@ -253,6 +271,7 @@ def pair_accuracy(score: Any, takes: Takes, level: int, seed: int = 0) -> dict[s
             picked = takes.pick(part)
             generator = torch.Generator(device).manual_seed(seed + int(part[0]))
             levels = torch.full((len(part),), level, device=device)
-            wins.append(score(picked.clean) > score(corrupt(kind, levels, picked, generator)))
+            spoilt = score(corrupt(kind, levels, picked, generator))
+            wins.append(clean[part.to(clean.device)] > spoilt)
         result[kind] = float(torch.cat(wins).float().mean()) if wins else float("nan")
     return result

@@ -2,14 +2,20 @@
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
-from postgen.families.loading import Defaults
+from postgen.families.loaded import defaults_of, sizes_of_pipeline
+from postgen.families.loading import Defaults, inspect_model
+from postgen.families.wan_sizes import check_size
 from postgen.settings import Part
 
 from .schedule import SigmaSchedule
 from .solver import Solver
+
+_SIZES = ("num_frames", "height", "width")
 
 
 @dataclass(kw_only=True)
@@ -67,6 +73,28 @@ class SamplingConfig(Part):
         self.require(self.guidance_scale >= 0, "guidance_scale", "at least 0")
         self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
 
+    def check_size(self, source: Any, *, here: bool = False) -> None:
+        """Refuse sizes that a model cannot make, by the rules of `postgen generate`; no weights are read.
+
+        Args:
+            source: a folder, a hub id, a pipeline, or None for the embedded model.
+            here: leave alone what is not on this machine.
+
+        Raises:
+            UserError: names the nearest sizes that are allowed; or there is no such model.
+        """
+        if source is None or isinstance(source, str | Path):
+            folder = embedded_model() if source is None else source
+            if here and not Path(folder).expanduser().is_dir():
+                return
+            facts = inspect_model(folder, images=True)
+            defaults, steps = facts.defaults, facts.multiples
+        else:
+            defaults, steps = defaults_of(source), sizes_of_pipeline(source)
+        if steps is not None:
+            frames, height, width = (getattr(self, name) or getattr(defaults, name) for name in _SIZES)
+            check_size(frames, height, width, *steps)
+
     def clip_size(self, pipe: Any, defaults: Defaults) -> dict[str, int]:
         """Return `num_frames`, `height` and `width` of what is made.
 
@@ -79,7 +107,7 @@ class SamplingConfig(Part):
         """
         takes = inspect.signature(type(pipe).__call__).parameters
         found = {}
-        for name in ("num_frames", "height", "width"):
+        for name in _SIZES:
             value = getattr(self, name) or getattr(defaults, name)
             if value is None and name == "num_frames" and "num_frames" not in takes:
                 value = 1

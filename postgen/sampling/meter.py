@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
+_OPEN = 4096
+"""Times on a GPU that may wait to be read: of some meters nobody reads them."""
+
 
 class Meter:
     """Counts and times. On a GPU the times are taken by events and read later, so that nothing waits for them.
@@ -47,6 +50,8 @@ class Meter:
         yield
         end.record()
         self._open.append((name, begin, end))
+        if len(self._open) >= _OPEN:
+            self.read()
 
     @property
     def forward_equivalents(self) -> float:

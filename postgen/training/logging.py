@@ -5,7 +5,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -76,9 +76,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = [line for line in _lines(path) if resumed_step and line["step"] <= resumed_step]
-        with replacing(path) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with replacing(path) as part, part.open("wb") as file:
+            for text, line in _lines(path) if resumed_step else ():
+                if line["step"] <= resumed_step:
+                    file.write(text.rstrip(b"\n") + b"\n")
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. Numbers that JSON lacks (nan, inf) are written as null."""
@@ -90,15 +91,23 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **clean}) + "\n")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines; a line cut off by a kill is left out."""
-    found = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
+def metrics_row(line: str | bytes) -> dict[str, Any] | None:
+    """Return what a line of `metrics.jsonl` says; None of one that was cut off by a kill, or damaged by the disk."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # letters that are none, too
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the whole lines with what they say, one at a time."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for text in file:
+            if (row := metrics_row(text)) is not None:
+                yield text, row
 
 
 class Progress:

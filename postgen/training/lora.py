@@ -10,6 +10,7 @@ from torch import nn
 from postgen.errors import UserError
 from postgen.families import Denoiser
 from postgen.families.lora import check_lora, load_loras, parse_lora
+from postgen.families.lora_file import CHANGES_MODEL
 from postgen.settings import Part
 
 
@@ -36,7 +37,8 @@ class AdapterConfig(Part):
     """Endings of layer names; empty takes those of the model's attention."""
 
     lora_path: str | None = None
-    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold."""
+    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold, and it is what is
+    trained, with `use_peft: false` too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,10 +59,16 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
         The name of the adapters, or None when the configuration wants none.
 
     Raises:
-        UserError: two sources of adapters, a file that does not fit, or layers that do not exist.
+        UserError: two sources of adapters, a file that does not fit, layers that do not exist, or a beginning that
+            changes other weights.
     """
     if config.lora_path and peft_config is not None:
         raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
+    if CHANGES_MODEL.fullmatch(began := str(getattr(peft_config, "init_lora_weights", None))):
+        raise UserError(
+            f"peft_config has init_lora_weights {began}, which changes the model too, and that would not be written:"
+            ' use True or "gaussian"'
+        )
     networks: dict[str, Any] = dict(denoiser.transformers)
     if config.lora_path:
         _go_on_from(pipe, config.lora_path, networks)

@@ -15,6 +15,8 @@ from postgen.assets import embedded_model
 from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
+from postgen.families.exports import write_note
+from postgen.families.loaded import defaults_of
 from postgen.families.loading import Defaults, inspect_model, load_pipeline
 from postgen.families.lora import save_lora
 from postgen.sampling.schedule import shifted
@@ -66,7 +68,7 @@ class Policy:
         model: how it is run.
         lora: which adapters are added; without any, all weights of the denoiser are trained.
         peft_config: a `peft.LoraConfig`; none takes the one that `lora` describes.
-        defaults: what the model's folder says about sizes.
+        defaults: what the model's folder says about sizes and playback rate; none takes the family's rate.
 
     Raises:
         UserError: no denoiser for it, or LoRA layers that it does not have.
@@ -86,7 +88,7 @@ class Policy:
             pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
         if model.max_sequence_length is not None:
             self.denoiser.max_sequence_length = model.max_sequence_length
-        self.defaults = defaults or Defaults()
+        self.defaults = defaults or defaults_of(pipe)
         self.modules: dict[str, Any] = dict(self.denoiser.transformers)
         self._start: WeightsCopy | None = None
         for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
@@ -101,6 +103,17 @@ class Policy:
         for module in self.modules.values():
             if model.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
+
+    def rate(self, fps: float | None) -> float:
+        """Return the frames per second of clips, the model's where none are given, and tell a network that takes them.
+
+        Args:
+            fps: from the user.
+        """
+        rate = float(fps or self.defaults.fps)
+        if hasattr(self.denoiser, "frame_rate"):  # LTX: positions in time are seconds
+            self.denoiser.frame_rate = rate
+        return rate
 
     @property
     def copies_reference(self) -> bool:
@@ -150,10 +163,14 @@ class Policy:
     def save(self, folder: Path, weights: Weights) -> None:
         """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
 
+        The latter with a note of the model around them, so that `postgen generate --model` takes the folder.
+
         Args:
             folder: an existing folder. Of two experts each gets its own sub-folder.
             weights: all weights of each model, as a trainer's `export` is given them.
         """
+        if self.adapter is None:
+            write_note(folder, self.pipe, list(self.modules))
         for name, module in self.modules.items():
             alone = len(self.modules) == 1
             if self.adapter is None:

@@ -130,7 +130,10 @@ def _parse(
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise UserError(f"{path}: {message}.")
+            # "argument --key/--other-key: what is wrong"
+            named = message.removeprefix("argument ").partition("/")[0].partition(":")[0]
+            given = any(word.startswith("--") and f"--{_key(word)}" == named for word in overrides)
+            raise UserError(f"{'The command line' if given else path}: {message}.")
 
     parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
     config: TrainingConfig

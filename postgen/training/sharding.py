@@ -6,7 +6,6 @@ that plug-in falls back to plain data parallelism without a word; here nothing d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,33 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from postgen.compat import block_classes
 from postgen.errors import UserError
 from postgen.families import blocks_of
-
-
-def check_launch(device: str) -> None:
-    """Look at what `accelerate launch` asks for, before accelerate does.
-
-    Args:
-        device: of the configuration.
-
-    Raises:
-        UserError: DeepSpeed, FSDP 1, FSDP on a CPU, or activations recomputed by FSDP.
-    """
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "DeepSpeed (ZeRO) cannot be used: its engine owns the optimiser and the weights, which are averaged, "
-            "swapped and written here. Cut them with FSDP2: recipes/accelerate/fsdp2.yaml, or --fully_shard true"
-        )
-    if not _asked("ACCELERATE_USE_FSDP"):
-        return
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP 1 cannot be used: write fsdp_version: 2 into the file for accelerate")
-    if device == "cpu" or not torch.cuda.is_available():
-        raise UserError(
-            "accelerate's FSDP does nothing on CPUs: use recipes/accelerate/ddp_cpu.yaml with --fully_shard true"
-        )
-    if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
-        raise UserError("fsdp_activation_checkpointing is the recipe's gradient_checkpointing here: set it there")
-
 
 Blocks = Callable[[], Sequence[nn.Module]]
 """The modules inside a model that are cut one by one; asked for only where it is cut."""
@@ -214,7 +186,3 @@ def no_sync(models: Mapping[str, nn.Module], accelerator: Accelerator) -> Iterat
             model.set_requires_gradient_sync(False)  # type: ignore[operator]
             stack.callback(model.set_requires_gradient_sync, True)  # type: ignore[arg-type]
         yield
-
-
-def _asked(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers import TrainerCallback, get_scheduler
 
@@ -20,11 +19,12 @@ from . import checkpoint, rng, weights
 from .callbacks import Callbacks
 from .ema import Ema
 from .hooks import C, TrainerHooks
-from .logging import available_trackers, say
+from .launch import check_launch, make_accelerator
+from .logging import say
 from .processes import check_equal, leave_group
 from .run_log import RunLog
 from .run_state import RunState, changed_settings
-from .sharding import check_launch, no_sync, prepare, whole
+from .sharding import no_sync, prepare, whole
 from .stop import Reason, Signals, TrainResult
 from .swap import trained_parameters
 
@@ -67,24 +67,15 @@ class Trainer(TrainerHooks[C]):
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        UserError: the device is absent, or launched in a way that it cannot be (`check_launch`).
+        UserError: the device is absent, or launched in a way that it cannot be (`postgen.training.launch`).
     """
 
     def __init__(self, args: C, callbacks: Iterable[TrainerCallback] = ()) -> None:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
-        check_launch(args.device)
+        check_launch(args)
         self.args = args
         self.global_step = 0
         self.models: dict[str, nn.Module] = {}
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if args.bf16 else "no",
-            # Accumulation is ours: accelerate counts micro-batches in a state that all trainers of a process share.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            cpu=args.device == "cpu",
-            log_with=available_trackers(args.report_to) or None,
-            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.output_dir),
-        )
+        self.accelerator = make_accelerator(args)
         self.sharded: bool = args.fully_shard or self.accelerator.is_fsdp2
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":
@@ -279,7 +270,7 @@ class Trainer(TrainerHooks[C]):
 
     def _log(self, values: dict[str, float]) -> None:
         self.log.write(self.global_step, values)
-        self.callbacks.state.log_history.append({"step": self.global_step, **values})
+        self.callbacks.remember(self.global_step, values)
         self._event("on_log", logs=values)
 
     def _evaluate(self) -> None:

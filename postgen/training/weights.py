@@ -11,6 +11,9 @@ from postgen.tensor_files import read_tensors
 
 from .checkpoint import find
 
+_LORAS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Of diffusers and of peft."""
+
 
 def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
     """Load weights alone into `models`.
@@ -27,6 +30,8 @@ def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"init_from: {folder} is no folder. Give one with safetensors weights.")
     newest = find(folder)
+    if not newest and any((folder / name).is_file() for name in _LORAS):
+        raise UserError(f"init_from: {folder} holds a LoRA and no whole network. Go on from it with lora_path.")
     found = _from_checkpoint(newest[-1] if newest else folder)
     for name, model in models.items():
         tensors = _part(found, name) if found else _from_folder(folder, name, model, alone=len(models) == 1)

@@ -191,11 +191,49 @@ def test_denoiser_of_a_pipeline_without_its_network_is_refused():
         denoiser_for(pipe)
 
 
-def test_denoiser_of_cogvideox_15_does_not_pad():
+@pytest.fixture(scope="module")
+def padded():
+    """CogVideoX 1.5, whose patches are of two frames, and its size."""
+    from diffusers import CogVideoXTransformer3DModel
+
     pipe, size = tiny_pipeline("CogVideoX")
-    pipe.transformer.register_to_config(patch_size_t=2)
-    with pytest.raises(UserError, match="would pad 9 frames: use 5 or 13"):
-        denoiser_for(pipe).initial_latents(1, **size)
+    config = {**pipe.transformer.config, "patch_size_t": 2, "patch_bias": False, "_use_default_values": []}
+    torch.manual_seed(0)
+    pipe.transformer = CogVideoXTransformer3DModel.from_config(config).eval()
+    return pipe, size
+
+
+@torch.no_grad()
+def test_denoiser_of_cogvideox_15_pads_as_its_pipeline_does(padded):
+    pipe, size = padded
+    denoiser = denoiser_for(pipe)
+    assert size["num_frames"] == 9
+    assert denoiser.latent_shape(**size)[0] == 4  # three, and one more
+    made = pipe(["a red ball", "a cube"], **call(pipe, size, 1.0)).frames
+    condition = denoiser.encode_prompt(["a red ball", "a cube"], guidance=False)
+    _, clips = deterministic(denoiser, condition, size, 1.0)
+    assert clips.shape[1] == 9
+    assert (clips - torch.as_tensor(made)).abs().max() <= 2e-4
+
+
+@torch.no_grad()
+def test_denoiser_of_cogvideox_15_encodes_what_it_decodes(padded):
+    pipe, size = padded
+    denoiser = denoiser_for(pipe)
+    clips = torch.rand(1, 9, 3, size["height"], size["width"], generator=noise_source())
+    latents = denoiser.encode_video(clips)
+    assert latents.shape[1:] == denoiser.latent_shape(**size)
+    assert torch.equal(latents[:, 0], latents[:, 1])
+    raw = pipe.vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    direct = pipe.vae.decode(raw).sample.transpose(1, 2) / 2 + 0.5
+    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_denoiser_of_cogvideox_makes_as_many_frames_as_were_asked_for(padded):
+    """With 5 frames there would be two latent frames, of which the autoencoder makes 8."""
+    for pipe in (padded[0], tiny_pipeline("CogVideoX")[0]):
+        with pytest.raises(UserError, match=r"the number of frames must be 8n\+1, got 5: use 1 or 9"):
+            denoiser_for(pipe).initial_latents(1, **{**padded[1], "num_frames": 5})
 
 
 def test_denoiser_schedules_need_the_right_scheduler():

@@ -43,6 +43,7 @@ def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path):
     card = (export / "README.md").read_text()
     assert "lora" in card
     assert "near (weight 1)" in card
+    assert "- Command: `python -m pytest" in card or "- Command: `pytest" in card
     assert (tmp_path / "run" / "samples" / "step-000002.mp4").is_file()
     again = video_run(tiny_wan, tmp_path / "again", lora_path=str(export), max_steps=1, beta=0.1)
     again.train()

@@ -19,7 +19,7 @@ from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.world_clip import WorldClipNet
 from postgen.rewards.world_net import prepare
 from postgen.train import main
-from postgen.training import load_recipe
+from postgen.training import checkpoint, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PLAIN = {
@@ -52,6 +52,7 @@ JUDGE = {
     "eval_clips": 4,
     "max_steps": 4,
     "eval_steps": 4,
+    "save_steps": 2,
 }
 
 
@@ -100,6 +101,7 @@ def test_shipped_recipes_are_read():
         ({**JUDGE, "samples": -1}, "samples.*at least 0"),
         ({**JUDGE, "kinds_per_step": 5}, r"kinds_per_step.*in 1\.\.per_device_train_batch_size \(4\)"),
         ({**JUDGE, "course_clips": 0}, "course_clips.*at least 1"),
+        ({**JUDGE, "hard_share": 1.5}, r"hard_share.*in 0\.\.1"),
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, values, message):
@@ -157,6 +159,15 @@ def test_world_judge_is_a_reward_with_views(judge_run, videos):
 def test_world_judge_logs_every_kind(judge_run):
     last = next(row for row in reversed(log(judge_run)) if "eval_pairs_min" in row)
     assert {f"eval_pairs_{kind.replace(' ', '_')}" for kind in LEVELS} <= set(last)
+
+
+def test_world_judge_resumes_with_what_it_got_wrong(judge_run, tmp_path):
+    folder = run(tmp_path, JUDGE, resume_from_checkpoint=str(judge_run / "checkpoint-2"))
+    errors = [checkpoint.read(path / "checkpoint-4").ranks[0]["method.errors"] for path in (judge_run, folder)]
+    assert errors[0] == errors[1]
+    assert sum(value != 0.5 for value in errors[0].values()) > JUDGE["per_device_train_batch_size"]
+    weights = [(path / "export" / "model.safetensors").read_bytes() for path in (judge_run, folder)]
+    assert weights[0] == weights[1]
 
 
 def test_world_judge_takes_clips_of_a_pipeline(tmp_path, tiny_wan, monkeypatch):

@@ -1,5 +1,8 @@
 """The benchmark's own parts: random networks of the published forms, its gates, and the numbers it takes."""
 
+import json
+import sys
+
 import pytest
 import torch
 
@@ -97,6 +100,30 @@ def test_gates_say_what_is_missing():
     assert ok["world_clip_retrieval_at_1"]
     assert ok["clips_per_s_clip_l"]
     assert not ok["judge_pair_accuracy_min"]
+
+
+def test_parts_are_measured_again_and_the_rest_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "rewards.json"
+    exact = {name: {"strengths": [0, 1], "scores": [0.5, 0.5]} for name in bench.EXACT}
+    times = {"clip_l": {"clips_per_s": 6.0, "forward_only_clips_per_s": 10.0, "peak_gib": 1.0}}
+    old = {"exact": exact, "world_clip_retrieval": {}, "judge_pairs": {}, "batch_equals_single": {"a": 0.0}}
+    path.write_text(json.dumps({"date": "then", "device": "GPU", "versions": {}, **old, "times": times, "gates": []}))
+    better = {name: {"strengths": [0, 1], "scores": [1.0, 0.0]} for name in bench.EXACT}
+    monkeypatch.setattr(bench, "exact_rows", lambda count, device: better)
+    call = ["rewards", "--device", "cpu", "--output", str(path), "--parts"]
+    monkeypatch.setattr(sys, "argv", [*call, "exact"])
+    bench.main()
+    found = json.loads(path.read_text())
+    assert (found["exact"], found["times"], found["device"]) == (better, times, "GPU")
+    assert set(found["remeasured"]) == {"exact"}
+    weights = found["remeasured"]["exact"]["settings"]["weights"]
+    assert {name: len(digits) for name, digits in weights.items()} == {"world_clip": 12, "world_judge now": 12}
+    ok = {row["name"]: row["ok"] for row in found["gates"]}
+    assert ok["world_true_clips"]
+    assert ok["clips_per_s_clip_l"]
+    monkeypatch.setattr(sys, "argv", [*call, "times"])
+    with pytest.raises(SystemExit, match="on a GPU only"):
+        bench.main()
 
 
 def test_separation_is_the_share_of_pairs_in_order():

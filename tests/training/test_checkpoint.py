@@ -215,3 +215,6 @@ def test_init_from_that_does_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \*.safetensors in"):
         make(tmp_path / "fourth", init_from=str(tmp_path / "empty")).train()
+    (tmp_path / "empty" / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds a LoRA and no whole network\. Go on from it with lora_path"):
+        make(tmp_path / "fifth", init_from=str(tmp_path / "empty")).train()

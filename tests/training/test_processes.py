@@ -46,7 +46,7 @@ def launch(folder, **settings):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(tmp_path):
-    path, done = launch(tmp_path)
+    path, done = launch(tmp_path, device="auto")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     zero, one = (load_file(run / f"rank-{rank}.safetensors") for rank in (0, 1))

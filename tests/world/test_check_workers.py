@@ -115,6 +115,28 @@ def test_an_interrupt_ends_them():
     assert pool.processes[0].end() == -9
 
 
+def test_a_call_under_way_finishes_when_the_pools_are_closed(scenes, sight):
+    with workers.pool_of(2) as pool:
+        before = pool.submit(sight, scenes[0])
+        workers.close_pools()
+        after = pool.submit(sight, scenes[0])
+        with workers.pool_of(2) as other:
+            assert other is not pool
+        for jobs in (before, after):
+            assert [report for job in jobs for report in job.result()] == judge(sight, scenes[0])
+    assert all(process.end() == -9 for process in pool.processes)
+
+
+def test_a_call_that_fails_leaves_the_others_their_processes(scenes, sight):
+    """As if the first had been interrupted while the second was judging in another thread."""
+    with workers.pool_of(2) as pool:
+        with pytest.raises(KeyboardInterrupt), workers.pool_of(2):
+            raise KeyboardInterrupt
+        jobs = pool.submit(sight, scenes[0])
+        assert [report for job in jobs for report in job.result()] == judge(sight, scenes[0])
+    assert all(process.end() == -9 for process in pool.processes)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"])
 def test_no_process_outlives_its_parent(end):

@@ -37,6 +37,8 @@ class Pool:
         for process in self.processes:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(workers, "judge")
+        self.users = 0
+        """Calls under way, counted under the lock of the table of pools."""
 
     def submit(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Future[list[Report]]]:
         """Begin to judge clips, an equal number in each process; results in their order, or `WorkerDied`."""
@@ -131,25 +133,37 @@ _lock = threading.Lock()
 
 @contextmanager
 def pool_of(workers: int) -> Iterator[Pool]:
-    """The pool with that many processes, started at its first use; ended after an interrupt, or when one died."""
+    """The pool with that many processes, started at its first use; ended after an interrupt, or when one died.
+
+    Calls of other threads that are under way finish first: the last of them ends the processes.
+    """
     key = (os.getpid(), workers)
     with _lock:
         if key not in _pools:
             _pools[key] = Pool(workers)
         pool = _pools[key]
+        pool.users += 1
+    broken = False
     try:
         yield pool
     except BaseException as error:
-        if isinstance(error, WorkerDied) or not isinstance(error, Exception):
-            with _lock:
-                _pools.pop(key, None)
-            pool.close()
+        broken = isinstance(error, WorkerDied) or not isinstance(error, Exception)
         raise
+    finally:
+        with _lock:
+            pool.users -= 1
+            if broken and _pools.get(key) is pool:
+                del _pools[key]
+            last = not pool.users and _pools.get(key) is not pool
+        if last:
+            pool.close()
 
 
 @atexit.register
 def close_pools() -> None:
-    """End all processes of the judge; a later call starts new ones."""
+    """End all processes of the judge; a later call starts new ones, and one that is under way ends its own."""
     with _lock:
         for key in [key for key in _pools if key[0] == os.getpid()]:
-            _pools.pop(key).close()
+            pool = _pools.pop(key)
+            if not pool.users:
+                pool.close()

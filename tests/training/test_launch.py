@@ -1,0 +1,116 @@
+"""What `accelerate launch` asks for is heeded or refused in one line; its own functions say what it sets."""
+
+import os
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import prepare_simple_launcher_cmd_env
+
+from postgen.errors import UserError
+from postgen.training.launch import check_launch, make_accelerator
+from tests.training.tiny import TinyConfig, TinyTrainer
+
+
+@pytest.fixture
+def fresh():
+    """Accelerate keeps what the first trainer of a process was told; afterwards as before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(folder, **settings):
+    return TinyConfig(output_dir=str(folder / "run"), report_to=[], disable_tqdm=True, max_steps=1, **settings)
+
+
+def launched(monkeypatch, *words):
+    """Put into the environment what the launcher puts there for one process."""
+    usual = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    args = launch_command_parser().parse_args([*usual, *words, "script.py"])  # of two equal words the last one counts
+    args.use_cpu, args.num_cpu_threads_per_process = args.cpu, 1
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    for name in environment.keys() - os.environ.keys():
+        monkeypatch.setenv(name, environment[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["--mixed_precision", "bf16"], {}, "set bf16: true in the recipe (--bf16 true)"),
+        (["--mixed_precision", "fp16"], {}, "there is bfloat16 only, bf16: true in the recipe"),
+        (["--mixed_precision", "fp16"], {"bf16": True}, "bf16 decides, which is true"),
+        (["--dynamo_backend", "inductor"], {}, "dynamo_backend inductor, but the recipe decides what is compiled"),
+        (["--cpu", "--num_processes", "2"], {}, "accelerate launch has started one"),
+        (["--num_processes", "2"], {}, "use --config_file recipes/accelerate/ddp_cpu.yaml"),
+        (["--cpu"], {"device": "cuda"}, "accelerate launch says --cpu, device is cuda"),
+    ],
+)
+def test_what_is_not_heeded_is_refused(tmp_path, monkeypatch, words, settings, message):
+    launched(monkeypatch, *words)
+    with pytest.raises(UserError) as caught:
+        TinyTrainer(config(tmp_path, **settings))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM cannot be used"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config (tensor, context and sequence"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "set it there (--gradient_accumulation_steps 4)"),
+    ],
+)
+def test_other_ways_to_spread_a_model_are_refused(tmp_path, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        check_launch(config(tmp_path, gradient_accumulation_steps=2))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ([], {}),
+        (["--cpu"], {"device": "cpu"}),
+        (["--mixed_precision", "bf16"], {"bf16": True}),
+        (["--mixed_precision", "no"], {"bf16": True}),
+    ],
+)
+def test_what_agrees_is_heeded(tmp_path, monkeypatch, fresh, words, settings):
+    launched(monkeypatch, *words)
+    trainer = TinyTrainer(config(tmp_path, **settings))
+    assert trainer.accelerator.mixed_precision == ("bf16" if settings.get("bf16") else "no")
+    assert trainer.accelerator.num_processes == 1
+    trainer.train()
+    assert trainer.global_step == 1
+
+
+def test_another_device_than_the_recipes_is_told(tmp_path, monkeypatch, fresh):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(UserError, match="device is cpu, but accelerate was told meta"):
+        make_accelerator(config(tmp_path, device="cpu"))
+
+
+def test_processes_that_did_not_come_together_are_told(tmp_path, monkeypatch, fresh):
+    make_accelerator(config(tmp_path, device="cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were asked for"):
+        make_accelerator(config(tmp_path, device="cpu"))
+
+
+def test_settings_that_a_process_cannot_change_any_more_are_told(tmp_path, fresh):
+    make_accelerator(config(tmp_path))
+    with pytest.raises(UserError, match="trained with other settings of bf16 or device before") as caught:
+        make_accelerator(config(tmp_path, bf16=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_has_a_number_is_one_of_several(tmp_path, monkeypatch):
+    launched(monkeypatch, "--cpu", "--num_processes", "2")
+    with pytest.raises(UserError, match="has started one"):
+        check_launch(config(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_launch(config(tmp_path))
