@@ -132,9 +132,10 @@ def _check_processes() -> None:
         return
     if not any(name in os.environ for name in ("LOCAL_RANK", "RANK", *_SIZES)):
         raise UserError(
-            "several processes were asked for (num_processes, num_machines), and accelerate launch has started one: "
-            "on CPUs use --config_file recipes/accelerate/ddp_cpu.yaml (or --multi_gpu --num_processes N instead of "
-            "--cpu, and device: cpu in the recipe); for a single process --num_processes 1, without MASTER_ADDR"
+            f"several processes were asked for (MASTER_ADDR is {os.environ['MASTER_ADDR']}), and accelerate launch has"
+            " started one: for one process unset MASTER_ADDR, which another program has left, and say"
+            " --num_processes 1; for several on CPUs use --config_file recipes/accelerate/ddp_cpu.yaml (or --multi_gpu"
+            " --num_processes N instead of --cpu, and device: cpu in the recipe)"
         )
 
 

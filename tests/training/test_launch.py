@@ -41,7 +41,11 @@ def launched(monkeypatch, *words):
         (["--mixed_precision", "fp16"], {}, "there is bfloat16 only, bf16: true in the recipe"),
         (["--mixed_precision", "fp16"], {"bf16": True}, "bf16 decides, which is true"),
         (["--dynamo_backend", "inductor"], {}, "dynamo_backend inductor, but the recipe decides what is compiled"),
-        (["--cpu", "--num_processes", "2"], {}, "accelerate launch has started one"),
+        (
+            ["--cpu", "--num_processes", "2"],
+            {},
+            "accelerate launch has started one: for one process unset MASTER_ADDR",
+        ),
         (["--num_processes", "2"], {}, "use --config_file recipes/accelerate/ddp_cpu.yaml"),
         (["--cpu"], {"device": "cuda"}, "accelerate launch says --cpu, device is cuda"),
     ],
