@@ -1,5 +1,7 @@
 """A real tiny video pipeline: LoRA and full weights, the reference, images, files that plain diffusers loads."""
 
+import sys
+
 import pytest
 import torch
 
@@ -19,12 +21,14 @@ def video_run(model, folder, kind=DanceGRPOTrainer, **changes):
     return kind(str(model), near, config(output_dir=str(folder / "run"), **values), rows, rows)
 
 
-def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path):
+def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline
     from peft import LoraConfig
 
     run = video_run(tiny_wan, tmp_path, eval_steps=2, gradient_checkpointing=True, guidance_scale=3.0, beta=0.1)
     run._peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_v"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/some/where/postgen", "train", "my recipe.yaml"])
     run.train()
     export = tmp_path / "run" / "export"
     assert {path.name for path in export.iterdir()} >= {"pytorch_lora_weights.safetensors", "README.md"}
@@ -43,7 +47,7 @@ def test_grpo_lora_loads_with_plain_diffusers(tiny_wan, tmp_path):
     card = (export / "README.md").read_text()
     assert "lora" in card
     assert "near (weight 1)" in card
-    assert "- Command: `python -m pytest" in card or "- Command: `pytest" in card
+    assert "- Command: `postgen train 'my recipe.yaml'`" in card
     assert (tmp_path / "run" / "samples" / "step-000002.mp4").is_file()
     again = video_run(tiny_wan, tmp_path / "again", lora_path=str(export), max_steps=1, beta=0.1)
     again.train()
