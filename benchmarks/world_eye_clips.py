@@ -3,8 +3,8 @@
     python -m benchmarks.world_eye_clips FOLDER [--first 600000] [--device cuda] [--model MODEL] [--sheets]
 
 Of 208 clips 92 are made as the model's folder says, 116 as a policy draws them in training: small, in few steps,
-without guidance, so that more of them are wrong. The judge never sees them here. Four files of lossless clips are written,
-with --sheets also pictures with the prompts under numbers, for the person.
+without guidance, so that more of them are wrong. The judge never sees them here. Four files of lossless clips are
+written, with --sheets also pictures with the prompts under numbers, for the person.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def main() -> None:
     """Make the clips, draw the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the clips are kept; what is there already is not made again")
-    parser.add_argument("--first", type=int, default=FIRST, help=f"first seed (default: {FIRST}; {FIRST_FRESH}: a fresh draw)")
+    parser.add_argument(
+        "--first", type=int, default=FIRST, help=f"first seed (default: {FIRST}; {FIRST_FRESH}: a fresh draw)"
+    )
     parser.add_argument("--model", type=Path, default=embedded_model(), help="default: the embedded model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--sheets", action="store_true", help="draw the sheets too")
