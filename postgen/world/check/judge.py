@@ -172,8 +172,8 @@ def _likeness(space: float, rough: float, stray: float, level: float, jump: floa
 
 
 def _misfits(blobs: Blobs) -> Tensor:
-    """Misfit of every blob with every shape, what fits better, and `roundness` (M,K,7); `inf` if not looked at."""
-    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 1), torch.inf)
+    """Misfit of every blob with every shape, what fits better, and `roundness` (M,K,8); `inf` if not looked at."""
+    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 2), torch.inf)
     pixels = blobs.slot_MP.shape[1]
     chosen = blobs.valid & (blobs.area >= 0.5 * BODY_AREA * pixels)
     picture, slot = chosen.nonzero(as_tuple=True)
@@ -182,5 +182,5 @@ def _misfits(blobs: Blobs) -> Tensor:
         window = windows(blobs, picture[part], slot[part])
         features = shape_features(*window)
         misfit = features[:, 0] + _SHADING * features[:, 1]
-        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window)[:, None]), 1)
+        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window)), 1)
     return result
