@@ -116,7 +116,7 @@ def eye_verdicts(name: str) -> Any:
     if not (DATA / file).is_file():
         raise UserError(
             f"{DATA / file} is missing: make clips with `python -m benchmarks.world_eye_clips FOLDER --first {first} "
-            f"--sheets`, let a person look at them and write the verdicts there, in the form of {SETS['generated'][0]}."
+            f"--sheets`, let a person look at them and write the verdicts there, as in {SETS['generated'][0]}."
         )
     return json.loads((DATA / file).read_text(encoding="utf-8"))
 
