@@ -213,7 +213,9 @@ class Trainer(TrainerHooks[C]):
         if self.accelerator.is_main_process:
             say(f"step {self.global_step}: what was trained is in {args.folder / 'export'}")
         self._event("on_train_end")
-        return TrainResult(global_step=self.global_step, reason=reason, metrics=self.log.newest)
+        return TrainResult(
+            global_step=self.global_step, reason=reason, metrics=self.log.newest, signal=self._signals.number
+        )
 
     def _step(self) -> None:
         """One optimiser step: forward and backward of each micro-batch, clipping, update, schedule, average."""
