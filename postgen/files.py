@@ -1,5 +1,6 @@
 """Write files and folders so that nobody ever sees half of one."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -89,7 +90,7 @@ def _place(pairs: list[tuple[Path, Path]]) -> None:
         for part, target in pairs:
             folders = part.is_dir() and target.is_dir()
             if target.is_dir() and not part.is_dir():
-                raise IsADirectoryError(f"{target} is a folder")
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
             # One file replaces another in a single step. No system call does so with a folder that is not empty, nor
             # with several files: there the old one steps aside first.
             if (folders or len(pairs) > 1) and os.path.lexists(target):

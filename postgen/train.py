@@ -2,7 +2,7 @@
 
 import sys
 
-from postgen.commands.errors import tell_error
+from postgen.commands.errors import tell, tell_error
 from postgen.errors import UserError
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, stoppable
@@ -30,7 +30,13 @@ def main(argv: list[str] | None = None) -> int:
             return _run(words)
         except UserError as error:
             return tell_error(error) or 2
-        except KeyboardInterrupt:
+        except FloatingPointError as error:  # it has diverged, which is no defect of ours
+            tell(f"postgen: error: {error}")
+            return 1
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, Exception) and not stop.number:
+                raise
+            # An interrupt, or what became of one inside a library.
             stop.end()
             discard_unfinished()
             print("interrupted before a checkpoint could be written", file=sys.stderr)

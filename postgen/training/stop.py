@@ -40,8 +40,8 @@ class TrainResult:
 class Signals:
     """While entered, the first SIGINT, SIGTERM or SIGHUP is only noted; the second acts as usual.
 
-    Outside the main thread signals cannot be caught: then nothing is changed. A SIGHUP that the process ignores (nohup)
-    stays ignored.
+    Outside the main thread signals cannot be caught: then nothing is changed. A SIGHUP that the process ignores
+    (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
