@@ -124,7 +124,7 @@ def _remove(path: Path) -> None:
 
 
 def named(text: str, *, folder: bool = False) -> Path:
-    """Return the path that a text names, for something to be written.
+    """Return the path that a text names, for something to be written; `~` is the home of a user.
 
     Args:
         text: what the user gave.
@@ -137,6 +137,8 @@ def named(text: str, *, folder: bool = False) -> Path:
         raise UserError("the name of the output is empty: say what to write")
     if text[-1] in (os.sep, os.altsep) and not folder:
         raise UserError(f"cannot write {text}: the slash at its end makes it a folder, name a file")
+    with suppress(RuntimeError):  # nobody of that name has a home
+        return Path(text).expanduser()
     return Path(text)
 
 
@@ -153,7 +155,7 @@ def check_place(output: Path, *, folder: bool | None = None) -> None:
         UserError: nothing can be written there; it is `.`, `..` or no name at all; a folder stands where a file is
             meant, or a file where a folder; it is a device, a pipe or a socket.
     """
-    if output.name in ("", ".."):
+    if not output.name.strip(". "):
         raise UserError(f"cannot write {str(output) or '(nothing)'}: it is no name of its own, give one")
     if "\0" in str(output):
         raise UserError(f"cannot write {str(output)!r}: no name holds a zero byte")
@@ -191,7 +193,7 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
 
     Args:
         outputs: what is going to be written.
-        inputs: files that are read; of a folder only itself counts, not what it holds (see `files_of`).
+        inputs: files that are read, also those in an output folder; `files_of` lists those of an input folder.
 
     Raises:
         UserError: two of them are the same file, or an output folder holds an input.
@@ -200,15 +202,14 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
     for output in outputs:
         for key in _identities(output):
             if seen.setdefault(key, output) is not output:
-                raise UserError(
-                    f"{output} and {seen[key]} would be the same file: give another name, or another format"
-                )
+                what = "two files of this call" if str(output) == str(seen[key]) else f"the same file as {seen[key]}"
+                raise UserError(f"{output} would be {what}: give another name, or another format")
     for given in inputs:
         for key in _identities(given):
             if key in seen:
-                raise UserError(f"{seen[key]} would overwrite {given}, which is read: give another place with -o")
+                raise UserError(f"{seen[key]} would overwrite {given}, which this call reads: give another place")
         if inside := next((seen[key] for parent in given.parents for key in _identities(parent) if key in seen), None):
-            raise UserError(f"{inside} would replace the folder of {given}, which is read: give another place with -o")
+            raise UserError(f"{inside} would replace {given}, which this call reads: give another place")
 
 
 def files_of(path: Path) -> list[Path]:

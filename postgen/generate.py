@@ -169,8 +169,7 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
     """
     from postgen.video import FORMATS, check_target
 
-    if not output.name or output.name == "..":
-        check_place(output)
+    check_place(output)  # as it was named: a device gets no suffix
     if not output.suffix and format is not None and FORMATS.get(format):
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
