@@ -212,11 +212,17 @@ def all_written(paths: Sequence[Path]) -> Iterator[list[Path]]:
     Raises:
         UserError: one of them cannot be written.
     """
+    parts: list[Path] = []
     try:
         with replacing_all(paths) as parts:
             yield parts
     except OSError as error:
         raise UserError(f"cannot write {paths[0]}: {error.strerror or error}") from error
+    except UserError as error:
+        text = str(error)
+        for part, path in zip(parts, paths, strict=False):
+            text = text.replace(str(part), str(path))
+        raise UserError(text) from error
 
 
 def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, seconds: float, place: str) -> None:

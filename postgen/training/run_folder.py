@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -100,15 +101,24 @@ def written(folder: Path, what: str = "the run") -> Iterator[None]:
         UserError: instead of an error of the file system that says the disk is full or read-only, or that is about a
             file in `folder`. Any other goes on as it is.
     """
+    usual = threading.excepthook
+    # TensorBoard writes in a thread, and raises once more where it is called next.
+    threading.excepthook = lambda failed: None if _is_full(failed.exc_value) else usual(failed)
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _FULL and not _inside(error, folder):
+        if isinstance(error, OSError) and not _is_full(error) and not _inside(error, folder):
             raise
         raise UserError(
             f"{what} in {folder} cannot be written: {first_line(error)}. Make room or clear the place, then go on from"
             " the last checkpoint with --resume."
         ) from error
+    finally:
+        threading.excepthook = usual
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def _inside(error: OSError, folder: Path) -> bool:
