@@ -67,12 +67,11 @@ def stoppable() -> Iterator[Stop]:
     _stop = stop = Stop()
     usual = (signal.SIG_DFL, signal.default_int_handler)
     before: dict[int, Any] = {number: old for number in SIGNALS if (old := signal.getsignal(number)) in usual}
-    alarm = getattr(signal, "SIGALRM", None)
-    repeats = alarm is not None and signal.getsignal(alarm) == signal.SIG_DFL
+    repeats = hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     unraisable, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         if repeats:
-            before[alarm] = signal.signal(alarm, _raise_again)
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
         for number in before.keys() & set(SIGNALS):
             signal.signal(number, _raise)
         yield stop

@@ -11,21 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from postgen.errors import UserError, first_line
 
 from .logging import say
-
-if TYPE_CHECKING:
-    import fcntl
-else:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        fcntl = None
 
 NAME = ".run.lock"
 """The file that is locked; it says who holds the lock."""
@@ -51,7 +42,9 @@ class RunLock:
             UserError: another run has it; the message names its process and host.
             OSError: the file of the lock cannot be made.
         """
-        if fcntl is None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
             return
         file = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

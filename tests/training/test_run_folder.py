@@ -175,7 +175,7 @@ def test_where_no_checkpoint_is_sound_nothing_is_touched(run):
 
 def test_a_checkpoint_that_was_named_is_taken_or_refused(run):
     tensors(WEIGHTS, nan)(run / "checkpoint-10")
-    with pytest.raises(UserError, match="checkpoint-10 is damaged: .* holds NaN"):
+    with pytest.raises(UserError, match=r"checkpoint-10 is damaged: .* holds NaN"):
         resumed(run, resume_from_checkpoint=str(run / "checkpoint-10"))
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk_while_exporting_is_one_line(run):
 
     trainer.export = export
     # Longer than a checkpoint's files.
-    with files_of_at_most(30_000), pytest.raises(UserError, match="the run in .*cannot be written"):
+    with files_of_at_most(30_000), pytest.raises(UserError, match=r"the run in .*cannot be written"):
         trainer.train()
     assert [path.name for path in (run / "export").iterdir()] == ["net.safetensors"]
 
