@@ -41,7 +41,7 @@ CODES = {
 }
 _CLIP = ("--size", "32x32", "--frames", "5", "--steps", "3")
 _PROMPT = "a red ball rolls left"
-_STEPS = 400
+_STEPS = 200
 _RECIPE = {
     "method": "tests.training.tiny:TinyTrainer",
     **{"max_steps": _STEPS, "learning_rate": 1e-2, "ema_decay": 0.9, "save_steps": 5, "logging_steps": 4},
@@ -116,6 +116,8 @@ class Outcome:
     """Whether it ended with one."""
     wrong: list[str]
     """What is half-written, left over, or other than of an uninterrupted run."""
+    told: str = ""
+    """The last line that it wrote."""
 
 
 def outcomes(count: int = INTERRUPTS) -> list[Outcome]:
@@ -207,6 +209,7 @@ def _interrupted(
         seconds=round(time.monotonic() - sent, 3),
         traceback="Traceback" in told,
         wrong=wrong,
+        told=(told.strip().splitlines() or [""])[-1].replace(str(folder), "")[-160:],
     )
 
 

@@ -22,8 +22,12 @@ _AGAIN = 2.0
 """Seconds after which a signal that nobody heeded is raised once more."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: whatever cleans up after Ctrl-C cleans up after these."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP inside `stoppable`; its argument is the number of the signal.
+
+    Whatever cleans up after Ctrl-C cleans up after all of them. No plain KeyboardInterrupt: once that has come out of
+    an `exec`, with which dataclasses are made, Python ends by the signal, whatever its exit code.
+    """
 
 
 @dataclass
@@ -53,7 +57,7 @@ _waiting: list[int] = []
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, SIGTERM and SIGHUP raise `Terminated`, Ctrl-C a KeyboardInterrupt, and neither is lost.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`, and none of them is lost.
 
     Libraries swallow what is raised in the middle of an import or of a callback: after `_AGAIN` seconds it is raised
     once more, until `Stop.end` is called. Python ignores what is raised while an object is deleted: it is sent again.
@@ -167,7 +171,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     stop.number = stop.number or number
     if signal.getsignal(getattr(signal, "SIGALRM", signal.SIGINT)) is _raise_again:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-    raise Terminated if number != signal.SIGINT else KeyboardInterrupt
+    raise Interrupted(number)
 
 
 def _raise_again(number: int, frame: FrameType | None) -> None:
@@ -176,13 +180,13 @@ def _raise_again(number: int, frame: FrameType | None) -> None:
         return
     signal.setitimer(signal.ITIMER_REAL, _AGAIN)
     if not _held:
-        raise Terminated if stop.number != signal.SIGINT else KeyboardInterrupt
+        raise Interrupted(stop.number)
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     """Send a signal again where Python would ignore it: it came while an object was being deleted."""
     if issubclass(lost.exc_type, KeyboardInterrupt) and hasattr(signal, "pthread_kill"):  # not on Windows
-        number = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
+        number = _stop.number if _stop is not None and _stop.number else signal.SIGINT
         # Not at once: the object is still being deleted. To the main thread, which may be waiting for something.
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)).start()
     else:

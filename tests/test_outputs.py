@@ -17,7 +17,7 @@ from benchmarks import faults_interrupts
 from postgen import interrupts
 from postgen.errors import UserError
 from postgen.files import check_apart, check_place, discard_unfinished, files_of, named, replacing, replacing_all
-from postgen.interrupts import Terminated, held, stoppable
+from postgen.interrupts import Interrupted, held, stoppable
 from tests.test_cli_errors import SMALL, names
 
 
@@ -201,10 +201,10 @@ def test_termination_is_raised_once_more_where_nobody_heeds_it(monkeypatch: pyte
     monkeypatch.setattr(interrupts, "_AGAIN", 0.05)
     before = [signal.getsignal(number) for number in interrupts.SIGNALS]
     with stoppable() as stop:
-        with suppress(Terminated):
+        with suppress(Interrupted):
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("it was not raised")
-        with pytest.raises(Terminated):
+        with pytest.raises(Interrupted):
             time.sleep(5)
         stop.end()
         signal.raise_signal(signal.SIGINT)
