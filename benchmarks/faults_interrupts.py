@@ -4,6 +4,7 @@
 
 Each command runs in a process and a folder of its own and gets one signal (train now and then two), half of them
 anywhere between its start and the end of an uninterrupted run, half in the last part of it, where files are written.
+Moments are told by the processor time of the process, so that a busy machine does not shift them.
 Half of the runs that make files find older ones in their place. Afterwards the files of a call must be all there and
 whole, or all as before; nothing else may be there; a table of scores and a run of training must go on to what they
 would have been. Run it from the root of a checkout, where there are signals: the tiny trainer is that of the tests.
@@ -21,10 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import yaml
 
 from postgen.errors import UserError
@@ -34,6 +38,8 @@ SEED = 19
 INTERRUPTS = 50
 PATIENCE = 60.0
 """Seconds that a command may take to end after the signal."""
+_AT_ONCE = 3
+"""Commands that run at the same time."""
 OLD = "as it was before\n"
 CODES = {
     signal.SIGINT: (130, -signal.SIGINT),  # Python dies of the signal itself where it came before its own handler
@@ -105,7 +111,9 @@ class Outcome:
     command: str
     signal: str
     after: float
-    """Seconds from the start of the process to the signal."""
+    """Processor seconds of the process at the signal."""
+    of: float
+    """Processor seconds of an uninterrupted run."""
     second: float | None
     """Seconds to a second signal."""
     code: int | None
@@ -121,26 +129,32 @@ class Outcome:
 
 
 def outcomes(count: int = INTERRUPTS) -> list[Outcome]:
-    """Interrupt the commands in turns, so many times in all."""
+    """Interrupt the commands in turns, so many times in all, some of them at a time."""
     draw = random.Random(SEED)
-    found = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(_AT_ONCE) as pool:
         home = Path(name)
         _make_clips(home / "clips")
-        whole = {command: _uninterrupted(home / f"whole-{command}", command) for command in COMMANDS}
-        for number in range(count):
+        whole = dict(zip(COMMANDS, pool.map(partial(_uninterrupted, home), COMMANDS), strict=True))
+
+        def one(number: int, place: float, second: float | None, old: bool) -> Outcome:
             command = list(COMMANDS)[number % len(COMMANDS)]
             kind = (signal.SIGINT, signal.SIGTERM)[number // len(COMMANDS) % 2]
             low, high = ((0.0, 1.0), (0.7, 1.02))[number // (2 * len(COMMANDS)) % 2]
             folder = home / f"{number:02d}-{command}"
-            after = draw.uniform(low, high) * whole[command]
-            second = draw.uniform(0, 0.1) if command == "train" and draw.random() < 0.5 else None
-            one = _interrupted(folder, command, kind, after, second, old=draw.random() < 0.5)
-            one.wrong += _different(folder, home / f"whole-{command}", command)
-            print(f"{number + 1} of {count}: {asdict(one)}", flush=True)
+            moment = (low + place * (high - low)) * whole[command]
+            found = _interrupted(folder, command, kind, moment, second if command == "train" else None, old=old)
+            found.of = round(whole[command], 3)
+            found.wrong += _different(folder, home / f"whole-{command}", command)
+            print(f"{number + 1} of {count}: {asdict(found)}", flush=True)
             shutil.rmtree(folder)
-            found.append(one)
-    return found
+            return found
+
+        # Drawn here, in one order, and not in the threads.
+        drawn = [
+            (n, draw.random(), draw.uniform(0, 0.1) if draw.random() < 0.5 else None, draw.random() < 0.5)
+            for n in range(count)
+        ]
+        return list(pool.map(one, *zip(*drawn, strict=True)))
 
 
 def _make_clips(folder: Path) -> None:
@@ -149,14 +163,30 @@ def _make_clips(folder: Path) -> None:
         _ended(_start(words, folder.parent))
 
 
-def _uninterrupted(folder: Path, command: str) -> float:
-    """Run a command to its end; return the seconds it takes."""
+def _uninterrupted(home: Path, command: str) -> float:
+    """Run a command to its end; return the processor seconds it takes."""
+    folder = home / f"whole-{command}"
     folder.mkdir()
-    start = time.monotonic()
-    _ended(_start(COMMANDS[command].words(folder), folder))
+    process = _start(COMMANDS[command].words(folder), folder)
+    seconds = _wait(process, float("inf"))
+    _ended(process)
     if wrong := _half(folder, command, old=False):
         raise RuntimeError(f"an uninterrupted {command} leaves {wrong}")
-    return time.monotonic() - start
+    return seconds
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> float:
+    """Wait until a process has used so many processor seconds, or has ended; return what it used."""
+    used = 0.0
+    try:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None and used < seconds:
+            times = watched.cpu_times()
+            used = max(used, times.user + times.system)
+            time.sleep(0.005)
+    except psutil.Error:  # it has just ended
+        pass
+    return used
 
 
 def _start(words: Iterable[str], log: Path) -> subprocess.Popen[bytes]:
@@ -174,7 +204,7 @@ def _start(words: Iterable[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _ended(process: subprocess.Popen[bytes]) -> None:
     if code := process.wait():
-        raise RuntimeError(f"{process.args} ended with {code}")
+        raise RuntimeError(f"{process.args!r} ended with {code}")
 
 
 def _interrupted(
@@ -184,7 +214,7 @@ def _interrupted(
     for name in COMMANDS[command].files if old else ():
         (folder / name).write_text(OLD)
     process = _start(COMMANDS[command].words(folder), folder)
-    time.sleep(after)
+    after = _wait(process, after)
     sent = time.monotonic()
     process.send_signal(kind)
     if second is not None:
@@ -204,6 +234,7 @@ def _interrupted(
         command=command,
         signal=kind.name,
         after=round(after, 3),
+        of=0.0,
         second=second and round(second, 3),
         code=code,
         seconds=round(time.monotonic() - sent, 3),

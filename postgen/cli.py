@@ -100,6 +100,10 @@ def _run(words: list[str], stop: Stop) -> int:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(stop)
+    except SystemExit as left:  # `train` has told what there is to say
+        if not isinstance(left.code, int):
+            raise
+        return left.code
     except Exception as error:
         if stop.number:  # what became of the interrupt inside a library
             return _stopped(stop)
