@@ -161,6 +161,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs, run, capsys, kin
     assert (len(trainer.history), (run / "checkpoint-10.damaged").exists()) == (7, True)
 
 
+def test_no_run_begins_with_weights_that_are_no_numbers(run, tmp_path):
+    save_file(nan(load_file(run / "export" / "net.safetensors")), run / "export" / "net.safetensors")
+    with pytest.raises(UserError, match=r"does not fit: 0\.weight holds NaN; .* and 1 more"):
+        make(tmp_path / "second", init_from=str(run / "export")).train()
+
+
 def test_where_no_checkpoint_is_sound_nothing_is_touched(run):
     for folder in checkpoint.find(run):
         cut(WEIGHTS)(folder)
