@@ -130,12 +130,20 @@ def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
     return sum(each.holds for each in found) / sum(not each.refused for each in found), rows
 
 
+def half_written() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many of 50 interrupted commands left something half-written, and what became of each."""
+    from benchmarks import faults_interrupts
+
+    return faults_interrupts.half_written()
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
     Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3, measure=rss_mb_per_1000_steps),
     Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0, measure=lora_formats_round_trip),
+    Fault(name="half_written", op="==", target=0, measure=half_written),
 )
 
 

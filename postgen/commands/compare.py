@@ -7,6 +7,7 @@ import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
+from postgen.files import check_apart, named
 
 _OF_BOTH = ("size", "seed", "fps")
 """Settings that are not of one side alone."""
@@ -15,8 +16,13 @@ Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_defau
 A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
 B = Annotated[list[str] | None, typer.Option("--b", help="Setting of the right one, as steps=50; repeatable.")]
 Output = Annotated[
-    Path,
-    typer.Option("-o", "--output", help="The side-by-side video; -a and -b stand beside.", rich_help_panel=o.FILES),
+    str,
+    typer.Option(
+        *("-o", "--output"),
+        metavar="PATH",
+        help="The side-by-side video; -a and -b stand beside.",
+        rich_help_panel=o.FILES,
+    ),
 ]
 
 
@@ -24,7 +30,7 @@ def compare(
     prompt: Prompt,
     a: A = None,
     b: B = None,
-    output: Output = Path("compare.mp4"),
+    output: Output = "compare.mp4",
     *,
     given: dict[str, Any],
     format: o.Format = None,
@@ -34,7 +40,8 @@ def compare(
     if sides[0] == sides[1]:
         raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
-    _make({"prompt": prompt} | given, sides, labels, output, format)
+    place = named(output, folder=format == "frames")
+    _make({"prompt": prompt} | given, sides, labels, place, format)
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
@@ -87,13 +94,15 @@ def _make(
     shared: dict[str, Any], sides: list[dict[str, Any]], labels: list[str], output: Path, format: str | None
 ) -> None:
     from postgen.compare import compare_videos, pair_paths
-    from postgen.generate import prepare
+    from postgen.generate import prepare, read_by
     from postgen.request import GenerateConfig
 
-    jobs = [prepare(GenerateConfig.of(shared | side)) for side in sides]
     if not output.suffix and format is None:
         format = "mp4"
     paths = pair_paths(output, format)
+    configs = [GenerateConfig.of(shared | side) for side in sides]
+    check_apart(paths.files, [file for config in configs for file in read_by(config)])
+    jobs = [prepare(config) for config in configs]
 
     from postgen.commands.progress import steps
 

@@ -10,14 +10,15 @@ import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
+from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
 
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "-o",
-        "--output",
+        *("-o", "--output"),
+        metavar="PATH",
         help="The video; of several, -000, -001, ... are added. \\[default: named after the (first) prompt]",
         rich_help_panel=o.FILES,
     ),
@@ -50,10 +51,12 @@ def generate(
     format: o.Format = None,
 ) -> None:
     """Make videos from prompts; each with a contact sheet (PNG) and a sidecar (JSON) that makes it again."""
+    place = None if output is None else named(output, folder=format == "frames")
     if sidecar is not None:
-        given, output, format = _again(sidecar, given, output, format)
+        given, place, format = _again(sidecar, given, place, format)
     texts = _texts(prompt, prompts, given.pop("prompt", None))
-    _make(texts, given, count, output or Path(_file_name(texts[0])), format)
+    read = [file for file in (sidecar, prompts) if file is not None]
+    _make(texts, given, count, place or Path(_file_name(texts[0])), format, read)
 
 
 def _again(
@@ -78,8 +81,10 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
     return [text]
 
 
-def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:
-    from postgen.generate import load, make_video, output_paths, prepare
+def _make(
+    texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None, read: list[Path]
+) -> None:
+    from postgen.generate import load, make_video, output_paths, prepare, read_by
     from postgen.request import GenerateConfig
 
     if count < 1:
@@ -91,6 +96,7 @@ def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, for
     names = [output] if len(wanted) == 1 else [_numbered(output, n) for n in range(len(wanted))]
     # Every mistake is found here, before seconds or minutes go into loading.
     places = [output_paths(name, format) for name in names]
+    check_apart((file for files, _ in places for file in files.files), [*read, *read_by(config)])
     first = prepare(config)
     jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 

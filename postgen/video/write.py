@@ -1,7 +1,6 @@
 """Clips -> video files and folders of pictures."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -13,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from postgen.files import replacing
+from postgen.errors import UserError
+from postgen.files import check_place, replacing
 from postgen.video.ffmpeg import VideoError, encoder, executable
 from postgen.video.pictures import Frames, pictures
 from postgen.video.read import VideoInfo
@@ -87,30 +87,21 @@ def check_target(path: str | Path, format: str | None = None) -> str:
         )
     if by_suffix not in (None, kind):
         raise VideoError(f"{target} is named like {by_suffix} but the format is {kind}: change one of the two")
+    try:
+        check_place(target, folder=kind == "frames")
+    except UserError as error:
+        raise VideoError(str(error)) from error
     if kind == "frames":
         _check_frames_folder(target)
-    elif target.is_dir():
-        raise VideoError(f"cannot write {target}: it is a folder")
-    _check_writable(target)
-    if kind != "frames":
+    else:
         executable()
     return kind
 
 
 def _check_frames_folder(target: Path) -> None:
-    if target.is_file():
-        raise VideoError(f"cannot write frames to {target}: it is a file, give the name of a folder")
     others = [item.name for item in target.iterdir() if not item.match("frame_*.png")] if target.is_dir() else []
     if others:
         raise VideoError(f"cannot replace the folder {target}: it holds {min(others)}, which is no frame of ours")
-
-
-def _check_writable(target: Path) -> None:
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise VideoError(f"cannot write {target}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise VideoError(f"cannot write {target}: no permission in {parent}")
 
 
 def _checked_rate(fps: float | Fraction, kind: str) -> Fraction:
