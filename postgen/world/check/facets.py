@@ -23,6 +23,8 @@ _CYLINDERS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.55, 1.8)
 _PITCH = (0.04, 0.12, 0.20, 0.28, 0.37, 0.46, 0.58)
 _YAWS = 16
 _DISTANCE, _RENDER = 5.0, 96
+#: Views that are rendered together.
+_PART = 32
 #: Weight of the brightness that is not explained, squared, beside the misfit of the outline.
 _SHADING = 0.6
 
@@ -33,6 +35,13 @@ def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
     yaws = (torch.arange(_YAWS) - _YAWS // 2) * (math.pi / 2 / _YAWS) if shape == "cube" else torch.zeros(1)
     heights = torch.tensor(_BOXES if shape == "cube" else _CYLINDERS) * HALF_WIDTH[shape] / HALF_HEIGHT[shape]
     stretch, pitch, yaw = (v.flatten() for v in torch.meshgrid(heights, torch.tensor(_PITCH), yaws, indexing="ij"))
+    # Some views at a time: all of them at once would take 1 GB.
+    views = zip(stretch.split(_PART), pitch.split(_PART), yaw.split(_PART), strict=True)
+    masks, basis, inner = zip(*(_rendered(shape, *part) for part in views), strict=True)
+    return torch.cat(masks, 1).to(device), torch.cat(basis).to(device), torch.cat(inner).to(device)
+
+
+def _rendered(shape: str, stretch: Tensor, pitch: Tensor, yaw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, kind = len(pitch), SHAPES.index(shape)
     cos, sin = pitch.cos()[:, None], pitch.sin()[:, None]
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
@@ -52,8 +61,7 @@ def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
     t, slot = nearest(origin, ray, solids)
     x, y, z = (o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((x, y, z), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
-    masks, basis, inner = bank((t < FAR).float().reshape(count, _RENDER, _RENDER), normal)
-    return masks.to(device), basis.to(device), inner.to(device)
+    return bank((t < FAR).float().reshape(count, _RENDER, _RENDER), normal)
 
 
 def roundness(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
