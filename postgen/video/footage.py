@@ -10,9 +10,9 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.video.ffmpeg import VideoError
-from postgen.video.read import VideoInfo, iter_video, probe, read_video
+from postgen.video.read import VideoInfo, iter_video, probe
 
-WINDOW = 2**20
+WINDOW = 2**19
 """Pixels of the frames that are in memory at once, 12 bytes each."""
 
 
@@ -112,15 +112,3 @@ class Footage:
         except (VideoError, OSError) as error:
             self.error = " ".join(str(error).split())
             raise
-
-
-def read_or_footage(path: str | Path, *, most: int, whole: int | None = None) -> tuple[Tensor | Footage, VideoInfo]:
-    """Return a video of at most `most` bytes (12 a pixel) as a clip in memory, a longer one as `Footage`; and its data.
-
-    Raises:
-        VideoError: as `read_video`.
-    """
-    info = probe(path)
-    if 12 * info.frames * info.height * info.width <= most:
-        return read_video(path), info
-    return Footage(path, info, most=whole), info

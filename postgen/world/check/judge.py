@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,7 +126,8 @@ def _sights(clips: Tensor, cameras: Sequence[str] = ()) -> Iterator[tuple[int, S
     if pixels > (one := _ONE.get(kind, _ONE["cpu"])):
         size = max(1, one // (2 * clips[0, 0, 0].numel()))
         for low, clip in enumerate(clips):
-            yield low, look_along(lambda clip=clip: iter(clip.split(size)), cameras[low] if cameras else "static")
+            windows = clip.split(size)
+            yield low, look_along(partial(iter, windows), cameras[low] if cameras else "static")
         return
     step = min(most, max(1, room // pixels))
     for low in range(0, len(clips), step):

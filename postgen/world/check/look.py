@@ -57,7 +57,7 @@ def look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
 
 def look_along(clip: Windows, camera: str = "static") -> Sight:
     """As `look`, for one clip in windows: all that is kept of a window are its blobs, spots and a few measures."""
-    frames, size = 0, (0, 0)
+    frames, size = 0, torch.Size((0, 0))
 
     def counted() -> Iterator[Tensor]:
         nonlocal frames, size
@@ -69,20 +69,20 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
     gain = balance_along(counted)
     check_form((1, frames, 3, *size))
     film = None if camera == "static" else Film(camera, frames)
-    parts: list[tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], Tensor]] = []
+    parts = []
     for pictures in counted():
-        *part, body = _seen(pictures, None if gain is None else gain.to(pictures.device).expand(len(pictures), 3, 1, 1))
-        parts.append(tuple(part))
+        own = None if gain is None else gain.to(pictures.device).expand(len(pictures), 3, 1, 1)
+        rows, count, spots, measures, body = _seen(pictures, own)
+        parts.append((rows, count, spots, measures))
         if film is not None:
             film.add(pictures, body)
-    rows, count, spots, measures = zip(*parts, strict=True)
     return Sight(
-        rows_NC=np.concatenate(rows),
-        count_BF=np.concatenate(count)[None],
-        spots_MSC=np.concatenate(spots),
+        rows_NC=np.concatenate([part[0] for part in parts]),
+        count_BF=np.concatenate([part[1] for part in parts])[None],
+        spots_MSC=np.concatenate([part[2] for part in parts]),
         height=size[0],
         width=size[1],
-        likeness=_world_likeness(torch.cat(measures)[None]),
+        likeness=_world_likeness(torch.cat([part[3] for part in parts])[None]),
         film=[None if film is None else film.way()],
     )
 
