@@ -210,7 +210,11 @@ class RewardRunner:
         outcome: dict[str, Any] = {}
         thread = threading.Thread(target=_into, args=(outcome, function, arguments), daemon=True)
         thread.start()
-        thread.join(self.timeout)
+        try:
+            thread.join(self.timeout)
+        except BaseException:  # Ctrl-C, which a thread does not get
+            _leave(id(function), thread)
+            raise
         if thread.is_alive():
             _leave(id(function), thread)
             raise TimeoutError(f"no answer within {self.timeout:g} s")

@@ -39,6 +39,8 @@ class Footage:
         self.path, self.info, self.most = Path(path), info or probe(path), most
         self.error: str | None = None
         """Why its frames could not be read, after that has failed."""
+        self.closed = False
+        """Set it, from any thread, to end what reads frames at the next window."""
 
     @property
     def shape(self) -> torch.Size:
@@ -106,6 +108,8 @@ class Footage:
         try:
             for frames in iter_video(self.path, chunk=chunk, count=stop):
                 seen += len(frames)
+                if self.closed:
+                    raise VideoError(f"{self.path} was closed while it was read")
                 yield frames
             if seen != (wanted := len(self) if stop is None else stop):
                 raise VideoError(f"{self.path} had {wanted} frames and now {seen}: it was changed while it was read")
