@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,7 +100,8 @@ def score(
     texts, place = split_rewards(reward), reward_device(device)
     runner = RewardRunner(texts, None if weights is None else _numbers(weights), device=place, timeout=timeout)
     check_needs(clips, runner)
-    with quiet_libraries():
+    # Rewards without a network need not wait for these libraries, nor hold them in memory.
+    with quiet_libraries() if any(hasattr(one.function, "load") for one in runner.rewards) else nullcontext():
         runner.load()
     with ExitStack() as stack:
         table = None

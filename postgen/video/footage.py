@@ -12,7 +12,7 @@ from postgen.errors import UserError
 from postgen.video.ffmpeg import VideoError
 from postgen.video.read import VideoInfo, iter_video, probe
 
-WINDOW = 2**19
+WINDOW = 2**18
 """Pixels of the frames that are in memory at once, 12 bytes each."""
 
 
