@@ -32,7 +32,7 @@ _CONNECTIONS = 512
 _QUEUE = 1024
 _AGAIN = 1
 """Seconds after which a client that is sent away may come again."""
-_HEAD = 4.0
+_HEAD = 3.0
 """Seconds after which the head of a request must be there."""
 _CHUNK = 2**18
 _DIGITS = 15
@@ -47,7 +47,7 @@ class RewardServer(ThreadingHTTPServer):
         reward: what `get_reward` takes.
         port: 0 lets the system choose one; `server_port` tells it.
         max_bytes: longest request that is read. All requests that wait to be scored hold four times that at most.
-        idle: seconds that a client may take for every 64 KiB of its request; for its head it has 4 at most.
+        idle: seconds that a client may take for every 64 KiB of its request; for its head it has 3 at most.
         runner_options: keywords of `RewardRunner`, as `device` or `timeout`.
 
     Raises:
