@@ -2,10 +2,10 @@
 
     python -m benchmarks.faults_server
 
-A server in a process of its own, and against it one kind of bad client after the other, so many at once. All the while
-a healthy client asks for a score, waits for it, and asks again; the longest that it waited counts (of one that is sent
-away with 503, until a later try has its score). Counted are also answers that did not arrive because the connection was
-reset, and the lines that the server wrote on the terminal.
+A server in a process of its own, and against it one kind of bad client after the other, so many at once. All the
+while a healthy client asks for a score, waits for it, and asks again; the longest that it waited counts (of one that
+is sent away with 503, until a later try has its score). Counted are also answers that did not arrive because the
+connection was reset, and the lines that the server wrote on the terminal.
 """
 
 from __future__ import annotations
@@ -166,20 +166,22 @@ ATTACKS: dict[str, Callable[[int, bytes], Counter[str]]] = {
 def serving() -> Iterator[tuple[int, Callable[[], int]]]:
     """Start a server; give its port, and what counts the lines that it has written so far."""
     command = [sys.executable, "-u", "-m", "postgen", "serve-reward", "motion_floor", "--port", "0"]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as server:
-            try:
-                assert server.stdout is not None
-                told = re.search(r"http://127\.0\.0\.1:(\d+)", server.stdout.readline())
-                assert told is not None, "the server did not start"
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            told = re.search(r"http://127\.0\.0\.1:(\d+)", server.stdout.readline())
+            assert told is not None, "the server did not start"
 
-                def lines() -> int:
-                    errors.seek(0)
-                    return len(errors.read().splitlines())
+            def lines() -> int:
+                errors.seek(0)
+                return len(errors.read().splitlines())
 
-                yield int(told[1]), lines
-            finally:
-                server.kill()
+            yield int(told[1]), lines
+        finally:
+            server.kill()
 
 
 def by_attack() -> list[dict[str, Any]]:
