@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what is no request at all."""
-        self.left = _UNKNOWN
+        self.left, self.request_version = _UNKNOWN, self.protocol_version
         self._answer(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
 
     def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Long videos that are read where they are looked at, and contact sheets of them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from PIL import Image
@@ -30,12 +32,14 @@ def test_it_has_the_shape_of_its_clip(video, long):
     assert [len(part) for part in long.picked([0, 1, 8, 22])] == [2, 1, 1]
 
 
-@pytest.mark.parametrize(("overlap", "step"), [(0, 1), (1, 1), (2, 1), (7, 1), (0, 3), (1, 3), (2, 7), (1, 22), (1, 30)])
+@pytest.mark.parametrize(
+    ("overlap", "step"), [(0, 1), (1, 1), (2, 1), (7, 1), (0, 3), (1, 3), (2, 7), (1, 22), (1, 30)]
+)
 def test_windows_are_the_whole_clip(video, long, overlap, step):
     clip = read_video(video)[::step]
     windows = list(long.windows(overlap, step))
     assert torch.equal(torch.cat([windows[0], *(window[overlap:] for window in windows[1:])]), clip)
-    for before, window in zip(windows, windows[1:], strict=False):
+    for before, window in pairwise(windows):
         assert len(window) > overlap
         assert not overlap or torch.equal(window[:overlap], before[-overlap:])
     assert max(map(len, windows)) <= max(5, overlap + 1) + overlap or step > 1
