@@ -29,7 +29,6 @@ REWARDS = (
     "motion_floor,brightness_band,sharpness_band,vbench_flicker",
     "flow_smoothness,dynamic_degree",
     "world_clip,world_judge,brisque(least=64)",
-    "permanence",
 )
 """What is scored together, in a run each; the largest peak counts."""
 TOTAL = 2**20
