@@ -33,10 +33,10 @@ Scores = Sequence[float | None] | Tensor
 """One number per clip of a batch."""
 
 _VIDEO_FORMS = ("videos", "images", "frames_pil")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def streaming(function: _Function) -> _Function:
+def streaming(function: Function) -> Function:
     """Say of a reward function, or of a class of one, that it takes a `postgen.video.Footage` in place of a clip.
 
     It must go through its frames by `windows`, `picked` or `frames`. Any other gets such a video as one tensor.

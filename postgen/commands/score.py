@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from postgen.prompt_rows import read_prompts
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from postgen.rewards import RewardRunner
     from postgen.rewards.scoring import Clip
 
 Paths = Annotated[list[Path], typer.Argument(help="Videos, pictures, or folders of them.")]
@@ -91,11 +93,10 @@ def score(
         _check_output(output, prompts)
     rows = None if prompts is None else read_prompts(prompts)
 
-    from postgen.commands.progress import steps
     from postgen.compat import quiet_libraries
     from postgen.rewards import RewardRunner, split_rewards
-    from postgen.rewards.scoring import check_needs, find_clips, score_clips, set_prompts
-    from postgen.rewards.table import Table, set_keys, setting_of
+    from postgen.rewards.scoring import check_needs, find_clips, set_prompts
+    from postgen.rewards.table import setting_of
 
     _steady_memory()
     clips = find_clips(paths, frames=frames)
@@ -107,27 +108,38 @@ def score(
     # Rewards without a network need not wait for these libraries, nor hold them in memory.
     with quiet_libraries() if any(hasattr(one.function, "load") for one in runner.rewards) else nullcontext():
         runner.load()
+    _score_all(clips, runner, output, setting_of(runner.rewards, texts, place), weights is not None, whole_mb)
+    _show(clips, paths, runner.names)
+    if _tell_failures(clips, runner.names):
+        raise typer.Exit(1)
+
+
+def _score_all(
+    clips: Sequence[Clip], runner: RewardRunner, output: Path | None, setting: str, weighted: bool, whole_mb: float
+) -> None:
+    from postgen.commands.progress import steps
+    from postgen.rewards.scoring import score_clips
+    from postgen.rewards.table import Table, set_keys
+
     with ExitStack() as stack:
         table = None
         if output is not None:
-            set_keys(clips, setting_of(runner.rewards, texts, place))
-            table = Table(output, clips, runner.names, [] if weights is None else ["sum"])
+            set_keys(clips, setting)
+            table = Table(output, clips, runner.names, ["sum"] if weighted else [])
             if known := table.resume():
                 typer.echo(f"postgen: {known} of {len(clips)} are in {output} already and stay", err=True)
-            _add_sum(clips, runner.weights, weights is not None)
+            _add_sum(clips, runner.weights, weighted)
             stack.enter_context(table)
         report = stack.enter_context(steps("Scoring", "videos"))
 
         def after(clip: Clip) -> None:
-            _add_sum([clip], runner.weights, weights is not None)
+            _add_sum([clip], runner.weights, weighted)
             if table is not None:
                 table.add(clip)
-            report(sum(one.done for one in clips), len(clips))
+            report(next(done), len(clips))
 
+        done = itertools.count(1 + sum(clip.done for clip in clips))
         score_clips(clips, runner, after, most=int(whole_mb * 2**20))
-    _show(clips, paths, runner.names)
-    if _tell_failures(clips, runner.names):
-        raise typer.Exit(1)
 
 
 def _steady_memory() -> None:
@@ -150,7 +162,7 @@ def _tell_pictures(clips: Sequence[Clip]) -> None:
 
     found = Counter(c.path.parent for c in clips if not c.named and c.path.suffix.lower() in PICTURES)
     for folder, count in found.items():
-        if count > 1 and not folder.suffix:
+        if count > 1:
             typer.echo(
                 f"postgen: {folder}: {count} pictures, scored one by one (--frames: one clip of them)", err=True
             )
@@ -209,7 +221,8 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
-        if gaps := [clip.path.name for clip in read if clip.scores.get(name) is None]:
+        gaps = [c.path.name for c in read if c.scores.get(name) is None and name not in c.failures]
+        if gaps:
             typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
             useless |= len(gaps) == len(read)
     return useless
