@@ -9,6 +9,7 @@ from postgen.rewards.base import streaming
 from postgen.video import Footage, footage, read_video
 from postgen.world.check import check, check_long
 from postgen.world.check.ground import balance, balance_along
+from postgen.world.check.look import look, look_along
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,12 @@ def test_other_rewards_get_all_frames_up_to_a_bound(scene, both):
     result = RewardRunner([mean, windows_of])([""], [Footage(scene[1], most=1000)])
     assert "26 of 64x64 take 1 MiB, more than the 0" in result.errors["mean"]
     assert result.column("windows_of").tolist() == [4.0]
+
+
+def test_large_pictures_are_looked_at_smaller():
+    spec = world.sample(3, num_frames=5, num_bodies=1, camera="static")
+    clip = world.render([spec], num_frames=5, size=64, geometry=False).rgb_BF3HW[0]
+    large = clip.repeat_interleave(17, -1).repeat_interleave(17, -2)  # 1088 px, in squares of 3: 362
+    for one in (look(large[None]), look_along(lambda: iter(large.split(2)))):
+        assert (one.height, one.width) == (362, 362)
+    assert look(large[None, :, :, :40]).height == 40  # never below what can be judged

@@ -33,7 +33,8 @@ def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
     judged (`Report.clauses`), and no clip of it is `all_right`.
 
     Args:
-        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; a still is a clip that repeats.
+        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; one above 1,024 px is brought to 512 at most.
+            A still is a clip that repeats.
         spec_or_prompt: what should be there; a prompt is read by `world.parse`.
 
     Raises:

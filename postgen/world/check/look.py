@@ -26,6 +26,8 @@ Windows = Callable[[], Iterator[Tensor]]
 """Gives a clip from its start, in windows (f,3,H,W) that follow each other."""
 
 _SHADING = 0.1
+#: Longest side of pictures that are looked at as they are, and to which larger ones are brought.
+_LARGE, _REDUCED, _LEAST = 1024, 512, 32
 
 
 def check_form(shape: Sequence[int]) -> None:
@@ -34,22 +36,21 @@ def check_form(shape: Sequence[int]) -> None:
     Raises:
         UserError: another form, too short or too small.
     """
-    if len(shape) != 5 or shape[2] != 3 or shape[1] < 5 or min(shape[-2:]) < 32:
+    if len(shape) != 5 or shape[2] != 3 or shape[1] < 5 or min(shape[-2:]) < _LEAST:
         raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(shape)}.")
 
 
 def look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
     """Blobs and spots of each clip, how much it looks like the world, and how far its camera goes the asked way."""
-    frames, height, width = clips.shape[1], *clips.shape[-2:]
-    pictures = _clean(clips.flatten(0, 1))
+    frames, pictures = clips.shape[1], _clean(clips.flatten(0, 1))
     rows, count, spots, measures, body = _seen(pictures, balance(pictures, frames))
     static = all(camera == "static" for camera in cameras)
     return Sight(
         rows_NC=rows,
         count_BF=count.reshape(-1, frames),
         spots_MSC=spots,
-        height=height,
-        width=width,
+        height=pictures.shape[-2],
+        width=pictures.shape[-1],
         likeness=_world_likeness(measures.unflatten(0, (-1, frames))),
         film=[None] * len(clips) if static else filmed(pictures, body, cameras),
     )
@@ -63,8 +64,9 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
         nonlocal frames, size
         frames = 0
         for window in clip():
-            frames, size = frames + len(window), window.shape[-2:]
-            yield _clean(window)
+            pictures = _clean(window)
+            frames, size = frames + len(window), pictures.shape[-2:]
+            yield pictures
 
     gain = balance_along(counted)
     check_form((1, frames, 3, *size))
@@ -88,7 +90,12 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
 
 
 def _clean(frames_F3HW: Tensor) -> Tensor:
-    return smooth(frames_F3HW.detach().float().nan_to_num(0.5).clamp(0, 1))
+    """Smoothed values in [0,1]; means over whole squares of pixels of what is far larger than a clip of the world."""
+    clean = frames_F3HW.detach().float().nan_to_num(0.5).clamp(0, 1)
+    short, long = sorted(clean.shape[-2:])
+    if long > _LARGE and (side := min(-(-long // _REDUCED), short // _LEAST)) > 1:
+        clean = functional.avg_pool2d(clean, side)
+    return smooth(clean)
 
 
 def _seen(
