@@ -27,8 +27,8 @@ FRAMES = 10_000
 REWARDS = (
     "world",  # the default
     "motion_floor,brightness_band,sharpness_band,vbench_flicker",
-    "flow_smoothness,dynamic_degree",
     "world_clip,world_judge,brisque(least=64)",
+    "flow_smoothness,dynamic_degree",
 )
 """What is scored together, in a run each; the largest peak counts."""
 TOTAL = 2**20

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -62,7 +60,6 @@ WholeMb = Annotated[
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
 
-_MMAP_THRESHOLD = -3
 _TEXT, _NUMBER = 8, 7
 """Least widths of columns."""
 
@@ -98,7 +95,6 @@ def score(
     from postgen.rewards.scoring import check_needs, find_clips, set_prompts
     from postgen.rewards.table import setting_of
 
-    _steady_memory()
     clips = find_clips(paths, frames=frames)
     _tell_pictures(clips)
     set_prompts(clips, prompt, rows)
@@ -140,12 +136,6 @@ def _score_all(
 
         done = itertools.count(1 + sum(clip.done for clip in clips))
         score_clips(clips, runner, after, most=int(whole_mb * 2**20))
-
-
-def _steady_memory() -> None:
-    """Have glibc give every larger block back at once, where its heap would grow with each window of a long video."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
-        libc.mallopt(_MMAP_THRESHOLD, 2**17)
 
 
 def _check_output(output: Path, prompts: Path | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from postgen.video.read import VideoInfo, iter_video, probe
 
 WINDOW = 2**18
 """Pixels of the frames that are in memory at once, 12 bytes each."""
+
+
+_TRIM = 16
+"""Windows after which free memory is given back to the system."""
 
 
 class TooLongError(UserError):
@@ -106,13 +112,21 @@ class Footage:
     def _read(self, chunk: int, stop: int | None = None) -> Iterator[Tensor]:
         seen = 0
         try:
-            for frames in iter_video(self.path, chunk=chunk, count=stop):
+            for number, frames in enumerate(iter_video(self.path, chunk=chunk, count=stop), 1):
                 seen += len(frames)
                 if self.closed:
                     raise VideoError(f"{self.path} was closed while it was read")
                 yield frames
+                if number % _TRIM == 0:
+                    _give_back()
             if seen != (wanted := len(self) if stop is None else stop):
                 raise VideoError(f"{self.path} had {wanted} frames and now {seen}: it was changed while it was read")
         except (VideoError, OSError) as error:
             self.error = " ".join(str(error).split())
             raise
+
+
+def _give_back() -> None:
+    """Have glibc give free memory back: the little that is kept of each window lies between what the others left."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        libc.malloc_trim(0)
