@@ -137,6 +137,24 @@ def half_written() -> tuple[float, list[dict[str, Any]]]:
     return faults_interrupts.half_written()
 
 
+def score_peak() -> tuple[float, list[dict[str, Any]]]:
+    """Return the largest peak of memory, in MB, of `postgen score` on a video of 10,000 frames, and a row a run."""
+    from benchmarks.faults_score import by_rewards
+
+    rows = by_rewards()
+    return max(row["peak_mb"] for row in rows), rows
+
+
+def server_lockout() -> tuple[float, list[dict[str, Any]]]:
+    """Return the longest wait for a score under any kind of bad clients, in seconds, and a row a kind."""
+    from benchmarks.faults_server import by_attack
+
+    rows = by_attack()
+    if resets := sum(row["resets"] + row["lines"] for row in rows):
+        raise RuntimeError(f"{resets} connections were reset, or lines written, which none may be: {rows}")
+    return max(row["longest_wait_s"] for row in rows), rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
@@ -144,6 +162,8 @@ FAULTS = (
     Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0, measure=lora_formats_round_trip),
     Fault(name="half_written", op="==", target=0, measure=half_written),
+    Fault(name="score_peak_mb_10000_frames", op="<=", target=600, measure=score_peak),
+    Fault(name="server_lockout_s", op="<=", target=5, measure=server_lockout),
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
 from postgen.errors import UserError
+from postgen.rewards.base import Clip
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import luma
 
@@ -151,7 +152,7 @@ class Brisque(FrameReward):
         """Make the regression from its table."""
         return Regression()
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
         """Score clips of any sizes; small ones get None."""
         rows = [row for row, clip in enumerate(completions) if min(clip.shape[-2:]) >= self.least]
         found = super().__call__([prompts[row] for row in rows], [completions[row] for row in rows])

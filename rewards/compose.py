@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.rewards.base import Reward
+from postgen.rewards.base import Clip, Reward
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.registry import Source, get_reward, get_rewards
 
@@ -64,6 +63,8 @@ def guarded(
 class _Composed(ABC):
     """A reward that calls others; what they need is looked for in `parts`."""
 
+    streams = True  # a part that does not read long videos in windows gets them whole
+
     def __init__(self, parts: Sequence[Reward], name: str | None) -> None:
         remote = [part.name for part in parts if part.is_async]
         if remote:
@@ -74,7 +75,7 @@ class _Composed(ABC):
         self.batch_bytes = min((part.batch_bytes for part in parts if part.batch_bytes), default=None)
 
     @abstractmethod
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         """Score a batch."""
 
     def load(self, device: torch.device | str | None = None) -> None:
@@ -92,7 +93,7 @@ class _PerFrame(_Composed):
         check_frames(frames, reduce)
         self.frames, self.reduce = frames, reduce
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         pictures = [uniform_frames(clip, self.frames).split(1) for clip in completions]
         row_of = [row for row, split in enumerate(pictures) for _ in split]
         columns = {k: v if k in _SHARED or v is None else [v[row] for row in row_of] for k, v in columns.items()}
@@ -112,7 +113,7 @@ class _Thresholded(_Composed):
         super().__init__([inner], name)
         self.bound = bound
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         scores = self.parts[0](prompts, completions, **columns)
         return [None if score is None else float(score > self.bound) for score in scores]
 
@@ -122,7 +123,7 @@ class _Guarded(_Composed):
         super().__init__(parts, name)
         self.worst = worst
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         values, *guards = [part(prompts, completions, **columns) for part in self.parts]
         return [self._held(value, row) for value, *row in zip(values, *guards, strict=True)]
 

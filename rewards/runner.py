@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.rewards.base import Reward
+from postgen.rewards.base import Clip, Reward
 from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
 from postgen.rewards.registry import Source, get_rewards
 
@@ -146,7 +146,7 @@ class RewardRunner:
         self,
         /,  # a column may be named self
         prompts: Sequence[str],
-        completions: Sequence[Tensor],
+        completions: Sequence[Clip],
         *,
         fps: float | Sequence[float | None] | None = None,
         latents: Tensor | None = None,
@@ -158,7 +158,7 @@ class RewardRunner:
 
         Args:
             prompts: one a clip.
-            completions: clips (F,3,H,W) in [0,1], on any device.
+            completions: clips (F,3,H,W) in [0,1], on any device; or `postgen.video.Footage`.
             fps: frames per second, one value or one a clip.
             latents: (N,...), for rewards that look at them.
             trainer_state: handed on as it is.
@@ -210,7 +210,11 @@ class RewardRunner:
         outcome: dict[str, Any] = {}
         thread = threading.Thread(target=_into, args=(outcome, function, arguments), daemon=True)
         thread.start()
-        thread.join(self.timeout)
+        try:
+            thread.join(self.timeout)
+        except BaseException:  # Ctrl-C, which a thread does not get
+            _leave(id(function), thread)
+            raise
         if thread.is_alive():
             _leave(id(function), thread)
             raise TimeoutError(f"no answer within {self.timeout:g} s")

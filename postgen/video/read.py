@@ -26,6 +26,9 @@ _TONES = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
     "zscale=t=bt709:m=bt709:r=full,format=gbrp,"
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Ends of names of pictures; in a folder with PNG ones, those alone are frames."""
+
 _ALPHA = re.compile(r" (yuva|rgba|bgra|argb|abgr|ya8|ya16|gbrap|pal8|ayuv|vuya|uyva)")
 
 
@@ -206,7 +209,7 @@ def _next_pam(output: IO[bytes]) -> Tensor | None:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.png"))
+    files = sorted(folder.glob("*.png")) or sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
     if not files:
         raise VideoError(f"the folder {folder} holds no PNG picture: give a video file or a folder of frames")
     return files

@@ -25,6 +25,8 @@ _CYLINDERS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.55, 1.8)
 _PITCH = (0.04, 0.12, 0.20, 0.28, 0.37, 0.46, 0.58)
 _YAWS = 16
 _DISTANCE, _RENDER = 5.0, 96
+#: Views that are rendered together.
+_PART = 32
 #: Weight of the brightness that is not explained, squared, beside the misfit of the outline.
 _SHADING = 0.3
 
@@ -39,6 +41,13 @@ def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
     yaws = (torch.arange(_YAWS) - _YAWS // 2) * (math.pi / 2 / _YAWS) if shape == "cube" else torch.zeros(1)
     heights = torch.tensor(_BOXES if shape == "cube" else _CYLINDERS) * HALF_WIDTH[shape] / HALF_HEIGHT[shape]
     stretch, pitch, yaw = (v.flatten() for v in torch.meshgrid(heights, torch.tensor(_PITCH), yaws, indexing="ij"))
+    # Some views at a time: all of them at once would take 1 GB.
+    views = zip(stretch.split(_PART), pitch.split(_PART), yaw.split(_PART), strict=True)
+    outline, shade, inner = zip(*(_rendered(shape, *part) for part in views), strict=True)
+    return torch.cat(outline, 2).to(device), torch.cat(shade, 1).to(device), torch.cat(inner).to(device)
+
+
+def _rendered(shape: str, stretch: Tensor, pitch: Tensor, yaw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, kind = len(pitch), SHAPES.index(shape)
     cos, sin = pitch.cos()[:, None], pitch.sin()[:, None]
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
@@ -64,7 +73,7 @@ def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
         [_outline(soft[:, 0], window[:, :1], blur) for soft, blur in zip(softened, BLURS, strict=True)]
     )
     shade = [orthonormal(soft[:, 1:] / soft[:, :1].clamp_min(0.3), inner) for soft in softened]
-    return outline.to(device), torch.stack(shade).to(device), inner.to(device)
+    return outline, torch.stack(shade), inner
 
 
 def _outline(soft_TGG: Tensor, sharp_T1GG: Tensor, blur: float) -> Tensor:

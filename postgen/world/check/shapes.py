@@ -28,6 +28,8 @@ _YAWS = 9
 #: Blur of the templates in parts of the root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
 BLURS = (0.03, 0.05, 0.075, 0.11)
 _RENDER = 160
+#: Views that are rendered together.
+_PART = 16
 
 
 def _views() -> list[tuple[int, float, float]]:
@@ -42,6 +44,14 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Rendered by the world's own ray caster from 5 m at several pitches and turns; T views, P = GRID^2.
     """
     views = _views()
+    # Some views at a time, as memory goes.
+    parts = [_rendered(views[low : low + _PART]) for low in range(0, len(views), _PART)]
+    masks, basis, inner = zip(*parts, strict=True)
+    shape = torch.tensor([view[0] for view in views])
+    return torch.cat(masks, 1).to(device), torch.cat(basis).to(device), torch.cat(inner).to(device), shape.to(device)
+
+
+def _rendered(views: list[tuple[int, float, float]]) -> tuple[Tensor, Tensor, Tensor]:
     count = len(views)
     rotation, position = torch.zeros(count, 3, 3), torch.zeros(count, 3)
     for row, (_, pitch, _yaw) in enumerate(views):
@@ -60,8 +70,7 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
     hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
-    masks, basis, inner = bank(hit, normal)
-    return masks.to(device), basis.to(device), inner.to(device), shape.to(device)
+    return bank(hit, normal)
 
 
 def bank(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
