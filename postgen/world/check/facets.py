@@ -83,7 +83,8 @@ def _outline(soft_TGG: Tensor, sharp_T1GG: Tensor, blur: float) -> Tensor:
     v, u = torch.meshgrid(*((torch.arange(GRID) + 0.5) / GRID * 2 - 1 for _ in range(2)), indexing="ij")
     softer = blurred(sharp_T1GG, 1.35 * blur / (2 * WINDOW) * GRID + 0.1)[:, 0] - soft_TGG
     change = torch.stack((soft_TGG, dx, dy, u * dx + v * dy, softer), -1).flatten(1, 2)
-    return torch.linalg.qr(functional.normalize(change, dim=1))[0].movedim(1, 0)
+    basis: Tensor = torch.linalg.qr(functional.normalize(change, dim=1))[0].movedim(1, 0)
+    return basis
 
 
 def roundness(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
