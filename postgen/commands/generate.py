@@ -38,6 +38,9 @@ From = Annotated[
     typer.Option("--from", help="Sidecar of a video to make again; other options change it.", rich_help_panel=o.FILES),
 ]
 
+_MOST_VIDEOS = 10_000
+"""Of a prompt in one call: their names are looked at before anything is made."""
+
 
 def generate(
     prompt: Prompt = None,
@@ -79,11 +82,11 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
 
 
 def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:
-    from postgen.generate import load, make_video, output_paths, prepare
+    from postgen.generate import check_rate, load, make_video, output_paths, prepare
     from postgen.request import GenerateConfig
 
-    if count < 1:
-        raise UserError(f"--count must be at least 1, got {count}")
+    if not 1 <= count <= _MOST_VIDEOS:
+        raise UserError(f"--count must be at least 1 and at most {_MOST_VIDEOS:,}, got {count}")
     config = GenerateConfig.of({"seed": 0, **given, "prompt": texts[0]})
     wanted = [(text, config.seed + n) for text in texts for n in range(count)]
     if not output.suffix and format is None:
@@ -92,6 +95,7 @@ def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, for
     # Every mistake is found here, before seconds or minutes go into loading.
     places = [output_paths(name, format) for name in names]
     first = prepare(config)
+    check_rate(first, places[0][1])
     jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 
     from postgen.commands.progress import steps, waiting
