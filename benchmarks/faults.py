@@ -130,12 +130,38 @@ def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
     return sum(each.holds for each in found) / sum(not each.refused for each in found), rows
 
 
+def bad_inputs() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many wrong inputs the matrix has, and what became of each table."""
+    from benchmarks import faults_inputs
+
+    return faults_inputs.total("wrong"), list(faults_inputs.measured())
+
+
+def tracebacks() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix ended in a traceback or in no answer, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "tracebacks": row["traceback"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("traceback"), rows
+
+
+def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix were taken for what they are not, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "silent_accepts": row["silent"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("silent"), rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
     Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3, measure=rss_mb_per_1000_steps),
     Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0, measure=lora_formats_round_trip),
+    Fault(name="bad_inputs", op=">=", target=300, measure=bad_inputs),
+    Fault(name="tracebacks", op="==", target=0, measure=tracebacks),
+    Fault(name="silent_accepts", op="==", target=0, measure=silent_accepts),
 )
 
 
