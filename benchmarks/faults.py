@@ -155,6 +155,29 @@ def server_lockout() -> tuple[float, list[dict[str, Any]]]:
     return max(row["longest_wait_s"] for row in rows), rows
 
 
+def bad_inputs() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many wrong inputs the matrix has, and what became of each table."""
+    from benchmarks import faults_inputs
+
+    return faults_inputs.total("wrong"), list(faults_inputs.measured())
+
+
+def tracebacks() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix ended in a traceback or in no answer, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "tracebacks": row["traceback"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("traceback"), rows
+
+
+def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix were taken for what they are not, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "silent_accepts": row["silent"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("silent"), rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
@@ -164,6 +187,9 @@ FAULTS = (
     Fault(name="half_written", op="==", target=0, measure=half_written),
     Fault(name="score_peak_mb_10000_frames", op="<=", target=600, measure=score_peak),
     Fault(name="server_lockout_s", op="<=", target=5, measure=server_lockout),
+    Fault(name="bad_inputs", op=">=", target=300, measure=bad_inputs),
+    Fault(name="tracebacks", op="==", target=0, measure=tracebacks),
+    Fault(name="silent_accepts", op="==", target=0, measure=silent_accepts),
 )
 
 

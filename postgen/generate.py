@@ -144,10 +144,21 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
             frames = pipe(**call, generator=generator, output_type="pt").frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
+    except MemoryError as error:
+        raise UserError("out of memory: use a smaller size or fewer frames") from error
+    except RuntimeError as error:
+        if not _no_memory(error):
+            raise
+        raise UserError("out of memory: use a smaller size or fewer frames") from error
     except ValueError as error:
         raise UserError(f"{job.facts.pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
     clip: Tensor = frames[0].float().cpu()
     return clip
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory on the CPU, of which it has no class, or sizes that no memory has."""
+    return any(text in str(error) for text in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 def _call(job: Job) -> dict[str, Any]:
@@ -185,6 +196,17 @@ def read_by(config: GenerateConfig) -> list[Path]:
     """Return the files that a request reads, those of its model's folder among them."""
     names = [config.model, config.image, *(parse_lora(lora).path for lora in config.lora)]
     return [file for name in names if name is not None for file in files_of(Path(name).expanduser())]
+
+
+def check_rate(job: Job, kind: str) -> None:
+    """Refuse a rate that a format does not have, before the model is loaded.
+
+    Raises:
+        UserError: such a rate.
+    """
+    from postgen.video import checked_rate
+
+    checked_rate(job.config.fps or 8.0, kind)
 
 
 def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, place: str) -> None:
@@ -281,6 +303,7 @@ def generate_video(
     paths, kind = output_paths(Path(output), format)
     check_apart(paths.files, read_by(config))
     job = prepare(config)
+    check_rate(job, kind)
     make_video(pipe if pipe is not None else load(job), job, paths, kind, on_step)
     return paths
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_whole, shown
 from postgen.rewards.base import Clip
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import luma
@@ -144,8 +144,8 @@ class Brisque(FrameReward):
 
     def __init__(self, least: int = 128, **options: Any) -> None:
         super().__init__(**options)
-        if least < 16:
-            raise UserError(f"least must be at least 16 px, got {least}")
+        if not is_whole(least, 16):
+            raise UserError(f"least must be at least 16 px, a whole number, got least={shown(least)}")
         self.least = least
 
     def build(self) -> nn.Module:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.rewards.base import Clip, Reward
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.registry import Source, get_reward, get_rewards
 
+_FAR = 1e9
+"""No score of a clip is so far from 0."""
 _SHARED = ("fps", "trainer_state", "log_extra", "log_metric")
 
 
@@ -111,6 +113,7 @@ class _PerFrame(_Composed):
 class _Thresholded(_Composed):
     def __init__(self, inner: Reward, bound: float, name: str | None) -> None:
         super().__init__([inner], name)
+        check_number("bound", bound, -_FAR, _FAR)
         self.bound = bound
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
@@ -121,6 +124,7 @@ class _Thresholded(_Composed):
 class _Guarded(_Composed):
     def __init__(self, parts: Sequence[Reward], worst: float, name: str | None) -> None:
         super().__init__(parts, name)
+        check_number("worst", worst, -_FAR, _FAR)
         self.worst = worst
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number, shown
 from postgen.rewards.base import Clip, RewardModel, streaming
 from postgen.video import Footage
 
@@ -61,10 +61,9 @@ def check_frames(frames: int, reduce: str) -> None:
     Raises:
         UserError: fewer than one frame, or an unknown way to join the scores.
     """
-    if frames < 1:
-        raise UserError(f"frames must be at least 1, got {frames}")
-    if reduce not in REDUCTIONS:
-        raise UserError(f"unknown reduce {reduce!r}: known are {', '.join(REDUCTIONS)}")
+    check_number("frames", frames, 1, whole=True)
+    if not isinstance(reduce, str) or reduce not in REDUCTIONS:
+        raise UserError(f"unknown reduce {shown(reduce)}: known are {', '.join(REDUCTIONS)}")
 
 
 @streaming

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, shown
 from postgen.rewards.base import Clip, streaming
 from postgen.rewards.frames import in_windows, mean_over
 
@@ -75,8 +75,8 @@ class MotionFloor:
     name = "motion_floor"
 
     def __init__(self, *, floor: float = 0.02) -> None:
-        if not floor > 0:
-            raise UserError(f"the floor of motion must be above 0, got {floor}")
+        if not (is_number(floor) and 0 < floor <= 1):
+            raise UserError(f"the floor of motion must be above 0 and at most 1, got floor={shown(floor)}")
         self.floor = floor
 
     def __call__(self, completions: Sequence[Clip]) -> list[float]:
@@ -92,8 +92,12 @@ class Band:
     """
 
     def __init__(self, *, low: float, high: float, margin: float) -> None:
-        if not low < high or not margin > 0:
-            raise UserError(f"a band needs low < high and margin > 0, got {low}, {high} and {margin}")
+        numbers = is_number(low) and is_number(high) and is_number(margin)
+        if not (numbers and 0 <= low < high <= 1 and 0 < margin <= 1):
+            raise UserError(
+                "a band needs 0 <= low < high <= 1 and a margin above 0 and at most 1, got"
+                f" low={shown(low)}, high={shown(high)}, margin={shown(margin)}"
+            )
         self.low, self.high, self.margin = low, high, margin
 
     def inside(self, value: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.rewards.wire import MEDIA_TYPE, pack, read_scores
 
 _LONGEST_ANSWER = 2**22
@@ -69,10 +68,12 @@ class RemoteReward:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise UserError(f"{url!r} is no address of a reward: it must look like http://127.0.0.1:8765")
-        if not 0 < timeout < math.inf or retries < 0 or backoff < 0 or batch_bytes < 1:
+        numbers = is_number(timeout) and 0 < timeout <= 1e7 and is_number(backoff) and 0 <= backoff <= 1e5
+        if not (numbers and is_whole(retries, 0, 10_000) and is_whole(batch_bytes, 1, 2**36)):
             raise UserError(
-                f"timeout and batch_bytes must be above 0, retries and backoff at least 0, got {timeout}, "
-                f"{batch_bytes}, {retries}, {backoff}"
+                "timeout (up to 10**7 s) and batch_bytes (up to 2**36) must be above 0, retries (up to 10,000) and"
+                f" backoff (up to 10**5 s) at least 0, got timeout={shown(timeout)}, batch_bytes={shown(batch_bytes)},"
+                f" retries={shown(retries)}, backoff={shown(backoff)}"
             )
         self.host, self.port, self._path = parts.hostname, port, parts.path.rstrip("/")
         self._secure = parts.scheme == "https"

@@ -39,6 +39,9 @@ From = Annotated[
     typer.Option("--from", help="Sidecar of a video to make again; other options change it.", rich_help_panel=o.FILES),
 ]
 
+_MOST_VIDEOS = 10_000
+"""Of a prompt in one call: their names are looked at before anything is made."""
+
 
 def generate(
     prompt: Prompt = None,
@@ -84,11 +87,11 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
 def _make(
     texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None, read: list[Path]
 ) -> None:
-    from postgen.generate import load, make_video, output_paths, prepare, read_by
+    from postgen.generate import check_rate, load, make_video, output_paths, prepare, read_by
     from postgen.request import GenerateConfig
 
-    if count < 1:
-        raise UserError(f"--count must be at least 1, got {count}")
+    if not 1 <= count <= _MOST_VIDEOS:
+        raise UserError(f"--count must be at least 1 and at most {_MOST_VIDEOS:,}, got {count}")
     config = GenerateConfig.of({"seed": 0, **given, "prompt": texts[0]})
     wanted = [(text, config.seed + n) for text in texts for n in range(count)]
     if not output.suffix and format is None:
@@ -98,6 +101,7 @@ def _make(
     places = [output_paths(name, format) for name in names]
     check_apart((file for files, _ in places for file in files.files), [*read, *read_by(config)])
     first = prepare(config)
+    check_rate(first, places[0][1])
     jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 
     from postgen.commands.progress import steps, waiting

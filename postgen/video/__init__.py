@@ -7,8 +7,8 @@ from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
 from postgen.video.footage import Footage, TooLongError
 from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_video
-from postgen.video.stills import read_picture, rgb_picture
-from postgen.video.write import FORMATS, check_target, write_video
+from postgen.video.stills import check_picture, read_picture, rgb_picture
+from postgen.video.write import FORMATS, check_target, checked_rate, write_video
 
 __all__ = [
     "FORMATS",
@@ -18,7 +18,9 @@ __all__ = [
     "TooLongError",
     "VideoError",
     "VideoInfo",
+    "check_picture",
     "check_target",
+    "checked_rate",
     "contact_sheet",
     "iter_video",
     "probe",

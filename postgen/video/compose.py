@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from postgen.errors import is_whole
 from postgen.files import replacing
 from postgen.video.ffmpeg import VideoError
 from postgen.video.footage import Footage
@@ -47,8 +48,8 @@ def contact_sheet(
         VideoError: no frame, a bad number, indices of another count, frames that `write_video` would refuse, or a
             place that cannot be written.
     """
-    if columns < 1 or limit < 2:
-        raise VideoError(f"columns must be >= 1 and limit >= 2, got {columns=}, {limit=}")
+    if not (is_whole(columns, 1) and is_whole(limit, 2)):
+        raise VideoError(f"columns must be >= 1 and limit >= 2, whole numbers, got {columns=}, {limit=}")
     count, shown = _spread(clip, limit)
     if indices is not None:
         if len(indices) != count:
