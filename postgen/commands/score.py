@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -61,6 +60,8 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N o
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
 
 _TEXT, _NUMBER = 8, 7
+#: A terabyte: more than any machine gives to one clip.
+_MOST_MB = 2**20
 """Least widths of columns."""
 
 
@@ -84,8 +85,8 @@ def score(
         raise UserError("give --prompt or --prompts, not both")
     if output is not None and output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output must end in .jsonl or .csv, got {output}")
-    if not 0 < whole_mb < math.inf:
-        raise UserError(f"--whole-mb must be above 0, got {whole_mb}")
+    if not 0 < whole_mb <= _MOST_MB:
+        raise UserError(f"--whole-mb must be above 0 and at most {_MOST_MB:,}, got {whole_mb}")
     if output is not None:
         _check_output(output, prompts)
     rows = None if prompts is None else read_prompts(prompts)

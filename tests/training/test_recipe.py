@@ -1,5 +1,7 @@
 """Recipes and configuration: what is accepted, and what each mistake is told."""
 
+import signal
+
 import pytest
 import yaml
 
@@ -120,8 +122,14 @@ def test_exit_codes(recipe, capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code):
+    number = signal.Signals[name]
+    # Under nohup a hang-up is ignored, and stays so.
+    before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     path = recipe(max_steps=9, signal_at=3, signal_name=name, disable_tqdm=True, report_to="none", device="cpu")
-    assert main([str(path)]) == code
+    try:
+        assert main([str(path)]) == code
+    finally:
+        signal.signal(number, before)
     assert "interrupted after step 3; go on with --resume" in capsys.readouterr().err
 
 
