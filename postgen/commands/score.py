@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from postgen.errors import UserError
-from postgen.files import check_place
+from postgen.files import check_apart, check_place, named
 from postgen.prompt_rows import read_prompts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Prompts = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights of the rewards' sum, with commas between.")]
 Output = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "-o",
         "--output",
@@ -60,9 +60,9 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N o
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
 
 _TEXT, _NUMBER = 8, 7
-#: A terabyte: more than any machine gives to one clip.
-_MOST_MB = 2**20
 """Least widths of columns."""
+_MOST_MB = 2**20
+"""A terabyte: more than any machine gives to one clip."""
 
 
 def score(
@@ -83,12 +83,14 @@ def score(
     """
     if prompt is not None and prompts is not None:
         raise UserError("give --prompt or --prompts, not both")
-    if output is not None and output.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"--output must end in .jsonl or .csv, got {output}")
+    table = None if output is None else named(output)
+    if table is not None and table.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output must end in .jsonl or .csv, got {table}")
     if not 0 < whole_mb <= _MOST_MB:
         raise UserError(f"--whole-mb must be above 0 and at most {_MOST_MB:,}, got {whole_mb}")
-    if output is not None:
-        _check_output(output, prompts)
+    if table is not None:
+        check_place(table, folder=False)
+        check_apart([table], [*paths, *([prompts] if prompts else [])])
     rows = None if prompts is None else read_prompts(prompts)
 
     from postgen.compat import quiet_libraries
@@ -105,7 +107,7 @@ def score(
     # Rewards without a network need not wait for these libraries, nor hold them in memory.
     with quiet_libraries() if any(hasattr(one.function, "load") for one in runner.rewards) else nullcontext():
         runner.load()
-    _score_all(clips, runner, output, setting_of(runner.rewards, texts, place), weights is not None, whole_mb)
+    _score_all(clips, runner, table, setting_of(runner.rewards, texts, place), weights is not None, whole_mb)
     _show(clips, paths, runner.names)
     if _tell_failures(clips, runner.names):
         raise typer.Exit(1)
@@ -137,14 +139,6 @@ def _score_all(
 
         done = itertools.count(1 + sum(clip.done for clip in clips))
         score_clips(clips, runner, after, most=int(whole_mb * 2**20))
-
-
-def _check_output(output: Path, prompts: Path | None) -> None:
-    check_place(output)
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is no file but a {'folder' if output.is_dir() else 'device'}")
-    if prompts is not None and output.exists() and prompts.exists() and output.samefile(prompts):
-        raise UserError(f"--output {output} is the file of --prompts: name another one")
 
 
 def _tell_pictures(clips: Sequence[Clip]) -> None:

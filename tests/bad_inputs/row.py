@@ -25,7 +25,7 @@ from postgen.errors import UserError, shown
 Content = str | bytes | Callable[[Path], object]
 """What is in a file of a row; a function makes what it is given the path of."""
 
-SECONDS = 8
+SECONDS = 40
 """Within which a row ends; what reads from a pipe that nobody writes to does not."""
 LONGEST = 2000
 """Characters of one clear line, paths of temporary folders included."""

@@ -182,7 +182,7 @@ def test_the_output_is_no_input(cli, folder, tmp_path):
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert rows(prompts) == [{"prompt": "a"}] * 5
     done = cli("score", folder, "--reward", OWN, "--whole-mb", "nan")
-    assert (done.code, done.err) == (2, "postgen: error: --whole-mb must be above 0, got nan\n")
+    assert (done.code, done.err) == (2, "postgen: error: --whole-mb must be above 0 and at most 1,048,576, got nan\n")
 
 
 @pytest.mark.slow
