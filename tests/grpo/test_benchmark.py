@@ -64,3 +64,12 @@ def test_grpo_benchmark_says_what_is_missing(tmp_path, capsys):
     # An error that was no number is no error of 0.
     assert gates["onpolicy_ratio_error"] is None
     assert gates["forward_equivalents_ratio"] is None
+
+
+def test_a_short_run_says_whether_it_learns(tmp_path):
+    write_run(tmp_path, "dancegrpo-tiny", [0.4, 0.42], forwards=100, seconds=10)
+    write_run(tmp_path, "nft-tiny", [0.4, 0.5], forwards=100, seconds=10)
+    write_run(tmp_path, "fast-tiny", [0.4], forwards=100, seconds=10)
+    benchmark.learns(tmp_path, str(tmp_path / "out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["gates"]
+    assert [(row["name"], row["ok"]) for row in rows] == [("rise_dancegrpo_tiny", False), ("rise_nft_tiny", True)]
