@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.bandwidth import measured_bandwidth, milliseconds
 from benchmarks.gates import write_result
-from benchmarks.kernels import bytes_per_millisecond, milliseconds
 from benchmarks.linear_launches import drawn, passes
 from postgen.kernels.linear_attention.naive import Terms
 
@@ -118,14 +118,14 @@ def code(given: tuple[Any, ...]) -> dict[str, Any]:
 def profile() -> dict[str, Any]:
     """Time the parts."""
     sets = drawn(GRID, HEADS, CHANNELS, Terms())
-    bandwidth = bytes_per_millisecond()
+    bandwidth = measured_bandwidth()
     rows = []
     for name, (call, volume) in part_calls().items():
-        rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": volume / bandwidth})
+        rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": volume / bandwidth.best})
         print(rows[-1], flush=True)
     return {
         "shape": "Wan 1.3B 480p 81f",
-        "copy_tb_per_s": bandwidth / 1e9,
+        **bandwidth.told(),
         "rows": rows,
         "code": code(sets[0]),
         "gates": [],

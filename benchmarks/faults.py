@@ -130,12 +130,66 @@ def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
     return sum(each.holds for each in found) / sum(not each.refused for each in found), rows
 
 
+def half_written() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many of 50 interrupted commands left something half-written, and what became of each."""
+    from benchmarks import faults_interrupts
+
+    return faults_interrupts.half_written()
+
+
+def score_peak() -> tuple[float, list[dict[str, Any]]]:
+    """Return the largest peak of memory, in MB, of `postgen score` on a video of 10,000 frames, and a row a run."""
+    from benchmarks.faults_score import by_rewards
+
+    rows = by_rewards()
+    return max(row["peak_mb"] for row in rows), rows
+
+
+def server_lockout() -> tuple[float, list[dict[str, Any]]]:
+    """Return the longest wait for a score under any kind of bad clients, in seconds, and a row a kind."""
+    from benchmarks.faults_server import by_attack
+
+    rows = by_attack()
+    if resets := sum(row["resets"] + row["lines"] for row in rows):
+        raise RuntimeError(f"{resets} connections were reset, or lines written, which none may be: {rows}")
+    return max(row["longest_wait_s"] for row in rows), rows
+
+
+def bad_inputs() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many wrong inputs the matrix has, and what became of each table."""
+    from benchmarks import faults_inputs
+
+    return faults_inputs.total("wrong"), list(faults_inputs.measured())
+
+
+def tracebacks() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix ended in a traceback or in no answer, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "tracebacks": row["traceback"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("traceback"), rows
+
+
+def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
+    """Return how many inputs of the matrix were taken for what they are not, and in which tables."""
+    from benchmarks import faults_inputs
+
+    rows = [{"table": row["table"], "silent_accepts": row["silent"]} for row in faults_inputs.measured()]
+    return faults_inputs.total("silent"), rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
     Fault(name="rss_mb_per_1000_steps", op="<=", target=0.3, measure=rss_mb_per_1000_steps),
     Fault(name="options_without_effect", op="==", target=0, measure=options_without_effect),
     Fault(name="lora_formats_round_trip", op="==", target=1.0, measure=lora_formats_round_trip),
+    Fault(name="half_written", op="==", target=0, measure=half_written),
+    Fault(name="score_peak_mb_10000_frames", op="<=", target=600, measure=score_peak),
+    Fault(name="server_lockout_s", op="<=", target=5, measure=server_lockout),
+    Fault(name="bad_inputs", op=">=", target=300, measure=bad_inputs),
+    Fault(name="tracebacks", op="==", target=0, measure=tracebacks),
+    Fault(name="silent_accepts", op="==", target=0, measure=silent_accepts),
 )
 
 

@@ -4,17 +4,17 @@
 `--rest` the others, `--only` some operations, and `--join A.json B.json` makes one result of several (two GPUs need
 half the time; of rows of one operation at one shape the last counts). Times are medians over replays of a CUDA graph
 that walks over input sets larger than the caches, so launches cost nothing for anybody. The floor is bytes over the
-bandwidth of a large copy in the same run. Inputs are random: time does not depend on them. Errors are against float64
-from the same rounded inputs, on the first set.
+best rate at which a kernel moves memory in the same run (`benchmarks.bandwidth`); a row that is faster than its floor
+fails the benchmark. Inputs are random: time does not depend on them. Errors are against float64 from the same rounded
+inputs, on the first set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import kernel_attention, kernel_linear, kernel_norm_rope
+from benchmarks.bandwidth import REPLAYS, Bandwidth, check_floors, measured_bandwidth, milliseconds
 from benchmarks.enhance_cost import layer_cost
-from benchmarks.gates import gate, largest, smallest, write_result
+from benchmarks.gates import device, gate, largest, smallest, write_result
 from postgen.kernels.adaln import naive as adaln_naive
 from postgen.kernels.adaln.ops import gate_residual_norm_modulate, norm_modulate
 from postgen.kernels.temporal_cfi import naive as cfi_naive
 from postgen.kernels.temporal_cfi.ops import temporal_self_share
 
 MIB = 2**20
-ROTATED_BYTES = 256 * MIB
-"""Input sets are made until they are this large together: five times the caches of an H100."""
-REPLAYS = 50
-STAMPS = ("date", "device", "versions", "copy_tb_per_s")
+ROTATED_BYTES = 512 * MIB
+"""Input sets are made until they are this large together: eight times the caches of an H200."""
+STAMPS = ("date", "device", "versions", "copy_tb_per_s", "read_tb_per_s", "write_tb_per_s")
 """What a joined result keeps of each, beside its rows."""
 
 
@@ -179,34 +179,6 @@ def norm_rope(shape: Shape, device: str = "cuda") -> Case:
     )
 
 
-def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
-    """Return the median time of one call on the GPU."""
-    for inputs in sets[:2]:
-        function(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            function(*inputs)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / len(sets))
-    return statistics.median(times)
-
-
-def bytes_per_millisecond() -> float:
-    """Return the bandwidth of a copy of 1 GiB, read and write together."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), [()])
-
-
 def extra_mib(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
     """Return MiB that a call takes at its peak beyond inputs and results."""
     function(*inputs)
@@ -218,7 +190,7 @@ def extra_mib(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
     return (peak - sum(x.numel() * x.element_size() for x in _tuple(result))) / MIB
 
 
-def measure(case: Case, bandwidth: float) -> dict[str, Any]:
+def measure(case: Case, bandwidth: Bandwidth) -> dict[str, Any]:
     """Return the row of one case."""
     error = case.error()
     torch.cuda.empty_cache()
@@ -231,7 +203,7 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
         "ours_ms": milliseconds(case.ours, sets),
         "eager_ms": milliseconds(case.eager, sets),
         "compiled_ms": milliseconds(compiled, sets),
-        "floor_ms": case.moved_bytes / bandwidth,
+        "floor_ms": case.moved_bytes / bandwidth.best,
         "relative_error": error,
         "extra_mib": extra_mib(case.ours, sets[0]),
         **{f"{name}_ms": milliseconds(peer, sets) for name, peer in case.peers.items()},
@@ -291,12 +263,16 @@ def enhance_row() -> dict[str, Any]:
     return row
 
 
-def all_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates of every kind of row."""
+def all_gates(rows: list[dict[str, Any]], stamps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the gates of every kind of row; that of the bandwidth where all of `stamps` are of an H200."""
+    check_floors(rows)
     timed = [row for row in rows if "over_floor" in row]
     attention = [row for row in rows if "backends_ms" in row]
     overhead = next((row["overhead"] for row in rows if row["op"] == "enhance_a_video"), None)
+    rates = [stamp["copy_tb_per_s"] for stamp in stamps if "H200" in str(stamp["device"])]
+    bandwidth = [gate("copy_tb_per_s", min(rates), ">=", 4.1)] if rates and len(rates) == len(stamps) else []
     return [
+        *bandwidth,
         *gates(timed),
         gate("eav_step_overhead", overhead, "<=", 0.005),
         *kernel_linear.gates(timed),
@@ -316,7 +292,7 @@ def joined(paths: list[str]) -> dict[str, Any]:
         "measured": [{key: result[key] for key in STAMPS} for result in results],
         "replays": REPLAYS,
         "rows": rows,
-        "gates": all_gates(rows),
+        "gates": all_gates(rows, results),
     }
 
 
@@ -326,7 +302,7 @@ def _result(path: str) -> dict[str, Any]:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in result["rows"]:
             row["op"], row["shape"]
-        all_gates(result["rows"])
+        all_gates(result["rows"], [])
         return {key: result[key] for key in (*STAMPS, "rows")}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -353,15 +329,20 @@ def measured(*, quick: bool, rest: bool, only: list[str] | None) -> dict[str, An
 
     shapes = WAN if quick else OTHERS if rest else WAN + OTHERS
     with torch.no_grad():
-        bandwidth = bytes_per_millisecond()
+        bandwidth = measured_bandwidth()
         rows = [measure(case, bandwidth) for case in cases(shapes) if wanted(case.op)]
         if wanted("enhance_a_video") and not rest:
             rows.append(enhance_row())
         if wanted("attention"):
             first, last = (2, None) if rest else (0, 2 if quick else None)
             rows += kernel_attention.attention_rows(kernel_attention.SHAPES[first:last])
-    found = all_gates(rows) if only is None else []
-    return {"copy_tb_per_s": bandwidth / 1e9, "replays": REPLAYS, "rows": rows, "gates": found}
+    told = bandwidth.told()
+    if only is None:
+        found = all_gates(rows, [{"device": device(), **told}])
+    else:
+        check_floors(rows)
+        found = []
+    return {**told, "replays": REPLAYS, "rows": rows, "gates": found}
 
 
 def main(argv: list[str] | None = None) -> int:

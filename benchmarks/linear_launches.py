@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import milliseconds
+from benchmarks.bandwidth import milliseconds
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 PASSES = ("keys", "queries", "grad_queries", "grad_keys", "convolution")

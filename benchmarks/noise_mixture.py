@@ -101,7 +101,7 @@ def measure(folder: Path, seed: int, prompts: int, on: str) -> None:
             reports = check_batch(generate(pipe, job, f"{arm}, {name}"), group.asked, workers=8 if on == "cuda" else 0)
             rows[name] = [float(report.all_right) for report in reports]
             rows[f"{name} score"] = [report.score for report in reports]
-        found[arm] = {"judged": rows, "flow_error": flow_errors(pipe, prompts, how)}
+        found[arm] = {"judged": rows, "flow_error": flow_errors(pipe, prompts, how), "form": [how.frames, how.size]}
         lines = (place(folder, arm, seed) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found[arm]["steps"] = max(json.loads(line).get("step", 0) for line in lines)
     (folder / f"seed-{seed}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -131,6 +131,7 @@ def report(folder: Path, output: str) -> None:
             "seeds": list(seeds),
             "steps": {name: {arm: seed[arm]["steps"] for arm in ARMS} for name, seed in seeds.items()},
             "prompts": len(first["judged"][GROUPS[0]]),
+            "frames_and_px": first["form"],
             "trained_on": sorted({seed["device"] for seed in seeds.values()}),
         },
         "judged": {name: compared(seeds, "judged", name) for name in first["judged"]},

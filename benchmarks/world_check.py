@@ -2,6 +2,7 @@
 and on clips that a person has looked at.
 
     python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated FOLDER]
+        [--generated-fresh FOLDER]
 
 Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
 """
@@ -204,7 +205,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=720, help="true clips (default: 720)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
-    parser.add_argument("--generated", type=Path, help="keep the clips of the embedded model in this folder")
+    for name, (_, first) in world_eye.SETS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=Path,
+            help=f"keep the clips of the embedded model with seeds from {first} in this folder",
+        )
     parser.add_argument("--model", type=Path, default=embedded_model(), help="whose clips a person looked at")
     parser.add_argument("--output", default="world_check", help="name or path of the result file")
     return parser.parse_args()
@@ -213,8 +219,9 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Calibrate and print; write the result file unless --quick."""
     args = options()
+    kept = {name: getattr(args, name) for name in world_eye.SETS}
     if not args.quick:
-        world_eye.check_model(args.generated, args.model)
+        world_eye.check_model(kept, args.model)
     make = Maker(args.device, supersample=args.supersample)
     true, specs, clips = true_rows(make, 36 if args.quick else args.clips, args.quick)
     show("true clips: share called right", true)
@@ -228,10 +235,11 @@ def main() -> None:
     rows = gates(true, spoilt, gaming)
     same = world_eye.invariance(specs[::4], clips[::4], make)
     print("judged alike:", {name: round(value, 4) for name, value in same.items()})
-    eye = None if args.quick else world_eye.measure(args.device, args.generated, args.model)
+    eye = None if args.quick else world_eye.measure(args.device, kept, args.model)
     if eye is not None:
         rows += world_eye.gates(eye, same, true["true"]["all_right"])
-        print(*eye["apart"], *eye["generated"]["apart"], sep="\n  ")
+        print(*eye["apart"], *(row for name in world_eye.SETS for row in eye[name]["apart"]), sep="\n  ")
+        print("agree with the eye:", {name: round(eye[name]["agree"], 4) for name in world_eye.SETS})
     print(f"{sum(r['ok'] for r in rows)} of {len(rows)} gates met:", *[r["name"] for r in rows if not r["ok"]])
     if not args.quick:
         settings = {

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -20,9 +19,14 @@ from postgen.commands.options import takes_settings
 from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
+from postgen.files import discard_unfinished
+from postgen.interrupts import Stop, leave_within, stoppable, terminate_children
 
 MAKE, JUDGE, TRAIN, CONVERT, SERVE, ABOUT = "Make", "Judge", "Train", "Convert", "Serve", "About"
 """Groups of commands in `postgen --help`."""
+
+_PATIENCE = 5.0
+"""Seconds that a stopped command has to end its threads."""
 
 
 def app(**words: Any) -> Any:
@@ -72,41 +76,51 @@ def _common(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process.
 
-    A wrong input is one line on standard error and exit code 2, Ctrl-C one line and 130; any other exception is a
-    defect and keeps its traceback.
+    A wrong input is one line on standard error and exit code 2, Ctrl-C one line and 130, SIGTERM the same line and
+    143; any other exception is a defect and keeps its traceback.
 
     Args:
         arguments: the words after `postgen`; None takes them from the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.formatwarning = _warning
-    sys.unraisablehook = _unraisable
-    try:
-        result = app(args=words, prog_name="postgen", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        _stop()
-    except Exception as error:
-        if (code := tell_error(error)) is None:
-            raise
-        raise SystemExit(code) from None
-    code = result if isinstance(result, int) else 0
-    if code == 130:  # newer typer turns Ctrl-C into this code by itself
-        _stop()
+    with stoppable() as stop:
+        code = _run(words, stop)
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Nothing is left to clean up: Ctrl-C while Python ends is no traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if arguments is None and stop.number:
+        leave_within(_PATIENCE, code)
     raise SystemExit(code)
 
 
-def _stop() -> NoReturn:
+def _run(words: list[str], stop: Stop) -> int:
+    """Run a command and return the exit code."""
+    try:
+        result = app(args=words, prog_name="postgen", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _stopped(stop)
+    except SystemExit as left:  # `train` has told what there is to say
+        if not isinstance(left.code, int):
+            raise
+        return left.code
+    except Exception as error:
+        if stop.number:  # what became of the interrupt inside a library
+            return _stopped(stop)
+        if (code := tell_error(error)) is None:
+            raise
+        return code
+    code = result if isinstance(result, int) else 0
+    # Newer typer turns Ctrl-C into this code by itself.
+    return _stopped(stop) if code == 130 else code
+
+
+def _stopped(stop: Stop) -> int:
+    stop.end()
+    terminate_children()
+    discard_unfinished()
     tell(STOPPED)
-    raise SystemExit(130)
-
-
-def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """Press Ctrl-C again where Python would ignore it: it came while an object was being deleted."""
-    if lost.exc_type is KeyboardInterrupt and hasattr(signal, "pthread_kill"):  # not on Windows
-        # Not at once: the object is still being deleted. To the main thread, which may be waiting for something.
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(lost)
+    return stop.code
 
 
 def _warning(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from postgen.compat import execution_device, quiet_libraries
 from postgen.errors import UserError
-from postgen.generate import Job, StepCallback, Written, load, output_paths, run, write
+from postgen.files import check_apart
+from postgen.generate import Job, StepCallback, Written, all_written, load, output_paths, read_by, run, write_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,11 @@ class PairPaths:
     kind: str
     """Format of the three videos."""
 
+    @property
+    def files(self) -> list[Path]:
+        """All eight; the side-by-side video and its sheet first."""
+        return [self.both, self.sheet, *self.a.files, *self.b.files]
+
 
 def pair_paths(output: Path, format: str | None = None) -> PairPaths:
     """Name the files of a comparison after the side-by-side video: `x.mp4` gets `x-a.mp4` and `x-b.mp4` beside it.
@@ -40,8 +46,11 @@ def pair_paths(output: Path, format: str | None = None) -> PairPaths:
         VideoError: an unknown format, or a place that cannot be written.
     """
     both, kind = output_paths(output, format)
+    output = both.video
     a, b = (output_paths(output.with_name(f"{output.stem}-{side}{output.suffix}"), format)[0] for side in "ab")
-    return PairPaths(both=both.video, sheet=both.sheet, a=a, b=b, kind=kind)
+    paths = PairPaths(both=both.video, sheet=both.sheet, a=a, b=b, kind=kind)
+    check_apart(paths.files)
+    return paths
 
 
 def compare_videos(
@@ -62,6 +71,7 @@ def compare_videos(
     Raises:
         UserError: seeds that differ, or anything that `generate_video` would raise.
     """
+    check_apart(paths.files, [file for job in (a, b) for file in read_by(job.config)])
     if a.config.seed != b.config.seed:
         raise UserError(f"a comparison needs one seed, got {a.config.seed} and {b.config.seed}")
     steps = [job.config.num_inference_steps or 0 for job in (a, b)]
@@ -77,9 +87,10 @@ def compare_videos(
         start = time.perf_counter()
         clips.append(run(pipe, job, _shifted(on_step, steps[0] * number, total)))
         notes.append((time.perf_counter() - start, str(execution_device(pipe))))
-    for job, clip, files, (seconds, place) in zip((a, b), clips, (paths.a, paths.b), notes, strict=True):
-        write(clip, job, files, paths.kind, seconds=seconds, place=place)
-    _write_both(clips[0], clips[1], paths, labels, a.config.fps or 8.0)
+    with all_written(paths.files) as parts:
+        _write_both(clips[0], clips[1], parts[:2], paths.kind, labels, a.config.fps or 8.0)
+        for job, clip, own, (seconds, place) in zip((a, b), clips, (parts[2:5], parts[5:]), notes, strict=True):
+            write_parts(clip, job, own, paths.kind, seconds=seconds, place=place)
     return clips[0], clips[1]
 
 
@@ -89,15 +100,14 @@ def _shifted(on_step: StepCallback | None, before: int, total: int) -> StepCallb
     return lambda done, own: on_step(before + done, total or own)
 
 
-def _write_both(a: Tensor, b: Tensor, paths: PairPaths, labels: tuple[str, str], fps: float) -> None:
-    from postgen.files import replacing
+def _write_both(a: Tensor, b: Tensor, parts: list[Path], kind: str, labels: tuple[str, str], fps: float) -> None:
     from postgen.video import contact_sheet, side_by_side, write_video
 
-    with replacing(paths.both) as both, replacing(paths.sheet) as sheet:
-        write_video(both, side_by_side(a, b), fps=fps, format=paths.kind)
-        rows, indices = _rows(a, b)
-        title = f"upper: {labels[0]} | lower: {labels[1]}"
-        contact_sheet(rows, sheet, columns=len(rows) // 2, title=title, indices=indices)
+    both, sheet = parts
+    write_video(both, side_by_side(a, b), fps=fps, format=kind)
+    rows, indices = _rows(a, b)
+    title = f"upper: {labels[0]} | lower: {labels[1]}"
+    contact_sheet(rows, sheet, columns=len(rows) // 2, title=title, indices=indices)
 
 
 def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, list[int]]:

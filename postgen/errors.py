@@ -1,11 +1,81 @@
 """Errors that are meant for the person at the keyboard."""
 
+import math
+import sys
+from typing import cast
+
 
 class UserError(ValueError):
     """A wrong input. The message is one line: what was given, what is allowed, what to do.
 
     The command line prints it and exits with code 2; nothing is written.
     """
+
+
+_MOST = 80
+"""Characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """Return what a message says of a wrong value: its `repr`, cut where it is long.
+
+    >>> shown("many"), shown(10**5000), shown("9" * 5000)
+    ("'many'", 'a number of 5001 digits', "'999999999999999999999999999999999999999...9999999' (5002 characters)")
+    """
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a number of {math.floor(value.bit_length() * math.log10(2)) + 1} digits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes out no number of more than 4300 digits, and no deep nesting
+        return f"a {type(value).__name__} that is too large to show"
+    return cut(text)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number that is no switch, and not so large that it cannot become a float.
+
+    >>> is_number(1), is_number(True), is_number(math.nan), is_number(10**400)
+    (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # false for NaN and infinity
+
+
+def is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:
+    """Whether a value is an int from `least` to `most`, and no switch."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_number(name: str, value: object, least: float, most: float = 10**9, *, whole: bool = False) -> None:
+    """Hold a setting to a range.
+
+    Args:
+        name: of the setting.
+        value: anything.
+        least: smallest value that is allowed.
+        most: largest one.
+        whole: whether it must be an int.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    if is_number(value) and (not whole or isinstance(value, int)) and least <= cast(float, value) <= most:
+        return
+    kind = ", a whole number" if whole else ""
+    raise UserError(f"{name} must be at least {least:,} and at most {most:,}{kind}, got {name}={shown(value)}")
+
+
+def cut(text: str, most: int = _MOST) -> str:
+    """Return a text whose middle is left out where it is longer than `most`."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}...{text[-most // 10 :]} ({len(text)} characters)"
+
+
+def cut_words(text: str, most: int = _MOST) -> str:
+    """Return a text in one line, and of each word that is longer than `most` its beginning and its end."""
+    return " ".join(cut(word, most) for word in text.split())
 
 
 def first_line(error: BaseException) -> str:

@@ -9,8 +9,8 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
 from postgen.families.loading import RATES, ModelFacts, check_device, inspect_model, load_pipeline
-from postgen.families.lora import check_lora, load_loras
+from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.video_calls import ROWS, UNKNOWN
-from postgen.files import check_place
+from postgen.files import check_apart, check_place, files_of, replacing_all
 from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
 from postgen.request import GenerateConfig, plug_in_places, portable
 
@@ -71,6 +71,11 @@ class Written:
     """Contact sheet, PNG."""
     sidecar: Path
     """Everything needed to make the video again, JSON."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All three, the video first."""
+        return [self.video, self.sheet, self.sidecar]
 
 
 def prepare(config: GenerateConfig) -> Job:
@@ -139,10 +144,21 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
             frames = pipe(**call, generator=generator, output_type="pt").frames
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
+    except MemoryError as error:
+        raise UserError("out of memory: use a smaller size or fewer frames") from error
+    except RuntimeError as error:
+        if not _no_memory(error):
+            raise
+        raise UserError("out of memory: use a smaller size or fewer frames") from error
     except ValueError as error:
         raise UserError(f"{job.facts.pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
     clip: Tensor = frames[0].float().cpu()
     return clip
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory on the CPU, of which it has no class, or sizes that no memory has."""
+    return any(text in str(error) for text in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 def _call(job: Job) -> dict[str, Any]:
@@ -164,12 +180,33 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
     """
     from postgen.video import FORMATS, check_target
 
+    check_place(output)  # as it was named: a device gets no suffix
     if not output.suffix and format is not None and FORMATS.get(format):
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
-    check_place(output)
     base = output.with_suffix("") if FORMATS[kind] and output.suffix else output
-    return Written(video=output, sheet=_sibling(base, ".png"), sidecar=_sibling(base, ".json")), kind
+    paths = Written(video=output, sheet=_sibling(base, ".png"), sidecar=_sibling(base, ".json"))
+    for path in (paths.sheet, paths.sidecar):
+        check_place(path, folder=False)
+    check_apart(paths.files)
+    return paths, kind
+
+
+def read_by(config: GenerateConfig) -> list[Path]:
+    """Return the files that a request reads, those of its model's folder among them."""
+    names = [config.model, config.image, *(parse_lora(lora).path for lora in config.lora)]
+    return [file for name in names if name is not None for file in files_of(Path(name).expanduser())]
+
+
+def check_rate(job: Job, kind: str) -> None:
+    """Refuse a rate that a format does not have, before the model is loaded.
+
+    Raises:
+        UserError: such a rate.
+    """
+    from postgen.video import checked_rate
+
+    checked_rate(job.config.fps or 8.0, kind)
 
 
 def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, place: str) -> None:
@@ -186,13 +223,43 @@ def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, 
     Raises:
         UserError: a file cannot be written, or the model made values that are no numbers.
     """
-    from postgen.files import replacing
+    with all_written(paths.files) as parts:
+        write_parts(clip, job, parts, kind, seconds=seconds, place=place)
+
+
+@contextmanager
+def all_written(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Give temporary names for files that appear together or not at all, as `postgen.files.replacing_all`.
+
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    parts: list[Path] = []
+    try:
+        with replacing_all(paths) as parts:
+            yield parts
+    except OSError as error:
+        raise UserError(f"cannot write {paths[0]}: {error.strerror or error}") from error
+    except UserError as error:
+        text = str(error)
+        for part, path in zip(parts, paths, strict=False):
+            text = text.replace(str(part), str(path))
+        raise UserError(text) from error
+
+
+def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, seconds: float, place: str) -> None:
+    """Write video, contact sheet and sidecar under three names; the rest is as in `write`.
+
+    Raises:
+        OSError: a file cannot be written.
+        UserError: the video cannot be written, or the model made values that are no numbers.
+    """
     from postgen.video import contact_sheet, write_video
 
     config = _as_made(job.config, clip)
     if config.num_frames != clip.shape[0]:
         text = f"{job.facts.pipeline} made {clip.shape[0]} frames where {config.num_frames} were asked for"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)
     note = {
         "prompt": config.prompt,
         "seed": config.seed,
@@ -207,16 +274,10 @@ def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, 
         "device": place,
         "versions": versions(),
     }
-    try:
-        with ExitStack() as stack:
-            video, sheet, sidecar = (
-                stack.enter_context(replacing(path)) for path in (paths.video, paths.sheet, paths.sidecar)
-            )
-            write_video(video, clip, fps=config.fps or 8.0, format=kind)
-            contact_sheet(clip, sheet, title=f"{config.prompt} (seed {config.seed})")
-            sidecar.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {paths.video}: {error.strerror or error}") from error
+    video, sheet, sidecar = parts
+    write_video(video, clip, fps=config.fps or 8.0, format=kind)
+    contact_sheet(clip, sheet, title=f"{config.prompt} (seed {config.seed})")
+    sidecar.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def generate_video(
@@ -240,7 +301,9 @@ def generate_video(
         UserError: anything the user can put right.
     """
     paths, kind = output_paths(Path(output), format)
+    check_apart(paths.files, read_by(config))
     job = prepare(config)
+    check_rate(job, kind)
     make_video(pipe if pipe is not None else load(job), job, paths, kind, on_step)
     return paths
 

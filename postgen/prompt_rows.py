@@ -5,16 +5,18 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
+from postgen.reading import parse_json, read_bytes
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 """Ends of names of files that are read."""
 
+_LARGEST = 2**30
+"""Bytes of a file of prompts."""
 _OTHER_KINDS = {
     **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro"), "a table of columns"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "a spreadsheet"),
@@ -86,7 +88,7 @@ def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
     {'prompt': 'a ball', 'id': 3}
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where} is {row!r}, it must be an object with a prompt")
+        raise UserError(f"{where} is {shown(row)}, it must be an object with a prompt")
     if "prompt" not in row:
         known = ", ".join(map(str, row)) or "nothing"
         raise UserError(f"{where} has no column 'prompt', it has {known}")
@@ -95,17 +97,14 @@ def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
         messages = [turn.get("content") for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
         prompt = messages[-1] if messages else None
     if not isinstance(prompt, str):
-        raise UserError(f"{where}: the prompt is {row['prompt']!r}, it must be a text")
+        raise UserError(f"{where}: the prompt is {shown(row['prompt'])}, it must be a text")
     if not empty and not prompt.strip():
         raise UserError(f"{where}: the prompt is empty")
     return {**row, "prompt": prompt}
 
 
 def _text(path: Path, where: str) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
+    data = read_bytes(path, f"{where} cannot be read", most=_LARGEST)
     for magic, name in _MAGIC.items():
         if data.startswith(magic):
             raise UserError(f"{where} is {name}, which is not read. {_READ}")
@@ -135,8 +134,8 @@ def _is_json(text: str) -> bool:
 def _parsed(text: str) -> Any:
     """Return the content of JSON, or the error."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, "")
+    except UserError as error:
         return error
 
 
@@ -146,7 +145,7 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
         rows = [{"prompt": row} if isinstance(row, str) else row for row in whole]
         return [prompt_row(row, f"{where}, entry {number}", empty=empty) for number, row in enumerate(rows, 1)]
     if isinstance(whole, Exception) and text.lstrip().startswith("["):
-        raise UserError(f"{where} is no JSON: {whole}")
+        raise UserError(f"{where} is no JSON{whole}")
     if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL
         return [prompt_row(whole, where, empty=empty)]
     return [_json_row(line, f"{where}, line {number}", empty) for number, line in _lines(text)]
@@ -155,7 +154,7 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
 def _json_row(line: str, where: str, empty: bool) -> dict[str, Any]:
     row = _parsed(line)
     if isinstance(row, Exception):
-        raise UserError(f"{where} is no JSON: {row}")
+        raise UserError(f"{where} is no JSON{row}")
     return prompt_row(row, where, empty=empty)
 
 

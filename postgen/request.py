@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from postgen.errors import UserError
-from postgen.families.loading import DEVICES, DTYPES, OFFLOADS
+from postgen.errors import UserError, shown
+from postgen.families.loading import OFFLOADS, check_device_name
 from postgen.families.lora import parse_lora
+from postgen.families.model_folder import DTYPES
+from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
+from postgen.reading import read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,23 +75,18 @@ class GenerateConfig:
             raise UserError("the prompt is empty: say what the video shows")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("offload", self.offload, OFFLOADS)
-        _check_choice("device", self.device.partition(":")[0], DEVICES)
-        for name in ("width", "height", "num_frames", "num_inference_steps", "fps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be above 0, got {value}")
-        for name in ("guidance_scale", "true_cfg_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name} must be at least 0, got {value}")
+        check_device_name(self.device)
+        _check_ranges(self)
         options = [row.option for row in known_plug_ins()]
         for option, text in self.plug_ins.items():
             if option not in options:
                 raise UserError(f"unknown setting {option!r}. Plug-ins: {', '.join(options)}")
             if not isinstance(text, str):
-                raise UserError(f"{option} must be a text, got {text!r}")
+                raise UserError(f"{option} must be a text, got {shown(text)}")
+        if not all(isinstance(lora, str) for lora in self.lora):
+            raise UserError(f"lora must be texts, [NETWORK=]PATH[:scale], got {shown(self.lora)}")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+            raise UserError(f"seed must be between 0 and 2**63 - 1, got {shown(self.seed)}")
 
 
 def portable(config: GenerateConfig) -> dict[str, Any]:
@@ -146,10 +142,7 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: no such file, not a sidecar, or settings that this version does not know.
     """
-    try:
-        note = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the sidecar {path}: {error}") from error
+    note = read_json(path, f"cannot read the sidecar {path}")
     settings = note.get("settings") if isinstance(note, dict) else None
     if not isinstance(settings, dict) or not isinstance(note.get("format"), str):
         raise UserError(f"{path} is no sidecar of postgen: it has no settings or no format")
@@ -159,7 +152,7 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
     _check_known(path, settings, note.get("plug_ins"))
     loras = settings.get("lora", [])
     if not isinstance(loras, list) or not all(isinstance(lora, str) for lora in loras):
-        raise UserError(f"the sidecar {path} is damaged: lora must be a list of texts, got {loras!r}")
+        raise UserError(f"the sidecar {path} is damaged: lora must be a list of texts, got {shown(loras)}")
     settings["lora"] = tuple(loras)
     try:
         GenerateConfig.of({"prompt": "", **settings})
@@ -196,4 +189,26 @@ def _check_types(config: GenerateConfig) -> None:
         allowed = _KINDS[kind.partition("[")[0]]
         if (value is None and optional) or (isinstance(value, allowed) and not isinstance(value, bool)):
             continue
-        raise UserError(f"{item.name} must be {kind}, got {value!r}")
+        raise UserError(f"{item.name} must be {kind}, got {shown(value)}")
+
+
+def _check_ranges(config: GenerateConfig) -> None:
+    """Refuse numbers that no clip can have, before a model is loaded to find that out.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name, (least, most) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is None or least <= value <= most:
+            continue
+        if value > most:
+            raise UserError(f"{name} must be at most {most:,}, got {shown(value)}")
+        bound = "at least 0" if least == 0 else f"at least {least}" if value > 0 else "above 0"
+        raise UserError(f"{name} must be {bound}, got {shown(value)}")
+    width, height, frames = config.width or 1, config.height or 1, config.num_frames or 1
+    if width * height * frames > MOST_PIXELS:
+        raise UserError(
+            f"{frames} frames of {width} x {height} pixels are more than the {MOST_PIXELS:,} pixels that a clip may"
+            " have: make it smaller or shorter"
+        )

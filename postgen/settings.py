@@ -1,12 +1,18 @@
 """Parts of a configuration: keyword-only dataclasses whose fields are checked, put together by inheritance."""
 
+import functools
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
+
+LARGEST: Mapping[type, int] = {int: 2**31 - 1, float: 10**9}
+"""How far from 0 a whole number, and any other, of a configuration may be: what is further is a slip, and would end in
+an overflow or in no memory somewhere below."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +43,14 @@ class Part:
     def require(self, holds: bool, name: str, allowed: str) -> None:
         """Raise a `UserError` about field `name` unless `holds`; `allowed` says what it must be."""
         if not holds:
-            raise UserError(f"{name} is {getattr(self, name)!r}, it must be {allowed}.")
+            raise UserError(f"{name} is {shown(getattr(self, name))}, it must be {allowed}.")
+
+    def require_in(self, bounds: tuple[float, float], name: str) -> None:
+        """Raise a `UserError` about field `name` unless it is None or from the first bound to the second."""
+        value, (least, most) = getattr(self, name), bounds
+        if value is not None and value < least:
+            self.require(False, name, f"at least {least}")
+        self.require(value is None or value <= most, name, f"at most {most:,}")
 
 
 def coerce(config: Part) -> None:
@@ -48,10 +61,13 @@ def coerce(config: Part) -> None:
     Raises:
         UserError: a value of another type.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(typing.cast(Any, type(config)))
     for item in fields(config):
         value = getattr(config, item.name)
         setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:
@@ -64,22 +80,33 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in options:
             return value
-        raise UserError(f"{name} is {value!r}. Allowed: {', '.join(map(str, options))}.")
+        raise UserError(f"{name} is {shown(value)}. Allowed: {', '.join(map(str, options))}.")
     if origin is list:
         if isinstance(value, list | tuple):
             return [_coerced(name, item, options[0]) for item in value] if options else list(value)
-        raise UserError(f"{name} is {value!r}, it must be a list.")
+        raise UserError(f"{name} is {shown(value)}, it must be a list.")
     return _scalar(name, value, hint)
 
 
 def _scalar(name: str, value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, Path):
         return str(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    right = isinstance(value, hint) if isinstance(hint, type) else True
-    if right and not (hint is int and isinstance(value, bool)):
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return _number(name, value, hint)
+    if hint not in (int, float) and (not isinstance(hint, type) or isinstance(value, hint)):
         return value
-    raise UserError(f"{name} is {value!r}, it must be a value of type {hint.__name__}.")
+    raise UserError(f"{name} is {shown(value)}, it must be a value of type {hint.__name__}.")
+
+
+def _number(name: str, value: float, hint: type) -> Any:
+    """Return a number in its declared type.
+
+    Raises:
+        UserError: it is infinite, NaN or so large that no setting can mean it; or no whole number where one is needed.
+    """
+    largest = LARGEST[hint]
+    if not -largest <= value <= largest:
+        raise UserError(f"{name} is {shown(value)}, it must be a number from -{largest:,} to {largest:,}.")
+    if hint is int and value != int(value):
+        raise UserError(f"{name} is {shown(value)}, it must be a value of type int.")
+    return hint(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError, first_line
+from postgen.reading import check_readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ def opened(path: str | Path, said: str = "", *, framework: str = "pt") -> Iterat
     """
     from safetensors import SafetensorError, safe_open
 
+    check_readable(path, said or f"{path} cannot be read")
     try:
         with safe_open(path, framework=framework) as content:
             yield content

@@ -2,8 +2,10 @@
 
 import sys
 
-from postgen.commands.errors import tell_error
+from postgen.commands.errors import tell, tell_error
 from postgen.errors import UserError
+from postgen.files import discard_unfinished
+from postgen.interrupts import Stop, stoppable
 
 USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-run]
 
@@ -17,16 +19,28 @@ USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe named by `argv` (default: the command line) and return the exit code.
 
-    0 done, 2 wrong input (one line on stderr), 130 interrupted after saving a checkpoint.
+    0 done, 2 wrong input (one line on stderr), 130 interrupted (by SIGTERM 143) after saving a checkpoint.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(USAGE, end="")
         return 0 if words else 2
-    try:
-        return _run(words)
-    except UserError as error:
-        return tell_error(error) or 2
+    with stoppable() as stop:
+        try:
+            return _run(words)
+        except UserError as error:
+            return tell_error(error) or 2
+        except FloatingPointError as error:  # it has diverged, which is no defect of ours
+            tell(f"postgen: error: {error}")
+            return 1
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, Exception) and not stop.number:
+                raise
+            # An interrupt, or what became of one inside a library.
+            stop.end()
+            discard_unfinished()
+            print("interrupted before a checkpoint could be written", file=sys.stderr)
+            return stop.code
 
 
 def _run(words: list[str]) -> int:
@@ -44,15 +58,11 @@ def _run(words: list[str]) -> int:
         if not hasattr(config, "dry_run"):
             raise UserError(f"--dry-run: method {config.method!r} gives no estimate, dancegrpo and diffusion_nft do.")
         trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
-    try:
-        result = trainer_class.from_config(config).train()
-    except KeyboardInterrupt:
-        print("interrupted before a checkpoint could be written", file=sys.stderr)
-        return 130
+    result = trainer_class.from_config(config).train()
     if result.reason is not Reason.INTERRUPTED:
         return 0
     print(f"interrupted after step {result.global_step}; go on with --resume", file=sys.stderr)
-    return 130
+    return Stop(result.signal).code
 
 
 if __name__ == "__main__":

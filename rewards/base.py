@@ -8,7 +8,8 @@ A reward function is called by keyword, with a batch in and one number per clip 
 `completions` are float32 tensors (F,3,H,W) in [0,1], F = 1 for images; sizes may differ within a batch. Larger is
 better. None says that this clip cannot be scored; a failure raises. `columns` are the other columns of the data set,
 one value a row. A function gets only the arguments that its signature names, or all of them with `**columns`. It may
-be `async def`. An attribute `groupwise = True` asks for the rows of one prompt at a time.
+be `async def`. An attribute `groupwise = True` asks for the rows of one prompt at a time; `streams = True`
+(`streaming`) says that it takes long videos as `postgen.video.Footage`, a window at a time.
 """
 
 from __future__ import annotations
@@ -17,17 +18,31 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.video import Footage
+
+Clip = Tensor | Footage
+"""A clip (F,3,H,W), or a long video that is read where it is looked at."""
 
 Scores = Sequence[float | None] | Tensor
 """One number per clip of a batch."""
 
 _VIDEO_FORMS = ("videos", "images", "frames_pil")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def streaming(function: Function) -> Function:
+    """Say of a reward function, or of a class of one, that it takes a `postgen.video.Footage` in place of a clip.
+
+    It must go through its frames by `windows`, `picked` or `frames`. Any other gets such a video as one tensor.
+    """
+    function.streams = True  # type: ignore[attr-defined]
+    return function
 
 
 class RewardModel(ABC):
@@ -109,6 +124,7 @@ class Reward:
         self.function, self.output = function, output
         self._ours = _home(function).startswith("postgen.rewards.")
         self.groupwise = bool(getattr(function, "groupwise", False))
+        self.streams = bool(getattr(function, "streams", False))
         self.batch_bytes: int | None = getattr(function, "batch_bytes", None)
         call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
@@ -117,7 +133,7 @@ class Reward:
         if not self._takes_all and not {"prompts", "completions", *_VIDEO_FORMS} & set(self._parameters):
             raise UserError(f"the reward {self.name} takes neither prompts nor completions: it could score nothing")
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         """Score a batch directly: no failure is caught. For a reward that is not async."""
         with torch.no_grad():
             raw = self.function(**self.arguments({"prompts": prompts, "completions": completions, **columns}))
@@ -165,11 +181,15 @@ class Reward:
 
         Code that is not ours gets clips and latents of its own: what it writes there, the next reward must not see.
         """
-        if not self._ours:
-            available = {**available, "completions": [clip.clone() for clip in available["completions"]]}
-            if available.get("latents") is not None:
-                available["latents"] = available["latents"].clone()
+        clips = available["completions"]
         forms = [f for f in _VIDEO_FORMS if f in self._parameters and f not in available]
+        if not self.streams or {"images", "frames_pil"} & {*forms}:
+            clips = [clip.whole() if isinstance(clip, Footage) else clip for clip in clips]
+        if not self._ours:
+            clips = [clip.clone() if isinstance(clip, Tensor) else clip for clip in clips]
+            if available.get("latents") is not None:
+                available = {**available, "latents": available["latents"].clone()}
+        available = {**available, "completions": clips}
         taken = {k: v for k, v in available.items() if self._takes_all or k in self._parameters}
         return taken | {form: _as_form(form, available["completions"], self.name) for form in forms}
 

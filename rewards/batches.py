@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.rewards.base import Clip
 
 Rows = list[int]
 """Indices of clips in a batch."""
@@ -29,7 +30,7 @@ class Batch:
     """
 
     prompts: list[str]
-    completions: list[Tensor]
+    completions: Sequence[Clip]
     fps: float | Sequence[float | None] | None
     latents: Tensor | None
     trainer_state: Any

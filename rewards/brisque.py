@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_whole, shown
+from postgen.rewards.base import Clip
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import luma
 
@@ -143,15 +144,15 @@ class Brisque(FrameReward):
 
     def __init__(self, least: int = 128, **options: Any) -> None:
         super().__init__(**options)
-        if least < 16:
-            raise UserError(f"least must be at least 16 px, got {least}")
+        if not is_whole(least, 16):
+            raise UserError(f"least must be at least 16 px, a whole number, got least={shown(least)}")
         self.least = least
 
     def build(self) -> nn.Module:
         """Make the regression from its table."""
         return Regression()
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
         """Score clips of any sizes; small ones get None."""
         rows = [row for row, clip in enumerate(completions) if min(clip.shape[-2:]) >= self.least]
         found = super().__call__([prompts[row] for row in rows], [completions[row] for row in rows])

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from postgen.errors import UserError
-from postgen.rewards.base import Reward
+from postgen.errors import UserError, check_number
+from postgen.rewards.base import Clip, Reward
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.registry import Source, get_reward, get_rewards
 
+_FAR = 1e9
+"""No score of a clip is so far from 0."""
 _SHARED = ("fps", "trainer_state", "log_extra", "log_metric")
 
 
@@ -64,6 +65,8 @@ def guarded(
 class _Composed(ABC):
     """A reward that calls others; what they need is looked for in `parts`."""
 
+    streams = True  # a part that does not read long videos in windows gets them whole
+
     def __init__(self, parts: Sequence[Reward], name: str | None) -> None:
         remote = [part.name for part in parts if part.is_async]
         if remote:
@@ -74,7 +77,7 @@ class _Composed(ABC):
         self.batch_bytes = min((part.batch_bytes for part in parts if part.batch_bytes), default=None)
 
     @abstractmethod
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         """Score a batch."""
 
     def load(self, device: torch.device | str | None = None) -> None:
@@ -92,7 +95,7 @@ class _PerFrame(_Composed):
         check_frames(frames, reduce)
         self.frames, self.reduce = frames, reduce
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         pictures = [uniform_frames(clip, self.frames).split(1) for clip in completions]
         row_of = [row for row, split in enumerate(pictures) for _ in split]
         columns = {k: v if k in _SHARED or v is None else [v[row] for row in row_of] for k, v in columns.items()}
@@ -110,9 +113,10 @@ class _PerFrame(_Composed):
 class _Thresholded(_Composed):
     def __init__(self, inner: Reward, bound: float, name: str | None) -> None:
         super().__init__([inner], name)
+        check_number("bound", bound, -_FAR, _FAR)
         self.bound = bound
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         scores = self.parts[0](prompts, completions, **columns)
         return [None if score is None else float(score > self.bound) for score in scores]
 
@@ -120,9 +124,10 @@ class _Thresholded(_Composed):
 class _Guarded(_Composed):
     def __init__(self, parts: Sequence[Reward], worst: float, name: str | None) -> None:
         super().__init__(parts, name)
+        check_number("worst", worst, -_FAR, _FAR)
         self.worst = worst
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
         values, *guards = [part(prompts, completions, **columns) for part in self.parts]
         return [self._held(value, row) for value, *row in zip(values, *guards, strict=True)]
 

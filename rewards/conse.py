@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from postgen.assets import verify
+from postgen.errors import check_number
 from postgen.rewards.efficientnet import SIDE, EfficientNetLite0
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import centre_crop, resize, shorter_side
@@ -44,6 +45,7 @@ class Conse(FrameReward):
 
     def __init__(self, top: int = TOP, **options: Any) -> None:
         super().__init__(**options)
+        check_number("top", top, 1, 1000, whole=True)
         self.top = top
         self._tokenizer: Any = None
         self._classes: Tensor | None = None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.rewards.base import Clip
 from postgen.rewards.flow import FlowReward
+from postgen.rewards.frames import in_windows
 
 _RATE = 8.0
 """Frames per second at which VBench looks at a video."""
@@ -42,7 +44,7 @@ class DynamicDegree(FlowReward):
         self.graded = graded
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, fps: float | None = None
     ) -> list[float | None]:
         """Score clips.
 
@@ -58,12 +60,13 @@ class DynamicDegree(FlowReward):
             raise UserError(f"fps must be above 0, got {fps}")
         self.load()
         step = max(1, round(fps / _RATE)) if fps else 1
-        return [self._score(clip[::step].float()) for clip in completions]
+        return [self._score(clip, step) for clip in completions]
 
-    def _score(self, clip: Tensor) -> float | None:
-        if not self.fits(clip, 2):
+    def _score(self, clip: Clip, step: int) -> float | None:
+        if not self.fits(clip, step + 1):
             return None
-        passed = fastest(self.flows(clip)) / (6 * min(clip.shape[-2:]) / 256)
-        asked = min(max(1, round(4 * len(clip) / 16)), len(passed))
+        parts = [fastest(self.flows(part.float())) for part in in_windows(clip, overlap=1, step=step)]
+        passed = torch.cat(parts) / (6 * min(clip.shape[-2:]) / 256)
+        asked = min(max(1, round(4 * (len(passed) + 1) / 16)), len(passed))
         decisive = float(torch.sort(passed, descending=True).values[asked - 1])
         return min(decisive, 1.0) if self.graded else float(decisive > 1)

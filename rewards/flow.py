@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample, pad
 
 from postgen.errors import UserError
-from postgen.rewards.base import RewardModel
+from postgen.rewards.base import Clip, RewardModel, streaming
 from postgen.rewards.pictures import luma
 from postgen.rewards.weights import fill, find_file, read_state
 
@@ -81,6 +81,7 @@ def carried(values_NCHW: Tensor, flow_N2HW: Tensor) -> tuple[Tensor, Tensor]:
     return grid_sample(values_NCHW, grid, padding_mode="border", align_corners=False), inside
 
 
+@streaming
 class FlowReward(RewardModel):
     """Base of the rewards of motion: a subclass scores a clip with `flows`.
 
@@ -106,7 +107,7 @@ class FlowReward(RewardModel):
         """
         return raft(self.weights) if self.flow == "raft" else nn.Identity()
 
-    def fits(self, clip: Tensor, frames: int) -> bool:
+    def fits(self, clip: Clip, frames: int) -> bool:
         """Tell whether a clip is long and large enough."""
         return len(clip) >= frames and min(clip.shape[-2:]) >= _LEAST[self.flow]
 

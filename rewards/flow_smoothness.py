@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
+from postgen.rewards.base import Clip
 from postgen.rewards.flow import FlowReward, carried
+from postgen.rewards.frames import in_windows
 
 _STILL = 0.005
 """Part of the frame's shorter side: velocities below it count as this much, so that noise of the flow is no jerk."""
@@ -18,11 +21,22 @@ def smoothness(flow_N2HW: Tensor, shorter: int) -> float:
     v is a point's flow from frame t to t + 1, v' that from t + 1 to t + 2 at the place it went to. The mean is
     weighted with the denominator, so that the still background counts little.
     """
+    return smoothness_along([flow_N2HW], shorter)
+
+
+def smoothness_along(flows: Iterable[Tensor], shorter: int) -> float:
+    """As `smoothness`, of flow (N,2,H,W) in windows, each beginning with the last one of the window before."""
+    sums = [_sums(flow, shorter) for flow in flows]
+    change, size = (torch.stack(part).double().sum() if len(part) > 1 else part[0] for part in zip(*sums, strict=True))
+    return 1 - float(change / size.clamp(min=1e-6))
+
+
+def _sums(flow_N2HW: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
     before = flow_N2HW[:-1]
     after, inside = carried(flow_N2HW[1:], before)
     change = (after - before).norm(dim=1)
     size = after.norm(dim=1) + before.norm(dim=1) + _STILL * shorter
-    return 1 - float((change * inside).sum() / (size * inside).sum().clamp(min=1e-6))
+    return (change * inside).sum(), (size * inside).sum()
 
 
 class FlowSmoothness(FlowReward):
@@ -36,10 +50,12 @@ class FlowSmoothness(FlowReward):
 
     name = "flow_smoothness"
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
         """Score clips of any sizes; one of fewer than three frames, or below 12 px (RAFT: 128 px), gets None."""
         self.load()
         return [
-            smoothness(self.flows(clip.float()), min(clip.shape[-2:])) if self.fits(clip, 3) else None
+            smoothness_along((self.flows(part.float()) for part in in_windows(clip, overlap=2)), min(clip.shape[-2:]))
+            if self.fits(clip, 3)
+            else None
             for clip in completions
         ]

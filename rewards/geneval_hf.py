@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from postgen.errors import UserError
-from postgen.rewards.base import RewardModel
+from postgen.rewards.base import Clip, RewardModel, streaming
 from postgen.rewards.clip_score import ClipScore
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.pictures import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, normalise
@@ -116,6 +116,7 @@ class Detector(nn.Module):
         return self.classes(states), answers.masks_queries_logits[-1]
 
 
+@streaming
 class GenevalHF(RewardModel):
     """Whether a frame shows what GenEval's record of its prompt asks for.
 
@@ -170,7 +171,7 @@ class GenevalHF(RewardModel):
         self.clip.offload()
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Tensor], *, geneval: Sequence[Mapping[str, Any] | None]
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, geneval: Sequence[Mapping[str, Any] | None]
     ) -> list[float | None]:
         """Score clips.
 

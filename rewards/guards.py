@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, shown
+from postgen.rewards.base import Clip, streaming
+from postgen.rewards.frames import in_windows, mean_over
 
 _LUMA = (0.299, 0.587, 0.114)
 _MOVING = 0.05
@@ -22,11 +24,15 @@ def _luma(clip: Tensor) -> Tensor:
     return (clip.float() * clip.new_tensor(_LUMA).float()[:, None, None]).sum(1)
 
 
-def motion(clip: Tensor) -> float:
+def motion(clip: Clip) -> float:
     """Mean change of the most changing 5 % of the pixels from a frame to the next, the whole frame's change taken off.
 
     0 for a frozen clip, whatever its brightness does; of a clip (F,3,H,W) in [0,1].
     """
+    return mean_over([(_motion(part), len(part) - 1) for part in in_windows(clip, overlap=1)])
+
+
+def _motion(clip: Tensor) -> float:
     light = functional.avg_pool2d(_luma(clip)[:, None], 3, 1, 1)[:, 0]
     change = light.diff(dim=0).flatten(1)
     if not change.numel():
@@ -36,22 +42,27 @@ def motion(clip: Tensor) -> float:
     return float(change.topk(count, dim=1).values.mean())
 
 
-def brightness(clip: Tensor) -> float:
+def brightness(clip: Clip) -> float:
     """Mean luma of a clip, in [0,1]."""
-    return float(_luma(clip).mean())
+    return mean_over([(float(_luma(part).mean()), len(part)) for part in in_windows(clip)])
 
 
-def sharpness(clip: Tensor) -> float:
+def sharpness(clip: Clip) -> float:
     """Share of the contrast that a 3x3 mean takes away, mean over the frames.
 
     Near 0 for a blurred clip, and above 0.5 for one of noise or of a fine grid, which some rewards of images invite.
     """
+    return mean_over([(_sharpness(part), len(part)) for part in in_windows(clip)])
+
+
+def _sharpness(clip: Tensor) -> float:
     light = _luma(clip)[:, None]
     fine = light - functional.avg_pool2d(functional.pad(light, (1, 1, 1, 1), mode="replicate"), 3, 1)
     contrast = light.flatten(1).std(1, correction=0)
     return float((fine.flatten(1).square().mean(1).sqrt() / contrast.clamp_min(1e-3)).mean())
 
 
+@streaming
 class MotionFloor:
     """1 for clips with `motion` of at least `floor`, falling to 0 for a frozen one.
 
@@ -64,11 +75,11 @@ class MotionFloor:
     name = "motion_floor"
 
     def __init__(self, *, floor: float = 0.02) -> None:
-        if not floor > 0:
-            raise UserError(f"the floor of motion must be above 0, got {floor}")
+        if not (is_number(floor) and 0 < floor <= 1):
+            raise UserError(f"the floor of motion must be above 0 and at most 1, got floor={shown(floor)}")
         self.floor = floor
 
-    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+    def __call__(self, completions: Sequence[Clip]) -> list[float]:
         """Score clips."""
         return [min(1.0, motion(clip) / self.floor) for clip in completions]
 
@@ -81,8 +92,12 @@ class Band:
     """
 
     def __init__(self, *, low: float, high: float, margin: float) -> None:
-        if not low < high or not margin > 0:
-            raise UserError(f"a band needs low < high and margin > 0, got {low}, {high} and {margin}")
+        numbers = is_number(low) and is_number(high) and is_number(margin)
+        if not (numbers and 0 <= low < high <= 1 and 0 < margin <= 1):
+            raise UserError(
+                "a band needs 0 <= low < high <= 1 and a margin above 0 and at most 1, got"
+                f" low={shown(low)}, high={shown(high)}, margin={shown(margin)}"
+            )
         self.low, self.high, self.margin = low, high, margin
 
     def inside(self, value: float) -> float:
@@ -91,6 +106,7 @@ class Band:
         return max(0.0, 1.0 - beyond / self.margin)
 
 
+@streaming
 class BrightnessBand(Band):
     """`brightness` within a band: against over-exposed and against black clips."""
 
@@ -99,11 +115,12 @@ class BrightnessBand(Band):
     def __init__(self, *, low: float = 0.15, high: float = 0.8, margin: float = 0.1) -> None:
         super().__init__(low=low, high=high, margin=margin)
 
-    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+    def __call__(self, completions: Sequence[Clip]) -> list[float]:
         """Score clips."""
         return [self.inside(brightness(clip)) for clip in completions]
 
 
+@streaming
 class SharpnessBand(Band):
     """`sharpness` within a band: against blur, noise and grids."""
 
@@ -112,6 +129,6 @@ class SharpnessBand(Band):
     def __init__(self, *, low: float = 0.03, high: float = 0.4, margin: float = 0.02) -> None:
         super().__init__(low=low, high=high, margin=margin)
 
-    def __call__(self, completions: Sequence[Tensor]) -> list[float]:
+    def __call__(self, completions: Sequence[Clip]) -> list[float]:
         """Score clips."""
         return [self.inside(sharpness(clip)) for clip in completions]

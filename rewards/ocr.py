@@ -11,6 +11,7 @@ from torch import Tensor
 
 from postgen.assets import locate
 from postgen.errors import UserError
+from postgen.rewards.base import Clip, streaming
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 
 _QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
@@ -75,6 +76,7 @@ def rapid_reader() -> Reader:
     return read
 
 
+@streaming
 class OCR:
     """How much of the wanted text is read, in [0,1].
 
@@ -94,7 +96,7 @@ class OCR:
         self.frames, self.reduce, self.reader = frames, reduce, reader
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Tensor], *, text: Sequence[str | None] | None = None
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, text: Sequence[str | None] | None = None
     ) -> list[float | None]:
         """Score clips.
 
@@ -115,7 +117,7 @@ class OCR:
             for clip, words in zip(completions, wanted, strict=True)
         ]
 
-    def _score(self, clip: Tensor, wanted: str) -> float:
+    def _score(self, clip: Clip, wanted: str) -> float:
         self.reader = self.reader or rapid_reader()
         scores = [readability("".join(self.reader(frame)), wanted) for frame in uniform_frames(clip, self.frames)]
         return float(REDUCTIONS[self.reduce](torch.tensor(scores)))

@@ -12,14 +12,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.polynomial import polynomial
 from numpy.typing import NDArray
-from torch import Tensor
 
-from postgen.rewards.world import alike, scenes
+from postgen.rewards.base import Clip, streaming
+from postgen.rewards.world import alike, reports_of, scenes
 from postgen.world import Spec
-from postgen.world.check import check_batch
 
 Array = NDArray[np.floating[Any]]
 
@@ -32,9 +30,10 @@ _SWING = 0.1
 _FLYING = ("falls", "bounces")
 
 
+@streaming
 def parabola(
     prompts: Sequence[str],
-    completions: Sequence[Tensor],
+    completions: Sequence[Clip],
     *,
     track: Sequence[Any] | None = None,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
@@ -58,7 +57,7 @@ def parabola(
             scores[row] = flight_score(np.asarray(points, dtype=np.float64))
     for rows in alike(completions, [w is not None and t is None for w, t in zip(wanted, given, strict=True)]):
         asked = [scene for row in rows if (scene := wanted[row]) is not None]
-        reports = check_batch(torch.stack([completions[row] for row in rows]), asked)
+        reports = reports_of([completions[row] for row in rows], asked)
         for row, scene, report in zip(rows, asked, reports, strict=True):
             scores[row] = min(flight_score(_points(report.bodies[body].track)) for body in _flyers(scene))
     return scores

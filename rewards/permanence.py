@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from postgen.rewards.base import Clip, streaming
 from postgen.rewards.world import alike, scenes
+from postgen.video import Footage
 from postgen.world import Spec
-from postgen.world.check import find_tracks
+from postgen.world.check import find_tracks, find_tracks_long
 from postgen.world.check.events import ramp
 from postgen.world.check.tracks import JUMP, Track
 
@@ -21,9 +23,10 @@ _MOST = 0.65
 """Part of a body's full area that is most of it."""
 
 
+@streaming
 def permanence(
     prompts: Sequence[str],
-    completions: Sequence[Tensor],
+    completions: Sequence[Clip],
     *,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
 ) -> list[float | None]:
@@ -42,12 +45,17 @@ def permanence(
     wanted = scenes(prompts, spec)
     scores: list[float | None] = [None] * len(completions)
     for rows in alike(completions, [True] * len(completions)):
-        for row, tracks in zip(rows, find_tracks(torch.stack([completions[r] for r in rows])), strict=True):
+        for row, tracks in zip(rows, _tracks([completions[r] for r in rows]), strict=True):
             scene = wanted[row]
             count = 1 if scene is None else len(scene.bodies)
             worst = min((body_permanence(track) for track in tracks), default=0.0)
             scores[row] = worst * min(1.0, len(tracks) / count)
     return scores
+
+
+def _tracks(clips: Sequence[Clip]) -> list[list[Track]]:
+    first, held = clips[0], [clip for clip in clips if isinstance(clip, Tensor)]
+    return [find_tracks_long(first.windows)] if isinstance(first, Footage) else find_tracks(torch.stack(held))
 
 
 def body_permanence(track: Track) -> float:

@@ -6,13 +6,14 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number, cut, is_number, shown
 from postgen.own_code import names_own_code, own_function
 from postgen.rewards.base import Reward
 
@@ -54,6 +55,9 @@ _PLACES = {
     "world_judge_visual": "world_judge:WorldJudge:visual",
 }
 
+_LARGEST = 1_000_000
+"""Of a count among the options of a reward."""
+
 _ONE = r"(?:[^,()]|\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\))+"
 """A reward in a list of them, with its options in brackets."""
 
@@ -83,6 +87,8 @@ def get_reward(reward: Source, **options: Any) -> Reward:
         if options:
             raise UserError(f"{reward} is made already: it takes no more options, got {', '.join(options)}")
         return reward
+    if not isinstance(reward, str) and not callable(reward):
+        raise UserError(f"a reward is a name, an address or a function, got {shown(reward)}")
     if not isinstance(reward, str):
         return Reward(_with_options(reward, options, getattr(reward, "__name__", str(reward))))
     reward, written = _options(reward)
@@ -98,7 +104,7 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     near = difflib.get_close_matches(reward, known_rewards(), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"unknown reward {reward!r}.{hint} Known: {', '.join(known_rewards())}. Or name a function of your own:"
+        f"unknown reward {shown(reward)}.{hint} Known: {', '.join(known_rewards())}. Or name a function of your own:"
         " 'pkg.mod.fn' or 'file.py:fn'."
     )
 
@@ -127,15 +133,16 @@ def _options(text: str) -> tuple[str, dict[str, Any]]:
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("expected key=value pairs")
         return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"cannot read the options of the reward {text!r}: write name(key=value), numbers bare, texts in quotes"
+            f"cannot read the options of the reward {cut(repr(text), 400)}: write name(key=value), numbers bare,"
+            " texts in quotes"
         ) from error
 
 
 def get_rewards(rewards: Sequence[Source] | Source) -> list[Reward]:
     """Return one or several rewards as a list; see `get_reward`."""
-    several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    several = list(rewards) if isinstance(rewards, list | tuple) else [cast(Source, rewards)]
     return [get_reward(reward) for reward in several]
 
 
@@ -160,6 +167,11 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
     unknown = [o for o in options if o not in known]
     if unknown:
         raise UserError(f"the reward {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+    for option, value in options.items():
+        try:
+            _check_kind(option, value, parameters[option])
+        except UserError as error:
+            raise UserError(f"the reward {name} cannot be made with {option}={shown(value)}: {error}") from None
     if not inspect.isclass(target):
         return _bound(target, options) if options else target
     try:
@@ -171,6 +183,15 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
             raise
         told = ", ".join(f"{option}={value!r}" for option, value in options.items())
         raise UserError(f"the reward {name} cannot be made with {told}: {error}") from error
+
+
+def _check_kind(option: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Hold an option that is a number to its kind; a count is not below 0."""
+    kind = {"int": int, "float": float}.get(str(parameter.annotation), parameter.annotation)
+    if kind in (int, float):
+        default = parameter.default if is_number(parameter.default) else 0
+        most = max(_LARGEST, default) if kind is int else math.inf
+        check_number(option, value, 0 if kind is int and default >= 0 else -math.inf, most, whole=kind is int)
 
 
 def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.rewards.wire import MEDIA_TYPE, pack, read_scores
 
 _LONGEST_ANSWER = 2**22
@@ -30,7 +29,9 @@ class RemoteError(RuntimeError):
 
 
 class _Passing(RemoteError):
-    """An error that may be gone at the next try."""
+    """An error that may be gone at the next try, or after the seconds that the server has asked for."""
+
+    after = 0.0
 
 
 class RemoteReward:
@@ -67,10 +68,12 @@ class RemoteReward:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise UserError(f"{url!r} is no address of a reward: it must look like http://127.0.0.1:8765")
-        if not 0 < timeout < math.inf or retries < 0 or backoff < 0 or batch_bytes < 1:
+        numbers = is_number(timeout) and 0 < timeout <= 1e7 and is_number(backoff) and 0 <= backoff <= 1e5
+        if not (numbers and is_whole(retries, 0, 10_000) and is_whole(batch_bytes, 1, 2**36)):
             raise UserError(
-                f"timeout and batch_bytes must be above 0, retries and backoff at least 0, got {timeout}, "
-                f"{batch_bytes}, {retries}, {backoff}"
+                "timeout (up to 10**7 s) and batch_bytes (up to 2**36) must be above 0, retries (up to 10,000) and"
+                f" backoff (up to 10**5 s) at least 0, got timeout={shown(timeout)}, batch_bytes={shown(batch_bytes)},"
+                f" retries={shown(retries)}, backoff={shown(backoff)}"
             )
         self.host, self.port, self._path = parts.hostname, port, parts.path.rstrip("/")
         self._secure = parts.scheme == "https"
@@ -89,12 +92,22 @@ class RemoteReward:
             WireError: a column that cannot be sent, or an answer that holds other things than one score a clip.
         """
         rest = {k: v for k, v in columns.items() if k not in ("latents", "trainer_state", "log_extra", "log_metric")}
-        body = pack(prompts, completions, fps=fps, columns=rest, exact=self.exact)
+        # A clip of NaN is no picture and has no score; the others of its batch do.
+        rows = [row for row, clip in enumerate(completions) if bool(clip.isfinite().all())]
+        scores: list[float | None] = [None] * len(completions)
+        if not rows:
+            return scores
+        texts, clips = [prompts[row] for row in rows], [completions[row] for row in rows]
+        rest = {k: [values[row] for row in rows] for k, values in rest.items() if values is not None}
+        body = pack(texts, clips, fps=fps, columns=rest, exact=self.exact)
         stop = threading.Event()
         try:
-            return read_scores(await _in_thread(lambda: self._ask(body, stop)), len(completions))
+            found = read_scores(await _in_thread(lambda: self._ask(body, stop)), len(rows))
         finally:
             stop.set()
+        for row, score in zip(rows, found, strict=True):
+            scores[row] = score
+        return scores
 
     def health(self) -> dict[str, Any]:
         """Return what the server says about itself: `reward`, `max_bytes`.
@@ -121,8 +134,8 @@ class RemoteReward:
                         "use a smaller batch_bytes, or a larger --max-mb there"
                     )
                 return self._request("POST", "/score", body)
-            except _Passing:
-                wait = min(self.backoff * 2**attempt, _LONGEST_WAIT)
+            except _Passing as error:
+                wait = min(max(self.backoff * 2**attempt, error.after), _LONGEST_WAIT)
                 if attempt == self.retries or stop.wait(wait):
                     raise
         raise AssertionError("the loop ends by return or raise")
@@ -143,7 +156,11 @@ class RemoteReward:
         if response.status == 200:
             return answer
         told = f"{self.name} answered {response.status}: {answer[:200].decode(errors='replace')}"
-        raise (_Passing if response.status >= 500 or response.status == 429 else RemoteError)(told)
+        if response.status < 500 and response.status != 429:
+            raise RemoteError(told)
+        passing, asked = _Passing(told), response.headers.get("Retry-After", "")
+        passing.after = float(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0.0
+        raise passing
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:

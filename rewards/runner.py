@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
-from postgen.rewards.base import Reward
+from postgen.errors import UserError, is_number, is_whole, shown
+from postgen.rewards.base import Clip, Reward
 from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
 from postgen.rewards.registry import Source, get_rewards
 
@@ -24,6 +24,10 @@ _log = logging.getLogger(__name__)
 # Threads of functions that took too long. A process that ends while torch computes in one of them would crash.
 _left: dict[int, threading.Thread] = {}
 _GRACE = 10.0
+_LARGEST = 1e9
+"""Weight of a reward, either sign."""
+_LONGEST = 10_000_000
+"""Seconds that a call may take: threads cannot wait for more than a few times that."""
 
 
 @atexit.register
@@ -37,6 +41,10 @@ def _leave(key: int, thread: threading.Thread) -> None:
     for other in [other for other, old in _left.items() if not old.is_alive()]:
         del _left[other]
     _left[key] = thread
+
+
+def _is_weight(value: object) -> bool:
+    return is_number(value) and abs(cast(float, value)) <= _LARGEST
 
 
 class AllRewardsFailed(UserError):
@@ -130,15 +138,22 @@ class RewardRunner:
             raise UserError("there is no reward: give at least one name or function")
         if weights is None:
             return
-        if len(weights) != count or not all(math.isfinite(weight) for weight in weights) or not any(weights):
-            raise UserError(f"{count} rewards need as many finite weights, not all 0, got {list(weights)}")
+        if not isinstance(weights, Sequence):
+            raise UserError(f"{count} rewards need as many finite weights in a list, got {shown(weights)}")
+        if len(weights) != count or not all(map(_is_weight, weights)) or not any(weights):
+            raise UserError(f"{count} rewards need as many finite weights, not all 0, got {shown(list(weights))}")
 
     def _check(self) -> None:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise UserError(f"two rewards are named {twice[0]!r}: their results could not be told apart")
-        if self.batch_bytes < 1 or (self.timeout is not None and not self.timeout > 0):
-            raise UserError(f"batch_bytes and timeout must be above 0, got {self.batch_bytes} and {self.timeout}")
+        if not is_whole(self.batch_bytes, 1, 2**36):
+            raise UserError(f"batch_bytes must be above 0 and at most 2**36, got {shown(self.batch_bytes)}")
+        if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST):
+            raise UserError(
+                f"timeout must be above 0 and at most {_LONGEST:,} seconds, or None for ever, got"
+                f" {shown(self.timeout)}"
+            )
         if self.reward_error not in ("none", "raise"):
             raise UserError(f"reward_error must be none or raise, got {self.reward_error!r}")
 
@@ -146,7 +161,7 @@ class RewardRunner:
         self,
         /,  # a column may be named self
         prompts: Sequence[str],
-        completions: Sequence[Tensor],
+        completions: Sequence[Clip],
         *,
         fps: float | Sequence[float | None] | None = None,
         latents: Tensor | None = None,
@@ -158,7 +173,7 @@ class RewardRunner:
 
         Args:
             prompts: one a clip.
-            completions: clips (F,3,H,W) in [0,1], on any device.
+            completions: clips (F,3,H,W) in [0,1], on any device; or `postgen.video.Footage`.
             fps: frames per second, one value or one a clip.
             latents: (N,...), for rewards that look at them.
             trainer_state: handed on as it is.
@@ -210,7 +225,11 @@ class RewardRunner:
         outcome: dict[str, Any] = {}
         thread = threading.Thread(target=_into, args=(outcome, function, arguments), daemon=True)
         thread.start()
-        thread.join(self.timeout)
+        try:
+            thread.join(self.timeout)
+        except BaseException:  # Ctrl-C, which a thread does not get
+            _leave(id(function), thread)
+            raise
         if thread.is_alive():
             _leave(id(function), thread)
             raise TimeoutError(f"no answer within {self.timeout:g} s")

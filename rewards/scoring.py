@@ -8,23 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.rewards.batches import RESERVED
 from postgen.rewards.runner import RewardRunner
-from postgen.video import VideoError, probe, read_video
+from postgen.video import PICTURES, Footage, NoFFmpegError, VideoError, probe, read_picture, read_video
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mkv", ".mov", ".avi", ".ogv", ".m4v")
-_MOST_CLIPS, _MOST_BYTES = 16, 2**29
+_MOST_CLIPS = {"cpu": 4, "cuda": 16}
+"""Clips that are scored together: rows are written after them."""
+_MOST_BYTES, _LONG = 2**28, 2**26
+"""Bytes (12 a pixel) of clips that are scored together, and of one from which on it is read in windows."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Clip:
-    """One video and what came of it."""
+    """One video or picture and what came of it."""
 
     path: Path
-    """A video file, or a folder of PNG frames."""
+    """A video file, a folder of frames, or a picture."""
     origin: int = 0
     """Which of the given paths it was found under."""
     named: bool = False
@@ -37,16 +42,33 @@ class Clip:
     """Reward -> score; None where it gave none."""
     error: str | None = None
     """Why it could not be read."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Reward -> why it failed; one that finds nothing to score has no score and is not among them."""
+    key: str = ""
+    """Changes with the file and with whatever else its scores follow from."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return one row of a table: file, prompt, a column for each reward, error."""
-        return {"file": str(self.path), "prompt": self.prompt, **self.scores, "error": self.error}
+    @property
+    def done(self) -> bool:
+        """Whether there is something to say of it."""
+        return bool(self.scores or self.error)
+
+    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return one row of a table: file, prompt, a column for each name, error, key."""
+        told = self.error or "; ".join(f"{name}: {error}" for name, error in self.failures.items()) or None
+        scores = {name: self.scores.get(name) for name in names}
+        return {"file": str(self.path), "prompt": self.prompt, **scores, "error": told, "key": self.key}
 
 
-def find_clips(paths: Sequence[Path]) -> list[Clip]:
-    """Return the videos of files and folders.
+def find_clips(paths: Sequence[Path], *, frames: bool = False) -> list[Clip]:
+    """Return the videos and pictures of files and folders.
 
-    A folder without video files holds one in each folder of PNG pictures inside, or is one that is made of its own.
+    Of a folder its videos are taken; without any, what is in the folders inside that hold pictures; without those, its
+    own pictures. A folder of pictures is one clip where the first says its frame rate, as `postgen generate --format
+    frames` notes it; else each of its pictures is a clip of one frame.
+
+    Args:
+        paths: files and folders.
+        frames: take every folder of pictures for one clip.
 
     Raises:
         UserError: a path that does not exist, or a folder that holds nothing to score.
@@ -54,21 +76,39 @@ def find_clips(paths: Sequence[Path]) -> list[Clip]:
     clips: list[Clip] = []
     for origin, path in enumerate(paths):
         if not path.exists():
-            raise UserError(f"there is no {path}: give video files, or folders that hold some")
-        found = _inside(path) if path.is_dir() else [path]
+            raise UserError(f"there is no {path}: give videos or pictures, or folders that hold some")
+        found = _inside(path, frames) if path.is_dir() else [path]
         if not found:
-            raise UserError(f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor PNG frames")
+            raise UserError(
+                f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor pictures ({', '.join(PICTURES)})"
+            )
         clips += [Clip(path=file, origin=origin, named=file == path) for file in found]
     return clips
 
 
-def _inside(folder: Path) -> list[Path]:
+def _inside(folder: Path, frames: bool) -> list[Path]:
     videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if videos:
         return videos
     # Before its own pictures: `postgen generate --format frames` puts a contact sheet beside each folder of frames.
-    inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.png")))
-    return inner or ([folder] if any(folder.glob("*.png")) else [])
+    inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and _pictures(inner))
+    return [clip for one in inner or [folder] for clip in _in_pictures(one, frames)]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.is_dir())
+
+
+def _in_pictures(folder: Path, frames: bool) -> list[Path]:
+    pictures = _pictures(folder)
+    return [folder] if pictures and (frames or _noted_rate(folder)) else pictures
+
+
+def _noted_rate(folder: Path) -> bool:
+    try:
+        return probe(folder).fps > 0
+    except (VideoError, OSError):
+        return False
 
 
 def set_prompts(clips: Sequence[Clip], prompt: str | None, rows: Sequence[Mapping[str, Any]] | None) -> None:
@@ -146,52 +186,113 @@ def check_needs(clips: Sequence[Clip], runner: RewardRunner) -> None:
             )
 
 
-def score_clips(clips: Sequence[Clip], runner: RewardRunner, after: Callable[[int], None] | None = None) -> None:
+def score_clips(
+    clips: Sequence[Clip],
+    runner: RewardRunner,
+    after: Callable[[Clip], None] | None = None,
+    *,
+    most: int | None = None,
+) -> None:
     """Read and score clips in their order; one that cannot be read gets an `error`, and the others go on.
 
+    A long video is a `Footage`, which each reward reads in windows; one that needs all frames gets all.
+
     Args:
-        clips: from `find_clips`, with prompts; scores and errors are written into them.
+        clips: from `find_clips`, with prompts; scores and errors are written into them. Those that are done are left
+            out.
         runner: the rewards.
-        after: called with the number of clips that are done.
+        after: called with each clip when it is done, in their order.
+        most: bytes (12 a pixel) of a video that a reward may get as a whole; None sets no bound.
 
     Raises:
         UserError: a reward needs columns that are not there, or its weights.
     """
-    for part, videos, rates in _pieces(clips):
-        names = sorted({key for clip in part for key in clip.columns})
-        columns: dict[str, Any] = {key: [clip.columns.get(key) for clip in part] for key in names}
-        if part:
-            result = runner(
-                prompts=[clip.prompt or "" for clip in part],
-                completions=videos,
-                fps=rates,
-                must_score=False,
-                **columns,
-            )
-            for clip, values in zip(part, result.values.tolist(), strict=True):
-                clip.scores = {n: None if v != v else v for n, v in zip(result.names, values, strict=True)}
-        if after is not None:
-            after(sum(1 for clip in clips if clip.scores or clip.error))
-
-
-def _pieces(clips: Sequence[Clip]) -> Iterator[tuple[list[Clip], list[Tensor], list[float | None]]]:
-    """Readable clips with their videos and frame rates, as many at a time as fit the memory."""
-    part: list[Clip] = []
-    videos: list[Tensor] = []
-    rates: list[float | None] = []
-    for clip in clips:
+    kind = torch.device(runner.device or "cpu").type
+    size = max(_MOST_CLIPS.values()) if any(r.groupwise for r in runner.rewards) else _MOST_CLIPS.get(kind, 4)
+    for part in _pieces(clips, size, most):
+        read = [one for one in part if one.video is not None]
         try:
-            video, rate = read_video(clip.path), probe(clip.path).fps or None
-        except (VideoError, OSError) as error:
-            clip.error = " ".join(str(error).split())
+            _score(read, runner)
+        except BaseException:
+            for one in read:
+                if isinstance(one.video, Footage):
+                    one.video.closed = True  # what reads it in another thread shall end too
+            raise
+        for one in part:
+            if after is not None:
+                after(one.clip)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Read:
+    clip: Clip
+    video: Tensor | Footage | None = None
+    fps: float | None = None
+
+
+def _score(read: Sequence[_Read], runner: RewardRunner) -> None:
+    if not read:
+        return
+    clips = [one.clip for one in read]
+    names = sorted({key for clip in clips for key in clip.columns})
+    columns: dict[str, Any] = {key: [clip.columns.get(key) for clip in clips] for key in names}
+    result = runner(
+        prompts=[clip.prompt or "" for clip in clips],
+        completions=[one.video for one in read if one.video is not None],
+        fps=[one.fps for one in read],
+        must_score=False,
+        **columns,
+    )
+    for one, values in zip(read, result.values.tolist(), strict=True):
+        if isinstance(one.video, Footage) and one.video.error:
+            one.clip.error = one.video.error
             continue
-        part.append(clip)
-        videos.append(video)
-        rates.append(rate)
-        if len(part) >= _MOST_CLIPS or sum(4 * v.numel() for v in videos) >= _MOST_BYTES:
-            yield part, videos, rates
-            part, videos, rates = [], [], []
-    yield part, videos, rates
+        one.clip.scores = {n: None if v != v else v for n, v in zip(result.names, values, strict=True)}
+        one.clip.failures = {
+            n: result.errors[n] for n, v in one.clip.scores.items() if v is None and n in result.errors
+        }
+
+
+def _pieces(clips: Sequence[Clip], size: int, most: int | None) -> Iterator[list[_Read]]:
+    """Clips that are not done with their videos, as many at a time as fit the memory; a long one alone."""
+    part: list[_Read] = []
+    room = _MOST_BYTES
+    for clip in clips:
+        if clip.done:
+            continue
+        one = _opened(clip, most)
+        long = isinstance(one.video, Footage)
+        if long and part:
+            yield part
+            part, room = [], _MOST_BYTES
+        part.append(one)
+        room -= 4 * one.video.numel() if one.video is not None else 0
+        if long or len(part) >= size or room <= 0:
+            yield part
+            part, room = [], _MOST_BYTES
+    if part:
+        yield part
+
+
+def _opened(clip: Clip, most: int | None) -> _Read:
+    """Read a clip; a long one is only gone through, which finds damage. What cannot be read gets its error."""
+    try:
+        if clip.path.suffix.lower() in PICTURES and not clip.path.is_dir():
+            picture = torch.from_numpy(np.array(read_picture(clip.path)))
+            return _Read(clip=clip, video=picture.permute(2, 0, 1)[None].float().div_(255))
+        info = probe(clip.path)
+        footage = Footage(clip.path, info, most=most)
+        return _Read(
+            clip=clip,
+            video=footage if 4 * footage.numel() > _LONG else read_video(clip.path),
+            fps=info.fps or None,
+        )
+    except NoFFmpegError:
+        raise
+    except Exception as error:  # whatever is wrong with one file, the others are scored
+        told = " ".join(str(error).split())
+        clip.error = told if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {told}"
+        return _Read(clip=clip)
 
 
 def win_rates(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,27 +1,42 @@
 """The reference server of a reward, for `RemoteReward`: on this machine only, one batch at a time.
 
 It opens no file that a request names, reads no more than `max_bytes`, and takes only safetensors (which a page in a
-browser cannot send unasked).
+browser cannot send unasked). Every connection has a thread, a deadline for its head and a least rate for its body, so
+that slow and silent clients hold up nobody; what is bounded is how many requests wait to be scored, and their bytes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import MSG_PEEK, SHUT_WR, socket
 from typing import Any
 
 from postgen.errors import UserError
+from postgen.rewards.patience import Budget, Patient
 from postgen.rewards.registry import get_reward
 from postgen.rewards.runner import RewardRunner
 from postgen.rewards.wire import MEDIA_TYPE, WireError, unpack
 
 HOST = "127.0.0.1"
-_WAITING = 8
-_CHUNK = 2**20
+_WAITING = 32
+"""Requests that wait to be scored; one more is told to come again."""
+_CONNECTIONS = 512
+"""Connections at once; further ones wait in the system's queue until a head is there or its deadline has passed."""
+_QUEUE = 1024
+_AGAIN = 1
+"""Seconds after which a client that is sent away may come again."""
+_HEAD = 3.0
+"""Seconds after which the head of a request must be there."""
+_CHUNK = 2**18
+_DIGITS = 15
+_UNKNOWN = 2**63
 _log = logging.getLogger(__name__)
 
 
@@ -31,8 +46,8 @@ class RewardServer(ThreadingHTTPServer):
     Args:
         reward: what `get_reward` takes.
         port: 0 lets the system choose one; `server_port` tells it.
-        max_bytes: longest request that is read.
-        idle: seconds after which a silent client is dropped.
+        max_bytes: longest request that is read. All requests that wait to be scored hold four times that at most.
+        idle: seconds that a client may take for every 64 KiB of its request; for its head it has 3 at most.
         runner_options: keywords of `RewardRunner`, as `device` or `timeout`.
 
     Raises:
@@ -40,52 +55,98 @@ class RewardServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _QUEUE
 
     def __init__(
-        self, reward: Any, *, port: int = 8765, max_bytes: int = 2**28, idle: float = 60.0, **runner_options: Any
+        self, reward: Any, *, port: int = 8765, max_bytes: int = 2**28, idle: float = 20.0, **runner_options: Any
     ) -> None:
-        if not 0 <= port < 65536 or max_bytes < 1 or not idle > 0:
+        if not 0 <= port < 65536 or max_bytes < 1 or not 0 < idle < math.inf:
             raise UserError(f"port must be 0 to 65535, max_bytes and idle above 0, got {port}, {max_bytes}, {idle}")
         self.reward = get_reward(reward)
         self.runner = RewardRunner([self.reward], **runner_options)
         self.max_bytes, self.idle = max_bytes, idle
         self.busy = threading.Lock()
         self.seats = threading.BoundedSemaphore(_WAITING)
+        self.bodies = Budget(4 * max_bytes)
+        self._places = threading.BoundedSemaphore(_CONNECTIONS)
+        self._ended = threading.Event()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             raise UserError(f"cannot listen on {HOST}:{port}: {error.strerror}; choose another --port") from error
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread, as soon as there is a place."""
+        while not self._places.acquire(timeout=0.2):
+            if self._ended.is_set():
+                self.shutdown_request(request)
+                return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def shutdown(self) -> None:
+        """End `serve_forever`, also where it waits for a place."""
+        self._ended.set()
+        super().shutdown()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Note a client that went away, or what broke its request, in the log rather than on the terminal."""
-        _log.warning("a request from %s ended early", client_address, exc_info=True)
+        """Note what broke a connection; that a client went away is nothing to be told on the terminal."""
+        _log.debug("a request from %s ended early", client_address, exc_info=True)
 
     @property
     def url(self) -> str:
         """Address for `get_reward`."""
         return f"http://{HOST}:{self.server_port}"
 
-    def score(self, data: bytes) -> Sequence[float | None]:
-        """Score one request.
+    def score(self, data: bytes, gone: Callable[[], bool] = lambda: False) -> Sequence[float | None]:
+        """Score one request, after those before it.
+
+        Args:
+            data: its body.
+            gone: whether the client has left by then.
 
         Raises:
             WireError: it is none.
+            ConnectionError: nobody waits for it any more.
             RuntimeError: the reward failed on all of it.
         """
-        arguments = unpack(data)
         with self.busy:
-            result = self.runner(**arguments, must_score=False)
+            if gone():
+                raise ConnectionAbortedError("the client left before its turn")
+            result = self.runner(**unpack(data), must_score=False)
         if result.errors:
             raise RuntimeError("; ".join(result.errors.values()))
         return [None if value != value else value for value in result.values[:, 0].tolist()]
 
 
+class _Refused(Exception):
+    """A request that is answered with a status and a reason instead of scores."""
+
+    def __init__(self, status: HTTPStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
+    connection: socket
 
     def setup(self) -> None:
         super().setup()
-        self.connection.settimeout(self.server.idle)
+        self.rfile.close()
+        self.rfile = self.patient = Patient(self.connection, min(_HEAD, self.server.idle))
+        self.left = 0
+        """Bytes of the body that have not been read."""
 
     def do_GET(self) -> None:
         if self.path.rstrip("/") != "/health":
@@ -94,54 +155,109 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, {"reward": self.server.reward.name, "max_bytes": self.server.max_bytes})
 
     def do_POST(self) -> None:
-        refusal = self._refusal()
-        if refusal is not None:
-            self._answer(refusal[0], {"error": refusal[1]})
-            self._drain()
-            return
-        if not self.server.seats.acquire(blocking=False):
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "too many requests are waiting"})
-            self._drain()
-            return
+        status, held, content = HTTPStatus.OK, 0, dict[str, Any]()
         try:
-            self._answer(HTTPStatus.OK, {"scores": self.server.score(self.rfile.read(self._length()))})
+            self._check_head()
+            held, body = self._body()
+            content = {"scores": self._scores(body)}
+        except _Refused as error:
+            status, content = error.status, {"error": str(error)}
         except (WireError, UserError) as error:
-            self._answer(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-        except RuntimeError as error:
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": str(error)})
+            status, content = HTTPStatus.BAD_REQUEST, {"error": str(error)}
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            if not isinstance(error, RuntimeError):
+                _log.exception("the reward could not be computed")
+            status, content = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{error}" or type(error).__name__}
+        finally:
+            self.server.bodies.give_back(held)
+        self._answer(status, content)
+
+    def _check_head(self) -> None:
+        """Refuse what is wrong with a request before its body is read."""
+        lengths = self.headers.get_all("Content-Length", [])
+        text = lengths[0].strip() if lengths else ""
+        plain = text.isascii() and text.isdigit() and len(set(lengths)) == 1
+        self.left = int(text) if plain and len(text) <= _DIGITS else _UNKNOWN
+        if self.path.rstrip("/") != "/score":
+            raise _Refused(HTTPStatus.NOT_FOUND, "there is GET /health and POST /score")
+        if self.headers.get("Transfer-Encoding") is not None:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "a body in chunks is not taken: send it with its Content-Length")
+        if not lengths:
+            self.left = 0
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed")
+        if not plain or len(text) > _DIGITS:
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"the Content-Length is no number of bytes: {text[:40]!r}")
+        if self.headers.get_content_type() != MEDIA_TYPE:
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the content type must be {MEDIA_TYPE}")
+        if self.left > self.server.max_bytes:
+            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {self.server.max_bytes} bytes are taken")
+
+    def _body(self) -> tuple[int, bytes]:
+        """Read the body; what it holds of the bytes of all bodies, and the body."""
+        data, held = bytearray(), 0
+        self.patient.start(self.server.idle)
+        try:
+            while self.left:
+                chunk = self._chunk()
+                if not self.server.bodies.take(len(chunk)):
+                    raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too much is waiting to be scored")
+                held += len(chunk)
+                data += chunk
+        except BaseException:
+            self.server.bodies.give_back(held)
+            raise
+        return held, bytes(data)
+
+    def _chunk(self) -> bytes:
+        chunk = self.patient.read(min(self.left, _CHUNK))
+        if not chunk:
+            raise ConnectionAbortedError("the client left before it had sent all")
+        self.left -= len(chunk)
+        return chunk
+
+    def _scores(self, body: bytes) -> Sequence[float | None]:
+        if not self.server.seats.acquire(blocking=False):
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are waiting")
+        try:
+            return self.server.score(body, self._gone)
         finally:
             self.server.seats.release()
 
-    def _length(self) -> int:
-        text = self.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdigit() else -1
+    def _gone(self) -> bool:
+        self.connection.settimeout(0)
+        try:
+            return not self.connection.recv(1, MSG_PEEK)
+        except BlockingIOError:
+            return False
 
-    def _refusal(self) -> tuple[HTTPStatus, str] | None:
-        """What is wrong with a request before its body is read."""
-        if self.path.rstrip("/") != "/score":
-            return HTTPStatus.NOT_FOUND, "there is GET /health and POST /score"
-        if self.headers.get_content_type() != MEDIA_TYPE:
-            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the content type must be {MEDIA_TYPE}"
-        if self._length() < 0:
-            return HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed"
-        if self._length() > self.server.max_bytes:
-            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {self.server.max_bytes} bytes are taken"
-        return None
-
-    def _drain(self) -> None:
-        """Throw some of a refused body away: a connection closed at once would take the answer with it."""
-        self.close_connection = True
-        left = min(self._length(), 4 * self.server.max_bytes)
-        while left > 0 and (chunk := self.rfile.read(min(left, _CHUNK))):
-            left -= len(chunk)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what is no request at all."""
+        self.left, self.request_version = _UNKNOWN, self.protocol_version
+        self._answer(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
 
     def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
+        self.close_connection = True
+        self.connection.settimeout(self.server.idle)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.send_header("Retry-After", str(_AGAIN))
         self.end_headers()
         self.wfile.write(body)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Throw away what a client still sends: a connection closed at once would be reset, and the answer lost."""
+        left = min(self.left, 4 * self.server.max_bytes)
+        with suppress(OSError):
+            self.connection.shutdown(SHUT_WR)
+            self.patient.start(min(_HEAD, self.server.idle))
+            while left > 0 and (chunk := self.patient.read(min(left, _CHUNK))):
+                left -= len(chunk)
 
     def log_message(self, format: str, *args: Any) -> None:
-        _log.info(format, *args)
+        _log.debug(format, *args)

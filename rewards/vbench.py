@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from postgen.rewards.base import RewardModel
-from postgen.rewards.frames import FrameReward
+from postgen.rewards.base import Clip, RewardModel, streaming
+from postgen.rewards.frames import FrameReward, in_windows, mean_over
 from postgen.rewards.pictures import (
     CLIP_MEAN,
     CLIP_STD,
@@ -60,6 +60,7 @@ def clip_view(frames_F3HW: Tensor, side: int = 224) -> Tensor:
     return normalise(cropped, CLIP_MEAN, CLIP_STD)
 
 
+@streaming
 class Consistency(RewardModel):
     """Base of the two consistencies: a subclass says which features of the frames are compared.
 
@@ -80,7 +81,7 @@ class Consistency(RewardModel):
     def features(self, frames_F3HW: Tensor) -> Tensor:
         """Return one vector a frame."""
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
         """Score clips of any sizes; one of a single frame cannot be scored."""
         self.load()
         scores: list[float | None] = []
@@ -88,7 +89,8 @@ class Consistency(RewardModel):
             if len(clip) < 2:
                 scores.append(None)
                 continue
-            value = float(consistency(self.features(clip.to(self.device, torch.float32)).float()))
+            parts = [self.features(part.to(self.device, torch.float32)).float() for part in in_windows(clip)]
+            value = float(consistency(torch.cat(parts)))
             scores.append(scaled(value, self.limits) if self.scale else value)
         return scores
 
@@ -169,8 +171,9 @@ class BackgroundConsistency(Consistency):
         return features
 
 
+@streaming
 def temporal_flickering(
-    prompts: Sequence[str], completions: Sequence[Tensor], *, scale: bool = False
+    prompts: Sequence[str], completions: Sequence[Clip], *, scale: bool = False
 ) -> list[float | None]:
     """Score how little neighbouring frames differ: 1 - mean absolute difference of the 8-bit frames.
 
@@ -183,10 +186,15 @@ def temporal_flickering(
     """
     scores: list[float | None] = []
     for clip in completions:
-        levels = eight_bit(clip.float())
-        value = 1 - float((levels[1:] - levels[:-1]).abs().mean()) if len(clip) > 1 else None
+        value = 1 - mean_over(_changes(clip)) if len(clip) > 1 else None
         scores.append(scaled(value, FLICKER) if scale and value is not None else value)
     return scores
+
+
+def _changes(clip: Clip) -> list[tuple[float, int]]:
+    """Mean absolute difference of neighbouring frames in each window, and the number of their pairs."""
+    levels = (eight_bit(part.float()) for part in in_windows(clip, overlap=1))
+    return [(float((part[1:] - part[:-1]).abs().mean()), len(part) - 1) for part in levels]
 
 
 class AestheticQuality(FrameReward):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.rewards.base import RewardModel
+from postgen.rewards.base import Clip, RewardModel, streaming
+from postgen.rewards.frames import uniform_frames
 from postgen.rewards.qwen import Asker, QwenScore, assemble_score, fitting_size, merge_lora, plain, split_state
 from postgen.rewards.weights import State, fill, find_file, read_state
 
@@ -48,16 +49,17 @@ def rubric() -> str:
     return (Path(__file__).parent / "data" / "videoalign_prompt.txt").read_text(encoding="utf-8")
 
 
-def sampled(clip: Tensor, fps: float, rate: float = 2.0) -> Tensor:
+def sampled(clip: Clip, fps: float, rate: float = 2.0) -> Tensor:
     """Return `rate` frames a second at equal distances, the first and the last among them.
 
     Their number is even and between 4 and 768 as far as the clip allows.
     """
     most = min(MOST_FRAMES, len(clip)) // 2 * 2
     count = round(min(max(len(clip) / fps * rate, LEAST_FRAMES), most) / 2) * 2
-    return clip[torch.linspace(0, len(clip) - 1, min(count, len(clip))).round().long().to(clip.device)]
+    return uniform_frames(clip, count)
 
 
+@streaming
 class VideoAlign(RewardModel):
     """The three axes and their sum, each about -2 to 2 with mean 0 over the training set.
 
@@ -98,7 +100,7 @@ class VideoAlign(RewardModel):
         return video_score(self.base, read_state(path), self.settings["peft_lora_config"], path)
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, fps: float | None = None
     ) -> dict[str, list[float | None]]:
         """Score clips.
 
@@ -150,7 +152,7 @@ def _settings(model: str, path: Path) -> dict[str, Any]:
     return settings
 
 
-def _alike(completions: Sequence[Tensor]) -> list[list[int]]:
+def _alike(completions: Sequence[Clip]) -> list[list[int]]:
     """Rows that can be scored, those of one frame size together."""
     groups: dict[torch.Size, list[int]] = {}
     for row, clip in enumerate(completions):

@@ -19,6 +19,9 @@ from torch import Tensor
 from postgen.rewards.batches import RESERVED
 
 MEDIA_TYPE = "application/x-safetensors"
+MOST_FPS = 10_000
+# Values this far outside [0, 1] are rounding; further out somebody forgot to scale.
+_SLACK = 0.05
 
 
 class WireError(ValueError):
@@ -36,7 +39,8 @@ def pack(
     """Return a request; clips are rounded to 8 bits unless `exact`.
 
     Raises:
-        WireError: a column whose values are neither tensors nor JSON (objects with `to_dict` count as JSON).
+        WireError: a column whose values are neither tensors nor JSON (objects with `to_dict` count as JSON), or a clip
+            with values that are no finite numbers.
     """
     tensors = {f"clip.{row}": _pixels(clip, exact) for row, clip in enumerate(completions)}
     plain: dict[str, Any] = {}
@@ -63,18 +67,20 @@ def unpack(data: bytes) -> dict[str, Any]:
         tensors = load(data)
         asked = json.loads(tensors.pop("request").numpy().tobytes())
         prompts, fps, columns = asked["prompts"], asked["fps"], dict(asked["columns"])
+        if not isinstance(prompts, list):
+            raise TypeError(f"prompts must be a list of texts, got {str(prompts)[:40]!r}")
         clips = [_clip(tensors.pop(f"clip.{row}")) for row in range(len(prompts))]
         for name in {key.removeprefix("column.").rpartition(".")[0] for key in tensors}:
             columns[name] = [tensors.pop(f"column.{name}.{row}") for row in range(len(prompts))]
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WireError(f"not a request for scores: {error}") from error
     uneven = [name for name, values in columns.items() if not isinstance(values, list) or len(values) != len(prompts)]
     if taken := sorted(RESERVED & columns.keys()):
         raise WireError(f"no column can be named {taken[0]!r}: it is an argument of its own")
     if uneven or not all(isinstance(prompt, str) for prompt in prompts):
         raise WireError(f"prompts must be texts and columns have one value a prompt: {', '.join(uneven) or 'prompts'}")
-    if fps is not None and not isinstance(fps, int | float):
-        raise WireError(f"fps must be a number or null, got {fps!r}")
+    if fps is not None and (not isinstance(fps, int | float) or fps is True or not 0 < fps <= MOST_FPS):
+        raise WireError(f"fps must be null or a number above 0, at most {MOST_FPS}, got {str(fps)[:40]}")
     return {**columns, "prompts": prompts, "completions": clips, "fps": fps}
 
 
@@ -97,13 +103,22 @@ def read_scores(data: bytes, count: int) -> list[float | None]:
 
 def _pixels(clip: Tensor, exact: bool) -> Tensor:
     clip = clip.detach().cpu().float()
+    if not bool(clip.isfinite().all()):
+        raise WireError("a clip holds values that are no finite numbers (NaN or infinity)")
     return (clip if exact else (clip.clamp(0, 1) * 255).round().byte()).contiguous()
 
 
 def _clip(pixels: Tensor) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in (torch.uint8, torch.float32):
         raise WireError(f"a clip must be (F,3,H,W) uint8 or float32, got {tuple(pixels.shape)} {pixels.dtype}")
-    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+    if not pixels.numel():
+        raise WireError(f"a clip must have pixels, got {tuple(pixels.shape)}")
+    if pixels.dtype == torch.uint8:
+        return pixels.float().div_(255)
+    low, high = (float(end) for end in pixels.aminmax())
+    if not (low >= -_SLACK and high <= 1 + _SLACK):  # NaN, which compares false with everything, is refused too
+        raise WireError(f"the values of a clip must lie in [0,1], got [{low:.3g}, {high:.3g}]")
+    return pixels
 
 
 def _plain(value: Any) -> Any:

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postgen.rewards.base import Clip, streaming
+from postgen.video import Footage
 from postgen.world import Spec
-from postgen.world.check import Report, check_batch
+from postgen.world.check import Report, check_batch, check_long
 from postgen.world.parse import parse, read
 from postgen.world.reading import Reading
 
 _LEAST_FRAMES, _LEAST_SIDE = 5, 32
 
 
+@streaming
 def world(
     prompts: Sequence[str],
-    completions: Sequence[Tensor],
+    completions: Sequence[Clip],
     *,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
     log_metric: Any = None,
@@ -44,9 +47,9 @@ def world(
     wanted = _asked(prompts, spec)
     reports: dict[int, Report] = {}
     for rows in alike(completions, [asked is not None for asked in wanted]):
-        clips = torch.stack([completions[row] for row in rows])
         asked = [s for row in rows if (s := wanted[row]) is not None]
-        reports |= zip(rows, check_batch(clips, asked, workers=workers), strict=True)
+        judged = reports_of([completions[row] for row in rows], asked, workers=workers)
+        reports |= zip(rows, judged, strict=True)
     if log_metric is not None:
         _log_shares(list(reports.values()), log_metric)
     return [reports[row].score if row in reports else None for row in range(len(completions))]
@@ -79,13 +82,21 @@ def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | Non
     ]
 
 
-def alike(completions: Sequence[Tensor], wanted: Sequence[bool]) -> list[list[int]]:
-    """Wanted rows whose clips are long and large enough for the judge, those of one size together."""
-    groups: dict[torch.Size, list[int]] = {}
+def alike(completions: Sequence[Clip], wanted: Sequence[bool]) -> list[list[int]]:
+    """Wanted rows whose clips are long and large enough for the judge, those in memory and of one size together."""
+    groups: dict[Any, list[int]] = {}
     for row, clip in enumerate(completions):
         if wanted[row] and len(clip) >= _LEAST_FRAMES and min(clip.shape[-2:]) >= _LEAST_SIDE:
-            groups.setdefault(clip.shape, []).append(row)
+            groups.setdefault(row if isinstance(clip, Footage) else clip.shape, []).append(row)
     return list(groups.values())
+
+
+def reports_of(clips: Sequence[Clip], asked: Sequence[Spec | Reading], *, workers: int = 0) -> list[Report]:
+    """Judge clips that `alike` put together."""
+    first, held = clips[0], [clip for clip in clips if isinstance(clip, Tensor)]
+    if isinstance(first, Footage):
+        return [check_long(first.windows, asked[0], workers=workers)]
+    return check_batch(torch.stack(held), asked, workers=workers)
 
 
 def _log_shares(reports: Sequence[Report], log_metric: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from postgen.rewards.base import RewardModel
+from postgen.rewards.base import Clip, RewardModel, streaming
 from postgen.rewards.world_net import (
     TextTower,
     VideoTower,
@@ -59,6 +59,7 @@ class WorldClipNet(nn.Module):
         return self.embed_video(clips_BT3HW), self.embed_text(ids_BL), self.log_scale.clamp(max=4.6).exp()
 
 
+@streaming
 class WorldClip(RewardModel):
     """Cosine of a clip and its prompt in [-1,1].
 
@@ -91,7 +92,7 @@ class WorldClip(RewardModel):
         self.size, self.frames, self.length = config["size"], config["video"]["frames"], config["text"]["length"]
         return net
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Tensor]) -> list[float]:
+    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float]:
         """Score clips of any size and length."""
         texts, clips = self.embed_text(prompts), self.embed_video(completions)
         return [float(score) for score in (texts * clips).sum(-1)]
@@ -105,10 +106,10 @@ class WorldClip(RewardModel):
         vectors: Tensor = net.embed_text(encoded["input_ids"].to(self.device))
         return vectors
 
-    def embed_video(self, completions: Sequence[Tensor]) -> Tensor:
+    def embed_video(self, completions: Sequence[Clip]) -> Tensor:
         """Clips of any size and length -> (N,E) on the reward's device."""
         net = self.net
-        ready = [prepare(clip.to(self.device), self.frames, self.size).to(self.dtype) for clip in completions]
+        ready = [prepare(clip, self.frames, self.size, self.device).to(self.dtype) for clip in completions]
         rows_of: dict[int, list[int]] = {}
         for row, clip in enumerate(ready):
             rows_of.setdefault(len(clip), []).append(row)

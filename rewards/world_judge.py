@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postgen.rewards.base import RewardModel
+from postgen.rewards.base import Clip, RewardModel, streaming
 from postgen.rewards.world_net import VideoTower, load_weights, prepare, read_config, reward_folder
 
 FOLDER = "world-judge"
@@ -41,6 +41,7 @@ class WorldJudgeNet(nn.Module):
         return scores
 
 
+@streaming
 class WorldJudge(RewardModel):
     """Scores of looks and motion, and `overall`, their mean.
 
@@ -72,10 +73,10 @@ class WorldJudge(RewardModel):
         self.mean, self.std = torch.tensor(config["mean"]), float(config["std"])
         return net
 
-    def __call__(self, completions: Sequence[Tensor]) -> dict[str, list[float]]:
+    def __call__(self, completions: Sequence[Clip]) -> dict[str, list[float]]:
         """Score clips of any size and length."""
         net = self.net
-        ready = [prepare(clip.to(self.device), self.frames, self.size).to(self.dtype) for clip in completions]
+        ready = [prepare(clip, self.frames, self.size, self.device).to(self.dtype) for clip in completions]
         scores = torch.zeros(len(ready), len(HEADS))
         for length in sorted({len(clip) for clip in ready}):
             rows = [row for row, clip in enumerate(ready) if len(clip) == length]

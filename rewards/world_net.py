@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from postgen import assets
 from postgen.errors import UserError
+from postgen.rewards.base import Clip
 from postgen.rewards.frames import uniform_frames
 from postgen.rewards.weights import read_state
 
@@ -100,9 +101,15 @@ def _transformer(width: int, layers: int) -> nn.Module:
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
-def prepare(clip: Tensor, frames: int, size: int) -> Tensor:
-    """Return up to `frames` frames at equal distances, (T,3,size,size): the whole picture, antialiased."""
-    picked = uniform_frames(clip, frames).float()
+def prepare(clip: Clip, frames: int, size: int, device: torch.device | str | None = None) -> Tensor:
+    """Return up to `frames` frames at equal distances, (T,3,size,size): the whole picture, antialiased.
+
+    Args:
+        clip: (F,3,H,W) or a video that is read where it is looked at.
+        frames, size: of the result.
+        device: where; None leaves it where the clip is.
+    """
+    picked = uniform_frames(clip, frames).to(device).float()
     if picked.shape[-2:] == (size, size):
         return picked
     small = functional.interpolate(picked, (size, size), mode="bilinear", antialias=True, align_corners=False)

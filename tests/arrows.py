@@ -10,7 +10,9 @@ METHODS = {
     *("merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
-GROUND = {"errors", "files", "own_code", "prompt_rows", "settings", "tensor_files", "versions"}
+GROUND = {
+    *("errors", "files", "interrupts", "own_code", "prompt_rows", "reading", "settings", "tensor_files", "versions"),
+}
 LOWER = {
     *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
@@ -22,11 +24,13 @@ TOP |= {"request", "train"}
 
 ALLOWED = {
     "errors": set(),
-    "files": {"errors"},
+    "files": {"errors", "interrupts"},
+    "interrupts": set(),
     "own_code": {"errors"},
-    "prompt_rows": {"errors"},
+    "prompt_rows": {"errors", "reading"},
+    "reading": {"errors"},
     "settings": {"errors"},
-    "tensor_files": {"errors"},
+    "tensor_files": {"errors", "reading"},
     "versions": set(),
     "assets": GROUND,
     "compat": GROUND,

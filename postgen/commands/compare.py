@@ -6,7 +6,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from postgen.commands import options as o
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
+from postgen.files import check_apart, named
 
 _OF_BOTH = ("size", "seed", "fps")
 """Settings that are not of one side alone."""
@@ -15,8 +16,13 @@ Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_defau
 A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
 B = Annotated[list[str] | None, typer.Option("--b", help="Setting of the right one, as steps=50; repeatable.")]
 Output = Annotated[
-    Path,
-    typer.Option("-o", "--output", help="The side-by-side video; -a and -b stand beside.", rich_help_panel=o.FILES),
+    str,
+    typer.Option(
+        *("-o", "--output"),
+        metavar="PATH",
+        help="The side-by-side video; -a and -b stand beside.",
+        rich_help_panel=o.FILES,
+    ),
 ]
 
 
@@ -24,7 +30,7 @@ def compare(
     prompt: Prompt,
     a: A = None,
     b: B = None,
-    output: Output = Path("compare.mp4"),
+    output: Output = "compare.mp4",
     *,
     given: dict[str, Any],
     format: o.Format = None,
@@ -34,7 +40,8 @@ def compare(
     if sides[0] == sides[1]:
         raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
-    _make({"prompt": prompt} | given, sides, labels, output, format)
+    place = named(output, folder=format == "frames")
+    _make({"prompt": prompt} | given, sides, labels, place, format)
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
@@ -50,19 +57,20 @@ def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
     keys = _keys()
     for text in texts:
         key, equals, value = text.partition("=")
+        said = f"{option} {shown(text)}"
         kind, name = keys.get(key.replace("_", "-"), (str, None))
         if not equals:
-            raise UserError(f"{option} {text!r} must be key=value. Known keys: {', '.join(keys)}")
+            raise UserError(f"{said} must be key=value. Known keys: {', '.join(keys)}")
         if key in _OF_BOTH:
-            raise UserError(f"{option} {text!r}: both videos have one {key}, which --{key} sets")
+            raise UserError(f"{said}: both videos have one {key}, which --{key} sets")
         if name is None:
-            raise UserError(f"{option} {text!r} names no setting. Known keys: {', '.join(keys)}")
+            raise UserError(f"{said} names no setting. Known keys: {', '.join(keys)}")
         if name == "lora":
             side[name] = (*side.get(name, ()), value)
         elif name in side:
             raise UserError(f"{option} gives {key} twice")
         else:
-            side[name] = _value(option, text, kind, value)
+            side[name] = _value(said, kind, value)
     return side
 
 
@@ -76,24 +84,27 @@ def _keys() -> dict[str, tuple[type, str]]:
     return keys | {"prompt": (str, "prompt")}
 
 
-def _value(option: str, text: str, kind: type, value: str) -> Any:
+def _value(said: str, kind: type, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{option} {text!r}: the value must be {kind.__name__}") from None
+        raise UserError(f"{said}: the value must be {kind.__name__}") from None
 
 
 def _make(
     shared: dict[str, Any], sides: list[dict[str, Any]], labels: list[str], output: Path, format: str | None
 ) -> None:
     from postgen.compare import compare_videos, pair_paths
-    from postgen.generate import prepare
+    from postgen.generate import check_rate, prepare, read_by
     from postgen.request import GenerateConfig
 
-    jobs = [prepare(GenerateConfig.of(shared | side)) for side in sides]
     if not output.suffix and format is None:
         format = "mp4"
     paths = pair_paths(output, format)
+    configs = [GenerateConfig.of(shared | side) for side in sides]
+    check_apart(paths.files, [file for config in configs for file in read_by(config)])
+    jobs = [prepare(config) for config in configs]
+    check_rate(jobs[0], paths.kind)
 
     from postgen.commands.progress import steps
 

@@ -12,7 +12,7 @@ import typer
 
 from postgen.commands.export_lora import export_lora
 from postgen.errors import UserError
-from postgen.files import check_place
+from postgen.files import check_apart, check_place, files_of
 
 Converter = Callable[..., None]
 """A command whose first parameter is the model (a path, or a text where a hub id will do) and that has an `output`, a
@@ -45,9 +45,10 @@ def checked(command: Converter) -> Converter:
     @functools.wraps(command)
     def convert(**given: Any) -> None:
         source, output = Path(given[model]).expanduser(), given["output"]
+        check_place(output)
         if source.exists() and output.exists() and source.samefile(output):
             raise UserError(f"{output} is what is to be converted: give another place with -o")
-        check_place(output)
+        check_apart([output], files_of(source))
         command(**given)
 
     return convert

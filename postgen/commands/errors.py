@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 
 from postgen.compat import command_error
-from postgen.errors import UserError
+from postgen.errors import UserError, cut_words
 
 STOPPED = "postgen: stopped; no half-written file was left"
 """What is said after Ctrl-C."""
 
+_WORD = 400
+
 
 def tell(message: str) -> None:
-    """Write a message to standard error, in one line."""
-    print(" ".join(message.split()), file=sys.stderr)
+    """Write a message to standard error, in one line; of a word that is longer than any path, a part."""
+    print(cut_words(message, _WORD), file=sys.stderr)
 
 
 def tell_error(error: BaseException) -> int | None:

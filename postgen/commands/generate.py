@@ -10,14 +10,15 @@ import typer
 
 from postgen.commands import options as o
 from postgen.errors import UserError
+from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
 
 Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
 Output = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "-o",
-        "--output",
+        *("-o", "--output"),
+        metavar="PATH",
         help="The video; of several, -000, -001, ... are added. \\[default: named after the (first) prompt]",
         rich_help_panel=o.FILES,
     ),
@@ -38,6 +39,9 @@ From = Annotated[
     typer.Option("--from", help="Sidecar of a video to make again; other options change it.", rich_help_panel=o.FILES),
 ]
 
+_MOST_VIDEOS = 10_000
+"""Of a prompt in one call: their names are looked at before anything is made."""
+
 
 def generate(
     prompt: Prompt = None,
@@ -50,10 +54,12 @@ def generate(
     format: o.Format = None,
 ) -> None:
     """Make videos from prompts; each with a contact sheet (PNG) and a sidecar (JSON) that makes it again."""
+    place = None if output is None else named(output, folder=format == "frames")
     if sidecar is not None:
-        given, output, format = _again(sidecar, given, output, format)
+        given, place, format = _again(sidecar, given, place, format)
     texts = _texts(prompt, prompts, given.pop("prompt", None))
-    _make(texts, given, count, output or Path(_file_name(texts[0])), format)
+    read = [file for file in (sidecar, prompts) if file is not None]
+    _make(texts, given, count, place or Path(_file_name(texts[0])), format, read)
 
 
 def _again(
@@ -78,12 +84,14 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
     return [text]
 
 
-def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None) -> None:
-    from postgen.generate import load, make_video, output_paths, prepare
+def _make(
+    texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None, read: list[Path]
+) -> None:
+    from postgen.generate import check_rate, load, make_video, output_paths, prepare, read_by
     from postgen.request import GenerateConfig
 
-    if count < 1:
-        raise UserError(f"--count must be at least 1, got {count}")
+    if not 1 <= count <= _MOST_VIDEOS:
+        raise UserError(f"--count must be at least 1 and at most {_MOST_VIDEOS:,}, got {count}")
     config = GenerateConfig.of({"seed": 0, **given, "prompt": texts[0]})
     wanted = [(text, config.seed + n) for text in texts for n in range(count)]
     if not output.suffix and format is None:
@@ -91,7 +99,9 @@ def _make(texts: list[str], given: dict[str, Any], count: int, output: Path, for
     names = [output] if len(wanted) == 1 else [_numbered(output, n) for n in range(len(wanted))]
     # Every mistake is found here, before seconds or minutes go into loading.
     places = [output_paths(name, format) for name in names]
+    check_apart((file for files, _ in places for file in files.files), [*read, *read_by(config)])
     first = prepare(config)
+    check_rate(first, places[0][1])
     jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 
     from postgen.commands.progress import steps, waiting

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.plug_ins import PlugIn, known_plug_ins
 
 MODEL, LOOK, RUN, FILES = "Model", "Video", "Running", "Files"
@@ -159,9 +159,9 @@ def settings(size: str | None, **given: Any) -> dict[str, Any]:
     if "lora" in said:
         said["lora"] = tuple(said["lora"])
     if size is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", size)
         if match is None:
-            raise UserError(f"--size must look like 96x96 (width x height), got {size!r}")
+            raise UserError(f"--size must look like 96x96 (width x height), got {shown(size)}")
         if "width" in said or "height" in said:
             raise UserError("--size and --width/--height say the same: give one of them")
         said["width"], said["height"] = int(match[1]), int(match[2])

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import itertools
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from postgen.errors import UserError
-from postgen.files import check_place, replacing
+from postgen.files import check_apart, check_place, named
 from postgen.prompt_rows import read_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from postgen.rewards import RewardRunner
     from postgen.rewards.scoring import Clip
 
-Paths = Annotated[list[Path], typer.Argument(help="Videos, folders of them, or folders of PNG frames.")]
+Paths = Annotated[list[Path], typer.Argument(help="Videos, pictures, or folders of them.")]
 Reward = Annotated[
     str,
     typer.Option(
@@ -37,12 +38,31 @@ Prompts = Annotated[
     ),
 ]
 Weights = Annotated[str | None, typer.Option("--weights", help="Weights of the rewards' sum, with commas between.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Table to write: .jsonl or .csv.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="Table to write: .jsonl or .csv, a row when a video is done. The same command again goes on with it.",
+    ),
+]
+Frames = Annotated[
+    bool,
+    typer.Option("--frames", help="A folder of pictures is one clip, where it would be so many single pictures."),
+]
+WholeMb = Annotated[
+    float,
+    typer.Option(
+        "--whole-mb", help="Most MiB (12 bytes a pixel) of a video for a reward that needs all its frames at once."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
 
 _TEXT, _NUMBER = 8, 7
 """Least widths of columns."""
+_MOST_MB = 2**20
+"""A terabyte: more than any machine gives to one clip."""
 
 
 def score(
@@ -54,48 +74,99 @@ def score(
     output: Output = None,
     device: Device = "auto",
     timeout: Timeout = None,
+    frames: Frames = False,
+    whole_mb: WholeMb = 4096.0,
 ) -> None:
-    """Score videos with rewards; two folders are also compared prompt by prompt.
+    """Score videos and pictures with rewards; two folders are also compared prompt by prompt.
 
     Without --prompt or --prompts, the prompt of a video is that of its sidecar, as `postgen generate` writes it.
     """
     if prompt is not None and prompts is not None:
         raise UserError("give --prompt or --prompts, not both")
-    if output is not None and output.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"--output must end in .jsonl or .csv, got {output}")
-    if output is not None:
-        check_place(output)
+    table = None if output is None else named(output)
+    if table is not None and table.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output must end in .jsonl or .csv, got {table}")
+    if not 0 < whole_mb <= _MOST_MB:
+        raise UserError(f"--whole-mb must be above 0 and at most {_MOST_MB:,}, got {whole_mb}")
+    if table is not None:
+        check_place(table, folder=False)
+        check_apart([table], [*paths, *([prompts] if prompts else [])])
     rows = None if prompts is None else read_prompts(prompts)
 
-    from postgen.commands.progress import steps
     from postgen.compat import quiet_libraries
     from postgen.rewards import RewardRunner, split_rewards
-    from postgen.rewards.scoring import check_needs, find_clips, score_clips, set_prompts
+    from postgen.rewards.scoring import check_needs, find_clips, set_prompts
+    from postgen.rewards.table import setting_of
 
-    clips = find_clips(paths)
+    clips = find_clips(paths, frames=frames)
+    _tell_pictures(clips)
     set_prompts(clips, prompt, rows)
-    runner = RewardRunner(
-        split_rewards(reward),
-        None if weights is None else _numbers(weights),
-        device=reward_device(device),
-        timeout=timeout,
-    )
+    texts, place = split_rewards(reward), reward_device(device)
+    runner = RewardRunner(texts, None if weights is None else _numbers(weights), device=place, timeout=timeout)
     check_needs(clips, runner)
-    with quiet_libraries():
+    # Rewards without a network need not wait for these libraries, nor hold them in memory.
+    with quiet_libraries() if any(hasattr(one.function, "load") for one in runner.rewards) else nullcontext():
         runner.load()
-    with steps("Scoring", "videos") as report:
-        score_clips(clips, runner, lambda done: report(done, len(clips)))
-    if weights is not None:
-        _add_sum(clips, runner.weights)
+    _score_all(clips, runner, table, setting_of(runner.rewards, texts, place), weights is not None, whole_mb)
     _show(clips, paths, runner.names)
-    if output is not None:
-        _write(output, clips)
-    useless = _tell_gaps(clips, runner.names)
+    if _tell_failures(clips, runner.names):
+        raise typer.Exit(1)
+
+
+def _score_all(
+    clips: Sequence[Clip], runner: RewardRunner, output: Path | None, setting: str, weighted: bool, whole_mb: float
+) -> None:
+    from postgen.commands.progress import steps
+    from postgen.rewards.scoring import score_clips
+    from postgen.rewards.table import Table, set_keys
+
+    with ExitStack() as stack:
+        table = None
+        if output is not None:
+            set_keys(clips, setting)
+            table = Table(output, clips, runner.names, ["sum"] if weighted else [])
+            if known := table.resume():
+                typer.echo(f"postgen: {known} of {len(clips)} are in {output} already and stay", err=True)
+            _add_sum(clips, runner.weights, weighted)
+            stack.enter_context(table)
+        report = stack.enter_context(steps("Scoring", "videos"))
+
+        def after(clip: Clip) -> None:
+            _add_sum([clip], runner.weights, weighted)
+            if table is not None:
+                table.add(clip)
+            report(next(done), len(clips))
+
+        done = itertools.count(1 + sum(clip.done for clip in clips))
+        score_clips(clips, runner, after, most=int(whole_mb * 2**20))
+
+
+def _tell_pictures(clips: Sequence[Clip]) -> None:
+    """Say what was not asked for: that a folder's pictures are no frames of a clip."""
+    from postgen.video import PICTURES
+
+    found = Counter(c.path.parent for c in clips if not c.named and c.path.suffix.lower() in PICTURES)
+    for folder, count in found.items():
+        if count > 1:
+            typer.echo(
+                f"postgen: {folder}: {count} pictures, scored one by one (--frames: one clip of them)", err=True
+            )
+
+
+def _tell_failures(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
+    """Say what was not scored, and why; return whether the call has failed for one or all."""
+    useless = _tell_gaps(clips, rewards)
     unread = [clip for clip in clips if clip.error]
     for clip in unread:
         typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
-    if unread or useless:
-        raise typer.Exit(1)
+    failed = [clip for clip in clips if clip.failures]
+    for reward in rewards:
+        if own := [clip for clip in failed if reward in clip.failures]:
+            typer.echo(f"postgen: {reward} failed for {len(own)}: {own[-1].failures[reward]}", err=True)
+    if unread or failed:
+        bad = len(unread) + len(failed)
+        typer.echo(f"postgen: {len(clips) - bad} of {len(clips)} scored, {bad} failed", err=True)
+    return bool(unread or failed or useless)
 
 
 def _numbers(text: str) -> list[float]:
@@ -121,9 +192,9 @@ def reward_device(asked: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _add_sum(clips: Sequence[Clip], weights: Sequence[float]) -> None:
+def _add_sum(clips: Sequence[Clip], weights: Sequence[float], asked: bool) -> None:
     """Put the weighted sum beside the scores of each clip; none where a reward gave none."""
-    for clip in clips:
+    for clip in clips if asked else ():
         values = list(clip.scores.values())
         known = [w * v for w, v in zip(weights, values, strict=True) if v is not None] if values else []
         if values:
@@ -135,7 +206,8 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
-        if gaps := [clip.path.name for clip in read if clip.scores.get(name) is None]:
+        gaps = [c.path.name for c in read if c.scores.get(name) is None and name not in c.failures]
+        if gaps:
             typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
             useless |= len(gaps) == len(read)
     return useless
@@ -143,17 +215,22 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
 
 def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     names = list(dict.fromkeys(name for clip in clips for name in clip.scores)) or list(rewards)
     for part in _fitting(names):
         table = _table("video", "prompt", names=part)
         for clip in clips:
-            table.add_row(clip.path.name, clip.prompt or "", *(_cell(clip.scores.get(name)) for name in part))
+            table.add_row(
+                escape(clip.path.name), escape(clip.prompt or ""), *(_cell(clip.scores.get(name)) for name in part)
+            )
         table.add_section()
         for origin, path in enumerate(paths):
             own = [clip for clip in clips if clip.origin == origin]
             if len(own) > 1:
-                table.add_row(f"mean of {path}", "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in part))
+                table.add_row(
+                    escape(f"mean of {path}"), "", *(_cell(_mean([c.scores.get(n) for c in own])) for n in part)
+                )
         Console().print(table)
     if len(paths) == 2 and all(path.is_dir() for path in paths):
         _show_wins(clips, paths, names)
@@ -161,6 +238,7 @@ def _show(clips: Sequence[Clip], paths: Sequence[Path], rewards: Sequence[str]) 
 
 def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from postgen.rewards.scoring import win_rates
 
@@ -170,9 +248,9 @@ def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str
         return
     for part in _fitting(names):
         table = _table("prompt", names=part)
-        table.title = f"how often {paths[0]} is better than {paths[1]}"
+        table.title = escape(f"how often {paths[0]} is better than {paths[1]}")
         for prompt, row in rates.items():
-            table.add_row(prompt, *(_cell(row.get(name)) for name in part))
+            table.add_row(escape(prompt), *(_cell(row.get(name)) for name in part))
         table.add_section()
         table.add_row("all prompts", *(_cell(_mean([row.get(name) for row in rates.values()])) for name in part))
         Console().print(table)
@@ -212,22 +290,3 @@ def _cell(value: float | None) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _write(path: Path, clips: Sequence[Clip]) -> None:
-
-    rows = [clip.to_dict() for clip in clips]
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-    else:
-        buffer = io.StringIO(newline="")
-        names = list(dict.fromkeys(key for row in rows for key in row if key != "error"))
-        writer = csv.DictWriter(buffer, [*names, "error"])
-        writer.writeheader()
-        writer.writerows(rows)
-        text = buffer.getvalue()
-    try:
-        with replacing(path) as part:
-            part.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,6 +1,5 @@
 """`postgen serve-reward`."""
 
-import math
 from typing import Annotated
 
 import typer
@@ -13,6 +12,9 @@ Port = Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 lets the
 MaxMb = Annotated[float, typer.Option("--max-mb", help="Longest request that is read, in MiB.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of the reward may take.")]
 
+_MOST_MB = 2**20
+"""One TiB: no machine holds a longer request."""
+
 
 def serve_reward(
     reward: Reward, port: Port = 8765, max_mb: MaxMb = 256.0, device: Device = "auto", timeout: Timeout = None
@@ -21,8 +23,8 @@ def serve_reward(
 
     It listens on 127.0.0.1 only. To reach it from another machine, use a tunnel: ssh -L 8765:127.0.0.1:8765 HOST.
     """
-    if not 0 < max_mb < math.inf:
-        raise UserError(f"--max-mb must be above 0, got {max_mb}")
+    if not 0 < max_mb <= _MOST_MB:
+        raise UserError(f"--max-mb must be above 0 and at most {_MOST_MB:,}, got {max_mb}")
     place = reward_device(device)
 
     from postgen.rewards.serve import RewardServer

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from postgen.errors import UserError
+from postgen.errors import UserError, first_line, is_number, shown
 from postgen.families import Grid
 
 FrameCount = int | Callable[[Mapping[str, Any]], int | Grid]
 """Latent frames of a call, or a function of the transformer's forward arguments giving them or the whole grid."""
+
+STRONGEST = 1000.0
+"""Largest weight and gain, far beyond those that leave a picture: the official ones are below 10."""
+
+_FROM_TO = f"from -{STRONGEST:g} to {STRONGEST:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,31 +56,46 @@ class EnhanceAVideoConfig:
 
     def __post_init__(self) -> None:
         self._check_weights()
-        if not (_is_number(self.start) and _is_number(self.stop) and 0 <= self.start < self.stop <= 1):
-            raise UserError(f"0 <= start < stop <= 1 is needed, got start={self.start!r}, stop={self.stop!r}")
+        if not (is_number(self.start) and is_number(self.stop) and 0 <= self.start < self.stop <= 1):
+            raise UserError(
+                f"0 <= start < stop <= 1 is needed, got start={shown(self.start)}, stop={shown(self.stop)}"
+            )
         if self.reduction not in ("sample", "batch"):
-            raise UserError(f"unknown reduction {self.reduction!r}. Known: sample, batch")
-        if self.max_gain is not None and not (_is_number(self.max_gain) and self.max_gain > 1):
-            raise UserError(f"max_gain must be above 1 or None, got {self.max_gain!r}")
+            raise UserError(f"unknown reduction {shown(self.reduction)}. Known: sample, batch")
+        if self.max_gain is not None and not (is_number(self.max_gain) and 1 < self.max_gain <= STRONGEST):
+            raise UserError(
+                f"max_gain must be above 1 and at most {STRONGEST:g}, or None, got max_gain={shown(self.max_gain)}"
+            )
         for name, least in (("min_frames", 2), ("max_locations", 1), ("chunk_size", 1), ("num_frames", 1)):
             value = getattr(self, name)
             if value is None or (name == "num_frames" and callable(value)):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                raise UserError(f"{name} must be a whole number of at least {least}, below 2**31, got {shown(value)}")
         if self.progress is not None and not callable(self.progress):
-            raise UserError(f"progress must be a function that returns 0 to 1, got {self.progress!r}")
+            raise UserError(f"progress must be a function that returns 0 to 1, got {shown(self.progress)}")
+        if not isinstance(self.train, bool):
+            raise UserError(f"train must be True or False, got {shown(self.train)}")
 
     def _check_weights(self) -> None:
         if self.relative_weight is not None:
-            if not _is_number(self.relative_weight):
-                raise UserError(f"relative_weight must be a finite number, got {self.relative_weight!r}")
+            if not _is_weight(self.relative_weight):
+                raise UserError(
+                    f"relative_weight must be a finite number {_FROM_TO}, got {shown(self.relative_weight)}"
+                )
             if self.weight != "auto":
-                raise UserError(f"weight={self.weight!r} and relative_weight={self.relative_weight}: give one of them")
+                raise UserError(
+                    f"weight={shown(self.weight)} and relative_weight={self.relative_weight}: give one of them"
+                )
         weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
         named = isinstance(self.weight, Mapping)
-        if not all(_is_number(weight) or (weight == "auto" and not named) for weight in weights):
-            raise UserError(f"weight must be a finite number, auto, or numbers by layer pattern, got {self.weight!r}")
+        if not all(_is_weight(weight) or (weight == "auto" and not named) for weight in weights):
+            raise UserError(
+                "weight must be a finite number, auto, or numbers by layer pattern, each"
+                f" {_FROM_TO}, got {shown(self.weight)}"
+            )
+        for key in self.weight if isinstance(self.weight, Mapping) else ():
+            _check_pattern(key)
         if named and not weights:
             raise UserError("weight names no layer: give a pattern, or a number for all layers")
 
@@ -103,10 +124,17 @@ def enhance_setting(text: str | None) -> float | str:
         weight = 0.0 if text is None else float(text)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"enhance must be auto or a number, got {text!r}")
+    if not _is_weight(weight):
+        raise UserError(f"enhance must be auto or a number {_FROM_TO}, got {shown(text)}")
     return weight
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_pattern(key: object) -> None:
+    try:
+        re.compile(cast(str, key))
+    except (re.error, TypeError) as error:
+        raise UserError(f"weight names layers by patterns, and {shown(key)} is none: {first_line(error)}") from None
+
+
+def _is_weight(value: object) -> bool:
+    return is_number(value) and -STRONGEST <= cast(float, value) <= STRONGEST

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from postgen.assets import embedded_model
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.files import replacing
+from postgen.reading import read_json
 
 NOTE = "base.json"
 """Name of the note in an export."""
@@ -61,16 +62,15 @@ def read_note(folder: Path) -> Export | None:
     path = folder / NOTE
     if not path.is_file():
         return None
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        base, parts = note["base"], note["parts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    note = read_json(path, f"cannot read {path}")
+    base, parts = (note.get("base"), note.get("parts")) if isinstance(note, dict) else (None, None)
     if not (isinstance(base, str) and base and isinstance(parts, list) and parts and set(map(type, parts)) == {str}):
         raise UserError(
-            f"{path} must have a base (a folder or owner/name) and a list of parts, got {base!r}, {parts!r}"
+            f"{path} must have a base (a folder or owner/name) and a list of parts, got {shown(base)}, {shown(parts)}"
         )
     for name in parts:
+        if not name.isidentifier():
+            raise UserError(f"{path}: the parts must be names of components, got {shown(name)}")
         if not (folder / name / "config.json").is_file():
             raise UserError(f"{path} says that there is {name}/, and there is none: is the export complete?")
     return Export(base=str(embedded_model()) if base == EMBEDDED else base, parts=tuple(parts))

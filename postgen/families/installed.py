@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,7 +64,10 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {"": unwrap(target)}
     found: dict[str, nn.Module] = {}
-    for name, module in getattr(target, "components", {}).items():
+    components = getattr(target, "components", {})
+    if isinstance(target, type) or not isinstance(components, Mapping):
+        raise UserError("a class was given: give a diffusers video pipeline that is loaded, or its transformer")
+    for name, module in components.items():
         if name.startswith("transformer") and isinstance(module, nn.Module):
             inner = unwrap(module)
             if all(inner is not each for each in found.values()):

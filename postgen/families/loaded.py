@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from postgen.families.loading import Defaults, own_defaults
+from postgen.families.model_folder import Defaults, own_defaults
 from postgen.families.video_calls import ROWS, rate_of, sizes_of
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import inspect
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families.exports import NOTE, hint, read_note
+from postgen.families.model_folder import (
+    Defaults,
+    check_configs,
+    class_of,
+    optional,
+    own_words,
+    read_index,
+    small_files,
+    wan_multiples,
+)
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
-from postgen.families.wan_sizes import check_size, multiples
-from postgen.families.whole import check_whole, random_weights_told
+from postgen.families.wan_sizes import check_size
+from postgen.families.whole import check_whole, foreign_weights_refused, random_weights_told
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OFFLOADS = ("none", "model", "sequential")
 
@@ -29,29 +38,6 @@ _WAN_ARGUMENTS = frozenset(
 RATES = ("frame_rate", "fps")
 """Names under which a call takes the rate at which its clip is going to play."""
 _ARGUMENTS = _WAN_ARGUMENTS | {"true_cfg_scale", *RATES}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """What a call uses where the user says nothing. None leaves it to the pipeline.
-
-    A model folder may carry its own in `postgen.json`, under these names.
-    """
-
-    width: int | None = None
-    """Pixels."""
-    height: int | None = None
-    """Pixels."""
-    num_frames: int | None = None
-    """Frames of the clip."""
-    num_inference_steps: int | None = None
-    """Denoising steps."""
-    guidance_scale: float | None = None
-    """Scale of classifier-free guidance."""
-    fps: float = 8.0
-    """Frames per second of the written video, of which a network is told that is conditioned on them."""
-    dtype: str | None = None
-    """Number type that `auto` stands for, whatever the device."""
 
 
 _WAN_DEFAULTS = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
@@ -139,21 +125,20 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     Raises:
         UserError: no such model, no pipeline in the folder, not a video pipeline, a damaged file.
     """
-    folder, source = _small_files(str(model))
+    folder, source = small_files(str(model))
     if not (folder / "model_index.json").is_file():
         return _inspect_export(folder, source, str(model), images)
-    index = _read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str):
-        raise UserError(f"{folder / 'model_index.json'} does not name a pipeline class")
-    own, examples, continues = _own_words(folder / "postgen.json")
+    index, pipeline = read_index(folder)
+    own, examples, continues = own_words(folder / "postgen.json")
     if continues and pipeline not in _CONTINUES:
         known = ", ".join(_CONTINUES)
         raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
-    network = _optional(folder / "transformer" / "config.json") or _optional(folder / "unet" / "config.json")
+    network = optional(folder / "transformer" / "config.json") or optional(folder / "unet" / "config.json")
     own = {"fps": rate_of(pipeline, index, network), **own}
-    transformer = _component_class(index, "transformer") or _component_class(index, "transformer_2")
+    transformer = class_of(index, "transformer", "transformer_2")
     if pipeline in _WAN_PIPELINES:
+        if transformer is None:
+            raise UserError(f"{folder / 'model_index.json'} names no transformer, which a {pipeline} needs")
         facts = ModelFacts(
             source=source,
             pipeline=pipeline,
@@ -161,7 +146,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
             needs_image=_WAN_PIPELINES[pipeline],
             arguments=_WAN_ARGUMENTS,
             defaults=Defaults(**{**_WAN_DEFAULTS, **own}),
-            multiples=_wan_multiples(folder),
+            multiples=wan_multiples(folder),
             full_precision=("vae",),  # its decoder loses detail in half precision
             image_pipeline=_CONTINUES.get(pipeline) if continues or index.get("expand_timesteps") is True else None,
         )
@@ -170,7 +155,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     return replace(
         facts,
         transformer=transformer,
-        least_steps=least_steps(pipeline, _optional(folder / "scheduler" / "scheduler_config.json")),
+        least_steps=least_steps(pipeline, optional(folder / "scheduler" / "scheduler_config.json")),
         closed_vocabulary=examples,
     )
 
@@ -181,7 +166,7 @@ def _inspect_export(folder: Path, source: str, model: str, images: bool) -> Mode
     if export is None:
         raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json{hint(folder, model)}")
     try:
-        inner = _small_files(export.base)[0]
+        inner = small_files(export.base)[0]
         if (inner / NOTE).is_file() and not (inner / "model_index.json").is_file():
             raise UserError("that is an export itself, name the whole model there")
         facts = inspect_model(export.base, images=images)
@@ -208,8 +193,18 @@ def _facts_of_call(
         arguments=arguments,
         defaults=defaults,
         call_defaults={name: call[name] for name in arguments if isinstance(call[name], int | float)},
-        multiples=sizes_of(pipeline, _optional(folder / "vae" / "config.json"), network),
+        multiples=sizes_of(pipeline, optional(folder / "vae" / "config.json"), network),
     )
+
+
+def check_device_name(device: str) -> None:
+    """Hold the name of a device to `DEVICES` and cuda:N, whatever there is here.
+
+    Raises:
+        UserError: another name.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", device):
+        raise UserError(f"unknown device {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N")
 
 
 def check_device(device: str) -> str:
@@ -223,9 +218,8 @@ def check_device(device: str) -> str:
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    check_device_name(device)
     kind, _, index = device.partition(":")
-    if kind not in DEVICES or (index and (kind != "cuda" or not index.isdigit())):
-        raise UserError(f"unknown device {device!r}. Known: {', '.join(DEVICES)}, cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch finds no CUDA GPU here: use --device cpu or auto")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
@@ -253,6 +247,8 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     place = check_device(device)
     if offload != "none" and place == "cpu":
         raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
+    if Path(facts.source).is_dir():
+        check_configs(Path(facts.source))
     try:
         loader: Any = diffusers.DiffusionPipeline
         options: dict[str, Any] = {}
@@ -264,11 +260,12 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
             # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
             loader = getattr(diffusers, facts.pipeline)
             options |= {name: _part(name, source, dtypes) for name, source in facts.parts}
-        with random_weights_told(facts.source):
+        with foreign_weights_refused(facts.source), random_weights_told(facts.source):
             pipe = loader.from_pretrained(facts.source, dtype=dtypes, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:  # diffusers, transformers and safetensors raise all kinds
+        raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {_reason(error)}") from error
     check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
     if offload == "model":
         pipe.enable_model_cpu_offload(device=place)
@@ -277,6 +274,14 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     else:
         pipe.to(place)
     return pipe
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of a library means here: Python's own say nothing of the folder."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, TypeError | AttributeError | ArithmeticError | LookupError | AssertionError):
+        return f"its files do not belong together, or say what no such model has ({type(error).__name__}: {text})"
+    return text or type(error).__name__
 
 
 def _part(name: str, source: str, dtypes: Mapping[str, torch.dtype]) -> Any:
@@ -299,85 +304,12 @@ def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]
     return {"default": getattr(torch, dtype), **text, **kept}
 
 
-def _small_files(model: str) -> tuple[Path, str]:
-    """Return a folder with the model's JSON files, and what to load it by."""
-    local = Path(model).expanduser()
-    if local.is_dir():
-        return local, str(local.resolve())
-    if local.exists():
-        raise UserError(f"{model} is a file: a model is a folder with a model_index.json, or a hub id")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"there is no model folder {model} (a hub id has the form owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["model_index.json", "postgen.json", NOTE, "*/config.json", "scheduler/scheduler_config.json"]
-        return Path(snapshot_download(model, allow_patterns=patterns)), model
-    except Exception as error:  # every kind of network and hub trouble means the same here
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"there is no model folder {model}, and the hub does not give it: {reason}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: expected a JSON object")
-    return content
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
-
-
-def _component_class(index: dict[str, Any], name: str) -> str | None:
-    """Read an entry such as `"transformer": ["diffusers", "WanTransformer3DModel"]`; an absent one is [null, null]."""
-    entry = index.get(name)
-    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    return kind if isinstance(kind, str) else None
-
-
-def own_defaults(path: Path) -> dict[str, Any]:
-    """Return what a `postgen.json` says of the fields of `Defaults`; nothing where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    return _own_words(path)[0]
-
-
-def _own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
-    """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too."""
-    own = _optional(path)
-    examples = own.pop("closed_vocabulary", [])
-    if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
-        raise UserError(f"{path}: closed_vocabulary must be a list of example prompts, got {examples!r}")
-    continues = own.pop("image_to_video", False)
-    if not isinstance(continues, bool):
-        raise UserError(f"{path}: image_to_video must be true or false, got {continues!r}")
-    known = Defaults.__dataclass_fields__
-    for name, value in own.items():
-        kind = str if name == "dtype" else (int, float)
-        if name not in known or not isinstance(value, kind) or (name == "dtype" and value not in DTYPES):
-            raise UserError(f"{path}: bad entry {name}={value!r}. Known: {', '.join(known)}")
-    return own, tuple(examples), continues
-
-
-def _wan_multiples(folder: Path) -> tuple[int, int, int]:
-    vae = _read_json(folder / "vae" / "config.json")
-    transformer = next((name for name in ("transformer", "transformer_2") if (folder / name).is_dir()), "transformer")
-    patch = _read_json(folder / transformer / "config.json").get("patch_size", (1, 2, 2))
-    return multiples(vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4), patch)
-
-
 def _call(pipeline: str, source: str, images: bool) -> dict[str, Any]:
     """Return the parameters of a pipeline's call with their defaults; those without are `inspect.Parameter.empty`."""
     import diffusers
 
     kind = getattr(diffusers, pipeline, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UserError(f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks")
     parameters = inspect.signature(kind.__call__).parameters.values()
     call = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError, first_line
+from postgen.errors import UserError, cut, first_line, shown
+from postgen.reading import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,9 +51,10 @@ def parse_lora(text: str) -> LoraChoice:
     try:
         scale = float(number) if colon else 1.0
     except ValueError:
-        return LoraChoice(rest, network=network)  # the colon belongs to the path
+        path, colon, scale = "", "", 1.0  # the colon belongs to the path
+    check_name(path if colon else rest, f"the LoRA {shown(text)}")
     if not math.isfinite(scale) or abs(scale) > LARGEST:
-        raise UserError(f"the scale of the LoRA {path} is {number}, it must be from -{LARGEST:g} to {LARGEST:g}")
+        raise UserError(f"the scale of the LoRA {path} is {cut(number)}, it must be from -{LARGEST:g} to {LARGEST:g}")
     return LoraChoice(path if colon else rest, scale, network)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError, first_line
+from postgen.errors import UserError, first_line, shown
 from postgen.files import replacing
 
 from .lora_file import PREFIX, SAID, LoraFile, find_loras, open_lora
@@ -55,9 +55,9 @@ def export_lora(source: str | Path, target: str | Path, format: Format, family: 
     if target.suffix != ".safetensors":
         raise UserError(f"a LoRA is written as .safetensors, got {target}")
     file = open_lora(find_lora(Path(source).expanduser()))
-    family = family or _noted_family(file) or _guess(file)
+    family = (_noted_family(file) or _guess(file)) if family is None else family
     if family not in NAMES:
-        raise UserError(f"unknown family {family!r}. Known: {', '.join(NAMES)}")
+        raise UserError(f"unknown family {shown(family)}. Known: {', '.join(NAMES)}")
     names = NAMES[family]
     if format == "kohya" and not names.kohya:
         raise UserError(f"kohya's tools have no keys for {family}: use --format comfyui")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, shown
+from postgen.reading import parse_json, read_json
 from postgen.tensor_files import opened, read_tensors
 
 from .lora_layers import shortened
@@ -34,6 +33,9 @@ PREFIX = re.compile(rf"^(base_model\.model\.|transformer\.|unet\.|(?:{_PARTS})\.
 """Before a layer's name, in the keys of diffusers and peft."""
 _PART = re.compile(rf"({_PARTS})\.|lora_te([12]?)_")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+_MOST = 10**6
+"""Of ranks and alphas: no layer is as wide."""
+_LEAST_RANK = {True: 1, False: -_MOST}
 CHANGES_MODEL = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 """Ways of peft to begin training that change the weights of the model itself."""
 
@@ -117,26 +119,29 @@ def open_lora(path: Path) -> LoraFile:
                 " (save_pretrained with path_initial_model_for_weight_conversion)"
             )
     for name, value in (pair for each in _each(settings) for pair in _numbers(each)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"the LoRA {path} is damaged: {name} is {value!r}")
+        if not is_number(value) or not _LEAST_RANK[name.startswith("r")] <= value <= _MOST:
+            raise UserError(f"the LoRA {path} is damaged: {name} is {shown(value)}")
+        if name.startswith("r") and value != int(value):
+            raise UserError(f"the LoRA {path} is damaged: {name} is {shown(value)}, no whole number")
     return LoraFile(path=path, tensors=tensors, settings=settings, note=_note(path, metadata))
 
 
 def _settings(path: Path, metadata: Mapping[str, str], said: str) -> dict[str, Any]:
     """Return what peft was told, from the file itself or from the configuration beside it."""
-    try:
-        if path.name == _PEFT_WEIGHTS and (path.parent / _PEFT_CONFIG).is_file():
-            settings = json.loads((path.parent / _PEFT_CONFIG).read_text(encoding="utf-8"))
-        else:
-            settings = {}
-            for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
-                part = match[1] if (match := _PART.match(key)) else None
-                home = settings if part is None else settings.setdefault(part, {})
-                home[PREFIX.sub("", key)] = value
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{said}: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{said}: its settings are {settings!r}")
+    beside = path.parent / _PEFT_CONFIG
+    if path.name == _PEFT_WEIGHTS and beside.exists():
+        read, flat = read_json(beside, said), False
+    else:
+        read, flat = parse_json(metadata.get("lora_adapter_metadata", "{}"), f"{said}: its settings"), True
+    if not isinstance(read, dict):
+        raise UserError(f"{said}: its settings are {shown(read)}, they must be an object")
+    if not flat:
+        return read
+    settings: dict[str, Any] = {}
+    for key, value in read.items():
+        part = match[1] if (match := _PART.match(key)) else None
+        home = settings if part is None else settings.setdefault(part, {})
+        home[PREFIX.sub("", key)] = value
     return settings
 
 
@@ -150,22 +155,42 @@ def _numbers(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
         patterns = settings.get(name) or {}
         numbers += (
             [(f"{name} of {key}", v) for key, v in patterns.items()]
-            if isinstance(patterns, dict)
+            if isinstance(patterns, dict) and all(map(_is_pattern, patterns))
             else [(name, patterns)]
         )
     return numbers
 
 
+def _is_pattern(text: str) -> bool:
+    """Whether peft can look for a text in names of layers."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 def _note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     beside = path.parent / NOTE
-    try:
-        note = json.loads(metadata[SAID] if SAID in metadata else beside.read_text(encoding="utf-8"))
-        return {"pipeline": note["pipeline"], **note}
-    except FileNotFoundError:
+    if SAID not in metadata and not beside.exists():
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        place = f"the note of {path}" if SAID in metadata else beside
-        raise UserError(f"{place} cannot be read: {type(error).__name__} {error}. Mend or remove it") from error
+    said = f"{f'the note of {path}' if SAID in metadata else beside} cannot be read"
+    try:
+        note = parse_json(metadata[SAID], said) if SAID in metadata else read_json(beside, said)
+        return _checked_note(note)
+    except TypeError as error:
+        raise UserError(f"{said}: TypeError: {error}. Mend or remove it") from error
+
+
+def _checked_note(note: Any) -> dict[str, Any]:
+    if not isinstance(note, dict) or not isinstance(note.get("pipeline"), str):
+        raise TypeError(f"it must be an object with a pipeline, got {shown(note)}")
+    outputs = note.get("outputs", {})
+    if not isinstance(outputs, dict) or not all(isinstance(n, int) for n in outputs.values()):
+        raise TypeError(f"its outputs must be numbers by name, got {shown(outputs)}")
+    if not isinstance(note.get("network", ""), str):
+        raise TypeError(f"its network must be a name, got {shown(note['network'])}")
+    return note
 
 
 def floating(tensor: Tensor) -> Tensor:

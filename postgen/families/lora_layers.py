@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def shortened(names: Sequence[str], few: int = 3) -> str:
     'a, b, c and 2 more'
     """
     more = len(names) - few
-    return ", ".join(names[:few]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(cut(name, 160) for name in names[:few]) + (f" and {more} more" if more > 0 else "")
 
 
 def _whole(value: float) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from postgen.compat import put_lora
-from postgen.errors import UserError
+from postgen.errors import UserError, cut
 
 from .lora import networks_of
 from .lora_file import LoraFile, open_lora
@@ -201,7 +201,7 @@ def _layer_of(key: str) -> str:
 
 
 def _misfit(pipe: Any, file: LoraFile, missing: list[str], total: int) -> UserError:
-    some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    some = ", ".join(cut(name, 160) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
     return UserError(
         f"the LoRA {file.path} does not fit {type(pipe).__name__}: {total - len(missing)} of its {total} layer names"
         f" match, these match no layer: {some}{_made_for(pipe, file)}"

@@ -11,6 +11,22 @@ from typing import Any, Literal
 
 from postgen.families.wan_sizes import multiples
 
+RANGES: Mapping[str, tuple[float, float]] = {
+    "width": (1, 16384),
+    "height": (1, 16384),
+    "num_frames": (1, 100_000),
+    "num_inference_steps": (1, 1_000_000),
+    "fps": (0.01, 1000),
+    "guidance_scale": (0, 1000),
+    "true_cfg_scale": (0, 1000),
+    "max_sequence_length": (1, 8192),
+}
+"""Least and largest value of a setting, whatever the model: beyond it lie no video, but an overflow, no memory, or a
+picture of one colour."""
+
+MOST_PIXELS = 2**35
+"""Of a clip: 400 GB as float32."""
+
 Frames = Literal["first", "free"]
 """Of a clip, with t frames in a latent frame: t*n + 1, or whatever the pipeline makes of a number."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 
 FUSED = ("norm_rope", "adaln", "attention")
 """What `--fused` can name; `FusedOpsConfig` says what they are."""
@@ -26,7 +26,7 @@ class FusedOpsConfig:
     def __post_init__(self) -> None:
         for name in ("norm_rope", "adaln"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         self._check_attention()
         if not self.norm_rope and not self.adaln and self.attention is None:
             raise UserError("there is nothing to fuse: set norm_rope, adaln or attention")
@@ -37,13 +37,13 @@ class FusedOpsConfig:
         return self.norm_rope or self.attention is not None
 
     def _check_attention(self) -> None:
-        if self.attention in (None, "auto"):
+        if self.attention is None or self.attention == "auto":
             return
         from postgen.kernels.attention.ops import backend_names
 
         if self.attention not in backend_names():
             known = ", ".join(["auto", *backend_names()])
-            raise UserError(f"unknown attention {self.attention!r}. Known: {known}, or None")
+            raise UserError(f"unknown attention {shown(self.attention)}. Known: {known}, or None")
 
 
 def fused_setting(text: str | None) -> FusedOpsConfig | bool:
@@ -61,6 +61,8 @@ def fused_setting(text: str | None) -> FusedOpsConfig | bool:
         return FusedOpsConfig()
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(FUSED):
-        raise UserError(f"fused must be auto, off or some of {', '.join(FUSED)} with commas between, got {text!r}")
+        raise UserError(
+            f"fused must be auto, off or some of {', '.join(FUSED)} with commas between, got {shown(text)}"
+        )
     attention = "auto" if "attention" in names else None
     return FusedOpsConfig(norm_rope="norm_rope" in names, adaln="adaln" in names, attention=attention)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from postgen.families.video_calls import RANGES
 from postgen.sampling.config import SamplingConfig
 from postgen.sampling.transition import NOISE_LEVEL, Kind, Reduction, Weighting
 from postgen.settings import Part
@@ -87,8 +88,8 @@ class EvaluationConfig(Part):
         super().__post_init__()
         for name in ("eval_prompts", "num_generations_eval"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        steps = self.eval_num_inference_steps
-        self.require(steps is None or steps >= 2, "eval_num_inference_steps", "at least 2")
+        self.require_in((2, RANGES["num_inference_steps"][1]), "eval_num_inference_steps")
+        self.require_in(RANGES["guidance_scale"], "eval_guidance_scale")
         for name in ("hacking_patience", "eval_grid"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
 

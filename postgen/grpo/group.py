@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.rewards import RewardResult
 from postgen.sampling.conditions import Conditions, Embeddings, Row
 from postgen.sampling.meter import Meter
@@ -37,6 +37,7 @@ from .guards import HackingGuard, check_columns, check_equal_calls, check_groups
 from .logging import CompletionLog, write_samples
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
+from .rows import check_data
 from .scoring import Rewards, Scoring, gathered, reward_metrics
 
 G = TypeVar("G", bound=GroupConfig)
@@ -74,11 +75,10 @@ class GroupTrainer(Trainer[G]):
         callbacks: Iterable[TrainerCallback] = (),
         eval_reward_funcs: Rewards = (),
     ) -> None:
-        if args is None:
-            raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}")
+        if not isinstance(args, self.config_class):
+            raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}, got {shown(args)}")
         super().__init__(args, callbacks)
         self.source, self._peft_config = args.model if model is None else model, peft_config
-        args.check_size(self.source, here=True)
         train_dataset = args.train_dataset if train_dataset is None else train_dataset
         eval_dataset = args.eval_dataset if eval_dataset is None else eval_dataset
         if train_dataset is None:
@@ -93,6 +93,7 @@ class GroupTrainer(Trainer[G]):
             raise UserError("eval_reward_funcs, eval_steps and the like need held-out prompts: give eval_dataset")
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
+        check_data(args, self.source, self.prompts, self.eval_prompts, here=True)
         self.batches = Batches.of(args, self.accelerator.num_processes, self.accelerator.process_index)
         check_groups(self.runner, self.batches)
         self.micro = 0
@@ -172,7 +173,7 @@ class GroupTrainer(Trainer[G]):
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode prompts."""
         args = self.args
-        args.check_size(self.source)
+        check_data(args, self.source, self.prompts, self.eval_prompts)
         self.policy: Policy = load_policy(self.source, args, args, self.device, self._peft_config)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
         self.fps = self.policy.rate(args.fps)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from postgen.errors import UserError
+from postgen.families.loading import check_device
 from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
 from postgen.sampling.conditions import Row
 from postgen.training.prompts import columns
@@ -37,6 +38,11 @@ class Scoring:
 
     def __init__(self, args: RewardConfig, rewards: Rewards, gold: Rewards, state: TrainerState) -> None:
         self.args, self.state = args, state
+        if args.reward_device is not None:
+            try:
+                check_device(args.reward_device)
+            except UserError as error:
+                raise UserError(f"reward_device: {error}") from None
         rewards, gold = rewards or args.reward_funcs, gold or args.eval_reward_funcs
         if not rewards:
             raise UserError("there is no reward: give reward_funcs, names or functions")

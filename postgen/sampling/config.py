@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families.loaded import defaults_of, sizes_of_pipeline
-from postgen.families.loading import Defaults, inspect_model
+from postgen.families.loading import inspect_model
+from postgen.families.model_folder import Defaults, is_hub_id
+from postgen.families.video_calls import RANGES
 from postgen.families.wan_sizes import check_size
 from postgen.settings import Part
 
@@ -66,11 +68,12 @@ class SamplingConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("height", "width", "num_frames", "rollout_batch_size", "decode_batch_size"):
+        for name in ("rollout_batch_size", "decode_batch_size"):
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, "at least 1")
         self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
-        self.require(self.guidance_scale >= 0, "guidance_scale", "at least 0")
+        for name in (*_SIZES, "fps", "num_inference_steps", "guidance_scale"):
+            self.require_in(RANGES[name], name)
         self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
 
     def check_size(self, source: Any, *, here: bool = False) -> None:
@@ -78,14 +81,14 @@ class SamplingConfig(Part):
 
         Args:
             source: a folder, a hub id, a pipeline, or None for the embedded model.
-            here: leave alone what is not on this machine.
+            here: leave alone what is on the hub.
 
         Raises:
             UserError: names the nearest sizes that are allowed; or there is no such model.
         """
         if source is None or isinstance(source, str | Path):
             folder = embedded_model() if source is None else source
-            if here and not Path(folder).expanduser().is_dir():
+            if here and is_hub_id(folder):
                 return
             facts = inspect_model(folder, images=True)
             defaults, steps = facts.defaults, facts.multiples

@@ -1,7 +1,7 @@
 """Checkpoints: folders `checkpoint-N` that are complete or absent, tensors as safetensors, everything else as JSON.
 
 checkpoint-N/
-  state.json               step, settings, names of the files with their sizes; written last
+  state.json               step, settings, names of the files with their sizes and what is in them; written last
   weights.safetensors      trained parameters and buffers
   ema.safetensors          their moving average, when there is one
   copies.safetensors       other policies, `<copy>|<parameter>`, when there are any
@@ -10,24 +10,27 @@ checkpoint-N/
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, first_line
 from postgen.files import replacing
+from postgen.interrupts import held
 from postgen.tensor_files import read_tensors
 
-FORMAT = 1
+from . import rng
+from .checkpoint_head import FORMAT, NAME, DamagedCheckpoint, check_contents, contents_of, read_head
+
 _GROUPS = ("weights", "ema", "optimizer")
-_NAME = re.compile(r"checkpoint-(\d+)")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(kw_only=True)
@@ -82,11 +85,13 @@ def _write(target: Path, snapshot: Snapshot) -> None:
             plain = {name: value for name, value in state.items() if name not in tensors}
             _save_tensors(part / f"rank-{rank}.safetensors", tensors)
             (part / f"rank-{rank}.json").write_text(json.dumps(plain))
+        files = sorted(part.iterdir())
         head = {
             "format": FORMAT,
             "step": snapshot.step,
             "ranks": len(snapshot.ranks),
-            "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())},
+            "files": {path.name: path.stat().st_size for path in files},
+            "contents": {path.name: contents_of(path) for path in files},
             "meta": snapshot.meta,
         }
         (part / "state.json").write_text(json.dumps(head, indent=1))
@@ -96,59 +101,92 @@ def read(folder: Path) -> Snapshot:
     """Read a checkpoint, tensors on the CPU.
 
     Raises:
-        UserError: the folder is no complete checkpoint.
+        DamagedCheckpoint: the folder is no complete checkpoint, its files are not those that the run wrote, or its
+            tensors hold NaN.
+        UserError: it has the format of another version.
     """
-    head = _head(folder)
-    if head is None:
-        raise UserError(f"{folder} is no complete checkpoint. Give a folder checkpoint-N of a run, or 'latest'.")
-    if head["format"] != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {head['format']}, this version reads {FORMAT}.")
+    head = read_head(folder)
     try:
-        copies = ["copies"] if "copies.safetensors" in head["files"] else []
+        check_contents(folder, head)
+        copies = ["copies"] if "copies.safetensors" in head.files else []
         groups = {name: read_tensors(folder / f"{name}.safetensors") for name in (*_GROUPS, *copies)}
         ranks = [
-            {
-                **json.loads((folder / f"rank-{rank}.json").read_text()),
-                **read_tensors(folder / f"rank-{rank}.safetensors"),
-            }
-            for rank in range(head["ranks"])
+            {**_json(folder / f"rank-{rank}.json"), **read_tensors(folder / f"rank-{rank}.safetensors")}
+            for rank in range(head.ranks)
         ]
-    except (OSError, UserError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is damaged ({error}). Resume from an earlier checkpoint.") from error
-    return Snapshot(step=head["step"], ranks=ranks, meta=head["meta"], **groups)
+    except DamagedCheckpoint:
+        raise
+    except (OSError, UserError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {first_line(error)}") from error
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            # Infinity may be meant: in the buffer of a mask, in what an optimiser keeps.
+            if tensor.dtype in _FLOATS and bool(tensor.isnan().any()):
+                raise DamagedCheckpoint(f"{folder} is damaged: {name} in {group}.safetensors holds NaN")
+    for rank, state in enumerate(ranks):
+        if reason := _wrong_rank(state):
+            raise DamagedCheckpoint(f"{folder} is damaged: rank-{rank} {reason}")
+    return Snapshot(step=head.step, ranks=ranks, meta=head.meta, **groups)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no names with values")
+    return found
+
+
+def _wrong_rank(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with the state of a process; nothing where all is well."""
+    averages = state.get("averages")
+    sums, counts = (averages.get(key) if isinstance(averages, dict) else None for key in ("sums", "counts"))
+    if not isinstance(sums, dict) or not isinstance(counts, dict) or sums.keys() != counts.keys():
+        return "has no averages of metrics"
+    if not all(isinstance(value, int | float) for value in [*sums.values(), *counts.values()]):
+        return "has averages of metrics that are no numbers"
+    return rng.wrong({name.removeprefix("rng."): value for name, value in state.items() if name.startswith("rng.")})
+
+
+def named(output_dir: Path) -> list[Path]:
+    """Return what is called as a checkpoint in the folder of a run, whole or not, the oldest first."""
+    found = {
+        int(match[1]): path
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := NAME.fullmatch(path.name))
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def find(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    steps = {
-        int(match[1]): path
-        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name)) and _head(path) is not None
-    }
-    return [steps[step] for step in sorted(steps)]
+    return [path for path in named(output_dir) if _is_complete(path)]
 
 
-def to_resume(output_dir: Path, wanted: str | None) -> Path | None:
-    """Return the checkpoint that a run in `output_dir` goes on from: `wanted` may be None, "latest" or a folder.
+def to_resume(output_dir: Path, wanted: str | None) -> list[Path]:
+    """Return the checkpoints that a run in `output_dir` may go on from, the best first.
+
+    Args:
+        output_dir: folder of the run.
+        wanted: None for a new run; "latest" for the newest, and for those before it where that is damaged; a folder.
 
     Raises:
         UserError: the folder holds checkpoints that this run would mix with its own.
     """
-    found = find(output_dir)
+    found = named(output_dir)
     if wanted == "latest":
-        return found[-1] if found else None
+        return found[::-1]
     if wanted is None:
         if found:
             raise UserError(
                 f"{output_dir} holds the checkpoints of an earlier run. Resume it (--resume), or name another "
                 "output_dir."
             )
-        return None
+        return []
     source = Path(wanted)
     # Kept, the later ones would pass for newer than what this run writes.
     if source in found[:-1]:
         raise UserError(f"{found[-1]} is newer than {source.name}: remove what follows it, or copy it elsewhere.")
-    return source
+    return [source]
 
 
 def prune(output_dir: Path, keep: int | None) -> None:
@@ -156,8 +194,9 @@ def prune(output_dir: Path, keep: int | None) -> None:
     for path in find(output_dir)[: -keep if keep else 0]:
         # Renamed first: killed half-way through the removal, no half checkpoint is left under a good name.
         gone = path.with_name(f".{path.name}.gone.part")
-        path.rename(gone)
-        shutil.rmtree(gone)
+        with held():
+            path.rename(gone)
+            shutil.rmtree(gone)
 
 
 def sweep(output_dir: Path) -> None:
@@ -165,14 +204,18 @@ def sweep(output_dir: Path) -> None:
     for path in output_dir.glob(".export.*.old"):
         # Killed between stepping aside and being replaced, the old export is the only one.
         if (output_dir / "export").exists():
-            shutil.rmtree(path)
+            _remove(path)
         else:
             path.rename(output_dir / "export")
-    for path in output_dir.glob(".*.part"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for path in [*output_dir.glob(".checkpoint-*.old"), *output_dir.glob(".*.part")]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], location: str) -> None:
@@ -197,14 +240,12 @@ def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], locat
         raise UserError(f"{location} does not fit this model: {'; '.join(parts)}. Use the recipe that made it.")
 
 
-def _head(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of state.json, or None for a folder that is not complete."""
+def _is_complete(folder: Path) -> bool:
     try:
-        head = json.loads((folder / "state.json").read_text())
-        complete = all((folder / name).stat().st_size == size for name, size in head["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        return None
-    return head if complete else None
+        read_head(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

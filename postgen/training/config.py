@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, shown
 from postgen.settings import Part
 
 from .nested import flat
@@ -124,7 +124,8 @@ class TrainingConfig(Part):
         # Words that a recipe may use instead of a value; types and ranges are checked afterwards.
         self.report_to = _names(self.report_to)
         self.resume_from_checkpoint = _resume(self.resume_from_checkpoint)
-        self.save_total_limit = self.save_total_limit or None
+        if is_number(self.save_total_limit) and self.save_total_limit == 0:
+            self.save_total_limit = None
         super().__post_init__()
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
@@ -155,9 +156,15 @@ class TrainingConfig(Part):
         """Return the configuration that a recipe with these values describes, flat or nested by part.
 
         Raises:
-            UserError: an unknown key, one that is given twice, or a value that does not fit.
+            UserError: no mapping, an unknown key, one that is given twice or is missing, or a value that does not fit.
         """
-        return cls(**flat(cls, values, "from_dict"))
+        if not isinstance(values, Mapping):
+            raise UserError(f"the settings are {shown(values)}, they must be a mapping of names to values.")
+        given = flat(cls, values, "from_dict")
+        needed = [item.name for item in dataclasses.fields(cls) if item.default is item.default_factory]
+        if missing := [name for name in needed if name not in given]:
+            raise UserError(f"{cls.__name__} needs {' and '.join(missing)}: give a value for each.")
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, in their order."""
@@ -165,13 +172,13 @@ class TrainingConfig(Part):
 
 
 def _names(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else value or []
+    names = [value] if isinstance(value, str) else [] if value is None else value
     return [] if names == ["none"] else names
 
 
 def _resume(value: Any) -> Any:
     if isinstance(value, str) and value.lower() in ("true", "latest"):
         return "latest"
-    if value in (False, "", "false", "False"):
+    if value is False or value in ("", "false", "False"):
         return None
     return "latest" if value is True else value

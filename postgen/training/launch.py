@@ -7,6 +7,7 @@ accumulation) and the launcher about processes and devices; where both speak, th
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +40,7 @@ _OTHERS = {
 
 
 def check_launch(args: TrainingConfig) -> None:
-    """Look at what `accelerate launch` asks for, before accelerate does.
+    """Look at what `accelerate launch` asks for, before accelerate does, and whether weights to start from are there.
 
     Args:
         args: the configuration.
@@ -52,6 +53,8 @@ def check_launch(args: TrainingConfig) -> None:
     for name, told in _OTHERS.items():
         if _asked(name):
             raise UserError(told)
+    if args.init_from is not None and not Path(args.init_from).is_dir():
+        raise UserError(f"init_from: {args.init_from} is no folder. Give one with safetensors weights.")
     _check_numbers(args)
     _check_processes()
     if args.device == "cuda" and _asked("ACCELERATE_USE_CPU"):

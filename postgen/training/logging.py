@@ -95,7 +95,7 @@ def metrics_row(line: str | bytes) -> dict[str, Any] | None:
     """Return what a line of `metrics.jsonl` says; None of one that was cut off by a kill, or damaged by the disk."""
     try:
         row = json.loads(line)
-    except ValueError:  # letters that are none, too
+    except (ValueError, RecursionError):  # letters that are none, too
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 

@@ -13,6 +13,9 @@ from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.lora_file import CHANGES_MODEL
 from postgen.settings import Part
 
+_MOST = 65536
+"""Rank and alpha: more than the width of any layer."""
+
 
 @dataclass(kw_only=True)
 class AdapterConfig(Part):
@@ -43,7 +46,7 @@ class AdapterConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lora_r", "lora_alpha"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
+            self.require(1 <= getattr(self, name) <= _MOST, name, f"at least 1 and at most {_MOST}")
 
 
 def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_config: Any = None) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.settings import Part
 
 
@@ -47,7 +47,7 @@ def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> di
         elif key in parts:
             some = ", ".join(parts[key][:3])
             raise UserError(
-                f"{key} in {origin} is {value!r}, it must be a mapping with keys of this part ({some}, ...)."
+                f"{key} in {origin} is {shown(value)}, it must be a mapping with keys of this part ({some}, ...)."
             )
         elif isinstance(value, Mapping):
             raise UserError(
@@ -67,10 +67,11 @@ def check_key(key: str, known: Iterable[str], origin: str) -> None:
     known = list(known)
     if key in known:
         return
-    spellings = (key.replace(".", "_"), key.rpartition(".")[2])  # lora.r, sampling.guidance_scale
-    near = [name for name in spellings if name in known] or difflib.get_close_matches(key, known, n=1, cutoff=0)
+    plain = key.strip().lower()
+    spellings = (plain.replace(".", "_"), plain.rpartition(".")[2])  # lora.r, sampling.guidance_scale
+    near = [name for name in spellings if name in known] or difflib.get_close_matches(plain, known, n=1, cutoff=0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"Unknown key {key!r} in {origin}.{hint}")
+    raise UserError(f"Unknown key {shown(key)} in {origin}.{hint}")
 
 
 def _fields(part: str, values: Mapping[str, Any], parts: Mapping[str, list[str]], origin: str) -> dict[str, Any]:

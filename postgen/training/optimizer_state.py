@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from postgen.errors import UserError
 
+from .checkpoint_head import DamagedCheckpoint
 from .sharding import cut_like
 
 
@@ -81,11 +82,17 @@ class OptimizerState:
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], location: str = "it") -> None:
         """Take back what `tensors` and `values` returned.
+
+        Args:
+            tensors: by `<parameter>|<moment>`.
+            values: the rest.
+            location: what they come from, for errors.
 
         Raises:
             UserError: they are of another optimiser, or of one with other groups.
+            DamagedCheckpoint: they are of other parameters, or no such values.
         """
         groups = values.get("groups", [{}] * len(self.optimizer.param_groups))
         if values.get("kind", self._kind) != self._kind or len(groups) != len(self.optimizer.param_groups):
@@ -93,6 +100,7 @@ class OptimizerState:
                 f"the checkpoint was written with {values['kind']} and {len(groups)} groups of parameters, this run "
                 f"has {self._kind} and {len(self.optimizer.param_groups)}: use the trainer that wrote it."
             )
+        self._check_kept(tensors | values.get("parameters", {}), groups, f"{location} is damaged: its optimiser state")
         saved: dict[str, dict[str, Any]] = {}
         for name, value in (tensors | values.get("parameters", {})).items():
             parameter, _, key = name.rpartition("|")
@@ -104,6 +112,16 @@ class OptimizerState:
         self._undo_casts(saved)
         for group, changed in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(changed)
+
+    def _check_kept(self, kept: Mapping[str, Any], groups: list[Mapping[str, Any]], place: str) -> None:
+        for name in kept:
+            if name.rpartition("|")[0] not in self._parameters:
+                raise DamagedCheckpoint(f"{place} is of other parameters than this model's, as {name}")
+        for group, changed in zip(self.optimizer.param_groups, groups, strict=True):
+            for key, value in changed.items():
+                kinds = [_kind(one) for one in (value, group.get(key, value))]
+                if key == "params" or kinds[0] != kinds[1]:
+                    raise DamagedCheckpoint(f"{place} has {key} {value!r}")
 
     def _items(self) -> list[tuple[str, Any]]:
         return [
@@ -127,6 +145,13 @@ _ABSENT = object()
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON values of a group but for its rate, which follows the schedule."""
     return {key: value for key, value in group.items() if key not in ("params", "lr") and _is_json(value)}
+
+
+def _kind(value: Any) -> Any:
+    """Return what is equal for values of which one can stand for the other; JSON knows lists alone."""
+    if isinstance(value, list | tuple):
+        return len(value)
+    return float if isinstance(value, int | float) else type(value)
 
 
 def _is_json(value: Any) -> bool:

@@ -17,8 +17,10 @@ from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.exports import write_note
 from postgen.families.loaded import defaults_of
-from postgen.families.loading import Defaults, inspect_model, load_pipeline
+from postgen.families.loading import inspect_model, load_pipeline
 from postgen.families.lora import save_lora
+from postgen.families.model_folder import Defaults
+from postgen.families.video_calls import RANGES
 from postgen.sampling.schedule import shifted
 from postgen.settings import Part
 
@@ -56,8 +58,7 @@ class ModelConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
-        length = self.max_sequence_length
-        self.require(length is None or length >= 1, "max_sequence_length", "at least 1")
+        self.require_in(RANGES["max_sequence_length"], "max_sequence_length")
 
 
 class Policy:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.own_code import names_own_code, own_function
 from postgen.prompt_rows import FILES, prompt_row, read_prompts
 from postgen.sampling.conditions import Row
@@ -92,6 +92,8 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
         if path.suffix in FILES or path.is_file():
             return read_prompts(path, name, empty=True)
         source = _made(source, name)
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise UserError(f"{name} is {shown(source)}, it must be a file, a data set, a function or rows of prompts")
     return [prompt_row(row, f"row {number} of {name}") for number, row in enumerate(source)]
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import yaml
 
-from postgen.errors import UserError
+from postgen.errors import UserError, cut, cut_words, first_line, shown
 from postgen.own_code import own_function
+from postgen.reading import read_text
 
 from .config import TrainingConfig
 from .nested import check_key, flat
@@ -26,6 +27,13 @@ METHODS = {
     "world_judge": "postgen.judges.world_judge:WorldJudgeTrainer",
 }
 """Method name -> `package.module:Class` of its trainer."""
+
+_LARGEST = 2**20
+"""Bytes of a recipe."""
+_DEEPEST, _MOST = 20, 10_000
+"""How often values may be nested, and how many a key may have."""
+_WORD = 400
+"""Characters of a word in a message: more than most paths."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["type[Trainer[Any]]", TrainingConfig]:
@@ -47,8 +55,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     trainer = find_method(method)
     known = [item.name for item in dataclasses.fields(trainer.config_class)]
     env = {"env": values.pop("env")} if "env" in values else {}
-    if not all(isinstance(each, dict) for each in env.values()):
-        raise UserError(f"env in {path} is {env['env']!r}, it must be a mapping of environment variables.")
+    for each in env.values():
+        _check_env(each, str(path))
     values = flat(trainer.config_class, values, str(path))
     for word in overrides:
         if word.startswith("--"):
@@ -78,15 +86,55 @@ def find_method(method: str) -> "type[Trainer[Any]]":
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, f"Recipe {path} cannot be read", most=_LARGEST)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Recipe {path} cannot be read: {error}.") from error
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"Recipe {path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError:
+        raise UserError(
+            f"Recipe {path}: its values are nested too deeply, parts and lists are all there is."
+        ) from None
+    except (ValueError, OverflowError) as error:
+        # A tag, or the form of a number or date, and a value that is none of its kind.
+        raise UserError(f"Recipe {path} is no valid YAML: {cut(first_line(error), 200)}.") from error
     if not isinstance(values, dict):
         raise UserError(f"Recipe {path} must be a list of 'key: value' lines.")
+    _check_small(values, path)
     return values
+
+
+def _check_env(env: Any, path: str) -> None:
+    if not isinstance(env, dict):
+        raise UserError(f"env in {path} is {shown(env)}, it must be a mapping of environment variables.")
+    for name, value in env.items():
+        if not isinstance(name, str) or not name or {"=", "\0"} & set(name):
+            raise UserError(f"env in {path} has the name {shown(name)}, it must be one of an environment variable.")
+        if not isinstance(value, str | int | float) or "\0" in str(value):
+            raise UserError(f"env in {path}: {name} is {shown(value)}, it must be a text or a number.")
+
+
+def _check_small(values: dict[Any, Any], path: Path) -> None:
+    """Refuse what aliases make endless, or so large that no setting can mean it.
+
+    Raises:
+        UserError: a value that holds itself, is nested more than `_DEEPEST` times, or has more than `_MOST` parts.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, above: tuple[int, ...]) -> int:
+        if not isinstance(value, dict | list | set | tuple):
+            return 1
+        if id(value) in above or len(above) > _DEEPEST:
+            raise UserError(f"Recipe {path}: a value holds itself or is nested too deeply.")
+        if id(value) not in sizes:
+            inner = list(value.values()) if isinstance(value, dict) else list(value)
+            sizes[id(value)] = 1 + sum(size(each, (*above, id(value))) for each in inner)
+        return sizes[id(value)]
+
+    for key, value in values.items():
+        if size(value, ()) > _MOST:
+            raise UserError(f"Recipe {path}: {shown(key)} has too many values, more than {_MOST:,}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,6 +149,17 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.1 reads 1:30 as 90 and 010 as 8; neither is what a person means who writes it."""
+        text = str(self.construct_scalar(node)).lstrip("+-")
+        if ":" in text or (text.startswith("0") and text[1:].replace("_", "").isdigit()):
+            told = f"{text} would be read to the base {60 if ':' in text else 8}: write a plain number, or quotes"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _method_of(values: dict[str, Any]) -> Any:
@@ -133,7 +192,7 @@ def _parse(
             # "argument --key/--other-key: what is wrong"
             named = message.removeprefix("argument ").partition("/")[0].partition(":")[0]
             given = any(word.startswith("--") and f"--{_key(word)}" == named for word in overrides)
-            raise UserError(f"{'The command line' if given else path}: {message}.")
+            raise UserError(f"{'The command line' if given else path}: {cut_words(message, _WORD)}.")
 
     parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
     config: TrainingConfig

@@ -37,6 +37,26 @@ def capture(generator: torch.Generator) -> State:
     return state
 
 
+def wrong(state: State) -> str:
+    """Return what is wrong with a state of `capture`; nothing where it can be restored."""
+    try:
+        version, gauss = state["python"]
+        random.Random().setstate((version, tuple(state["python_words"].tolist()), gauss))
+        name, position, has_gauss, cached = state["numpy"]
+        keys = state["numpy_keys"].numpy().astype(np.uint32)
+        np.random.RandomState().set_state((name, keys, position, has_gauss, cached))
+        torch.Generator().set_state(state["torch"])
+        if "cuda" not in state:
+            torch.Generator().set_state(state["generator"])
+        elif any(state[key].dtype != torch.uint8 for key in ("generator", "cuda")):
+            return "has random states of a GPU that are no bytes"
+    except KeyError as error:
+        return f"has no random state {error}"
+    except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        return f"has random states that are none: {error}"
+    return ""
+
+
 def restore(state: State, generator: torch.Generator) -> None:
     """Set all random states of this process. A state of another kind of device leaves this device's as it is."""
     version, gauss = state["python"]

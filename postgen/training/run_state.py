@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 
 from .checkpoint import Snapshot, check_names
+from .checkpoint_head import DamagedCheckpoint
 from .config import TrainingConfig
 from .ema import Ema
 from .optimizer_state import OptimizerState
@@ -94,20 +95,23 @@ class RunState:
 
         Raises:
             UserError: names or shapes differ, or only one of the two keeps an average. The message names `location`.
+            DamagedCheckpoint: the weights fit, but the average, or what the optimiser keeps, belongs to others.
         """
         tensors = self._tensors()
         check_names(snapshot.weights, tensors, location)
+        check_names(snapshot.copies, self._copies(), location)
         if bool(snapshot.ema) != (self.ema is not None):
             has = "has" if snapshot.ema else "has no"
             raise UserError(f"{location} {has} averaged weights: set ema_decay as in the run that wrote it.")
+        if self.ema is not None:
+            _check_kept(snapshot.ema, self.ema.tensors(), f"{location} is damaged: ema.safetensors")
         for name, tensor in tensors.items():
             tensor.copy_(cut_like(snapshot.weights[name], tensor))
         if self.ema is not None:
             self.ema.resume(snapshot.ema, snapshot.meta["ema_steps"])
-        check_names(snapshot.copies, self._copies(), location)
         for name, copy in self.copies.items():
             copy.load({key: snapshot.copies[f"{name}|{key}"] for key in copy.tensors()})
-        self.optimizer_state.restore(snapshot.optimizer, snapshot.meta.get("optimizer", {}))
+        self.optimizer_state.restore(snapshot.optimizer, snapshot.meta.get("optimizer", {}), location)
         self.scheduler.last_epoch = snapshot.step
         rates = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, base, shape in rates:
@@ -128,3 +132,10 @@ class RunState:
 
     def _copies(self) -> dict[str, Tensor]:
         return {f"{name}|{key}": value for name, copy in self.copies.items() for key, value in copy.tensors().items()}
+
+
+def _check_kept(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], location: str) -> None:
+    try:
+        check_names(found, wanted, location)
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error

@@ -8,6 +8,8 @@ from enum import StrEnum
 from types import FrameType, TracebackType
 from typing import Any
 
+from postgen.interrupts import SIGNALS
+
 
 class Reason(StrEnum):
     """Why a run ended."""
@@ -31,22 +33,32 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """The last logged metrics."""
 
+    signal: int = 0
+    """Number of the signal that this process got; 0 for none."""
+
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM is only noted; the second acts as usual.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is only noted; the second acts as usual.
 
-    Outside the main thread signals cannot be caught: then nothing is changed.
+    Outside the main thread signals cannot be caught: then nothing is changed. A SIGHUP that the process ignores
+    (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.number = 0
         self._before: dict[int, Any] = {}
 
+    @property
+    def received(self) -> bool:
+        """Whether one came."""
+        return bool(self.number)
+
     def __enter__(self) -> "Signals":
-        """Take over the two signals."""
+        """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -56,7 +68,7 @@ class Signals:
         self._give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.number = self.number or number
         self._give_back()
         # Written past the streams, which the interrupted code may be in the middle of using.
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")

@@ -17,11 +17,14 @@ from postgen.files import replacing
 
 from . import checkpoint, rng, weights
 from .callbacks import Callbacks
+from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
 from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .processes import check_equal, leave_group
+from .resume import check_method, none_is_sound, not_of, put_aside
+from .run_folder import RunLock, written
 from .run_log import RunLog
 from .run_state import RunState, changed_settings
 from .sharding import no_sync, prepare, whole
@@ -130,33 +133,53 @@ class Trainer(TrainerHooks[C]):
             FloatingPointError: the loss was not finite; nothing is saved after such a step.
         """
         self._began = time.monotonic()
-        self._setup()
-        try:
-            with Signals() as self._signals:
-                result = self._loop()
-        finally:
-            self.close()
+        with self._own_folder(), written(self.args.folder):
+            self._setup()
+            try:
+                with Signals() as self._signals:
+                    result = self._loop()
+            finally:
+                self.close()
         # Not after an error: the other processes would fail first, and their errors hide this one.
         self.models = dict(self._raw)
         leave_group(self.accelerator)
         return result
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Inside, no other run writes to the folder of this one."""
+        lock, said = RunLock(self.args.folder), ""
+        try:
+            if self.accelerator.is_main_process:
+                self.args.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        except OSError as error:
+            said = f"output_dir {self.args.folder} cannot be made: {error}."
+        except UserError as error:
+            said = str(error)
+        try:
+            if told := self._said_by_any(said):
+                raise UserError(told)
+            yield
+        finally:
+            lock.release()
+
+    def _said_by_any(self, text: str) -> str:
+        """Return the first text that is not empty of all processes; every process calls this."""
+        return next(filter(None, gather_object([text])), "")
 
     def close(self) -> None:
         """Close trackers and the progress bar; a method may let go of more. Called at the end, after an error too."""
         self.log.close()
 
     def _setup(self) -> None:
-        try:
-            self.args.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {self.args.folder} cannot be made: {error}.") from error
-        source = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
+        sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
         # The same weights in every process; afterwards each process has its own streams.
         set_seed(self.args.seed)
         self._raw = dict(self.build())
         if not trained_parameters(self._raw):
             raise UserError("Nothing to train: no parameter of the models requires a gradient.")
-        if self.args.init_from and source is None:
+        if self.args.init_from and not sources:
             weights.initialise(self._raw, Path(self.args.init_from))
         for name, module in self._raw.items():
             blocks = partial(self.shard_blocks, name)
@@ -166,8 +189,8 @@ class Trainer(TrainerHooks[C]):
         self._parts = self._build_parts()
         set_seed(self.args.seed, device_specific=True)
         self.generator.manual_seed(rng.stream_seed(self.args.seed, self.accelerator.process_index))
-        if source is not None:
-            self._restore(source)
+        if sources:
+            self._resume(sources)
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.args.folder)
         self.log.open(self.global_step)
@@ -213,7 +236,9 @@ class Trainer(TrainerHooks[C]):
         if self.accelerator.is_main_process:
             say(f"step {self.global_step}: what was trained is in {args.folder / 'export'}")
         self._event("on_train_end")
-        return TrainResult(global_step=self.global_step, reason=reason, metrics=self.log.newest)
+        return TrainResult(
+            global_step=self.global_step, reason=reason, metrics=self.log.newest, signal=self._signals.number
+        )
 
     def _step(self) -> None:
         """One optimiser step: forward and backward of each micro-batch, clipping, update, schedule, average."""
@@ -315,8 +340,26 @@ class Trainer(TrainerHooks[C]):
         self._saved_step, self._saved_at = self.global_step, time.monotonic()
         self._event("on_save")
 
+    def _resume(self, folders: list[Path]) -> None:
+        """Go on from the first of these checkpoints that is sound; those before it are put aside."""
+        damaged: dict[Path, str] = {}
+        for folder in folders:
+            problem = ""
+            try:
+                self._restore(folder)
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            if problem := self._said_by_any(problem):
+                damaged[folder] = problem
+                continue
+            if self.accelerator.is_main_process and not self.args.evaluate_only:
+                put_aside(damaged)
+            return
+        raise UserError(none_is_sound(damaged))
+
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)
+        check_method(folder, snapshot.meta["config"].get("method"), self.args.method)
         found, rank = len(snapshot.ranks), self.accelerator.process_index
         if found != self.accelerator.num_processes:
             raise UserError(
@@ -326,7 +369,12 @@ class Trainer(TrainerHooks[C]):
         self._parts.restore(snapshot, str(folder))
         own = snapshot.ranks[rank]
         self.log.restore(own["averages"], float(snapshot.meta["seconds"]))
-        self.load_state_dict(_section(own, "method."))
+        try:
+            self.load_state_dict(_section(own, "method."))
+        except UserError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise not_of(folder, rank, type(self).__name__, error) from error
         rng.restore(_section(own, "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:

@@ -25,7 +25,7 @@ def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
     trained may be absent.
 
     Raises:
-        UserError: nothing is found there, or names or shapes differ.
+        UserError: nothing is found there, names or shapes differ, or weights are NaN.
     """
     if not folder.is_dir():
         raise UserError(f"init_from: {folder} is no folder. Give one with safetensors weights.")
@@ -79,6 +79,7 @@ def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], location: str) 
             for name, value in own.items()
             if name in tensors and tensors[name].shape != value.shape
         ),
+        *(f"{name} holds NaN" for name in trained if name in tensors and bool(tensors[name].isnan().any())),
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -5,16 +5,22 @@ A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a lon
 
 from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
-from postgen.video.read import VideoInfo, iter_video, probe, read_video
-from postgen.video.stills import read_picture, rgb_picture
-from postgen.video.write import FORMATS, check_target, write_video
+from postgen.video.footage import Footage, TooLongError
+from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_video
+from postgen.video.stills import check_picture, read_picture, rgb_picture
+from postgen.video.write import FORMATS, check_target, checked_rate, write_video
 
 __all__ = [
     "FORMATS",
+    "PICTURES",
+    "Footage",
     "NoFFmpegError",
+    "TooLongError",
     "VideoError",
     "VideoInfo",
+    "check_picture",
     "check_target",
+    "checked_rate",
     "contact_sheet",
     "iter_video",
     "probe",

@@ -1,6 +1,6 @@
 """Views of clips: a contact sheet, two clips side by side."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import zip_longest
 from pathlib import Path
 
@@ -8,17 +8,20 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from postgen.errors import is_whole
 from postgen.files import replacing
 from postgen.video.ffmpeg import VideoError
+from postgen.video.footage import Footage
 from postgen.video.pictures import Frames, pictures
 
 _MARGIN = 6
 _TEXT = 11
 _LINE = 15
+_HELD = 4
 
 
 def contact_sheet(
-    clip: Frames,
+    clip: Frames | Footage,
     path: str | Path,
     *,
     columns: int = 6,
@@ -29,11 +32,13 @@ def contact_sheet(
     """Draw the frames of a clip in a grid, each under its index, and save the grid as a PNG.
 
     Args:
-        clip: (F, 3, H, W), or an iterable as for `write_video` (held in memory as bytes until the sheet is drawn).
+        clip: (F, 3, H, W), an iterable as for `write_video`, or a `Footage`. Of a long iterable a few times `limit`
+            frames are held in memory, as bytes.
         path: where the picture goes; an old one is replaced.
         columns: frames per row, at least 1.
         title: text above the grid, wrapped to its width.
-        limit: most frames shown; of a longer clip that many are drawn, evenly spread, first and last among them.
+        limit: most frames shown; of a longer clip that many are drawn, evenly spread, first and last among them. Of an
+            iterable with more than 4 times as many frames, and no length, they are the nearest that are still held.
         indices: what stands above the frames, one number each; default: 0, 1, ...
 
     Returns:
@@ -43,18 +48,13 @@ def contact_sheet(
         VideoError: no frame, a bad number, indices of another count, frames that `write_video` would refuse, or a
             place that cannot be written.
     """
-    if columns < 1 or limit < 2:
-        raise VideoError(f"columns must be >= 1 and limit >= 2, got {columns=}, {limit=}")
-    shown = list(enumerate(pictures(clip)))
-    if not shown:
-        raise VideoError("there is no frame to show")
+    if not (is_whole(columns, 1) and is_whole(limit, 2)):
+        raise VideoError(f"columns must be >= 1 and limit >= 2, whole numbers, got {columns=}, {limit=}")
+    count, shown = _spread(clip, limit)
     if indices is not None:
-        if len(indices) != len(shown):
-            raise VideoError(f"{len(shown)} frames need as many indices, got {len(indices)}")
-        shown = [(index, picture) for index, (_, picture) in zip(indices, shown, strict=True)]
-    if len(shown) > limit:
-        kept = torch.linspace(0, len(shown) - 1, limit).round().int().tolist()
-        shown = [shown[index] for index in kept]
+        if len(indices) != count:
+            raise VideoError(f"{count} frames need as many indices, got {len(indices)}")
+        shown = [(indices[index], picture) for index, picture in shown]
     target = Path(path)
     try:
         with replacing(target) as part:
@@ -62,6 +62,36 @@ def contact_sheet(
     except OSError as error:
         raise VideoError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _spread(clip: Frames | Footage, limit: int) -> tuple[int, list[tuple[int, Tensor]]]:
+    """Number of frames, and up to `limit` of them with their indices, evenly spread, first and last among them."""
+    frames: Frames = clip.windows() if isinstance(clip, Footage) else clip
+    known = isinstance(clip, Footage) or (isinstance(clip, Tensor) and clip.dim() == 4)
+    wanted = set(_even(len(clip), limit)) if known and isinstance(clip, Sized) else None
+    held: dict[int, Tensor] = {}
+    stride, count = 1, 0
+    last: tuple[int, Tensor] | None = None
+    for index, picture in enumerate(pictures(frames)):
+        count, last = index + 1, (index, picture)
+        if index in wanted if wanted is not None else index % stride == 0:
+            held[index] = picture
+        if wanted is None and len(held) > _HELD * limit:
+            stride *= 2
+            held = {one: kept for one, kept in held.items() if one % stride == 0}
+    if last is None:
+        raise VideoError("there is no frame to show")
+    held[last[0]] = last[1]
+    near = [min(held, key=lambda one: abs(one - place)) for place in _even(count, limit)]
+    return count, [(index, held[index]) for index in near]
+
+
+def _even(count: int, limit: int) -> list[int]:
+    """Up to `limit` of so many indices, evenly spread, first and last among them."""
+    if count <= limit:
+        return list(range(count))
+    places: list[int] = torch.linspace(0, count - 1, limit).round().int().tolist()
+    return places
 
 
 def side_by_side(a: Frames, b: Frames, *, gap: int = 8) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from postgen.errors import UserError
+from postgen.interrupts import held
 
 # Real containers only: without this list ffmpeg would draw the text of a text file, or follow a playlist.
 CONTAINERS = "mov,mp4,matroska,webm,avi,gif,apng,ogg,mpeg,mpegts,flv,asf,ivf,nut"
@@ -182,24 +183,31 @@ def _process(
     # The log goes to a file, as nobody reads a pipe of it while frames flow. A session of its own keeps the terminal's
     # Ctrl-C from reaching ffmpeg, which would otherwise finish its file as if all were well.
     with tempfile.TemporaryFile() as log:
+        process: subprocess.Popen[bytes] | None = None
         try:
-            process = subprocess.Popen(
-                [program, "-hide_banner", "-v", "error", *arguments],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=log,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise NoFFmpegError(f"cannot start {program}: {error.strerror or error}") from error
-        try:
+            # Between its start and its name here, an interrupt would leave it running.
+            with held():
+                process = _started([program, "-hide_banner", "-v", "error", *arguments], stdin, stdout, log)
             yield process, log
         finally:
-            process.kill()
-            process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                with suppress(OSError):
-                    pipe.close()
+            with held():
+                if process is not None:
+                    _ended(process)
+
+
+def _started(command: list[str], stdin: int, stdout: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=log, start_new_session=True)
+    except OSError as error:
+        raise NoFFmpegError(f"cannot start {command[0]}: {error.strerror or error}") from error
+
+
+def _ended(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in filter(None, (process.stdin, process.stdout)):
+        with suppress(OSError):
+            pipe.close()
 
 
 def _tells_damage(log: IO[bytes]) -> bool:

@@ -26,6 +26,8 @@ def pictures(frames: Frames) -> Iterator[Tensor]:
         if not isinstance(item, Tensor) or item.dim() not in (3, 4) or item.shape[-3] != 3:
             got = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
             raise VideoError(f"frame {index}: expected a tensor (3, H, W) or (F, 3, H, W), got {got}")
+        if 0 in item.shape[-2:]:
+            raise VideoError(f"frame {index} has no pixels: its shape is {tuple(item.shape)}")
         for frame in item if item.dim() == 4 else item[None]:
             size = size or frame.shape
             if frame.shape != size:

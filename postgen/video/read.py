@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from postgen.errors import is_whole, shown
 from postgen.video.containers import check_whole
 from postgen.video.ffmpeg import VideoError, decoder, header
 from postgen.video.stills import read_picture
@@ -26,6 +27,9 @@ _TONES = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
     "zscale=t=bt709:m=bt709:r=full,format=gbrp,"
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Ends of names of pictures; in a folder with PNG ones, those alone are frames."""
+
 _ALPHA = re.compile(r" (yuva|rgba|bgra|argb|abgr|ya8|ya16|gbrap|pal8|ayuv|vuya|uyva)")
 
 
@@ -103,8 +107,11 @@ def iter_video(
         VideoError: no such file, not a video, damaged or cut short, a frame of another size than the first, a decoder
             that gives nothing for a minute, or no frame at `start`.
     """
-    if chunk < 1 or start < 0 or (count is not None and count < 1):
-        raise VideoError(f"chunk and count must be >= 1 and start >= 0, got {chunk=}, {count=}, {start=}")
+    if not (is_whole(chunk, 1) and is_whole(start, 0) and (count is None or is_whole(count, 1))):
+        raise VideoError(
+            "chunk and count must be >= 1 and start >= 0, whole numbers, got"
+            f" chunk={shown(chunk)}, count={shown(count)}, start={shown(start)}"
+        )
     source = _existing(path)
     stop = None if count is None else start + count
     if source.is_dir():
@@ -206,7 +213,7 @@ def _next_pam(output: IO[bytes]) -> Tensor | None:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.png"))
+    files = sorted(folder.glob("*.png")) or sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
     if not files:
         raise VideoError(f"the folder {folder} holds no PNG picture: give a video file or a folder of frames")
     return files

@@ -2,12 +2,16 @@
 
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from postgen.errors import UserError
+from postgen.reading import check_readable
 from postgen.video.ffmpeg import VideoError
 
 # Pillow's modes of 16 bits, in either byte order.
@@ -25,17 +29,42 @@ def read_picture(path: str | Path) -> Image.Image:
         VideoError: no such file, no picture, more than 89 million pixels, or what `rgb_picture` refuses.
     """
     file = Path(path).expanduser()
+    with _told(file), Image.open(file) as picture:
+        picture.load()
+        return rgb_picture(picture)
+
+
+def check_picture(path: str | Path) -> None:
+    """Look whether a file begins as a picture; what its middle holds is not read.
+
+    Raises:
+        VideoError: no such file, no picture, or more than 89 million pixels.
+    """
+    file = Path(path).expanduser()
+    with _told(file), Image.open(file):
+        pass
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Refuse what is no file, and say what Pillow says of a picture.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    said = f"cannot read the picture {file}"
     try:
+        check_readable(file, said)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
-                picture.load()
-                return rgb_picture(picture)
+            yield
     except VideoError as error:
-        raise VideoError(f"cannot read the picture {file}: {error}") from error
+        raise VideoError(f"{said}: {error}") from error
+    except UserError as error:
+        raise VideoError(str(error)) from error
     except _BROKEN as error:
         reason = getattr(error, "strerror", None) or error  # str() of an OSError names the file once more
-        raise VideoError(f"cannot read the picture {file}: {reason}") from error
+        raise VideoError(f"{said}: {reason}") from error
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:

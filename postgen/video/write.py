@@ -1,7 +1,5 @@
 """Clips -> video files and folders of pictures."""
 
-import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -13,7 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from postgen.files import replacing
+from postgen.errors import UserError, is_number, shown
+from postgen.files import check_place, replacing
 from postgen.video.ffmpeg import VideoError, encoder, executable
 from postgen.video.pictures import Frames, pictures
 from postgen.video.read import VideoInfo
@@ -24,6 +23,8 @@ FORMATS = MappingProxyType({"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "fram
 Put = Callable[[Tensor], object]
 
 _DEFAULT_QUALITY = 7.0
+_SLOWEST = 0.01
+"""Frames per second: slower ones are no fraction that a file can say."""
 
 
 def write_video(
@@ -52,7 +53,7 @@ def write_video(
     """
     target = Path(path)
     kind = check_target(target, format)
-    rate = _checked_rate(fps, kind)
+    rate = checked_rate(fps, kind)
     arguments = _coding(kind, quality)
     stream = pictures(frames)
     first = next(stream, None)
@@ -79,43 +80,43 @@ def check_target(path: str | Path, format: str | None = None) -> str:
     """
     target = Path(path)
     by_suffix = {suffix: name for name, suffix in FORMATS.items() if suffix}.get(target.suffix.lower())
-    kind = format or by_suffix
-    if kind is None or kind not in FORMATS:
+    kind = by_suffix if format is None else format
+    if not isinstance(kind, str) or kind not in FORMATS:
+        got = target.suffix if format is None else format
         known = f"known are {', '.join(FORMATS)}"
-        raise VideoError(
-            f"unknown video format {(format or target.suffix)!r} for {target}: {known} (by suffix or format)"
-        )
+        raise VideoError(f"unknown video format {got!r} for {target}: {known} (by suffix or format)")
     if by_suffix not in (None, kind):
         raise VideoError(f"{target} is named like {by_suffix} but the format is {kind}: change one of the two")
+    try:
+        check_place(target, folder=kind == "frames")
+    except UserError as error:
+        raise VideoError(str(error)) from error
     if kind == "frames":
         _check_frames_folder(target)
-    elif target.is_dir():
-        raise VideoError(f"cannot write {target}: it is a folder")
-    _check_writable(target)
-    if kind != "frames":
+    else:
         executable()
     return kind
 
 
 def _check_frames_folder(target: Path) -> None:
-    if target.is_file():
-        raise VideoError(f"cannot write frames to {target}: it is a file, give the name of a folder")
     others = [item.name for item in target.iterdir() if not item.match("frame_*.png")] if target.is_dir() else []
     if others:
         raise VideoError(f"cannot replace the folder {target}: it holds {min(others)}, which is no frame of ours")
 
 
-def _check_writable(target: Path) -> None:
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise VideoError(f"cannot write {target}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise VideoError(f"cannot write {target}: no permission in {parent}")
+def checked_rate(fps: float | Fraction, kind: str) -> Fraction:
+    """Return the rate at which a video of a format is written, before anything is.
 
+    Args:
+        fps: frames per second.
+        kind: a key of `FORMATS`.
 
-def _checked_rate(fps: float | Fraction, kind: str) -> Fraction:
-    if not math.isfinite(fps) or not 0 < fps <= 1000:
-        raise VideoError(f"fps must be above 0 and at most 1000, got {fps}")
+    Raises:
+        VideoError: a rate that is none, or that the format does not have.
+    """
+    number = is_number(fps) or isinstance(fps, Fraction)
+    if not number or not _SLOWEST <= fps <= 1000:
+        raise VideoError(f"fps must be above 0 and at most 1000, got fps={shown(fps)}")
     if kind == "gif" and fps > 50:
         raise VideoError(f"a gif shows at most 50 frames per second, got {fps}: choose mp4 or webm")
     # 29.97 stays 2997/100 and the float nearest to 30000/1001 becomes that fraction again.
@@ -131,8 +132,8 @@ def _coding(kind: str, quality: float | None) -> list[str]:
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
         return ["-vf", palette, "-f", "gif"]
     level = _DEFAULT_QUALITY if quality is None else quality
-    if not 0 <= level <= 10:
-        raise VideoError(f"quality must be between 0 and 10, got {quality}")
+    if not (is_number(level) and 0 <= level <= 10):
+        raise VideoError(f"quality must be between 0 and 10, got {shown(quality)}")
     if kind == "mp4":
         return ["-c:v", "libx264", "-crf", f"{38 - 3 * level:.1f}", "-movflags", "+faststart", "-f", "mp4"]
     return ["-c:v", "libvpx-vp9", "-crf", f"{53 - 4 * level:.0f}", "-b:v", "0", "-cpu-used", "4", "-f", "webm"]

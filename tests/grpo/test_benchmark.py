@@ -39,7 +39,7 @@ def test_grpo_benchmark_compares_costs_at_the_best_score_of_both(tmp_path, capsy
     assert result["costs"]["fast-tiny"]["forward_equivalents"] == pytest.approx(30)
     assert gates["forward_equivalents_ratio"] == pytest.approx(30 / 200)
     assert gates["transformer_seconds_ratio"] == pytest.approx(7.5 / 20)
-    assert gates["world_gain"] == pytest.approx(2)
+    assert (gates["world_gain"], gates["world_final"]) == (pytest.approx(2), pytest.approx(0.4))
     assert (gates["resume_identical"], gates["ranks_max_abs"], gates["motion_ratio_low"]) == (1, 0.0, 1.0)
     assert gates["onpolicy_ratio_error"] == 1e-7
     assert result["missing"] == [
@@ -64,3 +64,12 @@ def test_grpo_benchmark_says_what_is_missing(tmp_path, capsys):
     # An error that was no number is no error of 0.
     assert gates["onpolicy_ratio_error"] is None
     assert gates["forward_equivalents_ratio"] is None
+
+
+def test_a_short_run_says_whether_it_learns(tmp_path):
+    write_run(tmp_path, "dancegrpo-tiny", [0.4, 0.42], forwards=100, seconds=10)
+    write_run(tmp_path, "nft-tiny", [0.4, 0.5], forwards=100, seconds=10)
+    write_run(tmp_path, "fast-tiny", [0.4], forwards=100, seconds=10)
+    benchmark.learns(tmp_path, str(tmp_path / "out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["gates"]
+    assert [(row["name"], row["ok"]) for row in rows] == [("rise_dancegrpo_tiny", False), ("rise_nft_tiny", True)]

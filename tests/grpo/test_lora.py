@@ -10,14 +10,15 @@ from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
 from tests.grpo.toy import lines, near
 
+TEXTS = ({"prompt": "a ball"}, {"prompt": "a cube"})
 
-def video_run(model, folder, kind=DanceGRPOTrainer, **changes):
+
+def video_run(model, folder, kind=DanceGRPOTrainer, rows=TEXTS, **changes):
     config = DiffusionNFTConfig if kind is DiffusionNFTTrainer else DanceGRPOConfig
     values = {"height": 16, "width": 16, "num_frames": 5, "num_generations": 2, "per_device_train_batch_size": 2}
     values |= {"num_inference_steps": 4, "lora_r": 2, "learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1}
     values |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "max_sequence_length": 16, **changes}
     values |= {} if kind is DiffusionNFTTrainer else {"check_on_policy_ratio": "raise", "max_ratio_error": 1e-5}
-    rows = [{"prompt": "a ball"}, {"prompt": "a cube"}]
     return kind(str(model), near, config(output_dir=str(folder / "run"), **values), rows, rows)
 
 
@@ -114,15 +115,14 @@ def test_grpo_lora_targets_that_match_nothing(tiny_wan, tmp_path):
 
 
 def test_grpo_image_to_video(tiny_wan_image, tmp_path):
-    run = video_run(tiny_wan_image, tmp_path)
-    run.prompts.rows = [{"prompt": "a", "image": torch.rand(3, 16, 16)}]
+    run = video_run(tiny_wan_image, tmp_path, rows=[{"prompt": "a", "image": torch.rand(3, 16, 16)}])
     run.eval_prompts = None
     run.train()
     assert lines(run)[-1]["step"] == 2
 
 
 def test_grpo_pictures_that_print_alike_are_told_apart(tiny_wan_image, tmp_path):
-    run = video_run(tiny_wan_image, tmp_path)
+    run = video_run(tiny_wan_image, tmp_path, rows=[{"prompt": "a", "image": torch.rand(3, 16, 16)}])
     run.build()
     black = torch.zeros(3, 40, 40)
     dotted = black.clone()

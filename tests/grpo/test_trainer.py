@@ -85,7 +85,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"reward": []}, "there is no reward: give reward_funcs"),
         ({"reward": "wrold"}, "wrold"),
         (
-            {"beta": 0.1, "init_from": "somewhere"},
+            {"beta": 0.1, "init_from": "."},
             "init_from with beta above 0: the reference would be the model before",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),

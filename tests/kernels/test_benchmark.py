@@ -13,8 +13,13 @@ from PIL import Image
 
 from benchmarks import fused_step, linear_launches
 from benchmarks import kernels as benchmark
+from benchmarks.bandwidth import Bandwidth
 from benchmarks.kernels import Shape, adaln, gates, norm_rope, temporal_cfi
 
+STAMP = {
+    **{"date": "today", "device": "one", "versions": {}},
+    **{"copy_tb_per_s": 4.2, "read_tb_per_s": 4.3, "write_tb_per_s": 4.0},
+}
 TINY = Shape(name="tiny", frames=3, places=4, heads=2, channels=8)
 CASES = [
     temporal_cfi(TINY, device="cpu"),
@@ -74,7 +79,7 @@ def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
     rows = [{"shape": "Wan", **each} for each in rows]
     rows[3]["over_floor"] = 9.0
     again = {**rows[3], "over_floor": 1.2}
-    stamp = {"date": "today", "device": "one", "versions": {}, "copy_tb_per_s": 2.4}
+    stamp = STAMP
     overhead = {"op": "enhance_a_video", "shape": "Wan", "overhead": 0.004}
     one, two, both = (tmp_path / name for name in ("one.json", "two.json", "both.json"))
     one.write_text(json.dumps({**stamp, "rows": [*rows, overhead]}))
@@ -96,10 +101,9 @@ def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
         ("{", "is no result that benchmarks.kernels has measured: JSONDecodeError"),
         ("[]", "is no result that benchmarks.kernels has measured"),
         ('{"gates": []}', "is no result that benchmarks.kernels has measured: KeyError"),
-        ('{"date": 0, "device": 0, "versions": 0, "copy_tb_per_s": 0, "rows": [{"op": "x"}]}', "KeyError('shape')"),
+        (json.dumps({**STAMP, "rows": [{"op": "x"}]}), "KeyError('shape')"),
         (
-            '{"date": 0, "device": 0, "versions": 0, "copy_tb_per_s": 0, "rows": [{"op": "temporal_cfi", "shape": "x",'
-            ' "over_floor": 1}]}',
+            json.dumps({**STAMP, "rows": [{"op": "temporal_cfi", "shape": "x", "over_floor": 1}]}),
             "KeyError('extra_mib')",
         ),
     ],
@@ -118,10 +122,34 @@ def test_files_that_cannot_be_joined(
     assert not out.exists()
 
 
+def test_a_row_faster_than_its_floor_fails_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part, out = tmp_path / "part.json", tmp_path / "out.json"
+    row = {"op": "temporal_cfi", "shape": "Wan", "over_floor": 0.98, "extra_mib": 0.1, "vs_eager": 9.0}
+    part.write_text(json.dumps({**STAMP, "rows": [{**row, "relative_error": 1e-5}]}))
+    assert benchmark.main(["--join", str(part), "-o", str(out)]) == 2
+    assert "faster than the floor, so the floor is wrong: temporal_cfi at Wan (0.980)" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_bandwidth_is_a_gate_on_an_h200_alone() -> None:
+    def rate(*devices: str) -> list[Any]:
+        found = benchmark.all_gates([], [{**STAMP, "device": device} for device in devices])
+        return [(each["value"], each["ok"]) for each in found if each["name"] == "copy_tb_per_s"]
+
+    assert rate("NVIDIA H200", "NVIDIA H200") == [(4.2, True)]
+    assert rate("NVIDIA H100") == rate("NVIDIA H200", "NVIDIA H100") == []
+
+
+def test_floors_take_the_best_rate() -> None:
+    rates = Bandwidth(copy=4.2e9, read=4.4e9, write=3.9e9)
+    assert rates.best == 4.4e9
+    assert rates.told() == {"copy_tb_per_s": 4.2, "read_tb_per_s": 4.4, "write_tb_per_s": 3.9}
+
+
 def test_what_no_file_has_measured_passes_no_gate(tmp_path: Path) -> None:
     part, out = tmp_path / "part.json", tmp_path / "out.json"
     row = {"op": "temporal_cfi", "shape": "Wan", "over_floor": 1.0, "extra_mib": 0.1, "vs_eager": 9.0}
-    stamp = {"date": "today", "device": "one", "versions": {}, "copy_tb_per_s": 2.4}
+    stamp = STAMP
     part.write_text(json.dumps({**stamp, "rows": [{**row, "relative_error": 1e-5}]}))
     assert benchmark.main(["--join", str(part), "-o", str(out)]) == 0
     found = {each["name"]: each["ok"] for each in json.loads(out.read_text())["gates"]}

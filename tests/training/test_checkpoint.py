@@ -123,7 +123,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     make(tmp_path, save_steps=2, save_total_limit=3).train()
     assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-10", "checkpoint-12", "checkpoint-14"]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
 
 
 def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
@@ -139,7 +139,7 @@ def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
     assert (tmp_path / "export" / "net.safetensors").is_file()
     run.train()
     assert len(run.history) == 2
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
     with pytest.raises(UserError, match="checkpoint-12 is no complete checkpoint"):
         make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12")).train()
 

@@ -1,5 +1,7 @@
 """Recipes and configuration: what is accepted, and what each mistake is told."""
 
+import signal
+
 import pytest
 import yaml
 
@@ -118,7 +120,20 @@ def test_exit_codes(recipe, capsys):
     assert error.count("\n") == 1
 
 
-def test_an_interrupt_is_told_and_exits_130(recipe, capsys):
-    path = recipe(max_steps=9, signal_at=3, signal_name="SIGINT", disable_tqdm=True, report_to="none", device="cpu")
-    assert main([str(path)]) == 130
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code):
+    number = signal.Signals[name]
+    # Under nohup a hang-up is ignored, and stays so.
+    before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    path = recipe(max_steps=9, signal_at=3, signal_name=name, disable_tqdm=True, report_to="none", device="cpu")
+    try:
+        assert main([str(path)]) == code
+    finally:
+        signal.signal(number, before)
     assert "interrupted after step 3; go on with --resume" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_one_line(recipe, capsys):
+    path = recipe(max_steps=9, nan_at=2, logging_steps=1, disable_tqdm=True, report_to="none", device="cpu")
+    assert main([str(path)]) == 1
+    assert capsys.readouterr().err.startswith("postgen: error: the loss of step 2 is not finite; lower learning_rate")

@@ -19,7 +19,7 @@ from postgen.errors import UserError
 from postgen.rewards import get_reward
 from postgen.world.check import check_batch, workers
 from postgen.world.check.events import large
-from postgen.world.check.judge import _look
+from postgen.world.check.look import look
 from postgen.world.check.report import judge
 
 
@@ -35,7 +35,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def sight(scenes):
     with torch.no_grad():
-        return _look(scenes[1])
+        return look(scenes[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

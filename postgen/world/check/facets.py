@@ -1,7 +1,8 @@
 """Round or edged: whether a blob is better explained by an upright cylinder or by an upright box, of many heights.
 
 `shapes` tells the world's solids apart by their proportions too, and a squat cylinder has those of a cube. What it has
-not are corners, a straight foot, and sides that are of one shade each.
+not are corners, a straight foot, and sides that are of one shade each. Such things are small beside an outline that is
+a little off its place, too large or too soft, so these three are taken out of the misfit.
 """
 
 from __future__ import annotations
@@ -11,28 +12,42 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from postgen.world.check.shapes import bank, misfits, unexplained
+from postgen.world.check.shapes import BLURS, GRID, WINDOW, blurred, by_blur, framed, orthonormal, unexplained
 from postgen.world.raycast import FAR, Solids, camera_rays, nearest, normals
 from postgen.world.spec import HALF_HEIGHT, HALF_WIDTH, SHAPES
 
-#: Height over width.
-_BOXES = (0.85, 1.0, 1.2, 1.5, 1.8)
+#: Height over width; the first box is the world's cube.
+_BOXES = (1.0, 0.85, 1.2, 1.5, 1.8)
 _CYLINDERS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.55, 1.8)
 #: How far from above, in radians.
 _PITCH = (0.04, 0.12, 0.20, 0.28, 0.37, 0.46, 0.58)
 _YAWS = 16
 _DISTANCE, _RENDER = 5.0, 96
+#: Views that are rendered together.
+_PART = 32
 #: Weight of the brightness that is not explained, squared, beside the misfit of the outline.
-_SHADING = 0.6
+_SHADING = 0.3
 
 
 @functools.lru_cache(maxsize=8)
 def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of boxes ("cube") or cylinders as a `shapes.bank`, rendered by the world's own ray caster from 5 m."""
+    """Views of boxes ("cube") or cylinders, rendered by the world's own ray caster from 5 m: heights, pitches, yaws.
+
+    Bases of the outlines (blurs,P,T,5) and of the shading (blurs,T,P,4), with orthonormal columns, and inner pixels
+    (T,P); T views, P pixels of a window.
+    """
     yaws = (torch.arange(_YAWS) - _YAWS // 2) * (math.pi / 2 / _YAWS) if shape == "cube" else torch.zeros(1)
     heights = torch.tensor(_BOXES if shape == "cube" else _CYLINDERS) * HALF_WIDTH[shape] / HALF_HEIGHT[shape]
     stretch, pitch, yaw = (v.flatten() for v in torch.meshgrid(heights, torch.tensor(_PITCH), yaws, indexing="ij"))
+    # Some views at a time: all of them at once would take 1 GB.
+    views = zip(stretch.split(_PART), pitch.split(_PART), yaw.split(_PART), strict=True)
+    outline, shade, inner = zip(*(_rendered(shape, *part) for part in views), strict=True)
+    return torch.cat(outline, 2).to(device), torch.cat(shade, 1).to(device), torch.cat(inner).to(device)
+
+
+def _rendered(shape: str, stretch: Tensor, pitch: Tensor, yaw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count, kind = len(pitch), SHAPES.index(shape)
     cos, sin = pitch.cos()[:, None], pitch.sin()[:, None]
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
@@ -52,21 +67,52 @@ def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
     t, slot = nearest(origin, ray, solids)
     x, y, z = (o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((x, y, z), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
-    masks, basis, inner = bank((t < FAR).float().reshape(count, _RENDER, _RENDER), normal)
-    return masks.to(device), basis.to(device), inner.to(device)
+    window, inner = framed((t < FAR).float().reshape(count, _RENDER, _RENDER), normal)
+    softened = [blurred(window, blur / (2 * WINDOW) * GRID) for blur in BLURS]
+    outline = torch.stack(
+        [_outline(soft[:, 0], window[:, :1], blur) for soft, blur in zip(softened, BLURS, strict=True)]
+    )
+    shade = [orthonormal(soft[:, 1:] / soft[:, :1].clamp_min(0.3), inner) for soft in softened]
+    return outline, torch.stack(shade), inner
+
+
+def _outline(soft_TGG: Tensor, sharp_T1GG: Tensor, blur: float) -> Tensor:
+    """Basis (P,T,5) of an outline, and of how it changes when it is moved, made larger, or softer."""
+    around = functional.pad(soft_TGG, (1, 1, 1, 1))
+    dx, dy = around[:, 1:-1, 2:] - around[:, 1:-1, :-2], around[:, 2:, 1:-1] - around[:, :-2, 1:-1]
+    v, u = torch.meshgrid(*((torch.arange(GRID) + 0.5) / GRID * 2 - 1 for _ in range(2)), indexing="ij")
+    softer = blurred(sharp_T1GG, 1.35 * blur / (2 * WINDOW) * GRID + 0.1)[:, 0] - soft_TGG
+    change = torch.stack((soft_TGG, dx, dy, u * dx + v * dy, softer), -1).flatten(1, 2)
+    basis: Tensor = torch.linalg.qr(functional.normalize(change, dim=1))[0].movedim(1, 0)
+    return basis
 
 
 def roundness(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
-    """How much rather a cylinder than a box explains blobs in their `shapes.windows` (N,).
+    """How much rather a cylinder of any height explains blobs in their `shapes.windows` than a cube, and a box (N,2).
 
-    Difference of the least misfits of outline and shading over their sum, in [-1,1]: below 0 for a box. The fewer
-    pixels a body has, the nearer to 0.
+    Difference of the least misfits of outline and shading over their sum, in [-1,1]: below 0 for a cube, or a box of
+    any height. The fewer pixels a body has, the nearer to 0.
     """
     device = str(mask_NP.device)
-    box, cylinder = templates(device, "cube"), templates(device, "cylinder")
-    best = []
-    outlines = misfits(mask_NP, blur_N, box[0], cylinder[0])
-    for outline, (_, basis, inner) in zip(outlines, (box, cylinder), strict=True):
-        best.append((outline + _SHADING * unexplained(bright_NP, basis, inner).square()).amin(1))
-    value: Tensor = (best[0] - best[1]) / (best[0] + best[1]).clamp_min(1e-6)
+    box, cylinder = (
+        _least(mask_NP, bright_NP, blur_N, device, "cube"),
+        _least(mask_NP, bright_NP, blur_N, device, "cylinder"),
+    )
+    edged = torch.stack((box[:, 0], box.amin(1)), 1)
+    rounded = cylinder.amin(1, keepdim=True)
+    value: Tensor = (edged - rounded) / (edged + rounded).clamp_min(1e-6)
     return value
+
+
+def _least(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor, device: str, shape: str) -> Tensor:
+    """Least misfit of blobs with the views of each height (N,heights)."""
+    outline, shade, inner = templates(device, shape)
+    heights = len(_BOXES if shape == "cube" else _CYLINDERS)
+    least = mask_NP.new_empty(len(mask_NP), heights)
+    for blur, rows in by_blur(blur_N):
+        mask = mask_NP[rows]
+        held = (mask @ outline[blur].flatten(1)).square().unflatten(1, outline.shape[2:]).sum(-1)
+        left = 1 - held / mask.square().sum(1, keepdim=True).clamp_min(1e-6)
+        misfit = left.clamp_min(0) + _SHADING * unexplained(bright_NP[rows], shade[blur], inner).square()
+        least[rows] = misfit.unflatten(1, (heights, -1)).amin(2)
+    return least

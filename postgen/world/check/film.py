@@ -23,18 +23,32 @@ _AMOUNT = {"pan": 0.16, "orbit": 0.475, "dolly": 0.25}
 _KINDS = ("pan left", "orbit left", "dolly in", "dolly return")
 #: Rows below the horizon, where there is a ground to look at.
 _TOP = 8
+#: Frames of a clip whose flow is kept for the next one.
+_KEPT = 512
+
+
+def flow(camera: str, frames: int, low: int = 0, high: int | None = None) -> Tensor:
+    """Flow of the ground (F-1,2,GRID,GRID) in cells a frame, along the usual way of such a camera in so many frames.
+
+    Args:
+        camera: as in a `Spec`.
+        frames: of the whole clip.
+        low, high: which of the frame pairs are returned; None ends with the last one.
+    """
+    if frames <= _KEPT:
+        return _flow(camera, frames, 0, frames - 1)[low:high]
+    return _flow.__wrapped__(camera, frames, low, frames - 1 if high is None else high)
 
 
 @functools.lru_cache(maxsize=32)
-def flow(camera: str, frames: int) -> Tensor:
-    """Flow of the ground (F-1,2,GRID,GRID) in cells a frame, along the usual way of such a camera."""
+def _flow(camera: str, frames: int, low: int, high: int) -> Tensor:
     spec = Spec(
         bodies=(Body(colour="red", shape="ball"),),
         camera=camera,
         camera_amount=_AMOUNT[camera.split()[0]],
         num_frames=frames,
     )
-    position, rotation = camera_path(spec, 0, frames)
+    position, rotation = camera_path(spec, low, high + 1)
     steps = (torch.arange(_GRID) + 0.5) / _GRID * 2 - 1
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     ray = torch.stack((u / FOCAL, v / FOCAL, torch.ones_like(u)), -1).reshape(-1, 3)
@@ -55,38 +69,71 @@ def filmed(pictures_M3HW: Tensor, body_MHW: Tensor, cameras: Sequence[str]) -> l
     for row, camera in enumerate(cameras):
         if camera != "static":
             part = slice(row * frames, (row + 1) * frames)
-            result[row] = _way(pictures_M3HW[part], body_MHW[part], camera)
+            film = Film(camera, frames)
+            film.add(pictures_M3HW[part], body_MHW[part])
+            result[row] = film.way()
     return result
 
 
-def _way(pictures_F3HW: Tensor, body_FHW: Tensor, camera: str) -> float:
-    small = functional.adaptive_avg_pool2d(pictures_F3HW, _GRID)
-    body = functional.adaptive_max_pool2d(body_FHW.float()[:, None], _GRID)
-    small = _soft(small)
-    free = 1 - functional.max_pool2d(body, 9, 1, 4)
-    weight = (free[1:] * free[:-1])[:, 0]
-    weight[:, :_TOP] = 0
-    weight[..., :2] = weight[..., -2:] = weight[:, -2:] = 0
-    change = small[1:] - small[:-1]
-    middle = (small[1:] + small[:-1]) / 2
-    dx = torch.zeros_like(middle)
-    dy = torch.zeros_like(middle)
-    dx[..., 1:-1] = (middle[..., 2:] - middle[..., :-2]) / 2
-    dy[..., 1:-1, :] = (middle[..., 2:, :] - middle[..., :-2, :]) / 2
-    total = float((weight[:, None] * change * change).sum())
-    best, own, way = 0.0, 0.0, 0.0
-    for kind in _KINDS:
-        field = flow(kind, len(small)).to(small.device)
-        along = field[:, None, 0] * dx + field[:, None, 1] * dy
-        power = float((weight[:, None] * along * along).sum())
-        amount = -float((weight[:, None] * along * change).sum()) / max(power, 1e-9)
-        held = amount * amount * power / max(total, 1e-9)
-        if kind.split()[0] == camera.split()[0] and (camera == "dolly return") == (kind == "dolly return"):
-            own, way = held, amount if camera == kind else -amount
-        else:
-            best = max(best, held)
-    # A path that another one explains better is not the path that was asked for.
-    return way * min(1.0, own / max(best, 1e-9))
+class Film:
+    """The flow of one clip, from its pictures in windows that follow each other.
+
+    Args:
+        camera: the asked path.
+        frames: of the whole clip.
+    """
+
+    def __init__(self, camera: str, frames: int) -> None:
+        self.camera, self.frames = camera, frames
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._pairs = 0
+        self._total = 0.0
+        #: Squares of the change along each path, and their product with the change that there was.
+        self._power, self._product = (dict.fromkeys(_KINDS, 0.0) for _ in range(2))
+
+    def add(self, pictures_F3HW: Tensor, body_FHW: Tensor) -> None:
+        """Look at the next frames, and what in them belongs to a body."""
+        small = _soft(functional.adaptive_avg_pool2d(pictures_F3HW, _GRID))
+        body = functional.adaptive_max_pool2d(body_FHW.float()[:, None], _GRID)
+        free = 1 - functional.max_pool2d(body, 9, 1, 4)
+        if self._last is not None:
+            small, free = (torch.cat(pair) for pair in zip(self._last, (small, free), strict=True))
+        self._last = small[-1:], free[-1:]
+        if len(small) > 1:
+            self._add(small, free)
+
+    def _add(self, small: Tensor, free: Tensor) -> None:
+        weight = (free[1:] * free[:-1])[:, 0]
+        weight[:, :_TOP] = 0
+        weight[..., :2] = weight[..., -2:] = weight[:, -2:] = 0
+        change = small[1:] - small[:-1]
+        middle = (small[1:] + small[:-1]) / 2
+        dx = torch.zeros_like(middle)
+        dy = torch.zeros_like(middle)
+        dx[..., 1:-1] = (middle[..., 2:] - middle[..., :-2]) / 2
+        dy[..., 1:-1, :] = (middle[..., 2:, :] - middle[..., :-2, :]) / 2
+        self._total += float((weight[:, None] * change * change).sum())
+        low, self._pairs = self._pairs, self._pairs + len(change)
+        for kind in _KINDS:
+            field = flow(kind, self.frames, low, self._pairs).to(small.device)
+            along = field[:, None, 0] * dx + field[:, None, 1] * dy
+            self._power[kind] += float((weight[:, None] * along * along).sum())
+            self._product[kind] += float((weight[:, None] * along * change).sum())
+
+    def way(self) -> float:
+        """Return the way of the camera, as `filmed`."""
+        camera = self.camera
+        best, own, way = 0.0, 0.0, 0.0
+        for kind in _KINDS:
+            power = self._power[kind]
+            amount = -self._product[kind] / max(power, 1e-9)
+            held = amount * amount * power / max(self._total, 1e-9)
+            if kind.split()[0] == camera.split()[0] and (camera == "dolly return") == (kind == "dolly return"):
+                own, way = held, amount if camera == kind else -amount
+            else:
+                best = max(best, held)
+        # A path that another one explains better is not the path that was asked for.
+        return way * min(1.0, own / max(best, 1e-9))
 
 
 def _soft(maps_F3GG: Tensor) -> Tensor:

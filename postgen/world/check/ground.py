@@ -8,6 +8,8 @@ Suffixes: M pictures, S spots of a picture, G rows and columns of a coarse pictu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,22 +25,70 @@ _LEVEL, _TINT = 0.10, 0.055
 _SHADOW = (0.28, 0.92)
 #: Saturation from which the ground's own colour is taken out of the picture before bodies are looked for.
 _COLOURED = (0.22, 0.30)
+#: Bits of a value in [0,2) that are counted first, and then.
+_HIGH, _LOW = 16, 15
 
 
 def balance(pictures_M3HW: Tensor, frames: int) -> Tensor | None:
     """Gains (M,3,1,1) that turn a ground of full colour grey; None where no clip has one."""
+    tone = edges(pictures_M3HW).unflatten(0, (-1, frames)).movedim(1, 2).flatten(2).median(-1).values
+    gain = _gain(tone)
+    return None if gain is None else gain.repeat_interleave(frames, 0)[:, :, None, None]
+
+
+def edges(pictures_M3HW: Tensor) -> Tensor:
+    """The pixels (M,3,E) at the sides and the foot of pictures, where there is most likely nothing but ground."""
     height, width = pictures_M3HW.shape[-2:]
     side = max(2, width // 12)
     low = pictures_M3HW[:, :, height // 3 :]
-    edges = (low[..., :side].flatten(2), low[..., -side:].flatten(2), low[:, :, -side:].flatten(2))
-    tone = torch.cat(edges, 2).unflatten(0, (-1, frames)).movedim(1, 2).flatten(2).median(-1).values
-    saturation = (tone.amax(1) - tone.amin(1)) / tone.amax(1).clamp_min(1e-3)
+    return torch.cat((low[..., :side].flatten(2), low[..., -side:].flatten(2), low[:, :, -side:].flatten(2)), 2)
+
+
+def balance_along(windows: Callable[[], Iterator[Tensor]]) -> Tensor | None:
+    """As `balance`, for the pictures of one clip in windows (F,3,H,W), which are gone through once or twice: (3,1,1).
+
+    The median is exact: values are counted by the upper half of their bits, then by the lower half.
+    """
+    counts = torch.zeros(3, 2**_HIGH, dtype=torch.long)
+    for pictures in windows():
+        counts += _counted(_bits(edges(pictures)) >> _LOW, _HIGH)
+    place = (counts.sum(1) - 1) // 2
+    below = counts.cumsum(1)
+    high = (below <= place[:, None]).sum(1)
+    least, most = (_floats(bits) for bits in (high << _LOW, (high << _LOW) + 2**_LOW - 1))
+    if float((most.amax() - least.amin()) / least.amax().clamp_min(1e-3)) <= _COLOURED[0]:
+        return None  # a second look would not change that
+    inner = torch.zeros(3, 2**_LOW, dtype=torch.long)
+    for pictures in windows():
+        bits = _bits(edges(pictures))
+        own = torch.where(bits >> _LOW == high[:, None], bits & (2**_LOW - 1), 2**_LOW)
+        inner += _counted(own, _LOW, spare=1)[:, :-1]
+    place = place - torch.where(high > 0, below.gather(1, (high - 1).clamp_min(0)[:, None])[:, 0], 0)
+    gain = _gain(_floats((high << _LOW) + (inner.cumsum(1) <= place[:, None]).sum(1))[None])
+    return None if gain is None else gain[0, :, None, None]
+
+
+def _bits(edges_F3E: Tensor) -> Tensor:
+    """The bits (3,N) of values that are not negative, which have the order of the values."""
+    flat = (edges_F3E.movedim(1, 0).flatten(1) + 0.0).contiguous().cpu()  # -0.0 has other bits
+    return flat.view(torch.int32).long()
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.int().view(torch.float32)
+
+
+def _counted(bins_3N: Tensor, power: int, spare: int = 0) -> Tensor:
+    return torch.stack([one.bincount(minlength=2**power + spare) for one in bins_3N])
+
+
+def _gain(tone_B3: Tensor) -> Tensor | None:
+    saturation = (tone_B3.amax(1) - tone_B3.amin(1)) / tone_B3.amax(1).clamp_min(1e-3)
     weight = ((saturation - _COLOURED[0]) / (_COLOURED[1] - _COLOURED[0])).clamp(0, 1)
     if not bool((weight > 0).any()):
         return None
-    gain = (tone.mean(1, keepdim=True) / tone.clamp_min(0.02)) ** weight[:, None]
-    gains: Tensor = gain.repeat_interleave(frames, 0)[:, :, None, None]
-    return gains
+    gain: Tensor = (tone_B3.mean(1, keepdim=True) / tone_B3.clamp_min(0.02)) ** weight[:, None]
+    return gain
 
 
 def find_spots(pictures_M3HW: Tensor, body_MHW: Tensor) -> Tensor:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from postgen.errors import UserError
-from postgen.world.check import events
-from postgen.world.check.facets import roundness
-from postgen.world.check.film import filmed
-from postgen.world.check.ground import balance, find_spots
-from postgen.world.check.pieces import COLUMNS
+from postgen.world.check.look import Windows, check_form, look, look_along
 from postgen.world.check.report import Report, judge
-from postgen.world.check.segment import Blobs, find_blobs, smooth
-from postgen.world.check.shapes import shape_features, windows
 from postgen.world.check.sight import Sight
-from postgen.world.check.tracks import BODY_AREA, Track
+from postgen.world.check.tracks import Track
 from postgen.world.check.workers import pool_of
 from postgen.world.reading import Reading
-from postgen.world.spec import SHAPES, Spec
+from postgen.world.spec import Spec
 
-#: Clips looked at together; more are faster on a GPU and take memory.
-_AT_ONCE = {"cpu": 16, "cuda": 64}
-_SHADING = 0.1
+#: Clips looked at together, and most pixels of them; more are faster on a GPU and take memory, 110 bytes a pixel.
+_AT_ONCE = {"cpu": (16, 2**23), "cuda": (64, 2**26)}
+#: Most pixels of one clip that are looked at at once. A longer one is gone through in windows.
+_ONE = {"cpu": 2**21, "cuda": 2**24}
 
 
 def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
@@ -38,7 +33,8 @@ def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
     judged (`Report.clauses`), and no clip of it is `all_right`.
 
     Args:
-        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; a still is a clip that repeats.
+        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; one above 1,024 px is brought to 512 at most.
+            A still is a clip that repeats.
         spec_or_prompt: what should be there; a prompt is read by `world.parse`.
 
     Raises:
@@ -66,7 +62,7 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str | Reading], *, workers
         UserError: as `check`, or fewer than 0 workers.
         WorkerDied: a process was killed; the next call starts new ones.
     """
-    _check_form(clips)
+    check_form(clips.shape)
     if len(clips) != len(specs):
         raise UserError(f"check got {len(clips)} clips and {len(specs)} specs: give one spec a clip.")
     if workers < 0:
@@ -87,45 +83,56 @@ def find_tracks(clips: Tensor) -> list[list[Track]]:
     Raises:
         UserError: as `check`.
     """
-    _check_form(clips)
+    check_form(clips.shape)
     return [tracks for _, sight in _sights(clips) for tracks in sight.tracks()]
 
 
-def _check_form(clips: Tensor) -> None:
-    if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] < 5 or min(clips.shape[-2:]) < 32:
-        raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(clips.shape)}.")
+@torch.no_grad()
+def check_long(windows: Windows, spec_or_prompt: Spec | str | Reading, *, workers: int = 0) -> Report:
+    """Judge one clip that is too long for the memory; the report is that of `check`, up to rounding.
+
+    Args:
+        windows: gives the clip from its start each time it is called (two or three times), in windows (f,3,H,W) of
+            any lengths that follow each other.
+        spec_or_prompt: as for `check`.
+        workers: as for `check_batch`.
+
+    Raises:
+        UserError: as `check`.
+        WorkerDied: as `check_batch`.
+    """
+    asked = [_reading(spec_or_prompt)]
+    sight = look_along(windows, asked[0].scene.camera)
+    if not workers:
+        return judge(sight, asked)[0]
+    with pool_of(workers) as pool:
+        return pool.submit(sight, asked)[0].result()[0]
+
+
+@torch.no_grad()
+def find_tracks_long(windows: Windows) -> list[Track]:
+    """As `find_tracks`, of one clip in windows as for `check_long`.
+
+    Raises:
+        UserError: as `check`.
+    """
+    return next(iter(look_along(windows).tracks()))
 
 
 def _sights(clips: Tensor, cameras: Sequence[str] = ()) -> Iterator[tuple[int, Sight]]:
     """Number of the first clip, and what is seen in it and the next ones."""
-    step = _AT_ONCE.get(clips.device.type, 16)
+    kind = clips.device.type
+    most, room = _AT_ONCE.get(kind, _AT_ONCE["cpu"])
+    pixels = clips[0, :, 0].numel() if len(clips) else 1
+    if pixels > (one := _ONE.get(kind, _ONE["cpu"])):
+        size = max(1, one // (2 * clips[0, 0, 0].numel()))
+        for low, clip in enumerate(clips):
+            windows = clip.split(size)
+            yield low, look_along(partial(iter, windows), cameras[low] if cameras else "static")
+        return
+    step = min(most, max(1, room // pixels))
     for low in range(0, len(clips), step):
-        yield low, _look(clips[low : low + step], cameras[low : low + step])
-
-
-def _look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
-    """Blobs and spots of each clip, how much it looks like the world, and how far its camera goes the asked way."""
-    clips = clips.detach().float().nan_to_num(0.5).clamp(0, 1)
-    frames = clips.shape[1]
-    pictures = smooth(clips.flatten(0, 1))
-    gain = balance(pictures, frames)
-    blobs = find_blobs(pictures, gain)
-    body = (blobs.slot_MP >= 0).reshape(-1, *pictures.shape[-2:])
-    spots = find_spots(pictures if gain is None else pictures * gain, body).double().cpu().numpy()
-    columns = torch.stack([getattr(blobs, name).double() for name in ("valid", *COLUMNS[:-4])], -1)
-    values = torch.cat((columns, blobs.box.double(), _misfits(blobs).double()), -1)
-    likeness = world_likeness(pictures, blobs, frames)
-    table = values.cpu().numpy()
-    valid = table[..., 0] > 0
-    return Sight(
-        rows_NC=table[valid][:, 1:],
-        count_BF=valid.sum(1).reshape(-1, frames),
-        spots_MSC=spots,
-        height=clips.shape[-2],
-        width=clips.shape[-1],
-        likeness=likeness,
-        film=[None] * (len(clips)) if all(c == "static" for c in cameras) else filmed(pictures, body, cameras),
-    )
+        yield low, look(clips[low : low + step], cameras[low : low + step])
 
 
 def _reading(asked: Spec | str | Reading) -> Reading:
@@ -141,46 +148,3 @@ def _reading(asked: Spec | str | Reading) -> Reading:
             f"The prompt {asked!r} names no body of the world: write for instance 'a red ball moves left'."
         )
     return reading
-
-
-def world_likeness(pictures_M3HW: Tensor, blobs: Blobs, frames: int) -> list[float]:
-    """1 for clips whose surroundings are calm and nearly grey, 0 for anything else; one value a clip."""
-    height, width = pictures_M3HW.shape[-2:]
-    body = (blobs.slot_MP >= 0).float().reshape(-1, height, width)
-    ground = 1 - functional.max_pool2d(body[:, None], 5, 1, 2)[:, 0]
-    space = ground.mean((1, 2))
-    light = pictures_M3HW.mean(1)
-    dx = (light[:, :, 1:] - light[:, :, :-1]).abs() * ground[:, :, 1:] * ground[:, :, :-1]
-    dy = (light[:, 1:] - light[:, :-1]).abs() * ground[:, 1:] * ground[:, :-1]
-    rough = (dx.mean((1, 2)) + dy.mean((1, 2))) / space.clamp_min(0.05)
-    stray = ((blobs.share_MHW > 0.35).float() * ground).mean((1, 2)) / space.clamp_min(0.05)
-    level = (light * ground).mean((1, 2)) / space.clamp_min(0.05)
-    measures = torch.stack((space, rough, stray, level), 1).reshape(-1, frames, 4)
-    jumps = (measures[:, 1:, 3] / measures[:, :-1, 3].clamp_min(1e-3)).clamp_min(1e-3).log().abs().amax(1)
-    rows = zip(measures.mean(1).tolist(), jumps.tolist(), strict=True)
-    return [_likeness(m[0], m[1], m[2], m[3], jump) for m, jump in rows]
-
-
-def _likeness(space: float, rough: float, stray: float, level: float, jump: float) -> float:
-    return min(
-        events.ramp(jump, 0.24, 0.08),
-        events.ramp(space, 0.3, 0.5),
-        events.ramp(rough, 0.05, 0.03),
-        events.ramp(stray, 0.08, 0.03),
-        events.ramp(level, 0.12, 0.25),
-    )
-
-
-def _misfits(blobs: Blobs) -> Tensor:
-    """Misfit of every blob with every shape, what fits better, and `roundness` (M,K,7); `inf` if not looked at."""
-    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 1), torch.inf)
-    pixels = blobs.slot_MP.shape[1]
-    chosen = blobs.valid & (blobs.area >= 0.5 * BODY_AREA * pixels)
-    picture, slot = chosen.nonzero(as_tuple=True)
-    for low in range(0, len(picture), 512):
-        part = slice(low, low + 512)
-        window = windows(blobs, picture[part], slot[part])
-        features = shape_features(*window)
-        misfit = features[:, 0] + _SHADING * features[:, 1]
-        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window)[:, None]), 1)
-    return result

@@ -36,8 +36,8 @@ class Piece:
     misfit: tuple[float, ...] | None
     #: How much better than each shape the outline of none of them fits, or None as well.
     odd: tuple[float, ...] | None
-    #: How much rather it is a cylinder than a box, or None as well.
-    round: float | None
+    #: How much rather it is a cylinder than a cube, and than a box of any height, or None as well.
+    round: tuple[float, float] | None
     group: int
     #: A second body of its colour is behind it, in one piece with it.
     merged: bool = False
@@ -86,7 +86,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         stain=stain / (width * height),
         misfit=tuple(misfit[:3]) if whole else None,
         odd=tuple(misfit[3:6]) if whole else None,
-        round=misfit[6] if whole else None,
+        round=(misfit[6], misfit[7]) if whole else None,
         group=int(group),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ _YAWS = 9
 #: Blur of the templates in parts of the root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
 BLURS = (0.03, 0.05, 0.075, 0.11)
 _RENDER = 160
+#: Views that are rendered together.
+_PART = 16
 
 
 def _views() -> list[tuple[int, float, float]]:
@@ -41,6 +44,14 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Rendered by the world's own ray caster from 5 m at several pitches and turns; T views, P = GRID^2.
     """
     views = _views()
+    # Some views at a time, as memory goes.
+    parts = [_rendered(views[low : low + _PART]) for low in range(0, len(views), _PART)]
+    masks, basis, inner = zip(*parts, strict=True)
+    shape = torch.tensor([view[0] for view in views])
+    return torch.cat(masks, 1).to(device), torch.cat(basis).to(device), torch.cat(inner).to(device), shape.to(device)
+
+
+def _rendered(views: list[tuple[int, float, float]]) -> tuple[Tensor, Tensor, Tensor]:
     count = len(views)
     rotation, position = torch.zeros(count, 3, 3), torch.zeros(count, 3)
     for row, (_, pitch, _yaw) in enumerate(views):
@@ -59,28 +70,38 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
     hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
-    masks, basis, inner = bank(hit, normal)
-    return masks.to(device), basis.to(device), inner.to(device), shape.to(device)
+    return bank(hit, normal)
 
 
 def bank(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outlines (blurs,T,P), shading bases (T,P,4) and inner pixels (T,P) of rendered views, as in `templates`."""
+    window, inner = framed(hit_TRR, normal_T3RR)
+    masks = torch.stack([blurred(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
+    return masks.flatten(2), orthonormal(window[:, 1:], inner), inner
+
+
+def framed(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor]:
+    """Outline and normals (T,4,GRID,GRID) of rendered views in windows as in `crop`, and inner pixels (T,P)."""
     area = hit_TRR.sum((1, 2))
     steps = torch.arange(hit_TRR.shape[-1]).float()
     x, y = (hit_TRR * steps).sum((1, 2)) / area, (hit_TRR * steps[:, None]).sum((1, 2)) / area
     window = crop(torch.cat((hit_TRR[:, None], normal_T3RR * hit_TRR[:, None]), 1), x, y, area)
-    masks = torch.stack([_gauss(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
-    inner = (-functional.max_pool2d(-window[:, :1], 3, 1, 1) > 0.99).flatten(1).float()
-    basis = torch.cat((torch.ones(len(window), 1, GRID, GRID), window[:, 1:]), 1).flatten(2) * inner[:, None]
+    return window, (-functional.max_pool2d(-window[:, :1], 3, 1, 1) > 0.99).flatten(1).float()
+
+
+def orthonormal(normal_T3GG: Tensor, inner_TP: Tensor) -> Tensor:
+    """Basis (T,P,4), with orthonormal columns, of what is linear in the normal within the outline."""
+    basis = torch.cat((torch.ones_like(normal_T3GG[:, :1]), normal_T3GG), 1).flatten(2) * inner_TP[:, None]
     left, value, _ = torch.linalg.svd(basis.mT, full_matrices=False)
-    return masks.flatten(2), left * (value > 1e-3 * value[:, :1])[:, None], inner
+    result: Tensor = left * (value > 1e-3 * value[:, :1])[:, None]
+    return result
 
 
 @functools.lru_cache(maxsize=4)
 def strangers(device: str) -> tuple[Tensor, Tensor]:
     """Outlines (blurs,T,P) that none of the solids has, and for which shape each of them counts (3,T)."""
     window, belongs = outlines(GRID, WINDOW)
-    masks = torch.stack([_gauss(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
+    masks = torch.stack([blurred(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
     return masks.flatten(2).to(device), belongs.to(device)
 
 
@@ -94,12 +115,13 @@ def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
     return functional.grid_sample(maps_NCHW, torch.stack((gx, gy), -1), align_corners=False)
 
 
-def _gauss(maps_NCHW: Tensor, sigma: float) -> Tensor:
+def blurred(maps_NCHW: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of each channel, sigma in cells up to 2."""
     steps = torch.arange(-6, 7, device=maps_NCHW.device).float()
     kernel = torch.exp(-0.5 * (steps / max(sigma, 0.2)) ** 2)
     kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
-    x = functional.conv2d(maps_NCHW, kernel[..., None], padding=(6, 0))
-    return functional.conv2d(x, kernel[:, :, None], padding=(0, 6))
+    x = functional.conv2d(maps_NCHW.flatten(0, 1)[:, None], kernel[..., None], padding=(6, 0))
+    return functional.conv2d(x, kernel[:, :, None], padding=(0, 6)).reshape(maps_NCHW.shape)
 
 
 def windows(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,12 +159,17 @@ def shape_features(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor
 def misfits(mask_NP: Tensor, blur_N: Tensor, *banks: Tensor) -> list[Tensor]:
     """Squared difference of outlines from those of each bank (blurs,T,P), over their mean area: (N,T) each."""
     found = [mask_NP.new_empty(len(mask_NP), masks.shape[1]) for masks in banks]
-    # One wait for the device, where looking for the rows of each blur would take one a blur.
-    counts = (blur_N[:, None] == torch.arange(len(BLURS), device=blur_N.device)).sum(0).tolist()
-    for blur, rows in enumerate(blur_N.argsort(stable=True).split(counts)):
+    for blur, rows in by_blur(blur_N):
         for distance, masks in zip(found, banks, strict=True):
             distance[rows] = _distance(mask_NP[rows], masks[blur])
     return found
+
+
+def by_blur(blur_N: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each of `BLURS` by its number, with the rows that have it."""
+    # One wait for the device, where looking for the rows of each blur would take one a blur.
+    counts = (blur_N[:, None] == torch.arange(len(BLURS), device=blur_N.device)).sum(0).tolist()
+    return enumerate(blur_N.argsort(stable=True).split(counts))
 
 
 def _distance(mask_NP: Tensor, template_TP: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from postgen.world.check.events import large, ramp
 from postgen.world.check.pieces import Piece
 from postgen.world.check.tracks import Track
 
-#: Roundness (`facets.roundness`) of a body that is no cube, and of a sure one; the same of a cylinder.
-_ROUND = {"cube": (0.14, 0.07), "cylinder": (-0.06, 0.04)}
+#: Roundness (`facets.roundness`) of a body that is no cube, and of a sure one; the same of a cylinder. Of 300 cubes of
+#: true clips, and of such clips through the embedded autoencoder, 99 % lie below 0.08; squat cylinders above 0.09.
+_ROUND = {"cube": (0.13, 0.06), "cylinder": (-0.07, 0.01)}
 
 #: Part of the picture whose hue is no body's, of a spoilt clip and of a good one.
 _STAIN = (0.0011, 0.0004)
@@ -66,7 +67,7 @@ def shape(track: Track, index: int) -> float:
 
 def edges(track: Track, name: str) -> float:
     """Whether it has the edges of its shape, or none, in nearly two thirds of the frames with a clean outline."""
-    seen = sorted(p.round for p in whole(track).values() if p.round is not None)
+    seen = sorted(p.round[name == "cylinder"] for p in whole(track).values() if p.round is not None)
     if name not in _ROUND or len(seen) < 4:
         return 1.0
     part = 0.65 if name == "cube" else 0.35

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,28 +36,35 @@ class Pool:
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         for process in self.processes:
             self._idle.put(process)
-        self._threads = ThreadPoolExecutor(workers, "judge")
+        self._closed = False
         self.users = 0
         """Calls under way, counted under the lock of the table of pools."""
 
     def submit(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Future[list[Report]]]:
         """Begin to judge clips, an equal number in each process; results in their order, or `WorkerDied`."""
         step = -(-len(sight) // len(self.processes))
-        return [
-            self._threads.submit(self._judge, sight.part(low, low + step), scenes[low : low + step])
-            for low in range(0, len(sight), step)
-        ]
+        jobs = []
+        for low in range(0, len(sight), step):
+            jobs.append(Future[list[Report]]())
+            work = (jobs[-1], sight.part(low, low + step), scenes[low : low + step])
+            # Of no executor: Python waits for its threads at the end, before anything can end the processes.
+            threading.Thread(target=self._judge, args=work, name="judge", daemon=True).start()
+        return jobs
 
-    def _judge(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Report]:
+    def _judge(self, job: Future[list[Report]], sight: Sight, scenes: Sequence[Spec | Reading]) -> None:
         process = self._idle.get()
         try:
-            return process.judge(sight, scenes)
+            if self._closed:
+                raise WorkerDied("the judge was ended before it came to this clip")
+            job.set_result(process.judge(sight, scenes))
+        except Exception as error:
+            job.set_exception(error)
         finally:
             self._idle.put(process)
 
     def close(self) -> None:
         """End the processes at once; jobs that are not done fail."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
         for process in self.processes:
             process.end()
 
@@ -159,11 +166,18 @@ def pool_of(workers: int) -> Iterator[Pool]:
             pool.close()
 
 
-@atexit.register
-def close_pools() -> None:
-    """End all processes of the judge; a later call starts new ones, and one that is under way ends its own."""
+def close_pools(*, under_way: bool = False) -> None:
+    """End all processes of the judge; a later call starts new ones.
+
+    Args:
+        under_way: end also those that have work, which then fails; else the call that is under way ends its own.
+    """
     with _lock:
         for key in [key for key in _pools if key[0] == os.getpid()]:
             pool = _pools.pop(key)
-            if not pool.users:
+            if under_way or not pool.users:
                 pool.close()
+
+
+# A call in another thread must not hold up the end of this process.
+atexit.register(close_pools, under_way=True)

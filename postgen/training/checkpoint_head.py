@@ -1,0 +1,157 @@
+"""What `state.json` of a checkpoint says, and whether the files beside it are those that the run wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from postgen.errors import UserError, first_line
+from postgen.tensor_files import opened
+
+FORMAT = 1
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that a run wrote. An earlier one may do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The checked contents of `state.json`."""
+
+    step: int
+    """Optimiser steps done."""
+    ranks: int
+    """Processes of the run."""
+    files: Mapping[str, int]
+    """Names of the other files, and their bytes."""
+    contents: Mapping[str, str]
+    """Names of the other files, and what `contents_of` says of them; empty of checkpoints before it."""
+    meta: dict[str, Any]
+    """See `Snapshot.meta`."""
+
+
+def read_head(folder: Path) -> Head:
+    """Return what a checkpoint says of itself.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, something is missing or of another type, or the files beside it have
+            other sizes.
+        UserError: it has the format of another version.
+    """
+    try:
+        head = json.loads((folder / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"{folder} is no complete checkpoint: state.json cannot be read: {_reason(error)}"
+        ) from error
+    if not isinstance(head, dict) or not _is_count(head.get("format")):
+        raise _damaged(folder, "state.json does not say what it is")
+    if head["format"] != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {head['format']}, this version reads {FORMAT}.")
+    _check(folder, head)
+    found = Head(
+        step=head["step"],
+        ranks=head["ranks"],
+        files=head["files"],
+        contents=head.get("contents", {}),
+        meta=head["meta"],
+    )
+    for name, size in found.files.items():
+        try:
+            there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        except OSError as error:
+            raise _damaged(folder, f"{name} cannot be read: {_reason(error)}") from error
+        if there != size:
+            has = "is missing" if there is None else f"has {there} bytes"
+            raise _damaged(folder, f"{name} {has}, {size} were written")
+    return found
+
+
+def check_contents(folder: Path, head: Head) -> None:
+    """Compare the files of a checkpoint with what the run said of them; tensors are not read.
+
+    Raises:
+        DamagedCheckpoint: one of them is another file.
+    """
+    for name, said in head.contents.items():
+        if contents_of(folder / name) != said:
+            raise _damaged(folder, f"{name} is not the file that the run wrote")
+
+
+def contents_of(path: Path) -> str:
+    """Return a digest of a JSON file, or of names, types and shapes in a safetensors file, whose tensors are not read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path.suffix == ".json":
+        text = path.read_bytes()
+    else:
+        with opened(path) as content:
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            rows = sorted((name, str(one.get_dtype()), list(one.get_shape())) for name, one in slices.items())
+        text = json.dumps(rows).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def _check(folder: Path, head: Mapping[str, Any]) -> None:
+    files, contents, meta = head.get("files"), head.get("contents", {}), head.get("meta")
+    own = NAME.fullmatch(folder.name)
+    wrong = {
+        "step": not _is_count(head.get("step")) or (own is not None and head["step"] != int(own[1])),
+        "ranks": not _is_count(head.get("ranks")) or not 1 <= head["ranks"] <= 10**6,
+        "files": not isinstance(files, dict) or not all(map(_is_count, files.values())) or not _plain(files),
+        "contents": not isinstance(contents, dict) or not _plain(contents),
+        "meta": not isinstance(meta, dict),
+    }
+    if isinstance(meta, dict):
+        kept = meta.get("optimizer", {})
+        wrong |= {
+            "meta.config": not isinstance(meta.get("config"), dict),
+            "meta.seconds": not _is_number(meta.get("seconds")),
+            "meta.ema_steps": not _is_count(meta.get("ema_steps")),
+            "meta.optimizer": not isinstance(kept, dict)
+            or not isinstance(kept.get("parameters", {}), dict)
+            or not isinstance(kept.get("groups", []), list)
+            or not all(isinstance(group, dict) for group in kept.get("groups", [])),
+        }
+    if names := [name for name, bad in wrong.items() if bad]:
+        raise _damaged(folder, f"state.json has no {names[0]} that a run writes")
+    needed = ["weights.safetensors", "ema.safetensors", "optimizer.safetensors"]
+    needed += [f"rank-{rank}.{kind}" for rank in range(head["ranks"]) for kind in ("json", "safetensors")]
+    if absent := [name for name in needed if name not in head["files"]]:
+        raise _damaged(folder, f"state.json names no {absent[0]}")
+
+
+def _plain(names: Mapping[str, Any]) -> bool:
+    """Whether these are names of files in the folder itself."""
+    return all(Path(name).name == name and name != ".." for name in names)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value) and value >= 0
+    except OverflowError:
+        return False
+
+
+def _damaged(folder: Path, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{folder} is damaged: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or first_line(error)

@@ -1,0 +1,183 @@
+"""The table of `postgen score`: a row a clip, written when it is done, and read again by the next run."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import postgen
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.rewards.base import Reward
+from postgen.rewards.scoring import Clip
+
+SUFFIXES = (".jsonl", ".csv")
+"""What a table's name ends with."""
+_ENDS = ("error", "key")
+
+
+def setting_of(rewards: Sequence[Reward], texts: Sequence[str], device: str) -> str:
+    """Return a text that changes with the rewards: their options, their code, the files that the options name.
+
+    Args:
+        rewards: as they are.
+        texts: as they were asked for.
+        device: where they compute.
+    """
+    parts = [postgen.__version__, device]
+    for reward, text in zip(rewards, texts, strict=True):
+        named = [place for place in re.findall(r"""['"]([^'"]+)['"]""", text) if os.path.exists(place)]
+        parts += [reward.name, text, _code(reward), *(_stamp(Path(place)) for place in named)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _code(reward: Reward) -> str:
+    function: Any = reward.function
+    while hasattr(function, "func"):  # what options are bound to
+        function = function.func
+    try:
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return ""
+
+
+def _stamp(path: Path) -> str:
+    """Name, size and time of a file, or of all files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    told = [f"{file} {(state := file.stat()).st_size} {state.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def set_keys(clips: Sequence[Clip], setting: str) -> None:
+    """Give each clip the key of its file, prompt and columns under a setting."""
+    for clip in clips:
+        try:
+            stamp = _stamp(clip.path)
+        except OSError:
+            stamp = ""
+        told = json.dumps([setting, stamp, str(clip.path), clip.prompt, clip.columns], default=str, sort_keys=True)
+        clip.key = hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class Table:
+    """A file of rows, JSONL or CSV, of which no half row is ever left.
+
+    What an old file says of the same clips is kept: rows without an error whose key is the clip's. Other rows go.
+    After the block the rows stand in the order of the clips, unless it ended by an exception: then in the order in
+    which they were written, and the same call goes on from there.
+
+    Args:
+        path: ends with one of `SUFFIXES`.
+        clips: all that are to be scored, with prompts and keys.
+        names: of the rewards.
+        added: names of further columns of `Clip.scores`, which follow from those.
+
+    Raises:
+        UserError: it cannot be written or read.
+    """
+
+    def __init__(self, path: Path, clips: Sequence[Clip], names: Sequence[str], added: Sequence[str] = ()) -> None:
+        self.path, self.clips, self.names, self.columns = path, clips, names, (*names, *added)
+        self._written: list[Clip] = []
+        self._file = -1
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"a table must end in {' or '.join(SUFFIXES)}, got {path}")
+
+    def resume(self) -> int:
+        """Take the scores of clips from the old file; return of how many."""
+        old = {row["key"]: row for row in _rows(self.path) if row.get("key") and not row.get("error")}
+        for clip in self.clips:
+            row = old.get(clip.key, {})
+            scores = {name: _number(row[name]) for name in self.names if name in row}
+            if len(scores) == len(self.names):
+                clip.scores = scores
+        return sum(clip.done for clip in self.clips)
+
+    def __enter__(self) -> Self:
+        self._replace([clip for clip in self.clips if clip.done])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+        if kind is None and self._written != list(self.clips):
+            self._replace(self.clips)
+            os.close(self._file)
+
+    def add(self, clip: Clip) -> None:
+        """Write the row of a clip, all of it or nothing."""
+        data = memoryview(self._text([clip]).encode())
+        end = os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except BaseException as error:
+            os.ftruncate(self._file, end)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise
+        self._written.append(clip)
+
+    def _replace(self, clips: Sequence[Clip]) -> None:
+        head = "" if self.path.suffix == ".jsonl" else self._csv([])
+        try:
+            with replacing(self.path) as part:
+                part.write_text(head + self._text(clips), encoding="utf-8", newline="")
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._written = list(clips)
+
+    def _text(self, clips: Sequence[Clip]) -> str:
+        rows = [clip.to_dict(self.columns) for clip in clips]
+        if self.path.suffix == ".jsonl":
+            return "".join(json.dumps(row) + "\n" for row in rows)
+        return self._csv(rows) if rows else ""
+
+    def _csv(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Rows, or the header where there is none."""
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, ["file", "prompt", *self.columns, *_ENDS])
+        writer.writerows(rows) if rows else writer.writeheader()
+        return buffer.getvalue()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table; whatever else is in a file is left out, a row that was cut off too."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if path.suffix == ".csv":
+        try:
+            return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        except csv.Error:
+            return []
+    rows = []
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        rows += [row] if isinstance(row, dict) and isinstance(row.get("key"), str) else []
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

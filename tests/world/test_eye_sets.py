@@ -1,0 +1,74 @@
+"""The judge beside a person on two draws of generated clips: where the verdicts come from, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import world_eye
+from benchmarks.embedded_sheets import bytes_of, write_clips
+from benchmarks.world_check import Maker
+from benchmarks.world_eye_clips import FIRST_FRESH, PARTS
+from postgen import world
+from postgen.errors import UserError
+
+SPEC = world.sample(3, event="moves left", num_bodies=1, camera="static", num_frames=9)
+PROMPT = world.simple_caption(SPEC)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Two folders of kept clips, one clip a part, all of one scene that is right."""
+    clip = bytes_of(Maker("cpu", 64, 1)([SPEC], 9))[0]
+    for number, name in enumerate(world_eye.SETS):
+        folder = tmp_path / name
+        folder.mkdir()
+        for prefix, *_ in PARTS:
+            write_clips(folder / f"{prefix}.safetensors", [clip], [PROMPT])
+        clips = {f"{prefix}-000": {"prompt": PROMPT, "seed": number} for prefix, *_ in PARTS}
+        (folder / "rows.json").write_text(json.dumps({"denoiser_sha256": "abc", "clips": clips}))
+    return {name: tmp_path / name for name in world_eye.SETS}
+
+
+@pytest.fixture
+def say(tmp_path, monkeypatch):
+    """Write the verdicts of a set on its four clips."""
+    monkeypatch.setattr(world_eye, "DATA", tmp_path)
+
+    def write(name, verdicts, **more):
+        seed = list(world_eye.SETS).index(name)
+        names = [f"{prefix}-000" for prefix, *_ in PARTS]
+        rows = {n: {"prompt": PROMPT, "seed": seed, "verdict": v} for n, v in zip(names, verdicts, strict=True)}
+        told = {"denoiser_sha256": "abc", "clips": rows, **more}
+        (tmp_path / world_eye.SETS[name][0]).write_text(json.dumps(told))
+
+    return write
+
+
+def test_each_set_is_judged_on_its_own_verdicts_and_the_gate_is_that_of_the_fresh_one(kept, say, tmp_path):
+    say("generated", ["right", "right", "unclear", "wrong: count"])
+    say("generated_fresh", ["right", "wrong: shape", "wrong: colour", "wrong: count"])
+    found = {name: world_eye.generated(name, "cpu", kept[name], tmp_path) for name in kept}
+    assert [found[name]["agree"] for name in found] == [pytest.approx(2 / 3), 0.25]
+    assert [found[name]["judged"] for name in found] == [3, 4]
+    assert [found[name]["of_two"] for name in found] == [2, 2]
+    assert [row["clip"] for row in found["generated"]["apart"]] == ["1r-000"]
+    table = {"kind": dict.fromkeys(world_eye.COLUMNS, 1)}
+    eye = {"constructed": table, "constructed_fresh": table, "mirror": 1.0, **found}
+    gate = next(row for row in world_eye.gates(eye, {"mirror": 1.0}, 1.0) if row["name"] == "eye_agreement")
+    assert gate["value"] == 0.25
+    assert not gate["ok"]
+
+
+def test_missing_verdicts_other_models_and_exchanged_folders_are_one_clear_error(kept, say, tmp_path):
+    say("generated", ["right"] * 4)
+    with pytest.raises(UserError, match=rf"world_generated_fresh.json is missing.*--first {FIRST_FRESH}"):
+        world_eye.check_model(kept, tmp_path)
+    say("generated_fresh", ["right"] * 4)
+    world_eye.check_model(kept, tmp_path)
+    with pytest.raises(UserError, match=f"clips of other seeds than generated_fresh.*--first {FIRST_FRESH}"):
+        world_eye.check_model({**kept, "generated_fresh": kept["generated"]}, tmp_path)
+    say("generated_fresh", ["right"] * 4, denoiser_sha256="other")
+    with pytest.raises(UserError, match="clips of another model"):
+        world_eye.check_model(kept, tmp_path)
