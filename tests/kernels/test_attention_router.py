@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,6 @@ def test_a_gpu_kernel_named_on_a_cpu_gives_way() -> None:
 def test_info_says_which_backends_work_here() -> None:
     findings = {name: (usable, detail) for name, usable, detail in attention_backends()}
     assert tuple(findings) == backend_names()
-    assert findings["math"] == (True, f"torch {torch.__version__}")
+    assert findings["math"] == (True, f"torch {version('torch')}")
     if not torch.cuda.is_available():
         assert findings["fa4"] == (False, "needs a CUDA GPU")
