@@ -1,5 +1,6 @@
 """The `postgen` command. Nothing heavy is imported before a command runs."""
 
+import io
 import signal
 import sys
 import warnings
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.formatwarning = _warning
+    _say_what_can_be_said()
     with stoppable() as stop:
         code = _run(words, stop)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -92,6 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None and stop.number:
         leave_within(_PATIENCE, code)
     raise SystemExit(code)
+
+
+def _say_what_can_be_said() -> None:
+    """Write what a terminal has no sign for as its number: names of files need not be UTF-8, nor the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str], stop: Stop) -> int:

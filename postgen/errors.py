@@ -66,6 +66,26 @@ def check_number(name: str, value: object, least: float, most: float = 10**9, *,
     raise UserError(f"{name} must be at least {least:,} and at most {most:,}{kind}, got {name}={shown(value)}")
 
 
+def check_text(name: str, text: str) -> None:
+    """Hold a text to Unicode: half of a character comes from bytes that are not UTF-8, or from JSON's escapes.
+
+    Args:
+        name: what it is.
+        text: the text.
+
+    Raises:
+        UserError: no tokenizer can read it, and no file can keep it.
+
+    >>> check_text("the prompt", "a ball")
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is no text in UTF-8: character {error.start + 1} is {text[error.start]!r}, which is none"
+        ) from error
+
+
 def cut(text: str, most: int = _MOST) -> str:
     """Return a text whose middle is left out where it is longer than `most`."""
     if len(text) <= most:

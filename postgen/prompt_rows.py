@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from postgen.errors import UserError, shown
+from postgen.errors import UserError, check_text, shown
 from postgen.reading import parse_json, read_bytes
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -100,6 +100,7 @@ def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
         raise UserError(f"{where}: the prompt is {shown(row['prompt'])}, it must be a text")
     if not empty and not prompt.strip():
         raise UserError(f"{where}: the prompt is empty")
+    check_text(f"{where}: the prompt", prompt)
     return {**row, "prompt": prompt}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from postgen.errors import UserError, shown
+from postgen.errors import UserError, check_text, shown
 from postgen.families.loading import OFFLOADS, check_device_name
 from postgen.families.lora import parse_lora
 from postgen.families.model_folder import DTYPES
@@ -73,6 +73,8 @@ class GenerateConfig:
         _check_types(self)
         if not self.prompt.strip():
             raise UserError("the prompt is empty: say what the video shows")
+        check_text("the prompt", self.prompt)
+        check_text("the negative prompt", self.negative_prompt or "")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("offload", self.offload, OFFLOADS)
         check_device_name(self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_text
+from postgen.reading import read_json
 from postgen.rewards.batches import RESERVED
 from postgen.rewards.runner import RewardRunner
 from postgen.video import PICTURES, Footage, NoFFmpegError, VideoError, probe, read_picture, read_video
@@ -71,13 +71,16 @@ def find_clips(paths: Sequence[Path], *, frames: bool = False) -> list[Clip]:
         frames: take every folder of pictures for one clip.
 
     Raises:
-        UserError: a path that does not exist, or a folder that holds nothing to score.
+        UserError: a path that does not exist or cannot be read, or a folder that holds nothing to score.
     """
     clips: list[Clip] = []
     for origin, path in enumerate(paths):
-        if not path.exists():
-            raise UserError(f"there is no {path}: give videos or pictures, or folders that hold some")
-        found = _inside(path, frames) if path.is_dir() else [path]
+        try:
+            if not path.exists():
+                raise UserError(f"there is no {path}: give videos or pictures, or folders that hold some")
+            found = _inside(path, frames) if path.is_dir() else [path]
+        except OSError as error:  # a folder that may not be read, a name that is too long
+            raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
         if not found:
             raise UserError(
                 f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor pictures ({', '.join(PICTURES)})"
@@ -134,10 +137,11 @@ def set_prompts(clips: Sequence[Clip], prompt: str | None, rows: Sequence[Mappin
 
 def _sidecar_prompt(path: Path) -> str | None:
     try:
-        told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]
-    except (OSError, ValueError, KeyError, TypeError):
+        told = read_json(path.with_suffix(".json"), "the sidecar")["prompt"]
+        check_text("the prompt", told)
+    except (UserError, LookupError, TypeError, AttributeError):
         return None
-    return told if isinstance(told, str) else None
+    return str(told)
 
 
 def _take(clip: Clip, row: Mapping[str, Any]) -> None:
@@ -151,12 +155,28 @@ def _take(clip: Clip, row: Mapping[str, Any]) -> None:
 
 
 def _by_name(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
-    table = {Path(str(row["file"])).name: row for row in rows if "file" in row}
+    table: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "file" in row:
+            table.setdefault(Path(str(row["file"])).name, []).append(row)
     for clip in clips:
-        row = table.get(clip.path.name, table.get(clip.path.stem))
-        if row is None:
+        found = table.get(clip.path.name) or table.get(clip.path.stem)
+        if not found:
             raise UserError(f"no row of the prompts has the file {clip.path.name}")
-        _take(clip, row)
+        _take(clip, _nearest(clip.path, found))
+
+
+def _nearest(path: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return which of the rows with the name of a file is its own: that whose folders are those of the file."""
+    own = path.absolute().parts[:-1][::-1]
+    shared = []
+    for row in rows:
+        folders = [part for part in Path(str(row["file"])).parts[:-1] if part != ".."][::-1]
+        shared.append(len(folders) if tuple(folders) == own[: len(folders)] else -1)
+    best = [row for row, count in zip(rows, shared, strict=True) if count == max(shared)]
+    if any(row != best[0] for row in best[1:]):
+        raise UserError(f"{len(best)} rows of the prompts have the file {path.name}: name it in each with its folders")
+    return best[0]
 
 
 def _in_order(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -164,6 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
             status, content = error.status, {"error": str(error)}
         except (WireError, UserError) as error:
             status, content = HTTPStatus.BAD_REQUEST, {"error": str(error)}
+        except ConnectionAbortedError as error:
+            # Who has closed only the side on which it sends still reads.
+            status = HTTPStatus.BAD_REQUEST
+            content = {"error": f"{error}: keep the connection open until the answer"}
         except (ConnectionError, TimeoutError):
             raise
         except Exception as error:

@@ -10,12 +10,18 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 import postgen
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number, shown
 from postgen.files import replacing
 from postgen.rewards.base import Reward
 from postgen.rewards.scoring import Clip
@@ -23,6 +29,8 @@ from postgen.rewards.scoring import Clip
 SUFFIXES = (".jsonl", ".csv")
 """What a table's name ends with."""
 _ENDS = ("error", "key")
+_ODD = "backslashreplace"
+"""What becomes of a file's name that is not UTF-8: a table is."""
 
 
 def setting_of(rewards: Sequence[Reward], texts: Sequence[str], device: str) -> str:
@@ -37,7 +45,7 @@ def setting_of(rewards: Sequence[Reward], texts: Sequence[str], device: str) -> 
     for reward, text in zip(rewards, texts, strict=True):
         named = [place for place in re.findall(r"""['"]([^'"]+)['"]""", text) if os.path.exists(place)]
         parts += [reward.name, text, _code(reward), *(_stamp(Path(place)) for place in named)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 def _code(reward: Reward) -> str:
@@ -55,7 +63,8 @@ def _stamp(path: Path) -> str:
     """Name, size and time of a file, or of all files of a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     told = [f"{file} {(state := file.stat()).st_size} {state.st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    # Names of files need not be UTF-8.
+    return hashlib.sha256("\n".join(told).encode(errors="surrogatepass")).hexdigest()
 
 
 def set_keys(clips: Sequence[Clip], setting: str) -> None:
@@ -90,6 +99,7 @@ class Table:
         self.path, self.clips, self.names, self.columns = path, clips, names, (*names, *added)
         self._written: list[Clip] = []
         self._file = -1
+        self._held: list[int] = []
         if path.suffix not in SUFFIXES:
             raise UserError(f"a table must end in {' or '.join(SUFFIXES)}, got {path}")
 
@@ -98,26 +108,32 @@ class Table:
         old = {row["key"]: row for row in _rows(self.path) if row.get("key") and not row.get("error")}
         for clip in self.clips:
             row = old.get(clip.key, {})
-            scores = {name: _number(row[name]) for name in self.names if name in row}
-            if len(scores) == len(self.names):
-                clip.scores = scores
+            # A row of another form is no row of ours: its clip is scored again.
+            with suppress(KeyError, ValueError):
+                clip.scores = {name: _number(row[name]) for name in self.names}
         return sum(clip.done for clip in self.clips)
 
     def __enter__(self) -> Self:
-        self._replace([clip for clip in self.clips if clip.done])
+        try:
+            self._lock(self.path)
+            self._replace([clip for clip in self.clips if clip.done])
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
-        if kind is None and self._written != list(self.clips):
-            self._replace(self.clips)
-            os.close(self._file)
+        try:
+            if kind is None and self._written != list(self.clips):
+                self._replace(self.clips)
+        finally:
+            self._close()
 
     def add(self, clip: Clip) -> None:
         """Write the row of a clip, all of it or nothing."""
-        data = memoryview(self._text([clip]).encode())
+        data = memoryview(self._text([clip]).encode(errors=_ODD))
         end = os.fstat(self._file).st_size
         try:
             while data:
@@ -133,11 +149,31 @@ class Table:
         head = "" if self.path.suffix == ".jsonl" else self._csv([])
         try:
             with replacing(self.path) as part:
-                part.write_text(head + self._text(clips), encoding="utf-8", newline="")
+                part.write_text(head + self._text(clips), encoding="utf-8", errors=_ODD, newline="")
+                self._lock(part)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            self._held.append(self._file)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._written = list(clips)
+
+    def _lock(self, path: Path) -> None:
+        """Keep other calls from the table until `_close`; the lock is the system's own, and leaves nothing behind."""
+        if fcntl is None or not path.is_file():
+            return
+        self._held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another call is writing {self.path}: wait for its end, stop it, or name another table"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+
+    def _close(self) -> None:
+        while self._held:
+            os.close(self._held.pop())
 
     def _text(self, clips: Sequence[Clip]) -> str:
         rows = [clip.to_dict(self.columns) for clip in clips]
@@ -177,7 +213,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
+    """Return the score that a cell holds, None for an empty one; a ValueError says that it is no score."""
+    if value is None or value == "":
         return None
+    number = float(value) if isinstance(value, str) else value
+    if not is_number(number):
+        raise ValueError(f"{shown(value)} is no score")
+    return float(number)

@@ -148,4 +148,4 @@ def _file_name(prompt: str) -> str:
     short = words[:60].encode()[:150].decode(errors="ignore").rstrip("-")
     if short == words and words:
         return words
-    return f"{short or 'video'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{short or 'video'}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"

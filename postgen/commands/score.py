@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_text
 from postgen.files import check_apart, check_place, named
 from postgen.prompt_rows import read_prompts
 
@@ -83,6 +83,8 @@ def score(
     """
     if prompt is not None and prompts is not None:
         raise UserError("give --prompt or --prompts, not both")
+    if prompt is not None:
+        check_text("--prompt", prompt)
     table = None if output is None else named(output)
     if table is not None and table.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output must end in .jsonl or .csv, got {table}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from postgen import world, write_video
+from postgen import UserError, world, write_video
 from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.base import streaming
 from postgen.video import Footage, footage, read_video
@@ -105,3 +105,18 @@ def test_large_pictures_are_looked_at_smaller():
     for sight in (look(large[None]), look_along(lambda: iter(large.split(2)))):
         assert (sight.height, sight.width) == (34, 544)
     assert look(large[None, ..., :1024]).width == 1024
+
+
+def test_windows_are_of_any_length_and_of_one_form():
+    spec = world.sample(3, num_frames=9, camera="dolly in")
+    clip = world.render([spec], num_frames=9, size=64, geometry=False).rgb_BF3HW[0]
+    whole = check(clip, spec).score
+    assert check_long(lambda: iter(clip.split([0, 1, 5, 1, 0, 2, 0])), spec).score == pytest.approx(whole, abs=1e-5)
+    for parts in ([clip[:4], clip[4:, :, :40]], [clip[:, :1]], [clip[0]], [clip[..., :16]]):
+        with pytest.raises(UserError, match="needs windows"):
+            check_long(lambda parts=parts: iter(parts), spec)
+    once = iter([clip])
+    with pytest.raises(UserError, match="got 9 frames at first and 0 later"):
+        check_long(lambda: once, spec)
+    with pytest.raises(UserError, match="workers=-1"):
+        check_long(lambda: iter([clip]), spec, workers=-1)

@@ -228,3 +228,82 @@ def test_csv_has_its_columns_from_the_start(cli, folder, tmp_path):
     assert cli("score", folder / "a.mp4", "--reward", OWN, "-o", out).code == 1
     (row,) = csv.DictReader(out.open(newline=""))
     assert list(row) == ["file", "prompt", "level", "error", "key"]
+
+
+@pytest.mark.parametrize("value", ['"abc"', "1" + "0" * 400, "[1]", "true", "NaN", "1e999", '{"a": 1}'])
+def test_a_cell_that_is_no_score_is_scored_anew(cli, folder, tmp_path, value):
+    out = tmp_path / "t.jsonl"
+    words = ["score", folder / "0.webm", folder / "1.webm", "--reward", OWN, "-o", out]
+    assert cli(*words).code == 0
+    whole = out.read_text()
+    first = whole.splitlines()[0]
+    out.write_text(whole.replace(f'"level": {rows(out)[0]["level"]}', f'"level": {value}', 1))
+    assert out.read_text().splitlines()[0] != first
+    SEEN.clear()
+    done = cli(*words)
+    assert (done.code, SEEN, out.read_text()) == (0, [2], whole)
+    assert "1 of 2 are in" in done.err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_names_of_files_need_not_be_unicode(cli, folder, tmp_path, suffix):
+    os.rename(os.fsencode(folder / "3.webm"), os.fsencode(folder) + b"/\xff.webm")
+    out = tmp_path / f"t.{suffix}"
+    for known in range(2):
+        done = cli("score", folder, "--reward", OWN, "-o", out)
+        assert (done.code, "\\udcff.webm" in done.out) == (0, True)
+        assert ("5 of 5 are in" in done.err) is bool(known)
+        assert out.read_text(encoding="utf-8").count("\\udcff.webm") == 1
+
+
+def test_a_second_call_does_not_write_to_the_table_of_another(cli, folder, tmp_path):
+    out = tmp_path / "t.jsonl"
+    with Table(out, [], ["level"]):
+        before = out.stat().st_ino
+        done = cli("score", folder, "--reward", OWN, "-o", out)
+        assert (done.code, out.stat().st_ino, out.read_text()) == (2, before, "")
+        assert f"another call is writing {out}" in done.err
+    assert cli("score", folder, "--reward", OWN, "-o", out).code == 0
+    assert len(rows(out)) == 5
+
+
+def test_rows_for_files_of_one_name_are_told_apart_by_their_folders(cli, folder, tmp_path):
+    for side in ("before", "after"):
+        (tmp_path / side).mkdir()
+        shutil.copy(folder / "0.webm", tmp_path / side / "1.webm")
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "t.jsonl"
+    words = ["score", tmp_path / "before", tmp_path / "after", "--reward", OWN, "--prompts", prompts, "-o", out]
+    told = [{"prompt": side, "file": f"{side}/1.webm"} for side in ("after", "before")]
+    prompts.write_text("\n".join(map(json.dumps, told)))
+    assert cli(*words).code == 0
+    assert [row["prompt"] for row in rows(out)] == ["before", "after"]
+    prompts.write_text("\n".join(json.dumps({**row, "file": "1.webm"}) for row in told))
+    done = cli(*words)
+    assert (done.code, "2 rows of the prompts have the file 1.webm" in done.err) == (2, True)
+    prompts.write_text(json.dumps({**told[0], "file": "1.webm"}))  # one for both, as before
+    assert cli(*words).code == 0
+    assert [row["prompt"] for row in rows(out)] == ["after", "after"]
+
+
+def test_a_sidecar_may_have_a_byte_order_mark_and_need_not_be_a_file(cli, folder, tmp_path):
+    (folder / "0.json").write_bytes(b'\xef\xbb\xbf{"prompt": "a ball"}')
+    os.mkfifo(folder / "1.json")
+    (folder / "2.json").write_text('{"prompt": "\\ud800"}')
+    assert cli("score", folder, "--reward", OWN, "-o", tmp_path / "t.jsonl").code == 0
+    assert [row["prompt"] for row in rows(tmp_path / "t.jsonl")] == ["a ball"] + [None] * 4
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line(cli):
+    done = cli("score", "a" * 300, "--reward", OWN)
+    assert (done.code, done.err.count("\n"), "File name too long" in done.err) == (2, 1, True)
+
+
+@pytest.mark.parametrize("words", [("score", "x"), ("score",), ("generate", "\udcff", "--model", "no")])
+def test_half_a_character_is_no_prompt(cli, folder, tmp_path, words):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "ok"}\n{"prompt": "a\\ud800"}')
+    if words[0] == "score":
+        how = ("--prompts", prompts) if len(words) == 1 else ("--prompt", "a\udcff")
+        words = ("score", folder, "--reward", OWN, *how)
+    done = cli(*words)
+    assert (done.code, done.err.count("\n"), "is no text in UTF-8: character" in done.err) == (2, 1, True)

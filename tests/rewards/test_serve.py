@@ -246,3 +246,27 @@ def test_a_server_that_asks_for_patience_gets_it(monkeypatch):
     remote._limit = 10**6
     assert json.loads(remote._ask(b"", threading.Event())) == {"scores": [1]}
     assert waited == [7.0, 0.5]
+
+
+def test_who_closes_its_side_before_its_turn_is_told_so():
+    with serving() as server, connect(server) as connection, server.busy:
+        connection.sendall(f"{HEAD}Content-Length: {len(GOOD)}\r\n\r\n".encode() + GOOD)
+        connection.shutdown(socket.SHUT_WR)
+        time.sleep(0.1)
+        server.busy.release()
+        try:
+            status, _, content = told(connection)
+        finally:
+            server.busy.acquire()
+    assert (status, content["error"]) == (
+        400, "the client left before its turn: keep the connection open until the answer",
+    )  # fmt: skip
+
+
+def test_who_sends_less_than_it_said_is_told_so(server):
+    with connect(server) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(GOOD) + 1}\r\n\r\n".encode() + GOOD)
+        connection.shutdown(socket.SHUT_WR)
+        status, _, content = told(connection)
+    assert (status, content["error"].partition(":")[0]) == (400, "the client left before it had sent all")
+    assert good(server)[0] == 200

@@ -65,8 +65,7 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str | Reading], *, workers
     check_form(clips.shape)
     if len(clips) != len(specs):
         raise UserError(f"check got {len(clips)} clips and {len(specs)} specs: give one spec a clip.")
-    if workers < 0:
-        raise UserError(f"check got workers={workers}: give 0 or more.")
+    _check_workers(workers)
     asked = [_reading(spec) for spec in specs]
     sights = _sights(clips, [reading.scene.camera for reading in asked])
     if not workers:
@@ -101,6 +100,7 @@ def check_long(windows: Windows, spec_or_prompt: Spec | str | Reading, *, worker
         UserError: as `check`.
         WorkerDied: as `check_batch`.
     """
+    _check_workers(workers)
     asked = [_reading(spec_or_prompt)]
     sight = look_along(windows, asked[0].scene.camera)
     if not workers:
@@ -133,6 +133,11 @@ def _sights(clips: Tensor, cameras: Sequence[str] = ()) -> Iterator[tuple[int, S
     step = min(most, max(1, room // pixels))
     for low in range(0, len(clips), step):
         yield low, look(clips[low : low + step], cameras[low : low + step])
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 0:
+        raise UserError(f"check got workers={workers}: give 0 or more.")
 
 
 def _reading(asked: Spec | str | Reading) -> Reading:

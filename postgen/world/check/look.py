@@ -62,8 +62,15 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
 
     def counted() -> Iterator[Tensor]:
         nonlocal frames, size
-        frames = 0
+        frames, form = 0, None
         for window in clip():
+            form = form or window.shape[1:]
+            if window.ndim != 4 or window.shape[1:] != form or form[0] != 3 or min(form[1:]) < _LEAST:
+                raise UserError(
+                    f"check needs windows (f,3,H,W) of one size, of at least {_LEAST} px, not {tuple(window.shape)}."
+                )
+            if not len(window):
+                continue
             pictures = _clean(window)
             frames, size = frames + len(window), pictures.shape[-2:]
             yield pictures
@@ -71,13 +78,15 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
     gain = balance_along(counted)
     check_form((1, frames, 3, *size))
     film = None if camera == "static" else Film(camera, frames)
-    parts = []
+    parts, before = [], frames
     for pictures in counted():
         own = None if gain is None else gain.to(pictures.device).expand(len(pictures), 3, 1, 1)
         rows, count, spots, measures, body = _seen(pictures, own)
         parts.append((rows, count, spots, measures))
         if film is not None:
             film.add(pictures, body)
+    if frames != before:
+        raise UserError(f"check needs the same clip at each call, got {before} frames at first and {frames} later.")
     return Sight(
         rows_NC=np.concatenate([part[0] for part in parts]),
         count_BF=np.concatenate([part[1] for part in parts])[None],
