@@ -28,7 +28,7 @@ from postgen.rewards.scoring import Clip
 
 SUFFIXES = (".jsonl", ".csv")
 """What a table's name ends with."""
-_ENDS = ("error", "key")
+_ENDS = ("no_score", "error", "key")
 _ODD = "backslashreplace"
 """What becomes of a file's name that is not UTF-8: a table is."""
 
@@ -111,6 +111,7 @@ class Table:
             # A row of another form is no row of ours: its clip is scored again.
             with suppress(KeyError, ValueError):
                 clip.scores = {name: _number(row[name]) for name in self.names}
+                clip.reasons = _reasons(row.get("no_score"), self.names)
         return sum(clip.done for clip in self.clips)
 
     def __enter__(self) -> Self:
@@ -210,6 +211,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             continue
         rows += [row] if isinstance(row, dict) and isinstance(row.get("key"), str) else []
     return rows
+
+
+def _reasons(cell: Any, names: Sequence[str]) -> dict[str, str]:
+    """Cut the cell `NAME: text; NAME: text` into the texts of its rewards."""
+    one = "|".join(map(re.escape, names))
+    parts = re.split(rf"(?:^|; )({one}): ", cell if isinstance(cell, str) else "")
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _number(value: Any) -> float | None:

@@ -164,7 +164,8 @@ def _tell_failures(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     failed = [clip for clip in clips if clip.failures]
     for reward in rewards:
         if own := [clip for clip in failed if reward in clip.failures]:
-            typer.echo(f"postgen: {reward} failed for {len(own)}: {own[-1].failures[reward]}", err=True)
+            where = f"{own[-1].path.name}, {len(own)} of {len(clips)} videos"
+            typer.echo(f"postgen: {reward} failed for {where}: {own[-1].failures[reward]}", err=True)
     if unread or failed:
         bad = len(unread) + len(failed)
         typer.echo(f"postgen: {len(clips) - bad} of {len(clips)} scored, {bad} failed", err=True)
@@ -208,9 +209,12 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
-        gaps = [c.path.name for c in read if c.scores.get(name) is None and name not in c.failures]
+        gaps = [c for c in read if c.scores.get(name) is None and name not in c.failures]
         if gaps:
-            typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
+            why = Counter(clip.reasons[name] for clip in gaps if name in clip.reasons)
+            told = "; ".join(f"{reason} ({count})" if len(why) > 1 else reason for reason, count in why.most_common(3))
+            where = f"{gaps[0].path.name}, {len(gaps)} of {len(read)} videos"
+            typer.echo(f"postgen: {name} has no score for {where}{': ' if told else ''}{told}", err=True)
             useless |= len(gaps) == len(read)
     return useless
 

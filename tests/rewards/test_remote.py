@@ -112,7 +112,7 @@ def test_health(server):
     RewardRunner([remote(server.url)]).load()
     with pytest.raises(RemoteError, match="Refused"):
         remote(f"http://127.0.0.1:{free_port()}").health()
-    with pytest.raises(UserError, match="is its server up"):
+    with pytest.raises(UserError, match="nobody listens there: start `postgen serve-reward"):
         RewardRunner([remote(f"http://127.0.0.1:{free_port()}")]).load()
 
 

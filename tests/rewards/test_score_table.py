@@ -163,7 +163,10 @@ def test_a_long_video_is_read_in_windows(cli, folder, tmp_path, monkeypatch):
     out.unlink()
     done = cli("score", folder, "--reward", rewards, "-o", out, "--whole-mb", "0.016")
     assert done.code == 1
-    assert "level failed for 1: TooLongError: it needs all frames at once, and 6 of 16x16" in done.err
+    assert "1 of 5 videos: TooLongError: it needs all frames at once, and 6 of 16x16" in done.err
+        "level failed for long.mp4, 1 of 1 videos: TooLongError: it needs all frames at once, and 6 of 16x16"
+        in done.err
+    )
     for one, other in zip(before, rows(out), strict=True):
         assert one["brightness_band"] == pytest.approx(other["brightness_band"], abs=1e-6)
     assert [row["error"] is None for row in rows(out)] == [True] * 4 + [False]
