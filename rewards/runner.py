@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError, is_number, is_whole, shown
+from postgen.errors import UserError, is_number, is_whole, named_error, shown
 from postgen.rewards.base import Clip, Reward
 from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
 from postgen.rewards.registry import Source, get_rewards
@@ -388,7 +388,7 @@ class _Work:
         if self.runner.reward_error == "raise":
             raise error
         for index in views:
-            name, told = self.runner.names[index], f"{type(error).__name__}: {error}"
+            name, told = self.runner.names[index], named_error(error)
             if self.errors.get(name) != told:
                 _log.warning("reward %s failed: %s", name, told)
             self.errors[name] = told

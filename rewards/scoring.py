@@ -209,11 +209,8 @@ def check_needs(clips: Sequence[Clip], runner: RewardRunner) -> None:
     for reward in runner.rewards:
         reward.check_columns({key for clip in clips for key in clip.columns})
         if clips and all(reward.lacks_prompt(clip.prompt, clip.columns) for clip in clips):
-            which = clips[0].path.name if len(clips) == 1 else f"any of {len(clips)} files"
-            raise UserError(
-                f"{reward.name} needs a prompt, and there is none for {which}: use --prompt, --prompts, or a sidecar"
-                " beside each"
-            )
+            which = f"for {clips[0].path.name}" + (f" and {len(clips) - 1} more" if len(clips) > 1 else "")
+            raise UserError(f"{reward.name} needs a prompt {which}: use --prompt, --prompts, or a sidecar beside each")
 
 
 def score_clips(

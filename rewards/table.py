@@ -99,6 +99,7 @@ class Table:
         self.path, self.clips, self.names, self.columns = path, clips, names, (*names, *added)
         self._written: list[Clip] = []
         self._file = -1
+        self._new = False
         self._held: list[int] = []
         if path.suffix not in SUFFIXES:
             raise UserError(f"a table must end in {' or '.join(SUFFIXES)}, got {path}")
@@ -116,9 +117,12 @@ class Table:
 
     def __enter__(self) -> Self:
         try:
-            self._lock(self.path)
+            self._claim()
             self._replace([clip for clip in self.clips if clip.done])
         except BaseException:
+            if self._new:
+                with suppress(OSError):
+                    self.path.unlink()
             self._close()
             raise
         return self
@@ -131,6 +135,11 @@ class Table:
                 self._replace(self.clips)
         finally:
             self._close()
+
+    @property
+    def count(self) -> int:
+        """Rows that stand in the file."""
+        return len(self._written)
 
     def add(self, clip: Clip) -> None:
         """Write the row of a clip, all of it or nothing."""
@@ -146,12 +155,33 @@ class Table:
             raise
         self._written.append(clip)
 
+    def _claim(self) -> None:
+        """Lock the table, made empty where there is none: calls that begin at once must meet at one file."""
+        while True:
+            new = False
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                new = True
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            self._lock(self.path)
+            self._new = new
+            with suppress(OSError):
+                if not self._held or os.path.samestat(os.fstat(self._held[-1]), self.path.stat()):
+                    return
+            self._close()  # another call has put its own in place since, or is gone with it
+            self._new = False
+
     def _replace(self, clips: Sequence[Clip]) -> None:
         head = "" if self.path.suffix == ".jsonl" else self._csv([])
         try:
             with replacing(self.path) as part:
                 part.write_text(head + self._text(clips), encoding="utf-8", errors=_ODD, newline="")
                 self._lock(part)
+            self._new = False
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             self._held.append(self._file)
         except OSError as error:
