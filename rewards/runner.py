@@ -214,7 +214,7 @@ class RewardRunner:
                 try:
                     reward.function.health()
                 except RuntimeError as error:
-                    raise UserError(f"the reward {reward.name} does not answer: {error}") from error
+                    raise UserError(f"a remote reward does not answer: {error}") from error
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function that is not async, within the time limit.

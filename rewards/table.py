@@ -122,7 +122,7 @@ class Table:
         except BaseException:
             if self._new:
                 with suppress(OSError):
-                    self.path.unlink()
+                    os.unlink(os.path.realpath(self.path))
             self._close()
             raise
         return self
@@ -158,10 +158,10 @@ class Table:
     def _claim(self) -> None:
         """Lock the table, made empty where there is none: calls that begin at once must meet at one file."""
         while True:
-            new = False
+            new, place = False, Path(os.path.realpath(self.path))  # a link may lead to where nothing is yet
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 new = True
             except FileExistsError:
                 pass

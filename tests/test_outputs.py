@@ -244,3 +244,29 @@ def test_the_benchmark_sees_what_is_left(tmp_path: Path) -> None:
     assert "half-written" in found(old=True)[0]
     (tmp_path / ".x.mp4.0.part").touch()
     assert "left: .x.mp4.0.part" in found()
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path):
+    real, gone = tmp_path / "real", tmp_path / "gone" / "x.txt"
+    real.write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "new").symlink_to("gone/x.txt")
+    (tmp_path / "box").mkdir()
+    (tmp_path / "folder").symlink_to("box")
+    for name, target in (("link", real), ("new", gone)):
+        with pytest.raises(ZeroDivisionError), replacing(tmp_path / name) as part:
+            part.write_text("half")
+            _ = 1 / 0
+        assert target.exists() == (target == real)
+        with replacing(tmp_path / name) as part:
+            part.write_text("whole")
+        assert ((tmp_path / name).is_symlink(), target.read_text()) == (True, "whole")
+    with replacing(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "0.png").write_text("a frame")
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "box" / "0.png").read_text() == "a frame"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["box", "folder", "gone", "link", "new", "real"]
+    (tmp_path / "nowhere").symlink_to(real / "x")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_place(tmp_path / "nowhere")
