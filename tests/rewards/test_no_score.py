@@ -1,4 +1,4 @@
-"""Clips without a prompt or without a score: which rewards need a prompt, and what is said where there is no number."""
+"""Clips without a prompt or without a score: who needs a prompt, and what is said where there is no number."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import torch
 from postgen import world, write_video
 from postgen.errors import UserError
 from postgen.rewards import RewardRunner, get_reward, known_rewards
-from postgen.rewards.base import promptless, prompted_by
+from postgen.rewards.base import prompted_by, promptless
 from postgen.rewards.compose import guarded, per_frame, thresholded
 from postgen.rewards.table import Table
 
