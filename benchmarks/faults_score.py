@@ -89,7 +89,7 @@ def peak_of(video: Path, prompt: str, rewards: str) -> dict[str, Any]:
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}")
     row = json.loads(table.read_text())
-    scores = {key: value for key, value in row.items() if key not in ("file", "prompt", "error", "key")}
+    scores = {key: value for key, value in row.items() if key not in ("file", "prompt", "no_score", "error", "key")}
     seconds = time.perf_counter() - start
     return {"rewards": rewards, "scores": scores, "seconds": round(seconds, 1), "peak_mb": round(peak, 1)}
 

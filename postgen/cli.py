@@ -12,7 +12,7 @@ import typer
 import postgen
 from postgen.commands.compare import compare
 from postgen.commands.convert import checked, convert_commands
-from postgen.commands.errors import STOPPED, tell, tell_error
+from postgen.commands.errors import forget_standing, tell_error, tell_stopped
 from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
@@ -105,6 +105,7 @@ def _say_what_can_be_said() -> None:
 
 def _run(words: list[str], stop: Stop) -> int:
     """Run a command and return the exit code."""
+    forget_standing()
     try:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -128,7 +129,7 @@ def _stopped(stop: Stop) -> int:
     stop.end()
     terminate_children()
     discard_unfinished()
-    tell(STOPPED)
+    tell_stopped()
     return stop.code
 
 

@@ -1,7 +1,9 @@
 """Errors that are meant for the person at the keyboard."""
 
+import difflib
 import math
 import sys
+from collections.abc import Iterable
 from typing import cast
 
 
@@ -96,6 +98,25 @@ def cut(text: str, most: int = _MOST) -> str:
 def cut_words(text: str, most: int = _MOST) -> str:
     """Return a text in one line, and of each word that is longer than `most` its beginning and its end."""
     return " ".join(cut(word, most) for word in text.split())
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the part of a message that names the nearest of what is known; nothing where none is near.
+
+    >>> did_you_mean("step", ["steps", "fps"]), did_you_mean("qqq", ["steps"])
+    (" Did you mean 'steps'?", '')
+    """
+    near = difflib.get_close_matches(word.lower(), list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def named_error(error: BaseException) -> str:
+    """Return the class and the message of an error; of a private class, what it is one of.
+
+    >>> named_error(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    return f"{next(kind.__name__ for kind in type(error).__mro__ if kind.__name__[0] != '_')}: {error}"
 
 
 def first_line(error: BaseException) -> str:

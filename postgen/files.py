@@ -42,11 +42,12 @@ def replacing(target: Path) -> Iterator[Path]:
 def replacing_all(targets: Sequence[Path]) -> Iterator[list[Path]]:
     """Give a temporary name for each of several files and folders: all of them take their places, or none does.
 
-    As `replacing`, which says more. Signals wait while names change.
+    As `replacing`, which says more. A link stays: what it names is replaced. Signals wait while names change.
 
     Raises:
         OSError: a place cannot be written.
     """
+    targets = [_real(target) for target in targets]
     parts = [_part(target) for target in targets]
     made: list[Path] = []
     _unfinished.update(parts)
@@ -73,6 +74,11 @@ def discard_unfinished() -> None:
 def _part(target: Path) -> Path:
     # A name may be as long as the file system allows, and that of its temporary file must fit as well.
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.part")
+
+
+def _real(path: Path) -> Path:
+    """Return where a link leads, also where nothing is yet; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _make_parents(target: Path) -> list[Path]:
@@ -161,7 +167,7 @@ def check_place(output: Path, *, folder: bool | None = None) -> None:
         raise UserError(f"cannot write {str(output)!r}: no name holds a zero byte")
     try:
         mode = _mode(output)
-        home = next(parent for parent in output.absolute().parents if _mode(parent))
+        home = next(parent for parent in _real(output).absolute().parents if _mode(parent))
         if not stat.S_ISDIR(_mode(home)):
             raise UserError(f"cannot write {output}: {home} is not a folder")
         _check_kind(output, mode, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ LARGEST = 2**26
 
 _LONGEST, _PART = 4095, 255
 """Bytes of a path, and of each part of it."""
+_LOOKED_AT = 1000
+"""Names of a folder among which one that is near is looked for."""
 _GIVEN = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 """Streams that a shell has opened, as `<(command)`; whoever writes to them is there."""
 
@@ -51,7 +55,8 @@ def check_readable(path: str | Path, said: str, *, streams: bool = False) -> Non
     try:
         kind = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise UserError(f"{said}: {_reason(error)}") from error
+        near = _near(Path(path)) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{said}: {_reason(error)}{near}") from error
     if stat.S_ISREG(kind) or (streams and str(path).startswith(_GIVEN) and not stat.S_ISDIR(kind)):
         return
     kinds = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
@@ -111,6 +116,21 @@ def parse_json(text: str, said: str) -> Any:
     except ValueError as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
         raise UserError(f"{said}: {reason}") from error
+
+
+def _near(path: Path) -> str:
+    """Name the file beside it, or in the folder `recipes`, that may have been meant; its suffix may be missing."""
+    beside: dict[str, str] = {}
+    for folder in dict.fromkeys((path.parent, Path("recipes")) if path.parent == Path(".") else (path.parent,)):
+        with suppress(OSError):
+            for file in sorted(folder.iterdir())[:_LOOKED_AT]:
+                if not file.name.startswith(".") and path.suffix in ("", file.suffix) and file.is_file():
+                    beside.setdefault(str(file if path.suffix else file.with_suffix("")), str(file))
+    near = [place for place in beside if Path(place).name.lower() == path.name.lower()]
+    near += difflib.get_close_matches(str(path), beside, 1, 0.8)
+    names = {Path(place).name: place for place in reversed(beside)}
+    near += [names[name] for name in difflib.get_close_matches(path.name, names, 1, 0.8)]
+    return f". Did you mean {beside[near[0]]!r}?" if near else ""
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from postgen.rewards.base import promptless
 from postgen.rewards.clip import ClipReward
 from postgen.rewards.pictures import clip_pixels
 from postgen.rewards.weights import State, fill, find_file, pretrained, read_state
@@ -34,6 +35,7 @@ def chain_state(state: State, prefix: str = "layers.") -> State:
     return {".".join((places.get(p[0], p[0]), *p[1:])): state[name] for name, p in parts.items()}
 
 
+@promptless
 class Aesthetic(ClipReward):
     """How beautiful frames are thought to be, about 1 to 10; the prompt plays no part.
 

@@ -2,14 +2,16 @@
 
 A reward function is called by keyword, with a batch in and one number per clip out:
 
-    r(prompts, completions, *, fps=None, latents=None, trainer_state=None, log_extra=None, log_metric=None, **columns)
-        -> list[float | None]
+    r(prompts, completions, *, fps=None, latents=None, trainer_state=None, log_extra=None, log_metric=None,
+      log_reasons=None, **columns) -> list[float | None]
 
 `completions` are float32 tensors (F,3,H,W) in [0,1], F = 1 for images; sizes may differ within a batch. Larger is
-better. None says that this clip cannot be scored; a failure raises. `columns` are the other columns of the data set,
-one value a row. A function gets only the arguments that its signature names, or all of them with `**columns`. It may
-be `async def`. An attribute `groupwise = True` asks for the rows of one prompt at a time; `streams = True`
-(`streaming`) says that it takes long videos as `postgen.video.Footage`, a window at a time.
+better. None says that this clip cannot be scored, `log_reasons` takes why: one text or None a clip; a failure raises.
+`columns` are the other columns of the data set, one value a row. A function gets only the arguments that its signature
+names, or all of them with `**columns`. It may be `async def`. An attribute `groupwise = True` asks for the rows of one
+prompt at a time; `streams = True` (`streaming`) says that it takes long videos as `postgen.video.Footage`, a window at
+a time; `needs_prompts = False` (`promptless`) that a clip without a prompt can be scored too, `prompt_columns`
+(`prompted_by`) which columns stand in for one. Without those, a function needs prompts that asks for them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ Clip = Tensor | Footage
 Scores = Sequence[float | None] | Tensor
 """One number per clip of a batch."""
 
+GIVEN = frozenset(
+    {"prompts", "completions", "fps", "latents", "trainer_state", "log_extra", "log_metric", "log_reasons"}
+)
+"""Arguments of a reward function that its caller gives, beside the columns of the data."""
+
 _VIDEO_FORMS = ("videos", "images", "frames_pil")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +50,32 @@ def streaming(function: Function) -> Function:
     """
     function.streams = True  # type: ignore[attr-defined]
     return function
+
+
+def promptless(function: Function) -> Function:
+    """Say of a reward function, or of a class of one, that it scores clips without prompts too, which are "" then."""
+    function.needs_prompts = False  # type: ignore[attr-defined]
+    return function
+
+
+def prompted_by(*columns: str) -> Callable[[Function], Function]:
+    """Say of a reward function, or of a class of one, that a value in one of these columns stands in for a prompt."""
+
+    def mark(function: Function) -> Function:
+        function.prompt_columns = columns  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def unfit(clip: Clip, frames: int, side: int = 1) -> str | None:
+    """Say that a clip has too few frames, or too few pixels at its shorter side; None if it has enough."""
+    if len(clip) >= frames and min(clip.shape[-2:]) >= side:
+        return None
+    least = [f"{frames} frames"] * (frames > 1) + [f"{side} px a side"] * (side > 1)
+    height, width = clip.shape[-2:]
+    has = f"{len(clip)} {'frame' if len(clip) == 1 else 'frames'} of {width}x{height}"
+    return f"it has {has}, and needs at least {' of '.join(least)}"
 
 
 class RewardModel(ABC):
@@ -129,6 +162,8 @@ class Reward:
         call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
         self._parameters = inspect.signature(function).parameters
+        self._needs_prompts = getattr(function, "needs_prompts", None)
+        self._prompt_columns = tuple(getattr(function, "prompt_columns", ()))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         if not self._takes_all and not {"prompts", "completions", *_VIDEO_FORMS} & set(self._parameters):
             raise UserError(f"the reward {self.name} takes neither prompts nor completions: it could score nothing")
@@ -154,9 +189,29 @@ class Reward:
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether the function, or one that it is composed of, looks at the prompts."""
-        parts = getattr(self.function, "parts", ())
-        return any(part.needs_prompts for part in parts) if parts else "prompts" in self._parameters
+        """Whether the function, or one that it is composed of, scores no clip without a prompt.
+
+        It says so itself (`promptless`); one that says nothing does when it asks for the prompts.
+        """
+        if self._needs_prompts is not None:
+            return bool(self._needs_prompts)
+        if parts := getattr(self.function, "parts", ()):
+            return any(part.needs_prompts for part in parts)
+        asked = self._parameters.get("prompts")
+        return asked is not None and asked.default is asked.empty
+
+    def lacks_prompt(self, prompt: str | None, columns: Mapping[str, Any]) -> bool:
+        """Whether a clip cannot be scored because it has no prompt, nor a column that stands in for one.
+
+        Args:
+            prompt: of the clip.
+            columns: its further columns.
+        """
+        if prompt is not None or not self.needs_prompts:
+            return False
+        if parts := getattr(self.function, "parts", ()):
+            return any(part.lacks_prompt(prompt, columns) for part in parts)
+        return all(columns.get(name) is None for name in self._prompt_columns)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Find out before anything is scored whether the function's arguments can be given.
@@ -164,8 +219,7 @@ class Reward:
         Raises:
             UserError: it needs a column that is not there.
         """
-        always = {"prompts", "completions", "fps", "latents", "trainer_state", "log_extra", "log_metric"}
-        known = always | set(_VIDEO_FORMS) | set(columns)
+        known = GIVEN | set(_VIDEO_FORMS) | set(columns)
         for part in getattr(self.function, "parts", ()):
             part.check_columns(columns)
         for name, p in self._parameters.items():

@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.rewards.base import Clip
+from postgen.rewards.base import GIVEN, Clip, Reward
 
 Rows = list[int]
 """Indices of clips in a batch."""
 
-RESERVED = frozenset(
-    {"prompts", "completions", "fps", "latents", "trainer_state", "must_score", "log_extra", "log_metric"}
-)
+RESERVED = GIVEN | {"must_score"}
 """What columns cannot be named: arguments that the runner or its caller gives."""
 
 
@@ -29,7 +27,7 @@ class Batch:
         UserError: something has another number of rows, or a clip another form than (F,3,H,W).
     """
 
-    prompts: list[str]
+    prompts: list[str | None]
     completions: Sequence[Clip]
     fps: float | Sequence[float | None] | None
     latents: Tensor | None
@@ -54,6 +52,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def unprompted(self, reward: Reward) -> Rows:
+        """Return the rows that a reward cannot score because they have no prompt."""
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt is None]
+        return [r for r in rows if reward.lacks_prompt(None, {n: values[r] for n, values in self.columns.items()})]
+
     def fps_of(self, row: int) -> float | None:
         """Frames per second of one clip."""
         return self.fps[row] if isinstance(self.fps, Sequence) else self.fps
@@ -62,7 +65,7 @@ class Batch:
         """Return the arguments of a reward function for some rows, which have one frame rate."""
         return {
             **{name: [values[row] for row in rows] for name, values in self.columns.items()},
-            "prompts": [self.prompts[row] for row in rows],
+            "prompts": [self.prompts[row] or "" for row in rows],
             "completions": [self.completions[row] for row in rows],
             "fps": self.fps_of(rows[0]),
             "latents": None if self.latents is None else self.latents[rows],
@@ -70,13 +73,13 @@ class Batch:
         }
 
 
-def micro_batches(batch: Batch, most_bytes: int, groupwise: bool) -> list[Rows]:
+def micro_batches(batch: Batch, most_bytes: int, groupwise: bool, left_out: Rows) -> list[Rows]:
     """Cut a batch into pieces of one frame rate with at most so many bytes of clips (4 a value), one clip at least.
 
-    A groupwise reward gets the rows of one prompt in one piece, however large.
+    A groupwise reward gets the rows of one prompt in one piece, however large. Rows of `left_out` are in none.
     """
     groups: dict[Any, Rows] = {}
-    for row in range(len(batch)):
+    for row in sorted({*range(len(batch))} - {*left_out}):
         key = (batch.fps_of(row), batch.prompts[row] if groupwise else None)
         groups.setdefault(key, []).append(row)
     if groupwise:
@@ -95,15 +98,26 @@ def micro_batches(batch: Batch, most_bytes: int, groupwise: bool) -> list[Rows]:
 
 
 class Notes:
-    """What rewards hand to `log_extra(column, values)` and `log_metric(name, value)`, joined over the pieces."""
+    """What rewards hand to `log_extra(column, values)`, `log_metric(name, value)` and `log_reasons(texts)`.
+
+    It is joined over the pieces.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.extra: dict[str, list[Any]] = {}
+        self.reasons: dict[str, list[str | None]] = {}
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def loggers(self, rows: Rows) -> dict[str, Callable[..., None]]:
-        """Return the two functions for a call with these rows."""
+    def loggers(self, rows: Rows, reward: str) -> dict[str, Callable[..., None]]:
+        """Return the three functions for a call of a reward with these rows."""
+
+        def log_reasons(texts: Sequence[str | None]) -> None:
+            if len(texts) != len(rows):
+                raise ValueError(f"log_reasons got {len(texts)} texts for {len(rows)} clips")
+            place = self.reasons.setdefault(reward, [None] * self.count)
+            for row, text in zip(rows, texts, strict=True):
+                place[row] = place[row] if text is None else " ".join(str(text).split())
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
             if len(values) != len(rows):
@@ -118,7 +132,7 @@ class Notes:
                 total, weight = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + number * len(rows), weight + len(rows)
 
-        return {"log_extra": log_extra, "log_metric": log_metric}
+        return {"log_extra": log_extra, "log_metric": log_metric, "log_reasons": log_reasons}
 
     def metrics(self) -> dict[str, float]:
         """Return the means."""

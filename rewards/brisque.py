@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
 from postgen.errors import UserError, is_whole, shown
-from postgen.rewards.base import Clip
+from postgen.rewards.base import Clip, promptless, unfit
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import luma
 
@@ -130,6 +130,7 @@ def features(grey_NHW: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
+@promptless
 class Brisque(FrameReward):
     """1 - BRISQUE / 100: about 0.9 for clean natural pictures, 0.2 for blurred ones.
 
@@ -152,8 +153,12 @@ class Brisque(FrameReward):
         """Make the regression from its table."""
         return Regression()
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
+    ) -> list[float | None]:
         """Score clips of any sizes; small ones get None."""
+        if log_reasons is not None:
+            log_reasons([unfit(clip, 1, self.least) for clip in completions])
         rows = [row for row, clip in enumerate(completions) if min(clip.shape[-2:]) >= self.least]
         found = super().__call__([prompts[row] for row in rows], [completions[row] for row in rows])
         scores: list[float | None] = [None] * len(completions)

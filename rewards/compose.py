@@ -15,7 +15,7 @@ from postgen.rewards.registry import Source, get_reward, get_rewards
 
 _FAR = 1e9
 """No score of a clip is so far from 0."""
-_SHARED = ("fps", "trainer_state", "log_extra", "log_metric")
+_SHARED = ("fps", "trainer_state", "log_extra", "log_metric", "log_reasons")
 
 
 def per_frame(reward: Source, *, frames: int = 4, reduce: str = "mean", name: str | None = None) -> Reward:
@@ -101,6 +101,7 @@ class _PerFrame(_Composed):
         columns = {k: v if k in _SHARED or v is None else [v[row] for row in row_of] for k, v in columns.items()}
         # Values for the log belong to rows that the caller does not have.
         columns.pop("log_extra", None)
+        columns.pop("log_reasons", None)
         flat = [picture for split in pictures for picture in split]
         values = iter(self.parts[0]([prompts[row] for row in row_of], flat, **columns))
         return [self._joined([next(values) for _ in split]) for split in pictures]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from postgen.rewards.base import unfit
+
 _CHANGE = (0.06, 0.2)
 """Change of the log depth of a pixel along its motion that is fine, and that is not."""
 _FLICKER = (0.02, 0.08)
@@ -31,6 +33,7 @@ def depth_consistency(
     *,
     depth: Sequence[Tensor],
     flow: Sequence[Tensor | None] | None = None,
+    log_reasons: Any = None,
 ) -> list[float | None]:
     """Score depth maps against their clip: the smaller of `carried` and `outlined`.
 
@@ -39,6 +42,7 @@ def depth_consistency(
         depth: column of (F,H,W), distances in any unit that is the same for all frames; infinite at the sky, not
             positive or NaN where nothing is known.
         flow: column of (F-1,2,H,W) in pixels, u right and v down, from a frame to the next; None matches blocks.
+        log_reasons: gets why a clip has no score.
 
     Returns:
         One score in [0,1] a clip; None for a single frame.
@@ -46,6 +50,8 @@ def depth_consistency(
     Raises:
         ValueError: depth or flow of another size than the clip.
     """
+    if log_reasons is not None:
+        log_reasons([unfit(clip, 2) for clip in completions])
     motions: Sequence[Any] = flow if flow is not None else [None] * len(completions)
     return [_score(*row) for row in zip(completions, depth, motions, strict=True)]
 

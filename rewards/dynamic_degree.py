@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.rewards.base import Clip
+from postgen.rewards.base import Clip, promptless
 from postgen.rewards.flow import FlowReward
 from postgen.rewards.frames import in_windows
 
@@ -24,6 +24,7 @@ def fastest(flow_N2HW: Tensor) -> Tensor:
     return longest.mean(1)
 
 
+@promptless
 class DynamicDegree(FlowReward):
     """1 for a clip that moves, 0 for one that stands still; or by degrees.
 
@@ -44,7 +45,12 @@ class DynamicDegree(FlowReward):
         self.graded = graded
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Clip], *, fps: float | None = None
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[Clip],
+        *,
+        fps: float | None = None,
+        log_reasons: Any = None,
     ) -> list[float | None]:
         """Score clips.
 
@@ -52,6 +58,7 @@ class DynamicDegree(FlowReward):
             prompts: unused.
             completions: clips of any sizes; one of a single frame, or below 12 px (RAFT: 128 px), cannot be scored.
             fps: frames per second; every round(fps / 8)-th frame is looked at. None looks at all.
+            log_reasons: gets why a clip has no score.
 
         Raises:
             UserError: a frame rate that is not above 0.
@@ -60,10 +67,12 @@ class DynamicDegree(FlowReward):
             raise UserError(f"fps must be above 0, got {fps}")
         self.load()
         step = max(1, round(fps / _RATE)) if fps else 1
+        if log_reasons is not None:
+            log_reasons([self.unfit(clip, step + 1) for clip in completions])
         return [self._score(clip, step) for clip in completions]
 
     def _score(self, clip: Clip, step: int) -> float | None:
-        if not self.fits(clip, step + 1):
+        if self.unfit(clip, step + 1):
             return None
         parts = [fastest(self.flows(part.float())) for part in in_windows(clip, overlap=1, step=step)]
         passed = torch.cat(parts) / (6 * min(clip.shape[-2:]) / 256)

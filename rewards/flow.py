@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample, pad
 
 from postgen.errors import UserError
-from postgen.rewards.base import Clip, RewardModel, streaming
+from postgen.rewards.base import Clip, RewardModel, streaming, unfit
 from postgen.rewards.pictures import luma
 from postgen.rewards.weights import fill, find_file, read_state
 
@@ -107,9 +107,9 @@ class FlowReward(RewardModel):
         """
         return raft(self.weights) if self.flow == "raft" else nn.Identity()
 
-    def fits(self, clip: Clip, frames: int) -> bool:
-        """Tell whether a clip is long and large enough."""
-        return len(clip) >= frames and min(clip.shape[-2:]) >= _LEAST[self.flow]
+    def unfit(self, clip: Clip, frames: int) -> str | None:
+        """Say that a clip is too short or too small, None if it is not."""
+        return unfit(clip, frames, _LEAST[self.flow])
 
     def flows(self, frames_F3HW: Tensor) -> Tensor:
         """Return the flow between neighbouring frames (F-1,2,H,W), float32 on the CPU."""

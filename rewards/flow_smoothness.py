@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from postgen.rewards.base import Clip
+from postgen.rewards.base import Clip, promptless
 from postgen.rewards.flow import FlowReward, carried
 from postgen.rewards.frames import in_windows
 
@@ -39,6 +40,7 @@ def _sums(flow_N2HW: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
     return (change * inside).sum(), (size * inside).sum()
 
 
+@promptless
 class FlowSmoothness(FlowReward):
     """1 for even motion, less for jerks, jumps and flicker; in [0,1].
 
@@ -50,12 +52,16 @@ class FlowSmoothness(FlowReward):
 
     name = "flow_smoothness"
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
+    ) -> list[float | None]:
         """Score clips of any sizes; one of fewer than three frames, or below 12 px (RAFT: 128 px), gets None."""
         self.load()
+        if log_reasons is not None:
+            log_reasons([self.unfit(clip, 3) for clip in completions])
         return [
             smoothness_along((self.flows(part.float()) for part in in_windows(clip, overlap=2)), min(clip.shape[-2:]))
-            if self.fits(clip, 3)
+            if self.unfit(clip, 3) is None
             else None
             for clip in completions
         ]

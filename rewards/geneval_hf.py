@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from postgen.errors import UserError
-from postgen.rewards.base import Clip, RewardModel, streaming
+from postgen.rewards.base import Clip, RewardModel, promptless, streaming
 from postgen.rewards.clip_score import ClipScore
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.pictures import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, normalise
@@ -117,6 +117,7 @@ class Detector(nn.Module):
 
 
 @streaming
+@promptless
 class GenevalHF(RewardModel):
     """Whether a frame shows what GenEval's record of its prompt asks for.
 
@@ -171,7 +172,12 @@ class GenevalHF(RewardModel):
         self.clip.offload()
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Clip], *, geneval: Sequence[Mapping[str, Any] | None]
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[Clip],
+        *,
+        geneval: Sequence[Mapping[str, Any] | None],
+        log_reasons: Any = None,
     ) -> list[float | None]:
         """Score clips.
 
@@ -188,6 +194,8 @@ class GenevalHF(RewardModel):
             UserError: a record asks for an unknown class, colour or position.
         """
         self.load()
+        if log_reasons is not None:
+            log_reasons(["there is no record of what is asked" if r is None else None for r in geneval])
         scores: list[float | None] = []
         for clip, record in zip(completions, geneval, strict=True):
             if record is None:

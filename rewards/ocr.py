@@ -11,9 +11,10 @@ from torch import Tensor
 
 from postgen.assets import locate
 from postgen.errors import UserError
-from postgen.rewards.base import Clip, streaming
+from postgen.rewards.base import Clip, prompted_by, streaming
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 
+_NO_TEXT = "no text is asked for: it stands in double quotes in the prompt, or in the column `text`"
 _QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
 
 Reader = Callable[[Tensor], list[str]]
@@ -77,6 +78,7 @@ def rapid_reader() -> Reader:
 
 
 @streaming
+@prompted_by("text")
 class OCR:
     """How much of the wanted text is read, in [0,1].
 
@@ -96,7 +98,12 @@ class OCR:
         self.frames, self.reduce, self.reader = frames, reduce, reader
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Clip], *, text: Sequence[str | None] | None = None
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[Clip],
+        *,
+        text: Sequence[str | None] | None = None,
+        log_reasons: Any = None,
     ) -> list[float | None]:
         """Score clips.
 
@@ -104,6 +111,7 @@ class OCR:
             prompts: the wanted text stands in double quotes.
             completions: clips of any sizes.
             text: column of wanted texts, instead.
+            log_reasons: gets why a clip has no score.
 
         Returns:
             One score a clip; None where no text is wanted.
@@ -112,6 +120,8 @@ class OCR:
             UserError: the reader is not installed.
         """
         wanted = [quoted(prompt) for prompt in prompts] if text is None else list(text)
+        if log_reasons is not None:
+            log_reasons([None if words and words.strip() else _NO_TEXT for words in wanted])
         return [
             self._score(clip, words) if words and words.strip() else None
             for clip, words in zip(completions, wanted, strict=True)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.polynomial import polynomial
 from numpy.typing import NDArray
 
-from postgen.rewards.base import Clip, streaming
-from postgen.rewards.world import alike, reports_of, scenes
+from postgen.rewards.base import Clip, prompted_by, streaming
+from postgen.rewards.world import NO_BODY, alike, reports_of, scenes, why_not
 from postgen.world import Spec
 
 Array = NDArray[np.floating[Any]]
@@ -31,12 +31,14 @@ _FLYING = ("falls", "bounces")
 
 
 @streaming
+@prompted_by("track", "spec")
 def parabola(
     prompts: Sequence[str],
     completions: Sequence[Clip],
     *,
     track: Sequence[Any] | None = None,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
+    log_reasons: Any = None,
 ) -> list[float | None]:
     """Score the flights of clips by `flight_score`; the worst body of a clip counts.
 
@@ -45,13 +47,15 @@ def parabola(
         completions: clips (F,3,H,W) in [0,1] of the synthetic world; not looked at where there is a track.
         track: column of tracks, (F,2) of x right and y down in any unit, NaN where the body is not seen.
         spec: column of scenes, as `Spec` or as its JSON form.
+        log_reasons: gets why a clip has no score.
 
     Returns:
         One score in [0,1] a clip, 0 where nothing flies; None where no falling or bouncing body was asked for.
     """
     scores: list[float | None] = [None] * len(completions)
     given = track if track is not None else [None] * len(completions)
-    wanted = [scene if _flyers(scene) else None for scene in scenes(prompts, spec)]
+    asked_for = scenes(prompts, spec)
+    wanted = [scene if _flyers(scene) else None for scene in asked_for]
     for row, points in enumerate(given):
         if points is not None:
             scores[row] = flight_score(np.asarray(points, dtype=np.float64))
@@ -60,7 +64,19 @@ def parabola(
         reports = reports_of([completions[row] for row in rows], asked)
         for row, scene, report in zip(rows, asked, reports, strict=True):
             scores[row] = min(flight_score(_points(report.bodies[body].track)) for body in _flyers(scene))
+    if log_reasons is not None:
+        log_reasons([_why_not(*row) for row in zip(completions, asked_for, given, strict=True)])
     return scores
+
+
+def _why_not(clip: Clip, scene: Spec | None, track: Any) -> str | None:
+    if track is not None:
+        return None
+    if scene is None:
+        return NO_BODY
+    if not _flyers(scene):
+        return "it asks for nothing that falls or bounces before a camera at rest"
+    return why_not(clip, True)
 
 
 def _flyers(scene: Spec | None) -> list[int]:

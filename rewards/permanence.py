@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgen.rewards.base import Clip, streaming
-from postgen.rewards.world import alike, scenes
+from postgen.rewards.base import Clip, promptless, streaming
+from postgen.rewards.world import alike, scenes, why_not
 from postgen.video import Footage
 from postgen.world import Spec
 from postgen.world.check import find_tracks, find_tracks_long
@@ -24,11 +24,13 @@ _MOST = 0.65
 
 
 @streaming
+@promptless
 def permanence(
     prompts: Sequence[str],
     completions: Sequence[Clip],
     *,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
+    log_reasons: Any = None,
 ) -> list[float | None]:
     """Score clips by their worst body (`body_permanence`), times the share of the bodies asked for that are there.
 
@@ -38,6 +40,7 @@ def permanence(
         prompts: read by `world.parse` for the number of bodies, where there is no spec.
         completions: clips (F,3,H,W) in [0,1] of the synthetic world, F >= 5, at least 32 px.
         spec: column of scenes, as `Spec` or as its JSON form.
+        log_reasons: gets why a clip has no score.
 
     Returns:
         One score in [0,1] a clip, 0 without any body; None for a clip that is too short or too small.
@@ -50,6 +53,8 @@ def permanence(
             count = 1 if scene is None else len(scene.bodies)
             worst = min((body_permanence(track) for track in tracks), default=0.0)
             scores[row] = worst * min(1.0, len(tracks) / count)
+    if log_reasons is not None:
+        log_reasons([why_not(clip, True) for clip in completions])
     return scores
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import math
@@ -13,9 +12,9 @@ from importlib import import_module
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
-from postgen.errors import UserError, check_number, cut, is_number, shown
+from postgen.errors import UserError, check_number, cut, did_you_mean, is_number, shown
 from postgen.own_code import names_own_code, own_function
-from postgen.rewards.base import Reward
+from postgen.rewards.base import GIVEN, Reward
 
 Source = str | Callable[..., Any] | Reward
 """What `get_reward` takes: a name, an import path, an address, a function or class, or what it returned before."""
@@ -101,8 +100,7 @@ def get_reward(reward: Source, **options: Any) -> Reward:
         return _registered(reward, options)
     if names_own_code(reward):
         return Reward(_with_options(own_function(reward, "the reward"), options, reward))
-    near = difflib.get_close_matches(reward, known_rewards(), 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(reward, known_rewards())
     raise UserError(
         f"unknown reward {shown(reward)}.{hint} Known: {', '.join(known_rewards())}. Or name a function of your own:"
         " 'pkg.mod.fn' or 'file.py:fn'."
@@ -164,9 +162,17 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
         parameters |= _inherited(target)
     known = [o for o, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and o != "self"]
+    if not inspect.isclass(target):
+        known = [option for option in known if option not in GIVEN]  # what it looks at, which no option changes
     unknown = [o for o in options if o not in known]
     if unknown:
-        raise UserError(f"the reward {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+        columns = [o for o in known if str(parameters[o].annotation).startswith("Sequence[")]
+        own = [option for option in known if option not in columns]
+        near = did_you_mean(unknown[0], own)
+        raise UserError(
+            f"the reward {name} has no option {shown(unknown[0])}: it has {', '.join(own) or 'none'}"
+            f"{'.' if near else ''}{near}"
+        )
     for option, value in options.items():
         try:
             _check_kind(option, value, parameters[option])

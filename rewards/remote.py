@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from postgen.errors import UserError, is_number, is_whole, shown
+from postgen.errors import UserError, first_line, is_number, is_whole, shown
+from postgen.rewards.base import GIVEN
 from postgen.rewards.wire import MEDIA_TYPE, pack, read_scores
 
 _LONGEST_ANSWER = 2**22
@@ -83,7 +85,13 @@ class RemoteReward:
         self._limit: int | None = None
 
     async def __call__(
-        self, prompts: Sequence[str], completions: Sequence[Tensor], *, fps: float | None = None, **columns: Any
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[Tensor],
+        *,
+        fps: float | None = None,
+        log_reasons: Any = None,
+        **columns: Any,
     ) -> list[float | None]:
         """Score a batch.
 
@@ -91,9 +99,12 @@ class RemoteReward:
             RemoteError: no usable answer after all tries, or a request above the server's limit.
             WireError: a column that cannot be sent, or an answer that holds other things than one score a clip.
         """
-        rest = {k: v for k, v in columns.items() if k not in ("latents", "trainer_state", "log_extra", "log_metric")}
+        rest = {k: v for k, v in columns.items() if k not in GIVEN}
         # A clip of NaN is no picture and has no score; the others of its batch do.
         rows = [row for row, clip in enumerate(completions) if bool(clip.isfinite().all())]
+        if log_reasons is not None and len(rows) < len(completions):
+            why = {row: "it holds values that are no numbers" for row in range(len(completions)) if row not in rows}
+            log_reasons([why.get(row) for row in range(len(completions))])
         scores: list[float | None] = [None] * len(completions)
         if not rows:
             return scores
@@ -140,6 +151,19 @@ class RemoteReward:
                     raise
         raise AssertionError("the loop ends by return or raise")
 
+    def _unreached(self, error: OSError | http.client.HTTPException) -> str:
+        """Say in words why there was no answer."""
+        if isinstance(error, ConnectionRefusedError):
+            return f"{self.name}: nobody listens there: start `postgen serve-reward NAME --port {self.port or 80}`"
+        if isinstance(error, socket.gaierror):
+            return f"{self.name}: there is no machine of the name {self.host}"
+        if isinstance(error, TimeoutError):
+            return f"{self.name}: no answer within {self.timeout:g} s"
+        if isinstance(error, ConnectionError):
+            return f"{self.name} closed the connection before it had answered"
+        told = first_line(error)
+        return f"{self.name}: {told if isinstance(error, OSError) else f'it does not speak HTTP ({told})'}"
+
     def _request(self, method: str, path: str, body: bytes) -> bytes:
         """One try: send, and read the answer within `timeout` seconds in all."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -150,7 +174,7 @@ class RemoteReward:
             response = connection.getresponse()
             answer = _read(response, deadline)
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(f"{self.name}: {type(error).__name__} {error}".strip()) from error
+            raise _Passing(self._unreached(error)) from error
         finally:
             connection.close()
         if response.status == 200:

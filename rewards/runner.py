@@ -8,14 +8,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError, is_number, is_whole, shown
+from postgen.errors import UserError, is_number, is_whole, named_error, shown
 from postgen.rewards.base import Clip, Reward
 from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
 from postgen.rewards.registry import Source, get_rewards
@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 # Threads of functions that took too long. A process that ends while torch computes in one of them would crash.
 _left: dict[int, threading.Thread] = {}
 _GRACE = 10.0
+NO_PROMPT = "it needs a prompt, and there is none"
+"""How a reward fails on a clip without a prompt."""
+_SILENT = "it gave no finite number"
 _LARGEST = 1e9
 """Weight of a reward, either sign."""
 _LONGEST = 10_000_000
@@ -71,6 +74,10 @@ class RewardResult:
     """What rewards gave to `log_metric`, the mean over their calls weighted by rows."""
     extra: dict[str, list[Any]]
     """What rewards gave to `log_extra`: N values each, None where there is none."""
+    failures: dict[str, dict[int, str]]
+    """Reward -> clip -> how it failed on it, or what it lacked; only clips without a score."""
+    reasons: dict[str, dict[int, str]]
+    """Reward -> clip -> why it did not fail and yet has no score for it."""
 
     def weighted(self) -> Tensor:
         """Return the weighted sum of the rewards that scored each clip, (N,); NaN for a clip that none scored.
@@ -160,7 +167,7 @@ class RewardRunner:
     def __call__(
         self,
         /,  # a column may be named self
-        prompts: Sequence[str],
+        prompts: Sequence[str | None],
         completions: Sequence[Clip],
         *,
         fps: float | Sequence[float | None] | None = None,
@@ -172,7 +179,7 @@ class RewardRunner:
         """Score a batch of N clips.
 
         Args:
-            prompts: one a clip.
+            prompts: one a clip; None for one without, which is not given to rewards that need a prompt.
             completions: clips (F,3,H,W) in [0,1], on any device; or `postgen.video.Footage`.
             fps: frames per second, one value or one a clip.
             latents: (N,...), for rewards that look at them.
@@ -207,7 +214,7 @@ class RewardRunner:
                 try:
                     reward.function.health()
                 except RuntimeError as error:
-                    raise UserError(f"the reward {reward.name} does not answer: {error}; is its server up?") from error
+                    raise UserError(f"a remote reward does not answer: {error}") from error
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function that is not async, within the time limit.
@@ -253,11 +260,13 @@ class _Work:
         self.runner, self.batch = runner, batch
         self.values = torch.full((len(batch), len(runner.rewards)), torch.nan)
         self.errors: dict[str, str] = {}
+        self.failures: dict[str, dict[int, str]] = {name: {} for name in runner.names}
         self.seconds = dict.fromkeys(runner.names, 0.0)
         self.notes = Notes(len(batch))
         self.jobs: dict[int, list[int]] = {}
         for index, reward in enumerate(runner.rewards):
             self.jobs.setdefault(id(reward.function), []).append(index)
+            self.failures[reward.name] |= dict.fromkeys(batch.unprompted(reward), NO_PROMPT)
 
     def run(self) -> None:
         """Run the async rewards in a loop of their own thread, the others meanwhile in this one."""
@@ -286,7 +295,7 @@ class _Work:
             # Its time limit is kept by the loop itself, so one of them never lets the loop run.
             _leave(id(loop), loop)
             for views in jobs:
-                self._failed(views, TimeoutError("an async reward blocks its event loop"))
+                self._failed(views, range(len(self.batch)), TimeoutError("an async reward blocks its event loop"))
 
     def result(self) -> RewardResult:
         runner = self.runner
@@ -300,10 +309,20 @@ class _Work:
             seconds=self.seconds,
             metrics=self.notes.metrics(),
             extra=self.notes.extra,
+            failures={name: dict(rows) for name, rows in self.failures.items()},
+            reasons={self.runner.names[i]: self._reasons(i, views[0]) for views in self.jobs.values() for i in views},
         )
 
+    def _reasons(self, index: int, first: int) -> dict[int, str]:
+        """Why a reward has no score where it did not fail; views of one model share what the first was told."""
+        failed = self.failures[self.runner.names[index]]
+        told = self.notes.reasons.get(self.runner.names[first]) or [None] * len(self.batch)
+        gaps = self.values[:, index].isnan().nonzero()[:, 0].tolist()
+        return {row: told[row] or _SILENT for row in gaps if row not in failed}
+
     def _pieces(self, reward: Reward) -> list[Rows]:
-        return micro_batches(self.batch, reward.batch_bytes or self.runner.batch_bytes, reward.groupwise)
+        most = reward.batch_bytes or self.runner.batch_bytes
+        return micro_batches(self.batch, most, reward.groupwise, self.batch.unprompted(reward))
 
     def _score(self, views: list[int]) -> None:
         reward, start = self.runner.rewards[views[0]], time.perf_counter()
@@ -319,13 +338,13 @@ class _Work:
             raw = self.runner.call(reward.function, self._arguments(reward, rows))
         except torch.OutOfMemoryError as error:
             if len(rows) == 1 or reward.groupwise:
-                self._failed(views, error)
+                self._failed(views, rows, error)
                 return
             half = len(rows) // 2
             self._score_rows(views, reward, rows[:half])
             self._score_rows(views, reward, rows[half:])
         except Exception as error:
-            self._failed(views, error)
+            self._failed(views, rows, error)
         else:
             self._store(views, rows, raw)
 
@@ -346,32 +365,34 @@ class _Work:
                     reward.function(**self._arguments(reward, rows)), timeout=self.runner.timeout
                 )
         except TimeoutError as error:
-            self._failed(views, error if str(error) else TimeoutError(f"no answer within {self.runner.timeout} s"))
+            late = f"no answer within {self.runner.timeout} s"
+            self._failed(views, rows, error if str(error) else TimeoutError(late))
         except Exception as error:
-            self._failed(views, error)
+            self._failed(views, rows, error)
         else:
             self._store(views, rows, raw)
 
     def _arguments(self, reward: Reward, rows: Rows) -> dict[str, Any]:
-        return reward.arguments(self.batch.rows(rows) | self.notes.loggers(rows))
+        return reward.arguments(self.batch.rows(rows) | self.notes.loggers(rows, reward.name))
 
     def _store(self, views: list[int], rows: Rows, raw: Any) -> None:
         for index in views:
             try:
                 scores = self.runner.rewards[index].read(raw, len(rows))
             except (TypeError, ValueError) as error:
-                self._failed([index], error)
+                self._failed([index], rows, error)
             else:
                 self.values[rows, index] = torch.tensor([math.nan if s is None else s for s in scores])
 
-    def _failed(self, views: list[int], error: Exception) -> None:
+    def _failed(self, views: list[int], rows: Iterable[int], error: Exception) -> None:
         if self.runner.reward_error == "raise":
             raise error
         for index in views:
-            name, told = self.runner.names[index], f"{type(error).__name__}: {error}"
+            name, told = self.runner.names[index], named_error(error)
             if self.errors.get(name) != told:
                 _log.warning("reward %s failed: %s", name, told)
             self.errors[name] = told
+            self.failures[name] |= {row: told for row in rows if row not in self.failures[name]}
 
     def _spent(self, views: list[int], start: float) -> None:
         for index in views:

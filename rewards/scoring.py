@@ -44,6 +44,8 @@ class Clip:
     """Why it could not be read."""
     failures: dict[str, str] = field(default_factory=dict)
     """Reward -> why it failed; one that finds nothing to score has no score and is not among them."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Reward -> why it has no score, though it did not fail."""
     key: str = ""
     """Changes with the file and with whatever else its scores follow from."""
 
@@ -53,10 +55,14 @@ class Clip:
         return bool(self.scores or self.error)
 
     def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return one row of a table: file, prompt, a column for each name, error, key."""
-        told = self.error or "; ".join(f"{name}: {error}" for name, error in self.failures.items()) or None
+        """Return one row of a table: file, prompt, a column for each name, no_score, error, key."""
         scores = {name: self.scores.get(name) for name in names}
-        return {"file": str(self.path), "prompt": self.prompt, **scores, "error": told, "key": self.key}
+        told = {"no_score": _joined(self.reasons), "error": self.error or _joined(self.failures), "key": self.key}
+        return {"file": str(self.path), "prompt": self.prompt, **scores, **told}
+
+
+def _joined(texts: Mapping[str, str]) -> str | None:
+    return "; ".join(f"{name}: {text}" for name, text in texts.items()) or None
 
 
 def find_clips(paths: Sequence[Path], *, frames: bool = False) -> list[Clip]:
@@ -159,11 +165,12 @@ def _by_name(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if "file" in row:
             table.setdefault(Path(str(row["file"])).name, []).append(row)
-    for clip in clips:
-        found = table.get(clip.path.name) or table.get(clip.path.stem)
-        if not found:
-            raise UserError(f"no row of the prompts has the file {clip.path.name}")
-        _take(clip, _nearest(clip.path, found))
+    found = [table.get(clip.path.name) or table.get(clip.path.stem) for clip in clips]
+    if not any(found):
+        raise UserError(f"no row of the prompts has the file {clips[0].path.name}, nor any of the {len(clips)} files")
+    for clip, own in zip(clips, found, strict=True):
+        if own:
+            _take(clip, _nearest(clip.path, own))
 
 
 def _nearest(path: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -194,16 +201,16 @@ def _in_order(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
 def check_needs(clips: Sequence[Clip], runner: RewardRunner) -> None:
     """Find out before any video is read whether the rewards get what they need.
 
+    A single clip without a prompt is no reason to end: it fails alone.
+
     Raises:
-        UserError: a prompt or a column that a reward needs is missing.
+        UserError: a column that a reward needs is missing, or the prompts of all clips are.
     """
     for reward in runner.rewards:
         reward.check_columns({key for clip in clips for key in clip.columns})
-        bare = [clip.path.name for clip in clips if clip.prompt is None]
-        if reward.needs_prompts and bare:
-            raise UserError(
-                f"{reward.name} needs a prompt for {bare[0]}: use --prompt, --prompts, or a sidecar beside it"
-            )
+        if clips and all(reward.lacks_prompt(clip.prompt, clip.columns) for clip in clips):
+            which = f"for {clips[0].path.name}" + (f" and {len(clips) - 1} more" if len(clips) > 1 else "")
+            raise UserError(f"{reward.name} needs a prompt {which}: use --prompt, --prompts, or a sidecar beside each")
 
 
 def score_clips(
@@ -257,20 +264,19 @@ def _score(read: Sequence[_Read], runner: RewardRunner) -> None:
     names = sorted({key for clip in clips for key in clip.columns})
     columns: dict[str, Any] = {key: [clip.columns.get(key) for clip in clips] for key in names}
     result = runner(
-        prompts=[clip.prompt or "" for clip in clips],
+        prompts=[clip.prompt for clip in clips],
         completions=[one.video for one in read if one.video is not None],
         fps=[one.fps for one in read],
         must_score=False,
         **columns,
     )
-    for one, values in zip(read, result.values.tolist(), strict=True):
+    for row, (one, values) in enumerate(zip(read, result.values.tolist(), strict=True)):
         if isinstance(one.video, Footage) and one.video.error:
             one.clip.error = one.video.error
             continue
         one.clip.scores = {n: None if v != v else v for n, v in zip(result.names, values, strict=True)}
-        one.clip.failures = {
-            n: result.errors[n] for n, v in one.clip.scores.items() if v is None and n in result.errors
-        }
+        one.clip.failures = {name: told[row] for name, told in result.failures.items() if row in told}
+        one.clip.reasons = {name: told[row] for name, told in result.reasons.items() if row in told}
 
 
 def _pieces(clips: Sequence[Clip], size: int, most: int | None) -> Iterator[list[_Read]]:

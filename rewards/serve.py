@@ -35,6 +35,8 @@ _AGAIN = 1
 _HEAD = 3.0
 """Seconds after which the head of a request must be there."""
 _CHUNK = 2**18
+_EMPTY_LINES = 8
+_TAKEN = "there is GET /health and POST /score"
 _DIGITS = 15
 _UNKNOWN = 2**63
 _log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class RewardServer(ThreadingHTTPServer):
         self.runner = RewardRunner([self.reward], **runner_options)
         self.max_bytes, self.idle = max_bytes, idle
         self.busy = threading.Lock()
+        self.scored = 0
+        """Requests that were scored."""
         self.seats = threading.BoundedSemaphore(_WAITING)
         self.bodies = Budget(4 * max_bytes)
         self._places = threading.BoundedSemaphore(_CONNECTIONS)
@@ -124,6 +128,7 @@ class RewardServer(ThreadingHTTPServer):
             if gone():
                 raise ConnectionAbortedError("the client left before its turn")
             result = self.runner(**unpack(data), must_score=False)
+            self.scored += 1
         if result.errors:
             raise RuntimeError("; ".join(result.errors.values()))
         return [None if value != value else value for value in result.values[:, 0].tolist()]
@@ -148,9 +153,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.left = 0
         """Bytes of the body that have not been read."""
 
+    def parse_request(self) -> bool:
+        """Read the head; empty lines before it are nothing (RFC 9112, 2.2)."""
+        self.raw_requestline: bytes
+        for _ in range(_EMPTY_LINES):
+            if self.raw_requestline.strip():
+                break
+            self.raw_requestline = self.rfile.readline(2**16)
+            if not self.raw_requestline:  # the client has left
+                self.close_connection = True
+                return False
+        if not self.raw_requestline.strip():
+            self.requestline, self.command = "", ""
+            self.send_error(HTTPStatus.BAD_REQUEST, "there is no request, only empty lines")
+            return False
+        return super().parse_request()
+
     def do_GET(self) -> None:
         if self.path.rstrip("/") != "/health":
-            self._answer(HTTPStatus.NOT_FOUND, {"error": "there is GET /health and POST /score"})
+            self._answer(HTTPStatus.NOT_FOUND, {"error": _TAKEN})
             return
         self._answer(HTTPStatus.OK, {"reward": self.server.reward.name, "max_bytes": self.server.max_bytes})
 
@@ -185,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         plain = text.isascii() and text.isdigit() and len(set(lengths)) == 1
         self.left = int(text) if plain and len(text) <= _DIGITS else _UNKNOWN
         if self.path.rstrip("/") != "/score":
-            raise _Refused(HTTPStatus.NOT_FOUND, "there is GET /health and POST /score")
+            raise _Refused(HTTPStatus.NOT_FOUND, _TAKEN)
         if self.headers.get("Transfer-Encoding") is not None:
             raise _Refused(HTTPStatus.BAD_REQUEST, "a body in chunks is not taken: send it with its Content-Length")
         if not lengths:
@@ -239,6 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what is no request at all."""
         self.left, self.request_version = _UNKNOWN, self.protocol_version
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # what the base class says of every method that it finds no `do_` for
+            code, message = HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command[:40]} is not taken: {_TAKEN}"
         self._answer(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
 
     def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
@@ -248,6 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET, POST")
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", str(_AGAIN))
         self.end_headers()

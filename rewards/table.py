@@ -28,7 +28,7 @@ from postgen.rewards.scoring import Clip
 
 SUFFIXES = (".jsonl", ".csv")
 """What a table's name ends with."""
-_ENDS = ("error", "key")
+_ENDS = ("no_score", "error", "key")
 _ODD = "backslashreplace"
 """What becomes of a file's name that is not UTF-8: a table is."""
 
@@ -99,6 +99,7 @@ class Table:
         self.path, self.clips, self.names, self.columns = path, clips, names, (*names, *added)
         self._written: list[Clip] = []
         self._file = -1
+        self._new = False
         self._held: list[int] = []
         if path.suffix not in SUFFIXES:
             raise UserError(f"a table must end in {' or '.join(SUFFIXES)}, got {path}")
@@ -111,13 +112,17 @@ class Table:
             # A row of another form is no row of ours: its clip is scored again.
             with suppress(KeyError, ValueError):
                 clip.scores = {name: _number(row[name]) for name in self.names}
+                clip.reasons = _reasons(row.get("no_score"), self.names)
         return sum(clip.done for clip in self.clips)
 
     def __enter__(self) -> Self:
         try:
-            self._lock(self.path)
+            self._claim()
             self._replace([clip for clip in self.clips if clip.done])
         except BaseException:
+            if self._new:
+                with suppress(OSError):
+                    os.unlink(os.path.realpath(self.path))
             self._close()
             raise
         return self
@@ -130,6 +135,11 @@ class Table:
                 self._replace(self.clips)
         finally:
             self._close()
+
+    @property
+    def count(self) -> int:
+        """Rows that stand in the file."""
+        return len(self._written)
 
     def add(self, clip: Clip) -> None:
         """Write the row of a clip, all of it or nothing."""
@@ -145,12 +155,33 @@ class Table:
             raise
         self._written.append(clip)
 
+    def _claim(self) -> None:
+        """Lock the table, made empty where there is none: calls that begin at once must meet at one file."""
+        while True:
+            new, place = False, Path(os.path.realpath(self.path))  # a link may lead to where nothing is yet
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                new = True
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            self._lock(self.path)
+            self._new = new
+            with suppress(OSError):
+                if not self._held or os.path.samestat(os.fstat(self._held[-1]), self.path.stat()):
+                    return
+            self._close()  # another call has put its own in place since, or is gone with it
+            self._new = False
+
     def _replace(self, clips: Sequence[Clip]) -> None:
         head = "" if self.path.suffix == ".jsonl" else self._csv([])
         try:
             with replacing(self.path) as part:
                 part.write_text(head + self._text(clips), encoding="utf-8", errors=_ODD, newline="")
                 self._lock(part)
+            self._new = False
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             self._held.append(self._file)
         except OSError as error:
@@ -210,6 +241,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             continue
         rows += [row] if isinstance(row, dict) and isinstance(row.get("key"), str) else []
     return rows
+
+
+def _reasons(cell: Any, names: Sequence[str]) -> dict[str, str]:
+    """Cut the cell `NAME: text; NAME: text` into the texts of its rewards."""
+    one = "|".join(map(re.escape, names))
+    parts = re.split(rf"(?:^|; )({one}): ", cell if isinstance(cell, str) else "")
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _number(value: Any) -> float | None:

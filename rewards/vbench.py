@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from postgen.rewards.base import Clip, RewardModel, streaming
+from postgen.rewards.base import Clip, RewardModel, promptless, streaming, unfit
 from postgen.rewards.frames import FrameReward, in_windows, mean_over
 from postgen.rewards.pictures import (
     CLIP_MEAN,
@@ -61,6 +61,7 @@ def clip_view(frames_F3HW: Tensor, side: int = 224) -> Tensor:
 
 
 @streaming
+@promptless
 class Consistency(RewardModel):
     """Base of the two consistencies: a subclass says which features of the frames are compared.
 
@@ -81,9 +82,13 @@ class Consistency(RewardModel):
     def features(self, frames_F3HW: Tensor) -> Tensor:
         """Return one vector a frame."""
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
+    ) -> list[float | None]:
         """Score clips of any sizes; one of a single frame cannot be scored."""
         self.load()
+        if log_reasons is not None:
+            log_reasons([unfit(clip, 2) for clip in completions])
         scores: list[float | None] = []
         for clip in completions:
             if len(clip) < 2:
@@ -172,8 +177,9 @@ class BackgroundConsistency(Consistency):
 
 
 @streaming
+@promptless
 def temporal_flickering(
-    prompts: Sequence[str], completions: Sequence[Clip], *, scale: bool = False
+    prompts: Sequence[str], completions: Sequence[Clip], *, scale: bool = False, log_reasons: Any = None
 ) -> list[float | None]:
     """Score how little neighbouring frames differ: 1 - mean absolute difference of the 8-bit frames.
 
@@ -183,7 +189,10 @@ def temporal_flickering(
         prompts: unused.
         completions: clips of any sizes.
         scale: give the value as VBench's total takes it, the empirical range stretched to [0,1].
+        log_reasons: gets why a clip has no score.
     """
+    if log_reasons is not None:
+        log_reasons([unfit(clip, 2) for clip in completions])
     scores: list[float | None] = []
     for clip in completions:
         value = 1 - mean_over(_changes(clip)) if len(clip) > 1 else None
@@ -197,6 +206,7 @@ def _changes(clip: Clip) -> list[tuple[float, int]]:
     return [(float((part[1:] - part[:-1]).abs().mean()), len(part) - 1) for part in levels]
 
 
+@promptless
 class AestheticQuality(FrameReward):
     """How beautiful frames are thought to be: LAION's single linear layer on CLIP L/14, divided by 10.
 

@@ -9,23 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.rewards.base import Clip, streaming
+from postgen.rewards.base import Clip, prompted_by, streaming, unfit
 from postgen.video import Footage
 from postgen.world import Spec
 from postgen.world.check import Report, check_batch, check_long
 from postgen.world.parse import parse, read
 from postgen.world.reading import Reading
+from postgen.world.spec import SHAPES
 
 _LEAST_FRAMES, _LEAST_SIDE = 5, 32
+NO_BODY = f"the prompt names no scene of the world: bodies are a colour and one of {', '.join(SHAPES)}, 3 at most"
+"""Why a prompt gives nothing to judge."""
 
 
 @streaming
+@prompted_by("spec")
 def world(
     prompts: Sequence[str],
     completions: Sequence[Clip],
     *,
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
     log_metric: Any = None,
+    log_reasons: Any = None,
     workers: int = 0,
 ) -> list[float | None]:
     """Score clips by `postgen.world.check`: 1 for a clip that shows all of it, graded down to 0.
@@ -38,6 +43,7 @@ def world(
         spec: column of scenes, as `Spec` or as its JSON form.
         log_metric: gets the shares of clips with the right count, colour, shape, direction, event and camera, of those
             that are steady, and of those whose prompt is readable.
+        log_reasons: gets why a clip has no score.
         workers: processes that judge beside this one, as in `check_batch`; 0 needs none.
 
     Returns:
@@ -52,6 +58,8 @@ def world(
         reports |= zip(rows, judged, strict=True)
     if log_metric is not None:
         _log_shares(list(reports.values()), log_metric)
+    if log_reasons is not None:
+        log_reasons([why_not(clip, scene is not None) for clip, scene in zip(completions, wanted, strict=True)])
     return [reports[row].score if row in reports else None for row in range(len(completions))]
 
 
@@ -86,9 +94,23 @@ def alike(completions: Sequence[Clip], wanted: Sequence[bool]) -> list[list[int]
     """Wanted rows whose clips are long and large enough for the judge, those in memory and of one size together."""
     groups: dict[Any, list[int]] = {}
     for row, clip in enumerate(completions):
-        if wanted[row] and len(clip) >= _LEAST_FRAMES and min(clip.shape[-2:]) >= _LEAST_SIDE:
+        if why_not(clip, wanted[row]) is None:
             groups.setdefault(row if isinstance(clip, Footage) else clip.shape, []).append(row)
     return list(groups.values())
+
+
+def why_not(clip: Clip, wanted: bool) -> str | None:
+    """Say why the judge cannot look at a clip, None if it can.
+
+    Args:
+        clip: the clip.
+        wanted: whether its prompt or its spec says what it should show.
+    """
+    if not wanted:
+        return NO_BODY
+    if len(clip) < _LEAST_FRAMES or min(clip.shape[-2:]) < _LEAST_SIDE:
+        return unfit(clip, _LEAST_FRAMES, _LEAST_SIDE)
+    return None
 
 
 def reports_of(clips: Sequence[Clip], asked: Sequence[Spec | Reading], *, workers: int = 0) -> list[Report]:

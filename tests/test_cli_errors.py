@@ -48,7 +48,7 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
     ("words", "message"),
     [
         (["--a", "steps=1", "--b", "steps=1"], "--a and --b say the same"),
-        (["--a", "stepz=1"], "'stepz=1' names no setting. Known keys: model, lora"),
+        (["--a", "stepz=1"], "'stepz=1' names no setting. Did you mean 'steps'? Known keys: model, lora"),
         (["--a", "seed=1"], "both videos have one seed, which --seed sets"),
         (["--a", "steps"], "'steps' must be key=value"),
         (["--a", "steps=many"], "the value must be int"),

@@ -244,3 +244,50 @@ def test_the_benchmark_sees_what_is_left(tmp_path: Path) -> None:
     assert "half-written" in found(old=True)[0]
     (tmp_path / ".x.mp4.0.part").touch()
     assert "left: .x.mp4.0.part" in found()
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path):
+    real, gone = tmp_path / "real", tmp_path / "gone" / "x.txt"
+    real.write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "new").symlink_to("gone/x.txt")
+    (tmp_path / "box").mkdir()
+    (tmp_path / "folder").symlink_to("box")
+    for name, target in (("link", real), ("new", gone)):
+        with suppress(ZeroDivisionError), replacing(tmp_path / name) as part:
+            part.write_text("half")
+            raise ZeroDivisionError
+        assert target.exists() == (target == real)
+        with replacing(tmp_path / name) as part:
+            part.write_text("whole")
+        assert ((tmp_path / name).is_symlink(), target.read_text()) == (True, "whole")
+    with replacing(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "0.png").write_text("a frame")
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "box" / "0.png").read_text() == "a frame"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["box", "folder", "gone", "link", "new", "real"]
+    (tmp_path / "nowhere").symlink_to(real / "x")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_place(tmp_path / "nowhere")
+
+
+def test_a_stop_says_how_many_videos_are_made(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    write, left = postgen.generate.write, [2]
+
+    def stopping(*args: Any, **kwargs: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(postgen.generate, "write", stopping)
+    words = ["generate", "a", "--model", tiny_wan, "--guidance", "1", *SMALL, "-o", tmp_path / "x.gif", "--count"]
+    done = cli(*words, "3")
+    first, second = (tmp_path / f"x-00{n}.gif" for n in range(2))
+    assert done.err.endswith(
+        f"postgen: stopped; 2 of 3 videos are made, {first} to {second}; the same command makes all of them again\n"
+    )
+    assert "none of 3 videos is made, and no half-written file was left" in cli(*words, "3").err
+    assert "postgen: stopped; no half-written file was left" in cli(*words, "1").err
+    assert names(tmp_path) == [f"x-00{n}.{kind}" for n in range(2) for kind in ("gif", "json", "png")]

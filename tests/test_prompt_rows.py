@@ -7,6 +7,7 @@ import pytest
 from postgen import UserError
 from postgen.commands.generate import _file_name
 from postgen.prompt_rows import read_prompts
+from postgen.reading import read_text
 
 MARK = b"\xef\xbb\xbf"
 RED, BLUE = {"prompt": "a red ball"}, {"prompt": "a blue cube"}
@@ -103,3 +104,22 @@ def test_file_names_tell_prompts_apart() -> None:
     assert len(set(names)) == len(prompts)
     # A temporary name beside the video adds some twenty bytes.
     assert max(len(name.encode()) for name in names) < 200
+
+
+def test_the_file_that_may_have_been_meant(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    for name in ("recipes/dancegrpo.yaml", "prompts.txt", ".prompts.txt"):
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for given, meant in {
+        "promts.txt": "prompts.txt",
+        "prompts": "prompts.txt",
+        "dancegrpo": "recipes/dancegrpo.yaml",
+        "DanceGRPO.yaml": "recipes/dancegrpo.yaml",
+        "recipes/dancgrpo.yaml": "recipes/dancegrpo.yaml",
+    }.items():
+        with pytest.raises(UserError, match=rf"No such file or directory. Did you mean '{meant}'\?$"):
+            read_text(given, "it cannot be read")
+    for given in ("prompts.json", "quite-another.txt", "absent/prompts.txt"):
+        with pytest.raises(UserError, match=r"No such file or directory$"):
+            read_text(given, "it cannot be read")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from postgen.commands import options as o
-from postgen.errors import UserError, shown
+from postgen.errors import UserError, did_you_mean, shown
 from postgen.files import check_apart, named
 
 _OF_BOTH = ("size", "seed", "fps")
@@ -64,7 +64,8 @@ def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
         if key in _OF_BOTH:
             raise UserError(f"{said}: both videos have one {key}, which --{key} sets")
         if name is None:
-            raise UserError(f"{said} names no setting. Known keys: {', '.join(keys)}")
+            hint = did_you_mean(key.replace("_", "-"), keys)
+            raise UserError(f"{said} names no setting.{hint} Known keys: {', '.join(keys)}")
         if name == "lora":
             side[name] = (*side.get(name, ()), value)
         elif name in side:

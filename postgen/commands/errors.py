@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from postgen.compat import command_error
 from postgen.errors import UserError, cut_words
 
-STOPPED = "postgen: stopped; no half-written file was left"
-"""What is said after Ctrl-C."""
+STOPPED = "no half-written file was left"
+"""What is said after Ctrl-C of a command that says nothing else."""
+
+_standing: list[Callable[[], str]] = []
 
 _WORD = 400
+
+
+@contextmanager
+def when_stopped(standing: Callable[[], str]) -> Iterator[None]:
+    """Let `tell_stopped` say how far the block has come and how to go on, if it ends by a signal.
+
+    Args:
+        standing: returns that, in one line.
+    """
+    _standing.append(standing)
+    yield
+    _standing.remove(standing)  # not after an exception: what there is to say is said later
+
+
+def tell_stopped() -> None:
+    """Say that the command was stopped, and what it leaves."""
+    tell(f"postgen: stopped; {_standing[-1]() if _standing else STOPPED}")
+
+
+def forget_standing() -> None:
+    """Forget what an earlier command of this process has come to."""
+    _standing.clear()
 
 
 def tell(message: str) -> None:

@@ -3,12 +3,14 @@
 import hashlib
 import re
 import unicodedata
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from postgen.commands import options as o
+from postgen.commands.errors import when_stopped
 from postgen.errors import UserError
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
@@ -87,7 +89,7 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
 def _make(
     texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None, read: list[Path]
 ) -> None:
-    from postgen.generate import check_rate, load, make_video, output_paths, prepare, read_by
+    from postgen.generate import check_rate, load, output_paths, prepare, read_by
     from postgen.request import GenerateConfig
 
     if not 1 <= count <= _MOST_VIDEOS:
@@ -104,18 +106,39 @@ def _make(
     check_rate(first, places[0][1])
     jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
 
-    from postgen.commands.progress import steps, waiting
+    from postgen.commands.progress import waiting
     from postgen.compat import quiet_libraries
 
     with waiting(f"Loading {first.facts.source}"), quiet_libraries():
         pipe = load(first)
     for text in texts:
         _tell_unknown(pipe, first, text)
+    made: list[Path] = []
+    stack = ExitStack()
+    if len(jobs) > 1:
+        stack.enter_context(when_stopped(lambda: _standing(made, len(jobs))))
+    with stack:
+        _make_each(pipe, jobs, places, made)
+
+
+def _make_each(pipe: Any, jobs: list[Any], places: list[Any], made: list[Path]) -> None:
+    from postgen.commands.progress import steps
+    from postgen.generate import make_video
+
     for number, (job, (files, kind)) in enumerate(zip(jobs, places, strict=True), 1):
         title = "Generating" if len(jobs) == 1 else f"Generating {number} of {len(jobs)}"
         with steps(title) as on_step:
             make_video(pipe, job, files, kind, on_step)
+        made.append(files.video)
         typer.echo(f"Video {files.video}, contact sheet {files.sheet}, settings {files.sidecar}")
+
+
+def _standing(made: list[Path], count: int) -> str:
+    """What is said of several videos after Ctrl-C."""
+    if not made:
+        return f"none of {count} videos is made, and no half-written file was left"
+    last = f" to {made[-1]}" if len(made) > 1 else ""
+    return f"{len(made)} of {count} videos are made, {made[0]}{last}; the same command makes all of them again"
 
 
 def _tell_unknown(pipe: Any, job: Any, prompt: str) -> None:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from postgen.commands.errors import when_stopped
 from postgen.errors import UserError, check_text
 from postgen.files import check_apart, check_place, named
 from postgen.prompt_rows import read_prompts
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as Shown
 
     from postgen.rewards import RewardRunner
     from postgen.rewards.scoring import Clip
+    from postgen.rewards.table import Table
 
 Paths = Annotated[list[Path], typer.Argument(help="Videos, pictures, or folders of them.")]
 Reward = Annotated[
@@ -131,6 +133,7 @@ def _score_all(
                 typer.echo(f"postgen: {known} of {len(clips)} are in {output} already and stay", err=True)
             _add_sum(clips, runner.weights, weighted)
             stack.enter_context(table)
+        stack.enter_context(when_stopped(lambda: _standing(clips, table)))
         report = stack.enter_context(steps("Scoring", "videos"))
 
         def after(clip: Clip) -> None:
@@ -141,6 +144,13 @@ def _score_all(
 
         done = itertools.count(1 + sum(clip.done for clip in clips))
         score_clips(clips, runner, after, most=int(whole_mb * 2**20))
+
+
+def _standing(clips: Sequence[Clip], table: Table | None) -> str:
+    """What is said after Ctrl-C."""
+    if table is not None:
+        return f"{table.count} of {len(clips)} are in {table.path}: the same command goes on"
+    return f"{sum(clip.done for clip in clips)} of {len(clips)} were scored and are lost: -o t.jsonl keeps them"
 
 
 def _tell_pictures(clips: Sequence[Clip]) -> None:
@@ -160,11 +170,13 @@ def _tell_failures(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     useless = _tell_gaps(clips, rewards)
     unread = [clip for clip in clips if clip.error]
     for clip in unread:
-        typer.echo(f"postgen: cannot read {clip.path}: {clip.error}", err=True)
+        named = str(clip.path) in (clip.error or "")
+        typer.echo(f"postgen: {'' if named else f'cannot read {clip.path}: '}{clip.error}", err=True)
     failed = [clip for clip in clips if clip.failures]
     for reward in rewards:
         if own := [clip for clip in failed if reward in clip.failures]:
-            typer.echo(f"postgen: {reward} failed for {len(own)}: {own[-1].failures[reward]}", err=True)
+            where = f"{own[-1].path.name}, {len(own)} of {len(clips)} videos"
+            typer.echo(f"postgen: {reward} failed for {where}: {own[-1].failures[reward]}", err=True)
     if unread or failed:
         bad = len(unread) + len(failed)
         typer.echo(f"postgen: {len(clips) - bad} of {len(clips)} scored, {bad} failed", err=True)
@@ -208,9 +220,12 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
-        gaps = [c.path.name for c in read if c.scores.get(name) is None and name not in c.failures]
+        gaps = [c for c in read if c.scores.get(name) is None and name not in c.failures]
         if gaps:
-            typer.echo(f"postgen: {name} has no score for {gaps[0]}, {len(gaps)} of {len(read)} videos", err=True)
+            why = Counter(clip.reasons[name] for clip in gaps if name in clip.reasons)
+            told = "; ".join(f"{reason} ({count})" if len(why) > 1 else reason for reason, count in why.most_common(3))
+            where = f"{gaps[0].path.name}, {len(gaps)} of {len(read)} videos"
+            typer.echo(f"postgen: {name} has no score for {where}{': ' if told else ''}{told}", err=True)
             useless |= len(gaps) == len(read)
     return useless
 
@@ -273,7 +288,7 @@ def _fitting(names: Sequence[str]) -> list[list[str]]:
     return tables
 
 
-def _table(*texts: str, names: Sequence[str]) -> Table:
+def _table(*texts: str, names: Sequence[str]) -> Shown:
     """Texts wrap to what the terminal has room for; names of rewards and numbers stay whole."""
     from rich.table import Table
 

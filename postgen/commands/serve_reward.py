@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from postgen.commands.errors import when_stopped
 from postgen.commands.score import Device, reward_device
 from postgen.errors import UserError
 
@@ -32,4 +33,5 @@ def serve_reward(
     with RewardServer(reward, port=port, max_bytes=int(max_mb * 2**20), device=place, timeout=timeout) as server:
         server.runner.load()
         typer.echo(f"{server.reward.name} at {server.url} (stop with Ctrl-C)")
-        server.serve_forever()
+        with when_stopped(lambda: f"requests scored: {server.scored}"):
+            server.serve_forever()

@@ -63,7 +63,9 @@ def _told(file: Path) -> Iterator[None]:
     except UserError as error:
         raise VideoError(str(error)) from error
     except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or error  # str() of an OSError names the file once more
+        # str() of an OSError names the file once more, as does Pillow's own.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is none that Pillow knows" if unknown else getattr(error, "strerror", None) or error
         raise VideoError(f"{said}: {reason}") from error
 
 

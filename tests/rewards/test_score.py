@@ -125,7 +125,9 @@ def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
     assert result.code == 1
     assert rows(out)[0]["world"] is None
     assert rows(out)[0]["level"] > 0
-    assert result.err.splitlines()[-1] == "postgen: world has no score for 0.mp4, 1 of 1 videos"
+    assert result.err.splitlines()[-1].startswith(
+        "postgen: world has no score for 0.mp4, 1 of 1 videos: the prompt names no"
+    )
 
 
 def test_many_rewards_are_several_tables(cli, folders):

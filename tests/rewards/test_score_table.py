@@ -163,7 +163,7 @@ def test_a_long_video_is_read_in_windows(cli, folder, tmp_path, monkeypatch):
     out.unlink()
     done = cli("score", folder, "--reward", rewards, "-o", out, "--whole-mb", "0.016")
     assert done.code == 1
-    assert "level failed for 1: TooLongError: it needs all frames at once, and 6 of 16x16" in done.err
+    assert "1 of 5 videos: TooLongError: it needs all frames at once, and 6 of 16x16" in done.err
     for one, other in zip(before, rows(out), strict=True):
         assert one["brightness_band"] == pytest.approx(other["brightness_band"], abs=1e-6)
     assert [row["error"] is None for row in rows(out)] == [True] * 4 + [False]
@@ -227,7 +227,7 @@ def test_csv_has_its_columns_from_the_start(cli, folder, tmp_path):
     out = tmp_path / "t.csv"
     assert cli("score", folder / "a.mp4", "--reward", OWN, "-o", out).code == 1
     (row,) = csv.DictReader(out.open(newline=""))
-    assert list(row) == ["file", "prompt", "level", "error", "key"]
+    assert list(row) == ["file", "prompt", "level", "no_score", "error", "key"]
 
 
 @pytest.mark.parametrize("value", ['"abc"', "1" + "0" * 400, "[1]", "true", "NaN", "1e999", '{"a": 1}'])

@@ -12,7 +12,7 @@ from benchmarks import world_corruptions as spoil
 from benchmarks.world_check import ATTRIBUTES, CORRUPTIONS, Maker, corrupted, scenes, shares
 from postgen import world
 from postgen.errors import UserError
-from postgen.world.check import check, check_batch
+from postgen.world.check import check, check_batch, check_long, find_tracks, find_tracks_long
 from postgen.world.check.segment import label
 from postgen.world.spec import CAMERAS
 
@@ -191,3 +191,21 @@ def test_two_bodies_that_are_never_seen_together_are_judged(make, event):
     report = check(torch.cat((first[:9], second[9:])), spec)
     assert report.event is False
     assert not report.all_right
+
+
+@pytest.mark.parametrize("values", [torch.uint8, (0, 255), (-1, 1)])
+def test_frames_in_other_units_are_refused(values):
+    scene = world.sample(7)
+    clip = world.render([scene]).rgb_BF3HW[0]
+    other = (clip * 255).to(values) if isinstance(values, torch.dtype) else values[0] + clip * (values[1] - values[0])
+    assert check(clip, scene).score == 1
+    assert check(clip * 1.02 - 0.01, scene).score > 0.9  # a decoder may overshoot
+    for call in (
+        lambda: check(other, scene),
+        lambda: check_batch(other[None], [scene]),
+        lambda: check_long(lambda: iter(other.split(8)), scene),
+        lambda: find_tracks(other[None]),
+        lambda: find_tracks_long(lambda: iter(other.split(8))),
+    ):
+        with pytest.raises(UserError, match=r"check needs frames (as floats )?in \[0,1\]"):
+            call()

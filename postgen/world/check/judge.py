@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.world.check.look import Windows, check_form, look, look_along
+from postgen.world.check.look import Windows, check_form, check_values, look, look_along
 from postgen.world.check.report import Report, judge
 from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import Track
@@ -38,7 +38,7 @@ def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
         spec_or_prompt: what should be there; a prompt is read by `world.parse`.
 
     Raises:
-        UserError: frames of another form, or a prompt that names no body of the world.
+        UserError: frames of another form, bytes or values outside [0,1], or a prompt that names no body of the world.
 
     >>> import torch
     >>> check(torch.rand(5, 3, 64, 64), "a red ball moves left").score < 0.2
@@ -63,6 +63,7 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str | Reading], *, workers
         WorkerDied: a process was killed; the next call starts new ones.
     """
     check_form(clips.shape)
+    check_values(clips)
     if len(clips) != len(specs):
         raise UserError(f"check got {len(clips)} clips and {len(specs)} specs: give one spec a clip.")
     _check_workers(workers)
@@ -83,6 +84,7 @@ def find_tracks(clips: Tensor) -> list[list[Track]]:
         UserError: as `check`.
     """
     check_form(clips.shape)
+    check_values(clips)
     return [tracks for _, sight in _sights(clips) for tracks in sight.tracks()]
 
 

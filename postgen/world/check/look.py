@@ -28,6 +28,7 @@ Windows = Callable[[], Iterator[Tensor]]
 _SHADING = 0.1
 #: Longest side of pictures that are looked at as they are, and to which larger ones are brought.
 _LARGE, _REDUCED, _LEAST = 1024, 512, 32
+_SLACK = 0.5
 
 
 def check_form(shape: Sequence[int]) -> None:
@@ -38,6 +39,20 @@ def check_form(shape: Sequence[int]) -> None:
     """
     if len(shape) != 5 or shape[2] != 3 or shape[1] < 5 or min(shape[-2:]) < _LEAST:
         raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(shape)}.")
+
+
+def check_values(frames: Tensor) -> None:
+    """Check that frames are floats in [0,1], give or take what a decoder overshoots.
+
+    Raises:
+        UserError: bytes, or values as models have them, in which nothing would be recognised.
+    """
+    if not frames.is_floating_point():
+        raise UserError(f"check needs frames as floats in [0,1], got {frames.dtype}: divide bytes by 255.")
+    if frames.numel():
+        low, high = (float(end) for end in frames.aminmax())
+        if low < -_SLACK or high > 1 + _SLACK:
+            raise UserError(f"check needs frames in [0,1], got values from {low:.3g} to {high:.3g}: bring them there.")
 
 
 def look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
@@ -71,6 +86,7 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
                 )
             if not len(window):
                 continue
+            check_values(window)
             pictures = _clean(window)
             frames, size = frames + len(window), pictures.shape[-2:]
             yield pictures
