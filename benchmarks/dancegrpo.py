@@ -67,7 +67,7 @@ def train(name: str, folder: Path, seconds: float, overrides: Sequence[str]) -> 
     """Run a preset, or go on with it."""
     pairs = (pair.partition("=") for pair in overrides)
     words = [word for key, _, value in pairs for word in (f"--{key}", *value.split(","))]
-    words += ["--output_dir", str(folder / name), "--resume_from_checkpoint", "latest", "--max_seconds", str(seconds)]
+    words += ["--output_dir", str(folder / name), "--resume_from_checkpoint", "auto", "--max_seconds", str(seconds)]
     kind, config = load_recipe(ROOT / "recipes" / f"{name}.yaml", words)
     _note_device(folder / name)
     settings: Any = config
@@ -283,7 +283,7 @@ def small_run(place: Path, *, processes: int = 1, **changes: Any) -> dict[str, T
     if processes > 1:
         config = ROOT / "recipes" / "accelerate" / "ddp_cpu.yaml"
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), *launch]
-    words = [sys.executable, *launch, str(place / "recipe.yaml"), "--resume"]
+    words = [sys.executable, *launch, str(place / "recipe.yaml"), "--resume", "auto"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(words, check=True, cwd=ROOT, env=environment)
     return load_file(place / "run" / "checkpoint-3" / "weights.safetensors")

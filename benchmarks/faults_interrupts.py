@@ -95,7 +95,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "train": Command(
         words=_train,
-        again=("--resume",),
+        again=("--resume", "auto"),
         compared=[
             *(f"{_END}/{name}.safetensors" for name in ("weights", "ema", "optimizer", "rank-0")),
             *(f"{_END}/rank-0.json", "run/export/net.safetensors"),

@@ -118,8 +118,9 @@ def _place(pairs: list[tuple[Path, Path]]) -> None:
 
 def _clear(parts: Iterable[Path]) -> None:
     for part in parts:
-        _remove(part)
         _unfinished.discard(part)
+        with suppress(NotADirectoryError):  # it was never made: a file stands where its folder should
+            _remove(part)
 
 
 def _remove(path: Path) -> None:

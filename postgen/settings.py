@@ -36,6 +36,10 @@ class Part:
     part: ClassVar[str] = ""
     """Name under which a recipe may nest the fields of a class; empty where it may not."""
 
+    may_change: ClassVar[tuple[str, ...]] = ()
+    """Fields of this class that change nothing of what is learned, whatever they are when a run is resumed; those that
+    begin with `eval_` are among them anyway."""
+
     def __post_init__(self) -> None:
         """Bring all values into their declared types."""
         coerce(self)

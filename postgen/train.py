@@ -7,11 +7,12 @@ from postgen.errors import UserError
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, stoppable
 
-USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume] [--dry-run]
+USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume [auto]] [--dry-run]
 
   RECIPE.yaml    YAML with 'method:' and the fields of that method's configuration, flat or nested by part
   --key value    replaces a value of the recipe; the values of a list follow one another: --key 0 2
-  --resume       go on from the newest checkpoint of output_dir, if there is one
+  --resume       go on from the newest checkpoint of output_dir; --resume auto begins where there is none,
+                 --resume runs/x/checkpoint-50 goes on from that one
   --dry-run      load the model, print what the run would need and cost, and end (dancegrpo, diffusion_nft)
 """
 
@@ -47,9 +48,7 @@ def _run(words: list[str]) -> int:
     recipes = [word for word in words[:1] if not word.startswith("--")]
     if not recipes:
         raise UserError("The recipe comes first: postgen train RECIPE.yaml [--key value ...] [--resume].")
-    overrides = [word for word in words[1:] if word not in ("--resume", "--dry-run")]
-    if "--resume" in words:
-        overrides += ["--resume_from_checkpoint", "latest"]
+    overrides = _spelt_out([word for word in words[1:] if word != "--dry-run"])
 
     from postgen.training import Reason, load_recipe
 
@@ -63,6 +62,17 @@ def _run(words: list[str]) -> int:
         return 0
     print(f"interrupted after step {result.global_step}; go on with --resume", file=sys.stderr)
     return Stop(result.signal).code
+
+
+def _spelt_out(words: list[str]) -> list[str]:
+    """Return the words with `--resume [WHICH]` as the setting that it stands for."""
+    found: list[str] = []
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        if word == "--resume":
+            found += ["--resume_from_checkpoint", *(["latest"] if after.startswith("--") else [])]
+        else:
+            found.append(word)
+    return found
 
 
 if __name__ == "__main__":

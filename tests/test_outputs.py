@@ -232,6 +232,14 @@ def test_a_stopped_command_removes_what_it_was_writing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x"]
 
 
+def test_what_could_not_be_made_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), replacing(tmp_path / "file" / "x"):
+        pass
+    discard_unfinished()
+    assert names(tmp_path) == ["file"]
+
+
 def test_the_benchmark_sees_what_is_left(tmp_path: Path) -> None:
     def found(old: bool = False) -> list[str]:
         return faults_interrupts._half(tmp_path, "generate", old=old)

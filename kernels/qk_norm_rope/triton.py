@@ -91,7 +91,8 @@ def _norm_rope(
 ):  # fmt: skip
     """All heads of one token; the pointers stand at that token."""
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
-    table = rotates & (pair < CHANNELS // 2)
+    # A number and not `rotates & ...`: the interpreter of Triton 3.9 makes integers of a truth value that it spreads.
+    table = pair < tl.where(rotates, CHANNELS // 2, 0)
     if cos is not None and not TABLE_PER_HEAD:
         c = tl.load(cos + pair * table_d, mask=table, other=1.0).to(tl.float32)
         s = tl.load(sin + pair * table_d, mask=table, other=0.0).to(tl.float32)

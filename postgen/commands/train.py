@@ -16,7 +16,8 @@ def train(
 ) -> None:
     """Run a training recipe.
 
-    `--key value` replaces a value of it (`--key 0 2` a list), --resume goes on, --dry-run only estimates.
+    `--key value` replaces a value of it (`--key 0 2` a list), --resume goes on (`--resume auto`: or begins),
+    --dry-run only estimates.
     """
     from postgen.train import main
 

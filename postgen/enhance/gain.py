@@ -29,6 +29,18 @@ def frame_gain(
     >>> frame_gain(torch.tensor([0.25, 1.0]), frames=4, weight=2.0)
     tensor([1.5000, 1.0000])
     """
+    return factored_gain(share, gain_factor(frames, weight), reduction=reduction, max_gain=max_gain)
+
+
+def gain_factor(frames: int, weight: float) -> float:
+    """Return (T + w) / (T - 1), what `frame_gain` multiplies 1 - share by."""
+    return (frames + weight) / (frames - 1)
+
+
+def factored_gain(
+    share: Tensor, factor: float, *, reduction: Literal["sample", "batch"], max_gain: float | None
+) -> Tensor:
+    """Return what `frame_gain` does, given its `gain_factor`."""
     if reduction == "batch":
         share = share.mean().expand_as(share)
-    return ((1 - share) * ((frames + weight) / (frames - 1))).clamp(min=1.0, max=max_gain)
+    return ((1 - share) * factor).clamp(min=1.0, max=max_gain)

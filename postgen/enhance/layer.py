@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postgen.enhance.call import Kept, PerThread
-from postgen.enhance.gain import frame_gain
+from postgen.enhance.gain import factored_gain
 from postgen.enhance.sdpa import tap_sdpa
 from postgen.enhance.shards import ulysses_group, whole_sequence
 from postgen.errors import UserError
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 
 class LayerCall:
-    """What is known of a layer in a thread: its weight in the call under way, and what was measured."""
+    """What is known of a layer in a thread: its factor in the call under way, and what was measured."""
 
     def __init__(self, calls: PerThread[VideoCall]) -> None:
         self.call = calls.own
         self.on = True
         """Whether the layer has a weight at all."""
-        self.weight = 0.0
-        """w = weight + relative_weight * T"""
-        self.relative_weight = 0.0
+        self.factor = 1.0
+        """(T + w) / (T - 1). Computed outside compiled code: torch 2.11 compiles sums of numbers once per value."""
         self.gain: Tensor | None = None
         """(B,) of the last call."""
         self.dispatched = False
@@ -113,13 +112,13 @@ class EnhancedAttention:
     def keep(self) -> None:
         """Keep what is known of the call, for a thread of autograd that runs the layer again."""
         here = self._threads.own
-        self._kept.values = here.on, here.weight, here.relative_weight, here.dispatched
+        self._kept.values = here.on, here.factor, here.dispatched
 
     def _resume(self) -> None:
         here = self._threads.own
         here.call.resume()
         if self._kept.values is not None:
-            here.on, here.weight, here.relative_weight, here.dispatched = self._kept.values
+            here.on, here.factor, here.dispatched = self._kept.values
 
 
 def _share(
@@ -144,9 +143,8 @@ def _share(
 
 
 def _gain(here: LayerCall, share: Tensor) -> Tensor:
-    frames, config = here.call.frames, here.call.config
-    weight = here.weight + here.relative_weight * frames
-    return frame_gain(share, frames, weight, reduction=config.reduction, max_gain=config.max_gain)
+    config = here.call.config
+    return factored_gain(share, here.factor, reduction=config.reduction, max_gain=config.max_gain)
 
 
 def _scaled(call: VideoCall, video: Tensor, gain: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from postgen.enhance.call import Kept, PerThread, VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
+from postgen.enhance.gain import gain_factor
 from postgen.enhance.layer import EnhancedAttention
 from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
@@ -121,7 +122,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             weights = now.prepared.weights[name]
             here = layer.here
             here.on = weights is not None
-            here.weight, here.relative_weight = weights or (0.0, 0.0)
+            weight, relative = weights or (0.0, 0.0)
+            here.factor = gain_factor(grid.frames, weight + relative * grid.frames)
             here.dispatched = through_diffusers or self._stack.dispatches(name)
         self._warn_of_displaced()
         self._warn_of_strength()
@@ -227,8 +229,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         if self.call.config.max_gain is not None:
             return
         frames = self.call.frames
-        layers = [layer.here for layer in self.layers.values()]
-        strength = max(layer.weight / frames + layer.relative_weight for layer in layers)
+        weights = [found or (0.0, 0.0) for found in self.now.prepared.weights.values()]
+        strength = max(weight / frames + relative for weight, relative in weights)
         if strength > STRONG:
             self._warn(
                 "strength",

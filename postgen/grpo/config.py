@@ -27,6 +27,7 @@ class RewardConfig(Part):
     """
 
     part: ClassVar[str] = "reward"
+    may_change: ClassVar[tuple[str, ...]] = ("offload_reward", "reward_patience")
 
     reward_funcs: list[str] = field(default_factory=list)
     """Names of rewards, or functions of your own: `package.module.function`, `file.py:function`."""
@@ -62,6 +63,7 @@ class EvaluationConfig(Part):
     """
 
     part: ClassVar[str] = "eval"
+    may_change: ClassVar[tuple[str, ...]] = ("num_generations_eval", "hacking_patience", "on_hacking")
 
     eval_prompts: int = 64
     """Rows of `eval_dataset` that are evaluated, from the first on."""
@@ -103,6 +105,8 @@ class GroupConfig(
     Raises:
         UserError: a value outside its range, or groups that do not fit into batches.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("log_completions", "num_completions_to_log", "dry_run")
 
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""
@@ -185,6 +189,8 @@ class DanceGRPOConfig(GroupConfig):
     Raises:
         UserError: a value outside its range, or values that contradict each other.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("check_on_policy_ratio", "max_ratio_error")
 
     sde_type: Kind = "dance"
     """Transition of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""

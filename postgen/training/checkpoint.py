@@ -167,13 +167,19 @@ def to_resume(output_dir: Path, wanted: str | None) -> list[Path]:
 
     Args:
         output_dir: folder of the run.
-        wanted: None for a new run; "latest" for the newest, and for those before it where that is damaged; a folder.
+        wanted: None for a new run; "latest" for the newest, and for those before it where that is damaged; "auto" for
+            the same where there are any, and a new run where there are none; a folder.
 
     Raises:
-        UserError: the folder holds checkpoints that this run would mix with its own.
+        UserError: the folder holds checkpoints that this run would mix with its own, or none for "latest".
     """
     found = named(output_dir)
-    if wanted == "latest":
+    if wanted == "latest" and not found:
+        raise UserError(
+            f"output_dir {output_dir} holds no checkpoint to resume. Leave --resume out to begin a run there, or give"
+            " --resume auto, which begins one where there is none."
+        )
+    if wanted in ("latest", "auto"):
         return found[::-1]
     if wanted is None:
         if found:

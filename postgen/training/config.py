@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from postgen.errors import UserError, is_number, shown
 from postgen.settings import Part
 
-from .nested import flat
+from .nested import check_key, flat
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -25,6 +25,11 @@ class TrainingConfig(Part):
     """
 
     part: ClassVar[str] = "training"
+    may_change: ClassVar[tuple[str, ...]] = (
+        *("output_dir", "method", "init_from", "resume_from_checkpoint", "allow_changed", "evaluate_only"),
+        *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
+        *("logging_steps", "report_to", "disable_tqdm"),
+    )
 
     output_dir: str
     """Folder of the run: checkpoints, `metrics.jsonl`, `config.yaml`, `export/`."""
@@ -36,7 +41,12 @@ class TrainingConfig(Part):
     """Folder with safetensors weights to start from: an export, a diffusers folder or a checkpoint. Weights alone."""
 
     resume_from_checkpoint: str | None = None
-    """A `checkpoint-N` folder, or "latest" (in YAML also true): the newest complete one of `output_dir`, if any."""
+    """A `checkpoint-N` folder; "latest" (in YAML also true): the newest one of `output_dir`, which must hold one;
+    "auto": the newest one, or a new run where there is none."""
+
+    allow_changed: list[str] = field(default_factory=list)
+    """Settings that change what is learned and yet may differ from those of the checkpoint that is resumed; otherwise
+    such a resume is refused. Those that change nothing of it (`Part.may_change`) need not be named."""
 
     max_steps: int = 1000
     """Optimiser steps of the whole run, those before a resume included. At least 1."""
@@ -142,6 +152,9 @@ class TrainingConfig(Part):
         self.require(bool(self.output_dir), "output_dir", "the name of a folder")
         warms = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
         self.require(warms, "warmup_steps", '0 when lr_scheduler_type is "constant" (use "constant_with_warmup")')
+        known = [item.name for item in dataclasses.fields(self)]
+        for name in self.allow_changed:
+            check_key(name, known, "allow_changed")
         for name in self.report_to:
             if name not in TRACKERS:
                 raise UserError(f"report_to: unknown tracker {name!r}. Known: {', '.join(TRACKERS)}, or none.")
@@ -177,8 +190,8 @@ def _names(value: Any) -> Any:
 
 
 def _resume(value: Any) -> Any:
-    if isinstance(value, str) and value.lower() in ("true", "latest"):
-        return "latest"
+    if isinstance(value, str) and value.lower() in ("true", "latest", "auto"):
+        return "auto" if value.lower() == "auto" else "latest"
     if value is False or value in ("", "false", "False"):
         return None
     return "latest" if value is True else value

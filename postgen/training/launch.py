@@ -7,6 +7,7 @@ accumulation) and the launcher about processes and devices; where both speak, th
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,7 +69,8 @@ def check_launch(args: TrainingConfig) -> None:
 def make_accelerator(args: TrainingConfig) -> Accelerator:
     """Return the accelerator of a run; `check_launch` has passed.
 
-    Several processes without a GPU average their gradients through gloo, also where `device` is auto.
+    Several processes without a GPU average their gradients through gloo, also where `device` is auto. With `bf16`
+    torch's warning is ignored from here on that a norm of bfloat16 numbers and float32 weights is not the fused one.
 
     Raises:
         UserError: the processes of the launch did not come together, the device is another one than `device` says, or
@@ -77,6 +79,9 @@ def make_accelerator(args: TrainingConfig) -> Accelerator:
     asked = _processes_asked()
     cpu = args.device == "cpu" or (args.device == "auto" and asked > 1 and not torch.accelerator.is_available())
     again = is_initialized()
+    if args.bf16:
+        # Trained weights stay float32, which is meant: nobody could heed the warning.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         made = Accelerator(
             mixed_precision=_precision(args),

@@ -39,6 +39,7 @@ class ModelConfig(Part):
     """
 
     part: ClassVar[str] = "model"
+    may_change: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
 
     model: str | None = None
     """A diffusers folder or hub id; none is the embedded model."""

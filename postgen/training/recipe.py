@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast, get_origin, get_type_hints
 
 import yaml
 
@@ -58,6 +58,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     for each in env.values():
         _check_env(each, str(path))
     values = flat(trainer.config_class, values, str(path))
+    overrides = _emptied(trainer.config_class, values, overrides)
     for word in overrides:
         if word.startswith("--"):
             check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")
@@ -169,6 +170,28 @@ def _method_of(values: dict[str, Any]) -> Any:
 
 def _key(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _emptied(config_class: type[TrainingConfig], values: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Put the lists that the command line empties (`--key []`) into `values`; return the other words.
+
+    The parser knows no spelling of a list without values.
+    """
+    lists = {name for name, hint in get_type_hints(config_class).items() if get_origin(hint) is list}
+    groups: list[list[str]] = []
+    for word in overrides:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    kept: list[list[str]] = []
+    for group in groups:
+        key = _key(group[0])
+        if key in lists and _last_value(group, key) == "[]" and group[-1].endswith("[]"):
+            values[key] = []
+            kept = [each for each in kept if _key(each[0]) != key]
+        else:
+            kept.append(group)
+    return [word for group in kept for word in group]
 
 
 def _last_value(overrides: list[str], key: str) -> str | None:

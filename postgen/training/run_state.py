@@ -11,7 +11,6 @@ from postgen.errors import UserError
 
 from .checkpoint import Snapshot, check_names
 from .checkpoint_head import DamagedCheckpoint
-from .config import TrainingConfig
 from .ema import Ema
 from .optimizer_state import OptimizerState
 from .sharding import cut_like, gathered, whole
@@ -19,18 +18,6 @@ from .swap import WeightsCopy, trained_parameters
 
 Weights = dict[str, dict[str, Tensor]]
 """Tensors by model and by the name in its `state_dict`, each of them whole."""
-
-_RUN_ONLY = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "max_seconds", "save_seconds"}
-"""Settings that do not change what is learned."""
-
-
-def changed_settings(before: Mapping[str, Any], config: TrainingConfig) -> list[str]:
-    """Return `name: old -> new` for the settings of `config` that differ from those of a checkpoint."""
-    return [
-        f"{name}: {before.get(name)} -> {value}"
-        for name, value in config.to_dict().items()
-        if name not in _RUN_ONLY and before.get(name) != value
-    ]
 
 
 @dataclass(kw_only=True)

@@ -23,10 +23,10 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .processes import check_equal, leave_group
-from .resume import check_method, none_is_sound, not_of, put_aside
+from .resume import announce, check_first, check_settings, none_is_sound, not_of, put_aside
 from .run_folder import RunLock, written
 from .run_log import RunLog
-from .run_state import RunState, changed_settings
+from .run_state import RunState
 from .sharding import no_sync, prepare, whole
 from .stop import Reason, Signals, TrainResult
 from .swap import trained_parameters
@@ -151,6 +151,8 @@ class Trainer(TrainerHooks[C]):
         lock, said = RunLock(self.args.folder), ""
         try:
             if self.accelerator.is_main_process:
+                if not self.args.folder.exists():  # a resume that cannot be leaves no folder behind
+                    checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
                 self.args.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except OSError as error:
@@ -174,6 +176,9 @@ class Trainer(TrainerHooks[C]):
 
     def _setup(self) -> None:
         sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
+        check_first(sources, self.args)
+        if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
+            say(f"{self.args.folder} holds no checkpoint: a new run begins")
         # The same weights in every process; afterwards each process has its own streams.
         set_seed(self.args.seed)
         self._raw = dict(self.build())
@@ -220,7 +225,7 @@ class Trainer(TrainerHooks[C]):
         self._event("on_train_begin")
         if args.eval_on_start and self.global_step == 0:
             self._evaluate()
-        reason = Reason.DONE
+        reason, began_at = Reason.DONE, self.global_step
         while self.global_step < args.max_steps:
             self._event("on_step_begin")
             self._step()
@@ -234,7 +239,8 @@ class Trainer(TrainerHooks[C]):
             self._save()
         self._export()
         if self.accelerator.is_main_process:
-            say(f"step {self.global_step}: what was trained is in {args.folder / 'export'}")
+            trained = "what was trained" if self.global_step > began_at else "nothing was trained now, what was before"
+            say(f"step {self.global_step}: {trained} is in {args.folder / 'export'}")
         self._event("on_train_end")
         return TrainResult(
             global_step=self.global_step, reason=reason, metrics=self.log.newest, signal=self._signals.number
@@ -359,7 +365,7 @@ class Trainer(TrainerHooks[C]):
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)
-        check_method(folder, snapshot.meta["config"].get("method"), self.args.method)
+        changed = check_settings(folder, snapshot.meta["config"], self.args)
         found, rank = len(snapshot.ranks), self.accelerator.process_index
         if found != self.accelerator.num_processes:
             raise UserError(
@@ -378,10 +384,7 @@ class Trainer(TrainerHooks[C]):
         rng.restore(_section(own, "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:
-            changed = changed_settings(snapshot.meta["config"], self.args)
-            say(f"resumed from {folder}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
-            if self.global_step >= self.args.max_steps:
-                say(f"it is at step {self.global_step}: nothing is left to do up to max_steps {self.args.max_steps}")
+            announce(folder, snapshot.step, changed, self.args)
 
 
 def _due(step: int, every: int) -> bool:

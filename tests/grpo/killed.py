@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
 from postgen.training import checkpoint
@@ -15,6 +15,8 @@ from tests.sampling.toy import PointPipeline
 
 @dataclass(kw_only=True)
 class KilledConfig(DanceGRPOConfig):
+    may_change: ClassVar[tuple[str, ...]] = ("kill_at", "kill_step")
+
     kill_at: str = ""
     """rollout, reward, update or checkpoint."""
 

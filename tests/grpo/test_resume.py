@@ -93,7 +93,7 @@ def test_grpo_resumes_exactly_after_ten_kills_at_random_moments(straight, tmp_pa
     path, chance = recipe(tmp_path / "killed", **changes), random.Random(0)
     lines = tmp_path / "killed" / "run" / "metrics.jsonl"
     for _ in range(10):
-        process = start(path, "--resume")
+        process = start(path, "--resume", "auto")
         seen = lines.stat().st_mtime_ns if lines.is_file() else 0
         while process.poll() is None and not (lines.is_file() and lines.stat().st_mtime_ns != seen):
             time.sleep(0.01)

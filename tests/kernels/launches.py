@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,3 +86,18 @@ def compile_for(
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, dict(constants), attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled_bytes(ptx: str, folder: Path, kinds: str = "stores|loads") -> int:
+    """Bytes that a thread has to keep in memory, as the assembler says that Triton itself takes for Hopper."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    said = subprocess.run(
+        [get_ptxas(HOPPER).path, "-v", f"--gpu-name=sm_{HOPPER}a", source, "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    return sum(map(int, re.findall(rf"(\d+) bytes spill (?:{kinds})", said)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from postgen.kernels.linear_attention.ops import SHARED_MEMORY
-from tests.kernels.launches import compile_for
+from tests.kernels.launches import compile_for, spilled_bytes
 
 PASSES = ("keys", "queries", "grad_queries", "grad_keys")
 ABSENT = ("rstd", "weight", "rope", "lengths", "space", "time")
@@ -76,31 +75,15 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
     )
 
 
-def spilled_bytes(found: Any, folder: Path) -> int:
-    """Ask the assembler how many bytes of registers a thread has to keep in memory."""
-    import triton
-
-    source = folder / "kernel.ptx"
-    source.write_text(found.asm["ptx"])
-    command = [
-        triton.knobs.nvidia.ptxas.path,
-        "-v",
-        "--gpu-name=sm_90a",
-        str(source),
-        "-o",
-        str(folder / "kernel.cubin"),
-    ]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(int(number) for number in re.findall(r"(\d+) bytes spill stores", report))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("name", PASSES)
 def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) -> None:
     found = compiled(name, channels, "bf16")
     # Some bytes of a launch that is faster all the same; a loop that spills its sums takes thousands.
-    assert spilled_bytes(found, tmp_path) <= (208 if (name, channels) == ("grad_queries", 64) else 128)
+    assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") <= (
+        208 if (name, channels) == ("grad_queries", 64) else 128
+    )
     assert found.metadata.shared <= SHARED_MEMORY[channels]
 
 
@@ -112,7 +95,7 @@ def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) ->
 def test_norm_rope_and_convolution_spill_little(name: str, conv: int, most: int, tmp_path: Path) -> None:
     more = ("space", "time") if name == "convolution" else ()
     found = compiled(name, 128, "bf16", "rstd", "weight", "rope", *more, conv=conv)
-    assert spilled_bytes(found, tmp_path) <= most
+    assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") <= most
     assert found.metadata.shared <= SHARED_MEMORY[128]
 
 
@@ -120,7 +103,7 @@ def test_norm_rope_and_convolution_spill_little(name: str, conv: int, most: int,
 @pytest.mark.parametrize("channels", [64, 128])
 def test_the_convolution_waits_in_registers(channels: int, tmp_path: Path) -> None:
     found = compiled("convolution", channels, "bf16", "space", "time", conv=5)
-    assert spilled_bytes(found, tmp_path) == 0
+    assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") == 0
     assert found.metadata.shared <= SHARED_MEMORY[channels]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
-
 from postgen.kernels.qk_norm_rope.triton import _qk_norm_rope, blocks
-from tests.kernels.launches import compile_for
+from tests.kernels.launches import compile_for, spilled_bytes
 
 
 def compiled(heads: int, channels: int, *, int8: bool = False, step: int = 2, capability: int = 90, **changes: Any):
@@ -38,20 +35,6 @@ def compiled(heads: int, channels: int, *, int8: bool = False, step: int = 2, ca
         capability=capability,
         num_warps=warps,
     )
-
-
-def spilled_bytes(ptx: str, folder: Path) -> int:
-    """Bytes that the assembler of Triton's wheel moves out of the registers, on Hopper."""
-    source = folder / "kernel.ptx"
-    source.write_text(ptx)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    said = subprocess.run(
-        [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", folder / "kernel.cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
 
 
 @pytest.mark.parametrize(

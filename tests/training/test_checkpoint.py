@@ -87,21 +87,87 @@ def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
     assert metrics(tmp_path) == lines
     said = capsys.readouterr().err
     assert "resumed from" in said
-    assert "it is at step 14: nothing is left to do up to max_steps 14" in said
+    assert "it is at step 14: nothing is left to do up to max_steps 14, raise max_steps to train on" in said
+    assert f"step 14: nothing was trained now, what was before is in {tmp_path / 'export'}" in said
+    assert "what was trained" not in said
 
 
 def test_settings_of_the_resumed_run_count(tmp_path, capsys):
     make(tmp_path, max_steps=5).train()
-    run = make(tmp_path, resume_from_checkpoint=True, learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0)
+    changed = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    run = make(tmp_path, resume_from_checkpoint=True, allow_changed=list(changed), save_steps=0, **changed)
     run.train()
     assert run.log.newest["learning_rate"] == 0.5
-    assert "learning_rate: 0.01 -> 0.5" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "max_steps: 5 -> 14, learning_rate: 0.01 -> 0.5, lr_scheduler_type: cosine -> constant" in said
+    assert "save_steps: 5 -> 0" in said
 
 
-def test_latest_without_a_checkpoint_starts_at_the_beginning(tmp_path):
-    run = make(tmp_path, resume_from_checkpoint="latest", max_steps=2)
+def test_settings_that_change_what_is_learned_are_refused_before_the_model_is_made(tmp_path, capsys):
+    make(tmp_path, max_steps=5).train()
+    before, lines = parts(tmp_path / "checkpoint-5"), metrics(tmp_path)
+    run = make(
+        tmp_path, resume_from_checkpoint="latest", seed=7, gradient_accumulation_steps=1, allow_changed=["seed"]
+    )
+    run.build = lambda: pytest.fail("a model was made")
+    with pytest.raises(
+        UserError, match=r"checkpoint-5 was made with other settings: gradient_accumulation_steps: 2 -> 1"
+    ):
+        run.train()
+    with pytest.raises(UserError, match=r"allow the new ones with --allow_changed gradient_accumulation_steps seed$"):
+        make(tmp_path, resume_from_checkpoint="latest", seed=7, gradient_accumulation_steps=1).train()
+    with pytest.raises(UserError, match=r"Unknown key 'sead' in allow_changed. Did you mean 'seed'"):
+        make(tmp_path, allow_changed=["sead"])
+    assert (parts(tmp_path / "checkpoint-5"), metrics(tmp_path)) == (before, lines)
+    make(tmp_path, resume_from_checkpoint="latest", seed=7, evaluate_only=True).train()
+    capsys.readouterr()
+    make(tmp_path, resume_from_checkpoint="latest", max_steps=6).train()
+    assert "max_steps: 5 -> 6, the learning rate is from here on that of a cosine run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path, capsys):
+    make(tmp_path, max_steps=5).train()
+    path = tmp_path / "checkpoint-5" / "state.json"
+    head = json.loads(path.read_text())
+    assert head["meta"]["config"].pop("adam_beta1") == 0.9
+    path.write_text(json.dumps(head))
+    make(tmp_path, resume_from_checkpoint="latest", max_steps=5).train()
+    assert "changed since" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"other settings: adam_beta1: 0.9 -> 0.5\. "):
+        make(tmp_path, resume_from_checkpoint="latest", adam_beta1=0.5).train()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_to_resume_is_an_error_unless_it_may_begin(tmp_path, capsys, there):
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    with pytest.raises(UserError, match=r"run holds no checkpoint to resume. Leave --resume out"):
+        make(folder, resume_from_checkpoint="latest", max_steps=2).train()
+    assert folder.exists() == there
+    run = make(folder, resume_from_checkpoint="auto", max_steps=2)
     run.train()
     assert len(run.history) == 2
+    assert "run holds no checkpoint: a new run begins" in capsys.readouterr().err
+    run = make(folder, resume_from_checkpoint="auto", max_steps=3)
+    run.train()
+    assert len(run.history) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--resume"], "latest"),
+        (["--resume", "--seed", "3"], "latest"),
+        (["--resume", "auto", "--seed", "3"], "auto"),
+        (["--seed", "3", "--resume", "runs/x/checkpoint-5"], "runs/x/checkpoint-5"),
+    ],
+)
+def test_resume_takes_the_newest_or_what_is_named(tmp_path, monkeypatch, words, wanted):
+    found = []
+    monkeypatch.setattr(TinyTrainer, "from_config", lambda config: found.append(config) or make(tmp_path / "other"))
+    assert main([str(recipe(tmp_path, max_steps=1)), *words]) == 0
+    assert found[0].resume_from_checkpoint == wanted
 
 
 def test_an_old_run_is_not_overwritten(tmp_path):
@@ -179,7 +245,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, settings, message):
     make(tmp_path, max_steps=2).train()
     with pytest.raises(UserError, match=message):
-        make(tmp_path, resume_from_checkpoint="latest", **settings).train()
+        make(tmp_path, resume_from_checkpoint="latest", allow_changed=list(settings), **settings).train()
 
 
 def test_frozen_weights_are_not_in_a_checkpoint(tmp_path):

@@ -1,8 +1,10 @@
 """What `accelerate launch` asks for is heeded or refused in one line; its own functions say what it sets."""
 
 import os
+import warnings
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import prepare_simple_launcher_cmd_env
@@ -118,3 +120,20 @@ def test_a_process_that_has_a_number_is_one_of_several(tmp_path, monkeypatch):
         check_launch(config(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_launch(config(tmp_path))
+
+
+def test_bf16_says_nothing_of_norms_in_two_types(fresh, tmp_path):
+    x, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(4)
+    said = []
+    try:
+        torch.set_warn_always(True)
+        for bf16 in (False, True):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                if bf16:
+                    make_accelerator(config(tmp_path, bf16=True, device="cpu"))
+                torch.rms_norm(x, (4,), weight, 1e-6)
+            said.append(any("Mismatch dtype" in str(each.message) for each in found))
+    finally:
+        torch.set_warn_always(False)
+    assert said == [True, False]

@@ -57,7 +57,9 @@ def test_two_processes_learn_the_same(tmp_path):
     assert len(states) == 2
     assert not torch.equal(states[0]["rng.generator"], states[1]["rng.generator"])
     assert not torch.equal(states[0]["rng.torch"], states[1]["rng.torch"])
-    trainer, config = load_recipe(path, ["--resume_from_checkpoint", "latest", "--bf16", "false"])
+    trainer, config = load_recipe(
+        path, ["--resume_from_checkpoint", "latest", "--bf16", "false", "--allow_changed", "bf16"]
+    )
     with pytest.raises(UserError, match="was written by 2 processes, this run has 1"):
         trainer(config).train()
 

@@ -34,6 +34,22 @@ def test_file_and_overrides(recipe):
     assert (config.method, config.resume_from_checkpoint, config.report_to) == (TINY, "latest", ["wandb"])
 
 
+@pytest.mark.parametrize(
+    ("words", "trackers"),
+    [
+        (["--report_to", "[]"], []),
+        (["--report-to=[]", "--width", "7"], []),
+        (["--report_to", "wandb", "--report_to", "[]"], []),
+        (["--report_to", "[]", "--report_to", "wandb", "trackio"], ["wandb", "trackio"]),
+        ([], ["tensorboard"]),
+    ],
+)
+def test_a_list_is_emptied_on_the_command_line(recipe, words, trackers):
+    assert load_recipe(recipe(report_to=["tensorboard"]), words)[1].report_to == trackers
+    with pytest.raises(UserError, match=r"invalid int value: '\[\]'"):
+        load_recipe(recipe(), [*words, "--max_steps", "[]"])
+
+
 def test_the_saved_config_is_a_recipe(recipe, tmp_path):
     path = recipe(max_steps=2, disable_tqdm=True, report_to="none", device="cpu")
     assert main([str(path)]) == 0

@@ -5,6 +5,7 @@ import random
 import signal
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from postgen.training import Trainer, TrainingConfig
 
 @dataclass(kw_only=True)
 class TinyConfig(TrainingConfig):
+    may_change: ClassVar[tuple[str, ...]] = ("signal_at", "signal_name")
+
     width: int = 8
     """Hidden units."""
 
