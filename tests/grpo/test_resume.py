@@ -91,11 +91,19 @@ def test_grpo_resumes_exactly_after_ten_kills_at_random_moments(straight, tmp_pa
     changes = {"max_steps": steps, "save_steps": 7, "eval_steps": 20}
     assert main([str(recipe(tmp_path / "straight", **changes))]) == 0
     path, chance = recipe(tmp_path / "killed", **changes), random.Random(0)
-    lines = tmp_path / "killed" / "run" / "metrics.jsonl"
-    for _ in range(10):
-        process = start(path, "--resume", "auto")
-        seen = lines.stat().st_mtime_ns if lines.is_file() else 0
-        while process.poll() is None and not (lines.is_file() and lines.stat().st_mtime_ns != seen):
+    folder = tmp_path / "killed" / "run"
+
+    def logged() -> object:
+        lines = folder / "metrics.jsonl"
+        return lines.stat().st_mtime_ns if lines.is_file() else 0
+
+    def saved() -> object:
+        return {each.name for each in folder.glob("checkpoint-*")}
+
+    # Every other one is killed after it has saved, so that the run goes on however slow the machine is.
+    for progress in (logged, saved) * 5:
+        process, seen = start(path, "--resume", "auto"), progress()
+        while process.poll() is None and progress() == seen:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.4))
         process.kill()
