@@ -111,12 +111,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def named_error(error: BaseException) -> str:
-    """Return the class and the message of an error; of a private class, what it is one of.
+    """Return the class and the message of an error in one line; of a private class, what it is one of.
 
-    >>> named_error(KeyError("a"))
-    "KeyError: 'a'"
+    >>> named_error(ValueError("a, and\\n  b"))
+    'ValueError: a, and b'
     """
-    return f"{next(kind.__name__ for kind in type(error).__mro__ if kind.__name__[0] != '_')}: {error}"
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__[0] != "_")
+    return " ".join(f"{kind}: {error}".split())
 
 
 def first_line(error: BaseException) -> str:

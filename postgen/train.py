@@ -68,7 +68,9 @@ def _spelt_out(words: list[str]) -> list[str]:
     """Return the words with `--resume [WHICH]` as the setting that it stands for."""
     found: list[str] = []
     for word, after in zip(words, [*words[1:], "--"], strict=False):
-        if word == "--resume":
+        if word.startswith("--resume="):
+            found.append(word.replace("--resume", "--resume_from_checkpoint", 1))
+        elif word == "--resume":
             found += ["--resume_from_checkpoint", *(["latest"] if after.startswith("--") else [])]
         else:
             found.append(word)

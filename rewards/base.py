@@ -156,14 +156,14 @@ class Reward:
             raise UserError(f"the reward {self.name} has the outputs {', '.join(outputs) or 'none'}, not {output}")
         self.function, self.output = function, output
         self._ours = _home(function).startswith("postgen.rewards.")
-        self.groupwise = bool(getattr(function, "groupwise", False))
-        self.streams = bool(getattr(function, "streams", False))
-        self.batch_bytes: int | None = getattr(function, "batch_bytes", None)
+        self.groupwise = bool(_said(function, "groupwise", False))
+        self.streams = bool(_said(function, "streams", False))
+        self.batch_bytes: int | None = _said(function, "batch_bytes", None)
         call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
         self._parameters = inspect.signature(function).parameters
-        self._needs_prompts = getattr(function, "needs_prompts", None)
-        self._prompt_columns = tuple(getattr(function, "prompt_columns", ()))
+        self._needs_prompts = _said(function, "needs_prompts", None)
+        self._prompt_columns = tuple(_said(function, "prompt_columns", ()))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         if not self._takes_all and not {"prompts", "completions", *_VIDEO_FORMS} & set(self._parameters):
             raise UserError(f"the reward {self.name} takes neither prompts nor completions: it could score nothing")
@@ -274,6 +274,14 @@ def _finite(value: Any) -> float | None:
 
 def _name_of(function: Any) -> str:
     return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
+
+
+def _said(function: Any, name: str, otherwise: Any) -> Any:
+    """What a function says of itself, the one inside a partial, or the method by which an object is called."""
+    while isinstance(function, functools.partial) and not hasattr(function, name):
+        function = function.func
+    call = None if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004
+    return getattr(function, name, getattr(call, name, otherwise))
 
 
 def _home(function: Callable[..., Any]) -> str:

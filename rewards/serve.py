@@ -35,7 +35,7 @@ _AGAIN = 1
 _HEAD = 3.0
 """Seconds after which the head of a request must be there."""
 _CHUNK = 2**18
-_EMPTY_LINES = 8
+_EMPTY_LINES, _LINE = 8, 2**16
 _TAKEN = "there is GET /health and POST /score"
 _DIGITS = 15
 _UNKNOWN = 2**63
@@ -159,12 +159,15 @@ class _Handler(BaseHTTPRequestHandler):
         for _ in range(_EMPTY_LINES):
             if self.raw_requestline.strip():
                 break
-            self.raw_requestline = self.rfile.readline(2**16)
+            self.raw_requestline = self.rfile.readline(_LINE + 1)
             if not self.raw_requestline:  # the client has left
                 self.close_connection = True
                 return False
+        self.requestline, self.command = "", ""
+        if len(self.raw_requestline) > _LINE:
+            self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
+            return False
         if not self.raw_requestline.strip():
-            self.requestline, self.command = "", ""
             self.send_error(HTTPStatus.BAD_REQUEST, "there is no request, only empty lines")
             return False
         return super().parse_request()
@@ -276,7 +279,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", str(_AGAIN))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":  # its answer has no content (RFC 9110, 9.3.2)
+            self.wfile.write(body)
         self._drain()
 
     def _drain(self) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from postgen.commands.errors import when_stopped
 from postgen.errors import UserError, check_text
-from postgen.files import check_apart, check_place, named
+from postgen.files import check_apart, check_place, files_of, named
 from postgen.prompt_rows import read_prompts
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ def score(
     from postgen.rewards.table import setting_of
 
     clips = find_clips(paths, frames=frames)
+    if table is not None and table.is_symlink():  # any other has a suffix that none of them has
+        read = [file for clip in clips for file in (*files_of(clip.path), clip.path.with_suffix(".json"))]
+        check_apart([table], read)
     _tell_pictures(clips)
     set_prompts(clips, prompt, rows)
     texts, place = split_rewards(reward), reward_device(device)

@@ -26,6 +26,12 @@ def level(completions):
     return [float(clip.mean()) for clip in completions]
 
 
+class Marked:
+    @promptless
+    def __call__(self, prompts, completions):
+        return level(completions)
+
+
 def test_who_needs_a_prompt():
     assert {name for name in known_rewards() if not get_reward(name).needs_prompts} == UNPROMPTED
 
@@ -41,6 +47,8 @@ def test_who_needs_a_prompt():
     assert get_reward(named).needs_prompts
     assert not get_reward(optional).needs_prompts
     assert not get_reward(promptless(partial(named))).needs_prompts
+    assert not get_reward(partial(partial(promptless(partial(named))))).needs_prompts
+    assert not get_reward(Marked()).needs_prompts
     by_note = get_reward(prompted_by("note")(instead))
     assert [by_note.lacks_prompt(*row) for row in [(None, {}), (None, {"note": 1}), ("", {})]] == [True, False, False]
     assert guarded(by_note, [level]).lacks_prompt(None, {})

@@ -307,3 +307,18 @@ def test_half_a_character_is_no_prompt(cli, folder, tmp_path, words):
         words = ("score", folder, "--reward", OWN, *how)
     done = cli(*words)
     assert (done.code, done.err.count("\n"), "is no text in UTF-8: character" in done.err) == (2, 1, True)
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.json"])
+def test_a_link_to_a_file_that_is_scored_is_no_place_for_a_table(cli, tmp_path, name):
+    folder, link = tmp_path / "in", tmp_path / "t.jsonl"
+    write_video(folder / "a.webm", torch.full((5, 3, 16, 16), 0.5), fps=8)
+    (folder / "a.json").write_text('{"prompt": "a cat"}')
+    before = (folder / name).read_bytes()
+    link.symlink_to(folder / name)
+    done = cli("score", folder, "--reward", "motion_floor", "-o", link)
+    assert done.code == 2
+    assert "would overwrite" in done.err
+    assert (folder / name).read_bytes() == before
+    assert cli("score", folder, "--reward", "motion_floor", "-o", folder / "t.jsonl").code == 0
+    assert cli("score", folder, "--reward", "motion_floor", "-o", folder / "t.jsonl").code == 0

@@ -112,12 +112,21 @@ def test_requests_that_are_none(server):
     both = f"{HEAD}Transfer-Encoding: chunked\r\nContent-Length: {len(GOOD)}\r\n\r\n"
     wrong = {two: 400, chunked: 400, both: 400, f"{HEAD}Content-Length: {10**12}\r\n\r\n": 413, f"{HEAD}\r\n": 411}
     wrong |= {"nonsense\r\n\r\n": 400, "GET /health HTTP/9.9\r\n\r\n": 505, "PUT /score HTTP/1.1\r\n\r\n": 405}
+    wrong |= {f"\r\nGET /{'x' * 70000} HTTP/1.1\r\n\r\n": 414}
     wrong |= {"\r\n" * 9: 400, "\r\n\r\nGET /health HTTP/1.1\r\n\r\n": 200}
     wrong |= {f"GET /{'x' * 70000} HTTP/1.1\r\n\r\n": 414, f"{HEAD}X: {'x' * 70000}\r\n\r\n": 431}
     wrong |= {f"{HEAD}Content-Length: 0\r\n\r\n": 400, HEAD + "X: y\r\n" * 200 + "\r\n": 431}
     for data, status in wrong.items():
         assert answer(server, data.encode())[0] == status, data[:200]
     assert good(server)[0] == 200
+
+
+def test_an_answer_to_head_has_no_content(server):
+    with connect(server) as connection:
+        connection.sendall(b"HEAD /health HTTP/1.1\r\n\r\n")
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert data.startswith(b"HTTP/1.0 405 ")
+    assert data.endswith(b"\r\n\r\n")
 
 
 def request(prompts=("a",), fps=8.0, clip=CLIP, columns=None, text=None):

@@ -160,6 +160,7 @@ def test_nothing_to_resume_is_an_error_unless_it_may_begin(tmp_path, capsys, the
         (["--resume"], "latest"),
         (["--resume", "--seed", "3"], "latest"),
         (["--resume", "auto", "--seed", "3"], "auto"),
+        (["--resume=auto", "--seed", "3"], "auto"),
         (["--seed", "3", "--resume", "runs/x/checkpoint-5"], "runs/x/checkpoint-5"),
     ],
 )
