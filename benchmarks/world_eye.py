@@ -151,6 +151,14 @@ def generated(name: str, device: str, kept: Path | None, model: Path) -> dict[st
     }
 
 
+def second_eye() -> dict[str, float]:
+    """How far two persons agree on the last of `SETS`: no judge can be asked for more. Either's unclear counts not."""
+    rows = eye_verdicts([*SETS][-1])["clips"].values()
+    said = [tuple(row[who].partition(":")[0] for who in ("verdict", "second")) for row in rows]
+    sure = [first == second for first, second in said if "unclear" not in (first, second)]
+    return {"clips": len(sure), "agree": sum(sure) / len(sure)}
+
+
 _EXCHANGED = {"left": "right", "right": "left", "closer": "away", "away": "closer"}
 
 
@@ -188,6 +196,7 @@ def measure(device: str, kept: Mapping[str, Path | None], model: Path) -> dict[s
         "mirror": min(mirror, mirror_fresh),
         "before": json.loads((DATA / "world_before.json").read_text(encoding="utf-8")),
         **{name: generated(name, device, kept.get(name), model) for name in SETS},
+        "second_eye": second_eye(),
     }
 
 

@@ -74,3 +74,10 @@ def test_missing_verdicts_other_models_and_exchanged_folders_are_one_clear_error
     say("generated_third", ["right"] * 4, denoiser_sha256="other")
     with pytest.raises(UserError, match="clips of another model"):
         world_eye.check_model(kept, tmp_path)
+
+
+def test_two_persons_are_compared_where_both_are_sure(monkeypatch):
+    pairs = [("right", "right"), ("wrong: shape", "wrong: melts"), ("right", "wrong: count"), ("unclear", "right")]
+    rows = {str(k): {"verdict": first, "second": second} for k, (first, second) in enumerate(pairs)}
+    monkeypatch.setattr(world_eye, "eye_verdicts", lambda _: {"clips": rows})
+    assert world_eye.second_eye() == {"clips": 3, "agree": pytest.approx(2 / 3)}
