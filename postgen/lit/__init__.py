@@ -1,0 +1,1 @@
+"""Hybrid linear attention: convert a trained transformer's self-attention, block by block."""
