@@ -14,6 +14,8 @@ from postgen.families.registry import (
     layout_of,
     register_denoiser,
     register_layout,
+    tokens_named,
+    tokens_of,
     video_tokens_named,
     video_tokens_of,
 )
@@ -35,6 +37,8 @@ __all__ = [
     "layout_of",
     "register_denoiser",
     "register_layout",
+    "tokens_named",
+    "tokens_of",
     "video_tokens_named",
     "video_tokens_of",
 ]

@@ -10,7 +10,7 @@ from postgen.families import rows_images, rows_others, rows_unets, rows_wan
 from postgen.families.blocks import Block
 from postgen.families.denoiser import Denoiser
 from postgen.families.layout import Layout, found
-from postgen.families.rows_refused import NO_LAYOUT, NO_VIDEO_TOKENS
+from postgen.families.rows_refused import NO_LAYOUT, NO_TOKENS, NO_VIDEO_TOKENS
 from postgen.families.video_tokens import VideoTokens
 
 if TYPE_CHECKING:
@@ -119,6 +119,34 @@ def video_tokens_named(kind: str, *parents: str) -> VideoTokens:
         if reason:
             known = sorted(name for name, row in _layouts.items() if row.video is not None)
             raise UserError(f"no video tokens in {kind}: {reason}. Known: {', '.join(known)}")
+    raise _unknown(kind)
+
+
+def tokens_of(transformer: nn.Module) -> VideoTokens:
+    """Return where the tokens of a video or of a picture are in the self-attention of a transformer, wrapped or not.
+
+    Raises:
+        UserError: nothing is known of the class, or why it has no softmax attention among them.
+    """
+    kind, *parents = _class_names(transformer)
+    return tokens_named(kind, *parents)
+
+
+def tokens_named(kind: str, *parents: str) -> VideoTokens:
+    """Return where the tokens of a video or picture are, by the name of a class or of the first known parent.
+
+    Raises:
+        UserError: nothing is known of the class, or why it has no softmax attention among them.
+    """
+    for name in (kind, *parents):
+        row = _layouts.get(name)
+        tokens = None if row is None else row.video or row.image
+        if tokens is not None:
+            return tokens
+        reason = NO_TOKENS.get(name, "its layout says nothing of them" if row is not None else "")
+        if reason:
+            known = sorted(name for name, row in _layouts.items() if row.video or row.image)
+            raise UserError(f"no tokens of a video or picture in {kind}: {reason}. Known: {', '.join(known)}")
     raise _unknown(kind)
 
 
