@@ -9,6 +9,8 @@ from postgen.errors import UserError, check_number, is_whole, shown
 
 LINEAR_TYPES = ("lit", "mhla", "anchor", "chunk", "window_delta", "window_linear")
 """What a block's attention can be converted to."""
+OF_FRAMES = ("chunk", "window_delta", "window_linear")
+"""Those that tell frames apart: a picture has one, on which they are softmax."""
 TYPES = ("softmax", *LINEAR_TYPES)
 """What a block's attention can be; softmax stays as it is."""
 

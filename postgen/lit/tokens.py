@@ -135,6 +135,6 @@ def _rows(rope: Rope | None, first: int, tokens: int) -> Rope | None:
     if rope is None:
         return None
     start = first - rope.first_token
-    assert start >= 0 and start + tokens <= rope.cos.shape[1], "the video is rotated as a whole"
+    assert 0 <= start <= rope.cos.shape[1] - tokens, "the video is rotated as a whole"
     rows = slice(start, start + tokens)
     return Rope(rope.cos[:, rows], rope.sin[:, rows], in_float32=rope.in_float32)

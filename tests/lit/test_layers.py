@@ -290,8 +290,8 @@ def test_one_frame(name: str) -> None:
 
 def test_refused() -> None:
     call = Call(text=2)
+    call.grid = Grid(frames=2, height=2, width=3)
     with pytest.raises(UserError, match="18 tokens of the video are no grid of 2 x 2 x 3"):
-        call.grid = Grid(frames=2, height=2, width=3)
         call.tokens()
     with pytest.raises(UserError, match="does not divide 2 heads"):
         lit(merge_heads=3)

@@ -1,4 +1,4 @@
-"""Softmax in a window and a memory of the rest: windows, the ridge problem, near and far apart, streams, in float64."""
+"""Softmax in a window and a memory of the rest: windows, the ridge problem, near apart from far, streams; float64."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""`mhla`: linear states of blocks of the clip, mixed by learned weights for the queries of each block (arXiv:2601.07832).
+"""`mhla`: linear states of blocks of the clip, mixed by learned weights for each block's queries (arXiv:2601.07832).
 
 With b the blocks of a grid of them, i the block of the query, m a weight per pair of blocks, the same for all heads:
 
     S_b = sum_{j in b} R_j k_j v_j^T,  z_b = sum_{j in b} k_j,  y = (R q)^T sum_b m_ib S_b / (q . sum_b m_ib z_b + eps)
 
-m is clipped to (0, 1) and its rows are made to add up to 1; at first m_ib = 1 - distance / (largest distance + 1). With
-one block it is `lit`. The weights are bound to the grid they were made for: on another one blocks keep their size, so
+m is clipped to (0, 1) and its rows are made to add up to 1; at first m_ib = 1 - distance / (largest distance + 1).
+With one block it is `lit`. The weights are bound to the grid they were made for: on another one blocks keep their size, so
 that there are more or fewer, and the weights are interpolated along each axis.
 """
 

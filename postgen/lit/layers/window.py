@@ -1,7 +1,8 @@
 """`window_delta` and `window_linear`: softmax in a window of frames, a frame-wise memory of all frames outside it
 (Video DeltaNet, arXiv:2609.20744). The base's weights stay; the branch is added:
 
-    y = g_s winsoftmax(q, k, v) + W' (g_l RMSNorm(M_t q~)),    M_t = P_{lo-1} prod alpha_{lo..t} + Q_{hi} prod alpha_{t..hi-1}
+    y = g_s winsoftmax(q, k, v) + W' (g_l RMSNorm(M_t q~))
+    M_t = P_{lo-1} prod alpha_{lo..t} + Q_{hi} prod alpha_{t..hi-1}
 
 for a query of frame t whose window has the frames lo to hi - 1, with P and Q the memories forward and backward in time
 (`memory.py`). Near and far never overlap. q~, k~, v~ are the base's projections before norm and rotation.
@@ -54,7 +55,8 @@ class _Gate(nn.Module):
         self.up = nn.Linear(rank, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x)).sigmoid()
+        out: Tensor = self.up(self.down(x)).sigmoid()
+        return out
 
 
 class _Decay(nn.Module):
