@@ -60,7 +60,8 @@ class Conversion:
         """Handle of the projections that began anew; None where all are the base's."""
         self._video = tokens_of(model)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._here, self._last = _Here(), None
+        self._here = _Here()
+        self._last: Grid | None = None
         self._hooks: list[Any] = []
 
     def install(self, model: nn.Module, readers: Mapping[str, AttentionReader]) -> None:

@@ -13,7 +13,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 Layers = str | tuple[str, ...]
 """A type for each block in running order; or a text: parts `WHERE:TYPE` with commas between, of which later ones win,
-and what none names stays softmax. WHERE is `all`, `every N` (the last of each N blocks), a block `3` or blocks `1-8`."""
+and what none names stays softmax. WHERE is `all`, `every N` (the last of each N), a block `3` or blocks `1-8`."""
 
 
 def checked_layers(layers: str | Sequence[str]) -> Layers:

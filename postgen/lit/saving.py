@@ -85,9 +85,9 @@ def _local(source: str, subfolder: str | None) -> Path:
             raise UserError(f"there is no folder {source} (a hub id has the form owner/name)")
         from huggingface_hub import snapshot_download
 
-        inside = f"{subfolder}/" if subfolder else ""
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "*.safetensors")]
         try:
-            folder = Path(snapshot_download(source, allow_patterns=[f"{inside}*.json", f"{inside}*.safetensors"]))
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
         except Exception as error:  # every kind of network and hub trouble means the same here
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
@@ -115,7 +115,8 @@ def _no_memory() -> AbstractContextManager[Any]:
     """While open, weights of modules that are made have shapes and no memory."""
     from accelerate import init_empty_weights
 
-    return init_empty_weights(include_buffers=False)
+    context: AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+    return context
 
 
 def _fill(model: nn.Module, folder: Path) -> None:

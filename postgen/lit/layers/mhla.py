@@ -5,8 +5,8 @@ With b the blocks of a grid of them, i the block of the query, m a weight per pa
     S_b = sum_{j in b} R_j k_j v_j^T,  z_b = sum_{j in b} k_j,  y = (R q)^T sum_b m_ib S_b / (q . sum_b m_ib z_b + eps)
 
 m is clipped to (0, 1) and its rows are made to add up to 1; at first m_ib = 1 - distance / (largest distance + 1).
-With one block it is `lit`. The weights are bound to the grid they were made for: on another one blocks keep their size, so
-that there are more or fewer, and the weights are interpolated along each axis.
+With one block it is `lit`. The weights are bound to the grid they were made for: on another one blocks keep their
+size, so that there are more or fewer, and the weights are interpolated along each axis.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Mhla(LitLayer):
         else:
             out = numerator / (divisor + self.options.eps)[..., None] if self.options.divisor else numerator
         conv = self.conv.in_space(value, tokens.grid) + self.conv.in_time(value, tokens.grid)
-        return (out + conv).to(value.dtype)
+        rows: Tensor = (out + conv).to(value.dtype)
+        return rows
 
     def blocks_on(self, grid: Grid) -> Sizes:
         """Return how many blocks there are along each axis of a grid.

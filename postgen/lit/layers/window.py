@@ -270,7 +270,8 @@ class WindowLayer(LitLayer):
         far = (far.flatten(2).to(near.dtype)) * self.gate(tokens.hidden).to(near.dtype)
         added = self.mix(far) if self.options.output == "full" else far * self.gain
         soft = 2 * self.soft_gate(tokens.hidden).sigmoid()
-        return (near * soft[..., None].to(near.dtype) + added.view_as(near).to(near.dtype)).to(tokens.value.dtype)
+        out: Tensor = near * soft[..., None].to(near.dtype) + added.view_as(near).to(near.dtype)
+        return out.to(tokens.value.dtype)
 
 
 class WindowDelta(WindowLayer):
