@@ -18,6 +18,11 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Keep autocast from doing the products of a block of code in half precision, on the device of a tensor."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def feature(x: Tensor, name: str) -> Tensor:
     """Return relu(x), or elu(x) + 1."""
     return x.relu() if name == "relu" else F.elu(x) + 1
@@ -61,11 +66,12 @@ def linear_parts(query: Tensor, key: Tensor, value: Tensor, rope: Rope | None) -
         value: in the dtype of the features.
         rope: of queries and keys.
     """
-    state = torch.einsum("bmhd,bmhe->bhde", rotate(key, rope), value)
-    return (
-        torch.einsum("bnhd,bhde->bnhe", rotate(query, rope), state),
-        torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1)),
-    )
+    with no_autocast(value):
+        state = torch.einsum("bmhd,bmhe->bhde", rotate(key, rope), value)
+        return (
+            torch.einsum("bnhd,bhde->bnhe", rotate(query, rope), state),
+            torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1)),
+        )
 
 
 def joined(soft: Tensor, lse: Tensor, numerator: Tensor, divisor: Tensor) -> Tensor:
@@ -103,9 +109,10 @@ class LearnedMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, H, D)."""
-        weights = [exact(each) for each in (self.first, self.second, self.bias)]
-        hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), weights[0].to(exact(x).dtype)))
-        out = F.softplus(torch.einsum("bnhd,hde->bnhe", hidden, weights[1].to(hidden.dtype)) + weights[2])
+        with no_autocast(x):
+            first, second, bias = exact(self.first), exact(self.second), exact(self.bias)
+            hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), first))
+            out = F.softplus(torch.einsum("bnhd,hde->bnhe", hidden, second) + bias)
         return torch.cat([part**power for power, part in enumerate(out.tensor_split(self.parts, dim=-1), 1)], dim=-1)
 
 

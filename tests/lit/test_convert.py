@@ -35,8 +35,9 @@ PICTURES = ("Flux", "Stable Diffusion 3", "DiT", "PixArt")
 NARROW = WindowOptions(radius=0)
 
 
-def types_for(tiny: TinyModel) -> list[str]:
-    return [kind for kind in LINEAR_TYPES if tiny.name in VIDEO or kind in ("lit", "mhla", "anchor")]
+def types_for(tiny: TinyModel) -> tuple[str, ...]:
+    """All of Wan; of the others one with a state of everything and one that sees near tokens by softmax."""
+    return LINEAR_TYPES if tiny.name == "Wan" else ("lit", "window_delta" if tiny.name in VIDEO else "anchor")
 
 
 def blocks_in(tiny: TinyModel) -> int:

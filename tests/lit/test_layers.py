@@ -301,3 +301,21 @@ def test_refused() -> None:
         make_layer("mhla", GRID, MhlaOptions(blocks=(4, 1, 1)))
     with pytest.raises(UserError, match="looks at later frames"):
         lit().stream(Call().tokens(), None)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_autocast_does_not_reach_the_sums(rope: bool) -> None:
+    """What is given in float32 is summed in float32: bit by bit the same."""
+    call: Any = Call(rope=rope)
+    for name in ("query", "key", "value"):
+        setattr(call, name, getattr(call, name).float())
+    layers = [
+        make_layer("lit", SHAPE, LitOptions(conv_space=0, conv_time=0)),
+        make_layer("lit", SHAPE, LitOptions(conv_space=0, conv_time=0, center_keys=False, causal=True)),
+        make_layer("mhla", GRID, MhlaOptions(blocks=(3, 1, 2))),
+    ]
+    anchor: Any = make_layer("anchor", SHAPE, AnchorOptions())
+    plain = [layer(call.tokens()) for layer in layers] + [anchor.map_key(call.key)]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = [layer(call.tokens()) for layer in layers] + [anchor.map_key(call.key)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, low, strict=True))

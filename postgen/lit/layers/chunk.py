@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from postgen.lit.features import exact, feature_map, joined, rotate
+from postgen.lit.features import exact, feature_map, joined, no_autocast, rotate
 from postgen.lit.layers.anchor import attend, linear_flops
 from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
 
@@ -76,7 +76,8 @@ class Chunk(LitLayer):
         normed_query, normed_key = tokens.normed()
         q, k = self.map_query(normed_query), self.map_key(normed_key)
         turned, v = rotate(k, rope).unflatten(1, (grid.frames, -1)), exact(value).unflatten(1, (grid.frames, -1))
-        sums = torch.einsum("bfshd,bfshe->bfhde", turned, v)
+        with no_autocast(v):
+            sums = torch.einsum("bfshd,bfshe->bfhde", turned, v)
         key_sums = k.unflatten(1, (grid.frames, -1)).sum(dim=2)
         # Frames of earlier pieces that softmax still sees stand in front; what was before them is in the sums.
         kept = 0 if state is None else state["sums"].shape[1]
@@ -90,8 +91,9 @@ class Chunk(LitLayer):
             soft, lse = attend(tokens, query[:, rows], key[:, near], value[:, near])
             far = self._far(sums, low, stop + kept) + past[0]
             far_keys = self._far(key_sums, low, stop + kept) + past[1]
-            numerator = torch.einsum("bnhd,bhde->bnhe", turned_query[:, rows], far)
-            divisor = torch.einsum("bnhd,bhd->bnh", q[:, rows], far_keys)
+            with no_autocast(v):
+                numerator = torch.einsum("bnhd,bhde->bnhe", turned_query[:, rows], far)
+                divisor = torch.einsum("bnhd,bhd->bnh", q[:, rows], far_keys)
             parts.append(joined(soft, lse, numerator, divisor).to(value.dtype))
         last = max(0, sums.shape[1] - overlap)
         return torch.cat(parts, dim=1), {

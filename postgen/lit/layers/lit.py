@@ -18,7 +18,17 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.linear_attention.ops import linear_attention_with_state
-from postgen.lit.features import GridConvolution, centered, exact, feature, joined, linear_parts, merged, rotate
+from postgen.lit.features import (
+    GridConvolution,
+    centered,
+    exact,
+    feature,
+    joined,
+    linear_parts,
+    merged,
+    no_autocast,
+    rotate,
+)
 from postgen.lit.layers.base import LitLayer, Shape, State, softmax_flops
 from postgen.lit.tables import SeparableRope
 
@@ -71,7 +81,8 @@ class Lit(LitLayer):
             if text is None:
                 return out.reshape(tokens.value.shape)
             features = feature(exact(query), self.options.feature_map)
-            divisor = torch.einsum("bnhd,bhd->bnh", features, key_sum) + self.options.eps
+            with no_autocast(features):
+                divisor = torch.einsum("bnhd,bhd->bnh", features, key_sum) + self.options.eps
             numerator = exact(out) * divisor[..., None]
         else:
             q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
@@ -87,12 +98,13 @@ class Lit(LitLayer):
         q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
         v = exact(value)
         by_frame = [x.unflatten(1, (grid.frames, -1)) for x in (rotate(q, rope), rotate(k, rope), q, k, v)]
-        sums = torch.einsum("bfshd,bfshe->bfhde", by_frame[1], by_frame[4]).cumsum(dim=1)
-        key_sums = by_frame[3].sum(dim=2).cumsum(dim=1)
-        if state is not None:
-            sums, key_sums = sums + state["sum"][:, None], key_sums + state["key_sum"][:, None]
-        numerator = torch.einsum("bfshd,bfhde->bfshe", by_frame[0], sums).flatten(1, 2)
-        divisor = torch.einsum("bfshd,bfhd->bfsh", by_frame[2], key_sums).flatten(1, 2)
+        with no_autocast(v):
+            sums = torch.einsum("bfshd,bfshe->bfhde", by_frame[1], by_frame[4]).cumsum(dim=1)
+            key_sums = by_frame[3].sum(dim=2).cumsum(dim=1)
+            if state is not None:
+                sums, key_sums = sums + state["sum"][:, None], key_sums + state["key_sum"][:, None]
+            numerator = torch.einsum("bfshd,bfhde->bfshe", by_frame[0], sums).flatten(1, 2)
+            divisor = torch.einsum("bfshd,bfhd->bfsh", by_frame[2], key_sums).flatten(1, 2)
         last = self._before(tokens, state)
         whole = tokens.value if last is None else torch.cat([last, tokens.value], dim=1)
         kept = {"sum": sums[:, -1], "key_sum": key_sums[:, -1]}

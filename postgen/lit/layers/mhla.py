@@ -11,7 +11,7 @@ size, so that there are more or fewer, and the weights are interpolated along ea
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.kernels.attention.ops import attention
-from postgen.lit.features import GridConvolution, centered, exact, feature, joined, rotate
+from postgen.lit.features import GridConvolution, centered, exact, feature, joined, no_autocast, rotate
 from postgen.lit.layers.base import LitLayer, Shape, softmax_flops
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Mhla(LitLayer):
         if any(count > size for count, size in zip(options.blocks, self.grid, strict=True)):
             raise UserError(f"mhla: {options.blocks} blocks do not fit into a grid of {self.grid} tokens")
         self.mixing = nn.Parameter(first_mixing(options.blocks))
+        self._by_block: dict[tuple[Grid, Sizes, torch.device], tuple[Tensor, Tensor, int]] = {}
         self.conv = GridConvolution(
             shape.heads * shape.channels, options.conv_space, options.conv_time, init=options.conv_init
         )
@@ -56,7 +57,10 @@ class Mhla(LitLayer):
         q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
         blocks = self.blocks_on(tokens.grid)
         weights = mixed(self.mixing.to(q.dtype), self.options.blocks, blocks)
-        numerator, divisor = self._parts(tokens, q, k, weights, _by_block(tokens.grid, blocks, q.device))
+        place = (tokens.grid, blocks, q.device)
+        if place not in self._by_block:
+            self._by_block[place] = _by_block(*place)
+        numerator, divisor = self._parts(tokens, q, k, weights, self._by_block[place])
         value, text = tokens.value, tokens.text_keys()
         if text is not None:
             rotated, _, _ = tokens.softmax_parts()
@@ -65,8 +69,8 @@ class Mhla(LitLayer):
         else:
             out = numerator / (divisor + self.options.eps)[..., None] if self.options.divisor else numerator
         conv = self.conv.in_space(value, tokens.grid) + self.conv.in_time(value, tokens.grid)
-        rows: Tensor = (out + conv).to(value.dtype)
-        return rows
+        rows: Tensor = out + conv
+        return rows.to(value.dtype)
 
     def blocks_on(self, grid: Grid) -> Sizes:
         """Return how many blocks there are along each axis of a grid.
@@ -98,15 +102,16 @@ class Mhla(LitLayer):
 
         def grouped(x: Tensor) -> Tensor:
             # A last, empty token fills blocks that have fewer than the largest.
-            padded = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)
-            return padded[:, order].unflatten(1, (len(weights), length))
+            padded = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)[:, order]
+            return padded.reshape(x.shape[0], len(weights), length, *x.shape[2:])
 
         turned, keys = grouped(rotate(k, rope)), grouped(k)
-        states = torch.einsum("bmjhd,bmjhe->bmhde", turned, grouped(value)) * scale
-        mixed_states = torch.einsum("im,bmhde->bihde", weights, states)
-        mixed_keys = torch.einsum("im,bmhd->bihd", weights, keys.sum(dim=2))
-        numerator = torch.einsum("bijhd,bihde->bijhe", grouped(rotate(q, rope)), mixed_states)
-        divisor = torch.einsum("bijhd,bihd->bijh", grouped(q), mixed_keys)
+        with no_autocast(value):
+            states = torch.einsum("bmjhd,bmjhe->bmhde", turned, grouped(value)) * scale
+            mixed_states = torch.einsum("im,bmhde->bihde", weights, states)
+            mixed_keys = torch.einsum("im,bmhd->bihd", weights, keys.sum(dim=2))
+            numerator = torch.einsum("bijhd,bihde->bijhe", grouped(rotate(q, rope)), mixed_states)
+            divisor = torch.einsum("bijhd,bihd->bijh", grouped(q), mixed_keys)
         return numerator.flatten(1, 2)[:, back], divisor.flatten(1, 2)[:, back]
 
     def flops(self, grid: Grid, text: int) -> int:
@@ -157,7 +162,6 @@ def _sizes(grid: Grid) -> Sizes:
     return grid.frames, grid.height, grid.width
 
 
-@functools.lru_cache(maxsize=16)
 def _by_block(grid: Grid, blocks: Sizes, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Return the tokens in the order of their blocks, filled up with N, where each token is then, and their length.
 
@@ -169,7 +173,7 @@ def _by_block(grid: Grid, blocks: Sizes, device: torch.device) -> tuple[Tensor, 
     block = ((frames[:, None, None] * blocks[1] + rows[:, None]) * blocks[2] + columns).flatten()
     count = blocks[0] * blocks[1] * blocks[2]
     sizes = torch.bincount(block, minlength=count)
-    length = int(sizes.max())
+    length = math.prod(-(-size // along) for size, along in zip(_sizes(grid), blocks, strict=True))
     tokens = block.argsort(stable=True)
     slots = block[tokens] * length + torch.arange(len(block)) - (sizes.cumsum(0) - sizes)[block[tokens]]
     order = torch.full((count * length,), len(block)).scatter(0, slots, tokens)

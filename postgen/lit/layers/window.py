@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postgen.kernels.attention.ops import attention
-from postgen.lit.features import GridConvolution, exact
+from postgen.lit.features import GridConvolution, exact, no_autocast
 from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
 from postgen.lit.layers.memory import Writes, decayed, scan, step, written
 
@@ -246,7 +246,7 @@ class WindowLayer(LitLayer):
             convolved.append(x + conv.in_time(x, tokens.grid, before))
         strength = exact(self.strength(tokens.hidden)).sigmoid().unflatten(1, (frames, -1))
         log_decay = self.decay(tokens.hidden, frames)
-        with torch.autocast(query.device.type, enabled=False):  # it would round what is summed
+        with no_autocast(query):
             k = F.normalize(F.silu(exact(convolved[0])), dim=-1).unflatten(1, (frames, -1))
             v = F.silu(exact(convolved[1])).unflatten(1, (frames, -1))
             writes = written(k, v, strength, log_decay, delta=self.delta, scale=self.options.scale_memory)
@@ -264,7 +264,7 @@ class WindowLayer(LitLayer):
 
     def _finished(self, tokens: Tokens, near: Tensor, query: Tensor, reads: Tensor) -> Tensor:
         """Read the memories (B, F, H, D, D), norm, gate and add to what softmax gave."""
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query):
             far = torch.einsum("bfshd,bfhed->bfshe", query, reads).flatten(1, 2)
             far = far * (far.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt() * exact(self.norm)
         far = (far.flatten(2).to(near.dtype)) * self.gate(tokens.hidden).to(near.dtype)
