@@ -5,27 +5,42 @@ arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
     save(pipe.transformer, "out")
     transformer = load("out")  # without the one it was made of
     revert(pipe.transformer)
+
+    scores = score(pipe.transformer, lambda: pipe(prompts))
+    costs = count(pipe.transformer, num_frames=81, height=480, width=832)  # or measure, in milliseconds
+    print(chosen := plan(scores, costs, budget=0.6))
+    convert(pipe.transformer, chosen.config(pipe.transformer))
 """
 
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import conversion_of, convert, layers_of, on_grid, revert
+from postgen.lit.costs import CostTable, count, measure
 from postgen.lit.options import AnchorOptions, ChunkOptions, LitOptions, MhlaOptions, WindowOptions
+from postgen.lit.plan import Plan, plan
 from postgen.lit.report import Report
 from postgen.lit.saving import load, save
+from postgen.lit.score import Scores, score
 
 __all__ = [
     "AnchorOptions",
     "ChunkOptions",
+    "CostTable",
     "LiTConfig",
     "LitOptions",
     "MhlaOptions",
+    "Plan",
     "Report",
+    "Scores",
     "WindowOptions",
     "conversion_of",
     "convert",
+    "count",
     "layers_of",
     "load",
+    "measure",
     "on_grid",
+    "plan",
     "revert",
     "save",
+    "score",
 ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from postgen.families import Grid
     from postgen.families.attention import AttentionReader
     from postgen.lit.config import LiTConfig
+    from postgen.lit.layers import LitLayer
     from postgen.lit.report import Report
 
 NAME = "lit"
@@ -136,27 +137,7 @@ class Conversion:
         grid = self._here.grid or self._last
         if grid is None:
             raise UserError("a converted block was called alone, before its transformer: use postgen.lit.on_grid")
-        layer = getattr(attention, CHILD)
-        if layer.covers(grid):
-            return inner(attention, *args, **kwargs)
-        call = reader.bind(attention, *args, **kwargs)
-        reading = reader.read(call)
-        if reading is None or attention_settings(attention.processor)[1] is not None:
-            raise UserError(
-                f"a {layer.kind} layer got a call of its attention that it cannot compute (unknown arguments, or a"
-                " split among ranks)"
-            )
-        reading = reading.with_video(grid.tokens)
-        if reading.streams[0].norms.query is None and call.hidden_states.dtype == torch.float16:
-            raise UserError(HALF.format(kind=layer.kind))
-        hidden = call.hidden_states
-        tokens = Tokens(reading, grid, hidden if hidden.shape[1] == grid.tokens else hidden[:, reading.video])
-        out = layer(tokens)
-        if tokens.text:
-            query, key, value = tokens.rotated()
-            rows = query[:, tokens.text_rows]
-            out = tokens.with_text(out, softmax_attention(rows, key, value, key_lengths=tokens.key_lengths))
-        return reader.finish(call, out, out.dtype)
+        return compute_layer(getattr(attention, CHILD), reader, grid, inner, attention, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_here"}
@@ -164,6 +145,42 @@ class Conversion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._here = _Here()
+
+
+def compute_layer(
+    layer: LitLayer,
+    reader: AttentionReader,
+    grid: Grid,
+    inner: Callable[..., Any],
+    attention: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Return what the processor `inner` returns for a call of an attention module, by a layer on a grid.
+
+    Raises:
+        UserError: a call that the layer cannot compute.
+    """
+    if layer.covers(grid):
+        return inner(attention, *args, **kwargs)
+    call = reader.bind(attention, *args, **kwargs)
+    reading = reader.read(call)
+    if reading is None or attention_settings(attention.processor)[1] is not None:
+        raise UserError(
+            f"a {layer.kind} layer got a call of its attention that it cannot compute (unknown arguments, or a split"
+            " among ranks)"
+        )
+    reading = reading.with_video(grid.tokens)
+    hidden = call.hidden_states
+    if reading.streams[0].norms.query is None and hidden.dtype == torch.float16:
+        raise UserError(HALF.format(kind=layer.kind))
+    tokens = Tokens(reading, grid, hidden if hidden.shape[1] == grid.tokens else hidden[:, reading.video])
+    out = layer(tokens)
+    if tokens.text:
+        query, key, value = tokens.rotated()
+        rows = query[:, tokens.text_rows]
+        out = tokens.with_text(out, softmax_attention(rows, key, value, key_lengths=tokens.key_lengths))
+    return reader.finish(call, out, out.dtype)
 
 
 HALF = (

@@ -73,7 +73,7 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
     config = LiTConfig() if config is None else config
     if not isinstance(config, LiTConfig):
         raise UserError(f"config must be a LiTConfig, got {type(config).__name__}")
-    model = _transformer(transformer)
+    model = the_transformer(transformer)
     if NAME in installed(model).plug_ins:
         raise UserError(f"this {type(model).__name__} is converted already: revert it first")
     modules = modules_of_blocks(model)
@@ -84,8 +84,9 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
         for name in names
         if kind != "softmax"
     )
-    readers = _readers(model, chosen)
-    layers = _layers(model, config, chosen)
+    readers = readers_for(model, chosen)
+    processor_stack(model).check_claim(NAME, readers)
+    layers = new_layers(model, config, chosen)
     report = _report(model, types, modules, layers, config)
     conversion = Conversion(model, config, chosen, report)
     # Everything that can be wrong shows above or in these two, which change nothing where they fail.
@@ -110,7 +111,7 @@ def revert(transformer: nn.Module) -> None:
     Raises:
         UserError: it is not converted, or somebody holds a projection that began anew.
     """
-    model = _transformer(transformer)
+    model = the_transformer(transformer)
     conversion = conversion_of(model)
     if conversion.fresh is not None:
         conversion.fresh.remove()
@@ -126,7 +127,7 @@ def conversion_of(transformer: nn.Module) -> Conversion:
     Raises:
         UserError: it is not converted.
     """
-    model = _transformer(transformer)
+    model = the_transformer(transformer)
     found: Conversion | None = installed(model).plug_ins.get(NAME)
     if found is None:
         raise UserError(f"this {type(model).__name__} is not converted: call postgen.lit.convert first")
@@ -139,7 +140,7 @@ def layers_of(transformer: nn.Module) -> dict[str, LitLayer]:
     Raises:
         UserError: it is not converted.
     """
-    model = _transformer(transformer)
+    model = the_transformer(transformer)
     return {each.module: getattr(model.get_submodule(each.module), CHILD) for each in conversion_of(model).converted}
 
 
@@ -171,14 +172,24 @@ def modules_of_blocks(model: nn.Module) -> list[list[str]]:
     return [each for each in found if each]
 
 
-def _transformer(transformer: nn.Module) -> nn.Module:
+def the_transformer(transformer: nn.Module) -> nn.Module:
+    """Return the one transformer of a pipeline, or what is inside wrappers.
+
+    Raises:
+        UserError: there are several.
+    """
     found = transformers_of(transformer)
     if len(found) != 1:
         raise UserError(f"a pipeline with {len(found)} transformers was given: convert one after the other")
     return next(iter(found.values()))
 
 
-def _readers(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, AttentionReader]:
+def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, AttentionReader]:
+    """Return what knows the calls of each module that is chosen.
+
+    Raises:
+        UserError: a module whose layer cannot be its type.
+    """
     anatomy = attention_of(model)
     readers = {}
     for each in chosen:
@@ -193,30 +204,31 @@ def _readers(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, Atten
             raise UserError(
                 f"{each.kind} looks at frames, and {type(model).__name__} makes pictures: take another type"
             )
-    processor_stack(model).check_claim(NAME, readers)
     return readers
 
 
-def _layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> dict[str, LitLayer]:
+def new_layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> dict[str, LitLayer]:
     """Make the new layers; the random numbers of the process are left as they were."""
-    grid = None
-    if config.grid is not None:
-        frames, rows, columns = config.grid
-        grid = Grid(frames=frames, height=rows, width=columns)
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         for each in chosen:
             module: Any = model.get_submodule(each.module)
             weight = _weight(module)
-            width = module.to_qkv.out_features // 3 if hasattr(module, "to_qkv") else module.to_q.out_features
-            heads = int(module.heads)
-            shape = Shape(heads=heads, channels=width // heads, hidden=weight.shape[1], grid=grid)
-            layers[each.module] = make_layer(each.kind, shape, config.options(each.kind)).to(
-                device=weight.device, dtype=weight.dtype
-            )
-            layers[each.module].train(module.training)
+            layer = make_layer(each.kind, shape_of(module, config), config.options(each.kind))
+            layers[each.module] = layer.to(device=weight.device, dtype=weight.dtype).train(module.training)
     return layers
+
+
+def shape_of(module: Any, config: LiTConfig) -> Shape:
+    """Return what a layer must know of an attention module of a stock transformer."""
+    grid = None
+    if config.grid is not None:
+        frames, rows, columns = config.grid
+        grid = Grid(frames=frames, height=rows, width=columns)
+    width = module.to_qkv.out_features // 3 if hasattr(module, "to_qkv") else module.to_q.out_features
+    heads = int(module.heads)
+    return Shape(heads=heads, channels=width // heads, hidden=_weight(module).shape[1], grid=grid)
 
 
 def _weight(module: Any) -> torch.Tensor:

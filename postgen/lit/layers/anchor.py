@@ -74,8 +74,7 @@ def attend(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
 
 
 def linear_flops(layer: LitLayer, grid: Grid) -> int:
-    """Return the FLOPs of the two products of a linear part, and of its learned maps."""
+    """Return the FLOPs of the products of a linear part, and of its learned maps."""
     shape = layer.shape
-    per_token = 2 * shape.heads * shape.channels**2
     learned = sum(weight.dim() == 3 for weight in layer.parameters())
-    return grid.tokens * per_token * (2 + learned)
+    return grid.tokens * shape.heads * shape.channels * (2 * shape.channels * (2 + learned) + 2)

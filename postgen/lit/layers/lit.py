@@ -115,7 +115,7 @@ class Lit(LitLayer):
     def flops(self, grid: Grid, text: int) -> int:
         """Return the FLOPs of a call of one sample."""
         shape, merge = self.shape, self.options.merge_heads
-        products = 4 * grid.tokens * shape.heads * shape.channels * (shape.channels * merge)
+        products = grid.tokens * shape.heads * shape.channels * (4 * shape.channels * merge + 2)
         taps = sum(weight[0].numel() for weight in self.conv.parameters())
         return (
             products
