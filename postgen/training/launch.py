@@ -60,10 +60,19 @@ def check_launch(args: TrainingConfig) -> None:
     _check_processes()
     if args.device == "cuda" and _asked("ACCELERATE_USE_CPU"):
         raise UserError("accelerate launch says --cpu, device is cuda: change one of the two")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
+    check_device(args.device)
     if _asked("ACCELERATE_USE_FSDP"):
         _check_fsdp(args.device)
+
+
+def check_device(device: str) -> None:
+    """Look whether a device is there.
+
+    Raises:
+        UserError: it is "cuda", and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
 
 
 def make_accelerator(args: TrainingConfig) -> Accelerator:
