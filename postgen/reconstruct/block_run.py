@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 import zlib
@@ -54,7 +55,8 @@ class Bench:
 
     def meta(self, task: ReconstructTask) -> dict[str, Any]:
         """Return what a resume must find again, but for the student's weights."""
-        return {"config": self.config.to_dict(), "records": self.records.identity, "task": dict(task.settings)}
+        settings = json.loads(json.dumps(dict(task.settings)))  # as files keep them
+        return {"config": self.config.to_dict(), "records": self.records.identity, "task": settings}
 
     def check(self, place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Compare what a block was trained with before with what it is given now.
@@ -145,8 +147,8 @@ class BlockRun:
         new = [each for name, each in self._named.items() if self.task.is_new(name)]
         inherited = [each for name, each in self._named.items() if not self.task.is_new(name)]
         rate = self.config.learning_rate
-        groups = decay_groups(inherited, lr=rate)
-        return groups + decay_groups(new, lr=self.config.learning_rate_new or rate)
+        groups = decay_groups(inherited, lr=rate, rate="learning_rate")
+        return groups + decay_groups(new, lr=self.config.learning_rate_new or rate, rate="learning_rate_new")
 
     def _inherited_digest(self) -> str:
         """Identify names and shapes of the student, and the values that it has from its teacher.
@@ -239,7 +241,7 @@ class BlockRun:
         self._averages.clear()
         means = {name: total / state["counts"][name] for name, total in state["sums"].items()}
         means |= {
-            "learning_rate": float(self.parts.scheduler.get_last_lr()[0]),
+            **{group["rate"]: float(group["lr"]) for group in self.parts.optimizer.param_groups},
             "step_time": self._timer.read(),
             "seconds": self._seconds(),
         }

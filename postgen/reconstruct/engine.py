@@ -10,6 +10,7 @@ import torch
 from postgen.errors import UserError, shown
 from postgen.reading import check_name
 from postgen.training import Reason, checkpoint, rng
+from postgen.training.launch import ignore_mixed_norms
 from postgen.training.logging import say
 from postgen.training.run_folder import RunLock, written
 from postgen.training.stop import Signals
@@ -60,6 +61,8 @@ def reconstruct(
     )
     own = share.of(tasks)
     _check_folders(own, config)
+    if config.bf16:
+        ignore_mixed_norms()
     with written(config.folder), rng.preserved(torch.Generator(bench.device)), Signals() as stop:
         done = _train(own, bench, stop)
     report = read_report(config.folder, [task.name for task in tasks])

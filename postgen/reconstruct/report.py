@@ -67,9 +67,8 @@ class Report:
 
     def table(self) -> str:
         """Return a table of the finished blocks, one a line."""
-        rows: list[tuple[str, ...]] = [
-            ("block", "error before", "after", "L1 before", "after", "trained", "new", "steps", "seconds")
-        ]
+        names = "block,error before,after,L1 before,after,trained,new,steps,seconds"
+        rows: list[tuple[str, ...]] = [tuple(names.split(","))]
         for row in self.blocks.values():
             errors = (row.error_before, row.error_after, row.l1_before, row.l1_after)
             counts = (f"{row.parameters:,}", f"{row.new:,}", f"{row.steps:,}", f"{row.seconds:.1f}")
