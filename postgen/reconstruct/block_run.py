@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,9 +311,8 @@ def is_finished(task: ReconstructTask, bench: Bench) -> bool:
 
 
 def _in_single(student: nn.Module) -> nn.Module:
-    """Make trained parameters in half precision float32, and the rest with them, so that the two can be multiplied."""
-    return student.to(torch.float32) if any(_is_half(each) for each in student.parameters()) else student
-
-
-def _is_half(parameter: Tensor) -> bool:
-    return parameter.dtype in (torch.float16, torch.bfloat16)
+    """Make what is in half precision float32; whole numbers of a quantised layer stay what they are."""
+    for tensor in chain(student.parameters(), student.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
+    return student

@@ -49,8 +49,9 @@ class ReconstructTask:
     """Of the task, and of its folder: that of the block, or of the part."""
 
     build: Callable[[], nn.Module]
-    """Makes the student, when its turn comes. What requires a gradient is trained, in float32 where it is in half
-    precision. Random numbers come from torch, which is seeded by the run's seed and `name`."""
+    """Makes the student, when its turn comes. What requires a gradient is trained; half precision becomes float32.
+    Random states are seeded by the run's seed and `name` before. Modules keep the mode (training or eval) that they
+    have here."""
 
     run: Callable[[nn.Module, Sequence[Call]], Sequence[Tensor]]
     """(student, one call of each of `reads`) -> what the student gives, (B, tokens ..., channels) each. Its arguments

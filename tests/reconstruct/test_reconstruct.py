@@ -96,7 +96,7 @@ def test_a_known_solution_is_found(teachers: dict[str, Taught], tmp_path: Path, 
     block = blocks_of(taught.transformer)[0]
     task = block_task(block, scaled(taught.name), is_new=lambda name: name.endswith(".gain"))
     config = settings(
-        tmp_path, loss=loss, max_steps=40, learning_rate_new=0.1, lr_scheduler_type="cosine", ema_decay=0.0,
+        tmp_path, loss=loss, max_steps=60, learning_rate_new=0.1, lr_scheduler_type="cosine", ema_decay=0.0,
         gradient_accumulation_steps=1,
     )  # fmt: skip
     report = reconstruct([task], taught.records, config)
