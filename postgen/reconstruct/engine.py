@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -63,10 +64,15 @@ def reconstruct(
     _check_folders(own, config)
     if config.bf16:
         ignore_mixed_norms()
-    with written(config.folder), rng.preserved(torch.Generator(bench.device)), Signals() as stop:
+    with ExitStack() as stack:
+        if bench.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(bench.device))  # kernels are launched on the current one
+        stack.enter_context(written(config.folder))
+        stack.enter_context(rng.preserved(torch.Generator(bench.device)))
+        stop = stack.enter_context(Signals())
         done = _train(own, bench, stop)
     report = read_report(config.folder, [task.name for task in tasks])
-    report = replace(report, reason=Reason.DONE if done else Reason.INTERRUPTED, signal=0 if done else stop.number)
+    report = replace(report, reason=Reason.DONE if done else Reason.INTERRUPTED, signal=stop.number)
     if share.rank == 0:
         say(report.table())
     return report

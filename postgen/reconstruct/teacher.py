@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -180,5 +181,7 @@ def _chunks(count: int, config: RecordsConfig) -> list[Chunk]:
 def _said(row: Row, config: RecordsConfig) -> list[Any]:
     """Return what the teacher is told of a row, as JSON."""
     image = row.get("image")
-    picture = None if image is None else digest(load_image(image, config.height, config.width).flatten().tolist())
-    return [row["prompt"], row.get("negative_prompt"), picture]
+    if image is not None:
+        picture = load_image(image, config.height, config.width).contiguous()
+        image = hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16]
+    return [row["prompt"], row.get("negative_prompt"), image]

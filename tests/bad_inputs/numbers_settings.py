@@ -33,15 +33,8 @@ RIGHT: Mapping[str, Any] = {
     **{"generation_batch_size": 24, "best_of_n": 4, "noise_level": 0.3, "sde_window_size": 2},
     **{"sde_window_range": [0, 4], "epsilon_high": 1e-3, "save_total_limit": 3},
     **{"num_inference_steps": 3, "guidance_scale": 4.0, "true_cfg_scale": 4.0, "seed": 7},
-    **{
-        "levels_per_prompt": 2,
-        "learning_rate_new": 1e-3,
-        "relative_weight": 0.5,
-        "max_gain": 2.0,
-        "max_locations": 5,
-        "chunk_size": 5,
-        "weight": 2.0,
-    },
+    **{"relative_weight": 0.5, "max_gain": 2.0, "max_locations": 5, "chunk_size": 5, "weight": 2.0},
+    **{"levels_per_prompt": 2, "learning_rate_new": 1e-3},
 }
 """Of fields that are none or empty by default, a value that must be taken."""
 

@@ -187,6 +187,20 @@ def test_half_precision_is_trained_in_single(tmp_path: Path) -> None:
         assert {value.dtype for value in report.weights("blocks.0").values()} == {torch.float32}
 
 
+def test_the_launcher_says_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert Share.launched().of("abcde") == list("abcde")
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert Share.launched() == Share(rank=5, processes=8, local_rank=1)
+    dealt = [Share(rank=rank, processes=3).of(range(8)) for rank in range(3)]
+    assert dealt == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UserError, match="must be whole numbers, one is 'first'"):
+        Share.launched()
+
+
 def test_losses_by_hand() -> None:
     target = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # its mean over tokens is (2, 0)
     output = target + torch.tensor([0.0, 1.0])
