@@ -178,7 +178,9 @@ def _listening(network: nn.Module, blocks: tuple[Block, ...] | Any, said: Said) 
     with ExitStack() as stack:
         stack.callback(network.register_forward_hook(of_network).remove)
         for block in blocks:
-            hook = block.module.register_forward_hook(lambda module, args, output, block=block: of_block(block, output))
+            hook = block.module.register_forward_hook(
+                lambda module, args, output, block=block: of_block(block, output)
+            )
             stack.callback(hook.remove)
         yield
 

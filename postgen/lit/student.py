@@ -125,19 +125,18 @@ def is_new(name: str) -> bool:
 
 def bytes_of(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
     """Return the bytes of the weights that the two share, and of those that the student alone has."""
-    theirs = {id(tensor) for tensor in chain(teacher.parameters(), teacher.buffers())}
-    own = [tensor for tensor in chain(student.parameters(), student.buffers()) if id(tensor) not in theirs]
-    whole = sum(tensor.nbytes for tensor in chain(student.parameters(), student.buffers()))
-    alone = sum(tensor.nbytes for tensor in own)
-    return whole - alone, alone
+    theirs = {id(tensor) for tensor in teacher.parameters()}
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    for tensor in chain(student.parameters(), student.buffers()):
+        sizes[id(tensor) in theirs] += tensor.nbytes
+    return sizes[True], sizes[False]
 
 
-def export_state(student: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
+def export_state(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
     """Return the state of a converted transformer without adapters, LoRA added to the weights that it adapts.
 
     Args:
-        student: as it is trained.
-        weights: all of its weights by their names in its `state_dict`.
+        weights: all of the student's, by their names in its `state_dict`.
         scales: of the LoRA of each adapted layer, by its name.
     """
     state = {}
@@ -154,18 +153,16 @@ def export_state(student: nn.Module, weights: Mapping[str, Tensor], scales: Mapp
 def lora_scales(student: nn.Module) -> dict[str, float]:
     """Return lora_alpha / lora_r of each layer that has an adapter, by its name."""
     return {
-        name: float(module.scaling["default"])  # type: ignore[index, arg-type]
+        name: float(module.scaling["default"])
         for name, module in student.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "scaling")
     }
 
 
 def _twin(teacher: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy the modules of a network; its weights are the same objects where they are shared."""
-    same: dict[int, Any] = {}
-    if shared:
-        same = {id(tensor): tensor for tensor in chain(teacher.parameters(), teacher.buffers())}
-    return copy.deepcopy(teacher, same)
+    """Copy the modules of a network; its weights are the same objects where they are shared. Buffers, which are small,
+    are not: checkpoints keep those of both."""
+    return copy.deepcopy(teacher, {id(each): each for each in teacher.parameters()} if shared else {})
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

@@ -184,8 +184,8 @@ def transfer_tasks(
         (layer,) = new_layers(model, config, (each,)).values()
         if layer.covers(grid):
             raise UserError(
-                f"{each.kind} in {each.module} is softmax on {grid.frames} frames of tokens: there is nothing to learn;"
-                " take a smaller window, fewer anchors, or longer clips"
+                f"{each.kind} in {each.module} is softmax on {grid.frames} frames of tokens, so it has nothing to"
+                " learn: take a smaller window, fewer anchors, or longer clips"
             )
         tasks.append(_task(model, each, readers[each.module], config, grid, inherited=inherited))
     return tasks
@@ -208,7 +208,7 @@ class Student(nn.Module):
         call = self._reader.bind(self.attention, *args, **kwargs)
         reading = self._reader.read(call)
         if reading is None:
-            raise UserError(f"a call of this attention cannot be computed by {self.layer.kind}: leave the block softmax")
+            raise UserError(f"{self.layer.kind} cannot compute a call of this attention: leave its block softmax")
         reading, hidden = reading.with_video(self._grid.tokens), call.hidden_states
         hidden = hidden if hidden.shape[1] == self._grid.tokens else hidden[:, reading.video]
         out: Tensor = self.layer(Tokens(reading, self._grid, hidden))
@@ -266,7 +266,8 @@ def grid_of(denoiser: Denoiser, row: str | Mapping[str, Any], size: dict[str, in
         raise _Seen
 
     row = prompt_row({"prompt": row} if isinstance(row, str) else row, "the first of the prompts")
-    x = denoiser.initial_latents(1, **size)
+    frames, rows, columns = (size[name] for name in ("num_frames", "height", "width"))
+    x = denoiser.initial_latents(1, num_frames=frames, height=rows, width=columns)
     embeddings = Embeddings(
         denoiser, size=size, guidance=False, negative_prompt="", keep_all=False, device=x.device
     )  # fmt: skip
@@ -294,7 +295,7 @@ def the_network(denoiser: Denoiser) -> Any:
         raise UserError(f"this pipeline has {names}, which take turns: distillation takes pipelines with one network")
     (model,) = denoiser.transformers.values()
     if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted already: revert it, softmax attention is the teacher")
+        raise UserError(f"this {type(model).__name__} is converted: revert it, softmax is the teacher")
     return model
 
 
@@ -353,4 +354,3 @@ def _are_done(train: ReconstructConfig, tasks: Sequence[ReconstructTask]) -> boo
 
 def _modules(tasks: Iterable[ReconstructTask]) -> list[str]:
     return [name for task in tasks for name in task.modules]
-

@@ -85,16 +85,10 @@ class Policy:
         defaults: Defaults | None = None,
     ) -> None:
         self.pipe = pipe
-        self.denoiser: Denoiser = denoiser_for(pipe)
-        if model.flow_shift is not None:
-            pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
-        if model.max_sequence_length is not None:
-            self.denoiser.max_sequence_length = model.max_sequence_length
+        self.denoiser: Denoiser = frozen(pipe, model)
         self.defaults = defaults or defaults_of(pipe)
         self.modules: dict[str, Any] = dict(self.denoiser.transformers)
         self._start: WeightsCopy | None = None
-        for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
-            module.requires_grad_(False).eval()
         self.adapter = add_adapters(pipe, self.denoiser, lora, peft_config)
         # Adapters of a file are part of the model that training starts from.
         self._switches_off = self.adapter is not None and not lora.lora_path
@@ -138,9 +132,7 @@ class Policy:
 
     def park_text_encoders(self) -> None:
         """Move the text encoders to the CPU: all prompts are encoded."""
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                part.to("cpu")
+        park_text_encoders(self.pipe)
 
     def check_reference(self, init_from: str | None) -> None:
         """Check that the weights which training starts from are those of the reference.
@@ -197,11 +189,49 @@ def load_policy(
     Raises:
         UserError: it cannot be loaded, or as `Policy`.
     """
+    pipe, defaults = load_model(source, model, device)
+    return Policy(pipe, model, lora, peft_config, defaults)
+
+
+def load_model(source: Any, model: ModelConfig, device: torch.device) -> tuple[Any, Defaults | None]:
+    """Return a pipeline on its device, and what its folder says of sizes and rate; None where there is no folder.
+
+    Args:
+        source: a folder, a hub id, a pipeline, or None for the embedded model.
+        model: its number type.
+        device: where to.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     if source is not None and not isinstance(source, str | Path):
-        return Policy(source.to(device), model, lora, peft_config)
+        return source.to(device), None
     facts = inspect_model(source if source is not None else embedded_model(), images=True)
     with quiet_libraries():
         where = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
         pipe = load_pipeline(facts, dtype=model.dtype, device=where)
     pipe.set_progress_bar_config(disable=True)
-    return Policy(pipe, model, lora, peft_config, facts.defaults)
+    return pipe, facts.defaults
+
+
+def frozen(pipe: Any, model: ModelConfig) -> Denoiser:
+    """Freeze all weights of a pipeline, in evaluation mode, and return its denoiser, set up as a configuration says.
+
+    Raises:
+        UserError: no denoiser for it.
+    """
+    denoiser = denoiser_for(pipe)
+    if model.flow_shift is not None:
+        pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
+    if model.max_sequence_length is not None:
+        denoiser.max_sequence_length = model.max_sequence_length
+    for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        module.requires_grad_(False).eval()
+    return denoiser
+
+
+def park_text_encoders(pipe: Any) -> None:
+    """Move the text encoders of a pipeline to the CPU: all prompts are encoded."""
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            part.to("cpu")

@@ -22,6 +22,7 @@ METHODS = {
     "autoencoder": "postgen.pretrain.autoencoder:AutoencoderTrainer",
     "dancegrpo": "postgen.grpo.trainer:DanceGRPOTrainer",
     "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
+    "lit": "postgen.lit.trainer:LitTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
     "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
     "world_judge": "postgen.judges.world_judge:WorldJudgeTrainer",

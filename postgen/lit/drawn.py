@@ -1,0 +1,124 @@
+"""Latents that the teacher draws once for a list of prompts, kept in a folder: what a student is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.reading import read_json
+from postgen.reconstruct import Share
+from postgen.sampling.conditions import Conditions
+from postgen.sampling.sampler import Sample, Sampler
+from postgen.sampling.seeds import seed_of
+from postgen.tensor_files import opened
+from postgen.training.logging import Progress
+
+_SAID = "drawn.json"
+_KEY = "states"
+
+
+class Drawn:
+    """Latents of every prompt: the finished ones, or those before every step too.
+
+    Prompts that are drawn together are always the same ones, so what a file holds depends neither on the number of
+    processes nor on where a run was interrupted.
+
+    Args:
+        folder: where they are kept.
+        sampler: of the teacher.
+        prompts: how many there are; prompt n is drawn from a noise of its own.
+        batch: prompts that are drawn together.
+        seed: of the noise.
+        steps: whether the latents before every step are kept too, S + 1 in all, instead of the finished ones alone.
+        said: JSON values that say what else they depend on (teacher, prompts, size).
+
+    Raises:
+        UserError: the folder holds latents of something else.
+    """
+
+    def __init__(
+        self, folder: Path, sampler: Sampler, prompts: int, *, batch: int, seed: int, steps: bool, said: dict[str, Any]
+    ) -> None:
+        self.folder, self.sampler, self.prompts, self.batch, self.seed = folder, sampler, prompts, batch, seed
+        last = sampler.schedule.steps
+        self.keep = (*range(last + 1),) if steps else (last,)
+        self._said = {"prompts": prompts, "batch": batch, "seed": seed, "kept": len(self.keep), **said}
+        self._said["sigmas"] = sampler.schedule.sigmas.tolist()
+
+    def make(self, conditions: Conditions, share: Share, *, progress: bool) -> None:
+        """Draw what is missing of this process's part, in evaluation mode of the network.
+
+        Args:
+            conditions: of prompts by their numbers.
+            share: part of this process.
+            progress: whether to show a bar.
+
+        Raises:
+            UserError: the folder holds latents of something else.
+        """
+        self._check()
+        chunks = range(-(-self.prompts // self.batch))
+        own = share.of(chunks)
+        bar = Progress(step=0, max_steps=len(own), shown=progress, name="draw")
+        for chunk in own:
+            if not self._file(chunk).is_file():
+                states = self._draw(chunk, conditions)
+                with replacing(self._file(chunk)) as part:
+                    save_file({_KEY: states}, part)
+            bar.step()
+        bar.close()
+
+    def complete(self) -> bool:
+        """Whether the latents of all prompts are there, those of other processes too."""
+        return all(self._file(chunk).is_file() for chunk in range(-(-self.prompts // self.batch)))
+
+    def at(self, prompt: int, step: int) -> Tensor:
+        """Return the latents of a prompt before a step, float32 on the CPU; the number of steps is the finished ones.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        chunk, row = divmod(prompt, self.batch)
+        with opened(self._file(chunk)) as content:
+            state: Tensor = content.get_slice(_KEY)[row, self.keep.index(step)]
+        return state
+
+    def _draw(self, chunk: int, conditions: Conditions) -> Tensor:
+        prompts = range(chunk * self.batch, min((chunk + 1) * self.batch, self.prompts))
+        samples = [
+            Sample(index=n, prompt=n, initial=seed_of(self.seed, "initial", 0, n), step_seed=int, start=0)
+            for n in prompts
+        ]
+        kept = self.sampler.draw(samples, conditions, self.batch, keep=self.keep).kept
+        assert kept is not None
+        return kept.float().cpu().contiguous()
+
+    def _file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05}.safetensors"
+
+    def _check(self) -> None:
+        path, said = self.folder / _SAID, json.loads(json.dumps(self._said))
+        if path.is_file():
+            before = read_json(path, f"{path} cannot be read")
+            before = before if isinstance(before, dict) else {}
+            if different := [name for name in said if before.get(name) != said[name]]:
+                raise UserError(
+                    f"{self.folder} holds latents of other {', '.join(different)}: name another output_dir, or remove"
+                    " that folder"
+                )
+            return
+        with replacing(path) as part:
+            part.write_text(json.dumps(said, indent=1), encoding="utf-8")
+
+
+def stacked(drawn: Drawn, prompts: Sequence[int], steps: Sequence[int], device: torch.device) -> Tensor:
+    """Return the latents of prompts before their steps, (B, ...), on a device."""
+    return torch.stack([drawn.at(prompt, step) for prompt, step in zip(prompts, steps, strict=True)]).to(device)

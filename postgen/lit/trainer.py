@@ -1,0 +1,321 @@
+"""Method `lit`: a converted transformer is trained against the stock one (`postgen.lit.distillation`).
+
+Stages of one run: attention transfer block by block where it is wanted (`postgen.lit.transfer`), latents that the
+teacher draws once for all prompts, training end to end. A later stage is another run with the export of this one as
+`student`.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from postgen.errors import UserError, shown
+from postgen.families import Condition, Denoiser
+from postgen.lit.config import LiTConfig
+from postgen.lit.convert import layers_of
+from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
+from postgen.lit.drawn import Drawn, stacked
+from postgen.lit.saving import save
+from postgen.lit.student import (
+    bytes_of,
+    export_state,
+    is_new,
+    lora_scales,
+    make_student,
+    named_parameters,
+    read_student,
+    shell_of,
+)
+from postgen.lit.train_config import VARIANCE_WEIGHT, LitTrainingConfig
+from postgen.lit.transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
+from postgen.reconstruct import Share, read_report
+from postgen.reconstruct.records import digest, weights_digest
+from postgen.sampling.conditions import Embeddings, Row
+from postgen.sampling.sampler import Sampler, Sampling
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.seeds import Shuffled, normal, seed_of
+from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.training.logging import say
+from postgen.training.lora import add_adapters
+from postgen.training.policy import frozen, load_model, park_text_encoders
+from postgen.training.prompts import Prompts
+from postgen.training.updates import decay_groups
+
+_MODEL = "distillation"
+
+
+class LitTrainer(Trainer[LitTrainingConfig]):
+    """Distillation of a converted transformer.
+
+    Args:
+        args: the configuration.
+        model: pipeline, folder or hub id of the teacher; None is `args.model`, and the embedded model without it.
+        train_dataset: prompts, instead of `args.train_dataset`.
+        eval_dataset: held-out prompts, instead of `args.eval_dataset`.
+        callbacks: `transformers.TrainerCallback`s.
+
+    Raises:
+        UserError: no prompts, a model that cannot be converted, settings that do not go together.
+    """
+
+    config_class: ClassVar[type[TrainingConfig]] = LitTrainingConfig
+
+    def __init__(
+        self,
+        args: LitTrainingConfig,
+        model: Any = None,
+        train_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> None:
+        if not isinstance(args, LitTrainingConfig):
+            raise UserError(f"LitTrainer needs args, a LitTrainingConfig, got {shown(args)}")
+        super().__init__(args, callbacks)
+        self.source = args.model if model is None else model
+        given = args.train_dataset if train_dataset is None else train_dataset
+        if given is None:
+            raise UserError("there are no prompts: give train_dataset")
+        self.rows = Prompts(given, "train_dataset", seed=args.seed, shuffle=False).rows
+        given = args.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None and (args.eval_steps or args.eval_on_start or args.evaluate_only):
+            raise UserError("eval_steps and the like need held-out prompts: give eval_dataset")
+        self.eval_rows = [] if given is None else Prompts(given, "eval_dataset", seed=args.seed, shuffle=False).rows
+        self.share = Share(
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            local_rank=self.accelerator.local_process_index,
+        )
+        self._order = Shuffled(len(self.rows), args.seed)
+        self._micro = 0
+
+    @classmethod
+    def from_config(cls, args: LitTrainingConfig) -> Self:
+        """Return the trainer of a recipe."""
+        return cls(args)
+
+    # Set-up.
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """Load the teacher, do the transfer, draw the latents, and put the student beside the teacher."""
+        args = self.args
+        self.pipe, _ = load_model(self.source, args, self.device)
+        self.denoiser: Denoiser = frozen(self.pipe, args)
+        teacher = the_network(self.denoiser)
+        terms = self._terms(teacher)
+        grid = grid_of(self.denoiser, self.rows[0], args.size)
+        config, tensors = read_student(args.student, teacher) if args.student else self._transferred()
+        student = make_student(teacher, config, tensors, trained=args.train, shared=not self.sharded)
+        layers = layers_of(student).values()
+        if args.train == "new" and layers and all(layer.covers(grid) for layer in layers):
+            raise UserError(
+                f"all new layers are softmax on {grid.frames} frames of tokens, so they have nothing to learn: take"
+                " smaller windows or longer clips"
+            )
+        self._shell = shell_of(teacher, config)
+        self._adapt(student, config)
+        if args.gradient_checkpointing:
+            student.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._draw(teacher)
+        if self.accelerator.is_main_process:
+            both, alone = (size / 1e9 for size in bytes_of(student, teacher))
+            say(f"student and teacher share weights of {both:.3g} GB, the student has {alone:.3g} GB of its own")
+        (name,) = self.denoiser.transformers
+        return {_MODEL: Distillation(student, teacher, self.denoiser, name, terms)}
+
+    def _terms(self, teacher: nn.Module) -> Terms:
+        args = self.args
+        if args.variance_weight and not predicts_variance(teacher):
+            raise UserError(
+                f"variance_weight is {args.variance_weight:g}, and {type(teacher).__name__} predicts no variance:"
+                " leave it out"
+            )
+        default = VARIANCE_WEIGHT if predicts_variance(teacher) else 0.0
+        return Terms(
+            task=args.task_weight,
+            output=args.output_weight,
+            variance=default if args.variance_weight is None else args.variance_weight,
+            hidden=args.hidden_weight,
+        )
+
+    def _transferred(self) -> tuple[LiTConfig, dict[str, Tensor]]:
+        """Return the conversion, and what the transfer has trained of it."""
+        args = self.args
+        if not args.transfer_steps:
+            return args.lit, {}
+        folder = args.folder / "transfer"
+        report = train_layers(
+            self.denoiser,
+            args.lit,
+            self.rows[: args.transfer_prompts],
+            records=args.records(),
+            train=args.transfer(),
+            where=folder / "records",
+            blocks_at_a_time=args.transfer_blocks,
+            inherited=args.transfer_inherited,
+            share=self.share,
+        )
+        if report.signal:
+            signal.raise_signal(report.signal)  # it was only noted; what is done is gone on with by the next run
+        names = (*report.blocks, *report.unfinished)
+        _wait(lambda: not read_report(report.folder, names).unfinished)
+        return args.lit, trained_tensors(read_report(report.folder, names))
+
+    def _adapt(self, student: nn.Module, config: LiTConfig) -> None:
+        """Put adapters into the student; the new layers are trained beside them."""
+        if not self.args.use_peft:
+            return
+        if config.inherit == "output":
+            raise UserError("use_peft adapts weights of the base, which begin anew with inherit: output")
+        (name,) = self.denoiser.transformers
+        add_adapters(self.pipe, with_network(self.denoiser, name, student), self.args)
+        for parameter in named_parameters(student, "new").values():
+            parameter.requires_grad_(True)
+
+    def _draw(self, teacher: nn.Module) -> None:
+        """Draw the latents of all prompts, and encode these."""
+        args, size = self.args, self.args.size
+        schedule = schedule_of(self.denoiser, args.num_inference_steps, self.denoiser.latent_shape(**size))
+        self.schedule = schedule
+        sampler = Sampler(
+            self.denoiser, schedule, Sampling(guidance=args.guidance_scale, size=size), device=self.device
+        )
+        said = {"teacher": weights_digest(teacher), "size": size, "guidance": args.guidance_scale}
+        told = self._embeddings(guidance=args.guidance_scale > 1)
+        self.drawn = {}
+        for name, rows in (("train", self.rows), ("eval", self.eval_rows)):
+            drawn = Drawn(
+                args.folder / "latents" / name,
+                sampler,
+                len(rows),
+                batch=args.batch_size,
+                seed=args.seed + (name == "eval"),
+                steps=args.states == "trajectory",
+                said={**said, "texts": digest([[row["prompt"], row.get("negative_prompt")] for row in rows])},
+            )
+            if rows:
+                drawn.make(told.table(rows.__getitem__), self.share, progress=not args.disable_tqdm)
+                _wait(drawn.complete)
+            self.drawn[name] = drawn
+        self._told = self._embeddings(guidance=False)
+        if args.precompute_prompt_embeds:
+            self._told.encode(text for row in (*self.rows, *self.eval_rows) for text in (row, _without_text(row)))
+            park_text_encoders(self.pipe)
+
+    def _embeddings(self, *, guidance: bool) -> Embeddings:
+        args = self.args
+        return Embeddings(
+            self.denoiser,
+            size=args.size,
+            guidance=guidance,
+            negative_prompt=args.negative_prompt,
+            keep_all=args.precompute_prompt_embeds,
+            device=self.device,
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return new and inherited weights, each with its rate."""
+        args, trained = self.args, self.trained()
+        new = [value for name, value in trained.items() if is_new(name)]
+        rest = [value for name, value in trained.items() if not is_new(name)]
+        groups = decay_groups(rest, lr=args.learning_rate)
+        return groups + decay_groups(new, lr=args.learning_rate_new or args.learning_rate)
+
+    # Steps.
+
+    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Noise the latents of some prompts, drop some captions, and compare what the two networks say.
+
+        What is drawn follows from the position of a row in the whole run: two processes draw what one does with twice
+        the accumulation.
+        """
+        args, batch = self.args, self.args.per_device_train_batch_size
+        first = (self._micro * self.share.processes + self.share.rank) * batch
+        self._micro += 1
+        places = range(first, first + batch)
+        prompts = [self._order.at(place) if args.shuffle_dataset else place % len(self.rows) for place in places]
+        seeds = [seed_of(args.seed, "forward", place) for place in places]
+        rows = [
+            _without_text(self.rows[prompt]) if chance(args.seed, place) < args.caption_dropout else self.rows[prompt]
+            for prompt, place in zip(prompts, places, strict=True)
+        ]
+        steps = torch.tensor([seed % self.schedule.steps for seed in seeds], device=self.device)
+        noise = normal(self.denoiser.latent_shape(**args.size), seeds, self.device)
+        loss, terms = self.models[_MODEL](*self._states("train", prompts, steps, noise, self._condition(rows)))
+        return loss, {f"{name}_loss": value for name, value in terms.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the means of the loss and its terms over the held-out prompts, each at one noise level."""
+        count, batch = len(self.eval_rows), self.args.per_device_train_batch_size
+        shape, found = self.denoiser.latent_shape(**self.args.size), []
+        # As many calls in each process, which cut weights need.
+        each = -(-count // self.share.processes)
+        own = [(self.share.rank * each + place) % count for place in range(each)] if count else []
+        for low in range(0, each, batch):
+            prompts = own[low : low + batch]
+            steps = torch.tensor([prompt % self.schedule.steps for prompt in prompts], device=self.device)
+            noise = normal(shape, [seed_of(self.args.seed, "eval", prompt) for prompt in prompts], self.device)
+            told = self._condition([self.eval_rows[prompt] for prompt in prompts])
+            loss, terms = self.unaveraged(_MODEL)(*self._states("eval", prompts, steps, noise, told))
+            found += [{"loss": loss, **{f"{name}_loss": value for name, value in terms.items()}}] * len(prompts)
+        return {name: float(torch.stack([row[name] for row in found]).mean()) for name in (found[0] if found else ())}
+
+    def _states(
+        self, kind: str, prompts: Sequence[int], steps: Tensor, noise: Tensor, told: Condition
+    ) -> tuple[Tensor, Tensor, Condition, Tensor | None]:
+        """Return what the networks are shown, and what the task wants of them."""
+        levels = self.schedule.levels(steps, steps + 1)
+        sigma = levels.s.to(torch.float32)
+        if self.args.states == "trajectory":
+            return stacked(self.drawn[kind], prompts, steps.tolist(), self.device), sigma, told, None
+        clean = stacked(self.drawn[kind], prompts, [self.schedule.steps] * len(prompts), self.device)
+        wanted = None
+        if self.args.task_weight:
+            wanted = wanted_of(clean, noise, levels, self.schedule.prediction_type)
+        return noised(clean, noise, levels), sigma, told, wanted
+
+    def _condition(self, rows: Iterable[Row]) -> Condition:
+        found = [self._told.of(row) for row in rows]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many micro-batches were taken."""
+        return {"micro": self._micro}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._micro = int(state["micro"])
+
+    def export(self, folder: Path, weights: Weights) -> None:
+        """Write the student as `postgen.lit.load` reads it, adapters added to the weights that they adapt."""
+        student = self.unwrap(_MODEL).student
+        assert isinstance(student, nn.Module)
+        own = {name.removeprefix("student."): value for name, value in weights[_MODEL].items() if name[0] == "s"}
+        shell = copy.deepcopy(self._shell)
+        wanted = shell.state_dict()
+        state = export_state(own, lora_scales(student))
+        shell.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, assign=True)
+        save(shell, folder / FOLDER)
+
+
+def chance(seed: int, place: int) -> float:
+    """Return a number in [0, 1) that decides on the caption of a row of the run."""
+    return seed_of(seed, "forward", place, 1) % 2**20 / 2**20
+
+
+def _without_text(row: Row) -> Row:
+    return {**row, "prompt": ""}
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    """Wait for files of other processes: barriers of a launcher give up after minutes."""
+    while not done():
+        time.sleep(0.5)

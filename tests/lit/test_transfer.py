@@ -1,0 +1,139 @@
+"""Attention transfer: what is compared, what is trained, what is left on the pipeline and in the folder, resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from postgen.errors import UserError
+from postgen.families import denoiser_for
+from postgen.kernels.attention.ops import attention
+from postgen.lit import LiTConfig, convert, layers_of, load
+from postgen.lit.transfer import grid_of, trained_tensors, transfer, transfer_tasks
+from postgen.reconstruct import RecordsConfig, Share, collect
+from postgen.reconstruct.task import Call
+from tests.lit.distil import PICTURES, VIDEO, conversion, teacher, transferred
+from tests.reconstruct.toy import PROMPTS, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Softmax(nn.Module):
+    """What the layers stand for."""
+
+    kind = "softmax"
+
+    def forward(self, tokens: Any) -> Any:
+        query, key, value = tokens.rotated()
+        return attention(query[:, tokens.video_rows], key, value, key_lengths=tokens.key_lengths)
+
+
+@pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
+def test_the_target_is_what_softmax_gives(name: str) -> None:
+    """In every kind of block; so a layer that is softmax has no error."""
+    pipe, size = teacher(name)
+    denoiser = denoiser_for(pipe)
+    config = RecordsConfig(num_inference_steps=2, levels_per_prompt=1, batch_size=2, **size)
+    tasks = transfer_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, "a", size))
+    records = collect(denoiser, [m for task in tasks for m in task.modules], PROMPTS[:3], config, progress=False)
+    for task in tasks:
+        student: Any = task.build()
+        student.layer = Softmax()
+        for recorded in records.calls(task.modules, held_out=False):
+            calls = [Call(each, torch.device("cpu"), widen=True) for each in recorded]
+            with torch.no_grad():
+                torch.testing.assert_close(task.run(student, calls), task.target(calls), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo"])
+def test_transfer(name: str, tmp_path: Path) -> None:
+    """Errors fall, the base's weights stay bit by bit, the layers are those of the folder."""
+    before = {key: value.clone() for key, value in teacher(name)[0].transformer.state_dict().items()}
+    pipe, report = transferred(tmp_path, name, max_steps=20)
+    assert not report.unfinished
+    assert len(report.blocks) == 2
+    for block in report.blocks.values():
+        assert block.error_after < block.error_before
+        assert block.new == block.parameters
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    tensors = trained_tensors(report)
+    assert {key for key in after if key not in before} <= tensors.keys()
+    assert all(torch.equal(after[key], value) for key, value in tensors.items())
+    loaded = load(tmp_path / "transformer").state_dict()
+    assert loaded.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in loaded.items())
+
+
+def test_what_is_inherited_is_trained_where_asked(tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in teacher("Wan")[0].transformer.state_dict().items()}
+    pipe, _ = transferred(tmp_path / "a", inherited=True)
+    after = pipe.transformer.state_dict()
+    changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    layers = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+    assert {key.split(".")[3] for key in changed} == {*layers}
+    assert all(".attn1." in key for key in changed)
+    pipe, report = transferred(tmp_path / "b", conversion={"inherit": "output"})
+    after = pipe.transformer.state_dict()
+    fresh = {key for key in after if ".fresh." in key}
+    assert len(fresh) == 2 * 3 * 2
+    assert all(torch.equal(after[key], trained_tensors(report)[key]) for key in fresh)
+    # They began as those of this seed and were trained.
+    untrained = teacher("Wan")[0].transformer
+    convert(untrained, LiTConfig.from_json(conversion("Wan", inherit="output")))
+    assert not torch.equal(after[min(fresh)], untrained.state_dict()[min(fresh)])
+
+
+def test_killed_and_a_few_blocks_at_a_time(tmp_path: Path) -> None:
+    """However the work is cut up, the weights are the same, bit by bit."""
+    straight, _ = transferred(tmp_path / "straight")
+    expected = straight.transformer.state_dict()
+    command = [sys.executable, "-m", "tests.lit.distil", str(tmp_path / "killed")]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    assert not (folder / "run" / "transformer").exists()
+    with pytest.raises(UserError, match="holds an earlier run of blocks.0.attn1"):
+        transferred(folder / "run", where=folder / "records")
+    pipe, report = transferred(folder / "run", where=folder / "records", resume=True)
+    assert not report.unfinished
+    found = [pipe.transformer.state_dict(), load(folder / "run" / "transformer").state_dict()]
+    pipe, _ = transferred(tmp_path / "few", where=tmp_path / "few-records", blocks_at_a_time=1)
+    assert not [*(tmp_path / "few-records").iterdir()]
+    found.append(pipe.transformer.state_dict())
+    for rank in (1, 0):
+        share = Share(rank=rank, processes=2)  # all records are there, so neither waits
+        pipe, report = transferred(tmp_path / "shared", where=folder / "records", share=share)
+        assert report.unfinished == (("blocks.0.attn1",) if rank else ())
+        assert hasattr(pipe.transformer.blocks[1].attn1, "postgen_lit") != bool(rank)
+    found.append(pipe.transformer.state_dict())
+    for state in found:
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_refused(tmp_path: Path) -> None:
+    pipe, size = teacher("Wan")
+    train, records = settings(tmp_path), RecordsConfig(**size)
+
+    def given(config: LiTConfig, prompts: Any = PROMPTS) -> None:
+        transfer(pipe, config, prompts, records=records, train=train)
+
+    with pytest.raises(UserError, match="every block stays softmax"):
+        given(LiTConfig(layers="all:softmax"))
+    with pytest.raises(UserError, match=r"window_delta in blocks.1.attn1 is softmax on 3 frames"):
+        given(LiTConfig(layers="1:window_delta"))
+    with pytest.raises(UserError, match="they must be a list of texts"):
+        given(LiTConfig(layers="1:lit"), "a ball")
+    convert(pipe.transformer, LiTConfig(layers="1:lit"))
+    assert layers_of(pipe.transformer)
+    with pytest.raises(UserError, match="is converted: revert it"):
+        given(LiTConfig(layers="1:lit"))
