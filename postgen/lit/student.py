@@ -95,9 +95,13 @@ def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def shell_of(teacher: nn.Module, config: LiTConfig) -> nn.Module:
-    """Return a converted copy of a teacher whose weights have shapes and no memory, to write a student with."""
+    """Return a converted copy of a teacher whose weights have shapes and no values, to write a student with.
+
+    They take no memory, but on the CPU where projections begin anew: these take the place of layers that have some.
+    """
+    device = "meta" if config.inherit == "all" else "cpu"
     memo: dict[int, Any] = {
-        id(each): nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)
+        id(each): nn.Parameter(torch.empty_like(each, device=device), requires_grad=False)
         for each in teacher.parameters()
     }
     shell = copy.deepcopy(teacher, memo)

@@ -23,9 +23,9 @@ VARIANCE_WEIGHT = 0.05
 class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfig, RecordsConfig):
     """Settings of `LitTrainer`.
 
-    `num_frames` to `negative_prompt` say how the teacher draws the latents, `batch_size` how many prompts go through it
-    together, `held_out_prompts` how many of those of the transfer only measure errors. `learning_rate` is that of what
-    the teacher has too, weights and their adapters.
+    `num_frames` to `negative_prompt` say how the teacher draws the latents, `batch_size` how many prompts it draws
+    together, `held_out_prompts` how many of those of the transfer only measure errors. `learning_rate` is that of
+    what the teacher has too, weights and their adapters.
 
     Raises:
         UserError: a value outside its range, or two that do not go together.

@@ -120,8 +120,8 @@ class LitTrainer(Trainer[LitTrainingConfig]):
                 f"all new layers are softmax on {grid.frames} frames of tokens, so they have nothing to learn: take"
                 " smaller windows or longer clips"
             )
-        self._shell = shell_of(teacher, config)
         self._adapt(student, config)
+        self._shell = shell_of(teacher, config)
         if args.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
         self._draw(teacher)

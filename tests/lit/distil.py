@@ -1,4 +1,4 @@
-"""Tiny teachers of distillation, runs of both stages on them, and a run that is killed: `python -m tests.lit.distil F`."""
+"""Tiny teachers, runs of both stages of distillation on them, and one that is killed: `-m tests.lit.distil FOLDER`."""
 
 from __future__ import annotations
 
@@ -86,5 +86,3 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-
-

@@ -101,7 +101,7 @@ def test_killed_and_a_few_blocks_at_a_time(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGKILL
     folder = tmp_path / "killed"
     assert not (folder / "run" / "transformer").exists()
-    with pytest.raises(UserError, match="holds an earlier run of blocks.0.attn1"):
+    with pytest.raises(UserError, match=r"holds an earlier run of blocks\.0\.attn1"):
         transferred(folder / "run", where=folder / "records")
     pipe, report = transferred(folder / "run", where=folder / "records", resume=True)
     assert not report.unfinished
