@@ -32,7 +32,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     """
 
     conversion: dict[str, Any] = field(default_factory=dict)
-    """Settings of `postgen.lit.LiTConfig`, as `{layers: "1-8:window_delta", window: {radius: 1}}`. Of the paper's
+    """Settings of `postgen.lit.LiTConfig`, as `{layers: "1-6:window_delta", window: {radius: 1}}`. Of the paper's
     guidelines the convolution is `lit: {conv_space: 5}`, few heads `lit: {merge_heads: 4}`, inheritance
     `inherit: output`."""
 
@@ -70,7 +70,8 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     """Share of rows whose text is empty, for the student and the teacher alike."""
 
     transfer_steps: int = 0
-    """Steps of attention transfer of each converted block before the training end to end; 0 is none."""
+    """Steps of attention transfer of each converted block before the training end to end, a tenth of them warm-up; 0 is
+    none."""
 
     transfer_prompts: int = 64
     """Prompts of the transfer, the first ones, `held_out_prompts` among them."""
@@ -128,6 +129,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
             output_dir=str(self.folder / "transfer"),
             resume=True,
             max_steps=self.transfer_steps,
+            warmup_steps=self.transfer_steps // 10,
             learning_rate=self.transfer_learning_rate / 10,
             learning_rate_new=self.transfer_learning_rate,
             loss=self.transfer_loss,

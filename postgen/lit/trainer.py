@@ -1,8 +1,8 @@
 """Method `lit`: a converted transformer is trained against the stock one (`postgen.lit.distillation`).
 
-Stages of one run: attention transfer block by block where it is wanted (`postgen.lit.transfer`), latents that the
-teacher draws once for all prompts, training end to end. A later stage is another run with the export of this one as
-`student`.
+Stages of one run: attention transfer block by block where it is wanted (`postgen.lit.attention_transfer`), latents
+that the teacher draws once for all prompts, training end to end. A later stage is another run with the export of this
+one as `student`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError, shown
 from postgen.families import Condition, Denoiser
+from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import layers_of
 from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
@@ -36,7 +37,6 @@ from postgen.lit.student import (
     shell_of,
 )
 from postgen.lit.train_config import VARIANCE_WEIGHT, LitTrainingConfig
-from postgen.lit.transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
 from postgen.reconstruct import Share, read_report
 from postgen.reconstruct.records import digest, weights_digest
 from postgen.sampling.conditions import Embeddings, Row

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from postgen.lit import LiTConfig
+from postgen.lit.attention_transfer import transfer
 from postgen.lit.train_config import LitTrainingConfig
 from postgen.lit.trainer import LitTrainer
-from postgen.lit.transfer import transfer
 from postgen.reconstruct import RecordsConfig, block_run
 from tests.families.tiny_pipelines import tiny_pipeline
 from tests.reconstruct.toy import PROMPTS, pipeline, settings

@@ -258,8 +258,8 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def test_recipes() -> None:
-    for name in ("lit-tiny-wan", "lit-wan"):
+    for name in ("lit-tiny-wan", "lit-tiny-wan-lora", "lit-wan"):
         trainer, args = load_recipe(RECIPES / f"{name}.yaml", ["--max_steps", "3"])
         assert trainer.__name__ == "LitTrainer"
         assert isinstance(args, LitTrainingConfig)
-        assert args.lit.layers
+        assert bool(args.student) != bool(args.conversion)

@@ -17,7 +17,7 @@ from postgen.errors import UserError
 from postgen.families import denoiser_for
 from postgen.kernels.attention.ops import attention
 from postgen.lit import LiTConfig, convert, layers_of, load
-from postgen.lit.transfer import grid_of, trained_tensors, transfer, transfer_tasks
+from postgen.lit.attention_transfer import attention_tasks, grid_of, trained_tensors, transfer
 from postgen.reconstruct import RecordsConfig, Share, collect
 from postgen.reconstruct.task import Call
 from tests.lit.distil import PICTURES, VIDEO, conversion, teacher, transferred
@@ -42,7 +42,7 @@ def test_the_target_is_what_softmax_gives(name: str) -> None:
     pipe, size = teacher(name)
     denoiser = denoiser_for(pipe)
     config = RecordsConfig(num_inference_steps=2, levels_per_prompt=1, batch_size=2, **size)
-    tasks = transfer_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, "a", size))
+    tasks = attention_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, "a", size))
     records = collect(denoiser, [m for task in tasks for m in task.modules], PROMPTS[:3], config, progress=False)
     for task in tasks:
         student: Any = task.build()

@@ -136,7 +136,7 @@ def train_layers(
         raise UserError(f"prompts are {shown(prompts)}, they must be a list of texts or rows")
     if train.learning_rate_new is None:
         train = replace(train, learning_rate_new=1e-3)
-    tasks = transfer_tasks(denoiser, config, grid_of(denoiser, rows[0], records.size), inherited=inherited)
+    tasks = attention_tasks(denoiser, config, grid_of(denoiser, rows[0], records.size), inherited=inherited)
     names = [task.name for task in tasks]
     size = blocks_at_a_time or len(tasks)
     for first in range(0, len(tasks), size):
@@ -153,7 +153,7 @@ def train_layers(
     return read_report(train.output_dir, names)
 
 
-def transfer_tasks(
+def attention_tasks(
     denoiser: Denoiser, config: LiTConfig, grid: Grid, *, inherited: bool = False
 ) -> list[ReconstructTask]:
     """Return a task for each self-attention that a conversion changes.
