@@ -75,6 +75,14 @@ def test_reconstruct(ran: tuple[dict[str, Any], str]) -> None:
     assert names["task"].modules == ("blocks.3.attn1", "blocks.3.attn1.to_out.0")
 
 
+@pytest.mark.parametrize("ran", ["lit_training.md"], indirect=True)
+def test_lit_training(ran: tuple[dict[str, Any], str]) -> None:
+    names, _ = ran
+    assert [*names["report"].blocks] == ["blocks.3.attn1", "blocks.4.attn1"]
+    assert not names["report"].unfinished
+    assert hasattr(names["pipe"].transformer.blocks[3].attn1, "postgen_lit")
+
+
 @pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
 def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
     """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""

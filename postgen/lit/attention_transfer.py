@@ -103,8 +103,9 @@ def transfer(
             clip, so that there is nothing to learn.
 
     Example:
-        >>> transfer(pipe, LiTConfig(), prompts, records=RecordsConfig(num_frames=81, height=480, width=832),
-        ...          train=ReconstructConfig(output_dir="lit-s1", max_steps=300), where="records")  # doctest: +SKIP
+        size = {"num_frames": 81, "height": 480, "width": 832}
+        train = ReconstructConfig(output_dir="lit-transfer", max_steps=300)
+        transfer(pipe, LiTConfig(), prompts, records=RecordsConfig(**size), train=train, where="records")
     """
     share = share or Share.launched()
     denoiser = denoiser_for(pipe)
@@ -170,12 +171,8 @@ def attention_tasks(
     model = the_network(denoiser)
     modules = modules_of_blocks(model)
     types = types_of_blocks(config.layers, len(modules), first_block=config.first_block)
-    chosen = tuple(
-        Converted(block, name, kind)
-        for block, (kind, names) in enumerate(zip(types, modules, strict=True))
-        for name in names
-        if kind != "softmax"
-    )
+    linear = [block for block, kind in enumerate(types) if kind != "softmax"]
+    chosen = tuple(Converted(block, name, types[block]) for block in linear for name in modules[block])
     if not chosen:
         raise UserError("every block stays softmax: there is nothing to transfer, name blocks in layers")
     readers = readers_for(model, chosen)

@@ -70,8 +70,8 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     """Share of rows whose text is empty, for the student and the teacher alike."""
 
     transfer_steps: int = 0
-    """Steps of attention transfer of each converted block before the training end to end, a tenth of them warm-up; 0 is
-    none."""
+    """Steps of attention transfer of each converted block before the training end to end, a tenth of them warm-up; 0
+    is none."""
 
     transfer_prompts: int = 64
     """Prompts of the transfer, the first ones, `held_out_prompts` among them."""

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError, shown
 from postgen.families import Condition, Denoiser
+from postgen.families.exports import write_note
 from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import layers_of
@@ -295,7 +296,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the student as `postgen.lit.load` reads it, adapters added to the weights that they adapt."""
+        """Write the student as `postgen.lit.load` reads it, adapters added to their weights, and of which model it is."""
         student = self.unwrap(_MODEL).student
         assert isinstance(student, nn.Module)
         own = {name.removeprefix("student."): value for name, value in weights[_MODEL].items() if name[0] == "s"}
@@ -304,6 +305,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         state = export_state(own, lora_scales(student))
         shell.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, assign=True)
         save(shell, folder / FOLDER)
+        write_note(folder, self.pipe, [FOLDER])
 
 
 def chance(seed: int, place: int) -> float:
