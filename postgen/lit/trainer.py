@@ -296,7 +296,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the student as `postgen.lit.load` reads it, adapters added to their weights, and of which model it is."""
+        """Write the student as `postgen.lit.load` reads it, adapters in their weights, and a note of its model."""
         student = self.unwrap(_MODEL).student
         assert isinstance(student, nn.Module)
         own = {name.removeprefix("student."): value for name, value in weights[_MODEL].items() if name[0] == "s"}

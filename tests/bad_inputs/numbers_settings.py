@@ -34,7 +34,7 @@ RIGHT: Mapping[str, Any] = {
     **{"sde_window_range": [0, 4], "epsilon_high": 1e-3, "save_total_limit": 3},
     **{"num_inference_steps": 3, "guidance_scale": 4.0, "true_cfg_scale": 4.0, "seed": 7},
     **{"relative_weight": 0.5, "max_gain": 2.0, "max_locations": 5, "chunk_size": 5, "weight": 2.0},
-    **{"levels_per_prompt": 2, "learning_rate_new": 1e-3},
+    **{"levels_per_prompt": 2, "learning_rate_new": 1e-3, "variance_weight": 0.1, "transfer_blocks": 2},
 }
 """Of fields that are none or empty by default, a value that must be taken."""
 
@@ -42,6 +42,7 @@ _NEEDED: Mapping[str, Any] = {
     "output_dir": "x",
     "autoencoder": str(embedded_model()),
     "train_dataset": "prompts.txt",
+    **{"num_frames": 5, "height": 32, "width": 32},
 }
 """Fields without a default."""
 
