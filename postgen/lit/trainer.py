@@ -111,6 +111,12 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self.pipe, _ = load_model(self.source, args, self.device)
         self.denoiser: Denoiser = frozen(self.pipe, args)
         teacher = the_network(self.denoiser)
+        kinds = {parameter.dtype for parameter in teacher.parameters()} & {torch.float16, torch.bfloat16}
+        if kinds and not args.bf16:
+            raise UserError(
+                f"the teacher's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
+                " or dtype: float32"
+            )
         terms = self._terms(teacher)
         grid = grid_of(self.denoiser, self.rows[0], args.size)
         config, tensors = read_student(args.student, teacher) if args.student else self._transferred()

@@ -247,6 +247,13 @@ def test_projections_that_begin_anew(tmp_path: Path) -> None:
     assert not any("fresh" in key for key in state_of(run, "teacher"))
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    """The weights of `lit`, whose operation has a backward pass of its own, and hidden outputs of blocks."""
+    values = {"hidden_weight": 0.5, "train": "new"}
+    runs = [distilled(tmp_path / str(on), "FLUX", gradient_checkpointing=on, **values) for on in (False, True)]
+    assert same(*(state_of(run, "student") for run in runs))
+
+
 def test_refused(tmp_path: Path) -> None:
     for changes, said in (
         ({"conversion": {"layers": "1:window_delta"}, "train": "new"}, "softmax on 3 frames"),
@@ -255,6 +262,10 @@ def test_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             distilled(tmp_path / "run", **changes)
+    pipe, _ = teacher("Wan")
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"are torch\.bfloat16, and trained ones are float32: set bf16"):
+        distilled(tmp_path / "run", pipe=pipe)
 
 
 def test_recipes() -> None:
