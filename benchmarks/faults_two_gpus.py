@@ -1,0 +1,379 @@
+"""Do two GPUs learn what one does, however the weights are spread over them?
+
+    python -m benchmarks.faults_two_gpus -o FILE
+
+Trains all weights of a tiny Wan model with both trainers for 4 updates, with a reference, an average and, for
+DiffusionNFT, an old policy: once in one process, then in two that average gradients (DDP), that cut the weights with
+torch's `fully_shard`, and that accelerate's FSDP2 cuts them for. Compares all that the last checkpoints hold, in full
+float32, and loads what was exported. Then a run of one process goes on in two, and one of two in one, in the middle of
+a rollout. A run that fails or hangs is told with what each of its processes said, and the next one begins in new
+processes. Run it from the root of a checkout: the tiny model is that of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gates import gate, write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINERS = ("dancegrpo", "diffusion_nft")
+SPREADS = {"ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
+"""How weights are spread over two processes -> the file of `recipes/accelerate` that starts them."""
+LIMIT = 60.0
+"""Seconds of a run, those until its processes tell where they hang included."""
+START = 120.0
+"""Seconds that processes have until they have imported everything."""
+STEPS, MIDDLE = 4, 3
+"""Updates of a run, and after how many of them one goes on in other processes: a rollout is used up after two."""
+TOLERANCE = 1e-4
+GROUPS = ("weights", "ema", "copies")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, and what the processes that train it are started by."""
+
+    name: str
+    """`<trainer>-<spread>`."""
+    trainer: str
+    launch: str
+    """A file of `recipes/accelerate`, or nothing for one process."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many train it."""
+        return 2 if self.launch else 1
+
+
+class Bench:
+    """The folder of all runs.
+
+    Args:
+        folder: an empty one.
+        device: cuda, or cpu for gloo, where accelerate has no FSDP2.
+        limit: seconds of a run.
+    """
+
+    def __init__(self, folder: Path, device: str, limit: float = LIMIT) -> None:
+        self.folder, self.device, self.limit = folder, device, limit
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self._sessions = 0
+
+    def build(self) -> None:
+        """Make the model and the prompts."""
+        from diffusers import WanPipeline
+
+        from tests.conftest import wan_components
+
+        WanPipeline(**wan_components()).save_pretrained(self.folder / "model")
+        rows = [{"prompt": text} for text in ("a ball", "a cube", "two balls", "a red ball")]
+        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def run_of(self, name: str) -> Path:
+        """Return the folder of a run."""
+        return self.folder / name / "run"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Return the recipe of a job: the same samples in each update, however many processes share them."""
+        one = 3 - job.processes
+        values: dict[str, Any] = {
+            **{"method": job.trainer, "model": str(self.folder / "model"), "output_dir": str(self.run_of(job.name))},
+            **{
+                "train_dataset": str(self.folder / "prompts.jsonl"),
+                "eval_dataset": str(self.folder / "prompts.jsonl"),
+            },
+            **{"reward_funcs": ["tests.grpo.toy.near"], "use_peft": False, "device": self.device},
+            **{"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16},
+            # Groups of four in parts of two: they span processes.
+            **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": one},
+            **{"steps_per_generation": 2 * one, "max_steps": STEPS, "save_steps": 1, "save_total_limit": None},
+            # With a small epsilon AdamW would make whole steps of gradients that are nothing but rounding.
+            **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "max_grad_norm": 0.0, "ema_decay": 0.9, "beta": 0.1},
+            **{"eval_steps": 2, "eval_prompts": 4, "eval_grid": 0, "logging_steps": 1},
+            **{"report_to": "none", "disable_tqdm": True},
+        }
+        if job.trainer == "dancegrpo":
+            values |= {"sde_window_size": 2, "sde_window_per": "rollout", "timestep_fraction": 1.0, "epsilon": 1e-2}
+        else:
+            values |= {"old_decay_rate": 0.1}
+        return values | dict(job.settings)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Train the runs of one kind of launch in as few processes as their failures leave; take down what came out."""
+        left = list(jobs)
+        while left:
+            left = left[self._session(left) :]
+
+    def _session(self, jobs: Sequence[Job]) -> int:
+        """Start processes for these runs; return how many of them have an outcome."""
+        self._sessions += 1
+        path = self.folder / f"jobs-{self._sessions}.json"
+        described = []
+        for job, port in zip(jobs, _free_ports(len(jobs)), strict=True):
+            (self.folder / job.name).mkdir()
+            values = {"name": job.name, "folder": str(self.folder / job.name), "port": port}
+            described.append({**values, "seconds": self.limit * 0.8, "settings": self.settings(job)})
+        path.write_text(json.dumps(described), encoding="utf-8")
+        ranks = range(jobs[0].processes)
+        with self._started(jobs[0].launch, path) as process:
+            _wait([Path(f"{path}.ready-{rank}") for rank in ranks], process, START)
+            for number, job in enumerate(jobs):
+                began = time.monotonic()
+                files = [self.folder / job.name / f"rank-{rank}.json" for rank in ranks]
+                _wait(files, process, self.limit)
+                self.outcomes[job.name] = self._outcome(job, files, path, time.monotonic() - began)
+                if self.outcomes[job.name]["failed"]:
+                    break
+        for later in jobs[number + 1 :]:
+            (self.folder / later.name).rmdir()
+        return number + 1
+
+    @contextmanager
+    def _started(self, launch: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+        words = ["-m", "benchmarks.two_gpus_worker", str(path)]
+        if launch:
+            name = launch if self.device == "cuda" else "ddp_cpu"
+            config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+            words = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", *words]
+        environment = dict(os.environ)
+        if self.device == "cpu":
+            environment |= {"OMP_NUM_THREADS": "1"}
+        elif not launch:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+            environment |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+        with Path(f"{path}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                yield process
+            finally:
+                # The launcher and what it started; a process that waits in a collective heeds nothing less.
+                try:
+                    process.wait(timeout=15 if process.poll() is not None or self._all_done(path) else 0)
+                except subprocess.TimeoutExpired:
+                    pass
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+                process.wait()
+
+    def _all_done(self, path: Path) -> bool:
+        jobs = json.loads(path.read_text(encoding="utf-8"))
+        return all(self.outcomes.get(job["name"], {"failed": True})["failed"] is False for job in jobs)
+
+    def _outcome(self, job: Job, files: Sequence[Path], path: Path, seconds: float) -> dict[str, Any]:
+        """Return what became of a run; of one that failed, what each of its processes said."""
+        told = [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
+        refused = next((each["refused"] for each in told if each and each["refused"]), "")
+        found: dict[str, Any] = {"seconds": round(seconds, 1), "refused": refused, "failed": False, "log": []}
+        if all(each is not None and not each["error"] for each in told):
+            return found
+        for rank, each in enumerate(told):
+            said = each["error"] if each else "no answer: it has died, or hangs where its stack says"
+            log = Path(f"{path}.{rank}.log")
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            tail = text.rpartition(f"--- {job.name}, process")[2]
+            found["log"].append(f"[process {rank}] {said}\n{tail[-6000:]}")
+        if not all(told):
+            launcher = Path(f"{path}.log").read_text(encoding="utf-8", errors="replace")
+            found["log"].append(f"[launcher]\n{launcher[-3000:]}")
+        found["failed"] = not (refused and all(told))
+        return found
+
+
+def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait until all files are there, or the process has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
+        time.sleep(0.05)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def largest_difference(run: Path, reference: Path) -> float:
+    """Return the largest difference of weights, average and other policies between the last checkpoints of two runs.
+
+    Raises:
+        RuntimeError: they hold other tensors, or a number that is none.
+    """
+    from safetensors.torch import load_file
+
+    worst = 0.0
+    for group in GROUPS:
+        files = [folder / f"checkpoint-{STEPS}" / f"{group}.safetensors" for folder in (run, reference)]
+        if not any(file.exists() for file in files):
+            continue  # only DiffusionNFT keeps another policy
+        found, expected = (load_file(file) for file in files)
+        if found.keys() != expected.keys():
+            raise RuntimeError(f"{files[0]} holds other tensors than {files[1]}")
+        for name, value in found.items():
+            difference = float((value.double() - expected[name].double()).abs().max())
+            if difference != difference:
+                raise RuntimeError(f"{files[0]}: {name} holds NaN")
+            worst = max(worst, difference)
+    return worst
+
+
+def moved(run: Path, model: Path) -> float:
+    """Return how far the weights of a run are from those it began with: a comparison says nothing if they stood."""
+    from safetensors.torch import load_file
+
+    weights = load_file(run / f"checkpoint-{STEPS}" / "weights.safetensors")
+    start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    return max(float((weights[f"transformer.{name}"] - value).abs().max()) for name, value in start.items())
+
+
+def check_export(run: Path) -> None:
+    """Load what a run exported: it is the average of its last checkpoint.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    import torch
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import load_file
+
+    model = WanTransformer3DModel.from_pretrained(run / "export" / "transformer")
+    average = load_file(run / f"checkpoint-{STEPS}" / "ema.safetensors")
+    if wrong := [
+        name for name, value in model.named_parameters() if not torch.equal(value, average[f"transformer.{name}"])
+    ]:
+        raise RuntimeError(f"the export of {run} is not its average: {wrong[:3]}")
+
+
+def jobs_of(device: str) -> list[list[Job]]:
+    """Return the runs by the processes that train them, in the order in which they can be."""
+    spreads = {name: launch for name, launch in SPREADS.items() if device == "cuda" or name != "fsdp2"}
+    one = [Job(name=f"{trainer}-one", trainer=trainer, launch="") for trainer in TRAINERS]
+    pairs = [
+        [
+            Job(
+                name=f"{trainer}-{spread}",
+                trainer=trainer,
+                launch=launch,
+                settings={"fully_shard": True} if spread == "fully_shard" else {},
+            )
+            for spread, launch in spreads.items()
+            if launch == kind
+            for trainer in TRAINERS
+        ]
+        for kind in dict.fromkeys(spreads.values())
+    ]
+    return [one, *pairs]
+
+
+def resumes(bench: Bench) -> list[list[Job]]:
+    """Return the runs that go on from a checkpoint of another number of processes: those of one in two, and back."""
+
+    def job(trainer: str, source: str, launch: str, **settings: Any) -> Job:
+        path = str(bench.run_of(f"{trainer}-{source}") / f"checkpoint-{MIDDLE}")
+        name = f"{trainer}-{source}-to-{2 if launch else 1}"
+        return Job(name=name, trainer=trainer, launch=launch, settings={"resume_from_checkpoint": path, **settings})
+
+    two = [job(trainer, "one", "ddp", fully_shard=trainer == "diffusion_nft") for trainer in TRAINERS]
+    return [two, [job(trainer, "ddp", "") for trainer in TRAINERS]]
+
+
+def compared(bench: Bench, job: Job) -> dict[str, Any]:
+    """Return the row of a run: how far it is from that of one process, or why it has no such number."""
+    found = bench.outcomes[job.name]
+    row = {"run": job.name, "processes": job.processes, "seconds": found["seconds"], "refused": found["refused"]}
+    row |= {"max_abs": None, "log": found["log"]}
+    if not found["failed"] and not found["refused"]:
+        try:
+            row["max_abs"] = largest_difference(bench.run_of(job.name), bench.run_of(f"{job.trainer}-one"))
+            check_export(bench.run_of(job.name))
+        except (OSError, RuntimeError, KeyError) as error:
+            row["log"] = [f"[comparison] {type(error).__name__}: {error}"]
+    said = "failed" if row["log"] else f"{row['max_abs']:.3g} from one process"
+    print(f"{job.name}: {found['refused'] or said} ({found['seconds']} s)", flush=True)
+    if not found["refused"]:
+        print("\n".join(row["log"]), end="\n" if row["log"] else "", flush=True)
+    return row
+
+
+def measured(folder: Path, device: str) -> dict[str, Any]:
+    """Train everything in a folder; return the payload of a result file."""
+    bench = Bench(folder, device)
+    bench.build()
+    began, rows = time.monotonic(), []
+    for jobs in jobs_of(device):
+        bench.run(jobs)
+        rows += [compared(bench, job) for job in jobs]
+    combinations = [row for row in rows if row["processes"] == 2]
+    for trainer in TRAINERS:
+        if not bench.outcomes[f"{trainer}-one"]["failed"]:
+            far = moved(bench.run_of(f"{trainer}-one"), folder / "model")
+            print(f"{trainer}: one process moved its weights by up to {far:.3g}")
+            if far < 10 * TOLERANCE:
+                raise RuntimeError(f"{trainer} moved its weights by {far:.3g} only: the comparison says nothing")
+    again = []
+    for jobs in resumes(bench):
+        bench.run(jobs)
+        again += [compared(bench, job) for job in jobs]
+    good = [row["max_abs"] for row in combinations if row["max_abs"] is not None and not row["log"]]
+    goes_on = all(row["refused"] or (not row["log"] and row["max_abs"] <= TOLERANCE) for row in again)
+    seconds = round(time.monotonic() - began, 1)
+    print(f"{len(good)} of {len(combinations)} combinations trained, in {seconds} s")
+    return {
+        "settings": {"device": device, "steps": STEPS, "resumed_after": MIDDLE, "seconds": seconds},
+        "gates": [
+            gate("two_gpu_max_abs", max(good, default=None), "<=", TOLERANCE),
+            gate("two_gpu_combinations", len(good), "==", len(TRAINERS) * len(SPREADS)),
+            gate("resume_other_count", int(goes_on), "==", 1),
+        ],
+        "rows": {"two_gpus": rows, "resume_other_count": again},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write the file; exit with 1 where a gate falls short."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults_two_gpus", description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the result file, .json")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo, without accelerate's FSDP2"
+    )
+    options = parser.parse_args(argv)
+    if options.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < 2:
+            print(f"two CUDA devices are needed, torch sees {torch.cuda.device_count()}", file=sys.stderr)
+            return 2
+    else:
+        print("on CPUs accelerate has no FSDP2: 4 of the 6 combinations")
+    with tempfile.TemporaryDirectory() as name:
+        payload = measured(Path(name), options.device)
+    write_result(options.output, payload)
+    for row in payload["gates"]:
+        print(f"{row['name']}: {row['value']} (asked for {row['op']} {row['target']}){'' if row['ok'] else ' MISSED'}")
+    return int(not all(row["ok"] for row in payload["gates"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
