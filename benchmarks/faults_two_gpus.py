@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ SPREADS = {"ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
 """How weights are spread over two processes -> the file of `recipes/accelerate` that starts them."""
 LIMIT = 60.0
 """Seconds of a run, those until its processes tell where they hang included."""
+AFTER = 5.0
+"""Seconds that the other process has after the error of one."""
 START = 120.0
 """Seconds that processes have until they have imported everything."""
 STEPS, MIDDLE = 4, 3
@@ -114,7 +116,7 @@ class Bench:
         return values | dict(job.settings)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Train the runs of one kind of launch in as few processes as their failures leave; take down what came out."""
+        """Train the runs of one kind of launch, anew started only after a failure; note what became of each."""
         left = list(jobs)
         while left:
             left = left[self._session(left) :]
@@ -125,26 +127,25 @@ class Bench:
         path = self.folder / f"jobs-{self._sessions}.json"
         described = []
         for job, port in zip(jobs, _free_ports(len(jobs)), strict=True):
-            (self.folder / job.name).mkdir()
+            (self.folder / job.name).mkdir(exist_ok=True)
             values = {"name": job.name, "folder": str(self.folder / job.name), "port": port}
-            described.append({**values, "seconds": self.limit * 0.8, "settings": self.settings(job)})
+            described.append({**values, "settings": self.settings(job)})
         path.write_text(json.dumps(described), encoding="utf-8")
         ranks = range(jobs[0].processes)
         with self._started(jobs[0].launch, path) as process:
             _wait([Path(f"{path}.ready-{rank}") for rank in ranks], process, START)
-            for number, job in enumerate(jobs):
+            for job in jobs:
                 began = time.monotonic()
                 files = [self.folder / job.name / f"rank-{rank}.json" for rank in ranks]
-                _wait(files, process, self.limit)
+                self._wait_for(files, process, path)
                 self.outcomes[job.name] = self._outcome(job, files, path, time.monotonic() - began)
                 if self.outcomes[job.name]["failed"]:
                     break
-        for later in jobs[number + 1 :]:
-            (self.folder / later.name).rmdir()
-        return number + 1
+        return sum(job.name in self.outcomes for job in jobs)
 
     @contextmanager
     def _started(self, launch: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Start the processes of a file of jobs; afterwards none is left."""
         words = ["-m", "benchmarks.two_gpus_worker", str(path)]
         if launch:
             name = launch if self.device == "cuda" else "ddp_cpu"
@@ -153,30 +154,40 @@ class Bench:
         environment = dict(os.environ)
         if self.device == "cpu":
             environment |= {"OMP_NUM_THREADS": "1"}
-        elif not launch:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-            environment |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
         with Path(f"{path}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
             try:
                 yield process
+                if process.returncode is None and not self._failed(path):
+                    process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                pass
             finally:
-                # The launcher and what it started; a process that waits in a collective heeds nothing less.
-                try:
-                    process.wait(timeout=15 if process.poll() is not None or self._all_done(path) else 0)
-                except subprocess.TimeoutExpired:
-                    pass
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-                process.wait()
+                # A process that waits in a collective heeds nothing less, and the launcher would wait for it.
+                if process.poll() != 0:
+                    _signal([process.pid, *self._workers(path).values()], signal.SIGKILL)
+                    process.wait()
 
-    def _all_done(self, path: Path) -> bool:
+    def _workers(self, path: Path) -> dict[int, int]:
+        """Return the ids of the processes by their ranks."""
+        return {int(file.name[-1]): int(file.read_text()) for file in self.folder.glob(f"{path.name}.ready-*")}
+
+    def _wait_for(self, files: Sequence[Path], process: subprocess.Popen[bytes], path: Path) -> None:
+        """Wait for what the processes say of a run; let those that stay silent write where they are."""
+        end = time.monotonic() + self.limit
+        while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
+            if any(json.loads(file.read_text())["error"] for file in files if file.exists()):
+                _wait(files, process, AFTER)
+                break
+            time.sleep(0.05)
+        silent = [number for rank, number in self._workers(path).items() if not files[rank].exists()]
+        if silent and process.poll() is None:
+            _signal(silent, signal.SIGUSR1)
+            time.sleep(1)
+
+    def _failed(self, path: Path) -> bool:
         jobs = json.loads(path.read_text(encoding="utf-8"))
-        return all(self.outcomes.get(job["name"], {"failed": True})["failed"] is False for job in jobs)
+        return any(self.outcomes.get(job["name"], {"failed": True})["failed"] for job in jobs)
 
     def _outcome(self, job: Job, files: Sequence[Path], path: Path, seconds: float) -> dict[str, Any]:
         """Return what became of a run; of one that failed, what each of its processes said."""
@@ -196,6 +207,12 @@ class Bench:
             found["log"].append(f"[launcher]\n{launcher[-3000:]}")
         found["failed"] = not (refused and all(told))
         return found
+
+
+def _signal(processes: Sequence[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: float) -> None:

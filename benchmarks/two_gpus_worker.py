@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GRACE = 10.0
+GRACE = 8.0
 """Seconds that a process waits after its error, so that the other one can tell its own."""
 
 
@@ -61,8 +62,15 @@ def outcome(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "seconds": round(time.monotonic() - began, 2)}
 
 
+def _write(path: Path, text: str) -> None:
+    """Write a file that is whole as soon as it is there."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
+
+
 def main(path: str) -> int:
-    """Train the runs of a file, `[{"name", "folder", "port", "seconds", "settings"}]`."""
+    """Train the runs of a file, `[{"name", "folder", "port", "settings"}]`; SIGUSR1 asks for the stack."""
     jobs = json.loads(Path(path).read_text(encoding="utf-8"))
     rank = int(os.environ.get("RANK", "0"))
     with open(f"{path}.{rank}.log", "w", encoding="utf-8") as log:
@@ -73,16 +81,13 @@ def main(path: str) -> int:
     import postgen.grpo.nft
     import postgen.grpo.trainer  # noqa: F401
 
-    Path(f"{path}.ready-{rank}").touch()
+    faulthandler.register(signal.SIGUSR1, file=2)
+    _write(Path(f"{path}.ready-{rank}"), str(os.getpid()))
     for job in jobs:
         os.environ["MASTER_PORT"] = str(job["port"])
-        faulthandler.dump_traceback_later(job["seconds"], file=2)
         print(f"--- {job['name']}, process {rank}", file=sys.stderr, flush=True)
         found = outcome(job["settings"])
-        faulthandler.cancel_dump_traceback_later()
-        target = Path(job["folder"], f"rank-{rank}.json")
-        target.with_suffix(".part").write_text(json.dumps(found), encoding="utf-8")
-        target.with_suffix(".part").rename(target)
+        _write(Path(job["folder"], f"rank-{rank}.json"), json.dumps(found))
         if found["error"] and not found["refused"]:
             time.sleep(GRACE)
             return 1
