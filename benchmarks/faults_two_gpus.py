@@ -105,7 +105,7 @@ class Bench:
             **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": one},
             **{"steps_per_generation": 2 * one, "max_steps": STEPS, "save_steps": 1, "save_total_limit": None},
             # With a small epsilon AdamW would make whole steps of gradients that are nothing but rounding.
-            **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "max_grad_norm": 0.0, "ema_decay": 0.9, "beta": 0.1},
+            **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "ema_decay": 0.9, "beta": 0.1},
             **{"eval_steps": 2, "eval_prompts": 4, "eval_grid": 0, "logging_steps": 1},
             **{"report_to": "none", "disable_tqdm": True},
         }

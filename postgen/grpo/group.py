@@ -39,6 +39,7 @@ from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
 from .rows import check_data
 from .scoring import Rewards, Scoring, gathered, reward_metrics
+from .sharing import shared_anew
 
 G = TypeVar("G", bound=GroupConfig)
 Metrics = dict[str, float | Tensor]
@@ -276,6 +277,10 @@ class GroupTrainer(Trainer[G]):
         self.meter.load(state["cost"])
         self.hacking.load(state["history"], state["parted"])
         self.buffer = Buffer.of(state, self.device)
+
+    def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+        """Share out what they kept: all draws follow from the numbers of samples."""
+        return shared_anew(states, before, self.args, self.batches)
 
     def backward(self, loss: Tensor) -> None:
         """Add gradients, and the time that takes."""

@@ -28,7 +28,7 @@ class TrainingConfig(Part):
     may_change: ClassVar[tuple[str, ...]] = (
         *("output_dir", "method", "init_from", "resume_from_checkpoint", "allow_changed", "evaluate_only"),
         *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
-        *("logging_steps", "report_to", "disable_tqdm"),
+        *("logging_steps", "report_to", "disable_tqdm", "fully_shard"),
     )
 
     output_dir: str

@@ -23,7 +23,7 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .processes import check_equal, leave_group
-from .resume import announce, check_first, check_settings, none_is_sound, not_of, put_aside
+from .resume import announce, averages_in, check_first, check_settings, none_is_sound, not_of, put_aside
 from .run_folder import RunLock, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -176,7 +176,7 @@ class Trainer(TrainerHooks[C]):
 
     def _setup(self) -> None:
         sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
-        check_first(sources, self.args)
+        check_first(sources, self.args, self.accelerator.num_processes)
         if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
             say(f"{self.args.folder} holds no checkpoint: a new run begins")
         # The same weights in every process; afterwards each process has its own streams.
@@ -333,7 +333,8 @@ class Trainer(TrainerHooks[C]):
         check_equal(self._parts.checksum())
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
-            **{f"method.{name}": value for name, value in self.state_dict().items()},
+            # On a device, each tensor would come to the first process on that of the process that it comes from.
+            **{f"method.{name}": _on_host(value) for name, value in self.state_dict().items()},
             "averages": self.log.averages(),
         }
         ranks = gather_object([own])
@@ -365,23 +366,24 @@ class Trainer(TrainerHooks[C]):
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)
-        changed = check_settings(folder, snapshot.meta["config"], self.args)
-        found, rank = len(snapshot.ranks), self.accelerator.process_index
-        if found != self.accelerator.num_processes:
-            raise UserError(
-                f"{folder} was written by {found} processes, this run has "
-                f"{self.accelerator.num_processes}. Start as many, or use init_from for the weights alone."
-            )
+        ranks, rank, count = snapshot.ranks, self.accelerator.process_index, self.accelerator.num_processes
+        before = snapshot.meta["config"]
+        changed = check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
         self._parts.restore(snapshot, str(folder))
-        own = snapshot.ranks[rank]
-        self.log.restore(own["averages"], float(snapshot.meta["seconds"]))
+        self.log.restore(averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
+        states = [_section(each, "method.") for each in ranks]
         try:
-            self.load_state_dict(_section(own, "method."))
-        except UserError:
-            raise
+            self.load_state_dict(states[rank] if len(ranks) == count else self.state_of_others(states, before))
+        except UserError as error:
+            if len(ranks) == count:
+                raise
+            raise UserError(
+                f"{folder} was written by {len(ranks)} processes, this run has {count}: {error}"
+            ) from error
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise not_of(folder, rank, type(self).__name__, error) from error
-        rng.restore(_section(own, "rng."), self.generator)
+        if rank < len(ranks):  # further ones begin the streams of their own
+            rng.restore(_section(ranks[rank], "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:
             announce(folder, snapshot.step, changed, self.args)
@@ -389,6 +391,10 @@ class Trainer(TrainerHooks[C]):
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
