@@ -13,10 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+import torch
 
 from benchmarks.gates import RESULTS, gate, write_result
 from postgen.video import VideoError, probe, read_video
@@ -92,6 +94,13 @@ class Fault:
     op: str
     target: float
     measure: Callable[[], tuple[float, list[dict[str, Any]]]] | None = None
+    gpus: int = 0
+    """CUDA devices that it needs: with fewer it is left out."""
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine can measure it."""
+        return self.measure is not None and torch.cuda.device_count() >= self.gpus
 
 
 def threads_wrong() -> tuple[float, list[dict[str, Any]]]:
@@ -178,6 +187,17 @@ def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
     return faults_inputs.total("silent"), rows
 
 
+def two_gpus(name: str) -> tuple[float, list[dict[str, Any]]]:
+    """Return a gate of `benchmarks.faults_two_gpus` and the runs behind it."""
+    from benchmarks import faults_two_gpus
+
+    found = faults_two_gpus.measured_once()
+    value = next(row["value"] for row in found["gates"] if row["name"] == name)
+    if value is None:
+        raise RuntimeError("no run of two processes came to its end")
+    return value, found["rows"]["resume" if name == "resume_other_count" else "two_gpus"]
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
@@ -190,6 +210,14 @@ FAULTS = (
     Fault(name="bad_inputs", op=">=", target=300, measure=bad_inputs),
     Fault(name="tracebacks", op="==", target=0, measure=tracebacks),
     Fault(name="silent_accepts", op="==", target=0, measure=silent_accepts),
+    *(
+        Fault(name=name, op=op, target=target, measure=partial(two_gpus, name), gpus=2)
+        for name, op, target in (
+            ("two_gpu_max_abs", "<=", 1e-4),
+            ("two_gpu_combinations", "==", 6),
+            ("resume_other_count", "==", 1),
+        )
+    ),
 )
 
 
@@ -203,7 +231,7 @@ def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
     values = {row["name"]: row["value"] for row in before.get("gates", [])}
     rows = dict(before.get("rows", {}))
     for fault in FAULTS:
-        if fault.measure is not None and (not only or fault.name in only):
+        if fault.measure is not None and fault.here and (not only or fault.name in only):
             values[fault.name], rows[fault.name] = fault.measure()
     gates = [gate(fault.name, values.get(fault.name), fault.op, fault.target) for fault in FAULTS]
     missing = [row["name"] for row in gates if row["value"] is None]
@@ -213,7 +241,7 @@ def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
-    names = [fault.name for fault in FAULTS if fault.measure is not None]
+    names = [fault.name for fault in FAULTS if fault.here]
     parser.add_argument("--only", nargs="+", choices=names, default=[], help="measure these alone")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
     options = parser.parse_args(argv)

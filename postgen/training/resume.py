@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from postgen.errors import UserError, cut, first_line
 
 from .checkpoint_head import DamagedCheckpoint, read_head
@@ -123,6 +125,16 @@ def announce(folder: Path, step: int, changed: Mapping[str, str], config: Traini
             f"it is at step {step}: nothing is left to do up to max_steps {config.max_steps}, raise max_steps to"
             " train on"
         )
+
+
+def on_host(value: Any) -> Any:
+    """Return a tensor on the CPU, and anything else as it is."""
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what has names that begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def averages_in(ranks: Sequence[Mapping[str, Any]], rank: int, processes: int) -> Sums:

@@ -1,7 +1,7 @@
 """The one training loop of every method: accelerate, optimiser, averaged weights, checkpoints, logs, callbacks."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 from postgen.errors import UserError
 from postgen.files import replacing
 
-from . import checkpoint, rng, weights
+from . import checkpoint, resume, rng, weights
 from .callbacks import Callbacks
 from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
@@ -23,7 +23,6 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .processes import check_equal, leave_group
-from .resume import announce, averages_in, check_first, check_settings, none_is_sound, not_of, put_aside
 from .run_folder import RunLock, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -176,7 +175,7 @@ class Trainer(TrainerHooks[C]):
 
     def _setup(self) -> None:
         sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
-        check_first(sources, self.args, self.accelerator.num_processes)
+        resume.check_first(sources, self.args, self.accelerator.num_processes)
         if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
             say(f"{self.args.folder} holds no checkpoint: a new run begins")
         # The same weights in every process; afterwards each process has its own streams.
@@ -334,7 +333,7 @@ class Trainer(TrainerHooks[C]):
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
             # On a device, each tensor would come to the first process on that of the process that it comes from.
-            **{f"method.{name}": _on_host(value) for name, value in self.state_dict().items()},
+            **{f"method.{name}": resume.on_host(value) for name, value in self.state_dict().items()},
             "averages": self.log.averages(),
         }
         ranks = gather_object([own])
@@ -360,18 +359,18 @@ class Trainer(TrainerHooks[C]):
                 damaged[folder] = problem
                 continue
             if self.accelerator.is_main_process and not self.args.evaluate_only:
-                put_aside(damaged)
+                resume.put_aside(damaged)
             return
-        raise UserError(none_is_sound(damaged))
+        raise UserError(resume.none_is_sound(damaged))
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)
         ranks, rank, count = snapshot.ranks, self.accelerator.process_index, self.accelerator.num_processes
         before = snapshot.meta["config"]
-        changed = check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
+        changed = resume.check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
         self._parts.restore(snapshot, str(folder))
-        self.log.restore(averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
-        states = [_section(each, "method.") for each in ranks]
+        self.log.restore(resume.averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
+        states = [resume.section(each, "method.") for each in ranks]
         try:
             self.load_state_dict(states[rank] if len(ranks) == count else self.state_of_others(states, before))
         except UserError as error:
@@ -381,21 +380,13 @@ class Trainer(TrainerHooks[C]):
                 f"{folder} was written by {len(ranks)} processes, this run has {count}: {error}"
             ) from error
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise not_of(folder, rank, type(self).__name__, error) from error
+            raise resume.not_of(folder, rank, type(self).__name__, error) from error
         if rank < len(ranks):  # further ones begin the streams of their own
-            rng.restore(_section(ranks[rank], "rng."), self.generator)
+            rng.restore(resume.section(ranks[rank], "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:
-            announce(folder, snapshot.step, changed, self.args)
+            resume.announce(folder, snapshot.step, changed, self.args)
 
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _on_host(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,24 +1,59 @@
-"""A run that goes on in another number of processes: what each of them takes of what the others kept."""
+"""What trainers of the family keep beside weights, and how other processes than those that kept it share it out."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from postgen.errors import UserError
+from postgen.sampling.meter import Meter
+from postgen.training import Trainer
 
 from .batches import Batches
+from .buffer import Buffer
 from .config import GroupConfig
+from .guards import HackingGuard
+
+G = TypeVar("G", bound=GroupConfig)
 
 _SHARES = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
 )
 
 
-def shared_anew(
+class KeptState(Trainer[G]):
+    """A trainer whose position, costs and samples stand in checkpoints."""
+
+    batches: Batches
+    micro: int
+    """Micro-batches done."""
+    buffer: Buffer | None
+    meter: Meter
+    hacking: HackingGuard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, what the run has cost, and the rollout if it is not used up."""
+        state: dict[str, Any] = {"micro": self.micro, "cost": self.meter.read(), **self.hacking.state()}
+        if self.buffer is not None and self.micro % self.batches.per_rollout:
+            state |= self.buffer.state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self.micro = int(state["micro"])
+        self.meter.load(state["cost"])
+        self.hacking.load(state["history"], state["parted"])
+        self.buffer = Buffer.of(state, self.device)
+
+    def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+        """Share out what they kept: all draws follow from the numbers of samples."""
+        return _shared_anew(states, before, self.args, self.batches)
+
+
+def _shared_anew(
     states: Sequence[Mapping[str, Any]], before: Mapping[str, Any], args: GroupConfig, batches: Batches
 ) -> dict[str, Any]:
     """Return the state of this process out of those that another number of processes kept.
