@@ -81,7 +81,7 @@ class Bench:
         """Make the model and the prompts."""
         from diffusers import WanPipeline
 
-        from tests.conftest import wan_components
+        from tests.tiny_wan import wan_components
 
         WanPipeline(**wan_components()).save_pretrained(self.folder / "model")
         rows = [{"prompt": text} for text in ("a ball", "a cube", "two balls", "a red ball")]
