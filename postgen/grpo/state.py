@@ -19,10 +19,6 @@ from .guards import HackingGuard
 
 G = TypeVar("G", bound=GroupConfig)
 
-_SHARES = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
-)
-
 
 class KeptState(Trainer[G]):
     """A trainer whose position, costs and samples stand in checkpoints."""
@@ -66,8 +62,8 @@ def _shared_anew(
     Raises:
         UserError: an update or a rollout has another number of samples than before; the message says what to set.
     """
-    known = {name: before[name] for name in _SHARES}
-    old = Batches.of(dataclasses.replace(args, **known), len(states), 0)
+    shares = {name: before[name] for name in args.named_in("share_out")}
+    old = Batches.of(dataclasses.replace(args, **shares), len(states), 0)
     _check_same(old, batches)
     costs = [state["cost"] for state in states]
     found = {
@@ -109,6 +105,6 @@ def _check_same(before: Batches, now: Batches) -> None:
         )
     steps = old // at_once
     raise UserError(
-        f"{told}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates}, or start "
-        f"{before.processes} processes"
+        f"{told}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and no "
+        f"generation_batch_size), or start {before.processes} processes"
     )

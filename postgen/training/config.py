@@ -30,6 +30,7 @@ class TrainingConfig(Part):
         *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
         *("logging_steps", "report_to", "disable_tqdm", "fully_shard"),
     )
+    share_out: ClassVar[tuple[str, ...]] = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     output_dir: str
     """Folder of the run: checkpoints, `metrics.jsonl`, `config.yaml`, `export/`."""

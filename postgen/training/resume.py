@@ -20,10 +20,6 @@ from .recipe import METHODS
 
 _UNSAID = {"output_dir", "resume_from_checkpoint", "allow_changed", "evaluate_only", "dry_run", "disable_tqdm"}
 """Settings of a call and not of a run: nothing is said of them."""
-_SHARES = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
-)
-"""Settings that say which part of a batch is whose."""
 _SHOWN = 100
 """Characters of a value in a message."""
 
@@ -91,10 +87,9 @@ def check_settings(
     """
     _check_method(folder, before.get("method"), config.method)
     changed = _changed(before, config)
-    may = {name for base in type(config).__mro__ for name in vars(base).get("may_change", ())} | {
-        *config.allow_changed,
-        *(_SHARES if shared_anew else ()),
-    }
+    may = config.named_in("may_change") | set(config.allow_changed)
+    if shared_anew:
+        may |= config.named_in("share_out")
     refused = [
         name for name in changed if name not in may and not name.startswith("eval_") and not config.evaluate_only
     ]
