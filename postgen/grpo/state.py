@@ -11,6 +11,7 @@ import torch
 from postgen.errors import UserError
 from postgen.sampling.meter import Meter
 from postgen.training import Trainer
+from postgen.training.processes import counted
 
 from .batches import Batches
 from .buffer import Buffer
@@ -46,10 +47,10 @@ class KeptState(Trainer[G]):
 
     def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
         """Share out what they kept: all draws follow from the numbers of samples."""
-        return _shared_anew(states, before, self.args, self.batches)
+        return shared_anew(states, before, self.args, self.batches)
 
 
-def _shared_anew(
+def shared_anew(
     states: Sequence[Mapping[str, Any]], before: Mapping[str, Any], args: GroupConfig, batches: Batches
 ) -> dict[str, Any]:
     """Return the state of this process out of those that another number of processes kept.
@@ -66,11 +67,12 @@ def _shared_anew(
     old = Batches.of(dataclasses.replace(args, **shares), len(states), 0)
     _check_same(old, batches)
     costs = [state["cost"] for state in states]
+    spent = dict.fromkeys(name for cost in costs for name in cost)
     found = {
         **{name: states[0][name] for name in ("history", "parted")},
         "micro": states[0]["micro"] // old.accumulation * batches.accumulation,
         # Each has done the same part of the work.
-        "cost": {name: sum(cost.get(name, 0.0) for cost in costs) / batches.processes for name in costs[0]},
+        "cost": {name: sum(cost.get(name, 0.0) for cost in costs) / batches.processes for name in spent},
     }
     return found | (_samples(states, batches) if "number" in states[0] else {})
 
@@ -101,10 +103,10 @@ def _check_same(before: Batches, now: Batches) -> None:
     if old % at_once:
         raise UserError(
             f"{told}Choose per_device_train_batch_size and gradient_accumulation_steps so that their product times "
-            f"{now.processes} is {old}, or start {before.processes} processes"
+            f"{now.processes} is {old}, or start {counted(before.processes)}"
         )
     steps = old // at_once
     raise UserError(
         f"{told}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and no "
-        f"generation_batch_size), or start {before.processes} processes"
+        f"generation_batch_size), or start {counted(before.processes)}"
     )

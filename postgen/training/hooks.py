@@ -15,6 +15,7 @@ from postgen.errors import UserError
 
 from .callbacks import Callbacks
 from .config import TrainingConfig
+from .processes import counted
 from .run_state import Weights
 from .sharding import repeated_blocks
 from .swap import WeightsCopy
@@ -150,7 +151,7 @@ class TrainerHooks(ABC, Generic[C]):
         """
         raise UserError(
             f"{type(self).__name__} draws its data in each process, so that it would be another run. Start "
-            f"{len(states)} processes, or take the weights alone with init_from"
+            f"{counted(len(states))}, or take the weights alone with init_from"
         )
 
     # What a method may ask.

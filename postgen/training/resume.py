@@ -135,6 +135,8 @@ def section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def averages_in(ranks: Sequence[Mapping[str, Any]], rank: int, processes: int) -> Sums:
     """Return the averages in progress of a process: its own, or, of another number of processes, the first one's all.
 
+    What each process adds once a step, as the norm of gradients, weighs in the next mean by how many there were.
+
     Args:
         ranks: what each process of the checkpoint kept.
         rank: of this process.

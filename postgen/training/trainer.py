@@ -22,7 +22,7 @@ from .ema import Ema
 from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
-from .processes import check_equal, leave_group
+from .processes import check_equal, check_group, counted, leave_group
 from .run_folder import RunLock, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -128,9 +128,11 @@ class Trainer(TrainerHooks[C]):
         """Run until `max_steps`, the deadline, a callback or a signal; save a checkpoint and export at the end.
 
         Raises:
-            UserError: weights or a checkpoint do not fit, or the output folder holds another run.
+            UserError: weights or a checkpoint do not fit, the output folder holds another run, or several processes
+                have trained one already.
             FloatingPointError: the loss was not finite; nothing is saved after such a step.
         """
+        check_group(self.accelerator)
         self._began = time.monotonic()
         with self._own_folder(), written(self.args.folder):
             self._setup()
@@ -376,9 +378,7 @@ class Trainer(TrainerHooks[C]):
         except UserError as error:
             if len(ranks) == count:
                 raise
-            raise UserError(
-                f"{folder} was written by {len(ranks)} processes, this run has {count}: {error}"
-            ) from error
+            raise UserError(f"{folder} was written by {counted(len(ranks))}, this run has {count}: {error}") from error
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise resume.not_of(folder, rank, type(self).__name__, error) from error
         if rank < len(ranks):  # further ones begin the streams of their own
