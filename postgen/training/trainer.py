@@ -38,8 +38,9 @@ class Trainer(TrainerHooks[C]):
     """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
 
     Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `build_optimizer`, `shard_blocks`,
-    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`. Attributes
-    for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`).
+    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`,
+    `state_of_others`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`,
+    `sharded` (see `TrainerHooks`). Trainers of one process may differ in precision; several processes train one run.
 
     Several processes average the gradients of calls `self.models[name](...)` and of no others: DDP and FSDP see the
     `forward` of what `build` returned, not that of a part of it, and not another method. A loss that needs more than
