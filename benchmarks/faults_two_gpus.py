@@ -127,7 +127,7 @@ class Bench:
         self._sessions += 1
         path = self.folder / f"jobs-{self._sessions}.json"
         described = []
-        for job, port in zip(jobs, _free_ports(len(jobs)), strict=True):
+        for job, port in zip(jobs, free_ports(len(jobs)), strict=True):
             (self.folder / job.name).mkdir(exist_ok=True)
             values = {"name": job.name, "folder": str(self.folder / job.name), "port": port}
             described.append({**values, "settings": self.settings(job)})
@@ -223,7 +223,8 @@ def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: floa
         time.sleep(0.05)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
