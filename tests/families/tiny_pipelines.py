@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.conftest import TEXT_DIM, byte_tokenizer, wan_components
 from tests.families.tiny_parts import HEAD_DIM, HEADS, INNER
+from tests.tiny_wan import TEXT_DIM, byte_tokenizer, wan_components
 
 POOLED = 8
 
