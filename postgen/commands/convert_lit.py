@@ -77,10 +77,7 @@ def convert_lit(
     from postgen.lit.score import check_kinds
     from postgen.request import GenerateConfig
 
-    if (layers is None) == (budget is None):
-        raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"{output} is there already: give a new folder with -o")
+    _check(layers, budget, output)
     config = GenerateConfig(
         model=model, prompt=(prompt or PROMPTS)[0], num_inference_steps=steps, num_frames=frames, height=height,
         width=width, dtype=dtype, device=device,
@@ -88,8 +85,6 @@ def convert_lit(
     settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
     names = tuple(kind.strip() for kind in kinds.split(","))
     check_kinds(names)
-    if budget is not None:
-        check_number("budget", budget, 1e-6, 1)
     job = prepare(config)
     if job.facts.transformer is None:
         raise UserError(f"{job.facts.pipeline} has no transformer to convert")
@@ -106,6 +101,15 @@ def convert_lit(
             save(transformer, part / name)
         write_note(part, pipe, [*transformers_of(pipe)])
     typer.echo(f"{output}: a model for generate, compare and train; its new layers have not been trained")
+
+
+def _check(layers: str | None, budget: float | None, output: Path) -> None:
+    if (layers is None) == (budget is None):
+        raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"{output} is there already: give a new folder with -o")
+    if budget is not None:
+        check_number("budget", budget, 1e-6, 1)
 
 
 def _converted(transformer: Any, job: Any, settings: Any) -> Any:
