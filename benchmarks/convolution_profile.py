@@ -121,7 +121,7 @@ def profile() -> dict[str, Any]:
     bandwidth = measured_bandwidth()
     rows = []
     for name, (call, volume) in part_calls().items():
-        rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": volume / bandwidth.best})
+        rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": bandwidth.floor(volume, 0)})
         print(rows[-1], flush=True)
     return {
         "shape": "Wan 1.3B 480p 81f",
