@@ -54,6 +54,8 @@ def test_lit(ran: tuple[dict[str, Any], str]) -> None:
     assert "4 of 8 blocks are linear: 4 window_delta" in printed
     assert names["chosen"].share <= 0.8
     assert names["chosen"].types[0] == "softmax"
+    (row,) = names["trained"].blocks.values()
+    assert row.error_after < row.error_before
 
 
 @pytest.mark.parametrize("ran", ["streaming.md"], indirect=True)

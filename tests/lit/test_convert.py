@@ -23,9 +23,9 @@ from postgen.lit import (
     convert,
     layers_of,
     load,
-    on_grid,
     revert,
     save,
+    set_grid,
 )
 from postgen.lit.options import LINEAR_TYPES
 from tests.families.tiny_models import TinyModel, tiny_model
@@ -197,10 +197,12 @@ def test_blocks_alone_need_a_grid() -> None:
     attention = tiny.transformer.get_submodule("blocks.1.attn1")
     angles = torch.rand(1, 24, 1, 8).repeat_interleave(2, -1)
     given: Any = {"hidden_states": torch.randn(1, 24, 32), "rotary_emb": (angles.cos(), angles.sin())}
-    with pytest.raises(UserError, match="called alone"):
+    with pytest.raises(UserError, match="was called alone"):
         attention(**given)
-    with on_grid(tiny.transformer, postgen.families.Grid(frames=4, height=2, width=3)):
-        assert attention(**given).shape == (1, 24, 32)
+    set_grid(tiny.transformer, postgen.families.Grid(frames=4, height=2, width=3))
+    out = attention(**given)
+    assert out.shape == (1, 24, 32)
+    assert torch.equal(copy.deepcopy(attention)(**given), out)
 
 
 def test_with_enhance_a_video_and_fused_operations() -> None:
