@@ -182,7 +182,7 @@ def measure(
 
 def model_number(model: nn.Module) -> int:
     """Return a number for class and config, to know a model by."""
-    inner: Any = model
+    inner: Any = the_transformer(model)
     config = {name: value for name, value in without_note(inner.config).items() if not name.startswith("_")}
     return zlib.crc32(json.dumps([type(inner).__name__, config], sort_keys=True, default=str).encode())
 

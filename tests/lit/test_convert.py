@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.installed import installed, processor_stack
 from postgen.lit import (
+    AnchorOptions,
+    ChunkOptions,
     LiTConfig,
     LitOptions,
     MhlaOptions,
@@ -339,3 +343,17 @@ def test_float16_without_norms_and_replaced_processors() -> None:
 def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         LiTConfig(**changes)
+
+
+@pytest.mark.parametrize("kind", [LitOptions, MhlaOptions, AnchorOptions, ChunkOptions, WindowOptions])
+def test_wrong_options(kind: Any) -> None:
+    """Every option refuses what is none of its values, and names itself."""
+    for field in dataclasses.fields(kind):
+        for wrong in (math.nan, math.inf, -1, 10**12, "many", None, [1], 2.5, (1, 0, 1)):
+            with pytest.raises(UserError, match=f"{field.name}|needs"):
+                kind(**{field.name: wrong})
+    for field in dataclasses.fields(LiTConfig):
+        with pytest.raises(UserError, match=field.name):
+            LiTConfig(**{field.name: math.nan})
+    same = LiTConfig.from_json(json.loads(json.dumps(LiTConfig(grid=(1, 2, 3)).as_json())))
+    assert same == LiTConfig(grid=(1, 2, 3))
