@@ -86,5 +86,15 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
     return network if dtype is None or network.dtype == dtype else network.to(dtype)
 
 
+def empty_noted(config: Mapping[str, Any]) -> Any | None:
+    """Build a network for its weights to be put in, where its config names a function of ours; None: it names none.
+
+    Beside the function that loads, its module has `empty(config)`.
+    """
+    note = config.get(_ENTRY)
+    way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
+    return None if way is None else import_module(way[1]).empty(config)
+
+
 def _way(loader: str) -> str:
     return f"{loader}(folder)"

@@ -18,7 +18,7 @@ from postgen.lit.costs import CostTable, count, measure
 from postgen.lit.options import AnchorOptions, ChunkOptions, LitOptions, MhlaOptions, WindowOptions
 from postgen.lit.plan import Plan, plan
 from postgen.lit.report import Report
-from postgen.lit.saving import load, save
+from postgen.lit.saving import empty, load, save
 from postgen.lit.score import Scores, score
 from postgen.lit.transfer import take_weights, transfer_tasks
 
@@ -36,6 +36,7 @@ __all__ = [
     "conversion_of",
     "convert",
     "count",
+    "empty",
     "layers_of",
     "load",
     "measure",

@@ -276,6 +276,32 @@ def test_shards(tmp_path: Path) -> None:
         assert torch.equal(state[name], weight), name
 
 
+def test_a_sharded_model_is_exported(tmp_path: Path) -> None:
+    """Cut by FSDP (over one process), it computes the same, and what is exported of it is whole."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from postgen.training.sharding import uncut
+
+    tiny = named("Wan")
+    convert(tiny.transformer, LiTConfig(layers="all:window_linear", window=NARROW))
+    expected = tiny()
+    weights = {name: weight.clone() for name, weight in tiny.transformer.state_dict().items()}
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in postgen.families.blocks_of(tiny.transformer):
+            fully_shard(block.module, mesh=mesh)
+        fully_shard(tiny.transformer, mesh=mesh)
+        assert torch.equal(tiny(), expected)
+        uncut(tiny.transformer, weights).save_pretrained(tmp_path / "out")
+    finally:
+        distributed.destroy_process_group()
+    tiny.transformer = load(tmp_path / "out")
+    assert torch.equal(tiny(), expected)
+
+
 def test_refused() -> None:
     wan = named("Wan").transformer
     for config, said in (
