@@ -389,3 +389,8 @@ def put_lora(pipe: Any, network: Any, state: dict[str, torch.Tensor], name: str,
         from peft import LoraConfig
 
         network.load_adapter(adapter_name=name, adapter_state_dict=state, peft_config=LoraConfig(**settings))
+
+
+def forget_config(model: Any, name: str) -> None:
+    """Take an entry out of the config of a model of diffusers, which can only add."""
+    model._internal_dict = type(model.config)({key: value for key, value in model.config.items() if key != name})

@@ -44,6 +44,7 @@ class ProcessorStack:
         self._stacked: dict[str, Any] = {}
         self._modules: dict[str, Any] = {}
         self._dispatching: dict[str, Callable[[], bool]] = {}
+        self._of_model: set[str] = set()
 
     @property
     def claims(self) -> dict[str, tuple[str, ...]]:
@@ -64,8 +65,20 @@ class ProcessorStack:
         """Whether a claimant computes a module's attention where `attention.dispatch.tap_dispatched` sees it."""
         return any(module in self._claims[name] and sees() for name, sees in self._dispatching.items())
 
+    @property
+    def changed_layers(self) -> dict[str, str]:
+        """Modules whose attention is no longer softmax, because the model itself was changed, and who did that.
+
+        Methods that compute softmax otherwise leave these modules alone."""
+        return {module: name for name in self._of_model for module in self._claims[name]}
+
     def claim(
-        self, name: str, computes: Mapping[str, Wrapper], *, dispatches: bool | Callable[[], bool] = False
+        self,
+        name: str,
+        computes: Mapping[str, Wrapper],
+        *,
+        dispatches: bool | Callable[[], bool] = False,
+        of_model: bool = False,
     ) -> None:
         """Compute the attention of modules instead of diffusers' processor, below every wrapper.
 
@@ -75,6 +88,7 @@ class ProcessorStack:
             dispatches: `attention.dispatch.tap_dispatched` sees the queries and keys that attention reads: the
                 functions go through diffusers' dispatcher, or call `attention.show_attention_call`. A function is
                 asked in every call, for a claimant that leaves some calls to diffusers' processor.
+            of_model: the modules are other layers now, see `changed_layers`.
 
         Raises:
             UserError: the name is on the processors already, somebody else computes one of the modules, or the
@@ -85,6 +99,8 @@ class ProcessorStack:
         self._claims[name] = dict(computes)
         if dispatches:
             self._dispatching[name] = dispatches if callable(dispatches) else _always
+        if of_model:
+            self._of_model.add(name)
         self._refresh()
 
     def check_claim(self, name: str, modules: Iterable[str]) -> None:
@@ -113,6 +129,7 @@ class ProcessorStack:
             raise UserError(f"{name} computes no attention here. Those who do: {', '.join(self._claims) or 'nobody'}")
         del self._claims[name]
         self._dispatching.pop(name, None)
+        self._of_model.discard(name)
         self._take_off()
 
     def push(self, name: str, wrappers: Mapping[str, Wrapper]) -> None:

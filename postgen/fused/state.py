@@ -32,6 +32,8 @@ class Plan:
     """By attention module."""
     forwards: dict[str, Callable[..., Any]]
     """By block."""
+    skipped: dict[str, str]
+    """Attention modules that are other layers than softmax, and whose they are."""
 
 
 class Fusion(AttachedPlugIn[FusedOpsConfig]):
@@ -54,8 +56,10 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         known, layout = fused_blocks_of(model), layout_of(model)
         readers: dict[str, AttentionReader] = {}
         forwards: dict[str, Callable[..., Any]] = {}
+        skipped: dict[str, str] = {}
         if config.in_attention:
-            readers = _readers(model, video_tokens_of(model).attention_modules(model))
+            modules, skipped = video_tokens_of(model).attention_modules(model), processor_stack(model).changed_layers
+            readers = _readers(model, {name: each for name, each in modules.items() if name not in skipped})
             processor_stack(model).check_claim(NAME, readers)
         if config.adaln:
             for name, block in layout.block_modules(model).items():
@@ -64,7 +68,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
                 advice = "leave it as it is with adaln=False"
                 forwards[name] = known_for(kind, kind.forward, known, what="fused form", advice=advice).forward
                 check_block(block)
-        return Plan(readers=readers, forwards=forwards)
+        return Plan(readers=readers, forwards=forwards, skipped=skipped)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FusedOpsConfig]]) -> None:
         """Put in place what any of the settings wants, and take off what none does.
@@ -140,6 +144,8 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         parts = [f"{name} in {count} {units[name]}" for name, count in self.counts().items()]
         if self.config.attention is not None:
             parts[-1] = f"attention {self.config.attention} in {len(self.setting.prepared.readers)} layers"
+        if skipped := self.setting.prepared.skipped:
+            parts.append(f"not in {len(skipped)} layers of {' and '.join(sorted({*skipped.values()}))}")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
 

@@ -1,0 +1,50 @@
+"""Hybrid linear attention: convert a trained transformer's self-attention to it, block by block (LiT,
+arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
+
+    report = convert(pipe.transformer, LiTConfig(layers="every 2nd:window_delta"))
+    save(pipe.transformer, "out")
+    transformer = load("out")  # without the one it was made of
+    revert(pipe.transformer)
+
+    scores = score(pipe.transformer, lambda: pipe(prompts))
+    costs = count(pipe.transformer, num_frames=81, height=480, width=832)  # or measure, in milliseconds
+    print(chosen := plan(scores, costs, budget=0.6))
+    convert(pipe.transformer, chosen.config(pipe.transformer))
+"""
+
+from postgen.lit.config import LiTConfig
+from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
+from postgen.lit.costs import CostTable, count, measure
+from postgen.lit.options import AnchorOptions, ChunkOptions, LitOptions, MhlaOptions, WindowOptions
+from postgen.lit.plan import Plan, plan
+from postgen.lit.report import Report
+from postgen.lit.saving import empty, load, save
+from postgen.lit.score import Scores, score
+from postgen.lit.transfer import take_weights, transfer_tasks
+
+__all__ = [
+    "AnchorOptions",
+    "ChunkOptions",
+    "CostTable",
+    "LiTConfig",
+    "LitOptions",
+    "MhlaOptions",
+    "Plan",
+    "Report",
+    "Scores",
+    "WindowOptions",
+    "conversion_of",
+    "convert",
+    "count",
+    "empty",
+    "layers_of",
+    "load",
+    "measure",
+    "plan",
+    "revert",
+    "save",
+    "score",
+    "set_grid",
+    "take_weights",
+    "transfer_tasks",
+]

@@ -1,0 +1,190 @@
+"""What the layers that sum over keys share: feature maps, rotation, sums, the joint divisor, convolutions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from postgen.families import Grid
+    from postgen.families.attention.reading import Rope
+
+
+def exact(x: Tensor) -> Tensor:
+    """Return float32, or float64 as it is: sums over tokens lose everything in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Keep autocast from doing the products of a block of code in half precision, on the device of a tensor."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def feature(x: Tensor, name: str) -> Tensor:
+    """Return relu(x), or elu(x) + 1."""
+    return x.relu() if name == "relu" else F.elu(x) + 1
+
+
+def centered(key: Tensor) -> Tensor:
+    """Return keys (B, N, H, D) less their mean over the tokens (arXiv:2605.02772)."""
+    return key - exact(key).mean(dim=1, keepdim=True).to(key.dtype)
+
+
+def merged(x: Tensor, heads: int) -> Tensor:
+    """Return (B, N, H, D) with so many neighbouring heads as one, (B, N, H / heads, heads * D)."""
+    return x if heads == 1 else x.unflatten(2, (-1, heads)).flatten(3)
+
+
+def rotate(x: Tensor, rope: Rope | None) -> Tensor:
+    """Rotate channel pairs (2i, 2i + 1) of (B, N, H, D) in the dtype of x; merged heads turn each of their parts."""
+    if rope is None:
+        return x
+    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
+    pairs = x.shape[-1] // 2
+    if pairs != cos.shape[-1]:
+        cos, sin = (_merged_table(table, pairs // cos.shape[-1]) for table in (cos, sin))
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def _merged_table(table: Tensor, heads: int) -> Tensor:
+    return table.repeat(1, 1, 1, heads) if table.shape[2] == 1 else merged(table, heads)
+
+
+def linear_parts(query: Tensor, key: Tensor, value: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    """Return the numerator (B, N, H, D) and the divisor (B, N, H) of linear attention to all keys.
+
+    With R the rotations, S = sum_j R_j k_j v_j^T and k' = sum_j k_j: R_i q_i S and q_i . k' (arXiv:2509.24695). The
+    divisor is not rotated: a sum of rotated features may cross zero.
+
+    Args:
+        query: features, not rotated.
+        key: as `query`.
+        value: in the dtype of the features.
+        rope: of queries and keys.
+    """
+    with no_autocast(value):
+        state = torch.einsum("bmhd,bmhe->bhde", rotate(key, rope), value)
+        return (
+            torch.einsum("bnhd,bhde->bnhe", rotate(query, rope), state),
+            torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1)),
+        )
+
+
+def joined(soft: Tensor, lse: Tensor, numerator: Tensor, divisor: Tensor) -> Tensor:
+    """Return softmax over some keys and linear attention to the others under one divisor, (B, N, H, D).
+
+    y = (e^lse soft + numerator) / (e^lse + divisor), all times e^-c with c = max(0, lse), so that nothing overflows
+    and the value does not depend on c (arXiv:2509.24899, arXiv:2601.04342).
+
+    Args:
+        soft: (B, N, H, D), softmax attention to its keys.
+        lse: (B, H, N), the logarithm of its divisor.
+        numerator: (B, N, H, D) of the linear part.
+        divisor: (B, N, H) of the linear part, not negative.
+    """
+    lse = lse.transpose(1, 2)[..., None]
+    level = lse.clamp(min=0).detach()
+    near, far = (lse - level).exp(), (-level).exp()
+    return (near * exact(soft) + far * numerator) / (near + far * divisor[..., None])
+
+
+class LearnedMap(nn.Module):
+    """A feature map per head: two layers, then parts of the channels to the powers 1, 2, ..., all positive
+    (arXiv:2509.24899)."""
+
+    def __init__(self, heads: int, channels: int, parts: int = 2) -> None:
+        super().__init__()
+        self.parts = parts
+        self.first = nn.Parameter(torch.empty(heads, channels, channels))
+        self.second = nn.Parameter(torch.empty(heads, channels, channels))
+        self.bias = nn.Parameter(torch.zeros(heads, channels))
+        with torch.no_grad():
+            # Near the identity: at first the map is about softplus, which tells keys apart as it should.
+            for weight in (self.first, self.second):
+                weight.normal_(std=0.02).add_(torch.eye(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, H, D)."""
+        with no_autocast(x):
+            first, second, bias = exact(self.first), exact(self.second), exact(self.bias)
+            hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), first))
+            out = F.softplus(torch.einsum("bnhd,hde->bnhe", hidden, second) + bias)
+        return torch.cat([part**power for power, part in enumerate(out.tensor_split(self.parts, dim=-1), 1)], dim=-1)
+
+
+class FixedMap(nn.Module):
+    """relu or elu(x) + 1, without weights."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, H, D)."""
+        return feature(exact(x), self.name)
+
+
+def feature_map(name: str, heads: int, channels: int) -> nn.Module:
+    """Return the map of that name: learned, relu or elu."""
+    return LearnedMap(heads, channels) if name == "learned" else FixedMap(name)
+
+
+class GridConvolution(nn.Module):
+    """Depth-wise convolution of tokens in their grid: within each frame, plus along time (LiT, guideline 1).
+
+    No weights are shared by heads. Zeros lie outside the grid.
+
+    Args:
+        channels: H * D.
+        space: side within a frame, odd; 0 for none.
+        time: length along time, odd; 0 for none.
+        causal: along time it looks back only.
+        init: zero or default.
+    """
+
+    def __init__(self, channels: int, space: int, time: int, *, causal: bool = False, init: str = "zero") -> None:
+        super().__init__()
+        self.causal, self.init = causal, init
+        self.space = nn.Parameter(torch.empty(channels, space, space)) if space else None
+        self.time = nn.Parameter(torch.empty(channels, time)) if time else None
+        with torch.no_grad():
+            for weight in self.parameters():
+                side = weight[0].numel() ** -0.5
+                weight.zero_() if init == "zero" else weight.uniform_(-side, side)
+
+    @property
+    def taps_before(self) -> int:
+        """Frames that a causal convolution looks back."""
+        return 0 if self.time is None else self.time.shape[1] - 1
+
+    def in_space(self, x: Tensor, grid: Grid) -> Tensor:
+        """Convolve (B, N, H, D) within each frame; 0 without weights."""
+        if self.space is None:
+            return torch.zeros_like(x)
+        pictures = x.reshape(-1, grid.height, grid.width, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)
+        out = F.conv2d(pictures, self.space.to(x.dtype)[:, None], padding="same", groups=len(self.space))
+        return out.permute(0, 2, 3, 1).reshape(x.shape)
+
+    def in_time(self, x: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
+        """Convolve (B, N, H, D) along time; 0 without weights.
+
+        Args:
+            x: tokens of the frames.
+            grid: of them.
+            before: (B, taps_before * S, H, D), the frames before them, of a causal convolution in a stream.
+        """
+        if self.time is None:
+            return torch.zeros_like(x)
+        taps, places = self.time.shape[1], grid.height * grid.width
+        strips = x.reshape(x.shape[0], grid.frames, places, -1).permute(0, 3, 1, 2)
+        if before is not None:
+            strips = torch.cat([before.reshape(x.shape[0], taps - 1, places, -1).permute(0, 3, 1, 2), strips], dim=2)
+        elif self.causal:
+            strips = F.pad(strips, (0, 0, taps - 1, 0))
+        padding = (0 if self.causal else taps // 2, 0)
+        out = F.conv2d(strips, self.time.to(x.dtype)[:, None, :, None], padding=padding, groups=len(self.time))
+        return out.permute(0, 2, 3, 1).reshape(x.shape)

@@ -1,0 +1,287 @@
+"""`window_delta` and `window_linear`: softmax in a window of frames, a frame-wise memory of all frames outside it
+(Video DeltaNet, arXiv:2609.20744). The base's weights stay; the branch is added:
+
+    y = g_s winsoftmax(q, k, v) + W' (g_l RMSNorm(M_t q~))
+    M_t = P_{lo-1} prod alpha_{lo..t} + Q_{hi} prod alpha_{t..hi-1}
+
+for a query of frame t whose window has the frames lo to hi - 1, with P and Q the memories forward and backward in time
+(`memory.py`). Near and far never overlap. q~, k~, v~ are the base's projections before norm and rotation.
+
+W' stands before the base's output layer, where the paper has one of its own behind it: whatever stands there (nothing,
+in some architectures) is the base's. It begins with zeros, and g_s = 2 sigmoid(0) = 1, so at first this is softmax in
+the window; a window over the whole clip is the base's own attention, without any branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from postgen.kernels.attention.ops import attention
+from postgen.lit.features import GridConvolution, exact, no_autocast
+from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
+from postgen.lit.layers.memory import Writes, decayed, scan, step, written
+
+if TYPE_CHECKING:
+    from postgen.families import Grid
+    from postgen.lit.options import WindowOptions
+    from postgen.lit.tokens import Tokens
+
+CONV_SPACE, CONV_TIME = 5, 5
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Frames `first` to `stop` - 1 are queries, those from `low` to `high` - 1 are in their window."""
+
+    first: int
+    stop: int
+    low: int
+    high: int
+
+
+class _Gate(nn.Module):
+    """sigmoid(up(down(x))) per channel, (B, N, H * D)."""
+
+    def __init__(self, hidden: int, rank: int, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, rank, bias=False)
+        self.up = nn.Linear(rank, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(self.down(x)).sigmoid()
+        return out
+
+
+class _Decay(nn.Module):
+    """log(alpha) = -exp(a_h) softplus(U D mean_s(x) + delta) per frame, head and key channel, (B, F, H, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.down = nn.Linear(shape.hidden, shape.channels, bias=False)
+        self.up = nn.Linear(shape.channels, shape.heads * shape.channels, bias=False)
+        # exp(a) from 1 to 16, softplus(delta) from .001 to .1, as published.
+        self.log_rate = nn.Parameter(torch.linspace(1, 16, shape.heads).log())
+        rates = torch.logspace(-3, -1, shape.channels).repeat(shape.heads, 1)
+        self.delta = nn.Parameter(rates.expm1().log())
+
+    def forward(self, hidden: Tensor, frames: int) -> Tensor:
+        mean = hidden.unflatten(1, (frames, -1)).mean(dim=2)
+        change = exact(self.up(self.down(mean))).unflatten(-1, tuple(self.delta.shape))
+        return -exact(self.log_rate).exp()[:, None] * F.softplus(change + exact(self.delta))
+
+
+class WindowLayer(LitLayer):
+    """Softmax in a window and a memory of the rest."""
+
+    delta = True
+
+    def __init__(self, shape: Shape, options: WindowOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        width = shape.heads * shape.channels
+        self.soft_gate = nn.Linear(shape.hidden, shape.heads)
+        nn.init.zeros_(self.soft_gate.weight)
+        nn.init.zeros_(self.soft_gate.bias)
+        self.strength = nn.Linear(shape.hidden, shape.heads, bias=False)
+        self.decay = _Decay(shape)
+        self.gate = _Gate(shape.hidden, shape.channels, width)
+        self.norm = nn.Parameter(torch.ones(shape.channels))
+        sides = (CONV_SPACE, CONV_TIME) if options.conv else (0, 0)
+        self.conv_key, self.conv_value = (GridConvolution(width, *sides, causal=options.causal) for _ in range(2))
+        if options.output == "full":
+            self.mix = nn.Linear(width, width, bias=False)
+            nn.init.zeros_(self.mix.weight)
+        else:
+            self.gain = nn.Parameter(torch.zeros(width))
+
+    def covers(self, grid: Grid) -> bool:
+        """Whether every frame sees every other one by softmax."""
+        frames, anchors = {*range(grid.frames)}, {*self.anchors(grid.frames)}
+        return all(
+            {*range(each.first, each.stop)} <= anchors or {*range(each.low, each.high)} | anchors == frames
+            for each in self.windows(grid.frames)
+        )
+
+    def windows(self, frames: int) -> Iterator[Window]:
+        """Yield the chunks of a clip, each with its window."""
+        size, radius = self.options.chunk, self.options.radius
+        for first in range(0, frames, size):
+            stop = min(first + size, frames)
+            high = stop if self.options.causal else min(first + (radius + 1) * size, frames)
+            yield Window(first, stop, max(0, first - radius * size), high)
+
+    def anchors(self, frames: int) -> list[int]:
+        """Return the frames that are dense."""
+        return {"none": [], "first": [0], "both": sorted({0, frames - 1})}[self.options.anchors]
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return the video's rows."""
+        if self.options.causal:
+            return self.stream(tokens, None)[0]
+        frames, anchors = tokens.grid.frames, self.anchors(tokens.grid.frames)
+        near = self._near(tokens, anchors)
+        query, writes = self._written(tokens)[:2]
+        writes = writes.without(anchors)
+        forward, backward = scan(writes), scan(writes, backward=True)
+        reads = []
+        for each in self.windows(frames):
+            for frame in range(each.first, each.stop):
+                before = decayed(forward[each.low], writes.log_decay[:, each.low : frame + 1])
+                after = decayed(backward[each.high], writes.log_decay[:, frame : each.high])
+                reads.append(torch.zeros_like(before) if frame in anchors else before + after)
+        return self._finished(tokens, near, query, torch.stack(reads, dim=1))
+
+    def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
+        """Return the rows of the next frames: whole chunks but for the last piece of a stream.
+
+        Kept are the memory before the window, and keys, values and writes of the frames in it.
+        """
+        if not self.options.causal:
+            return super().stream(tokens, state)
+        grid, reach = tokens.grid, self.options.chunk * self.options.radius
+        places = grid.height * grid.width
+        pushed = check_pushed(state, self.options.chunk) + grid.frames
+        query, key, value = tokens.softmax_parts()
+        memory_query, writes, tails = self._written(tokens, state)
+        kept, memory = 0, torch.zeros_like(writes.content[:, 0])
+        if state is not None:
+            kept, memory = state["content"].shape[1], state["memory"]
+            key, value = torch.cat([state["key"], key], dim=1), torch.cat([state["value"], value], dim=1)
+            past = Writes(inverse=state.get("inverse"), content=state["content"], log_decay=state["log_decay"])
+            writes = past.followed_by(writes)
+        near, reads, low = [], [], 0
+        for each in self.windows(grid.frames):
+            # Frames that leave the window go into the memory.
+            for frame in range(low, max(0, each.first + kept - reach)):
+                memory, low = step(memory, writes, frame), frame + 1
+            rows, seen = (
+                slice(each.first * places, each.stop * places),
+                slice(low * places, (each.stop + kept) * places),
+            )
+            near.append(self._attend(tokens, query[:, rows], key[:, seen], value[:, seen]))
+            for frame in range(each.first + kept, each.stop + kept):
+                reads.append(decayed(memory, writes.log_decay[:, low : frame + 1]))
+        out = self._finished(tokens, torch.cat(near, dim=1), memory_query, torch.stack(reads, dim=1))
+        last = max(low, writes.content.shape[1] - reach)
+        for frame in range(low, last):
+            memory = step(memory, writes, frame)
+        rest = writes.frames(last)
+        found = {"memory": memory, "content": rest.content.clone(), "log_decay": rest.log_decay.clone(), **tails}
+        if rest.inverse is not None:
+            found["inverse"] = rest.inverse.clone()
+        found["pushed"] = torch.tensor(pushed)
+        # Copies: a view would hold all that came before.
+        return out, {**found, "key": key[:, last * places :].clone(), "value": value[:, last * places :].clone()}
+
+    def flops(self, grid: Grid, text: int) -> int:
+        """Return the FLOPs of a call of one sample."""
+        shape, places, frames = self.shape, grid.height * grid.width, grid.frames
+        anchors, width = self.anchors(frames), shape.heads * shape.channels
+        pairs = 0
+        for each in self.windows(frames):
+            more = [frame for frame in anchors if not each.low <= frame < each.high]
+            inside = sum(frame not in anchors for frame in range(each.first, each.stop))
+            pairs += inside * (each.high - each.low + len(more))
+        pairs += len(anchors) * frames
+        soft = 4 * pairs * places**2 * width + softmax_flops(grid.tokens, text, shape)
+        if self.covers(grid):
+            return soft + softmax_flops(text, grid.tokens + text, shape)
+        products = 3 if self.delta else 2
+        per_token = 2 * products * width * shape.channels
+        gates = 2 * (shape.hidden * (2 * shape.heads + shape.channels) + shape.channels * width)
+        taps = 2 * 2 * (CONV_SPACE**2 + CONV_TIME) * width if self.options.conv else 0
+        output = 2 * width**2 if self.options.output == "full" else 0
+        return (
+            soft
+            + softmax_flops(text, grid.tokens + text, shape)
+            + grid.tokens * (per_token + gates + taps + output)
+            + 2 * frames * shape.heads * 3 * shape.channels**3 * self.delta
+        )
+
+    def _near(self, tokens: Tokens, anchors: list[int]) -> Tensor:
+        """Softmax attention of each chunk to its window, anchors and text: one dense call a chunk."""
+        query, key, value = (x.unflatten(1, (tokens.grid.frames, -1)) for x in tokens.softmax_parts())
+        parts: dict[int, Tensor] = {}
+        for frame in anchors:
+            parts[frame] = self._attend(tokens, query[:, frame], key.flatten(1, 2), value.flatten(1, 2))
+        for each in self.windows(tokens.grid.frames):
+            rows = [frame for frame in range(each.first, each.stop) if frame not in anchors]
+            if not rows:
+                continue
+            # Anchors are at the ends, so what is left of a chunk is contiguous.
+            more = [frame for frame in anchors if not each.low <= frame < each.high]
+            seen = [x[:, each.low : each.high] for x in (key, value)]
+            if more:
+                seen = [torch.cat([part, x[:, more]], dim=1) for part, x in zip(seen, (key, value), strict=True)]
+            queries = query[:, rows[0] : rows[-1] + 1].flatten(1, 2)
+            parts[rows[0]] = self._attend(tokens, queries, *(part.flatten(1, 2) for part in seen))
+        return torch.cat([parts[first] for first in sorted(parts)], dim=1)
+
+    def _attend(self, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        text, lengths = tokens.text_keys(), tokens.text_lengths
+        if text is None:
+            return attention(query, key, value)
+        lengths = None if lengths is None else lengths + key.shape[1]
+        key, value = torch.cat([key, text[0]], dim=1), torch.cat([value, text[1]], dim=1)
+        return attention(query, key, value, key_lengths=lengths)
+
+    def _written(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, Writes, State]:
+        """Return q~, what the frames write, and what the convolutions of the next piece of a stream look back to."""
+        frames = tokens.grid.frames
+        query, key = tokens.raw()
+        tails: State = {}
+        convolved = []
+        for name, x, conv in (("key", key, self.conv_key), ("value", tokens.value, self.conv_value)):
+            x = x + conv.in_space(x, tokens.grid)
+            before = self._before(f"tail_{name}", x, conv, tokens, state)
+            if before is not None:
+                tails[f"tail_{name}"] = torch.cat([before, x], dim=1)[:, x.shape[1] :].clone()
+            convolved.append(x + conv.in_time(x, tokens.grid, before))
+        strength = exact(self.strength(tokens.hidden)).sigmoid().unflatten(1, (frames, -1))
+        log_decay = self.decay(tokens.hidden, frames)
+        with no_autocast(query):
+            k = F.normalize(F.silu(exact(convolved[0])), dim=-1).unflatten(1, (frames, -1))
+            v = F.silu(exact(convolved[1])).unflatten(1, (frames, -1))
+            writes = written(k, v, strength, log_decay, delta=self.delta, scale=self.options.scale_memory)
+            return F.normalize(F.silu(exact(query)), dim=-1).unflatten(1, (frames, -1)), writes, tails
+
+    def _before(
+        self, name: str, x: Tensor, conv: GridConvolution, tokens: Tokens, state: State | None
+    ) -> Tensor | None:
+        if not (self.options.causal and conv.taps_before):
+            return None
+        if state is not None:
+            return state[name]
+        places = tokens.grid.height * tokens.grid.width
+        return x.new_zeros(x.shape[0], conv.taps_before * places, *x.shape[2:])
+
+    def _finished(self, tokens: Tokens, near: Tensor, query: Tensor, reads: Tensor) -> Tensor:
+        """Read the memories (B, F, H, D, D), norm, gate and add to what softmax gave."""
+        with no_autocast(query):
+            far = torch.einsum("bfshd,bfhed->bfshe", query, reads).flatten(1, 2)
+            far = far * (far.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt() * exact(self.norm)
+        far = (far.flatten(2).to(near.dtype)) * self.gate(tokens.hidden).to(near.dtype)
+        added = self.mix(far) if self.options.output == "full" else far * self.gain
+        soft = 2 * self.soft_gate(tokens.hidden).sigmoid()
+        out: Tensor = near * soft[..., None].to(near.dtype) + added.view_as(near).to(near.dtype)
+        return out.to(tokens.value.dtype)
+
+
+class WindowDelta(WindowLayer):
+    """The memory is the minimiser of each frame's error."""
+
+    kind = "window_delta"
+
+
+class WindowLinear(WindowLayer):
+    """The memory is a decayed sum: A = 0."""
+
+    kind = "window_linear"
+    delta = False

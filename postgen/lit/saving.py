@@ -1,0 +1,171 @@
+"""Save a converted transformer, and load it without the one that it was made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+from torch import nn
+
+from postgen.errors import UserError, shown
+from postgen.families.installed import transformers_of
+from postgen.families.model_folder import is_hub_id
+from postgen.families.own_format import read_note, without_note
+from postgen.files import check_place
+from postgen.lit.config import LiTConfig
+from postgen.lit.convert import LOADER, conversion_of, convert
+from postgen.reading import read_json
+from postgen.tensor_files import opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+
+
+def save(transformer: nn.Module, folder: str | Path) -> None:
+    """Write a converted transformer: what its `save_pretrained` writes, safetensors and config.json with the spec.
+
+    A pipeline's `save_pretrained` writes the same into its folder of the transformer. diffusers refuses to load it by
+    itself ("Unknown quantization type, got postgen.lit.load(folder)"), as it would leave the new layers out.
+
+    Args:
+        transformer: converted.
+        folder: where to.
+
+    Raises:
+        UserError: it is not converted, or the folder cannot be written.
+    """
+    conversion_of(transformer)
+    place = Path(folder)
+    check_place(place, folder=True)
+    model: Any = next(iter(transformers_of(transformer).values()))
+    model.save_pretrained(place)
+
+
+def load(source: str | Path, *, subfolder: str | None = None) -> Any:
+    """Load a converted transformer, in evaluation mode on the CPU, with the dtypes that were saved.
+
+    The transformer that it was converted from is not needed.
+
+    Args:
+        source: a folder, or a hub id.
+        subfolder: of it, as "transformer" in the folder of a pipeline.
+
+    Raises:
+        UserError: no such folder, no converted transformer in it, or weights that are not those of its layers.
+
+    Example:
+        transformer = postgen.lit.load("out", subfolder="transformer")
+        pipe = postgen.pipelines.WanPipeline.from_pretrained("out", transformer=transformer)
+    """
+    folder = _local(str(source), subfolder)
+    config = read_json(folder / _CONFIG, f"{folder / _CONFIG} cannot be read")
+    try:
+        model = empty(config if isinstance(config, dict) else {})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    _fill(model, folder)
+    return model.eval()
+
+
+def empty(config: Mapping[str, Any]) -> Any:
+    """Build a converted transformer whose weights are still to be given: it has no memory for them, as far as it can.
+
+    Tables of angles, which are no weights, are computed. What began anew is put in the place of layers that are in
+    memory, so such a transformer has memory.
+
+    Args:
+        config: of a converted transformer, as its config.json has it.
+
+    Raises:
+        UserError: it is none of a converted transformer.
+    """
+    note = read_note(config, LOADER)
+    if note is None:
+        raise UserError("no transformer that postgen.lit converted: its config says nothing of it")
+    settings = LiTConfig.from_json(note)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
+    with _no_memory() if settings.inherit == "all" else nullcontext():
+        model = kind.from_config(without_note(config))
+        convert(model, settings)
+    return model
+
+
+def _local(source: str, subfolder: str | None) -> Path:
+    """Return the folder of the transformer, fetched from the hub where that is meant."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(source):
+            raise UserError(f"there is no folder {source} (a hub id has the form owner/name)")
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "*.safetensors")]
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=patterns))
+        except Exception as error:  # every kind of network and hub trouble means the same here
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
+    folder = folder / subfolder if subfolder else folder
+    if not (folder / _CONFIG).is_file():
+        inside = [each.parent.name for each in sorted(folder.glob(f"transformer*/{_CONFIG}"))]
+        hint = f": give subfolder={inside[0]!r}" if inside else ""
+        raise UserError(f"{folder} has no {_CONFIG} of a transformer{hint}")
+    return folder
+
+
+def _no_memory() -> AbstractContextManager[Any]:
+    """While open, weights of modules that are made have shapes and no memory."""
+    from accelerate import init_empty_weights
+
+    context: AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+    return context
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    """Give every weight what the files say: none may be missing or left over."""
+    files = _files(folder)
+    wanted, unknown = dict(model.state_dict()), []
+    for path in files:
+        with opened(path) as content:
+            state: dict[str, Tensor] = {}
+            for name in content.keys():  # noqa: SIM118
+                tensor = content.get_tensor(name)
+                there = wanted.pop(name, None)
+                if there is None:
+                    unknown.append(name)
+                elif there.shape != tensor.shape:
+                    raise UserError(
+                        f"{path}: {name} has the shape {tuple(tensor.shape)}, the layer takes {tuple(there.shape)}:"
+                        " it was saved with other options than its config.json says"
+                    )
+                else:
+                    state[name] = tensor
+            if not unknown:
+                model.load_state_dict(state, strict=False, assign=True)
+    for problem, names in (("unknown", unknown), ("missing", [*wanted])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder} is not what its {_CONFIG} says: {problem} weights {names[0]}{more}")
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX, f"{folder / _INDEX} cannot be read")
+        try:
+            names = sorted({str(name) for name in index["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / _INDEX} is no index of weights: it has no weight_map") from error
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{folder / _INDEX} names files outside of its folder: {json.dumps(names)[:80]}")
+        return [folder / name for name in names]
+    return [folder / _WEIGHTS]

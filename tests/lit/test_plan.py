@@ -1,0 +1,213 @@
+"""Scores, costs and plans: each error is that of a conversion, each cost is counted, each choice the best of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from postgen.errors import UserError
+from postgen.families.cost import forward_cost
+from postgen.families.installed import installed, processor_stack
+from postgen.lit import (
+    AnchorOptions,
+    CostTable,
+    LiTConfig,
+    MhlaOptions,
+    Plan,
+    Scores,
+    WindowOptions,
+    convert,
+    count,
+    measure,
+    plan,
+    revert,
+    score,
+)
+from postgen.lit.plan import knapsack
+from tests.families.tiny_models import TinyModel, tiny_model
+
+NARROW = LiTConfig(window=WindowOptions(radius=0))
+SIZE = {"num_frames": 13, "height": 32, "width": 48}
+"""In pixels: 4 latent frames of 2 x 3 tokens."""
+
+
+@pytest.fixture(scope="module")
+def wan() -> TinyModel:
+    return tiny_model("Wan", layers=3)
+
+
+def test_a_score_is_the_error_of_a_conversion(wan: TinyModel) -> None:
+    model = wan.transformer
+    before, stock = {*installed(model).plug_ins}, wan()
+    found = score(model, wan, kinds=("window_delta", "lit"), config=NARROW)
+    assert found.calls == 1
+    outputs: list[Any] = []
+    attention = model.get_submodule("blocks.1.attn1")
+    hook = attention.register_forward_hook(lambda *call: outputs.append(call[2]))
+    wan()
+    for kind in found.errors:
+        convert(model, dataclasses.replace(NARROW, layers=f"1:{kind}"))
+        wan()
+        revert(model)
+    hook.remove()
+    soft = outputs[0].double()
+    for kind, other in zip(found.errors, outputs[1:], strict=True):
+        error = (other.double() - soft).abs().sum() / (soft - soft.mean(dim=1, keepdim=True)).abs().sum()
+        assert found.errors[kind][1] == pytest.approx(float(error), rel=1e-6)
+    assert min(map(min, found.errors.values())) > 0
+    assert {*installed(model).plug_ins} == before
+    assert not processor_stack(model).names
+    assert torch.equal(wan(), stock)
+    full = score(model, wan, kinds=("anchor",), config=LiTConfig(anchor=AnchorOptions(every=1)))
+    assert full.errors["anchor"] == (0.0, 0.0, 0.0)
+    assert "window_delta" in str(found)
+
+
+def test_trained_layers_are_scored(wan: TinyModel) -> None:
+    student = tiny_model("Wan", layers=3)
+    convert(student.transformer, dataclasses.replace(NARROW, layers="all:lit"))
+    with torch.no_grad():
+        for name, weight in student.transformer.named_parameters():
+            if "postgen_lit" in name:
+                weight.fill_(0.5)
+    new = score(wan.transformer, wan, kinds=("lit",))
+    trained = score(wan.transformer, wan, kinds=("lit",), students={"lit": student.transformer})
+    assert trained.errors["lit"][0] == new.errors["lit"][0]
+    assert all(a != b for a, b in zip(trained.errors["lit"][1:], new.errors["lit"][1:], strict=True))
+    with pytest.raises(UserError, match="given for anchor has layers lit"):
+        score(wan.transformer, wan, kinds=("anchor",), students={"anchor": student.transformer})
+    with pytest.raises(UserError, match="is converted"):
+        score(student.transformer, student)
+
+
+@pytest.mark.parametrize("name", ["Wan", "CogVideoX 1.5", "Stable Diffusion 3"])
+def test_counted_costs(name: str) -> None:
+    """A layer that sees everything costs what softmax does; the others what their formula says."""
+    tiny = tiny_model(name)
+    size = SIZE if name != "Stable Diffusion 3" else {"num_frames": 1, "height": 32, "width": 48}
+    config = LiTConfig(anchor=AnchorOptions(every=1), mhla=MhlaOptions(blocks=(1, 1, 1)), grid=(1, 2, 3))
+    costs = count(tiny.transformer, **size, kinds=("anchor", "lit", "mhla"), config=config)
+    assert {*costs.changes["anchor"]} == {0}
+    if name == "Wan":
+        larger = {**size, "height": 256, "width": 256}
+        large, whole = count(tiny.transformer, **larger, kinds=("lit",)), forward_cost(tiny.transformer, **larger)
+        assert max(large.changes["lit"]) < 0 < min(costs.changes["lit"])  # few tokens do not pay
+        assert large.base == whole.flops
+        assert large.attention == pytest.approx(whole.share("self-attention"))
+
+
+def test_the_formula_counts_what_runs(wan: TinyModel) -> None:
+    """The products of a layer without convolutions and gates, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from postgen.lit.layers import make_layer
+    from postgen.lit.options import ChunkOptions, LitOptions
+    from tests.lit.calls import SHAPE, Call
+
+    for kind, options, pairs in (
+        ("lit", LitOptions(conv_space=0, conv_time=0), 0),
+        ("anchor", AnchorOptions(every=2), 384 * 192),
+        ("chunk", ChunkOptions(frames=2, overlap=0), 3 * 128**2),
+    ):
+        call, layer = Call(frames=6, rows=8, columns=8), make_layer(kind, SHAPE, options).double()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(call.tokens())
+        softmax = 4 * pairs * SHAPE.heads * SHAPE.channels  # of which torch's counter knows nothing on a CPU
+        assert layer.flops(call.grid, 0) == counter.get_total_flops() + softmax
+
+
+def test_the_knapsack_is_exact() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        choices = [
+            [(0.0, 0), *((draw.choice((draw.random(), 0.5)), -draw.randrange(9)) for _ in range(2))] for _ in range(5)
+        ]
+        least = sum(min(cost for _, cost in choice) for choice in choices)
+        allowed = draw.randrange(least, 1)
+        every = itertools.product(*(range(3) for _ in choices))
+        best = min(error for error, cost in (added(choices, each) for each in every) if cost <= allowed)
+        error, cost = added(choices, knapsack(choices, allowed))
+        assert cost <= allowed
+        assert error == pytest.approx(best, abs=1e-12)
+
+
+def added(choices: list[list[tuple[float, int]]], taken: Sequence[int]) -> tuple[float, int]:
+    """Error and cost of some choices."""
+    pairs = [choice[place] for choice, place in zip(choices, taken, strict=True)]
+    return sum(error for error, _ in pairs), sum(cost for _, cost in pairs)
+
+
+COSTS = CostTable(
+    transformer="WanTransformer3DModel", model=1, device="cpu", unit="us", shape=(13, 32, 48), base=1000,
+    attention=0.6, changes={"lit": (-180, -180, -180), "window_delta": (-100, -100, -100)},
+)  # fmt: skip
+SCORES = Scores(
+    transformer="WanTransformer3DModel", errors={"lit": (0.1, 0.9, 0.2), "window_delta": (0.1, 0.3, 0.1)}, calls=1
+)
+
+
+def test_plans(tmp_path: Path) -> None:
+    assert plan(SCORES, COSTS, 1).types == ("softmax",) * 3
+    assert plan(SCORES, COSTS, 0.9).types == ("softmax", "softmax", "window_delta")
+    chosen = plan(SCORES, COSTS, 0.75)
+    assert chosen.types == ("softmax", "window_delta", "lit")
+    assert chosen.share == 0.72
+    assert chosen.ceiling == pytest.approx(1 / (1 - 0.6 * 2 / 3))
+    assert plan(SCORES, COSTS, 0.75, first_block=True).types[0] == "lit"
+    with pytest.raises(UserError, match=r"the smallest possible is 0\.6400"):
+        plan(SCORES, COSTS, 0.5)
+    table = str(chosen)
+    assert "a step costs 0.720 of softmax (budget 0.75), 1.39x; at most 1.67x" in table
+    assert "    1  window_delta     0.3000             100" in table
+    chosen.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == chosen
+    COSTS.save(tmp_path / "costs.json")
+    assert CostTable.load(tmp_path / "costs.json") == COSTS
+    SCORES.save(tmp_path / "scores.json")
+    assert Scores.load(tmp_path / "scores.json") == SCORES
+    for kind, name in ((Plan, "scores"), (CostTable, "plan"), (Scores, "costs")):
+        with pytest.raises(UserError, match="holds no"):
+            kind.load(tmp_path / f"{name}.json")  # type: ignore[attr-defined]
+
+
+def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
+    costs = count(wan.transformer, **SIZE)
+    chosen = plan(SCORES, costs, 1)
+    assert chosen.config(wan.transformer, shape=(13, 32, 48), device="H100").layers == ("softmax",) * 3
+    with pytest.raises(UserError, match="another configuration"):
+        chosen.config(tiny_model("Wan", layers=2).transformer)
+    with pytest.raises(UserError, match="this plan is for"):
+        chosen.config(wan.transformer, shape=(81, 480, 832))
+    with pytest.raises(UserError, match=r"measured on cpu, not on H100"):
+        dataclasses.replace(chosen, device="cpu").config(wan.transformer, device="H100")
+    costs.check(wan.transformer, (13, 32, 48))
+    with pytest.raises(UserError, match="not of 13 x 480 x 832"):
+        costs.check(wan.transformer, (13, 480, 832))
+    with pytest.raises(UserError, match="do not belong together"):
+        plan(dataclasses.replace(SCORES, transformer="Other"), costs, 1)
+    with pytest.raises(UserError, match="budget must be at least"):
+        plan(SCORES, costs, 0)
+    with pytest.raises(UserError, match="did not call the transformer"):
+        score(wan.transformer, lambda: None)
+    with pytest.raises(UserError, match="Did you mean 'lit'"):
+        score(wan.transformer, wan, kinds=("lid",))
+
+
+def test_measured_costs(wan: TinyModel) -> None:
+    stock = wan()
+    costs = measure(wan.transformer, **SIZE, kinds=("lit",), repeats=1)
+    assert costs.unit == "us"
+    assert "cpu" in costs.device
+    assert costs.base > 0
+    assert len({*costs.changes["lit"]}) == 1
+    assert torch.equal(wan(), stock)
+    costs.check(wan.transformer, device=costs.device)
+    with pytest.raises(UserError, match="were measured on"):
+        costs.check(wan.transformer, device="H100")
