@@ -85,7 +85,7 @@ def _optimizer(net: EdgeNet, rate: float, steps: int) -> tuple[torch.optim.Optim
 
 def _update(loss: Tensor, optimizer: torch.optim.Optimizer, plan: Any) -> None:
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     plan.step()
 

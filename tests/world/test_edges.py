@@ -24,6 +24,10 @@ def prism(roundness, x=0.0, tall=1.0):
     return Prism((x, 0.0, 0.0), 0.6, 1.2 * tall, 0.4, COLOURS["green"], (roundness,) * 4)
 
 
+#: Area in pixels that takes nothing from the network's word.
+LARGE = torch.full((3,), 400.0)
+
+
 @pytest.fixture(scope="module")
 def shots():
     spec = plain(random.Random(0), 1)
@@ -61,15 +65,22 @@ def test_a_prism_with_sharp_corners_covers_the_pixels_of_the_worlds_cube():
 
 
 def test_the_rounder_the_corners_the_higher_the_value_and_a_mirror_image_has_the_same(windows):
-    values = edges.roundness(windows)
+    values = edges.roundness(windows, LARGE)
     assert values[0] < -1 < values[1] < values[2]
     assert values[2] > 1
-    assert torch.allclose(values, edges.roundness(windows.flip(-1)), atol=1e-5)
+    assert torch.allclose(values, edges.roundness(windows.flip(-1), LARGE), atol=1e-5)
+
+
+def test_a_body_of_few_pixels_is_held_to_be_less_round(windows):
+    tiny, small, large = (edges.roundness(windows, torch.full((3,), side**2)) for side in (12.0, 13.5, 15.0))
+    assert (tiny < small).all()
+    assert (small < large).all()
+    assert torch.equal(large, edges.roundness(windows, LARGE))
 
 
 def test_the_brightness_of_the_light_does_not_count(windows):
     darker = windows * torch.tensor([1.0, 0.6])[:, None, None]
-    assert torch.allclose(edges.roundness(windows), edges.roundness(darker), atol=1e-3)
+    assert torch.allclose(edges.roundness(windows, LARGE), edges.roundness(darker, LARGE), atol=1e-3)
 
 
 def test_a_drum_of_the_height_of_a_cube_is_no_cube(shots):
@@ -137,6 +148,6 @@ def test_of_two_that_meet_one_is_whole_unless_they_melt():
     # The one behind may look like anything.
     assert spoilt((0.0, 0.2)) == [1.0, 1.0]
     assert spoilt((0.2, 0.0)) == [1.0, 1.0]
-    little, much = spoilt((0.027, 0.027)), spoilt((0.06, 0.06))
+    little, much = spoilt((0.030, 0.030)), spoilt((0.06, 0.06))
     assert 1 > little[0] == little[1] > 0.5 > much[0]
     assert contact.apart([]) == []

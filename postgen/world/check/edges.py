@@ -18,6 +18,9 @@ from postgen.tensor_files import read_tensors
 
 #: Cells of a side of its window.
 CELLS = 32
+#: Root of the area, in pixels, below which the autoencoder alone makes cubes round, and below which that is sure; so
+#: much is taken from the logit then.
+_SMALL, _TINY, _LESS = 15.0, 12.0, 4.0
 WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "world-edges" / "model.safetensors"
 
 
@@ -59,8 +62,11 @@ def network(device: str) -> EdgeNet:
     return net.requires_grad_(False).eval().to(device)
 
 
-def roundness(window_N2CC: Tensor) -> Tensor:
-    """Mean logit of windows and of their mirror images (N,): below 0 for a cube, above it for a body with round sides."""
+def roundness(window_N2CC: Tensor, area_N: Tensor) -> Tensor:
+    """Mean logit of windows and of their mirror images (N,): below 0 for a cube, above it for one with round sides.
+
+    `area_N` is in pixels: the smaller a body, the less it is held to be round.
+    """
     net = network(str(window_N2CC.device))
     two: Tensor = net(torch.cat((window_N2CC, window_N2CC.flip(-1)))).unflatten(0, (2, -1)).mean(0)
-    return two
+    return two - _LESS * ((_SMALL - area_N.sqrt()) / (_SMALL - _TINY)).clamp(0, 1)

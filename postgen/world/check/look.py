@@ -180,6 +180,7 @@ def _misfits(blobs: Blobs) -> Tensor:
         window = windows(blobs, picture[part], slot[part])
         features = shape_features(*window)
         misfit = features[:, 0] + _SHADING * features[:, 1]
-        soft = edges.roundness(views(blobs, picture[part], slot[part], edges.CELLS))[:, None]
+        area = blobs.area[picture[part], slot[part]]
+        soft = edges.roundness(views(blobs, picture[part], slot[part], edges.CELLS), area)[:, None]
         result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window), soft), 1)
     return result
