@@ -54,11 +54,13 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = [body for name in SETS for body in bodies(name, getattr(args, name))]
+    by_set = [list(bodies(name, getattr(args, name))) for name in SETS]
+    found, sets = [body for part in by_set for body in part], [k for k, part in enumerate(by_set) for _ in part]
     args.folder.mkdir(parents=True, exist_ok=True)
     numbers = torch.arange(len(found)).repeat_interleave(torch.tensor([len(window) for window, _ in found]))
     wrong = torch.tensor([none for _, none in found])
     tensors = {"window": torch.cat([window for window, _ in found]), "bag": numbers, "wrong": wrong}
+    tensors["set"] = torch.tensor(sets)
     save_file(tensors, args.folder / "looked.safetensors")
     print(f"{len(found)} cubes, {int(wrong.sum())} of them none; {len(numbers)} windows")
 

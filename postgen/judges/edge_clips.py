@@ -73,7 +73,7 @@ def cut(clip_F3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blobs = find_blobs(pictures, balance(pictures, len(pictures)))
     free = blobs.valid & ~blobs.touch & ~blobs.border & (blobs.area >= BODY_AREA * blobs.slot_MP.shape[1])
     frame, slot = free.nonzero(as_tuple=True)
-    return views(blobs, frame, slot, CELLS), frame, blobs.colour[frame, slot], blobs.area[frame, slot]
+    return views(blobs, frame, slot, CELLS)[0], frame, blobs.colour[frame, slot], blobs.area[frame, slot]
 
 
 def as_bytes(window: Tensor) -> Tensor:

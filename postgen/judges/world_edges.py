@@ -105,24 +105,41 @@ def varied(window: Tensor) -> Tensor:
     return moved + part * (soft - moved)
 
 
-def read_bags(path: Path) -> list[Bag]:
-    """Bodies of a file of `benchmarks.world_edge_windows`: `window` (N,...), `bag` (N,) and `wrong` (bags,).
+def read_bags(path: Path, but: int | None = None) -> list[Bag]:
+    """Bodies of a file of `benchmarks.world_edge_windows`: `window` (N,...), `bag` (N,), `wrong` and `set` (bags,).
+
+    Args:
+        path: the file.
+        but: leave the bodies of this set of clips out.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     held = read_tensors(path)
-    return [(held["window"][held["bag"] == k], bool(wrong)) for k, wrong in enumerate(held["wrong"])]
+    bodies = enumerate(zip(held["wrong"].tolist(), held["set"].tolist(), strict=True))
+    return [(held["window"][held["bag"] == k], wrong) for k, (wrong, part) in bodies if part != but]
+
+
+def read_net(path: Path) -> EdgeNet:
+    """A network as the first stage wrote it.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    net = EdgeNet()
+    net.load_state_dict({name: value.float() for name, value in read_tensors(path).items()})
+    return net
+
+
+def write_net(net: EdgeNet, path: Path) -> None:
+    """Write the weights in half precision."""
+    _write({name: value.half() for name, value in net.state_dict().items()}, path)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         save_file(tensors, part)
-
-
-def _halves(net: EdgeNet) -> dict[str, Tensor]:
-    return {name: value.half() for name, value in net.state_dict().items()}
 
 
 def main() -> None:
@@ -144,12 +161,10 @@ def main() -> None:
     if args.first:
         shares = [read_tensors(path) for path in sorted(args.folder.glob("share-*.safetensors"))[:-1]]
         window, label = (torch.cat([share[name] for share in shares]) for name in ("window", "round"))
-        _write(_halves(learn_prisms(window, label)), first)
+        write_net(learn_prisms(window, label), first)
     if args.output:
-        net = EdgeNet()
-        net.load_state_dict({name: value.float() for name, value in read_tensors(first).items()})
         bags = read_bags(args.folder / "looked.safetensors")
-        _write(_halves(learn_looked(net, bags)), args.output)
+        write_net(learn_looked(read_net(first), bags), args.output)
         print(f"{sum(wrong for _, wrong in bags)} of {len(bags)} bodies are wrong; written to {args.output}")
 
 

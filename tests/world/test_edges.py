@@ -13,9 +13,10 @@ from postgen import world
 from postgen.errors import UserError
 from postgen.judges.edge_bodies import Prism, corners, picture, plain
 from postgen.judges.edge_clips import as_bytes, course, cut
-from postgen.judges.world_edges import learn_looked, learn_prisms, read_bags
+from postgen.judges.world_edges import learn_looked, learn_prisms, read_bags, read_net, write_net
 from postgen.world.camera import camera_path
 from postgen.world.check import check, contact, edges, find_tracks
+from postgen.world.check.edges import EdgeNet
 from postgen.world.raycast import Solids, camera_rays, nearest
 from postgen.world.spec import COLOURS
 
@@ -127,9 +128,19 @@ def test_bags_are_read_as_they_were_written(windows, tmp_path):
 
     path = tmp_path / "looked.safetensors"
     numbers, wrong = torch.tensor([0, 1, 1]), torch.tensor([True, False])
-    save_file({"window": as_bytes(windows), "bag": numbers, "wrong": wrong}, path)
+    save_file({"window": as_bytes(windows), "bag": numbers, "wrong": wrong, "set": torch.tensor([0, 2])}, path)
     (first, none), (second, whole) = read_bags(path)
     assert (len(first), none, len(second), whole) == (1, True, 2, False)
+    assert [wrong for _, wrong in read_bags(path, but=0)] == [False]
+
+
+def test_a_net_is_read_as_it_was_written_and_the_shipped_one_is_small(tmp_path):
+    torch.manual_seed(0)
+    net = EdgeNet().half().float()
+    write_net(net, tmp_path / "net.safetensors")
+    again = read_net(tmp_path / "net.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert edges.WEIGHTS.stat().st_size <= 150_000
 
 
 def test_of_two_that_meet_one_is_whole_unless_they_melt():

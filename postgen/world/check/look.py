@@ -17,7 +17,7 @@ from postgen.world.check.film import Film, filmed
 from postgen.world.check.ground import balance, balance_along, find_spots
 from postgen.world.check.pieces import COLUMNS
 from postgen.world.check.segment import Blobs, find_blobs, smooth
-from postgen.world.check.shapes import shape_features, views, windows
+from postgen.world.check.shapes import GRID, shape_features, views, windows
 from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import BODY_AREA
 from postgen.world.spec import SHAPES
@@ -177,10 +177,10 @@ def _misfits(blobs: Blobs) -> Tensor:
     picture, slot = chosen.nonzero(as_tuple=True)
     for low in range(0, len(picture), 512):
         part = slice(low, low + 512)
-        window = windows(blobs, picture[part], slot[part])
+        area = blobs.area[picture[part], slot[part]]
+        coarse, fine = views(blobs, picture[part], slot[part], GRID, edges.CELLS)
+        window, soft = windows(coarse, area), edges.roundness(fine, area)[:, None]
         features = shape_features(*window)
         misfit = features[:, 0] + _SHADING * features[:, 1]
-        area = blobs.area[picture[part], slot[part]]
-        soft = edges.roundness(views(blobs, picture[part], slot[part], edges.CELLS), area)[:, None]
         result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window), soft), 1)
     return result

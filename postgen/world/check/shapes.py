@@ -119,21 +119,22 @@ def blurred(maps_NCHW: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(x, kernel[:, :, None], padding=(0, 6)).reshape(maps_NCHW.shape)
 
 
-def views(blobs: Blobs, picture_N: Tensor, slot_N: Tensor, grid: int) -> Tensor:
-    """Soft outline and brightness of blobs in windows as in `crop` (N,2,grid,grid)."""
+def views(blobs: Blobs, picture_N: Tensor, slot_N: Tensor, *grids: int) -> list[Tensor]:
+    """Soft outline and brightness of blobs in windows as in `crop` (N,2,grid,grid), one tensor for each grid."""
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
     own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
     same = (blobs.hue_MHW[picture_N] == blobs.kind[picture_N, slot_N][:, None, None]).float()
     near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
     soft = blobs.soft_M2HW[picture_N]
-    return crop(torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1), x, y, area, grid)
+    maps = torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1)
+    return [crop(maps, x, y, area, grid) for grid in grids]
 
 
-def windows(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outline and brightness (N,P) of blobs in windows as in `crop`, and which of `BLURS` each has (N,)."""
-    window, area = views(blobs, picture_N, slot_N, GRID).flatten(2), blobs.area[picture_N, slot_N]
-    level = (1.1 / area.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
+def windows(view_N2GG: Tensor, area_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outline and brightness (N,P) of `views` of GRID cells, and which of `BLURS` each has (N,), by its pixels."""
+    window = view_N2GG.flatten(2)
+    level = (1.1 / area_N.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
     return window[:, 0], window[:, 1], level.abs().argmin(1)
 
 
