@@ -22,7 +22,7 @@ FRAMES, BODIES = 5, 3
 SHARE = 40
 _SIZES = (64, 80, 96, 96, 96, 96, 128, 128, 160)
 #: Strongest noise on the latents of a share; the first ones were made with more, and kept.
-_NOISE, _NOISE_FIRST, _FIRST = 0.2, 0.3, 15
+_NOISE, _NOISE_FIRST, _FIRST = 0.2, 0.3, 20
 
 
 def course(rng: random.Random, place: int, rgb: tuple[float, float, float]) -> list[Prism]:

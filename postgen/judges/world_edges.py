@@ -1,15 +1,15 @@
 """Trains the network of `postgen.world.check.edges`, which tells a cube from a body with round sides.
 
-    python -m postgen.judges.world_edges FOLDER --shares 0 22     # prisms through the autoencoder: 2 minutes a share
+    python -m postgen.judges.world_edges FOLDER --shares 0 1 2 3 4 5 6 8 12 13 14 15 16 17 18 20 21 22 23 50 51 52
     python -m benchmarks.world_edge_windows FOLDER --generated ... # windows of clips that persons looked at
     python -m postgen.judges.world_edges FOLDER --first           # learns from the prisms (first.safetensors)
     python -m postgen.judges.world_edges FOLDER --output postgen/assets/world-edges/model.safetensors
 
-The shipped weights are made so, on one thread of a CPU. First come bodies between a cube and a cylinder whose
-roundness is known; they go through the embedded model's own autoencoder, most with noise on their latents, as what the
-model draws is softer and lumpier than a render. Then come the cubes of clips that persons looked at. A person says of
-a clip whether its cube is one, not of a frame: of a cube that is none, some frames look round, and of one that is,
-none should. So a body's value is the mean of its roundest frames.
+The shipped weights are made so, on one thread of a CPU: 2 minutes a share, 10 for the rest. First come bodies between
+a cube and a cylinder whose roundness is known; they go through the embedded model's own autoencoder, most with noise
+on their latents, as what the model draws is softer and lumpier than a render. Then come the cubes of clips that
+persons looked at. A person says of a clip whether its cube is one, not of a frame: of a cube that is none, some frames
+look round, and of one that is, none should. So a body's value is the mean of its roundest frames.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def main() -> None:
     """Make shares, or learn from them, or from the clips that were looked at."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the shares and windows are kept")
-    parser.add_argument("--shares", type=int, nargs=2, metavar=("FIRST", "END"), help="make these shares")
+    parser.add_argument("--shares", type=int, nargs="+", metavar="NUMBER", help="make these shares of prisms")
     parser.add_argument("--first", action="store_true", help="learn from all shares but the last")
     parser.add_argument("--output", type=Path, help="learn from looked.safetensors too, write the weights here")
     args = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
         from diffusers import DiffusionPipeline
 
         vae = DiffusionPipeline.from_pretrained(embedded_model()).vae.float()
-        for share in range(*args.shares):
+        for share in args.shares:
             _write(make_share(share, vae), args.folder / f"share-{share:03d}.safetensors")
     if args.first:
         shares = [read_tensors(path) for path in sorted(args.folder.glob("share-*.safetensors"))[:-1]]
