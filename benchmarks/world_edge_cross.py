@@ -9,7 +9,6 @@ Prints a table and writes benchmarks/results/world_edges.json.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.gates import write_result
+from benchmarks.world_edge_windows import options
 from benchmarks.world_eye import SETS, generated
 from postgen.assets import embedded_model
 from postgen.judges.world_edges import learn_looked, read_bags, read_net, write_net
@@ -41,11 +41,7 @@ def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Learn on two draws, judge the third, in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    for name in SETS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
-    args = parser.parse_args()
+    args = options(__doc__)
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
     for number, name in enumerate(SETS):

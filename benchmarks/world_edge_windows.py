@@ -46,13 +46,18 @@ def bodies(name: str, folder: Path) -> Iterator[tuple[Tensor, bool]]:
                 yield as_bytes(window[own & (area >= _PART * area[own].max())]), none
 
 
-def main() -> None:
-    """Write the windows of all sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(says: str | None) -> argparse.Namespace:
+    """Read a command line with the folder of the network and those of all `SETS`."""
+    parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     for name in SETS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the windows of all sets."""
+    args = options(__doc__)
     torch.set_num_threads(1)
     by_set = [list(bodies(name, getattr(args, name))) for name in SETS]
     found, sets = [body for part in by_set for body in part], [k for k, part in enumerate(by_set) for _ in part]
