@@ -658,6 +658,13 @@ def conv_check(s, given):
     want = want / torch.einsum("nhd,hd->nh", x, key_sum.double())[..., None]
     terms = naive.Terms(grid=s.grid, conv_space=space.double(), conv_time=time_.double())
     want = want + naive.convolve(v.double()[None], terms)[0]
+    from postgen.kernels.linear_attention import triton as host
+
+    float_terms = naive.Terms(grid=s.grid, conv_space=space, conv_time=time_)
+    found = host._grad_filters(q[None], v[None], float_terms)
+    exact = naive.convolve_backward(q[None].double(), v[None].double(), terms)[1:]
+    for x, y in zip(found, exact, strict=True):
+        print(f"check {float((x.double() - y).norm() / y.norm()):.2e} grad_filters", flush=True)
     for how in convolutions():
         try:
             out = convolve(s, given, how, (space, time_))(q, v)[0]
@@ -672,6 +679,7 @@ def present(s, sets):
 
     from benchmarks.linear_launches import passes
     from postgen.kernels.linear_attention import triton as host
+    from postgen.kernels.linear_attention import triton_launch as host_launch
 
     space, time_ = filters_of(s)
     plain = naive.Terms()
@@ -689,6 +697,36 @@ def present(s, sets):
         lambda q, k, v, sums: host._grad_filters(q, v, replace(plain, grid=s.grid, conv_space=space, conv_time=time_)),
         given,
     )
+    from postgen.kernels.linear_attention.triton_backward import grad_filters
+
+    def old(q, k, v, sums):
+        g, value = q, v
+        parts, tiles = programs(s.tokens, s.heads, 64, 528)
+        filters = torch.empty(1, parts, 28, s.heads, D, device=DEVICE)
+        grad_filters[(28, s.heads * parts, 1)](
+            g, value, None, filters, *g.stride(), *value.stride(), s.heads, s.tokens, tiles, SPACE=5, TIME=3,
+            ROWS=s.grid[1], COLUMNS=s.grid[2], CHANNELS=D, BLOCK_N=64, BLOCK_D=D, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return filters.sum(dim=(0, 1))
+
+    yield "old conv grad_filters", old, given
+    for tokens, strip, warps, programs_ in ((32, 8, 8, 132), (16, 8, 4, 264), (16, 4, 8, 132), (16, 8, 4, 792)):
+
+        def launched(
+            q,
+            k,
+            v,
+            sums,
+            how=host_launch.Launch(tokens=tokens, strip=strip, warps=warps, stages=1, programs=programs_),
+        ):
+            kept = host_launch.LAUNCHES["grad_filters", 128]
+            host_launch.LAUNCHES["grad_filters", 128] = how
+            try:
+                return host._grad_filters(q, v, replace(plain, grid=s.grid, conv_space=space, conv_time=time_))
+            finally:
+                host_launch.LAUNCHES["grad_filters", 128] = kept
+
+        yield f"new grad_filters {tokens} {strip} {warps} {programs_}", launched, given
     yield (
         "present conv of gradient",
         lambda q, k, v, sums: host._convolve(
@@ -714,6 +752,8 @@ def main():
         for name, function, sets in present(s, [given]):
             function(*sets[0])
             torch.cuda.synchronize()
+            if name.startswith("new"):
+                continue
             print(name, flush=True)
             torch.cuda.cudart().cudaProfilerStart()
             function(*sets[0])

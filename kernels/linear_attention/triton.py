@@ -14,9 +14,10 @@ from torch import Tensor
 
 from postgen.kernels.dispatch import launching_on
 from postgen.kernels.linear_attention.naive import Gradients, Terms
-from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_backward import grad_keys, grad_queries
 from postgen.kernels.linear_attention.triton_cache import reserve
 from postgen.kernels.linear_attention.triton_convolution import convolve_rows
+from postgen.kernels.linear_attention.triton_filters import sum_filters
 from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
 from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
 
@@ -293,32 +294,44 @@ def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: 
 
 
 def _grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
-    side = sides(terms)
-    of_space = side["SPACE"] ** 2
-    count = of_space + side["TIME"]
-    if count == 0:
+    if not convolves(terms):
         return None, None
+    assert terms.grid is not None
     batch, tokens, heads, channels = value.shape
     how = launch("grad_filters", value)
-    parts, tiles = splits(tokens, heads, how)
-    filters = torch.empty(batch, parts, count, heads, channels, dtype=torch.float32, device=value.device)
     shared = constants(value, how, terms)
-    names = ("ROWS", "COLUMNS", "CHANNELS", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
-    grad_filters[(count, heads * parts, batch)](
+    width = min(how.channels, shared["BLOCK_D"])
+    share = strips(terms.grid, batch * heads * (shared["BLOCK_D"] // width), how, whole=False)
+    side = sides(terms)
+    space = max(side["SPACE"], 1)
+    found = torch.empty(
+        batch, share.blocks * share.bands, space**2 + side["TIME"], heads, channels,
+        dtype=torch.float32, device=value.device,
+    )  # fmt: skip
+    names = ("FRAMES", "ROWS", "COLUMNS", "CHANNELS", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    sum_filters[(share.programs,)](
         gradient,
         value,
         contiguous(terms.key_lengths),
-        filters,
+        found,
         *gradient.stride(),
-        *value.stride(),
-        heads,
-        tokens,
-        tiles,
-        **side,
+        value.stride(0),
+        value.stride(2),
+        tokens // terms.grid[0] * value.stride(1),
+        share.blocks,
+        share.bands,
+        share.band,
+        SPACE=space,
+        TIME=side["TIME"],
+        HEADS=heads,
+        STRIP=how.strip,
+        X_N=value.stride(1),
+        X_D=value.stride(3),
+        BLOCK_E=width,
         **{name: shared[name] for name in names},
     )
-    by_tap = filters.sum(dim=(0, 1)).flatten(1)
-    return _filter(by_tap[:of_space], terms.conv_space), _filter(by_tap[of_space:], terms.conv_time)
+    by_tap = found.sum(dim=(0, 1)).flatten(1)
+    return _filter(by_tap[: space**2], terms.conv_space), _filter(by_tap[space**2 :], terms.conv_time)
 
 
 def sides(terms: Terms) -> dict[str, int]:

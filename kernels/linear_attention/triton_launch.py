@@ -56,8 +56,8 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("turned_grad_keys", 128): Launch(),
     ("convolution", 64): Launch(tokens=32, strip=8, warps=4, stages=3, programs=264, stacked=True, reserved=30),
     ("convolution", 128): Launch(tokens=32, strip=8, stages=3, stacked=True, reserved=30),
-    ("grad_filters", 64): Launch(warps=4, stages=1),
-    ("grad_filters", 128): Launch(warps=4, stages=1),
+    ("grad_filters", 64): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
+    ("grad_filters", 128): Launch(tokens=16, strip=8, warps=4, stages=1, programs=396),
 }
 """(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
 _WIDE = Launch(tokens=32, stages=1)
@@ -105,8 +105,10 @@ class Share(NamedTuple):
 
 
 @functools.cache
-def strips(grid: tuple[int, int, int], copies: int, how: Launch) -> Share:
+def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, whole: bool = True) -> Share:
     """Return how the strips of a frame are shared out; `copies` is samples x heads x parts of their channels.
+
+    With `whole` False every block is cut into bands alike.
 
     Programs that take a block each come in full rounds, one or several on every processor; what is left is cut into
     bands so that it keeps all of them busy too. Bits do not depend on it: a row of results is summed from above.
@@ -122,7 +124,7 @@ def strips(grid: tuple[int, int, int], copies: int, how: Launch) -> Share:
             rounds * (rows + _AHEAD) + rest * (triton.cdiv(rows, bands) + (_SEEN_TWICE if bands > 1 else _AHEAD))
         )
 
-    choices = itertools.product(range(max(full - 1, 0), full + 1), range(1, rows + 1))
+    choices = itertools.product(range(max(full - 1, 0), full + 1) if whole else (0,), range(1, rows + 1))
     rounds, bands = min(choices, key=lambda choice: duration(*choice))
     band = int(triton.cdiv(rows, bands))
     bands, whole = int(triton.cdiv(rows, band)), rounds * at_once
