@@ -172,20 +172,27 @@ def read_state(
     head = tl.program_id(0)
     row = tl.arange(0, BN)
     d = tl.arange(0, D)
-    if WAY == 2:
-        state = tl.load(states + head * D * D + d[None, :] * D + d[:, None])
-    else:
-        state = tl.load(states + head * D * D + d[:, None] * D + d[None, :])
     key_sum = tl.load(key_sums + head * D + d)
     if TERMS == 1:
         left = tl.load(lefts + head * D + d)
         right = tl.load(rights + head * D + d)
+    if WAY == 3:
+        # Transposed and in 16 bits already: straight to shared memory.
+        high = tl.load(states + head * TERMS * D * D + d[:, None] * D + d[None, :])
+        if TERMS == 2:
+            low = tl.load(states + head * TERMS * D * D + D * D + d[:, None] * D + d[None, :])
+    else:
         if WAY == 2:
-            state -= left[None, :] * right[:, None]
+            state = tl.load(states + head * D * D + d[None, :] * D + d[:, None])
         else:
-            state -= left[:, None] * right[None, :]
-    high = state.to(HALF)
-    low = (state - high.to(tl.float32)).to(HALF)
+            state = tl.load(states + head * D * D + d[:, None] * D + d[None, :])
+        if TERMS == 1:
+            if WAY == 2:
+                state -= left[None, :] * right[:, None]
+            else:
+                state -= left[:, None] * right[None, :]
+        high = state.to(HALF)
+        low = (state - high.to(tl.float32)).to(HALF)
     if WAY == 1:
         sums = three(key_sum, D)
         if TERMS == 1:
@@ -211,7 +218,7 @@ def read_state(
                 else:
                     along = tl.sum(turned * left[None, :], axis=1)
         scale = 1.0 / (divisor + eps)
-        if WAY == 2:
+        if WAY >= 2:
             t = tl.trans(q)
             o = tl.dot(high, t)
             if TERMS == 2:
@@ -414,6 +421,13 @@ def rank_one(state, key_sum, rope):
     return left.contiguous(), right.contiguous()
 
 
+def in_halves(state, left, right):
+    """Transposed states in 16 bits: with one term and the rank one taken out, with two as they are."""
+    high = state.to(EXACT)
+    both = torch.cat((high.mT, (state - high.float()).to(EXACT).mT), dim=1)
+    return {1: (state - left[..., None] * right[:, None]).to(EXACT).mT.contiguous(), 2: both.contiguous()}
+
+
 def call(s, kind, given, *, rope=False, bn=64, warps=8, stages=2, wanted=264, tma=False, maxnreg=None, **more):
     """Launch one variant; return what it wrote."""
     q, k, v, g, state, key_sum = given
@@ -442,9 +456,14 @@ def call(s, kind, given, *, rope=False, bn=64, warps=8, stages=2, wanted=264, tm
     to = described(out, bn, tma)
     if kind == "queries":
         left, right = more.pop("ranks")
+        if more["WAY"] == 3:
+            state = more.pop("halves")[more["TERMS"]]
+        else:
+            more.pop("halves")
         read_state[grid](dq, *tables, state, key_sum, left, right, to, step, s.tokens, tiles, 1e-15, **options, **more)
         return (out,)
     more.pop("ranks")
+    more.pop("halves")
     if kind == "grad_queries":
         m = torch.empty(s.heads, parts, D, D, device=DEVICE)
         n = torch.empty(s.heads, parts, D, device=DEVICE)
@@ -549,6 +568,20 @@ def variants():
             "bn": bn,
             "wanted": 528,
         }
+    for rope, terms, tma, warps in itertools.product((False, True), (1, 2), (False, True), (4, 8)):
+        if warps == 4 and rope:
+            continue
+        yield {
+            "kind": "queries",
+            "rope": rope,
+            "WAY": 3,
+            "TERMS": terms,
+            "tma": tma,
+            "warps": warps,
+            "stages": 2,
+            "bn": 64,
+            "wanted": 528,
+        }
     for terms, tma, bn, stages, wanted in (
         (1, False, 64, 2, 528), (1, True, 64, 2, 528), (1, False, 32, 3, 528), (1, False, 32, 4, 264),
         (1, False, 64, 2, 264), (2, False, 32, 3, 528), (1, False, 64, 1, 264), (1, False, 32, 2, 264), (1, True, 32, 3, 264),
@@ -634,12 +667,13 @@ def check(part):
     s = Setting((2, 3, 80) if DEVICE == "cuda" else (2, 2, 9), 40 if DEVICE == "cuda" else 1)
     given = s.make()
     ranks = {on: rank_one(given[4], given[5], on) for on in (False, True)}
+    halves = {on: in_halves(given[4], *ranks[on]) for on in (False, True)}
     every = list(variants())
     for which in range(first, len(every), step):
         v = every[which]
         try:
             found = (
-                call(s, given=given, ranks=ranks[v.get("rope", False)], **v)
+                call(s, given=given, ranks=ranks[v.get("rope", False)], halves=halves[v.get("rope", False)], **v)
                 if not v["kind"].startswith(("only", "keys"))
                 else call(s, given=given, **v)
             )
@@ -772,11 +806,16 @@ def main():
     for name, function, given in present(s, sets):
         print(f"{milliseconds(function, given):.4f} ms  {name}", flush=True)
     ranks = {on: rank_one(sets[0][4], sets[0][5], on) for on in (False, True)}
+    halves = {on: in_halves(sets[0][4], *ranks[on]) for on in (False, True)}
     tensors = {"only_read": 2, "only_copy": 2, "keys": 2, "queries": 2, "grad_queries": 3, "grad_keys": 4}
     for v in variants():
         if options.small and (v.get("rope") or v["kind"].startswith("grad")):
             continue
-        more = {} if v["kind"].startswith(("only", "keys")) else {"ranks": ranks[v.get("rope", False)]}
+        more = (
+            {}
+            if v["kind"].startswith(("only", "keys"))
+            else {"ranks": ranks[v.get("rope", False)], "halves": halves[v.get("rope", False)]}
+        )
         try:
             ms = milliseconds(lambda *given, v=v, more=more: call(s, given=given, **more, **v), sets)
             floor = tensors[v["kind"]] * unit
