@@ -76,7 +76,9 @@ def part_calls() -> dict[str, tuple[Call, int]]:
     from postgen.kernels.linear_attention import triton
 
     def alone(terms: Terms) -> Call:
-        return lambda q, k, v, sums: triton._convolve(v, None, sums, terms)
+        return lambda q, k, v, sums: triton._convolve(
+            v, None, None, terms, None, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        )
 
     plain = passes(Terms())
     # Keys and values are two tensors that are read, queries one that is read and the results another.

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.bandwidth import milliseconds
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
-PASSES = ("keys", "queries", "grad_queries", "grad_keys", "convolution")
+PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys", "convolution", "grad_filters")
 SHOWN = 8
 """Launches that are printed, the fastest first."""
 SETS = 3
@@ -58,20 +58,39 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
 
 def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]]:
     """Return every pass as a call of queries, keys, values and sums; gradients are the queries again."""
-    from postgen.kernels.linear_attention import triton
+    from postgen.kernels.linear_attention import triton, triton_strips
+    from postgen.kernels.linear_attention.triton_launch import block_d
+    from postgen.kernels.linear_attention.triton_rope import rope_rows
 
-    if triton.convolves(terms):
-        return {"convolution": lambda q, k, v, sums: triton._convolve(v, q, sums, terms)}
+    def table(x: Tensor) -> Tensor | None:
+        return rope_rows(terms, x, block_d(x.shape[-1]))
+
+    if triton_strips.convolves(terms):
+        return {
+            "convolution": lambda q, k, v, sums: triton._convolve(
+                v, q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            ),
+            "grad_filters": lambda q, k, v, sums: triton_strips.grad_filters(q, v, terms),
+        }
+    turned = "" if terms.rope is None else "turned_"
     return {
-        "keys" if terms.rope is None else "turned_keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
-        "queries" if terms.rope is None else "turned_queries": lambda q, k, v, sums: triton._read_state(
-            q, sums, terms
+        f"{turned}keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms, table(q)),
+        f"{turned}queries": lambda q, k, v, sums: triton._read_state(
+            q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
         ),
-        "grad_queries": lambda q, k, v, sums: triton._grad_queries(q, q, sums, (None, None), terms),
-        "grad_keys" if terms.rope is None else "turned_grad_keys": lambda q, k, v, sums: triton._grad_keys(
-            q, k, v, sums, terms
+        f"{turned}grad_queries": lambda q, k, v, sums: triton._of_queries(q, q, sums, terms, table(q))[0],
+        f"{turned}grad_sums": lambda q, k, v, sums: triton._sums_of_queries(
+            q, q, scales_of(q), (None, None), terms, table(q)
         ),
+        f"{turned}grad_keys": lambda q, k, v, sums: triton._grad_keys(q, k, v, sums, terms, table(q)),
     }
+
+
+def scales_of(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers in the place of what `grad_queries` found of every query."""
+    batch, tokens, heads, _ = query.shape
+    found = torch.ones(2, batch, heads, tokens, device=query.device)
+    return found[0], found[1]
 
 
 def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -> list[tuple[Any, ...]]:
@@ -82,7 +101,7 @@ def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -
     for _ in range(SETS):
         size = (1, math.prod(grid), 3, heads, channels)
         query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
-        sets.append((query, key, value, triton._sum_keys(key, value, terms)))
+        sets.append((query, key, value, triton._sum_keys(key, value, terms, None)))
     return sets
 
 

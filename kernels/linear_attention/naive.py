@@ -238,7 +238,7 @@ def rms_norm_backward(
 
 
 def convolve(value: Tensor, terms: Terms) -> Tensor:
-    """Return the sum of the two depth-wise convolutions of the values (B, N, H, D): zeros outside the grid, 0 of text."""
+    """Return the sum of the two depth-wise convolutions of the values (B, N, H, D), 0 outside the grid; text has 0."""
     value = by_kind(value, terms)[1]
     out = torch.zeros_like(value)
     if terms.conv_space is not None:

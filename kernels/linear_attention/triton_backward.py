@@ -10,18 +10,16 @@ import triton
 import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
+    angles,
     existence,
     feature,
     fetch,
     fetch_matrix,
     fetch_vector,
-    fold,
-    fold_weighted,
-    neighbour,
     normed,
     put,
-    put_sums,
     slope,
+    terms_of,
     times_state,
     turn,
 )
@@ -29,63 +27,65 @@ from postgen.kernels.linear_attention.triton_tiles import (
 
 @triton.jit
 def grad_queries(
-    gradient, query, rstd, weight, rope, states, key_sums, d_query, matrices, vectors,
+    gradient, query, rstd, weight, table, terms, key_sums, d_query, inverses, weights,
     gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
-    tokens, tiles, norm_eps, eps,
+    first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, k' into `vectors`."""
+    """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
+
+    That is one over the divisors, by which gradients are scaled, and the weights -p of queries in the gradient of k'.
+    """
     head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     query += sample * query_b + head.to(tl.int64) * query_h
     d_query += (sample * tokens * heads + head) * CHANNELS
+    inverses += which * tokens
+    weights += which * tokens
     if weight is not None:
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    state = tl.trans(fetch_matrix(states, which, CHANNELS, BLOCK_D))
-    high = state.to(DOT)
-    low = (state - high.to(tl.float32)).to(DOT)
+    high, low = terms_of(terms, which, 0, BLOCK_D, False, BLOCK_D, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
 
-    d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
+    if table is not None:
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
         x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
         q = feature(x, start, row, tokens, RELU, CHANNELS, BLOCK_D)
-        if rope is None:
+        if table is None and (NORM or not RELU):
             q = q.to(DOT).to(tl.float32)
         inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
-        n = turn(n, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        if table is not None:
+            n = turn(n, a, b, True, BLOCK_N, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
         # Turned back, n meets the query as it was: the same product as before.
         p = tl.sum(q * n, axis=1) * inverse
         n = (n - p[:, None] * key_sum[None, :]) * slope(x, RELU)
         put(d_query, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
-        d_key_sum -= fold_weighted(p, q, BLOCK_N, BLOCK_D)
-        q = turn(q, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        d_state = tl.dot(tl.trans(g), q.to(DOT), d_state, input_precision=PRECISION)
+        inside = start + row < tokens
+        tl.store(inverses + start + row, inverse, mask=inside)
+        tl.store(weights + start + row, -p, mask=inside)
         start += BLOCK_N
-
-    part = which * tl.num_programs(1) + tl.program_id(1)
-    put_sums(matrices, vectors, part, tl.trans(d_state), tl.sum(d_key_sum, axis=0), CHANNELS, BLOCK_D)
 
 
 @triton.jit
 def grad_keys(
-    key, value, rstd, weight, rope, lengths, d_states, d_key_sums, d_key, d_value,
-    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, tokens, tiles, norm_eps,
+    key, value, rstd, weight, table, lengths, d_states, d_key_sums, d_key, d_value,
+    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, ADDS: tl.constexpr,
+    TEXT: tl.constexpr, ADDS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
@@ -113,53 +113,23 @@ def grad_keys(
 
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
+    if table is not None:
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         x = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
         v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
-        n = turn(n, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
+        if table is not None:
+            n = turn(n, a, b, True, BLOCK_N, BLOCK_D)
         n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
         put(d_key, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
-        k = turn(k, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        if table is not None:
+            k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
         o = tl.dot(k.to(DOT), high, input_precision=PRECISION)
         if ADDS:
             o += fetch(d_value, start, row, heads * CHANNELS, 1, end, CHANNELS, BLOCK_D).to(tl.float32)
         put(d_value, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
         start += BLOCK_N
-
-
-@triton.jit
-def grad_filters(
-    gradient, value, lengths, filters,
-    gradient_b, gradient_n, gradient_h, gradient_d, value_b, value_n, value_h, value_d, heads, tokens, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of one tap over one split of tokens: (B, splits, taps, H, D), taps of space first."""
-    tap, head, sample = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(2).to(tl.int64)
-    split, splits = tl.program_id(1) // heads, tl.num_programs(1) // heads
-    gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
-    value += sample * value_b + head.to(tl.int64) * value_h
-    length = tokens
-    if lengths is not None:
-        length = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
-    spatial = tap < SPACE * SPACE
-    side = SPACE if SPACE > 0 else 1
-    dt = tl.where(spatial, 0, tap - SPACE * SPACE - TIME // 2)
-    dh = tl.where(spatial, tap // side - SPACE // 2, 0)
-    dw = tl.where(spatial, tap % side - SPACE // 2, 0)
-    total = tl.zeros((16, BLOCK_D), dtype=tl.float32)
-    row = tl.arange(0, BLOCK_N)
-    start = split * tiles * BLOCK_N
-    for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D).to(tl.float32)
-        v = neighbour(
-            value, start, value_n, value_d, tokens, length, dt, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
-        )
-        total += fold(g * v, BLOCK_N, BLOCK_D)
-        start += BLOCK_N
-    d = tl.arange(0, BLOCK_D)
-    part = (sample * splits + split) * tl.num_programs(0) + tap
-    tl.store(filters + (part * heads + head) * CHANNELS + d, tl.sum(total, axis=0), mask=d < CHANNELS)

@@ -25,7 +25,7 @@ def sum_filters(
     X_D: tl.constexpr, BLOCK_E: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of one band of a block of strips: (B, blocks * bands, SPACE ** 2 + TIME, H, D), taps of space first.
+    """Write the sums of one band of a block of strips: (B, blocks * bands, taps, H, D), those of space first.
 
     Without a convolution in space SPACE is 1, and that tap is what the centre of the one in time would be.
     """
@@ -61,9 +61,7 @@ def sum_filters(
     for step in tl.range(0, last - first, num_stages=1):
         line = first + step
         # A row ahead: it is loaded while this one is multiplied.
-        below = of_row(
-            gradient, line + REACH + 1, top, bottom, real, column, e, gradient_n, STRIP, COLUMNS, CHANNELS
-        )
+        below = of_row(gradient, line + REACH + 1, top, bottom, real, column, e, gradient_n, STRIP, COLUMNS, CHANNELS)
         ahead = look(
             x, frame, column, e, tl.minimum(line + 1, last - 1), token, length, lengths, x_frame,
             1, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
@@ -113,7 +111,7 @@ def shifted(window, below, SPACE: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def with_row(sums, window, seen, SPACE: tl.constexpr, TIME: tl.constexpr, STRIP: tl.constexpr):
-    """Add the products of one row of values, which row i of the filter sees from the row SPACE - 1 - i of the window."""
+    """Add the products of one row of values; row i of the filter sees it from row SPACE - 1 - i of the window."""
     REACH: tl.constexpr = SPACE // 2
     wide = ()
     for j in tl.static_range(0, STRIP + SPACE - 1):

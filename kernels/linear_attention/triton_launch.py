@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from postgen.kernels.linear_attention.naive import Terms
+from postgen.kernels.linear_attention.naive import Terms, text_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +46,16 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("turned_keys", 128): Launch(tokens=32, stages=3),
     ("queries", 64): Launch(warps=4, stages=4, programs=264),
     ("turned_queries", 64): Launch(warps=4, stages=1, programs=1056),
-    ("queries", 128): Launch(warps=4, stages=3),
+    ("queries", 128): Launch(),
     ("turned_queries", 128): Launch(),
-    ("grad_queries", 64): Launch(warps=4, stages=1),
-    ("grad_queries", 128): Launch(tokens=32, stages=3),
+    ("grad_queries", 64): Launch(warps=4, stages=2),
+    ("turned_grad_queries", 64): Launch(warps=4, stages=2),
+    ("grad_queries", 128): Launch(stages=3),
+    ("turned_grad_queries", 128): Launch(stages=3),
+    ("grad_sums", 64): Launch(warps=4, stages=3, programs=264),
+    ("turned_grad_sums", 64): Launch(warps=4, stages=3, programs=264),
+    ("grad_sums", 128): Launch(tokens=32, stages=3),
+    ("turned_grad_sums", 128): Launch(tokens=32, stages=3),
     ("grad_keys", 64): Launch(warps=4, stages=3, programs=1056),
     ("grad_keys", 128): Launch(stages=3),
     ("turned_grad_keys", 64): Launch(stages=1),
@@ -145,23 +151,28 @@ def block_d(channels: int) -> int:
     return max(16, int(triton.next_power_of_2(channels)))
 
 
+def dot_type(x: Tensor) -> tl.dtype:
+    """Return the type that products of such tensors are fed with.
+
+    Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
+    """
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
+
+
 def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
     """Return the constants that all passes share."""
     frames, rows, columns = terms.grid or (1, 1, 1)
-    pairs = terms.rope_pairs or (0, 0, 0)
     return {
         "RELU": terms.feature_map == "relu",
         "NORM": terms.qk_norm is not None,
         "FRAMES": frames,
         "ROWS": rows,
         "COLUMNS": columns,
-        "END_T": 2 * pairs[0],
-        "END_H": 2 * (pairs[0] + pairs[1]),
+        "TEXT": text_tokens(terms) > 0,
         "CHANNELS": x.shape[-1],
         "BLOCK_N": how.tokens,
         "BLOCK_D": block_d(x.shape[-1]),
-        # Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
-        "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+        "DOT": dot_type(x),
         # The interpreter knows no such products; its own are exact.
         "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",
         "num_warps": how.warps,

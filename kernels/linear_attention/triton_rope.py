@@ -36,8 +36,8 @@ def spread_rope(
 def rope_rows(terms: Terms, x: Tensor, width: int) -> Tensor | None:
     """Return `Terms.rope` as (T * h + 1 + w + 1, width): a row for each line of tokens and one for each column.
 
-    A row has cosines and sines in turns, and 0 where channels turn with another axis. The last row of either kind is of
-    text, which is not turned. It is in float16 where x is bfloat16, whose products are rounded eight times as coarsely.
+    A row has cosines and sines in turns, and 0 where channels turn with another axis. The last row of either kind is
+    of text, which is not turned. It is float16 where x is bfloat16, and products are rounded more coarsely.
     """
     if terms.rope is None:
         return None
