@@ -51,7 +51,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("grad_queries", 64): Launch(warps=4, stages=2),
     ("turned_grad_queries", 64): Launch(warps=4, stages=2),
     ("grad_queries", 128): Launch(stages=3),
-    ("turned_grad_queries", 128): Launch(stages=3),
+    ("turned_grad_queries", 128): Launch(),
     ("grad_sums", 64): Launch(warps=4, stages=3, programs=264),
     ("turned_grad_sums", 64): Launch(warps=4, stages=3, programs=264),
     ("grad_sums", 128): Launch(tokens=32, stages=3),
