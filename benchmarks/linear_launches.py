@@ -107,8 +107,8 @@ def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -
 
 def unusable(options: argparse.Namespace) -> str | None:
     """Return what is wrong with options, or None."""
-    if options.channels % 2 or not 32 < options.channels <= 128:
-        return f"--channels {options.channels}: the table has launches for even numbers from 34 to 128"
+    if options.channels % 2 or not 32 < options.channels <= 256:
+        return f"--channels {options.channels}: the table has launches for even numbers from 34 to 256"
     if min(options.heads, *options.grid) < 1 or options.workers < 0:
         return "--heads and --grid take numbers from 1 on, --workers from 0 on"
     if options.only and options.conv != ("convolution" in options.only):
@@ -157,7 +157,7 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], chan
 def main(argv: list[str] | None = None) -> int:
     """Sweep the passes of one shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 128")
+    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 256")
     parser.add_argument("--heads", type=int, default=12, help="from 1 on")
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
     parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")

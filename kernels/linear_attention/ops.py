@@ -18,8 +18,10 @@ from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_with_state", "rope_table"]
 
-MAX_CHANNELS = 128
-"""The widest head that the kernels take: S of one head lives in registers."""
+MAX_CHANNELS = 256
+"""The widest head that the kernels take."""
+WHOLE_CHANNELS = 128
+"""The widest head whose S lives in the registers of a program; of wider ones each program computes a part."""
 SHARED_MEMORY = {64: 99 * 1024, MAX_CHANNELS: 163 * 1024}
 """Heads up to so many channels -> bytes that a program of the largest kernel may take."""
 _TENSORS = (
@@ -267,6 +269,10 @@ def _obstacle(query: Tensor, *others: Tensor) -> str | None:
     channels = query.shape[-1]
     if channels > MAX_CHANNELS or channels % 2:
         return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit"
+    if channels > WHOLE_CHANNELS and query.dtype != torch.bfloat16:
+        return (
+            f"heads of {channels} channels in {query.dtype}; those of more than {WHOLE_CHANNELS} fit in bfloat16 only"
+        )
     if any(each.dtype != query.dtype for each in others):
         return "queries, keys, values and gradients differ in dtype"
     needed = min(size for most, size in SHARED_MEMORY.items() if channels <= most)

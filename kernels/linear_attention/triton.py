@@ -13,7 +13,7 @@ from postgen.kernels.dispatch import launching_on
 from postgen.kernels.linear_attention.naive import Gradients, Terms, by_kind
 from postgen.kernels.linear_attention.triton_backward import grad_keys, grad_queries
 from postgen.kernels.linear_attention.triton_forward import read_state, sum_keys
-from postgen.kernels.linear_attention.triton_launch import block_d, constants, dot_type, launch, splits
+from postgen.kernels.linear_attention.triton_launch import block_d, constants, dot_type, launch, parts_of, splits
 from postgen.kernels.linear_attention.triton_rope import rope_rows
 from postgen.kernels.linear_attention.triton_strips import convolve, convolves, grad_filters
 from postgen.kernels.linear_attention.triton_sums import Sums, contiguous, head_stride, join, partial_sums, rstd
@@ -81,7 +81,7 @@ def _sums(
     how = launch(name if table is None else f"turned_{name}", x)
     parts, tiles = splits(tokens, heads, how)
     found = partial_sums(x, parts)
-    sum_keys[(heads, parts, batch)](
+    sum_keys[(heads * parts_of(channels), parts, batch)](
         x,
         y,
         rstd(x, terms),
@@ -108,7 +108,7 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
     batch, tokens, heads, channels = query.shape
     how = launch("queries" if table is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    read_state[(heads, parts, batch)](
+    read_state[(heads * parts_of(channels), parts, batch)](
         query,
         rstd(query, terms),
         contiguous(terms.query_weight),
@@ -149,32 +149,42 @@ def _of_queries(
     of_query = _new_gradient(query, terms)
     how = launch("grad_queries" if table is None else "turned_grad_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    scales, weights = torch.empty(2, batch, heads, tokens, dtype=torch.float32, device=query.device)
+    scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
+    shares = scales.new_empty(parts_of(channels), batch, heads, tokens)
     # The saved sums in the terms of a product.
     sums = join(
         Sums(given.matrix[:, :, None].contiguous(), given.vector[:, :, None].contiguous()), dot=dot_type(query)
     )
-    grad_queries[(heads, parts, batch)](
-        gradient,
-        query,
-        rstd(query, terms),
-        contiguous(terms.query_weight),
-        table,
-        sums.terms,
-        sums.vector,
-        of_query,
-        scales,
-        weights,
-        *gradient.stride(),
-        *query.stride(),
-        head_stride(terms.query_weight, channels),
-        terms.text_first,
-        tokens,
-        tiles,
-        terms.norm_eps,
-        terms.eps,
-        **constants(query, how, terms),
-    )
+
+    def go(found: Tensor | None, written: Tensor | None) -> None:
+        grad_queries[(heads * parts_of(channels), parts, batch)](
+            gradient,
+            query,
+            rstd(query, terms),
+            contiguous(terms.query_weight),
+            table,
+            sums.terms,
+            sums.vector,
+            found,
+            written,
+            scales,
+            shares,
+            *gradient.stride(),
+            *query.stride(),
+            head_stride(terms.query_weight, channels),
+            terms.text_first,
+            tokens,
+            tiles,
+            terms.norm_eps,
+            terms.eps,
+            **constants(query, how, terms),
+        )
+
+    go(None, of_query if len(shares) == 1 else None)
+    weights = shares[0]
+    if len(shares) > 1:
+        weights = shares.sum(dim=0)
+        go(weights, of_query)
     return of_query, (scales, weights)
 
 
@@ -200,7 +210,7 @@ def _grad_keys(
         _convolve(gradient, None, None, terms, None, of_value)
     how = launch("grad_keys" if table is None else "turned_grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
-    grad_keys[(heads, parts, batch)](
+    grad_keys[(heads * parts_of(channels), parts, batch)](
         key,
         value,
         rstd(key, terms),

@@ -11,15 +11,17 @@ import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
     angles,
+    channels_of,
+    columns_of,
     existence,
     feature,
     fetch,
-    fetch_matrix,
+    fetch_block,
     fetch_vector,
     normed,
+    part_of,
     put,
     slope,
-    terms_of,
     times_state,
     turn,
 )
@@ -27,35 +29,45 @@ from postgen.kernels.linear_attention.triton_tiles import (
 
 @triton.jit
 def grad_queries(
-    gradient, query, rstd, weight, table, terms, key_sums, d_query, inverses, weights,
+    gradient, query, rstd, weight, table, terms, key_sums, found, d_query, inverses, weights,
     gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
     first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
 
     That is one over the divisors, by which gradients are scaled, and the weights -p of queries in the gradient of k'.
+    Each part of a wide head knows its share of p only: without `d_query` it writes that, (parts, B, H, N), and the
+    next launch is given the sum of the shares as `found`.
     """
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
+    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
+    sample = tl.program_id(2).to(tl.int64)
     which = sample * heads + head
+    channels = channels_of(part, CHANNELS, BLOCK_E)
     gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     query += sample * query_b + head.to(tl.int64) * query_h
-    d_query += (sample * tokens * heads + head) * CHANNELS
+    if d_query is not None:
+        d_query += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    if found is not None:
+        found += which * tokens
     inverses += which * tokens
-    weights += which * tokens
+    weights += (part * tl.num_programs(2) * heads + which) * tokens
     if weight is not None:
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    high, low = terms_of(terms, which, 0, BLOCK_D, False, BLOCK_D, DOT)
+    high, low = columns_of_terms(terms, which, part, BLOCK_D, BLOCK_E, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
+    own_sum = fetch_vector(key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
 
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     if table is not None:
-        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
+        own_table = table + part * BLOCK_E
+        a, b = angles(own_table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
         x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
@@ -68,16 +80,36 @@ def grad_queries(
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
         if table is not None:
-            n = turn(n, a, b, True, BLOCK_N, BLOCK_D)
-            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
-        # Turned back, n meets the query as it was: the same product as before.
-        p = tl.sum(q * n, axis=1) * inverse
-        n = (n - p[:, None] * key_sum[None, :]) * slope(x, RELU)
-        put(d_query, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
+            n = turn(n, a, b, True, BLOCK_N, BLOCK_E)
+            a, b = angles(
+                own_table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E
+            )
         inside = start + row < tokens
-        tl.store(inverses + start + row, inverse, mask=inside)
-        tl.store(weights + start + row, -p, mask=inside)
+        if found is None:
+            # Turned back, n meets the query as it was: the same product as before.
+            p = tl.sum(columns_of(q, part, BLOCK_N, BLOCK_D, BLOCK_E) * n, axis=1) * inverse
+            tl.store(weights + start + row, -p, mask=inside)
+            tl.store(inverses + start + row, inverse, mask=inside & (part == 0))
+        else:
+            p = -tl.load(found + start + row, mask=inside, other=0.0)
+        if d_query is not None:
+            n = (n - p[:, None] * own_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
+            put(d_query, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
         start += BLOCK_N
+
+
+@triton.jit
+def columns_of_terms(terms, which, part, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr):
+    """Return BLOCK_E columns of a transposed state as the sum of two 16-bit terms, as `join_splits` wrote them."""
+    COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
+    r = tl.arange(0, BLOCK_D)[:, None]
+    c = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    terms += which * (COUNT * BLOCK_D * BLOCK_D)
+    high = tl.load(terms + r * BLOCK_D + c)
+    low = high
+    if COUNT == 2:
+        low = tl.load(terms + (BLOCK_D + r) * BLOCK_D + c)
+    return high, low
 
 
 @triton.jit
@@ -85,51 +117,64 @@ def grad_keys(
     key, value, rstd, weight, table, lengths, d_states, d_key_sums, d_key, d_value,
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, ADDS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TEXT: tl.constexpr, ADDS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
 
     With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
     """
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
+    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
+    sample = tl.program_id(2).to(tl.int64)
     which = sample * heads + head
+    channels = channels_of(part, CHANNELS, BLOCK_E)
     end = tokens
     if lengths is not None:
         end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
     key += sample * key_b + head.to(tl.int64) * key_h
     value += sample * value_b + head.to(tl.int64) * value_h
-    d_key += (sample * tokens * heads + head) * CHANNELS
-    d_value += (sample * tokens * heads + head) * CHANNELS
+    d_key += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    d_value += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
     if weight is not None:
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    d_state = fetch_matrix(d_states, which, CHANNELS, BLOCK_D)
-    high = d_state.to(DOT)
+    rows = fetch_block(d_states, which, part * BLOCK_E, 0, CHANNELS, BLOCK_E, BLOCK_D)
+    high = rows.to(DOT)
     # All keys meet the same rounding of it, which a sum over them keeps while the rest cancels.
-    low = tl.trans((d_state - high.to(tl.float32)).to(DOT))
-    d_key_sum = fetch_vector(d_key_sums, which, CHANNELS, BLOCK_D)
+    low = tl.trans((rows - high.to(tl.float32)).to(DOT))
+    columns = high
+    if BLOCK_D > BLOCK_E:
+        columns = fetch_block(d_states, which, 0, part * BLOCK_E, CHANNELS, BLOCK_D, BLOCK_E).to(DOT)
+    d_key_sum = fetch_vector(d_key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
 
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     if table is not None:
-        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         x = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
         v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
         if table is not None:
-            n = turn(n, a, b, True, BLOCK_N, BLOCK_D)
-        n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
-        put(d_key, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
+            own_a, own_b = a, b
+            if BLOCK_D > BLOCK_E:
+                own_table = table + part * BLOCK_E
+                own_a, own_b = angles(
+                    own_table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E
+                )
+            n = turn(n, own_a, own_b, True, BLOCK_N, BLOCK_E)
+        own = columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E)
+        n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(own, RELU), 0.0)
+        put(d_key, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
-            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
-        o = tl.dot(k.to(DOT), high, input_precision=PRECISION)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
+        o = tl.dot(k.to(DOT), columns, input_precision=PRECISION)
         if ADDS:
-            o += fetch(d_value, start, row, heads * CHANNELS, 1, end, CHANNELS, BLOCK_D).to(tl.float32)
-        put(d_value, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
+            o += fetch(d_value, start, row, heads * CHANNELS, 1, end, channels, BLOCK_E).to(tl.float32)
+        put(d_value, start, row, heads * CHANNELS, tokens, o, channels, BLOCK_E)
         start += BLOCK_N

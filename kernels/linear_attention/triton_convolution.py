@@ -216,7 +216,7 @@ def attend(
         a = 0.0
         b = 0.0
         if table is not None:
-            a, b = angles(table, 0, start, row, tokens, FRAMES, ROWS, COLUMNS, False, BLOCK_D)
+            a, b = angles(table, 0, start, row, tokens, FRAMES, ROWS, COLUMNS, False, BLOCK_D, BLOCK_D)
         q, scale = question(
             q, key_sum, rstd, weight, table, a, b, start, row, tokens, norm_eps, eps,
             RELU, NORM, CHANNELS, BLOCK_N, BLOCK_D, DOT,

@@ -14,12 +14,14 @@ import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
     angles,
+    channels_of,
     feature,
     fetch,
     fetch_vector,
     fold,
     fold_weighted,
     normed,
+    part_of,
     put,
     put_sums,
     question,
@@ -49,40 +51,43 @@ def sum_keys(
     key, value, rstd, weight, table, lengths, scales, weights, matrices, vectors,
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`.
 
     With `scales` and `weights`, (B, H, N), every v is scaled and every k weighs so much: sums of a gradient.
     """
-    head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
+    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
+    split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channels = channels_of(part, CHANNELS, BLOCK_E)
     end = tokens
     if lengths is not None:
         end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
     key += sample * key_b + head.to(tl.int64) * key_h
-    value += sample * value_b + head.to(tl.int64) * value_h
+    value += sample * value_b + head.to(tl.int64) * value_h + part * BLOCK_E * value_d
     if weight is not None:
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
     if scales is not None:
-        scales += (sample * tl.num_programs(0) + head) * tokens
-        weights += (sample * tl.num_programs(0) + head) * tokens
+        scales += (sample * heads + head) * tokens
+        weights += (sample * heads + head) * tokens
 
-    state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    state = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
     start = split * tiles * BLOCK_N
     # Small loads and those of angles are a tile ahead, in registers: what a product needs goes through shared memory.
     if table is not None:
-        a, b = angles(table, first, start, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
+        a, b = angles(table, first, start, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     if scales is not None:
         scale = tl.load(scales + start + row, mask=start + row < end, other=0.0)
         share = tl.load(weights + start + row, mask=start + row < end, other=0.0)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
         k = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
-        v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
+        v = fetch(value, start, row, value_n, value_d, end, channels, BLOCK_E)
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is None and (NORM or not RELU):
@@ -97,13 +102,13 @@ def sum_keys(
             share = tl.load(weights + start + BLOCK_N + row, mask=start + BLOCK_N + row < end, other=0.0)
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
-            a, b = angles(table, first, start + BLOCK_N, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
         # S^T, so that the operand which must be transposed is the one that no thread touches.
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
-    part = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + split
-    put_sums(matrices, vectors, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D)
+    which = (sample * heads + head) * tl.num_programs(1) + split
+    put_sums(matrices, vectors, which, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
@@ -150,19 +155,21 @@ def read_state(
     query, rstd, weight, table, terms, key_sums, out,
     query_b, query_n, query_h, query_d, out_b, weight_h, first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the results of one range of queries, where there is no convolution."""
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
+    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
+    sample = tl.program_id(2).to(tl.int64)
     which = sample * heads + head
     query += sample * query_b + head.to(tl.int64) * query_h
-    out += sample * out_b + head * CHANNELS
+    out += sample * out_b + head * CHANNELS + part * BLOCK_E
     if weight is not None:
         weight += head * weight_h
     if rstd is not None:
         rstd += sample * tokens
-    high, low = terms_of(terms, which, 0, BLOCK_D, False, BLOCK_D, DOT)
+    high, low = terms_of(terms, which, part, BLOCK_E, False, BLOCK_D, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
 
     row = tl.arange(0, BLOCK_N)
@@ -170,7 +177,7 @@ def read_state(
     a = 0.0
     b = 0.0
     if table is not None:
-        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         q = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
         q, scale = question(
@@ -178,7 +185,7 @@ def read_state(
             RELU, NORM, CHANNELS, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
         if table is not None:
-            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D)
-        o = tl.trans(state_times(high, low, tl.trans(q), scale, BLOCK_D, PRECISION))
-        put(out, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
+        o = tl.trans(state_times(high, low, tl.trans(q), scale, BLOCK_E, PRECISION))
+        put(out, start, row, heads * CHANNELS, tokens, o, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
         start += BLOCK_N

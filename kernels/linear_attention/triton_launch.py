@@ -64,8 +64,22 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("convolution", 128): Launch(tokens=32, strip=8, stages=3, stacked=True, reserved=30),
     ("grad_filters", 64): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
     ("grad_filters", 128): Launch(tokens=16, strip=8, warps=4, stages=1, programs=396),
+    ("keys", 256): Launch(tokens=32),
+    ("turned_keys", 256): Launch(tokens=32),
+    ("queries", 256): Launch(tokens=32),
+    ("turned_queries", 256): Launch(tokens=32),
+    ("grad_queries", 256): Launch(tokens=32),
+    ("turned_grad_queries", 256): Launch(tokens=32),
+    ("grad_sums", 256): Launch(tokens=32),
+    ("turned_grad_sums", 256): Launch(tokens=32),
+    ("grad_keys", 256): Launch(tokens=32),
+    ("turned_grad_keys", 256): Launch(tokens=32),
+    ("convolution", 256): Launch(tokens=32, strip=8, warps=4, stages=2, programs=264, stacked=True, reserved=75),
+    ("grad_filters", 256): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
 }
 """(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
+PART = 64
+"""Channels of results that a program computes of a head of more than 128; each of them reads all channels."""
 _WIDE = Launch(tokens=32, stages=1)
 """The launch of every pass over other inputs, and where the table has no row."""
 MAX_SPLITS = 64
@@ -151,6 +165,16 @@ def block_d(channels: int) -> int:
     return max(16, int(triton.next_power_of_2(channels)))
 
 
+def block_e(channels: int) -> int:
+    """Return how many channels of a result a program computes: those of a head, or a part of a wide one's."""
+    return block_d(channels) if channels <= 128 else PART
+
+
+def parts_of(channels: int) -> int:
+    """Return the programs that share a tile of a head."""
+    return block_d(channels) // block_e(channels)
+
+
 def dot_type(x: Tensor) -> tl.dtype:
     """Return the type that products of such tensors are fed with.
 
@@ -172,6 +196,7 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
         "CHANNELS": x.shape[-1],
         "BLOCK_N": how.tokens,
         "BLOCK_D": block_d(x.shape[-1]),
+        "BLOCK_E": block_e(x.shape[-1]),
         "DOT": dot_type(x),
         # The interpreter knows no such products; its own are exact.
         "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",

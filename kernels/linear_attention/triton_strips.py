@@ -28,7 +28,7 @@ def convolve(
     assert terms.grid is not None
     how = launch("convolution", x)
     shared = constants(x, how, terms)
-    width = min(how.channels, shared["BLOCK_D"])
+    width = shared["BLOCK_E"] = min(how.channels, shared["BLOCK_E"])
     share = strips(terms.grid, batch * heads * (shared["BLOCK_D"] // width), how)
     space, time = taps(terms)
     some = space if space is not None else time
@@ -64,7 +64,6 @@ def convolve(
         STRIP=how.strip,
         X_N=x.stride(1),
         X_D=x.stride(3),
-        BLOCK_E=width,
         STACKED=how.stacked,
         **without(shared, "TEXT"),
     )
@@ -80,7 +79,7 @@ def grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor 
     batch, tokens, heads, channels = value.shape
     how = launch("grad_filters", value)
     shared = constants(value, how, terms)
-    width = min(how.channels, shared["BLOCK_D"])
+    width = shared["BLOCK_E"] = min(how.channels, shared["BLOCK_E"])
     share = strips(terms.grid, batch * heads * (shared["BLOCK_D"] // width), how, whole=False)
     side = sides(terms)
     space = max(side["SPACE"], 1)
@@ -104,7 +103,6 @@ def grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor 
         STRIP=how.strip,
         X_N=value.stride(1),
         X_D=value.stride(3),
-        BLOCK_E=width,
         **without(shared, "TEXT", "RELU", "NORM", "DOT", "PRECISION"),
     )
     by_tap = found.sum(dim=(0, 1)).flatten(1)

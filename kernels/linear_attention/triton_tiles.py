@@ -11,48 +11,91 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch(base, start, row, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr):
     """Return a tile in the dtype of memory."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (start + row < end) & (d < CHANNELS)
+    inside = (start + row < end) & (d < channels)
     # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
     tile = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d.to(tl.int64) * stride_d
     return tl.load(tile, mask=inside, other=0.0)
 
 
 @triton.jit
-def put(base, start, row, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
     """Write a tile; its channels are neighbours."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (start + row < end) & (d < CHANNELS)
+    inside = (start + row < end) & (d < channels)
     place = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d
     tl.store(place, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def fetch_matrix(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return one of many (D, D) matrices."""
-    d = tl.arange(0, BLOCK_D)
-    places = base + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
-    return tl.load(places, mask=(d[:, None] < CHANNELS) & (d < CHANNELS), other=0.0)
+def fetch_block(
+    base, which, row, column,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return HEIGHT rows and WIDTH columns of one of many (D, D) matrices, from a row and a column on."""
+    r = (row + tl.arange(0, HEIGHT))[:, None]
+    c = (column + tl.arange(0, WIDTH))[None, :]
+    places = base + which * CHANNELS * CHANNELS + r * CHANNELS + c
+    return tl.load(places, mask=(r < CHANNELS) & (c < CHANNELS), other=0.0)
 
 
 @triton.jit
-def fetch_vector(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def fetch_vector(base, which, channels, BLOCK_D: tl.constexpr):
     """Return one of many vectors of D numbers."""
     d = tl.arange(0, BLOCK_D)
-    return tl.load(base + which * CHANNELS + d, mask=d < CHANNELS, other=0.0)
+    return tl.load(base + which * channels + d, mask=d < channels, other=0.0)
 
 
 @triton.jit
-def put_sums(matrices, vectors, which, matrix, vector, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write one of many pairs of a (D, D) matrix and a vector of D numbers."""
+def put_sums(
+    matrices, vectors, which, part, matrix, vector,
+    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write BLOCK_E columns of one of many (D, D) matrices, and with the first of them a vector of D numbers."""
     d = tl.arange(0, BLOCK_D)
-    places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
-    tl.store(places, matrix, mask=(d[:, None] < CHANNELS) & (d < CHANNELS))
-    tl.store(vectors + which * CHANNELS + d, vector, mask=d < CHANNELS)
+    e = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + e
+    tl.store(places, matrix, mask=(d[:, None] < CHANNELS) & (e < CHANNELS))
+    tl.store(vectors + which * CHANNELS + d, vector, mask=(d < CHANNELS) & (part == 0))
+
+
+@triton.jit
+def part_of(program, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the head of a program and its part of the channels: wide heads have several."""
+    PARTS: tl.constexpr = BLOCK_D // BLOCK_E
+    if PARTS == 1:
+        head = program
+        part = 0
+    else:
+        head = program // PARTS
+        part = program % PARTS
+    return head, part
+
+
+@triton.jit
+def channels_of(part, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return how many channels there are from those of a part on: a constant where all of its channels exist."""
+    if CHANNELS % BLOCK_E == 0:
+        left = BLOCK_E
+    elif CHANNELS < BLOCK_E:
+        left = CHANNELS
+    else:
+        left = CHANNELS - part * BLOCK_E
+    return left
+
+
+@triton.jit
+def columns_of(x, part, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return BLOCK_E columns of a tile: all, or those of a part of a wide head."""
+    PARTS: tl.constexpr = BLOCK_D // BLOCK_E
+    if PARTS > 1:
+        mine = (tl.arange(0, PARTS) == part)[None, :, None]
+        x = tl.sum(tl.where(mine, tl.reshape(x, (BLOCK_N, PARTS, BLOCK_E)), 0.0), axis=1)
+    return x
 
 
 @triton.jit
@@ -99,8 +142,9 @@ def slope(x, RELU: tl.constexpr):
 def angles(
     table, first, start, row, end,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TEXT: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return cosines and sines of a tile, alternating, as two tiles whose sum they are: of lines and of columns.
+    """Return cosines and sines of WIDTH channels, alternating, as two tiles that are added: of lines and of columns.
 
     Every channel turns with one axis, so one of the two is 0; each is a row of `spread_rope` for every token, which
     threads read in one piece. What lies outside the tile is 0 and turns by any angle.
@@ -114,7 +158,7 @@ def angles(
     else:
         line = token // COLUMNS
         column = token % COLUMNS
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, WIDTH)[None, :]
     of_lines = tl.load(table + line[:, None] * BLOCK_D + d)
     of_columns = tl.load(table + (FRAMES * ROWS + 1 + column)[:, None] * BLOCK_D + d)
     return of_lines, of_columns
