@@ -31,9 +31,12 @@ SETS = 3
 
 def candidates(name: str) -> Iterator[dict[str, int]]:
     """Yield the launches of a pass that are tried."""
-    if name == "convolution":
+    if name in ("convolution", "grad_filters"):
         # What is compiled for anew comes last: workers then begin with different kernels.
-        ways = itertools.product((30, 45, 75, 100), (132, 264), (False, True))
+        answers = name == "convolution"
+        ways = itertools.product(
+            (30, 60) if answers else (0,), (132, 264, 396), (False, True) if answers else (False,)
+        )
         sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128))
         for (reserved, programs, stacked), (tokens, warps, strip, channels) in itertools.product(ways, sizes):
             # A thread has two channels of a strip: with fewer, it loads less at once; with more, it has too many sums.
@@ -43,16 +46,14 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                     "warps": warps,
                     "strip": strip,
                     "channels": channels,
-                    "stages": 3,
+                    "stages": 3 if answers else 1,
                     "programs": programs,
                     "stacked": stacked,
                     "reserved": reserved,
                 }
         return
     # Programs are counted when a kernel is launched, not when it is compiled.
-    for programs, tokens, warps, stages in itertools.product(
-        (0, 132, 264, 528, 1056), (32, 64), (4, 8, 16), (1, 2, 3, 4)
-    ):
+    for programs, tokens, warps, stages in itertools.product((0, 264, 1056), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
 
@@ -111,8 +112,10 @@ def unusable(options: argparse.Namespace) -> str | None:
         return f"--channels {options.channels}: the table has launches for even numbers from 34 to 256"
     if min(options.heads, *options.grid) < 1 or options.workers < 0:
         return "--heads and --grid take numbers from 1 on, --workers from 0 on"
-    if options.only and options.conv != ("convolution" in options.only):
-        return "--only convolution and --conv go together: with a convolution that pass is the only one"
+    if options.only and {options.conv} != {only in ("convolution", "grad_filters") for only in options.only}:
+        return (
+            "--only convolution, --only grad_filters and --conv go together: with a convolution those are the passes"
+        )
     return None
 
 

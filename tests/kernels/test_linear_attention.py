@@ -39,7 +39,7 @@ def test_is_attention_with_weights_of_features(case: str) -> None:
 
 
 def test_text_is_neither_turned_nor_convolved() -> None:
-    """Text beside a video: explicit N x N weights with the identity for text, and the convolution of the video alone."""
+    """Explicit N x N weights, with the identity for text, and the convolution of the video alone."""
     q, k, v = exact_inputs()
     options = given("text before and after")
     chosen = naive.Terms(**options)
