@@ -168,8 +168,8 @@ def test_operations_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--channels", "16"], "--channels 16: the table has launches for even numbers from 34 to 128"),
-        (["--channels", "130"], "--channels 130"),
+        (["--channels", "16"], "--channels 16: the table has launches for even numbers from 34 to 256"),
+        (["--channels", "258"], "--channels 258"),
         (["--heads", "0"], "from 1 on"),
         (["--only", "convolution"], "go together"),
         (["--only", "keys", "--conv"], "go together"),
