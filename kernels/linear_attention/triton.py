@@ -137,8 +137,8 @@ def _convolve(
             out[:, text] = 0
         elif text.start < text.stop and query is not None and sums is not None:
             _read_state(query[:, text], sums, terms, None, out[:, text])
-    video = [None if each is None else by_kind(each, terms)[1] for each in (x, query, out)]
-    convolve(video[0], video[1], sums, terms, table, video[2])
+    asking = None if query is None else by_kind(query, terms)[1]
+    convolve(by_kind(x, terms)[1], asking, sums, terms, table, by_kind(out, terms)[1])
 
 
 def _of_queries(

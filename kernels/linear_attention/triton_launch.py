@@ -74,7 +74,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("turned_grad_sums", 256): Launch(tokens=32),
     ("grad_keys", 256): Launch(tokens=32),
     ("turned_grad_keys", 256): Launch(tokens=32),
-    ("convolution", 256): Launch(tokens=32, strip=8, warps=4, stages=2, programs=264, stacked=True, reserved=75),
+    ("convolution", 256): Launch(tokens=32, stages=2, reserved=75),
     ("grad_filters", 256): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
 }
 """(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
@@ -125,10 +125,10 @@ class Share(NamedTuple):
 
 
 @functools.cache
-def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, whole: bool = True) -> Share:
+def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, alike: bool = False) -> Share:
     """Return how the strips of a frame are shared out; `copies` is samples x heads x parts of their channels.
 
-    With `whole` False every block is cut into bands alike.
+    With `alike` every block is cut into bands.
 
     Programs that take a block each come in full rounds, one or several on every processor; what is left is cut into
     bands so that it keeps all of them busy too. Bits do not depend on it: a row of results is summed from above.
@@ -144,7 +144,7 @@ def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, whole: bool 
             rounds * (rows + _AHEAD) + rest * (triton.cdiv(rows, bands) + (_SEEN_TWICE if bands > 1 else _AHEAD))
         )
 
-    choices = itertools.product(range(max(full - 1, 0), full + 1) if whole else (0,), range(1, rows + 1))
+    choices = itertools.product((0,) if alike else range(max(full - 1, 0), full + 1), range(1, rows + 1))
     rounds, bands = min(choices, key=lambda choice: duration(*choice))
     band = int(triton.cdiv(rows, bands))
     bands, whole = int(triton.cdiv(rows, band)), rounds * at_once

@@ -80,7 +80,7 @@ def grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor 
     how = launch("grad_filters", value)
     shared = constants(value, how, terms)
     width = shared["BLOCK_E"] = min(how.channels, shared["BLOCK_E"])
-    share = strips(terms.grid, batch * heads * (shared["BLOCK_D"] // width), how, whole=False)
+    share = strips(terms.grid, batch * heads * (shared["BLOCK_D"] // width), how, alike=True)
     side = sides(terms)
     space = max(side["SPACE"], 1)
     size = (batch, share.blocks * share.bands, space**2 + side["TIME"], heads, channels)
