@@ -13,17 +13,21 @@ from postgen.kernels.linear_attention.triton_tiles import (
     angles,
     channels_of,
     columns_of,
+    end_of,
     existence,
     feature,
     fetch,
     fetch_block,
     fetch_vector,
+    further,
     normed,
-    part_of,
+    numbers_of,
+    place_of,
     put,
     slope,
     times_state,
     turn,
+    with_divisor,
 )
 
 
@@ -42,23 +46,17 @@ def grad_queries(
     Each part of a wide head knows its share of p only: without `d_query` it writes that, (parts, B, H, N), and the
     next launch is given the sum of the shares as `found`.
     """
-    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
-    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
-    sample = tl.program_id(2).to(tl.int64)
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
     gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     query += sample * query_b + head.to(tl.int64) * query_h
-    if d_query is not None:
-        d_query += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
-    if found is not None:
-        found += which * tokens
-    inverses += which * tokens
+    d_query = further(d_query, (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E)
+    found = further(found, which * tokens)
     weights += (part * tl.num_programs(2) * heads + which) * tokens
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
+    table = further(table, part * BLOCK_E)
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
     high, low = columns_of_terms(terms, which, part, BLOCK_D, BLOCK_E, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
     own_sum = fetch_vector(key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
@@ -66,32 +64,26 @@ def grad_queries(
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
     if table is not None:
-        own_table = table + part * BLOCK_E
-        a, b = angles(own_table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
         x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
-        q = feature(x, start, row, tokens, RELU, CHANNELS, BLOCK_D)
-        if table is None and (NORM or not RELU):
-            q = q.to(DOT).to(tl.float32)
-        inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
+        q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
         if table is not None:
             n = turn(n, a, b, True, BLOCK_N, BLOCK_E)
-            a, b = angles(
-                own_table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E
-            )
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
         inside = start + row < tokens
         if found is None:
             # Turned back, n meets the query as it was: the same product as before.
             p = tl.sum(columns_of(q, part, BLOCK_N, BLOCK_D, BLOCK_E) * n, axis=1) * inverse
             tl.store(weights + start + row, -p, mask=inside)
-            tl.store(inverses + start + row, inverse, mask=inside & (part == 0))
+            tl.store(inverses + which * tokens + start + row, inverse, mask=inside & (part == 0))
         else:
-            p = -tl.load(found + start + row, mask=inside, other=0.0)
+            p = -numbers_of(found, start, row, tokens)
         if d_query is not None:
             n = (n - p[:, None] * own_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
             put(d_query, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
@@ -124,29 +116,17 @@ def grad_keys(
 
     With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
     """
-    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
-    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
-    sample = tl.program_id(2).to(tl.int64)
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
+    end = end_of(lengths, sample, tokens)
     key += sample * key_b + head.to(tl.int64) * key_h
     value += sample * value_b + head.to(tl.int64) * value_h
     d_key += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
     d_value += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
-    rows = fetch_block(d_states, which, part * BLOCK_E, 0, CHANNELS, BLOCK_E, BLOCK_D)
-    high = rows.to(DOT)
-    # All keys meet the same rounding of it, which a sum over them keeps while the rest cancels.
-    low = tl.trans((rows - high.to(tl.float32)).to(DOT))
-    columns = high
-    if BLOCK_D > BLOCK_E:
-        columns = fetch_block(d_states, which, 0, part * BLOCK_E, CHANNELS, BLOCK_D, BLOCK_E).to(DOT)
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    high, low, columns = rows_and_columns(d_states, which, part, CHANNELS, BLOCK_D, BLOCK_E, DOT)
     d_key_sum = fetch_vector(d_key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
 
     row = tl.arange(0, BLOCK_N)
@@ -159,15 +139,13 @@ def grad_keys(
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
         if table is not None:
-            own_a, own_b = a, b
-            if BLOCK_D > BLOCK_E:
-                own_table = table + part * BLOCK_E
-                own_a, own_b = angles(
-                    own_table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E
-                )
+            own_a, own_b = (
+                columns_of(a, part, BLOCK_N, BLOCK_D, BLOCK_E),
+                columns_of(b, part, BLOCK_N, BLOCK_D, BLOCK_E),
+            )
             n = turn(n, own_a, own_b, True, BLOCK_N, BLOCK_E)
-        own = columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E)
-        n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(own, RELU), 0.0)
+        n = (n + d_key_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
+        n = tl.where((start + row < end)[:, None], n, 0.0)
         put(d_key, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is not None:
@@ -178,3 +156,20 @@ def grad_keys(
             o += fetch(d_value, start, row, heads * CHANNELS, 1, end, channels, BLOCK_E).to(tl.float32)
         put(d_value, start, row, heads * CHANNELS, tokens, o, channels, BLOCK_E)
         start += BLOCK_N
+
+
+@triton.jit
+def rows_and_columns(
+    d_states, which, part, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr
+):
+    """Return BLOCK_E rows of a gradient of S in two terms, the second transposed, and as many columns in one.
+
+    All keys meet the same rounding of the rows, which a sum over them keeps while the rest cancels.
+    """
+    rows = fetch_block(d_states, which, part * BLOCK_E, 0, CHANNELS, BLOCK_E, BLOCK_D)
+    high = rows.to(DOT)
+    low = tl.trans((rows - high.to(tl.float32)).to(DOT))
+    columns = high
+    if BLOCK_D > BLOCK_E:
+        columns = fetch_block(d_states, which, 0, part * BLOCK_E, CHANNELS, BLOCK_D, BLOCK_E).to(DOT)
+    return high, low, columns

@@ -70,17 +70,8 @@ def sum_filters(
         window = shifted(window, below, SPACE, STRIP)
         seen = ahead
 
-    place = (sample * blocks + block) * bands + top // band
-    filters += (place * TAPS * HEADS + head) * CHANNELS + e
-    for tap in tl.static_range(0, SPACE * SPACE):
-        put_tap(filters, tap * HEADS * CHANNELS, e, sums[tap], CHANNELS)
-    for tap in tl.static_range(0, TIME):
-        if tap == TIME // 2:
-            found = sums[REACH * SPACE + REACH]
-        else:
-            # Of a frame that does not exist, `look` has read the same one.
-            found = tl.where(exists(frame, tap, 1, TIME, FRAMES), sums[SPACE * SPACE + tap], 0.0)
-        put_tap(filters, (SPACE * SPACE + tap) * HEADS * CHANNELS, e, found, CHANNELS)
+    filters += (((sample * blocks + block) * bands + top // band) * TAPS * HEADS + head) * CHANNELS + e
+    put_taps(filters, frame, e, sums, SPACE, TIME, HEADS, FRAMES, CHANNELS)
 
 
 @triton.jit
@@ -135,7 +126,17 @@ def with_row(sums, window, seen, SPACE: tl.constexpr, TIME: tl.constexpr, STRIP:
 
 
 @triton.jit
-def put_tap(filters, offset: tl.constexpr, e, sums, CHANNELS: tl.constexpr):
-    """Write the sum of all strips of one tap."""
-    total = tl.sum(sums, axis=0)[None, :]
-    tl.store(filters + offset, total, mask=e < CHANNELS)
+def put_taps(
+    filters, frame, e, sums,
+    SPACE: tl.constexpr, TIME: tl.constexpr, HEADS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of all strips, tap by tap."""
+    for tap in tl.static_range(0, SPACE * SPACE + TIME):
+        total = sums[tap]
+        if tap >= SPACE * SPACE:
+            if tap - SPACE * SPACE == TIME // 2:
+                total = sums[SPACE * SPACE // 2]
+            else:
+                # Of a frame that does not exist, `look` has read the same one.
+                total = tl.where(exists(frame, tap - SPACE * SPACE, 1, TIME, FRAMES), total, 0.0)
+        tl.store(filters + tap * HEADS * CHANNELS, tl.sum(total, axis=0)[None, :], mask=e < CHANNELS)

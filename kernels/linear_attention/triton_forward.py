@@ -15,13 +15,16 @@ import triton.language as tl
 from postgen.kernels.linear_attention.triton_tiles import (
     angles,
     channels_of,
+    end_of,
     feature,
     fetch,
     fetch_vector,
     fold,
     fold_weighted,
+    further,
     normed,
-    part_of,
+    numbers_of,
+    place_of,
     put,
     put_sums,
     question,
@@ -58,36 +61,27 @@ def sum_keys(
 
     With `scales` and `weights`, (B, H, N), every v is scaled and every k weighs so much: sums of a gradient.
     """
-    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
-    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
-    split, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channels = channels_of(part, CHANNELS, BLOCK_E)
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
+    end = end_of(lengths, sample, tokens)
     key += sample * key_b + head.to(tl.int64) * key_h
     value += sample * value_b + head.to(tl.int64) * value_h + part * BLOCK_E * value_d
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
-    if scales is not None:
-        scales += (sample * heads + head) * tokens
-        weights += (sample * heads + head) * tokens
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    scales = further(scales, (sample * heads + head) * tokens)
+    weights = further(weights, (sample * heads + head) * tokens)
 
     state = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
-    start = split * tiles * BLOCK_N
+    start = tl.program_id(1) * tiles * BLOCK_N
     # Small loads and those of angles are a tile ahead, in registers: what a product needs goes through shared memory.
     if table is not None:
         a, b = angles(table, first, start, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     if scales is not None:
-        scale = tl.load(scales + start + row, mask=start + row < end, other=0.0)
-        share = tl.load(weights + start + row, mask=start + row < end, other=0.0)
+        scale, share = numbers_of(scales, start, row, end), numbers_of(weights, start, row, end)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
         k = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
-        v = fetch(value, start, row, value_n, value_d, end, channels, BLOCK_E)
+        v = fetch(value, start, row, value_n, value_d, end, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is None and (NORM or not RELU):
@@ -98,8 +92,8 @@ def sum_keys(
         else:
             key_sum += fold_weighted(share, k, BLOCK_N, BLOCK_D)
             v = v.to(tl.float32) * scale[:, None]
-            scale = tl.load(scales + start + BLOCK_N + row, mask=start + BLOCK_N + row < end, other=0.0)
-            share = tl.load(weights + start + BLOCK_N + row, mask=start + BLOCK_N + row < end, other=0.0)
+            scale = numbers_of(scales, start + BLOCK_N, row, end)
+            share = numbers_of(weights, start + BLOCK_N, row, end)
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
             a, b = angles(table, first, start + BLOCK_N, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
@@ -107,8 +101,8 @@ def sum_keys(
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
-    which = (sample * heads + head) * tl.num_programs(1) + split
-    put_sums(matrices, vectors, which, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D, BLOCK_E)
+    split = (sample * heads + head) * tl.num_programs(1) + tl.program_id(1)
+    put_sums(matrices, vectors, split, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
@@ -159,16 +153,12 @@ def read_state(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the results of one range of queries, where there is no convolution."""
-    head, part = part_of(tl.program_id(0), BLOCK_D, BLOCK_E)
-    heads = tl.num_programs(0) // (BLOCK_D // BLOCK_E)
-    sample = tl.program_id(2).to(tl.int64)
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     query += sample * query_b + head.to(tl.int64) * query_h
     out += sample * out_b + head * CHANNELS + part * BLOCK_E
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
     high, low = terms_of(terms, which, part, BLOCK_E, False, BLOCK_D, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
 

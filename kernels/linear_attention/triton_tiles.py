@@ -64,16 +64,40 @@ def put_sums(
 
 
 @triton.jit
-def part_of(program, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return the head of a program and its part of the channels: wide heads have several."""
+def place_of(BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the head of a program, its part of a wide head's channels, its sample, and how many heads there are."""
     PARTS: tl.constexpr = BLOCK_D // BLOCK_E
     if PARTS == 1:
-        head = program
+        head = tl.program_id(0)
         part = 0
     else:
-        head = program // PARTS
-        part = program % PARTS
-    return head, part
+        head = tl.program_id(0) // PARTS
+        part = tl.program_id(0) % PARTS
+    return head, part, tl.program_id(2).to(tl.int64), tl.num_programs(0) // PARTS
+
+
+@triton.jit
+def further(pointer, by):
+    """Return a pointer moved, or None as it is."""
+    moved = pointer
+    if pointer is not None:
+        moved = pointer + by
+    return moved
+
+
+@triton.jit
+def end_of(lengths, sample, tokens):
+    """Return how many tokens of a sample exist."""
+    end = tokens
+    if lengths is not None:
+        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
+    return end
+
+
+@triton.jit
+def numbers_of(base, start, row, end):
+    """Return a number for every token of a tile, 0 outside it."""
+    return tl.load(base + start + row, mask=start + row < end, other=0.0)
 
 
 @triton.jit
@@ -94,7 +118,7 @@ def columns_of(x, part, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: t
     PARTS: tl.constexpr = BLOCK_D // BLOCK_E
     if PARTS > 1:
         mine = (tl.arange(0, PARTS) == part)[None, :, None]
-        x = tl.sum(tl.where(mine, tl.reshape(x, (BLOCK_N, PARTS, BLOCK_E)), 0.0), axis=1)
+        x = tl.sum(tl.where(mine, tl.reshape(x, (BLOCK_N, PARTS, BLOCK_E)), 0.0), axis=1).to(x.dtype)
     return x
 
 
@@ -213,14 +237,23 @@ def question(
 ):  # fmt: skip
     """Return what a tile of queries multiplies the state with, and one over its divisors."""
     q = normed(q, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
-    q = feature(q, start, row, end, RELU, CHANNELS, BLOCK_D)
+    q, inverse = with_divisor(q, key_sum, table, start, row, end, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
+    if table is not None:
+        q = turn(q, of_lines, of_columns, False, BLOCK_N, BLOCK_D)
+    return q.to(DOT), inverse
+
+
+@triton.jit
+def with_divisor(
+    x, key_sum, table, start, row, end, eps,
+    RELU: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Return the features of normed queries, not turned, and one over their divisors."""
+    q = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
     if table is None and (NORM or not RELU):
         # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
         q = q.to(DOT).to(tl.float32)
-    divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
-    if table is not None:
-        q = turn(q, of_lines, of_columns, False, BLOCK_N, BLOCK_D)
-    return q.to(DOT), 1.0 / divisor
+    return q, 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
 
 
 @triton.jit
