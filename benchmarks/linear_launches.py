@@ -94,14 +94,16 @@ def scales_of(query: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -> list[tuple[Any, ...]]:
+def drawn(
+    grid: tuple[int, int, int], heads: int, channels: int, terms: Terms, count: int = SETS
+) -> list[tuple[Any, ...]]:
     """Return sets of queries, keys, values and sums: views of fused projections."""
     from postgen.kernels.linear_attention import triton
 
     sets = []
-    for _ in range(SETS):
+    for _ in range(count):
         size = (1, math.prod(grid), 3, heads, channels)
-        query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
+        query, key, value = torch.randn(size, dtype=torch.bfloat16, device="cuda").unbind(2)
         sets.append((query, key, value, triton._sum_keys(key, value, terms, None)))
     return sets
 
@@ -181,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         width = options.heads * options.channels
         space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
         terms = replace(terms, grid=tuple(options.grid), conv_space=space, conv_time=time)
-    sets = drawn(tuple(options.grid), options.heads, options.channels, terms)
+    # Workers only compile, and there are many of them on one GPU.
+    count = 1 if options.compile_only else SETS
+    sets = drawn(tuple(options.grid), options.heads, options.channels, terms, count)
     calls = {
         name: call
         for name, call in passes(terms).items()
