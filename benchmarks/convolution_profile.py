@@ -35,6 +35,7 @@ SCHEDULERS = 4
 FILTERS = {"5x5 + 3": (5, 3), "3x3 + 3": (3, 3), "1x1": (1, 0)}
 """Taps along a side in space and in time."""
 WHOLE = "5x5 + 3"
+SUMMED, OF_WEIGHTS = "keys and values summed", f"gradient of the weights {WHOLE}"
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
@@ -79,12 +80,12 @@ def part_calls(grid: tuple[int, int, int], heads: int) -> dict[str, tuple[Call, 
 
     plain = passes(Terms())
     # Keys and values are two tensors that are read, queries one that is read and the results another.
-    found = {"keys and values summed": (plain["keys"], 2), "queries": (plain["queries"], 2)}
+    found = {SUMMED: (plain["keys"], 2), "queries": (plain["queries"], 2)}
     for name, taps in FILTERS.items():
         terms = terms_of(grid, heads, *taps)
         found[f"convolution {name}"] = alone(terms), 2
         found[f"convolution {name}, queries"] = passes(terms)["convolution"], 3
-    found[f"gradient of the weights {WHOLE}"] = passes(terms_of(grid, heads, *FILTERS[WHOLE]))["grad_filters"], 2
+    found[OF_WEIGHTS] = passes(terms_of(grid, heads, *FILTERS[WHOLE]))["grad_filters"], 2
     return found
 
 
@@ -126,7 +127,8 @@ def profile() -> dict[str, Any]:
         size = 2 * math.prod(grid) * heads * CHANNELS
         rows = []
         for name, (call, tensors) in part_calls(grid, heads).items():
-            floor = size * tensors / bandwidth.best
+            # Sums write next to nothing, every other part one tensor.
+            floor = bandwidth.floor(size * tensors, 0 if name in (SUMMED, OF_WEIGHTS) else size)
             rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": floor})
             print(shape, rows[-1], flush=True)
         kernels = {"convolution": convolve_rows, "grad_filters": sum_filters}

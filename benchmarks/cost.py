@@ -1,4 +1,4 @@
-"""What a forward of published video transformers costs, and what fewer tokens or weights could save of it at most.
+"""What a forward of published transformers costs, and what fewer tokens or weights could save of it at most.
 
     python -m benchmarks.cost
 
@@ -47,6 +47,22 @@ MODELS: dict[str, tuple[dict[str, Any], Size]] = {
     "hunyuanvideo-community/HunyuanVideo": ({"_class_name": "HunyuanVideoTransformer3DModel"}, (129, 720, 1280)),
     "Lightricks/LTX-Video": ({"_class_name": "LTXVideoTransformer3DModel"}, (161, 512, 704)),
     "genmo/mochi-1-preview": ({"_class_name": "MochiTransformer3DModel"}, (163, 480, 848)),
+    "facebook/DiT-XL-2-256": ({"_class_name": "DiTTransformer2DModel", "out_channels": 8}, (1, 256, 256)),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
+        {"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096, "use_additional_conditions": False},
+        (1, 1024, 1024),
+    ),
+    "black-forest-labs/FLUX.1-dev": (
+        {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
+        (1, 1024, 1024),
+    ),
+    "stabilityai/stable-diffusion-3.5-medium": (
+        {
+            "_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "qk_norm": "rms_norm",
+            "caption_projection_dim": 1536, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+        },
+        (1, 1024, 1024),
+    ),
 }  # fmt: skip
 
 ROUNDED: dict[tuple[str, str], dict[str, float]] = {
@@ -156,6 +172,11 @@ def main() -> None:
     print(f"{sum(row['ok'] for row in gates)} of {len(gates)} gates are met")
 
 
+def short(number: float) -> str:
+    """Return a number with two digits at least."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2f}"
+
+
 def print_tables(rows: list[dict[str, Any]], limits: list[dict[str, Any]]) -> None:
     """Print the tables of docs/cost.md."""
     parts = list(rows[0]["parts"])
@@ -165,7 +186,8 @@ def print_tables(rows: list[dict[str, Any]], limits: list[dict[str, Any]]) -> No
         frames, height, width = row["size"]
         shares = " | ".join(f"{100 * row['parts'][part] / row['tflop']:.1f} %" for part in parts)
         sizes = f"{row['model'].split('/')[1]} | {frames}, {width} x {height} | {row['tokens']:,}"
-        print(f"| {sizes} | {row['tflop']:,.0f} | {shares} | {row['weight_gb']:.1f} | {row['activation_gb']:.0f} |")
+        tflop, moved = short(row["tflop"]), short(row["activation_gb"])
+        print(f"| {sizes} | {tflop} | {shares} | {row['weight_gb']:.1f} | {moved} |")
     keys = [key for key in limits[0] if key not in ("model", "size", "tokens")]
     print(f"\n| Wan 2.1 | Tokens | {' | '.join(keys)} |\n|" + "---|" * (len(keys) + 2))
     for row in limits:

@@ -50,7 +50,9 @@ class VideoTower(nn.Module):
         batch, time = clips_BT3HW.shape[:2]
         x = 4 * (clips_BT3HW - 0.5)
         change = functional.pad(4 * x.diff(dim=1), (0, 0, 0, 0, 0, 0, 1, 0))
-        y = self.stages(torch.cat((x, change), 2).flatten(0, 1))
+        # A GPU's TF32 convolutions would make a score depend on the batch that a clip stands in, by some 5e-4.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            y = self.stages(torch.cat((x, change), 2).flatten(0, 1))
         y = functional.adaptive_avg_pool2d(y, self.grid).flatten(2).mT
         y = self.project(y).unflatten(0, (batch, time)) + self.place + self.time[:time, None]
         tokens_BND = torch.cat((self.summary.expand(batch, 1, -1), y.flatten(1, 2)), 1)

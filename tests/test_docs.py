@@ -64,6 +64,17 @@ def test_linear_layers(ran: tuple[dict[str, Any], str]) -> None:
     assert not any(isinstance(module, names["Int8Linear"]) for module in names["transformer"].modules())
 
 
+@pytest.mark.parametrize("ran", ["reconstruct.md"], indirect=True)
+def test_reconstruct(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert len(names["records"].plan["records"]) == 12
+    before = [result.error_before for result in names["report"].blocks.values()]
+    after = [result.error_after for result in names["report"].blocks.values()]
+    assert all(0 < late < early for early, late in zip(before, after, strict=True)), printed
+    assert [type(block.ffn.net[0].proj).__name__ for block in names["pipe"].transformer.blocks].count("LowRank") == 2
+    assert names["task"].modules == ("blocks.3.attn1", "blocks.3.attn1.to_out.0")
+
+
 @pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
 def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
     """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""

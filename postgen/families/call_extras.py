@@ -63,6 +63,7 @@ class Size:
             "BCTHW": (channels, frames, self.height, self.width),
             "BTCHW": (frames, channels, self.height, self.width),
             "BTHWC": (frames, self.height, self.width, channels),
+            "BCHW": (channels, self.height, self.width),
             "packed": (frames * self.height * self.width, channels),
         }
         return self.noise(*shapes[axes])
@@ -266,6 +267,44 @@ def kandinsky6(config: Any, size: Size) -> dict[str, Any]:
         "pooled_projections": size.noise(config["in_text_dim2"]),
         "audio_hidden_states": size.noise(sound, config["in_audio_dim"]),
     }
+
+
+def dit(config: Any, size: Size) -> dict[str, Any]:
+    """A class instead of a text."""
+    return {"class_labels": size.mask(1)[:, 0]}
+
+
+def pixart(config: Any, size: Size) -> dict[str, Any]:
+    """A mask of the text, and the size of the picture where the model is told it."""
+    told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if config["use_additional_conditions"] or (
+        config["use_additional_conditions"] is None and config["sample_size"] == 128
+    ):
+        side = size.full(1024.0, 2).to(size.dtype)
+        told = {"resolution": side, "aspect_ratio": side[:, :1] / side[:, 1:]}
+    return {**mask_of_text(config, size), "added_cond_kwargs": told}
+
+
+def pooled(config: Any, size: Size) -> dict[str, Any]:
+    """A pooled text: Stable Diffusion 3."""
+    return {"pooled_projections": size.noise(config["pooled_projection_dim"])}
+
+
+def _places(size: Size) -> dict[str, Any]:
+    axes = [size.indices(0, count) for count in (1, size.height, size.width)]
+    text = torch.zeros(size.text_tokens, 3, device=size.device, dtype=size.dtype)
+    return {"img_ids": torch.cartesian_prod(*axes).to(size.dtype), "txt_ids": text}
+
+
+def chroma(config: Any, size: Size) -> dict[str, Any]:
+    """Where the tokens of picture and text are, and a mask of both."""
+    return {**_places(size), "attention_mask": size.mask(size.text_tokens + size.height * size.width, torch.bool)}
+
+
+def flux(config: Any, size: Size) -> dict[str, Any]:
+    """Where the tokens of picture and text are, a pooled text, and the guidance where it is distilled."""
+    extras = {**_places(size), **pooled(config, size)}
+    return extras | ({"guidance": size.full(3.5)} if config["guidance_embeds"] else {})
 
 
 def motif(config: Any, size: Size) -> dict[str, Any]:

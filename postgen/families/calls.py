@@ -14,7 +14,7 @@ from postgen.errors import UserError
 from postgen.families import call_extras
 from postgen.families.call_extras import Size
 from postgen.families.layout import Call
-from postgen.families.registry import known_layouts, layout_named, video_tokens_named
+from postgen.families.registry import known_layouts, layout_named, tokens_named
 from postgen.families.video_tokens import Grid
 
 
@@ -31,10 +31,11 @@ def call_arguments(kind: str, config: Any, size: Size) -> dict[str, Any]:
     """
     call = call_of(kind)
     arguments = {
-        "hidden_states": size.latents(_channels(config), video_tokens_named(kind).latent_axes),
+        "hidden_states": size.latents(_channels(config), tokens_named(kind).latent_axes),
         "timestep": size.full(500.0),
-        "encoder_hidden_states": size.text(config[call.text_width]),
     }
+    if call.text_width is not None:
+        arguments["encoder_hidden_states"] = size.text(config[call.text_width])
     extras = getattr(call_extras, call.extras) if isinstance(call.extras, str) else call.extras
     return {**arguments, **extras(config, size)}
 
@@ -45,7 +46,7 @@ def call_of(kind: str) -> Call:
     Raises:
         UserError: unknown.
     """
-    video_tokens_named(kind)
+    tokens_named(kind)
     known = {row.transformer: row.call for row in known_layouts() if row.call is not None}
     if kind not in known:
         raise UserError(
@@ -83,13 +84,18 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def self_attention_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that attend among the video tokens."""
-    return tuple(video_tokens_named(registered_name(type(model))).attention_modules(model))
+    """Return the names of the modules that attend among the tokens of a video or picture."""
+    return tuple(tokens_named(registered_name(type(model))).attention_modules(model))
 
 
 def grid_of_call(model: nn.Module, arguments: Mapping[str, Any]) -> Grid | None:
     """Return the token grid of a call; None where it does not tell."""
-    return video_tokens_named(registered_name(type(model))).grid(model, **arguments)
+    return tokens_named(registered_name(type(model))).grid(model, **arguments)
+
+
+def makes_pictures(kind: str) -> bool:
+    """Whether a registered class makes pictures, which are clips of one frame here."""
+    return layout_named(kind).image is not None
 
 
 def _channels(config: Any) -> int:

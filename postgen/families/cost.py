@@ -39,9 +39,11 @@ from postgen.families.calls import (
     call_of,
     compression,
     grid_of_call,
+    makes_pictures,
     registered_name,
     self_attention_names,
 )
+from postgen.families.layout import Call
 from postgen.families.linear import role_of
 from postgen.families.video_tokens import Grid
 
@@ -145,10 +147,11 @@ def forward_cost(
     Args:
         model: a transformer, or the config of one (with `_class_name`, as in its config.json). Nothing is allocated
             for a config; of a transformer only class and config are read, so no plug-in counts.
-        num_frames: frames of the clip.
+        num_frames: frames of the clip; 1 for a picture.
         height: in pixels.
         width: in pixels.
-        text_tokens: tokens of the prompt, all of them counted; None is what the pipeline pads to.
+        text_tokens: tokens of the prompt, all of them counted; None is what the pipeline pads to, or that there is no
+            text (DiT).
         batch: clips.
         guidance: above 1 there is a second pass for the negative prompt, which reads the weights again.
         dtype: of weights and activations, for the bytes.
@@ -221,14 +224,17 @@ def latent_size(
         UserError: frames, height or width that the autoencoder and the patches do not divide.
     """
     call = call_of(kind)
+    least = _least_text(kind, call, text_tokens)
     text_tokens = call.text_tokens if text_tokens is None else text_tokens
+    if makes_pictures(kind) and num_frames != 1:
+        raise UserError(f"{kind} makes pictures: num_frames must be 1, got {num_frames}")
     time, space = factors or compression(kind, config)
     if min(time, space) < 1:
         raise UserError(f"factors are {time} frames and {space} pixels in a latent, they must be at least 1")
     patch = config.get("patch_size") or 1
     side = space * (patch if isinstance(patch, int) else patch[-1])
     wrong = (num_frames - 1) % time or height % side or width % side
-    if wrong or min(num_frames, height, width, batch, text_tokens) < 1:
+    if wrong or min(num_frames, height, width, batch) < 1 or text_tokens < least:
         raise UserError(
             f"{kind} takes at least one clip and text token, 1 + a multiple of {time} frames and sides that are"
             f" multiples of {side}, got {num_frames} frames of {height} x {width}, batch {batch},"
@@ -246,6 +252,12 @@ def latent_size(
         text_tokens=text_tokens,
         **place,
     )
+
+
+def _least_text(kind: str, call: Call, given: int | None) -> int:
+    if call.text_width is None and given:
+        raise UserError(f"{kind} takes no text: leave text_tokens out, got {given}")
+    return 0 if call.text_width is None else 1
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -29,10 +29,10 @@ class Call:
     """`extras(config, size)` gives the rest by name; or the name of a function of `families.call_extras`."""
     text_tokens: int = 512
     """Tokens of a prompt that the pipeline pads to by default."""
-    text_width: str = "text_dim"
-    """Field of the config that tells the width of the text."""
+    text_width: str | None = "text_dim"
+    """Field of the config that tells the width of the text; None: it takes no text."""
     time: int = 4
-    """Frames that its autoencoder puts into a latent frame."""
+    """Frames that its autoencoder puts into a latent frame; 1 for pictures."""
     space: int = 8
     """Pixels a side that its autoencoder puts into a latent pixel."""
     more_frames: int = 0
@@ -55,8 +55,11 @@ class Layout:
     video: VideoTokens | None = None
     """Where the tokens of a video are inside self-attention; None: no softmax over its frames.
     Ask `postgen.families.video_tokens_of`, which says why."""
+    image: VideoTokens | None = None
+    """Where the tokens of a picture are, of a class that makes pictures; None: it has not been described, or there is
+    no softmax over them. Ask `postgen.families.tokens_of`, which also gives those of a video."""
     call: Call | None = None
-    """How it is called, for counting and timing a forward; every row with video tokens says it."""
+    """How it is called, for counting and timing a forward; every row with tokens of a video or picture says it."""
     attention: str | AttentionAnatomy | None = None
     """How its self-attention is computed, or where that is. Ask `postgen.families.attention.attention_of`."""
     denoisers: Mapping[str, str | Callable[[Any], Denoiser]] = field(default_factory=dict)

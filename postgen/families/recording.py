@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families.recording_store import FolderStore, MemoryStore, Store
+from postgen.families.recording_store import CountingStore, FolderStore, MemoryStore, Store
 from postgen.families.registry import blocks_of
 from postgen.files import check_place, replacing
 
@@ -103,7 +103,8 @@ def capture(
 
     Args:
         transformer: a model that has a layout; DDP, peft and compiled wrappers are looked through.
-        blocks: which ones, as `blocks_of` gives them or by name.
+        blocks: which ones, as `blocks_of` gives them or by name. The name of a module inside a block
+            ("blocks.3.attn1") records the calls of that part.
         run: makes the forwards, one or several: a call of the model, or of a pipeline around it.
         where: "cpu" keeps everything in memory; a folder (new or empty) gets safetensors files and one JSON file,
             and no more than one block's tensors are in memory at a time.
@@ -135,6 +136,16 @@ def capture(
         store = FolderStore(part)
         store.write_index(_recorded(chosen, run, store))
     return Recording.read(folder)
+
+
+def recorded_bytes(transformer: nn.Module, blocks: Iterable[Block | str] | str, run: Callable[[], Any]) -> int:
+    """Return the bytes of the tensors that `capture` would keep of the same run; nothing is kept.
+
+    Arguments and errors are those of `capture`.
+    """
+    counter = CountingStore()
+    _recorded(_chosen(transformer, blocks), run, counter)
+    return counter.bytes
 
 
 def replay(
@@ -173,19 +184,27 @@ def _device_of(module: nn.Module) -> torch.device:
     return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
 
-def _chosen(transformer: nn.Module, blocks: Iterable[Block | str] | str) -> list[Block]:
+def _chosen(transformer: nn.Module, blocks: Iterable[Block | str] | str) -> dict[str, nn.Module]:
+    """Return modules by name: blocks in running order, the parts of each after it."""
     blocks = [blocks] if isinstance(blocks, str) else blocks
-    known = {block.name: block for block in blocks_of(transformer)}
+    known = {block.name: block.module for block in blocks_of(transformer)}
     names = {block if isinstance(block, str) else block.name for block in blocks}
-    if unknown := sorted(names - known.keys()):
+    parts = {
+        f"{name}.{inner}" if inner else name: part
+        for name, module in known.items()
+        for inner, part in module.named_modules()
+    }
+    if unknown := sorted(names - parts.keys()):
         raise UserError(f"no block {', '.join(unknown)} in {type(transformer).__name__}. Known: {', '.join(known)}")
     if not names:
         raise UserError(f"no blocks to record. Known: {', '.join(known)}")
-    return [block for name, block in known.items() if name in names]
+    return {name: part for name, part in parts.items() if name in names}
 
 
-def _recorded(blocks: list[Block], run: Callable[[], Any], store: Store) -> dict[str, list[dict[str, Any]]]:
-    calls: dict[str, list[dict[str, Any]]] = {block.name: [] for block in blocks}
+def _recorded(
+    modules: Mapping[str, nn.Module], run: Callable[[], Any], store: Store
+) -> dict[str, list[dict[str, Any]]]:
+    calls: dict[str, list[dict[str, Any]]] = {name: [] for name in modules}
     begun: dict[str, Any] = {}
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,13 +216,11 @@ def _recorded(blocks: list[Block], run: Callable[[], Any], store: Store) -> dict
 
     with ExitStack() as stack:
         stack.enter_context(_eagerly())
-        for block in blocks:
+        for name, module in modules.items():
             # Native hooks, outermost: those of diffusers and accelerate replace `forward` and run inside them.
             hooks = (
-                block.module.register_forward_pre_hook(
-                    functools.partial(before, block.name), prepend=True, with_kwargs=True
-                ),
-                block.module.register_forward_hook(functools.partial(after, block.name)),
+                module.register_forward_pre_hook(functools.partial(before, name), prepend=True, with_kwargs=True),
+                module.register_forward_hook(functools.partial(after, name)),
             )
             for hook in hooks:
                 stack.callback(hook.remove)

@@ -142,6 +142,31 @@ class MemoryStore(Store):
         """Everything stays."""
 
 
+class CountingStore(Store):
+    """Keeps nothing and counts what the others would keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        """Of all tensors so far; one that came twice counts once."""
+
+    def put(self, data: Tensor) -> str:
+        """Count a tensor; the key finds nothing."""
+        self.bytes += data.nbytes
+        return ""
+
+    def get(self, key: str) -> Tensor:
+        """Refuse.
+
+        Raises:
+            KeyError: always.
+        """
+        raise KeyError(key)
+
+    def flush(self) -> None:
+        """There is nothing to write."""
+
+
 class FolderStore(Store):
     """One safetensors file per call of a block, and an index when all are written."""
 

@@ -1,9 +1,12 @@
-"""Layouts of transformers that make images: their blocks."""
+"""Layouts of transformers that make images: their blocks, and of some where the tokens of the picture are."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from postgen.families.blocks import BlockGroup, Blocks
-from postgen.families.layout import Layout
+from postgen.families.layout import Call, Layout
+from postgen.families.video_tokens import GridRule, LatentAxes, TokenOrder, VideoTokens, grid_bchw, grid_of_ids
 
 _TRANSFORMER = r"transformer_blocks\.\d+"
 _SINGLE = r"single_transformer_blocks\.\d+"
@@ -79,12 +82,64 @@ _BLOCKS = {
 }
 
 _DENOISERS = {
+    "DiTTransformer2DModel": {"DiTPipeline": "postgen.families.dit:DiTDenoiser"},
     "FluxTransformer2DModel": {"FluxPipeline": "postgen.families.flux:FluxDenoiser"},
+    "PixArtTransformer2DModel": {"PixArtSigmaPipeline": "postgen.families.pixart:PixArtSigmaDenoiser"},
     "SD3Transformer2DModel": {
         "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser"
     },
 }
 
+
+def _image(
+    names: str,
+    order: TokenOrder,
+    axes: LatentAxes = "BCHW",
+    rule: GridRule = grid_bchw,
+    attention_call: Literal["dispatch", "sdpa"] = "sdpa",
+) -> VideoTokens:
+    return VideoTokens(
+        self_attention=names, token_order=order, latent_axes=axes, grid_rule=rule, attention_call=attention_call
+    )
+
+
+_ATTENTION = "postgen.families.attention."
+_FLUX_IMAGE = _image(rf"({_SINGLE}|{_TRANSFORMER})\.attn", "text-video", "packed", grid_of_ids, "dispatch")
+_BASIC_IMAGE = _image(rf"{_TRANSFORMER}\.attn1", "video")
+
+_READ: dict[str, dict[str, Any]] = {
+    "ChromaTransformer2DModel": {
+        "image": _FLUX_IMAGE,
+        "call": Call(extras="chroma", text_width="joint_attention_dim", time=1, space=16),
+        "attention": _ATTENTION + "flux:ANATOMY",
+    },
+    "DiTTransformer2DModel": {
+        "image": _BASIC_IMAGE,
+        "call": Call(extras="dit", text_tokens=0, text_width=None, time=1),
+        "attention": _ATTENTION + "basic:ANATOMY",
+    },
+    "FluxTransformer2DModel": {
+        "image": _FLUX_IMAGE,
+        # 2 x 2 latents are packed into one before they are handed over.
+        "call": Call(extras="flux", text_width="joint_attention_dim", time=1, space=16),
+        "attention": _ATTENTION + "flux:ANATOMY",
+    },
+    "PixArtTransformer2DModel": {
+        "image": _BASIC_IMAGE,
+        "call": Call(extras="pixart", text_tokens=300, text_width="caption_channels", time=1),
+        "attention": _ATTENTION + "basic:ANATOMY",
+    },
+    "SD3Transformer2DModel": {
+        # The second attention of SD 3.5's dual blocks is over the picture alone.
+        "image": _image(rf"{_TRANSFORMER}\.attn2?", "video-text"),
+        # 77 tokens of CLIP, then those of T5.
+        "call": Call(extras="pooled", text_tokens=77 + 256, text_width="joint_attention_dim", time=1),
+        "attention": _ATTENTION + "stable_diffusion_3:ANATOMY",
+    },
+}
+"""Of the models that may be changed inside: tokens, call and attention."""
+
 ROWS = tuple(
-    Layout(transformer=name, blocks=blocks, denoisers=_DENOISERS.get(name, {})) for name, blocks in _BLOCKS.items()
+    Layout(transformer=name, blocks=blocks, denoisers=_DENOISERS.get(name, {}), **_READ.get(name, {}))
+    for name, blocks in _BLOCKS.items()
 )

@@ -5,6 +5,7 @@ from postgen.families import rows_images
 _CACHED = "it keeps keys of earlier chunks, so queries and keys cover different frames"
 _PACKED = "it packs text and video of the whole batch into one sequence without a batch axis"
 _IMAGES = "it makes images, there are no frames to compare"
+_UNDESCRIBED = "where those of its picture are has not been described"
 _UNET = "it is a U-Net with temporal blocks, not a video transformer"
 
 NO_VIDEO_TOKENS = {
@@ -24,6 +25,14 @@ NO_VIDEO_TOKENS = {
     "WanAnimate2Transformer3DModel": _CACHED,
 }
 """Class name in diffusers -> why there is no softmax attention over the frames of a video, or none that is known."""
+
+NO_TOKENS = {
+    **NO_VIDEO_TOKENS,
+    **{row.transformer: _UNDESCRIBED for row in rows_images.ROWS if row.image is None},
+    "SanaTransformer2DModel": "its self-attention is linear (ReLU), there is no softmax",
+    "UNet2DConditionModel": "it is a U-Net, whose tokens are others on every level",
+}
+"""Class name in diffusers -> why it is not known where the tokens are, of a video or of a picture."""
 
 _BLOCKS_WITH_CACHES = "its blocks hand caches of keys on, which cannot be recorded"
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a video are inside self-attention: what methods that look at frames must know of a model."""
+"""Where the tokens of a video, or of a picture, are inside self-attention."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TokenOrder = Literal["video", "video-text", "text-video", "history-video", "hist
 """Order of the tokens that self-attention sees. `history-video`: the current frames are the last of the video;
 `video-reference`: they are the first, tokens of reference frames may follow in the same stream."""
 
-LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "packed"]
-"""Axes of `hidden_states` as the transformer's forward takes them; `packed` is (B, T*H*W, C)."""
+LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "packed"]
+"""Axes of `hidden_states` as the transformer's forward takes them; `BCHW` is a picture, `packed` is (B, T*H*W, C)."""
 
 ScaleTarget = Literal["attention", "norm2"]
 """Which module's output a scalar on the attention output must multiply: the self-attention itself, or the block's
@@ -48,7 +48,10 @@ CausalRule = Callable[[Any], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoTokens:
-    """The part of a row that says how the tokens of a video pass through softmax attention over its frames."""
+    """The part of a row that says how the tokens of a video pass through softmax attention over its frames.
+
+    A picture is a video of one frame.
+    """
 
     self_attention: str
     """Pattern that the names of the video self-attention modules match in full."""
@@ -101,6 +104,23 @@ def grid_btchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
     _, frames, _, height, width = arguments["hidden_states"].shape
     patch_t, patch_h, patch_w = _patch(config)
     return Grid(frames=-(-frames // patch_t), height=height // patch_h, width=width // patch_w)
+
+
+def grid_bchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
+    """Read a picture (B, C, H, W) patched by `config.patch_size`, one number."""
+    _, _, height, width = arguments["hidden_states"].shape
+    return Grid(frames=1, height=height // config.patch_size, width=width // config.patch_size)
+
+
+def grid_of_ids(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
+    """Read places (L, 3) of packed tokens, which may have a batch axis: picture, row, column.
+
+    None where they are no grid: tokens of a given picture stand behind those of the one that is made.
+    """
+    places = arguments.get("img_ids")
+    if places is None:
+        return None
+    return _grid_of_coordinates((places if places.dim() == 2 else places[0]).T)
 
 
 def grid_packed(config: Any, arguments: Mapping[str, Any]) -> Grid | None:

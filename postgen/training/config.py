@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from postgen.errors import UserError, is_number, shown
-from postgen.settings import Part
 
 from .nested import check_key, flat
+from .updates import UpdatesConfig
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Part):
+class TrainingConfig(UpdatesConfig):
     """What every run has. A method's configuration inherits from it and from the other parts that it needs.
 
     All fields are keywords of one flat dataclass. A recipe, and `from_dict`, may nest those of a part under its name.
@@ -28,7 +28,7 @@ class TrainingConfig(Part):
     may_change: ClassVar[tuple[str, ...]] = (
         *("output_dir", "method", "init_from", "resume_from_checkpoint", "allow_changed", "evaluate_only"),
         *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
-        *("logging_steps", "report_to", "disable_tqdm"),
+        "report_to",
     )
 
     output_dir: str
@@ -48,9 +48,6 @@ class TrainingConfig(Part):
     """Settings that change what is learned and yet may differ from those of the checkpoint that is resumed; otherwise
     such a resume is refused. Those that change nothing of it (`Part.may_change`) need not be named."""
 
-    max_steps: int = 1000
-    """Optimiser steps of the whole run, those before a resume included. At least 1."""
-
     max_seconds: float = 0.0
     """Stop after the first step that ends this many seconds after `train` began; 0 is no limit. The run then saves a
     checkpoint and exports, which takes more time; several processes agree on it every 10 steps."""
@@ -58,53 +55,8 @@ class TrainingConfig(Part):
     per_device_train_batch_size: int = 1
     """Samples that one process draws for one micro-batch."""
 
-    gradient_accumulation_steps: int = 1
-    """Micro-batches whose mean gradient makes one optimiser step."""
-
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW, above 0."""
-
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
-
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0; without effect for "constant", where it must be 0."""
-
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
-
-    adam_beta1: float = 0.9
-    """Decay of the first moment, in [0, 1)."""
-
-    adam_beta2: float = 0.999
-    """Decay of the second moment, in [0, 1)."""
-
-    adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
-
-    ema_decay: float = 0.0
-    """Highest decay of the moving average of the trained weights, in [0, 1); 0 keeps none. Evaluated and exported."""
-
-    ema_warmup: bool = False
-    """Decay of the n-th update: with True 1-(1+n)^(-2/3), with False (1+n)/(10+n), never above `ema_decay`."""
-
-    bf16: bool = False
-    """Run the models' forward passes under bfloat16 autocast; weights stay as they are."""
-
     fully_shard: bool = False
     """Cut weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), on GPUs or CPUs."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; "auto" takes what accelerate finds."""
-
-    seed: int = 42
-    """Seed of everything random; each process derives its own streams from it. At least 0."""
-
-    logging_steps: int = 10
-    """Metrics are averaged over this many steps and written. Numbers leave the device only then."""
 
     eval_steps: int = 0
     """Evaluate every so many steps; 0 never."""
@@ -127,9 +79,6 @@ class TrainingConfig(Part):
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers beside `metrics.jsonl`: tensorboard, trackio, wandb; "none" for no other."""
 
-    disable_tqdm: bool = False
-    """Show no progress bar."""
-
     def __post_init__(self) -> None:
         # Words that a recipe may use instead of a value; types and ranges are checked afterwards.
         self.report_to = _names(self.report_to)
@@ -137,21 +86,11 @@ class TrainingConfig(Part):
         if is_number(self.save_total_limit) and self.save_total_limit == 0:
             self.save_total_limit = None
         super().__post_init__()
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("learning_rate", "adam_epsilon"):
-            self.require(getattr(self, name) > 0, name, "above 0")
-        for name in (
-            *("warmup_steps", "weight_decay", "max_grad_norm", "max_seconds", "seed"),
-            *("eval_steps", "save_steps", "save_seconds"),
-        ):
+        self.require(self.per_device_train_batch_size >= 1, "per_device_train_batch_size", "at least 1")
+        for name in ("max_seconds", "eval_steps", "save_steps", "save_seconds"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            self.require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
         self.require(bool(self.output_dir), "output_dir", "the name of a folder")
-        warms = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
-        self.require(warms, "warmup_steps", '0 when lr_scheduler_type is "constant" (use "constant_with_warmup")')
         known = [item.name for item in dataclasses.fields(self)]
         for name in self.allow_changed:
             check_key(name, known, "allow_changed")
@@ -178,10 +117,6 @@ class TrainingConfig(Part):
         if missing := [name for name in needed if name not in given]:
             raise UserError(f"{cls.__name__} needs {' and '.join(missing)}: give a value for each.")
         return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, in their order."""
-        return dataclasses.asdict(self)
 
 
 def _names(value: Any) -> Any:

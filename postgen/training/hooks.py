@@ -16,6 +16,7 @@ from .config import TrainingConfig
 from .run_state import Weights
 from .sharding import repeated_blocks
 from .swap import WeightsCopy
+from .updates import adamw, decay_groups
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -72,28 +73,14 @@ class TrainerHooks(ABC, Generic[C]):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups. By default biases and gains (fewer than two dimensions) do not decay."""
-        trained = list(self.trained().values())
-        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-        rest = [parameter for parameter in trained if parameter.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        return decay_groups(self.trained().values())
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimiser of these groups: AdamW by the configuration, or any other.
 
         Its rate follows the schedule, and what it keeps is saved and resumed, as `OptimizerState` says.
         """
-        args = self.args
-        # Fused needs a GPU; foreach is its equal elsewhere.
-        kind = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
-        return torch.optim.AdamW(
-            groups,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            **kind,
-        )
+        return adamw(groups, self.args, self.device)
 
     def shard_blocks(self, name: str) -> Sequence[nn.Module]:
         """Return the modules inside a model that are cut, gathered and let go one by one, where weights are sharded.

@@ -60,10 +60,27 @@ def check_launch(args: TrainingConfig) -> None:
     _check_processes()
     if args.device == "cuda" and _asked("ACCELERATE_USE_CPU"):
         raise UserError("accelerate launch says --cpu, device is cuda: change one of the two")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
+    check_device(args.device)
     if _asked("ACCELERATE_USE_FSDP"):
         _check_fsdp(args.device)
+
+
+def ignore_mixed_norms() -> None:
+    """Ignore torch's warning that a norm of bfloat16 numbers and float32 weights is not the fused one.
+
+    Trained weights stay float32, which is meant: nobody could heed it.
+    """
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+def check_device(device: str) -> None:
+    """Look whether a device is there.
+
+    Raises:
+        UserError: it is "cuda", and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
 
 
 def make_accelerator(args: TrainingConfig) -> Accelerator:
@@ -80,8 +97,7 @@ def make_accelerator(args: TrainingConfig) -> Accelerator:
     cpu = args.device == "cpu" or (args.device == "auto" and asked > 1 and not torch.accelerator.is_available())
     again = is_initialized()
     if args.bf16:
-        # Trained weights stay float32, which is meant: nobody could heed the warning.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        ignore_mixed_norms()
     try:
         made = Accelerator(
             mixed_precision=_precision(args),

@@ -113,8 +113,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 class Progress:
     """Bar on the first process: loss, learning rate, seconds per step, peak memory."""
 
-    def __init__(self, *, step: int, max_steps: int, shown: bool) -> None:
-        self._bar = tqdm(total=max_steps, initial=step, disable=not shown, dynamic_ncols=True, desc="train")
+    def __init__(self, *, step: int, max_steps: int, shown: bool, name: str = "train") -> None:
+        self._bar = tqdm(total=max_steps, initial=step, disable=not shown, dynamic_ncols=True, desc=name)
 
     def step(self) -> None:
         """One step is done."""

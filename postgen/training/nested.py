@@ -19,7 +19,8 @@ def parts_of(config_class: type[Part]) -> dict[str, list[str]]:
     for base in reversed(config_class.__mro__):
         if (name := vars(base).get("part")) and issubclass(base, Part):
             inherited = {item.name for parent in base.__bases__ if issubclass(parent, Part) for item in fields(parent)}
-            found[name] = [item.name for item in fields(base) if item.name not in {*inherited, "method"}]
+            own = [item.name for item in fields(base) if item.name not in {*inherited, "method"}]
+            found[name] = [*found.get(name, ()), *own]  # a part may be declared in several classes
     owned = {"method", *(name for names in found.values() for name in names)}
     found["method"] = [item.name for item in fields(config_class) if item.name not in owned]
     return found

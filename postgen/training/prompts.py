@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from postgen.errors import UserError, shown
 from postgen.own_code import names_own_code, own_function
 from postgen.prompt_rows import FILES, prompt_row, read_prompts
 from postgen.sampling.conditions import Row
-from postgen.sampling.seeds import seed_of
+from postgen.sampling.seeds import Shuffled
 from postgen.settings import Part
 
 _OWN = ("prompt", "negative_prompt", "image")
@@ -63,20 +61,14 @@ class Prompts:
         # A batch of rows that all lack a column must not lack it for the rewards.
         absent = dict.fromkeys(key for row in rows for key in row)
         self.rows = [{**absent, **row} for row in rows]
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = Shuffled(len(rows), seed)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def at(self, position: int) -> Row:
         """Return the row at a position of the endless order: every row once, then every row again in another order."""
-        turn, index = divmod(position, len(self.rows))
-        if not self.shuffle:
-            return self.rows[index]
-        if self._order[0] != turn:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", turn))
-            self._order = turn, torch.randperm(len(self.rows), generator=generator).tolist()
-        return self.rows[self._order[1][index]]
+        return self.rows[self._order.at(position) if self.shuffle else position % len(self.rows)]
 
 
 def columns(rows: Iterable[Row]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .checkpoint_head import DamagedCheckpoint, read_head
 from .config import TrainingConfig
 from .logging import say
 from .recipe import METHODS
+from .updates import UpdatesConfig
 
 _UNSAID = {"output_dir", "resume_from_checkpoint", "allow_changed", "evaluate_only", "dry_run", "disable_tqdm"}
 """Settings of a call and not of a run: nothing is said of them."""
@@ -74,10 +75,8 @@ def check_settings(folder: Path, before: Mapping[str, Any], config: TrainingConf
         UserError: another method, or a setting differs that changes what is learned.
     """
     _check_method(folder, before.get("method"), config.method)
-    changed = _changed(before, config)
-    may = {name for base in type(config).__mro__ for name in vars(base).get("may_change", ())} | {
-        *config.allow_changed
-    }
+    changed = changed_settings(before, config)
+    may = free_to_change(config) | {*config.allow_changed}
     refused = [
         name for name in changed if name not in may and not name.startswith("eval_") and not config.evaluate_only
     ]
@@ -110,7 +109,13 @@ def announce(folder: Path, step: int, changed: Mapping[str, str], config: Traini
         )
 
 
-def _changed(before: Mapping[str, Any], config: TrainingConfig) -> dict[str, str]:
+def free_to_change(config: UpdatesConfig) -> set[str]:
+    """Return the settings that change nothing of what is learned, by the parts of a configuration."""
+    return {name for base in type(config).__mro__ for name in vars(base).get("may_change", ())}
+
+
+def changed_settings(before: Mapping[str, Any], config: UpdatesConfig) -> dict[str, str]:
+    """Return `old -> new` by name of the settings that are not as before; of those of a call nothing is said."""
     now = json.loads(json.dumps(config.to_dict(), default=str))  # as a checkpoint keeps them
     fresh = {
         item.name: item.default_factory() if callable(item.default_factory) else item.default

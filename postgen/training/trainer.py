@@ -22,6 +22,7 @@ from .ema import Ema
 from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
+from .modes import evaluating
 from .processes import check_equal, leave_group
 from .resume import announce, check_first, check_settings, none_is_sound, not_of, put_aside
 from .run_folder import RunLock, written
@@ -109,19 +110,13 @@ class Trainer(TrainerHooks[C]):
     @contextmanager
     def for_inference(self) -> Iterator[None]:
         """Inside: averaged weights, eval mode, no gradients. Random states are as before afterwards."""
-        modes = [(module, module.training) for raw in self._raw.values() for module in raw.modules()]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(rng.preserved(self.generator))
             if self._parts.ema is not None and self._parts.ema.steps:
                 stack.enter_context(self._parts.ema.swapped_in())
-            try:
-                for module, _ in modes:
-                    module.training = False
-                yield
-            finally:
-                for module, training in modes:
-                    module.training = training
+            stack.enter_context(evaluating(self._raw.values()))
+            yield
 
     # The run.
 

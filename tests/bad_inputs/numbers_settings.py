@@ -13,6 +13,7 @@ from typing import Any
 
 from postgen.assets import embedded_model
 from postgen.plug_ins import known_plug_ins, resolve
+from postgen.reconstruct import ReconstructConfig, RecordsConfig
 from postgen.request import GenerateConfig
 from postgen.training.recipe import METHODS, find_method
 from tests.bad_inputs.row import Row
@@ -33,6 +34,7 @@ RIGHT: Mapping[str, Any] = {
     **{"sde_window_range": [0, 4], "epsilon_high": 1e-3, "save_total_limit": 3},
     **{"num_inference_steps": 3, "guidance_scale": 4.0, "true_cfg_scale": 4.0, "seed": 7},
     **{"relative_weight": 0.5, "max_gain": 2.0, "max_locations": 5, "chunk_size": 5, "weight": 2.0},
+    **{"levels_per_prompt": 2, "learning_rate_new": 1e-3},
 }
 """Of fields that are none or empty by default, a value that must be taken."""
 
@@ -57,6 +59,8 @@ def classes() -> Iterator[tuple[type[Any], Callable[..., Any], dict[str, Any]]]:
             base["per_device_train_batch_size"] = _BATCH[config.__name__]
         yield config, lambda config=config, **words: config.from_dict(words), base
     yield GenerateConfig, GenerateConfig, {"prompt": "a"}
+    yield RecordsConfig, RecordsConfig, {"num_frames": 5, "height": 32, "width": 32}
+    yield ReconstructConfig, ReconstructConfig, {"output_dir": "x"}
     for row in known_plug_ins():
         kinds = typing.get_args(typing.get_type_hints(resolve(row.apply))["config"])
         config = next(kind for kind in kinds if dataclasses.is_dataclass(kind))

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 import postgen
-from postgen.families import video_tokens_of
+from postgen.families import tokens_of
 from postgen.families.attention import AttentionAnatomy, AttentionReader, attention_of, register_attention, registry
 from postgen.families.attention.reading import AttentionCall, Norms, Reading, dispatched
 from postgen.families.installed import processor_stack
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.qk_norm_rope import naive
-from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
-from tests.families.tiny_parts import HEAD_DIM, HEADS, TEXT_TOKENS, Size
+from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_parts import COLUMNS, HEAD_DIM, HEADS, ROWS, TEXT_TOKENS, Size
 
-FUSED = ("CogVideoX 1.5", "Wan")
+FUSED = ("CogVideoX 1.5", "Wan", "Flux", "PixArt")
 """Models whose processors use fused projections."""
 NAMES = [
     name
-    for name, build in BUILDERS.items()
+    for name, build in {**BUILDERS, **BLOCK_BUILDERS}.items()
     if build(Size(batch=1, frames=4, layers=1))[0].__name__ in registry.known_anatomies()
 ]
 """Every tiny model of which there is an attention file."""
@@ -53,7 +53,7 @@ class Seen:
 def calls(tiny: TinyModel) -> list[Seen]:
     """Every call of self-attention in one forward."""
     model, seen = tiny.transformer, []
-    anatomy, modules = attention_of(model), video_tokens_of(model).attention_modules(model)
+    anatomy, modules = attention_of(model), tokens_of(model).attention_modules(model)
 
     def note(inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(Seen(anatomy.reader(module.processor), inner, module, args, kwargs))
@@ -104,6 +104,8 @@ def test_put_together_again(tiny: TinyModel, dtype: torch.dtype) -> None:
     other = copy.deepcopy(tiny)
     other.transformer.to(dtype)
     other.arguments = {name: cast(value, dtype) for name, value in tiny.arguments.items()}
+    if tiny.name == "HunyuanVideo 1.5":  # as its pipeline has it
+        other.arguments["timestep"] = tiny.arguments["timestep"].to(dtype)
     for seen in calls(other):
         assert bits(seen.expected)[0].dtype == dtype
         assert_same_bits(again(seen), seen.expected)
@@ -139,17 +141,29 @@ def test_one_contract_for_norms_and_rotations(tiny: TinyModel) -> None:
 
 @torch.no_grad()
 def test_video_and_text_are_where_it_says(tiny: TinyModel) -> None:
-    order = video_tokens_of(tiny.transformer).token_order
+    rows = tokens_of(tiny.transformer)
+    order, grid = rows.token_order, rows.grid(tiny.transformer, **tiny.arguments)
+    assert grid is not None
+    texts = []
     for seen in calls(tiny):
         call, reading = seen.read()
         assert reading is not None
-        assert reading.text == (0 if order == "video" else TEXT_TOKENS)
-        assert reading.text_first == (order == "text-video")
+        assert reading.text_told or (reading.text == 0 and call.encoder_hidden_states is None)
+        reading = reading.with_video(grid.tokens)
+        texts.append(reading.text)
+        assert reading.text == 0 or reading.text_first == (order == "text-video")
         _, key, value = reading.joined()
-        tokens = call.hidden_states.shape[1]
-        assert value.shape == key.shape == (2, tokens + reading.text, HEADS, HEAD_DIM)
-        video = seen.module.to_v(call.hidden_states).unflatten(2, (HEADS, -1))
+        assert value.shape == key.shape == (2, grid.tokens + reading.text, HEADS, HEAD_DIM)
+        # A single block of FLUX is given the text before the picture.
+        video = seen.module.to_v(call.hidden_states[:, -grid.tokens :]).unflatten(2, (HEADS, -1))
         assert torch.allclose(value[:, reading.video], video, atol=1e-6)
+        with pytest.raises(postgen.UserError, match=r"take the grid of the same call"):
+            reading.with_video(grid.tokens + 1)
+    alone = [0] if tiny.name == "Stable Diffusion 3" else []  # the second attention of its dual block
+    told = 0 if order == "video" else TEXT_TOKENS
+    if tiny.name == "HunyuanVideo 1.5":  # two texts and an image
+        told = 2 * TEXT_TOKENS + 3
+    assert sorted(texts) == alone + [told] * (len(texts) - len(alone))
 
 
 @torch.no_grad()
@@ -178,13 +192,62 @@ def test_key_lengths_are_the_mask() -> None:
 @torch.no_grad()
 def test_masks_of_users() -> None:
     torch.manual_seed(3)
-    for name, text in (("Wan", 0), ("CogVideoX 1.5", TEXT_TOKENS), ("HunyuanVideo", TEXT_TOKENS)):
+    joint = ("CogVideoX 1.5", "HunyuanVideo", "Flux", "Chroma")
+    for name in (*joint, "Wan", "DiT", "PixArt"):
         seen = calls(tiny_model(name, batch=2))[0]
-        tokens = seen.arguments["hidden_states"].shape[1] + text
-        mask = torch.randn(2, tokens, tokens) if name == "CogVideoX 1.5" else torch.rand(2, 1, tokens, tokens) > 0.3
+        tokens = seen.arguments["hidden_states"].shape[1] + TEXT_TOKENS * (name in joint)
+        prepared = name in ("CogVideoX 1.5", "DiT", "PixArt")
+        mask = torch.randn(2, tokens, tokens) if prepared else torch.rand(2, 1, tokens, tokens) > 0.3
         expected = seen.stock(attention_mask=mask)
         assert_same_bits(again(seen, attention_mask=mask), expected)
         assert not torch.equal(bits(expected)[0], bits(seen.expected)[0])
+
+
+@torch.no_grad()
+def test_mask_of_hunyuan_video_15() -> None:
+    """Made of the text's; each text of the two samples has another length, and what counts comes first."""
+    tiny = tiny_model("HunyuanVideo 1.5", batch=2)
+    tiny.arguments["encoder_attention_mask"][1, 2:] = 0
+    for seen in calls(tiny):
+        call, reading = seen.read()
+        assert reading is not None
+        assert reading.mask is not None
+        assert reading.key_lengths is None
+        video, (first, second) = call.hidden_states.shape[1], call.attention_mask.sum(1).tolist()
+        assert first == second + 2
+        for mask, length in zip(reading.mask[:, 0], (first, second), strict=True):
+            counts = torch.arange(video + reading.text) < video + length
+            assert torch.equal(mask, counts[:, None] & counts)
+        assert_same_bits(again(seen), seen.expected)
+
+
+@torch.no_grad()
+def test_mask_of_chroma() -> None:
+    """Its transformer makes one of pairs; its single blocks have it too."""
+    tiny = tiny_model("Chroma", batch=2)
+    mask = torch.ones(2, TEXT_TOKENS + ROWS * COLUMNS, dtype=torch.bool)
+    mask[1, 2:TEXT_TOKENS] = False
+    plain = tiny()
+    tiny.arguments["attention_mask"] = mask
+    assert not torch.equal(plain[1], tiny()[1])
+    for seen in calls(tiny):
+        _, reading = seen.read()
+        assert reading is not None
+        assert reading.mask is not None
+        assert torch.equal(reading.mask[:, 0, 0], mask)
+        assert_same_bits(again(seen), seen.expected)
+
+
+@torch.no_grad()
+def test_stable_diffusion_3_masks_nothing() -> None:
+    """As its processor; nor has 3.0 norms."""
+    seen = calls(tiny_model("Stable Diffusion 3", batch=2))[0]
+    assert seen.read(attention_mask=torch.zeros(2, 1, 11))[1] is not None
+    assert_same_bits(seen.stock(attention_mask=torch.full((2, 1, 11), -1e4)), seen.expected)
+    for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        setattr(seen.module, norm, None)
+    assert_same_bits(again(seen), seen.stock())
+    assert not torch.equal(bits(seen.stock())[0], bits(seen.expected)[0])
 
 
 CROSS = {"encoder_hidden_states": torch.zeros(2, TEXT_TOKENS, HEADS * HEAD_DIM)}
@@ -198,8 +261,14 @@ CROSS = {"encoder_hidden_states": torch.zeros(2, TEXT_TOKENS, HEADS * HEAD_DIM)}
         ("LTX", CROSS),
         ("LTX", {"image_rotary_emb": None}),
         ("LTX", {"attention_mask": torch.zeros(2, 1, 24)}),
+        ("Flux", {"encoder_hidden_states": None}),
+        ("Flux", {"image_rotary_emb": None}),
+        ("PixArt", CROSS),
+        ("DiT", {"hidden_states": torch.zeros(2, HEADS * HEAD_DIM, 4, 4)}),
         ("HunyuanVideo", {"encoder_hidden_states": None}),
         ("HunyuanVideo", {"image_rotary_emb": None}),
+        ("HunyuanVideo 1.5", {"encoder_hidden_states": None}),
+        ("HunyuanVideo 1.5", {"attention_mask": None}),
     ],
 )
 def test_what_is_left_to_the_processor(name: str, changes: dict[str, Any]) -> None:
@@ -268,12 +337,14 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_what_is_unknown_or_has_changed_is_refused(table: dict[str, Any]) -> None:
     mochi, wan = tiny_model("Mochi").transformer, tiny_model("Wan").transformer
-    known = "CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, LTXVideoTransformer3DModel, Wan"
+    known = (
+        "ChromaTransformer2DModel, ChronoEditTransformer3DModel, CogVideoXTransformer3DModel, DiTTransformer2DModel"
+    )
     with pytest.raises(postgen.UserError, match=f"MochiTransformer3DModel cannot be read. Known: {known}"):
         attention_of(mochi)
     anatomy, processor = attention_of(wan), wan.blocks[0].attn1.processor
     other = tiny_model("LTX").transformer.transformer_blocks[0].attn1.processor
-    with pytest.raises(postgen.UserError, match=r"attention of LTXVideoAttnProcessor\. Known: WanAttnProcessor"):
+    with pytest.raises(postgen.UserError, match=r"attention of LTXVideoAttnProcessor\. Known: .*WanAttnProcessor"):
         anatomy.reader(other)
     own = anatomy.readers["WanAttnProcessor"]
     older = AttentionReader(bind=own.bind, read=own.read, finish=own.finish, fingerprints=("0" * 16,))

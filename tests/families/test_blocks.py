@@ -157,6 +157,8 @@ def test_the_page_says_the_same() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     for name, row in registry._layouts.items():
         tokens = "no" if row.video is None else row.video.token_order
+        if row.image is not None:
+            tokens = row.image.token_order.replace("video", "picture")
         chain = "yes" if row.blocks.chain else f"no: {'; '.join(row.blocks.broken)}"
         assert f"| `{name}` | {tokens} | {chain} |\n" in page
     assert page.count("\n| `") == len(registry._layouts)

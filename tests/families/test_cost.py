@@ -17,7 +17,7 @@ from postgen.families import registry
 from postgen.families.calls import call_arguments
 from postgen.families.cost import PARTS, call_cost, forward_cost, latent_size
 from postgen.families.latency import Latency, LatencyTable, measure_latency
-from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_models import BUILDERS, IMAGES, TinyModel, tiny_model
 
 NOT_ON_META = {"HunyuanVideo Framepack", "HunyuanVideo 1.5", "Mochi", "Helios"}
 """Their forward reads masks, or enters autocast, which torch's counter cannot follow without memory."""
@@ -28,10 +28,10 @@ WAN_14B = {"_class_name": "WanTransformer3DModel", "num_layers": 2}
 
 def test_every_class_is_known() -> None:
     for row in registry.known_layouts():
-        assert (row.call is None) == (row.video is None), row.transformer
+        assert (row.call is None) == (row.video is None and row.image is None), row.transformer
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in TWICE])
+@pytest.mark.parametrize("name", [name for name in (*BUILDERS, *IMAGES) if name not in TWICE])
 def test_every_family(name: str) -> None:
     """At a size in pixels: the same FLOPs as torch counts, blocks and parts that add up, all weights read."""
     tiny = tiny_model(name, layers=1)
@@ -40,6 +40,10 @@ def test_every_family(name: str) -> None:
     time, space = 4, 2
     clip = {"num_frames": 4 * tiny.frames - 3, "height": 4 * space, "width": 6 * space}
     options: dict[str, Any] = {"text_tokens": 5, "factors": (time, space)}
+    if name in IMAGES:
+        clip["num_frames"] = 1
+    if name == "DiT":  # squares, of a class
+        clip["width"], options["text_tokens"] = clip["height"], None
     cost = forward_cost(transformer, **clip, **options, dtype=torch.float32)
     assert cost.grid is not None
     assert cost.total.weight_bytes == 4 * sum(weight.numel() for weight in read_weights(transformer))
@@ -184,11 +188,53 @@ def test_wrong_calls() -> None:
         forward_cost(torch.nn.Linear(1, 1), **clip)
     with pytest.raises(UserError, match="needs _class_name"):
         forward_cost({"num_layers": 2}, **clip)
-    with pytest.raises(UserError, match=r"no video tokens in UNet3DConditionModel: .*Known"):
+    with pytest.raises(UserError, match=r"no tokens of a video or picture in UNet3DConditionModel: .*Known"):
         forward_cost({"_class_name": "UNet3DConditionModel"}, **clip)
     for wrong in ({"num_frames": 8}, {"height": 60}, {"width": 0}, {"batch": 0}, {"text_tokens": 0}):
         with pytest.raises(UserError, match=r"WanTransformer3DModel takes .*1 \+ a multiple of 4 frames"):
             forward_cost(WAN_14B, **{**clip, **wrong})  # type: ignore[arg-type]
+
+
+def test_wrong_calls_of_pictures() -> None:
+    for kind, wrong, match in (
+        ("FluxTransformer2DModel", {"num_frames": 5}, "makes pictures: num_frames must be 1, got 5"),
+        ("FluxTransformer2DModel", {"height": 72}, "sides that are multiples of 16, got 1 frames of 72 x 64"),
+        ("DiTTransformer2DModel", {"text_tokens": 4}, "takes no text: leave text_tokens out, got 4"),
+        ("PixArtTransformer2DModel", {"text_tokens": 0}, "at least one clip and text token"),
+    ):
+        size: dict[str, Any] = {"num_frames": 1, "height": 64, "width": 64, **wrong}
+        with pytest.raises(UserError, match=f"{kind} .*{match}"):
+            forward_cost({"_class_name": kind, "num_layers": 1}, **size)
+
+
+def test_formula_of_pictures() -> None:
+    """Two blocks of DiT-XL/2 at 256 pixels and of PixArt-Sigma at 1024, by hand; DiT's FLOPs as published."""
+    n, d, layers = 256, 1152, 2
+    config = {"_class_name": "DiTTransformer2DModel", "out_channels": 8, "num_layers": layers}
+    dit = forward_cost(config, num_frames=1, height=256, width=256)
+    assert dit.parts["self-attention"].flops == layers * 4 * n * n * d
+    assert dit.parts["other attention"].flops == 0
+    assert dit.parts["projections"].flops == layers * 8 * n * d * d
+    assert dit.parts["feed-forward"].flops == layers * 16 * n * d * d
+    # 28 blocks; 118.6 Gflops, a multiplication and an addition counted as one (arXiv:2212.09748, table 4).
+    block = sum(work.flops for work in dit.blocks["transformer_blocks.1"].values())
+    assert (dit.flops + 26 * block) / 2e9 == pytest.approx(118.6, rel=0.01)
+    n, text = 4096, 300
+    pixart = {"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096, "num_layers": layers}
+    cost = forward_cost(pixart, num_frames=1, height=1024, width=1024)
+    assert cost.grid is not None
+    assert (cost.grid.frames, cost.grid.height, cost.grid.width) == (1, 64, 64)
+    assert cost.parts["self-attention"].flops == layers * 4 * n * n * d
+    assert cost.parts["other attention"].flops == layers * 4 * n * text * d
+    assert cost.parts["projections"].flops == layers * (12 * n + 4 * text) * d * d
+
+
+def test_formula_of_dual_attention() -> None:
+    """The second attention of Stable Diffusion 3.5's dual blocks counts as self-attention of the picture."""
+    n, text, d = 6, 5, 32
+    found = counted(tiny_model("Stable Diffusion 3"))
+    assert found["self-attention"] == 2 * 4 * (n + text) ** 2 * d + 4 * n * n * d
+    assert found["other attention"] == 0
 
 
 def test_calls_that_the_class_does_not_take() -> None:
@@ -207,6 +253,8 @@ def test_calls_that_the_class_does_not_take() -> None:
 
 
 def test_measured_latency(tmp_path: Path) -> None:
+    pictures = measure_latency(tiny_model("Flux").transformer, [(1, 64, 64)], text_tokens=5, warm_up=0, repeats=1)
+    assert [row.tokens for row in pictures.rows] == [16]
     tiny = tiny_model("Wan")
     shapes = [(9, 32, 32), (5, 32, 32), (5, 32, 64)]
     table = measure_latency(tiny.transformer, shapes, text_tokens=5, batch=2, warm_up=1, repeats=3)

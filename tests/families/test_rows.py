@@ -15,35 +15,54 @@ from postgen.families import (
     layout_of,
     register_layout,
     registry,
+    tokens_named,
+    tokens_of,
     video_tokens_named,
     video_tokens_of,
 )
 from postgen.families.layout import TimestepShape
 from postgen.families.rows_refused import NO_LAYOUT, NO_VIDEO_TOKENS
-from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, IMAGES, TinyModel, tiny_model
 from tests.families.tiny_parts import COLUMNS, ROWS
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=[*BUILDERS, *IMAGES])
 def tiny(request: pytest.FixtureRequest) -> TinyModel:
     return tiny_model(request.param)
 
 
 def test_every_row_has_a_tiny_model() -> None:
-    """Those with video tokens stand in one table, those without in the other."""
+    """Those with video tokens stand in one table, those without in the other; some of these have a picture's."""
     for table, video in ((BUILDERS, True), (BLOCK_BUILDERS, False)):
         rows = {name for name, row in registry._layouts.items() if (row.video is not None) == video}
         assert {type(tiny_model(name).transformer).__name__ for name in table} == rows
+    pictures = {name for name, row in registry._layouts.items() if row.image is not None}
+    assert {type(tiny_model(name).transformer).__name__ for name in IMAGES} == pictures
 
 
 def test_grid(tiny: TinyModel) -> None:
-    grid = video_tokens_of(tiny.transformer).grid(tiny.transformer, **tiny.arguments)
-    assert grid == Grid(frames=tiny.frames, height=ROWS, width=COLUMNS)
+    grid = tokens_of(tiny.transformer).grid(tiny.transformer, **tiny.arguments)
+    expected = Grid(frames=1 if tiny.name in IMAGES else tiny.frames, height=ROWS, width=COLUMNS)
+    if tiny.name == "DiT":  # makes squares
+        expected = Grid(frames=1, height=4, width=4)
+    assert grid == expected
+
+
+def test_tokens_of_pictures_have_a_place_of_their_own(tiny: TinyModel) -> None:
+    """What looks at frames refuses pictures; what only needs tokens has both."""
+    row = layout_of(tiny.transformer)
+    assert tokens_of(tiny.transformer) is (row.image if tiny.name in IMAGES else row.video)
+    assert (row.image is None) != (row.video is None)
+    if tiny.name in IMAGES:
+        with pytest.raises(UserError, match="it makes images, there are no frames to compare"):
+            video_tokens_of(tiny.transformer)
+        axes, x = tokens_of(tiny.transformer).latent_axes, tiny.arguments["hidden_states"]
+        assert x.dim() == (3 if axes == "packed" else len(axes))
 
 
 def test_modules(tiny: TinyModel) -> None:
     layout = layout_of(tiny.transformer)
-    attention = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer)
+    attention = tokens_of(tiny.transformer).attention_modules(tiny.transformer)
     blocks = layout.block_modules(tiny.transformer)
     assert len(attention) == tiny.attention_layers
     assert all(hasattr(module, "processor") for module in attention.values())
@@ -105,6 +124,32 @@ def test_packed_tokens_without_sizes(name: str) -> None:
             assert video.grid(tiny.transformer, **arguments, video_coords=reference) is None
     nothing = dict.fromkeys(("num_frames", "height", "width"))
     assert video.grid(tiny.transformer, **{**tiny.arguments, **nothing}) is None
+
+
+def test_places_of_packed_pictures() -> None:
+    """FLUX: with a batch axis, as older programs have them; with a given picture behind; and left out."""
+    tiny = tiny_model("Flux")
+    tokens, places = tokens_of(tiny.transformer), tiny.arguments["img_ids"]
+    assert tokens.grid(tiny.transformer, img_ids=places[None]) == Grid(frames=1, height=ROWS, width=COLUMNS)
+    given = places[: COLUMNS - 1] + torch.tensor([1.0, 0, 0])
+    assert tokens.grid(tiny.transformer, img_ids=torch.cat([places, given])) is None
+    assert tokens.grid(tiny.transformer) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("SanaTransformer2DModel", r"its self-attention is linear \(ReLU\)"),
+        ("SanaVideoTransformer3DModel", r"its self-attention is linear \(ReLU\)"),
+        ("QwenImageTransformer2DModel", "where those of its picture are has not been described"),
+        ("UNet2DConditionModel", "it is a U-Net"),
+    ],
+)
+def test_no_tokens_of_video_or_picture(kind: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"no tokens of a video or picture in {kind}: {reason}.*Known: .*DiTTransf"):
+        tokens_named(kind)
+    with pytest.raises(UserError, match=r"no layout for Mine\. Known: .*register_layout"):
+        tokens_named("Mine")
 
 
 @pytest.mark.parametrize("name", NO_VIDEO_TOKENS)

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from tests.families import tiny_images, tiny_others, tiny_unets, tiny_wan  # noqa: F401
 from tests.families.tiny_parts import BLOCK_BUILDERS, BUILDERS, Size, build
 
-__all__ = ["BLOCK_BUILDERS", "BUILDERS", "TinyModel", "tiny_model"]
+__all__ = ["BLOCK_BUILDERS", "BUILDERS", "IMAGES", "TinyModel", "tiny_model"]
+
+IMAGES = ("Chroma", "DiT", "Flux", "PixArt", "Stable Diffusion 3")
+"""Those of `BLOCK_BUILDERS` of which it is known where the tokens of their picture are."""
 
 
 @dataclass(kw_only=True)
@@ -31,7 +34,8 @@ class TinyModel:
     frames: int
     """Token frames of the clip in `arguments`."""
     attention_layers: int
-    """Blocks that the configuration asks for, each with one self-attention over the video; of `BUILDERS` only."""
+    """Layers of self-attention over the video or picture that the configuration asks for: one a block, and one more in
+    dual blocks of Stable Diffusion 3.5."""
 
     @torch.no_grad()
     def __call__(self, **changes: Any) -> Tensor:
@@ -49,4 +53,5 @@ def tiny_model(name: str, *, batch: int = 1, frames: int = 4, layers: int = 2, s
     kind, config, arguments = {**BUILDERS, **BLOCK_BUILDERS}[name](Size(batch=batch, frames=frames, layers=layers))
     transformer = build(kind, config, seed)
     blocks = config.get("num_visual_blocks", config.get("num_layers", 0)) + config.get("num_single_layers", 0)
-    return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames, attention_layers=blocks)
+    found = blocks + len(config.get("dual_attention_layers", ()))
+    return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=frames, attention_layers=found)

@@ -39,6 +39,7 @@ def test_the_peer_computes_the_same(case: benchmark.Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}, {case.shape}")
 def test_errors_are_those_of_bfloat16(case: benchmark.Case) -> None:
+    assert 0 < benchmark.written_bytes(case, case.make()) < case.moved_bytes
     assert 0 < case.error() < (1e-4 if case.op == "temporal_cfi" else 4e-3)
 
 
@@ -140,9 +141,12 @@ def test_the_bandwidth_is_a_gate_on_an_h200_alone() -> None:
     assert rate("NVIDIA H100") == rate("NVIDIA H200", "NVIDIA H100") == []
 
 
-def test_floors_take_the_best_rate_of_kernels_that_read() -> None:
+def test_floors_count_what_is_written_as_copied_and_the_rest_as_read_or_written() -> None:
     rates = Bandwidth(copy=4.2e9, read=4.4e9, write=4.6e9)
-    assert rates.best == 4.4e9
+    assert rates.floor(int(4.2e9), int(2.1e9)) == 1.0
+    assert rates.floor(int(4.4e9), 0) == 1.0
+    assert rates.floor(int(8.6e9), int(2.1e9)) == pytest.approx(2.0)
+    assert rates.floor(int(8.8e9), int(6.7e9)) == pytest.approx(2.0)
     assert rates.told() == {"copy_tb_per_s": 4.2, "read_tb_per_s": 4.4, "write_tb_per_s": 4.6}
 
 

@@ -15,6 +15,7 @@ from postgen.families.attention.reading import (
     Norms,
     Reading,
     Stream,
+    prepared_mask,
     projected,
     returned,
     rope_of_pairs,
@@ -38,12 +39,10 @@ def read(call: AttentionCall) -> Reading | None:
     attention = call.attention
     if call.encoder_hidden_states is None or attention.is_cross_attention:
         return None
-    text, mask = call.encoder_hidden_states.shape[1], call.attention_mask
+    text = call.encoder_hidden_states.shape[1]
     hidden_states = torch.cat([call.encoder_hidden_states, call.hidden_states], dim=1)
-    if mask is not None:
-        batch, tokens, _ = hidden_states.shape
-        mask = attention.prepare_attention_mask(mask, tokens, batch)
-        mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
+    batch, tokens, _ = hidden_states.shape
+    mask = prepared_mask(attention, call.attention_mask, batch, tokens)
     query, key, value = projected(attention, hidden_states)
     rope = None if call.rotary is None else rope_of_pairs(call.rotary, first_token=text)
     stream = Stream(query, key, value, Norms(attention.norm_q, attention.norm_k), rope)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from postgen.compat import attention_settings
+from postgen.errors import UserError
 from postgen.families.norms import affine, plain
 
 
@@ -21,7 +22,7 @@ class AttentionCall:
     attention: Any
     """The module."""
     hidden_states: Tensor
-    """(B, N, C), the video."""
+    """(B, N, C), the video or picture; in single blocks of FLUX the text before it."""
     encoder_hidden_states: Tensor | None = None
     """(B, L, C), the text, where both attend jointly; for cross-attention what is attended to."""
     attention_mask: Tensor | None = None
@@ -143,6 +144,9 @@ class Reading:
     """Tokens of text among them."""
     text_first: bool = False
     """Whether the text stands before the video, else behind it."""
+    text_told: bool = True
+    """Whether `text` is known. A single block of FLUX is given text and picture as one sequence, and not told how many
+    tokens of it are text: `text` is 0 then. `with_video` puts it right."""
     mask: Tensor | None = None
     """Bool (True counts) or added to the logits, as torch's attention takes it: (B, 1 or H, 1 or N, N)."""
     key_lengths: Tensor | None = None
@@ -152,6 +156,21 @@ class Reading:
     def video(self) -> slice:
         """The video's tokens on the axis N."""
         return slice(self.text, None) if self.text_first else slice(None, -self.text or None)
+
+    def with_video(self, tokens: int) -> Reading:
+        """Return the reading with as much text as is left beside so many tokens of the video, as its grid has them.
+
+        Raises:
+            UserError: the call has another number of tokens than that and its text.
+        """
+        found = sum(stream.key.shape[1] for stream in self.streams)
+        text = self.text if self.text_told else found - tokens
+        if text < 0 or found != tokens + text:
+            raise UserError(
+                f"attention was given {found} tokens, {self.text} of them text, for a grid of {tokens}: take the grid"
+                " of the same call"
+            )
+        return replace(self, text=text, text_told=True)
 
     def joined(
         self, prepare: Callable[[Stream], tuple[Tensor, Tensor]] = Stream.normed_and_rotated
@@ -186,14 +205,26 @@ def dispatched(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: 
 def projected(attention: Any, hidden_states: Tensor) -> list[Tensor]:
     """Return queries, keys and values (B, N, H, D) of self-attention, fused QKV projections included, as views."""
     if getattr(attention, "fused_projections", False):
-        parts = list(attention.to_qkv(hidden_states).chunk(3, dim=-1))
-        return [part.unflatten(2, (attention.heads, -1)) for part in parts]
+        return projected_at_once(attention, attention.to_qkv, hidden_states)
     return projected_by(attention, (attention.to_q, attention.to_k, attention.to_v), hidden_states)
 
 
 def projected_by(attention: Any, layers: tuple[Any, ...], hidden_states: Tensor) -> list[Tensor]:
     """Return what each of some linear layers of an attention module makes, (B, N, H, D)."""
     return [layer(hidden_states).unflatten(2, (attention.heads, -1)) for layer in layers]
+
+
+def projected_at_once(attention: Any, layer: Any, hidden_states: Tensor) -> list[Tensor]:
+    """Return queries, keys and values (B, N, H, D) that one linear layer makes, as views."""
+    return [part.unflatten(2, (attention.heads, -1)) for part in layer(hidden_states).chunk(3, dim=-1)]
+
+
+def prepared_mask(attention: Any, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """Return a mask (B, H, 1 or N, N) as the processors of `diffusers.models.attention_processor` prepare it."""
+    if mask is None:
+        return None
+    prepared: Tensor = attention.prepare_attention_mask(mask, tokens, batch)
+    return prepared.view(batch, attention.heads, -1, prepared.shape[-1])
 
 
 def returned(attention: Any, out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,68 @@
+"""FLUX.1 and Chroma: `FluxAttnProcessor`, also with fused projections. Text, then picture, attend jointly.
+
+Norms are per head, and everything is rotated: the text by angles of zero. In double blocks the text has projections
+and norms of its own. Single blocks hand text and picture over as one sequence, do not say where one ends, and have no
+output layer here: theirs is one with that of the feed-forward, in the block. Chroma's mask says which pairs count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.families.attention.reading import (
+    AttentionCall,
+    Norms,
+    Reading,
+    Stream,
+    bind,
+    projected,
+    projected_at_once,
+    projected_by,
+    returned,
+    rope_of_pairs,
+)
+from postgen.families.attention.registry import AttentionAnatomy, AttentionReader
+
+
+def read(call: AttentionCall) -> Reading | None:
+    """Read joint attention; None where there are no angles, and where the text has no projections of its own."""
+    attention, text, rotary = call.attention, call.encoder_hidden_states, call.rotary
+    if rotary is None or (text is None) != (attention.added_kv_proj_dim is None):
+        return None
+    norms = Norms(attention.norm_q, attention.norm_k)
+    query, key, value = projected(attention, call.hidden_states)
+    if text is None:
+        stream = Stream(query, key, value, norms, rope_of_pairs(rotary))
+        return Reading(streams=(stream,), text_first=True, text_told=False, mask=call.attention_mask)
+    count = text.shape[1]
+    cos, sin = rotary
+    picture = Stream(query, key, value, norms, rope_of_pairs((cos[count:], sin[count:])))
+    text_norms = Norms(attention.norm_added_q, attention.norm_added_k)
+    query, key, value = _projected_text(attention, text)
+    told = Stream(query, key, value, text_norms, rope_of_pairs((cos[:count], sin[:count])))
+    return Reading(streams=(told, picture), text=count, text_first=True, mask=call.attention_mask)
+
+
+def _projected_text(attention: Any, text: Tensor) -> list[Tensor]:
+    if attention.fused_projections and hasattr(attention, "to_added_qkv"):
+        return projected_at_once(attention, attention.to_added_qkv, text)
+    return projected_by(attention, (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj), text)
+
+
+def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | Tensor:
+    """Return picture and text, (B, N, C) each; of a single block both as one sequence."""
+    if call.encoder_hidden_states is None:
+        return out.flatten(2, 3).to(dtype)
+    text = call.encoder_hidden_states.shape[1]
+    of_text: Tensor = call.attention.to_add_out(out[:, :text].flatten(2, 3).to(dtype).contiguous())
+    return returned(call.attention, out[:, text:].contiguous(), dtype), of_text
+
+
+ANATOMY = AttentionAnatomy(
+    readers={
+        "FluxAttnProcessor": AttentionReader(bind=bind, read=read, finish=finish, fingerprints=("bc0b17f61cde03f5",))
+    }
+)

@@ -1,0 +1,156 @@
+"""Record what goes in and out of a teacher's modules on its own trajectories.
+
+Every prompt is drawn as sampling draws it, from its own noise and over all steps; of the states on the way some are
+shown to the teacher once more, and that forward is recorded. Rows of a record stand at different noise levels, and
+over all prompts every level comes equally often.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgen.errors import UserError
+from postgen.families import Block, Denoiser
+from postgen.families.recording import Recording, capture
+from postgen.files import check_place, replacing
+from postgen.training.logging import Progress, say
+from postgen.training.modes import evaluating
+
+from .config import RecordsConfig
+from .records import PLAN, Records, is_complete, read_plan
+from .share import Share
+from .teacher import Teacher
+
+
+def collect(
+    denoiser: Denoiser,
+    modules: Iterable[Block | str] | str,
+    prompts: Iterable[str | Mapping[str, Any]],
+    config: RecordsConfig,
+    *,
+    where: Path | str = "cpu",
+    transformer: str = "transformer",
+    share: Share | None = None,
+    progress: bool = True,
+) -> Records:
+    """Record calls of modules of a teacher; what that will take is said, and refused where it is too much.
+
+    A folder in which some of the same records are is completed. Several processes share the work into one folder, and
+    each waits until all of it is there.
+
+    Args:
+        denoiser: of the teacher's pipeline.
+        modules: blocks, as `blocks_of` gives them or by name, and modules inside them by name.
+            `ReconstructTask.modules` says what a task needs.
+        prompts: texts, or rows with `prompt` and perhaps `negative_prompt` and `image`. The last ones are held out.
+        config: what is recorded of them.
+        where: "cpu" keeps everything in memory; a folder gets safetensors files.
+        transformer: which network of the pipeline, where there are two; steps in which it does not run are left out.
+        share: part of this process; None is what its launcher says. In memory each process records everything.
+        progress: whether the first process shows a bar.
+
+    Raises:
+        UserError: too few prompts, an unknown module or network, more than `max_gb` or than the disk has room for, or
+            a folder with other records.
+    """
+    share = share or Share.launched()
+    named = [modules] if isinstance(modules, str) else list(modules)
+    teacher = Teacher(denoiser, named, transformer, config, prompts)
+    with torch.no_grad(), evaluating(denoiser.transformers.values()):
+        plan = teacher.plan()
+        if str(where) == "cpu":
+            _announce(teacher, plan, None, set())
+            kept: dict[str, Recording] = {}
+            _record(teacher, plan, Share(), kept, None, progress)
+            return Records(plan, kept)
+        folder = Path(where).absolute()
+        _check_folder(folder, plan)
+        if missing := _missing(folder, plan):
+            there = set(plan["records"]) - missing
+            _announce(teacher, plan, folder, there)
+            with replacing(folder / PLAN) as part:
+                part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+            _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
+    _wait(folder, plan)
+    return Records.read(folder)
+
+
+def _record(
+    teacher: Teacher,
+    plan: Mapping[str, Any],
+    share: Share,
+    done: dict[str, Any],
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    """Make the records of this process that are not done, and put those in memory into `done`."""
+    bar = Progress(step=0, max_steps=len(teacher.chunks), shown=progress and share.rank == 0, name="record")
+    for chunk in share.of(teacher.chunks):
+        steps = teacher.steps(plan, chunk)
+        missing = [place for place in range(len(steps)) if chunk.record(place) not in done]
+        if missing:
+            latents, told = teacher.trajectory(chunk), teacher.conditions(chunk.prompts)
+        for place in missing:
+            x = torch.stack([latents[step, row] for row, step in enumerate(steps[place])])
+            name = chunk.record(place)
+            done[name] = capture(
+                teacher.network,
+                teacher.modules,
+                partial(teacher.forward, x, steps[place], told),
+                where=folder / name if folder else "cpu",
+            )
+        bar.step()
+    bar.close()
+
+
+def _announce(teacher: Teacher, plan: Mapping[str, Any], folder: Path | None, there: set[str]) -> None:
+    """Say what the records take, and refuse what is too much."""
+    per_row = teacher.bytes(plan) / len(teacher.chunks[0].prompts)
+    sizes = {name: said["rows"] * per_row for name, said in plan["records"].items()}
+    total, left = sum(sizes.values()), sum(size for name, size in sizes.items() if name not in there)
+    limit = teacher.config.max_gb * 1e9
+    told = f"{len(sizes)} records of {len(teacher.modules)} modules take {total / 1e9:.3g} GB"
+    if total > limit:
+        raise UserError(
+            f"{told}, max_gb is {teacher.config.max_gb:g}: raise it, or record fewer prompts, levels_per_prompt or"
+            " modules at a time"
+        )
+    if folder is not None and left > (free := shutil.disk_usage(_existing(folder)).free):
+        raise UserError(f"{told}, {left / 1e9:.3g} GB of them are missing, and {folder} has room for {free / 1e9:.3g}")
+    say(f"{told} {f'in {folder}' if folder else 'of memory'}" + (f", {len(there)} are there" if there else ""))
+
+
+def _missing(folder: Path, plan: Mapping[str, Any]) -> set[str]:
+    return {name for name in plan["records"] if not is_complete(folder / name)}
+
+
+def _wait(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Wait for the records of other processes."""
+    if missing := _missing(folder, plan):
+        say(f"waiting for {len(missing)} records of other processes in {folder}")
+    while _missing(folder, plan):
+        time.sleep(1)
+
+
+def _existing(folder: Path) -> Path:
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def _check_folder(folder: Path, plan: Mapping[str, Any]) -> None:
+    """See that a folder is empty, or holds records of the same plan."""
+    check_place(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    before = read_plan(folder)
+    if different := [name for name in plan if before.get(name) != plan[name]]:
+        raise UserError(
+            f"{folder} holds records of other {', '.join(different)}: name another folder, or collect as before"
+        )

@@ -1,0 +1,187 @@
+"""A teacher on its own trajectories: what is to be recorded of it, and the forwards that are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.errors import UserError, shown
+from postgen.families import Block, Condition, Denoiser
+from postgen.families.recording import recorded_bytes
+from postgen.prompt_rows import prompt_row
+from postgen.sampling.conditions import Conditions, Embeddings, Row, load_image
+from postgen.sampling.sampler import Sample, Sampler, Sampling
+from postgen.sampling.schedule import schedule_of
+from postgen.sampling.seeds import seed_of
+
+from .config import RecordsConfig
+from .records import FORMAT, digest, weights_digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Prompts that go through the teacher together."""
+
+    number: int
+    prompts: tuple[int, ...]
+    held_out: bool
+
+    def record(self, place: int) -> str:
+        """Return the name of one of its records."""
+        return f"{self.number:05}-{place:03}"
+
+
+class Teacher:
+    """The network whose modules are recorded, and how its trajectories are drawn."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        modules: Sequence[Block | str],
+        transformer: str,
+        config: RecordsConfig,
+        prompts: Iterable[str | Mapping[str, Any]],
+    ) -> None:
+        if transformer not in denoiser.transformers:
+            known = ", ".join(denoiser.transformers)
+            raise UserError(f"the pipeline has no network {shown(transformer)}. It has: {known}")
+        self.denoiser, self.config, self.name = denoiser, config, transformer
+        self.network: nn.Module = denoiser.transformers[transformer]
+        self.modules = sorted({each if isinstance(each, str) else each.name for each in modules})
+        self.rows = _rows(prompts, config)
+        self.device = next(self.network.parameters()).device
+        schedule = schedule_of(denoiser, config.num_inference_steps, denoiser.latent_shape(**config.size))
+        sampling = Sampling(guidance=config.guidance_scale, size=config.size)
+        self.sampler = Sampler(denoiser, schedule, sampling, device=self.device)
+        self.conditions: Conditions = Embeddings(
+            denoiser,
+            size=config.size,
+            guidance=config.guidance_scale > 1,
+            negative_prompt=config.negative_prompt,
+            keep_all=False,
+            device=self.device,
+        ).table(lambda number: self.rows[number])
+        self.chunks = _chunks(len(self.rows), config)
+
+    def plan(self) -> dict[str, Any]:
+        """Return what is to be recorded, as `records.json` keeps it."""
+        levels = self._levels()
+        each = min(self.config.levels_per_prompt or len(levels), len(levels))
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("max_gb",)}
+        return {
+            "format": FORMAT,
+            "settings": settings,
+            "teacher": [type(self.network).__name__, self.name, weights_digest(self.network)],
+            "prompts": digest([_said(row, self.config) for row in self.rows]),
+            "sigmas": self.sampler.schedule.sigmas.tolist(),
+            "levels": levels,
+            "modules": self.modules,
+            "records": {
+                chunk.record(place): {"held_out": chunk.held_out, "rows": len(chunk.prompts)}
+                for chunk in self.chunks
+                for place in range(each)
+            },
+        }
+
+    def steps(self, plan: Mapping[str, Any], chunk: Chunk) -> list[list[int]]:
+        """Return the steps at which the rows of each record of a chunk stand: (records, prompts)."""
+        levels: list[int] = plan["levels"]
+        each = sum(name.startswith(f"{chunk.number:05}-") for name in plan["records"])
+        order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
+        return [
+            [levels[order[(prompt * each + place) % len(levels)]] for prompt in chunk.prompts] for place in range(each)
+        ]
+
+    def trajectory(self, chunk: Chunk) -> Tensor:
+        """Return the latents of the prompts of a chunk before every step: (steps, prompts, ...), on the CPU."""
+        seed = self.config.seed
+        samples = [
+            Sample(index=prompt, prompt=prompt, initial=seed_of(seed, "initial", 0, prompt), step_seed=int, start=0)
+            for prompt in chunk.prompts
+        ]
+        return torch.stack([state.x.cpu() for state in self.sampler.states(samples, self.conditions)])
+
+    def forward(self, x: Tensor, steps: Sequence[int], condition: Condition) -> None:
+        """Call the teacher on rows at their steps."""
+        self.sampler.predict(x.to(self.device), torch.tensor(steps, device=self.device), condition)
+
+    def bytes(self, plan: Mapping[str, Any]) -> int:
+        """Return the bytes of a record of the first chunk, measured in one forward."""
+        chunk = self.chunks[0]
+        prompts = list(chunk.prompts)
+        x = self.sampler.noise(range(len(prompts)))
+        steps = [plan["levels"][0]] * len(prompts)
+        told = self.conditions(prompts)
+        return recorded_bytes(self.network, self.modules, lambda: self.forward(x, steps, told))
+
+    def _levels(self) -> list[int]:
+        """Return the steps in which this network runs, without running it: Wan 2.2 has two that take turns."""
+        x, told = self.sampler.noise([0]), self.conditions([0])
+        found = []
+        for step in range(self.sampler.schedule.steps):
+            with ExitStack() as stack:
+                for name, network in self.denoiser.transformers.items():
+                    hook = network.register_forward_pre_hook(_raises(name))
+                    stack.callback(hook.remove)
+                try:
+                    self.forward(x, [step], told)
+                except _Reached as reached:
+                    found += [step] * (reached.name == self.name)
+        if not found:
+            raise UserError(f"{self.name} runs in none of {self.sampler.schedule.steps} steps: take more of them")
+        return found
+
+
+class _Reached(Exception):
+    """A network is about to run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _raises(name: str) -> Any:
+    def hook(module: nn.Module, args: Any) -> None:
+        raise _Reached(name)
+
+    return hook
+
+
+def _rows(prompts: Iterable[str | Mapping[str, Any]], config: RecordsConfig) -> list[Row]:
+    if isinstance(prompts, str | Mapping):
+        raise UserError(f"prompts are {shown(prompts)}, they must be a list of texts or rows")
+    rows = [
+        prompt_row({"prompt": row} if isinstance(row, str) else row, f"row {number} of the prompts")
+        for number, row in enumerate(prompts)
+    ]
+    if len(rows) <= config.held_out_prompts:
+        raise UserError(
+            f"{len(rows)} prompts, of which {config.held_out_prompts} are held out: give more, or hold out fewer"
+            " (held_out_prompts)"
+        )
+    return rows
+
+
+def _chunks(count: int, config: RecordsConfig) -> list[Chunk]:
+    parts = [range(count - config.held_out_prompts), range(count - config.held_out_prompts, count)]
+    found: list[Chunk] = []
+    for held_out, part in enumerate(parts):
+        for low in range(0, len(part), config.batch_size):
+            prompts = tuple(part[low : low + config.batch_size])
+            found.append(Chunk(number=len(found), prompts=prompts, held_out=bool(held_out)))
+    return found
+
+
+def _said(row: Row, config: RecordsConfig) -> list[Any]:
+    """Return what the teacher is told of a row, as JSON."""
+    image = row.get("image")
+    if image is not None:
+        picture = load_image(image, config.height, config.width).contiguous()
+        image = hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16]
+    return [row["prompt"], row.get("negative_prompt"), image]
