@@ -47,7 +47,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("queries", 64): Launch(warps=4, stages=4, programs=264),
     ("turned_queries", 64): Launch(warps=4, stages=1, programs=1056),
     ("queries", 128): Launch(stages=3),
-    ("turned_queries", 128): Launch(stages=3),
+    ("turned_queries", 128): Launch(),
     ("grad_queries", 64): Launch(warps=4, stages=2),
     ("turned_grad_queries", 64): Launch(warps=4, stages=2),
     ("grad_queries", 128): Launch(stages=3),
