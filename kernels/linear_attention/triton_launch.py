@@ -42,7 +42,7 @@ class Launch:
 LAUNCHES: dict[tuple[str, int], Launch] = {
     ("keys", 64): Launch(warps=4, stages=4, programs=132),
     ("turned_keys", 64): Launch(warps=4, stages=3, programs=264),
-    ("keys", 128): Launch(tokens=32, stages=3),
+    ("keys", 128): Launch(tokens=32, stages=4, programs=264),
     ("turned_keys", 128): Launch(tokens=32, stages=3),
     ("queries", 64): Launch(warps=4, stages=4, programs=264),
     ("turned_queries", 64): Launch(warps=4, stages=1, programs=1056),
