@@ -2,8 +2,8 @@
 
 A floor is the time that the bytes of an operation need at the best rates that kernels of this machine reach. Memory
 reads faster than it copies, so what is written is counted as copied and the rest of what is read as read. A `copy_`
-that a CUDA graph records is no kernel but a memcpy node, which is slower: 2.6 TB/s on an H200, where a kernel copies at
-4.22 and one that only reads reaches 4.39.
+that a CUDA graph records is no kernel but a memcpy node, which is slower: 2.6 TB/s on an H200, where a kernel copies
+at 4.22 and one that only reads reaches 4.39.
 """
 
 from __future__ import annotations

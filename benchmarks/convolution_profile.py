@@ -1,9 +1,10 @@
 """What linear attention with a convolution spends its time on: the pass with parts left out, and its machine code.
 
 `python -m benchmarks.convolution_profile` needs a GPU and writes `results/convolution_profile.json`. It times the
-second pass of `postgen.kernels.linear_attention` at Wan 1.3B's 480p with both convolutions, with smaller ones, without
-queries and without convolution, beside the bytes that each must move. Of the whole pass it counts what a thread
-executes for a row of its columns, and from that how long processors have instructions to issue; the rest is waiting.
+second pass of `postgen.kernels.linear_attention` at two shapes of Wan with both convolutions, with smaller ones,
+without queries and without convolution, and the gradient of the weights, beside the bytes that each must move. Of the
+whole pass and of that gradient it counts what a thread executes for a row of its columns, and from that how long
+processors have instructions to issue; the rest is waiting.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from benchmarks.gates import write_result
 from benchmarks.linear_launches import drawn, passes
 from postgen.kernels.linear_attention.naive import Terms
 
-GRID = (21, 30, 52)
-HEADS, CHANNELS = 12, 128
+SHAPES = {"Wan 1.3B 480p 81f": ((21, 30, 52), 12), "Wan 14B 720p 81f": ((21, 45, 80), 40)}
+"""Name -> grid and heads."""
+CHANNELS = 128
 CLOCK_GHZ = 1.755
 """Of an H100 SXM under load: the base of what counted instructions take."""
 SCHEDULERS = 4
@@ -33,6 +35,7 @@ SCHEDULERS = 4
 FILTERS = {"5x5 + 3": (5, 3), "3x3 + 3": (3, 3), "1x1": (1, 0)}
 """Taps along a side in space and in time."""
 WHOLE = "5x5 + 3"
+SUMMED, OF_WEIGHTS = "keys and values summed", f"gradient of the weights {WHOLE}"
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
@@ -56,57 +59,54 @@ def kind(line: str) -> str | None:
     return instruction[1] if instruction else None
 
 
-def moved(tensors: int) -> int:
-    """Return the bytes of so many tensors."""
-    return 2 * math.prod(GRID) * HEADS * CHANNELS * tensors
-
-
-def terms_of(space: int, time: int) -> Terms:
+def terms_of(grid: tuple[int, int, int], heads: int, space: int, time: int) -> Terms:
     """Return convolutions of so many taps along a side; 0 is none."""
-    width = HEADS * CHANNELS
+    width = heads * CHANNELS
     return Terms(
-        grid=GRID,
+        grid=grid,
         conv_space=torch.randn(width, space, space, device="cuda") / 5 if space else None,
         conv_time=torch.randn(width, time, device="cuda") / 3 if time else None,
     )
 
 
-def part_calls() -> dict[str, tuple[Call, int]]:
-    """Return every part as a call of queries, keys, values and sums, and the bytes that it must move."""
+def part_calls(grid: tuple[int, int, int], heads: int) -> dict[str, tuple[Call, int]]:
+    """Return every part as a call of queries, keys, values and sums, and the tensors that it must move."""
     from postgen.kernels.linear_attention import triton
 
     def alone(terms: Terms) -> Call:
-        return lambda q, k, v, sums: triton._convolve(v, None, sums, terms)
+        return lambda q, k, v, sums: triton._convolve(
+            v, None, None, terms, None, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        )
 
     plain = passes(Terms())
     # Keys and values are two tensors that are read, queries one that is read and the results another.
-    found = {"keys and values summed": (plain["keys"], moved(2)), "queries": (plain["queries"], moved(2))}
+    found = {SUMMED: (plain["keys"], 2), "queries": (plain["queries"], 2)}
     for name, taps in FILTERS.items():
-        terms = terms_of(*taps)
-        found[f"convolution {name}"] = alone(terms), moved(2)
-        found[f"convolution {name}, queries"] = passes(terms)["convolution"], moved(3)
+        terms = terms_of(grid, heads, *taps)
+        found[f"convolution {name}"] = alone(terms), 2
+        found[f"convolution {name}, queries"] = passes(terms)["convolution"], 3
+    found[OF_WEIGHTS] = passes(terms_of(grid, heads, *FILTERS[WHOLE]))["grad_filters"], 2
     return found
 
 
-def code(given: tuple[Any, ...]) -> dict[str, Any]:
-    """Return registers, memory and instructions of the whole pass, launched on one set of inputs."""
-    from postgen.kernels.linear_attention.triton_convolution import convolve_rows
+def code(name: str, kernel: Any, grid: tuple[int, int, int], heads: int, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Return registers, memory and instructions of a pass that walks down rows, launched on one set of inputs."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES
 
-    how = LAUNCHES["convolution", CHANNELS]
-    convolve_rows.device_caches.clear()
-    passes(terms_of(*FILTERS[WHOLE]))["convolution"](*given)
-    (kernel,) = convolve_rows.device_caches[torch.cuda.current_device()][0].values()
-    row = max(loops(kernel.asm["sass"]), key=lambda body: body.total())
+    how = LAUNCHES[name, CHANNELS]
+    kernel.device_caches.clear()
+    passes(terms_of(grid, heads, *FILTERS[WHOLE]))[name](*given)
+    (compiled,) = kernel.device_caches[torch.cuda.current_device()][0].values()
+    row = max(loops(compiled.asm["sass"]), key=lambda body: body.total())
     elements = how.tokens * how.channels // (32 * how.warps)
-    warp_rows = math.prod(GRID) * HEADS * CHANNELS / elements / 32
+    warp_rows = math.prod(grid) * heads * CHANNELS / elements / 32
     cycles = warp_rows * row.total() / (torch.cuda.get_device_properties(0).multi_processor_count * SCHEDULERS)
     return {
         "launch": str(how),
-        "registers": kernel.n_regs,
-        "spilled": kernel.n_spills,
-        "shared_bytes": kernel.metadata.shared,
-        "warps_a_processor": 65536 // (kernel.n_regs * 32 * how.warps) * how.warps,
+        "registers": compiled.n_regs,
+        "spilled": compiled.n_spills,
+        "shared_bytes": compiled.metadata.shared,
+        "warps_a_processor": 65536 // (compiled.n_regs * 32 * how.warps) * how.warps,
         "elements_of_a_thread_and_row": elements,
         "instructions_a_row": row.total(),
         "instructions_an_element": row.total() / elements,
@@ -116,20 +116,25 @@ def code(given: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def profile() -> dict[str, Any]:
-    """Time the parts."""
-    sets = drawn(GRID, HEADS, CHANNELS, Terms())
+    """Time the parts at both shapes."""
+    from postgen.kernels.linear_attention.triton_convolution import convolve_rows
+    from postgen.kernels.linear_attention.triton_filters import sum_filters
+
     bandwidth = measured_bandwidth()
-    rows = []
-    for name, (call, volume) in part_calls().items():
-        rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": bandwidth.floor(volume, 0)})
-        print(rows[-1], flush=True)
-    return {
-        "shape": "Wan 1.3B 480p 81f",
-        **bandwidth.told(),
-        "rows": rows,
-        "code": code(sets[0]),
-        "gates": [],
-    }
+    shapes = {}
+    for shape, (grid, heads) in SHAPES.items():
+        sets = drawn(grid, heads, CHANNELS, Terms())
+        size = 2 * math.prod(grid) * heads * CHANNELS
+        rows = []
+        for name, (call, tensors) in part_calls(grid, heads).items():
+            # Sums write next to nothing, every other part one tensor.
+            floor = bandwidth.floor(size * tensors, 0 if name in (SUMMED, OF_WEIGHTS) else size)
+            rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": floor})
+            print(shape, rows[-1], flush=True)
+        kernels = {"convolution": convolve_rows, "grad_filters": sum_filters}
+        codes = {name: code(name, kernel, grid, heads, sets[0]) for name, kernel in kernels.items()}
+        shapes[shape] = {"rows": rows, "code": codes}
+    return {**bandwidth.told(), "shapes": shapes, "gates": []}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     with torch.no_grad():
         found = profile()
-    print(found["code"])
+    for shape, each in found["shapes"].items():
+        print(shape, each["code"])
     print(write_result(options.output, found))
     return 0
 

@@ -1,7 +1,8 @@
 """Wrong results without a word: how many are left. `python -m benchmarks.faults` writes `results/faults.json`.
 
 Each gate has a function that measures it and returns its value with the rows behind it; a gate without one stands in
-the file as not measured. `--only NAME` measures some of them and keeps what the file says of the others.
+the file as not measured. `--only NAME` measures some of them and keeps what the file says of the others. `--take FILE`
+measures nothing: it takes gates over from a file of `benchmarks.faults_two_gpus`, with its date, device and versions.
 """
 
 import argparse
@@ -13,15 +14,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+import torch
 
-from benchmarks.gates import RESULTS, gate, write_result
+from benchmarks.gates import RESULTS, amend_result, gate, read_result, write_result
 from postgen.video import VideoError, probe, read_video
 
 SEED = 18
+TWO_GPUS = {"two_gpu_max_abs": ("<=", 1e-4), "two_gpu_combinations": ("==", 6), "resume_other_count": ("==", 1)}
 CUTS = 25
 FRAMES = 40
 CODECS: Mapping[str, tuple[str, ...]] = {
@@ -92,6 +96,13 @@ class Fault:
     op: str
     target: float
     measure: Callable[[], tuple[float, list[dict[str, Any]]]] | None = None
+    gpus: int = 0
+    """CUDA devices that it needs: with fewer it is left out."""
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine can measure it."""
+        return self.measure is not None and torch.cuda.device_count() >= self.gpus
 
 
 def threads_wrong() -> tuple[float, list[dict[str, Any]]]:
@@ -178,6 +189,23 @@ def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
     return faults_inputs.total("silent"), rows
 
 
+def two_gpus(name: str) -> tuple[float, list[dict[str, Any]]]:
+    """Return a gate of `benchmarks.faults_two_gpus` and the runs behind it."""
+    from benchmarks import faults_two_gpus
+
+    return _of_two_gpus(name, faults_two_gpus.measured_once())
+
+
+def _of_two_gpus(name: str, found: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    value = next(row["value"] for row in found["gates"] if row["name"] == name)
+    if value is None:
+        raise RuntimeError("no run of two processes came to its end")
+    rows = found["rows"]["resume" if name == "resume_other_count" else "two_gpus"]
+    if name == "two_gpu_combinations":
+        rows = [{"run": row["run"], "trained": not row["log"]} for row in rows if row["processes"] == 2]
+    return value, rows
+
+
 FAULTS = (
     Fault(name="short_reads", op="==", target=0, measure=short_reads),
     Fault(name="threads_wrong", op="==", target=0, measure=threads_wrong),
@@ -190,6 +218,10 @@ FAULTS = (
     Fault(name="bad_inputs", op=">=", target=300, measure=bad_inputs),
     Fault(name="tracebacks", op="==", target=0, measure=tracebacks),
     Fault(name="silent_accepts", op="==", target=0, measure=silent_accepts),
+    *(
+        Fault(name=name, op=op, target=target, measure=partial(two_gpus, name), gpus=2)
+        for name, (op, target) in TWO_GPUS.items()
+    ),
 )
 
 
@@ -200,23 +232,53 @@ def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
         only: gates to measure; none for all.
         before: the file's content, from which the other gates keep value and rows.
     """
-    values = {row["name"]: row["value"] for row in before.get("gates", [])}
-    rows = dict(before.get("rows", {}))
+    values, rows = _values(before), dict(before.get("rows", {}))
+    elsewhere = dict(before.get("remeasured", {}))
     for fault in FAULTS:
-        if fault.measure is not None and (not only or fault.name in only):
+        if fault.measure is not None and fault.here and (not only or fault.name in only):
             values[fault.name], rows[fault.name] = fault.measure()
-    gates = [gate(fault.name, values.get(fault.name), fault.op, fault.target) for fault in FAULTS]
+            elsewhere.pop(fault.name, None)
+    gates = _gates(values)
     missing = [row["name"] for row in gates if row["value"] is None]
-    return {"seed": SEED, "not_measured": missing, "gates": gates, "rows": rows}
+    found = {"seed": SEED, "not_measured": missing, "gates": gates, "rows": rows}
+    return found | ({"remeasured": elsewhere} if elsewhere else {})
+
+
+def take(output: Path, source: Path) -> None:
+    """Put the gates of two GPUs and their rows into a result file, as another machine measured them.
+
+    Args:
+        output: the file of this program, which stands already.
+        source: a file of `benchmarks.faults_two_gpus`, whose date, device, versions and settings go with them.
+    """
+    found, before = read_result(source), read_result(output)
+    values, rows = _values(before), dict(before["rows"])
+    for name in TWO_GPUS:
+        values[name], rows[name] = _of_two_gpus(name, found)
+    missing = [name for name in before["not_measured"] if name not in TWO_GPUS]
+    measured = {"rows": rows, "not_measured": missing}
+    amend_result(output, measured, found["settings"], _gates(values), stamp=found, parts=TWO_GPUS)
+
+
+def _values(result: Mapping[str, Any]) -> dict[str, float | None]:
+    return {row["name"]: row["value"] for row in result.get("gates", [])}
+
+
+def _gates(values: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    return [gate(fault.name, values.get(fault.name), fault.op, fault.target) for fault in FAULTS]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
-    names = [fault.name for fault in FAULTS if fault.measure is not None]
+    names = [fault.name for fault in FAULTS if fault.here]
     parser.add_argument("--only", nargs="+", choices=names, default=[], help="measure these alone")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="of benchmarks.faults_two_gpus; measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
     options = parser.parse_args(argv)
+    if options.take:
+        take(options.output, options.take)
+        return 0
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     payload = measured(options.only, before)
     write_result(options.output, payload)

@@ -91,7 +91,15 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def amend_result(path: str | Path, measured: dict[str, Any], settings: dict[str, Any], gates: list[Gate]) -> Path:
+def amend_result(
+    path: str | Path,
+    measured: dict[str, Any],
+    settings: dict[str, Any],
+    gates: list[Gate],
+    *,
+    stamp: Mapping[str, Any] | None = None,
+    parts: Iterable[str] | None = None,
+) -> Path:
     """Put keys of a result that were measured again into its file, each with a stamp of its own under `remeasured`.
 
     The other keys keep their values, and with them the file's own date, device and versions.
@@ -101,16 +109,21 @@ def amend_result(path: str | Path, measured: dict[str, Any], settings: dict[str,
         measured: the keys and their new values.
         settings: of this measurement; they stand in the stamps.
         gates: of the whole result as it is now.
+        stamp: `date`, `device` and `versions`, as a result has them, of another machine that measured; those of here
+            and now by default.
+        parts: names of what was measured in these keys, where they hold more; the stamps are theirs then.
 
     Raises:
         ValueError: a key that the file does not get by measuring, or a value with NaN.
         FileNotFoundError: there is no such file yet.
     """
-    old, stamp = read_result(path), _stamp()
+    old, here = read_result(path), _stamp()
+    stamp = here if stamp is None else {key: stamp[key] for key in here}
     clash = sorted({*stamp, "gates", "settings", "remeasured"} & measured.keys())
     if clash:
         raise ValueError(f"{', '.join(clash)} cannot be measured: leave it out of the payload")
-    again = {**old.get("remeasured", {}), **{key: {**stamp, "settings": settings} for key in measured}}
+    names = measured if parts is None else parts
+    again = {**old.get("remeasured", {}), **{name: {**stamp, "settings": settings} for name in names}}
     return _write(_target(path), {**old, **measured, "remeasured": again, "gates": gates})
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.bandwidth import milliseconds
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
-PASSES = ("keys", "queries", "grad_queries", "grad_keys", "convolution")
+PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys", "convolution", "grad_filters")
 SHOWN = 8
 """Launches that are printed, the fastest first."""
 SETS = 3
@@ -31,9 +31,12 @@ SETS = 3
 
 def candidates(name: str) -> Iterator[dict[str, int]]:
     """Yield the launches of a pass that are tried."""
-    if name == "convolution":
+    if name in ("convolution", "grad_filters"):
         # What is compiled for anew comes last: workers then begin with different kernels.
-        ways = itertools.product((30, 45, 75, 100), (132, 264), (False, True))
+        answers = name == "convolution"
+        ways = itertools.product(
+            (30, 60) if answers else (0,), (132, 264, 396), (False, True) if answers else (False,)
+        )
         sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128))
         for (reserved, programs, stacked), (tokens, warps, strip, channels) in itertools.product(ways, sizes):
             # A thread has two channels of a strip: with fewer, it loads less at once; with more, it has too many sums.
@@ -43,57 +46,78 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                     "warps": warps,
                     "strip": strip,
                     "channels": channels,
-                    "stages": 3,
+                    "stages": 3 if answers else 1,
                     "programs": programs,
                     "stacked": stacked,
                     "reserved": reserved,
                 }
         return
     # Programs are counted when a kernel is launched, not when it is compiled.
-    for programs, tokens, warps, stages in itertools.product(
-        (0, 132, 264, 528, 1056), (32, 64), (4, 8, 16), (1, 2, 3, 4)
-    ):
+    for programs, tokens, warps, stages in itertools.product((0, 264, 1056), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
 
 def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]]:
     """Return every pass as a call of queries, keys, values and sums; gradients are the queries again."""
-    from postgen.kernels.linear_attention import triton
+    from postgen.kernels.linear_attention import triton, triton_strips
+    from postgen.kernels.linear_attention.triton_launch import block_d
+    from postgen.kernels.linear_attention.triton_rope import rope_rows
 
-    if triton.convolves(terms):
-        return {"convolution": lambda q, k, v, sums: triton._convolve(v, q, sums, terms)}
+    def table(x: Tensor) -> Tensor | None:
+        return rope_rows(terms, x, block_d(x.shape[-1]))
+
+    if triton_strips.convolves(terms):
+        return {
+            "convolution": lambda q, k, v, sums: triton._convolve(
+                v, q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            ),
+            "grad_filters": lambda q, k, v, sums: triton_strips.grad_filters(q, v, terms),
+        }
+    turned = "" if terms.rope is None else "turned_"
     return {
-        "keys" if terms.rope is None else "turned_keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms),
-        "queries" if terms.rope is None else "turned_queries": lambda q, k, v, sums: triton._read_state(
-            q, sums, terms
+        f"{turned}keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms, table(q)),
+        f"{turned}queries": lambda q, k, v, sums: triton._read_state(
+            q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
         ),
-        "grad_queries": lambda q, k, v, sums: triton._grad_queries(q, q, sums, (None, None), terms),
-        "grad_keys" if terms.rope is None else "turned_grad_keys": lambda q, k, v, sums: triton._grad_keys(
-            q, k, v, sums, terms
+        f"{turned}grad_queries": lambda q, k, v, sums: triton._of_queries(q, q, sums, terms, table(q))[0],
+        f"{turned}grad_sums": lambda q, k, v, sums: triton._sums_of_queries(
+            q, q, scales_of(q), (None, None), terms, table(q)
         ),
+        f"{turned}grad_keys": lambda q, k, v, sums: triton._grad_keys(q, k, v, sums, terms, table(q)),
     }
 
 
-def drawn(grid: tuple[int, int, int], heads: int, channels: int, terms: Terms) -> list[tuple[Any, ...]]:
+def scales_of(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers in the place of what `grad_queries` found of every query."""
+    batch, tokens, heads, _ = query.shape
+    found = torch.ones(2, batch, heads, tokens, device=query.device)
+    return found[0], found[1]
+
+
+def drawn(
+    grid: tuple[int, int, int], heads: int, channels: int, terms: Terms, count: int = SETS
+) -> list[tuple[Any, ...]]:
     """Return sets of queries, keys, values and sums: views of fused projections."""
     from postgen.kernels.linear_attention import triton
 
     sets = []
-    for _ in range(SETS):
+    for _ in range(count):
         size = (1, math.prod(grid), 3, heads, channels)
-        query, key, value = torch.randn(size, device="cuda").to(torch.bfloat16).unbind(2)
-        sets.append((query, key, value, triton._sum_keys(key, value, terms)))
+        query, key, value = torch.randn(size, dtype=torch.bfloat16, device="cuda").unbind(2)
+        sets.append((query, key, value, triton._sum_keys(key, value, terms, None)))
     return sets
 
 
 def unusable(options: argparse.Namespace) -> str | None:
     """Return what is wrong with options, or None."""
-    if options.channels % 2 or not 32 < options.channels <= 128:
-        return f"--channels {options.channels}: the table has launches for even numbers from 34 to 128"
+    if options.channels % 2 or not 32 < options.channels <= 256:
+        return f"--channels {options.channels}: the table has launches for even numbers from 34 to 256"
     if min(options.heads, *options.grid) < 1 or options.workers < 0:
         return "--heads and --grid take numbers from 1 on, --workers from 0 on"
-    if options.only and options.conv != ("convolution" in options.only):
-        return "--only convolution and --conv go together: with a convolution that pass is the only one"
+    if options.only and {options.conv} != {only in ("convolution", "grad_filters") for only in options.only}:
+        return (
+            "--only convolution, --only grad_filters and --conv go together: with a convolution those are the passes"
+        )
     return None
 
 
@@ -138,7 +162,7 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], chan
 def main(argv: list[str] | None = None) -> int:
     """Sweep the passes of one shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 128")
+    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 256")
     parser.add_argument("--heads", type=int, default=12, help="from 1 on")
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
     parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
@@ -159,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         width = options.heads * options.channels
         space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
         terms = replace(terms, grid=tuple(options.grid), conv_space=space, conv_time=time)
-    sets = drawn(tuple(options.grid), options.heads, options.channels, terms)
+    # Workers only compile, and there are many of them on one GPU.
+    count = 1 if options.compile_only else SETS
+    sets = drawn(tuple(options.grid), options.heads, options.channels, terms, count)
     calls = {
         name: call
         for name, call in passes(terms).items()

@@ -40,6 +40,14 @@ class Part:
     """Fields of this class that change nothing of what is learned, whatever they are when a run is resumed; those that
     begin with `eval_` are among them anyway."""
 
+    share_out: ClassVar[tuple[str, ...]] = ()
+    """Fields of this class that say which part of a batch is whose: another number of processes may have others."""
+
+    @classmethod
+    def named_in(cls, variable: Literal["may_change", "share_out"]) -> set[str]:
+        """Return the fields that a class and all that it inherits from name in such a variable."""
+        return {name for kind in cls.__mro__ for name in vars(kind).get(variable, ())}
+
     def __post_init__(self) -> None:
         """Bring all values into their declared types."""
         coerce(self)

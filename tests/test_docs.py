@@ -45,6 +45,19 @@ def test_cost(ran: tuple[dict[str, Any], str]) -> None:
     assert names["seconds"] > 0
 
 
+@pytest.mark.parametrize("ran", ["lit.md"], indirect=True)
+def test_lit(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    call = {**names["size"], "num_inference_steps": 2, "output_type": "latent", "generator": torch.manual_seed(0)}
+    assert not torch.equal(names["other"]("a red ball", **call).frames, names["stock"])
+    assert names["report"].types == ("softmax", "window_delta") * 4
+    assert "4 of 8 blocks are linear: 4 window_delta" in printed
+    assert names["chosen"].share <= 0.8
+    assert names["chosen"].types[0] == "softmax"
+    (row,) = names["trained"].blocks.values()
+    assert row.error_after < row.error_before
+
+
 @pytest.mark.parametrize("ran", ["streaming.md"], indirect=True)
 def test_streaming(ran: tuple[dict[str, Any], str]) -> None:
     import postgen

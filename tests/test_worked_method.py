@@ -20,8 +20,8 @@ import postgen.plug_ins as table
 from postgen.pipelines import WanPipeline
 from postgen.plug_ins import PlugIn, register_plug_in
 from postgen.video import read_video
-from tests.conftest import wan_components
 from tests.contributing import blocks
+from tests.tiny_wan import wan_components
 
 SMALL = ("--size", "32x16", "--frames", "5", "--steps", "2", "--guidance", "1", "--format", "frames")
 

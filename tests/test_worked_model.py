@@ -23,8 +23,8 @@ from postgen.families.cost import forward_cost
 from postgen.families.installed import processor_stack
 from postgen.families.linear import find_linears
 from postgen.pipelines.names import homes
-from tests.conftest import LATENT_CHANNELS, TEXT_DIM, wan_components
 from tests.contributing import blocks
+from tests.tiny_wan import LATENT_CHANNELS, TEXT_DIM, wan_components
 from tests.toy_diffusers import ToyTransformer3DModel, ToyVideoPipeline
 
 SIZE = {"num_frames": 9, "height": 32, "width": 48}

@@ -9,6 +9,7 @@ A query without any positive feature gets 0. Nothing is causal; the state (S, k'
 stream to the next. A depth-wise convolution of the values is added to the result (LiT, guideline 1).
 
 Shapes: B samples, N queries, M keys, H heads, D channels a head; a grid of T frames, h rows and w columns of tokens.
+Text may stand before and after the grid (joint attention): its rotation is the identity, its convolution is 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ class Terms:
     eps: float = 1e-15
     """Added to the divisor."""
     grid: tuple[int, int, int] | None = None
-    """Frames, rows and columns of the tokens, which run over columns first."""
+    """Frames, rows and columns of the video's tokens, which run over columns first."""
+    text_first: int = 0
+    """Tokens of text before those of the video: neither turned nor convolved, otherwise like them; needs `grid`."""
+    text_last: int = 0
+    """The same after them."""
     rope: Tensor | None = None
     """(T + h + w, D / 2, 2) of `rope_table`; needs `grid` and `rope_pairs`."""
     rope_pairs: tuple[int, int, int] | None = None
@@ -181,6 +186,7 @@ def rotate(x: Tensor, terms: Terms, *, back: bool = False) -> Tensor:
     """Turn each pair of neighbouring channels by its angle (the convention of Wan in diffusers)."""
     if terms.rope is None or terms.grid is None or terms.rope_pairs is None:
         return x
+    before, x, after = by_kind(x, terms)
     frames, rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in terms.grid), indexing="ij")
     first, second = terms.grid[0], terms.grid[0] + terms.grid[1]
     positions = [frames.flatten(), first + rows.flatten(), second + columns.flatten()]
@@ -188,7 +194,19 @@ def rotate(x: Tensor, terms: Terms, *, back: bool = False) -> Tensor:
     angles = torch.cat([axis[position] for axis, position in zip(by_axis, positions, strict=True)], dim=1)
     cosine, sine = angles[:, None, :, 0], angles[:, None, :, 1] * (-1 if back else 1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2)
+    return torch.cat((before, turned, after), dim=1) if terms.text_first or terms.text_last else turned
+
+
+def by_kind(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the text before the video, the video and the text after it: views of x, (B, tokens, ...)."""
+    before, video, after = x.split((terms.text_first, x.shape[1] - text_tokens(terms), terms.text_last), dim=1)
+    return before, video, after
+
+
+def text_tokens(terms: Terms) -> int:
+    """Return how many tokens are text."""
+    return terms.text_first + terms.text_last
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
@@ -220,7 +238,8 @@ def rms_norm_backward(
 
 
 def convolve(value: Tensor, terms: Terms) -> Tensor:
-    """Return the sum of the two depth-wise convolutions of the values (B, T h w, H, D), zeros outside the grid."""
+    """Return the sum of the two depth-wise convolutions of the values (B, N, H, D), 0 outside the grid; text has 0."""
+    value = by_kind(value, terms)[1]
     out = torch.zeros_like(value)
     if terms.conv_space is not None:
         pictures, weight = _pictures(value, terms), _depth_wise(terms.conv_space, value)
@@ -229,11 +248,12 @@ def convolve(value: Tensor, terms: Terms) -> Tensor:
     if terms.conv_time is not None:
         strips, weight = _strips(value, terms), _depth_wise(terms.conv_time[..., None], value)
         out = out + _tokens(F.conv2d(strips, weight, padding="same", groups=len(weight)), value)
-    return out
+    return _with_text(out, terms)
 
 
 def convolve_backward(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of the values and of both weights, given that of `convolve`; without weights 0."""
+    gradient, value = by_kind(gradient, terms)[1], by_kind(value, terms)[1]
     of_value, of_space, of_time = torch.zeros_like(value), None, None
     if terms.conv_space is not None:
         weight = _depth_wise(terms.conv_space, value)
@@ -245,7 +265,12 @@ def convolve_backward(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Te
         of_strips, filters = _conv_backward(_strips(gradient, terms), _strips(value, terms), weight)
         of_value = of_value + _tokens(of_strips, value)
         of_time = _summed(filters, terms.conv_time)
-    return of_value, of_space, of_time
+    return _with_text(of_value, terms), of_space, of_time
+
+
+def _with_text(video: Tensor, terms: Terms) -> Tensor:
+    """Return zeros of text around what the video has."""
+    return F.pad(video, (0, 0, 0, 0, terms.text_first, terms.text_last)) if text_tokens(terms) else video
 
 
 def _existing_features(key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,10 @@ from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_with_state", "rope_table"]
 
-MAX_CHANNELS = 128
-"""The widest head that the kernels take: S of one head lives in registers."""
+MAX_CHANNELS = 256
+"""The widest head that the kernels take."""
+WHOLE_CHANNELS = 128
+"""The widest head whose S lives in the registers of a program; of wider ones each program computes a part."""
 SHARED_MEMORY = {64: 99 * 1024, MAX_CHANNELS: 163 * 1024}
 """Heads up to so many channels -> bytes that a program of the largest kernel may take."""
 _TENSORS = (
@@ -225,6 +227,8 @@ def _terms(
         eps=epsilons[0],
         norm_eps=epsilons[1],
         grid=_triple(grid),
+        text_first=grid[3] if grid else 0,
+        text_last=grid[4] if grid else 0,
         rope_pairs=_triple(rope_pairs),
     )
 
@@ -239,7 +243,8 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple
         terms.feature_map,
         terms.qk_norm or "",
         [terms.eps, terms.norm_eps],
-        list(terms.grid or ()),
+        # One list, so that the operations keep their signature.
+        [*terms.grid, terms.text_first, terms.text_last] if terms.grid else [],
         list(terms.rope_pairs or ()),
     )
 
@@ -265,6 +270,10 @@ def _obstacle(query: Tensor, *others: Tensor) -> str | None:
     channels = query.shape[-1]
     if channels > MAX_CHANNELS or channels % 2:
         return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit"
+    if channels > WHOLE_CHANNELS and query.dtype != torch.bfloat16:
+        return (
+            f"heads of {channels} channels in {query.dtype}; those of more than {WHOLE_CHANNELS} fit in bfloat16 only"
+        )
     if any(each.dtype != query.dtype for each in others):
         return "queries, keys, values and gradients differ in dtype"
     needed = min(size for most, size in SHARED_MEMORY.items() if channels <= most)
@@ -316,6 +325,10 @@ def _check_triples(terms: Terms) -> None:
         numbers = getattr(terms, name)
         if numbers is not None and (len(numbers) != 3 or min(numbers) < least):
             raise ValueError(f"{name} must be three numbers from {least} on: frames, rows, columns; got {numbers}")
+    if min(terms.text_first, terms.text_last) < 0:
+        raise ValueError(f"text_first and text_last count tokens, got {terms.text_first} and {terms.text_last}")
+    if terms.grid is None and naive.text_tokens(terms):
+        raise ValueError("text_first and text_last say what is no video: give the grid of the video beside them")
 
 
 def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
@@ -326,9 +339,13 @@ def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
     if terms.grid is None:
         raise ValueError(f"{asks[0]} needs the grid: frames, rows and columns of the tokens")
     frames, rows, columns = terms.grid
-    tokens, channels = frames * rows * columns, query.shape[-1]
+    channels, text = query.shape[-1], naive.text_tokens(terms)
+    tokens = frames * rows * columns + text
     if query.shape[1] != tokens or key.shape[1] != tokens:
-        raise ValueError(f"a grid of {terms.grid} has {tokens} tokens, got {query.shape[1]} and {key.shape[1]}")
+        raise ValueError(
+            f"a grid of {terms.grid} has {tokens - text} tokens, and {text} are text (text_first, text_last): "
+            f"{tokens}, got {query.shape[1]} and {key.shape[1]}"
+        )
     if terms.rope is not None:
         size = (frames + rows + columns, channels // 2, 2)
         if terms.rope.shape != size or sum(terms.rope_pairs or ()) != channels // 2 or channels % 2:

@@ -6,29 +6,29 @@ Here is what is launched, and in what shape; `triton_launch.py` says how the tok
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import triton
 from torch import Tensor
 
 from postgen.kernels.dispatch import launching_on
-from postgen.kernels.linear_attention.naive import Gradients, Terms
-from postgen.kernels.linear_attention.triton_backward import grad_filters, grad_keys, grad_queries
-from postgen.kernels.linear_attention.triton_cache import reserve
-from postgen.kernels.linear_attention.triton_convolution import convolve_rows
-from postgen.kernels.linear_attention.triton_forward import join_splits, read_state, sum_keys, token_rstd
-from postgen.kernels.linear_attention.triton_launch import block_d, constants, launch, splits, strips
-
-_JOINED = 2048
-"""Numbers that a program of `join_splits` holds."""
+from postgen.kernels.linear_attention.naive import Gradients, Terms, by_kind
+from postgen.kernels.linear_attention.triton_backward import grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_forward import read_state, sum_keys
+from postgen.kernels.linear_attention.triton_launch import block_d, constants, dot_type, launch, parts_of, splits
+from postgen.kernels.linear_attention.triton_rope import rope_rows
+from postgen.kernels.linear_attention.triton_strips import convolve, convolves, grad_filters
+from postgen.kernels.linear_attention.triton_sums import Sums, contiguous, head_stride, join, partial_sums, rstd
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
     with launching_on(query):
-        sums = _sum_keys(key, value, terms)
-        out = _convolve(value, query, sums, terms) if convolves(terms) else _read_state(query, sums, terms)
+        table = rope_rows(terms, query, block_d(query.shape[-1]))
+        sums = _sum_keys(key, value, terms, table)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if convolves(terms):
+            _convolve(value, query, sums, terms, table, out)
+        else:
+            _read_state(query, sums, terms, table, out)
     return out, sums.matrix, sums.vector
 
 
@@ -45,9 +45,11 @@ def linear_attention_backward(
 ) -> Gradients:
     """Compute `naive.linear_attention_backward`; the gradients of normed queries and keys are float32."""
     with launching_on(query):
-        of_query, sums = _grad_queries(gradient, query, Sums(state, key_sum), (of_state, of_key_sum), terms)
-        of_key, of_value = _grad_keys(gradient, key, value, sums, terms)
-        of_space, of_time = _grad_filters(gradient, value, terms)
+        table = rope_rows(terms, query, block_d(query.shape[-1]))
+        of_query, scales = _of_queries(gradient, query, Sums(state, key_sum), terms, table)
+        sums = _sums_of_queries(gradient, query, scales, (of_state, of_key_sum), terms, table)
+        of_key, of_value = _grad_keys(gradient, key, value, sums, terms, table)
+        of_space, of_time = grad_filters(gradient, value, terms)
     return Gradients(
         query=of_query,
         key=of_key,
@@ -59,286 +61,179 @@ def linear_attention_backward(
     )
 
 
-class Sums(NamedTuple):
-    """A sum over tokens, of outer products and of vectors."""
-
-    matrix: Tensor
-    """(B, H, D, D)."""
-    vector: Tensor
-    """(B, H, D)."""
+def _sum_keys(key: Tensor, value: Tensor, terms: Terms, table: Tensor | None) -> Sums:
+    found = _sums(key, value, terms.key_weight, contiguous(terms.key_lengths), None, "keys", terms, table)
+    return join(found, terms.state, terms.key_sum, dot=dot_type(key))
 
 
-def head_stride(weight: Tensor | None, channels: int) -> int:
-    """Return how far apart the weights of two heads lie: 0 if heads share them."""
-    return 0 if weight is None or weight.shape[-1] == channels else channels
-
-
-def rstd(x: Tensor, terms: Terms) -> Tensor | None:
-    """Return 1 / RMS of every token over all heads, (B, N), where the norm is that."""
-    if terms.qk_norm != "rms_norm_across_heads":
-        return None
+def _sums(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    lengths: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None,
+    name: str,
+    terms: Terms,
+    table: Tensor | None,
+) -> Sums:
+    """Return the sums of R x y^T and of x by split; with scales, y is scaled and x weighs as they say."""
     batch, tokens, heads, channels = x.shape
-    found = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
-    token_rstd[(tokens, batch)](
+    how = launch(name if table is None else f"turned_{name}", x)
+    parts, tiles = splits(tokens, heads, how)
+    found = partial_sums(x, parts)
+    sum_keys[(heads * parts_of(channels), parts, batch)](
         x,
-        found,
+        y,
+        rstd(x, terms),
+        contiguous(weight),
+        table,
+        lengths,
+        *(scales or (None, None)),
+        found.matrix,
+        found.vector,
         *x.stride(),
+        *y.stride(),
+        head_stride(weight, channels),
+        terms.text_first,
+        tokens,
+        tiles,
         terms.norm_eps,
-        HEADS=heads,
-        CHANNELS=channels,
-        BLOCK_H=triton.next_power_of_2(heads),
-        BLOCK_D=block_d(channels),
-        num_warps=4,
+        **constants(x, how, terms),
     )
     return found
 
 
-def convolves(terms: Terms) -> bool:
-    """Say whether there is a convolution."""
-    return terms.conv_space is not None or terms.conv_time is not None
-
-
-def taps(terms: Terms) -> list[Tensor | None]:
-    """Return the weights of both convolutions tap by tap in float32."""
-    weights = (terms.conv_space, terms.conv_time)
-    return [None if weight is None else weight.float().flatten(1).t().contiguous() for weight in weights]
-
-
-def join(parts: Sums, *first: Tensor | None) -> Sums:
-    """Add up the splits of a sum, (B, H, splits, ..) float32, and what it starts from."""
-    batch, heads, splits, channels = parts.vector.shape
-    joined = Sums(
-        parts.matrix.new_empty(batch, heads, channels, channels), parts.vector.new_empty(batch, heads, channels)
-    )
-    block_s, width = triton.next_power_of_2(splits), block_d(channels)
-    block_r = max(1, _JOINED // (block_s * width))
-    join_splits[(triton.cdiv(channels, block_r), batch * heads)](
-        *parts,
-        *(contiguous(each) for each in first),
-        *joined,
-        splits,
-        CHANNELS=channels,
-        BLOCK_S=block_s,
-        BLOCK_R=block_r,
-        BLOCK_D=width,
-        num_warps=4,
-    )
-    return joined
-
-
-def partial_sums(x: Tensor, parts: int) -> Sums:
-    """Return room for the sums of every split."""
-    batch, _, heads, channels = x.shape
-    matrices = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=x.device)
-    return Sums(matrices, matrices.new_empty(batch, heads, parts, channels))
-
-
-def _sum_keys(key: Tensor, value: Tensor, terms: Terms) -> Sums:
-    batch, tokens, heads, channels = key.shape
-    how = launch("keys" if terms.rope is None else "turned_keys", key)
-    parts, tiles = splits(tokens, heads, how)
-    found = partial_sums(key, parts)
-    sum_keys[(heads, parts, batch)](
-        key,
-        value,
-        rstd(key, terms),
-        contiguous(terms.key_weight),
-        contiguous(terms.rope),
-        contiguous(terms.key_lengths),
-        *found,
-        *key.stride(),
-        *value.stride(),
-        head_stride(terms.key_weight, channels),
-        tokens,
-        tiles,
-        terms.norm_eps,
-        **constants(key, how, terms),
-    )
-    return join(found, terms.state, terms.key_sum)
-
-
-def _read_state(query: Tensor, sums: Sums, terms: Terms) -> Tensor:
+def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, out: Tensor) -> None:
+    """Write the attention of queries to `out`, whose samples may lie apart."""
     batch, tokens, heads, channels = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    how = launch("queries" if terms.rope is None else "turned_queries", query)
+    how = launch("queries" if table is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    read_state[(heads, parts, batch)](
+    read_state[(heads * parts_of(channels), parts, batch)](
         query,
         rstd(query, terms),
         contiguous(terms.query_weight),
-        contiguous(terms.rope),
-        *sums,
+        table,
+        sums.terms,
+        sums.vector,
         out,
         *query.stride(),
+        out.stride(0),
         head_stride(terms.query_weight, channels),
+        terms.text_first,
         tokens,
         tiles,
         terms.norm_eps,
         terms.eps,
         **constants(query, how, terms),
     )
-    return out
 
 
-def _convolve(x: Tensor, query: Tensor | None, sums: Sums, terms: Terms) -> Tensor:
-    """Return the convolutions of the values and the attention of the queries; without queries, transposes of x."""
-    batch, tokens, heads, channels = x.shape
-    assert terms.grid is not None
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    how = launch("convolution", x)
-    shared = constants(x, how, terms)
-    width = min(how.channels, shared["BLOCK_D"])
-    parts = shared["BLOCK_D"] // width
-    share = strips(terms.grid, batch * heads * parts, how)
-    space, time = taps(terms)
-    some = space if space is not None else time
-    assert some is not None
-    side = sides(terms)
-    kernel = convolve_rows[(share.programs,)](
-        x,
-        query,
-        None if query is None else rstd(query, terms),
-        contiguous(terms.query_weight),
-        contiguous(terms.rope),
-        None if query is None else contiguous(terms.key_lengths),
-        space,
-        time,
-        *sums,
-        out,
-        x.stride(0),
-        x.stride(2),
-        tokens // terms.grid[0] * x.stride(1),
-        *(x if query is None else query).stride(),
-        head_stride(terms.query_weight, channels),
-        head_stride(some, channels),
-        *share[:-1],
-        terms.norm_eps,
-        terms.eps,
-        SIGN=-1 if query is None else 1,
-        SPACE=max(side["SPACE"], 1),
-        TIME=side["TIME"],
-        TAPS=some.shape[1],
-        HEADS=heads,
-        STRIP=how.strip,
-        X_N=x.stride(1),
-        X_D=x.stride(3),
-        BLOCK_E=width,
-        STACKED=how.stacked,
-        **shared,
-    )
-    reserve(kernel, how.reserved)
-    return out
+def _convolve(
+    x: Tensor, query: Tensor | None, sums: Sums | None, terms: Terms, table: Tensor | None, out: Tensor
+) -> None:
+    """Write the convolutions of the values and the attention of the queries; without queries, transposes of x."""
+    for text in (slice(0, terms.text_first), slice(x.shape[1] - terms.text_last, x.shape[1])):
+        if text.start < text.stop and query is None:
+            out[:, text] = 0
+        elif text.start < text.stop and query is not None and sums is not None:
+            _read_state(query[:, text], sums, terms, None, out[:, text])
+    asking = None if query is None else by_kind(query, terms)[1]
+    convolve(by_kind(x, terms)[1], asking, sums, terms, table, by_kind(out, terms)[1])
 
 
-def _grad_queries(
-    gradient: Tensor, query: Tensor, given: Sums, first: tuple[Tensor | None, Tensor | None], terms: Terms
-) -> tuple[Tensor, Sums]:
+def _of_queries(
+    gradient: Tensor, query: Tensor, given: Sums, terms: Terms, table: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the gradients of queries, and what the sums of the gradient need of every query."""
     batch, tokens, heads, channels = query.shape
     of_query = _new_gradient(query, terms)
-    how = launch("grad_queries", query)
+    how = launch("grad_queries" if table is None else "turned_grad_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    found = partial_sums(query, parts)
-    grad_queries[(heads, parts, batch)](
-        gradient,
-        query,
-        rstd(query, terms),
-        contiguous(terms.query_weight),
-        contiguous(terms.rope),
-        *(contiguous(each) for each in given),
-        of_query,
-        *found,
-        *gradient.stride(),
-        *query.stride(),
-        head_stride(terms.query_weight, channels),
-        tokens,
-        tiles,
-        terms.norm_eps,
-        terms.eps,
-        **constants(query, how, terms),
+    scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
+    shares = scales.new_empty(parts_of(channels), batch, heads, tokens)
+    # The saved sums in the terms of a product.
+    sums = join(
+        Sums(given.matrix[:, :, None].contiguous(), given.vector[:, :, None].contiguous()), dot=dot_type(query)
     )
-    return of_query, join(found, *first)
+
+    def go(found: Tensor | None, written: Tensor | None) -> None:
+        grad_queries[(heads * parts_of(channels), parts, batch)](
+            gradient,
+            query,
+            rstd(query, terms),
+            contiguous(terms.query_weight),
+            table,
+            sums.terms,
+            sums.vector,
+            found,
+            written,
+            scales,
+            shares,
+            *gradient.stride(),
+            *query.stride(),
+            head_stride(terms.query_weight, channels),
+            terms.text_first,
+            tokens,
+            tiles,
+            terms.norm_eps,
+            terms.eps,
+            **constants(query, how, terms),
+        )
+
+    go(None, of_query if len(shares) == 1 else None)
+    weights = shares[0]
+    if len(shares) > 1:
+        weights = shares.sum(dim=0)
+        go(weights, of_query)
+    return of_query, (scales, weights)
 
 
-def _grad_keys(gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: Terms) -> tuple[Tensor, Tensor]:
+def _sums_of_queries(
+    gradient: Tensor,
+    query: Tensor,
+    scales: tuple[Tensor, Tensor],
+    first: tuple[Tensor | None, Tensor | None],
+    terms: Terms,
+    table: Tensor | None,
+) -> Sums:
+    """Return the gradients of S and k'."""
+    return join(_sums(query, gradient, terms.query_weight, None, scales, "grad_sums", terms, table), *first)
+
+
+def _grad_keys(
+    gradient: Tensor, key: Tensor, value: Tensor, sums: Sums, terms: Terms, table: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, channels = key.shape
     of_key = _new_gradient(key, terms)
-    adds = convolves(terms)
-    of_value = (
-        _convolve(gradient, None, sums, terms)
-        if adds
-        else torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    )
-    how = launch("grad_keys" if terms.rope is None else "turned_grad_keys", key)
+    of_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if convolves(terms):
+        _convolve(gradient, None, None, terms, None, of_value)
+    how = launch("grad_keys" if table is None else "turned_grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
-    grad_keys[(heads, parts, batch)](
+    grad_keys[(heads * parts_of(channels), parts, batch)](
         key,
         value,
         rstd(key, terms),
         contiguous(terms.key_weight),
-        contiguous(terms.rope),
+        table,
         contiguous(terms.key_lengths),
-        *sums,
+        sums.matrix,
+        sums.vector,
         of_key,
         of_value,
         *key.stride(),
         *value.stride(),
         head_stride(terms.key_weight, channels),
+        terms.text_first,
         tokens,
         tiles,
         terms.norm_eps,
-        ADDS=adds,
+        ADDS=convolves(terms),
         **constants(key, how, terms),
     )
     return of_key, of_value
 
 
-def _grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
-    side = sides(terms)
-    of_space = side["SPACE"] ** 2
-    count = of_space + side["TIME"]
-    if count == 0:
-        return None, None
-    batch, tokens, heads, channels = value.shape
-    how = launch("grad_filters", value)
-    parts, tiles = splits(tokens, heads, how)
-    filters = torch.empty(batch, parts, count, heads, channels, dtype=torch.float32, device=value.device)
-    shared = constants(value, how, terms)
-    names = ("ROWS", "COLUMNS", "CHANNELS", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
-    grad_filters[(count, heads * parts, batch)](
-        gradient,
-        value,
-        contiguous(terms.key_lengths),
-        filters,
-        *gradient.stride(),
-        *value.stride(),
-        heads,
-        tokens,
-        tiles,
-        **side,
-        **{name: shared[name] for name in names},
-    )
-    by_tap = filters.sum(dim=(0, 1)).flatten(1)
-    return _filter(by_tap[:of_space], terms.conv_space), _filter(by_tap[of_space:], terms.conv_time)
-
-
-def sides(terms: Terms) -> dict[str, int]:
-    """Return the taps along a side of each convolution, 0 where there is none."""
-    return {
-        "SPACE": 0 if terms.conv_space is None else terms.conv_space.shape[-1],
-        "TIME": 0 if terms.conv_time is None else terms.conv_time.shape[-1],
-    }
-
-
-def _filter(by_tap: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Bring (taps, H * D) to the shape of the weight, adding up heads that share it."""
-    return None if weight is None else by_tap.t().reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
-
-
 def _new_gradient(x: Tensor, terms: Terms) -> Tensor:
     """Return room for a gradient, in float32 where that of a norm follows."""
     return torch.empty(x.shape, dtype=x.dtype if terms.qk_norm is None else torch.float32, device=x.device)
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """Return a small tensor without gaps."""
-    return None if x is None else x.contiguous()

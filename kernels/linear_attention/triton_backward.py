@@ -10,156 +10,166 @@ import triton
 import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
+    angles,
+    channels_of,
+    columns_of,
+    end_of,
     existence,
     feature,
     fetch,
-    fetch_matrix,
+    fetch_block,
     fetch_vector,
-    fold,
-    fold_weighted,
-    neighbour,
+    further,
     normed,
+    numbers_of,
+    place_of,
     put,
-    put_sums,
     slope,
     times_state,
     turn,
+    with_divisor,
 )
 
 
 @triton.jit
 def grad_queries(
-    gradient, query, rstd, weight, rope, states, key_sums, d_query, matrices, vectors,
+    gradient, query, rstd, weight, table, terms, key_sums, found, d_query, inverses, weights,
     gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
-    tokens, tiles, norm_eps, eps,
+    first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one split of normed queries, and their sums: of S into `matrices`, k' into `vectors`."""
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
+
+    That is one over the divisors, by which gradients are scaled, and the weights -p of queries in the gradient of k'.
+    Each part of a wide head knows its share of p only: without `d_query` it writes that, (parts, B, H, N), and the
+    next launch is given the sum of the shares as `found`.
+    """
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
+    channels = channels_of(part, CHANNELS, BLOCK_E)
     gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
     query += sample * query_b + head.to(tl.int64) * query_h
-    d_query += (sample * tokens * heads + head) * CHANNELS
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
-    state = tl.trans(fetch_matrix(states, which, CHANNELS, BLOCK_D))
-    high = state.to(DOT)
-    low = (state - high.to(tl.float32)).to(DOT)
+    d_query = further(d_query, (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E)
+    found = further(found, which * tokens)
+    weights += (part * tl.num_programs(2) * heads + which) * tokens
+    table = further(table, part * BLOCK_E)
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    high, low = columns_of_terms(terms, which, part, BLOCK_D, BLOCK_E, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
+    own_sum = fetch_vector(key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
 
-    d_state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    d_key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
+    if table is not None:
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
         x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
-        q = feature(x, start, row, tokens, RELU, CHANNELS, BLOCK_D)
-        if rope is None:
-            q = q.to(DOT).to(tl.float32)
-        inverse = 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
+        q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
-        n = turn(n, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
-        # Turned back, n meets the query as it was: the same product as before.
-        p = tl.sum(q * n, axis=1) * inverse
-        n = (n - p[:, None] * key_sum[None, :]) * slope(x, RELU)
-        put(d_query, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
-        d_key_sum -= fold_weighted(p, q, BLOCK_N, BLOCK_D)
-        q = turn(q, rope, start, row, tokens, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        d_state = tl.dot(tl.trans(g), q.to(DOT), d_state, input_precision=PRECISION)
+        if table is not None:
+            n = turn(n, a, b, True, BLOCK_N, BLOCK_E)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
+        inside = start + row < tokens
+        if found is None:
+            # Turned back, n meets the query as it was: the same product as before.
+            p = tl.sum(columns_of(q, part, BLOCK_N, BLOCK_D, BLOCK_E) * n, axis=1) * inverse
+            tl.store(weights + start + row, -p, mask=inside)
+            tl.store(inverses + which * tokens + start + row, inverse, mask=inside & (part == 0))
+        else:
+            p = -numbers_of(found, start, row, tokens)
+        if d_query is not None:
+            n = (n - p[:, None] * own_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
+            put(d_query, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
         start += BLOCK_N
 
-    part = which * tl.num_programs(1) + tl.program_id(1)
-    put_sums(matrices, vectors, part, tl.trans(d_state), tl.sum(d_key_sum, axis=0), CHANNELS, BLOCK_D)
+
+@triton.jit
+def columns_of_terms(terms, which, part, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr):
+    """Return BLOCK_E columns of a transposed state as the sum of two 16-bit terms, as `join_splits` wrote them."""
+    COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
+    r = tl.arange(0, BLOCK_D)[:, None]
+    c = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    terms += which * (COUNT * BLOCK_D * BLOCK_D)
+    high = tl.load(terms + r * BLOCK_D + c)
+    low = high
+    if COUNT == 2:
+        low = tl.load(terms + (BLOCK_D + r) * BLOCK_D + c)
+    return high, low
 
 
 @triton.jit
 def grad_keys(
-    key, value, rstd, weight, rope, lengths, d_states, d_key_sums, d_key, d_value,
-    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, tokens, tiles, norm_eps,
+    key, value, rstd, weight, table, lengths, d_states, d_key_sums, d_key, d_value,
+    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, ADDS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TEXT: tl.constexpr, ADDS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
 
     With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
     """
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
+    channels = channels_of(part, CHANNELS, BLOCK_E)
+    end = end_of(lengths, sample, tokens)
     key += sample * key_b + head.to(tl.int64) * key_h
     value += sample * value_b + head.to(tl.int64) * value_h
-    d_key += (sample * tokens * heads + head) * CHANNELS
-    d_value += (sample * tokens * heads + head) * CHANNELS
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
-    d_state = fetch_matrix(d_states, which, CHANNELS, BLOCK_D)
-    high = d_state.to(DOT)
-    # All keys meet the same rounding of it, which a sum over them keeps while the rest cancels.
-    low = tl.trans((d_state - high.to(tl.float32)).to(DOT))
-    d_key_sum = fetch_vector(d_key_sums, which, CHANNELS, BLOCK_D)
+    d_key += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    d_value += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    high, low, columns = rows_and_columns(d_states, which, part, CHANNELS, BLOCK_D, BLOCK_E, DOT)
+    d_key_sum = fetch_vector(d_key_sums + which * CHANNELS + part * BLOCK_E, 0, channels, BLOCK_E)
 
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
+    if table is not None:
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         x = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
         v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
-        n = turn(n, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, True, CHANNELS, BLOCK_N, BLOCK_D)
-        n = tl.where((start + row < end)[:, None], (n + d_key_sum[None, :]) * slope(x, RELU), 0.0)
-        put(d_key, start, row, heads * CHANNELS, tokens, n, CHANNELS, BLOCK_D)
+        if table is not None:
+            own_a, own_b = (
+                columns_of(a, part, BLOCK_N, BLOCK_D, BLOCK_E),
+                columns_of(b, part, BLOCK_N, BLOCK_D, BLOCK_E),
+            )
+            n = turn(n, own_a, own_b, True, BLOCK_N, BLOCK_E)
+        n = (n + d_key_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
+        n = tl.where((start + row < end)[:, None], n, 0.0)
+        put(d_key, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
-        k = turn(k, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-        o = tl.dot(k.to(DOT), high, input_precision=PRECISION)
+        if table is not None:
+            k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
+        o = tl.dot(k.to(DOT), columns, input_precision=PRECISION)
         if ADDS:
-            o += fetch(d_value, start, row, heads * CHANNELS, 1, end, CHANNELS, BLOCK_D).to(tl.float32)
-        put(d_value, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
+            o += fetch(d_value, start, row, heads * CHANNELS, 1, end, channels, BLOCK_E).to(tl.float32)
+        put(d_value, start, row, heads * CHANNELS, tokens, o, channels, BLOCK_E)
         start += BLOCK_N
 
 
 @triton.jit
-def grad_filters(
-    gradient, value, lengths, filters,
-    gradient_b, gradient_n, gradient_h, gradient_d, value_b, value_n, value_h, value_d, heads, tokens, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of one tap over one split of tokens: (B, splits, taps, H, D), taps of space first."""
-    tap, head, sample = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(2).to(tl.int64)
-    split, splits = tl.program_id(1) // heads, tl.num_programs(1) // heads
-    gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
-    value += sample * value_b + head.to(tl.int64) * value_h
-    length = tokens
-    if lengths is not None:
-        length = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
-    spatial = tap < SPACE * SPACE
-    side = SPACE if SPACE > 0 else 1
-    dt = tl.where(spatial, 0, tap - SPACE * SPACE - TIME // 2)
-    dh = tl.where(spatial, tap // side - SPACE // 2, 0)
-    dw = tl.where(spatial, tap % side - SPACE // 2, 0)
-    total = tl.zeros((16, BLOCK_D), dtype=tl.float32)
-    row = tl.arange(0, BLOCK_N)
-    start = split * tiles * BLOCK_N
-    for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D).to(tl.float32)
-        v = neighbour(
-            value, start, value_n, value_d, tokens, length, dt, dh, dw, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D
-        )
-        total += fold(g * v, BLOCK_N, BLOCK_D)
-        start += BLOCK_N
-    d = tl.arange(0, BLOCK_D)
-    part = (sample * splits + split) * tl.num_programs(0) + tap
-    tl.store(filters + (part * heads + head) * CHANNELS + d, tl.sum(total, axis=0), mask=d < CHANNELS)
+def rows_and_columns(
+    d_states, which, part, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr
+):
+    """Return BLOCK_E rows of a gradient of S in two terms, the second transposed, and as many columns in one.
+
+    All keys meet the same rounding of the rows, which a sum over them keeps while the rest cancels.
+    """
+    rows = fetch_block(d_states, which, part * BLOCK_E, 0, CHANNELS, BLOCK_E, BLOCK_D)
+    high = rows.to(DOT)
+    low = tl.trans((rows - high.to(tl.float32)).to(DOT))
+    columns = high
+    if BLOCK_D > BLOCK_E:
+        columns = fetch_block(d_states, which, 0, part * BLOCK_E, CHANNELS, BLOCK_D, BLOCK_E).to(DOT)
+    return high, low, columns

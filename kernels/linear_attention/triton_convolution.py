@@ -18,19 +18,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from postgen.kernels.linear_attention.triton_tiles import fetch, fetch_vector, question, share_of, state_times
+from postgen.kernels.linear_attention.triton_tiles import (
+    angles,
+    fetch,
+    fetch_vector,
+    question,
+    share_of,
+    state_times,
+    terms_of,
+)
 
 
 @triton.jit(do_not_specialize=["blocks", "whole", "bands", "band"])
 def convolve_rows(
-    x, query, rstd, weight, rope, lengths, space, time, states, key_sums, out,
-    x_b, x_h, x_frame, query_b, query_n, query_h, query_d, weight_h, taps_h, blocks, whole, bands, band,
+    x, query, rstd, weight, table, lengths, space, time, terms, key_sums, out,
+    x_b, x_h, x_frame, query_b, query_n, query_h, query_d, out_b, weight_h, taps_h, blocks, whole, bands, band,
     norm_eps, eps,
     SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, HEADS: tl.constexpr,
     STRIP: tl.constexpr, X_N: tl.constexpr, X_D: tl.constexpr, BLOCK_E: tl.constexpr, STACKED: tl.constexpr,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of both convolutions of x and, if there are queries, of their attention.
 
@@ -51,7 +59,7 @@ def convolve_rows(
 
     real, frame, column, token = strips_of(block, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
     x += sample * x_b + head.to(tl.int64) * x_h + token.to(tl.int64) * X_N + e * X_D
-    out += (sample * tokens * HEADS + head) * CHANNELS + token.to(tl.int64) * (HEADS * CHANNELS) + e
+    out += sample * out_b + head * CHANNELS + token.to(tl.int64) * (HEADS * CHANNELS) + e
     # A tile of weights, whose rows are the same, has the layout of the others.
     taps = head * taps_h + e + tl.zeros_like(token)
     if space is not None:
@@ -66,27 +74,27 @@ def convolve_rows(
             weight += head * weight_h
         if rstd is not None:
             rstd += sample * tokens
-        high, low = in_two_terms(states, which, e, STACKED, CHANNELS, BLOCK_D, DOT)
+        high, low = terms_of(terms, which, part, BLOCK_E, STACKED, BLOCK_D, DOT)
         key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
         row = tokens_of_queries(block, row, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
 
     walk(
-        x, query, rstd, weight, rope, lengths, space, time, key_sum, high, low, out,
+        x, query, rstd, weight, table, lengths, space, time, key_sum, high, low, out,
         frame, column, token, e, row, real, top, bottom, length, x_frame, query_n, query_d, norm_eps, eps,
-        SIGN, SPACE, TIME, TAPS, HEADS, STRIP, X_N, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H,
+        SIGN, SPACE, TIME, TAPS, HEADS, STRIP, X_N, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS,
         CHANNELS, BLOCK_N, BLOCK_D, DOT, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def walk(
-    x, query, rstd, weight, rope, lengths, space, time, key_sum, high, low, out,
+    x, query, rstd, weight, table, lengths, space, time, key_sum, high, low, out,
     frame, column, token, e, row, real, top, bottom, length, x_frame, query_n, query_d, norm_eps, eps,
     SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr, HEADS: tl.constexpr,
     STRIP: tl.constexpr, X_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go down the rows of a band: only read what lies above it, then write, then write what sees no more rows."""
     STRIPS: tl.constexpr = BLOCK_N // STRIP
@@ -100,9 +108,8 @@ def walk(
     for step in range(0, last - top - REACH):
         line = top + REACH + step
         answer = attend(
-            query, key_sum, high, low, rstd, weight, rope, (line - REACH) * COLUMNS, row, query_n, query_d, norm_eps,
-            eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D,
-            DOT, PRECISION,
+            query, key_sum, high, low, rstd, weight, table, (line - REACH) * COLUMNS, row, query_n, query_d, norm_eps,
+            eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D, DOT, PRECISION,
         )  # fmt: skip
         middle = slide(
             sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, REACH, REACH + 1
@@ -124,9 +131,8 @@ def walk(
     for step in range(0, bottom + REACH - last):
         line = last + step
         answer = attend(
-            query, key_sum, high, low, rstd, weight, rope, (line - REACH) * COLUMNS, row, query_n, query_d, norm_eps,
-            eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D,
-            DOT, PRECISION,
+            query, key_sum, high, low, rstd, weight, table, (line - REACH) * COLUMNS, row, query_n, query_d, norm_eps,
+            eps, none, STRIP, BLOCK_E, RELU, NORM, FRAMES, ROWS, COLUMNS, CHANNELS, BLOCK_N, BLOCK_D, DOT, PRECISION,
         )  # fmt: skip
         sums = slide(sums, None, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, 0, SPACE)
         put_columns(out, line - REACH, real, column, e, sums, answer, STRIP, HEADS, COLUMNS, CHANNELS)
@@ -175,22 +181,6 @@ def strips_of(
 
 
 @triton.jit
-def in_two_terms(
-    states, which, e, STACKED: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
-):
-    """Return some columns of a state, transposed, as the sum of two 16-bit terms; or both, one below the other."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    places = states + which * CHANNELS * CHANNELS + d * CHANNELS + e
-    state = tl.trans(tl.load(places, mask=(d < CHANNELS) & (e < CHANNELS), other=0.0))
-    high = state.to(DOT)
-    low = (state - high.to(tl.float32)).to(DOT)
-    if STACKED:
-        low = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * state.shape[0], BLOCK_D))
-        high = low
-    return high, low
-
-
-@triton.jit
 def tokens_of_queries(
     block, row, STRIP: tl.constexpr, STRIPS: tl.constexpr, GROUPS: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -213,9 +203,9 @@ def blank(STRIPS: tl.constexpr, COUNT: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def attend(
-    query, key_sum, high, low, rstd, weight, rope, start, row, query_n, query_d, norm_eps, eps, none,
+    query, key_sum, high, low, rstd, weight, table, start, row, query_n, query_d, norm_eps, eps, none,
     STRIP: tl.constexpr, BLOCK_E: tl.constexpr, RELU: tl.constexpr, NORM: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, END_T: tl.constexpr, END_H: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the attention of one row's queries, column by column."""
@@ -223,9 +213,13 @@ def attend(
     if query is not None:
         tokens = FRAMES * ROWS * COLUMNS
         q = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
+        a = 0.0
+        b = 0.0
+        if table is not None:
+            a, b = angles(table, 0, start, row, tokens, FRAMES, ROWS, COLUMNS, False, BLOCK_D, BLOCK_D)
         q, scale = question(
-            q, key_sum, rstd, weight, rope, start, row, tokens, norm_eps, eps,
-            RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D, DOT,
+            q, key_sum, rstd, weight, table, a, b, start, row, tokens, norm_eps, eps,
+            RELU, NORM, CHANNELS, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
         columns = apart(
             state_times(high, low, tl.trans(q), scale, BLOCK_E, PRECISION), STRIP, BLOCK_N // STRIP, BLOCK_E

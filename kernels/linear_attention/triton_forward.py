@@ -13,16 +13,23 @@ import triton
 import triton.language as tl
 
 from postgen.kernels.linear_attention.triton_tiles import (
+    angles,
+    channels_of,
+    end_of,
     feature,
     fetch,
-    fetch_matrix,
     fetch_vector,
     fold,
+    fold_weighted,
+    further,
     normed,
+    numbers_of,
+    place_of,
     put,
     put_sums,
     question,
-    times_state,
+    state_times,
+    terms_of,
     turn,
 )
 
@@ -44,52 +51,71 @@ def token_rstd(
 
 @triton.jit
 def sum_keys(
-    key, value, rstd, weight, rope, lengths, matrices, vectors,
-    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, tokens, tiles, norm_eps,
+    key, value, rstd, weight, table, lengths, scales, weights, matrices, vectors,
+    key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`."""
-    head, split, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    end = tokens
-    if lengths is not None:
-        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
-    key += sample * key_b + head.to(tl.int64) * key_h
-    value += sample * value_b + head.to(tl.int64) * value_h
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
+    """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`.
 
-    state = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    With `scales` and `weights`, (B, H, N), every v is scaled and every k weighs so much: sums of a gradient.
+    """
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
+    end = end_of(lengths, sample, tokens)
+    key += sample * key_b + head.to(tl.int64) * key_h
+    value += sample * value_b + head.to(tl.int64) * value_h + part * BLOCK_E * value_d
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    scales = further(scales, (sample * heads + head) * tokens)
+    weights = further(weights, (sample * heads + head) * tokens)
+
+    state = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
-    start = split * tiles * BLOCK_N
+    start = tl.program_id(1) * tiles * BLOCK_N
+    # Small loads and those of angles are a tile ahead, in registers: what a product needs goes through shared memory.
+    if table is not None:
+        a, b = angles(table, first, start, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
+    if scales is not None:
+        scale, share = numbers_of(scales, start, row, end), numbers_of(weights, start, row, end)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
         k = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
-        v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
+        v = fetch(value, start, row, value_n, value_d, end, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
-        if rope is None:
+        if table is None and (NORM or not RELU):
             # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
             k = k.to(DOT).to(tl.float32)
-        key_sum += fold(k, BLOCK_N, BLOCK_D)
-        k = turn(k, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
+        if scales is None:
+            key_sum += fold(k, BLOCK_N, BLOCK_D)
+        else:
+            key_sum += fold_weighted(share, k, BLOCK_N, BLOCK_D)
+            v = v.to(tl.float32) * scale[:, None]
+            scale = numbers_of(scales, start + BLOCK_N, row, end)
+            share = numbers_of(weights, start + BLOCK_N, row, end)
+        if table is not None:
+            k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
+            a, b = angles(table, first, start + BLOCK_N, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
         # S^T, so that the operand which must be transposed is the one that no thread touches.
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
-    part = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + split
-    put_sums(matrices, vectors, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D)
+    split = (sample * heads + head) * tl.num_programs(1) + tl.program_id(1)
+    put_sums(matrices, vectors, split, part, tl.trans(state), tl.sum(key_sum, axis=0), CHANNELS, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
 def join_splits(
-    matrices, vectors, first_matrix, first_vector, matrix, vector, splits,
+    matrices, vectors, first_matrix, first_vector, matrix, vector, terms, splits,
     CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits, BLOCK_R rows of a matrix and numbers of a vector a program."""
+    """Add up the splits, BLOCK_R rows of a matrix and numbers of a vector a program.
+
+    `terms` gets the transpose of the matrix as `read_state` multiplies it, BLOCK_D rows and columns: in float32, or as
+    two matrices of 16 bits whose sum it is.
+    """
     which = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
@@ -108,38 +134,48 @@ def join_splits(
         sums += tl.load(first_vector + which * CHANNELS + r, mask=r < CHANNELS, other=0.0).to(tl.float32)
     tl.store(matrix + which * CHANNELS * CHANNELS + square, found, mask=inside)
     tl.store(vector + which * CHANNELS + r, sums, mask=r < CHANNELS)
+    if terms is not None:
+        COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
+        places = terms + which * (COUNT * BLOCK_D * BLOCK_D) + d[None, :] * BLOCK_D + r[:, None]
+        inside = (r < BLOCK_D)[:, None]
+        high = found.to(DOT)
+        tl.store(places, high, mask=inside)
+        if COUNT == 2:
+            tl.store(places + BLOCK_D * BLOCK_D, (found - high.to(tl.float32)).to(DOT), mask=inside)
 
 
 @triton.jit
 def read_state(
-    query, rstd, weight, rope, states, key_sums, out,
-    query_b, query_n, query_h, query_d, weight_h, tokens, tiles, norm_eps, eps,
+    query, rstd, weight, table, terms, key_sums, out,
+    query_b, query_n, query_h, query_d, out_b, weight_h, first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the results of one range of queries, where there is no convolution."""
-    head, heads, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     query += sample * query_b + head.to(tl.int64) * query_h
-    out += (sample * tokens * heads + head) * CHANNELS
-    if weight is not None:
-        weight += head * weight_h
-    if rstd is not None:
-        rstd += sample * tokens
-    state = fetch_matrix(states, which, CHANNELS, BLOCK_D)
-    high = state.to(DOT)
-    low = (state - high.to(tl.float32)).to(DOT)
+    out += sample * out_b + head * CHANNELS + part * BLOCK_E
+    weight = further(weight, head * weight_h)
+    rstd = further(rstd, sample * tokens)
+    high, low = terms_of(terms, which, part, BLOCK_E, False, BLOCK_D, DOT)
     key_sum = fetch_vector(key_sums, which, CHANNELS, BLOCK_D)
 
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
+    a = 0.0
+    b = 0.0
+    if table is not None:
+        a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
         q = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
         q, scale = question(
-            q, key_sum, rstd, weight, rope, start, row, tokens, norm_eps, eps,
-            RELU, NORM, FRAMES, ROWS, COLUMNS, END_T, END_H, CHANNELS, BLOCK_N, BLOCK_D, DOT,
+            q, key_sum, rstd, weight, table, a, b, start, row, tokens, norm_eps, eps,
+            RELU, NORM, CHANNELS, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
-        o = times_state(q, high, low, scale, PRECISION)
-        put(out, start, row, heads * CHANNELS, tokens, o, CHANNELS, BLOCK_D)
+        if table is not None:
+            a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
+        o = tl.trans(state_times(high, low, tl.trans(q), scale, BLOCK_E, PRECISION))
+        put(out, start, row, heads * CHANNELS, tokens, o, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
         start += BLOCK_N

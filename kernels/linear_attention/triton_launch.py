@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from postgen.kernels.linear_attention.naive import Terms
+from postgen.kernels.linear_attention.naive import Terms, text_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,24 +42,44 @@ class Launch:
 LAUNCHES: dict[tuple[str, int], Launch] = {
     ("keys", 64): Launch(warps=4, stages=4, programs=132),
     ("turned_keys", 64): Launch(warps=4, stages=3, programs=264),
-    ("keys", 128): Launch(tokens=32, stages=3),
+    ("keys", 128): Launch(tokens=32, stages=4, programs=264),
     ("turned_keys", 128): Launch(tokens=32, stages=3),
     ("queries", 64): Launch(warps=4, stages=4, programs=264),
     ("turned_queries", 64): Launch(warps=4, stages=1, programs=1056),
-    ("queries", 128): Launch(warps=4, stages=3),
+    ("queries", 128): Launch(stages=3),
     ("turned_queries", 128): Launch(),
-    ("grad_queries", 64): Launch(warps=4, stages=1),
-    ("grad_queries", 128): Launch(tokens=32, stages=3),
+    ("grad_queries", 64): Launch(warps=4, stages=2),
+    ("turned_grad_queries", 64): Launch(warps=4, stages=2),
+    ("grad_queries", 128): Launch(stages=3),
+    ("turned_grad_queries", 128): Launch(),
+    ("grad_sums", 64): Launch(warps=4, stages=3, programs=264),
+    ("turned_grad_sums", 64): Launch(warps=4, stages=3, programs=264),
+    ("grad_sums", 128): Launch(tokens=32, stages=3),
+    ("turned_grad_sums", 128): Launch(tokens=32, stages=3),
     ("grad_keys", 64): Launch(warps=4, stages=3, programs=1056),
     ("grad_keys", 128): Launch(stages=3),
     ("turned_grad_keys", 64): Launch(stages=1),
     ("turned_grad_keys", 128): Launch(),
     ("convolution", 64): Launch(tokens=32, strip=8, warps=4, stages=3, programs=264, stacked=True, reserved=30),
     ("convolution", 128): Launch(tokens=32, strip=8, stages=3, stacked=True, reserved=30),
-    ("grad_filters", 64): Launch(warps=4, stages=1),
-    ("grad_filters", 128): Launch(warps=4, stages=1),
+    ("grad_filters", 64): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
+    ("grad_filters", 128): Launch(tokens=16, strip=8, warps=4, stages=1, programs=396),
+    ("keys", 256): Launch(tokens=32),
+    ("turned_keys", 256): Launch(tokens=32),
+    ("queries", 256): Launch(tokens=32),
+    ("turned_queries", 256): Launch(tokens=32),
+    ("grad_queries", 256): Launch(tokens=32),
+    ("turned_grad_queries", 256): Launch(tokens=32),
+    ("grad_sums", 256): Launch(tokens=32),
+    ("turned_grad_sums", 256): Launch(tokens=32),
+    ("grad_keys", 256): Launch(tokens=32),
+    ("turned_grad_keys", 256): Launch(tokens=32),
+    ("convolution", 256): Launch(tokens=32, stages=2, reserved=75),
+    ("grad_filters", 256): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
 }
 """(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
+PART = 64
+"""Channels of results that a program computes of a head of more than 128; each of them reads all channels."""
 _WIDE = Launch(tokens=32, stages=1)
 """The launch of every pass over other inputs, and where the table has no row."""
 MAX_SPLITS = 64
@@ -105,8 +125,10 @@ class Share(NamedTuple):
 
 
 @functools.cache
-def strips(grid: tuple[int, int, int], copies: int, how: Launch) -> Share:
+def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, alike: bool = False) -> Share:
     """Return how the strips of a frame are shared out; `copies` is samples x heads x parts of their channels.
+
+    With `alike` every block is cut into bands.
 
     Programs that take a block each come in full rounds, one or several on every processor; what is left is cut into
     bands so that it keeps all of them busy too. Bits do not depend on it: a row of results is summed from above.
@@ -122,7 +144,7 @@ def strips(grid: tuple[int, int, int], copies: int, how: Launch) -> Share:
             rounds * (rows + _AHEAD) + rest * (triton.cdiv(rows, bands) + (_SEEN_TWICE if bands > 1 else _AHEAD))
         )
 
-    choices = itertools.product(range(max(full - 1, 0), full + 1), range(1, rows + 1))
+    choices = itertools.product((0,) if alike else range(max(full - 1, 0), full + 1), range(1, rows + 1))
     rounds, bands = min(choices, key=lambda choice: duration(*choice))
     band = int(triton.cdiv(rows, bands))
     bands, whole = int(triton.cdiv(rows, band)), rounds * at_once
@@ -143,23 +165,39 @@ def block_d(channels: int) -> int:
     return max(16, int(triton.next_power_of_2(channels)))
 
 
+def block_e(channels: int) -> int:
+    """Return how many channels of a result a program computes: those of a head, or a part of a wide one's."""
+    return block_d(channels) if channels <= 128 else PART
+
+
+def parts_of(channels: int) -> int:
+    """Return the programs that share a tile of a head."""
+    return block_d(channels) // block_e(channels)
+
+
+def dot_type(x: Tensor) -> tl.dtype:
+    """Return the type that products of such tensors are fed with.
+
+    Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
+    """
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
+
+
 def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
     """Return the constants that all passes share."""
     frames, rows, columns = terms.grid or (1, 1, 1)
-    pairs = terms.rope_pairs or (0, 0, 0)
     return {
         "RELU": terms.feature_map == "relu",
         "NORM": terms.qk_norm is not None,
         "FRAMES": frames,
         "ROWS": rows,
         "COLUMNS": columns,
-        "END_T": 2 * pairs[0],
-        "END_H": 2 * (pairs[0] + pairs[1]),
+        "TEXT": text_tokens(terms) > 0,
         "CHANNELS": x.shape[-1],
         "BLOCK_N": how.tokens,
         "BLOCK_D": block_d(x.shape[-1]),
-        # Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
-        "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+        "BLOCK_E": block_e(x.shape[-1]),
+        "DOT": dot_type(x),
         # The interpreter knows no such products; its own are exact.
         "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",
         "num_warps": how.warps,

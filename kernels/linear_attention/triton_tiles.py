@@ -11,48 +11,115 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch(base, start, row, stride_n, stride_d, end, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr):
     """Return a tile in the dtype of memory."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (start + row < end) & (d < CHANNELS)
+    inside = (start + row < end) & (d < channels)
     # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
     tile = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d.to(tl.int64) * stride_d
     return tl.load(tile, mask=inside, other=0.0)
 
 
 @triton.jit
-def put(base, start, row, stride_n, end, tile, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
     """Write a tile; its channels are neighbours."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (start + row < end) & (d < CHANNELS)
+    inside = (start + row < end) & (d < channels)
     place = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d
     tl.store(place, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def fetch_matrix(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return one of many (D, D) matrices."""
-    d = tl.arange(0, BLOCK_D)
-    places = base + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
-    return tl.load(places, mask=(d[:, None] < CHANNELS) & (d < CHANNELS), other=0.0)
+def fetch_block(
+    base, which, row, column,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return HEIGHT rows and WIDTH columns of one of many (D, D) matrices, from a row and a column on."""
+    r = (row + tl.arange(0, HEIGHT))[:, None]
+    c = (column + tl.arange(0, WIDTH))[None, :]
+    places = base + which * CHANNELS * CHANNELS + r * CHANNELS + c
+    return tl.load(places, mask=(r < CHANNELS) & (c < CHANNELS), other=0.0)
 
 
 @triton.jit
-def fetch_vector(base, which, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+def fetch_vector(base, which, channels, BLOCK_D: tl.constexpr):
     """Return one of many vectors of D numbers."""
     d = tl.arange(0, BLOCK_D)
-    return tl.load(base + which * CHANNELS + d, mask=d < CHANNELS, other=0.0)
+    return tl.load(base + which * channels + d, mask=d < channels, other=0.0)
 
 
 @triton.jit
-def put_sums(matrices, vectors, which, matrix, vector, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write one of many pairs of a (D, D) matrix and a vector of D numbers."""
+def put_sums(
+    matrices, vectors, which, part, matrix, vector,
+    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write BLOCK_E columns of one of many (D, D) matrices, and with the first of them a vector of D numbers."""
     d = tl.arange(0, BLOCK_D)
-    places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + d[None, :]
-    tl.store(places, matrix, mask=(d[:, None] < CHANNELS) & (d < CHANNELS))
-    tl.store(vectors + which * CHANNELS + d, vector, mask=d < CHANNELS)
+    e = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + e
+    tl.store(places, matrix, mask=(d[:, None] < CHANNELS) & (e < CHANNELS))
+    tl.store(vectors + which * CHANNELS + d, vector, mask=(d < CHANNELS) & (part == 0))
+
+
+@triton.jit
+def place_of(BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return the head of a program, its part of a wide head's channels, its sample, and how many heads there are."""
+    PARTS: tl.constexpr = BLOCK_D // BLOCK_E
+    if PARTS == 1:
+        head = tl.program_id(0)
+        part = 0
+    else:
+        head = tl.program_id(0) // PARTS
+        part = tl.program_id(0) % PARTS
+    return head, part, tl.program_id(2).to(tl.int64), tl.num_programs(0) // PARTS
+
+
+@triton.jit
+def further(pointer, by):
+    """Return a pointer moved, or None as it is."""
+    moved = pointer
+    if pointer is not None:
+        moved = pointer + by
+    return moved
+
+
+@triton.jit
+def end_of(lengths, sample, tokens):
+    """Return how many tokens of a sample exist."""
+    end = tokens
+    if lengths is not None:
+        end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
+    return end
+
+
+@triton.jit
+def numbers_of(base, start, row, end):
+    """Return a number for every token of a tile, 0 outside it."""
+    return tl.load(base + start + row, mask=start + row < end, other=0.0)
+
+
+@triton.jit
+def channels_of(part, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return how many channels there are from those of a part on: a constant where all of its channels exist."""
+    if CHANNELS % BLOCK_E == 0:
+        left = BLOCK_E
+    elif CHANNELS < BLOCK_E:
+        left = CHANNELS
+    else:
+        left = CHANNELS - part * BLOCK_E
+    return left
+
+
+@triton.jit
+def columns_of(x, part, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return BLOCK_E columns of a tile: all, or those of a part of a wide head."""
+    PARTS: tl.constexpr = BLOCK_D // BLOCK_E
+    if PARTS > 1:
+        mine = (tl.arange(0, PARTS) == part)[None, :, None]
+        x = tl.sum(tl.where(mine, tl.reshape(x, (BLOCK_N, PARTS, BLOCK_E)), 0.0), axis=1).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -96,29 +163,41 @@ def slope(x, RELU: tl.constexpr):
 
 
 @triton.jit
-def turn(
-    x, rope, start, row, end,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, END_T: tl.constexpr, END_H: tl.constexpr,
-    BACK: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def angles(
+    table, first, start, row, end,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TEXT: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rotate each pair of neighbouring channels by the angle of its axis, or turn it back."""
-    if rope is not None:
-        token = start + row
-        column = (token % COLUMNS + FRAMES + ROWS)[:, None]
-        line = (token // COLUMNS % ROWS + FRAMES)[:, None]
-        frame = (token // (COLUMNS * ROWS))[:, None]
-        d = tl.arange(0, BLOCK_D)[None, :]
-        position = tl.where(d < END_T, frame, tl.where(d < END_H, line, column))
-        inside = (token < end)[:, None] & (d < CHANNELS)
-        # Cosines and sines alternate, so that this tile has the layout of the other.
-        table = tl.load(rope + position * CHANNELS + d, mask=inside, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_D // 2, 2)))
-        cosine, sine = tl.split(tl.reshape(table, (BLOCK_N, BLOCK_D // 2, 2)))
-        if BACK:
-            sine = -sine
-        turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-        x = tl.reshape(turned, (BLOCK_N, BLOCK_D))
-    return x
+    """Return cosines and sines of WIDTH channels, alternating, as two tiles that are added: of lines and of columns.
+
+    Every channel turns with one axis, so one of the two is 0; each is a row of `spread_rope` for every token, which
+    threads read in one piece. What lies outside the tile is 0 and turns by any angle.
+    """
+    token = tl.maximum(tl.minimum(start + row, end - 1), 0)
+    if TEXT:
+        token -= first
+        video = (token >= 0) & (token < FRAMES * ROWS * COLUMNS)
+        line = tl.where(video, token // COLUMNS, FRAMES * ROWS)
+        column = tl.where(video, token % COLUMNS, COLUMNS)
+    else:
+        line = token // COLUMNS
+        column = token % COLUMNS
+    d = tl.arange(0, WIDTH)[None, :]
+    of_lines = tl.load(table + line[:, None] * BLOCK_D + d)
+    of_columns = tl.load(table + (FRAMES * ROWS + 1 + column)[:, None] * BLOCK_D + d)
+    return of_lines, of_columns
+
+
+@triton.jit
+def turn(x, of_lines, of_columns, BACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rotate each pair of neighbouring channels by what `angles` returned, or turn it back."""
+    even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_D // 2, 2)))
+    both = (of_lines + of_columns).to(tl.float32)
+    cosine, sine = tl.split(tl.reshape(both, (BLOCK_N, BLOCK_D // 2, 2)))
+    if BACK:
+        sine = -sine
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    return tl.reshape(turned, (BLOCK_N, BLOCK_D))
 
 
 @triton.jit
@@ -145,38 +224,71 @@ def times_state(x, high, low, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def existence(start, row, end):
+    """Return 1 for tokens of a tile that exist and 0 for others."""
+    return tl.where(start + row < end, 1.0, 0.0)
+
+
+@triton.jit
 def question(
-    q, key_sum, rstd, weight, rope, start, row, end, norm_eps, eps,
-    RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    END_T: tl.constexpr, END_H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, key_sum, rstd, weight, table, of_lines, of_columns, start, row, end, norm_eps, eps,
+    RELU: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Return what a tile of queries multiplies the state with, and one over its divisors."""
     q = normed(q, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
-    q = feature(q, start, row, end, RELU, CHANNELS, BLOCK_D)
-    if rope is None and (NORM or not RELU):
+    q, inverse = with_divisor(q, key_sum, table, start, row, end, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
+    if table is not None:
+        q = turn(q, of_lines, of_columns, False, BLOCK_N, BLOCK_D)
+    return q.to(DOT), inverse
+
+
+@triton.jit
+def with_divisor(
+    x, key_sum, table, start, row, end, eps,
+    RELU: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Return the features of normed queries, not turned, and one over their divisors."""
+    q = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
+    if table is None and (NORM or not RELU):
         # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
         q = q.to(DOT).to(tl.float32)
-    divisor = tl.sum(q * key_sum[None, :], axis=1) + eps
-    q = turn(q, rope, start, row, end, FRAMES, ROWS, COLUMNS, END_T, END_H, False, CHANNELS, BLOCK_N, BLOCK_D)
-    return q.to(DOT), 1.0 / divisor
+    return q, 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
+
+
+@triton.jit
+def terms_of(
+    terms, which, part, BLOCK_E: tl.constexpr, STACKED: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
+):
+    """Return BLOCK_E rows of a transposed state as the sum of two 16-bit terms; or both, one below the other.
+
+    They come as `join_splits` wrote them: what is only loaded goes to the product without a thread's registers.
+    """
+    COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
+    STACK: tl.constexpr = COUNT if STACKED else 1
+    d = tl.arange(0, BLOCK_D)[None, :]
+    r = tl.arange(0, STACK * BLOCK_E)[:, None]
+    terms += which * (COUNT * BLOCK_D * BLOCK_D) + part * (BLOCK_E * BLOCK_D)
+    high = tl.load(terms + (r // BLOCK_E * BLOCK_D + r % BLOCK_E) * BLOCK_D + d)
+    low = high
+    if COUNT > STACK:
+        low = tl.load(terms + (BLOCK_D + r) * BLOCK_D + d)
+    return high, low
 
 
 @triton.jit
 def state_times(high, low, x, scale, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the transpose of `times_state`, given the transposes of the state and of the tile.
+    """Return the transpose of a tile times the state, each row times its scale, given the transposes of both.
 
-    The tile comes from shared memory here, so no warp repeats what another one did to it. Where both are the terms one
+    The tile comes from shared memory here, so no warp repeats what another one did to it. Where both terms are one
     below the other, more than BLOCK_E rows, one product is waited for instead of two, and takes more registers.
     """
     product = tl.dot(high, x, input_precision=PRECISION)
     if high.shape[0] > BLOCK_E:
-        product = tl.sum(tl.reshape(product, (2, BLOCK_E, x.shape[1])), axis=0) * scale[None, :]
-    else:
-        product *= scale[None, :]
-        if x.dtype == tl.bfloat16:
-            product += tl.dot(low, x) * scale[None, :]
-    return product
+        product = tl.sum(tl.reshape(product, (2, BLOCK_E, x.shape[1])), axis=0)
+    elif x.dtype == tl.bfloat16:
+        product = tl.dot(low, x, product)
+    return product * scale[None, :]
 
 
 @triton.jit
@@ -190,27 +302,3 @@ def share_of(
     bottom = tl.where(program < whole, ROWS, tl.minimum(top + band, ROWS))
     copy = block // PARTS // blocks
     return (copy // HEADS).to(tl.int64), copy % HEADS, block % PARTS, block // PARTS % blocks, top, bottom
-
-
-@triton.jit
-def existence(start, row, end):
-    """Return 1 for tokens of a tile that exist and 0 for others."""
-    return tl.where(start + row < end, 1.0, 0.0)
-
-
-@triton.jit
-def neighbour(
-    base, start, stride_n, stride_d, end, length, dt, dh, dw,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Return, for each token of a tile, the vector dt frames, dh rows and dw columns away; 0 outside the grid."""
-    token = start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    column = token % COLUMNS + dw
-    row = token // COLUMNS % ROWS + dh
-    other = token + (dt * ROWS + dh) * COLUMNS + dw
-    inside = (token < end) & (other >= 0) & (other < length)
-    inside = inside & (column >= 0) & (column < COLUMNS) & (row >= 0) & (row < ROWS)
-    place = base + other.to(tl.int64)[:, None] * stride_n + d.to(tl.int64) * stride_d
-    return tl.load(place, mask=inside[:, None] & (d < CHANNELS), other=0.0).to(tl.float32)

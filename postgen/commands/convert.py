@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from postgen.commands.convert_lit import convert_lit
 from postgen.commands.export_lora import export_lora
 from postgen.errors import UserError
 from postgen.files import check_apart, check_place, files_of
@@ -19,6 +20,7 @@ Converter = Callable[..., None]
 path, with `-o`; its docstring is its help. It imports what is heavy when it is called."""
 
 CONVERTERS: dict[str, Converter] = {
+    "lit": convert_lit,
     "lora": export_lora,
 }
 """Method -> its command. A new one is its function, and a row here."""

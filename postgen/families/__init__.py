@@ -5,7 +5,7 @@ run alone by `postgen.families.recording`, which is not imported here because it
 """
 
 from postgen.families.blocks import Block, BlockGroup, Blocks
-from postgen.families.denoiser import Condition, Denoiser, PredictionType
+from postgen.families.denoiser import Condition, Denoiser, PredictionType, VarianceDenoiser
 from postgen.families.layout import Layout
 from postgen.families.registry import (
     blocks_of,
@@ -30,6 +30,7 @@ __all__ = [
     "Grid",
     "Layout",
     "PredictionType",
+    "VarianceDenoiser",
     "VideoTokens",
     "blocks_of",
     "denoiser_for",

@@ -1,4 +1,4 @@
-"""Denoisers of models with alpha-bar (DDPM): Stable Diffusion, CogVideoX.
+"""Denoisers of models with alpha-bar (DDPM): Stable Diffusion, CogVideoX, DiT, PixArt.
 
 x = sqrt(A) clean + sqrt(1 - A) noise. The noise level of timestep t is (t + 1) / num_train_timesteps, so that 0 is
 left for the end, where alpha-bar is the scheduler's final one.

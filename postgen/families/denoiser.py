@@ -142,3 +142,28 @@ class Denoiser(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]."""
+
+
+@runtime_checkable
+class VarianceDenoiser(Denoiser, Protocol):
+    """A denoiser whose network may predict the variance of a reverse step too (arXiv:2102.09672, eq. 15).
+
+    `isinstance(denoiser, VarianceDenoiser) and denoiser.predicts_variance` says whether this one does.
+    """
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether this network does."""
+
+    def predict_with_variance(
+        self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Run the network as `predict` does, and keep its second output.
+
+        Returns:
+            The prediction of `predict`, bit by bit, and v, as the network gives it for the prompt (guidance leaves it
+            alone); both float32, shaped like `x`.
+
+        Raises:
+            UserError: as `predict`, or `predicts_variance` is False.
+        """

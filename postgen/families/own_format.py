@@ -7,14 +7,23 @@ stock class, which would leave our layers out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from postgen.compat import forget_config, unwrap
 from postgen.errors import UserError
+from postgen.reading import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 _ENTRY = "quantization_config"
 _WAY = "quant_method"
+_OURS = re.compile(r"(postgen\.[a-z_]+)\.([a-z_]+)\(folder\)")
+"""A function of a room of ours."""
 
 
 def write_note(model: Any, loader: str, note: Mapping[str, Any]) -> None:
@@ -51,6 +60,40 @@ def read_note(config: Mapping[str, Any], loader: str) -> dict[str, Any] | None:
 def without_note(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without the note."""
     return {name: value for name, value in config.items() if name != _ENTRY}
+
+
+def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
+    """Load a network by the function of ours that its config names; None: it names none, so diffusers loads it.
+
+    Args:
+        folder: of the network.
+        dtype: to cast it to; None keeps what was saved.
+
+    Raises:
+        UserError: as the function says.
+    """
+    config = (
+        read_json(folder / "config.json", f"{folder} cannot be read") if (folder / "config.json").is_file() else {}
+    )
+    note = config.get(_ENTRY) if isinstance(config, dict) else None
+    way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
+    if way is None:
+        return None
+    loader = getattr(import_module(way[1]), way[2], None)
+    if not callable(loader):
+        raise UserError(f"{folder} is to be loaded by {way[1]}.{way[2]}, which this postgen does not have: update it")
+    network = loader(folder)
+    return network if dtype is None or network.dtype == dtype else network.to(dtype)
+
+
+def empty_noted(config: Mapping[str, Any]) -> Any | None:
+    """Build a network for its weights to be put in, where its config names a function of ours; None: it names none.
+
+    Beside the function that loads, its module has `empty(config)`.
+    """
+    note = config.get(_ENTRY)
+    way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
+    return None if way is None else import_module(way[1]).empty(config)
 
 
 def _way(loader: str) -> str:

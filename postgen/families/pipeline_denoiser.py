@@ -219,10 +219,18 @@ class PipelineDenoiser(ABC):
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
         """Return the prediction of every row, float32. See `Denoiser`."""
+        self.check_call(x, sigma, condition, guidance)
+        return self.route(x, self.timestep(sigma.to(x.device)), condition, guidance)
+
+    def check_call(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float) -> None:
+        """Refuse what `predict` does not take.
+
+        Raises:
+            UserError: as `Denoiser.predict`.
+        """
         self._check_sigma(x, sigma)
         if guidance > 1 and "negative" not in condition:
             raise UserError("guidance above 1 needs condition['negative']: call encode_prompt with guidance=True")
-        return self.route(x, self.timestep(sigma.to(x.device)), condition, guidance)
 
     def route(self, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
         """Send every row to its network: here, all to the first. `timestep` is (B,) or (B, T)."""
@@ -230,15 +238,24 @@ class PipelineDenoiser(ABC):
 
     def guided(self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
         """Call one network, twice where there is guidance, and combine in float32."""
+        return self.combined(*self.passes(name, x, timestep, condition, guidance), guidance)
+
+    def passes(
+        self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what one network makes of the prompt and, where there is guidance, of the negative one; float32."""
         if name not in self.transformers:
             raise UserError(f"the pipeline has no {name}, which this noise level needs")
         network = self.transformers[name]
         x, timestep = x.to(self.model.dtype), self.network_timestep(timestep, x)
         with_text = self.forward(network, x, timestep, self.told("prompt", condition)).float()
         if guidance <= 1:
-            return with_text
-        without = self.forward(network, x, timestep, self.told("negative", condition)).float()
-        return without + guidance * (with_text - without)
+            return with_text, None
+        return with_text, self.forward(network, x, timestep, self.told("negative", condition)).float()
+
+    def combined(self, with_text: Tensor, without: Tensor | None, guidance: float) -> Tensor:
+        """Return classifier-free guidance of two passes; with one it is that one."""
+        return with_text if without is None else without + guidance * (with_text - without)
 
     def told(self, text: str, condition: Condition) -> dict[str, Tensor]:
         """Return what `forward` is told besides latents and timestep; `text` is `prompt` or `negative`."""

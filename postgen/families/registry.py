@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError
@@ -111,15 +111,7 @@ def video_tokens_named(kind: str, *parents: str) -> VideoTokens:
     Raises:
         UserError: nothing is known of the class, or why it has no softmax attention over frames.
     """
-    for name in (kind, *parents):
-        row = _layouts.get(name)
-        if row is not None and row.video is not None:
-            return row.video
-        reason = NO_VIDEO_TOKENS.get(name, "its layout says nothing of them" if row is not None else "")
-        if reason:
-            known = sorted(name for name, row in _layouts.items() if row.video is not None)
-            raise UserError(f"no video tokens in {kind}: {reason}. Known: {', '.join(known)}")
-    raise _unknown(kind)
+    return _tokens((kind, *parents), _video, NO_VIDEO_TOKENS, "video tokens")
 
 
 def tokens_of(transformer: nn.Module) -> VideoTokens:
@@ -138,16 +130,31 @@ def tokens_named(kind: str, *parents: str) -> VideoTokens:
     Raises:
         UserError: nothing is known of the class, or why it has no softmax attention among them.
     """
-    for name in (kind, *parents):
+    return _tokens((kind, *parents), _video_or_image, NO_TOKENS, "tokens of a video or picture")
+
+
+def _video(row: Layout) -> VideoTokens | None:
+    return row.video
+
+
+def _video_or_image(row: Layout) -> VideoTokens | None:
+    return row.video or row.image
+
+
+def _tokens(
+    names: tuple[str, ...], part: Callable[[Layout], VideoTokens | None], reasons: Mapping[str, str], what: str
+) -> VideoTokens:
+    """Return a part of the row of the first class that has it, or say why the first that is known has none."""
+    for name in names:
         row = _layouts.get(name)
-        tokens = None if row is None else row.video or row.image
+        tokens = None if row is None else part(row)
         if tokens is not None:
             return tokens
-        reason = NO_TOKENS.get(name, "its layout says nothing of them" if row is not None else "")
+        reason = reasons.get(name, "its layout says nothing of them" if row is not None else "")
         if reason:
-            known = sorted(name for name, row in _layouts.items() if row.video or row.image)
-            raise UserError(f"no tokens of a video or picture in {kind}: {reason}. Known: {', '.join(known)}")
-    raise _unknown(kind)
+            known = sorted(name for name, row in _layouts.items() if part(row) is not None)
+            raise UserError(f"no {what} in {names[0]}: {reason}. Known: {', '.join(known)}")
+    raise _unknown(names[0])
 
 
 def _unknown(kind: str) -> UserError:

@@ -82,7 +82,9 @@ _BLOCKS = {
 }
 
 _DENOISERS = {
+    "DiTTransformer2DModel": {"DiTPipeline": "postgen.families.dit:DiTDenoiser"},
     "FluxTransformer2DModel": {"FluxPipeline": "postgen.families.flux:FluxDenoiser"},
+    "PixArtTransformer2DModel": {"PixArtSigmaPipeline": "postgen.families.pixart:PixArtSigmaDenoiser"},
     "SD3Transformer2DModel": {
         "StableDiffusion3Pipeline": "postgen.families.stable_diffusion_3:StableDiffusion3Denoiser"
     },

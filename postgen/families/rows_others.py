@@ -114,6 +114,7 @@ ROWS = (
         self_attention=r"transformer_blocks\.\d+\.attn",
         token_order="video-text",
         attention_call="dispatch",
+        attention="postgen.families.attention.hunyuan_video:ANATOMY",
     ),
     _row(
         "HunyuanVideoFramepackTransformer3DModel",

@@ -46,6 +46,8 @@ _ANIMATED = Blocks(
     groups=(BlockGroup(names=r"blocks\.\d+", breaks="face adapters add the face's motion between the blocks"),)
 )
 
+_ATTENTION = "postgen.families.attention.wan:ANATOMY"
+
 ROWS = (
     _wan_like(
         "AnyFlowTransformer3DModel",
@@ -55,7 +57,12 @@ ROWS = (
         grid_rule=grid_btchw,
     ),
     # Editing an image makes two latent frames; the reasoning steps make more.
-    _wan_like("ChronoEditTransformer3DModel", Call(extras="image_of_wan"), timestep_shapes=("B", "BL")),
+    _wan_like(
+        "ChronoEditTransformer3DModel",
+        Call(extras="image_of_wan"),
+        timestep_shapes=("B", "BL"),
+        attention=_ATTENTION,
+    ),
     # Long, middle and short history come first; their keys may be amplified, those of the current frames are not.
     _wan_like("HeliosTransformer3DModel", Call(extras="helios"), token_order="history-video"),
     _wan_like(
@@ -63,20 +70,26 @@ ROWS = (
         Call(extras="skyreels"),
         timestep_shapes=("B", "BT"),
         causal_rule=_frames_per_block,
+        attention=_ATTENTION,
         denoisers={"SkyReelsV2Pipeline": "postgen.families.wan:SkyReelsV2Denoiser"},
     ),
     # The reference image is the first frame. The face adapters attend within a frame.
-    _wan_like("WanAnimateTransformer3DModel", Call(extras="animate", more_frames=1), blocks=_ANIMATED),
+    _wan_like(
+        "WanAnimateTransformer3DModel",
+        Call(extras="animate", more_frames=1),
+        blocks=_ANIMATED,
+        attention=_ATTENTION,
+    ),
     _wan_like(
         "WanTransformer3DModel",
         Call(extras="image_of_wan"),
         timestep_shapes=("B", "BL"),
-        attention="postgen.families.attention.wan:ANATOMY",
+        attention=_ATTENTION,
         denoisers={
             "WanImageToVideoPipeline": "postgen.families.wan:WanDenoiser",
             "WanPipeline": "postgen.families.wan:WanDenoiser",
         },
     ),
     # Reference images are leading frames. The control blocks steer the main ones; their attention is left alone.
-    _wan_like("WanVACETransformer3DModel", Call(extras="vace"), blocks=_CONTROLLED),
+    _wan_like("WanVACETransformer3DModel", Call(extras="vace"), blocks=_CONTROLLED, attention=_ATTENTION),
 )

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from postgen.compat import size_ids
 from postgen.errors import UserError
 from postgen.families.alpha_bar import AlphaBarDenoiser
+from postgen.families.fixed_length import FixedLength
+from postgen.families.pictures import PictureDenoiser
 
 
-class StableDiffusionDenoiser(AlphaBarDenoiser):
+class StableDiffusionDenoiser(FixedLength, PictureDenoiser, AlphaBarDenoiser):
     """`Denoiser` of `StableDiffusionPipeline`.
 
     Raises:
@@ -20,7 +22,6 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
             CLIP's 77.
     """
 
-    frame_axis = None
     components = ("unet",)
     default_length = 77
 
@@ -32,28 +33,10 @@ class StableDiffusionDenoiser(AlphaBarDenoiser):
             pipe.vae.float()  # it overflows
 
     @property
-    def max_sequence_length(self) -> int:
-        """Tokens of a prompt, as many as CLIP has places for."""
-        return self.default_length
-
-    @max_sequence_length.setter
-    def max_sequence_length(self, length: int) -> None:
-        if length != self.default_length:
-            raise UserError(
-                f"the prompts of {type(self.pipe).__name__} have {self.default_length} tokens, not {length}: leave "
-                "max_sequence_length out"
-            )
-
-    @property
     def multiples(self) -> tuple[int, int, int]:
         """What height and width must divide by: whole latents on every level of the UNet; one frame."""
         side = self.pipe.vae_scale_factor * 2 ** (len(self.model.config.block_out_channels) - 1)
         return side, side, 0
-
-    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
-        space = self.pipe.vae_scale_factor
-        return self.model.config.in_channels, height // space, width // space
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
         """Encode texts."""

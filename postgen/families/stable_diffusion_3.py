@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from postgen.families.pipeline_denoiser import PipelineDenoiser
+from postgen.families.pictures import PictureDenoiser
 
 
-class StableDiffusion3Denoiser(PipelineDenoiser):
+class StableDiffusion3Denoiser(PictureDenoiser):
     """`Denoiser` of `StableDiffusion3Pipeline`."""
 
-    frame_axis = None
     per_row = ("pooled",)
-
-    @property
-    def multiples(self) -> tuple[int, int, int]:
-        """What height and width must divide by; one frame."""
-        side = self.pipe.vae_scale_factor * self.model.config.patch_size
-        return side, side, 0
-
-    def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
-        space = self.pipe.vae_scale_factor
-        return self.model.config.in_channels, height // space, width // space
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
         """Encode texts: the encoding and the pooled one."""

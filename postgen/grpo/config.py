@@ -107,6 +107,7 @@ class GroupConfig(
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("log_completions", "num_completions_to_log", "dry_run")
+    share_out: ClassVar[tuple[str, ...]] = ("steps_per_generation", "generation_batch_size")
 
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""

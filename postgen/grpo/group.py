@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
-from postgen.training import Reason, Trainer, TrainingConfig, TrainResult, Weights
+from postgen.training import Reason, TrainingConfig, TrainResult, Weights
 from postgen.training.policy import Policy, load_policy
 from postgen.training.prompts import Prompts
 
@@ -39,12 +39,12 @@ from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
 from .rows import check_data
 from .scoring import Rewards, Scoring, gathered, reward_metrics
+from .state import G, KeptState
 
-G = TypeVar("G", bound=GroupConfig)
 Metrics = dict[str, float | Tensor]
 
 
-class GroupTrainer(Trainer[G]):
+class GroupTrainer(KeptState[G]):
     """Rolls groups of samples out, scores them and hands micro-batches with advantages to `learn`.
 
     Args:
@@ -262,20 +262,6 @@ class GroupTrainer(Trainer[G]):
             settings=args.to_dict(),
         )
         write_card(card, self.curves, args.folder, folder)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, what the run has cost, and the rollout if it is not used up."""
-        state: dict[str, Any] = {"micro": self.micro, "cost": self.meter.read(), **self.hacking.state()}
-        if self.buffer is not None and self.micro % self.batches.per_rollout:
-            state |= self.buffer.state()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self.micro = int(state["micro"])
-        self.meter.load(state["cost"])
-        self.hacking.load(state["history"], state["parted"])
-        self.buffer = Buffer.of(state, self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Add gradients, and the time that takes."""

@@ -13,13 +13,14 @@ arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
 """
 
 from postgen.lit.config import LiTConfig
-from postgen.lit.convert import conversion_of, convert, layers_of, on_grid, revert
+from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
 from postgen.lit.costs import CostTable, count, measure
 from postgen.lit.options import AnchorOptions, ChunkOptions, LitOptions, MhlaOptions, WindowOptions
 from postgen.lit.plan import Plan, plan
 from postgen.lit.report import Report
-from postgen.lit.saving import load, save
+from postgen.lit.saving import empty, load, save
 from postgen.lit.score import Scores, score
+from postgen.lit.transfer import take_weights, transfer_tasks
 
 __all__ = [
     "AnchorOptions",
@@ -35,12 +36,15 @@ __all__ = [
     "conversion_of",
     "convert",
     "count",
+    "empty",
     "layers_of",
     "load",
     "measure",
-    "on_grid",
     "plan",
     "revert",
     "save",
     "score",
+    "set_grid",
+    "take_weights",
+    "transfer_tasks",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +56,8 @@ class Conversion:
 
     def __init__(self, model: nn.Module, config: LiTConfig, converted: tuple[Converted, ...], report: Report) -> None:
         self.config, self.converted, self.report = config, converted, report
-        self.fresh: Any = None
-        """Handle of the projections that began anew; None where all are the base's."""
+        self.fresh = False
+        """Whether projections began anew."""
         self._video = tokens_of(model)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._here = _Here()
@@ -87,16 +86,11 @@ class Conversion:
         parts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
         blocks = len({each.block for each in self.converted})
         text = f"{blocks} of {len(self.report.types)} blocks are linear: {', '.join(parts) or 'none'}"
-        return text + (", queries, keys and values begun anew" if self.fresh is not None else "")
+        return text + (", queries, keys and values begun anew" if self.fresh else "")
 
-    @contextmanager
-    def on_grid(self, grid: Grid) -> Iterator[None]:
-        """Say the grid of blocks that are called alone, without their transformer, in this thread."""
-        before, self._here.grid = self._here.grid, grid
-        try:
-            yield
-        finally:
-            self._here.grid = before
+    def set_grid(self, grid: Grid) -> None:
+        """Say the grid of blocks that are called alone, until the transformer is called; copies of blocks keep it."""
+        self._last = grid
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid of a call.
@@ -136,7 +130,9 @@ class Conversion:
         # Gradient checkpointing runs blocks again outside of a call, perhaps in another thread.
         grid = self._here.grid or self._last
         if grid is None:
-            raise UserError("a converted block was called alone, before its transformer: use postgen.lit.on_grid")
+            raise UserError(
+                "a converted block was called alone, before its transformer: call postgen.lit.set_grid first"
+            )
         return compute_layer(getattr(attention, CHILD), reader, grid, inner, attention, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

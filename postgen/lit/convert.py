@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from postgen.errors import UserError
 from postgen.families import Grid, blocks_of, layout_of, tokens_of
 from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
-from postgen.families.linear import replace_linears
+from postgen.families.linear import replace_linears, replaced_linears
 from postgen.families.own_format import erase_note, write_note
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
@@ -93,12 +92,12 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
     write_note(model, LOADER, config.as_json())
     try:
         if config.inherit == "output" and chosen:
-            conversion.fresh = _begin_anew(model, config, chosen)
+            _begin_anew(model, config, chosen)
+            conversion.fresh = True
         conversion.install(model, readers)
     except BaseException:
         erase_note(model)
-        if conversion.fresh is not None:
-            conversion.fresh.remove()
+        _end_anew(model, conversion)
         raise
     for name, layer in layers.items():
         model.get_submodule(name).add_module(CHILD, layer)
@@ -113,8 +112,7 @@ def revert(transformer: nn.Module) -> None:
     """
     model = the_transformer(transformer)
     conversion = conversion_of(model)
-    if conversion.fresh is not None:
-        conversion.fresh.remove()
+    _end_anew(model, conversion)
     conversion.uninstall(model)
     for each in conversion.converted:
         delattr(model.get_submodule(each.module), CHILD)
@@ -144,15 +142,15 @@ def layers_of(transformer: nn.Module) -> dict[str, LitLayer]:
     return {each.module: getattr(model.get_submodule(each.module), CHILD) for each in conversion_of(model).converted}
 
 
-@contextmanager
-def on_grid(transformer: nn.Module, grid: Grid) -> Iterator[None]:
-    """Say the grid of tokens for blocks that are called alone, without their transformer, in this thread.
+def set_grid(transformer: nn.Module, grid: Grid) -> None:
+    """Say the grid of tokens for blocks that are called alone, without their transformer; copies of blocks keep it.
+
+    Calls of the transformer say their own.
 
     Raises:
         UserError: it is not converted.
     """
-    with conversion_of(transformer).on_grid(grid):
-        yield
+    conversion_of(transformer).set_grid(grid)
 
 
 def modules_of_blocks(model: nn.Module) -> list[list[str]]:
@@ -238,11 +236,17 @@ def _weight(module: Any) -> torch.Tensor:
     return weight
 
 
-def _begin_anew(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> Any:
+def _end_anew(model: nn.Module, conversion: Conversion) -> None:
+    # A handle knows the model: kept in the conversion, it would go along with every copy of a block.
+    if conversion.fresh:
+        replaced_linears(model)[NAME].remove()
+
+
+def _begin_anew(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> None:
     names = "|".join(re.escape(each.module) for each in chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
-        return replace_linears(
+        replace_linears(
             model, lambda _, base: Fresh(base), owner=NAME, pattern=rf"({names})\.({'|'.join(PROJECTIONS)})"
         )
 

@@ -19,18 +19,17 @@ from postgen.families import Grid
 from postgen.families.cost import forward_cost
 from postgen.families.latency import measure_latency
 from postgen.families.own_format import without_note
-from postgen.files import replacing
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import convert, modules_of_blocks, revert, shape_of, the_transformer
 from postgen.lit.layers import make_layer
+from postgen.lit.record import Record, read_record
 from postgen.lit.score import check_kinds
-from postgen.reading import read_json
 
 UNITS = {"flops": "FLOPs", "us": "microseconds"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CostTable:
+class CostTable(Record):
     """Costs of one step of one model at one size, whole numbers."""
 
     transformer: str
@@ -50,11 +49,6 @@ class CostTable:
     changes: Mapping[str, tuple[int, ...]]
     """Layer type -> what the step costs more when one block is that; negative where it costs less."""
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, path: Path) -> CostTable:
         """Read what `save` wrote.
@@ -62,16 +56,15 @@ class CostTable:
         Raises:
             UserError: it is something else.
         """
-        content = read_json(path, f"{path} cannot be read")
+        content = read_record(cls, path, "costs")
         try:
-            known = {field.name for field in dataclasses.fields(cls)}
-            if not isinstance(content, dict) or content.keys() != known or content["unit"] not in UNITS:
-                raise ValueError("other entries")
+            if content["unit"] not in UNITS:
+                raise ValueError("an unknown unit")
             changes = {str(kind): tuple(map(int, row)) for kind, row in content["changes"].items()}
             frames, height, width = map(int, content["shape"])
             return cls(**{**content, "changes": changes, "shape": (frames, height, width)})
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} holds no costs ({error}): write them with CostTable.save") from error
+            raise UserError(f"{path} holds damaged costs ({error})") from error
 
     def check(self, model: nn.Module, shape: tuple[int, int, int] | None = None, device: str | None = None) -> None:
         """Refuse another model, size or device than the costs are of.
@@ -189,7 +182,7 @@ def measure(
 
 def model_number(model: nn.Module) -> int:
     """Return a number for class and config, to know a model by."""
-    inner: Any = model
+    inner: Any = the_transformer(model)
     config = {name: value for name, value in without_note(inner.config).items() if not name.startswith("_")}
     return zlib.crc32(json.dumps([type(inner).__name__, config], sort_keys=True, default=str).encode())
 

@@ -76,7 +76,8 @@ class MhlaOptions:
     blocks: tuple[int, int, int] = (1, 4, 4)
     """Blocks along frames, rows and columns on the grid that the layer was made for."""
     divisor: bool = True
-    """False leaves the divisor out and takes the mean over keys instead, as the paper does for video."""
+    """False leaves the divisor out and takes the mean over keys instead, as the paper does for video. With text in the
+    same attention there is a divisor anyway: softmax over the text has one."""
     interpolate: bool = True
     """On another grid blocks keep their size and the weights are interpolated; False refuses other grids."""
     feature_map: str = "relu"

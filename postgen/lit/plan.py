@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from postgen.errors import UserError, check_number
-from postgen.files import replacing
 from postgen.lit.config import LiTConfig
 from postgen.lit.costs import UNITS, CostTable, model_number
 from postgen.lit.options import TYPES
+from postgen.lit.record import Record, read_record
 from postgen.lit.score import Scores
-from postgen.reading import read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(Record):
     """A layer type per block, what it was chosen for, and what it is expected to cost; `print` it."""
 
     transformer: str
@@ -103,11 +101,6 @@ class Plan:
             raise UserError(f"this plan was measured on {self.device}, not on {device}: make a new one")
         return dataclasses.replace(config or LiTConfig(), layers=self.types, first_block=self.types[0] != "softmax")
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Read what `save` wrote.
@@ -115,14 +108,14 @@ class Plan:
         Raises:
             UserError: it is something else.
         """
-        content = read_json(path, f"{path} cannot be read")
+        content = read_record(cls, path, "plan")
         try:
-            if not isinstance(content, dict) or not {*content["types"]} <= {*TYPES}:
-                raise ValueError("other entries")
+            if not {*content["types"]} <= {*TYPES}:
+                raise ValueError("an unknown layer type")
             lists = {name: tuple(content[name]) for name in ("shape", "types", "errors", "costs")}
             return cls(**{**content, **lists})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} holds no plan ({error}): write one with Plan.save") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} holds a damaged plan ({error})") from error
 
 
 def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool = False) -> Plan:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from torch import nn
 
 from postgen.errors import UserError, shown
@@ -65,16 +67,38 @@ def load(source: str | Path, *, subfolder: str | None = None) -> Any:
     """
     folder = _local(str(source), subfolder)
     config = read_json(folder / _CONFIG, f"{folder / _CONFIG} cannot be read")
-    note = read_note(config, LOADER) if isinstance(config, dict) else None
-    if note is None:
-        raise UserError(f"{folder} holds no transformer that postgen.lit converted: its {_CONFIG} says nothing of it")
-    settings = LiTConfig.from_json(note)
-    # What begins anew is put in the place of layers that are in memory.
-    model = _built(config, folder, empty=settings.inherit == "all")
-    with _no_memory() if settings.inherit == "all" else nullcontext():
-        convert(model, settings)
+    try:
+        model = empty(config if isinstance(config, dict) else {})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     _fill(model, folder)
     return model.eval()
+
+
+def empty(config: Mapping[str, Any]) -> Any:
+    """Build a converted transformer whose weights are still to be given: it has no memory for them, as far as it can.
+
+    Tables of angles, which are no weights, are computed. What began anew is put in the place of layers that are in
+    memory, so such a transformer has memory.
+
+    Args:
+        config: of a converted transformer, as its config.json has it.
+
+    Raises:
+        UserError: it is none of a converted transformer.
+    """
+    note = read_note(config, LOADER)
+    if note is None:
+        raise UserError("no transformer that postgen.lit converted: its config says nothing of it")
+    settings = LiTConfig.from_json(note)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
+    with _no_memory() if settings.inherit == "all" else nullcontext():
+        model = kind.from_config(without_note(config))
+        convert(model, settings)
+    return model
 
 
 def _local(source: str, subfolder: str | None) -> Path:
@@ -97,18 +121,6 @@ def _local(source: str, subfolder: str | None) -> Path:
         hint = f": give subfolder={inside[0]!r}" if inside else ""
         raise UserError(f"{folder} has no {_CONFIG} of a transformer{hint}")
     return folder
-
-
-def _built(config: dict[str, Any], folder: Path, *, empty: bool) -> Any:
-    """Build the stock transformer; empty, without memory for its weights. Tables of angles are computed anyway."""
-    import diffusers
-
-    name = config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if kind is None or not hasattr(kind, "from_config"):
-        raise UserError(f"{folder}: diffusers {diffusers.__version__} has no transformer {shown(name)}")
-    with _no_memory() if empty else nullcontext():
-        return kind.from_config(without_note(config))
 
 
 def _no_memory() -> AbstractContextManager[Any]:

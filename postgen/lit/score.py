@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +16,16 @@ from torch import Tensor, nn
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families import tokens_of
 from postgen.families.installed import installed, processor_stack
-from postgen.files import replacing
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import NAME, Converted, compute_layer
 from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, the_transformer
 from postgen.lit.layers import LitLayer
 from postgen.lit.options import LINEAR_TYPES
-from postgen.reading import read_json
+from postgen.lit.record import Record, read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
+class Scores(Record):
     """Errors of layer types, block by block; `print` it."""
 
     transformer: str
@@ -45,11 +42,6 @@ class Scores:
             lines.append(f"{block:5}" + "".join(f"{error:15.4f}" for error in row))
         return "\n".join(lines)
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read what `save` wrote.
@@ -57,12 +49,12 @@ class Scores:
         Raises:
             UserError: it is something else.
         """
-        content = read_json(path, f"{path} cannot be read")
+        content = read_record(cls, path, "scores")
         try:
             errors = {str(kind): tuple(map(float, row)) for kind, row in content["errors"].items()}
             return cls(transformer=str(content["transformer"]), errors=errors, calls=int(content["calls"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} holds no scores ({error}): write them with Scores.save") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} holds damaged scores ({error})") from error
 
 
 def score(

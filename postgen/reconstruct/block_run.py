@@ -29,7 +29,7 @@ from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.ema import Ema
 from postgen.training.logging import Averages, MetricsFile, Progress, StepTimer, say
 from postgen.training.modes import evaluating
-from postgen.training.resume import changed_settings, free_to_change, put_aside
+from postgen.training.resume import changed_settings, put_aside
 from postgen.training.run_state import RunState
 from postgen.training.stop import Signals
 from postgen.training.updates import adamw, decay_groups
@@ -66,7 +66,7 @@ class Bench:
             UserError: one line that says what differs.
         """
         changed = changed_settings(before["config"], self.config)
-        told = [f"{name}: {said}" for name, said in changed.items() if name not in free_to_change(self.config)]
+        told = [f"{name}: {said}" for name, said in changed.items() if name not in self.config.named_in("may_change")]
         told += [f"{name}: {before[name]} -> {now[name]}" for name in ("records", "task", _STUDENT)
                  if name in before and name in now and before[name] != now[name]]  # fmt: skip
         if told:

@@ -28,8 +28,9 @@ class TrainingConfig(UpdatesConfig):
     may_change: ClassVar[tuple[str, ...]] = (
         *("output_dir", "method", "init_from", "resume_from_checkpoint", "allow_changed", "evaluate_only"),
         *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
-        "report_to",
+        *("report_to", "fully_shard"),
     )
+    share_out: ClassVar[tuple[str, ...]] = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     output_dir: str
     """Folder of the run: checkpoints, `metrics.jsonl`, `config.yaml`, `export/`."""

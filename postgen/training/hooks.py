@@ -11,8 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from postgen.errors import UserError
+
 from .callbacks import Callbacks
 from .config import TrainingConfig
+from .processes import counted
 from .run_state import Weights
 from .sharding import repeated_blocks
 from .swap import WeightsCopy
@@ -120,6 +123,23 @@ class TrainerHooks(ABC, Generic[C]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned in this process; tensors come on the CPU."""
+
+    def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `load_state_dict` takes in this process, where another number of processes wrote a checkpoint.
+
+        By default that is refused: what they drew from their own random streams, one more or fewer would not draw.
+
+        Args:
+            states: of each of those processes, as `state_dict` returned it.
+            before: the settings of that run.
+
+        Raises:
+            UserError: the run cannot go on so; the message says what to do.
+        """
+        raise UserError(
+            f"{type(self).__name__} draws its data in each process, so that it would be another run. Start "
+            f"{counted(len(states))}, or take the weights alone with init_from"
+        )
 
     # What a method may ask.
 

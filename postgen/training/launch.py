@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
@@ -19,6 +18,7 @@ from postgen.errors import UserError
 
 from .config import TrainingConfig
 from .logging import available_trackers
+from .precision import OwnPrecision
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where a launcher (torchrun, then three of MPI) says how many processes there are."""
@@ -83,15 +83,16 @@ def check_device(device: str) -> None:
         raise UserError("device is cuda, but torch sees no CUDA device. Use device: auto or cpu.")
 
 
-def make_accelerator(args: TrainingConfig) -> Accelerator:
+def make_accelerator(args: TrainingConfig) -> OwnPrecision:
     """Return the accelerator of a run; `check_launch` has passed.
 
-    Several processes without a GPU average their gradients through gloo, also where `device` is auto. With `bf16`
-    torch's warning is ignored from here on that a norm of bfloat16 numbers and float32 weights is not the fused one.
+    Several processes without a GPU average their gradients through gloo, also where `device` is auto. Trainers of one
+    process may differ in `bf16`. With it torch's warning is ignored from here on that a norm of bfloat16 numbers and
+    float32 weights is not the fused one.
 
     Raises:
-        UserError: the processes of the launch did not come together, the device is another one than `device` says, or
-            this process has had an accelerator for other settings.
+        UserError: the processes of the launch did not come together, the device is another one than `device` says or
+            has no bfloat16, or this process has had an accelerator for another device, for fp16 or fp8.
     """
     asked = _processes_asked()
     cpu = args.device == "cpu" or (args.device == "auto" and asked > 1 and not torch.accelerator.is_available())
@@ -99,8 +100,8 @@ def make_accelerator(args: TrainingConfig) -> Accelerator:
     if args.bf16:
         ignore_mixed_norms()
     try:
-        made = Accelerator(
-            mixed_precision=_precision(args),
+        made = OwnPrecision(
+            bf16=args.bf16,
             # Accumulation is ours: accelerate counts micro-batches in a state that all trainers of a process share.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             cpu=cpu,
@@ -111,8 +112,8 @@ def make_accelerator(args: TrainingConfig) -> Accelerator:
         if not again:
             raise
         raise UserError(
-            f"this process has trained with other settings of bf16 or device before, and accelerate keeps them "
-            f"({error}): start a process for each of the two"
+            "this process has had an Accelerator for another device, fp16 or fp8 before, and accelerate keeps that "
+            f"for all ({error}): start a process for each of the two"
         ) from error
     if asked > 1 and made.num_processes != asked:
         raise UserError(

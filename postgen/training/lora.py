@@ -80,6 +80,7 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
         peft_config = peft_config if peft_config is not None else _peft_config(config, denoiser)
         adapter = "default"
         for module in networks.values():
+            _check_takes_adapters(module)
             _check_targets(module, peft_config.target_modules)
             module.add_adapter(peft_config, adapter_name=adapter)
     else:
@@ -117,6 +118,14 @@ def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:
         init_lora_weights="gaussian",
         target_modules=list(config.lora_target_modules or denoiser.lora_targets),
     )
+
+
+def _check_takes_adapters(module: nn.Module) -> None:
+    if not hasattr(module, "add_adapter"):
+        raise UserError(
+            f"{type(module).__name__} takes no LoRA in diffusers, which could not load it either: train all weights,"
+            " use_peft: false"
+        )
 
 
 def _check_targets(module: nn.Module, targets: Any) -> None:

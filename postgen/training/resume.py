@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from postgen.errors import UserError, cut, first_line
 
 from .checkpoint_head import DamagedCheckpoint, read_head
 from .config import TrainingConfig
-from .logging import say
+from .logging import Sums, say
 from .recipe import METHODS
 from .updates import UpdatesConfig
 
@@ -47,8 +49,13 @@ def none_is_sound(damaged: Mapping[Path, str]) -> str:
     )
 
 
-def check_first(folders: Sequence[Path], config: TrainingConfig) -> None:
+def check_first(folders: Sequence[Path], config: TrainingConfig, processes: int) -> None:
     """Check the settings of the first of these checkpoints that says what it is, before a model is loaded.
+
+    Args:
+        folders: the checkpoints.
+        config: of the run.
+        processes: that train it.
 
     Raises:
         UserError: as `check_settings` does.
@@ -56,17 +63,22 @@ def check_first(folders: Sequence[Path], config: TrainingConfig) -> None:
     for folder in folders:
         # A damaged one is told of, and put aside, where its tensors are read.
         with suppress(DamagedCheckpoint):
-            check_settings(folder, read_head(folder).meta["config"], config)
+            head = read_head(folder)
+            check_settings(folder, head.meta["config"], config, shared_anew=head.ranks != processes)
             return
 
 
-def check_settings(folder: Path, before: Mapping[str, Any], config: TrainingConfig) -> dict[str, str]:
+def check_settings(
+    folder: Path, before: Mapping[str, Any], config: TrainingConfig, *, shared_anew: bool = False
+) -> dict[str, str]:
     """Compare the settings that a checkpoint was made with with those of a run that goes on from it.
 
     Args:
         folder: the checkpoint.
         before: its settings.
         config: those of the run. Where it only evaluates, and for what it names in `allow_changed`, any may differ.
+        shared_anew: whether another number of processes goes on, so that those may differ that share a batch out; that
+            it is the same batch, `state_of_others` checks.
 
     Returns:
         `old -> new` by name, for those that differ.
@@ -76,7 +88,9 @@ def check_settings(folder: Path, before: Mapping[str, Any], config: TrainingConf
     """
     _check_method(folder, before.get("method"), config.method)
     changed = changed_settings(before, config)
-    may = free_to_change(config) | {*config.allow_changed}
+    may = config.named_in("may_change") | {*config.allow_changed}
+    if shared_anew:
+        may |= config.named_in("share_out")
     refused = [
         name for name in changed if name not in may and not name.startswith("eval_") and not config.evaluate_only
     ]
@@ -109,9 +123,35 @@ def announce(folder: Path, step: int, changed: Mapping[str, str], config: Traini
         )
 
 
-def free_to_change(config: UpdatesConfig) -> set[str]:
-    """Return the settings that change nothing of what is learned, by the parts of a configuration."""
-    return {name for base in type(config).__mro__ for name in vars(base).get("may_change", ())}
+def on_host(value: Any) -> Any:
+    """Return a tensor on the CPU, and anything else as it is."""
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what has names that begin so, without that beginning."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def averages_in(ranks: Sequence[Mapping[str, Any]], rank: int, processes: int) -> Sums:
+    """Return the averages in progress of a process: its own, or, of another number of processes, the first one's all.
+
+    What each process adds once a step, as the norm of gradients, weighs in the next mean by how many there were.
+
+    Args:
+        ranks: what each process of the checkpoint kept.
+        rank: of this process.
+        processes: of this run.
+    """
+    if len(ranks) == processes:
+        own: Sums = ranks[rank]["averages"]
+        return own
+    added: Sums = {"sums": {}, "counts": {}}
+    for part in [each["averages"] for each in ranks] if rank == 0 else ():
+        for name, value in part["sums"].items():
+            added["sums"][name] = added["sums"].get(name, 0.0) + value
+            added["counts"][name] = added["counts"].get(name, 0) + part["counts"][name]
+    return added
 
 
 def changed_settings(before: Mapping[str, Any], config: UpdatesConfig) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from postgen.compat import block_classes
 from postgen.errors import UserError
 from postgen.families import blocks_of
+from postgen.families.own_format import empty_noted
 
 Blocks = Callable[[], Sequence[nn.Module]]
 """The modules inside a model that are cut one by one; asked for only where it is cut."""
@@ -137,8 +138,11 @@ def uncut(module: Any, weights: Mapping[str, Tensor], prefix: str = "") -> Any:
 
     kinds: Iterable[Any] = type(module).__mro__
     kind = next(parent for parent in kinds if not issubclass(parent, FSDPModule))
-    with torch.device("meta"):
-        made = (kind.from_config if hasattr(kind, "from_config") else kind)(module.config)
+    # A network whose structure we changed is not what its class makes of its config.
+    made = empty_noted({**module.config, "_class_name": kind.__name__}) if isinstance(module.config, dict) else None
+    if made is None:
+        with torch.device("meta"):
+            made = (kind.from_config if hasattr(kind, "from_config") else kind)(module.config)
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     made.load_state_dict(own, assign=True)
     for name, buffer in module.named_buffers():

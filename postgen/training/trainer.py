@@ -1,7 +1,7 @@
 """The one training loop of every method: accelerate, optimiser, averaged weights, checkpoints, logs, callbacks."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 from postgen.errors import UserError
 from postgen.files import replacing
 
-from . import checkpoint, rng, weights
+from . import checkpoint, resume, rng, weights
 from .callbacks import Callbacks
 from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
@@ -23,8 +23,7 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
-from .processes import check_equal, leave_group
-from .resume import announce, check_first, check_settings, none_is_sound, not_of, put_aside
+from .processes import check_equal, check_group, counted, leave_group
 from .run_folder import RunLock, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -40,8 +39,9 @@ class Trainer(TrainerHooks[C]):
     """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
 
     Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `build_optimizer`, `shard_blocks`,
-    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`. Attributes
-    for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`).
+    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`,
+    `state_of_others`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`,
+    `sharded` (see `TrainerHooks`). Trainers of one process may differ in precision; several processes train one run.
 
     Several processes average the gradients of calls `self.models[name](...)` and of no others: DDP and FSDP see the
     `forward` of what `build` returned, not that of a part of it, and not another method. A loss that needs more than
@@ -124,9 +124,11 @@ class Trainer(TrainerHooks[C]):
         """Run until `max_steps`, the deadline, a callback or a signal; save a checkpoint and export at the end.
 
         Raises:
-            UserError: weights or a checkpoint do not fit, or the output folder holds another run.
+            UserError: weights or a checkpoint do not fit, the output folder holds another run, or several processes
+                have trained one already.
             FloatingPointError: the loss was not finite; nothing is saved after such a step.
         """
+        check_group(self.accelerator)
         self._began = time.monotonic()
         with self._own_folder(), written(self.args.folder):
             self._setup()
@@ -171,7 +173,7 @@ class Trainer(TrainerHooks[C]):
 
     def _setup(self) -> None:
         sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
-        check_first(sources, self.args)
+        resume.check_first(sources, self.args, self.accelerator.num_processes)
         if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
             say(f"{self.args.folder} holds no checkpoint: a new run begins")
         # The same weights in every process; afterwards each process has its own streams.
@@ -328,7 +330,8 @@ class Trainer(TrainerHooks[C]):
         check_equal(self._parts.checksum())
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
-            **{f"method.{name}": value for name, value in self.state_dict().items()},
+            # On a device, each tensor would come to the first process on that of the process that it comes from.
+            **{f"method.{name}": resume.on_host(value) for name, value in self.state_dict().items()},
             "averages": self.log.averages(),
         }
         ranks = gather_object([own])
@@ -354,37 +357,32 @@ class Trainer(TrainerHooks[C]):
                 damaged[folder] = problem
                 continue
             if self.accelerator.is_main_process and not self.args.evaluate_only:
-                put_aside(damaged)
+                resume.put_aside(damaged)
             return
-        raise UserError(none_is_sound(damaged))
+        raise UserError(resume.none_is_sound(damaged))
 
     def _restore(self, folder: Path) -> None:
         snapshot = checkpoint.read(folder)
-        changed = check_settings(folder, snapshot.meta["config"], self.args)
-        found, rank = len(snapshot.ranks), self.accelerator.process_index
-        if found != self.accelerator.num_processes:
-            raise UserError(
-                f"{folder} was written by {found} processes, this run has "
-                f"{self.accelerator.num_processes}. Start as many, or use init_from for the weights alone."
-            )
+        ranks, rank, count = snapshot.ranks, self.accelerator.process_index, self.accelerator.num_processes
+        before = snapshot.meta["config"]
+        changed = resume.check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
         self._parts.restore(snapshot, str(folder))
-        own = snapshot.ranks[rank]
-        self.log.restore(own["averages"], float(snapshot.meta["seconds"]))
+        self.log.restore(resume.averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
+        states = [resume.section(each, "method.") for each in ranks]
         try:
-            self.load_state_dict(_section(own, "method."))
-        except UserError:
-            raise
+            self.load_state_dict(states[rank] if len(ranks) == count else self.state_of_others(states, before))
+        except UserError as error:
+            if len(ranks) == count:
+                raise
+            raise UserError(f"{folder} was written by {counted(len(ranks))}, this run has {count}: {error}") from error
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise not_of(folder, rank, type(self).__name__, error) from error
-        rng.restore(_section(own, "rng."), self.generator)
+            raise resume.not_of(folder, rank, type(self).__name__, error) from error
+        if rank < len(ranks):  # further ones begin the streams of their own
+            rng.restore(resume.section(ranks[rank], "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:
-            announce(folder, snapshot.step, changed, self.args)
+            resume.announce(folder, snapshot.step, changed, self.args)
 
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _section(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

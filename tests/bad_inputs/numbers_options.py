@@ -34,6 +34,7 @@ RIGHT = {
     "seed": LARGE,
     "fps": "12.5",
     "count": "2",
+    "budget": "0.5",
 }
 """Of each numeric option of the commands that make videos, a text that must be taken."""
 
@@ -41,6 +42,7 @@ _TRUE = ("--model", "{hunyuan}")  # the model that has this option
 BASES: dict[str, tuple[str, ...]] = {
     "generate": ("generate", "a"),
     "compare": ("compare", "a", "--b", "steps=2"),
+    "convert lit": ("convert", "lit", "{wan}", "-o", "out"),
     "score": ("score", "frames", "--prompt", "a"),
     "serve-reward": ("serve-reward", "world"),
 }
@@ -88,6 +90,8 @@ def rows() -> Iterator[Row]:
     for command, name, option, kind in options():
         own = _TRUE if name == "true_cfg" else ("--model", "{wan}")
         base = BASES[command] + (own if command in ("generate", "compare") else ())
+        if command == "convert lit" and name != "budget":
+            base += ("--layers", "all:lit")
         yield from _of(command, name, kind, lambda text, base=base, option=option: (*base, f"{option}={text}"))
     for key, (kind, _) in _keys().items():
         if kind in (int, float):

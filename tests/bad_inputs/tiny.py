@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import LATENT_CHANNELS, wan_components
 from tests.families.tiny_videos import save_tiny_video
+from tests.tiny_wan import LATENT_CHANNELS, wan_components
 
 NAMES = ("wan", "image", "hunyuan")
 

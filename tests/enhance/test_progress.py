@@ -15,7 +15,7 @@ from torch import Tensor
 import postgen
 from postgen.families.installed import installed
 from postgen.pipelines import WanPipeline
-from tests.conftest import wan_components
+from tests.tiny_wan import wan_components
 
 LATER = postgen.EnhanceAVideoConfig(relative_weight=0.4, start=0.5)
 

@@ -104,6 +104,8 @@ def test_put_together_again(tiny: TinyModel, dtype: torch.dtype) -> None:
     other = copy.deepcopy(tiny)
     other.transformer.to(dtype)
     other.arguments = {name: cast(value, dtype) for name, value in tiny.arguments.items()}
+    if tiny.name == "HunyuanVideo 1.5":  # as its pipeline has it
+        other.arguments["timestep"] = tiny.arguments["timestep"].to(dtype)
     for seen in calls(other):
         assert bits(seen.expected)[0].dtype == dtype
         assert_same_bits(again(seen), seen.expected)
@@ -159,6 +161,8 @@ def test_video_and_text_are_where_it_says(tiny: TinyModel) -> None:
             reading.with_video(grid.tokens + 1)
     alone = [0] if tiny.name == "Stable Diffusion 3" else []  # the second attention of its dual block
     told = 0 if order == "video" else TEXT_TOKENS
+    if tiny.name == "HunyuanVideo 1.5":  # two texts and an image
+        told = 2 * TEXT_TOKENS + 3
     assert sorted(texts) == alone + [told] * (len(texts) - len(alone))
 
 
@@ -197,6 +201,24 @@ def test_masks_of_users() -> None:
         expected = seen.stock(attention_mask=mask)
         assert_same_bits(again(seen, attention_mask=mask), expected)
         assert not torch.equal(bits(expected)[0], bits(seen.expected)[0])
+
+
+@torch.no_grad()
+def test_mask_of_hunyuan_video_15() -> None:
+    """Made of the text's; each text of the two samples has another length, and what counts comes first."""
+    tiny = tiny_model("HunyuanVideo 1.5", batch=2)
+    tiny.arguments["encoder_attention_mask"][1, 2:] = 0
+    for seen in calls(tiny):
+        call, reading = seen.read()
+        assert reading is not None
+        assert reading.mask is not None
+        assert reading.key_lengths is None
+        video, (first, second) = call.hidden_states.shape[1], call.attention_mask.sum(1).tolist()
+        assert first == second + 2
+        for mask, length in zip(reading.mask[:, 0], (first, second), strict=True):
+            counts = torch.arange(video + reading.text) < video + length
+            assert torch.equal(mask, counts[:, None] & counts)
+        assert_same_bits(again(seen), seen.expected)
 
 
 @torch.no_grad()
@@ -245,6 +267,8 @@ CROSS = {"encoder_hidden_states": torch.zeros(2, TEXT_TOKENS, HEADS * HEAD_DIM)}
         ("DiT", {"hidden_states": torch.zeros(2, HEADS * HEAD_DIM, 4, 4)}),
         ("HunyuanVideo", {"encoder_hidden_states": None}),
         ("HunyuanVideo", {"image_rotary_emb": None}),
+        ("HunyuanVideo 1.5", {"encoder_hidden_states": None}),
+        ("HunyuanVideo 1.5", {"attention_mask": None}),
     ],
 )
 def test_what_is_left_to_the_processor(name: str, changes: dict[str, Any]) -> None:
@@ -313,12 +337,14 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_what_is_unknown_or_has_changed_is_refused(table: dict[str, Any]) -> None:
     mochi, wan = tiny_model("Mochi").transformer, tiny_model("Wan").transformer
-    known = "ChromaTransformer2DModel, CogVideoXTransformer3DModel, DiTTransformer2DModel, FluxTransformer2DModel, Hun"
+    known = (
+        "ChromaTransformer2DModel, ChronoEditTransformer3DModel, CogVideoXTransformer3DModel, DiTTransformer2DModel"
+    )
     with pytest.raises(postgen.UserError, match=f"MochiTransformer3DModel cannot be read. Known: {known}"):
         attention_of(mochi)
     anatomy, processor = attention_of(wan), wan.blocks[0].attn1.processor
     other = tiny_model("LTX").transformer.transformer_blocks[0].attn1.processor
-    with pytest.raises(postgen.UserError, match=r"attention of LTXVideoAttnProcessor\. Known: WanAttnProcessor"):
+    with pytest.raises(postgen.UserError, match=r"attention of LTXVideoAttnProcessor\. Known: .*WanAttnProcessor"):
         anatomy.reader(other)
     own = anatomy.readers["WanAttnProcessor"]
     older = AttentionReader(bind=own.bind, read=own.read, finish=own.finish, fingerprints=("0" * 16,))

@@ -208,17 +208,18 @@ def test_wrong_calls_of_pictures() -> None:
 
 
 def test_formula_of_pictures() -> None:
-    """DiT-XL/2 at 256 pixels and two blocks of PixArt-Sigma at 1024, by hand; DiT's FLOPs as published."""
-    n, d, layers = 256, 1152, 28
-    config = {"_class_name": "DiTTransformer2DModel", "out_channels": 8}
+    """Two blocks of DiT-XL/2 at 256 pixels and of PixArt-Sigma at 1024, by hand; DiT's FLOPs as published."""
+    n, d, layers = 256, 1152, 2
+    config = {"_class_name": "DiTTransformer2DModel", "out_channels": 8, "num_layers": layers}
     dit = forward_cost(config, num_frames=1, height=256, width=256)
     assert dit.parts["self-attention"].flops == layers * 4 * n * n * d
     assert dit.parts["other attention"].flops == 0
     assert dit.parts["projections"].flops == layers * 8 * n * d * d
     assert dit.parts["feed-forward"].flops == layers * 16 * n * d * d
-    # 118.6 Gflops, a multiplication and an addition counted as one (arXiv:2212.09748, table 4).
-    assert dit.flops / 2e9 == pytest.approx(118.6, rel=0.01)
-    n, text, layers = 4096, 300, 2
+    # 28 blocks; 118.6 Gflops, a multiplication and an addition counted as one (arXiv:2212.09748, table 4).
+    block = sum(work.flops for work in dit.blocks["transformer_blocks.1"].values())
+    assert (dit.flops + 26 * block) / 2e9 == pytest.approx(118.6, rel=0.01)
+    n, text = 4096, 300
     pixart = {"_class_name": "PixArtTransformer2DModel", "caption_channels": 4096, "num_layers": layers}
     cost = forward_cost(pixart, num_frames=1, height=1024, width=1024)
     assert cost.grid is not None

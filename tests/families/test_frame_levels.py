@@ -11,8 +11,8 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.registry import pipelines_per_frame
-from tests.conftest import LATENT_CHANNELS, wan_components
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
+from tests.tiny_wan import LATENT_CHANNELS, wan_components
 
 FRAMES, ROWS, COLUMNS = 4, 4, 6
 LEVELS = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.7, 0.0, 0.2, 1.0]])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.conftest import TEXT_DIM, byte_tokenizer, wan_components
 from tests.families.tiny_parts import HEAD_DIM, HEADS, INNER
+from tests.tiny_wan import TEXT_DIM, byte_tokenizer, wan_components
 
 POOLED = 8
 
@@ -213,6 +213,30 @@ def stable_diffusion_xl() -> Any:
     )  # fmt: skip
 
 
+LABELS = ("a red ball", "a blue cube falls", "blurry", "dark", "a", "b", "c", "a ball", "a cube")
+"""Classes of the tiny DiT from number 7 on: the prompts that tests give every family."""
+
+
+def dit() -> Any:
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8,
+    )  # fmt: skip
+    return DiTPipeline(transformer.eval(), _picture_vae(), _ddim(), dict(enumerate(LABELS, 7)))
+
+
+def pixart_sigma() -> Any:
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=32, cross_attention_dim=INNER, caption_channels=TEXT_DIM, use_additional_conditions=False,
+    )  # fmt: skip
+    return PixArtSigmaPipeline(_tokenizer(300), _t5(), _picture_vae(), transformer.eval(), _ddim())
+
+
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "CogVideoX": (cogvideox, {"num_frames": 9, "height": 16, "width": 32}),
     "HunyuanVideo": (hunyuan_video, {"num_frames": 5, "height": 16, "width": 32}),
@@ -220,10 +244,15 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "SkyReels-V2": (skyreels, {"num_frames": 5, "height": 16, "width": 32}),
     "FLUX": (flux, {"num_frames": 1, "height": 16, "width": 32}),
     "Stable Diffusion 3": (stable_diffusion_3, {"num_frames": 1, "height": 16, "width": 32}),
+    "DiT": (dit, {"num_frames": 1, "height": 16, "width": 16}),
+    "PixArt-Sigma": (pixart_sigma, {"num_frames": 1, "height": 16, "width": 32}),
     "Stable Diffusion": (stable_diffusion, {"num_frames": 1, "height": 16, "width": 32}),
     "Stable Diffusion XL": (stable_diffusion_xl, {"num_frames": 1, "height": 16, "width": 32}),
 }
 """Name -> how to make it, and a size it can make."""
+
+NO_LORA = ("DiT", "PixArt-Sigma")
+"""Those whose networks take no LoRA in diffusers."""
 
 
 def tiny_pipeline(name: str) -> tuple[Any, dict[str, int]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tests.conftest import LATENT_CHANNELS, TEXT_DIM, wan_components
 from tests.families.tiny_parts import HEAD_DIM, HEADS
 from tests.families.tiny_pipelines import POOLED, cogvideox, drawn, hunyuan_video, ltx, skyreels
+from tests.tiny_wan import LATENT_CHANNELS, TEXT_DIM, wan_components
 
 
 def _wan(**config: Any) -> Any:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from postgen.errors import UserError
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
-from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
+from tests.families.tiny_pipelines import NO_LORA, PIPELINES, tiny_pipeline
 from tests.grpo.toy import lines, near
 
 ROWS = [{"prompt": "a ball"}, {"prompt": "a cube"}]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in NO_LORA])
 def test_grpo_trains_two_updates_of(name, tmp_path):
     pipe, size = tiny_pipeline(name)
     flow = pipe.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
@@ -36,6 +37,27 @@ def test_grpo_trains_two_updates_of(name, tmp_path):
     with run.policy.reference():
         assert not torch.equal(before, run.policy.denoiser.predict(*_point(run)))
     assert (tmp_path / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", NO_LORA)
+def test_grpo_trains_all_weights_of(name, tmp_path):
+    """From a folder: train mode draws nothing by itself, or the ratio would not be 1 on the policy's own samples."""
+    pipe, size = tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path / "model")
+    args = DanceGRPOConfig(
+        output_dir=str(tmp_path / "run"), num_generations=2, per_device_train_batch_size=2, num_inference_steps=3,
+        learning_rate=1e-3, use_peft=False, max_steps=1, logging_steps=1, device="cpu", disable_tqdm=True,
+        report_to=[], save_steps=0, sde_type="ddim", sde_window_size=1, check_on_policy_ratio="raise",
+        max_ratio_error=1e-5, guidance_scale=2.0, **size,
+    )  # fmt: skip
+    rows = [{"prompt": "7"}, {"prompt": "8"}]  # the folder of a DiT keeps no labels
+    run = DanceGRPOTrainer(str(tmp_path / "model"), near, args, rows)
+    run.train()
+    assert lines(run)[0]["grad_norm"] > 0
+    assert (tmp_path / "run" / "export" / "transformer" / "config.json").is_file()
+    args = DanceGRPOConfig(output_dir=str(tmp_path / "lora"), num_generations=2, per_device_train_batch_size=2, **size)
+    with pytest.raises(UserError, match=r"takes no LoRA in diffusers.*use_peft: false"):
+        DanceGRPOTrainer(pipe, near, args, rows).train()
 
 
 def _point(run):

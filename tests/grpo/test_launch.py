@@ -29,8 +29,27 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
         # The recipe decides on bfloat16; a second opinion would be heeded by accelerate.
         assert config.mixed_precision == "no"
     assert load_config_from_file(str(found["fsdp2"])).fsdp_config["fsdp_version"] == 2
-    assert "Not run by us" in found["ddp"].read_text()
     assert "NOT SUPPORTED" in found["zero3"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("single", "Run on one GPU"),
+        ("ddp", "Run on two H200 of one host"),
+        ("fsdp2", "Run on two H200 of one host"),
+        ("ddp_cpu", "Run on no GPU"),
+        ("zero3", "Run on no GPU"),
+    ],
+)
+def test_grpo_accelerate_files_say_on_how_many_gpus_they_ran(name, said):
+    lines = (ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text().splitlines()
+    head = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+    assert said in head
+    if "two" in said:
+        log = (ROOT / "benchmarks" / "results" / "two_gpus.txt").read_text()
+        for trainer in ("dancegrpo", "diffusion_nft"):
+            assert f"{trainer}-{name}: " in log
 
 
 @pytest.mark.parametrize(

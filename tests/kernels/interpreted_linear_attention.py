@@ -77,7 +77,17 @@ def test_gradients_equal_those_of_the_reference(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("queries", "keys", "channels"),
-    [(1, 1, 16), (15, 17, 64), (16, 1, 80), (17, 63, 128), (1, 33, 112), (64, 65, 96), (32, 31, 6)],
+    [
+        (1, 1, 16),
+        (15, 17, 64),
+        (16, 1, 80),
+        (17, 63, 128),
+        (1, 33, 112),
+        (64, 65, 96),
+        (32, 31, 6),
+        (17, 33, 136),
+        (33, 17, 256),
+    ],
 )
 def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) -> None:
     q, k, v = inputs((1, queries, 1, channels), keys=keys)
@@ -93,6 +103,24 @@ def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) 
         x, y = getattr(found, name).double(), getattr(exact, name)
         # With one key, the gradients of queries and keys are what is left of numbers that cancel.
         assert float((x - y).norm()) < 2e-5 * float(y.norm() + gradient.norm())
+
+
+@pytest.mark.parametrize("case", ["rope", "norm", "text and all"])
+def test_wide_heads_are_computed_in_parts(case: str) -> None:
+    shape = (1, 24, 1, 136)
+    q, k, v = inputs(shape)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    given = terms(case, shape, GRID)
+    with poisoned_memory():
+        out, *_ = triton.linear_attention(q, k, v, given)
+        found = backward(triton, gradient, None, None, q, k, v, given=given)
+    exact_given = in_float64(given)
+    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), exact_given)
+    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=exact_given)
+    assert worst_head(out, expected) < 1e-5
+    for field in fields(found):
+        x, y = getattr(found, field.name), getattr(exact, field.name)
+        assert x is None or relative_error(x, y) < 2e-5, field.name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 CASES = (
-    "plain", "elu", "rope", "norm", "norm across heads", "conv", "shared conv in time", "lengths", "state", "all"
+    "plain", "elu", "rope", "norm", "norm across heads", "conv", "shared conv in time", "lengths", "state", "all",
+    "text before and after", "text and all",
 )  # fmt: skip
 
 
@@ -58,6 +60,11 @@ def terms(case: str, shape: Sequence[int], grid: tuple[int, int, int], device: s
         return torch.randn(size, generator=generator, device=device)
 
     batch, tokens, heads, channels = shape
+    beside: dict[str, int] = {}
+    if case.startswith("text"):
+        grid = (*grid[:2], grid[2] - 1)
+        text = tokens - math.prod(grid)
+        beside = {"text_first": text // 3, "text_last": text - text // 3}
     turned = {"grid": grid, "rope": rope(grid, channels, device), "rope_pairs": pairs(channels)}
     across = {
         "qk_norm": "rms_norm_across_heads",
@@ -90,6 +97,7 @@ def terms(case: str, shape: Sequence[int], grid: tuple[int, int, int], device: s
             "conv_time": normal(channels, 3),
         },
     }
+    every |= {"text before and after": {**turned, **conv, **beside}, "text and all": {**every["all"], **beside}}
     return Terms(**every[case])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -36,6 +36,28 @@ def test_is_attention_with_weights_of_features(case: str) -> None:
     divisor = torch.einsum("bihd,bjhd->bhi", q_map, k_map)
     expected = torch.einsum("bhij,bjhd->bihd", scores / divisor[..., None], v)
     assert torch.allclose(linear_attention(q, k, v, **given(case)), expected, rtol=1e-10)
+
+
+def test_text_is_neither_turned_nor_convolved() -> None:
+    """Explicit N x N weights, with the identity for text, and the convolution of the video alone."""
+    q, k, v = exact_inputs()
+    options = given("text before and after")
+    chosen = naive.Terms(**options)
+    first, video = chosen.text_first, slice(chosen.text_first, 12 - chosen.text_last)
+    alone = replace(chosen, text_first=0, text_last=0)
+    turned = [x.relu().clone() for x in (q, k)]
+    for x in turned:
+        x[:, video] = naive.rotate(x[:, video], alone)
+    scores = torch.einsum("bihd,bjhd->bhij", *turned)
+    divisor = torch.einsum("bihd,bjhd->bhi", q.relu(), k.relu())
+    expected = torch.einsum("bhij,bjhd->bihd", scores / divisor[..., None], v)
+    expected[:, video] += naive.convolve(v[:, video], alone)
+    assert torch.allclose(linear_attention(q, k, v, **options), expected, rtol=1e-10)
+    # What the text's values are changes nothing that is convolved.
+    v = v.clone()
+    v[:, :first] = torch.nan
+    assert torch.equal(naive.convolve(v, chosen)[:, video], naive.convolve(v[:, video], alone))
+    assert torch.equal(naive.convolve(v, chosen)[:, :first], torch.zeros_like(v[:, :first]))
 
 
 def test_rotation_is_that_of_wan() -> None:
@@ -170,6 +192,9 @@ def test_is_registered_well(case: str) -> None:
         ({"state": torch.ones(2, 2, 6, 6)}, "belong together"),
         ({"conv_time": torch.ones(6, 3)}, "needs the grid"),
         ({"conv_time": torch.ones(6, 3), "grid": (3, 2, 3)}, "18 tokens"),
+        ({"conv_time": torch.ones(6, 3), "grid": (3, 2, 1), "text_last": 5}, "and 5 are text .*: 11, got 12 and 12"),
+        ({"text_first": 2}, "give the grid"),
+        ({"text_first": -1, "grid": GRID}, "count tokens, got -1 and 0"),
         ({"conv_time": torch.ones(6, 4), "grid": GRID}, "s odd"),
         ({"conv_space": torch.ones(5, 3, 3), "grid": GRID}, "in both 6 or 12"),
         ({"rope": torch.ones(7, 3, 2), "grid": GRID}, "rope_pairs"),

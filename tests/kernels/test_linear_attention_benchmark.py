@@ -46,10 +46,16 @@ def test_bytes_that_must_move() -> None:
 
 
 def test_gates_take_the_worst_shape() -> None:
-    row: dict[str, Any] = {"over_floor": 1.1, "vs_sana": 20.0, "vs_compiled": 3.0, "relative_error": 1e-3}
+    row: dict[str, Any] = {
+        "shape": kernel_linear.LARGE,
+        "over_floor": 1.1,
+        "vs_sana": 20.0,
+        "vs_compiled": 3.0,
+        "relative_error": 1e-3,
+    }
     rows = [{**row, "op": op} for op in CASES]
     assert all(each["ok"] for each in kernel_linear.gates(rows))
-    worse = [*rows, {**row, "op": "linear_attention", "over_floor": 1.5, "vs_sana": 9.0}]
+    worse = [*rows, {**row, "shape": "tiny", "op": "linear_attention", "over_floor": 1.5, "vs_sana": 9.0}]
     found = {each["name"] for each in kernel_linear.gates(worse) if not each["ok"]}
     assert found == {"linear_fwd_over_floor", "linear_vs_sana_eager"}
 

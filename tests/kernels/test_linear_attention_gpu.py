@@ -35,7 +35,7 @@ def exact(qkv: tuple[Tensor, Tensor, Tensor], given: naive.Terms) -> Tensor:
     return naive.linear_attention(*(x.double() for x in qkv), in_float64(given))[0]
 
 
-@pytest.mark.parametrize("channels", [64, 80, 96, 112, 128])
+@pytest.mark.parametrize("channels", [64, 80, 96, 112, 128, 200, 256])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_float64(case: str, channels: int) -> None:
     shape = (2, TOKENS, 3, channels)
@@ -62,6 +62,7 @@ def test_other_dtypes(case: str, dtype: torch.dtype) -> None:
     ("case", "channels", "dtype"),
     [
         *itertools.product(CASES, (64, 112, 128), (torch.bfloat16,)),
+        *itertools.product(("plain", "rope", "text and all"), (200, 256), (torch.bfloat16,)),
         *itertools.product(("plain", "all"), (128,), (torch.float16, torch.float32)),
     ],
 )
@@ -192,7 +193,8 @@ def test_gradients_under_compile() -> None:
 
 
 def test_what_the_kernel_cannot_take_is_said() -> None:
-    qkv = fused((1, 33, 1, 160))
-    with pytest.warns(UserWarning, match="plain torch.*160 channels"):
-        out = linear_attention(*qkv)
-    assert worst_head(out, exact(qkv, naive.Terms())) < 4e-3
+    for channels, dtype in ((258, torch.bfloat16), (160, torch.float32)):
+        qkv = fused((1, 33, 1, channels), dtype)
+        with pytest.warns(UserWarning, match=f"plain torch.*{channels} channels"):
+            out = linear_attention(*qkv)
+        assert worst_head(out, exact(qkv, naive.Terms())) < 4e-3

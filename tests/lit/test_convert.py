@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.installed import installed, processor_stack
 from postgen.lit import (
+    AnchorOptions,
+    ChunkOptions,
     LiTConfig,
     LitOptions,
     MhlaOptions,
@@ -23,9 +27,9 @@ from postgen.lit import (
     convert,
     layers_of,
     load,
-    on_grid,
     revert,
     save,
+    set_grid,
 )
 from postgen.lit.options import LINEAR_TYPES
 from tests.families.tiny_models import TinyModel, tiny_model
@@ -197,10 +201,12 @@ def test_blocks_alone_need_a_grid() -> None:
     attention = tiny.transformer.get_submodule("blocks.1.attn1")
     angles = torch.rand(1, 24, 1, 8).repeat_interleave(2, -1)
     given: Any = {"hidden_states": torch.randn(1, 24, 32), "rotary_emb": (angles.cos(), angles.sin())}
-    with pytest.raises(UserError, match="called alone"):
+    with pytest.raises(UserError, match="was called alone"):
         attention(**given)
-    with on_grid(tiny.transformer, postgen.families.Grid(frames=4, height=2, width=3)):
-        assert attention(**given).shape == (1, 24, 32)
+    set_grid(tiny.transformer, postgen.families.Grid(frames=4, height=2, width=3))
+    out = attention(**given)
+    assert out.shape == (1, 24, 32)
+    assert torch.equal(copy.deepcopy(attention)(**given), out)
 
 
 def test_with_enhance_a_video_and_fused_operations() -> None:
@@ -270,6 +276,32 @@ def test_shards(tmp_path: Path) -> None:
         assert torch.equal(state[name], weight), name
 
 
+def test_a_sharded_model_is_exported(tmp_path: Path) -> None:
+    """Cut by FSDP (over one process), it computes the same, and what is exported of it is whole."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from postgen.training.sharding import uncut
+
+    tiny = named("Wan")
+    convert(tiny.transformer, LiTConfig(layers="all:window_linear", window=NARROW))
+    expected = tiny()
+    weights = {name: weight.clone() for name, weight in tiny.transformer.state_dict().items()}
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in postgen.families.blocks_of(tiny.transformer):
+            fully_shard(block.module, mesh=mesh)
+        fully_shard(tiny.transformer, mesh=mesh)
+        assert torch.equal(tiny(), expected)
+        uncut(tiny.transformer, weights).save_pretrained(tmp_path / "out")
+    finally:
+        distributed.destroy_process_group()
+    tiny.transformer = load(tmp_path / "out")
+    assert torch.equal(tiny(), expected)
+
+
 def test_refused() -> None:
     wan = named("Wan").transformer
     for config, said in (
@@ -337,3 +369,17 @@ def test_float16_without_norms_and_replaced_processors() -> None:
 def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         LiTConfig(**changes)
+
+
+@pytest.mark.parametrize("kind", [LitOptions, MhlaOptions, AnchorOptions, ChunkOptions, WindowOptions])
+def test_wrong_options(kind: Any) -> None:
+    """Every option refuses what is none of its values, and names itself."""
+    for field in dataclasses.fields(kind):
+        for wrong in (math.nan, math.inf, -1, 10**12, "many", None, [1], 2.5, (1, 0, 1)):
+            with pytest.raises(UserError, match=f"{field.name}|needs"):
+                kind(**{field.name: wrong})
+    for field in dataclasses.fields(LiTConfig):
+        with pytest.raises(UserError, match=field.name):
+            LiTConfig(**{field.name: math.nan})
+    same = LiTConfig.from_json(json.loads(json.dumps(LiTConfig(grid=(1, 2, 3)).as_json())))
+    assert same == LiTConfig(grid=(1, 2, 3))

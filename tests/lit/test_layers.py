@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -309,10 +310,12 @@ def test_autocast_does_not_reach_the_sums(rope: bool) -> None:
     call: Any = Call(rope=rope)
     for name in ("query", "key", "value"):
         setattr(call, name, getattr(call, name).float())
+    larger = dataclasses.replace(GRID, grid=Grid(frames=6, height=2, width=3))
     layers = [
         make_layer("lit", SHAPE, LitOptions(conv_space=0, conv_time=0)),
         make_layer("lit", SHAPE, LitOptions(conv_space=0, conv_time=0, center_keys=False, causal=True)),
         make_layer("mhla", GRID, MhlaOptions(blocks=(3, 1, 2))),
+        make_layer("mhla", larger, MhlaOptions(blocks=(6, 1, 1))),
     ]
     anchor: Any = make_layer("anchor", SHAPE, AnchorOptions())
     plain = [layer(call.tokens()) for layer in layers] + [anchor.map_key(call.key)]

@@ -172,7 +172,7 @@ def test_plans(tmp_path: Path) -> None:
     assert CostTable.load(tmp_path / "costs.json") == COSTS
     SCORES.save(tmp_path / "scores.json")
     assert Scores.load(tmp_path / "scores.json") == SCORES
-    for kind, name in ((Plan, "costs"), (CostTable, "plan"), (Scores, "plan")):
+    for kind, name in ((Plan, "scores"), (CostTable, "plan"), (Scores, "costs")):
         with pytest.raises(UserError, match="holds no"):
             kind.load(tmp_path / f"{name}.json")  # type: ignore[attr-defined]
 

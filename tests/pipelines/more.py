@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from tests.conftest import byte_tokenizer
 from tests.families.tiny_parts import TEXT_DIM, TEXT_TOKENS, build
 from tests.pipelines.others import CHANNELS, embeddings, transformer
 from tests.pipelines.parts import SIZE, Tiny, call, image, tiny, video, wan_parts
+from tests.tiny_wan import byte_tokenizer
 
 TEXT = (1, TEXT_TOKENS, TEXT_DIM)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.conftest import TEXT_DIM, byte_tokenizer, wan_components
 from tests.families.tiny_parts import Size, build
+from tests.tiny_wan import TEXT_DIM, byte_tokenizer, wan_components
 
 SIZE = Size(batch=1, frames=3, layers=2)
 """For the configurations of transformers; a call has the frames it says."""

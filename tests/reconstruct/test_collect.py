@@ -19,10 +19,10 @@ from postgen.reconstruct.teacher import Teacher
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
-from tests.conftest import wan_components
 from tests.families.tiny_models import tiny_model
 from tests.families.tiny_pipelines import drawn
 from tests.reconstruct.toy import PROMPTS, pipeline, records_of
+from tests.tiny_wan import wan_components
 
 STEPS = 4
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from postgen.families import blocks_of, denoiser_for
 from postgen.reconstruct import ReconstructConfig, ReconstructTask, Records, RecordsConfig, block_task, collect
-from tests.conftest import wan_components
 from tests.families.tiny_pipelines import drawn, tiny_pipeline
+from tests.tiny_wan import wan_components
 
 PROMPTS = ["a red ball", "a blue cube falls", "two green cones", "a ball rolls left", "a grey day"]
 LAYERS = {"Wan": "ffn.net.0.proj", "CogVideoX": "ff.net.0.proj"}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.faults_two_gpus import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +17,7 @@ def run_pair(jobs: str, folder: Path, seconds: int = 120) -> None:
     """Run the functions of a list `package.module:NAME` in two processes, each with `folder`."""
     command = [sys.executable, "-m", "tests.training.pair", jobs, str(folder)]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PORTS": " ".join(_free_ports(8))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PORTS": " ".join(map(str, free_ports(8)))}
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
@@ -30,16 +31,6 @@ def run_pair(jobs: str, folder: Path, seconds: int = 120) -> None:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in told)
-
-
-def _free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def main(jobs: str, folder: str) -> None:

@@ -107,13 +107,6 @@ def test_processes_that_did_not_come_together_are_told(tmp_path, monkeypatch, fr
         make_accelerator(config(tmp_path, device="cpu"))
 
 
-def test_settings_that_a_process_cannot_change_any_more_are_told(tmp_path, fresh):
-    make_accelerator(config(tmp_path))
-    with pytest.raises(UserError, match="trained with other settings of bf16 or device before") as caught:
-        make_accelerator(config(tmp_path, bf16=True))
-    assert "\n" not in str(caught.value)
-
-
 def test_a_process_that_has_a_number_is_one_of_several(tmp_path, monkeypatch):
     launched(monkeypatch, "--cpu", "--num_processes", "2")
     with pytest.raises(UserError, match="has started one"):

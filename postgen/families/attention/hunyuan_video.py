@@ -1,7 +1,10 @@
-"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0`. Video, then text, attend jointly.
+"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0`, 1.5: `HunyuanVideo15AttnProcessor2_0`. Video, then text, jointly.
 
 Norms are per head, the text is not rotated. In blocks of two streams the text has projections and norms of its own;
-blocks of one stream project both together and have no output layer. The processor does not use fused projections.
+blocks of one stream project both together and have no output layer. The processors do not use fused projections.
+
+In 1.5 the transformer sorts the text, tokens that count first, and the processor makes a mask of pairs (B, 1, N, N) of
+that, which costs N N bytes in every call. What attention gives for tokens that do not count is read by nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from postgen.families.attention.reading import (
     AttentionCall,
@@ -26,22 +30,36 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 def read(call: AttentionCall) -> Reading | None:
     """Read joint attention; None without text, and where there are no angles."""
-    attention, video, text = call.attention, call.hidden_states, call.encoder_hidden_states
+    text, mask = call.encoder_hidden_states, call.attention_mask
     if text is None or call.rotary is None:
         return None
-    norms, rope = Norms(attention.norm_q, attention.norm_k), rope_of_pairs(call.rotary)
+    streams = _streams(call, text, call.rotary)
+    return Reading(streams=streams, text=text.shape[1], mask=mask, key_lengths=_lengths(mask))
+
+
+def read_15(call: AttentionCall) -> Reading | None:
+    """Read joint attention of 1.5; None without text, its mask, or angles."""
+    text, mask = call.encoder_hidden_states, call.attention_mask
+    if text is None or mask is None or call.rotary is None:
+        return None
+    tokens = call.hidden_states.shape[1] + text.shape[1]
+    counts = pad(mask, (tokens - mask.shape[1], 0), value=True).bool()
+    pairs = counts[:, None, None] & counts[:, None, :, None]
+    return Reading(streams=_streams(call, text, call.rotary), text=text.shape[1], mask=pairs)
+
+
+def _streams(call: AttentionCall, text: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Stream, ...]:
+    attention, video = call.attention, call.hidden_states
+    norms, rope = Norms(attention.norm_q, attention.norm_k), rope_of_pairs(rotary)
     layers = attention.to_q, attention.to_k, attention.to_v
     if attention.add_q_proj is None:
         query, key, value = projected_by(attention, layers, torch.cat([video, text], dim=1))
-        streams = [Stream(query, key, value, norms, rope)]
-    else:
-        added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
-        of_text = Norms(attention.norm_added_q, attention.norm_added_k)
-        query, key, value = projected_by(attention, layers, video)
-        text_query, text_key, text_value = projected_by(attention, added, text)
-        streams = [Stream(query, key, value, norms, rope), Stream(text_query, text_key, text_value, of_text)]
-    mask = call.attention_mask
-    return Reading(streams=tuple(streams), text=text.shape[1], mask=mask, key_lengths=_lengths(mask))
+        return (Stream(query, key, value, norms, rope),)
+    added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+    of_text = Norms(attention.norm_added_q, attention.norm_added_k)
+    query, key, value = projected_by(attention, layers, video)
+    text_query, text_key, text_value = projected_by(attention, added, text)
+    return Stream(query, key, value, norms, rope), Stream(text_query, text_key, text_value, of_text)
 
 
 def _lengths(mask: Tensor | None) -> Tensor | None:
@@ -66,8 +84,11 @@ def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 ANATOMY = AttentionAnatomy(
     readers={
+        "HunyuanVideo15AttnProcessor2_0": AttentionReader(
+            bind=bind, read=read_15, finish=finish, fingerprints=("5529584fc0f40143",)
+        ),
         "HunyuanVideoAttnProcessor2_0": AttentionReader(
             bind=bind, read=read, finish=finish, fingerprints=("19ce779e4c5f09e5",)
-        )
+        ),
     }
 )

@@ -1,4 +1,6 @@
-"""Wan: `WanAttnProcessor`. The video attends to itself; text and image come in by cross-attention, which is not read.
+"""Wan: `WanAttnProcessor`; SkyReels-V2: `SkyReelsV2AttnProcessor`. The video attends to itself.
+
+Text and image come in by cross-attention, which is not read. Wan-Animate, VACE and ChronoEdit have the same processor.
 
 Norms are across heads, all heads have the same angles.
 """
@@ -32,7 +34,7 @@ def read(call: AttentionCall) -> Reading | None:
         return None
     query, key, value = projected(attention, call.hidden_states)
     cos, sin = rotary  # (1, N, 1, D), every angle twice
-    rope = Rope(cos[..., ::2], sin[..., ::2], in_float32=False)
+    rope = Rope(cos[..., ::2], sin[..., 1::2], in_float32=False)
     stream = Stream(query, key, value, Norms(attention.norm_q, attention.norm_k, across_heads=True), rope)
     return Reading(streams=(stream,), mask=call.attention_mask)
 
@@ -44,6 +46,9 @@ def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> Tensor:
 
 ANATOMY = AttentionAnatomy(
     readers={
-        "WanAttnProcessor": AttentionReader(bind=bind, read=read, finish=finish, fingerprints=("a2e019b02dcb5331",))
+        "SkyReelsV2AttnProcessor": AttentionReader(
+            bind=bind, read=read, finish=finish, fingerprints=("5bbff4be70a69844",)
+        ),
+        "WanAttnProcessor": AttentionReader(bind=bind, read=read, finish=finish, fingerprints=("a2e019b02dcb5331",)),
     }
 )

@@ -10,7 +10,7 @@ Both sums are scaled alike, so that none overflows. R = 1 is softmax.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,27 @@ if TYPE_CHECKING:
     from postgen.lit.tokens import Tokens
 
 
-class Anchor(LitLayer):
-    """A hybrid of tokens."""
+class Hybrid(LitLayer):
+    """Softmax to some keys and linear attention to the others: what hybrids of tokens and of frames share."""
 
-    kind = "anchor"
-
-    def __init__(self, shape: Shape, options: AnchorOptions) -> None:
+    def __init__(self, shape: Shape, options: Any) -> None:
         super().__init__(shape)
         self.options = options
         self.map_query = feature_map(options.feature_map, shape.heads, shape.channels)
         self.map_key = feature_map(options.feature_map, shape.heads, shape.channels)
+
+    def linear_flops(self, grid: Grid) -> int:
+        """Return the FLOPs of the products of the linear part, and of its learned maps."""
+        shape = self.shape
+        learned = sum(weight.dim() == 3 for weight in self.parameters())
+        return grid.tokens * shape.heads * shape.channels * (2 * shape.channels * (2 + learned) + 2)
+
+
+class Anchor(Hybrid):
+    """A hybrid of tokens."""
+
+    kind = "anchor"
+    options: AnchorOptions
 
     def covers(self, grid: Grid) -> bool:
         """Whether every token is one of softmax."""
@@ -59,7 +70,7 @@ class Anchor(LitLayer):
         shape, keys = self.shape, -(-grid.tokens // self.options.every)
         return (
             softmax_flops(grid.tokens, keys + text, shape)
-            + linear_flops(self, grid)
+            + self.linear_flops(grid)
             + softmax_flops(text, grid.tokens + text, shape)
         )
 
@@ -71,10 +82,3 @@ def attend(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
         lengths = None if lengths is None else lengths + key.shape[1]
         key, value = torch.cat([key, text[0]], dim=1), torch.cat([value, text[1]], dim=1)
     return attention(query, key, value, key_lengths=None if text is None else lengths, return_lse=True)
-
-
-def linear_flops(layer: LitLayer, grid: Grid) -> int:
-    """Return the FLOPs of the products of a linear part, and of its learned maps."""
-    shape = layer.shape
-    learned = sum(weight.dim() == 3 for weight in layer.parameters())
-    return grid.tokens * shape.heads * shape.channels * (2 * shape.channels * (2 + learned) + 2)

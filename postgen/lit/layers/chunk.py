@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from postgen.lit.features import exact, feature_map, joined, no_autocast, rotate
-from postgen.lit.layers.anchor import attend, linear_flops
-from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
+from postgen.lit.features import exact, joined, no_autocast, rotate
+from postgen.lit.layers.anchor import Hybrid, attend
+from postgen.lit.layers.base import State, check_pushed, softmax_flops
 
 if TYPE_CHECKING:
     from postgen.families import Grid
@@ -23,16 +23,11 @@ if TYPE_CHECKING:
     from postgen.lit.tokens import Tokens
 
 
-class Chunk(LitLayer):
+class Chunk(Hybrid):
     """A hybrid of frames."""
 
     kind = "chunk"
-
-    def __init__(self, shape: Shape, options: ChunkOptions) -> None:
-        super().__init__(shape)
-        self.options = options
-        self.map_query = feature_map(options.feature_map, shape.heads, shape.channels)
-        self.map_key = feature_map(options.feature_map, shape.heads, shape.channels)
+    options: ChunkOptions
 
     def covers(self, grid: Grid) -> bool:
         """Whether the first chunk is the whole clip."""
@@ -61,7 +56,7 @@ class Chunk(LitLayer):
             4 * pairs * places**2 * self.shape.heads * self.shape.channels
             + softmax_flops(grid.tokens, text, self.shape)
             + softmax_flops(text, grid.tokens + text, self.shape)
-            + linear_flops(self, grid)
+            + self.linear_flops(grid)
         )
 
     def _chunks(self, frames: int, kept: int = 0) -> Iterator[tuple[int, int, int]]:

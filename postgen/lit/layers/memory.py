@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postgen.lit.features import no_autocast
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Writes:
     """What frames write, float32 or float64."""
 
-    gram: Tensor | None
-    """A, (B, F, H, D, D); None: a decayed sum."""
+    inverse: Tensor | None
+    """(I + A)^-1, (B, F, H, D, D); None: a decayed sum."""
     content: Tensor
     """B, (B, F, H, D of values, D of keys)."""
     log_decay: Tensor
@@ -33,8 +35,8 @@ class Writes:
     def frames(self, first: int, stop: int | None = None) -> Writes:
         """Return those of some frames."""
         part = slice(first, stop)
-        gram = None if self.gram is None else self.gram[:, part]
-        return Writes(gram=gram, content=self.content[:, part], log_decay=self.log_decay[:, part])
+        inverse = None if self.inverse is None else self.inverse[:, part]
+        return Writes(inverse=inverse, content=self.content[:, part], log_decay=self.log_decay[:, part])
 
     def without(self, frames: list[int]) -> Writes:
         """Return them as if some frames wrote nothing; time goes on."""
@@ -43,14 +45,14 @@ class Writes:
         keep = torch.ones(self.content.shape[1], dtype=torch.bool, device=self.content.device)
         keep[frames] = False
         keep = keep[:, None, None, None]
-        gram = None if self.gram is None else torch.where(keep, self.gram, 0)
-        return Writes(gram=gram, content=torch.where(keep, self.content, 0), log_decay=self.log_decay)
+        inverse = None if self.inverse is None else torch.where(keep, self.inverse, _identity(self.inverse))
+        return Writes(inverse=inverse, content=torch.where(keep, self.content, 0), log_decay=self.log_decay)
 
     def followed_by(self, later: Writes) -> Writes:
         """Return these and those of the frames after them."""
-        gram = None if self.gram is None or later.gram is None else torch.cat([self.gram, later.gram], dim=1)
+        parts = self.inverse, later.inverse
         return Writes(
-            gram=gram,
+            inverse=None if parts[0] is None or parts[1] is None else torch.cat([parts[0], parts[1]], dim=1),
             content=torch.cat([self.content, later.content], dim=1),
             log_decay=torch.cat([self.log_decay, later.log_decay], dim=1),
         )
@@ -71,21 +73,31 @@ def written(key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor, *, 
     c = min(1.0, channels / places) if scale else 1.0
     weighed = key * strength[..., None]
     return Writes(
-        gram=c * torch.einsum("bfshd,bfshe->bfhde", weighed, key) if delta else None,
+        inverse=inverse_of(c * torch.einsum("bfshd,bfshe->bfhde", weighed, key)) if delta else None,
         content=c**0.5 * torch.einsum("bfshd,bfshe->bfhde", value, weighed),
         log_decay=log_decay,
     )
 
 
+def inverse_of(gram: Tensor) -> Tensor:
+    """Return (I + A)^-1 of matrices A (..., D, D) that are symmetric and not negative: both scans need it.
+
+    The eigenvalues of I + A are at least 1, so nothing is lost in float32; bfloat16 would lose a part in 400.
+    """
+    identity = _identity(gram)
+    factor = torch.linalg.cholesky(gram + identity)
+    return torch.cholesky_solve(identity.expand_as(gram), factor)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
 def step(memory: Tensor, writes: Writes, frame: int) -> Tensor:
     """Return the memory (B, H, D, D) after a frame, S_f of S_{f-1}."""
     held = memory * writes.log_decay[:, frame].exp()[..., None, :] + writes.content[:, frame]
-    if writes.gram is None:
-        return held
-    # I + A is symmetric, its eigenvalues are at least 1; bfloat16 would lose a part in 400 of the inverse.
-    identity = torch.eye(held.shape[-1], dtype=held.dtype, device=held.device)
-    factor = torch.linalg.cholesky(writes.gram[:, frame] + identity)
-    return torch.cholesky_solve(held.mT, factor).mT
+    with no_autocast(held):
+        return held if writes.inverse is None else held @ writes.inverse[:, frame]
 
 
 def scan(writes: Writes, *, backward: bool = False, start: Tensor | None = None) -> list[Tensor]:

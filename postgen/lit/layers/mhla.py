@@ -148,7 +148,8 @@ def mixed(mixing: Tensor, made: Sizes, blocks: Sizes) -> Tensor:
         across = torch.ones(1, 1, dtype=mixing.dtype, device=mixing.device)
         for count, wanted in zip(made, blocks, strict=True):
             across = torch.kron(across, _interpolation(count, wanted).to(across))
-        weights = across @ weights @ across.T
+        with no_autocast(mixing):
+            weights = across @ weights @ across.T
     return weights / weights.sum(dim=1, keepdim=True)
 
 

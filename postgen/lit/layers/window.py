@@ -154,7 +154,7 @@ class WindowLayer(LitLayer):
         if state is not None:
             kept, memory = state["content"].shape[1], state["memory"]
             key, value = torch.cat([state["key"], key], dim=1), torch.cat([state["value"], value], dim=1)
-            past = Writes(gram=state.get("gram"), content=state["content"], log_decay=state["log_decay"])
+            past = Writes(inverse=state.get("inverse"), content=state["content"], log_decay=state["log_decay"])
             writes = past.followed_by(writes)
         near, reads, low = [], [], 0
         for each in self.windows(grid.frames):
@@ -174,8 +174,8 @@ class WindowLayer(LitLayer):
             memory = step(memory, writes, frame)
         rest = writes.frames(last)
         found = {"memory": memory, "content": rest.content.clone(), "log_decay": rest.log_decay.clone(), **tails}
-        if rest.gram is not None:
-            found["gram"] = rest.gram.clone()
+        if rest.inverse is not None:
+            found["inverse"] = rest.inverse.clone()
         found["pushed"] = torch.tensor(pushed)
         # Copies: a view would hold all that came before.
         return out, {**found, "key": key[:, last * places :].clone(), "value": value[:, last * places :].clone()}

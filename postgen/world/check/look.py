@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from postgen.errors import UserError
-from postgen.world.check import events
+from postgen.world.check import edges, events
 from postgen.world.check.facets import roundness
 from postgen.world.check.film import Film, filmed
 from postgen.world.check.ground import balance, balance_along, find_spots
 from postgen.world.check.pieces import COLUMNS
 from postgen.world.check.segment import Blobs, find_blobs, smooth
-from postgen.world.check.shapes import shape_features, windows
+from postgen.world.check.shapes import GRID, shape_features, views, windows
 from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import BODY_AREA
 from postgen.world.spec import SHAPES
@@ -170,15 +170,17 @@ def _likeness(space: float, rough: float, stray: float, level: float, jump: floa
 
 
 def _misfits(blobs: Blobs) -> Tensor:
-    """Misfit of every blob with every shape, what fits better, and `roundness` (M,K,8); `inf` if not looked at."""
-    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 2), torch.inf)
+    """Of every blob: misfit with every shape, what fits better, both `roundness` (M,K,9); `inf` if not looked at."""
+    result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 3), torch.inf)
     pixels = blobs.slot_MP.shape[1]
     chosen = blobs.valid & (blobs.area >= 0.5 * BODY_AREA * pixels)
     picture, slot = chosen.nonzero(as_tuple=True)
     for low in range(0, len(picture), 512):
         part = slice(low, low + 512)
-        window = windows(blobs, picture[part], slot[part])
+        area = blobs.area[picture[part], slot[part]]
+        coarse, fine = views(blobs, picture[part], slot[part], GRID, edges.CELLS)
+        window, soft = windows(coarse, area), edges.roundness(fine, area)[:, None]
         features = shape_features(*window)
         misfit = features[:, 0] + _SHADING * features[:, 1]
-        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window)), 1)
+        result[picture[part], slot[part]] = torch.cat((misfit, features[:, 2], roundness(*window), soft), 1)
     return result

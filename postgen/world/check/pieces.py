@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 #: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
-#: how much better the outline of something else fits than each of them, then `facets.roundness`.
+#: how much better the outline of something else fits than each of them, then `facets.roundness`, `edges.roundness`.
 _OF_BLOBS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "stain")
 COLUMNS = (*_OF_BLOBS, "x0", "y0", "x1", "y1")
 _TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _STAIN, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
@@ -38,6 +38,8 @@ class Piece:
     odd: tuple[float, ...] | None
     #: How much rather it is a cylinder than a cube, and than a box of any height, or None as well.
     round: tuple[float, float] | None
+    #: By the network, how surely it has round sides (`edges.roundness`), or None as well.
+    soft: float | None
     group: int
     #: A second body of its colour is behind it, in one piece with it.
     merged: bool = False
@@ -87,6 +89,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         misfit=tuple(misfit[:3]) if whole else None,
         odd=tuple(misfit[3:6]) if whole else None,
         round=(misfit[6], misfit[7]) if whole else None,
+        soft=misfit[8] if whole else None,
         group=int(group),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from postgen.world.check import events, steady, surroundings
+from postgen.world.check import contact, events, steady, surroundings
 from postgen.world.check.pairs import PAIR
 from postgen.world.check.sight import Sight
 from postgen.world.check.tracks import Track, bodies, follow
@@ -123,8 +123,9 @@ def judge(sight: Sight, asked: Sequence[Spec | Reading]) -> list[Report]:
 class _Candidate:
     """A body that was found, and what is asked of it again and again."""
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: Track, apart: float = 1.0) -> None:
         self.track = track
+        self.apart = apart
         self.ways = events.ways(track)
         self.misfit = _misfit(track)
         self._pairs: dict[tuple[str, int], float] = {}
@@ -159,7 +160,8 @@ class _Candidate:
     def steady(self) -> float:
         """Whether it is the same thing in every frame."""
         track = self.track
-        return min(steady.presence(track), steady.size(track), steady.light(track), steady.hue(track))
+        same = min(steady.presence(track), steady.size(track), steady.light(track), steady.hue(track))
+        return min(same, self.apart)
 
     @cached_property
     def shapes(self) -> dict[str, float]:
@@ -178,7 +180,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
     share = there.count(wanted) / frames
     found = len(tracks)
     count = found == wanted and share >= 0.75 and likeness > 0
-    candidates = [_Candidate(track) for track in tracks]
+    candidates = [_Candidate(*both) for both in zip(tracks, contact.apart(tracks), strict=True)]
     sharp = [c.misfit[1] for c in candidates if c.misfit is not None]
     likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
     judged = _match(candidates, reading)

@@ -32,7 +32,7 @@ _RENDER = 160
 _PART = 16
 
 
-def _views() -> list[tuple[int, float, float]]:
+def _angles() -> list[tuple[int, float, float]]:
     cubes = [(1, pitch, (k - _YAWS // 2) * (math.pi / 2) / _YAWS) for pitch in _PITCH for k in range(_YAWS)]
     return [(0, 0.3, 0.0)] + cubes + [(2, pitch, 0.0) for pitch in _PITCH]
 
@@ -43,11 +43,11 @@ def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Rendered by the world's own ray caster from 5 m at several pitches and turns; T views, P = GRID^2.
     """
-    views = _views()
+    turns = _angles()
     # Some views at a time, as memory goes.
-    parts = [_rendered(views[low : low + _PART]) for low in range(0, len(views), _PART)]
+    parts = [_rendered(turns[low : low + _PART]) for low in range(0, len(turns), _PART)]
     masks, basis, inner = zip(*parts, strict=True)
-    shape = torch.tensor([view[0] for view in views])
+    shape = torch.tensor([turn[0] for turn in turns])
     return torch.cat(masks, 1).to(device), torch.cat(basis).to(device), torch.cat(inner).to(device), shape.to(device)
 
 
@@ -70,12 +70,7 @@ def _rendered(views: list[tuple[int, float, float]]) -> tuple[Tensor, Tensor, Te
     point = tuple(o + t.clamp_max(1e3) * r for o, r in zip(origin, ray, strict=True))
     normal = torch.stack(normals((point[0], point[1], point[2]), slot, solids), 1).reshape(count, 3, _RENDER, _RENDER)
     hit = (t < FAR).float().reshape(count, _RENDER, _RENDER)
-    return bank(hit, normal)
-
-
-def bank(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outlines (blurs,T,P), shading bases (T,P,4) and inner pixels (T,P) of rendered views, as in `templates`."""
-    window, inner = framed(hit_TRR, normal_T3RR)
+    window, inner = framed(hit, normal)
     masks = torch.stack([blurred(window[:, :1], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
     return masks.flatten(2), orthonormal(window[:, 1:], inner), inner
 
@@ -105,13 +100,13 @@ def strangers(device: str) -> tuple[Tensor, Tensor]:
     return masks.flatten(2).to(device), belongs.to(device)
 
 
-def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor) -> Tensor:
-    """Windows (N,C,GRID,GRID) around (x, y) px whose side is 2 * WINDOW * sqrt(area)."""
+def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor, grid: int = GRID) -> Tensor:
+    """Windows (N,C,grid,grid) around (x, y) px whose side is 2 * WINDOW * sqrt(area)."""
     height, width = maps_NCHW.shape[-2:]
-    steps = ((torch.arange(GRID, device=x.device) + 0.5) / GRID * 2 - 1) * WINDOW
+    steps = ((torch.arange(grid, device=x.device) + 0.5) / grid * 2 - 1) * WINDOW
     reach = area.clamp_min(1).sqrt()[:, None] * steps
-    gx = ((x[:, None] + reach + 0.5) / width * 2 - 1)[:, None, :].expand(-1, GRID, -1)
-    gy = ((y[:, None] + reach + 0.5) / height * 2 - 1)[:, :, None].expand(-1, -1, GRID)
+    gx = ((x[:, None] + reach + 0.5) / width * 2 - 1)[:, None, :].expand(-1, grid, -1)
+    gy = ((y[:, None] + reach + 0.5) / height * 2 - 1)[:, :, None].expand(-1, -1, grid)
     return functional.grid_sample(maps_NCHW, torch.stack((gx, gy), -1), align_corners=False)
 
 
@@ -124,16 +119,22 @@ def blurred(maps_NCHW: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(x, kernel[:, :, None], padding=(0, 6)).reshape(maps_NCHW.shape)
 
 
-def windows(blobs: Blobs, picture_N: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outline and brightness (N,P) of blobs in windows as in `crop`, and which of `BLURS` each has (N,)."""
+def views(blobs: Blobs, picture_N: Tensor, slot_N: Tensor, *grids: int) -> list[Tensor]:
+    """Soft outline and brightness of blobs in windows as in `crop` (N,2,grid,grid), one tensor for each grid."""
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
     own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
     same = (blobs.hue_MHW[picture_N] == blobs.kind[picture_N, slot_N][:, None, None]).float()
     near = functional.max_pool2d(own[:, None], 5, 1, 2)[:, 0]
     soft = blobs.soft_M2HW[picture_N]
-    window = crop(torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1), x, y, area).flatten(2)
-    level = (1.1 / area.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
+    maps = torch.stack((soft[:, 0] * torch.maximum(own, same * near), soft[:, 1]), 1)
+    return [crop(maps, x, y, area, grid) for grid in grids]
+
+
+def windows(view_N2GG: Tensor, area_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outline and brightness (N,P) of `views` of GRID cells, and which of `BLURS` each has (N,), by its pixels."""
+    window = view_N2GG.flatten(2)
+    level = (1.1 / area_N.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
     return window[:, 0], window[:, 1], level.abs().argmin(1)
 
 

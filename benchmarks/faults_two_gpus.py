@@ -1,0 +1,362 @@
+"""Do two GPUs learn what one does, however the weights are spread over them?
+
+    python -m benchmarks.faults_two_gpus -o FILE
+
+Trains all weights of a tiny Wan model with both trainers for 4 updates, with a reference, an average and, for
+DiffusionNFT, an old policy: once in one process, then in two that average gradients (DDP), that cut the weights with
+torch's `fully_shard`, and that accelerate's FSDP2 cuts them for. Compares all that the last checkpoints hold, in full
+float32, and loads what was exported. Then a run of one process goes on in two, and one of two in one, in the middle of
+a rollout. A run that fails or hangs is told with what each of its processes said, and the next one begins in new
+processes. Run it from the root of a checkout: the tiny model is that of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gates import gate, write_result
+from benchmarks.two_gpus_compare import STEPS, check_export, largest_difference, moved
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINERS = ("dancegrpo", "diffusion_nft")
+SPREADS = {"ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
+"""How weights are spread over two processes -> the file of `recipes/accelerate` that starts them."""
+LIMIT = 60.0
+"""Seconds of a run, those until its processes tell where they hang included."""
+AFTER = 5.0
+"""Seconds that the other process has after the error of one."""
+START = 120.0
+"""Seconds that processes have until they have imported everything."""
+MIDDLE = 3
+"""After how many updates a run goes on in other processes: a rollout is used up after two."""
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, and what the processes that train it are started by."""
+
+    name: str
+    """`<trainer>-<spread>`."""
+    trainer: str
+    launch: str
+    """A file of `recipes/accelerate`, or nothing for one process."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many train it."""
+        return 2 if self.launch else 1
+
+
+class Bench:
+    """The folder of all runs.
+
+    Args:
+        folder: an empty one.
+        device: cuda, or cpu for gloo, where accelerate has no FSDP2.
+        limit: seconds of a run.
+    """
+
+    def __init__(self, folder: Path, device: str, limit: float = LIMIT) -> None:
+        self.folder, self.device, self.limit = folder, device, limit
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self._sessions = 0
+
+    def build(self) -> None:
+        """Make the model and the prompts."""
+        from diffusers import WanPipeline
+
+        from tests.tiny_wan import wan_components
+
+        WanPipeline(**wan_components()).save_pretrained(self.folder / "model")
+        rows = [{"prompt": text} for text in ("a ball", "a cube", "two balls", "a red ball")]
+        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def run_of(self, name: str) -> Path:
+        """Return the folder of a run."""
+        return self.folder / name / "run"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Return the recipe of a job: the same samples in each update, however many processes share them."""
+        one = 3 - job.processes
+        values: dict[str, Any] = {
+            **{"method": job.trainer, "model": str(self.folder / "model"), "output_dir": str(self.run_of(job.name))},
+            **{
+                "train_dataset": str(self.folder / "prompts.jsonl"),
+                "eval_dataset": str(self.folder / "prompts.jsonl"),
+            },
+            **{"reward_funcs": ["tests.grpo.toy.near"], "use_peft": False, "device": self.device},
+            **{"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16},
+            # Groups of four in parts of two: they span processes.
+            **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": one},
+            **{"steps_per_generation": 2 * one, "max_steps": STEPS, "save_steps": 1, "save_total_limit": None},
+            # With a small epsilon AdamW would make whole steps of gradients that are nothing but rounding.
+            **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "ema_decay": 0.9, "beta": 0.1},
+            **{"eval_steps": 2, "eval_prompts": 4, "eval_grid": 0, "logging_steps": 1},
+            **{"report_to": "none", "disable_tqdm": True},
+        }
+        if job.trainer == "dancegrpo":
+            values |= {"sde_window_size": 2, "sde_window_per": "rollout", "timestep_fraction": 1.0, "epsilon": 1e-2}
+        else:
+            values |= {"old_decay_rate": 0.1}
+        return values | dict(job.settings)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Train the runs of one kind of launch, anew started only after a failure; note what became of each."""
+        left = list(jobs)
+        while left:
+            left = left[self._session(left) :]
+
+    def _session(self, jobs: Sequence[Job]) -> int:
+        """Start processes for these runs; return how many of them have an outcome."""
+        self._sessions += 1
+        path = self.folder / f"jobs-{self._sessions}.json"
+        described = []
+        for job, port in zip(jobs, free_ports(len(jobs)), strict=True):
+            (self.folder / job.name).mkdir(exist_ok=True)
+            values = {"name": job.name, "folder": str(self.folder / job.name), "port": port}
+            described.append({**values, "settings": self.settings(job)})
+        path.write_text(json.dumps(described), encoding="utf-8")
+        ranks = range(jobs[0].processes)
+        with self._started(jobs[0].launch, path) as process:
+            _wait([Path(f"{path}.ready-{rank}") for rank in ranks], process, START)
+            for job in jobs:
+                began = time.monotonic()
+                files = [self.folder / job.name / f"rank-{rank}.json" for rank in ranks]
+                self._wait_for(files, process, path)
+                self.outcomes[job.name] = self._outcome(job, files, path, time.monotonic() - began)
+                if self.outcomes[job.name]["failed"]:
+                    break
+        return sum(job.name in self.outcomes for job in jobs)
+
+    @contextmanager
+    def _started(self, launch: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Start the processes of a file of jobs; afterwards none is left."""
+        words = ["-m", "benchmarks.two_gpus_worker", str(path)]
+        if launch:
+            name = launch if self.device == "cuda" else "ddp_cpu"
+            config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+            words = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", *words]
+        environment = dict(os.environ)
+        if self.device == "cpu":
+            environment |= {"OMP_NUM_THREADS": "1"}
+        with Path(f"{path}.log").open("wb") as log:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            try:
+                yield process
+                if process.returncode is None and not self._failed(path):
+                    process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                # A process that waits in a collective heeds nothing less, and the launcher would wait for it.
+                if process.poll() != 0:
+                    _signal([process.pid, *self._workers(path).values()], signal.SIGKILL)
+                    process.wait()
+
+    def _workers(self, path: Path) -> dict[int, int]:
+        """Return the ids of the processes by their ranks."""
+        return {int(file.name[-1]): int(file.read_text()) for file in self.folder.glob(f"{path.name}.ready-*")}
+
+    def _wait_for(self, files: Sequence[Path], process: subprocess.Popen[bytes], path: Path) -> None:
+        """Wait for what the processes say of a run; let those that stay silent write where they are."""
+        end = time.monotonic() + self.limit
+        while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
+            if any(json.loads(file.read_text())["error"] for file in files if file.exists()):
+                _wait(files, process, AFTER)
+                break
+            time.sleep(0.05)
+        silent = [number for rank, number in self._workers(path).items() if not files[rank].exists()]
+        if silent and process.poll() is None:
+            _signal(silent, signal.SIGUSR1)
+            time.sleep(1)
+
+    def _failed(self, path: Path) -> bool:
+        jobs = json.loads(path.read_text(encoding="utf-8"))
+        return any(self.outcomes.get(job["name"], {"failed": True})["failed"] for job in jobs)
+
+    def _outcome(self, job: Job, files: Sequence[Path], path: Path, seconds: float) -> dict[str, Any]:
+        """Return what became of a run; of one that failed, what each of its processes said."""
+        told = [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
+        refused = next((each["refused"] for each in told if each and each["refused"]), "")
+        found: dict[str, Any] = {"seconds": round(seconds, 1), "refused": refused, "failed": False, "log": []}
+        if all(each is not None and not each["error"] for each in told):
+            return found
+        for rank, each in enumerate(told):
+            said = each["error"] if each else "no answer: it has died, or hangs where its stack says"
+            log = Path(f"{path}.{rank}.log")
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            tail = text.rpartition(f"--- {job.name}, process")[2]
+            found["log"].append(f"[process {rank}] {said}\n{tail[-6000:]}")
+        if not all(told):
+            launcher = Path(f"{path}.log").read_text(encoding="utf-8", errors="replace")
+            found["log"].append(f"[launcher]\n{launcher[-3000:]}")
+        found["failed"] = not (refused and all(told))
+        return found
+
+
+def _signal(processes: Sequence[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait until all files are there, or the process has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def jobs_of(device: str) -> list[list[Job]]:
+    """Return the runs by the processes that train them, in the order in which they can be."""
+    spreads = {name: launch for name, launch in SPREADS.items() if device == "cuda" or name != "fsdp2"}
+    one = [Job(name=f"{trainer}-one", trainer=trainer, launch="") for trainer in TRAINERS]
+    pairs = [
+        [
+            Job(
+                name=f"{trainer}-{spread}",
+                trainer=trainer,
+                launch=launch,
+                settings={"fully_shard": True} if spread == "fully_shard" else {},
+            )
+            for spread, launch in spreads.items()
+            if launch == kind
+            for trainer in TRAINERS
+        ]
+        for kind in dict.fromkeys(spreads.values())
+    ]
+    return [one, *pairs]
+
+
+def resumes(bench: Bench) -> list[list[Job]]:
+    """Return the runs that go on from a checkpoint of another number of processes: those of one in two, and back."""
+
+    def job(trainer: str, source: str, launch: str, **settings: Any) -> Job:
+        path = str(bench.run_of(f"{trainer}-{source}") / f"checkpoint-{MIDDLE}")
+        name = f"{trainer}-{source}-to-{2 if launch else 1}"
+        return Job(name=name, trainer=trainer, launch=launch, settings={"resume_from_checkpoint": path, **settings})
+
+    two = [job(trainer, "one", "ddp", fully_shard=trainer == "diffusion_nft") for trainer in TRAINERS]
+    return [two, [job(trainer, "ddp", "") for trainer in TRAINERS]]
+
+
+def compared(bench: Bench, job: Job) -> dict[str, Any]:
+    """Return the row of a run: how far it is from that of one process, or why it has no such number."""
+    found = bench.outcomes[job.name]
+    row = {"run": job.name, "processes": job.processes, "seconds": found["seconds"], "refused": found["refused"]}
+    row |= {"max_abs": None, "log": found["log"]}
+    if not found["failed"] and not found["refused"]:
+        try:
+            row["max_abs"] = largest_difference(bench.run_of(job.name), bench.run_of(f"{job.trainer}-one"))
+            check_export(bench.run_of(job.name))
+        except (OSError, RuntimeError, KeyError) as error:
+            row["log"] = [f"[comparison] {type(error).__name__}: {error}"]
+    said = "failed" if row["log"] else f"{row['max_abs']:.3g} from one process"
+    print(f"{job.name}: {found['refused'] or said} ({found['seconds']} s)", flush=True)
+    if not found["refused"]:
+        print("\n".join(row["log"]), end="\n" if row["log"] else "", flush=True)
+    return row
+
+
+def goes_on(row: Mapping[str, Any]) -> bool:
+    """Whether a run of another number of processes learned what one does, or was told which settings let it go on."""
+    from postgen.grpo.config import GroupConfig
+
+    if row["refused"]:
+        return any(f"{name} " in row["refused"] for name in GroupConfig.named_in("share_out"))
+    return not row["log"] and row["max_abs"] is not None and row["max_abs"] <= TOLERANCE
+
+
+def measured(folder: Path, device: str) -> dict[str, Any]:
+    """Train everything in a folder; return the payload of a result file."""
+    bench = Bench(folder, device)
+    bench.build()
+    began, rows = time.monotonic(), []
+    for jobs in jobs_of(device):
+        bench.run(jobs)
+        rows += [compared(bench, job) for job in jobs]
+    combinations = [row for row in rows if row["processes"] == 2]
+    for trainer in TRAINERS:
+        if not bench.outcomes[f"{trainer}-one"]["failed"]:
+            far = moved(bench.run_of(f"{trainer}-one"), folder / "model")
+            print(f"{trainer}: one process moved its weights by up to {far:.3g}")
+            if far < 10 * TOLERANCE:
+                raise RuntimeError(f"{trainer} moved its weights by {far:.3g} only: the comparison says nothing")
+    again = []
+    for jobs in resumes(bench):
+        bench.run(jobs)
+        again += [compared(bench, job) for job in jobs]
+    good = [row["max_abs"] for row in combinations if row["max_abs"] is not None and not row["log"]]
+    seconds = round(time.monotonic() - began, 1)
+    print(f"{len(good)} of {len(combinations)} combinations trained, in {seconds} s")
+    return {
+        "settings": {"device": device, "steps": STEPS, "resumed_after": MIDDLE, "seconds": seconds},
+        "gates": [
+            gate("two_gpu_max_abs", max(good, default=None), "<=", TOLERANCE),
+            gate("two_gpu_combinations", len(good), "==", len(TRAINERS) * len(SPREADS)),
+            gate("resume_other_count", int(all(goes_on(row) for row in again)), "==", 1),
+        ],
+        "rows": {"two_gpus": rows, "resume": again},
+    }
+
+
+@cache
+def measured_once() -> dict[str, Any]:
+    """Return `measured` on two GPUs in a folder that is gone afterwards; the same to whoever asks again."""
+    with tempfile.TemporaryDirectory() as name:
+        return measured(Path(name), "cuda")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write the file; exit with 1 where a gate falls short."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults_two_gpus", description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the result file, .json")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo, without accelerate's FSDP2"
+    )
+    options = parser.parse_args(argv)
+    if options.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < 2:
+            print(f"two CUDA devices are needed, torch sees {torch.cuda.device_count()}", file=sys.stderr)
+            return 2
+    else:
+        print("on CPUs accelerate has no FSDP2: 4 of the 6 combinations")
+    with tempfile.TemporaryDirectory() as name:
+        payload = measured(Path(name), options.device)
+    write_result(options.output, payload)
+    for row in payload["gates"]:
+        print(f"{row['name']}: {row['value']} (asked for {row['op']} {row['target']}){'' if row['ok'] else ' MISSED'}")
+    return int(not all(row["ok"] for row in payload["gates"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The judge beside a person on each draw of generated clips, with a network that has not seen that draw.
+
+    python -m benchmarks.world_edge_cross FOLDER --generated FOLDER --generated-fresh FOLDER --generated-third FOLDER
+
+FOLDER is that of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors. What is written in the
+judge as a number was chosen in view of all draws, so this flatters it a little; the gate is on clips that came later.
+Prints a table and writes benchmarks/results/world_edges.json.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gates import write_result
+from benchmarks.world_edge_windows import options
+from benchmarks.world_eye import SETS, generated
+from postgen.assets import embedded_model
+from postgen.judges.world_edges import learn_looked, read_bags, read_net, write_net
+from postgen.metrics.bootstrap import bootstrap
+from postgen.world.check import edges
+
+
+def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
+    """Agreement on one of `SETS` with other weights than the shipped ones, with a 95 % interval over the clips."""
+    shipped = edges.WEIGHTS
+    try:
+        edges.WEIGHTS = weights
+        edges.network.cache_clear()
+        row = generated(name, "cpu", clips, embedded_model())
+    finally:
+        edges.WEIGHTS = shipped
+        edges.network.cache_clear()
+    apart = len(row["apart"])
+    found = bootstrap(torch.cat((torch.zeros(apart), torch.ones(row["judged"] - apart))))
+    return {**row, "interval": [round(found.low, 4), round(found.high, 4)]}
+
+
+def main() -> None:
+    """Learn on two draws, judge the third, in turn."""
+    args = options(__doc__)
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    for number, name in enumerate(SETS):
+        bags = read_bags(args.folder / "looked.safetensors", but=number)
+        net = learn_looked(read_net(args.folder / "first.safetensors"), bags)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "net.safetensors"
+            write_net(net, weights)
+            rows[name] = judged_by(weights, name, getattr(args, name))
+        print(name, round(rows[name]["agree"], 4), rows[name]["interval"], *rows[name]["apart"], sep="\n  ")
+    write_result("world_edges", {"sets": rows, "gates": []})
+
+
+if __name__ == "__main__":
+    main()

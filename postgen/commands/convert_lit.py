@@ -1,0 +1,168 @@
+"""`postgen convert lit`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from postgen.errors import UserError, check_number
+from postgen.files import replacing
+
+Source = Annotated[str, typer.Argument(help="Model folder or hub id whose transformer is to be converted.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder to write: the transformer, and which model it belongs to.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        help="Which blocks become what, as every 2nd:window_delta,1:lit. What is not named stays softmax.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="Instead: the share of a step's cost that may remain, as 0.6; the layers are chosen by score and cost.",
+    ),
+]
+Kinds = Annotated[
+    str, typer.Option("--kinds", help="Layer types that a budget chooses from, with commas between, beside softmax.")
+]
+Measured = Annotated[
+    bool, typer.Option("--measure", help="Costs of a budget are measured here, in time, instead of counted FLOPs.")
+]
+First = Annotated[bool, typer.Option("--first-block", help="Also convert the first block, the most sensitive one.")]
+Inherit = Annotated[
+    str, typer.Option("--inherit", help="all weights of the base, or output: queries, keys and values begin anew.")
+]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="To score blocks on; may be given several times.")]
+Steps = Annotated[int, typer.Option("--steps", help="Denoising steps for each prompt of the scores.")]
+Frames = Annotated[
+    int | None, typer.Option("--frames", help="Of the clip that costs are for. \\[default: the model's]")
+]
+Height = Annotated[int | None, typer.Option("--height", help="In pixels, as --frames.")]
+Width = Annotated[int | None, typer.Option("--width", help="In pixels, as --frames.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+PROMPTS = ("a red ball rolls over the grass", "a blue cube spins on a table")
+
+
+def convert_lit(
+    model: Source,
+    output: Output,
+    layers: Layers = None,
+    budget: Budget = None,
+    kinds: Kinds = "window_delta,lit",
+    measure: Measured = False,
+    first_block: First = False,
+    inherit: Inherit = "all",
+    prompt: Prompt = None,
+    steps: Steps = 4,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Make some blocks of a transformer hybrid linear attention. New layers are not trained: train them next."""
+    from postgen.compat import quiet_libraries
+    from postgen.families.exports import write_note
+    from postgen.families.installed import transformers_of
+    from postgen.generate import load, prepare
+    from postgen.lit import LiTConfig, save
+    from postgen.lit.score import check_kinds
+    from postgen.request import GenerateConfig
+
+    _check(layers, budget, output)
+    config = GenerateConfig(
+        model=model, prompt=(prompt or PROMPTS)[0], num_inference_steps=steps, num_frames=frames, height=height,
+        width=width, dtype=dtype, device=device,
+    )  # fmt: skip
+    settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
+    names = tuple(kind.strip() for kind in kinds.split(","))
+    check_kinds(names)
+    job = prepare(config)
+    if job.facts.transformer is None:
+        raise UserError(f"{job.facts.pipeline} has no transformer to convert")
+    with quiet_libraries():
+        pipe = load(job)
+    for transformer in transformers_of(pipe).values():
+        chosen = settings
+        if budget is not None:
+            texts = prompt or job.facts.closed_vocabulary or PROMPTS
+            chosen = _planned(pipe, transformer, job, texts, settings, budget, names, measured=measure)
+        typer.echo(_converted(transformer, job, chosen))
+    with replacing(output) as part:
+        for name, transformer in transformers_of(pipe).items():
+            save(transformer, part / name)
+        write_note(part, pipe, [*transformers_of(pipe)])
+    typer.echo(f"{output}: a model for generate, compare and train; its new layers have not been trained")
+
+
+def _check(layers: str | None, budget: float | None, output: Path) -> None:
+    if (layers is None) == (budget is None):
+        raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"{output} is there already: give a new folder with -o")
+    if budget is not None:
+        check_number("budget", budget, 1e-6, 1)
+
+
+def _converted(transformer: Any, job: Any, settings: Any) -> Any:
+    """Convert; layers that are bound to a grid are made for that of the clip."""
+    from postgen.families.calls import call_arguments, grid_of_call, registered_name
+    from postgen.families.cost import latent_size
+    from postgen.lit import convert
+
+    kind = registered_name(type(transformer))
+    size = latent_size(kind, transformer.config, *_shape(job))
+    grid = grid_of_call(transformer, call_arguments(kind, transformer.config, size))
+    if grid is not None:
+        settings = dataclasses.replace(settings, grid=(grid.frames, grid.height, grid.width))
+    return convert(transformer, settings)
+
+
+def _planned(
+    pipe: Any,
+    transformer: Any,
+    job: Any,
+    prompts: Sequence[str],
+    settings: Any,
+    budget: float,
+    kinds: Sequence[str],
+    *,
+    measured: bool,
+) -> Any:
+    """Choose the layers by scores on the prompts, and say the table."""
+    from postgen.generate import run
+    from postgen.lit import count, measure, plan, score
+
+    frames, height, width = _shape(job)
+    of_size: dict[str, Any] = {"num_frames": frames, "height": height, "width": width, "config": settings}
+    costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
+
+    def sample() -> None:
+        for place, text in enumerate(prompts):
+            run(pipe, job.again(prompt=text, seed=place))
+
+    scores = score(transformer, sample, kinds=kinds, config=settings)
+    chosen = plan(scores, costs, budget, first_block=settings.first_block)
+    typer.echo(chosen)
+    return chosen.config(transformer, settings, shape=(frames, height, width))
+
+
+def _shape(job: Any) -> tuple[int, int, int]:
+    """Frames, height and width of the clip.
+
+    Raises:
+        UserError: the model does not say its own.
+    """
+    config = job.config
+    shape = config.num_frames, config.height, config.width
+    if None in shape:
+        raise UserError("the model does not say what clip it makes: give --frames, --height and --width")
+    return shape

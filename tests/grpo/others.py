@@ -1,0 +1,96 @@
+"""Runs that go on in another number of processes than those that wrote their checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgen.errors import UserError
+from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
+from tests.grpo.killed import Whole
+from tests.grpo.toy import ROWS, near, settings
+from tests.sampling.toy import PointPipeline
+
+MIDDLE = 3
+"""After how many updates they go on: the second rollout is half used up."""
+COMMON = {"num_generations": 4, "max_steps": 4, "save_steps": 1, "save_total_limit": None, "ema_decay": 0.9}
+COMMON |= {"beta": 0.1, "logging_steps": 4}
+OWN: dict[str, dict[str, Any]] = {
+    # Only some samples of a prompt are kept.
+    "dance": {"per_device_train_batch_size": 4, "best_of_n": 2, "sde_window_size": 2, "sde_window_per": "sample"},
+    # Groups of 4 in parts of 6: they span processes.
+    "nft": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1},
+}
+ONE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+TWO = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}
+CUT = {"dance": {}, "nft": {"fully_shard": True}}
+
+
+class WholeDance(Whole, DanceGRPOTrainer):
+    pass
+
+
+class WholeNFT(Whole, DiffusionNFTTrainer):
+    pass
+
+
+KINDS = {"dance": (WholeDance, DanceGRPOConfig), "nft": (WholeNFT, DiffusionNFTConfig)}
+
+
+def configuration(folder: Path, name: str, **changes: Any) -> Any:
+    """Settings of a method."""
+    return settings(folder, KINDS[name][1], **{**COMMON, **OWN[name], **changes})
+
+
+def train(folder: Path, name: str, run: str, source: str = "", **changes: Any) -> None:
+    """Train `folder / name-run`, from the middle of `folder / name-source` where one is given, without a rollout."""
+    if source:
+        changes["resume_from_checkpoint"] = str(folder / f"{name}-{source}" / f"checkpoint-{MIDDLE}")
+    made = configuration(folder / f"{name}-{run}", name, **changes)
+    KINDS[name][0](PointPipeline(), unasked if source else near, made, ROWS).train()
+
+
+def unasked(completions: Any, **columns: Any) -> list[float]:
+    """The reward of a run that goes on: what the processes before have drawn is scored already."""
+    raise AssertionError("a rollout was drawn that was there")
+
+
+def straight(folder: Path, name: str) -> None:
+    train(folder, name, "two", **TWO, **CUT[name])
+
+
+def on_in_two(folder: Path, name: str) -> None:
+    train(folder, name, "one-to-two", "one", **TWO, **CUT[name])
+
+
+def another_run(folder: Path) -> None:
+    """A second run of the same processes."""
+    on_in_two(folder, "dance")
+    told(folder / "another-run", partial(on_in_two, folder, "dance"))
+
+
+def another_batch(folder: Path) -> None:
+    told(folder / "another-batch", partial(train, folder, "dance", "refused", "one", **ONE))
+    torch.distributed.destroy_process_group()
+
+
+def told(path: Path, run: Callable[[], None]) -> None:
+    """Write what a process is told that may not run."""
+    try:
+        run()
+    except UserError as error:
+        Path(f"{path}-{os.environ['RANK']}.txt").write_text(str(error))
+
+
+JOBS = [
+    *(partial(straight, name=name) for name in OWN),
+    another_run,
+    partial(on_in_two, name="nft"),
+    another_batch,
+]

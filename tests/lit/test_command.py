@@ -1,0 +1,48 @@
+"""`postgen convert lit`: what it writes is a model for every command and for diffusers' pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import postgen
+from postgen.families.loading import inspect_model, load_pipeline
+from postgen.lit import layers_of, load
+from postgen.pipelines import WanPipeline
+
+
+def test_layers_named_and_generated_with(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = cli("convert", "lit", tiny_wan, "--layers", "all:window_delta", "-o", out, "--frames", 5)
+    assert done.code == 0, done.err
+    assert "1 of 2 blocks converted" in done.out
+    transformer = load(out, subfolder="transformer")
+    pipe = load_pipeline(inspect_model(out), device="cpu")
+    for name, weight in transformer.state_dict().items():
+        assert torch.equal(weight, pipe.transformer.state_dict()[name])
+    assert "window_delta" in str(postgen.summary(pipe))
+    again = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", out)
+    assert (again.code, "give a new folder" in again.err) == (2, True)
+    # A pipeline that is saved as a whole is loaded too; diffusers by itself refuses it.
+    pipe.save_pretrained(tmp_path / "whole")
+    whole = load_pipeline(inspect_model(tmp_path / "whole"), device="cpu")
+    assert [*layers_of(whole.transformer)] == ["blocks.1.attn1"]
+    with pytest.raises(ValueError, match=r"postgen\.lit\.load\(folder\)"):
+        WanPipeline.from_pretrained(tmp_path / "whole")
+    given = WanPipeline.from_pretrained(tmp_path / "whole", transformer=transformer)
+    assert given.transformer is transformer
+
+
+def test_layers_by_a_budget(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    words = ("--steps", 1, "--frames", 5, "--height", 32, "--width", 32, "--kinds", "anchor", "--prompt", "a")
+    one = cli("convert", "lit", tiny_wan, "-o", tmp_path / "a", "--budget", 1, *words)
+    assert one.code == 0, one.err
+    assert "a step costs 1.000 of softmax (budget 1)" in one.out
+    assert "0 of 2 blocks converted" in one.out
+    less = cli("convert", "lit", tiny_wan, "-o", tmp_path / "b", "--budget", 0.01, *words)
+    assert (less.code, less.err.count("\n")) == (2, 1)
+    assert "the smallest possible is" in less.err
+    assert not (tmp_path / "b").exists()
