@@ -17,7 +17,7 @@ from tests.families.tiny_pipelines import tiny_pipeline
 from tests.reconstruct.toy import PROMPTS, pipeline, settings
 
 VIDEO = ("Wan", "HunyuanVideo", "CogVideoX", "LTX")
-PICTURES = ("FLUX", "Stable Diffusion 3")
+PICTURES = ("FLUX", "Stable Diffusion 3", "DiT", "PixArt-Sigma")
 ROWS = [{"prompt": text} for text in PROMPTS]
 
 
@@ -26,7 +26,12 @@ def teacher(name: str) -> tuple[Any, dict[str, int]]:
     if name == "Wan":
         return pipeline(name)
     pipe, size = tiny_pipeline(name)
-    return pipe, {**size, "height": 32, "num_frames": 1 if name in PICTURES else 9}
+    return pipe, size if name in PICTURES else {**size, "height": 32, "num_frames": 9}
+
+
+def prompts(name: str) -> list[str]:
+    """DiT's are classes."""
+    return [str(number) for number in range(len(PROMPTS))] if name == "DiT" else PROMPTS
 
 
 def conversion(name: str, **more: Any) -> dict[str, Any]:
@@ -44,8 +49,9 @@ def transferred(folder: Path, name: str = "Wan", **changes: Any) -> tuple[Any, A
     return pipe, transfer(pipe, config, PROMPTS, records=records, train=train, **more)
 
 
-def distilled(folder: Path, name: str = "Wan", rows: Any = ROWS, pipe: Any = None, **changes: Any) -> LitTrainer:
+def distilled(folder: Path, name: str = "Wan", pipe: Any = None, **changes: Any) -> LitTrainer:
     """Train end to end; return the trainer."""
+    rows = [{"prompt": text} for text in prompts(name)]
     made, size = teacher(name)
     kept = {"max_steps": 2, "num_inference_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     kept |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "logging_steps": 1, **size, "batch_size": 2}

@@ -20,7 +20,7 @@ from postgen.lit import LiTConfig, convert, layers_of, load
 from postgen.lit.attention_transfer import attention_tasks, grid_of, trained_tensors, transfer
 from postgen.reconstruct import RecordsConfig, Share, collect
 from postgen.reconstruct.task import Call
-from tests.lit.distil import PICTURES, VIDEO, conversion, teacher, transferred
+from tests.lit.distil import PICTURES, VIDEO, conversion, prompts, teacher, transferred
 from tests.reconstruct.toy import PROMPTS, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +42,9 @@ def test_the_target_is_what_softmax_gives(name: str) -> None:
     pipe, size = teacher(name)
     denoiser = denoiser_for(pipe)
     config = RecordsConfig(num_inference_steps=2, levels_per_prompt=1, batch_size=2, **size)
-    tasks = attention_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, "a", size))
-    records = collect(denoiser, [m for task in tasks for m in task.modules], PROMPTS[:3], config, progress=False)
+    texts = prompts(name)[:3]
+    tasks = attention_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, texts[0], size))
+    records = collect(denoiser, [m for task in tasks for m in task.modules], texts, config, progress=False)
     for task in tasks:
         student: Any = task.build()
         student.layer = Softmax()

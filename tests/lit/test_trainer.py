@@ -66,7 +66,8 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     loaded = copy.deepcopy(load(tmp_path / "export" / "transformer"))
     assert same(loaded.state_dict(), student)
     x = run.denoiser.initial_latents(1, **run.args.size, generator=torch.Generator().manual_seed(0))
-    told, sigma = run._condition(ROWS[:1]), torch.tensor([0.5])
+    assert ("variance_loss" in log_of(tmp_path)[-1]) == (name in ("DiT", "PixArt-Sigma"))
+    told, sigma = run._condition(run.rows[:1]), torch.tensor([0.5])
     whole = run.unwrap("distillation")
     with torch.no_grad():
         out = [
