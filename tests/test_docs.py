@@ -54,8 +54,6 @@ def test_lit(ran: tuple[dict[str, Any], str]) -> None:
     assert "4 of 8 blocks are linear: 4 window_delta" in printed
     assert names["chosen"].share <= 0.8
     assert names["chosen"].types[0] == "softmax"
-    (row,) = names["trained"].blocks.values()
-    assert row.error_after < row.error_before
 
 
 @pytest.mark.parametrize("ran", ["streaming.md"], indirect=True)
@@ -93,6 +91,7 @@ def test_lit_training(ran: tuple[dict[str, Any], str]) -> None:
     names, _ = ran
     assert [*names["report"].blocks] == ["blocks.3.attn1", "blocks.4.attn1"]
     assert not names["report"].unfinished
+    assert all(row.error_after < row.error_before for row in names["report"].blocks.values())
     assert hasattr(names["pipe"].transformer.blocks[3].attn1, "postgen_lit")
 
 

@@ -12,6 +12,7 @@ arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
     convert(pipe.transformer, chosen.config(pipe.transformer))
 """
 
+from postgen.lit.attention_transfer import transfer
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
 from postgen.lit.costs import CostTable, count, measure
@@ -20,7 +21,6 @@ from postgen.lit.plan import Plan, plan
 from postgen.lit.report import Report
 from postgen.lit.saving import empty, load, save
 from postgen.lit.score import Scores, score
-from postgen.lit.transfer import take_weights, transfer_tasks
 
 __all__ = [
     "AnchorOptions",
@@ -45,6 +45,5 @@ __all__ = [
     "save",
     "score",
     "set_grid",
-    "take_weights",
-    "transfer_tasks",
+    "transfer",
 ]
