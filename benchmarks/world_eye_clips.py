@@ -25,7 +25,7 @@ from postgen import world
 from postgen.assets import embedded_model
 from postgen.world.spec import CAMERAS
 
-#: First seeds of the scenes and of the noise of the three draws, in the order in which a person looked at them. No
+#: First seeds of the scenes and of the noise of the draws, in the order in which a person looked at them. No
 #: other benchmark takes these.
 FIRST, FIRST_FRESH, FIRST_THIRD, FIRST_FOURTH = 600_000, 650_000, 700_000, 750_000
 #: Files: (prefix of the names, bodies, clips, whether as the folder says). Every fourth clip of `1-` is filmed by a
