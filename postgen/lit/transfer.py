@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.lit.conversion import CHILD
-from postgen.lit.convert import conversion_of, set_grid, the_transformer
+from postgen.lit.convert import conversion_of, layers_of, set_grid, the_transformer
 from postgen.reconstruct import ReconstructTask, block_task
+from postgen.reconstruct.report import finished
 
 if TYPE_CHECKING:
     from postgen.families import Block, Grid
@@ -37,9 +39,15 @@ def transfer_tasks(transformer: nn.Module, grid: Grid, *, inherited: bool = Fals
             the new ones (with `learning_rate_new`).
 
     Raises:
-        UserError: it is not converted.
+        UserError: it is not converted, or only new weights are to be trained and a layer is softmax on this grid.
     """
     set_grid(transformer, grid)
+    softmax = [name for name, layer in layers_of(transformer).items() if layer.covers(grid)]
+    if softmax and not inherited:
+        raise UserError(
+            f"{', '.join(softmax)}: softmax sees all of {grid.frames} latent frames there, so that nothing new can be"
+            " trained: record longer clips, or convert with less softmax (WindowOptions(radius=...) and the like)"
+        )
     config = conversion_of(transformer).config.as_json()
 
     def prepared(block: nn.Module) -> nn.Module:
@@ -61,9 +69,15 @@ def take_weights(transformer: nn.Module, report: Report) -> None:
         report: of `reconstruct`.
 
     Raises:
-        UserError: it is not converted, or a block was not trained to its end.
+        UserError: it is not converted, or a block was not trained to its end; nothing is changed then.
     """
-    for block in _converted_blocks(transformer):
+    blocks = _converted_blocks(transformer)
+    if missing := [block.name for block in blocks if not finished(report.folder, block.name).is_dir()]:
+        raise UserError(
+            f"{', '.join(missing)} of the converted blocks are not finished in {report.folder}: train them to their"
+            " end there (resume=True goes on)"
+        )
+    for block in blocks:
         block.module.load_state_dict(report.weights(block.name))
 
 

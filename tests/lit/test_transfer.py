@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from postgen.errors import UserError
 from postgen.families import Grid, blocks_of
 from postgen.lit import LiTConfig, WindowOptions, convert, layers_of, revert, take_weights, transfer_tasks
 from postgen.reconstruct import reconstruct
@@ -30,9 +33,20 @@ def test_new_layers_learn_what_softmax_gave(tmp_path: Path) -> None:
     report: Any = reconstruct([task], records, settings(tmp_path / "stage-1", **given))
     (row,) = report.blocks.values()
     assert row.error_after < 0.95 * row.error_before
+    with pytest.raises(UserError, match=r"blocks\.\d+ of the converted blocks are not finished in .*elsewhere"):
+        take_weights(model, replace(report, folder=tmp_path / "elsewhere"))
     take_weights(model, report)
     (layer,) = layers_of(model).values()
     assert layer.mix.weight.any()
     revert(model)
     # What is the base's was not touched.
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_layers_that_are_softmax_on_the_grid_are_refused() -> None:
+    pipe, _ = pipeline("Wan")
+    convert(pipe.transformer, LiTConfig(layers="1:window_delta", window=WindowOptions(radius=2)))
+    assert len(transfer_tasks(pipe.transformer, Grid(frames=4, height=2, width=2))) == 1
+    with pytest.raises(UserError, match=r"blocks\.1\.attn1: softmax sees all of 3 latent frames there"):
+        transfer_tasks(pipe.transformer, Grid(frames=3, height=2, width=2))
+    assert len(transfer_tasks(pipe.transformer, Grid(frames=3, height=2, width=2), inherited=True)) == 1
