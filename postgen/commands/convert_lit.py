@@ -108,9 +108,7 @@ def convert_lit(
         for name, transformer in transformers_of(pipe).items():
             save(transformer, part / name)
         write_note(part, pipe, [*transformers_of(pipe)])
-    typer.echo(
-        f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md says how)"
-    )
+    typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 
 
 def _check(layers: str | None, budget: float | None, output: Path) -> None:
