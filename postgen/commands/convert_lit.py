@@ -10,7 +10,7 @@ import typer
 from postgen.errors import UserError, check_number
 from postgen.files import replacing
 
-Source = Annotated[str, typer.Argument(help="Model folder or hub id whose transformer is to be converted.")]
+Source = Annotated[str, typer.Argument(help="Folder or hub id of a video pipeline, whose transformer is converted.")]
 Output = Annotated[
     Path, typer.Option("-o", "--output", help="Folder to write: the transformer, and which model it belongs to.")
 ]
@@ -18,7 +18,7 @@ Layers = Annotated[
     str | None,
     typer.Option(
         "--layers",
-        help="Which blocks become what, as every 2nd:window_delta,1:lit. What is not named stays softmax.",
+        help="Which blocks become what, counted from 0, as every 2nd:window_delta,1:lit. Others stay softmax.",
     ),
 ]
 Budget = Annotated[
@@ -29,22 +29,30 @@ Budget = Annotated[
     ),
 ]
 Kinds = Annotated[
-    str, typer.Option("--kinds", help="Layer types that a budget chooses from, with commas between, beside softmax.")
+    str, typer.Option("--kinds", help="Layer types that --budget chooses from, with commas between, besides softmax.")
 ]
 Measured = Annotated[
-    bool, typer.Option("--measure", help="Costs of a budget are measured here, in time, instead of counted FLOPs.")
+    bool, typer.Option("--measure", help="With --budget: costs are times measured on this device, not counted FLOPs.")
 ]
-First = Annotated[bool, typer.Option("--first-block", help="Also convert the first block, the most sensitive one.")]
+First = Annotated[bool, typer.Option("--first-block", help="Block 0, the most sensitive one, may be converted too.")]
 Inherit = Annotated[
-    str, typer.Option("--inherit", help="all weights of the base, or output: queries, keys and values begin anew.")
+    str,
+    typer.Option("--inherit", help="all: weights of the base are kept; output: queries, keys and values begin anew."),
 ]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="To score blocks on; may be given several times.")]
-Steps = Annotated[int, typer.Option("--steps", help="Denoising steps for each prompt of the scores.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        help="With --budget: blocks are scored on it; may be given several times. \\[default: the model's examples]",
+    ),
+]
+Steps = Annotated[int, typer.Option("--steps", help="With --budget: denoising steps for each prompt of the scores.")]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Of the clip that costs are for. \\[default: the model's]")
+    int | None,
+    typer.Option("--frames", help="Of the clips that it is scored and counted for. \\[default: the model's]"),
 ]
-Height = Annotated[int | None, typer.Option("--height", help="In pixels, as --frames.")]
-Width = Annotated[int | None, typer.Option("--width", help="In pixels, as --frames.")]
+Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]")]
+Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
@@ -68,7 +76,7 @@ def convert_lit(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Make some blocks of a transformer hybrid linear attention. New layers are not trained: train them next."""
+    """Make some blocks of a transformer hybrid linear attention. New layers are not trained by it."""
     from postgen.compat import quiet_libraries
     from postgen.families.exports import write_note
     from postgen.families.installed import transformers_of
@@ -100,7 +108,7 @@ def convert_lit(
         for name, transformer in transformers_of(pipe).items():
             save(transformer, part / name)
         write_note(part, pipe, [*transformers_of(pipe)])
-    typer.echo(f"{output}: a model for generate, compare and train; its new layers have not been trained")
+    typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 
 
 def _check(layers: str | None, budget: float | None, output: Path) -> None:
@@ -140,10 +148,12 @@ def _planned(
     """Choose the layers by scores on the prompts, and say the table."""
     from postgen.generate import run
     from postgen.lit import count, measure, plan, score
+    from postgen.lit.plan import check_budget
 
     frames, height, width = _shape(job)
     of_size: dict[str, Any] = {"num_frames": frames, "height": height, "width": width, "config": settings}
     costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
+    check_budget(costs, budget, kinds, first_block=settings.first_block)  # before the scores, which take longest
 
     def sample() -> None:
         for place, text in enumerate(prompts):

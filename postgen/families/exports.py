@@ -90,4 +90,6 @@ def hint(folder: Path, model: str) -> str:
             f"; it holds a network alone: write {folder / NOTE} with "
             '{"base": "FOLDER or owner/name of its model", "parts": ["transformer"]}'
         )
+    if (folder / "config.json").is_file():
+        return "; it is one network of a pipeline: give the folder that `pipe.save_pretrained` writes"
     return ""

@@ -18,7 +18,7 @@ from postgen.families.own_format import erase_note, write_note
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
 from postgen.lit.layers import LitLayer, Shape, make_layer
-from postgen.lit.options import OF_FRAMES
+from postgen.lit.options import LINEAR_TYPES, OF_FRAMES
 from postgen.lit.pattern import types_of_blocks
 from postgen.lit.report import Report, Row
 
@@ -200,7 +200,8 @@ def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, At
             raise UserError(HALF.format(kind=each.kind))
         if each.kind in OF_FRAMES and layout_of(model).video is None:
             raise UserError(
-                f"{each.kind} looks at frames, and {type(model).__name__} makes pictures: take another type"
+                f"{each.kind} looks at frames, and {type(model).__name__} makes pictures: take"
+                f" {', '.join(kind for kind in LINEAR_TYPES if kind not in OF_FRAMES)}"
             )
     return readers
 

@@ -56,7 +56,8 @@ def types_of_blocks(layers: Layers, count: int, *, first_block: bool) -> tuple[s
         raise UserError(f"layers names {len(found)} blocks, the model has {count}")
     if found[0] != "softmax" and not first_block:
         raise UserError(
-            f"block 0 is the most sensitive one and stays softmax: give first_block=True to make it {found[0]}"
+            f"block 0 is the most sensitive one and stays softmax: give first_block=True (--first-block) to make it"
+            f" {found[0]}"
         )
     return tuple(found)
 

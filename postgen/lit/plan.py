@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +132,6 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
     Raises:
         UserError: scores and costs of different models, no common type, or a budget that no choice keeps to.
     """
-    check_number("budget", budget, 1e-6, 1)
     kinds = [kind for kind in scores.errors if kind in costs.changes]
     blocks = {len(row) for row in (*scores.errors.values(), *costs.changes.values())}
     if scores.transformer != costs.transformer or len(blocks) != 1 or not kinds:
@@ -142,13 +143,8 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
     for block, choice in enumerate(choices):
         if block or first_block:
             choice += [(kind, scores.errors[kind][block], costs.changes[kind][block]) for kind in kinds]
+    check_budget(costs, budget, kinds, first_block=first_block)
     allowed = int(costs.base * budget) - costs.base
-    least = sum(min(cost for _, _, cost in choice) for choice in choices)
-    if least > allowed:
-        raise UserError(
-            f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is"
-            f" {(costs.base + least) / costs.base:.4f}"
-        )
     chosen = knapsack([[(error, cost) for _, error, cost in choice] for choice in choices], allowed)
     taken = [choice[place] for choice, place in zip(choices, chosen, strict=True)]
     return Plan(
@@ -164,6 +160,29 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
         attention=costs.attention,
         budget=budget,
     )
+
+
+def check_budget(costs: CostTable, budget: float, kinds: Sequence[str], *, first_block: bool = False) -> None:
+    """Refuse a budget that no choice keeps to, which costs alone tell: before blocks are scored.
+
+    Args:
+        costs: as of `plan`.
+        budget: as of `plan`.
+        kinds: types that may be chosen, besides softmax.
+        first_block: as of `plan`.
+
+    Raises:
+        UserError: it is such a budget.
+    """
+    check_number("budget", budget, 1e-6, 1)
+    of_blocks = list(zip(*(costs.changes[kind] for kind in kinds), strict=True))
+    least = sum(min(0, *changes) for changes in (of_blocks if first_block else of_blocks[1:]))
+    if costs.base + least > int(costs.base * budget):
+        share = math.ceil((costs.base + least) / costs.base * 1e4) / 1e4  # rounded up: it can be given as it stands
+        raise UserError(
+            f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is {share:.4f} at"
+            f" {' x '.join(map(str, costs.shape))}: allow more, or give other types or a longer or larger clip"
+        )
 
 
 def knapsack(choices: list[list[tuple[float, int]]], allowed: int) -> list[int]:

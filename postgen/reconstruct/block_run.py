@@ -193,7 +193,10 @@ class BlockRun:
             outputs, targets = self._outputs(calls)
             loss = distance(self.config.loss, outputs, targets)
             if not loss.requires_grad:
-                raise UserError(f"{self.task.name}: what its student gives depends on no parameter that is trained")
+                raise UserError(
+                    f"{self.task.name}: what its student gives depends on no parameter that is trained: none of it"
+                    " requires a gradient, or for inputs of this size the new ones are not used"
+                )
             (loss / count).backward()
             self._averages.add({"loss": loss})
         norm = nn.utils.clip_grad_norm_(self.parts.parameters, self.config.max_grad_norm or float("inf"))

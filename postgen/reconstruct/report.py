@@ -63,7 +63,7 @@ class Report:
         Raises:
             UserError: the task is not finished.
         """
-        return read_tensors(finished(self.folder, name) / STUDENT, f"{name} is not finished")
+        return read_tensors(finished(self.folder, name) / STUDENT, f"{name} is not finished in {self.folder}")
 
     def table(self) -> str:
         """Return a table of the finished blocks, one a line."""

@@ -163,6 +163,7 @@ def test_plans(tmp_path: Path) -> None:
     assert plan(SCORES, COSTS, 0.75, first_block=True).types[0] == "lit"
     with pytest.raises(UserError, match=r"the smallest possible is 0\.6400"):
         plan(SCORES, COSTS, 0.5)
+    assert plan(SCORES, COSTS, 0.64).share == 0.64  # what the message says can be given
     table = str(chosen)
     assert "a step costs 0.720 of softmax (budget 0.75), 1.39x; at most 1.67x" in table
     assert "    1  window_delta     0.3000             100" in table
