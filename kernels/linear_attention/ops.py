@@ -189,10 +189,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(
     ctx: Any, gradient: Tensor | None, of_state: Tensor | None, of_key_sum: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second reading
+    _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = saved
     gradient = torch.zeros_like(query) if gradient is None else gradient
     of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = linear_attention_backward(
-        gradient, of_state, of_key_sum, *ctx.saved_tensors, *ctx.settings
+        gradient, of_state, of_key_sum, *saved, *ctx.settings
     )
     terms = _terms((query_weight, key_weight, space, time, rope, lengths, None, None), *ctx.settings)
     of_query, of_query_weight = naive.rms_norm_backward(of_query, query, query_weight, terms)

@@ -182,9 +182,10 @@ def test_copies_compile_and_thread() -> None:
     assert torch.equal(revived(), out)
 
 
-def test_gradient_checkpointing() -> None:
+@pytest.mark.parametrize("kind", LINEAR_TYPES)
+def test_gradient_checkpointing(kind: str) -> None:
     tiny = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:window_delta", window=NARROW))
+    convert(tiny.transformer, config_for(tiny, kind))
     model: Any = tiny.transformer.train()
     grads = []
     for _ in range(2):
