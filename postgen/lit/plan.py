@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from torch import nn
@@ -128,7 +130,8 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
         first_block: whether block 0 may be converted.
 
     Raises:
-        UserError: scores and costs of different models, no common type, or a budget that no choice keeps to.
+        UserError: scores and costs of different models, no common type, a score that is not finite, or a budget that
+            no choice keeps to.
     """
     check_number("budget", budget, 1e-6, 1)
     kinds = [kind for kind in scores.errors if kind in costs.changes]
@@ -138,16 +141,26 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
             f"scores of a {scores.transformer} ({', '.join(scores.errors)}) and costs of a {costs.transformer}"
             f" ({', '.join(costs.changes)}) do not belong together: make both of one model and of the same types"
         )
+    for kind in kinds:
+        for block, error in enumerate(scores.errors[kind]):
+            if math.isfinite(error) or not (block or first_block):
+                continue
+            raise UserError(
+                f"the score of {kind} in block {block} is {error}, which cannot be compared:"
+                " leave the type out, or score in a dtype in which it does not overflow"
+            )
     choices = [[("softmax", 0.0, 0)] for _ in range(blocks.pop())]
     for block, choice in enumerate(choices):
         if block or first_block:
             choice += [(kind, scores.errors[kind][block], costs.changes[kind][block]) for kind in kinds]
-    allowed = int(costs.base * budget) - costs.base
+    # By the digits that were given: 100 * 0.57 is less than 57.
+    allowed = math.floor(costs.base * Fraction(str(budget))) - costs.base
     least = sum(min(cost for _, _, cost in choice) for choice in choices)
     if least > allowed:
+        # Rounded up, so that it can be given.
+        smallest = math.ceil(10_000 * Fraction(costs.base + least, costs.base)) / 10_000
         raise UserError(
-            f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is"
-            f" {(costs.base + least) / costs.base:.4f}"
+            f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is {smallest:.4f}"
         )
     chosen = knapsack([[(error, cost) for _, error, cost in choice] for choice in choices], allowed)
     taken = [choice[place] for choice, place in zip(choices, chosen, strict=True)]

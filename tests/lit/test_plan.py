@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,12 @@ def test_plans(tmp_path: Path) -> None:
     assert plan(SCORES, COSTS, 0.75, first_block=True).types[0] == "lit"
     with pytest.raises(UserError, match=r"the smallest possible is 0\.6400"):
         plan(SCORES, COSTS, 0.5)
+    uneven = dataclasses.replace(COSTS, base=1003)
+    with pytest.raises(UserError, match=r"the smallest possible is 0\.6411"):
+        plan(SCORES, uneven, 0.5)
+    assert plan(SCORES, uneven, 0.6411).types == ("softmax", "lit", "lit")  # .64108, rounded up
+    even = dataclasses.replace(COSTS, base=100, changes={"lit": (0, -43, 0), "window_delta": (0, 0, 0)})
+    assert plan(SCORES, even, 0.57).share == 0.57  # 100 * 0.57 is less than 57
     table = str(chosen)
     assert "a step costs 0.720 of softmax (budget 0.75), 1.39x; at most 1.67x" in table
     assert "    1  window_delta     0.3000             100" in table
@@ -194,6 +201,10 @@ def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
         plan(dataclasses.replace(SCORES, transformer="Other"), costs, 1)
     with pytest.raises(UserError, match="budget must be at least"):
         plan(SCORES, costs, 0)
+    for wrong in (math.nan, math.inf):
+        broken = {**SCORES.errors, "lit": (wrong, wrong, 0.2)}
+        with pytest.raises(UserError, match=f"the score of lit in block 1 is {wrong}"):
+            plan(dataclasses.replace(SCORES, errors=broken), costs, 0.5)
     with pytest.raises(UserError, match="did not call the transformer"):
         score(wan.transformer, lambda: None)
     with pytest.raises(UserError, match="Did you mean 'lit'"):
