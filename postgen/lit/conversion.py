@@ -116,8 +116,17 @@ class Conversion:
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """End the call."""
-        if not torch.compiler.is_compiling():
-            self._here.grid = None
+        if torch.compiler.is_compiling():
+            return
+        grid, self._here.grid = self._here.grid, None
+        found = output if isinstance(output, tuple) else tuple(output.values()) if isinstance(output, dict) else ()
+        for each in found:
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                each.register_hook(functools.partial(self._before_backward, grid))
+
+    def _before_backward(self, grid: Grid | None, gradient: torch.Tensor) -> None:
+        # Blocks that gradient checkpointing runs again now are of the call that ends here, perhaps not of the last one.
+        self._last = grid
 
     def compute(
         self, reader: AttentionReader, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any
