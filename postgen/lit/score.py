@@ -142,6 +142,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.calls = model, 0
+        self._text_first = tokens_of(model).token_order == "text-video"
         self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._layers: dict[str, dict[str, tuple[Any, LitLayer]]] = defaultdict(dict)
         self._grid: Any = None
@@ -173,16 +174,16 @@ class _Probe:
     def _around(self, name: str, inner: Callable[..., Any], attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = inner(attention, *args, **kwargs)
         with torch.no_grad():
-            soft = _rows(out)
+            soft = self._rows(out)
             spread = (soft - soft.mean(dim=1, keepdim=True)).abs().sum()
             for kind, (reader, layer) in self._layers[name].items():
                 made = compute_layer(layer, reader, self._grid, inner, attention, *args, **kwargs)
-                error = (_rows(made) - soft).abs().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+                error = (self._rows(made) - soft).abs().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)
                 self.errors[name, kind].append(float(error))
         return out
 
-
-def _rows(out: Any) -> Tensor:
-    """The video's rows of what an attention returns, (B, N, C); a text stands behind it."""
-    rows: Tensor = out[0] if isinstance(out, tuple) else out
-    return rows.double()
+    def _rows(self, out: Any) -> Tensor:
+        """The video's rows of what an attention returns, (B, N, C); it may return the text's too, behind or among."""
+        rows: Tensor = out[0] if isinstance(out, tuple) else out
+        tokens = self._grid.tokens
+        return (rows[:, -tokens:] if self._text_first else rows[:, :tokens]).double()

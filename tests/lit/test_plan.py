@@ -71,6 +71,23 @@ def test_a_score_is_the_error_of_a_conversion(wan: TinyModel) -> None:
     assert "window_delta" in str(found)
 
 
+def test_text_among_the_rows_does_not_count() -> None:
+    """A single block of FLUX returns text and picture as one sequence, 5 and 6 tokens."""
+    flux = tiny_model("Flux")
+    name = "single_transformer_blocks.1.attn"
+    found = score(flux.transformer, flux, kinds=("lit",))
+    outputs: list[Any] = []
+    hook = flux.transformer.get_submodule(name).register_forward_hook(lambda *call: outputs.append(call[2]))
+    flux()
+    convert(flux.transformer, LiTConfig(layers="3:lit"))
+    flux()
+    hook.remove()
+    soft, made = (each.double()[:, 5:] for each in outputs)
+    assert outputs[0].shape[1] == 11
+    error = (made - soft).abs().sum() / (soft - soft.mean(dim=1, keepdim=True)).abs().sum()
+    assert found.errors["lit"][3] == pytest.approx(float(error), rel=1e-6)
+
+
 def test_trained_layers_are_scored(wan: TinyModel) -> None:
     student = tiny_model("Wan", layers=3)
     convert(student.transformer, dataclasses.replace(NARROW, layers="all:lit"))
