@@ -9,6 +9,7 @@ take_weights(pipe.transformer, report)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def transfer_tasks(transformer: nn.Module, grid: Grid, *, inherited: bool = Fals
     Raises:
         UserError: it is not converted.
     """
-    set_grid(transformer, grid)
+    set_grid(transformer, grid)  # refuses one that is not converted
     config = conversion_of(transformer).config.as_json()
 
     def prepared(block: nn.Module) -> nn.Module:
@@ -47,8 +48,16 @@ def transfer_tasks(transformer: nn.Module, grid: Grid, *, inherited: bool = Fals
             weight.requires_grad_(inherited or is_new(name))
         return block
 
+    def on_grid(task: ReconstructTask) -> ReconstructTask:
+        def build() -> nn.Module:
+            set_grid(transformer, grid)  # anew, where the transformer was called in between
+            return task.build()
+
+        return dataclasses.replace(task, build=build)
+
+    settings = {"lit": config, "inherited": inherited}
     return [
-        block_task(block, prepared, is_new=is_new, settings={"lit": config, "inherited": inherited})
+        on_grid(block_task(block, prepared, is_new=is_new, settings=settings))
         for block in _converted_blocks(transformer)
     ]
 
