@@ -125,7 +125,7 @@ class Conversion:
                 each.register_hook(functools.partial(self._before_backward, grid))
 
     def _before_backward(self, grid: Grid | None, gradient: torch.Tensor) -> None:
-        # Blocks that gradient checkpointing runs again now are of the call that ends here, perhaps not of the last one.
+        # Blocks that gradient checkpointing runs again now are of the call that ends here, not of the last one.
         self._last = grid
 
     def compute(
