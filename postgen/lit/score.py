@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families import tokens_of
-from postgen.families.installed import installed, processor_stack
+from postgen.families.installed import processor_stack
 from postgen.lit.config import LiTConfig
-from postgen.lit.conversion import NAME, Converted, compute_layer
-from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, the_transformer
+from postgen.lit.conversion import Converted, compute_layer
+from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, stock_transformer
 from postgen.lit.layers import LitLayer
 from postgen.lit.options import LINEAR_TYPES
 from postgen.lit.record import Record, read_record
@@ -80,9 +80,7 @@ def score(
     Raises:
         UserError: an unknown type, a class that cannot be converted, it is converted already, or `run` calls it never.
     """
-    model, config = the_transformer(transformer), config or LiTConfig()
-    if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted: score the one that it was made from")
+    model, config = stock_transformer(transformer, "score"), config or LiTConfig()
     check_kinds(kinds)
     modules = modules_of_blocks(model)
     probe = _Probe(model)

@@ -166,6 +166,11 @@ def test_a_lora_of_the_base_attaches(tmp_path: Path) -> None:
     convert(converted.transformer, LiTConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
     converted.transformer.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
     assert torch.equal(converted(), tiny())  # the window covers everything
+    with pytest.raises(UserError, match="a LoRA is attached"):
+        save(converted.transformer, tmp_path / "no")
+    converted.transformer.save_pretrained(tmp_path / "no")
+    with pytest.raises(UserError, match="a LoRA was attached when it was saved"):
+        load(tmp_path / "no")
 
 
 def test_copies_compile_and_thread() -> None:
