@@ -1,4 +1,5 @@
-"""Gradient checkpointing of converted models: blocks that run again give the gradients of blocks that were kept."""
+"""Which grid a block's code takes where it runs outside of the transformer's own: under gradient checkpointing, where
+blocks run again in the backward pass, and compiled."""
 
 from __future__ import annotations
 
@@ -24,6 +25,21 @@ def test_two_grids() -> None:
     tiny = converted("lit")
     wide = tiny.arguments["hidden_states"]
     check(tiny, [wide, wide.transpose(3, 4)])
+
+
+def test_compiled_on_several_grids() -> None:
+    """The grid is that of the call, not of the one that was computed, or compiled, before."""
+    tiny = converted("lit")
+    model: Any = tiny.transformer
+    x = tiny.arguments["hidden_states"]
+    sizes = [x, x.transpose(3, 4)]
+    expected = [tiny(hidden_states=each) for each in sizes]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for each, out in zip([*sizes, x], [*expected, expected[0]], strict=True):
+            made: Any = compiled(**{**tiny.arguments, "hidden_states": each}, return_dict=False)
+            assert torch.equal(made[0], out)
+    torch.compiler.reset()
 
 
 def converted(kind: str) -> TinyModel:
