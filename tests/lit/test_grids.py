@@ -57,7 +57,8 @@ def check(tiny: TinyModel, calls: list[Tensor]) -> None:
     model: Any = tiny.transformer.train()
     grads = []
     for _ in range(2):
-        sum(model(**{**tiny.arguments, "hidden_states": x})[0].square().mean() for x in calls).backward()
+        losses = [model(**{**tiny.arguments, "hidden_states": x})[0].square().mean() for x in calls]
+        torch.stack(losses).sum().backward()
         grads.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
         model.zero_grad()
         model.enable_gradient_checkpointing()
