@@ -29,7 +29,12 @@ Budget = Annotated[
     ),
 ]
 Kinds = Annotated[
-    str, typer.Option("--kinds", help="Layer types that --budget chooses from, with commas between, besides softmax.")
+    str | None,
+    typer.Option(
+        "--kinds",
+        help="Layer types that --budget chooses from, with commas between, besides softmax."
+        " \\[default: window_delta,lit]",
+    ),
 ]
 Measured = Annotated[
     bool, typer.Option("--measure", help="With --budget: costs are times measured on this device, not counted FLOPs.")
@@ -46,7 +51,10 @@ Prompt = Annotated[
         help="With --budget: blocks are scored on it; may be given several times. \\[default: the model's examples]",
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="With --budget: denoising steps for each prompt of the scores.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="With --budget: denoising steps for each prompt of the scores. \\[default: 4]"),
+]
 Frames = Annotated[
     int | None,
     typer.Option("--frames", help="Of the clips that it is scored and counted for. \\[default: the model's]"),
@@ -56,6 +64,8 @@ Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
+KINDS = "window_delta,lit"
+STEPS = 4
 PROMPTS = ("a red ball rolls over the grass", "a blue cube spins on a table")
 
 
@@ -64,12 +74,12 @@ def convert_lit(
     output: Output,
     layers: Layers = None,
     budget: Budget = None,
-    kinds: Kinds = "window_delta,lit",
+    kinds: Kinds = None,
     measure: Measured = False,
     first_block: First = False,
     inherit: Inherit = "all",
     prompt: Prompt = None,
-    steps: Steps = 4,
+    steps: Steps = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
@@ -85,13 +95,14 @@ def convert_lit(
     from postgen.lit.score import check_kinds
     from postgen.request import GenerateConfig
 
-    _check(layers, budget, output)
+    of_budget = {"--kinds": kinds, "--measure": measure or None, "--prompt": prompt, "--steps": steps}
+    _check(layers, budget, output, [name for name, given in of_budget.items() if given is not None])
     config = GenerateConfig(
-        model=model, prompt=(prompt or PROMPTS)[0], num_inference_steps=steps, num_frames=frames, height=height,
-        width=width, dtype=dtype, device=device,
+        model=model, prompt=(prompt or PROMPTS)[0], num_frames=frames, height=height, width=width, dtype=dtype,
+        num_inference_steps=STEPS if steps is None else steps, device=device,
     )  # fmt: skip
     settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
-    names = tuple(kind.strip() for kind in kinds.split(","))
+    names = tuple(kind.strip() for kind in (KINDS if kinds is None else kinds).split(","))
     check_kinds(names)
     job = prepare(config)
     if job.facts.transformer is None:
@@ -111,9 +122,11 @@ def convert_lit(
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 
 
-def _check(layers: str | None, budget: float | None, output: Path) -> None:
+def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:
     if (layers is None) == (budget is None):
         raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
+    if budget is None and of_budget:
+        raise UserError(f"{', '.join(of_budget)}: goes with --budget, with --layers nothing is scored or measured")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"{output} is there already: give a new folder with -o")
     if budget is not None:

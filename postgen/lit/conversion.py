@@ -33,7 +33,7 @@ CHILD = "postgen_lit"
 
 
 class _Here(threading.local):
-    """Grid of the forward under way in a thread; compiled code can read it."""
+    """Grid of the forward under way in a thread."""
 
     def __init__(self) -> None:
         self.grid: Grid | None = None
@@ -90,7 +90,7 @@ class Conversion:
 
     def set_grid(self, grid: Grid) -> None:
         """Say the grid of blocks that are called alone, until the transformer is called; copies of blocks keep it."""
-        self._last = grid
+        self._here.grid, self._last = None, grid  # a compiled call leaves its own
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid of a call.
@@ -110,14 +110,21 @@ class Conversion:
                 f"this call of {type(model).__name__} does not tell frames, rows and columns of its tokens, which a"
                 " converted model needs: pass num_frames, height and width, and no references"
             )
-        self._here.grid = grid
-        if not torch.compiler.is_compiling():
-            self._last = grid
+        self._here.grid = self._last = grid
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """End the call."""
-        if not torch.compiler.is_compiling():
-            self._here.grid = None
+        if torch.compiler.is_compiling():
+            return
+        grid, self._here.grid = self._here.grid, None
+        found = output if isinstance(output, tuple) else tuple(output.values()) if isinstance(output, dict) else ()
+        for each in found:
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                each.register_hook(functools.partial(self._before_backward, grid))
+
+    def _before_backward(self, grid: Grid | None, gradient: torch.Tensor) -> None:
+        # Blocks that gradient checkpointing runs again now are of the call that ends here, not of the last one.
+        self._last = grid
 
     def compute(
         self, reader: AttentionReader, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any
@@ -128,7 +135,8 @@ class Conversion:
             UserError: a call that the layer cannot compute.
         """
         # Gradient checkpointing runs blocks again outside of a call, perhaps in another thread.
-        grid = self._here.grid or self._last
+        # Where hooks and blocks are compiled apart, what the hooks leave in a thread's own place is not seen here.
+        grid = self._last if torch.compiler.is_compiling() else self._here.grid or self._last
         if grid is None:
             raise UserError(
                 "a converted block was called alone, before its transformer: call postgen.lit.set_grid first"

@@ -182,6 +182,22 @@ def the_transformer(transformer: nn.Module) -> nn.Module:
     return next(iter(found.values()))
 
 
+def stock_transformer(transformer: nn.Module, advice: str) -> nn.Module:
+    """Return what `the_transformer` does, which is to be softmax everywhere.
+
+    Args:
+        transformer: perhaps wrapped.
+        advice: what to do with the one that a converted one was made from, for the error.
+
+    Raises:
+        UserError: as `the_transformer`, or it is converted.
+    """
+    model = the_transformer(transformer)
+    if NAME in installed(model).plug_ins:
+        raise UserError(f"this {type(model).__name__} is converted: {advice} the one that it was made from")
+    return model
+
+
 def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, AttentionReader]:
     """Return what knows the calls of each module that is chosen.
 

@@ -20,7 +20,7 @@ from postgen.families.cost import forward_cost
 from postgen.families.latency import measure_latency
 from postgen.families.own_format import without_note
 from postgen.lit.config import LiTConfig
-from postgen.lit.convert import convert, modules_of_blocks, revert, shape_of, the_transformer
+from postgen.lit.convert import convert, modules_of_blocks, revert, shape_of, stock_transformer, the_transformer
 from postgen.lit.layers import make_layer
 from postgen.lit.record import Record, read_record
 from postgen.lit.score import check_kinds
@@ -102,9 +102,9 @@ def count(
         config: their options.
 
     Raises:
-        UserError: an unknown type, or a class or size that cannot be counted.
+        UserError: an unknown type, a class or size that cannot be counted, or it is converted already.
     """
-    model, config = the_transformer(transformer), config or LiTConfig()
+    model, config = stock_transformer(transformer, "count"), config or LiTConfig()
     check_kinds(kinds)
     modules = modules_of_blocks(model)
     cost = forward_cost(model, num_frames=num_frames, height=height, width=width)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from torch import nn
@@ -130,7 +131,8 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
         first_block: whether block 0 may be converted.
 
     Raises:
-        UserError: scores and costs of different models, no common type, or a budget that no choice keeps to.
+        UserError: scores and costs of different models, no common type, a score that is not finite, or a budget that
+            no choice keeps to.
     """
     kinds = [kind for kind in scores.errors if kind in costs.changes]
     blocks = {len(row) for row in (*scores.errors.values(), *costs.changes.values())}
@@ -139,12 +141,20 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
             f"scores of a {scores.transformer} ({', '.join(scores.errors)}) and costs of a {costs.transformer}"
             f" ({', '.join(costs.changes)}) do not belong together: make both of one model and of the same types"
         )
+    for kind in kinds:
+        for block, error in enumerate(scores.errors[kind]):
+            if math.isfinite(error) or not (block or first_block):
+                continue
+            raise UserError(
+                f"the score of {kind} in block {block} is {error}, which cannot be compared:"
+                " leave the type out, or score in a dtype in which it does not overflow"
+            )
     choices = [[("softmax", 0.0, 0)] for _ in range(blocks.pop())]
     for block, choice in enumerate(choices):
         if block or first_block:
             choice += [(kind, scores.errors[kind][block], costs.changes[kind][block]) for kind in kinds]
     check_budget(costs, budget, kinds, first_block=first_block)
-    allowed = int(costs.base * budget) - costs.base
+    allowed = _most(costs, budget) - costs.base
     chosen = knapsack([[(error, cost) for _, error, cost in choice] for choice in choices], allowed)
     taken = [choice[place] for choice, place in zip(choices, chosen, strict=True)]
     return Plan(
@@ -177,12 +187,18 @@ def check_budget(costs: CostTable, budget: float, kinds: Sequence[str], *, first
     check_number("budget", budget, 1e-6, 1)
     of_blocks = list(zip(*(costs.changes[kind] for kind in kinds), strict=True))
     least = sum(min(0, *changes) for changes in (of_blocks if first_block else of_blocks[1:]))
-    if costs.base + least > int(costs.base * budget):
-        share = math.ceil((costs.base + least) / costs.base * 1e4) / 1e4  # rounded up: it can be given as it stands
+    if costs.base + least > _most(costs, budget):
+        # Rounded up, so that it can be given as it stands.
+        share = math.ceil(10_000 * Fraction(costs.base + least, costs.base)) / 10_000
         raise UserError(
             f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is {share:.4f} at"
             f" {' x '.join(map(str, costs.shape))}: allow more, or give other types or a longer or larger clip"
         )
+
+
+def _most(costs: CostTable, budget: float) -> int:
+    """What a step may cost, by the digits of the budget: 100 * 0.57 is less than 57."""
+    return math.floor(costs.base * Fraction(str(budget)))
 
 
 def knapsack(choices: list[list[tuple[float, int]]], allowed: int) -> list[int]:

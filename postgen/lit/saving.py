@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_WRAPPED = ".base_layer."
+"""In the names of weights that an adapter of peft is around."""
 
 
 def save(transformer: nn.Module, folder: str | Path) -> None:
@@ -40,12 +42,17 @@ def save(transformer: nn.Module, folder: str | Path) -> None:
         folder: where to.
 
     Raises:
-        UserError: it is not converted, or the folder cannot be written.
+        UserError: it is not converted, a LoRA is attached, or the folder cannot be written.
     """
     conversion_of(transformer)
     place = Path(folder)
     check_place(place, folder=True)
     model: Any = next(iter(transformers_of(transformer).values()))
+    if any(_WRAPPED in f".{name}" for name in model.state_dict()):
+        raise UserError(
+            "a LoRA is attached, whose names of weights `load` could not read: save it by itself (save_lora_adapter)"
+            " and take it off (delete_adapters), or merge it (fuse_lora, then unload_lora)"
+        )
     model.save_pretrained(place)
 
 
@@ -155,6 +162,8 @@ def _fill(model: nn.Module, folder: Path) -> None:
     for problem, names in (("unknown", unknown), ("missing", [*wanted])):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            if any(_WRAPPED in name for name in names):
+                more += " (a LoRA was attached when it was saved: take it off or merge it before)"
             raise UserError(f"{folder} is not what its {_CONFIG} says: {problem} weights {names[0]}{more}")
 
 

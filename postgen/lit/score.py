@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families import tokens_of
-from postgen.families.installed import installed, processor_stack
+from postgen.families.installed import processor_stack
 from postgen.lit.config import LiTConfig
-from postgen.lit.conversion import NAME, Converted, compute_layer
-from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, the_transformer
+from postgen.lit.conversion import Converted, compute_layer
+from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, stock_transformer
 from postgen.lit.layers import LitLayer
 from postgen.lit.options import LINEAR_TYPES
 from postgen.lit.record import Record, read_record
@@ -80,9 +80,7 @@ def score(
     Raises:
         UserError: an unknown type, a class that cannot be converted, it is converted already, or `run` calls it never.
     """
-    model, config = the_transformer(transformer), config or LiTConfig()
-    if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted: score the one that it was made from")
+    model, config = stock_transformer(transformer, "score"), config or LiTConfig()
     check_kinds(kinds)
     modules = modules_of_blocks(model)
     probe = _Probe(model)
@@ -142,6 +140,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.calls = model, 0
+        self._text_first = tokens_of(model).token_order == "text-video"
         self.errors: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._layers: dict[str, dict[str, tuple[Any, LitLayer]]] = defaultdict(dict)
         self._grid: Any = None
@@ -173,16 +172,16 @@ class _Probe:
     def _around(self, name: str, inner: Callable[..., Any], attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = inner(attention, *args, **kwargs)
         with torch.no_grad():
-            soft = _rows(out)
+            soft = self._rows(out)
             spread = (soft - soft.mean(dim=1, keepdim=True)).abs().sum()
             for kind, (reader, layer) in self._layers[name].items():
                 made = compute_layer(layer, reader, self._grid, inner, attention, *args, **kwargs)
-                error = (_rows(made) - soft).abs().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+                error = (self._rows(made) - soft).abs().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)
                 self.errors[name, kind].append(float(error))
         return out
 
-
-def _rows(out: Any) -> Tensor:
-    """The video's rows of what an attention returns, (B, N, C); a text stands behind it."""
-    rows: Tensor = out[0] if isinstance(out, tuple) else out
-    return rows.double()
+    def _rows(self, out: Any) -> Tensor:
+        """The video's rows of what an attention returns, (B, N, C); it may return the text's too, behind or among."""
+        rows: Tensor = out[0] if isinstance(out, tuple) else out
+        tokens = self._grid.tokens
+        return (rows[:, -tokens:] if self._text_first else rows[:, :tokens]).double()

@@ -76,8 +76,7 @@ def collect(
         if missing := _missing(folder, plan):
             there = set(plan["records"]) - missing
             _announce(teacher, plan, folder, there)
-            with replacing(folder / PLAN) as part:
-                part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+            _write_plan(folder, plan)
             _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
     _wait(folder, plan)
     return Records.read(folder)
@@ -126,6 +125,14 @@ def _announce(teacher: Teacher, plan: Mapping[str, Any], folder: Path | None, th
     if folder is not None and left > (free := shutil.disk_usage(_existing(folder)).free):
         raise UserError(f"{told}, {left / 1e9:.3g} GB of them are missing, and {folder} has room for {free / 1e9:.3g}")
     say(f"{told} {f'in {folder}' if folder else 'of memory'}" + (f", {len(there)} are there" if there else ""))
+
+
+def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    try:
+        with replacing(folder / PLAN) as part:
+            part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder / PLAN} cannot be written ({error}): make room or name another place") from error
 
 
 def _missing(folder: Path, plan: Mapping[str, Any]) -> set[str]:

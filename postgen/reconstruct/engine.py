@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -107,6 +108,10 @@ def _check(tasks: Sequence[ReconstructTask], records: Records) -> None:
         if "/" in name or name.startswith("."):
             raise UserError(f"the name of a task, {shown(name)}, must be that of a folder")
     for task in tasks:
+        try:
+            json.dumps(dict(task.settings))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the settings of {task.name} must be JSON values: {error}") from error
         records.calls(task.modules, held_out=True)
 
 

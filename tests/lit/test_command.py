@@ -24,6 +24,10 @@ def test_layers_named_and_generated_with(cli: Any, tiny_wan: Path, tmp_path: Pat
     for name, weight in transformer.state_dict().items():
         assert torch.equal(weight, pipe.transformer.state_dict()[name])
     assert "window_delta" in str(postgen.summary(pipe))
+    idle = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", tmp_path / "no", "--measure", "--steps", 2)
+    assert (idle.code, "--measure, --steps: goes with --budget" in idle.err) == (2, True)
+    chosen = cli("convert", "lit", out, "--budget", 1, "-o", tmp_path / "no", "--frames", 5)
+    assert (chosen.code, "is converted: count the one that it was made from" in chosen.err) == (2, True)
     again = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", out)
     assert (again.code, "give a new folder" in again.err) == (2, True)
     # A pipeline that is saved as a whole is loaded too; diffusers by itself refuses it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,23 @@ def test_a_score_is_the_error_of_a_conversion(wan: TinyModel) -> None:
     full = score(model, wan, kinds=("anchor",), config=LiTConfig(anchor=AnchorOptions(every=1)))
     assert full.errors["anchor"] == (0.0, 0.0, 0.0)
     assert "window_delta" in str(found)
+
+
+def test_text_among_the_rows_does_not_count() -> None:
+    """A single block of FLUX returns text and picture as one sequence, 5 and 6 tokens."""
+    flux = tiny_model("Flux")
+    name = "single_transformer_blocks.1.attn"
+    found = score(flux.transformer, flux, kinds=("lit",))
+    outputs: list[Any] = []
+    hook = flux.transformer.get_submodule(name).register_forward_hook(lambda *call: outputs.append(call[2]))
+    flux()
+    convert(flux.transformer, LiTConfig(layers="3:lit"))
+    flux()
+    hook.remove()
+    soft, made = (each.double()[:, 5:] for each in outputs)
+    assert outputs[0].shape[1] == 11
+    error = (made - soft).abs().sum() / (soft - soft.mean(dim=1, keepdim=True)).abs().sum()
+    assert found.errors["lit"][3] == pytest.approx(float(error), rel=1e-6)
 
 
 def test_trained_layers_are_scored(wan: TinyModel) -> None:
@@ -164,6 +182,12 @@ def test_plans(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the smallest possible is 0\.6400"):
         plan(SCORES, COSTS, 0.5)
     assert plan(SCORES, COSTS, 0.64).share == 0.64  # what the message says can be given
+    uneven = dataclasses.replace(COSTS, base=1003)
+    with pytest.raises(UserError, match=r"the smallest possible is 0\.6411"):
+        plan(SCORES, uneven, 0.5)
+    assert plan(SCORES, uneven, 0.6411).types == ("softmax", "lit", "lit")  # .64108, rounded up
+    even = dataclasses.replace(COSTS, base=100, changes={"lit": (0, -43, 0), "window_delta": (0, 0, 0)})
+    assert plan(SCORES, even, 0.57).share == 0.57  # 100 * 0.57 is less than 57
     table = str(chosen)
     assert "a step costs 0.720 of softmax (budget 0.75), 1.39x; at most 1.67x" in table
     assert "    1  window_delta     0.3000             100" in table
@@ -195,6 +219,10 @@ def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
         plan(dataclasses.replace(SCORES, transformer="Other"), costs, 1)
     with pytest.raises(UserError, match="budget must be at least"):
         plan(SCORES, costs, 0)
+    for wrong in (math.nan, math.inf):
+        broken = {**SCORES.errors, "lit": (wrong, wrong, 0.2)}
+        with pytest.raises(UserError, match=f"the score of lit in block 1 is {wrong}"):
+            plan(dataclasses.replace(SCORES, errors=broken), costs, 0.5)
     with pytest.raises(UserError, match="did not call the transformer"):
         score(wan.transformer, lambda: None)
     with pytest.raises(UserError, match="Did you mean 'lit'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -142,6 +143,15 @@ def test_the_size_is_told_and_held_to(
     assert len(records.calls(["blocks.0"], held_out=True)) == 1
     with pytest.raises(UserError, match=r"5 records of 2 modules take .* GB, max_gb is 1e-05: raise it"):
         records_of(*wan, where=tmp_path / "small", batch_size=1, levels_per_prompt=1, max_gb=1e-5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a full disk
+    try:
+        with pytest.raises(UserError, match=r"records\.json cannot be written .*: make room") as refused:
+            records_of(*wan, where=tmp_path / "full", batch_size=1, levels_per_prompt=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "full").exists()
     assert not (tmp_path / "small").exists()
 
 

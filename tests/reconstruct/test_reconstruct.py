@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,8 @@ def test_wrong_tasks_are_refused(wan: Taught, tmp_path: Path) -> None:
         reconstruct([], wan.records, run)
     with pytest.raises(UserError, match=r"two tasks are called blocks\.0"):
         reconstruct([first, first], wan.records, run)
+    with pytest.raises(UserError, match=r"the settings of blocks\.0 must be JSON values: Object of type method"):
+        reconstruct([dataclasses.replace(first, settings={"from": Path.cwd})], wan.records, run)
     alone = records_of(wan.pipe, wan.size, "blocks.0")
     with pytest.raises(UserError, match=r"blocks.1 was not recorded. Recorded: blocks.0"):
         reconstruct([first, second], alone, run)
