@@ -15,9 +15,10 @@ from torch import nn
 import postgen
 from benchmarks.fused_step import Case, built, wan
 from postgen.families import Grid, blocks_of
+from postgen.fused import FusedOpsHandle
 from postgen.kernels.attention.backends import Call
 from postgen.kernels.attention.ops import attention, router
-from postgen.lit import LiTConfig, WindowOptions, convert, revert
+from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, convert, revert
 from postgen.lit.layers.base import LitLayer
 from postgen.lit.layers.window import WindowLayer
 
@@ -83,7 +84,7 @@ class Kind:
         shape = (grid.frames, grid.height, grid.width)
         # On clips of two rows the default blocks of mhla are larger than the grid.
         blocks = (1, min(4, grid.height), min(4, grid.width))
-        mhla = postgen.lit.MhlaOptions(blocks=blocks)
+        mhla = MhlaOptions(blocks=blocks)
         window = WindowOptions(radius=self.radius)
         return LiTConfig(layers=where.format(self.kind), grid=shape, mhla=mhla, window=window)
 
@@ -131,6 +132,8 @@ class Built:
         with torch.device(device):
             self.transformer = built(getattr(diffusers, case.kind), case.config)
             self.arguments = case.arguments()
+        if device == "cuda":
+            torch.cuda.empty_cache()  # of the float32 that it was made in
         self.backend = "auto" if grid.tokens <= ROUTED_TOKENS else best_backend(model, device)
 
     @property
@@ -143,7 +146,7 @@ class Built:
         return self.transformer(**self.arguments, return_dict=False)[0]
 
     @contextmanager
-    def side(self, config: LiTConfig | None) -> Iterator[None]:
+    def side(self, config: LiTConfig | None) -> Iterator[FusedOpsHandle]:
         """Convert it, or not, with the same fused operations on both sides; afterwards it is stock again.
 
         Softmax takes the router's fastest backend on both. Without `fused`, norms, rotations and modulation are
@@ -158,7 +161,7 @@ class Built:
                 postgen.FusedOpsConfig(norm_rope=self.fused, adaln=self.fused, attention=self.backend),
             )
             try:
-                yield
+                yield handle
             finally:
                 handle.remove()
         finally:

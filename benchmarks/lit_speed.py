@@ -10,9 +10,9 @@ Expected on an H200, in minutes: checks 1, curve 1, 1.3b 2, 14b-480p 2, 14b-720p
 Both sides of a row run in one process, on the same weights and inputs, eager (`torch.compile` would take longer than
 the benchmark), with the fused operations on both sides or, with `--plain`, on neither. Softmax takes the router's best
 backend on both. Steps of clips up to 81 frames are whole steps; those of longer clips are added up of measured blocks
-and of what a step of two blocks takes beside its blocks, and say so. The ceiling is what a step would gain if converted
-attention took no time: 1 / (1 - attention share x converted share), where the attention share is the time of softmax
-attention alone, without projections, norms and rotation.
+and of what a step of two blocks takes beside its blocks, and say so. The ceiling is what a step would gain if
+converted attention took no time: 1 / (1 - attention share x converted share), where the attention share is the time
+of softmax attention alone, without projections, norms and rotation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +41,22 @@ from benchmarks.lit_models import (
     Built,
     Clip,
     Model,
+    Plan,
+    Timing,
     clip,
     density,
     timed,
 )
-from postgen.lit import layers_of, set_grid
+from postgen.lit import LiTConfig, layers_of, set_grid
+from postgen.lit.pattern import types_of_blocks
 
 Row = dict[str, Any]
 REPEATS, LONG_REPEATS = 3, 2
 """Timed calls, after one that is not; of clips longer than 81 frames the second number."""
 CURVE = (3, 6, 11)
 """Frames of tokens at 480p, beside the 21 and 84 of other parts, for where linear attention begins to win."""
+WHOLE, ADDED_UP = "whole step", "added up of measured blocks and the rest of a step of two blocks"
+NO_MEMORY = "out of memory"
 DENSEST = 0.35
 """Windows of the gate may see at most so much of a clip."""
 
@@ -86,10 +92,21 @@ ON_CPU = ("checks", "tiny")
 def rows_of(part: Part, device: str, *, fused: bool) -> Iterator[Row]:
     """Measure every clip of a part."""
     for each in part.clips:
-        yield from clip_rows(part, each, device, fused=fused)
+        fits = True
+        try:
+            yield from clip_rows(part, each, device, fused=fused)
+        except torch.OutOfMemoryError:
+            fits = False  # what the error holds is let go of first
+        release(device)
+        if not fits:
+            yield {"part": "layer", "model": part.model.name, "clip": each.name, "fused": fused, "failed": NO_MEMORY}
+
+
+def release(device: str) -> None:
+    """Give memory back that nobody holds."""
+    if device == "cuda":
         gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool) -> Iterator[Row]:
@@ -101,45 +118,50 @@ def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool) -> Iterator
     with here.side(None):
         calls = here.calls()
         step = timed(here.step, device, repeats) if part.plans else None
-        soft = {part: timed(call, device, repeats) for part, call in calls.items()}
+        soft = {what: timed(call, device, repeats) for what, call in calls.items()}
     alone = timed(here.softmax_alone(), device, repeats).milliseconds
-    layer_of = {"softmax": layer_row(name, "softmax", soft, soft, None) | {"alone_ms": alone, "backend": here.backend}}
+    layer_of = {"softmax": layer_row(name, "softmax", soft, soft, None)}
+    layer_of["softmax"] |= {"alone_ms": alone, "backend": here.backend}
     yield layer_of["softmax"]
     for kind, how in KINDS.items():
-        try:
-            config = how.config("1:{}", grid)
-            with here.side(config):
-                set_grid(here.transformer, grid)
-                (layer,) = layers_of(here.transformer).values()
-                if layer.covers(grid):  # softmax of the base
-                    continue
-                found = {part: timed(call, device, repeats) for part, call in calls.items()}
-                layer_of[kind] = layer_row(name, kind, found, soft, density(layer, grid))
-                yield layer_of[kind]
-        except torch.OutOfMemoryError:
-            yield {"part": "layer", **name, "kind": kind, "failed": "out of memory"}
+        row: Row | None = {"part": "layer", **name, "kind": kind, "failed": NO_MEMORY}
+        with suppress(torch.OutOfMemoryError), here.side(how.config("1:{}", grid)):
+            set_grid(here.transformer, grid)
+            (layer,) = layers_of(here.transformer).values()
+            if layer.covers(grid):  # softmax of the base
+                row = None
+            else:
+                found = {what: timed(call, device, repeats) for what, call in calls.items()}
+                row = layer_of[kind] = layer_row(name, kind, found, soft, density(layer, grid))
+        release(device)
+        if row is not None:
+            yield row
     if step is None:
         return
     rest = max(0.0, step.milliseconds - len(here.blocks) * soft["block"].milliseconds)
     base = step.milliseconds if part.whole else rest + model.layers * soft["block"].milliseconds
     share = model.layers * alone / base
-    stock = {"part": "step", **name, "plan": "softmax", "measured": part.whole, "ms": base, "rest_ms": rest}
-    yield {**stock, "peak_gib": step.peak_gib if part.whole else None, "attention_share": share}
+    how, peak = (WHOLE, step.peak_gib) if part.whole else (ADDED_UP, None)
+    stock = {"part": "step", **name, "plan": "softmax", "how": how, "ms": base, "rest_ms": rest}
+    stock |= {"attention_share": share, "peak_gib": peak}
+    yield stock
     for plan in PLANS:
         if plan.kind in layer_of:
-            yield plan_row(part, here, plan, layer_of, {**stock, "attention_share": share}, repeats)
+            yield plan_row(part, here, plan, layer_of, stock, repeats)
 
 
-def layer_row(name: Row, kind: str, found: Any, soft: Any, dense: float | None) -> Row:
+def layer_row(
+    name: Row, kind: str, found: Mapping[str, Timing], soft: Mapping[str, Timing], dense: float | None
+) -> Row:
     """Return the row of a layer type: its self-attention, projections included, and its block."""
     row: Row = {"part": "layer", **name, "kind": kind, "peak_gib": found["block"].peak_gib, "density": dense}
-    for part in ("layer", "block"):
-        row[f"{part}_ms"] = found[part].milliseconds
-        row[f"{part}_speed_up"] = soft[part].milliseconds / found[part].milliseconds
+    for what, timing in found.items():
+        row[f"{what}_ms"] = timing.milliseconds
+        row[f"{what}_speed_up"] = soft[what].milliseconds / timing.milliseconds
     return row
 
 
-def plan_row(part: Part, here: Built, plan: Any, layer_of: Row, stock: Row, repeats: int) -> Row:
+def plan_row(part: Part, here: Built, plan: Plan, layer_of: Mapping[str, Row], stock: Row, repeats: int) -> Row:
     """Return the row of a plan: a whole step where the part has them, else added up of blocks and the rest."""
     config = KINDS[plan.kind].config(plan.where, here.grid)
     blocks = part.model.layers
@@ -152,11 +174,13 @@ def plan_row(part: Part, here: Built, plan: Any, layer_of: Row, stock: Row, repe
     row["density"] = layer_of[plan.kind]["density"]
     milliseconds, row["peak_gib"] = composed, None
     if part.whole:
-        try:
-            with here.side(config):
-                milliseconds, row["peak_gib"] = timed(here.step, here.device, repeats)
-        except torch.OutOfMemoryError:
-            return {**row, "ms": None, "failed": "out of memory"}
+        whole = None
+        with suppress(torch.OutOfMemoryError), here.side(config):
+            whole = timed(here.step, here.device, repeats)
+        release(here.device)
+        if whole is None:
+            return {**row, "ms": None, "failed": NO_MEMORY}
+        milliseconds, row["peak_gib"] = whole
     return row | against_ceiling(stock, milliseconds, converted / blocks)
 
 
@@ -167,10 +191,8 @@ def against_ceiling(stock: Row, milliseconds: float, converted: float) -> Row:
     return {"ms": milliseconds, "speed_up": gain, "ceiling": ceiling, "over_ceiling": gain / ceiling}
 
 
-def converted_blocks(config: Any, blocks: int) -> list[int]:
+def converted_blocks(config: LiTConfig, blocks: int) -> list[int]:
     """Return the blocks of a model that a config converts."""
-    from postgen.lit.pattern import types_of_blocks
-
     kinds = types_of_blocks(config.layers, blocks, first_block=config.first_block)
     return [block for block, kind in enumerate(kinds) if kind != "softmax"]
 
@@ -182,8 +204,8 @@ def crossings(rows: Sequence[Row]) -> list[Row]:
     measured, so the crossing is not above the first; tokens None: it never wins.
     """
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["part"] == "layer" and row["clip"].startswith("480p") and row["kind"] != "softmax" and "layer_ms" in row:
+    for row in (row for row in rows if "layer_speed_up" in row):
+        if row["clip"].startswith("480p") and row["kind"] != "softmax":
             place = (row["model"], row["kind"])
             curves.setdefault(place, []).append((row["tokens"], row["layer_speed_up"]))
     return [
@@ -205,7 +227,7 @@ def crossing(points: Sequence[tuple[int, float]]) -> Row:
 
 def gates(rows: Sequence[Row]) -> list[Gate]:
     """Return the gates; those of steps look at whole steps alone."""
-    steps = [row for row in rows if row["part"] == "step" and row["measured"] and row.get("ms")]
+    steps = [row for row in rows if row["part"] == "step" and row["how"] == WHOLE and row["ms"]]
     at_720p = [row for row in steps if row["clip"] == "720p 81f"]
 
     def over_ceiling(model: Model) -> float | None:
@@ -268,7 +290,8 @@ def run(parts: Sequence[str], device: str, output: str, *, fused: bool) -> Path:
         rows = lit_checks.rows(device) if name == "checks" else rows_of(PARTS[name], device, fused=fused)
         for row in rows:
             found.append(row)
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+            told = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+            print(told, flush=True)
             path = write_result(output, payload(found))
     return path
 
@@ -298,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
     part.add_argument("--only", nargs="+", metavar="PART", help=f"some of checks, {', '.join(PARTS)}")
     part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
-    parser.add_argument("--plain", action="store_true", help="without fused norms, rotations and modulation, both sides")
+    parser.add_argument("--plain", action="store_true", help="fused norms, rotations and modulation on neither side")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("-o", "--output", default="lit_speed", help="name or path of the result file")
     options = parser.parse_args(argv)
