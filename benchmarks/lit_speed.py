@@ -306,12 +306,14 @@ def chosen_parts(options: argparse.Namespace) -> tuple[str, ...]:
     if strange := [name for name in options.only or () if name not in known]:
         raise ValueError(f"--only {', '.join(strange)}: there is {', '.join(known)}")
     if options.device == "cpu":
+        if options.quick:
+            raise ValueError(f"--quick needs a GPU; on a CPU there is {', '.join(ON_CPU)}")
         if large := [name for name in options.only or () if name not in ON_CPU]:
             raise ValueError(f"--only {', '.join(large)} needs a GPU; on a CPU there is {', '.join(ON_CPU)}")
         if not options.output.endswith(".json"):
             raise ValueError("a CPU is no place for results: name another file with -o FILE.json")
     everything = ON_CPU if options.device == "cpu" else tuple(name for name in known if name != "tiny")
-    return tuple(options.only or (QUICK if options.quick and options.device == "cuda" else everything))
+    return tuple(options.only or (QUICK if options.quick else everything))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -327,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.join:
+            if options.plain or options.device != "cuda":
+                raise ValueError("--join measures nothing: leave --plain and --device out")
             print(write_result(options.output, joined(options.join)))
             return 0
         parts = chosen_parts(options)

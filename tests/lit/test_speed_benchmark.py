@@ -166,6 +166,8 @@ def test_clips_are_those_of_the_issue() -> None:
         (["--only", "all"], "--only all: there is checks, curve"),
         (["--device", "cpu", "--only", "14b-720p", "-o", "a.json"], "needs a GPU; on a CPU there is checks, tiny"),
         (["--device", "cpu"], "name another file"),
+        (["--device", "cpu", "--quick"], "--quick needs a GPU"),
+        (["--join", "a.json", "--plain"], "--join measures nothing"),
         (["--join", "none.json"], "none.json cannot be read"),
     ],
 )
