@@ -25,7 +25,8 @@ def by_frame_and_head(x: Tensor, frames: int) -> Tensor:
     """
     heads = x.unflatten(1, (frames, -1)).transpose(2, 3)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return heads.to(dtype, memory_format=torch.contiguous_format).transpose(2, 3)
+    laid_out: Tensor = heads.to(dtype, memory_format=torch.contiguous_format)
+    return laid_out.transpose(2, 3)
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
