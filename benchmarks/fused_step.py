@@ -42,12 +42,12 @@ class Case:
     """Draws the arguments of a forward call on the present default device."""
 
 
-def wan(name: str, heads: int, ffn: int, layers: int) -> Case:
-    """Wan 2.1 at 480p, 81 frames: 21 latent frames of 60 x 104."""
+def wan(name: str, heads: int, ffn: int, layers: int, latent: tuple[int, int, int] = (21, 60, 104)) -> Case:
+    """Wan 2.1, by default at 480p, 81 frames: 21 latent frames of 60 x 104."""
 
     def arguments() -> dict[str, Any]:
         return {
-            "hidden_states": torch.randn(1, 16, 21, 60, 104, dtype=torch.bfloat16),
+            "hidden_states": torch.randn(1, 16, *latent, dtype=torch.bfloat16),
             "timestep": torch.tensor([500.0]),
             "encoder_hidden_states": torch.randn(1, 512, 4096, dtype=torch.bfloat16),
         }
@@ -92,7 +92,7 @@ def measure(case: Case, device: str = "cuda", repeats: int = REPEATS) -> list[di
 
     torch.manual_seed(0)
     with torch.device(device):
-        transformer = _built(getattr(diffusers, case.kind), case.config)
+        transformer = built(getattr(diffusers, case.kind), case.config)
         arguments = case.arguments()
     calls = _calls(transformer, arguments)
     times: dict[str, dict[str, float]] = {part: {} for part in calls}
@@ -120,7 +120,7 @@ def _calls(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, Calla
     return {"block": lambda: _first(block(*args, **kwargs)), "step": step}
 
 
-def _built(kind: Any, config: dict[str, Any]) -> Any:
+def built(kind: Any, config: dict[str, Any]) -> Any:
     """The model as `from_pretrained(torch_dtype=bfloat16)` has it: some parts stay in float32."""
     transformer = kind(**config).eval().to(torch.bfloat16)
     for name, module in transformer.named_modules():

@@ -18,6 +18,17 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def by_frame_and_head(x: Tensor, frames: int) -> Tensor:
+    """Return (B, N, H, D) as (B, F, S, H, D) in `exact`'s dtype, of which the tokens of a head lie together.
+
+    Products over the tokens of a frame then copy nothing.
+    """
+    heads = x.unflatten(1, (frames, -1)).transpose(2, 3)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    laid_out: Tensor = heads.to(dtype, memory_format=torch.contiguous_format)
+    return laid_out.transpose(2, 3)
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """Keep autocast from doing the products of a block of code in half precision, on the device of a tensor."""
     return torch.autocast(x.device.type, enabled=False)
@@ -30,7 +41,9 @@ def feature(x: Tensor, name: str) -> Tensor:
 
 def centered(key: Tensor) -> Tensor:
     """Return keys (B, N, H, D) less their mean over the tokens (arXiv:2605.02772)."""
-    return key - exact(key).mean(dim=1, keepdim=True).to(key.dtype)
+    # Summed in float32 without a copy of the keys in it.
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    return key - key.mean(dim=1, keepdim=True, dtype=dtype).to(key.dtype)
 
 
 def merged(x: Tensor, heads: int) -> Tensor:
@@ -162,15 +175,15 @@ class GridConvolution(nn.Module):
         return 0 if self.time is None else self.time.shape[1] - 1
 
     def in_space(self, x: Tensor, grid: Grid) -> Tensor:
-        """Convolve (B, N, H, D) within each frame; 0 without weights."""
+        """Convolve (B, N, H, D) within each frame; a single 0 without weights."""
         if self.space is None:
-            return torch.zeros_like(x)
+            return x.new_zeros(())
         pictures = x.reshape(-1, grid.height, grid.width, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)
         out = F.conv2d(pictures, self.space.to(x.dtype)[:, None], padding="same", groups=len(self.space))
         return out.permute(0, 2, 3, 1).reshape(x.shape)
 
     def in_time(self, x: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
-        """Convolve (B, N, H, D) along time; 0 without weights.
+        """Convolve (B, N, H, D) along time; a single 0 without weights.
 
         Args:
             x: tokens of the frames.
@@ -178,7 +191,7 @@ class GridConvolution(nn.Module):
             before: (B, taps_before * S, H, D), the frames before them, of a causal convolution in a stream.
         """
         if self.time is None:
-            return torch.zeros_like(x)
+            return x.new_zeros(())
         taps, places = self.time.shape[1], grid.height * grid.width
         strips = x.reshape(x.shape[0], grid.frames, places, -1).permute(0, 3, 1, 2)
         if before is not None:

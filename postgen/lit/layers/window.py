@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postgen.kernels.attention.ops import attention
-from postgen.lit.features import GridConvolution, exact, no_autocast
+from postgen.lit.features import GridConvolution, by_frame_and_head, exact, no_autocast
 from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
 from postgen.lit.layers.memory import Writes, decayed, scan, step, written
 
@@ -247,10 +247,9 @@ class WindowLayer(LitLayer):
         strength = exact(self.strength(tokens.hidden)).sigmoid().unflatten(1, (frames, -1))
         log_decay = self.decay(tokens.hidden, frames)
         with no_autocast(query):
-            k = F.normalize(F.silu(exact(convolved[0])), dim=-1).unflatten(1, (frames, -1))
-            v = F.silu(exact(convolved[1])).unflatten(1, (frames, -1))
+            k, v = _activated(convolved[0], frames, unit=True), _activated(convolved[1], frames, unit=False)
             writes = written(k, v, strength, log_decay, delta=self.delta, scale=self.options.scale_memory)
-            return F.normalize(F.silu(exact(query)), dim=-1).unflatten(1, (frames, -1)), writes, tails
+            return _activated(query, frames, unit=True), writes, tails
 
     def _before(
         self, name: str, x: Tensor, conv: GridConvolution, tokens: Tokens, state: State | None
@@ -272,6 +271,14 @@ class WindowLayer(LitLayer):
         soft = 2 * self.soft_gate(tokens.hidden).sigmoid()
         out: Tensor = near * soft[..., None].to(near.dtype) + added.view_as(near).to(near.dtype)
         return out.to(tokens.value.dtype)
+
+
+def _activated(x: Tensor, frames: int, *, unit: bool) -> Tensor:
+    """Return silu of (B, N, H, D), of length 1 or not, (B, F, S, H, D)."""
+    # Gradients stay as they lie: laid out by head, their last bits would be others.
+    x = exact(x) if torch.is_grad_enabled() else by_frame_and_head(x, frames)
+    x = F.normalize(F.silu(x), dim=-1) if unit else F.silu(x)
+    return x if x.dim() == 5 else x.unflatten(1, (frames, -1))
 
 
 class WindowDelta(WindowLayer):
