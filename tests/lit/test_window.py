@@ -273,3 +273,11 @@ def test_density_of_the_published_windows() -> None:
         bare = window(radius=radius, anchors=anchors, conv=False, output="shared")
         more = bare.flops(Grid(frames=frames, height=64, width=64), 0) / (4 * frames**2 * 4096**2 * HEADS * CHANNELS)
         assert more == pytest.approx(density, abs=0.01)
+
+
+def test_a_frame_that_is_not_finite_stays_so_and_leaves_the_others_alone() -> None:
+    gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[0, 1, 1] = torch.nan
+    found = inverse_of(gram)
+    assert found[0].isnan().any()
+    torch.testing.assert_close(found[1], torch.eye(3, dtype=torch.float64) / 2)

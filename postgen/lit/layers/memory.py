@@ -85,7 +85,8 @@ def inverse_of(gram: Tensor) -> Tensor:
     The eigenvalues of I + A are at least 1, so nothing is lost in float32; bfloat16 would lose a part in 400.
     """
     identity = _identity(gram)
-    factor = torch.linalg.cholesky(gram + identity)
+    # Without the check of `cholesky`, for which the host would wait for the GPU in every layer; NaN stays NaN.
+    factor = torch.linalg.cholesky_ex(gram + identity).L
     return torch.cholesky_solve(identity.expand_as(gram), factor)
 
 
