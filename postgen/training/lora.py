@@ -80,8 +80,8 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
         peft_config = peft_config if peft_config is not None else _peft_config(config, denoiser)
         adapter = "default"
         for module in networks.values():
-            _check_takes_adapters(module)
             _check_targets(module, peft_config.target_modules)
+            _check_takes_adapters(module)
             module.add_adapter(peft_config, adapter_name=adapter)
     else:
         return None

@@ -91,7 +91,7 @@ def rows() -> Iterator[Row]:
         own = _TRUE if name == "true_cfg" else ("--model", "{wan}")
         base = BASES[command] + (own if command in ("generate", "compare") else ())
         if command == "convert lit" and name != "budget":
-            base += ("--layers", "all:lit")
+            base += ("--budget", "1") if name == "steps" else ("--layers", "all:lit")
         yield from _of(command, name, kind, lambda text, base=base, option=option: (*base, f"{option}={text}"))
     for key, (kind, _) in _keys().items():
         if kind in (int, float):
