@@ -205,6 +205,11 @@ def test_import_is_light():
     assert run(f"import sys, postgen; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
+def test_a_converted_model_is_loaded_without_training():
+    training = "{'accelerate', 'postgen.training', 'postgen.reconstruct'}"
+    assert run(f"import sys, postgen.lit; print(sorted({training} & set(sys.modules)))").strip() == "[]"
+
+
 def test_help_is_quick_and_light():
     script = (
         "import sys\nfrom postgen.cli import main\nsys.argv = ['postgen', '--help']\n"

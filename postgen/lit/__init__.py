@@ -10,9 +10,12 @@ arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
     costs = count(pipe.transformer, num_frames=81, height=480, width=832)  # or measure, in milliseconds
     print(chosen := plan(scores, costs, budget=0.6))
     convert(pipe.transformer, chosen.config(pipe.transformer))
+
+Training is imported when `transfer` is first used: a converted model that only makes videos does not wait for it.
 """
 
-from postgen.lit.attention_transfer import transfer
+from typing import TYPE_CHECKING, Any
+
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
 from postgen.lit.costs import CostTable, count, measure
@@ -21,6 +24,9 @@ from postgen.lit.plan import Plan, plan
 from postgen.lit.report import Report
 from postgen.lit.saving import empty, load, save
 from postgen.lit.score import Scores, score
+
+if TYPE_CHECKING:
+    from postgen.lit.attention_transfer import transfer
 
 __all__ = [
     "AnchorOptions",
@@ -47,3 +53,13 @@ __all__ = [
     "set_grid",
     "transfer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch `transfer` from its module, once."""
+    if name != "transfer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from postgen.lit.attention_transfer import transfer
+
+    globals()[name] = transfer
+    return transfer
