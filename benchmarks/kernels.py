@@ -2,7 +2,8 @@
 
 `python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only,
 `--rest` the others, `--only` some operations, and `--join A.json B.json` makes one result of several (two GPUs need
-half the time; of rows of one operation at one shape the last counts). Times are medians over replays of a CUDA graph
+half the time; of rows of one operation at one shape the last counts, and floors are those of the best rates that any
+of the files has of that GPU). Times are medians over replays of a CUDA graph
 that walks over input sets larger than the caches, so launches cost nothing for anybody. The floor is the time that the
 bytes need at the best rates of the same run (`benchmarks.bandwidth`); a row that is faster than its floor fails the
 benchmark. Inputs are random: time does not depend on them. Errors are against float64 from the same rounded
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import kernel_attention, kernel_linear, kernel_norm_rope
-from benchmarks.bandwidth import REPLAYS, Bandwidth, check_floors, measured_bandwidth, milliseconds
+from benchmarks.bandwidth import REPLAYS, Bandwidth, check_floors, measured_bandwidth, milliseconds, with_best_floors
 from benchmarks.enhance_cost import layer_cost
 from benchmarks.gates import device, gate, largest, smallest, write_result
 from postgen.kernels.adaln import naive as adaln_naive
@@ -202,13 +203,16 @@ def measure(case: Case, bandwidth: Bandwidth) -> dict[str, Any]:
     sets = [case.make() for _ in range(max(2, -(-ROTATED_BYTES // case.moved_bytes)))]
     torch.compiler.reset()
     compiled = torch.compile(case.eager, fullgraph=True, dynamic=False)
+    moved, written = case.moved_bytes, written_bytes(case, sets[0])
     row: dict[str, Any] = {
         "op": case.op,
         "shape": case.shape,
+        "moved_bytes": moved,
+        "written_bytes": written,
         "ours_ms": milliseconds(case.ours, sets),
         "eager_ms": milliseconds(case.eager, sets),
         "compiled_ms": milliseconds(compiled, sets),
-        "floor_ms": bandwidth.floor(case.moved_bytes, written_bytes(case, sets[0])),
+        "floor_ms": bandwidth.floor(moved, written),
         "relative_error": error,
         "extra_mib": extra_mib(case.ours, sets[0]),
         **{f"{name}_ms": milliseconds(peer, sets) for name, peer in case.peers.items()},
@@ -291,7 +295,7 @@ def joined(paths: list[str]) -> dict[str, Any]:
         ValueError: a file that is not there, or is no result of this benchmark, or a row faster than its floor.
     """
     results = [_result(path) for path in paths]
-    rows = list({(row["op"], row["shape"]): row for result in results for row in result["rows"]}.values())
+    rows = list({(row["op"], row["shape"]): row for row in with_best_floors(results)}.values())
     check_floors(rows)
     return {
         "measured": [{key: result[key] for key in STAMPS} for result in results],

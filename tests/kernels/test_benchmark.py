@@ -132,6 +132,28 @@ def test_a_row_faster_than_its_floor_fails_the_benchmark(tmp_path: Path, capsys:
     assert not out.exists()
 
 
+def test_floors_of_joined_rows_are_of_the_best_rates_of_their_device(tmp_path: Path) -> None:
+    slow, fast, other = (
+        {**STAMP, "device": device, "copy_tb_per_s": copy, "rows": rows}
+        for device, copy, rows in [("H200", 4.0, []), ("H200", 4.2, []), ("H100", 5.0, [])]
+    )
+    # 8.4 GB that are read and written: at 4.2 TB/s they need 2 ms. 8.6 GB that are read need as long.
+    row = {"op": "adaln x", "ours_ms": 2.05, "over_floor": 0.98, "vs_compiled": 2.0, "relative_error": 1e-5}
+    slow["rows"] = [
+        {**row, "shape": "copy", "moved_bytes": 84 * 10**8, "written_bytes": 42 * 10**8},
+        {**row, "shape": "read", "moved_bytes": 86 * 10**8, "written_bytes": 0},
+        {**row, "shape": "old", "over_floor": 1.5},
+    ]
+    paths = [tmp_path / f"{name}.json" for name in "abc"]
+    for path, each in zip(paths, (slow, fast, other), strict=True):
+        path.write_text(json.dumps(each))
+    assert benchmark.main(["--join", *map(str, paths), "-o", str(tmp_path / "out.json")]) == 0
+    found = {each["shape"]: each for each in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert found["copy"]["floor_ms"] == pytest.approx(2.0)
+    assert found["copy"]["over_floor"] == found["read"]["over_floor"] == pytest.approx(1.025)
+    assert found["old"]["over_floor"] == 1.5
+
+
 def test_the_bandwidth_is_a_gate_on_an_h200_alone() -> None:
     def rate(*devices: str) -> list[Any]:
         found = benchmark.all_gates([], [{**STAMP, "device": device} for device in devices])
