@@ -95,7 +95,11 @@ def smallest_call(kind: str, model: Any) -> dict[str, Any]:
     Raises:
         UserError: it is not known how the class is called.
     """
-    call, config, row = call_of(kind), model.config, layout_named(kind)
+    try:
+        call = call_of(kind)
+    except UserError as error:
+        raise UserError(f"{error}; or give the arguments of a small forward") from error
+    config, row = model.config, layout_named(kind)
     frames, height, width = patch_of(config) if "patch_size" in config else (1, 1, 1)
     blocks = row.video.causal_rule(config) if row.video is not None and row.video.causal_rule is not None else 0
     weight = next(model.parameters())
@@ -182,7 +186,9 @@ def _giving_rows(model: nn.Module, name: str) -> Iterator[None]:
     """Let a linear layer give the number of each of its rows. What follows may only move them."""
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"the last layer of {type(model).__name__}, {name}, is a {type(layer).__name__}: linear is needed")
+        raise UserError(
+            f"the last layer of {type(model).__name__}, {name}, is a {type(layer).__name__}: linear is needed"
+        )
 
     def rows(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return torch.arange(output.shape[-1], device=output.device, dtype=torch.float32).expand(output.shape)
@@ -221,7 +227,9 @@ def _rows(kind: str, out: Tensor, count: int) -> Tensor:
         seen.setdefault(row, place)
     rows = out[:, [*seen.values()]].long()
     if not torch.equal(rows.flatten().sort()[0], torch.arange(count)) or (rows != out[:, [*seen.values()]]).any():
-        raise UserError(f"the output of {kind} is more than the rows of its last layer put in order: none can be added")
+        raise UserError(
+            f"the output of {kind} is more than the rows of its last layer put in order: none can be added"
+        )
     return rows
 
 
@@ -260,10 +268,10 @@ def set_sizes(model: Any, first: Any, last: Any, columns: int, rows: int, config
     """Let the attributes of both layers and of the model, and its config, say how large they are."""
     setattr(first, "in_features" if isinstance(first, nn.Linear) else "in_channels", columns)
     last.out_features = rows
-    for field, value in config.items():
+    for name, value in config.items():
         # Some classes keep the number beside the config, and reshape by it.
-        if isinstance(vars(model).get(field), int):
-            setattr(model, field, value or config["in_channels"])
+        if isinstance(vars(model).get(name), int):
+            setattr(model, name, value or config["in_channels"])
     # Of entries that nobody named diffusers keeps a list, and `from_config` would take the class's defaults for them.
     lists = {name: value for name, value in model.config.items() if name.startswith("_") and isinstance(value, list)}
     named = {name: [each for each in value if each not in config] for name, value in lists.items()}

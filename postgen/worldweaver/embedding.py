@@ -1,8 +1,8 @@
 """Tell a transformer the noise level of every modality of a latent frame, and the frame's part in the window.
 
-Its own timestep says the level of RGB alone (of the whole clip, where a family takes no more). What is missing comes in
-behind the layer that makes tokens of latents: a small network turns levels and role of a frame into a vector, which is
-added to each of the frame's tokens. Its last layer begins with zeros, so at first nothing changes.
+Its own timestep says the level of RGB alone (of the whole clip, where a family takes no more). What is missing comes
+in behind the layer that makes tokens of latents: a small network turns levels and role of a frame into a vector, which
+is added to each of the frame's tokens. Its last layer begins with zeros, so at first nothing changes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -25,7 +25,7 @@ from postgen.worldweaver.levels import MODALITIES, FrameLevels, Role
 from postgen.worldweaver.widen import Widened, transformer_of, widened
 
 
-class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LevelEmbedder(ModelMixin, ConfigMixin):
     """Vector for every latent frame of a window, from its levels and its role.
 
     Saved as a component of a pipeline, `level_embedder`. `for_transformer` makes one that fits.
@@ -40,9 +40,9 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         UserError: a number of modalities outside its range.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, width: int, modalities: int = 2, frequencies: int = 32, hidden: int = 256) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if not 1 <= modalities <= len(MODALITIES):
             raise UserError(f"modalities must be 1 to {len(MODALITIES)}, got {modalities}")
         self.inner = nn.Linear(2 * frequencies * modalities + len(Role), hidden)
@@ -63,8 +63,9 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         model, wide = transformer_of(target), widened(target)
         first: Any = model.get_submodule(wide.widths.first)
-        made = cls(first.weight.shape[0], len(wide.modalities), **settings)
-        return made.to(first.weight.device)
+        made: LevelEmbedder = cls(first.weight.shape[0], len(wide.modalities), **settings)
+        made.to(first.weight.device)
+        return made
 
     def forward(self, levels: FrameLevels) -> Tensor:
         """Return (B, T, width) vectors.
@@ -98,7 +99,8 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         model, wide = transformer_of(target), widened(target)
         patch = _patch_in_time(model, wide)
-        vectors = self(_per_token_frame(levels, patch))
+        embed: Any = self
+        vectors: Tensor = embed(_per_token_frame(levels, patch))
         caller = threading.get_ident()
 
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from postgen.errors import UserError
@@ -26,9 +25,9 @@ class WorldWeaverModel:
     Args:
         denoiser: of a pipeline with one transformer, widened or not.
         embedder: `LevelEmbedder.for_transformer`, or the trained one.
-        mean_level: for a network that takes one timestep for the whole clip (CogVideoX, HunyuanVideo): tell it the mean
-            level of RGB in the frames that are being made. The levels of single frames then come from the level embedder
-            alone, so such a model must be trained with it before it can tell them apart.
+        mean_level: for a network that takes one timestep for the whole clip (CogVideoX, HunyuanVideo): tell it the
+            mean level of RGB in the frames that are being made. The levels of single frames then come from the level
+            embedder alone, so such a model must be trained with it before it can tell them apart.
 
     Raises:
         UserError: two experts; a model of pictures; an embedder for another width or number of modalities; a network

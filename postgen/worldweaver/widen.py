@@ -109,7 +109,7 @@ def widen_transformer(
 def narrow_transformer(
     target: Any, aux: Sequence[Modality] | None = None, *, arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """Take the channels of all modalities but RGB away, in place: the stock model, bit for bit where it was not trained.
+    """Take the channels of all modalities but RGB away, in place: the stock model, bit for bit where not trained.
 
     Args:
         target: a transformer, or a pipeline with one.
@@ -138,6 +138,15 @@ def narrow_transformer(
         _fill(model, parts, old, new)
     del installed(model).plug_ins[NAME]
     return model
+
+
+def forget_widening(model: Any) -> None:
+    """Take off what there is: channels, and the record of a model of RGB alone."""
+    found: Widened | None = installed(model).plug_ins.get(NAME)
+    if found is not None and found.aux:
+        narrow_transformer(model)
+    else:
+        installed(model).plug_ins.pop(NAME, None)
 
 
 def widened(
@@ -187,8 +196,8 @@ def transformer_of(target: Any) -> Any:
     config: Mapping[str, Any] = {} if "" in found else getattr(target, "config", {})
     if len(found) > 1 or config.get("boundary_ratio") is not None:
         raise UserError(
-            f"{type(target).__name__} has two experts, one for high and one for low noise (Wan2.2-A14B): a window holds"
-            " frames of both, and one network sees it whole. Use a model of one network (Wan2.1, Wan2.2-TI2V-5B)"
+            f"{type(target).__name__} has two experts, one for high and one for low noise (Wan2.2-A14B): a window"
+            " holds frames of both, and one network sees it whole. Use a model of one network (Wan2.1, Wan2.2-TI2V-5B)"
         )
     return next(iter(found.values()))
 
@@ -243,8 +252,8 @@ def _check_class(model: Any, widths: Widths, config: dict[str, Any]) -> None:
     for name, weight in built.state_dict().items():
         if name in there and name not in may and weight.shape != there[name]:
             raise UserError(
-                f"{kind} cannot be widened: {name} depends on the number of channels too, and takes something else than"
-                " the latents"
+                f"{kind} cannot be widened: {name} depends on the number of channels too, and takes something else"
+                " than the latents"
             )
 
 
