@@ -10,6 +10,7 @@ latents, and in the second call the last layer gives the numbers of its rows. No
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from postgen.families.video_tokens import LatentAxes, patch_of
 
 _KINDS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 _CHANNEL_AXIS: dict[LatentAxes, int] = {"BCTHW": 1, "BTCHW": 2, "BTHWC": 4, "BCHW": 1, "packed": 2}
+_LORA = re.compile(r"(.+)\.(base_layer|lora_[AB])\b")
 _DIGIT = 256
 """Whole numbers up to it are exact in bfloat16, so numbers are told in digits of this base."""
 
@@ -78,6 +80,7 @@ def find_widths(transformer: nn.Module, arguments: Mapping[str, Any] | None = No
         for digit in (0, 1):
             if digit and not watch.first:
                 raise UserError(f"no layer of {kind} takes the latents alone, so it cannot be given more channels")
+            _check_bare(watch)
             latents = given["hidden_states"]
             watch.marks = (numbers // _DIGIT**digit % _DIGIT).to(latents.dtype).expand(latents.shape)
             with _giving_rows(model, watch.last) if digit else _plain():
@@ -121,6 +124,15 @@ def channel_axis(row: Layout) -> int:
     """Return which axis of a class's latents, as its forward takes them, is that of the channels."""
     tokens = row.video or row.image
     return _CHANNEL_AXIS[tokens.latent_axes if tokens is not None else "BCTHW"]
+
+
+def _check_bare(watch: _Watch) -> None:
+    """Refuse a LoRA on either layer: what it adds has the shape of the layer that it was made for."""
+    for name in (watch.first, watch.last):
+        if match := _LORA.match(name):
+            raise UserError(
+                f"{match[1]} has a LoRA, so it cannot be given other channels: take it off or merge it first"
+            )
 
 
 def _numbers(latents: Tensor, axis: int) -> Tensor:
