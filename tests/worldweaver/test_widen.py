@@ -133,7 +133,7 @@ def test_models_that_it_cannot_do_are_refused_and_left_alone(name: str, message:
     if name == "DiT":
         from diffusers import DiTTransformer2DModel
 
-        tiny.transformer = DiTTransformer2DModel.from_config({**tiny.transformer.config, "out_channels": 10})
+        tiny.transformer = DiTTransformer2DModel.from_config({**config_of(tiny.transformer), "out_channels": 10})
     before = {key: value.clone() for key, value in tiny.transformer.state_dict().items()}
     with pytest.raises(UserError, match=message):
         widen_transformer(tiny.transformer)
