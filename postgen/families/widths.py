@@ -96,7 +96,7 @@ def smallest_call(kind: str, model: Any) -> dict[str, Any]:
     """Return the arguments of a forward on as few tokens as the class takes, on the model's device and in its dtype.
 
     Raises:
-        UserError: it is not known how the class is called.
+        UserError: it is not known how the class is called, or its weights are not in memory.
     """
     try:
         call = call_of(kind)
@@ -106,6 +106,8 @@ def smallest_call(kind: str, model: Any) -> dict[str, Any]:
     frames, height, width = patch_of(config) if "patch_size" in config else (1, 1, 1)
     blocks = row.video.causal_rule(config) if row.video is not None and row.video.causal_rule is not None else 0
     weight = next(model.parameters())
+    if weight.is_meta:
+        raise UserError(f"the weights of this {kind} are not in memory: do this before they are offloaded")
     size = Size(
         batch=1,
         num_frames=1,
@@ -213,7 +215,10 @@ def _giving_rows(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def _same_numbers(x: Tensor, marks: Tensor) -> bool:
-    return x.numel() == marks.numel() and bool((x.flatten().sort()[0] == marks.flatten().sort()[0]).all())
+    if x.numel() != marks.numel():
+        return False
+    # Offloading may have brought the model to another device for the call.
+    return bool((x.flatten().sort()[0] == marks.to(x.device).flatten().sort()[0]).all())
 
 
 def _columns(model: nn.Module, kind: str, name: str, seen: Tensor, channels: int, places: int) -> Tensor:

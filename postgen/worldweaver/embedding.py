@@ -86,12 +86,13 @@ class LevelEmbedder(ModelMixin, ConfigMixin):
         return vectors
 
     @contextmanager
-    def on(self, target: Any, levels: FrameLevels) -> Iterator[None]:
+    def on(self, target: Any, levels: FrameLevels, wrapped: nn.Module | None = None) -> Iterator[None]:
         """While open, calls of a transformer in this thread are told the levels.
 
         Args:
             target: the widened transformer, which may be wrapped, or a pipeline with it.
             levels: of the latent frames of these calls.
+            wrapped: what to call for the vectors instead of the module itself, such as DDP around it.
 
         Raises:
             UserError: it is not widened; latent frames of one token with different levels; in a call, latents of
@@ -99,7 +100,7 @@ class LevelEmbedder(ModelMixin, ConfigMixin):
         """
         model, wide = transformer_of(target), widened(target)
         patch = _patch_in_time(model, wide)
-        embed: Any = self
+        embed: Any = self if wrapped is None else wrapped
         vectors: Tensor = embed(_per_token_frame(levels, patch))
         caller = threading.get_ident()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
@@ -43,6 +43,8 @@ class WorldWeaverModel:
         if denoiser.frame_axis is None:
             raise UserError("a model of pictures has no frames: give a video model")
         self.denoiser, self.embedder, self.mean_level = denoiser, embedder, mean_level
+        self.embedder_called: nn.Module = embedder
+        """A trainer puts its wrapped (DDP) one here, as it does with the denoiser's `transformers`."""
         self._name = next(iter(denoiser.transformers))
         self._check_levels()
         count = embedder.config["modalities"]
@@ -105,7 +107,7 @@ class WorldWeaverModel:
             UserError: latents or levels of other shapes, and as `Denoiser.predict`.
         """
         self._check(z, levels)
-        with self.embedder.on(self.transformer, levels):
+        with self.embedder.on(self.transformer, levels, self.embedder_called):
             out = self.denoiser.predict(self._turned(z), self._told(levels).to(z.device), condition, guidance)
         return self._turned(out)
 

@@ -106,6 +106,8 @@ def test_models_that_it_cannot_do_are_refused() -> None:
         find_widths(tiny_model("SANA-Video").transformer)
     with pytest.raises(UserError, match="no layout for Linear"):
         find_widths(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="weights of this WanTransformer3DModel are not in memory"):
+        find_widths(tiny_model("Wan").transformer.to("meta"))
     tiny = tiny_model("Wan")
     big = {**tiny.arguments, "hidden_states": torch.zeros(1, 5, 4, 100, 100)}
     with pytest.raises(UserError, match="latents of 200000 numbers are too many"):

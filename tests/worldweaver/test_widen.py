@@ -20,7 +20,7 @@ EXACT = ("Wan", "Wan image-to-video", "SkyReels-V2", "HunyuanVideo", "CogVideoX 
 EXACT += ("Wan 2.2 text-and-image-to-video", "WanVACE", "SkyReels-V2 block-causal", "ChronoEdit", "AnyFlow", "Cosmos")
 EXACT += ("Allegro", "Latte", "EasyAnimate", "Motif", "ConsisID", "SANA-Video")
 ROUNDED = ("LTX", "HunyuanVideo 1.5")
-"""Their first layer is a product of 5 features, which sums in another order than one of 15; `test_model` has LTX with 4."""
+"""Their first layer is a product of 5 features, which sums in another order than one of 15. LTX of 4: `test_model`."""
 
 
 def axis_of(tiny: TinyModel) -> int:
