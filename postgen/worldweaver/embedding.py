@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -25,7 +25,7 @@ from postgen.worldweaver.levels import MODALITIES, FrameLevels, Role
 from postgen.worldweaver.widen import Widened, transformer_of, widened
 
 
-class LevelEmbedder(ModelMixin, ConfigMixin):
+class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have a config_name, as in diffusers
     """Vector for every latent frame of a window, from its levels and its role.
 
     Saved as a component of a pipeline, `level_embedder`. `for_transformer` makes one that fits.
