@@ -106,3 +106,12 @@ def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
     ).frames[0]  # fmt: skip
     torch.testing.assert_close(names["clip"], expected, rtol=0, atol=1e-4)
     assert Path("given.png").is_file()
+
+
+@pytest.mark.parametrize("ran", ["worldweaver.md"], indirect=True)
+def test_worldweaver(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert torch.equal(names["rgb"], names["depth"])
+    assert "worldweaver: rgb + depth, 16 channels each; noise levels: each frame's of RGB as" in printed
+    assert names["loaded"].settings == {"ar_step": 7}
+    assert names["pipe"].transformer.config.in_channels == 32

@@ -95,14 +95,14 @@ class VideoTokens:
 def grid_bcthw(config: Any, arguments: Mapping[str, Any]) -> Grid:
     """Read (B, C, T, H, W) latents patched by `config.patch_size`, three numbers, or one and `patch_size_t`."""
     _, _, frames, height, width = arguments["hidden_states"].shape
-    patch_t, patch_h, patch_w = _patch(config)
+    patch_t, patch_h, patch_w = patch_of(config)
     return Grid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
 
 def grid_btchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
     """Read (B, T, C, H, W) latents; a last patch that is not full counts as one in time."""
     _, frames, _, height, width = arguments["hidden_states"].shape
-    patch_t, patch_h, patch_w = _patch(config)
+    patch_t, patch_h, patch_w = patch_of(config)
     return Grid(frames=-(-frames // patch_t), height=height // patch_h, width=width // patch_w)
 
 
@@ -143,7 +143,8 @@ def _grid_of_coordinates(coordinates: Tensor) -> Grid | None:
     return Grid(frames=frames, height=height, width=width) if frames * height * width == begins.shape[1] else None
 
 
-def _patch(config: Any) -> tuple[int, int, int]:
+def patch_of(config: Any) -> tuple[int, int, int]:
+    """Return latent frames, rows and columns in a token, by `patch_size`, three numbers or one and `patch_size_t`."""
     size = config.patch_size
     if isinstance(size, int):
         # CogVideoX writes None for no patches in time.

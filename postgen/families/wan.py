@@ -128,7 +128,10 @@ class WanDenoiser(PipelineDenoiser):
         if self.takes_image:
             if "image_latents" not in told:
                 raise UserError("an image-to-video model needs condition['image_latents']: call encode_image")
-            x = torch.cat([x, told["image_latents"].to(x.dtype)], dim=1)
+            image = told["image_latents"].to(x.dtype)
+            # Channels of further modalities, of a widened network, stand behind the condition.
+            latents, more = x.tensor_split([image.shape[1] - self.pipe.vae_scale_factor_temporal], dim=1)
+            x = torch.cat([latents, image, more], dim=1)
         output: Tensor = network(
             hidden_states=x,
             timestep=timestep,

@@ -1,0 +1,227 @@
+"""A trained model as a folder of few megabytes: the two layers that were widened, the level embedder, and its LoRA.
+
+worldweaver.json               modalities, the base model, settings of whoever trained it
+worldweaver.safetensors        first and last layer, whole (their RGB part is trained too), and the level embedder
+pytorch_lora_weights.safetensors   the LoRA, if there is one, as diffusers writes it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from postgen.errors import UserError, shown
+from postgen.families.installed import installed, transformers_of
+from postgen.families.lora import save_lora
+from postgen.families.lora_file import WEIGHTS
+from postgen.families.lora_load import load_one
+from postgen.files import check_place, replacing
+from postgen.reading import read_json
+from postgen.tensor_files import read_tensors
+from postgen.worldweaver.base import Base, base_of
+from postgen.worldweaver.embedding import LevelEmbedder
+from postgen.worldweaver.levels import MODALITIES, Modality
+from postgen.worldweaver.widen import NAME, Widened, forget_widening, transformer_of, widen_transformer, widened
+
+CONFIG = "worldweaver.json"
+LAYERS = "worldweaver.safetensors"
+EMBEDDER = "level_embedder"
+LORA = "worldweaver"
+"""Name under which the LoRA of an adapter is loaded."""
+_FIELDS = {"modalities": list, "base": dict, "level_embedder": dict, "lora": bool, "settings": dict}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedAdapter:
+    """What an adapter brings beside the weights that it puts into the transformer."""
+
+    embedder: LevelEmbedder
+    modalities: tuple[Modality, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """As they were given to `save_adapter`."""
+
+
+def save_adapter(
+    target: Any,
+    folder: str | Path,
+    embedder: LevelEmbedder | None = None,
+    *,
+    lora: str | None = None,
+    weights: Mapping[str, Mapping[str, Tensor]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what was trained; an old folder goes only when the new one is complete.
+
+    Args:
+        target: a pipeline with a widened transformer; a bare transformer will do where it has no LoRA.
+        folder: where to.
+        embedder: the level embedder; None takes the pipeline's component `level_embedder`.
+        lora: name of the adapter of peft; None takes the only one that there is.
+        weights: complete weights to write instead of those in the modules (averages, gathered shards), by component,
+            "transformer" and "level_embedder", and by parameter.
+        settings: JSON to keep beside them.
+        dtype: to write in; None keeps what there is.
+
+    Raises:
+        UserError: the transformer is not widened, there is no embedder or not one LoRA, the folder cannot be written.
+    """
+    place = Path(folder)
+    check_place(place, folder=True)
+    model, wide = transformer_of(target), widened(target)
+    embedder = embedder if embedder is not None else getattr(target, EMBEDDER, None)
+    if embedder is None:
+        raise UserError("no level embedder: give it, or a pipeline that has it as its component level_embedder")
+    adapter = _lora_name(target, model, lora)
+    given = weights or {}
+    tensors = _layers(model, wide, given.get("transformer", {}))
+    tensors |= {f"{EMBEDDER}.{name}": value for name, value in given.get(EMBEDDER, embedder.state_dict()).items()}
+    tensors = {name: _written(value, dtype) for name, value in tensors.items()}
+    note = {
+        "modalities": list(wide.modalities),
+        "base": base_of(model, wide).to_json(),
+        "level_embedder": {name: value for name, value in embedder.config.items() if not name.startswith("_")},
+        "lora": adapter is not None,
+        "settings": dict(settings or {}),
+    }
+    with replacing(place) as part:
+        part.mkdir()
+        save_file(tensors, part / LAYERS)
+        if adapter is not None:
+            state = given.get("transformer", model.state_dict())
+            state = {name: _written(value, dtype) for name, value in state.items() if "lora_" in name}
+            save_lora(target, part, _component(target, model), model, adapter, state)
+        (part / CONFIG).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
+    """Put a trained model's layers and LoRA into its base, which is widened for it; where it fails, nothing changes.
+
+    A pipeline that has a component `level_embedder` gets the embedder there as well.
+
+    Args:
+        target: a pipeline, or a transformer for an adapter without LoRA: stock, or widened with the same modalities.
+        folder: that `save_adapter` wrote.
+
+    Raises:
+        UserError: it is no adapter, damaged, or of another model; a LoRA is there already.
+    """
+    place, model = Path(folder).expanduser(), transformer_of(target)
+    note = _read_note(place)
+    modalities = tuple(note["modalities"])
+    there: Widened | None = installed(model).plug_ins.get(NAME)
+    fresh = there is None or not there.aux
+    wide = None if fresh else widened(model, modalities)
+    Base.from_json(note["base"], place).check(model, wide, place)
+    _check_lora(target, model, note, place)
+    tensors = read_tensors(place / LAYERS, f"the adapter {place} cannot be read")
+    embedder = _embedder(note[EMBEDDER], tensors, place, len(modalities))
+    if fresh and len(modalities) > 1:
+        widen_transformer(model, modalities[1:])
+    try:
+        wide = widened(model, modalities)
+        parts = _parts(model, wide)
+        _check_tensors(tensors, parts, place)
+        if note["lora"]:
+            load_one(target, _component(target, model), place / WEIGHTS, LORA, 1.0, True)
+    except BaseException:
+        if fresh:
+            forget_widening(model)
+        raise
+    for name, parameter in parts.items():
+        parameter.data.copy_(tensors[name])
+    embedder.to(next(model.parameters()).device).eval()
+    if EMBEDDER in getattr(target, "components", {}):
+        target.register_modules(**{EMBEDDER: embedder})
+    return LoadedAdapter(embedder=embedder, modalities=modalities, settings=note["settings"])
+
+
+def _parts(model: nn.Module, wide: Widened) -> dict[str, nn.Parameter]:
+    """The parameters of the first and last layer, by name in the transformer."""
+    names = (wide.widths.first, wide.widths.last)
+    return {f"{name}.{own}": value for name in names for own, value in model.get_submodule(name).named_parameters()}
+
+
+def _layers(model: nn.Module, wide: Widened, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: given.get(name, value) for name, value in _parts(model, wide).items()}
+
+
+def _written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def _component(target: Any, model: nn.Module) -> str:
+    return next(name for name, each in transformers_of(target).items() if each is model)
+
+
+def _lora_name(target: Any, model: Any, name: str | None) -> str | None:
+    """Which LoRA is written; None: there is none."""
+    names = [*(getattr(model, "peft_config", None) or {})]
+    if name is not None and name not in names:
+        raise UserError(f"there is no LoRA {name!r} on the transformer. There are: {', '.join(names) or 'none'}")
+    if name is None and len(names) > 1:
+        raise UserError(f"the transformer has the LoRAs {', '.join(names)}: say which one belongs to it, as lora=")
+    if names and isinstance(target, nn.Module):
+        raise UserError("the transformer has a LoRA, which its pipeline writes: give the pipeline")
+    return name or next(iter(names), None)
+
+
+def _read_note(place: Path) -> dict[str, Any]:
+    if not (place / CONFIG).is_file():
+        raise UserError(f"{place} is no adapter of WorldWeaver: there is no {CONFIG} in it")
+    note = read_json(place / CONFIG, f"{place / CONFIG} cannot be read")
+    if not isinstance(note, dict) or note.keys() != _FIELDS.keys():
+        raise UserError(f"{place / CONFIG} must have {', '.join(_FIELDS)}: write the adapter with save_adapter")
+    for name, kind in _FIELDS.items():
+        if not isinstance(note[name], kind):
+            raise UserError(f"{place / CONFIG}: {name} is {shown(note[name])}, it must be a {kind.__name__}")
+    if note["modalities"] not in [list(MODALITIES[:count]) for count in (1, 2, 3)]:
+        raise UserError(f"{place / CONFIG}: modalities are {shown(note['modalities'])}, of {', '.join(MODALITIES)}")
+    return note
+
+
+def _check_lora(target: Any, model: Any, note: dict[str, Any], place: Path) -> None:
+    if not note["lora"]:
+        return
+    if isinstance(target, nn.Module):
+        raise UserError(f"the adapter {place} has a LoRA, which a pipeline loads: give the pipeline")
+    if names := [*(getattr(model, "peft_config", None) or {})]:
+        raise UserError(
+            f"the adapter {place} has a LoRA, and {', '.join(names)} is on the transformer: load the adapter first"
+        )
+
+
+def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, modalities: int) -> LevelEmbedder:
+    """Build the level embedder of an adapter, and take its tensors out of the others."""
+    said = f"the adapter {place} is damaged"
+    state = {name.removeprefix(f"{EMBEDDER}."): value for name, value in tensors.items() if name.startswith(EMBEDDER)}
+    for name in state:
+        del tensors[f"{EMBEDDER}.{name}"]
+    known = {"width", "modalities", "frequencies", "hidden"}
+    if config.keys() != known or not all(type(value) is int and 0 < value <= 2**16 for value in config.values()):
+        raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")
+    if config["modalities"] != modalities:
+        raise UserError(f"{said}: a level embedder of {config['modalities']} modalities, the adapter has {modalities}")
+    embedder: LevelEmbedder = LevelEmbedder(**config)
+    _check_tensors(state, dict(embedder.named_parameters()), place)
+    embedder.load_state_dict(state)
+    return embedder
+
+
+def _check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: Path) -> None:
+    """Refuse tensors that are missing, left over, of another shape, or not finite."""
+    said = f"the adapter {place} is damaged"
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise UserError(f"{said}: {odd[0]} is {'unknown' if odd[0] in found else 'missing'}")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(f"{said}: {name} is {tuple(tensor.shape)}, the layer takes {tuple(wanted[name].shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{said}: {name} has values that are no finite numbers")
