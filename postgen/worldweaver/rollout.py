@@ -30,6 +30,8 @@ from .state import Flying, Prompts, RolloutState
 
 Poses = Callable[[int, int], Tensor]
 """(start, stop) latent frames -> (B, stop - start, 3, 4) cameras, see `StoredFrame.pose`."""
+Extras = Callable[[int, int], Condition]
+"""(start, stop) latent frames in flight -> what the network is told beside the prompt, asked once a shift."""
 
 
 class Predictor(Protocol):
@@ -88,6 +90,8 @@ class Rollout:
         frames: F, latent frames of a group.
         guidance: scale of classifier-free guidance.
         poses: cameras by latent frame, for the policies that need them.
+        extras: further entries of the condition, as what `PlacedMemory.read` returns for the frames in flight. It
+            must depend on the frames and on what has been finished alone, so that a resumed run is told the same.
         alpha_bar: `Denoiser.alpha_bar`, for models that are no flow: the noise of memory needs it.
         meter: counts and times calls; None is one of its own.
 
@@ -104,6 +108,7 @@ class Rollout:
         frames: int = 3,
         guidance: float = 1.0,
         poses: Poses | None = None,
+        extras: Extras | None = None,
         alpha_bar: AlphaBar | None = None,
         meter: Meter | None = None,
     ) -> None:
@@ -111,7 +116,8 @@ class Rollout:
         check_number("frames", frames, 1, whole=True)
         if (schedule.alpha_bars is None) != (alpha_bar is None):
             raise UserError(f"a model that predicts {schedule.prediction_type}: alpha_bar is for all but flows")
-        self.segments, self.frames, self.poses, self.alpha_bar = segments, frames, poses, alpha_bar
+        self.segments, self.frames, self.alpha_bar = segments, frames, alpha_bar
+        self.poses, self.extras = poses, extras
         self.schedule = replace(schedule, frame_axis=2)
         self.device = schedule.sigmas.device
         self._steps = _Steps(predictor, self.schedule, guidance, meter or Meter(self.device))
@@ -235,13 +241,17 @@ class Rollout:
         self._steps.modalities = state.bank.modalities
         # A schedule that begins later than what is left in flight is told all the same.
         due = [told for begin, told in state.prompts if begin <= last.start_frame] or [state.prompts[0][1]]
+        extras = {} if self.extras is None else self.extras(first.start_frame, state.next_frame)
+        condition = {**due[-1], **extras}
         x = torch.cat([group.z for group in state.flight], 2)
         ages = [group.age for group in state.flight for _ in range(group.z.shape[2])]
         index = torch.tensor(ages, device=self.device) * self.segments.length
         for step in range(self.segments.length):
             start = (index + step).expand(state.rows, -1)
             # One move at a time, so that a callback may change the latents.
-            for taken in self._steps.walk(x, [Move(rows=slice(0, state.rows), start=start, stop=start + 1)], due[-1]):
+            for taken in self._steps.walk(
+                x, [Move(rows=slice(0, state.rows), start=start, stop=start + 1)], condition
+            ):
                 x = taken.after
             if on_step is not None:
                 clean = taken.transition.clean
