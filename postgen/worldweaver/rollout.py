@@ -181,28 +181,36 @@ class Rollout:
     ) -> Generator[Group, None, None]:
         """Yield finished groups from a state on, which is changed and between two groups can be saved or branched.
 
-        An exception, of a callback for instance, leaves the state at the beginning of its shift.
+        An exception of the network or of `on_step` leaves the state at the beginning of its shift; after one of
+        `on_group` the same group comes again.
 
         Args:
             state: from `start`, or saved by a rollout with the same segments, levels and group size.
             on_step: called after every call of the network; what it returns takes the place of the latents.
-            on_group: called with every finished group, before it is yielded.
+            on_group: called with every finished group, before it enters the memory and is yielded.
 
         Raises:
             UserError: a state of another rollout.
         """
         self._check(state)
-        while self._push(state) or state.flight:
-            self._shift(state, on_step)
-            if state.flight[0].age < self.segments.groups:
-                continue
-            done = state.flight.pop(0)
-            poses = self._poses(done.start_frame, done.start_frame + done.z.shape[2])
-            state.bank.add(done.z, done.start_frame, poses=poses)
-            group = Group(start_frame=done.start_frame, latents=done.z)
-            if on_group is not None:
-                on_group(group)
-            yield group
+        while True:
+            if state.flight and state.flight[0].age == self.segments.groups:
+                yield self._finish(state, on_group)
+            elif self._push(state) or state.flight:
+                self._shift(state, on_step)
+            else:
+                return
+
+    def _finish(self, state: RolloutState, on_group: OnGroup | None) -> Group:
+        """Let the oldest group go into the memory."""
+        done = state.flight[0]
+        group = Group(start_frame=done.start_frame, latents=done.z)
+        if on_group is not None:
+            on_group(group)
+        poses = self._poses(done.start_frame, done.start_frame + done.z.shape[2])
+        state.bank.add(done.z, done.start_frame, poses=poses)
+        del state.flight[0]
+        return group
 
     def _push(self, state: RolloutState) -> bool:
         """Let a group of noise join, if there are more to come and the newest has left the first segment."""

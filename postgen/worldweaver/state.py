@@ -223,9 +223,9 @@ class RolloutState:
         head["digest"] = _digest(json.dumps(head, sort_keys=True).encode())
         with replacing(folder / HEAD) as part:
             part.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-        for old in folder.glob("state-*.safetensors"):
-            if old != tensors:
-                old.unlink()
+        left = [old for old in folder.glob("state-*.safetensors") if old != tensors]
+        for old in (*left, *folder.glob(".state*.part")):  # a process that was killed leaves parts
+            old.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -252,6 +252,7 @@ class RolloutState:
         if digest != _digest(json.dumps(head, sort_keys=True).encode()):
             raise UserError(f"the state in {folder} is damaged: {HEAD} is not as it was written")
         for name, own in (model or {}).items():
+            own = json.loads(json.dumps(own))  # a tuple comes back as a list
             if (found := head["state"]["model"].get(name)) != own:
                 raise UserError(
                     f"the state in {folder} is of a model with {name} {shown(found)}, this one has {shown(own)}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
 from postgen.errors import UserError
+from postgen.families import denoiser_for
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Move, Sampler, Sampling
-from postgen.worldweaver.levels import Role
+from postgen.sampling.schedule import schedule_of
+from postgen.worldweaver.levels import FrameLevels, Role
 from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.rollout import Rollout
+from postgen.worldweaver.segments import Segments
+from tests.families.tiny_pipelines import tiny_pipeline
 from tests.worldweaver.oracle import SHAPE, Mixer, Oracle, begun, clean, generators, prompt, rollout, schedule
 
 
@@ -73,8 +79,6 @@ def test_one_chunk_without_memory_is_the_stock_sampler(guidance):
 
     class Alone:
         def predict(self, x, sigma, condition, guidance):
-            from postgen.worldweaver.levels import FrameLevels
-
             levels = sigma[:, None, None].expand(-1, x.shape[2], 2)
             role = torch.full((x.shape[2],), Role.PREDICT)
             return mixer.predict(x, FrameLevels(sigma=levels, role=role), condition, guidance)
@@ -108,11 +112,6 @@ def test_guidance_and_memory_matter():
 
 
 def test_epsilon_models_step_by_ddim():
-    from dataclasses import replace
-
-    from postgen.worldweaver.rollout import Rollout
-    from postgen.worldweaver.segments import Segments
-
     def alpha_bar(sigma):
         return (1 - 0.98 * sigma).square()
 
@@ -190,6 +189,26 @@ def test_an_exception_leaves_the_state_at_the_beginning_of_its_shift():
     assert torch.equal(torch.cat(found, 2), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_group_that_a_callback_did_not_take_comes_again(groups):
+    made, seen = rollout(Mixer(), groups=groups), []
+    expected = video(made, begun(made, num_latents=8))
+
+    def full(group):
+        seen.append(group.start_frame)
+        if seen.count(2) == 1 and group.start_frame == 2:
+            raise OSError("no space left")
+
+    state = begun(made, num_latents=8)
+    first, second = made.groups(state, on_group=full), made.groups(state, on_group=full)
+    found = [next(first).latents]
+    with pytest.raises(OSError, match="no space left"):
+        next(first)
+    found += [group.latents for group in second]
+    assert seen == [0, 2, 2, 4, 6]
+    assert torch.equal(torch.cat(found, 2), expected)
+
+
 def test_memory_is_flat_over_200_groups():
     """Endless: what lives, tensors and their bytes, is as much after 200 groups as after 20."""
     made = rollout(Mixer(), steps=3)
@@ -250,3 +269,34 @@ def test_what_does_not_fit_is_refused():
     used.add(clean(1), 0)
     with pytest.raises(UserError, match="a memory with 1 frames for a new rollout"):
         begun(made, bank=used)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_video_model_of_diffusers(guidance):
+    """RGB alone through a denoiser: one chunk is the stock sampler to the bit; three groups with memory, two rows."""
+    pipe, size = tiny_pipeline("LTX")
+    denoiser = denoiser_for(pipe)
+    channels, frames, height, width = shape = denoiser.latent_shape(**size)
+    condition = denoiser.encode_prompt(["a ball", "a cube"], guidance=guidance > 1)
+
+    class OnlyColour:
+        def predict(self, z, levels, condition, guidance):
+            return denoiser.predict(z, levels.rgb, condition, guidance)
+
+    steps = schedule_of(denoiser, 3, shape)
+    made = Rollout(OnlyColour(), steps, Segments(steps=3, groups=1), frames=frames, guidance=guidance)
+    nothing = MemoryBank(0, 0, 0, modalities=1)
+    told = {"prompts": [(0, condition)], "shape": (channels, height, width)}
+    (group,) = made.groups(begun(made, rows=2, bank=nothing, num_latents=frames, **told))
+    sampler = Sampler(denoiser, steps, Sampling(guidance=guidance, size=size), Meter(torch.device("cpu")))
+    moves = [
+        Move(rows=slice(0, 2), start=torch.full((2, frames), step), stop=torch.full((2, frames), step + 1))
+        for step in range(3)
+    ]
+    *_, last = sampler.walk(sampler.noise([7, 8]), moves, condition)
+    assert torch.equal(group.latents, last.after)
+    made = Rollout(OnlyColour(), steps, Segments(steps=3, groups=3), frames=2, guidance=guidance)
+    bank = MemoryBank(long=2, short=1, modalities=1)
+    long = video(made, begun(made, rows=2, bank=bank, num_latents=7, **told))
+    assert long.shape == (2, channels, 7, height, width)
+    assert torch.isfinite(long).all()
