@@ -115,3 +115,20 @@ def test_worldweaver(ran: tuple[dict[str, Any], str]) -> None:
     assert "worldweaver: rgb + depth, 16 channels each; noise levels: each frame's of RGB as" in printed
     assert names["loaded"].settings == {"ar_step": 7}
     assert names["pipe"].transformer.config.in_channels == 32
+
+
+@pytest.mark.parametrize("ran", ["worldweaver_rollout.md"], indirect=True)
+def test_worldweaver_rollout(ran: tuple[dict[str, Any], str]) -> None:
+    """The page's own assertion is that a saved state goes on to the bit; 4 latent frames are 13."""
+    names, _ = ran
+    assert names["clip"].shape == (1, 13, 3, 96, 96)
+    assert names["state"].calls == names["segments"].calls(4) == 10
+    assert float(names["error"]) < 1e-4
+    assert bool(names["mask"].any())
+    low, high = (names["disparity"].quantile(share) for share in (0.02, 0.98))
+    assert float((names["decoded"] - names["disparity"].clamp(low, high)).abs().mean() / (high - low)) < 0.1
+    torch.testing.assert_close(names["flow"], names["scene"].flow_BF2HW, rtol=0, atol=1e-3)
+    page = (ROOT / "docs" / "worldweaver_rollout.md").read_text(encoding="utf-8")
+    picture = [line[10:].split() for line in page.splitlines() if line.startswith("group ")]
+    walked = list(names["Segments"](steps=6, groups=3).walk(4))
+    assert picture == [[str(call[group]) for call in walked if group in call] for group in range(4)]

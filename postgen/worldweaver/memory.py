@@ -1,0 +1,296 @@
+"""The memory bank: clean latent frames of the past, a fixed number of which stand in front of those in the making.
+
+Long memory keeps its depth clean and has noise on its RGB, which hides the errors that colour has gathered; short
+memory, the frames just before, is clean in everything (WorldWeaver, arXiv:2508.15720). The first frames of the video
+may be a sink, part of the long memory for good. What is shown never grows with the video, nor does what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError, check_number, shown
+from postgen.sampling.seeds import seed_of
+
+from .levels import MODALITIES, FrameLevels, Modality, Role
+from .selection import Candidates, Policy, Query, StoredFrame, policy_of, policy_state, spacing_loss
+
+AlphaBar = Callable[[Tensor], Tensor]
+"""Alpha-bar of noise levels, `Denoiser.alpha_bar`, for models that are no flow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryWindow:
+    """The T frames that are shown: sink, long memory from old to new, short memory."""
+
+    z: Tensor
+    """(B, M * C, T, h, w) float32 latents, with their noise."""
+    levels: FrameLevels
+    """How much of it."""
+    frame_index: Tensor
+    """(B, T) int64, which frame of the video each is."""
+
+
+class MemoryBank:
+    """Clean latent frames, of which `select` shows `long + short`.
+
+    Args:
+        long: frames of long memory that are shown, the sink among them.
+        short: frames of short memory.
+        sink: first frames of the video that always are in the long memory.
+        capacity: frames that are stored at most.
+        policy: name of a policy of long memory, or the policy itself.
+        mem_noise: noise level of the RGB of long memory.
+        flow_noise: noise level of its optical flow, if there is one.
+        modalities: M, of the latents.
+        device: where frames are stored; None is where they come from.
+        dtype: in which they are stored, also as "bfloat16"; None is theirs.
+
+    Raises:
+        UserError: numbers out of range, a sink longer than long memory, or a capacity below `long + short`.
+    """
+
+    def __init__(
+        self,
+        long: int = 4,
+        short: int = 2,
+        sink: int = 1,
+        capacity: int = 64,
+        policy: str | Policy | Mapping[str, Any] = "logspace",
+        mem_noise: float = 0.12,
+        *,
+        flow_noise: float = 0.5,
+        modalities: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        check_number("long", long, 0, whole=True)
+        check_number("short", short, 0, whole=True)
+        check_number("sink", sink, 0, long, whole=True)
+        check_number("capacity", capacity, long + max(1, short), whole=True)
+        check_number("mem_noise", mem_noise, 0, 1)
+        check_number("flow_noise", flow_noise, 0, 1)
+        check_number("modalities", modalities, 1, len(MODALITIES), whole=True)
+        self.long, self.short, self.sink, self.capacity = long, short, sink, capacity
+        self.policy = policy_of(policy)
+        self.mem_noise, self.flow_noise, self.modalities = mem_noise, flow_noise, modalities
+        self.device = None if device is None else torch.device(device)
+        self.dtype: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.generators: list[torch.Generator] = []
+        self._frames: list[StoredFrame] = []
+        self._selected: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def frame_index(self) -> tuple[int, ...]:
+        """Numbers of the stored frames, old to new."""
+        return tuple(frame.index for frame in self._frames)
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Seed the noise of each row; without it, row b has a seed made of its number b."""
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def reset(self) -> None:
+        """Forget every frame, the selection and the seeds."""
+        self.generators, self._frames, self._selected = [], [], set()
+
+    def add(
+        self, z: Tensor, start_frame: int, *, poses: Tensor | None = None, unknown: Collection[Modality] = ()
+    ) -> None:
+        """Store finished frames; those that no longer fit go, but never the sink, the short memory, or what
+        is selected of the long one.
+
+        Args:
+            z: (B, M * C, F, h, w) clean latents.
+            start_frame: number of the first of them in the video, in latent frames.
+            poses: (B, F, 3, 4) their cameras, see `StoredFrame.pose`.
+            unknown: modalities whose latents are none, as the depth of a given picture: pure noise is shown for them.
+
+        Raises:
+            UserError: frames that are no later than those stored, other sizes than theirs, RGB that is unknown, or a
+                batch whose selections the capacity cannot hold.
+        """
+        if not self.long + self.short:
+            return
+        self._check(z, start_frame, poses, unknown)
+        known = tuple(modality not in unknown for modality in MODALITIES[: self.modalities])
+        for place in range(z.shape[2]):
+            # A copy: a view would keep the latents of the whole group.
+            frame = z[:, :, place].detach().clone().to(device=self.device, dtype=self.dtype)
+            pose = None if poses is None else poses[:, place].detach().clone().to(self.device)
+            self._frames.append(StoredFrame(start_frame + place, frame, pose, known))
+            if len(self._frames) > self.capacity:
+                self._evict()
+
+    def select(
+        self,
+        query: Query | None = None,
+        *,
+        device: torch.device | str | None = None,
+        alpha_bar: AlphaBar | None = None,
+    ) -> MemoryWindow | None:
+        """Return what is shown for the next shift, with new noise on it: call it once a shift, not once a step.
+
+        `long + short` frames as soon as there are as many, all of them before, and None of an empty bank. Every row
+        draws its noise from a generator of its own, so that it does not depend on the rows beside it.
+
+        Args:
+            query: what is going to be made.
+            device: where the window is wanted; None is where the frames are.
+            alpha_bar: for models that are no flow.
+        """
+        if not self._frames:
+            return None
+        rows = len(self._frames[0].z)
+        order = self._order(query or Query()).expand(rows, -1)
+        long = max(0, order.shape[1] - self.short)
+        self._selected = {self._frames[place].index for place in order[:, :long].flatten().tolist()}
+        clean = torch.stack(
+            [torch.stack([self._frames[place].z[row] for place in line], 1) for row, line in enumerate(order.tolist())]
+        ).to(device=device or self._frames[0].z.device, dtype=torch.float32)
+        levels = self._levels(order, clean.device)
+        index = torch.tensor(self.frame_index)[order]
+        return MemoryWindow(z=self._noised(clean, levels, alpha_bar), levels=levels, frame_index=index)
+
+    def _order(self, query: Query) -> Tensor:
+        """Return (1, T) or (B, T) which of the stored frames are shown."""
+        total = len(self._frames)
+        if total <= self.long + self.short:
+            return torch.arange(total)[None]
+        end = total - self.short
+        middle = self._frames[self.sink : end]
+        recent = self._frames[end:] or middle[-1:]
+        candidates = Candidates(frames=middle, recent=recent, modalities=self.modalities)
+        count = self.long - self.sink
+        chosen = self.policy.choose(candidates, count, query) if count else torch.empty(1, 0, dtype=torch.long)
+        chosen = chosen.sort(1).values + self.sink
+        ends = [torch.arange(self.sink), torch.arange(end, total)]
+        first, last = (part.expand(len(chosen), -1) for part in ends)
+        return torch.cat([first, chosen, last], 1)
+
+    def _levels(self, order: Tensor, device: torch.device) -> FrameLevels:
+        long = max(0, order.shape[1] - self.short)
+        role = torch.full((order.shape[1],), Role.SHORT)
+        role[:long] = Role.LONG
+        sigma = torch.zeros(*order.shape, self.modalities)
+        noise = (self.mem_noise, 0.0, self.flow_noise)[: self.modalities]
+        sigma[:, :long] = torch.tensor(noise)
+        known = torch.tensor([frame.known for frame in self._frames])[order]
+        sigma = torch.where(known, sigma, 1.0)
+        return FrameLevels(sigma=sigma.to(device), role=role.to(device))
+
+    def _noised(self, clean: Tensor, levels: FrameLevels, alpha_bar: AlphaBar | None) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if not bool(levels.sigma.any()):
+            return clean
+        if not self.generators:
+            self.seed([seed_of(0, "step", row) for row in range(len(clean))])
+        noise = randn_tensor(clean.shape, generator=self.generators, device=clean.device, dtype=clean.dtype)
+        sigma = levels.sigma.double()
+        if alpha_bar is None:
+            a, b = 1 - sigma, sigma
+        else:
+            bar = torch.where(sigma > 0, alpha_bar(sigma).to(sigma), 1.0)
+            a, b = bar.sqrt(), (1 - bar).sqrt()
+        a, b = (self._wide(factor, clean) for factor in (a, b))
+        # To the bit: 1 z + 0 e is z.
+        noised: Tensor = a * clean + b * noise
+        return noised
+
+    def _wide(self, factor: Tensor, like: Tensor) -> Tensor:
+        """Return (B, T, M) as (B, M * C, T, 1, 1)."""
+        each = like.shape[1] // self.modalities
+        return factor.to(like.dtype).movedim(2, 1).repeat_interleave(each, 1)[..., None, None]
+
+    def _evict(self) -> None:
+        """Drop the frame whose loss leaves the ages spaced most evenly by their logarithm."""
+        newest = self._frames[-1].index
+        total = len(self._frames)
+        losses = []
+        for place in range(self.sink, total - max(1, self.short)):
+            if self._frames[place].index not in self._selected:
+                older = self._frames[place - 1].index if place else -1
+                newer = self._frames[place + 1].index
+                losses.append((spacing_loss(newest - older + 1, newest - newer + 1), place))
+        del self._frames[min(losses)[1]]
+
+    def _check(self, z: Tensor, start_frame: int, poses: Tensor | None, unknown: Collection[Modality]) -> None:
+        if z.dim() != 5 or z.shape[1] % self.modalities or not z.shape[2]:
+            raise UserError(
+                f"latents of shape {tuple(z.shape)} for the memory: give (batch, channels of {self.modalities}"
+                " modalities, frames, height, width), at least one frame"
+            )
+        if wrong := [name for name in unknown if name == "rgb" or name not in MODALITIES[: self.modalities]]:
+            raise UserError(f"unknown modalities {wrong}: of {self.modalities} all but rgb may be")
+        if poses is not None and poses.shape != (z.shape[0], z.shape[2], 3, 4):
+            raise UserError(f"poses of shape {tuple(poses.shape)}: give ({z.shape[0]}, {z.shape[2]}, 3, 4)")
+        last = self._frames[-1] if self._frames else None
+        if start_frame < 0 or (last and start_frame <= last.index):
+            newest = last.index if last else -1
+            raise UserError(f"frames from {start_frame} on for a memory up to frame {newest}: add them in their order")
+        if last and z[:, :, 0].shape != last.z.shape:
+            raise UserError(f"a frame of shape {tuple(z[:, :, 0].shape)} for a memory of {tuple(last.z.shape)}")
+        choices = (self.long - self.sink) * (len(z) if self.policy.per_row else 1)
+        # The frame that is added counts, and one must be left to go.
+        if (least := self.sink + choices + max(1, self.short)) > self.capacity:
+            raise UserError(
+                f"a memory of {self.capacity} frames cannot hold what {len(z)} rows select, up to {least}:"
+                " raise capacity"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes a bank like this one, as JSON has it: `MemoryBank(**settings)`; without the device."""
+        names = ("long", "short", "sink", "capacity", "mem_noise", "flow_noise", "modalities")
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {name: getattr(self, name) for name in names} | {"policy": policy_state(self.policy), "dtype": dtype}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything: `settings`, JSON values, and tensors by name."""
+        place = None if self.device is None else str(self.device)
+        state: dict[str, Any] = {"settings": self.settings, "device": place, "selected": sorted(self._selected)}
+        if self.generators:
+            state["generators"] = torch.stack([generator.get_state() for generator in self.generators])
+        if self._frames:
+            state["index"] = torch.tensor(self.frame_index)
+            state["z"] = torch.stack([frame.z for frame in self._frames])
+            state["known"] = torch.tensor([frame.known for frame in self._frames])
+            posed = [frame.index for frame in self._frames if frame.pose is not None]
+            state["posed"] = torch.tensor(posed, dtype=torch.long)
+            if posed:
+                state["poses"] = torch.stack([frame.pose for frame in self._frames if frame.pose is not None])
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; tensors are copied.
+
+        Raises:
+            UserError: it is of a bank with other settings; the first that differs is named.
+        """
+        for name, own in self.settings.items():
+            if state["settings"].get(name) != own:
+                raise UserError(
+                    f"a memory with {name}={shown(state['settings'].get(name))} does not fit one with"
+                    f" {name}={shown(own)}: make it with the same"
+                )
+        self.reset()
+        self._selected = set(state["selected"])
+        for row in state.get("generators", ()):
+            generator = torch.Generator()
+            generator.set_state(row.cpu().clone())  # of a view it reads from the beginning of its storage
+            self.generators.append(generator)
+        posed = dict(zip(state.get("posed", torch.empty(0)).tolist(), state.get("poses", ()), strict=True))
+        if "index" in state:
+            for index, z, known in zip(state["index"].tolist(), state["z"], state["known"].tolist(), strict=True):
+                pose = posed.get(index)
+                frame = z.clone().to(device=self.device, dtype=self.dtype)
+                pose = None if pose is None else pose.clone().to(self.device)
+                self._frames.append(StoredFrame(index, frame, pose, tuple(known)))

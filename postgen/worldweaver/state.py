@@ -1,0 +1,276 @@
+"""Where a rollout stands, between two shifts: kept, copied, written to a folder and read again.
+
+A folder has `state.json` and one file of tensors, which it names with its digest. A save writes a new file of tensors
+and then replaces `state.json` in one step, so whoever is killed at any moment leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError, check_number, shown
+from postgen.families import Condition
+from postgen.files import replacing
+from postgen.reading import read_json
+from postgen.tensor_files import read_tensors
+from postgen.versions import versions
+
+from .memory import MemoryBank
+from .segments import Segments
+
+FORMAT = 1
+HEAD = "state.json"
+Prompts = Sequence[tuple[int, Condition]]
+"""(start_frame, encoded prompt of B rows), rising: from which latent frame on it is told."""
+
+
+@dataclass(slots=True)
+class Flying:
+    """A group in the making."""
+
+    start_frame: int
+    """Number of its first latent frame in the video."""
+    age: int
+    """Segments that it has behind it."""
+    z: Tensor
+    """(B, M * C, f, h, w) float32 latents."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutState:
+    """Everything that a rollout needs to go on. It changes with each shift; between two groups it can be saved."""
+
+    segments: Segments
+    frames: int
+    """F, latent frames of a group."""
+    sigmas: Tensor
+    """(N + 1,) float64, the schedule's levels."""
+    shape: tuple[int, ...]
+    """(M * C, h, w) of a latent frame."""
+    bank: MemoryBank
+    generators: list[torch.Generator]
+    """One for each row: of the initial noise."""
+    prompts: Prompts
+    model: dict[str, Any] = field(default_factory=dict)
+    """What the caller says of its model, as JSON has it; `load` compares it."""
+    next_frame: int = 0
+    """Latent frame at which the next group begins."""
+    end: int | None = None
+    """Latent frame at which the video ends; None is never."""
+    calls: int = 0
+    """Calls of the network so far."""
+    flight: list[Flying] = field(default_factory=list)
+    """Groups in the making, oldest first."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What the caller wants to keep beside it, as the range of disparity or what its decoder remembers."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.generators)
+
+    @property
+    def finished(self) -> int:
+        """Latent frames that are finished, those that were given included: where the next group that comes out is."""
+        return self.flight[0].start_frame if self.flight else self.next_frame
+
+    def extend(self, num_latents: int | None) -> None:
+        """Let the video go on: so many latent frames longer, or without end for None.
+
+        Groups that are pushed before the window has drained go on as if the end had never been there; after that the
+        window fills anew.
+
+        Raises:
+            UserError: fewer than 1, or a video that has no end.
+        """
+        if num_latents is None:
+            self.end = None
+            return
+        check_number("num_latents", num_latents, 1, whole=True)
+        if self.end is None:
+            raise UserError("a video without end cannot be longer: set state.end")
+        self.end += num_latents
+
+    def tell(self, prompts: Prompts) -> None:
+        """Take another prompt schedule, from the next shift on.
+
+        Raises:
+            UserError: no prompt for the next frame, frames that do not rise, or encodings of another number of rows.
+        """
+        starts = [start for start, _ in prompts]
+        if not starts or starts[0] > self.next_frame:
+            begins = f"begins at latent frame {starts[0]}" if starts else "is empty"
+            raise UserError(f"the prompt schedule {begins}: give a prompt for frame {self.next_frame}")
+        if any(later <= earlier for earlier, later in pairwise(starts)):
+            raise UserError(f"the prompt schedule has frames {starts}: they must rise")
+        for start, condition in prompts:
+            for name, value in condition.items():
+                if len(value) != self.rows:
+                    raise UserError(
+                        f"the prompt from frame {start} on has {len(value)} rows of {name!r} for {self.rows} videos"
+                    )
+        self.prompts = list(prompts)
+
+    def branch(self, generators: Sequence[torch.Generator] | None = None) -> RolloutState:
+        """Return a copy that goes on by itself: the same future, or with other generators another one.
+
+        What is in flight stays; new generators make the groups after it.
+
+        Raises:
+            UserError: another number of generators than rows.
+        """
+        twin = RolloutState.from_state_dict(self.state_dict())
+        if generators is not None:
+            if len(generators) != self.rows:
+                raise UserError(f"{len(generators)} generators for {self.rows} videos: give one for each")
+            twin.generators = list(generators)
+        return twin
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `head`, JSON values, and `tensors` by name; tensors are copies."""
+        bank = self.bank.state_dict()
+        tensors = {"sigmas": self.sigmas}
+        tensors |= {f"flight.{n}": group.z for n, group in enumerate(self.flight)}
+        tensors |= {f"generators.{n}": each.get_state() for n, each in enumerate(self.generators)}
+        for n, (_, told) in enumerate(self.prompts):
+            tensors |= {f"prompts.{n}.{name}": value for name, value in told.items()}
+        tensors |= {f"bank.{name}": value for name, value in bank.items() if isinstance(value, Tensor)}
+        tensors |= {f"extra.{name}": value for name, value in self.extra.items()}
+        head = {
+            "segments": [self.segments.steps, self.segments.groups],
+            "frames": self.frames,
+            "shape": list(self.shape),
+            "model": self.model,
+            "next_frame": self.next_frame,
+            "end": self.end,
+            "calls": self.calls,
+            "flight": [[group.start_frame, group.age] for group in self.flight],
+            "prompts": [[start, list(told)] for start, told in self.prompts],
+            "generators": [str(each.device) for each in self.generators],
+            "bank": {name: value for name, value in bank.items() if not isinstance(value, Tensor)},
+            "extra": list(self.extra),
+        }
+        return {"head": head, "tensors": {name: value.detach().clone() for name, value in tensors.items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str | None = None) -> RolloutState:
+        """Return the state that `state_dict` described, its tensors on a device, or where they are."""
+        head, tensors = state["head"], {name: value.to(device) for name, value in state["tensors"].items()}
+        place = head["bank"]["device"]
+        bank = MemoryBank(**head["bank"]["settings"], device=device if place not in (None, "cpu") else place)
+        own = {name.removeprefix("bank."): value for name, value in tensors.items() if name.startswith("bank.")}
+        bank.load_state_dict({**head["bank"], **own})
+        steps, groups = head["segments"]
+        return cls(
+            segments=Segments(steps=steps, groups=groups),
+            frames=head["frames"],
+            sigmas=tensors["sigmas"].clone(),
+            shape=tuple(head["shape"]),
+            bank=bank,
+            generators=[_generator(kind, tensors[f"generators.{n}"]) for n, kind in enumerate(head["generators"])],
+            prompts=[
+                (start, {name: tensors[f"prompts.{n}.{name}"].clone() for name in names})
+                for n, (start, names) in enumerate(head["prompts"])
+            ],
+            model=dict(head["model"]),
+            next_frame=head["next_frame"],
+            end=head["end"],
+            calls=head["calls"],
+            flight=[
+                Flying(start, age, tensors[f"flight.{n}"].clone()) for n, (start, age) in enumerate(head["flight"])
+            ],
+            extra={name: tensors[f"extra.{name}"].clone() for name in head["extra"]},
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the state that `state_dict` described."""
+        other = RolloutState.from_state_dict(state, self.sigmas.device)
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the state to a folder; a state that is there is replaced in one step.
+
+        Raises:
+            UserError: a memory policy that is not registered.
+            OSError: the place cannot be written.
+        """
+        from safetensors.torch import save
+
+        folder, state = Path(folder), self.state_dict()
+        data = save({name: value.to("cpu").contiguous() for name, value in state["tensors"].items()})
+        digest = _digest(data)
+        # Its name follows from what it holds, so that no save touches the file that state.json names now.
+        tensors = folder / f"state-{digest[:16]}.safetensors"
+        with replacing(tensors) as part:
+            part.write_bytes(data)
+        head = {
+            "format": FORMAT,
+            "versions": versions("torch", "diffusers"),
+            "file": tensors.name,
+            "tensors": digest,
+            "state": state["head"],
+        }
+        head["digest"] = _digest(json.dumps(head, sort_keys=True).encode())
+        with replacing(folder / HEAD) as part:
+            part.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+        left = [old for old in folder.glob("state-*.safetensors") if old != tensors]
+        for old in (*left, *folder.glob(".state*.part")):  # a process that was killed leaves parts
+            old.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, model: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
+    ) -> RolloutState:
+        """Read a state that `save` wrote.
+
+        Args:
+            folder: where it is.
+            model: what it must say of its model; None takes any.
+            device: of its tensors.
+
+        Raises:
+            UserError: there is none, it is damaged, of another format, or of another model.
+        """
+        folder = Path(folder)
+        head = read_json(folder / HEAD, f"{folder} holds no state of a rollout")
+        if not isinstance(head, dict) or "format" not in head:
+            raise UserError(f"{folder} holds no state of a rollout: {HEAD} does not say what it is")
+        if head["format"] != FORMAT:
+            made = ", ".join(f"{name} {value}" for name, value in dict(head.get("versions", {})).items())
+            raise UserError(f"{folder} has state format {shown(head['format'])} ({made}): this version reads {FORMAT}")
+        digest = head.pop("digest", None)
+        if digest != _digest(json.dumps(head, sort_keys=True).encode()):
+            raise UserError(f"the state in {folder} is damaged: {HEAD} is not as it was written")
+        for name, own in (model or {}).items():
+            own = json.loads(json.dumps(own))  # a tuple comes back as a list
+            if (found := head["state"]["model"].get(name)) != own:
+                raise UserError(
+                    f"the state in {folder} is of a model with {name} {shown(found)}, this one has {shown(own)}"
+                )
+        file = folder / head["file"]
+        tensors = read_tensors(file, f"the state in {folder} is damaged: {file.name}")
+        if _digest(file.read_bytes()) != head["tensors"]:
+            raise UserError(f"the state in {folder} is damaged: {file.name} is not as it was written")
+        return cls.from_state_dict({"head": head["state"], "tensors": tensors}, device)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _generator(kind: str, state: Tensor) -> torch.Generator:
+    if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"the state has random numbers of {kind}, which is not here: go on where there is a GPU")
+    generator = torch.Generator(kind)
+    generator.set_state(state.cpu().clone())
+    return generator

@@ -1,0 +1,158 @@
+"""A saved state goes on to the bit; a damaged one, or one of another model, is one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from postgen.errors import UserError
+from postgen.worldweaver import state as state_module
+from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.state import RolloutState
+from tests.worldweaver.oracle import Mixer, begun, generators, prompt, rollout
+
+MODEL = {"class": "WanTransformer3DModel", "channels": 4}
+
+
+def beginning(made, rows=1, policy="logspace"):
+    bank = MemoryBank(long=3, short=2, capacity=7, policy=policy, dtype=torch.bfloat16)
+    told = [(0, prompt(1.0, rows)), (9, prompt(2.0, rows))]
+    return begun(made, rows=rows, bank=bank, prompts=told, num_latents=19, model=MODEL)
+
+
+@pytest.mark.parametrize("policy", ["logspace", "depth_sim"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_resume_is_the_uninterrupted_run(tmp_path, policy, guidance):
+    """From every chunk, through a file, to the bit: two rows, a new prompt, a bank that evicts, half precision."""
+    made = rollout(Mixer(), guidance=guidance)
+    whole = [group.latents for group in made.groups(beginning(made, 2, policy))]
+    state = beginning(made, 2, policy)
+    state.save(tmp_path / "0")
+    for number, _ in enumerate(made.groups(state), 1):
+        state.save(tmp_path / str(number))
+    for number in range(len(whole) + 1):
+        again = RolloutState.load(tmp_path / str(number), model=MODEL)
+        rest = [group.latents for group in rollout(Mixer(), guidance=guidance).groups(again)]
+        assert len(rest) == len(whole) - number
+        assert all(torch.equal(one, other) for one, other in zip(rest, whole[number:], strict=True))
+    assert (again.calls, again.finished) == (made.segments.calls(10), 19)
+
+
+def test_a_branch_goes_its_own_way():
+    made = rollout(Mixer())
+    whole = [group.latents for group in made.groups(beginning(made))]
+    state = beginning(made)
+    groups = made.groups(state)
+    for _ in range(3):
+        next(groups)
+    same, other, told = state.branch(), state.branch(generators(99)), state.branch()
+    told.tell([(0, prompt(9.0))])
+    futures = [[group.latents for group in made.groups(each)] for each in (same, other, told)]
+    rest = [group.latents for group in groups]  # the branches changed nothing
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(futures[0], whole[3:], strict=True))
+    assert not torch.allclose(futures[1][-1], whole[-1])
+    assert not torch.allclose(futures[2][0], whole[3])
+    with pytest.raises(UserError, match="2 generators for 1 videos"):
+        state.branch(generators(1, 2))
+
+
+def test_a_video_is_made_longer():
+    """Before its end nothing shows; after it the window fills anew, with the old frames as memory."""
+    made = rollout(Mixer())
+    whole = torch.cat([group.latents for group in made.groups(begun(made, num_latents=16))], 2)
+    state = begun(made, num_latents=12)
+    groups = made.groups(state)
+    found = [next(groups).latents for _ in range(3)]
+    state.extend(4)
+    found += [group.latents for group in groups]
+    assert torch.equal(torch.cat(found, 2), whole)
+    assert list(made.groups(state)) == []
+    state.extend(5)
+    later = list(made.groups(state))
+    assert [group.start_frame for group in later] == [16, 18, 20]
+    assert later[-1].latents.shape[2] == 1
+    state.extend(None)
+    with pytest.raises(UserError, match="a video without end cannot be longer"):
+        state.extend(3)
+
+
+def test_load_state_dict_is_a_copy():
+    made = rollout(Mixer())
+    state, other = beginning(made), begun(made, num_latents=4)
+    next(made.groups(state))
+    other.load_state_dict(state.state_dict())
+    first, second = ([group.latents for group in made.groups(each)] for each in (state, other))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_save_replaces_the_old_state_in_one_step(tmp_path, monkeypatch):
+    made = rollout(Mixer())
+    state = beginning(made)
+    groups = made.groups(state)
+    next(groups)
+    state.extra["disparity.low"] = torch.tensor([0.25])
+    state.save(tmp_path)
+    state.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    before = state.finished
+    next(groups)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module.json, "dumps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            state.save(tmp_path)
+    found = RolloutState.load(tmp_path)
+    assert found.finished == before
+    assert torch.equal(found.extra["disparity.low"], torch.tensor([0.25]))
+    state.save(tmp_path)  # what the killed one has left goes
+    assert len(list(tmp_path.iterdir())) == 2
+    assert RolloutState.load(tmp_path).finished == state.finished
+
+
+def test_states_that_cannot_be_gone_on_from_are_refused(tmp_path):
+    made = rollout(Mixer())
+    state = beginning(made)
+    next(made.groups(state))
+    state.save(tmp_path)
+    with pytest.raises(UserError, match="is of a model with channels 4, this one has 8"):
+        RolloutState.load(tmp_path, model={**MODEL, "channels": 8})
+    with pytest.raises(UserError, match="holds no state of a rollout"):
+        RolloutState.load(tmp_path / "nothing")
+    head = tmp_path / "state.json"
+    text = head.read_text()
+    (tensors,) = tmp_path.glob("*.safetensors")
+    data = tensors.read_bytes()
+    tensors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"is damaged: state-.* is not as it was written"):
+        RolloutState.load(tmp_path)
+    tensors.write_bytes(data[:-100])
+    with pytest.raises(UserError, match="is damaged: state-"):
+        RolloutState.load(tmp_path)
+    tensors.write_bytes(data)
+    head.write_text(text.replace('"next_frame": 6', '"next_frame": 8'))
+    with pytest.raises(UserError, match=r"is damaged: state.json is not as it was written"):
+        RolloutState.load(tmp_path)
+    head.write_text(json.dumps({**json.loads(text), "format": 2}))
+    with pytest.raises(UserError, match=r"has state format 2 \(postgen .*torch .*\): this version reads 1") as error:
+        RolloutState.load(tmp_path)
+    assert "\n" not in str(error.value)
+    head.write_text("[]")
+    with pytest.raises(UserError, match="does not say what it is"):
+        RolloutState.load(tmp_path)
+
+
+def test_a_rollout_refuses_the_state_of_another():
+    made = rollout(Mixer())
+    state = beginning(made)
+    with pytest.raises(UserError, match="6 steps in 3 segments with groups of 2, this rollout of 6 in 2 with 2"):
+        next(rollout(Mixer(), groups=2).groups(state))
+    other = rollout(Mixer())
+    other.schedule.sigmas[1] -= 0.01
+    with pytest.raises(UserError, match="other noise levels"):
+        next(other.groups(state))
