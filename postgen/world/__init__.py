@@ -5,7 +5,7 @@ from .long import caption_at, sample_long
 from .parse import parse, read
 from .plan import Wish, arrange, eligible_events, sample
 from .reading import Clause, Reading
-from .render import Frames, render, shades, stream
+from .render import Frames, ground_shades, render, shades, stream
 from .spec import Body, Spec, is_held_out
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "caption",
     "caption_at",
     "eligible_events",
+    "ground_shades",
     "is_held_out",
     "parse",
     "read",

@@ -51,8 +51,7 @@ class Frames:
     @property
     def disparity_BFHW(self) -> Tensor:
         """1 / depth in 1/m, 0 at the backdrop. Raises `UserError` for frames without geometry, as the next two do."""
-        disparity: Tensor = 1 / self._depth()
-        return disparity
+        return self._depth().reciprocal()
 
     @property
     def points_BF3HW(self) -> Tensor:
@@ -63,7 +62,7 @@ class Frames:
         flat = depth.flatten(0, 1).flatten(1)
         flat = torch.where(flat.isfinite(), flat, torch.nan)
         points = torch.stack([pose[:, i, 3:] + flat * ray[i] for i in range(3)], 1)
-        return points.unflatten(0, depth.shape[:2]).unflatten(-1, depth.shape[2:])
+        return points.reshape(*depth.shape[:2], 3, *depth.shape[2:])
 
     @property
     def texels_BF2HW(self) -> Tensor:
@@ -176,6 +175,18 @@ def shades(colours: Sequence[str] = tuple(COLOURS), count: int = 8) -> Tensor:
     light = torch.linspace(darkest, brightest, count)
     albedo = torch.tensor([COLOURS[name] for name in colours])
     return (albedo[:, None] * light[:, None]).clamp(0, 1)
+
+
+def ground_shades(background: str, count: int = 8) -> Tensor:
+    """RGB (2 * count + 2, 3) of what is no body before a background: its floor from shadow to light, near and half in
+    the haze, and the two ends of the backdrop. A colour nearer to one of them than to any of `shades` is no body's.
+    """
+    if background not in BACKGROUNDS:
+        raise UserError(f"Unknown background {background!r}. Known: {', '.join(BACKGROUNDS)}.")
+    light = torch.linspace(0.9 * _AMBIENT, 1.1 * (_AMBIENT + _DIFFUSE), count)
+    near = torch.tensor(BACKGROUNDS[background]) * light[:, None]
+    sky = torch.tensor([_BACKDROP_LOW, _BACKDROP_TOP])
+    return torch.cat((near, (near + sky[0]) / 2, sky)).clamp(0, 1)
 
 
 def _join(first: Motion, second: Motion) -> Motion:
