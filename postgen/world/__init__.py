@@ -1,10 +1,11 @@
 """A small synthetic 3-D world whose ground truth is exact: a clip is a pure function of a spec, a spec of a seed."""
 
 from .grammar import caption, simple_caption
+from .long import caption_at, sample_long
 from .parse import parse, read
 from .plan import Wish, arrange, eligible_events, sample
 from .reading import Clause, Reading
-from .render import Frames, render, stream
+from .render import Frames, ground_shades, render, shades, stream
 from .spec import Body, Spec, is_held_out
 
 __all__ = [
@@ -16,12 +17,16 @@ __all__ = [
     "Wish",
     "arrange",
     "caption",
+    "caption_at",
     "eligible_events",
+    "ground_shades",
     "is_held_out",
     "parse",
     "read",
     "render",
     "sample",
+    "sample_long",
+    "shades",
     "simple_caption",
     "stream",
 ]

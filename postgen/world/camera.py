@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,11 +47,15 @@ def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]
     """Pose at a frame: position, and rows right, down, forward of the world-to-camera rotation.
 
     Beyond `spec.num_frames` the camera runs its path back and forth, so it returns to its first pose for good measure.
+    With `spec.camera_turn` it does so in whole frames, and a pose that comes again has the same bits.
     """
-    phase = frame / max(1, spec.num_frames - 1)
-    there_and_back = 1.0 - abs(1.0 - phase % 2.0)
-    if spec.camera == "dolly return":
-        there_and_back = 1.0 - abs(1.0 - (2.0 * phase) % 2.0)
+    if spec.camera_turn is not None:
+        there_and_back = _folded(spec.camera_start + frame, spec.camera_turn) / spec.camera_turn
+    else:
+        phase = frame / max(1, spec.num_frames - 1)
+        there_and_back = 1.0 - abs(1.0 - phase % 2.0)
+        if spec.camera == "dolly return":
+            there_and_back = 1.0 - abs(1.0 - (2.0 * phase) % 2.0)
     kind, _, way = spec.camera.partition(" ")
     sign = -1.0 if way in ("left", "in", "return") else 1.0
     shift = sign * spec.camera_amount * there_and_back
@@ -63,6 +68,36 @@ def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]
         position = [t + (p - t) * (1.0 + shift) for p, t in zip(position, target, strict=True)]
     forward, right, up = _axes(tuple(position), tuple(target))
     return position, [right, [-u for u in up], forward]
+
+
+def _folded(step: int, turn: int) -> int:
+    """Where a walk of whole steps from 0 to `turn` and back stands, again and again."""
+    return turn - abs(turn - step % (2 * turn))
+
+
+def goes_back(spec: Spec, frame: int) -> bool:
+    """Whether a camera with `spec.camera_turn` is on the way back to its first pose after a frame."""
+    return spec.camera_turn is not None and (spec.camera_start + frame) // spec.camera_turn % 2 == 1
+
+
+def project_from(
+    pose: tuple[Sequence[float], Sequence[Sequence[float]]], point: Sequence[float]
+) -> tuple[float, float, float]:
+    """Project a world point with a pose of `camera_pose`: (u, v, depth) as `project_point` does."""
+    position, rotation = pose
+    offset = [a - b for a, b in zip(point, position, strict=True)]
+    u, v, depth = (sum(r * o for r, o in zip(row, offset, strict=True)) for row in rotation)
+    return FOCAL * u / depth, FOCAL * v / depth, depth
+
+
+def intrinsics(size: int) -> Tensor:
+    """Matrix K (3,3) of pictures of `size` pixels, float32; centres of pixels lie at half numbers.
+
+    >>> intrinsics(200)[0].tolist()
+    [277.0, 0.0, 100.0]
+    """
+    half = size / 2
+    return torch.tensor([[FOCAL * half, 0.0, half], [0.0, FOCAL * half, half], [0.0, 0.0, 1.0]])
 
 
 def _turn(point: list[float], centre: list[float], angle: float) -> list[float]:

@@ -5,6 +5,7 @@ The same code runs on CPU and GPU; a clip is a pure function of its spec (and it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from postgen.errors import UserError
 
-from .camera import FOCAL, camera_path
+from .camera import FOCAL, camera_path, intrinsics
 from .physics import Motion, Simulation
 from .raycast import BACKDROP, FAR, FLOOR, Solids, camera_rays, nearest, normals
 from .spec import BACKGROUNDS, COLOURS, SHAPES, Spec
@@ -34,6 +35,9 @@ class Frames:
     0 for floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next,
     exact at every pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down,
     forward), position. positions_BFK3: centres of the bodies in metres.
+
+    What follows from these is computed when it is asked for: `disparity_BFHW`, `points_BF3HW`, `texels_BF2HW`,
+    `extrinsics_BF44`, `intrinsics_33`.
     """
 
     rgb_BF3HW: Tensor
@@ -43,6 +47,50 @@ class Frames:
     depth_BFHW: Tensor | None = None
     ids_BFHW: Tensor | None = None
     flow_BF2HW: Tensor | None = None
+
+    @property
+    def disparity_BFHW(self) -> Tensor:
+        """1 / depth in 1/m, 0 at the backdrop. Raises `UserError` for frames without geometry, as the next two do."""
+        return self._depth().reciprocal()
+
+    @property
+    def points_BF3HW(self) -> Tensor:
+        """World coordinates in metres of what the pixels' centres see; NaN at the backdrop."""
+        depth = self._depth()
+        pose = self.pose_BF34.flatten(0, 1)
+        ray = camera_rays(pose[..., :3], depth.shape[-1], 1)
+        flat = depth.flatten(0, 1).flatten(1)
+        flat = torch.where(flat.isfinite(), flat, torch.nan)
+        points = torch.stack([pose[:, i, 3:] + flat * ray[i] for i in range(3)], 1)
+        return points.reshape(*depth.shape[:2], 3, *depth.shape[2:])
+
+    @property
+    def texels_BF2HW(self) -> Tensor:
+        """Place on the floor, (x, y) in metres, that each pixel's centre sees; NaN at bodies and at the backdrop.
+
+        The floor stands still, so one place has one pair of numbers in every frame, up to rounding.
+        """
+        points = self.points_BF3HW[:, :, :2]
+        assert self.ids_BFHW is not None
+        return torch.where((self.ids_BFHW == 0)[:, :, None], points, torch.nan)
+
+    @property
+    def extrinsics_BF44(self) -> Tensor:
+        """World to camera [R, t; 0, 1] with t = -R position: x right, y down, z forward."""
+        rotation, position = self.pose_BF34[..., :3], self.pose_BF34[..., 3:]
+        top = torch.cat((rotation, -rotation @ position), -1)
+        last = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:2], 1, 4)
+        return torch.cat((top, last), 2)
+
+    @property
+    def intrinsics_33(self) -> Tensor:
+        """Matrix K of every frame, in pixels; centres of pixels lie at half numbers."""
+        return intrinsics(self.rgb_BF3HW.shape[-1]).to(self.rgb_BF3HW.device)
+
+    def _depth(self) -> Tensor:
+        if self.depth_BFHW is None:
+            raise UserError("These frames hold no geometry: render them with geometry=True.")
+        return self.depth_BFHW
 
 
 def render(
@@ -79,8 +127,8 @@ def render(
 
 
 def stream(
-    spec: Spec,
-    num_frames: int,
+    spec: Spec | Sequence[Spec],
+    num_frames: int | None,
     *,
     size: int = 96,
     supersample: int = 2,
@@ -88,22 +136,57 @@ def stream(
     geometry: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[Frames]:
-    """Render one scene of any length in pieces of at most `chunk` frames, in constant memory.
+    """Render scenes of any length in pieces of at most `chunk` frames, in constant memory and time a frame.
 
     The pieces joined are the same as `render` of the whole, flow across the seams included (the first frame of a later
     piece's flow belongs to the last frame of the one before, so a later piece has as many flow fields as frames).
+
+    Args:
+        spec: a scene, or several that are rendered side by side.
+        num_frames: length; None goes on for as long as pieces are taken.
+        size, supersample, geometry, device: as in `render`.
+        chunk: frames of a piece.
+
+    Raises:
+        UserError: no spec, or a number below 1.
     """
-    if chunk < 1 or num_frames < 1:
-        raise UserError(f"num_frames={num_frames} and chunk={chunk} must be at least 1.")
-    simulation = Simulation([spec], device)
+    if min(chunk, size, supersample, 1 if num_frames is None else num_frames) < 1:
+        raise UserError(
+            f"num_frames={num_frames} and chunk={chunk} must be at least 1, and so must {size=} and {supersample=}."
+        )
+    specs = [spec] if isinstance(spec, Spec) else list(spec)
+    simulation = Simulation(specs, device)
     last: Motion | None = None
-    for start in range(0, num_frames, chunk):
-        count = min(chunk, num_frames - start)
+    for start in itertools.count(0, chunk) if num_frames is None else range(0, num_frames, chunk):
+        count = chunk if num_frames is None else min(chunk, num_frames - start)
         motion = simulation.run(count)
         joined = motion if last is None else _join(last, motion)
-        frames = _render_motion([spec], joined, start - (last is not None), size, supersample, geometry, device)
+        frames = _render_motion(specs, joined, start - (last is not None), size, supersample, geometry, device)
         yield frames if last is None else _without_first(frames)
         last = Motion(motion.positions_BFK3[:, -1:], motion.rotations_BFK33[:, -1:], motion.contact_BFK[:, -1:])
+
+
+def shades(colours: Sequence[str] = tuple(COLOURS), count: int = 8) -> Tensor:
+    """RGB (C, count, 3) of named colours from the deepest shade that the light of the world leaves to the brightest.
+
+    What a body of that colour looks like in a rendered picture lies near one of them.
+    """
+    darkest, brightest = _AMBIENT * 0.6, _AMBIENT + _DIFFUSE
+    light = torch.linspace(darkest, brightest, count)
+    albedo = torch.tensor([COLOURS[name] for name in colours])
+    return (albedo[:, None] * light[:, None]).clamp(0, 1)
+
+
+def ground_shades(background: str, count: int = 8) -> Tensor:
+    """RGB (2 * count + 2, 3) of what is no body before a background: its floor from shadow to light, near and half in
+    the haze, and the two ends of the backdrop. A colour nearer to one of them than to any of `shades` is no body's.
+    """
+    if background not in BACKGROUNDS:
+        raise UserError(f"Unknown background {background!r}. Known: {', '.join(BACKGROUNDS)}.")
+    light = torch.linspace(0.9 * _AMBIENT, 1.1 * (_AMBIENT + _DIFFUSE), count)
+    near = torch.tensor(BACKGROUNDS[background]) * light[:, None]
+    sky = torch.tensor([_BACKDROP_LOW, _BACKDROP_TOP])
+    return torch.cat((near, (near + sky[0]) / 2, sky)).clamp(0, 1)
 
 
 def _join(first: Motion, second: Motion) -> Motion:

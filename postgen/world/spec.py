@@ -138,12 +138,14 @@ class Spec:
     """A whole scene; with a seed it fixes every pixel of a clip of any length.
 
     Raises:
-        UserError: no body, more than four, an unknown camera or background, or a partner that does not exist.
+        UserError: no body, more than four, an unknown camera or background, a partner that does not exist, or a
+            `camera_turn` or `camera_start` that no path has.
     """
 
     bodies: tuple[Body, ...]
     camera: str = "static"
-    #: How far the camera goes within `num_frames`: radians for pan and orbit, a factor of the distance for dolly.
+    #: How far the camera goes within `num_frames` (or `camera_turn`): radians for pan and orbit, a factor of the
+    #: distance for dolly.
     camera_amount: float = 0.0
     background: str = "grey"
     #: Direction to the light: azimuth and elevation in radians.
@@ -153,6 +155,11 @@ class Spec:
     #: Length that the motion was planned for; a clip may be longer (bodies turn at walls, the camera goes back).
     num_frames: int = 17
     fps: int = FPS
+    #: Frames from one end of the camera's path to the other, for scenes of any length: it then goes to and fro, and
+    #: poses recur bit for bit. None: `num_frames` - 1, and poses recur but for rounding.
+    camera_turn: int | None = None
+    #: Frames of its path that the camera is past at frame 0; goes with `camera_turn`.
+    camera_start: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.bodies) <= 4:
@@ -160,12 +167,31 @@ class Spec:
         if self.fps < 1 or self.num_frames < 1:
             raise UserError(f"fps={self.fps}, num_frames={self.num_frames}: both must be at least 1.")
         _check("camera", self.camera, CAMERAS)
+        self._check_turn()
         _check("background", self.background, tuple(BACKGROUNDS))
         for index, body in enumerate(self.bodies):
             if body.partner is not None and (body.partner == index or not 0 <= body.partner < len(self.bodies)):
                 raise UserError(
                     f"Body {index} has partner {body.partner}, but the bodies are 0..{len(self.bodies) - 1}."
                 )
+
+    def _check_turn(self) -> None:
+        if self.camera_turn is None and self.camera_start:
+            raise UserError(f"camera_start={self.camera_start} without camera_turn: give both or neither.")
+        if self.camera_turn is None:
+            return
+        if (
+            not (isinstance(self.camera_turn, int) and isinstance(self.camera_start, int))
+            or min(self.camera_turn - 1, self.camera_start) < 0
+        ):
+            raise UserError(
+                f"camera_turn={self.camera_turn}, camera_start={self.camera_start}: whole frames, from 1 and 0 on."
+            )
+        if self.camera in ("static", "dolly return"):
+            raise UserError(
+                f"Camera {self.camera!r} with camera_turn={self.camera_turn}: it goes with pan, orbit, dolly in and"
+                " dolly out."
+            )
 
     @property
     def held_out(self) -> bool:
