@@ -26,6 +26,7 @@ METHODS = {
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
     "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
     "world_judge": "postgen.judges.world_judge:WorldJudgeTrainer",
+    "worldweaver": "postgen.worldweaver.trainer:WorldWeaverTrainer",
 }
 """Method name -> `package.module:Class` of its trainer."""
 

@@ -1,0 +1,244 @@
+"""Method `worldweaver`: a trained video model learns depth, noise levels of its own for every frame, and memory.
+
+Flow matching on windows (`postgen.worldweaver.windows`) of clips that are encoded before the first step. WorldWeaver
+(arXiv:2508.15720) publishes neither code nor settings: the recipe is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from postgen.errors import UserError
+from postgen.families import Denoiser
+from postgen.sampling.schedule import chosen_schedule
+from postgen.sampling.seeds import seed_of
+from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.training.logging import say
+from postgen.training.lora import add_adapters
+from postgen.training.policy import frozen, load_model, park_text_encoders
+from postgen.training.updates import decay_groups
+
+from .adapter import EMBEDDER, save_adapter
+from .clips import ClipBatch, ClipPool, video_pool
+from .embedding import LevelEmbedder
+from .model import WorldWeaverModel
+from .texts import Texts
+from .train_config import WorldWeaverConfig
+from .widen import Widened, transformer_of, widen_transformer, widened
+from .window_loss import WindowLoss
+from .windows import Layout, Window, Windows
+from .world_clips import world_pool
+
+_MODEL = "worldweaver"
+
+
+class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
+    """Fine-tuning of a text-to-video model to windows of several modalities with memory.
+
+    Args:
+        args: the configuration.
+        model: pipeline, folder or hub id of the base; None is `args.model`, and the embedded model without it.
+        callbacks: `transformers.TrainerCallback`s.
+
+    Raises:
+        UserError: a model that cannot be widened or is no flow, clips that are too short, no depth for them.
+    """
+
+    config_class: ClassVar[type[TrainingConfig]] = WorldWeaverConfig
+
+    def __init__(self, args: WorldWeaverConfig, model: Any = None, **words: Any) -> None:
+        super().__init__(args, **words)
+        self.source = args.model if model is None else model
+        self._micro = 0
+
+    # Set-up.
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """Load the base and widen it, render or read the clips, encode clips and texts."""
+        args = self.args
+        self.pipe, _ = load_model(self.source, args, self.device)
+        self.denoiser: Denoiser = frozen(self.pipe, args)
+        self._check_model()
+        loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
+        self._read_clips(loss.model)
+        shape = self.denoiser.latent_shape(args.num_frames, args.height, args.width)
+        cpu = torch.device("cpu")
+        schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
+        self.windows = Windows(args, schedule, self.pool.texts.shape[1])
+        return {_MODEL: loss}
+
+    def _check_model(self) -> None:
+        if self.denoiser.prediction_type != "flow":
+            raise UserError(
+                f"{type(self.pipe).__name__} predicts {self.denoiser.prediction_type}: method worldweaver trains"
+                " models of flows (Wan, LTX, SkyReels-V2, HunyuanVideo)"
+            )
+        weights = transformer_of(self.pipe).parameters()
+        kinds = {parameter.dtype for parameter in weights} & {torch.float16, torch.bfloat16}
+        if self.sharded:
+            raise UserError("method worldweaver trains whole weights in each process: leave fully_shard and FSDP out")
+        if kinds and not self.args.bf16:
+            raise UserError(
+                f"the model's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
+                " or dtype: float32"
+            )
+
+    def _widened(self) -> LevelEmbedder:
+        """Give the transformer its new channels and adapters; return its level embedder."""
+        args, model = self.args, transformer_of(self.pipe)
+        if args.aux:
+            widen_transformer(self.pipe, tuple(args.modalities[1:]))
+        wide: Widened = widened(self.pipe, args.modalities)
+        add_adapters(self.pipe, self.denoiser, args)
+        if not args.use_peft:
+            model.requires_grad_(True).float()
+        for name in (wide.widths.first, wide.widths.last):
+            model.get_submodule(name).requires_grad_(True).float()
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
+        return LevelEmbedder.for_transformer(self.pipe).requires_grad_(True)
+
+    def _read_clips(self, model: WorldWeaverModel) -> None:
+        args = self.args
+        self.texts = Texts(self.denoiser, self.device)
+        wrong = args.corrupt_share > 0 and sum(args.history_sizes) > 0
+        self.eval_pool: ClipPool | None = None
+        if args.train_dataset is None:
+            rank = self.accelerator.process_index
+            self.pool = world_pool(args, model, self.texts, part=rank, wrong=wrong)
+            if args.eval_clips:
+                self.eval_pool = world_pool(args, model, self.texts, evaluation=True, wrong=False)
+        else:
+            self.pool = video_pool(args, args.train_dataset, "train_dataset", model, self.texts, wrong=wrong)
+            if args.eval_dataset:
+                self.eval_pool = video_pool(args, args.eval_dataset, "eval_dataset", model, self.texts, wrong=False)
+        park_text_encoders(self.pipe)
+        if self.accelerator.is_main_process:
+            said = " + ".join(model.modalities)
+            say(
+                f"{len(self.pool)} clips of {self.pool.texts.shape[1]} latent frames ({said}), {len(self.texts)} texts"
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what is new and what is adapted, each with its rate."""
+        args, new, rest = self.args, [], []
+        for name, parameter in self.trained().items():
+            (new if name.removeprefix(f"{_MODEL}.").startswith(self._new) else rest).append(parameter)
+        groups = decay_groups(rest, lr=args.learning_rate)
+        return groups + decay_groups(new, lr=args.learning_rate_new or args.learning_rate)
+
+    # Steps.
+
+    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Cut a window out of some clips and compare what the network says of it.
+
+        All processes have the same layout, so that none waits for another. Metrics: `<modality>_loss`.
+        """
+        args, micro = self.args, self._micro
+        self._micro += 1
+        chance = torch.Generator().manual_seed(seed_of(args.seed, "window", micro))
+        layout = self.windows.layout(chance)
+        own = self.progress() >= args.own_from and float(torch.rand((), generator=chance)) < args.own_share
+        rank = self.accelerator.process_index
+        rows = torch.Generator().manual_seed(seed_of(args.seed, "window", micro, 1 + rank))
+        batch = self._batch(self.pool, layout, rows, args.per_device_train_batch_size)
+        if own:
+            self._remember_own(layout, batch, rows)
+        window = self.windows.draw(layout, batch.latents, rows, corrupted=batch.wrong, poses=batch.poses)
+        return self._compare(self.models[_MODEL], window, batch.texts, self.generator)
+
+    def _compare(
+        self, network: nn.Module, window: Window, texts: list[int], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        noise = torch.randn(window.clean.shape, generator=generator, device=self.device)
+        z, target = window.noised(noise), window.target(noise)
+        loss, terms = network(z, window.levels, self.texts.of(texts), target, window.counted)
+        return loss, terms
+
+    def _batch(self, pool: ClipPool, layout: Layout, rows: torch.Generator, count: int) -> ClipBatch:
+        """Draw some clips, and what is said of them."""
+        clips = torch.randint(len(pool), (count,), generator=rows)
+        draw = torch.rand(count, 2, generator=rows)
+        later = (draw[:, 0] >= self.args.start_caption).long() * layout.start
+        texts = pool.texts[clips, later]
+        texts = torch.where(draw[:, 1] < self.args.caption_dropout, 0, texts)
+        return ClipBatch(
+            latents=pool.joint(clips, self.device),
+            wrong=pool.wrong(clips, self.device),
+            poses=None if pool.poses is None else pool.poses[clips],
+            texts=texts.tolist(),
+        )
+
+    @torch.no_grad()
+    def _remember_own(self, layout: Layout, batch: ClipBatch, rows: torch.Generator) -> None:
+        """Put what the model makes of the group before the window in its place: one shift of a rollout.
+
+        Nothing changes where there is no such group, or where memory was given, as in windows that fill.
+        """
+        args, windows = self.args, self.windows
+        size, start = args.causal_block_size, layout.start - args.causal_block_size
+        if start < 0 or layout.ages[0] != args.groups - 1 or not sum(args.history_sizes):
+            return
+        before = Layout(ages=layout.ages, start=start)
+        level = torch.rand(len(batch.latents), generator=rows) * args.mem_noise_max
+        steps = windows.segments.length
+        network, z, told = self.unaveraged(_MODEL), None, self.texts.of(batch.texts)
+        for step in range(steps):
+            window, after = (
+                windows.at(before, batch.latents, place / steps, level, batch.poses) for place in (step, step + 1)
+            )
+            if z is None:
+                noise = torch.randn(window.clean.shape, generator=self.generator, device=self.device)
+                z = window.noised(noise)
+            velocity, _ = network(z, window.levels, told)
+            change = (after.levels.sigma - window.levels.sigma)[:, None, :, :1, None]
+            # Memory has the same level before and after, so it stays.
+            z = z + change * velocity
+        assert z is not None
+        memory = z.shape[2] - len(layout.ages) * size
+        own = z[:, :, memory : memory + size].to(batch.latents.dtype)
+        batch.put(own, start)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the mean loss and its terms on held-out clips, at windows that are the same each time."""
+        if self.eval_pool is None:
+            return {}
+        args, found = self.args, []
+        count = min(args.per_device_train_batch_size, len(self.eval_pool))
+        for number in range(-(-len(self.eval_pool) // count)):
+            rows = torch.Generator().manual_seed(seed_of(args.seed, "eval", number))
+            batch = self._batch(self.eval_pool, layout := self.windows.layout(rows), rows, count)
+            window = self.windows.draw(layout, batch.latents, rows, poses=batch.poses)
+            noise = torch.Generator(self.device).manual_seed(seed_of(args.seed, "eval", number, 1))
+            loss, terms = self._compare(self.unaveraged(_MODEL), window, batch.texts, noise)
+            found.append({"loss": loss, **terms})
+        return {name: float(torch.stack([torch.as_tensor(row[name]) for row in found]).mean()) for name in found[0]}
+
+    # What is kept.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many micro-batches were taken."""
+        return {"micro": self._micro}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._micro = int(state["micro"])
+
+    def export(self, folder: Path, weights: Weights) -> None:
+        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads."""
+        own = weights[_MODEL]
+        parts = {
+            name: {key.removeprefix(f"{name}."): value for key, value in own.items() if key.startswith(f"{name}.")}
+            for name in ("transformer", EMBEDDER)
+        }
+        args = self.args
+        settings = {**args.rollout_settings(), **{name: getattr(args, name) for name in ("height", "width")}}
+        loss: Any = self.unwrap(_MODEL)
+        dtype = getattr(torch, args.export_dtype)
+        save_adapter(self.pipe, folder, loss.level_embedder, weights=parts, settings=settings, dtype=dtype)

@@ -1,0 +1,78 @@
+"""The loss of windows: flow matching on the frames that are made, each modality with its weight; none on memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from postgen.families import Condition, Denoiser
+
+from .embedding import LevelEmbedder
+from .levels import MODALITIES, FrameLevels
+from .model import WorldWeaverModel
+
+
+def window_loss(
+    prediction: Tensor, target: Tensor, counted: Tensor, weights: Sequence[float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return sum_m lambda_m mean |v_m - v*_m|^2, and the means; a modality of which nothing counts adds 0.
+
+    Args:
+        prediction: (B, M * C, T, h, w); of the T frames the last P are read.
+        target: (B, M * C, P, h, w).
+        counted: (B, P, M) bool.
+        weights: lambda, at least M.
+    """
+    modalities, frames = counted.shape[2], target.shape[2]
+    difference = prediction[:, :, -frames:].float() - target
+    error = difference.square().unflatten(1, (modalities, -1)).mean((2, 4, 5))  # (B, M, P)
+    counts = counted.movedim(2, 1)
+    means = torch.where(counts, error, 0).sum((0, 2)) / counts.sum((0, 2)).clamp_min(1)
+    loss = (means * means.new_tensor(weights[:modalities])).sum()
+    return loss, {f"{name}_loss": mean.detach() for name, mean in zip(MODALITIES, means, strict=False)}
+
+
+class WindowLoss(nn.Module):
+    """A widened transformer with its level embedder; `forward` is one call of the network.
+
+    Args:
+        denoiser: of a pipeline with one transformer.
+        embedder: of its noise levels.
+        weights: of RGB, depth and flow.
+    """
+
+    def __init__(self, denoiser: Denoiser, embedder: LevelEmbedder, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.weights = list(weights)
+        # Not a module: its parts are registered below, under the names that an adapter has.
+        self._model = {"model": WorldWeaverModel(denoiser, embedder, mean_level=not denoiser.per_frame)}
+        self.transformer: nn.Module = self._model["model"].transformer
+        self.level_embedder = embedder
+
+    @property
+    def model(self) -> WorldWeaverModel:
+        """What rollouts call."""
+        return self._model["model"]
+
+    def forward(
+        self,
+        z: Tensor,
+        levels: FrameLevels,
+        condition: Condition,
+        target: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its terms; the prediction and nothing where there is no target.
+
+        Args:
+            z: (B, M * C, T, h, w) noisy latents.
+            levels: of the T frames.
+            condition: of the B rows.
+            target, counted: as for `window_loss`.
+        """
+        prediction = self.model.predict(z, levels, condition)
+        if target is None or counted is None:
+            return prediction, {}
+        return window_loss(prediction, target, counted, self.weights)

@@ -1,0 +1,164 @@
+"""Long scenes of the world, rendered with exact depth, flow and cameras, and encoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from postgen import world
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.reconstruct.records import digest, weights_digest
+from postgen.tensor_files import read_tensors
+from postgen.world.camera import camera_path
+from postgen.world.physics import Motion, Simulation
+from postgen.world.scenes import FIRST_TRAINING_SEED
+
+from .clips import CORRUPTED, ClipPool, ClipsConfig, encoded, in_parts
+from .model import WorldWeaverModel
+from .texts import Texts
+
+_CHUNK = 64
+"""Scenes that a process draws at a time."""
+_RENDERED = {"cpu": 2, "cuda": 32}
+"""Clips that are rendered and encoded together."""
+
+
+def world_pool(
+    config: ClipsConfig,
+    model: WorldWeaverModel,
+    texts: Texts,
+    *,
+    part: int = 0,
+    evaluation: bool = False,
+    wrong: bool,
+) -> ClipPool:
+    """Render and encode scenes; their latents are kept on the model's device.
+
+    Args:
+        config: how many, how long, how large.
+        model: encodes them, and says which modalities there are.
+        texts: get the captions.
+        part: number of the process: each has scenes of its own.
+        evaluation: `config.eval_clips` scenes that are never trained on.
+        wrong: whether corrupted ones are wanted.
+    """
+    count = config.eval_clips if evaluation else config.pool_clips
+    first = 0 if evaluation else FIRST_TRAINING_SEED + part * count
+    specs = long_specs(range(first, first + count), config.num_frames)
+    names = [*model.modalities, *([CORRUPTED] if wrong else [])]
+    places = _places(config, model, range(first, first + count), names)
+    found = {name: _read(place) for name, place in places.items() if place.is_file()}
+    if missing := [name for name in names if name not in found]:
+        found |= _rendered(specs, config, model, missing)
+        for name in missing if places else ():
+            _write(places[name], found[name])
+    device = model.transformer.device
+    latents = {name: found[name].to(device) for name in names}
+    frames = latents["rgb"].shape[2]
+    return ClipPool(
+        latents={name: latents[name] for name in model.modalities},
+        corrupted=latents.get(CORRUPTED),
+        poses=_poses(specs, config.num_frames, frames),
+        texts=_texts(specs, config.num_frames, frames, texts),
+    )
+
+
+def long_specs(seeds: range, num_frames: int) -> list[world.Spec]:
+    """Draw `world.sample_long` scenes of these seeds; large numbers by several processes."""
+    parts = [seeds[each] for each in in_parts(len(seeds), _CHUNK)]
+    draw = partial(_specs, num_frames=num_frames)
+    # torchrun's processes draw at the same time and share the cores.
+    workers = min(len(parts), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if workers < 4:
+        return [spec for each in parts for spec in draw(each)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        return [spec for each in executor.map(draw, parts) for spec in each]
+
+
+def _specs(seeds: range, num_frames: int) -> list[world.Spec]:
+    return [world.sample_long(seed, num_frames=num_frames) for seed in seeds]
+
+
+def latent_ends(num_frames: int, latents: int) -> list[int]:
+    """Return the last pixel frame of each latent: of the first it is frame 0, of the others every k-th."""
+    step = (num_frames - 1) // max(1, latents - 1)
+    return [step * place for place in range(latents)]
+
+
+def _rendered(
+    specs: Sequence[world.Spec], config: ClipsConfig, model: WorldWeaverModel, names: Sequence[str]
+) -> dict[str, Tensor]:
+    device = model.transformer.device
+    # All scenes at once: the physics of one takes as many calls as that of thousands.
+    motion = Simulation(specs, "cpu").run(config.num_frames)
+    geometry, noise = "depth" in names or "flow" in names, torch.Generator().manual_seed(0)
+    parts: list[dict[str, Tensor]] = []
+    spans = list(in_parts(len(specs), _RENDERED.get(device.type, 2)))
+    for span in tqdm(spans, desc=f"rendering and encoding {len(specs)} scenes", disable=len(spans) < 4, leave=False):
+        frames = world.render(
+            specs[span],
+            num_frames=config.num_frames,
+            size=config.height,
+            geometry=geometry,
+            device=device,
+            motion=_moved(motion, span, device),
+        )
+        disparity = frames.disparity_BFHW if geometry else None
+        parts.append(encoded(model, names, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise))
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def _moved(motion: Motion, span: slice, device: torch.device) -> Motion:
+    each = (motion.positions_BFK3, motion.rotations_BFK33, motion.contact_BFK)
+    return Motion(*(tensor[span].to(device) for tensor in each))
+
+
+def _poses(specs: Sequence[world.Spec], num_frames: int, latents: int) -> Tensor:
+    rows = []
+    for spec in specs:
+        position, rotation = camera_path(spec, 0, num_frames)
+        pose = torch.cat([rotation, position[..., None]], -1)
+        rows.append(pose[latent_ends(num_frames, latents)])
+    return torch.stack(rows)
+
+
+def _texts(specs: Sequence[world.Spec], num_frames: int, latents: int, texts: Texts) -> Tensor:
+    """Say each scene in one wording throughout, from each latent frame on."""
+    # What a latent shows begins with the frame behind the end of the one before.
+    firsts = [0, *(end + 1 for end in latent_ends(num_frames, latents)[:-1])]
+    told = [[world.caption_at(spec, frame, number) for frame in firsts] for number, spec in enumerate(specs)]
+    texts.add(text for line in told for text in line)
+    return torch.tensor([[texts.numbers[text] for text in line] for line in told])
+
+
+def _places(config: ClipsConfig, model: WorldWeaverModel, seeds: range, names: Sequence[str]) -> dict[str, Path]:
+    """Say where the latents of scenes are kept; nowhere without a folder."""
+    if config.pool_dir is None:
+        return {}
+    pipe: Any = getattr(model.denoiser, "pipe", None)
+    said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
+    folder = Path(config.pool_dir).expanduser()
+    return {name: folder / f"{name}-{digest([*said, name])}.safetensors" for name in names}
+
+
+def _read(place: Path) -> Tensor:
+    tensors = read_tensors(place, f"pool_dir: {place} cannot be read")
+    if "latents" not in tensors:
+        raise UserError(f"pool_dir: {place} holds no latents: remove it")
+    return tensors["latents"]
+
+
+def _write(place: Path, latents: Tensor) -> None:
+    with replacing(place) as part:
+        save_file({"latents": latents.cpu().contiguous()}, part)
