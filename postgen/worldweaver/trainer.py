@@ -102,7 +102,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
-        return LevelEmbedder.for_transformer(self.pipe).requires_grad_(True)
+        return LevelEmbedder.for_transformer(self.pipe)
 
     def _read_clips(self, model: WorldWeaverModel) -> None:
         args = self.args
@@ -127,7 +127,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what is new and what is adapted, each with its rate."""
-        args, new, rest = self.args, [], []
+        args = self.args
+        new: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.trained().items():
             (new if name.removeprefix(f"{_MODEL}.").startswith(self._new) else rest).append(parameter)
         groups = decay_groups(rest, lr=args.learning_rate)

@@ -152,8 +152,15 @@ class WindowConfig(Part):
     def bank(self) -> MemoryBank:
         """Return the empty memory of a rollout."""
         long, short = self.history_sizes
-        noises = {"mem_noise": self.mem_noise, "flow_noise": self.flow_noise}
-        return MemoryBank(long, short, self.sink, policy=self.memory_policy, modalities=len(self.modalities), **noises)
+        return MemoryBank(
+            long,
+            short,
+            self.sink,
+            policy=self.memory_policy,
+            mem_noise=self.mem_noise,
+            flow_noise=self.flow_noise,
+            modalities=len(self.modalities),
+        )
 
     def rollout_settings(self) -> dict[str, object]:
         """Return what whoever uses the adapter must know: the settings that training took for granted."""

@@ -1,0 +1,312 @@
+"""Method `worldweaver`: what is trained, exact resume, the adapter that comes out, clips of the world and of users."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families import denoiser_for
+from postgen.training import load_recipe
+from postgen.video import write_video
+from postgen.worldweaver.adapter import load_adapter
+from postgen.worldweaver.clips import video_pool
+from postgen.worldweaver.corruption import blurred, corrupted
+from postgen.worldweaver.depth import DisparityRange
+from postgen.worldweaver.levels import FrameLevels, Role
+from postgen.worldweaver.model import WorldWeaverModel
+from postgen.worldweaver.self_depth import SelfDepth
+from postgen.worldweaver.texts import Texts
+from postgen.worldweaver.train_config import WorldWeaverConfig
+from postgen.worldweaver.windows import Layout
+from tests.families.test_frame_levels import MAKERS
+from tests.families.tiny_pipelines import tiny_pipeline
+from tests.worldweaver.training import log_of, settings, trained
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def state_of(run: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.unwrap("worldweaver").state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_gradients_reach_what_is_new_and_the_lora_only(tmp_path: Path) -> None:
+    run = trained(tmp_path, max_steps=3, learning_rate_new=3e-2)
+    new, rest = {}, {}
+    for name, parameter in run.trained().items():
+        (rest if "lora_" in name else new)[name.removeprefix("worldweaver.")] = parameter
+    assert new.keys() == {
+        *(f"transformer.{layer}.{kind}" for layer in ("patch_embedding", "proj_out") for kind in ("weight", "bias")),
+        *(f"level_embedder.{layer}.{kind}" for layer in ("inner", "outer") for kind in ("weight", "bias")),
+    }
+    assert len(rest) == 2 * 2 * 4 * 2  # blocks, attentions, layers, sides
+    stock = MAKERS["Wan"]().transformer.state_dict()
+    wide = run.unwrap("worldweaver").transformer.state_dict()
+    kept = {name.replace(".base_layer.", "."): value for name, value in wide.items() if "lora_" not in name}
+    changed = {name for name, value in kept.items() if stock[name].shape != value.shape or (stock[name] != value).any()}
+    assert changed == {f"{layer}.{kind}" for layer in ("patch_embedding", "proj_out") for kind in ("weight", "bias")}
+    # Columns of depth were 0, and its rows a copy of those of RGB.
+    assert wide["patch_embedding.weight"][:, 4:].abs().min() > 0
+    rows = wide["proj_out.weight"].unflatten(0, (4, 8))
+    assert not torch.equal(rows[:, 4:], rows[:, :4])
+    assert all(float(parameter.abs().max()) > 0 for parameter in run.trained().values())
+    rates = {id(parameter): group["lr"] for group in run.parameter_groups() for parameter in group["params"]}
+    assert {rates[id(parameter)] for parameter in new.values()} == {3e-2}
+    assert {rates[id(parameter)] for parameter in rest.values()} == {1e-2}
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    """With everything that is drawn, the model's own memory and the average: 4 steps are 2 and 2."""
+    values = {"ema_decay": 0.9, "max_steps": 4, "save_steps": 2, "save_total_limit": None, "own_from": 0.2}
+    values |= {"own_share": 1.0, "gradient_accumulation_steps": 2, "eval_clips": 2, "eval_steps": 2}
+    run = trained(tmp_path / "a", **values)
+    again = trained(tmp_path / "b", **values, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert same(state_of(run), state_of(again))
+    files = ("worldweaver.safetensors", "pytorch_lora_weights.safetensors")
+    assert all(
+        (tmp_path / "a" / "export" / name).read_bytes() == (tmp_path / "b" / "export" / name).read_bytes()
+        for name in files
+    )
+    rows = [{key: row[key] for key in row if "loss" in key} for row in log_of(tmp_path / "a")]
+    later = [{key: row[key] for key in row if "loss" in key} for row in log_of(tmp_path / "b")]
+    assert rows[-len(later) :] == later
+    assert any("eval_depth_loss" in row for row in later)
+
+
+@pytest.mark.parametrize("name", ["Wan", "LTX"])
+def test_the_adapter_is_the_trained_model(name: str, tmp_path: Path) -> None:
+    """Loaded into its base it says what the trained one says, bit by bit."""
+    clips = {"num_frames": 33, "height": 32, "width": 32} if name == "LTX" else {}
+    window = {"groups": 2, "num_inference_steps": 4, "history_sizes": [1, 1]} if name == "LTX" else {}
+    run = trained(tmp_path, name, **clips, **window)
+    pipe = MAKERS[name]()
+    loaded = load_adapter(pipe, tmp_path / "export")
+    model = WorldWeaverModel(denoiser_for(pipe), loaded.embedder)
+    assert loaded.settings["ar_step"] == 2
+    assert loaded.settings["history_sizes"] == run.args.history_sizes
+    z = torch.randn(1, 8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    levels = FrameLevels(sigma=torch.rand(1, 3, 2), role=torch.tensor([Role.LONG, Role.SHORT, Role.PREDICT]))
+    told = run.texts.of([1])
+    with torch.no_grad():
+        assert torch.equal(model.predict(z, levels, told), run.unwrap("worldweaver").model.predict(z, levels, told))
+
+
+def test_full_training_and_a_model_of_one_timestep(tmp_path: Path) -> None:
+    """All weights instead of adapters; HunyuanVideo, which is told the mean level."""
+    size = tiny_pipeline("HunyuanVideo")[1]
+    pipe = tiny_pipeline("HunyuanVideo")[0]
+    from postgen.worldweaver.trainer import WorldWeaverTrainer
+
+    values = {"num_frames": 17, "height": size["height"], "width": size["height"], "use_peft": False, "aux": []}
+    args = settings(tmp_path, **values, groups=2, num_inference_steps=4, history_sizes=[1, 1], max_steps=1)
+    run = WorldWeaverTrainer(args, pipe)
+    run.train()
+    assert len(run.trained()) == len(list(run.unwrap("worldweaver").parameters()))
+    assert run.unwrap("worldweaver").model.mean_level
+
+
+def test_memory_of_the_models_own(tmp_path: Path) -> None:
+    """One shift before the window: an exact network gives the clip again, and only that group changes."""
+    run = trained(tmp_path, max_steps=1)
+    batch = run._batch(run.pool, Layout(ages=(2, 1, 0), start=4), torch.Generator().manual_seed(0), 2)
+    before, wrong = batch.latents.clone(), batch.wrong.clone()
+
+    class Exact:
+        calls = 0
+
+        def __call__(self, z: Tensor, levels: FrameLevels, told: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            self.calls += 1
+            memory = int((levels.role != Role.PREDICT).sum())
+            velocity = torch.full_like(z, 1e6)  # of memory, which stays as it is
+            sigma = levels.rgb[:, None, memory:, None, None]
+            velocity[:, :, memory:] = (z[:, :, memory:] - before[:, :, 3:6].float()) / sigma
+            return velocity, {}
+
+    exact = Exact()
+    run.unaveraged = lambda name: exact  # type: ignore[assignment,method-assign,return-value]
+    batch.latents[:, :, 3] += 0  # the group that is made again
+    run._remember_own(Layout(ages=(2, 1, 0), start=4), batch, torch.Generator().manual_seed(0))
+    assert exact.calls == run.windows.segments.length
+    assert torch.allclose(batch.latents[:, :, 3].float(), before[:, :, 3].float(), atol=2e-3)
+    assert torch.equal(batch.wrong[:, :, 3], batch.latents[:, :4, 3])
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(batch.latents[:, :, others], before[:, :, others])
+    assert torch.equal(batch.wrong[:, :, others], wrong[:, :, others])
+    for layout in (Layout(ages=(1, 0), start=4), Layout(ages=(2, 1, 0), start=0)):
+        run._remember_own(layout, batch, torch.Generator().manual_seed(0))
+    assert exact.calls == run.windows.segments.length
+
+
+def test_scenes_are_encoded_once(tmp_path: Path) -> None:
+    """What is in `pool_dir` is read by the next run, and makes the same run."""
+    values = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1}
+    first = trained(tmp_path / "a", **values)
+    kept = sorted(tmp_path.joinpath("pool").iterdir())
+    assert [path.name.split("-")[0] for path in kept] == ["corrupted", "depth", "rgb"]
+    times = [path.stat().st_mtime_ns for path in kept]
+    second = trained(tmp_path / "b", **values)
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert same(state_of(first), state_of(second))
+    save_file({"other": torch.zeros(1)}, kept[0])
+    with pytest.raises(UserError, match="holds no latents: remove it"):
+        trained(tmp_path / "c", **values)
+
+
+def test_every_modality_and_the_camera(tmp_path: Path) -> None:
+    run = trained(tmp_path, aux=["depth", "flow"], memory_policy="camera", max_steps=1)
+    assert run.pool.joint(torch.tensor([0, 2]), torch.device("cpu")).shape == (2, 12, 8, 2, 2)
+    assert {"rgb_loss", "depth_loss", "flow_loss"} <= log_of(tmp_path)[-1].keys()
+    assert run.pool.poses is not None
+    assert run.pool.poses.shape == (3, 8, 3, 4)
+    texts = [text for text, number in run.texts.numbers.items() if number in run.pool.texts[0].tolist()]
+    assert all(texts)
+
+
+def test_videos_of_a_user(tmp_path: Path) -> None:
+    """Depth as tensors, as pictures, from an estimator; windows are of the right clips."""
+    made = torch.rand(2, 29, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    depth = torch.rand(29, 16, 16, generator=torch.Generator().manual_seed(1))
+    rows = []
+    for number, clip in enumerate(made):
+        write_video(clip, tmp_path / f"{number}.mkv", fps=8)
+        rows.append({"prompt": f"clip {number}", "video": str(tmp_path / f"{number}.mkv")})
+    save_file({"disparity": depth}, tmp_path / "depth.safetensors")
+    rows[0]["depth"] = str(tmp_path / "depth.safetensors")
+    write_video(depth[:, None].expand(-1, 3, -1, -1), tmp_path / "depth.mkv", fps=8)
+    rows[1]["depth"] = str(tmp_path / "depth.mkv")
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"train_dataset": str(tmp_path / "clips.jsonl"), "max_steps": 1}
+    run = trained(tmp_path / "run", **values)
+    model = run.unwrap("worldweaver").model
+    with torch.no_grad():
+        expected = model.encode(DisparityRange.of(depth[None]).picture(depth[None]))
+    assert torch.equal(run.pool.latents["depth"][:1], expected.half())
+    assert (run.pool.latents["depth"][1] - expected[0]).abs().max() < 0.1
+    assert run.pool.texts[:, 0].tolist() == [run.texts.numbers[f"clip {number}"] for number in (0, 1)]
+
+    def bright(frames: Tensor) -> Tensor:
+        return frames.mean(-1)
+
+    bare = [{key: row[key] for key in ("prompt", "video")} for row in rows]
+    pool = video_pool(run.args, bare, "rows", model, run.texts, wrong=False, depth_source=bright)
+    assert not torch.equal(pool.latents["depth"], run.pool.latents["depth"])
+    for other, said in (
+        (bare, "row 0 of rows has no depth: give a column depth, or depth_model"),
+        ([{"prompt": "x"}], "row 0 of rows: video is None, it must name"),
+        ([{**rows[0], "depth": str(tmp_path / "0.mkv")}, rows[1] | {"depth": 3}], "row 1 of rows: depth is 3"),
+    ):
+        with pytest.raises(UserError, match=said):
+            video_pool(run.args, other, "rows", model, run.texts, wrong=False)
+    with pytest.raises(UserError, match="29 frames, num_frames is 33: take longer videos"):
+        video_pool(settings(num_frames=33), rows, "rows", model, run.texts, wrong=False)
+
+
+def test_texts_are_what_the_denoiser_says() -> None:
+    denoiser = denoiser_for(MAKERS["Wan"]())
+    texts = Texts(denoiser, torch.device("cpu"))
+    texts.add(["a red ball", "a", "a red ball"])
+    assert texts.numbers == {"": 0, "a red ball": 1, "a": 2}
+    with torch.no_grad():
+        expected = denoiser.encode_prompt(["a", "", "a red ball"], guidance=False)
+    found = texts.of([2, 0, 1])
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
+    assert sum(row["prompt"].shape[0] for row in texts._encoded) < 20
+
+
+def test_corruption() -> None:
+    clips = torch.rand(8, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = corrupted(clips, torch.Generator().manual_seed(1))
+    assert made.shape == clips.shape
+    assert 0 <= made.min() <= made.max() <= 1
+    grey = torch.full((1, 2, 3, 8, 8), 0.5)
+    torch.testing.assert_close(corrupted(grey, torch.Generator()), grey)
+    edge = (torch.arange(32) >= 16).float().expand(1, 3, 32, 32)
+    soft = blurred(edge, 2.0)
+    torch.testing.assert_close(soft.mean(), edge.mean())
+    assert (soft[0, 0, 0].diff() >= 0).all()
+    assert float(soft[0, 0, 0].diff().max()) == pytest.approx(0.197, abs=0.01)
+    assert torch.equal(blurred(edge, 0.1), edge)
+
+
+def test_self_depth(tmp_path: Path) -> None:
+    """A trained model as a depth source: clean RGB, one window after the other, any length."""
+    run = trained(tmp_path, aux=["depth", "flow"], max_steps=1)
+    model = run.unwrap("worldweaver").model.__class__(run.denoiser, run.unwrap("worldweaver").level_embedder)
+    frames = torch.rand(12, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    source = SelfDepth(model, window=2, memory=1, steps=3)
+    depth = source(frames)
+    assert depth.shape == (12, 16, 16)
+    assert 0 <= depth.min() <= depth.max() <= 1
+    assert torch.equal(depth, source(frames))
+    calls: list[tuple[Tensor, FrameLevels]] = []
+    predict = model.predict
+
+    def watched(z: Tensor, levels: FrameLevels, condition: Any, guidance: float = 1.0) -> Tensor:
+        calls.append((z, levels))
+        return predict(z, levels, condition, guidance)
+
+    model.predict = watched  # type: ignore[method-assign]
+    source(frames)
+    with torch.no_grad():
+        rgb = model.encode(torch.cat([frames, frames[-1:]]).movedim(-1, 1)[None])
+    assert len(calls) == 2 * 3  # four latent frames
+    z, levels = calls[3]
+    assert torch.equal(z[:, :4], rgb[:, :, 1:4])
+    assert levels.role.tolist() == [Role.SHORT, Role.PREDICT, Role.PREDICT]
+    assert not levels.rgb.any()
+    assert levels.sigma[0, :, 1].tolist() == [0, 1, 1]
+    assert (levels.sigma[..., 2] == 1).all()
+    with pytest.raises(UserError, match="a model of rgb says nothing of depth"):
+        SelfDepth(trained(tmp_path / "rgb", aux=[], max_steps=1).unwrap("worldweaver").model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate_new": 0.0}, "learning_rate_new is 0.0, it must be above 0"),
+        ({"own_share": 2.0}, "own_share is 2.0, it must be from 0 to 1"),
+        ({"fully_shard": True}, "the adapter is written of whole weights"),
+        ({"init_from": "x"}, "an adapter is trained from its base"),
+        ({"lora_path": "x"}, "merge it into the model before it is widened"),
+        ({"eval_steps": 1}, "eval_clips is 0, it must be at least 1 to evaluate"),
+        ({"width": 32}, "width is 32, it must be height, scenes of the world are square"),
+        ({"depth_model": "x"}, "the world has exact depth"),
+        ({"train_dataset": "x", "memory_policy": "camera"}, "another one than camera"),
+        ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have none"),
+        ({"train_dataset": "x", "pool_dir": "y"}, "pool_dir is 'y', it must be left out"),
+        ({"train_dataset": "x", "eval_steps": 1}, "eval_dataset is None, it must be given to evaluate"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settings(**changes)
+
+
+def test_models_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="predicts v_prediction: method worldweaver trains models of flows"):
+        from postgen.worldweaver.trainer import WorldWeaverTrainer
+
+        WorldWeaverTrainer(settings(tmp_path), tiny_pipeline("CogVideoX")[0]).train()
+    pipe = MAKERS["Wan"]()
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"are torch\.bfloat16, and trained ones are float32: set bf16"):
+        WorldWeaverTrainer(settings(tmp_path), pipe).train()
+
+
+def test_recipes() -> None:
+    for name in ("worldweaver-tiny", "worldweaver-wan"):
+        trainer, args = load_recipe(RECIPES / f"{name}.yaml", ["--max_steps", "3"])
+        assert trainer.__name__ == "WorldWeaverTrainer"
+        assert isinstance(args, WorldWeaverConfig)
+        assert args.lora_r == 64
