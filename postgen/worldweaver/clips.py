@@ -55,8 +55,8 @@ class ClipsConfig(Part):
     height: int = 128
     """Of the clips in pixels; videos are resized."""
 
-    width: int = 128
-    """The same; scenes of the world are square."""
+    width: int | None = None
+    """The same; none is as much as the height, as scenes of the world have it."""
 
     pool_clips: int = 2048
     """Scenes that each process renders and encodes before the first step."""
@@ -76,15 +76,22 @@ class ClipsConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_frames", "height", "width", "pool_clips"):
+        for name in ("num_frames", "height", "pool_clips"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(self.width is None or self.width >= 1, "width", "at least 1")
         self.require(self.eval_clips >= 0, "eval_clips", "at least 0")
         for name in ("start_caption", "caption_dropout"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         world = self.train_dataset is None
-        self.require(not world or self.height == self.width, "width", "height, scenes of the world are square")
+        square = self.width in (None, self.height)
+        self.require(not world or square, "width", f"{self.height}, the height: scenes of the world are square")
         self.require(not world or self.depth_model is None, "depth_model", "left out: the world has exact depth")
         self.require(world or self.pool_dir is None, "pool_dir", "left out with train_dataset")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width or self.height
 
 
 @dataclass(slots=True)
@@ -249,10 +256,9 @@ def _cut(frames: Tensor, count: int, where: str) -> Tensor:
 
 
 def _sized(frames: Tensor, config: ClipsConfig) -> Tensor:
-    size = (config.height, config.width)
-    if tuple(frames.shape[-2:]) == size:
+    if tuple(frames.shape[-2:]) == config.size:
         return frames
-    return interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return interpolate(frames, config.size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def in_parts(count: int, size: int) -> Iterator[slice]:

@@ -66,7 +66,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self._check_model()
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
         self._read_clips(loss.model)
-        shape = self.denoiser.latent_shape(args.num_frames, args.height, args.width)
+        shape = self.denoiser.latent_shape(args.num_frames, *args.size)
         cpu = torch.device("cpu")
         schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
         self.windows = Windows(args, schedule, self.pool.texts.shape[1])
@@ -102,7 +102,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
-        return LevelEmbedder.for_transformer(self.pipe)
+        made: LevelEmbedder = LevelEmbedder.for_transformer(self.pipe)
+        return made
 
     def _read_clips(self, model: WorldWeaverModel) -> None:
         args = self.args
@@ -240,7 +241,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             for name in ("transformer", EMBEDDER)
         }
         args = self.args
-        settings = {**args.rollout_settings(), **{name: getattr(args, name) for name in ("height", "width")}}
+        settings = {**args.rollout_settings(), **dict(zip(("height", "width"), args.size, strict=True))}
         loss: Any = self.unwrap(_MODEL)
         dtype = getattr(torch, args.export_dtype)
         save_adapter(self.pipe, folder, loss.level_embedder, weights=parts, settings=settings, dtype=dtype)

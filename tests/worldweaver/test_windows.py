@@ -84,7 +84,8 @@ def test_drawn_windows_are_those_of_rollouts() -> None:
         assert torch.equal(level, level[..., :1].expand_as(level))
         memory = window.levels.sigma[:, ~window.levels.predicted]
         assert not memory[..., 0].any()
-        assert (layout.start == 1 or not memory.any()) and window.counted.all()
+        assert layout.start == 1 or not memory.any()
+        assert window.counted.all()
         below, above = (made.at(layout, video, phase, torch.zeros(4), None).levels.sigma for phase in (1.0, 0.0))
         assert ((window.levels.sigma >= below) & (window.levels.sigma <= above) | (memory.shape[1] == 1)).all()
         assert torch.equal(window.clean, made.at(layout, video, 0.0, torch.zeros(4), None).clean)
