@@ -83,8 +83,6 @@ class ClipsConfig(Part):
         for name in ("start_caption", "caption_dropout"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         world = self.train_dataset is None
-        square = self.width in (None, self.height)
-        self.require(not world or square, "width", f"{self.height}, the height: scenes of the world are square")
         self.require(not world or self.depth_model is None, "depth_model", "left out: the world has exact depth")
         self.require(world or self.pool_dir is None, "pool_dir", "left out with train_dataset")
 
@@ -152,6 +150,8 @@ def encoded(
     disparity: Tensor | None,
     flow: Tensor | None,
     noise: torch.Generator,
+    *,
+    bf16: bool = False,
 ) -> dict[str, Tensor]:
     """Return the float16 latents of some clips by name.
 
@@ -162,6 +162,7 @@ def encoded(
         disparity: (B, F, H, W), where depth is wanted.
         flow: (B, F - 1, 2, H, W), where flow is.
         noise: on the CPU, says how the corrupted ones are.
+        bf16: encode in bfloat16; pictures are made in float32 in any case.
     """
 
     def picture(name: str) -> Tensor:
@@ -173,7 +174,12 @@ def encoded(
             return flow_picture(flow)
         return corrupted(rgb, noise) if name == CORRUPTED else rgb
 
-    return {name: model.encode(picture(name)).to(torch.float16) for name in names}
+    found = {}
+    for name in names:
+        clip = picture(name)
+        with torch.autocast(rgb.device.type, torch.bfloat16, enabled=bf16):
+            found[name] = model.encode(clip).to(torch.float16)
+    return found
 
 
 def video_pool(
@@ -184,6 +190,7 @@ def video_pool(
     texts: Texts,
     *,
     wrong: bool,
+    bf16: bool = False,
     depth_source: DepthSource | None = None,
 ) -> ClipPool:
     """Read and encode a user's videos; they are kept on the CPU.
@@ -195,6 +202,7 @@ def video_pool(
         model: encodes them, and says which modalities there are.
         texts: get the prompts.
         wrong: whether corrupted ones are wanted.
+        bf16: encode in bfloat16.
         depth_source: instead of `config.depth_model`.
 
     Raises:
@@ -212,7 +220,7 @@ def video_pool(
         where = f"row {number} of {name}"
         rgb = _clip(row, config, where)
         disparity = _disparity(row, rgb, depth_source, where)[None] if wants else None
-        found = encoded(model, names, rgb[None], disparity, None, noise)
+        found = encoded(model, names, rgb[None], disparity, None, noise, bf16=bf16)
         made.append({key: value.cpu() for key, value in found.items()})
     texts.add(row["prompt"] for row in rows)
     latents = {name: torch.cat([one[name] for one in made]) for name in names}

@@ -110,15 +110,19 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self.texts = Texts(self.denoiser, self.device)
         wrong = args.corrupt_share > 0 and sum(args.history_sizes) > 0
         self.eval_pool: ClipPool | None = None
+        how = {"bf16": args.bf16}
         if args.train_dataset is None:
+            how["cameras"] = args.memory_policy == "camera"
             rank = self.accelerator.process_index
-            self.pool = world_pool(args, model, self.texts, part=rank, wrong=wrong)
+            self.pool = world_pool(args, model, self.texts, part=rank, wrong=wrong, **how)
             if args.eval_clips:
-                self.eval_pool = world_pool(args, model, self.texts, evaluation=True, wrong=False)
+                self.eval_pool = world_pool(args, model, self.texts, evaluation=True, wrong=False, **how)
         else:
-            self.pool = video_pool(args, args.train_dataset, "train_dataset", model, self.texts, wrong=wrong)
+            self.pool = video_pool(args, args.train_dataset, "train_dataset", model, self.texts, wrong=wrong, **how)
             if args.eval_dataset:
-                self.eval_pool = video_pool(args, args.eval_dataset, "eval_dataset", model, self.texts, wrong=False)
+                self.eval_pool = video_pool(
+                    args, args.eval_dataset, "eval_dataset", model, self.texts, wrong=False, **how
+                )
         park_text_encoders(self.pipe)
         if self.accelerator.is_main_process:
             said = " + ".join(model.modalities)

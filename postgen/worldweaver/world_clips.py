@@ -42,6 +42,8 @@ def world_pool(
     part: int = 0,
     evaluation: bool = False,
     wrong: bool,
+    cameras: bool = False,
+    bf16: bool = False,
 ) -> ClipPool:
     """Render and encode scenes; their latents are kept on the model's device.
 
@@ -52,7 +54,14 @@ def world_pool(
         part: number of the process: each has scenes of its own.
         evaluation: `config.eval_clips` scenes that are never trained on.
         wrong: whether corrupted ones are wanted.
+        cameras: whether poses are.
+        bf16: encode in bfloat16.
+
+    Raises:
+        UserError: a width that is not the height, or kept latents that cannot be read.
     """
+    if config.size[0] != config.size[1]:
+        raise UserError(f"width {config.width} with height {config.height}: scenes of the world are square")
     count = config.eval_clips if evaluation else config.pool_clips
     first = 0 if evaluation else FIRST_TRAINING_SEED + part * count
     specs = long_specs(range(first, first + count), config.num_frames)
@@ -60,7 +69,7 @@ def world_pool(
     places = _places(config, model, range(first, first + count), names)
     found = {name: _read(place) for name, place in places.items() if place.is_file()}
     if missing := [name for name in names if name not in found]:
-        found |= _rendered(specs, config, model, missing)
+        found |= _rendered(specs, config, model, missing, bf16)
         for name in missing if places else ():
             _write(places[name], found[name])
     device = model.transformer.device
@@ -69,7 +78,7 @@ def world_pool(
     return ClipPool(
         latents={name: latents[name] for name in model.modalities},
         corrupted=latents.get(CORRUPTED),
-        poses=_poses(specs, config.num_frames, frames),
+        poses=_poses(specs, config.num_frames, frames) if cameras else None,
         texts=_texts(specs, config.num_frames, frames, texts),
     )
 
@@ -97,7 +106,7 @@ def latent_ends(num_frames: int, latents: int) -> list[int]:
 
 
 def _rendered(
-    specs: Sequence[world.Spec], config: ClipsConfig, model: WorldWeaverModel, names: Sequence[str]
+    specs: Sequence[world.Spec], config: ClipsConfig, model: WorldWeaverModel, names: Sequence[str], bf16: bool
 ) -> dict[str, Tensor]:
     device = model.transformer.device
     # All scenes at once: the physics of one takes as many calls as that of thousands.
@@ -115,7 +124,7 @@ def _rendered(
             motion=_moved(motion, span, device),
         )
         disparity = frames.disparity_BFHW if geometry else None
-        parts.append(encoded(model, names, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise))
+        parts.append(encoded(model, names, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise, bf16=bf16))
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 

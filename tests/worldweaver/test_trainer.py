@@ -278,7 +278,6 @@ def test_self_depth(tmp_path: Path) -> None:
         ({"init_from": "x"}, "an adapter is trained from its base"),
         ({"lora_path": "x"}, "merge it into the model before it is widened"),
         ({"eval_steps": 1}, "eval_clips is 0, it must be at least 1 to evaluate"),
-        ({"width": 32}, "width is 32, it must be 16, the height: scenes of the world are square"),
         ({"depth_model": "x"}, "the world has exact depth"),
         ({"train_dataset": "x", "memory_policy": "camera"}, "another one than camera"),
         ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have none"),
@@ -294,6 +293,9 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
 def test_models_that_are_refused(tmp_path: Path) -> None:
     run = WorldWeaverTrainer(settings(tmp_path), tiny_pipeline("CogVideoX")[0])
     with pytest.raises(UserError, match="predicts v_prediction: method worldweaver trains models of flows"):
+        run.train()
+    run = WorldWeaverTrainer(settings(tmp_path, width=32), MAKERS["Wan"]())
+    with pytest.raises(UserError, match="width 32 with height 16: scenes of the world are square"):
         run.train()
     pipe = MAKERS["Wan"]()
     pipe.transformer.to(torch.bfloat16)
