@@ -95,6 +95,13 @@ def test_lit_training(ran: tuple[dict[str, Any], str]) -> None:
     assert hasattr(names["pipe"].transformer.blocks[3].attn1, "postgen_lit")
 
 
+@pytest.mark.parametrize("ran", ["worldweaver_training.md"], indirect=True)
+def test_worldweaver_training(ran: tuple[dict[str, Any], str]) -> None:
+    names, _ = ran
+    assert names["loaded"].settings["ar_step"] == 2
+    assert names["disparity"].shape == (17, 32, 32)
+
+
 @pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
 def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
     """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""

@@ -6,7 +6,9 @@ Flow matching on windows (`postgen.worldweaver.windows`) of clips that are encod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families import Denoiser
+from postgen.families.exports import write_note
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, Weights
@@ -29,7 +32,7 @@ from .embedding import LevelEmbedder
 from .model import WorldWeaverModel
 from .texts import Texts
 from .train_config import WorldWeaverConfig
-from .widen import Widened, transformer_of, widen_transformer, widened
+from .widen import Widened, narrow_transformer, transformer_of, widen_transformer, widened
 from .window_loss import WindowLoss
 from .windows import Layout, Window, Windows
 from .world_clips import world_pool
@@ -54,6 +57,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     def __init__(self, args: WorldWeaverConfig, model: Any = None, **words: Any) -> None:
         super().__init__(args, **words)
         self.source = args.model if model is None else model
+        self.eval_pool: ClipPool | None = None
         self._micro = 0
 
     # Set-up.
@@ -109,20 +113,16 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         args = self.args
         self.texts = Texts(self.denoiser, self.device)
         wrong = args.corrupt_share > 0 and sum(args.history_sizes) > 0
-        self.eval_pool: ClipPool | None = None
-        how = {"bf16": args.bf16}
         if args.train_dataset is None:
-            how["cameras"] = args.memory_policy == "camera"
-            rank = self.accelerator.process_index
-            self.pool = world_pool(args, model, self.texts, part=rank, wrong=wrong, **how)
-            if args.eval_clips:
-                self.eval_pool = world_pool(args, model, self.texts, evaluation=True, wrong=False, **how)
+            scenes = partial(
+                world_pool, args, model, self.texts, cameras=args.memory_policy == "camera", bf16=args.bf16
+            )
+            self.pool = scenes(part=self.accelerator.process_index, wrong=wrong)
+            self.eval_pool = scenes(evaluation=True, wrong=False) if args.eval_clips else None
         else:
-            self.pool = video_pool(args, args.train_dataset, "train_dataset", model, self.texts, wrong=wrong, **how)
-            if args.eval_dataset:
-                self.eval_pool = video_pool(
-                    args, args.eval_dataset, "eval_dataset", model, self.texts, wrong=False, **how
-                )
+            videos = partial(video_pool, args, model=model, texts=self.texts, bf16=args.bf16)
+            self.pool = videos(args.train_dataset, "train_dataset", wrong=wrong)
+            self.eval_pool = videos(args.eval_dataset, "eval_dataset", wrong=False) if args.eval_dataset else None
         park_text_encoders(self.pipe)
         if self.accelerator.is_main_process:
             said = " + ".join(model.modalities)
@@ -238,7 +238,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads."""
+        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads, and its base where that was trained."""
         own = weights[_MODEL]
         parts = {
             name: {key.removeprefix(f"{name}."): value for key, value in own.items() if key.startswith(f"{name}.")}
@@ -248,4 +248,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         settings = {**args.rollout_settings(), **dict(zip(("height", "width"), args.size, strict=True))}
         loss: Any = self.unwrap(_MODEL)
         dtype = getattr(torch, args.export_dtype)
+        base = None if args.use_peft else narrow_transformer(copy.deepcopy(transformer_of(self.pipe)))
         save_adapter(self.pipe, folder, loss.level_embedder, weights=parts, settings=settings, dtype=dtype)
+        if base is not None:
+            base.to(dtype).save_pretrained(folder / "transformer")
+            write_note(folder, self.pipe, ["transformer"])

@@ -42,6 +42,16 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+def says(model: WorldWeaverModel, run: WorldWeaverTrainer) -> Tensor:
+    """What a model says of some window."""
+    source = torch.Generator().manual_seed(1)
+    z = torch.randn(1, 4 * len(model.modalities), 3, 4, 4, generator=source)
+    sigma = torch.rand(1, 3, len(model.modalities), generator=source)
+    levels = FrameLevels(sigma=sigma, role=torch.tensor([Role.LONG, Role.SHORT, Role.PREDICT]))
+    with torch.no_grad():
+        return model.predict(z, levels, run.texts.of([1]))
+
+
 def test_gradients_reach_what_is_new_and_the_lora_only(tmp_path: Path) -> None:
     run = trained(tmp_path, max_steps=3, learning_rate_new=3e-2)
     new, rest = {}, {}
@@ -95,23 +105,30 @@ def test_the_adapter_is_the_trained_model(name: str, tmp_path: Path) -> None:
     model = WorldWeaverModel(denoiser_for(pipe), loaded.embedder)
     assert loaded.settings["ar_step"] == 2
     assert loaded.settings["history_sizes"] == run.args.history_sizes
-    z = torch.randn(1, 8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    levels = FrameLevels(sigma=torch.rand(1, 3, 2), role=torch.tensor([Role.LONG, Role.SHORT, Role.PREDICT]))
-    told = run.texts.of([1])
-    with torch.no_grad():
-        assert torch.equal(model.predict(z, levels, told), run.unwrap("worldweaver").model.predict(z, levels, told))
+    assert torch.equal(says(model, run), says(run.unwrap("worldweaver").model, run))
 
 
-def test_full_training_and_a_model_of_one_timestep(tmp_path: Path) -> None:
-    """All weights instead of adapters; HunyuanVideo, which is told the mean level."""
-    size = tiny_pipeline("HunyuanVideo")[1]
-    pipe = tiny_pipeline("HunyuanVideo")[0]
-    values = {"num_frames": 17, "height": size["height"], "width": size["height"], "use_peft": False, "aux": []}
-    args = settings(tmp_path, **values, groups=2, num_inference_steps=4, history_sizes=[1, 1], max_steps=1)
-    run = WorldWeaverTrainer(args, pipe)
-    run.train()
+def test_all_weights(tmp_path: Path) -> None:
+    """Without adapters the base is written beside the adapter, which is put into it."""
+    run = trained(tmp_path, use_peft=False, max_steps=1, ema_decay=0.9)
     assert len(run.trained()) == len(list(run.unwrap("worldweaver").parameters()))
+    pipe = MAKERS["Wan"]()
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "export" / "transformer")
+    with pytest.raises(UserError, match="was trained on another model"):
+        load_adapter(MAKERS["Wan"](), tmp_path / "export")
+    loaded = load_adapter(pipe, tmp_path / "export")
+    with run.for_inference():
+        expected = says(run.unwrap("worldweaver").model, run)
+    assert torch.equal(says(WorldWeaverModel(denoiser_for(pipe), loaded.embedder), run), expected)
+
+
+def test_a_model_of_one_timestep_without_depth(tmp_path: Path) -> None:
+    pipe, size = tiny_pipeline("HunyuanVideo")
+    values = {"num_frames": 17, "height": size["height"], "aux": [], "groups": 2, "num_inference_steps": 4}
+    run = WorldWeaverTrainer(settings(tmp_path, **values, history_sizes=[1, 1], max_steps=1), pipe)
+    run.train()
     assert run.unwrap("worldweaver").model.mean_level
+    assert "depth_loss" not in log_of(tmp_path)[-1]
 
 
 def test_memory_of_the_models_own(tmp_path: Path) -> None:
