@@ -65,7 +65,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """Load the base and widen it, render or read the clips, encode clips and texts."""
         args = self.args
-        self.pipe, _ = load_model(self.source, args, self.device)
+        self.pipe, defaults = load_model(self.source, args, self.device)
+        self.guidance = None if defaults is None else defaults.guidance_scale
         self.denoiser: Denoiser = frozen(self.pipe, args)
         self._check_model()
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
@@ -238,14 +239,18 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads, and its base where that was trained."""
+        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads; of all weights the base too."""
         own = weights[_MODEL]
         parts = {
             name: {key.removeprefix(f"{name}."): value for key, value in own.items() if key.startswith(f"{name}.")}
             for name in ("transformer", EMBEDDER)
         }
         args = self.args
-        settings = {**args.rollout_settings(), **dict(zip(("height", "width"), args.size, strict=True))}
+        own_shift = self.pipe.scheduler.config.get("flow_shift", self.pipe.scheduler.config.get("shift"))
+        settings = {**args.rollout_settings(), "flow_shift": own_shift}
+        settings |= dict(zip(("height", "width"), args.size, strict=True))
+        if self.guidance is not None:
+            settings["guidance_scale"] = self.guidance
         loss: Any = self.unwrap(_MODEL)
         dtype = getattr(torch, args.export_dtype)
         base = None if args.use_peft else narrow_transformer(copy.deepcopy(transformer_of(self.pipe)))

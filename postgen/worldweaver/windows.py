@@ -61,8 +61,8 @@ class WindowConfig(Part):
     history_sizes: list[int] = field(default_factory=lambda: [4, 2])
     """Frames of long and of short memory."""
 
-    sink: int = 1
-    """First frames of the video that are always in long memory."""
+    keep_first_frame: bool = True
+    """Whether the first frame of the video is always in long memory."""
 
     memory_policy: str = "logspace"
     """How long memory is chosen, a key of `postgen.worldweaver.selection.POLICIES`."""
@@ -118,7 +118,6 @@ class WindowConfig(Part):
         self.require(self.num_inference_steps % self.groups == 0, "num_inference_steps", f"n * groups ({self.groups})")
         sizes = self.history_sizes
         self.require(len(sizes) == 2 and min(sizes) >= 0, "history_sizes", "two numbers from 0 on: long, short")
-        self.require(0 <= self.sink <= sizes[0], "sink", f"from 0 to {sizes[0]}, the first of history_sizes")
         self.require(self.memory_policy in POLICIES, "memory_policy", f"one of {', '.join(POLICIES)}")
         shares = ("fill", "drain", "no_memory", "first_frame", "independent", "split", "drop", "corrupt")
         for name in (*(f"{share}_share" for share in shares), "mem_noise", "mem_noise_max", "flow_noise"):
@@ -155,7 +154,7 @@ class WindowConfig(Part):
         return MemoryBank(
             long,
             short,
-            self.sink,
+            min(1, long) if self.keep_first_frame else 0,
             policy=self.memory_policy,
             mem_noise=self.mem_noise,
             flow_noise=self.flow_noise,
@@ -163,10 +162,11 @@ class WindowConfig(Part):
         )
 
     def rollout_settings(self) -> dict[str, object]:
-        """Return what whoever uses the adapter must know: the settings that training took for granted."""
-        names = ("causal_block_size", "groups", "num_inference_steps", "history_sizes", "sink", "memory_policy")
-        return {name: getattr(self, name) for name in (*names, "mem_noise", "flow_noise", "depth_in_memory")} | {
-            "ar_step": self.num_inference_steps // self.groups
+        """Return what whoever uses the adapter must know, by the names of the arguments of the pipeline."""
+        names = ("causal_block_size", "num_inference_steps", "history_sizes", "keep_first_frame", "memory_policy")
+        return {name: getattr(self, name) for name in (*names, "flow_noise", "depth_in_memory")} | {
+            "ar_step": self.num_inference_steps // self.groups,
+            "addnoise_condition": 1000 * self.mem_noise,
         }
 
 

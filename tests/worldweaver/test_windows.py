@@ -134,7 +134,7 @@ def test_arms() -> None:
     phase = [float(made) for made in apart[0, ::2]]
     bounds = schedule(6).sigmas[list(segments.bounds)].tolist()[::-1]
     assert all(low <= one <= high for one, low, high in zip(phase, bounds, bounds[1:], strict=False))
-    one = windows(groups=1, history_sizes=[0, 0], sink=0)
+    one = windows(groups=1, history_sizes=[0, 0])
     assert one.layout(seeded()) == Layout(ages=(0,), start=0)
     assert one.draw(one.layout(seeded()), video, seeded()).clean.shape[2] == 2
     flow = windows(aux=["depth", "flow"]).draw(layout, clean(20, shape=(6, 2, 3)), seeded())
@@ -177,7 +177,7 @@ def test_an_oracle_has_no_loss_and_memory_carries_none() -> None:
 
 
 def test_one_group_without_memory_and_depth_is_flow_matching() -> None:
-    made = windows(groups=1, history_sizes=[0, 0], sink=0, aux=[])
+    made = windows(groups=1, history_sizes=[0, 0], aux=[])
     video = clean(20, rows=3, shape=(2, 2, 3))
     window = made.draw(made.layout(seeded()), video, seeded())
     noise = torch.randn(window.clean.shape, generator=seeded(1))
@@ -209,7 +209,6 @@ def test_weights_and_counts_of_the_loss() -> None:
         ({"aux": ["flow"]}, r"aux is \['flow'\], it must be \[\], \[depth\] or \[depth, flow\]"),
         ({"num_inference_steps": 7}, r"num_inference_steps is 7, it must be n \* groups \(3\)"),
         ({"history_sizes": [1]}, "history_sizes is .1., it must be two numbers"),
-        ({"sink": 4}, "sink is 4, it must be from 0 to 3"),
         ({"memory_policy": "best"}, "memory_policy is 'best', it must be one of recent, logspace"),
         ({"fill_share": 0.7, "drain_share": 0.5}, "drain_share is 0.5, it must be at most 1 together with fill_share"),
         ({"split_share": 1.5}, "split_share is 1.5, it must be from 0 to 1"),
