@@ -7,8 +7,8 @@ its cells. A cell that no frame shows is 0, and the mask says so. So latents are
 splatting them would round to whole cells.
 
 Storage does not grow with the video: in each voxel of the world only the newest few frames count, and a frame none of
-whose cells count any more goes. Pixels of a body that moves are not placed: those through whose place another frame has
-looked at something farther.
+whose cells count any more goes. Pixels of a body that moves are not placed: those through whose place another frame
+has looked at something farther.
 
 Cameras are those of `world.Frames.pose_BF34`: world-to-camera rotation (right, down, forward), position. The camera of
 a latent frame is that of its last pixel frame, which of all it is nearest to what the latent shows.
