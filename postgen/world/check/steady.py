@@ -17,7 +17,7 @@ _ROUND = {"cube": (0.13, 0.06), "cylinder": (-0.07, 0.01)}
 #: Of each frame the network's logit (`edges.roundness`) and so many times the roundness of `facets`, which is sure of
 #: the cubes of true clips; their value for a body that is no cube, and for a sure one; and the rank among the frames
 #: that show nearly all of it, from the roundest, whose value counts. By cross-validation over clips persons looked at.
-_FACETS, _SOFT, _SOFT_RANK = 2.0, (1.3, -1.1), 0.2
+_FACETS, _SOFT, _SOFT_RANK = 2.0, (1.45, -0.95), 0.2
 
 #: Part of its usual area that has to be seen of a cube that touches another body.
 _NEARLY = 0.8
