@@ -153,14 +153,11 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     sums = _Sums(slot, SLOTS)
     core_area = sums.add(core.flatten(1).float())
     slot = torch.where((core_area.gather(1, slot.clamp_min(0)) >= 4) & (slot >= 0), slot, -1)
-    y, x = torch.meshgrid(*(torch.arange(n, device=kind.device).float() for n in (height, width)), indexing="ij")
-    x, y = (c.reshape(1, -1).expand(pictures, -1) for c in (x, y))
     sums = _Sums(slot, SLOTS)
+    x, y = _places(kind)
     inner = (core.flatten(1) & (slot >= 0)).float()
     size = area.clamp_min(1)
     touch = sums.add(_touching(slot.reshape(kind.shape)).flatten(1).float())
-    rim = _rim(slot.reshape(kind.shape)).flatten(1)
-    slope = _slope(share).flatten(1)
     box = torch.stack((sums.least(x, width), sums.least(y, height), -sums.least(-x, 1), -sums.least(-y, 1)), -1)
     valid = (area >= _FRAGMENT * pixels) & (area <= _LARGEST * pixels) & (core_area >= 4)
     edge = (box[..., :2] <= 0).any(-1) | (box[..., 2] >= width - 1) | (box[..., 3] >= height - 1)
@@ -176,7 +173,7 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
         x=sums.add(x) / size,
         y=sums.add(y) / size,
         box=box,
-        sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
+        sharp=_sharpness(share, slot, sums),
         pure=sums.add(_exact(purity.flatten(1)) * inner) / core_area.clamp_min(1),
         light=-sums.least(-bright.flatten(1) * inner, 0.0),
         stain=stain.gather(1, groups.gather(1, top).clamp_min(0)),
@@ -187,6 +184,19 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
         soft_M2HW=torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1),
         hue_MHW=hue,
     )
+
+
+def _places(maps_MHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Column and row of each pixel, (M,P) each."""
+    pictures, height, width = maps_MHW.shape
+    y, x = torch.meshgrid(*(torch.arange(n, device=maps_MHW.device).float() for n in (height, width)), indexing="ij")
+    return x.reshape(1, -1).expand(pictures, -1), y.reshape(1, -1).expand(pictures, -1)
+
+
+def _sharpness(share_MHW: Tensor, slot_MP: Tensor, sums: _Sums) -> Tensor:
+    """Mean slope of the colour share at the rim of each blob (M,K)."""
+    rim = _rim(slot_MP.reshape(share_MHW.shape)).flatten(1)
+    return sums.add(_slope(share_MHW).flatten(1) * rim) / sums.add(rim.float()).clamp_min(1)
 
 
 def _hues(
