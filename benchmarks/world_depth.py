@@ -38,6 +38,7 @@ from postgen.worldweaver.depth_training import FARTHEST, Takes, reconstructed, r
 FRAMES, SIZE = 33, 96
 STEREO_SHIFT = 31.086
 """Pixels between the principal points of the two pictures: depth goes as 1 / (disparity + this)."""
+ESTIMATES = ("network", "constant", "lower is nearer")
 SHOWN = 3
 
 
@@ -72,7 +73,8 @@ def measure(name: str, takes: Takes, source: WorldDepth) -> dict[str, Any]:
     for rgb, true in zip(tqdm(takes.rgb, desc=name, leave=False), takes.disparity.float(), strict=True):
         valid = true > 1 / FARTHEST
         found.append(disparity_errors(source(rgb), true, valid))
-        alone = torch.cat([source(rgb[k : k + 1]) for k in range(len(rgb))])
+        with torch.no_grad():
+            alone = source.net(rgb[:, None].float() / 255)[:, 0]
         single.append(disparity_errors(alone, true, valid))
     result = row(name, found, single)
     print({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}, flush=True)
@@ -88,7 +90,7 @@ def stereo(source: WorldDepth) -> tuple[list[dict[str, Any]], Tensor]:
     true = torch.where(valid, measured + STEREO_SHIFT, 1.0)
     lower = torch.arange(true.shape[1], dtype=torch.float32)[None, :, None].expand_as(true)
     estimate = source(picture).cpu()
-    estimates = {"network": estimate, "constant": torch.zeros_like(true), "lower is nearer": lower}
+    estimates = dict(zip(ESTIMATES, (estimate, torch.zeros_like(true), lower), strict=True))
     rows = [{"estimate": name, **asdict(disparity_errors(each, true, valid))} for name, each in estimates.items()]
     for each in rows:
         del each["flicker"]
@@ -101,9 +103,7 @@ def gates(rows: list[dict[str, Any]], real: list[dict[str, Any]], megabytes: flo
     plain = [each for each in rows if "softened" not in each["clips"]]
     soft = [each for each in rows if "softened" in each["clips"]]
     errors = {each["estimate"]: each["abs_rel"] for each in real}
-    constant, gradient = (
-        errors["network"] / errors[name] if errors else None for name in ("constant", "lower is nearer")
-    )
+    constant, gradient = (errors["network"] / errors[name] if errors else None for name in ESTIMATES[1:])
     return [
         gate("world_abs_rel", largest(plain, "abs_rel"), "<=", 0.05),
         gate("world_within_125", smallest(plain, "within_125"), ">=", 0.97),

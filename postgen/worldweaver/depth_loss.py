@@ -1,8 +1,7 @@
-"""Losses of disparity that is known up to a scale and shift: of values, of outlines, and of changes in time."""
+"""Losses of disparity, known itself or up to a scale and shift: of values, of outlines, and of changes in time."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _LEAST = 1e-3
@@ -15,27 +14,45 @@ def normalised(disparity_BFHW: Tensor) -> Tensor:
 
     The two are of the whole clip and not of a frame: frames that do not agree cost.
     """
-    median = disparity_BFHW.detach().flatten(1).median(1).values.view(-1, 1, 1, 1)
-    centred = disparity_BFHW - median
-    return centred / centred.abs().mean((1, 2, 3), keepdim=True).clamp_min(_LEAST)
+    centred = disparity_BFHW - _median(disparity_BFHW.detach())
+    return centred / _deviation(centred)
 
 
-def affine_losses(estimate_BFHW: Tensor, true_BFHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three losses that no scale above 0 and no shift of an estimate changes.
+def affine_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
+    """Return the difference of the normalised maps, which no scale above 0 and no shift of an estimate changes."""
+    return normalised(estimate_BFHW) - normalised(true_BFHW)
 
-    Mean absolute difference of the normalised maps; of its gradient at four scales (of the same section), for
-    outlines that lie where they are; of its change from a frame to the next (arXiv:2501.12375), 0 for one frame.
+
+def known_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
+    """Return the difference itself, in units of each true map's mean absolute deviation."""
+    return (estimate_BFHW - true_BFHW) / _deviation(true_BFHW - _median(true_BFHW))
+
+
+def difference_losses(difference_BFHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three losses of such a difference: its mean size, its slopes and its changes.
+
+    The slopes are those of four scales (arXiv:1907.01341, section 5), for outlines that lie where they are; the
+    changes those from a frame to the next (arXiv:2501.12375), 0 for one frame.
     """
-    difference = normalised(estimate_BFHW) - normalised(true_BFHW)
-    slope = difference.new_zeros(())
+    slope = difference_BFHW.new_zeros(())
     for k in range(_SCALES):
-        coarse = difference[..., :: 2**k, :: 2**k]
+        coarse = difference_BFHW[..., :: 2**k, :: 2**k]
         slope = slope + coarse.diff(dim=-1).abs().mean() + coarse.diff(dim=-2).abs().mean()
-    change = difference.diff(dim=1)
-    steady = change.abs().mean() if change.shape[1] else difference.new_zeros(())
-    return difference.abs().mean(), slope / _SCALES, steady
+    change = difference_BFHW.diff(dim=1)
+    steady = change.abs().mean() if change.shape[1] else difference_BFHW.new_zeros(())
+    return difference_BFHW.abs().mean(), slope / _SCALES, steady
 
 
-def absolute_loss(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
+def relative_loss(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
     """Return the mean of |estimate - true| / (true + 0.05), both in 1/m: far things count nearly as near ones."""
-    return ((estimate_BFHW - true_BFHW).abs() / (true_BFHW + 0.05)).mean() if len(true_BFHW) else torch.zeros(())
+    if not len(true_BFHW):
+        return estimate_BFHW.new_zeros(())
+    return ((estimate_BFHW - true_BFHW).abs() / (true_BFHW + 0.05)).mean()
+
+
+def _median(disparity_BFHW: Tensor) -> Tensor:
+    return disparity_BFHW.flatten(1).median(1).values.view(-1, 1, 1, 1)
+
+
+def _deviation(centred_BFHW: Tensor) -> Tensor:
+    return centred_BFHW.abs().mean((1, 2, 3), keepdim=True).clamp_min(_LEAST)

@@ -1,7 +1,7 @@
 """Method `world_depth`: trains `WorldDepthNet` on renders of the world and of rooms, both with exact disparity.
 
-Values and outlines up to one scale and shift a clip, as in MiDaS (arXiv:1907.01341), and their changes in time; on the
-world, whose camera is known, also 1/Z itself, so that a drift of depth stays visible over a long video.
+Values, outlines and changes in time: of rooms up to one scale and shift a clip, as in MiDaS (arXiv:1907.01341), of the
+world, whose camera is known, of 1/Z itself, so that a drift of depth stays visible over a long video.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from postgen.metrics.disparity import disparity_errors
 from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
 
-from .depth_loss import absolute_loss, affine_losses
+from .depth_loss import affine_difference, difference_losses, known_difference, relative_loss
 from .depth_net import WorldDepthNet
 from .depth_rooms import rooms
 from .depth_textures import make_textures
@@ -77,8 +77,8 @@ class WorldDepthConfig(TrainingConfig):
     steady_weight: float = 0.5
     """Weight of the loss of changes from a frame to the next."""
 
-    absolute_weight: float = 0.5
-    """Weight of the loss of 1/Z itself, on the world alone."""
+    relative_weight: float = 0.5
+    """Weight of the loss of 1/Z over itself, on the world alone, for what is far."""
 
     eval_clips: int = 64
     """Unseen scenes of held-out combinations, for the errors of the evaluation."""
@@ -92,7 +92,7 @@ class WorldDepthConfig(TrainingConfig):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(0 <= self.room_share <= 1, "room_share", "in 0..1")
         self.require(self.reconstructions >= 0, "reconstructions", "at least 0")
-        for name in ("outline_weight", "steady_weight", "absolute_weight"):
+        for name in ("outline_weight", "steady_weight", "relative_weight"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("photos", "pipeline"):
             folder = getattr(self, name)
@@ -146,11 +146,15 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         rgb, true = (torch.cat(column) for column in zip(*parts, strict=True))
         with self.accelerator.autocast():
             estimate = self.models["net"](rgb)
-        value, outline, steady = affine_losses(estimate, true)
         count = len(parts[0][0])
-        known = absolute_loss(estimate[:count], true[:count])
-        loss = value + args.outline_weight * outline + args.steady_weight * steady + args.absolute_weight * known
-        return loss, {"value": value, "outline": outline, "steady": steady, "absolute": known}
+        # Where only shape counts the scale is free, and it would wander off if it were so for the world too.
+        known = known_difference(estimate[:count], true[:count])
+        value, outline, steady = difference_losses(
+            torch.cat((known, affine_difference(estimate[count:], true[count:])))
+        )
+        relative = relative_loss(estimate[:count], true[:count])
+        loss = value + args.outline_weight * outline + args.steady_weight * steady + args.relative_weight * relative
+        return loss, {"value": value, "outline": outline, "steady": steady, "relative": relative}
 
     def _rows(self, takes: Tensor, count: int) -> Tensor:
         return torch.randint(len(takes), (count,), generator=self.generator, device=self.device)
