@@ -41,7 +41,7 @@ class WorldDepthConfig(TrainingConfig):
         UserError: a value outside its range, or a folder that is not there.
     """
 
-    sizes: list[int] = field(default_factory=lambda: [64, 96, 128])
+    sizes: list[int] = field(default_factory=lambda: [64, 96, 128, 160])
     """Heights and widths in pixels, one of them a step."""
 
     frames: int = 5

@@ -173,7 +173,7 @@ def test_losses_of_a_difference_by_hand():
 def test_shipped_recipe_is_read():
     trainer, config = load_recipe(RECIPES / "world-depth.yaml", ["--pipeline", str(RECIPES)])
     assert trainer is WorldDepthTrainer
-    assert config.sizes == [64, 96, 128]
+    assert config.sizes == [64, 96, 128, 160]
 
 
 @pytest.mark.parametrize(
