@@ -46,6 +46,11 @@ class ConvBlock(nn.Module):
         return x_NCHW + y.movedim(-1, 1)
 
 
+def _normed(norm: nn.Module, x_NCHW: Tensor) -> Tensor:
+    y: Tensor = norm(x_NCHW.movedim(1, -1))
+    return y.movedim(-1, 1)
+
+
 class CausalMix(nn.Module):
     """Each place also sees itself in the two frames before; before the first frame stands the first frame."""
 
@@ -89,6 +94,7 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
         # At half the size a pixel moves too much between two frames to be the same place.
         self.mix_down = nn.ModuleList(CausalMix(c) for c in channels[1:])
         self.mix_up = nn.ModuleList(CausalMix(c) for c in channels[1:-1])
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         self.last = nn.Conv2d(channels[0], 16, 3, padding=1)
         self.fine = nn.Conv2d(19, 12, 3, padding=1)
         self.out = nn.Conv2d(12, 1, 3, padding=1)
@@ -117,10 +123,13 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
             y = self.mix_down[k - 1](y, frames) if k else y
             levels.append(y)
         for k in reversed(range(len(self.up))):
-            y = levels[k] + functional.interpolate(self.grow[k](y), scale_factor=2.0, mode="bilinear")
+            y = self.grow[k](_normed(self.norms[k + 1], y))
+            y = levels[k] + functional.interpolate(y, scale_factor=2.0, mode="bilinear")
             y = self.up[k](y)
             y = self.mix_up[k - 1](y, frames) if k else y
-        y = functional.interpolate(functional.gelu(self.last(y)), scale_factor=2.0, mode="bilinear")
+        y = functional.interpolate(
+            functional.gelu(self.last(_normed(self.norms[0], y))), scale_factor=2.0, mode="bilinear"
+        )
         y = self.out(functional.gelu(self.fine(torch.cat((y, x[:, :3]), 1))))
         disparity: Tensor = (_UNIT * y[:, 0, :height, :width].float()).unflatten(0, (-1, frames))
         return disparity
@@ -212,6 +221,10 @@ def load_depth_net(model: str | Path | None = None) -> WorldDepthNet:
     """
     folder = depth_folder(model)
     try:
-        return cast(WorldDepthNet, WorldDepthNet.from_pretrained(folder, torch_dtype=torch.float32))
+        net, told = WorldDepthNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"{folder} holds no depth network: {cut(first_line(error), 200)}") from error
+    # diffusers would leave these at random, or unread, with a warning.
+    if odd := [*told["missing_keys"], *told["unexpected_keys"]]:
+        raise UserError(f"{folder} holds no depth network: {odd[0]} and {len(odd) - 1} more weights do not fit")
+    return cast(WorldDepthNet, net)

@@ -108,10 +108,11 @@ def test_folders_that_hold_no_network_are_told(folder, tmp_path):
     with pytest.raises(UserError, match="holds no depth network"):
         load_depth_net(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "channels": [8, 8, 16]}))
     (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
-    with pytest.raises(UserError, match="holds no depth network"):
-        load_depth_net(tmp_path)
+    for other in ({"channels": [8, 8, 16]}, {"blocks": [1, 1, 2]}, {"channels": [8, 8], "blocks": [1, 1]}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **other}))
+        with pytest.raises(UserError, match="holds no depth network"):
+            load_depth_net(tmp_path)
 
 
 def test_half_precision_file_of_the_whole_network_is_small_and_read_in_full_precision(tmp_path):
