@@ -15,6 +15,7 @@ from postgen.metrics import drift
 from postgen.metrics.colour import appearance, delta_e, lab, wasserstein
 from postgen.metrics.drift import TrueClip, measure_drift
 from postgen.metrics.likeness import psnr, ssim
+from postgen.metrics.world_truth import true_clip
 
 FRAMES, HEIGHT, WIDTH = 40, 21, 27
 RED, BLUE, GREEN = (0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.7, 0.2)
@@ -29,7 +30,7 @@ def place(frame: int, body: int) -> tuple[slice, slice] | None:
     return slice(2 + 10 * body, 9 + 10 * body), slice(left, min(left + 6, WIDTH))
 
 
-def true_clip() -> TrueClip:
+def planted() -> TrueClip:
     """A red and a blue square on a smooth grey ground; 10 different poses of a camera that sees the same."""
     ground = torch.nn.functional.interpolate(
         0.4 + 0.2 * torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
@@ -53,7 +54,7 @@ def true_clip() -> TrueClip:
 
 @pytest.fixture
 def true() -> TrueClip:
-    return true_clip()
+    return planted()
 
 
 def erased(true: TrueClip, body: int, gone: range) -> Tensor:
@@ -436,18 +437,7 @@ def test_what_does_not_belong_together_is_refused(true: TrueClip) -> None:
 def test_the_truth_of_a_rendered_world_does_not_drift() -> None:
     spec = world.sample_long(1, absence="hidden")
     out = world.render([spec], num_frames=24, size=64)
-    colours = [body.colour for body in spec.bodies]
-    colours += [name for name in world.spec.COLOURS if name not in colours]
-    assert out.ids_BFHW is not None
-    true = TrueClip(
-        frames=out.rgb_BF3HW[0],
-        ids=out.ids_BFHW[0],
-        palette=world.shades(colours),
-        others=world.ground_shades(spec.background),
-        poses=out.pose_BF34[0],
-        disparity=out.disparity_BFHW[0],
-        texels=out.texels_BF2HW[0],
-    )
+    true = true_clip(spec, out)
     report = measure_drift(true.frames, true, disparity=2 * out.disparity_BFHW[0] + 1, farthest=25)
     assert report.permanence.always == 1
     assert (report.permanence.wrong_count, report.permanence.spurious, report.permanence.swapped) == (0, 0, 0)
@@ -457,3 +447,7 @@ def test_the_truth_of_a_rendered_world_does_not_drift() -> None:
     assert report.object_depth.last < 0.05
     with pytest.raises(UserError, match="Unknown background 'lava'"):
         world.ground_shades("lava")
+    with pytest.raises(UserError, match="need different colours"):
+        true_clip(replace(spec, bodies=spec.bodies[:1] * 2), out)
+    with pytest.raises(UserError, match="hold no geometry"):
+        true_clip(spec, replace(out, ids_BFHW=None))
