@@ -161,6 +161,8 @@ def test_revisits_of_a_pose(true: TrueClip) -> None:
         spoilt = sum(a < 25 <= b for a, b in kind) / len(kind)
         assert row.psnr == pytest.approx(100 - 80 * spoilt, abs=1e-2)
         assert row.gap_db == pytest.approx(80 * spoilt, abs=1e-2)
+    late = drift.revisit_consistency(frames, true.frames, still, true.poses, gap=20)
+    assert late.all.pairs == sum(b - a >= 20 for a, b in pairs) > sum(b - a > 20 for a, b in pairs)
     thinned = drift.revisit_consistency(frames, true.frames, still, true.poses, gap=1, most=7)
     assert (thinned.context.pairs, thinned.memory.pairs, thinned.all.pairs) == (0, 7, 7)
     assert math.isnan(thinned.context.psnr)
@@ -197,6 +199,7 @@ def test_costs_that_grow_and_that_do_not() -> None:
     assert (memory.slope.low, memory.slope.value, memory.slope.high, memory.flat) == (0, 0, 0, True)
     assert not drift.flat_cost([3e9 + 4096 * i for i in range(50)]).flat
     assert drift.flat_cost([90.0, 40.0, *[5.0] * 30], skip=2).flat
+    assert drift.flat_cost([90.0, *[5.0] * 8], block=2).slope.value == 0, "a left-over chunk is one of the first"
     with pytest.raises(UserError, match="7 chunks in blocks"):
         drift.flat_cost([1.0] * 9, skip=2)
 

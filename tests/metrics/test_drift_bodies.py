@@ -51,6 +51,32 @@ def test_a_body_elsewhere_is_present_anywhere_only(true: TrueClip) -> None:
     assert found.present_FJ[:, 0].sum() == 0
 
 
+def test_a_body_that_returns_elsewhere() -> None:
+    """Kinds that are given: a piece of 5 x 6 pixels that returns two thirds of its width beside its place."""
+    ids = torch.zeros(20, 15, 25, dtype=torch.uint8)
+    ids[:, 5:10, 6:12] = 1
+    ids[4:12] = 0
+    kinds = ids.long() - 1
+    kinds[12:] = torch.roll(kinds[12:], 4, dims=2)
+    found = drift.object_permanence(kinds, ids, least=0.02)
+    assert (found.returns, found.after_absence, found.after_absence_anywhere) == (8, 0, 1)
+    kinds[12:] = torch.roll(kinds[12:], -1, dims=2)  # three of six columns: a third of the union
+    assert drift.object_permanence(kinds, ids, least=0.02).after_absence == 1
+
+
+def test_pieces_of_about_the_least_size_may_be_found_or_not() -> None:
+    ids = torch.zeros(1, 20, 25, dtype=torch.uint8)
+    ids[0, 2:6, 2:6] = 1
+    kinds = ids.long() - 1
+    kinds[0, 2:6, 6:8] = 0
+    for one in (kinds, torch.full_like(kinds, -1)):
+        found = drift.object_permanence(one, ids, least=0.04)
+        assert (found.spurious, found.wrong_count) == (0, 0)
+    assert drift.object_permanence(torch.full_like(kinds, -1), ids, least=0.01).wrong_count == 1
+    kinds[0, 12:18, 12:18] = 0
+    assert drift.object_permanence(kinds, ids, least=0.04).spurious == 1
+
+
 def test_a_swapped_colour_and_a_body_too_many(true: TrueClip) -> None:
     frames = true.frames.clone()
     frames[:10] = torch.where((true.ids == 1)[:10, None], torch.tensor(GREEN)[:, None, None], frames[:10])

@@ -13,8 +13,9 @@ from postgen.metrics.likeness import psnr, ssim
 
 
 def test_colours_are_those_of_the_tables() -> None:
-    colours = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [1, 1, 1], [0, 0, 0]])
-    known = torch.tensor([[53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [100, 0, 0], [0, 0, 0]])
+    grey = 128 / 255
+    colours = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [1, 1, 1], [0, 0, 0], [grey] * 3])
+    known = torch.tensor([[53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [100, 0, 0], [0, 0, 0], [53.585, 0, 0]])
     assert (lab(colours, dim=1) - known).abs().max() < 0.02
     assert torch.equal(lab(colours.T[None, :, :, None])[0, :, :, 0], lab(colours, dim=1).T)
 
@@ -54,6 +55,16 @@ def test_structural_similarity() -> None:
     assert found[0] == pytest.approx(float(ssim(a, b)[0]))
     assert found[1] == 1
     assert found[2].isnan()
+    x, y = (t[:1, :, :11, :11].double() for t in (a, b))
+    offset = torch.arange(11.0, dtype=torch.float64) - 5
+    weight = torch.exp(-(offset[:, None] ** 2 + offset**2) / (2 * 1.5**2))
+    weight = weight / weight.sum()
+    u, v = ((t * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)[0] for t in (x, y))
+    mu, mv = (weight * u).sum(), (weight * v).sum()
+    var_u, var_v = (weight * (u - mu) ** 2).sum(), (weight * (v - mv) ** 2).sum()
+    both = (weight * (u - mu) * (v - mv)).sum()
+    alike = (2 * mu * mv + 1e-4) * (2 * both + 9e-4) / ((mu**2 + mv**2 + 1e-4) * (var_u + var_v + 9e-4))
+    assert float(ssim(x, y)) == pytest.approx(float(alike), rel=1e-6)
     grey = torch.full((1, 3, 4, 4), 0.5)
     brighter = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)
     assert float(ssim(grey, grey + 0.1)) == pytest.approx(brighter, rel=1e-3)
