@@ -36,6 +36,11 @@ def block_classes(module: nn.Module) -> set[str]:
     return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
 
 
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Return the names of parts that a model of diffusers keeps in float32 when it is loaded in another dtype."""
+    return tuple(model._keep_in_fp32_modules or ())
+
+
 def command_error(error: BaseException) -> tuple[str, int, str] | None:
     """Return message, exit code and command of an error of the command line itself (unknown option, bad value).
 
@@ -126,8 +131,7 @@ class tap_dispatched:
         self.sink = sink
 
     def __enter__(self) -> None:
-        self.before = _tap.sink
-        _tap.sink = self.sink
+        self.before, _tap.sink = _tap.sink, self.sink
 
     def __exit__(self, *failure: object) -> None:
         _tap.sink = self.before

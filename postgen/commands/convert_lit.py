@@ -135,13 +135,10 @@ def _check(layers: str | None, budget: float | None, output: Path, of_budget: Se
 
 def _converted(transformer: Any, job: Any, settings: Any) -> Any:
     """Convert; layers that are bound to a grid are made for that of the clip."""
-    from postgen.families.calls import call_arguments, grid_of_call, registered_name
-    from postgen.families.cost import latent_size
     from postgen.lit import convert
+    from postgen.lit.clips import grid_of_clip
 
-    kind = registered_name(type(transformer))
-    size = latent_size(kind, transformer.config, *_shape(job))
-    grid = grid_of_call(transformer, call_arguments(kind, transformer.config, size))
+    grid = grid_of_clip(transformer, *_shape(job))
     if grid is not None:
         settings = dataclasses.replace(settings, grid=(grid.frames, grid.height, grid.width))
     return convert(transformer, settings)

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import forget_config, unwrap
+from postgen.compat import forget_config, kept_in_float32, unwrap
 from postgen.errors import UserError
 from postgen.reading import read_json
 
@@ -67,7 +67,7 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
 
     Args:
         folder: of the network.
-        dtype: to cast it to; None keeps what was saved.
+        dtype: to cast it to, but for what its class keeps in float32 as diffusers loads it; None keeps what was saved.
 
     Raises:
         UserError: as the function says.
@@ -83,7 +83,19 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
     if not callable(loader):
         raise UserError(f"{folder} is to be loaded by {way[1]}.{way[2]}, which this postgen does not have: update it")
     network = loader(folder)
-    return network if dtype is None or network.dtype == dtype else network.to(dtype)
+    if dtype is not None:
+        _cast(network, dtype)
+    return network
+
+
+def _cast(network: Any, dtype: torch.dtype) -> None:
+    """Cast weights as diffusers' `from_pretrained` does; tables that are computed are none, and stay as they are."""
+    import torch
+
+    kept = {*kept_in_float32(network)}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & {*name.split(".")} else dtype)
 
 
 def empty_noted(config: Mapping[str, Any]) -> Any | None:

@@ -156,7 +156,8 @@ def _fill(model: nn.Module, folder: Path) -> None:
                         " it was saved with other options than its config.json says"
                     )
                 else:
-                    state[name] = tensor
+                    # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
+                    state[name] = tensor.clone()
             if not unknown:
                 model.load_state_dict(state, strict=False, assign=True)
     for problem, names in (("unknown", unknown), ("missing", [*wanted])):
