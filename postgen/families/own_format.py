@@ -27,8 +27,9 @@ _ENTRY = "quantization_config"
 _WAY = "quant_method"
 _AROUND = "postgen.json"
 """What the folder said that the model was loaded from; there it is a file of this name."""
-_OURS = re.compile(r"(postgen\.[a-z_]+)\.([a-z_]+)\(folder\)")
-"""A function of a room of ours."""
+_OURS = re.compile(r"(postgen\.[a-z_]+)\.load\(folder\)")
+"""A room of ours that has a format: its `load(folder)`, and `empty(config)` beside it. Configs come from anywhere, so
+no other function is called that one names."""
 
 
 def write_note(model: Any, loader: str, note: Mapping[str, Any]) -> None:
@@ -107,13 +108,10 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
         read_json(folder / "config.json", f"{folder} cannot be read") if (folder / "config.json").is_file() else {}
     )
     note = config.get(_ENTRY) if isinstance(config, dict) else None
-    way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
-    if way is None:
+    room = _room(note)
+    if room is None:
         return None
-    loader = getattr(import_module(way[1]), way[2], None)
-    if not callable(loader):
-        raise UserError(f"{folder} is to be loaded by {way[1]}.{way[2]}, which this postgen does not have: update it")
-    network = loader(folder)
+    network = room.load(folder)
     if dtype is not None:
         _cast(network, dtype)
     return network
@@ -152,9 +150,26 @@ def empty_noted(config: Mapping[str, Any]) -> Any | None:
 
     Beside the function that loads, its module has `empty(config)`.
     """
-    note = config.get(_ENTRY)
+    room = _room(config.get(_ENTRY))
+    return None if room is None else room.empty(config)
+
+
+def _room(note: Any) -> Any | None:
+    """Return the module that loads what a note is of; None: it is no note of ours.
+
+    Raises:
+        UserError: this version has no such module.
+    """
     way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
-    return None if way is None else import_module(way[1]).empty(config)
+    if way is None:
+        return None
+    try:
+        room = import_module(way[1])
+    except ModuleNotFoundError:
+        room = None
+    if not (hasattr(room, "load") and hasattr(room, "empty")):
+        raise UserError(f"a network is to be loaded by {way[1]}.load, which this postgen does not have: update it")
+    return room
 
 
 def names_loader(text: str) -> bool:

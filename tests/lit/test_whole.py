@@ -120,3 +120,16 @@ def test_a_saved_pipeline_is_loaded_by_drop_in_classes(whole: Path, tmp_path: Pa
         assert pipe.transformer.scale_shift_table.dtype == torch.float32  # what the class keeps so
         given = WanPipeline.from_pretrained(**place, transformer=transformer)
         assert given.transformer is transformer
+
+
+@pytest.mark.parametrize("way", ["postgen.nothing.load", "postgen.generate.load"])
+def test_a_config_names_formats_and_nothing_else(whole: Path, way: str) -> None:
+    config = whole / "transformer" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("postgen.lit.load(folder)", f"{way}(folder)"))
+    with pytest.raises(UserError, match=rf"is to be loaded by {way}, which this postgen does not have"):
+        WanPipeline.from_pretrained(whole)
+    config.write_text(text.replace("postgen.lit.load(folder)", "postgen.files._remove(folder)"))
+    with pytest.raises(ValueError, match="Unknown quantization type"):  # nothing of ours
+        WanPipeline.from_pretrained(whole)
+    assert config.is_file()
