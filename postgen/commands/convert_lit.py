@@ -91,7 +91,6 @@ def convert_lit(
     from postgen.families.installed import transformers_of
     from postgen.generate import load, prepare
     from postgen.lit import LiTConfig, save
-    from postgen.lit.score import check_kinds
     from postgen.request import GenerateConfig
 
     of_budget = {"--kinds": kinds, "--measure": measure or None, "--prompt": prompt, "--steps": steps}
@@ -101,9 +100,7 @@ def convert_lit(
         num_inference_steps=STEPS if steps is None else steps, device=device,
     )  # fmt: skip
     settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
-    names = None if kinds is None else tuple(kind.strip() for kind in kinds.split(","))
-    if names is not None:
-        check_kinds(names)
+    names = None if kinds is None else _layer_types(kinds)
     job = prepare(config)
     if job.facts.transformer is None:
         raise UserError(f"{job.facts.pipeline} has no transformer to convert")
@@ -120,6 +117,14 @@ def convert_lit(
             save(transformer, part / name)
         write_note(part, pipe, [*transformers_of(pipe)])
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
+
+
+def _layer_types(text: str) -> tuple[str, ...]:
+    from postgen.lit.score import check_kinds
+
+    names = tuple(kind.strip() for kind in text.split(","))
+    check_kinds(names)
+    return names
 
 
 def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import forget_config, kept_in_float32, unwrap
+from postgen.compat import forget_config, kept_in_float32, loaded_from, unwrap
 from postgen.errors import UserError
 from postgen.reading import read_json
 
@@ -89,7 +89,7 @@ def noted_words(folder: Path) -> Any:
 
 def _words_beside(model: Any) -> Any:
     """Return what the folder says of itself that a network was loaded from; None: nothing."""
-    place = Path(str(model.config.get("_name_or_path") or ""))
+    place = Path(loaded_from(model))
     path = place.parent / _AROUND
     return read_json(path, f"cannot read {path}") if place.is_dir() and path.is_file() else None
 
