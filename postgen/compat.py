@@ -261,9 +261,9 @@ def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[.
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor:
-        if dropout_p == 0.0 and not is_causal and _parallel_config is None:
-            if (out := attend(query, key, value, attn_mask, scale)) is not None:
-                return out
+        ours = dropout_p == 0.0 and not is_causal and _parallel_config is None
+        if ours and (out := attend(query, key, value, attn_mask, scale)) is not None:
+            return out
         return native(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
         )
