@@ -4,15 +4,17 @@
 that is cut keeps its rows. `--only` takes some parts, and `--join A.json B.json` makes one result of several; of rows
 of the same name the last counts. `--device cpu` runs the checks and a tiny model and is there to try the benchmark.
 
-Expected on an H200, in minutes: checks 1, curve 1, 1.3b 2, 14b-480p 2, 14b-720p 5, 1.3b-long 2, 14b-302k 3,
-14b-500k 5; `--quick` (checks, curve, 1.3b at 480p) 3. No run but the whole one takes more than ten minutes.
+Expected on an H200, in minutes: checks 1, curve 1, 1.3b 1, 14b-480p 2, 14b-720p 4, 1.3b-long 2, 14b-302k 3,
+14b-500k 5; `--quick` (checks, curve, 1.3b at 480p) 3. No run but the whole one takes more than ten minutes. Rows that
+gates look at come first in each part; `--kinds` leaves layer types out.
 
 Both sides of a row run in one process, on the same weights and inputs, eager (`torch.compile` would take longer than
 the benchmark), with the fused operations on both sides or, with `--plain`, on neither. Softmax takes the router's best
 backend on both. Steps of clips up to 81 frames are whole steps; those of longer clips are added up of measured blocks
 and of what a step of two blocks takes beside its blocks, and say so. The ceiling is what a step would gain if
 converted attention took no time: 1 / (1 - attention share x converted share), where the attention share is the time
-of softmax attention alone, without projections, norms and rotation.
+of softmax attention alone, without projections, norms and rotation. The density of a window layer is the share of
+(query, key) pairs that its softmax computes; that of a plan counts the blocks that stay softmax too, as 1.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ CURVE = (3, 6, 11)
 WHOLE, ADDED_UP = "whole step", "added up of measured blocks and the rest of a step of two blocks"
 NO_MEMORY = "out of memory"
 DENSEST = 0.35
-"""Windows of the gate may see at most so much of a clip."""
+"""Of all pairs of all blocks, those that stay softmax included, a plan of the gate may compute at most so many by
+softmax: its windows alone are sparser still, so that the gate holds whichever of the two is meant."""
 
 
 class Part(NamedTuple):
@@ -89,12 +92,12 @@ ON_CPU = ("checks", "tiny")
 
 
 @torch.no_grad()
-def rows_of(part: Part, device: str, *, fused: bool) -> Iterator[Row]:
-    """Measure every clip of a part."""
+def rows_of(part: Part, device: str, *, fused: bool, kinds: Sequence[str] | None = None) -> Iterator[Row]:
+    """Measure every clip of a part, with some layer types of `KINDS` or all."""
     for each in part.clips:
         fits = True
         try:
-            yield from clip_rows(part, each, device, fused=fused)
+            yield from clip_rows(part, each, device, fused=fused, kinds=[*KINDS] if kinds is None else kinds)
         except torch.OutOfMemoryError:
             fits = False  # what the error holds is let go of first
         release(device)
@@ -109,8 +112,8 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool) -> Iterator[Row]:
-    """Measure softmax, then each layer type in one block, then the plans."""
+def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool, kinds: Sequence[str]) -> Iterator[Row]:
+    """Measure softmax, then each layer type in one block and its plans."""
     model, grid = part.model, chosen.grid
     repeats = REPEATS if grid.frames <= 21 else LONG_REPEATS
     name = {"model": model.name, "clip": chosen.name, "tokens": grid.tokens, "fused": fused}
@@ -123,9 +126,12 @@ def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool) -> Iterator
     layer_of = {"softmax": layer_row(name, "softmax", soft, soft, None)}
     layer_of["softmax"] |= {"alone_ms": alone, "backend": here.backend}
     yield layer_of["softmax"]
-    for kind, how in KINDS.items():
+    stock = None if step is None else stock_row(part, name, step, layer_of["softmax"])
+    if stock is not None:
+        yield stock
+    for kind in kinds:
         row: Row | None = {"part": "layer", **name, "kind": kind, "failed": NO_MEMORY}
-        with suppress(torch.OutOfMemoryError), here.side(how.config("1:{}", grid)):
+        with suppress(torch.OutOfMemoryError), here.side(KINDS[kind].config("1:{}", grid)):
             set_grid(here.transformer, grid)
             (layer,) = layers_of(here.transformer).values()
             if layer.covers(grid):  # softmax of the base
@@ -136,18 +142,19 @@ def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool) -> Iterator
         release(device)
         if row is not None:
             yield row
-    if step is None:
-        return
-    rest = max(0.0, step.milliseconds - len(here.blocks) * soft["block"].milliseconds)
-    base = step.milliseconds if part.whole else rest + model.layers * soft["block"].milliseconds
-    share = model.layers * alone / base
+        if stock is not None and kind in layer_of:
+            plans = [plan for plan in PLANS if plan.kind == kind]
+            yield from (plan_row(part, here, plan, layer_of, stock, repeats) for plan in plans)
+
+
+def stock_row(part: Part, name: Row, step: Timing, soft: Row) -> Row:
+    """Return the row of a step with softmax in every block."""
+    blocks = part.model.layers
+    rest = max(0.0, step.milliseconds - (blocks if part.whole else 2) * soft["block_ms"])
+    base = step.milliseconds if part.whole else rest + blocks * soft["block_ms"]
     how, peak = (WHOLE, step.peak_gib) if part.whole else (ADDED_UP, None)
-    stock = {"part": "step", **name, "plan": "softmax", "how": how, "ms": base, "rest_ms": rest}
-    stock |= {"attention_share": share, "peak_gib": peak}
-    yield stock
-    for plan in PLANS:
-        if plan.kind in layer_of:
-            yield plan_row(part, here, plan, layer_of, stock, repeats)
+    row = {"part": "step", **name, "plan": "softmax", "how": how, "ms": base, "rest_ms": rest}
+    return row | {"attention_share": blocks * soft["alone_ms"] / base, "peak_gib": peak}
 
 
 def layer_row(
@@ -171,7 +178,7 @@ def plan_row(part: Part, here: Built, plan: Plan, layer_of: Mapping[str, Row], s
     )
     row = {**stock, "plan": plan.name, "kind": plan.kind, "composed_ms": composed}
     row |= {"converted_blocks": converted, "converted_share": converted / blocks}
-    row["density"] = layer_of[plan.kind]["density"]
+    row |= densities(layer_of[plan.kind]["density"], converted / blocks)
     milliseconds, row["peak_gib"] = composed, None
     if part.whole:
         whole = None
@@ -182,6 +189,12 @@ def plan_row(part: Part, here: Built, plan: Plan, layer_of: Mapping[str, Row], s
             return {**row, "ms": None, "failed": NO_MEMORY}
         milliseconds, row["peak_gib"] = whole
     return row | against_ceiling(stock, milliseconds, converted / blocks)
+
+
+def densities(windows: float | None, converted: float) -> Row:
+    """Return the share of (query, key) pairs that softmax computes: in window layers, and in all blocks together."""
+    whole = None if windows is None else windows * converted + 1 - converted
+    return {"density": windows, "plan_density": whole}
 
 
 def against_ceiling(stock: Row, milliseconds: float, converted: float) -> Row:
@@ -237,7 +250,7 @@ def gates(rows: Sequence[Row]) -> list[Gate]:
     windows = [
         row
         for row in at_720p
-        if row["model"] == LARGE.name and "window_delta" in row["plan"] and row["density"] <= DENSEST
+        if row["model"] == LARGE.name and "window_delta" in row["plan"] and row["plan_density"] <= DENSEST
     ]
     checked = {row["check"]: row["value"] for row in rows if row["part"] == "check"}
     return [
@@ -283,11 +296,12 @@ def joined(paths: Sequence[str]) -> dict[str, Any]:
     return payload(rows, measured=stamps)
 
 
-def run(parts: Sequence[str], device: str, output: str, *, fused: bool) -> Path:
-    """Measure some parts; the result is written after every row."""
+def run(parts: Sequence[str], device: str, output: str, *, fused: bool, kinds: Sequence[str] | None = None) -> Path:
+    """Measure some parts, of layer types some or all; the result is written after every row."""
     found: list[Row] = []
     for name in parts:
-        rows = lit_checks.rows(device) if name == "checks" else rows_of(PARTS[name], device, fused=fused)
+        checks = name == "checks"
+        rows = lit_checks.rows(device) if checks else rows_of(PARTS[name], device, fused=fused, kinds=kinds)
         for row in rows:
             found.append(row)
             told = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
@@ -305,6 +319,8 @@ def chosen_parts(options: argparse.Namespace) -> tuple[str, ...]:
     known = ("checks", *PARTS)
     if strange := [name for name in options.only or () if name not in known]:
         raise ValueError(f"--only {', '.join(strange)}: there is {', '.join(known)}")
+    if strange := [name for name in options.kinds or () if not any(kind.startswith(name) for kind in KINDS)]:
+        raise ValueError(f"--kinds {', '.join(strange)}: there is {', '.join(KINDS)}")
     if options.device == "cpu":
         if options.quick:
             raise ValueError(f"--quick needs a GPU; on a CPU there is {', '.join(ON_CPU)}")
@@ -323,14 +339,15 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
     part.add_argument("--only", nargs="+", metavar="PART", help=f"some of checks, {', '.join(PARTS)}")
     part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
+    parser.add_argument("--kinds", nargs="+", metavar="TYPE", help=f"layer types that begin so, of {', '.join(KINDS)}")
     parser.add_argument("--plain", action="store_true", help="fused norms, rotations and modulation on neither side")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("-o", "--output", default="lit_speed", help="name or path of the result file")
     options = parser.parse_args(argv)
     try:
         if options.join:
-            if options.plain or options.device != "cuda":
-                raise ValueError("--join measures nothing: leave --plain and --device out")
+            if options.plain or options.kinds or options.device != "cuda":
+                raise ValueError("--join measures nothing: leave --plain, --kinds and --device out")
             print(write_result(options.output, joined(options.join)))
             return 0
         parts = chosen_parts(options)
@@ -341,7 +358,9 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.lit_speed needs a GPU: torch sees none", file=sys.stderr)
         return 2
     print(device())
-    print(run(parts, options.device, options.output, fused=not options.plain))
+    # In the order of the table, whose first are those of the gates.
+    kinds = [kind for kind in KINDS if options.kinds is None or kind.startswith(tuple(options.kinds))]
+    print(run(parts, options.device, options.output, fused=not options.plain, kinds=kinds))
     return 0
 
 

@@ -3,6 +3,7 @@ and on clips that a person has looked at.
 
     python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated FOLDER]
         [--generated-fresh FOLDER] [--generated-third FOLDER] [--generated-fourth FOLDER]
+        [--generated-fifth FOLDER]
 
 Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
 """

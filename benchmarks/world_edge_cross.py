@@ -1,6 +1,7 @@
 """The judge beside a person on each draw of generated clips, with a network that has not seen that draw.
 
     python -m benchmarks.world_edge_cross FOLDER --generated FOLDER --generated-fresh FOLDER --generated-third FOLDER
+        --generated-fourth FOLDER
 
 FOLDER is that of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors. What is written in the
 judge as a number was chosen in view of all draws, so this flatters it a little; the gate is on clips that came later.
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.gates import write_result
-from benchmarks.world_edge_windows import options
-from benchmarks.world_eye import SETS, generated
+from benchmarks.world_edge_windows import LEARNED, options
+from benchmarks.world_eye import generated
 from postgen.assets import embedded_model
 from postgen.judges.world_edges import learn_looked, read_bags, read_net, write_net
 from postgen.metrics.bootstrap import bootstrap
@@ -25,7 +26,7 @@ from postgen.world.check import edges
 
 
 def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
-    """Agreement on one of `SETS` with other weights than the shipped ones, with a 95 % interval over the clips."""
+    """Agreement on one of `LEARNED` with other weights than the shipped ones, with a 95 % interval over the clips."""
     shipped = edges.WEIGHTS
     try:
         edges.WEIGHTS = weights
@@ -40,11 +41,11 @@ def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Learn on two draws, judge the third, in turn."""
+    """Learn on three draws, judge the fourth, in turn."""
     args = options(__doc__)
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
-    for number, name in enumerate(SETS):
+    for number, name in enumerate(LEARNED):
         bags = read_bags(args.folder / "looked.safetensors", but=number)
         net = learn_looked(read_net(args.folder / "first.safetensors"), bags)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Windows of the cubes of clips that persons looked at, for `postgen.judges.world_edges`.
 
     python -m benchmarks.world_edge_windows FOLDER --generated FOLDER --generated-fresh FOLDER --generated-third FOLDER
+        --generated-fourth FOLDER
 
 Every cube of a clip that is right as a whole is one. benchmarks/data/world_edges.json names the cubes of wrong clips
 that are none by what the person wrote, colours by clip. Other cubes of wrong clips, and unclear clips, teach nothing.
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.world_eye import DATA, SETS, eye_verdicts
+from benchmarks.world_eye import DATA, eye_verdicts
 from benchmarks.world_eye_clips import kept_clips
 from postgen.judges.edge_clips import as_bytes, cut
 from postgen.judges.world_edges import LEAST
@@ -27,12 +28,14 @@ from postgen.world.parse import read
 from postgen.world.spec import COLOURS
 
 NO_CUBES = DATA / "world_edges.json"
+#: The draws that the network learns from, in the order of their numbers in the file of windows.
+LEARNED = ("generated", "generated_fresh", "generated_third", "generated_fourth")
 #: Least area of a window over the largest one's of its body.
 _PART = 0.25
 
 
 def bodies(name: str, folder: Path) -> Iterator[tuple[Tensor, bool]]:
-    """Windows (n,2,CELLS,CELLS) int16 of each cube of one of `SETS`, and whether it is none."""
+    """Windows (n,2,CELLS,CELLS) int16 of each cube of one of `LEARNED`, and whether it is none."""
     clips, wrong = kept_clips(folder), json.loads(NO_CUBES.read_text(encoding="utf-8"))[name]
     for clip, row in eye_verdicts(name)["clips"].items():
         reading = read(row["prompt"])
@@ -47,10 +50,10 @@ def bodies(name: str, folder: Path) -> Iterator[tuple[Tensor, bool]]:
 
 
 def options(says: str | None) -> argparse.Namespace:
-    """Read a command line with the folder of the network and those of all `SETS`."""
+    """Read a command line with the folder of the network and those of all `LEARNED`."""
     parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name in SETS:
+    for name in LEARNED:
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
     return parser.parse_args()
 
@@ -59,7 +62,7 @@ def main() -> None:
     """Write the windows of all sets."""
     args = options(__doc__)
     torch.set_num_threads(1)
-    by_set = [list(bodies(name, getattr(args, name))) for name in SETS]
+    by_set = [list(bodies(name, getattr(args, name))) for name in LEARNED]
     found, sets = [body for part in by_set for body in part], [k for k, part in enumerate(by_set) for _ in part]
     args.folder.mkdir(parents=True, exist_ok=True)
     numbers = torch.arange(len(found)).repeat_interleave(torch.tensor([len(window) for window, _ in found]))

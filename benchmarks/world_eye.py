@@ -2,7 +2,7 @@
 
 The verdicts are those of benchmarks/data; how they were come by stands in `benchmarks.world_constructions`. They were
 written before the judge saw the clips, and those of the fresh draw after it was frozen. Of generated clips there are
-four draws: the judge was mended on the first three, one after the other, and the last is what it is measured by.
+five draws: the judge was mended on the first four, one after the other, and the last is what it is measured by.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import world_eye_clips
 from benchmarks.gates import gate
 from benchmarks.world_constructions import SEED, Construction, draw, verdicts
-from benchmarks.world_eye_clips import FIRST, FIRST_FOURTH, FIRST_FRESH, FIRST_THIRD, weights_of
+from benchmarks.world_eye_clips import FIRST, FIRST_FIFTH, FIRST_FOURTH, FIRST_FRESH, FIRST_THIRD, weights_of
 from benchmarks.world_kinds.motion import turned
 from postgen import world
 from postgen.errors import UserError
@@ -35,6 +35,7 @@ SETS = {
     "generated_fresh": ("world_generated_fresh.json", FIRST_FRESH),
     "generated_third": ("world_generated_third.json", FIRST_THIRD),
     "generated_fourth": ("world_generated_fourth.json", FIRST_FOURTH),
+    "generated_fifth": ("world_generated_fifth.json", FIRST_FIFTH),
 }
 #: The set that a second person has looked at too.
 TWO_PERSONS = "generated_third"

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What our kernels read."""
+THERE = importlib.util.find_spec("triton") is not None
+"""Whether the package triton is installed: a constant where torch.compile traces."""
+
+
+def for_triton(*tensors: Tensor) -> bool:
+    """Say whether a Triton kernel of ours could take these tensors; without a warning, and traced by torch.compile."""
+    return THERE and all(tensor.is_cuda and tensor.dtype in DTYPES for tensor in tensors)
 
 
 def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -> bool:
@@ -29,10 +38,10 @@ def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -
 
 def why_not_triton(*tensors: Tensor) -> str | None:
     """Return why no Triton kernel of ours can take these tensors, or None when one can."""
-    if any(tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32) for tensor in tensors):
+    if any(tensor.dtype not in DTYPES for tensor in tensors):
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         return f"the kernel reads bfloat16, float16 and float32, not {dtypes}"
-    return None if has_triton() else "triton is not installed (pip install triton)"
+    return None if THERE else "triton is not installed (pip install triton)"
 
 
 def check_devices(operation: str, first: Tensor, *others: Tensor | None) -> None:
@@ -51,12 +60,6 @@ def check_devices(operation: str, first: Tensor, *others: Tensor | None) -> None
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which Triton launches on the tensor's device: it takes the current one otherwise."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Say whether the package triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 TOLD: set[str] = set()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from postgen.errors import UserError
+from postgen.families.own_format import names_loader, noted_networks
 from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call
+
+_OF_THE_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant"}
+"""Arguments of `from_pretrained` that say what is fetched."""
 
 _DOCUMENTATION = """
 
@@ -23,8 +30,34 @@ class DropIn:
     """First parent of a drop-in pipeline; the second one is the class of diffusers that it stands for.
 
     The pair has the diffusers class' name, its whole call and a keyword argument for each row of `postgen.plug_ins`. A
-    folder that it saves names the diffusers class, so it loads without postgen.
+    folder that it saves names the diffusers class, so it loads without postgen. Only where postgen has changed the
+    structure of a transformer it does not, and `from_pretrained` of the pair loads it.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load as the class of diffusers does, with transformers that only postgen can load (`postgen.lit`).
+
+        Args:
+            pretrained_model_name_or_path: as of diffusers.
+            kwargs: as of diffusers; a part that is given is not loaded.
+
+        Raises:
+            UserError: such a transformer is not whole.
+        """
+        parent: Any = super()
+        if Path(pretrained_model_name_or_path).is_dir():
+            folder = Path(pretrained_model_name_or_path)
+            return parent.from_pretrained(folder, **kwargs, **noted_networks(folder, _dtypes(kwargs), kwargs))
+        try:
+            return parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            if not names_loader(str(error)):
+                raise
+        # From the hub, and fetched by now.
+        place = {name: kwargs[name] for name in _OF_THE_HUB & kwargs.keys()}
+        folder = Path(parent.download(pretrained_model_name_or_path, **place))
+        return parent.from_pretrained(folder, **kwargs, **noted_networks(folder, _dtypes(kwargs), kwargs))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -36,6 +69,14 @@ class DropIn:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """Run the pipeline with plug-ins set for this call. Every other argument is that of diffusers."""
+
+
+def _dtypes(kwargs: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return the dtype of each part that arguments of `from_pretrained` ask for, as diffusers reads them."""
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if isinstance(asked, Mapping):
+        return lambda name: asked.get(name, asked.get("default", torch.float32))
+    return lambda name: asked if isinstance(asked, torch.dtype) else torch.float32
 
 
 class _Call:

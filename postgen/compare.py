@@ -1,21 +1,55 @@
-"""The same seed under two settings: what stands behind `postgen compare`."""
+"""The same seed under two settings, or with two models: what stands behind `postgen compare`."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import postgen
 from postgen.compat import execution_device, quiet_libraries
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
+from postgen.families.loading import inspect_model
+from postgen.families.model_folder import optional, small_files
+from postgen.families.own_format import read_note, without_note
 from postgen.files import check_apart
-from postgen.generate import Job, StepCallback, Written, all_written, load, output_paths, read_by, run, write_parts
+from postgen.generate import (
+    Job,
+    StepCallback,
+    Written,
+    all_written,
+    load,
+    output_paths,
+    prepare,
+    read_by,
+    run,
+    versions,
+    write_parts,
+)
+from postgen.request import portable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from postgen.families.loading import ModelFacts
+    from postgen.rewards import RewardRunner
+
 _ROW = 8
+_LATENTS = {
+    "transformer": ("in_channels", "out_channels", "patch_size", "patch_size_t"),
+    "vae": (
+        *("latent_channels", "z_dim", "scale_factor_spatial", "scale_factor_temporal"),
+        *("spatial_compression_ratio", "temporal_compression_ratio"),
+    ),
+}
+"""What configurations of networks say of the latents: models that differ in it do not begin from the same noise."""
+_SIDE = 256
+"""Pixels of the longer side of the clip that motion is looked for in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,15 +66,23 @@ class PairPaths:
     """The right video."""
     kind: str
     """Format of the three videos."""
+    report: Path | None = None
+    """What was measured, JSON; None where nothing is."""
 
     @property
     def files(self) -> list[Path]:
-        """All eight; the side-by-side video and its sheet first."""
-        return [self.both, self.sheet, *self.a.files, *self.b.files]
+        """All eight, or nine with the report at the end; the side-by-side video and its sheet first."""
+        files = [self.both, self.sheet, *self.a.files, *self.b.files]
+        return files if self.report is None else [*files, self.report]
 
 
-def pair_paths(output: Path, format: str | None = None) -> PairPaths:
+def pair_paths(output: Path, format: str | None = None, *, report: bool = False) -> PairPaths:
     """Name the files of a comparison after the side-by-side video: `x.mp4` gets `x-a.mp4` and `x-b.mp4` beside it.
+
+    Args:
+        output: the side-by-side video.
+        format: of the videos; None takes it from the name.
+        report: whether measurements are written too, `x.json`.
 
     Raises:
         VideoError: an unknown format, or a place that cannot be written.
@@ -48,13 +90,20 @@ def pair_paths(output: Path, format: str | None = None) -> PairPaths:
     both, kind = output_paths(output, format)
     output = both.video
     a, b = (output_paths(output.with_name(f"{output.stem}-{side}{output.suffix}"), format)[0] for side in "ab")
-    paths = PairPaths(both=both.video, sheet=both.sheet, a=a, b=b, kind=kind)
+    told = both.sidecar if report else None
+    paths = PairPaths(both=both.video, sheet=both.sheet, a=a, b=b, kind=kind, report=told)
     check_apart(paths.files)
     return paths
 
 
 def compare_videos(
-    a: Job, b: Job, paths: PairPaths, *, labels: tuple[str, str] = ("a", "b"), on_step: StepCallback | None = None
+    a: Job,
+    b: Job,
+    paths: PairPaths,
+    *,
+    labels: tuple[str, str] = ("a", "b"),
+    on_step: StepCallback | None = None,
+    rewards: RewardRunner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make two videos and write both, the two side by side, and a contact sheet with a row of each.
 
@@ -64,6 +113,7 @@ def compare_videos(
         paths: from `pair_paths`.
         labels: what tells them apart, for the contact sheet.
         on_step: called after each step with (steps done, steps in all) of both together.
+        rewards: what scores both for `paths.report`.
 
     Returns:
         The two clips, (F, 3, H, W) in [0, 1].
@@ -87,11 +137,161 @@ def compare_videos(
         start = time.perf_counter()
         clips.append(run(pipe, job, _shifted(on_step, steps[0] * number, total)))
         notes.append((time.perf_counter() - start, str(execution_device(pipe))))
+    pipe = None  # and the second before networks of rewards are loaded
+    told = None if paths.report is None else _report((a, b), clips, notes, paths, rewards)
     with all_written(paths.files) as parts:
         _write_both(clips[0], clips[1], parts[:2], paths.kind, labels, a.config.fps or 8.0)
-        for job, clip, own, (seconds, place) in zip((a, b), clips, (parts[2:5], parts[5:]), notes, strict=True):
+        for job, clip, own, (seconds, place) in zip((a, b), clips, (parts[2:5], parts[5:8]), notes, strict=True):
             write_parts(clip, job, own, paths.kind, seconds=seconds, place=place)
+        if told is not None:
+            parts[8].write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return clips[0], clips[1]
+
+
+def student(a: Job, model: str) -> Job:
+    """Return the job of another version of a model, with the very settings of the first.
+
+    Args:
+        a: of the teacher, from `prepare`.
+        model: folder or hub id of its student: what `postgen convert lit` or a training run has written, or a whole
+            pipeline.
+
+    Raises:
+        UserError: no model, or one of another class, of another base, or with other latents.
+    """
+    name = "the embedded model" if a.config.model is None else a.config.model
+    base = inspect_model(postgen.embedded_model() if a.config.model is None else a.config.model)
+    facts = inspect_model(model)
+    if facts.parts == base.parts and facts.source == base.source:
+        raise UserError(f"{model} is {name} itself: give another model to compare it with")
+    if facts.parts and facts.source != base.source:
+        made = "the embedded model" if Path(facts.source) == postgen.embedded_model() else facts.source
+        option = "leave --model out" if made != facts.source else f"--model {facts.source}"
+        raise UserError(f"{model} was made from {made}, and the model it is compared with is {name}: {option}")
+    kinds = (facts.pipeline, facts.transformer), (base.pipeline, base.transformer)
+    if kinds[0] != kinds[1]:
+        told, own = (" with a ".join(map(str, kind)) for kind in kinds)
+        raise UserError(f"{model} is another model than {name}: a {told}, not a {own}")
+    _check_networks(model, name, facts, base, a)
+    dtype = a.facts.defaults.dtype or "auto" if a.config.dtype == "auto" else a.config.dtype
+    return prepare(dataclasses.replace(a.config, model=model, dtype=dtype))
+
+
+def _check_networks(model: str, name: str, facts: ModelFacts, base: ModelFacts, a: Job) -> None:
+    """See that networks have the same latents; those of an export are to be what the base's are altogether.
+
+    Layers that are ours must compute on the grid of the clip.
+
+    Raises:
+        UserError: a setting in which they differ.
+    """
+    known = small_files(base.source)[0]
+    if facts.parts:
+        pairs = {part: small_files(source)[0] for part, source in facts.parts}
+    else:
+        pairs = dict.fromkeys(_LATENTS, small_files(facts.source)[0])
+    for part, folder in pairs.items():
+        config = optional(folder / part / "config.json")
+        theirs, ours = (without_note(each) for each in (config, optional(known / part / "config.json")))
+        keys = [*theirs, *ours] if facts.parts else _LATENTS[part]
+        for key in keys:
+            if not key.startswith("_") and theirs.get(key) != ours.get(key):
+                raise UserError(
+                    f"{model} does not go with {name}: {key} of its {part} is {shown(theirs.get(key))}, there it is"
+                    f" {shown(ours.get(key))}"
+                )
+        if len(config) > len(theirs):
+            _check_clip(model, part, config, a)
+
+
+def _check_clip(model: str, part: str, config: Mapping[str, Any], a: Job) -> None:
+    """See that the layers of a converted network compute on the grid of a clip, before minutes go into the other side.
+
+    Raises:
+        UserError: they do not.
+    """
+    frames, height, width = a.config.num_frames, a.config.height, a.config.width
+    if frames is None or height is None or width is None:
+        return
+    from postgen.lit.clips import check_clip
+    from postgen.lit.convert import LOADER
+
+    if read_note(config, LOADER) is None:
+        return
+    try:
+        check_clip(config, frames, height, width)
+    except UserError as error:
+        raise UserError(f"{model}/{part}: {error}") from error
+
+
+def _report(
+    jobs: tuple[Job, Job],
+    clips: list[Tensor],
+    notes: list[tuple[float, str]],
+    paths: PairPaths,
+    rewards: RewardRunner | None,
+) -> dict[str, Any]:
+    """Return what is told of two clips, as JSON has it."""
+    sides = []
+    for job, clip, (seconds, place), files in zip(jobs, clips, notes, (paths.a, paths.b), strict=True):
+        sides.append(
+            {
+                "model": portable(job.config)["model"] or "embedded",
+                "video": files.video.name,
+                "settings": files.sidecar.name,
+                "seconds": round(seconds, 3),
+                "device": place,
+                "motion": motion_of(clip),
+            }
+        )
+    if rewards is not None:
+        found = rewards([job.config.prompt for job in jobs], clips, fps=jobs[0].config.fps, must_score=False)
+        for row, side in enumerate(sides):
+            values = dict(zip(found.names, found.values[row].tolist(), strict=True))
+            side["rewards"] = {name: None if math.isnan(value) else value for name, value in values.items()}
+            why = {n: {**found.reasons[n], **found.failures[n]}.get(row) for n in found.names}
+            side["no_score"] = {n: text for n, text in why.items() if text}
+    return {
+        "prompt": jobs[0].config.prompt,
+        "seed": jobs[0].config.seed,
+        **difference(clips[0], clips[1]),
+        "a": sides[0],
+        "b": sides[1],
+        "versions": versions(),
+    }
+
+
+def difference(a: Tensor, b: Tensor) -> dict[str, float | None]:
+    """Return how far two clips (F, 3, H, W) in [0, 1] are from each other.
+
+    `psnr` is 10 log10(1 / mean squared difference) in decibels over all frames, None where they are equal;
+    `largest_difference` is that of one value. Both are None where the clips have other sizes.
+    """
+    if a.shape != b.shape:
+        return {"psnr": None, "largest_difference": None}
+    squares, largest = 0.0, 0.0
+    for ours, theirs in zip(a, b, strict=True):  # a long clip in double precision is large
+        far = (ours.double() - theirs.double()).abs()
+        squares, largest = squares + float(far.square().sum()), max(largest, float(far.max()))
+    mean = squares / a.numel()
+    return {"psnr": -10 * math.log10(mean) if mean else None, "largest_difference": largest}
+
+
+def motion_of(clip: Tensor) -> float | None:
+    """Return how far things move in a frame of a clip (F, 3, H, W), in its pixels: `postgen.metrics` has the measure.
+
+    A clip of more than 256 pixels a side is made smaller by a whole factor first, which takes less time and finds
+    faster motion. None for one frame, or for pictures smaller than a block of 8 pixels.
+    """
+    from torch.nn.functional import avg_pool2d
+
+    from postgen.metrics.video_measures import motion
+
+    factor = -(-max(clip.shape[-2:]) // _SIDE)
+    small = avg_pool2d(clip, factor) if factor > 1 else clip
+    if len(small) < 2 or min(small.shape[-2:]) < 8:
+        return None
+    return factor * float(motion(small[None], gap=min(4, len(small) - 1))[0])
 
 
 def _shifted(on_step: StepCallback | None, before: int, total: int) -> StepCallback | None:

@@ -36,6 +36,11 @@ def block_classes(module: nn.Module) -> set[str]:
     return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
 
 
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Return the names of parts that a model of diffusers keeps in float32 when it is loaded in another dtype."""
+    return tuple(model._keep_in_fp32_modules or ())
+
+
 def command_error(error: BaseException) -> tuple[str, int, str] | None:
     """Return message, exit code and command of an error of the command line itself (unknown option, bad value).
 
@@ -126,8 +131,7 @@ class tap_dispatched:
         self.sink = sink
 
     def __enter__(self) -> None:
-        self.before = _tap.sink
-        _tap.sink = self.sink
+        self.before, _tap.sink = _tap.sink, self.sink
 
     def __exit__(self, *failure: object) -> None:
         _tap.sink = self.before
@@ -166,8 +170,7 @@ def install_attention_tap() -> None:
 
 def show_attention_call(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
     """Show `tap_dispatched` an attention call that does not go through the dispatcher; (B, L, heads, D) tensors."""
-    sink = _tap.sink
-    if sink is not None:
+    if (sink := _tap.sink) is not None:
         sink(query, key, scale, None)
 
 
@@ -175,8 +178,7 @@ def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
     # The dispatcher passes everything by name.
     @functools.wraps(backend)
     def call(*args: Any, **kwargs: Any) -> Any:
-        sink = _tap.sink
-        if sink is None or args:
+        if (sink := _tap.sink) is None or args:
             return backend(*args, **kwargs)
         _tap.sink = None  # a backend may hand over to another one: a call is seen once
         try:
@@ -224,10 +226,8 @@ def _registered_backend(name: str, attend: Callable[..., torch.Tensor | None]) -
     if member is not None and member in registry._backends:
         return member
     # Everything that may be missing is asked for before anything is changed.
-    backend, checks = (
-        _handing_over(attend, dispatch._native_attention),
-        [dispatch._check_device, dispatch._check_shape],
-    )
+    backend = _handing_over(attend, dispatch._native_attention)
+    checks = [dispatch._check_device, dispatch._check_shape]
     register = registry.register
     member = member or _add_member(names, name)
     register(member, constraints=checks)(backend)
@@ -261,10 +261,9 @@ def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[.
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> torch.Tensor:
-        if dropout_p == 0.0 and not is_causal and _parallel_config is None:
-            out = attend(query, key, value, attn_mask, scale)
-            if out is not None:
-                return out
+        ours = dropout_p == 0.0 and not is_causal and _parallel_config is None
+        if ours and (out := attend(query, key, value, attn_mask, scale)) is not None:
+            return out
         return native(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config=_parallel_config
         )
@@ -389,6 +388,11 @@ def put_lora(pipe: Any, network: Any, state: dict[str, torch.Tensor], name: str,
         from peft import LoraConfig
 
         network.load_adapter(adapter_name=name, adapter_state_dict=state, peft_config=LoraConfig(**settings))
+
+
+def loaded_from(model: Any) -> str:
+    """Return the folder or hub id that a model of diffusers was loaded from; empty for one that was not."""
+    return str(model.config.get("_name_or_path") or "")
 
 
 def forget_config(model: Any, name: str) -> None:

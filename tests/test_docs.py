@@ -102,6 +102,26 @@ def test_worldweaver_training(ran: tuple[dict[str, Any], str]) -> None:
     assert names["disparity"].shape == (17, 32, 32)
 
 
+@pytest.mark.parametrize("ran", ["world.md"], indirect=True)
+def test_world(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert len(set(printed.splitlines())) == 2
+    assert names["last"].rgb_BF3HW.shape == (1, 8, 3, 48, 48)
+    text = (ROOT / "docs" / "world.md").read_text(encoding="utf-8")
+    assert not [name for name in names["clip"].__slots__ if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("ran", ["drift.md"], indirect=True)
+def test_drift(ran: tuple[dict[str, Any], str]) -> None:
+    """What the page says of a frozen clip, which is the second one."""
+    names, _ = ran
+    both, text = names["both"], (ROOT / "docs" / "drift.md").read_text(encoding="utf-8")
+    assert (both["motion.total"].b, both["motion.most"].b, both["contrast.sharpness.contrast"].b) == (0, 0, 0)
+    assert both["permanence.always"].difference.low > 0
+    assert all(row["seam"] is None and row["motion"]["total"] == 0 for row in names["second"])
+    assert not [key for key in names["first"][0] if key != "frames" and f"`{key}" not in text]
+
+
 @pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
 def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
     """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""

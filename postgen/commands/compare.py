@@ -1,5 +1,7 @@
 """`postgen compare`."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -15,6 +17,18 @@ _OF_BOTH = ("size", "seed", "fps")
 Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_default=False)]
 A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
 B = Annotated[list[str] | None, typer.Option("--b", help="Setting of the right one, as steps=50; repeatable.")]
+Vs = Annotated[
+    str | None,
+    typer.Option(
+        "--vs",
+        metavar="MODEL",
+        help="Instead of --a and --b: a student of --model (what convert lit or train wrote, or a pipeline), right.",
+    ),
+]
+Reward = Annotated[
+    str | None,
+    typer.Option("--reward", help="Scores both; names as of `postgen score`. \\[default: none]"),
+]
 Output = Annotated[
     str,
     typer.Option(
@@ -30,18 +44,27 @@ def compare(
     prompt: Prompt,
     a: A = None,
     b: B = None,
+    vs: Vs = None,
+    reward: Reward = None,
     output: Output = "compare.mp4",
     *,
     given: dict[str, Any],
     format: o.Format = None,
 ) -> None:
-    """Make the same seed under two settings: both videos, one side by side, and a contact sheet of both rows."""
+    """Make the same seed under two settings: both videos, one side by side, and a contact sheet of both rows.
+
+    With --vs: with two models, a teacher and its student, and with what was measured of both (JSON).
+    """
     sides = [parse_side("--a", a or []), parse_side("--b", b or [])]
-    if sides[0] == sides[1]:
+    if vs is not None and (a or b):
+        raise UserError("--vs takes both videos with the same settings: leave --a and --b out, or --vs")
+    if vs is None and sides[0] == sides[1]:
         raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
+    if vs is not None:
+        labels = [given.get("model", "embedded"), vs]
     place = named(output, folder=format == "frames")
-    _make({"prompt": prompt} | given, sides, labels, place, format)
+    _make({"prompt": prompt} | given, sides, labels, place, format, vs, reward)
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
@@ -93,24 +116,72 @@ def _value(said: str, kind: type, value: str) -> Any:
 
 
 def _make(
-    shared: dict[str, Any], sides: list[dict[str, Any]], labels: list[str], output: Path, format: str | None
+    shared: dict[str, Any],
+    sides: list[dict[str, Any]],
+    labels: list[str],
+    output: Path,
+    format: str | None,
+    vs: str | None,
+    reward: str | None,
 ) -> None:
-    from postgen.compare import compare_videos, pair_paths
+    from postgen.compare import compare_videos, pair_paths, student
     from postgen.generate import check_rate, prepare, read_by
     from postgen.request import GenerateConfig
 
     if not output.suffix and format is None:
         format = "mp4"
-    paths = pair_paths(output, format)
+    paths = pair_paths(output, format, report=vs is not None or reward is not None)
     configs = [GenerateConfig.of(shared | side) for side in sides]
+    if vs is not None:
+        configs[1] = dataclasses.replace(configs[1], model=vs)
     check_apart(paths.files, [file for config in configs for file in read_by(config)])
-    jobs = [prepare(config) for config in configs]
+    first = prepare(configs[0])
+    jobs = [first, prepare(configs[1]) if vs is None else student(first, vs)]
     check_rate(jobs[0], paths.kind)
+    runner = None if reward is None else _runner(reward, jobs[0].config.device)
 
     from postgen.commands.progress import steps
 
     with steps("Comparing") as on_step:
-        compare_videos(jobs[0], jobs[1], paths, labels=(labels[0], labels[1]), on_step=on_step)
+        compare_videos(jobs[0], jobs[1], paths, labels=(labels[0], labels[1]), on_step=on_step, rewards=runner)
     typer.echo(f"Side by side {paths.both}, contact sheet {paths.sheet}")
     for label, side in zip(labels, (paths.a, paths.b), strict=True):
         typer.echo(f"{label}: video {side.video}, contact sheet {side.sheet}, settings {side.sidecar}")
+    if paths.report is not None:
+        _tell(paths.report)
+
+
+def _runner(reward: str, device: str) -> Any:
+    """Return what scores two clips; every mistake of it, weights that are not there among them, is found now."""
+    from postgen.commands.score import reward_device
+    from postgen.compat import quiet_libraries
+    from postgen.rewards import RewardRunner, split_rewards
+
+    runner = RewardRunner(split_rewards(reward), device=reward_device(device), offload=True)
+    for one in runner.rewards:
+        one.check_columns(())
+    with quiet_libraries():
+        runner.load()
+    for one in runner.rewards:
+        one.offload()  # the model needs the memory first
+    return runner
+
+
+def _tell(report: Path) -> None:
+    """Say what was measured."""
+    found = json.loads(report.read_text(encoding="utf-8"))
+    both = found["a"], found["b"]
+    same = "the same clip" if found["largest_difference"] == 0 else "clips of other sizes"
+    told = [same if found["psnr"] is None else f"PSNR {found['psnr']:.2f} dB"]
+    told.append("seconds {} and {}".format(*(f"{side['seconds']:.1f}" for side in both)))
+    told.append("motion {} and {} pixels a frame".format(*(_number(side["motion"]) for side in both)))
+    for name in found["a"].get("rewards", ()):
+        told.append("{} {} and {}".format(name, *(_number(side["rewards"][name]) for side in both)))
+    typer.echo(f"{', '.join(told)}: {report}")
+    for side in both:
+        for name, why in side.get("no_score", {}).items():
+            typer.echo(f"postgen: {name} has no score for {side['video']}: {why}", err=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -32,8 +32,8 @@ Kinds = Annotated[
     str | None,
     typer.Option(
         "--kinds",
-        help="Layer types that --budget chooses from, with commas between, besides softmax."
-        " \\[default: window_delta,lit]",
+        help="Layer types that --budget chooses from, with commas between, besides softmax; lit needs long training."
+        " \\[default: window_delta]",
     ),
 ]
 Measured = Annotated[
@@ -64,7 +64,6 @@ Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
-KINDS = "window_delta,lit"
 STEPS = 4
 PROMPTS = ("a red ball rolls over the grass", "a blue cube spins on a table")
 
@@ -92,7 +91,6 @@ def convert_lit(
     from postgen.families.installed import transformers_of
     from postgen.generate import load, prepare
     from postgen.lit import LiTConfig, save
-    from postgen.lit.score import check_kinds
     from postgen.request import GenerateConfig
 
     of_budget = {"--kinds": kinds, "--measure": measure or None, "--prompt": prompt, "--steps": steps}
@@ -102,8 +100,7 @@ def convert_lit(
         num_inference_steps=STEPS if steps is None else steps, device=device,
     )  # fmt: skip
     settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
-    names = tuple(kind.strip() for kind in (KINDS if kinds is None else kinds).split(","))
-    check_kinds(names)
+    names = None if kinds is None else _layer_types(kinds)
     job = prepare(config)
     if job.facts.transformer is None:
         raise UserError(f"{job.facts.pipeline} has no transformer to convert")
@@ -122,6 +119,14 @@ def convert_lit(
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 
 
+def _layer_types(text: str) -> tuple[str, ...]:
+    from postgen.lit.score import check_kinds
+
+    names = tuple(kind.strip() for kind in text.split(","))
+    check_kinds(names)
+    return names
+
+
 def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:
     if (layers is None) == (budget is None):
         raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
@@ -135,13 +140,10 @@ def _check(layers: str | None, budget: float | None, output: Path, of_budget: Se
 
 def _converted(transformer: Any, job: Any, settings: Any) -> Any:
     """Convert; layers that are bound to a grid are made for that of the clip."""
-    from postgen.families.calls import call_arguments, grid_of_call, registered_name
-    from postgen.families.cost import latent_size
     from postgen.lit import convert
+    from postgen.lit.clips import grid_of_clip
 
-    kind = registered_name(type(transformer))
-    size = latent_size(kind, transformer.config, *_shape(job))
-    grid = grid_of_call(transformer, call_arguments(kind, transformer.config, size))
+    grid = grid_of_clip(transformer, *_shape(job))
     if grid is not None:
         settings = dataclasses.replace(settings, grid=(grid.frames, grid.height, grid.width))
     return convert(transformer, settings)
@@ -154,7 +156,7 @@ def _planned(
     prompts: Sequence[str],
     settings: Any,
     budget: float,
-    kinds: Sequence[str],
+    kinds: Sequence[str] | None,
     *,
     measured: bool,
 ) -> Any:
@@ -166,6 +168,7 @@ def _planned(
     frames, height, width = _shape(job)
     of_size: dict[str, Any] = {"num_frames": frames, "height": height, "width": width, "config": settings}
     costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
+    kinds = tuple(costs.changes)
     check_budget(costs, budget, kinds, first_block=settings.first_block)  # before the scores, which take longest
 
     def sample() -> None:

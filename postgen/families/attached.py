@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from postgen.families.installed import installed
+from postgen.families.installed import installed, living
 
 if TYPE_CHECKING:
     from torch import nn
@@ -272,7 +272,7 @@ class AttachedPlugIn(Generic[C]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy keeps what it was copied with, for good: no block of another model ends it.
         usual = Setting(self.config, enabled=self.enabled, prepared=self.setting.prepared)
-        fresh = {"_usual": usual, "_applied": True, "_calls": [], "_kept": None}
+        fresh = {"_usual": usual, "_applied": True, "_calls": [], "_kept": None, "_hooks": living(self._hooks)}
         return {name: value for name, value in {**self.__dict__, **fresh}.items() if name != "_here"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,7 @@ from postgen.families.processors import ProcessorStack
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 _ATTRIBUTE = "_postgen_installed"
 
@@ -49,6 +50,14 @@ def processor_stack(transformer: nn.Module) -> ProcessorStack:
     if found.stack is None:
         found.stack = ProcessorStack(unwrap(transformer))
     return found.stack
+
+
+def living(hooks: Iterable[RemovableHandle]) -> list[RemovableHandle]:
+    """Return the handles of hooks on modules that are still there: torch can neither copy nor pickle the others.
+
+    A block that is copied without its transformer takes along what is on it, and that has handles of the transformer.
+    """
+    return [hook for hook in hooks if hook.hooks_dict_ref() is not None]
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:

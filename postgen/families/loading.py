@@ -21,7 +21,7 @@ from postgen.families.model_folder import (
     small_files,
     wan_multiples,
 )
-from postgen.families.own_format import load_noted
+from postgen.families.own_format import load_noted, noted_networks
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
 from postgen.families.wan_sizes import check_size
 from postgen.families.whole import check_whole, foreign_weights_refused, random_weights_told
@@ -258,7 +258,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
             loader, options = getattr(diffusers, facts.pipeline), {"expand_timesteps": True}
         dtypes = _dtypes(facts, dtype, place)
         parts = {name: _part(name, source, dtypes) for name, source in facts.parts}
-        parts |= _noted(facts, dtypes, {*parts})
+        parts |= noted_networks(Path(facts.source), lambda name: dtypes.get(name, dtypes["default"]), parts)
         if parts:
             # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
             loader, options = getattr(diffusers, facts.pipeline), options | parts
@@ -295,17 +295,6 @@ def _part(name: str, source: str, dtypes: Mapping[str, torch.dtype]) -> Any:
         return network
     kind: Any = diffusers.AutoModel
     return kind.from_pretrained(source, subfolder=name, dtype=dtype)
-
-
-def _noted(facts: ModelFacts, dtypes: Mapping[str, torch.dtype], loaded: set[str]) -> dict[str, Any]:
-    """Load the transformers of a folder that diffusers cannot load by itself, because we changed their structure."""
-    found = {}
-    for path in sorted(Path(facts.source).glob("transformer*/config.json")):
-        name = path.parent.name
-        network = None if name in loaded else load_noted(path.parent, dtypes.get(name, dtypes["default"]))
-        if network is not None:
-            found[name] = network
-    return found
 
 
 def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]:

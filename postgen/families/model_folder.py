@@ -10,6 +10,7 @@ from typing import Any
 
 from postgen.errors import UserError, is_number, shown
 from postgen.families.exports import NOTE
+from postgen.families.own_format import noted_words
 from postgen.families.video_calls import RANGES
 from postgen.families.wan_sizes import multiples
 from postgen.reading import check_name, read_json
@@ -186,10 +187,17 @@ def own_defaults(path: Path) -> dict[str, Any]:
 def own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too.
 
+    Args:
+        path: its `postgen.json`. Where there is none, as in a folder that `pipe.save_pretrained` wrote, what networks
+            of ours know of the one that they were loaded from.
+
     Raises:
         UserError: it cannot be read, or an entry is none.
     """
-    own = optional(path)
+    own = optional(path) if path.exists() else noted_words(path.parent)
+    if not isinstance(own, dict):
+        raise UserError(f"{path.parent}: a network there says {shown(own)} for {path.name}, it must be an object")
+    own = dict(own)
     examples = own.pop("closed_vocabulary", [])
     if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
         raise UserError(f"{path}: closed_vocabulary must be a list of example prompts, got {shown(examples)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from postgen.families.attached import AttachedPlugIn
 from postgen.families.attention import AttentionReader, show_attention_call
 from postgen.families.attention.dispatch import attention_settings
-from postgen.families.attention.reading import NormValues, Stream, dispatched
+from postgen.families.attention.reading import Stream, dispatched
 from postgen.fused.config import FusedOpsConfig
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.qk_norm_rope import naive
@@ -58,27 +58,17 @@ def normed_and_rotated(config: FusedOpsConfig, stream: Stream) -> tuple[Tensor, 
         config: says which.
         stream: norms that cannot be left out are called.
     """
-    query, key, rope, values = stream.query, stream.key, stream.rope, stream.norms.values()
-    if values is None:
-        query, key = stream.norms.called(query, key)
-        values = NormValues(norm="none")
-    if rope is None and values.norm == "none":
+    query, key, left = stream.for_one_kernel()
+    if not left:
         return query, key
-    cos, sin, first_token = (None, None, 0) if rope is None else (rope.cos, rope.sin, rope.first_token)
-    shared: dict[str, Any] = {"norm": values.norm, "eps": values.eps, "first_token": first_token}
-    of_query, of_key = (values.q_weight, values.q_bias), (values.k_weight, values.k_bias)
     if config.norm_rope:
-        weights: dict[str, Any] = {
-            "q_weight": of_query[0],
-            "k_weight": of_key[0],
-            "q_bias": of_query[1],
-            "k_bias": of_key[1],
-        }
-        q, k = qk_norm_rope(query, key, cos=cos, sin=sin, **weights, **shared)
+        q, k = qk_norm_rope(query, key, **left)
         return q, k
+    cos, sin = left.get("cos"), left.get("sin")
+    shared = {name: left[name] for name in ("norm", "eps", "first_token") if name in left}
     return (
-        naive.norm_rope(query, cos, sin, *of_query, **shared),
-        naive.norm_rope(key, cos, sin, *of_key, **shared),
+        naive.norm_rope(query, cos, sin, left["q_weight"], left["q_bias"], **shared),
+        naive.norm_rope(key, cos, sin, left["k_weight"], left["k_bias"], **shared),
     )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from postgen.errors import UserError, shown
 from postgen.families import Denoiser, Grid, denoiser_for, tokens_of
 from postgen.families.attention import AttentionReader
 from postgen.families.installed import installed
-from postgen.files import replacing
+from postgen.files import check_place, replacing
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, NAME, Converted
 from postgen.lit.convert import (
@@ -54,6 +55,8 @@ from postgen.reconstruct import (
 )
 from postgen.sampling.conditions import Embeddings
 from postgen.training import Reason
+from postgen.training.run_folder import NAME as NAME_OF_LOCK
+from postgen.training.run_folder import RunLock
 
 OUTPUT = "to_out.0"
 """The output layer of an attention module; what comes into it is what attention gave."""
@@ -140,18 +143,32 @@ def train_layers(
     tasks = attention_tasks(denoiser, config, grid_of(denoiser, rows[0], records.size), inherited=inherited)
     names = [task.name for task in tasks]
     size = blocks_at_a_time or len(tasks)
-    for first in range(0, len(tasks), size):
-        part = tasks[first : first + size]
-        if size < len(tasks) and train.resume and _are_done(train, part):
-            continue
-        place = where if str(where) == "cpu" or size == len(tasks) else Path(where) / f"blocks-{first:03}"
-        taken = collect(denoiser, _modules(part), rows, records, where=place, share=share)
-        report = reconstruct(part, taken, train, share=share)
-        if report.reason is Reason.INTERRUPTED:
-            return replace(report, unfinished=tuple(name for name in names if name not in report.blocks))
-        if size < len(tasks) and str(where) != "cpu" and share.processes == 1:
-            shutil.rmtree(place)
+    removes = size < len(tasks) and str(where) != "cpu" and share.processes == 1
+    with _held(Path(where)) if removes else nullcontext():
+        for first in range(0, len(tasks), size):
+            part = tasks[first : first + size]
+            if size < len(tasks) and train.resume and _are_done(train, part):
+                continue
+            place = where if str(where) == "cpu" or size == len(tasks) else Path(where) / f"blocks-{first:03}"
+            taken = collect(denoiser, _modules(part), rows, records, where=place, share=share)
+            report = reconstruct(part, taken, train, share=share)
+            if report.reason is Reason.INTERRUPTED:
+                return replace(report, unfinished=tuple(name for name in names if name not in report.blocks))
+            if removes:
+                shutil.rmtree(place)
     return read_report(train.output_dir, names)
+
+
+@contextmanager
+def _held(where: Path) -> Iterator[None]:
+    """Keep a second run from records that are removed when their blocks are done."""
+    check_place(where)
+    where.mkdir(parents=True, exist_ok=True)
+    with RunLock(where, setting="where"):
+        try:
+            yield
+        finally:
+            (where / NAME_OF_LOCK).unlink(missing_ok=True)  # nothing is to be left there
 
 
 def attention_tasks(

@@ -15,7 +15,7 @@ from torch import nn
 from postgen.errors import UserError
 from postgen.families import tokens_of
 from postgen.families.attention.dispatch import attention_settings
-from postgen.families.installed import installed, processor_stack
+from postgen.families.installed import installed, living, processor_stack
 from postgen.kernels.attention.ops import attention as softmax_attention
 from postgen.lit.tokens import Tokens
 
@@ -144,7 +144,8 @@ class Conversion:
         return compute_layer(getattr(attention, CHILD), reader, grid, inner, attention, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_here"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_here"}
+        return {**state, "_hooks": living(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -14,7 +14,7 @@ from postgen.families import Grid, blocks_of, layout_of, tokens_of
 from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
 from postgen.families.linear import replace_linears, replaced_linears
-from postgen.families.own_format import erase_note, write_note
+from postgen.families.own_format import erase_note, read_note, write_note
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
 from postgen.lit.layers import LitLayer, Shape, make_layer
@@ -107,10 +107,16 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
 def revert(transformer: nn.Module) -> None:
     """Take a conversion off: the transformer is the stock one again, with the weights of the base as they are now.
 
+    A stock model that `from_config` made of a converted one's config has the mark of a conversion in its own, and no
+    layer: of it the mark is taken off.
+
     Raises:
         UserError: it is not converted, or somebody holds a projection that began anew.
     """
-    model = the_transformer(transformer)
+    model: Any = the_transformer(transformer)
+    if NAME not in installed(model).plug_ins and read_note(model.config, LOADER) is not None:
+        erase_note(model)
+        return
     conversion = conversion_of(model)
     _end_anew(model, conversion)
     conversion.uninstall(model)

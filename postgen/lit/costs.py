@@ -23,7 +23,7 @@ from postgen.lit.config import LiTConfig
 from postgen.lit.convert import convert, modules_of_blocks, revert, shape_of, stock_transformer, the_transformer
 from postgen.lit.layers import make_layer
 from postgen.lit.record import Record, read_record
-from postgen.lit.score import check_kinds
+from postgen.lit.score import check_kinds, usual_kinds
 
 UNITS = {"flops": "FLOPs", "us": "microseconds"}
 
@@ -88,7 +88,7 @@ def count(
     num_frames: int,
     height: int,
     width: int,
-    kinds: Sequence[str] = ("window_delta", "lit"),
+    kinds: Sequence[str] | None = None,
     config: LiTConfig | None = None,
 ) -> CostTable:
     """Count the FLOPs of a step, and what each layer type adds to or saves of them in each block.
@@ -98,13 +98,14 @@ def count(
         num_frames: of the clip; 1 for pictures.
         height: in pixels.
         width: in pixels.
-        kinds: layer types.
+        kinds: layer types; None is `usual_kinds`.
         config: their options.
 
     Raises:
         UserError: an unknown type, a class or size that cannot be counted, or it is converted already.
     """
     model, config = stock_transformer(transformer, "count"), config or LiTConfig()
+    kinds = usual_kinds(model) if kinds is None else kinds
     check_kinds(kinds)
     modules = modules_of_blocks(model)
     cost = forward_cost(model, num_frames=num_frames, height=height, width=width)
@@ -137,7 +138,7 @@ def measure(
     num_frames: int,
     height: int,
     width: int,
-    kinds: Sequence[str] = ("window_delta", "lit"),
+    kinds: Sequence[str] | None = None,
     config: LiTConfig | None = None,
     repeats: int = 5,
 ) -> CostTable:
@@ -151,7 +152,7 @@ def measure(
         num_frames: as of `count`.
         height: in pixels.
         width: in pixels.
-        kinds: layer types.
+        kinds: layer types; None is `usual_kinds`.
         config: their options.
         repeats: timed forwards, whose median counts.
 
@@ -164,7 +165,7 @@ def measure(
     shape = counted.shape
     base = measure_latency(model, [shape], repeats=repeats)
     changes = {}
-    for kind in kinds:
+    for kind in counted.changes:
         report = convert(model, dataclasses.replace(config, layers=f"all:{kind}", first_block=False, inherit="all"))
         try:
             blocks = sum(each != "softmax" for each in report.types)

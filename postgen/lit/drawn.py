@@ -15,6 +15,7 @@ from postgen.errors import UserError
 from postgen.files import replacing
 from postgen.reading import read_json
 from postgen.reconstruct import Share
+from postgen.reconstruct.loss import check_teacher
 from postgen.sampling.conditions import Conditions
 from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import seed_of
@@ -62,7 +63,7 @@ class Drawn:
             progress: whether to show a bar.
 
         Raises:
-            UserError: the folder holds latents of something else.
+            UserError: the folder holds latents of something else, or those that are drawn are not finite.
         """
         self._check()
         chunks = range(-(-self.prompts // self.batch))
@@ -99,6 +100,7 @@ class Drawn:
         ]
         kept = self.sampler.draw(samples, conditions, self.batch, keep=self.keep).kept
         assert kept is not None
+        check_teacher(kept, prompts)
         return kept.float().cpu().contiguous()
 
     def _file(self, chunk: int) -> Path:

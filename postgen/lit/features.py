@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from postgen.kernels.dispatch import for_triton
+from postgen.kernels.grid_convolution.ops import grid_convolution, takes
+from postgen.kernels.qk_norm_rope.ops import qk_norm_rope
+
 if TYPE_CHECKING:
     from postgen.families import Grid
     from postgen.families.attention.reading import Rope
@@ -63,6 +67,14 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
+def rotate_both(query: Tensor, key: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    """Return `rotate` of queries and keys (B, N, H, D), of as many tokens; in one kernel where it runs."""
+    if rope is None or query.shape[-1] != 2 * rope.cos.shape[-1] or not for_triton(query, key):
+        return rotate(query, rope), rotate(key, rope)
+    turned_query, turned_key = qk_norm_rope(query, key, cos=rope.cos, sin=rope.sin, norm="none")
+    return turned_query, turned_key
+
+
 def _merged_table(table: Tensor, heads: int) -> Tensor:
     return table.repeat(1, 1, 1, heads) if table.shape[2] == 1 else merged(table, heads)
 
@@ -79,10 +91,11 @@ def linear_parts(query: Tensor, key: Tensor, value: Tensor, rope: Rope | None) -
         value: in the dtype of the features.
         rope: of queries and keys.
     """
+    turned_query, turned_key = rotate_both(query, key, rope)
     with no_autocast(value):
-        state = torch.einsum("bmhd,bmhe->bhde", rotate(key, rope), value)
+        state = torch.einsum("bmhd,bmhe->bhde", turned_key, value)
         return (
-            torch.einsum("bnhd,bhde->bnhe", rotate(query, rope), state),
+            torch.einsum("bnhd,bhde->bnhe", turned_query, state),
             torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1)),
         )
 
@@ -126,7 +139,8 @@ class LearnedMap(nn.Module):
             first, second, bias = exact(self.first), exact(self.second), exact(self.bias)
             hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), first))
             out = F.softplus(torch.einsum("bnhd,hde->bnhe", hidden, second) + bias)
-        return torch.cat([part**power for power, part in enumerate(out.tensor_split(self.parts, dim=-1), 1)], dim=-1)
+        first_power, *others = out.tensor_split(self.parts, dim=-1)
+        return torch.cat([first_power, *(part**power for power, part in enumerate(others, 2))], dim=-1)
 
 
 class FixedMap(nn.Module):
@@ -174,24 +188,36 @@ class GridConvolution(nn.Module):
         """Frames that a causal convolution looks back."""
         return 0 if self.time is None else self.time.shape[1] - 1
 
-    def in_space(self, x: Tensor, grid: Grid) -> Tensor:
-        """Convolve (B, N, H, D) within each frame; a single 0 without weights."""
+    def in_space(self, x: Tensor, grid: Grid, *, added: bool = False) -> Tensor:
+        """Convolve (B, N, H, D) within each frame; without weights a single 0.
+
+        Args:
+            x: tokens of the frames.
+            grid: of them.
+            added: whether to x itself, which is what is left without weights.
+        """
         if self.space is None:
-            return x.new_zeros(())
+            return x if added else x.new_zeros(())
+        if takes(x):
+            return grid_convolution(x, self.space, None, _sizes(grid), added=added)
         pictures = x.reshape(-1, grid.height, grid.width, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)
         out = F.conv2d(pictures, self.space.to(x.dtype)[:, None], padding="same", groups=len(self.space))
-        return out.permute(0, 2, 3, 1).reshape(x.shape)
+        out = out.permute(0, 2, 3, 1).reshape(x.shape)
+        return x + out if added else out
 
-    def in_time(self, x: Tensor, grid: Grid, before: Tensor | None = None) -> Tensor:
-        """Convolve (B, N, H, D) along time; a single 0 without weights.
+    def in_time(self, x: Tensor, grid: Grid, before: Tensor | None = None, *, added: bool = False) -> Tensor:
+        """Convolve (B, N, H, D) along time; without weights a single 0.
 
         Args:
             x: tokens of the frames.
             grid: of them.
             before: (B, taps_before * S, H, D), the frames before them, of a causal convolution in a stream.
+            added: as of `in_space`.
         """
         if self.time is None:
-            return x.new_zeros(())
+            return x if added else x.new_zeros(())
+        if not self.causal and takes(x):
+            return grid_convolution(x, None, self.time, _sizes(grid), added=added)
         taps, places = self.time.shape[1], grid.height * grid.width
         strips = x.reshape(x.shape[0], grid.frames, places, -1).permute(0, 3, 1, 2)
         if before is not None:
@@ -200,4 +226,9 @@ class GridConvolution(nn.Module):
             strips = F.pad(strips, (0, 0, taps - 1, 0))
         padding = (0 if self.causal else taps // 2, 0)
         out = F.conv2d(strips, self.time.to(x.dtype)[:, None, :, None], padding=padding, groups=len(self.time))
-        return out.permute(0, 2, 3, 1).reshape(x.shape)
+        out = out.permute(0, 2, 3, 1).reshape(x.shape)
+        return x + out if added else out
+
+
+def _sizes(grid: Grid) -> tuple[int, int, int]:
+    return grid.frames, grid.height, grid.width

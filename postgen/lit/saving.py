@@ -14,9 +14,10 @@ from torch import nn
 from postgen.errors import UserError, shown
 from postgen.families.installed import transformers_of
 from postgen.families.model_folder import is_hub_id
-from postgen.families.own_format import read_note, without_note
+from postgen.families.own_format import read_note
 from postgen.files import check_place
 from postgen.lit.config import LiTConfig
+from postgen.lit.conversion import CHILD
 from postgen.lit.convert import LOADER, conversion_of, convert
 from postgen.reading import read_json
 from postgen.tensor_files import opened
@@ -103,7 +104,7 @@ def empty(config: Mapping[str, Any]) -> Any:
     if kind is None or not hasattr(kind, "from_config"):
         raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
     with _no_memory() if settings.inherit == "all" else nullcontext():
-        model = kind.from_config(without_note(config))
+        model = kind.from_config(dict(config))
         convert(model, settings)
     return model
 
@@ -156,14 +157,21 @@ def _fill(model: nn.Module, folder: Path) -> None:
                         " it was saved with other options than its config.json says"
                     )
                 else:
-                    state[name] = tensor
+                    # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
+                    state[name] = tensor.clone()
             if not unknown:
                 model.load_state_dict(state, strict=False, assign=True)
+    layers = {name for name in model.state_dict() if f".{CHILD}." in name}
     for problem, names in (("unknown", unknown), ("missing", [*wanted])):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             if any(_WRAPPED in name for name in names):
                 more += " (a LoRA was attached when it was saved: take it off or merge it before)"
+            elif layers and layers <= {*wanted}:
+                more += (
+                    " (a stock model, which from_config made of a converted one's config: convert it, or take the mark"
+                    " off with postgen.lit.revert, and save it again)"
+                )
             raise UserError(f"{folder} is not what its {_CONFIG} says: {problem} weights {names[0]}{more}")
 
 

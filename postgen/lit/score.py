@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError, did_you_mean, shown
-from postgen.families import tokens_of
+from postgen.families import layout_of, tokens_of
 from postgen.families.installed import processor_stack
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import Converted, compute_layer
@@ -61,7 +61,7 @@ def score(
     transformer: nn.Module,
     run: Callable[[], Any],
     *,
-    kinds: Sequence[str] = ("window_delta", "lit"),
+    kinds: Sequence[str] | None = None,
     config: LiTConfig | None = None,
     students: Mapping[str, nn.Module] | None = None,
 ) -> Scores:
@@ -73,7 +73,7 @@ def score(
     Args:
         transformer: the stock one, or one with other plug-ins on.
         run: calls it, at best at every noise level with several prompts: `lambda: pipe(prompts)`.
-        kinds: layer types to try.
+        kinds: layer types to try; None is `usual_kinds`.
         config: their options.
         students: layer type -> a converted transformer in which every block but the first (or with it) has that type.
 
@@ -81,6 +81,7 @@ def score(
         UserError: an unknown type, a class that cannot be converted, it is converted already, or `run` calls it never.
     """
     model, config = stock_transformer(transformer, "score"), config or LiTConfig()
+    kinds = usual_kinds(model) if kinds is None else kinds
     check_kinds(kinds)
     modules = modules_of_blocks(model)
     probe = _Probe(model)
@@ -100,6 +101,15 @@ def score(
         errors={kind: tuple(row) for kind, row in errors.items()},
         calls=probe.calls,
     )
+
+
+def usual_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Return the layer types that blocks are chosen from where none are named.
+
+    window_delta for video: `lit` costs less and its new layers score alike, so that plans would prefer it, but a video
+    model with it fails without long training. A picture has no frames: lit.
+    """
+    return ("lit",) if layout_of(model).video is None else ("window_delta",)
 
 
 def check_kinds(kinds: Sequence[str]) -> None:

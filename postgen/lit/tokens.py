@@ -10,6 +10,9 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families.attention.reading import Rope
+from postgen.kernels.dispatch import for_triton
+from postgen.kernels.qk_norm_rope.ops import qk_norm_rope
+from postgen.lit.features import centered
 
 if TYPE_CHECKING:
     from postgen.families import Grid
@@ -32,7 +35,7 @@ class Tokens:
         self.grid, self.hidden, self.text = grid, hidden, reading.text
         self._streams, self._video = reading.streams, reading.video
         self._text_first = reading.text_first
-        self._normed = [stream.norms.called(stream.query, stream.key) for stream in reading.streams]
+        self._normed: list[tuple[Tensor, Tensor]] | None = None
         self._rotated: tuple[Tensor, Tensor, Tensor] | None = None
         self._lengths = [stream.query.shape[1] for stream in reading.streams]
         if sum(self._lengths) - self.text != grid.tokens:
@@ -83,16 +86,35 @@ class Tokens:
 
     def normed(self) -> tuple[Tensor, Tensor]:
         """Return queries and keys after their norms, without rotation."""
-        query, key = (list(part) for part in zip(*self._normed, strict=True))
+        query, key = (list(part) for part in zip(*self._all_normed(), strict=True))
         return self._cut(query), self._cut(key)
+
+    def centered(self) -> tuple[Tensor, Tensor]:
+        """Return `normed`, the keys less their mean over the tokens."""
+        stream = self._streams[0]
+        alone = len(self._streams) == 1 and not self.text
+        if alone and for_triton(stream.query, stream.key) and not torch.is_grad_enabled():
+            query, key, left = stream.for_one_kernel()
+            if left and left["norm"] != "none":
+                # The difference in the kernel of the norms: another call of a norm is cheaper than a pass of its own.
+                dtype = torch.promote_types(stream.key.dtype, torch.float32)
+                shift = stream.norms.called_on_keys(stream.key).mean(dim=1, dtype=dtype)
+                rope = {"cos": None, "sin": None, "first_token": 0}
+                query, key = qk_norm_rope(query, key, k_shift=shift, **{**left, **rope})
+                return query, key
+        query, key = self.normed()
+        return query, centered(key)
 
     def rotated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys of all tokens as softmax attention reads them, and the values."""
         if self._rotated is None:
-            parts = [
-                (_turned(stream.rope, query), _turned(stream.rope, key), stream.value)
-                for stream, (query, key) in zip(self._streams, self._normed, strict=True)
-            ]
+            # On a GPU one kernel norms and rotates; elsewhere both are as in diffusers.
+            if all(for_triton(stream.query, stream.key) for stream in self._streams):
+                turned = [_normed_and_rotated(stream) for stream in self._streams]
+            else:
+                pairs = zip(self._streams, self._all_normed(), strict=True)
+                turned = [(_turned(stream.rope, query), _turned(stream.rope, key)) for stream, (query, key) in pairs]
+            parts = [(*pair, stream.value) for pair, stream in zip(turned, self._streams, strict=True)]
             whole = tuple(torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
             self._rotated = (whole[0], whole[1], whole[2])
         return self._rotated
@@ -113,6 +135,12 @@ class Tokens:
         """Return what attention gave for the video and for the text in the order of all tokens."""
         return torch.cat([text, video] if self._text_first else [video, text], dim=1)
 
+    def _all_normed(self) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of every stream after their norms."""
+        if self._normed is None:
+            self._normed = [stream.norms.called(stream.query, stream.key) for stream in self._streams]
+        return self._normed
+
     def _of_video(self, part: Callable[[Stream], Tensor]) -> Tensor:
         return self._cut([part(stream) for stream in self._streams])
 
@@ -124,6 +152,13 @@ class Tokens:
                 return part if whole else part[:, first : first + self.grid.tokens]
             first -= part.shape[1]
         raise AssertionError("the video is in one of the streams")
+
+
+def _normed_and_rotated(stream: Stream) -> tuple[Tensor, Tensor]:
+    query, key, left = stream.for_one_kernel()
+    if left:
+        query, key = qk_norm_rope(query, key, **left)
+    return query, key
 
 
 def _turned(rope: Rope | None, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 import zlib
@@ -97,13 +98,15 @@ class BlockRun:
         """Train up to `max_steps` and leave the finished folder; False where a signal came before, after a checkpoint.
 
         Raises:
-            UserError: nothing to train, or a checkpoint of other settings.
+            UserError: nothing to train, a checkpoint of other settings, or targets that are not finite.
             FloatingPointError: the loss is not finite.
         """
         self._build()
         self._resume()
         if not self.step:
             self._before = self._errors()
+            if not all(map(math.isfinite, self._before.values())):
+                self._check_targets()
         checkpoint.sweep(self.folder)
         self._metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
         self._timer, self._order = StepTimer(), Shuffled(len(self._training), self.config.seed)
@@ -232,8 +235,25 @@ class BlockRun:
                     sums[kind] += float(error(kind, outputs, targets))
         return {str(kind): total / len(self._held_out) for kind, total in sums.items()}
 
+    def _check_targets(self) -> None:
+        """Refuse records in which what the teacher gave is not finite: no rate of learning helps against them.
+
+        Raises:
+            UserError: how many there are.
+        """
+        records = [*self._training, *self._held_out]
+        calls = ([Call(each, self.bench.device, widen=True) for each in recorded] for recorded in records)
+        bad = sum(not all(bool(target.isfinite().all()) for target in self.task.target(each)) for each in calls)
+        if bad:
+            raise UserError(
+                f"{bad} of {len(records)} records of {self.task.name} hold outputs of the teacher that are not finite:"
+                " it overflows in its dtype, or its weights are damaged. Load it in bfloat16 or float32, and collect"
+                " into an empty folder"
+            )
+
     def _check_finite(self) -> None:
         if not all(torch.isfinite(torch.tensor(total)) for total in self._averages.state()["sums"].values()):
+            self._check_targets()
             raise FloatingPointError(
                 f"the loss or gradient of {self.task.name} was not finite, up to step {self.step}; lower learning_rate"
                 " or max_grad_norm, or take loss mse where the teacher gives the same for all tokens"

@@ -23,11 +23,15 @@ from postgen.families.recording import Recording, capture
 from postgen.files import check_place, replacing
 from postgen.training.logging import Progress, say
 from postgen.training.modes import evaluating
+from postgen.training.run_folder import RunLock
 
 from .config import RecordsConfig
 from .records import PLAN, Records, is_complete, read_plan
 from .share import Share
 from .teacher import Teacher
+
+LOCK = ".collect-{rank}.lock"
+"""Name of the file in a folder of records that the process of a rank locks while it records."""
 
 
 def collect(
@@ -58,8 +62,9 @@ def collect(
         progress: whether the first process shows a bar.
 
     Raises:
-        UserError: too few prompts, an unknown module or network, more than `max_gb` or than the disk has room for, or
-            a folder with other records.
+        UserError: too few prompts, an unknown module or network, more than `max_gb` or than the disk has room for, a
+            folder with other records, another process that records the same part into it, or a teacher whose latents
+            are not finite.
     """
     share = share or Share.launched()
     named = [modules] if isinstance(modules, str) else list(modules)
@@ -74,10 +79,13 @@ def collect(
         folder = Path(where).absolute()
         _check_folder(folder, plan)
         if missing := _missing(folder, plan):
-            there = set(plan["records"]) - missing
-            _announce(teacher, plan, folder, there)
-            _write_plan(folder, plan)
-            _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
+            _announce(teacher, plan, folder, set(plan["records"]) - missing)
+            if not (folder / PLAN).is_file():
+                _write_plan(folder, plan)
+            with RunLock(folder, LOCK.format(rank=share.rank), "where"):
+                _check_folder(folder, plan)  # another run may have come between
+                there = set(plan["records"]) - _missing(folder, plan)
+                _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
     _wait(folder, plan)
     return Records.read(folder)
 

@@ -84,16 +84,12 @@ def _train(tasks: Sequence[ReconstructTask], bench: Bench, stop: Signals) -> boo
     for number, task in enumerate(tasks, 1):
         folder = block_folder(bench.config.folder, task.name)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder)
-        lock.acquire()
-        try:
+        with RunLock(folder):
             if is_finished(task, bench):
                 drop_checkpoints(folder)
                 continue
             if stop.received or not BlockRun(task, bench, f"{task.name} ({number}/{len(tasks)})").train(stop):
                 return False
-        finally:
-            lock.release()
     return True
 
 

@@ -24,6 +24,25 @@ from postgen.errors import UserError
 Loss = Literal["centred_l1", "centred_l2", "relative_l1", "relative_l2", "mse"]
 
 
+def check_teacher(latents: Tensor, prompts: Sequence[int]) -> None:
+    """Refuse latents that a teacher drew and that hold NaN or infinity: nothing can be learnt from them.
+
+    Args:
+        latents: (prompts, ...), floating.
+        prompts: their numbers, for the error.
+
+    Raises:
+        UserError: some are not finite.
+    """
+    bad = [prompt for prompt, row in zip(prompts, latents, strict=True) if not row.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"the teacher's own latents are not finite for prompt {bad[0]} (counted from 0)"
+            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: it overflows in its dtype, or its weights are"
+            " damaged. See what `postgen generate` makes of that prompt, and load it in bfloat16 or float32"
+        )
+
+
 def distance(kind: Loss, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Return a loss, the mean over rows and over outputs (video and text of a block with two streams, say).
 

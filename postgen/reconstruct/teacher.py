@@ -21,6 +21,7 @@ from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
 
 from .config import RecordsConfig
+from .loss import check_teacher
 from .records import FORMAT, digest, weights_digest
 
 
@@ -99,13 +100,19 @@ class Teacher:
         ]
 
     def trajectory(self, chunk: Chunk) -> Tensor:
-        """Return the latents of the prompts of a chunk before every step: (steps, prompts, ...), on the CPU."""
+        """Return the latents of the prompts of a chunk before every step: (steps, prompts, ...), on the CPU.
+
+        Raises:
+            UserError: they are not finite.
+        """
         seed = self.config.seed
         samples = [
             Sample(index=prompt, prompt=prompt, initial=seed_of(seed, "initial", 0, prompt), step_seed=int, start=0)
             for prompt in chunk.prompts
         ]
-        return torch.stack([state.x.cpu() for state in self.sampler.states(samples, self.conditions)])
+        latents = torch.stack([state.x.cpu() for state in self.sampler.states(samples, self.conditions)])
+        check_teacher(latents.transpose(0, 1), chunk.prompts)
+        return latents
 
     def forward(self, x: Tensor, steps: Sequence[int], condition: Condition) -> None:
         """Call the teacher on rows at their steps."""

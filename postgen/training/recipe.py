@@ -25,6 +25,7 @@ METHODS = {
     "lit": "postgen.lit.trainer:LitTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
     "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
+    "world_depth": "postgen.worldweaver.depth_training:WorldDepthTrainer",
     "world_judge": "postgen.judges.world_judge:WorldJudgeTrainer",
     "worldweaver": "postgen.worldweaver.trainer:WorldWeaverTrainer",
 }

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError
 
@@ -30,10 +31,15 @@ class RunLock:
     """Keeps a second run out of a folder, from `acquire` to `release` or to the end of the process, a kill included.
 
     The lock is the system's own (`flock`): it needs no cleaning up. Its file stays in the folder.
+
+    Args:
+        folder: of the run.
+        name: of the file that is locked; locks of other names know nothing of each other.
+        setting: what names the folder, for the error.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._file = folder, -1
+    def __init__(self, folder: Path, name: str = NAME, setting: str = "output_dir") -> None:
+        self.folder, self._name, self._setting, self._file = folder, name, setting, -1
 
     def acquire(self) -> None:
         """Lock the folder; on a file system without locks, say that nothing is locked.
@@ -46,7 +52,7 @@ class RunLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(self.folder / self._name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -54,18 +60,25 @@ class RunLock:
             os.close(file)
             if error.errno in _TAKEN:
                 raise UserError(
-                    f"output_dir {self.folder} is in use by {_holder(told)}: wait for its end, stop it, or name"
-                    " another output_dir"
+                    f"{self._setting} {self.folder} is in use by {_holder(told)}: wait for its end, stop it, or name"
+                    f" another {self._setting}"
                 ) from None
             say(
                 f"postgen: warning: the file system of {self.folder} has no locks ({error.strerror}): start no second"
-                " run with this output_dir, nothing would stop it"
+                f" run with this {self._setting}, nothing would stop it"
             )
             return
         self._file = file
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         os.ftruncate(file, 0)
         os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let the next run in."""

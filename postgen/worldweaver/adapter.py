@@ -35,7 +35,7 @@ LAYERS = "worldweaver.safetensors"
 EMBEDDER = "level_embedder"
 LORA = "worldweaver"
 """Name under which the LoRA of an adapter is loaded."""
-_FIELDS = {"modalities": list, "base": dict, "level_embedder": dict, "lora": bool, "settings": dict}
+_FIELDS = {"modalities": list, "placed": bool, "base": dict, "level_embedder": dict, "lora": bool, "settings": dict}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +86,7 @@ def save_adapter(
     tensors = {name: _written(value, dtype) for name, value in tensors.items()}
     note = {
         "modalities": list(wide.modalities),
+        "placed": wide.placed,
         "base": base_of(model, wide).to_json(),
         "level_embedder": {name: value for name, value in embedder.config.items() if not name.startswith("_")},
         "lora": adapter is not None,
@@ -117,14 +118,17 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
     note = _read_note(place)
     modalities = tuple(note["modalities"])
     there: Widened | None = installed(model).plug_ins.get(NAME)
-    fresh = there is None or not there.aux
+    grows = len(modalities) > 1 or note["placed"]
+    fresh = there is None or not (there.aux or there.placed)
     wide = None if fresh else widened(model, modalities)
+    if wide is not None and wide.placed != note["placed"]:
+        raise UserError(f"the adapter {place} is of a model {'with' if note['placed'] else 'without'} placed memory")
     Base.from_json(note["base"], place).check(model, wide, place)
     _check_lora(target, model, note, place)
     tensors = read_tensors(place / LAYERS, f"the adapter {place} cannot be read")
     embedder = _embedder(note[EMBEDDER], tensors, place, len(modalities))
-    if fresh and len(modalities) > 1:
-        widen_transformer(model, modalities[1:])
+    if fresh and grows:
+        widen_transformer(model, modalities[1:], placed=note["placed"])
     try:
         wide = widened(model, modalities)
         parts = _parts(model, wide)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from postgen.errors import UserError, is_number, shown
-from postgen.worldweaver.widen import Widened
+from postgen.worldweaver.widen import Widened, stock_channels
 
 _MATRICES, _VALUES = 8, 4
 """How many matrices are looked at, and at how many values of each."""
@@ -96,9 +96,10 @@ def base_of(model: nn.Module, wide: Widened) -> Base:
 def _config(model: Any, wide: Widened | None) -> dict[str, Any]:
     """What the config of the stock model says, as JSON has it."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    more = 0 if wide is None else wide.aux
-    for name in ("in_channels", "out_channels") if more else ():
-        config[name] = None if config[name] is None else config[name] - more
+    if wide is not None:
+        config |= wide.before or stock_channels(wide, config)
+    if "out_channels" in config:
+        config["out_channels"] = config["out_channels"] or config["in_channels"]
     read: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return read
 

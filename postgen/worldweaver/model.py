@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
@@ -52,6 +53,8 @@ class WorldWeaverModel:
         self.modalities: tuple[Modality, ...] = wide.modalities
         self.channels = wide.channels
         """Of one modality."""
+        self.shown = wide.shown
+        """Channels of placed memory, M * C + 1, or 0."""
         width = self.transformer.get_submodule(wide.widths.first).weight.shape[0]
         if embedder.config["width"] != width:
             raise UserError(
@@ -98,6 +101,8 @@ class WorldWeaverModel:
             z: (B, M * C, T, h, w) noisy latents.
             levels: of the T frames in the M modalities.
             condition: of the B rows, from `Denoiser.encode_prompt`, plus `encode_image` where the pipeline takes one.
+                Of a model with placed memory also `placed`, (B, M * C + 1, t, h, w) of the last t frames: latents that
+                are known there, and last the mask of where. Frames before them, and all without it, know nothing.
             guidance: scale of classifier-free guidance; up to 1 is one pass, above 1 two, with the same levels.
 
         Returns:
@@ -107,9 +112,26 @@ class WorldWeaverModel:
             UserError: latents or levels of other shapes, and as `Denoiser.predict`.
         """
         self._check(z, levels)
+        seen = self._seen(z, condition.get("placed"))
         with self.embedder.on(self.transformer, levels, self.embedder_called):
-            out = self.denoiser.predict(self._turned(z), self._told(levels).to(z.device), condition, guidance)
+            out = self.denoiser.predict(self._turned(seen), self._told(levels).to(z.device), condition, guidance)
         return self._turned(out)
+
+    def _seen(self, z: Tensor, placed: Tensor | None) -> Tensor:
+        """Put placed memory behind the latents; zeros where nothing is known."""
+        if placed is None and not self.shown:
+            return z
+        frames = 0 if placed is None else placed.shape[2]
+        if placed is not None and (
+            not self.shown or frames > z.shape[2] or placed[:, :, :0].shape != (len(z), self.shown, 0, *z.shape[3:])
+        ):
+            allowed = f"({len(z)}, {self.shown}, at most {z.shape[2]}, {z.shape[3]}, {z.shape[4]})"
+            reason = f"give {allowed}" if self.shown else "the model has no inputs for it: widen it with placed=True"
+            raise UserError(f"placed memory of shape {tuple(placed.shape)}: {reason}")
+        memory = z.new_zeros(len(z), self.shown, z.shape[2], *z.shape[3:])
+        if placed is not None:
+            memory[:, :, z.shape[2] - frames :] = placed.to(z)
+        return torch.cat([z, memory], dim=1)
 
     def _told(self, levels: FrameLevels) -> Tensor:
         """Noise levels as the network's own timestep says them, (B, T) or (B,)."""

@@ -7,7 +7,8 @@ its cells. A cell that no frame shows is 0, and the mask says so. So latents are
 splatting them would round to whole cells.
 
 Storage does not grow with the video: in each voxel of the world only the newest few frames count, and a frame none of
-whose cells count any more goes.
+whose cells count any more goes. Pixels of a body that moves are not placed: those through whose place another frame
+has looked at something farther.
 
 Cameras are those of `world.Frames.pose_BF34`: world-to-camera rotation (right, down, forward), position. The camera of
 a latent frame is that of its last pixel frame, which of all it is nearest to what the latent shows.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from postgen.errors import UserError, check_number
 from postgen.sampling.seeds import normal, seed_of
@@ -156,7 +158,7 @@ class PlacedMemory:
                 start_frame + place, z[:, :, place].detach().clone(), pixels, pose.clone(), cell_depth, voxel,
                 torch.zeros_like(voxel),
             )  # fmt: skip
-            self._supersede(voxel)
+            frame = self._supersede(frame)
             self._frames.append(frame)
             if len(self._frames) > self.capacity:
                 counts = [int(self._counts(frame).sum()) for frame in self._frames[:-1]]
@@ -206,15 +208,41 @@ class PlacedMemory:
         number = ((x << 42) | (y << 21) | z).view(finite.shape)
         return torch.where(finite, number, -1)
 
-    def _supersede(self, voxel: Tensor) -> None:
-        """Count a new frame in the voxels of those before it, and drop what counts no more."""
-        kept = []
+    def _supersede(self, new: _Placed) -> _Placed:
+        """Count a new frame in the voxels of those before it, take out what has moved, drop what counts no more."""
+        kept, moved = [], torch.zeros_like(new.depth, dtype=torch.bool)
         for frame in self._frames:
-            again = torch.stack([torch.isin(*pair) for pair in zip(frame.voxel, voxel, strict=True)])
+            again = torch.stack([torch.isin(*pair) for pair in zip(frame.voxel, new.voxel, strict=True)])
             frame = replace(frame, newer=frame.newer + again)
+            moved |= self._seen_through(new, frame)
+            frame = self._without(frame, self._seen_through(frame, new))
             if bool(self._counts(frame).any()):
                 kept.append(frame)
         self._frames = kept
+        return self._without(new, moved)
+
+    def _without(self, frame: _Placed, moved: Tensor) -> _Placed:
+        """Return a frame some of whose pixels (B, H, W) have no depth any more."""
+        if not bool(moved.any()):
+            return frame
+        depth = torch.where(moved, torch.inf, frame.depth)
+        cell_depth = self._cell_depth(depth, frame.cell_depth.shape[-2:])
+        voxel = torch.where(cell_depth.isfinite(), frame.voxel, -1)
+        return replace(frame, depth=depth, cell_depth=cell_depth, voxel=voxel)
+
+    def _seen_through(self, here: _Placed, there: _Placed) -> Tensor:
+        """Return (B, H, W) the pixels of a frame behind which another one saw something: not there at its time."""
+        height, width = there.depth.shape[-2:]
+        finite = here.depth.isfinite()
+        points = self.camera.points(here.pose, torch.where(finite, here.depth, 1).double())
+        rows, columns, distance = self.camera.project(there.pose, points, height, width)
+        y, x = rows.round().long(), columns.round().long()
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (distance > 0)
+        # The nearest of the pixels around: at an edge a fraction of one decides what is seen.
+        around = -functional.max_pool2d(-there.depth, 3, 1, 1)
+        behind = around.flatten(1).gather(1, y.clamp(0, height - 1) * width + x.clamp(0, width - 1))
+        through = inside & behind.isfinite() & (behind > (1 + self.tolerance) * distance)
+        return through.view(finite.shape) & finite
 
     def _counts(self, frame: _Placed) -> Tensor:
         """Return (B, h, w) which cells count."""

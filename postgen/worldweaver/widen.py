@@ -37,6 +37,8 @@ class Widened:
     """Of each modality."""
     widths: Widths
     """Of the widened transformer."""
+    placed: bool = False
+    """Whether there are inputs for memory that is placed: a latent of each modality, and a mask."""
     before: dict[str, int | None] | None = None
     """`in_channels` and `out_channels` as they stood in the config before; None: not known, it was loaded widened."""
     told: str = "not driven yet"
@@ -47,9 +49,15 @@ class Widened:
         """Channels that are not of RGB."""
         return self.channels * (len(self.modalities) - 1)
 
+    @property
+    def shown(self) -> int:
+        """Channels of placed memory, which are inputs alone."""
+        return self.channels * len(self.modalities) + 1 if self.placed else 0
+
     def describe(self) -> str:
         """Say in one line what is on and how it is set."""
-        return f"{' + '.join(self.modalities)}, {self.channels} channels each; noise levels: {self.told}"
+        memory = ", and placed memory" if self.placed else ""
+        return f"{' + '.join(self.modalities)}, {self.channels} channels each{memory}; noise levels: {self.told}"
 
 
 def widen_transformer(
@@ -58,6 +66,7 @@ def widen_transformer(
     init_out: Literal["copy", "zero"] = "copy",
     aux_scale: float = 1.0,
     *,
+    placed: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """Give a transformer inputs and outputs for further modalities, in place; its config is updated.
@@ -66,10 +75,12 @@ def widen_transformer(
 
     Args:
         target: a transformer, or a pipeline with one.
-        aux: ("depth",) or ("depth", "flow").
+        aux: ("depth",) or ("depth", "flow"); with `placed` also none.
         init_out: rows of the new outputs: "copy" of those of RGB, or "zero". Rows that are zero keep the new inputs
             from getting gradients of the new outputs in the first step.
         aux_scale: what the copies are multiplied by.
+        placed: whether to add inputs for memory that is placed in the coming frames: as many channels as the latents
+            of all modalities have, and a mask, behind all others.
         arguments: of a small forward, for a class of which postgen does not know how it is called.
 
     Returns:
@@ -79,41 +90,44 @@ def widen_transformer(
         UserError: two experts; widened already; a class or layer that cannot be widened, with the reason.
     """
     model, modalities = transformer_of(target), (MODALITIES[0], *aux)
-    _check_settings(aux, init_out, aux_scale)
+    _check_settings(aux, init_out, aux_scale, placed)
     there: Widened | None = installed(model).plug_ins.get(NAME)
-    if there is not None and there.aux:
+    if there is not None and (there.aux or there.placed):
         raise UserError(f"this {type(model).__name__} is widened already: narrow_transformer undoes it")
     channels = _channels(model)
     old = find_widths(model, arguments)
     _check_layers(model, old)
-    grown = {field: getattr(model.config, field) for field in _FIELDS}
-    grown = {field: None if value is None else value + channels * len(aux) for field, value in grown.items()}
-    _check_class(model, old, grown)
     before = {field: model.config[field] for field in _FIELDS}
-    more = None if arguments is None else _with_channels(model, arguments, channels * len(aux))
+    made = Widened(modalities, channels, old, placed, before)
+    # None stands for as many outputs as inputs, which placed memory ends.
+    outputs = None if before["out_channels"] is None and not placed else channels + made.aux
+    grown = {"in_channels": before["in_channels"] + made.aux + made.shown, "out_channels": outputs}
+    _check_class(model, old, grown)
+    more = None if arguments is None else _with_channels(model, arguments, made.aux + made.shown)
     parts = _weights(model, old)
     with _undone(model, parts, before):
-        sizes = len(old.columns) + channels * len(aux), len(old.rows) + channels * len(aux)
-        resize(model, old, *sizes, grown)
-        new = find_widths(model, more)
-        _fill(model, parts, old, new)
-        copies = new.rows[channels:].unflatten(0, (len(aux), channels))
-        last: Any = model.get_submodule(new.last)
-        for weight, source in ((last.weight, parts["last.weight"]), (last.bias, parts.get("last.bias"))):
-            if source is not None and init_out == "copy":
-                weight.data[copies] = source[old.rows] * aux_scale
-    installed(model).plug_ins[NAME] = Widened(modalities, channels, new, before)
+        resize(model, old, len(old.columns) + made.aux + made.shown, len(old.rows) + made.aux, grown)
+        made.widths = find_widths(model, more)
+        _fill(model, parts, old, made.widths)
+        if init_out == "copy" and aux:
+            _copy(model, parts, old, made, aux_scale)
+    installed(model).plug_ins[NAME] = made
     return model
 
 
 def narrow_transformer(
-    target: Any, aux: Sequence[Modality] | None = None, *, arguments: Mapping[str, Any] | None = None
+    target: Any,
+    aux: Sequence[Modality] | None = None,
+    *,
+    placed: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """Take the channels of all modalities but RGB away, in place: the stock model, bit for bit where not trained.
 
     Args:
         target: a transformer, or a pipeline with one.
         aux: what there is beside RGB, for a transformer that was loaded widened.
+        placed: whether it has inputs for placed memory, of such a transformer.
         arguments: as for `widen_transformer`, of the stock model.
 
     Returns:
@@ -123,14 +137,15 @@ def narrow_transformer(
         UserError: it is not widened, or it is not known with what.
     """
     model = transformer_of(target)
-    wide = widened(model, None if aux is None else (MODALITIES[0], *aux), arguments=arguments)
-    if not wide.aux:
+    modalities = None if aux is None else (MODALITIES[0], *aux)
+    wide = widened(model, modalities, placed=placed, arguments=arguments)
+    if not (wide.aux or wide.placed):
         raise UserError(f"this {type(model).__name__} has channels of RGB alone: there is nothing to take away")
     old = wide.widths
     _check_layers(model, old)
-    inputs, outputs = len(old.columns) - wide.aux, len(old.rows) - wide.aux
+    inputs, outputs = len(old.columns) - wide.aux - wide.shown, len(old.rows) - wide.aux
     config = {field: model.config[field] for field in _FIELDS}
-    small = wide.before or {field: None if value is None else value - wide.aux for field, value in config.items()}
+    small = wide.before or stock_channels(wide, config)
     parts = _weights(model, old)
     with _undone(model, parts, config):
         resize(model, old, inputs, outputs, small)
@@ -143,14 +158,24 @@ def narrow_transformer(
 def forget_widening(model: Any) -> None:
     """Take off what there is: channels, and the record of a model of RGB alone."""
     found: Widened | None = installed(model).plug_ins.get(NAME)
-    if found is not None and found.aux:
+    if found is not None and (found.aux or found.placed):
         narrow_transformer(model)
     else:
         installed(model).plug_ins.pop(NAME, None)
 
 
+def stock_channels(wide: Widened, config: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return `in_channels` and `out_channels` without those that were added, where a config has them."""
+    less = {"in_channels": wide.aux + wide.shown, "out_channels": wide.aux}
+    return {field: None if config[field] is None else config[field] - count for field, count in less.items()}
+
+
 def widened(
-    target: Any, modalities: tuple[Modality, ...] | None = None, *, arguments: Mapping[str, Any] | None = None
+    target: Any,
+    modalities: tuple[Modality, ...] | None = None,
+    *,
+    placed: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Widened:
     """Return what a widened transformer carries; one that was loaded from a folder is looked at.
 
@@ -159,6 +184,7 @@ def widened(
     Args:
         target: a transformer, or a pipeline with one.
         modalities: that it has, RGB first; needed where it was loaded.
+        placed: whether it has inputs for placed memory; heard where it was loaded.
         arguments: as for `widen_transformer`, of the stock model.
 
     Raises:
@@ -178,8 +204,11 @@ def widened(
         if outputs % len(modalities):
             raise UserError(f"{outputs} output channels are not those of {len(modalities)} modalities")
         channels = outputs // len(modalities)
-        call = None if arguments is None else _with_channels(model, arguments, outputs - channels)
-        found = Widened(tuple(modalities), channels, find_widths(model, call))
+        more = outputs - channels + (outputs + 1 if placed else 0)
+        call = None if arguments is None else _with_channels(model, arguments, more)
+        found = Widened(tuple(modalities), channels, find_widths(model, call), placed)
+        if len(found.widths.columns) < outputs + found.shown:
+            raise UserError(f"this {type(model).__name__} has no inputs for placed memory: leave placed out")
         installed(model).plug_ins[NAME] = found
     elif modalities is not None and modalities != found.modalities:
         raise UserError(f"this transformer has {', '.join(found.modalities)}, asked was for {', '.join(modalities)}")
@@ -202,8 +231,8 @@ def transformer_of(target: Any) -> Any:
     return next(iter(found.values()))
 
 
-def _check_settings(aux: Sequence[Modality], init_out: str, aux_scale: float) -> None:
-    if tuple(aux) not in AUX:
+def _check_settings(aux: Sequence[Modality], init_out: str, aux_scale: float, placed: bool) -> None:
+    if tuple(aux) not in AUX and not (placed and not aux):
         raise UserError(f"aux must be {' or '.join(map(str, AUX))}, got {shown(tuple(aux))}")
     if init_out not in ("copy", "zero"):
         raise UserError(f"init_out must be 'copy' or 'zero', got {shown(init_out)}")
@@ -285,6 +314,15 @@ def _undone(model: Any, parts: dict[str, Any], config: dict[str, Any]) -> Iterat
             last.bias = parts["last.bias"]
         set_sizes(model, first, last, *sizes, config)
         raise
+
+
+def _copy(model: nn.Module, parts: dict[str, Any], old: Widths, made: Widened, scale: float) -> None:
+    """Give the outputs of every further modality the rows of RGB."""
+    last: Any = model.get_submodule(made.widths.last)
+    copies = made.widths.rows[made.channels :].unflatten(0, (-1, made.channels))
+    for name in ("weight", "bias"):
+        if f"last.{name}" in parts:
+            getattr(last, name).data[copies] = parts[f"last.{name}"].detach()[old.rows] * scale
 
 
 def _fill(model: nn.Module, parts: dict[str, Any], old: Widths, new: Widths) -> None:

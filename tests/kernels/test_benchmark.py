@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fused_step, linear_launches, lit_speed
+from benchmarks import fused_step, linear_launches, lit_parts, lit_speed
 from benchmarks import kernels as benchmark
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.kernels import Shape, adaln, gates, norm_rope, temporal_cfi
@@ -209,7 +209,9 @@ def test_launches_of_passes_that_there_are_not(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("main", [benchmark.main, linear_launches.main, fused_step.main, lit_speed.main])
+@pytest.mark.parametrize(
+    "main", [benchmark.main, linear_launches.main, fused_step.main, lit_speed.main, lit_parts.main]
+)
 def test_without_a_gpu(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err.endswith(" needs a GPU: torch sees none\n")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.launches import compile_for
+from tests.kernels.launches import HOPPER, compile_for, spilled_bytes
 
 SHARED_MEMORY = 99 * 1024
 """Bytes that a program may take on the smallest GPUs we look at (compute capability 8.6, 8.9)."""
@@ -63,3 +67,76 @@ def test_adaln(channels: int, kind: str, capability: int) -> None:
     )
     # Sixteen bytes a load: the compiler saw that neighbours are neighbours.
     assert "v4.b32" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["sums", "scans", "reads"])
+def test_frame_memory(name: str, capability: int, tmp_path: Path) -> None:
+    from postgen.kernels.frame_memory import triton
+
+    shared = triton.constants(name, 128)
+    launch = {key: shared.pop(key) for key in ("num_warps", "num_stages")}
+    if name == "sums":
+        kernel: Any = triton._sum_frames
+        integers: tuple[str, ...] = ("places",)
+        floats: tuple[str, ...] = ()
+        pointers = {"key": "bf16", "value": "bf16", "strength": "bf16", "grams": "fp32", "contents": "fp32"}
+    elif name == "scans":
+        kernel, integers, floats = triton._scan_frames, ("frames",), ()
+        pointers = dict.fromkeys(("inverse", "content", "log_decay", "states"), "fp32")
+    else:
+        kernel, integers, floats = triton._read_frames, ("places", "tiles"), ("eps",)
+        pointers = {"query": "bf16", "memory": "fp32", "weight": "fp32", "gate": "bf16", "out": "bf16"}
+        shared["SPLITS"] = triton.SPLITS
+    compiled = compile_for(
+        kernel,
+        pointers,
+        {**shared, "HEADS": 40},
+        floats=floats,
+        integers=integers,
+        capability=capability,
+        **launch,
+    )
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    if capability == HOPPER:
+        assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gated_sum(capability: int) -> None:
+    from postgen.kernels.frame_memory import triton
+
+    compiled = compile_for(
+        triton._gated_sum,
+        {"near": "bf16", "far": "bf16", "gate": "bf16", "out": "bf16"},
+        {"HEADS": 40, "CHANNELS": 128, "BLOCK_N": 16, "BLOCK_D": 128},
+        integers=("rows", "tokens"),
+        capability=capability,
+        num_warps=4,
+    )
+    assert "v4.b32" in compiled.asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("space", "time"), [(5, 0), (1, 5)])
+def test_grid_convolution(space: int, time: int, tmp_path: Path) -> None:
+    """In space alone and along time alone, without queries, as window layers convolve."""
+    from postgen.kernels.linear_attention import triton_convolution, triton_launch
+    from postgen.kernels.linear_attention.naive import Terms
+
+    like = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    how = triton_launch.launch("convolution", like)
+    shared = triton_launch.constants(like, how, Terms(grid=(21, 45, 80)))
+    launch = {key: shared.pop(key) for key in ("num_warps", "num_stages")}
+    absent = ["query", "rstd", "weight", "table", "lengths", "terms", "key_sums", "space" if time else "time"]
+    shared |= {"SPACE": space, "TIME": time, "SIGN": -1, "TAPS": 5120, "HEADS": 40, "STRIP": how.strip, "X_D": 1}
+    shared |= {"STACKED": how.stacked, "BLOCK_E": min(how.channels, shared["BLOCK_E"]), "X_N": 5120, "query_d": 1}
+    compiled = compile_for(
+        triton_convolution.convolve_rows,
+        {"x": "bf16", "out": "bf16", "time" if time else "space": "fp32"},
+        {**{name: value for name, value in shared.items() if name != "TEXT"}, **dict.fromkeys(absent)},
+        floats=("norm_eps", "eps"),
+        integers=("weight_h", "taps_h", "blocks", "whole", "bands", "band"),
+        **launch,
+    )
+    assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0

@@ -20,6 +20,7 @@ from postgen.lit import LiTConfig, convert, layers_of, load
 from postgen.lit.attention_transfer import attention_tasks, grid_of, trained_tensors, transfer
 from postgen.reconstruct import RecordsConfig, Share, collect
 from postgen.reconstruct.task import Call
+from postgen.training.run_folder import RunLock
 from tests.lit.distil import PICTURES, VIDEO, conversion, prompts, teacher, transferred
 from tests.reconstruct.toy import PROMPTS, settings
 
@@ -134,6 +135,8 @@ def test_refused(tmp_path: Path) -> None:
         given(LiTConfig(layers="1:window_delta"))
     with pytest.raises(UserError, match="they must be a list of texts"):
         given(LiTConfig(layers="1:lit"), "a ball")
+    with RunLock(tmp_path), pytest.raises(UserError, match=rf"where {tmp_path} is in use by process {os.getpid()}"):
+        transferred(tmp_path / "run", where=tmp_path, blocks_at_a_time=1)  # which removes records there
     convert(pipe.transformer, LiTConfig(layers="1:lit"))
     assert layers_of(pipe.transformer)
     with pytest.raises(UserError, match="is converted: revert it"):

@@ -203,7 +203,7 @@ def test_plans(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
-    costs = count(wan.transformer, **SIZE)
+    costs = count(wan.transformer, **SIZE, kinds=("window_delta", "lit"))
     chosen = plan(SCORES, costs, 1)
     assert chosen.config(wan.transformer, shape=(13, 32, 48), device="H100").layers == ("softmax",) * 3
     with pytest.raises(UserError, match="another configuration"):
@@ -227,6 +227,14 @@ def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
         score(wan.transformer, lambda: None)
     with pytest.raises(UserError, match="Did you mean 'lit'"):
         score(wan.transformer, wan, kinds=("lid",))
+
+
+def test_types_where_none_are_named(wan: TinyModel) -> None:
+    """`lit` is cheaper, so a plan would prefer it: on video only where it is asked for."""
+    assert [*count(wan.transformer, **SIZE).changes] == ["window_delta"]
+    assert [*score(wan.transformer, wan, config=NARROW).errors] == ["window_delta"]
+    picture = tiny_model("PixArt")
+    assert [*score(picture.transformer, picture).errors] == ["lit"]
 
 
 def test_measured_costs(wan: TinyModel) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import lit_parts
 from benchmarks import lit_speed as benchmark
 from benchmarks.lit_checks import FAMILIES, STREAMS, family_converts, resumes_to_the_same, stream_memory
 from benchmarks.lit_models import KINDS, LARGE, PLANS, SMALL, TINY, TINY_CLIP, Built, density
 from postgen.families.installed import installed
 from postgen.kernels.attention import ops
-from postgen.lit import layers_of, set_grid
+from postgen.lit import WindowOptions, layers_of, set_grid
+from postgen.lit.layers import Shape, make_layer
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,9 @@ def test_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     result = json.loads(out.read_text())
     rows = {(row["part"], row.get("kind")): row for row in result["rows"]}
     assert [*rows] == [
-        *(("layer", kind) for kind in ("softmax", "lit", "window_delta radius 2")),
-        *(("step", kind) for kind in (None, "lit", "window_delta radius 2")),
+        ("layer", "softmax"),
+        ("step", None),
+        *((part, kind) for kind in ("lit", "window_delta radius 2") for part in ("layer", "step")),
     ]
     soft, lit = rows["layer", "softmax"], rows["layer", "lit"]
     assert lit["block_speed_up"] == soft["block_ms"] / lit["block_ms"]
@@ -109,6 +112,33 @@ def test_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (joined["rows"], joined["gates"], len(joined["measured"])) == (result["rows"], result["gates"], 2)
 
 
+def test_the_gate_has_a_plan_that_is_sparse_enough() -> None:
+    """By both readings of density: .224 of its windows, .341 with the blocks that stay softmax."""
+    plan, grid = PLANS[1], next(each.grid for each in benchmark.PARTS["14b-720p"].clips)
+    layer = make_layer(
+        "window_delta", Shape(heads=1, channels=2, hidden=2), WindowOptions(radius=KINDS[plan.kind].radius)
+    )
+    converted = len(benchmark.converted_blocks(KINDS[plan.kind].config(plan.where, grid), LARGE.layers))
+    assert converted == 34
+    found = benchmark.densities(density(layer, grid), converted / LARGE.layers)
+    assert found == {"density": pytest.approx(99 / 441), "plan_density": pytest.approx((34 * 99 / 441 + 6) / 40)}
+    assert found["plan_density"] < benchmark.DENSEST
+    assert benchmark.densities(None, 0.5) == {"density": None, "plan_density": None}
+
+
+def test_parts_are_timed_with_and_without_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lit_parts, "REPEATS", 1)
+    assert lit_parts.main(["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    compared = [line for line in lines if "kernels" in line]
+    assert sum(line.startswith("layer, ") for line in compared) == len(KINDS)
+    # No kernel runs here, so both are the same.
+    assert len(compared) > len(KINDS) + 5
+    assert all(line.endswith("differ by 0.0e+00") for line in compared)
+
+
 def test_crossings() -> None:
     found = benchmark.crossing
     assert found([(100, 0.5), (400, 2.0), (800, 3.0)]) == {"tokens": 200, "at_most": False}
@@ -123,13 +153,14 @@ def test_crossings() -> None:
 def test_gates() -> None:
     def step(model: str, plan: Any, **values: Any) -> benchmark.Row:
         row = {"part": "step", "model": model, "clip": "720p 81f", "plan": plan.name, "kind": plan.kind, "ms": 1.0}
-        return {**row, "how": benchmark.WHOLE, "density": None, **values}
+        return {**row, "how": benchmark.WHOLE, "plan_density": None, **values}
 
     lit, narrow, wide = PLANS[:3]
     rows = [{"part": "check", "check": name, "value": 1} for name in ("memory_constant", "resume_identical")]
     rows += [{"part": "check", "check": "families_converted", "value": 8}]
     rows += [step(LARGE.name, lit, over_ceiling=0.96), step(SMALL.name, lit, over_ceiling=0.9)]
-    rows += [step(LARGE.name, narrow, speed_up=1.4, density=0.2), step(LARGE.name, wide, speed_up=1.6, density=0.4)]
+    rows += [step(LARGE.name, narrow, speed_up=1.4, plan_density=0.3)]
+    rows += [step(LARGE.name, wide, speed_up=1.6, plan_density=0.4)]
     # What is added up, and what did not fit, passes no gate.
     rows += [step(SMALL.name, lit, over_ceiling=0.99, how=benchmark.ADDED_UP), step(LARGE.name, wide, ms=None)]
     found = {each["name"]: (each["value"], each["ok"]) for each in benchmark.gates(rows)}
@@ -167,6 +198,7 @@ def test_clips_are_those_of_the_issue() -> None:
         (["--device", "cpu", "--only", "14b-720p", "-o", "a.json"], "needs a GPU; on a CPU there is checks, tiny"),
         (["--device", "cpu"], "name another file"),
         (["--device", "cpu", "--quick"], "--quick needs a GPU"),
+        (["--device", "cpu", "--kinds", "wide", "-o", "a.json"], "--kinds wide: there is lit, window_delta radius 2"),
         (["--join", "a.json", "--plain"], "--join measures nothing"),
         (["--join", "none.json"], "none.json cannot be read"),
     ],

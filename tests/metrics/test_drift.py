@@ -8,64 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from postgen import UserError, world
 from postgen.metrics import drift
-from postgen.metrics.colour import appearance, delta_e, lab, wasserstein
+from postgen.metrics.colour import appearance, delta_e, lab
 from postgen.metrics.drift import TrueClip, measure_drift
-from postgen.metrics.likeness import psnr, ssim
-
-FRAMES, HEIGHT, WIDTH = 40, 21, 27
-RED, BLUE, GREEN = (0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.7, 0.2)
-GONE = range(14, 24)
-"""Frames in which the blue body is out of the picture."""
-
-
-def place(frame: int, body: int) -> tuple[slice, slice] | None:
-    if body == 1 and frame in GONE:
-        return None
-    left = (frame % 10) + (14 if body else 0)
-    return slice(2 + 10 * body, 9 + 10 * body), slice(left, min(left + 6, WIDTH))
-
-
-def true_clip() -> TrueClip:
-    """A red and a blue square on a smooth grey ground; 10 different poses of a camera that sees the same."""
-    ground = torch.nn.functional.interpolate(
-        0.4 + 0.2 * torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
-        size=(HEIGHT, WIDTH),
-        mode="bicubic",
-    )[0]
-    frames = ground.expand(FRAMES, 3, -1, -1).clone()
-    ids = torch.zeros(FRAMES, HEIGHT, WIDTH, dtype=torch.uint8)
-    disparity = torch.full((FRAMES, HEIGHT, WIDTH), 0.1)
-    for frame in range(FRAMES):
-        for body, colour in enumerate((RED, BLUE)):
-            if (box := place(frame, body)) is not None:
-                frames[frame][:, *box] = torch.tensor(colour)[:, None, None]
-                ids[frame][box], disparity[frame][box] = body + 1, 0.25 * (body + 1)
-    v, u = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
-    texels = torch.where((ids == 0)[:, None], torch.stack((u, v)).expand(FRAMES, -1, -1, -1), torch.nan)
-    poses = (torch.arange(FRAMES) % 20 - 10).abs()[:, None].float()
-    palette = torch.tensor([RED, BLUE, GREEN])
-    return TrueClip(frames=frames, ids=ids, palette=palette, poses=poses, disparity=disparity, texels=texels)
+from postgen.metrics.world_truth import true_clip
+from tests.metrics.planted import FRAMES, GONE, HEIGHT, WIDTH, erased, planted
 
 
 @pytest.fixture
 def true() -> TrueClip:
-    return true_clip()
-
-
-def erased(true: TrueClip, body: int, gone: range) -> Tensor:
-    """The frames without a body, which gives way to grey."""
-    frames = true.frames.clone()
-    for frame in gone:
-        frames[frame][:, true.ids[frame] == body + 1] = 0.5
-    return frames
-
-
-def permanence(frames: Tensor, true: TrueClip) -> drift.Permanence:
-    return drift.object_permanence(drift.detect(frames, true.palette), true.ids)
+    return planted()
 
 
 def test_the_truth_does_not_drift(true: TrueClip) -> None:
@@ -102,13 +56,6 @@ def test_the_json_form_holds_all_numbers_and_no_tensor(true: TrueClip) -> None:
     assert "present_FJ" not in plain["permanence"]
 
 
-def test_colours_are_those_of_the_tables() -> None:
-    colours = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [1, 1, 1], [0, 0, 0]])
-    known = torch.tensor([[53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [100, 0, 0], [0, 0, 0]])
-    assert (lab(colours, dim=1) - known).abs().max() < 0.02
-    assert torch.equal(lab(colours.T[None, :, :, None])[0, :, :, 0], lab(colours, dim=1).T)
-
-
 def test_a_known_shift_of_colour_has_the_known_distance(true: TrueClip) -> None:
     still = true.ids == 0
     grey, tinted = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.6, 0.45, 0.5])
@@ -125,28 +72,6 @@ def test_a_known_shift_of_colour_has_the_known_distance(true: TrueClip) -> None:
     whole = drift.colour_drift(tinted[:, None, None].expand_as(plain), plain, still)
     assert whole.delta_e.contrast == pytest.approx(0, abs=1e-5)
     assert whole.delta_e.first == pytest.approx(distance, rel=1e-5)
-
-
-def test_wasserstein_is_a_distance_of_samples_of_any_size() -> None:
-    a, b = torch.randn(101, generator=torch.Generator().manual_seed(1)), torch.rand(37)
-    assert wasserstein(a, b) == pytest.approx(wasserstein(b, a))
-    assert wasserstein(a, a.repeat(3)) == pytest.approx(0, abs=1e-9)
-    assert wasserstein(a, a + 0.5) == pytest.approx(0.5, abs=1e-6)
-    with pytest.raises(UserError, match="101 and 0"):
-        wasserstein(a, b[:0])
-
-
-def test_appearance_in_closed_form() -> None:
-    checks = (torch.arange(7)[:, None] + torch.arange(9)) % 2
-    board = checks.float().expand(1, 3, -1, -1)
-    found = {name: float(value) for name, value in appearance(board).items()}
-    inner = board[0, 0, 1:-1, 1:-1] * -8 + 4
-    assert found["sharpness"] == pytest.approx(float(inner.var(correction=0)), rel=1e-5)
-    assert found["luma_std"] == pytest.approx(float(board[0, 0].std(correction=0)), rel=1e-5)
-    assert (found["saturation"], found["colourfulness"]) == (0, pytest.approx(0, abs=1e-6))
-    red = torch.tensor([1.0, 0, 0])[None, :, None, None].expand(1, 3, 3, 5)
-    assert float(appearance(red)["colourfulness"]) == pytest.approx(0.3 * math.hypot(1, 0.5), rel=1e-5)
-    assert float(appearance(red)["saturation"]) == 1
 
 
 def test_start_end_and_slope() -> None:
@@ -188,65 +113,6 @@ def test_motion_that_dies_out_shows_in_the_parts(true: TrueClip) -> None:
     assert math.isnan(drift.motion_ratio(frames, still).least)
 
 
-@pytest.mark.parametrize("body", [0, 1])
-def test_a_removed_body_lowers_permanence_by_its_share(true: TrueClip, body: int) -> None:
-    gone = range(30, 37)
-    found = permanence(erased(true, body, gone), true)
-    seen = 2 * FRAMES - len(GONE)
-    assert found.always == found.always_anywhere == pytest.approx(1 - len(gone) / seen)
-    back = FRAMES - GONE.stop
-    assert found.returns == back
-    assert found.after_absence == pytest.approx(1 - (len(gone) / back if body == 1 else 0))
-    assert found.wrong_count == pytest.approx(len(gone) / FRAMES)
-    assert (found.spurious, found.swapped) == (0, 0)
-    assert (found.present_FJ[:, body] == 0).nonzero()[:, 0].tolist() == list(gone)
-
-
-def test_a_body_that_never_returns_or_is_never_away(true: TrueClip) -> None:
-    assert permanence(erased(true, 1, range(GONE.stop, FRAMES)), true).after_absence == 0
-    kinds = drift.detect(true.frames, true.palette)
-    assert math.isnan(drift.object_permanence(kinds, true.ids, gap=len(GONE) + 1).after_absence)
-    assert drift.object_permanence(kinds, true.ids, gap=len(GONE)).returns == FRAMES - GONE.stop
-    # One that comes into view for the first time did not come back.
-    late = drift.object_permanence(kinds[20:], true.ids[20:], gap=4)
-    assert late.returns == 0
-
-
-def test_a_body_elsewhere_is_present_anywhere_only(true: TrueClip) -> None:
-    frames = true.frames.clone()
-    moved = torch.roll(true.ids, 10, dims=1) == 1
-    frames[:, :, 2:9] = erased(true, 0, range(FRAMES))[:, :, 2:9]
-    frames = torch.where((moved & (true.ids != 2))[:, None], torch.tensor(RED)[:, None, None], frames)
-    found = permanence(frames, true)
-    assert found.always < found.always_anywhere
-    assert found.present_FJ[:, 0].sum() == 0
-
-
-def test_a_swapped_colour_and_a_body_too_many(true: TrueClip) -> None:
-    frames = true.frames.clone()
-    frames[:10] = torch.where((true.ids == 1)[:10, None], torch.tensor(GREEN)[:, None, None], frames[:10])
-    found = permanence(frames, true)
-    assert found.swapped == pytest.approx(10 / (2 * FRAMES - len(GONE)))
-    assert found.wrong_count == pytest.approx(10 / FRAMES)
-    assert found.spurious == pytest.approx(10 / FRAMES), "a green piece where there should be none"
-    frames = true.frames.clone()
-    frames[:5, :, 16:20, 1:5] = torch.tensor(RED)[:, None, None]
-    found = permanence(frames, true)
-    assert (found.always, found.swapped) == (1, 0)
-    assert found.spurious == found.wrong_count == pytest.approx(5 / FRAMES)
-
-
-def test_shades_and_colours_that_are_no_body() -> None:
-    dark = torch.tensor(RED) * 0.4
-    frames = dark[None, :, None, None].expand(1, 3, 3, 3)
-    palette = torch.tensor([BLUE, RED])
-    assert (drift.detect(frames, palette) == -1).all()
-    shades = torch.stack([palette * light for light in (1.0, 0.7, 0.45)], 1)
-    assert (drift.detect(frames, shades) == 1).all()
-    assert (drift.detect(frames, shades, others=dark[None] * 0.99) == -1).all()
-    assert (drift.detect(frames, shades, others=torch.tensor([BLUE])) == 1).all()
-
-
 def test_a_wrong_scale_of_depth_is_fitted_away_and_a_drifting_one_is_not(true: TrueClip) -> None:
     assert true.disparity is not None
     steady = drift.depth_drift(true.disparity * 3 - 0.2, true.disparity)
@@ -263,17 +129,6 @@ def test_a_wrong_scale_of_depth_is_fitted_away_and_a_drifting_one_is_not(true: T
     assert near.abs_rel.last == pytest.approx(1 - 1 / 1.5, rel=1e-5)
     flat = drift.depth_drift(torch.ones_like(true.disparity), true.disparity)
     assert (flat.scale, flat.shift) == (0, pytest.approx(float(true.disparity[:6].mean()), rel=1e-5))
-
-
-def test_depth_that_disagrees_with_the_bodies(true: TrueClip) -> None:
-    assert true.disparity is not None
-    depth = 1 / true.disparity
-    wrong = torch.where(true.ids == 2, depth * 1.2, depth)
-    kinds = drift.detect(true.frames, true.palette)
-    found = drift.object_depth_error(wrong, true.disparity, kinds, true.ids)
-    expected = [0.0 if frame in GONE else 0.1 for frame in range(FRAMES)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    assert drift.object_depth_error(depth, true.disparity, torch.full_like(kinds, -1), true.ids).isnan().all()
 
 
 def test_background_psnr_and_the_ground_put_together(true: TrueClip) -> None:
@@ -306,6 +161,8 @@ def test_revisits_of_a_pose(true: TrueClip) -> None:
         spoilt = sum(a < 25 <= b for a, b in kind) / len(kind)
         assert row.psnr == pytest.approx(100 - 80 * spoilt, abs=1e-2)
         assert row.gap_db == pytest.approx(80 * spoilt, abs=1e-2)
+    late = drift.revisit_consistency(frames, true.frames, still, true.poses, gap=20)
+    assert late.all.pairs == sum(b - a >= 20 for a, b in pairs) > sum(b - a > 20 for a, b in pairs)
     thinned = drift.revisit_consistency(frames, true.frames, still, true.poses, gap=1, most=7)
     assert (thinned.context.pairs, thinned.memory.pairs, thinned.all.pairs) == (0, 7, 7)
     assert math.isnan(thinned.context.psnr)
@@ -313,25 +170,6 @@ def test_revisits_of_a_pose(true: TrueClip) -> None:
     moved[30:, :, :5] += 0.3
     alike = drift.revisit_consistency(moved, moved, still, true.poses, gap=1)
     assert alike.all.psnr > 99.9, "what changes in truth does not count"
-
-
-def test_structural_similarity() -> None:
-    a, b = torch.rand(2, 3, 3, 15, 19, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(ssim(a, a), torch.ones(3, dtype=torch.float64))
-    assert torch.allclose(ssim(a, b), ssim(b, a))
-    assert ssim(a, b).abs().max() < 0.5
-    mask = torch.zeros(3, 15, 19, dtype=torch.bool)
-    mask[0], mask[1, 2:14, 3:15] = True, True
-    half = b.clone()
-    half[1, :, 2:14, 3:15] = a[1, :, 2:14, 3:15]
-    found = ssim(a, half, mask)
-    assert found[0] == pytest.approx(float(ssim(a, b)[0]))
-    assert found[1] == 1
-    assert found[2].isnan()
-    grey = torch.full((1, 3, 4, 4), 0.5)
-    brighter = (2 * 0.5 * 0.6 + 1e-4) / (0.5**2 + 0.6**2 + 1e-4)
-    assert float(ssim(grey, grey + 0.1)) == pytest.approx(brighter, rel=1e-3)
-    assert psnr(a, a).tolist() == [100] * 3
 
 
 def test_seams(true: TrueClip) -> None:
@@ -361,6 +199,7 @@ def test_costs_that_grow_and_that_do_not() -> None:
     assert (memory.slope.low, memory.slope.value, memory.slope.high, memory.flat) == (0, 0, 0, True)
     assert not drift.flat_cost([3e9 + 4096 * i for i in range(50)]).flat
     assert drift.flat_cost([90.0, 40.0, *[5.0] * 30], skip=2).flat
+    assert drift.flat_cost([90.0, *[5.0] * 8], block=2).slope.value == 0, "a left-over chunk is one of the first"
     with pytest.raises(UserError, match="7 chunks in blocks"):
         drift.flat_cost([1.0] * 9, skip=2)
 
@@ -436,18 +275,7 @@ def test_what_does_not_belong_together_is_refused(true: TrueClip) -> None:
 def test_the_truth_of_a_rendered_world_does_not_drift() -> None:
     spec = world.sample_long(1, absence="hidden")
     out = world.render([spec], num_frames=24, size=64)
-    colours = [body.colour for body in spec.bodies]
-    colours += [name for name in world.spec.COLOURS if name not in colours]
-    assert out.ids_BFHW is not None
-    true = TrueClip(
-        frames=out.rgb_BF3HW[0],
-        ids=out.ids_BFHW[0],
-        palette=world.shades(colours),
-        others=world.ground_shades(spec.background),
-        poses=out.pose_BF34[0],
-        disparity=out.disparity_BFHW[0],
-        texels=out.texels_BF2HW[0],
-    )
+    true = true_clip(spec, out)
     report = measure_drift(true.frames, true, disparity=2 * out.disparity_BFHW[0] + 1, farthest=25)
     assert report.permanence.always == 1
     assert (report.permanence.wrong_count, report.permanence.spurious, report.permanence.swapped) == (0, 0, 0)
@@ -457,3 +285,7 @@ def test_the_truth_of_a_rendered_world_does_not_drift() -> None:
     assert report.object_depth.last < 0.05
     with pytest.raises(UserError, match="Unknown background 'lava'"):
         world.ground_shades("lava")
+    with pytest.raises(UserError, match="need different colours"):
+        true_clip(replace(spec, bodies=spec.bodies[:1] * 2), out)
+    with pytest.raises(UserError, match="hold no geometry"):
+        true_clip(spec, replace(out, ids_BFHW=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections import Counter
@@ -16,10 +17,12 @@ from postgen.errors import UserError
 from postgen.families import denoiser_for
 from postgen.families.recording import capture, recorded_bytes
 from postgen.reconstruct import Records, RecordsConfig, Share, collect
+from postgen.reconstruct.collect import LOCK
 from postgen.reconstruct.teacher import Teacher
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
+from postgen.training.run_folder import RunLock
 from tests.families.tiny_models import tiny_model
 from tests.families.tiny_pipelines import drawn
 from tests.reconstruct.toy import PROMPTS, pipeline, records_of
@@ -196,3 +199,29 @@ def test_what_cannot_be_recorded_is_said(wan: tuple[Any, dict[str, int]]) -> Non
         RecordsConfig(**size, num_inference_steps=4, levels_per_prompt=5)
     with pytest.raises(UserError, match="prompts are 'a ball', they must be a list"):
         collect(denoiser_for(pipe), "blocks.0", "a ball", RecordsConfig(**size))
+
+
+def test_one_process_records_into_a_folder(wan: tuple[Any, dict[str, int]], tmp_path: Path) -> None:
+    pipe, size = wan
+    made = records_of(pipe, size, "blocks.0", where=(place := tmp_path / "records"))
+    shutil.rmtree(place / "00000-000")
+    with (
+        RunLock(place, LOCK.format(rank=0), "where"),
+        pytest.raises(UserError, match=rf"where {place} is in use by process {os.getpid()} on .* name another where"),
+    ):
+        records_of(pipe, size, "blocks.0", where=place)
+    # A process that was killed leaves its file, which locks nothing; one of another rank is no other run.
+    with RunLock(place, LOCK.format(rank=1), "where"):
+        records_of(pipe, size, "blocks.0", where=place)
+    with RunLock(place, LOCK.format(rank=0), "where"):
+        assert records_of(pipe, size, "blocks.0", where=place).identity == made.identity  # nothing is missing
+
+
+def test_a_teacher_that_is_not_finite(tmp_path: Path) -> None:
+    pipe, size = pipeline("Wan")
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias[0] = torch.inf
+    with pytest.raises(
+        UserError, match=r"latents are not finite for prompt 0 \(counted from 0\) and 1 more: it overflows"
+    ):
+        records_of(pipe, size, "blocks.0")

@@ -253,3 +253,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(wan: Taught, tmp_path: Path) -> 
     with pytest.raises(FloatingPointError, match=r"the loss or gradient of blocks\.0 was not finite, up to step 4"):
         reconstruct([block_task(block, change)], wan.records, settings(tmp_path))
     assert not list(tmp_path.glob("blocks/*/finished"))
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_targets_that_are_not_finite_are_no_matter_of_rates(wan: Taught, tmp_path: Path, held_out: bool) -> None:
+    block = blocks_of(wan.transformer)[0]
+    task = block_task(block, lambda copy: copy)
+    bad = Call(wan.records.calls(task.modules, held_out=held_out)[0][0], torch.device("cpu"), widen=True).output()
+
+    def target(calls: Any) -> Any:
+        found = task.target(calls)
+        return tuple(each * torch.nan for each in found) if torch.equal(calls[0].output(), bad) else found
+
+    with pytest.raises(
+        UserError, match=r"1 of 6 records of blocks\.0 hold outputs of the teacher that are not finite"
+    ):
+        reconstruct([dataclasses.replace(task, target=target)], wan.records, settings(tmp_path))
+    assert not list(tmp_path.glob("blocks/*/finished"))

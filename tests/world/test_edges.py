@@ -15,7 +15,7 @@ from postgen.judges.edge_bodies import Prism, corners, picture, plain
 from postgen.judges.edge_clips import as_bytes, course, cut
 from postgen.judges.world_edges import learn_looked, learn_prisms, read_bags, read_net, write_net
 from postgen.world.camera import camera_path
-from postgen.world.check import check, contact, edges, find_tracks
+from postgen.world.check import check, contact, edges, find_tracks, steady
 from postgen.world.check.edges import EdgeNet
 from postgen.world.raycast import Solids, camera_rays, nearest
 from postgen.world.spec import COLOURS
@@ -149,16 +149,42 @@ def test_of_two_that_meet_one_is_whole_unless_they_melt():
     assert contact.apart(tracks) == [1.0, 1.0]
     before = [list(track.pieces) for track in tracks]
 
-    def spoilt(more):
+    def spoilt(more, where=lambda piece: piece.touch):
         for track, pieces, by in zip(tracks, before, more, strict=True):
             track.pieces = [
-                replace(p, misfit=tuple(m + by for m in p.misfit)) if p and p.touch and p.misfit else p for p in pieces
+                replace(p, misfit=tuple(m + by for m in p.misfit)) if p and p.misfit and where(p) else p
+                for p in pieces
             ]
         return contact.apart(tracks)
 
-    # The one behind may look like anything.
-    assert spoilt((0.0, 0.2)) == [1.0, 1.0]
+    # The one behind, which is the first, may look like anything; the one in front may not where the other is cut off.
     assert spoilt((0.2, 0.0)) == [1.0, 1.0]
-    little, much = spoilt((0.030, 0.030)), spoilt((0.06, 0.06))
+    assert max(spoilt((0.0, 0.2))) < 0.5
+    little, much = spoilt((0.020, 0.020)), spoilt((0.06, 0.06))
     assert 1 > little[0] == little[1] > 0.5 > much[0]
+    # Nor may it while the other one is behind it as a whole.
+    covering = [p for p, other in zip(before[1], before[0], strict=True) if other is None]
+    assert max(spoilt((0.0, 0.06), lambda piece: any(piece is one for one in covering[:1]))) < 0.5
     assert contact.apart([]) == []
+
+
+def test_one_frame_of_another_hue_shows_and_so_does_a_hue_that_differs_within_a_body():
+    spec = world.sample(5, num_frames=17, event="moves right", num_bodies=1, camera="static")
+    (track,) = find_tracks(Maker("cpu", 96, 1)([spec]))[0]
+    assert steady.hue(track) == 1
+    before = list(track.pieces)
+
+    def changed(frames, **by):
+        track.pieces = [
+            replace(p, **{name: getattr(p, name) + more for name, more in by.items()}) if f in frames else p
+            for f, p in enumerate(before)
+        ]
+        return steady.hue(track)
+
+    assert changed([8], tint=0.02) == 1
+    assert changed([8], tint=0.05) < 0.5
+    assert changed([8], tint=-0.05) < 0.5
+    # A body that has one other hue from the first frame to the last keeps it.
+    assert changed(range(17), tint=0.05) == 1
+    assert changed([8], mixed=0.05) == 1
+    assert changed([7, 8, 9], mixed=0.05) < 0.5

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import world_eye
 from benchmarks.embedded_sheets import bytes_of, write_clips
 from benchmarks.world_check import Maker
-from benchmarks.world_eye_clips import FIRST_FOURTH, PARTS
+from benchmarks.world_eye_clips import FIRST_FIFTH, PARTS
 from postgen import world
 from postgen.errors import UserError
 
@@ -50,11 +50,12 @@ def test_each_set_is_judged_on_its_own_verdicts_and_the_gate_is_that_of_the_last
     say("generated", ["right", "right", "unclear", "wrong: count"])
     say("generated_fresh", ["right", "right", "wrong: colour", "wrong: count"])
     say("generated_third", ["right", "right", "wrong: colour", "wrong: count"])
-    say("generated_fourth", ["right", "wrong: shape", "wrong: colour", "wrong: count"])
+    say("generated_fourth", ["right", "right", "right", "wrong: count"])
+    say("generated_fifth", ["right", "wrong: shape", "wrong: colour", "wrong: count"])
     found = {name: world_eye.generated(name, "cpu", kept[name], tmp_path) for name in kept}
-    assert [found[name]["agree"] for name in found] == [pytest.approx(2 / 3), 0.5, 0.5, 0.25]
-    assert [found[name]["judged"] for name in found] == [3, 4, 4, 4]
-    assert [found[name]["of_two"] for name in found] == [2, 2, 2, 2]
+    assert [found[name]["agree"] for name in found] == [pytest.approx(2 / 3), 0.5, 0.5, 0.75, 0.25]
+    assert [found[name]["judged"] for name in found] == [3, 4, 4, 4, 4]
+    assert [found[name]["of_two"] for name in found] == [2, 2, 2, 2, 2]
     assert [row["clip"] for row in found["generated"]["apart"]] == ["1r-000"]
     table = {"kind": dict.fromkeys(world_eye.COLUMNS, 1)}
     eye = {"constructed": table, "constructed_fresh": table, "mirror": 1.0, **found}
@@ -67,13 +68,14 @@ def test_missing_verdicts_other_models_and_exchanged_folders_are_one_clear_error
     say("generated", ["right"] * 4)
     say("generated_fresh", ["right"] * 4)
     say("generated_third", ["right"] * 4)
-    with pytest.raises(UserError, match=rf"world_generated_fourth.json is missing.*--first {FIRST_FOURTH}"):
-        world_eye.check_model(kept, tmp_path)
     say("generated_fourth", ["right"] * 4)
+    with pytest.raises(UserError, match=rf"world_generated_fifth.json is missing.*--first {FIRST_FIFTH}"):
+        world_eye.check_model(kept, tmp_path)
+    say("generated_fifth", ["right"] * 4)
     world_eye.check_model(kept, tmp_path)
-    with pytest.raises(UserError, match=f"clips of other seeds than generated_fourth.*--first {FIRST_FOURTH}"):
-        world_eye.check_model({**kept, "generated_fourth": kept["generated"]}, tmp_path)
-    say("generated_fourth", ["right"] * 4, denoiser_sha256="other")
+    with pytest.raises(UserError, match=f"clips of other seeds than generated_fifth.*--first {FIRST_FIFTH}"):
+        world_eye.check_model({**kept, "generated_fifth": kept["generated"]}, tmp_path)
+    say("generated_fifth", ["right"] * 4, denoiser_sha256="other")
     with pytest.raises(UserError, match="clips of another model"):
         world_eye.check_model(kept, tmp_path)
 

@@ -30,12 +30,14 @@ def stock(**settings: Any) -> Any:
     return WanPipeline(**wan_components(**settings))
 
 
-def trained(*, lora: bool = True, aux: tuple[Any, ...] = ("depth",)) -> tuple[Any, LevelEmbedder]:
+def trained(
+    *, lora: bool = True, aux: tuple[Any, ...] = ("depth",), placed: bool = False
+) -> tuple[Any, LevelEmbedder]:
     """A pipeline as training leaves it: both layers (RGB too), level embedder and LoRA."""
     from peft import LoraConfig
 
     pipe = stock()
-    widen_transformer(pipe, aux)
+    widen_transformer(pipe, aux, placed=placed)
     model, embedder = pipe.transformer, LevelEmbedder.for_transformer(pipe, frequencies=4, hidden=8)
     if lora:
         model.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "ffn.net.2"]))
@@ -53,7 +55,10 @@ def prediction(pipe: Any, embedder: LevelEmbedder) -> Tensor:
     source, count = torch.Generator().manual_seed(0), len(model.modalities)
     z = torch.randn(1, 4 * count, 3, 4, 6, generator=source)
     levels = FrameLevels(sigma=torch.rand(1, 3, count, generator=source), role=torch.arange(3))
-    return model.predict(z, levels, model.denoiser.encode_prompt(["a red ball"]), 3.0)
+    condition = model.denoiser.encode_prompt(["a red ball"])
+    if model.shown:
+        condition["placed"] = torch.randn(1, model.shown, 2, 4, 6, generator=source)
+    return model.predict(z, levels, condition, 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +85,10 @@ def test_loaded_it_predicts_the_same_bits(written: tuple[Path, Tensor]) -> None:
     assert plain.transformer.peft_config
 
 
-@pytest.mark.parametrize("aux", [(), ("depth", "flow")])
-def test_without_lora_a_transformer_will_do(tmp_path: Path, aux: tuple[Any, ...]) -> None:
-    if aux:
-        pipe, embedder = trained(lora=False, aux=aux)
+@pytest.mark.parametrize(("aux", "placed"), [((), False), (("depth", "flow"), False), (("depth",), True), ((), True)])
+def test_without_lora_a_transformer_will_do(tmp_path: Path, aux: tuple[Any, ...], placed: bool) -> None:
+    if aux or placed:
+        pipe, embedder = trained(lora=False, aux=aux, placed=placed)
     else:  # of RGB alone, only what tells levels is trained
         from postgen.worldweaver.widen import widened
 
@@ -153,7 +158,7 @@ def cut(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no note": (lambda folder: (folder / "worldweaver.json").unlink(), "is no adapter of WorldWeaver: there is no"),
     "half a note": (cut("worldweaver.json"), "worldweaver.json cannot be read: "),
-    "an entry more": (changed_note(more=1), "worldweaver.json must have modalities, base"),
+    "an entry more": (changed_note(more=1), "worldweaver.json must have modalities, placed, base"),
     "a base that is none": (changed_note(base={}), "is damaged: what it says of its base model is {}"),
     "modalities": (changed_note(modalities=["rgb", "sound"]), r"modalities are \['rgb', 'sound'\]"),
     "fewer modalities": (changed_note(modalities=["rgb"]), "a level embedder of 2 modalities, the adapter has 1"),
@@ -199,8 +204,9 @@ def test_other_models_are_refused(written: tuple[Path, Tensor], tiny_lora: Path)
     from tests.families.tiny_pipelines import tiny_pipeline
 
     folder, _ = written
-    wide = stock()
+    wide, with_memory = stock(), stock()
     widen_transformer(wide, ("depth", "flow"))
+    widen_transformer(with_memory, placed=True)
     with_lora = stock()
     with_lora.load_lora_weights(tiny_lora)
     for target, message in (
@@ -211,6 +217,7 @@ def test_other_models_are_refused(written: tuple[Path, Tensor], tiny_lora: Path)
         (stock(in_channels=12), "was trained on another model: its in_channels is 4, that of this one is 12"),
         (tiny_pipeline("SkyReels-V2")[0], "a WanTransformer3DModel, this is a SkyReelsV2Transformer3DModel"),
         (wide, "this transformer has rgb, depth, flow, asked was for rgb, depth"),
+        (with_memory, "is of a model without placed memory"),
         (with_lora, "has a LoRA, and .* is on the transformer: load the adapter first"),
         (stock().transformer, "has a LoRA, which a pipeline loads: give the pipeline"),
     ):

@@ -29,7 +29,7 @@ SCALAR = ("CogVideoX", "HunyuanVideo")
 class Point:
     """A pipeline before and after it was widened."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, placed: bool = False) -> None:
         self.name, self.mean_level = name, name in SCALAR
         self.pipe: Any = tiny_pipeline(name)[0] if name in SCALAR else MAKERS[name]()
         self.denoiser = denoiser_for(self.pipe)
@@ -43,7 +43,7 @@ class Point:
         with torch.no_grad():
             self.stock = {guidance: self.of_rgb(self.sigma[..., 0], guidance) for guidance in (1.0, 3.0)}
             self.uniform = self.of_rgb(torch.tensor([0.8, 0.25]))
-        widen_transformer(self.pipe)
+        widen_transformer(self.pipe, placed=placed)
         embedder = LevelEmbedder.for_transformer(self.pipe)
         self.model = WorldWeaverModel(self.denoiser, embedder, mean_level=self.mean_level)
 
@@ -100,6 +100,30 @@ def test_levels_and_roles_count_once_the_embedder_is_trained(point: Point) -> No
     assert torch.equal(point.predict(point.sigma), first)
 
 
+@pytest.mark.parametrize("name", ["Wan", "Wan image-to-video", "LTX", "CogVideoX"])
+def test_placed_memory_is_an_input_of_the_last_frames(name: str) -> None:
+    point = Point(name, placed=True)
+    model, condition = point.model, point.condition
+    memory = torch.randn(2, 9, 2, 4, 6, generator=torch.Generator().manual_seed(5))
+    point.condition = {**condition, "placed": memory}
+    assert torch.equal(model.split(point.predict(point.sigma, 3.0))["rgb"], point.stock[3.0])
+    # Columns of its channels, and of no others, are those of what is known.
+    wide = widened(point.pipe)
+    first = model.transformer.get_submodule(wide.widths.first)
+    columns = wide.widths.columns[-9:].flatten()
+    first.weight.data.flatten(1)[:, columns] = torch.randn(len(first.weight), len(columns)) * 0.2
+    told = point.predict(point.sigma)
+    point.condition = {**condition, "placed": torch.cat([memory.new_zeros(memory.shape), memory], dim=2)}
+    assert torch.equal(point.predict(point.sigma), told)
+    point.condition = condition
+    unknown = point.predict(point.sigma)
+    assert not torch.allclose(told, unknown, atol=1e-3)
+    assert torch.equal(model.split(unknown)["rgb"], point.stock[1.0])
+    point.condition = {**condition, "placed": memory[:, :8]}
+    with pytest.raises(UserError, match=r"placed memory of shape \(2, 8, 2, 4, 6\): give \(2, 9, at most 4, 4, 6\)"):
+        point.predict(point.sigma)
+
+
 def test_shapes_and_the_autoencoder_are_those_of_one_modality(point: Point) -> None:
     size = (9, 32, 64) if point.name in ("LTX", *SCALAR) else (5, 16, 32)
     channels, *others = point.model.latent_shape(*size)
@@ -149,6 +173,10 @@ def test_other_models_are_refused(wan: Point) -> None:
 
 def test_wrong_windows_are_one_line(wan: Point) -> None:
     sigma = wan.sigma
+    with pytest.raises(UserError, match="the model has no inputs for it: widen it with placed=True"):
+        wan.model.predict(
+            wan.z, FrameLevels(sigma=sigma, role=ROLES), {**wan.condition, "placed": wan.z.new_zeros(2, 9, 2, 4, 6)}
+        )
     for z, levels, message in (
         (wan.z[:, :4], sigma, r"latents of shape \(2, 4, 4, 4, 6\): give \(batch, 8, latent frames"),
         (wan.z[:, :, :3], sigma, r"levels of shape \(2, 4, 2\) for .* give \(2, 3, 2\)"),

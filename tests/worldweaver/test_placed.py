@@ -86,17 +86,17 @@ def test_half_a_cell_is_the_mean_of_two():
 
 
 def test_what_is_nearer_wins():
-    """In either order of the frames; and the newer frame of one surface."""
-    far, near, again = latents(1), latents(2), latents(3)
+    """A screen behind which another frame saw a wall, in either order; and the newer frame of one surface."""
+    far, near, again = (latents(1), pose(z=5.0), 3.0), (latents(2), pose(), 2.0), latents(3)
     for order in ((far, near), (near, far)):
         bank = memory()
-        for number, z in enumerate(order):
-            bank.add(z, wall(8.0 if z is far else 4.0), pose(), number)
+        for number, (z, camera, depth) in enumerate(order):
+            bank.add(z, wall(depth), camera, number)
         found, mask = split(bank.read(pose(), 5))
         assert mask.all()
-        assert torch.equal(found, near[:, :, 0])
+        assert torch.equal(found, near[0][:, :, 0])
         assert torch.equal(bank.read(pose(), 5), bank.read(pose(), 5))
-    bank.add(again, wall(4.1), pose(), 2)
+    bank.add(again, wall(2.05), pose(), 2)
     assert torch.equal(split(bank.read(pose(), 5))[0], again[:, :, 0])
 
 
@@ -142,6 +142,22 @@ def test_it_is_nearer_to_the_truth_than_the_frame_itself():
     copied = (z[:, :, 8] - z[:, :, 16])[known].square().mean()
     assert mask.mean() > 0.4
     assert placed < 0.1 * copied
+
+
+def test_a_body_that_moves_is_not_placed():
+    """A ball rolls under a fixed camera: where it was, the floor is placed that has been seen since."""
+    spec = world.parse("a red ball rolls left")
+    frames = world.render([spec], num_frames=13, size=96)
+    z = torch.nn.functional.avg_pool2d(frames.rgb_BF3HW[0], 8).movedim(0, 1)[None]
+    ball = torch.nn.functional.avg_pool2d((frames.ids_BFHW[0, :, None] > 0).float(), 8)[:, 0]
+    bank = PlacedMemory(Pinhole(), newest=99, mem_noise=0.0, modalities=1)
+    bank.add(z, frames.depth_BFHW, frames.pose_BF34, 0)
+    found, mask = split(bank.read(frames.pose_BF34[:, :1], 20))
+    left = (ball[:-1].amax(0) > 0) & (ball[-1] == 0)
+    red = (found[0, 0] - found[0, 1])[left]
+    assert (z[0, 0] - z[0, 1]).amax(0)[left].max() > 0.3
+    assert red.max() < 0.1
+    assert mask[0][left].all()
 
 
 def test_storage_is_bounded_by_what_is_seen():

@@ -70,6 +70,32 @@ def test_rgb_is_the_stock_models_whatever_the_others_are(name: str, tmp_path: Pa
     assert torch.equal(tiny(), stock)
 
 
+@pytest.mark.parametrize("aux", [(), ("depth",)])
+def test_placed_memory_has_inputs_and_no_outputs(aux: tuple[Any, ...], tmp_path: Path) -> None:
+    tiny = tiny_model("Wan")
+    model: Any = tiny.transformer
+    stock, config = tiny(), config_of(model)
+    widen_transformer(model, aux, placed=True)
+    count = len(aux)
+    assert (model.config.in_channels, model.config.out_channels) == (
+        5 + 5 * count + 5 * (1 + count) + 1,
+        5 + 5 * count,
+    )
+    latents = torch.cat([with_aux(tiny, count), torch.randn(1, 5 * (1 + count) + 1, 4, 4, 6)], dim=1)
+    out = tiny(hidden_states=latents)
+    assert torch.equal(out[:, :5], stock)
+    assert ", and placed memory; noise levels" in str(postgen.summary(model))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(TinyModel(**{**vars(tiny), "transformer": loaded})(hidden_states=latents), out)
+    narrow_transformer(loaded, aux, placed=True)
+    narrow_transformer(model)
+    assert config_of(loaded) == config_of(model) == config
+    assert torch.equal(tiny(), stock)
+    with pytest.raises(UserError, match="has no inputs for placed memory: leave placed out"):
+        widened(loaded, ("rgb",), placed=True)
+
+
 def test_conditions_of_image_to_video_keep_their_place() -> None:
     tiny = tiny_model("Wan image-to-video")
     model: Any = tiny.transformer

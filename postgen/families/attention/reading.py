@@ -57,7 +57,11 @@ class Norms:
 
     def called(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Call the modules, as diffusers does."""
-        return self._called(self.query, query), self._called(self.key, key)
+        return self._called(self.query, query), self.called_on_keys(key)
+
+    def called_on_keys(self, key: Tensor) -> Tensor:
+        """Call the module of the keys alone."""
+        return self._called(self.key, key)
 
     def _called(self, norm: Any, x: Tensor) -> Tensor:
         if norm is None:
@@ -132,6 +136,29 @@ class Stream:
         if self.rope is not None:
             query, key = self.rope.rotated(query), self.rope.rotated(key)
         return query, key
+
+    def for_one_kernel(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return queries and keys, and what is left to do with them as `postgen.kernels.qk_norm_rope` takes it.
+
+        Norms that cannot be left out are called. Nothing left is an empty dict.
+        """
+        query, key, values = self.query, self.key, self.norms.values()
+        if values is None:
+            query, key = self.norms.called(query, key)
+            values = NormValues(norm="none")
+        if self.rope is None and values.norm == "none":
+            return query, key, {}
+        left: dict[str, Any] = {
+            "norm": values.norm,
+            "eps": values.eps,
+            "q_weight": values.q_weight,
+            "k_weight": values.k_weight,
+            "q_bias": values.q_bias,
+            "k_bias": values.k_bias,
+        }
+        if self.rope is not None:
+            left |= {"cos": self.rope.cos, "sin": self.rope.sin, "first_token": self.rope.first_token}
+        return query, key, left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from postgen.lit.features import exact, joined, no_autocast, rotate
+from postgen.lit.features import exact, joined, no_autocast, rotate_both
 from postgen.lit.layers.anchor import Hybrid, attend
 from postgen.lit.layers.base import State, check_pushed, softmax_flops
 
@@ -70,7 +70,8 @@ class Chunk(Hybrid):
         query, key, value = tokens.softmax_parts()
         normed_query, normed_key = tokens.normed()
         q, k = self.map_query(normed_query), self.map_key(normed_key)
-        turned, v = rotate(k, rope).unflatten(1, (grid.frames, -1)), exact(value).unflatten(1, (grid.frames, -1))
+        turned_query, turned_key = rotate_both(q, k, rope)
+        turned, v = (x.unflatten(1, (grid.frames, -1)) for x in (turned_key, exact(value)))
         with no_autocast(v):
             sums = torch.einsum("bfshd,bfshe->bfhde", turned, v)
         key_sums = k.unflatten(1, (grid.frames, -1)).sum(dim=2)
@@ -80,7 +81,7 @@ class Chunk(Hybrid):
             sums, key_sums = torch.cat([state["sums"], sums], dim=1), torch.cat([state["key_sums"], key_sums], dim=1)
             key, value = torch.cat([state["key"], key], dim=1), torch.cat([state["value"], value], dim=1)
         past = (0, 0) if state is None else (state["past"], state["key_past"])
-        turned_query, parts = rotate(q, rope), []
+        parts = []
         for first, stop, low in self._chunks(grid.frames, kept):
             rows, near = slice(first * places, stop * places), slice(low * places, (stop + kept) * places)
             soft, lse = attend(tokens, query[:, rows], key[:, near], value[:, near])

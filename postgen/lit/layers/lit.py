@@ -20,14 +20,13 @@ from postgen.kernels.attention.ops import attention
 from postgen.kernels.linear_attention.ops import linear_attention_with_state
 from postgen.lit.features import (
     GridConvolution,
-    centered,
     exact,
     feature,
     joined,
     linear_parts,
     merged,
     no_autocast,
-    rotate,
+    rotate_both,
 )
 from postgen.lit.layers.base import LitLayer, Shape, State, softmax_flops
 from postgen.lit.tables import SeparableRope
@@ -97,7 +96,7 @@ class Lit(LitLayer):
         grid, rope = tokens.grid, tokens.rope
         q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
         v = exact(value)
-        by_frame = [x.unflatten(1, (grid.frames, -1)) for x in (rotate(q, rope), rotate(k, rope), q, k, v)]
+        by_frame = [x.unflatten(1, (grid.frames, -1)) for x in (*rotate_both(q, k, rope), q, k, v)]
         with no_autocast(v):
             sums = torch.einsum("bfshd,bfshe->bfhde", by_frame[1], by_frame[4]).cumsum(dim=1)
             key_sums = by_frame[3].sum(dim=2).cumsum(dim=1)
@@ -126,9 +125,7 @@ class Lit(LitLayer):
 
     def _prepared(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before the feature map, heads merged."""
-        query, key = tokens.normed()
-        if self.options.center_keys:
-            key = centered(key)
+        query, key = tokens.centered() if self.options.center_keys else tokens.normed()
         query, key, value = (merged(x, self.options.merge_heads) for x in (query, key, tokens.value))
         return query, key, value
 

@@ -69,14 +69,25 @@ def written(key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor, *, 
         delta: whether there is an A.
         scale: whether c is min(1, D / S), else 1.
     """
-    places, channels = key.shape[2], key.shape[4]
-    c = min(1.0, channels / places) if scale else 1.0
     weighed = key * strength[..., None]
-    return Writes(
-        inverse=inverse_of(c * torch.einsum("bfshd,bfshe->bfhde", weighed, key)) if delta else None,
-        content=c**0.5 * torch.einsum("bfshd,bfshe->bfhde", value, weighed),
-        log_decay=log_decay,
-    )
+    gram = torch.einsum("bfshd,bfshe->bfhde", weighed, key) if delta else None
+    content = torch.einsum("bfshd,bfshe->bfhde", value, weighed)
+    return solved(gram, content, log_decay, places=key.shape[2], scale=scale)
+
+
+def solved(gram: Tensor | None, content: Tensor, log_decay: Tensor, *, places: int, scale: bool) -> Writes:
+    """Return what frames write.
+
+    Args:
+        gram: A without c, (B, F, H, D, D); None: there is none.
+        content: B without its root of c, (B, F, H, D, D).
+        log_decay: (B, F, H, D).
+        places: S, tokens of a frame.
+        scale: whether c is min(1, D / S), else 1.
+    """
+    c = min(1.0, content.shape[-1] / places) if scale else 1.0
+    inverse = None if gram is None else inverse_of(c * gram)
+    return Writes(inverse=inverse, content=c**0.5 * content, log_decay=log_decay)
 
 
 def inverse_of(gram: Tensor) -> Tensor:

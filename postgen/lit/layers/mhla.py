@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.kernels.attention.ops import attention
-from postgen.lit.features import GridConvolution, centered, exact, feature, joined, no_autocast, rotate
+from postgen.lit.features import GridConvolution, exact, feature, joined, no_autocast, rotate_both
 from postgen.lit.layers.base import LitLayer, Shape, softmax_flops
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Mhla(LitLayer):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Return the video's rows."""
-        query, key = tokens.normed()
-        if self.options.center_keys:
-            key = centered(key)
+        query, key = tokens.centered() if self.options.center_keys else tokens.normed()
         q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
         blocks = self.blocks_on(tokens.grid)
         weights = mixed(self.mixing.to(q.dtype), self.options.blocks, blocks)
@@ -105,12 +103,13 @@ class Mhla(LitLayer):
             padded = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)[:, order]
             return padded.reshape(x.shape[0], len(weights), length, *x.shape[2:])
 
-        turned, keys = grouped(rotate(k, rope)), grouped(k)
+        turned_query, turned_key = rotate_both(q, k, rope)
+        turned, keys = grouped(turned_key), grouped(k)
         with no_autocast(value):
             states = torch.einsum("bmjhd,bmjhe->bmhde", turned, grouped(value)) * scale
             mixed_states = torch.einsum("im,bmhde->bihde", weights, states)
             mixed_keys = torch.einsum("im,bmhd->bihd", weights, keys.sum(dim=2))
-            numerator = torch.einsum("bijhd,bihde->bijhe", grouped(rotate(q, rope)), mixed_states)
+            numerator = torch.einsum("bijhd,bihde->bijhe", grouped(turned_query), mixed_states)
             divisor = torch.einsum("bijhd,bihd->bijh", grouped(q), mixed_keys)
         return numerator.flatten(1, 2)[:, back], divisor.flatten(1, 2)[:, back]
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postgen.kernels.attention.ops import attention
+from postgen.kernels.frame_memory.ops import frame_memories, frame_reads, frame_sums, gated_sum, takes
 from postgen.lit.features import GridConvolution, by_frame_and_head, exact, no_autocast
 from postgen.lit.layers.base import LitLayer, Shape, State, check_pushed, softmax_flops
-from postgen.lit.layers.memory import Writes, decayed, scan, step, written
+from postgen.lit.layers.memory import Writes, decayed, scan, solved, step, written
 
 if TYPE_CHECKING:
     from postgen.families import Grid
@@ -47,7 +48,7 @@ class Window:
 
 
 class _Gate(nn.Module):
-    """sigmoid(up(down(x))) per channel, (B, N, H * D)."""
+    """up(down(x)) per channel, (B, N, H * D), whose sigmoid is the gate."""
 
     def __init__(self, hidden: int, rank: int, channels: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class _Gate(nn.Module):
         self.up = nn.Linear(rank, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(self.down(x)).sigmoid()
+        out: Tensor = self.up(self.down(x))
         return out
 
 
@@ -125,18 +126,27 @@ class WindowLayer(LitLayer):
         """Return the video's rows."""
         if self.options.causal:
             return self.stream(tokens, None)[0]
-        frames, anchors = tokens.grid.frames, self.anchors(tokens.grid.frames)
+        anchors = self.anchors(tokens.grid.frames)
         near = self._near(tokens, anchors)
         query, writes = self._written(tokens)[:2]
-        writes = writes.without(anchors)
+        return self._finished(tokens, near, query, self._reads(query, writes.without(anchors), anchors))
+
+    def _reads(self, query: Tensor, writes: Writes, anchors: list[int]) -> Tensor:
+        """Return the memory that each frame reads, (B, F, H, D, D); dense frames read none."""
+        if takes(query):
+            inverse, content, log_decay = writes.inverse, writes.content, writes.log_decay
+            found: Tensor = frame_memories(inverse, content, log_decay, self.options.chunk, self.options.radius)
+            for frame in anchors:
+                found[:, frame] = 0
+            return found
         forward, backward = scan(writes), scan(writes, backward=True)
         reads = []
-        for each in self.windows(frames):
+        for each in self.windows(writes.content.shape[1]):
             for frame in range(each.first, each.stop):
                 before = decayed(forward[each.low], writes.log_decay[:, each.low : frame + 1])
                 after = decayed(backward[each.high], writes.log_decay[:, frame : each.high])
                 reads.append(torch.zeros_like(before) if frame in anchors else before + after)
-        return self._finished(tokens, near, query, torch.stack(reads, dim=1))
+        return torch.stack(reads, dim=1)
 
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
         """Return the rows of the next frames: whole chunks but for the last piece of a stream.
@@ -233,23 +243,30 @@ class WindowLayer(LitLayer):
         return attention(query, key, value, key_lengths=lengths)
 
     def _written(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, Writes, State]:
-        """Return q~, what the frames write, and what the convolutions of the next piece of a stream look back to."""
+        """Return queries as projected, what the frames write, and what convolutions of a stream's next piece see."""
         frames = tokens.grid.frames
         query, key = tokens.raw()
         tails: State = {}
         convolved = []
         for name, x, conv in (("key", key, self.conv_key), ("value", tokens.value, self.conv_value)):
-            x = x + conv.in_space(x, tokens.grid)
+            x = conv.in_space(x, tokens.grid, added=True)
             before = self._before(f"tail_{name}", x, conv, tokens, state)
             if before is not None:
                 tails[f"tail_{name}"] = torch.cat([before, x], dim=1)[:, x.shape[1] :].clone()
-            convolved.append(x + conv.in_time(x, tokens.grid, before))
-        strength = exact(self.strength(tokens.hidden)).sigmoid().unflatten(1, (frames, -1))
-        log_decay = self.decay(tokens.hidden, frames)
-        with no_autocast(query):
-            k, v = _activated(convolved[0], frames, unit=True), _activated(convolved[1], frames, unit=False)
-            writes = written(k, v, strength, log_decay, delta=self.delta, scale=self.options.scale_memory)
-            return _activated(query, frames, unit=True), writes, tails
+            convolved.append(conv.in_time(x, tokens.grid, before, added=True))
+        return query, self._writes(convolved[0], convolved[1], tokens.hidden, frames), tails
+
+    def _writes(self, key: Tensor, value: Tensor, hidden: Tensor, frames: int) -> Writes:
+        """Sum up what the convolved tokens (B, N, H, D) of each frame write."""
+        strength, log_decay, scale = self.strength(hidden), self.decay(hidden, frames), self.options.scale_memory
+        with no_autocast(key):
+            if takes(key, value, strength):
+                gram, content = frame_sums(key, value, strength, frames, gram=self.delta)
+                places = key.shape[1] // frames
+                return solved(gram, content, log_decay, places=places, scale=scale)
+            b = exact(strength).sigmoid().unflatten(1, (frames, -1))
+            k, v = _activated(key, frames, unit=True), _activated(value, frames, unit=False)
+            return written(k, v, b, log_decay, delta=self.delta, scale=scale)
 
     def _before(
         self, name: str, x: Tensor, conv: GridConvolution, tokens: Tokens, state: State | None
@@ -263,14 +280,26 @@ class WindowLayer(LitLayer):
 
     def _finished(self, tokens: Tokens, near: Tensor, query: Tensor, reads: Tensor) -> Tensor:
         """Read the memories (B, F, H, D, D), norm, gate and add to what softmax gave."""
-        with no_autocast(query):
-            far = torch.einsum("bfshd,bfhed->bfshe", query, reads).flatten(1, 2)
-            far = far * (far.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt() * exact(self.norm)
-        far = (far.flatten(2).to(near.dtype)) * self.gate(tokens.hidden).to(near.dtype)
+        far = self._far(query, reads, self.gate(tokens.hidden), near.dtype)
         added = self.mix(far) if self.options.output == "full" else far * self.gain
-        soft = 2 * self.soft_gate(tokens.hidden).sigmoid()
+        gate = self.soft_gate(tokens.hidden)
+        if takes(near, added, gate):
+            summed: Tensor = gated_sum(near, added.view_as(near), gate)
+            return summed.to(tokens.value.dtype)
+        soft = 2 * gate.sigmoid()
         out: Tensor = near * soft[..., None].to(near.dtype) + added.view_as(near).to(near.dtype)
         return out.to(tokens.value.dtype)
+
+    def _far(self, query: Tensor, reads: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """What queries (B, N, H, D) read, normed and gated, (B, N, H * D)."""
+        with no_autocast(query):
+            if takes(query, gate):
+                found: Tensor = frame_reads(query, reads, self.norm, gate.view(query.shape), NORM_EPS)
+                return found.flatten(2).to(dtype)
+            q = _activated(query, reads.shape[1], unit=True)
+            far = torch.einsum("bfshd,bfhed->bfshe", q, reads).flatten(1, 2)
+            far = far * (far.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt() * exact(self.norm)
+        return far.flatten(2).to(dtype) * gate.sigmoid().to(dtype)
 
 
 def _activated(x: Tensor, frames: int, *, unit: bool) -> Tensor:

@@ -79,7 +79,8 @@ def _distance(pixels: Tensor, table: Tensor) -> Tensor:
     shades = table.flatten(0, 1)
     # One product instead of a difference a shade: within 0.05 of a distance, where colours are 20 apart.
     square = pixels.square().sum(1, keepdim=True) + shades.square().sum(1) - 2 * pixels @ shades.T
-    return square.unflatten(1, table.shape[:2]).amin(2).clamp_min(0).sqrt()
+    nearest: Tensor = square.unflatten(1, table.shape[:2]).amin(2)
+    return nearest.clamp_min(0).sqrt()
 
 
 def object_permanence(

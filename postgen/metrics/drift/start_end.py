@@ -12,7 +12,7 @@ from torch import Tensor
 from postgen.errors import UserError
 
 SHARE = 0.15
-"""Part of a clip's frames that its start and its end are (arXiv:2504.12626, arXiv:2603.04379)."""
+"""Part of a clip's frames that its start and its end are (FramePack, arXiv:2504.12626)."""
 
 
 def ends(frames: int, share: float = SHARE) -> tuple[slice, slice]:
@@ -52,7 +52,7 @@ class StartEnd:
 
     @property
     def contrast(self) -> float:
-        """|first - last|: the start-end contrast of FramePack and Helios."""
+        """|first - last|: the start-end contrast."""
         return abs(self.change)
 
 

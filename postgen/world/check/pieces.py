@@ -8,9 +8,25 @@ from operator import attrgetter
 
 #: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
 #: how much better the outline of something else fits than each of them, then `facets.roundness`, `edges.roundness`.
-_OF_BLOBS = ("colour", "group", "touch", "border", "area", "x", "y", "sharp", "pure", "light", "stain")
+_OF_BLOBS = (
+    "colour",
+    "group",
+    "touch",
+    "border",
+    "area",
+    "x",
+    "y",
+    "sharp",
+    "pure",
+    "light",
+    "stain",
+    "tint",
+    "mixed",
+)
 COLUMNS = (*_OF_BLOBS, "x0", "y0", "x1", "y1")
-_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _STAIN, _X0, _Y0, _X1, _Y1 = range(2, len(COLUMNS))
+_TOUCH, _BORDER, _AREA, _X, _Y, _SHARP, _PURE, _LIGHT, _STAIN, _TINT, _MIXED, _X0, _Y0, _X1, _Y1 = range(
+    2, len(COLUMNS)
+)
 
 Row = Sequence[float]
 
@@ -32,6 +48,9 @@ class Piece:
     light: float
     #: Part of the picture, in it and what hangs together with it, whose hue is no body's (`stains.stained`).
     stain: float
+    #: How far its hue is from that of its colour, of 6, and how much it differs within the rim.
+    tint: float
+    mixed: float
     #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
     misfit: tuple[float, ...] | None
     #: How much better than each shape the outline of none of them fits, or None as well.
@@ -61,7 +80,7 @@ def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece
 
 def _piece(rows: list[Row], height: int, width: int) -> Piece:
     if len(rows) == 1:
-        _, group, touch, border, area, x, y, sharp, pure, light, stain, *box = rows[0]
+        _, group, touch, border, area, x, y, sharp, pure, light, stain, tint, mixed, *box = rows[0]
         (x0, y0, x1, y1), misfit = box[:4], box[4:]
         # Rounded as the weighted mean of several is.
         x, y, sharp = x * area / area, y * area / area, sharp * area / area
@@ -69,7 +88,9 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
     else:
         group, misfit, whole = rows[0][1], [], False
         area = sum(row[_AREA] for row in rows)
-        x, y, sharp, pure = (sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP, _PURE))
+        x, y, sharp, pure, tint, mixed = (
+            sum(row[k] * row[_AREA] for row in rows) / area for k in (_X, _Y, _SHARP, _PURE, _TINT, _MIXED)
+        )
         light, stain = (max(row[k] for row in rows) for k in (_LIGHT, _STAIN))
         x0, y0 = (min(row[k] for row in rows) for k in (_X0, _Y0))
         x1, y1 = (max(row[k] for row in rows) for k in (_X1, _Y1))
@@ -86,6 +107,8 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
         pure=pure,
         light=light,
         stain=stain / (width * height),
+        tint=tint,
+        mixed=mixed,
         misfit=tuple(misfit[:3]) if whole else None,
         odd=tuple(misfit[3:6]) if whole else None,
         round=(misfit[6], misfit[7]) if whole else None,

@@ -37,9 +37,10 @@ class Blobs:
     `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
     `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
     (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel, `pure` mean colour share
-    within the rim, `light` the greatest brightness there, `stain` the `stains.stained` pixels of its group, `kind` the
-    colour by which it was cut out (it differs from `colour` on a ground of full colour). Maps: `slot_MP` blob of
-    a pixel or -1; `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
+    within the rim, `light` the greatest brightness there, `tint` and `mixed` mean and standard deviation of how far
+    the hue there, of 6, is from its colour's, `stain` the `stains.stained` pixels of its group, `kind` the colour by
+    which it was cut out (it differs from `colour` on a ground of full colour). Maps: `slot_MP` blob of a pixel or -1;
+    `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
     """
 
     valid: Tensor
@@ -56,6 +57,8 @@ class Blobs:
     pure: Tensor
     light: Tensor
     stain: Tensor
+    tint: Tensor
+    mixed: Tensor
     slot_MP: Tensor
     share_MHW: Tensor
     soft_M2HW: Tensor
@@ -150,17 +153,15 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     sums = _Sums(slot, SLOTS)
     core_area = sums.add(core.flatten(1).float())
     slot = torch.where((core_area.gather(1, slot.clamp_min(0)) >= 4) & (slot >= 0), slot, -1)
-    y, x = torch.meshgrid(*(torch.arange(n, device=kind.device).float() for n in (height, width)), indexing="ij")
-    x, y = (c.reshape(1, -1).expand(pictures, -1) for c in (x, y))
     sums = _Sums(slot, SLOTS)
+    x, y = _places(kind)
     inner = (core.flatten(1) & (slot >= 0)).float()
     size = area.clamp_min(1)
     touch = sums.add(_touching(slot.reshape(kind.shape)).flatten(1).float())
-    rim = _rim(slot.reshape(kind.shape)).flatten(1)
-    slope = _slope(share).flatten(1)
     box = torch.stack((sums.least(x, width), sums.least(y, height), -sums.least(-x, 1), -sums.least(-y, 1)), -1)
     valid = (area >= _FRAGMENT * pixels) & (area <= _LARGEST * pixels) & (core_area >= 4)
     edge = (box[..., :2] <= 0).any(-1) | (box[..., 2] >= width - 1) | (box[..., 3] >= height - 1)
+    stain, tint, mixed = _hues(smooth_M3HW, named, groups, sums, inner)
     return Blobs(
         valid=valid,
         touch=touch > 2,
@@ -172,10 +173,12 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
         x=sums.add(x) / size,
         y=sums.add(y) / size,
         box=box,
-        sharp=sums.add(slope * rim) / sums.add(rim.float()).clamp_min(1),
+        sharp=_sharpness(share, slot, sums),
         pure=sums.add(_exact(purity.flatten(1)) * inner) / core_area.clamp_min(1),
         light=-sums.least(-bright.flatten(1) * inner, 0.0),
-        stain=_stains(smooth_M3HW, named, groups).gather(1, groups.gather(1, top).clamp_min(0)),
+        stain=stain.gather(1, groups.gather(1, top).clamp_min(0)),
+        tint=tint,
+        mixed=mixed,
         slot_MP=slot,
         share_MHW=share,
         soft_M2HW=torch.stack((((share - 0.2) / 0.5).clamp(0, 1), bright), 1),
@@ -183,12 +186,32 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     )
 
 
-def _stains(smooth_M3HW: Tensor, named_MHW: Tensor, groups_MP: Tensor) -> Tensor:
-    """Number of stained pixels of each group, under the number of the group (M,P)."""
-    own = hue_of(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
+def _places(maps_MHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Column and row of each pixel, (M,P) each."""
+    pictures, height, width = maps_MHW.shape
+    y, x = torch.meshgrid(*(torch.arange(n, device=maps_MHW.device).float() for n in (height, width)), indexing="ij")
+    return x.reshape(1, -1).expand(pictures, -1), y.reshape(1, -1).expand(pictures, -1)
+
+
+def _sharpness(share_MHW: Tensor, slot_MP: Tensor, sums: _Sums) -> Tensor:
+    """Mean slope of the colour share at the rim of each blob (M,K)."""
+    rim = _rim(slot_MP.reshape(share_MHW.shape)).flatten(1)
+    return sums.add(_slope(share_MHW).flatten(1) * rim) / sums.add(rim.float()).clamp_min(1)
+
+
+def _hues(
+    smooth_M3HW: Tensor, named_MHW: Tensor, groups_MP: Tensor, sums: _Sums, inner_MP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stained pixels of each group, under the number of the group (M,P); `tint` and `mixed` of each blob (M,K)."""
+    hue, own = hue_of(smooth_M3HW), hue_of(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
     body = (groups_MP >= 0).reshape(named_MHW.shape)
-    strange = stained(hue_of(smooth_M3HW), named_MHW, body, own).flatten(1).float()
-    return torch.zeros_like(strange).scatter_add_(1, groups_MP.clamp_min(0), strange)
+    strange = stained(hue, named_MHW, body, own).flatten(1).float()
+    stain = torch.zeros_like(strange).scatter_add_(1, groups_MP.clamp_min(0), strange)
+    gap = _exact((hue - own[named_MHW] + 3) % 6 - 3).flatten(1)
+    count = sums.add(inner_MP).clamp_min(1)
+    tint = sums.add(gap * inner_MP) / count
+    square = sums.add(_exact(gap * gap) * inner_MP) / count
+    return stain, tint, (square - tint * tint).clamp_min(0).sqrt()
 
 
 def _coloured(smooth_M3HW: Tensor, gain_M311: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

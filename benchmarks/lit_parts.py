@@ -1,0 +1,175 @@
+"""Parts of converted layers on a GPU, as plain torch and as kernels: `python -m benchmarks.lit_parts`.
+
+Prints a line for each part of a window layer of Wan 14B at 720p (`--model "Wan 1.3B"` for the other): milliseconds of
+both, and the relative difference of what they give. Then whole layers, then other launches of the memory's kernels.
+About a minute on an H200. Nothing is written; `--device cpu` runs a tiny model and is there to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.lit_models import CHANNELS, KINDS, LARGE, SMALL, TINY, TINY_CLIP, Built, Model, clip, drawn, timed
+from postgen.families import Grid
+from postgen.families.attention.reading import Norms, Reading, Rope, Stream
+from postgen.lit import WindowOptions, features, layers_of, set_grid, tokens
+from postgen.lit.layers import Shape, make_layer, memory, window
+
+REPEATS = 3
+LAUNCHES = {
+    "sums": [(64, 8, 2), (64, 8, 3), (32, 8, 3)],
+    "scans": [(32, 8, 2), (16, 8, 2)],
+    "reads": [(32, 8, 2), (64, 8, 2), (64, 8, 1)],
+}
+"""Tokens of a tile, warps, stages."""
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Run layers without the kernels; those of linear and softmax attention stay."""
+    with ExitStack() as stack:
+        for module in (features, window):
+            stack.enter_context(mock.patch.object(module, "takes", return_value=False))
+        for module in (features, tokens):
+            stack.enter_context(mock.patch.object(module, "for_triton", return_value=False))
+        yield
+
+
+class Parts:
+    """A window layer, and what it is called with."""
+
+    def __init__(self, model: Model, grid: Grid, device: str) -> None:
+        self.model, self.grid, self.device = model, grid, device
+        self.shape = Shape(heads=model.heads, channels=CHANNELS, hidden=model.heads * CHANNELS)
+        with torch.device(device):
+            self.layer: Any = random(make_layer("window_delta", self.shape, WindowOptions()).bfloat16())
+            norms = [torch.nn.RMSNorm(self.shape.hidden, eps=1e-6).bfloat16() for _ in range(2)]
+            angles = torch.rand(1, grid.tokens, 1, CHANNELS // 2)
+            self.hidden = torch.randn(1, grid.tokens, self.shape.hidden, dtype=torch.bfloat16)
+        self.rope = Rope(angles.cos(), angles.sin(), in_float32=False)
+        self.query, self.key, self.value = drawn(model, grid.tokens, device)
+        stream = Stream(self.query, self.key, self.value, Norms(*norms, across_heads=True), self.rope)
+        self.reading = Reading(streams=(stream,))
+
+    def tokens(self) -> tokens.Tokens:
+        """Return them as a call brings them."""
+        return tokens.Tokens(self.reading, self.grid, self.hidden)
+
+    def run(self) -> None:
+        """Time and print every part."""
+        layer, grid, query, key, value = self.layer, self.grid, self.query, self.key, self.value
+        frames = grid.frames
+        self.tell("norms and rotation", lambda: self.tokens().rotated()[:2])
+        self.tell("norms, centred keys", lambda: self.tokens().centered())
+        self.tell("convolution in space", lambda: layer.conv_key.in_space(key, grid, added=True))
+        self.tell("convolution in time", lambda: layer.conv_key.in_time(key, grid, added=True))
+        self.tell("sums of frames, their solve", lambda: layer._writes(key, value, self.hidden, frames))
+        writes = layer._writes(key, value, self.hidden, frames)
+        self.alone("of it the solve", lambda: memory.inverse_of(writes.inverse))
+        self.tell("scans over frames", lambda: layer._reads(query, writes, []))
+        gate = layer.gate(self.hidden)
+        self.tell("reads of the memory", lambda: layer._far(query, writes.content, gate, torch.bfloat16))
+        self.tell("all after softmax", lambda: layer._finished(self.tokens(), value, query, writes.content))
+        pair = [x.float().relu() for x in (query, key)]
+        self.tell("rotation of features", lambda: features.rotate_both(*pair, self.rope))
+
+    def other_launches(self) -> None:
+        """Time other launches of the kernels of the memory."""
+        from postgen.kernels.frame_memory import triton
+
+        writes = self.layer._writes(self.key, self.value, self.hidden, self.grid.frames)
+        strength, gate, reads = self.layer.strength(self.hidden), self.layer.gate(self.hidden), writes.content
+        calls: dict[str, Callable[[], Any]] = {
+            "sums": lambda: triton.frame_sums(self.key, self.value, strength, reads.shape[1], True),
+            "scans": lambda: triton.frame_memories(writes.inverse, reads, writes.log_decay, 1, 1),
+            "reads": lambda: triton.frame_reads(self.query, reads, self.layer.norm, gate.view(self.query.shape), 1e-5),
+        }
+        for name, launches in LAUNCHES.items():
+            for numbers in launches:
+                with mock.patch.dict(triton.LAUNCHES, {name: triton.Launch(*numbers)}):
+                    self.alone(f"{name}, {numbers}", calls[name])
+
+    def tell(self, part: str, call: Callable[[], Any]) -> None:
+        """Time a call with and without the kernels, and print both."""
+        compare(part, call, self.device)
+
+    def alone(self, part: str, call: Callable[[], Any]) -> None:
+        """Time a call and print it."""
+        print(f"{part:34} {timed(call, self.device, REPEATS).milliseconds:8.3f} ms", flush=True)
+
+
+def compare(part: str, call: Callable[[], Any], device: str) -> None:
+    """Time a call with and without the kernels, and print both."""
+    new, found = timed(call, device, REPEATS).milliseconds, flat(call())
+    with plain():
+        old, expected = timed(call, device, REPEATS).milliseconds, flat(call())
+    pairs = zip(found, expected, strict=True)
+    error = max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in pairs)
+    print(
+        f"{part:34} plain {old:8.3f} ms, kernels {new:8.3f} ms ({old / new:.2f} x), differ by {error:.1e}", flush=True
+    )
+
+
+def flat(result: Any) -> list[Tensor]:
+    """Return the tensors of a result."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, memory.Writes):
+        return [each for each in (result.inverse, result.content) if each is not None]
+    return [each for part in result for each in flat(part)]
+
+
+def random(layer: Any) -> Any:
+    """Move all weights: a new layer reads its memory with zeros."""
+    for parameter in layer.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return layer
+
+
+def whole(model: Model, grid: Grid, device: str) -> None:
+    """Time self-attention of each layer type."""
+    here = Built(model, grid, 2, device, fused=True)
+    with here.side(None):
+        call = here.calls()["layer"]
+    for name, kind in KINDS.items():
+        with here.side(kind.config("1:{}", grid)):
+            set_grid(here.transformer, grid)
+            (layer,) = layers_of(here.transformer).values()
+            if not layer.covers(grid):
+                random(layer)
+                compare(f"layer, {name}", call, device)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """Time and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lit_parts", description=__doc__.splitlines()[0])
+    models = {model.name: model for model in (LARGE, SMALL)}
+    parser.add_argument("--model", choices=[*models], default=LARGE.name)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks.lit_parts needs a GPU: torch sees none", file=sys.stderr)
+        return 2
+    on_cpu = options.device == "cpu"
+    model, grid = (TINY, TINY_CLIP.grid) if on_cpu else (models[options.model], clip("720p", 21).grid)
+    parts = Parts(model, grid, options.device)
+    parts.run()
+    if not on_cpu:
+        torch.cuda.empty_cache()
+    whole(model, grid, options.device)
+    if not on_cpu:
+        parts.other_launches()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""`grid_convolution` as a torch custom operation with a gradient: a kernel on a GPU, plain torch elsewhere.
+
+Shapes as in `naive.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, library
+
+from postgen.kernels.dispatch import check_devices, for_triton, uses_triton
+from postgen.kernels.grid_convolution import naive
+
+MAX_CHANNELS = 256
+"""The widest head that the kernel takes."""
+
+
+def grid_convolution(
+    x: Tensor, space: Tensor | None, time: Tensor | None, grid: Sequence[int], *, added: bool = False
+) -> Tensor:
+    """Return depth-wise convolutions of tokens within their frames and along time, added up; contiguous.
+
+    Args:
+        x: (B, T h w, H, D), any strides.
+        space: (H * D, s, s), s odd, any dtype; None for none.
+        time: (H * D, t), t odd; None for none; one of the two is there.
+        grid: T, h and w.
+        added: whether x itself is added, which costs nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    out: Tensor = _grid_convolution(x, space, time, list(grid), added)
+    return out
+
+
+@library.custom_op("postgen::grid_convolution", mutates_args=())
+def _grid_convolution(x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool) -> Tensor:
+    _check(x, space, time, grid)
+    triple = (grid[0], grid[1], grid[2])
+    if _on_kernel(x):
+        from postgen.kernels.grid_convolution import triton
+
+        return triton.grid_convolution(x, space, time, triple, added)
+    return naive.grid_convolution(x, space, time, triple, added).contiguous()
+
+
+@library.custom_op("postgen::grid_convolution_backward", mutates_args=())
+def grid_convolution_backward(
+    gradient: Tensor, x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x and of both weights, given that of the result; those of None are empty."""
+    triple = (grid[0], grid[1], grid[2])
+    if _on_kernel(gradient) and gradient.dtype == x.dtype:
+        from postgen.kernels.grid_convolution import triton
+
+        found = triton.grid_convolution_backward(gradient, x, space, time, triple, added)
+    else:
+        found = naive.grid_convolution_backward(gradient, x, space, time, triple, added)
+    of_x, *of_weights = found
+    of_space, of_time = (x.new_empty(0) if each is None else each.contiguous() for each in of_weights)
+    return of_x.contiguous(), of_space, of_time
+
+
+def takes(x: Tensor) -> bool:
+    """Say whether the kernel convolves this tensor; there is no warning where it does not."""
+    return for_triton(x) and _obstacle(x) is None
+
+
+@_grid_convolution.register_fake
+def _(x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool) -> Tensor:
+    _check(x, space, time, grid)
+    return x.new_empty(x.shape)
+
+
+@grid_convolution_backward.register_fake
+def _(
+    gradient: Tensor, x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_space, of_time = (x.new_empty(0) if each is None else each.new_empty(each.shape) for each in (space, time))
+    return x.new_empty(x.shape), of_space, of_time
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, space, time, ctx.grid, ctx.added = inputs
+    ctx.save_for_backward(x, space, time)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, space, time = ctx.saved_tensors
+    of_x, of_space, of_time = grid_convolution_backward(gradient, x, space, time, ctx.grid, ctx.added)
+    return of_x, None if space is None else of_space, None if time is None else of_time, None, None
+
+
+_grid_convolution.register_autograd(_backward, setup_context=_keep)
+
+
+def _obstacle(x: Tensor) -> str | None:
+    channels = x.shape[-1]
+    odd = channels > MAX_CHANNELS or channels % 2
+    return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit" if odd else None
+
+
+def _on_kernel(x: Tensor) -> bool:
+    return uses_triton("grid_convolution", x, obstacle=_obstacle(x))
+
+
+def _check(x: Tensor, space: Tensor | None, time: Tensor | None, grid: Sequence[int]) -> None:
+    check_devices("grid_convolution", x, space, time)
+    if x.dim() != 4 or x.numel() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, (B, N, H, D) and not empty, got {tuple(x.shape)} of {x.dtype}")
+    if len(grid) != 3 or min(grid) < 1 or math.prod(grid) != x.shape[1]:
+        raise ValueError(f"grid must be frames, rows and columns of the {x.shape[1]} tokens, got {tuple(grid)}")
+    if space is None and time is None:
+        raise ValueError("there is nothing to convolve with: give space, time or both")
+    width = x.shape[2] * x.shape[3]
+    for name, weight, sides in (("space", space, 2), ("time", time, 1)):
+        if weight is None:
+            continue
+        side = weight.shape[-1] if weight.dim() else 0
+        if tuple(weight.shape) != (width, *[side] * sides) or side % 2 == 0:
+            form = ", ".join([str(width), *["an odd side"] * sides])
+            raise ValueError(f"{name} must be ({form}) for x {tuple(x.shape)}, got {tuple(weight.shape)}")

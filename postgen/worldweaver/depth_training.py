@@ -1,0 +1,212 @@
+"""Method `world_depth`: trains `WorldDepthNet` on renders of the world and of rooms, both with exact disparity.
+
+Values, outlines and changes in time: of rooms up to one scale and shift a clip, as in MiDaS (arXiv:1907.01341), of the
+world, whose camera is known, of 1/Z itself, so that a drift of depth stays visible over a long video.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from postgen import world
+from postgen.families import Denoiser, denoiser_for
+from postgen.metrics.disparity import disparity_errors
+from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.world.scenes import FIRST_TRAINING_SEED, specs_of
+
+from .depth_loss import affine_difference, difference_losses, known_difference, relative_loss
+from .depth_net import WorldDepthNet
+from .depth_rooms import rooms
+from .depth_textures import make_textures
+from .depth_views import photographed, seen
+
+_POOL_FRAMES = 17
+FARTHEST = 40.0
+"""Metres up to which depth is judged: beyond, a pixel of floor is metres deep."""
+
+
+@dataclass(kw_only=True)
+class WorldDepthConfig(TrainingConfig):
+    """Settings of the method.
+
+    Raises:
+        UserError: a value outside its range, or a folder that is not there.
+    """
+
+    sizes: list[int] = field(default_factory=lambda: [64, 96, 128, 160])
+    """Heights and widths in pixels, one of them a step."""
+
+    frames: int = 5
+    """Frames of a sample, in a row."""
+
+    pool_size: int = 128
+    """Height and width at which scenes and rooms are rendered."""
+
+    pool_clips: int = 2048
+    """Scenes of the world that are rendered and kept on the device (1.4 MB of 17 frames at 128 px)."""
+
+    room_clips: int = 4096
+    """Rooms that are rendered and kept on the device (0.4 MB of 5 frames at 128 px)."""
+
+    room_share: float = 0.5
+    """Part of the samples that are of rooms."""
+
+    textures: int = 64
+    """Patterns that a room's surfaces wear, and as many cuts of the photos."""
+
+    photos: str | None = None
+    """Folder of pictures that a room's surfaces also wear; none takes patterns alone."""
+
+    pipeline: str | None = None
+    """Folder of a diffusers pipeline of the world, whose autoencoder softens renders; none softens none."""
+
+    reconstructions: int = 1024
+    """Scenes of the pool that also pass through that autoencoder."""
+
+    outline_weight: float = 0.5
+    """Weight of the loss of gradients beside that of values."""
+
+    steady_weight: float = 0.5
+    """Weight of the loss of changes from a frame to the next."""
+
+    relative_weight: float = 0.5
+    """Weight of the loss of 1/Z over itself, on the world alone, for what is far."""
+
+    eval_clips: int = 64
+    """Unseen scenes of held-out combinations, for the errors of the evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(bool(self.sizes) and min(self.sizes) >= 32, "sizes", "a list of numbers of at least 32")
+        self.require(1 <= self.frames <= _POOL_FRAMES, "frames", f"in 1..{_POOL_FRAMES}")
+        self.require(self.pool_size >= 32, "pool_size", "at least 32")
+        for name in ("pool_clips", "room_clips", "textures", "eval_clips"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(0 <= self.room_share <= 1, "room_share", "in 0..1")
+        self.require(self.reconstructions >= 0, "reconstructions", "at least 0")
+        for name in ("outline_weight", "steady_weight", "relative_weight"):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("photos", "pipeline"):
+            folder = getattr(self, name)
+            self.require(folder is None or Path(folder).is_dir(), name, "a folder")
+
+
+@dataclass(slots=True)
+class Takes:
+    """Clips (B,F,3,H,W) uint8 and their disparity (B,F,H,W) float16 in 1/m, 0 where nothing stands."""
+
+    rgb: Tensor
+    disparity: Tensor
+
+
+class WorldDepthTrainer(Trainer[WorldDepthConfig]):
+    """Trains the network; exports the folder that `WorldDepth` reads."""
+
+    config_class: ClassVar[type[TrainingConfig]] = WorldDepthConfig
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """A network with random weights; also renders scenes and rooms."""
+        args = self.args
+        own = self.accelerator.process_index
+        specs = specs_of(FIRST_TRAINING_SEED + own * 10_000_000, args.pool_clips, _POOL_FRAMES)
+        self.scenes = render_scenes(specs, args.pool_size, self.device)
+        generator = torch.Generator().manual_seed(args.seed * 1000 + own)
+        textures = make_textures(args.textures, args.photos, generator).to(self.device)
+        self.rooms = Takes(*rooms(args.room_clips, args.frames, args.pool_size, textures, generator, self.device))
+        self.softened = self._softened()
+        self.unseen = render_scenes(specs_of(0, args.eval_clips, _POOL_FRAMES, "held_out"), 96, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
+        return {"net": WorldDepthNet()}
+
+    def _softened(self) -> Tensor | None:
+        """The pool's first clips through the pipeline's autoencoder and back, uint8."""
+        args = self.args
+        if args.pipeline is None or not args.reconstructions:
+            return None
+        from diffusers import DiffusionPipeline
+
+        denoiser = denoiser_for(DiffusionPipeline.from_pretrained(args.pipeline).to(self.device))
+        parts = self.scenes.rgb[: args.reconstructions].split(16)
+        return torch.cat([reconstructed(denoiser, part) for part in parts])
+
+    def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Loss of some scenes and some rooms at one size; metrics: its parts."""
+        args, size = self.args, random.choice(self.args.sizes)
+        in_rooms = round(args.per_device_train_batch_size * args.room_share)
+        parts = [self._of_world(args.per_device_train_batch_size - in_rooms, size), self._of_rooms(in_rooms, size)]
+        rgb, true = (torch.cat(column) for column in zip(*parts, strict=True))
+        with self.accelerator.autocast():
+            estimate = self.models["net"](rgb)
+        count = len(parts[0][0])
+        # Where only shape counts the scale is free, and it would wander off if it were so for the world too.
+        known = known_difference(estimate[:count], true[:count])
+        value, outline, steady = difference_losses(
+            torch.cat((known, affine_difference(estimate[count:], true[count:])))
+        )
+        relative = relative_loss(estimate[:count], true[:count])
+        loss = value + args.outline_weight * outline + args.steady_weight * steady + args.relative_weight * relative
+        return loss, {"value": value, "outline": outline, "steady": steady, "relative": relative}
+
+    def _rows(self, takes: Tensor, count: int) -> Tensor:
+        return torch.randint(len(takes), (count,), generator=self.generator, device=self.device)
+
+    def _of_world(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """Frames in a row of scenes; of those that there is a reconstruction of, every third time that."""
+        rows = self._rows(self.scenes.rgb, count)
+        start = random.randrange(_POOL_FRAMES - self.args.frames + 1)
+        window = slice(start, start + self.args.frames)
+        rgb = self.scenes.rgb[rows, window]
+        if self.softened is not None:
+            soft = torch.rand(count, generator=self.generator, device=self.device) < 1 / 3
+            soft = (soft & (rows < len(self.softened))).view(-1, 1, 1, 1, 1)
+            rgb = torch.where(soft, self.softened[rows.clamp_max(len(self.softened) - 1), window], rgb)
+        pictures, disparity = seen(rgb, self.scenes.disparity[rows, window], size, self.generator)
+        return photographed(pictures, 0.5, self.generator), disparity
+
+    def _of_rooms(self, count: int, size: int) -> tuple[Tensor, Tensor]:
+        rows = self._rows(self.rooms.rgb, count)
+        pictures, disparity = seen(self.rooms.rgb[rows], self.rooms.disparity[rows], size, self.generator)
+        return photographed(pictures, 0.8, self.generator), disparity
+
+    def evaluate(self) -> dict[str, float]:
+        """Errors on unseen scenes at 96 px, see `postgen.metrics.disparity`."""
+        net: Any = self.unwrap("net")
+        found = []
+        for rgb, disparity in zip(self.unseen.rgb, self.unseen.disparity.float(), strict=True):
+            estimate = net(rgb[None].float() / 255)[0]
+            found.append(disparity_errors(estimate, disparity, disparity > 1 / FARTHEST))
+        names = ("abs_rel", "within_125", "rank", "flicker")
+        return {name: sum(getattr(errors, name) for errors in found) / len(found) for name in names}
+
+    def export(self, folder: Path, weights: Weights) -> None:
+        """A diffusers folder in half precision."""
+        net: Any = copy.deepcopy(self.unwrap("net"))
+        net.half().save_pretrained(folder)
+
+
+def render_scenes(specs: Sequence[world.Spec], size: int, device: torch.device | str) -> Takes:
+    """Render scenes with their disparity, as many frames as they were planned for."""
+    step = 64 if torch.device(device).type == "cpu" else 512
+    rgb, disparity = [], []
+    for low in range(0, len(specs), step):
+        frames = world.render(specs[low : low + step], size=size, device=device)
+        assert frames.depth_BFHW is not None
+        rgb.append((frames.rgb_BF3HW * 255).round().to(torch.uint8))
+        disparity.append((1 / frames.depth_BFHW).half())
+    return Takes(torch.cat(rgb), torch.cat(disparity))
+
+
+@torch.no_grad()
+def reconstructed(denoiser: Denoiser, clips_BF3HW: Tensor) -> Tensor:
+    """Clips (uint8) through the autoencoder of a denoiser's pipeline and back, uint8."""
+    clips = denoiser.decode(denoiser.encode_video(clips_BF3HW.float() / 255))
+    return (clips * 255).round().to(clips_BF3HW)
