@@ -1,0 +1,268 @@
+"""Long rollouts of trained arms of WorldWeaver on worlds whose future is known, and how they drift.
+
+    python -m benchmarks.worldweaver --arms a=runs/ww-a/export d=runs/ww-d/export --worlds 128 --out out/worldweaver
+
+Every arm is given the first frames of a scene that no training has seen, with their exact depth where it knows depth,
+and the caption of the first frame; it goes on to 161 frames. Each clip is measured against the scene
+(`postgen.metrics.drift`), and latents of RGB and depth against those of the scene, frame by frame: does depth drift
+less? OUT/ARM.json has a row for each world; an arm that has one is not run again. The table compares with the first arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen import world
+from postgen.assets import embedded_model
+from postgen.families import denoiser_for
+from postgen.files import replacing
+from postgen.metrics.drift import compare_drift, measure_drift
+from postgen.metrics.world_truth import true_clip
+from postgen.sampling.schedule import linspace_schedule
+from postgen.sampling.seeds import seed_of
+from postgen.training.policy import ModelConfig, load_model
+from postgen.video import contact_sheet
+from postgen.worldweaver.adapter import load_adapter
+from postgen.worldweaver.depth import DisparityRange, flow_picture
+from postgen.worldweaver.levels import Modality
+from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.model import WorldWeaverModel
+from postgen.worldweaver.rollout import Rollout
+from postgen.worldweaver.segments import Segments
+from postgen.worldweaver.world_clips import latent_ends
+
+SHOWN = ("score", "permanence.after_absence", "permanence.always", "motion.total", "revisit.memory.gap_db", "seam")
+"""Numbers of the table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A trained model with what it was trained for."""
+
+    name: str
+    model: WorldWeaverModel
+    settings: Mapping[str, Any]
+    guidance: float
+
+    @property
+    def unknown(self) -> tuple[Modality, ...]:
+        """Modalities that its memory does not show."""
+        return () if self.settings["depth_in_memory"] else self.model.modalities[1:]
+
+
+class Memory(MemoryBank):
+    """A bank that shows noise for some modalities, as training of such an arm did."""
+
+    hidden: tuple[Modality, ...] = ()
+
+    def add(self, z: Tensor, start_frame: int, *, poses: Tensor | None = None, unknown: Iterable[Any] = ()) -> None:
+        """Store frames, of which what is hidden is unknown."""
+        super().add(z, start_frame, poses=poses, unknown={*unknown, *self.hidden})
+
+
+@dataclass(slots=True)
+class Made:
+    """Clips of one arm."""
+
+    frames: Tensor
+    """(B, F, 3, H, W) in [0, 1]."""
+    disparity: Tensor | None
+    """(B, F, H, W)."""
+    latents: Tensor
+    """(B, M * C, T, h, w)."""
+    seconds: float
+    """Of the rollout, without decoding."""
+
+
+def load_arm(
+    name: str, folder: Path | str, device: torch.device, pipe: Any = None, guidance: float | None = None
+) -> Arm:
+    """Return an arm: the embedded model, or another pipeline, with an adapter."""
+    made = load_model(embedded_model() if pipe is None else pipe, ModelConfig(), device)[0]
+    loaded = load_adapter(made, folder)
+    model = WorldWeaverModel(denoiser_for(made), loaded.embedder)
+    asked = guidance if guidance is not None else float(loaded.settings.get("guidance_scale", 1.0))
+    return Arm(name=name, model=model, settings=loaded.settings, guidance=asked)
+
+
+def bank_of(arm: Arm) -> MemoryBank:
+    """Return its empty memory."""
+    told = arm.settings
+    long, short = told["history_sizes"]
+    bank = Memory(
+        long,
+        short,
+        min(1, long) if told["keep_first_frame"] else 0,
+        policy=told["memory_policy"],
+        mem_noise=told["addnoise_condition"] / 1000,
+        flow_noise=told["flow_noise"],
+        modalities=len(arm.model.modalities),
+    )
+    bank.hidden = arm.unknown
+    return bank
+
+
+@torch.no_grad()
+def given_latents(arm: Arm, truth: world.Frames, count: int) -> tuple[Tensor, DisparityRange]:
+    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity."""
+    limits = DisparityRange.of(truth.disparity_BFHW[:, :count])
+    parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
+    if "depth" in arm.model.modalities:
+        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count])))
+    if "flow" in arm.model.modalities:
+        assert truth.flow_BF2HW is not None
+        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1])))
+    return torch.cat(parts, 1), limits
+
+
+@torch.no_grad()
+def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, given: int, seed: int = 0) -> Made:
+    """Let an arm go on from the first frames of scenes, to their length.
+
+    Args:
+        arm: what makes them.
+        specs: the scenes.
+        truth: their render with geometry.
+        given: frames that it is given.
+        seed: of the noise.
+    """
+    model, told = arm.model, arm.settings
+    device, total = model.transformer.device, truth.rgb_BF3HW.shape[1]
+    begin, limits = given_latents(arm, truth, given)
+    shape = model.latent_shape(total, *truth.rgb_BF3HW.shape[-2:])
+    steps = told["num_inference_steps"]
+    segments = Segments(steps=steps, groups=steps // told["ar_step"])
+    schedule = linspace_schedule(model.denoiser, steps, told["flow_shift"], device)
+    poses = truth.pose_BF34[:, latent_ends(total, shape[1])]
+    run = Rollout(
+        model,
+        schedule,
+        segments,
+        frames=told["causal_block_size"],
+        guidance=arm.guidance,
+        poses=lambda start, stop: poses[:, start:stop],
+    )
+    captions = [world.caption_at(spec, 0) for spec in specs]
+    condition = model.denoiser.encode_prompt(captions, guidance=arm.guidance > 1)
+    seeds = [seed_of(seed, "initial", number) for number in range(len(specs))]
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
+    left = shape[1] - begin.shape[2]
+    state = run.start(
+        (shape[0], *shape[2:]), [(0, condition)], generators, bank_of(arm), num_latents=left, given=begin
+    )
+    clock = time.perf_counter()
+    latents = torch.cat([begin, *(group.latents for group in run.groups(state))], 2)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - clock
+    parts = model.split(latents)
+    disparity = limits.disparity(model.decode(parts["depth"])) if "depth" in parts else None
+    return Made(frames=model.decode(parts["rgb"]), disparity=disparity, latents=latents, seconds=seconds)
+
+
+def latent_errors(arm: Arm, made: Made, truth: world.Frames) -> list[dict[str, list[float]]]:
+    """Return for each clip the squared error of every latent frame, by modality, in shares of the true variance."""
+    true, _ = given_latents(arm, truth, truth.rgb_BF3HW.shape[1])
+    rows: list[dict[str, list[float]]] = [{} for _ in range(len(true))]
+    for name, expected in arm.model.split(true).items():
+        found = arm.model.split(made.latents)[name]
+        error = (found - expected).square().mean((1, 3, 4)) / expected.var((1, 2, 3, 4))[:, None]
+        for row, line in zip(rows, error.tolist(), strict=True):
+            row[name] = line
+    return rows
+
+
+def measured(
+    arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, made: Made, given: int
+) -> list[dict[str, Any]]:
+    """Return the numbers of each clip."""
+    total = truth.rgb_BF3HW.shape[1]
+    ends = latent_ends(total, made.latents.shape[2])
+    size = arm.settings["causal_block_size"]
+    first = len([end for end in ends if end < given])
+    borders = [ends[place - 1] + 1 for place in range(first, len(ends), size)]
+    # What the network sees beside long memory: short memory and the groups in flight.
+    groups = arm.settings["num_inference_steps"] // arm.settings["ar_step"]
+    window = (arm.settings["history_sizes"][1] + groups * size) * (ends[-1] // max(1, len(ends) - 1))
+    errors, rows = latent_errors(arm, made, truth), []
+    for number, spec in enumerate(specs):
+        depth = None if made.disparity is None else made.disparity[number]
+        true = true_clip(spec, truth, number)
+        report = measure_drift(made.frames[number], true, disparity=depth, borders=borders, window=window)
+        rows.append({**report.to_dict(), "latent_error": errors[number], "seconds": made.seconds / len(specs)})
+    return rows
+
+
+def run_arm(arm: Arm, out: Path, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Make and measure the clips of an arm, and write its rows."""
+    rows: list[dict[str, Any]] = []
+    for low in range(0, options.worlds, options.batch):
+        seeds = range(options.first + low, options.first + min(low + options.batch, options.worlds))
+        specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
+        truth = world.render(specs, num_frames=options.frames, size=options.size, device=device)
+        made = make_clips(arm, specs, truth, given=options.given, seed=low)
+        rows += measured(arm, specs, truth, made, options.given)
+        if not low:
+            shown = torch.cat([made.frames[:4, ::20], truth.rgb_BF3HW[:4, ::20]], 1).flatten(0, 1).cpu()
+            columns = made.frames[0, ::20].shape[0]
+            contact_sheet(shown, out / f"{arm.name}.png", columns=columns, limit=len(shown))
+        print(f"{arm.name}: {len(rows)} of {options.worlds} worlds", flush=True)
+    with replacing(out / f"{arm.name}.json") as part:
+        part.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    return rows
+
+
+def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return lines that compare every arm with the first, number by number, with 95 % intervals."""
+    (first, base), *others = found.items()
+    lines = []
+    for name, rows in others:
+        both = compare_drift(rows, base)
+        for number in SHOWN:
+            if number in both:
+                row = both[number]
+                low, high = row.difference.low, row.difference.high
+                lines.append(f"{name} - {first}  {number:26} {row.a:8.3f} {row.b:8.3f}  [{low:+.3f}, {high:+.3f}]")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arms", nargs="+", required=True, metavar="NAME=FOLDER", help="adapters, the first to compare"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/worldweaver"))
+    parser.add_argument("--worlds", type=int, default=128)
+    parser.add_argument("--first", type=int, default=500_000, help="seed of the first world, below those of training")
+    parser.add_argument("--frames", type=int, default=161)
+    parser.add_argument("--given", type=int, default=17, help="frames that an arm is given")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--guidance", type=float, help="instead of what the adapter says")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device, found = torch.device(options.device), {}
+    for word in options.arms:
+        name, _, folder = word.partition("=")
+        kept = options.out / f"{name}.json"
+        if kept.is_file():
+            found[name] = json.loads(kept.read_text(encoding="utf-8"))
+            continue
+        arm = load_arm(name, folder, device, guidance=options.guidance)
+        found[name] = run_arm(arm, options.out, options, device)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
