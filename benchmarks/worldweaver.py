@@ -5,7 +5,7 @@
 Every arm is given the first frames of a scene that no training has seen, with their exact depth where it knows depth,
 and the caption of the first frame; it goes on to 161 frames. Each clip is measured against the scene
 (`postgen.metrics.drift`), and latents of RGB and depth against those of the scene, frame by frame: does depth drift
-less? OUT/ARM.json has a row for each world; an arm that has one is not run again. The table compares with the first arm.
+less? OUT/ARM.json has a row for each world; an arm that has one is not run again. A table compares with the first arm.
 """
 
 from __future__ import annotations
