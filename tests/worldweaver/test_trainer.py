@@ -20,12 +20,14 @@ from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.clips import video_pool
 from postgen.worldweaver.corruption import blurred, corrupted
 from postgen.worldweaver.depth import DisparityRange
+from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.levels import FrameLevels, Role
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.self_depth import SelfDepth
 from postgen.worldweaver.texts import Texts
 from postgen.worldweaver.train_config import WorldWeaverConfig
 from postgen.worldweaver.trainer import WorldWeaverTrainer
+from postgen.worldweaver.widen import widened
 from postgen.worldweaver.windows import Layout
 from tests.families.test_frame_levels import MAKERS
 from tests.families.tiny_pipelines import tiny_pipeline
@@ -34,12 +36,24 @@ from tests.worldweaver.training import log_of, settings, trained
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
+@pytest.fixture(scope="module")
+def flowing(tmp_path_factory: pytest.TempPathFactory) -> WorldWeaverTrainer:
+    """A run of all modalities whose memory goes by the camera; read only."""
+    return trained(tmp_path_factory.mktemp("run"), aux=["depth", "flow"], memory_policy="camera", max_steps=1)
+
+
 def state_of(run: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in run.unwrap("worldweaver").state_dict().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def model_of_rgb() -> WorldWeaverModel:
+    pipe = MAKERS["Wan"]()
+    widened(pipe, ("rgb",))
+    return WorldWeaverModel(denoiser_for(pipe), LevelEmbedder.for_transformer(pipe))
 
 
 def says(model: WorldWeaverModel, run: WorldWeaverTrainer) -> Tensor:
@@ -131,9 +145,9 @@ def test_a_model_of_one_timestep_without_depth(tmp_path: Path) -> None:
     assert "depth_loss" not in log_of(tmp_path)[-1]
 
 
-def test_memory_of_the_models_own(tmp_path: Path) -> None:
+def test_memory_of_the_models_own(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """One shift before the window: an exact network gives the clip again, and only that group changes."""
-    run = trained(tmp_path, max_steps=1)
+    run = flowing
     batch = run._batch(run.pool, Layout(ages=(2, 1, 0), start=4), torch.Generator().manual_seed(0), 2)
     before, wrong = batch.latents.clone(), batch.wrong.clone()
 
@@ -149,7 +163,7 @@ def test_memory_of_the_models_own(tmp_path: Path) -> None:
             return velocity, {}
 
     exact = Exact()
-    run.unaveraged = lambda name: exact  # type: ignore[assignment,method-assign,return-value]
+    monkeypatch.setattr(run, "unaveraged", lambda name: exact)
     run._remember_own(Layout(ages=(2, 1, 0), start=4), batch, torch.Generator().manual_seed(0))
     assert exact.calls == run.windows.segments.length
     assert torch.allclose(batch.latents[:, :, 3].float(), before[:, :, 3].float(), atol=2e-3)
@@ -177,13 +191,13 @@ def test_scenes_are_encoded_once(tmp_path: Path) -> None:
         trained(tmp_path / "c", **values)
 
 
-def test_every_modality_and_the_camera(tmp_path: Path) -> None:
-    run = trained(tmp_path, aux=["depth", "flow"], memory_policy="camera", max_steps=1)
-    assert run.pool.joint(torch.tensor([0, 2]), torch.device("cpu")).shape == (2, 12, 8, 2, 2)
-    assert {"rgb_loss", "depth_loss", "flow_loss"} <= log_of(tmp_path)[-1].keys()
-    assert run.pool.poses is not None
-    assert run.pool.poses.shape == (3, 8, 3, 4)
-    texts = [text for text, number in run.texts.numbers.items() if number in run.pool.texts[0].tolist()]
+def test_every_modality_and_the_camera(flowing: WorldWeaverTrainer) -> None:
+    assert flowing.pool.joint(torch.tensor([0, 2]), torch.device("cpu")).shape == (2, 12, 8, 2, 2)
+    assert {"rgb_loss", "depth_loss", "flow_loss"} <= log_of(flowing.args.folder)[-1].keys()
+    assert flowing.pool.poses is not None
+    assert flowing.pool.poses.shape == (3, 8, 3, 4)
+    told = set(flowing.pool.texts[0].tolist())
+    texts = [text for text, number in flowing.texts.numbers.items() if number in told]
     assert all(texts)
 
 
@@ -254,10 +268,9 @@ def test_corruption() -> None:
     assert torch.equal(blurred(edge, 0.1), edge)
 
 
-def test_self_depth(tmp_path: Path) -> None:
+def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model as a depth source: clean RGB, one window after the other, any length."""
-    run = trained(tmp_path, aux=["depth", "flow"], max_steps=1)
-    model = run.unwrap("worldweaver").model
+    model = flowing.unwrap("worldweaver").model
     frames = torch.rand(12, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     source = SelfDepth(model, window=2, memory=1, steps=3)
     depth = source(frames)
@@ -271,7 +284,7 @@ def test_self_depth(tmp_path: Path) -> None:
         calls.append((z, levels))
         return predict(z, levels, condition, guidance)
 
-    model.predict = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "predict", watched)
     source(frames)
     with torch.no_grad():
         rgb = model.encode(torch.cat([frames, frames[-1:]]).movedim(-1, 1)[None])
@@ -283,7 +296,7 @@ def test_self_depth(tmp_path: Path) -> None:
     assert levels.sigma[0, :, 1].tolist() == [0, 1, 1]
     assert (levels.sigma[..., 2] == 1).all()
     with pytest.raises(UserError, match="a model of rgb says nothing of depth"):
-        SelfDepth(trained(tmp_path / "rgb", aux=[], max_steps=1).unwrap("worldweaver").model)
+        SelfDepth(model_of_rgb())
 
 
 @pytest.mark.parametrize(
