@@ -127,16 +127,22 @@ def test_the_gate_has_a_plan_that_is_sparse_enough() -> None:
 
 
 def test_parts_are_timed_with_and_without_kernels(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(lit_parts, "REPEATS", 1)
-    assert lit_parts.main(["--device", "cpu"]) == 0
+    out = tmp_path / "parts.json"
+    assert lit_parts.main(["--device", "cpu", "-o", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    written = json.loads(out.read_text())
+    assert [lit_parts.line(row) for row in written["rows"]] == lines
+    assert (written["model"], written["clip"], written["repeats"], written["gates"]) == (TINY.name, "tiny", 1, [])
     compared = [line for line in lines if "kernels" in line]
     assert sum(line.startswith("layer, ") for line in compared) == len(KINDS)
     # No kernel runs here, so both are the same.
     assert len(compared) > len(KINDS) + 5
     assert all(line.endswith("differ by 0.0e+00") for line in compared)
+    assert lit_parts.main(["--device", "cpu", "-o", "lit_parts"]) == 2
+    assert "no place for results" in capsys.readouterr().err
 
 
 def test_crossings() -> None:
