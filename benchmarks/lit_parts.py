@@ -2,7 +2,8 @@
 
 Prints a line for each part of a window layer of Wan 14B at 720p (`--model "Wan 1.3B"` for the other): milliseconds of
 both, and the relative difference of what they give. Then whole layers, then other launches of the memory's kernels.
-About a minute on an H200. Nothing is written; `--device cpu` runs a tiny model and is there to try it.
+About a minute on an H200. `-o lit_parts` writes all of it as a result too, again after every line; `--device cpu` runs
+a tiny model and is there to try it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.gates import write_result
 from benchmarks.lit_models import CHANNELS, KINDS, LARGE, SMALL, TINY, TINY_CLIP, Built, Model, clip, drawn, timed
 from postgen.families import Grid
 from postgen.families.attention.reading import Norms, Reading, Rope, Stream
@@ -30,6 +33,8 @@ LAUNCHES = {
     "reads": [(32, 8, 2), (64, 8, 2), (64, 8, 1)],
 }
 """Tokens of a tile, warps, stages."""
+
+Row = dict[str, Any]
 
 
 @contextmanager
@@ -63,26 +68,26 @@ class Parts:
         """Return them as a call brings them."""
         return tokens.Tokens(self.reading, self.grid, self.hidden)
 
-    def run(self) -> None:
-        """Time and print every part."""
+    def rows(self) -> Iterator[Row]:
+        """Time every part."""
         layer, grid, query, key, value = self.layer, self.grid, self.query, self.key, self.value
-        frames = grid.frames
-        self.tell("norms and rotation", lambda: self.tokens().rotated()[:2])
-        self.tell("norms, centred keys", lambda: self.tokens().centered())
-        self.tell("convolution in space", lambda: layer.conv_key.in_space(key, grid, added=True))
-        self.tell("convolution in time", lambda: layer.conv_key.in_time(key, grid, added=True))
-        self.tell("sums of frames, their solve", lambda: layer._writes(key, value, self.hidden, frames))
+        frames, compared = grid.frames, partial(compare, device=self.device)
+        yield compared("norms and rotation", lambda: self.tokens().rotated()[:2])
+        yield compared("norms, centred keys", lambda: self.tokens().centered())
+        yield compared("convolution in space", lambda: layer.conv_key.in_space(key, grid, added=True))
+        yield compared("convolution in time", lambda: layer.conv_key.in_time(key, grid, added=True))
+        yield compared("sums of frames, their solve", lambda: layer._writes(key, value, self.hidden, frames))
         writes = layer._writes(key, value, self.hidden, frames)
-        self.alone("of it the solve", lambda: memory.inverse_of(writes.inverse))
-        self.tell("scans over frames", lambda: layer._reads(query, writes, []))
+        yield self.alone("of it the solve", lambda: memory.inverse_of(writes.inverse))
+        yield compared("scans over frames", lambda: layer._reads(query, writes, []))
         gate = layer.gate(self.hidden)
-        self.tell("reads of the memory", lambda: layer._far(query, writes.content, gate, torch.bfloat16))
-        self.tell("all after softmax", lambda: layer._finished(self.tokens(), value, query, writes.content))
+        yield compared("reads of the memory", lambda: layer._far(query, writes.content, gate, torch.bfloat16))
+        yield compared("all after softmax", lambda: layer._finished(self.tokens(), value, query, writes.content))
         pair = [x.float().relu() for x in (query, key)]
-        self.tell("rotation of features", lambda: features.rotate_both(*pair, self.rope))
+        yield compared("rotation of features", lambda: features.rotate_both(*pair, self.rope))
 
-    def other_launches(self) -> None:
-        """Time other launches of the kernels of the memory."""
+    def other_launches(self) -> Iterator[Row]:
+        """Time the kernels of the memory, each alone, with other launches."""
         from postgen.kernels.frame_memory import triton
 
         writes = self.layer._writes(self.key, self.value, self.hidden, self.grid.frames)
@@ -95,27 +100,30 @@ class Parts:
         for name, launches in LAUNCHES.items():
             for numbers in launches:
                 with mock.patch.dict(triton.LAUNCHES, {name: triton.Launch(*numbers)}):
-                    self.alone(f"{name}, {numbers}", calls[name])
+                    yield self.alone(f"{name}, {numbers}", calls[name])
 
-    def tell(self, part: str, call: Callable[[], Any]) -> None:
-        """Time a call with and without the kernels, and print both."""
-        compare(part, call, self.device)
-
-    def alone(self, part: str, call: Callable[[], Any]) -> None:
-        """Time a call and print it."""
-        print(f"{part:34} {timed(call, self.device, REPEATS).milliseconds:8.3f} ms", flush=True)
+    def alone(self, part: str, call: Callable[[], Any]) -> Row:
+        """Time a call."""
+        return {"part": part, "kernels_ms": timed(call, self.device, REPEATS).milliseconds}
 
 
-def compare(part: str, call: Callable[[], Any], device: str) -> None:
-    """Time a call with and without the kernels, and print both."""
+def compare(part: str, call: Callable[[], Any], device: str) -> Row:
+    """Time a call with and without the kernels, and compare what they give."""
     new, found = timed(call, device, REPEATS).milliseconds, flat(call())
     with plain():
         old, expected = timed(call, device, REPEATS).milliseconds, flat(call())
     pairs = zip(found, expected, strict=True)
     error = max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in pairs)
-    print(
-        f"{part:34} plain {old:8.3f} ms, kernels {new:8.3f} ms ({old / new:.2f} x), differ by {error:.1e}", flush=True
-    )
+    return {"part": part, "plain_ms": old, "kernels_ms": new, "difference": error}
+
+
+def line(row: Row) -> str:
+    """Return a row as it is printed."""
+    part, new, old = row["part"], row["kernels_ms"], row.get("plain_ms")
+    if old is None:
+        return f"{part:34} {new:8.3f} ms"
+    both = f"plain {old:8.3f} ms, kernels {new:8.3f} ms ({old / new:.2f} x)"
+    return f"{part:34} {both}, differ by {row['difference']:.1e}"
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -134,7 +142,7 @@ def random(layer: Any) -> Any:
     return layer
 
 
-def whole(model: Model, grid: Grid, device: str) -> None:
+def whole(model: Model, grid: Grid, device: str) -> Iterator[Row]:
     """Time self-attention of each layer type."""
     here = Built(model, grid, 2, device, fused=True)
     with here.side(None):
@@ -145,29 +153,44 @@ def whole(model: Model, grid: Grid, device: str) -> None:
             (layer,) = layers_of(here.transformer).values()
             if not layer.covers(grid):
                 random(layer)
-                compare(f"layer, {name}", call, device)
+                yield compare(f"layer, {name}", call, device)
 
 
 @torch.no_grad()
+def rows(model: Model, grid: Grid, device: str) -> Iterator[Row]:
+    """Time parts, whole layers and, on a GPU, other launches."""
+    parts = Parts(model, grid, device)
+    yield from parts.rows()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    yield from whole(model, grid, device)
+    if device == "cuda":
+        yield from parts.other_launches()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Time and print."""
+    """Time, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lit_parts", description=__doc__.splitlines()[0])
     models = {model.name: model for model in (LARGE, SMALL)}
     parser.add_argument("--model", choices=[*models], default=LARGE.name)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("-o", "--output", metavar="RESULT", help="name or path of a result file; without it none")
     options = parser.parse_args(argv)
+    on_cpu = options.device == "cpu"
+    if on_cpu and options.output and not options.output.endswith(".json"):
+        print("a CPU is no place for results: name another file with -o FILE.json", file=sys.stderr)
+        return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.lit_parts needs a GPU: torch sees none", file=sys.stderr)
         return 2
-    on_cpu = options.device == "cpu"
-    model, grid = (TINY, TINY_CLIP.grid) if on_cpu else (models[options.model], clip("720p", 21).grid)
-    parts = Parts(model, grid, options.device)
-    parts.run()
-    if not on_cpu:
-        torch.cuda.empty_cache()
-    whole(model, grid, options.device)
-    if not on_cpu:
-        parts.other_launches()
+    model, size = (TINY, TINY_CLIP) if on_cpu else (models[options.model], clip("720p", 21))
+    about = {"model": model.name, "clip": size.name, "tokens": size.grid.tokens, "repeats": REPEATS}
+    found: list[Row] = []
+    for row in rows(model, size.grid, options.device):
+        print(line(row), flush=True)
+        found.append(row)
+        if options.output:
+            write_result(options.output, {**about, "rows": found, "gates": []})
     return 0
 
 

@@ -34,7 +34,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Return A and B, (B, F, H, D, D) each; of B the channels of values come first.
+    """Return A and B, (B, F, H, D, D) each, as exact as `exact` makes keys; of B the channels of values come first.
 
     Args:
         key: (B, F S, H, D).
@@ -43,8 +43,8 @@ def frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> tup
         frames: F.
     """
     k = F.normalize(F.silu(exact(key)), dim=-1).unflatten(1, (frames, -1))
-    v = F.silu(exact(value)).unflatten(1, (frames, -1))
-    weighed = k * exact(strength).sigmoid().unflatten(1, (frames, -1))[..., None]
+    v = F.silu(value.to(k.dtype)).unflatten(1, (frames, -1))
+    weighed = k * strength.to(k.dtype).sigmoid().unflatten(1, (frames, -1))[..., None]
     gram = torch.einsum("bfshd,bfshe->bfhde", weighed, k)
     return gram, torch.einsum("bfshd,bfshe->bfhde", v, weighed)
 

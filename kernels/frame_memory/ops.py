@@ -1,6 +1,6 @@
-"""Sums and reads of a frame-wise linear memory as torch custom operations: one kernel each on a GPU, no gradient.
+"""Sums, scans and reads of a frame-wise linear memory as torch custom operations: kernels on a GPU, no gradient.
 
-Shapes as in `naive.py`.
+Shapes as in `naive.py`. In plain torch autocast is off: it would do the products in half precision.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def frame_sums(
 
     Args:
         key: (B, F S, H, D), any strides; k~ is its silu, of length 1.
-        value: as `key`; v~ is its silu, the first channels of B.
+        value: as `key`, any dtype; v~ is its silu, the first channels of B.
         strength: (B, F S, H), any dtype; b is its sigmoid.
         frames: F.
         gram: whether A is wanted; None otherwise.
@@ -43,7 +43,8 @@ def _frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int, gram:
 
         grams, contents = triton.frame_sums(_neighbours(key), _neighbours(value), strength, frames, gram)
     else:
-        grams, contents = naive.frame_sums(key, value, strength, frames)
+        with torch.autocast(key.device.type, enabled=False):
+            grams, contents = naive.frame_sums(key, value, strength, frames)
     return (grams if gram and grams is not None else contents.new_empty(0)), contents
 
 
@@ -72,12 +73,13 @@ def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, c
         RuntimeError: a gradient is asked for.
     """
     _check_memories(inverse, content, log_decay, chunk, radius)
-    if content.dtype == torch.float32 and uses_triton("frame_memories", content, obstacle=_obstacle(content)):
+    if uses_triton("frame_memories", content, obstacle=_obstacle(content)):
         from postgen.kernels.frame_memory import triton
 
         given = None if inverse is None else inverse.contiguous()
         return triton.frame_memories(given, content.contiguous(), log_decay.contiguous(), chunk, radius)
-    return naive.frame_memories(inverse, content, log_decay, chunk, radius)
+    with torch.autocast(content.device.type, enabled=False):
+        return naive.frame_memories(inverse, content, log_decay, chunk, radius)
 
 
 @frame_memories.register_fake
@@ -106,7 +108,8 @@ def frame_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor, eps
         from postgen.kernels.frame_memory import triton
 
         return triton.frame_reads(_neighbours(query), memory.contiguous(), weight.contiguous(), _neighbours(gate), eps)
-    return naive.frame_reads(query, memory, weight, gate, eps).contiguous()
+    with torch.autocast(query.device.type, enabled=False):
+        return naive.frame_reads(query, memory, weight, gate, eps).contiguous()
 
 
 @frame_reads.register_fake
@@ -156,6 +159,12 @@ def _neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _check_floating(**tensors: Tensor) -> None:
+    if not all(x.is_floating_point() for x in tensors.values()):
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        raise ValueError(f"all must be floating-point, got {dtypes}")
+
+
 def _check_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> None:
     check_devices("frame_sums", key, value, strength)
     if key.dim() != 4 or key.numel() == 0 or value.shape != key.shape or strength.shape != key.shape[:3]:
@@ -163,8 +172,7 @@ def _check_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> No
         raise ValueError(f"key and value must be (B, N, H, D) and not empty, strength (B, N, H), got {shapes}")
     if frames < 1 or key.shape[1] % frames:
         raise ValueError(f"{key.shape[1]} tokens are not {frames} frames")
-    if not all(x.is_floating_point() for x in (key, value, strength)):
-        raise ValueError(f"key, value and strength must be floating-point, got {key.dtype}, {value.dtype}")
+    _check_floating(key=key, value=value, strength=strength)
 
 
 def _check_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor) -> None:
@@ -175,12 +183,12 @@ def _check_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor) ->
         )
     batch, tokens, heads, channels = query.shape
     there = tuple(memory.shape)
-    if len(there) != 5 or there != (batch, there[1], heads, channels, channels) or tokens % there[1]:
+    fits = len(there) == 5 and there == (batch, there[1], heads, channels, channels)
+    if not fits or there[1] == 0 or tokens % there[1]:
         raise ValueError(f"memory must be (B, F, H, D, D) of the frames of query {tuple(query.shape)}, got {there}")
     if tuple(weight.shape) != (channels,):
         raise ValueError(f"weight must be ({channels},), got {tuple(weight.shape)}")
-    if not all(x.is_floating_point() for x in (query, memory, weight, gate)):
-        raise ValueError(f"query, memory, weight and gate must be floating-point, got {query.dtype}, {memory.dtype}")
+    _check_floating(query=query, memory=memory, weight=weight, gate=gate)
 
 
 def _check_sum(near: Tensor, far: Tensor, gate: Tensor) -> None:
@@ -188,8 +196,7 @@ def _check_sum(near: Tensor, far: Tensor, gate: Tensor) -> None:
     if near.dim() != 4 or near.numel() == 0 or far.shape != near.shape or gate.shape != near.shape[:3]:
         shapes = ", ".join(f"{tuple(x.shape)}" for x in (near, far, gate))
         raise ValueError(f"near and far must be (B, N, H, D) and not empty, gate (B, N, H), got {shapes}")
-    if not all(x.is_floating_point() for x in (near, far, gate)):
-        raise ValueError(f"near, far and gate must be floating-point, got {near.dtype}, {far.dtype}, {gate.dtype}")
+    _check_floating(near=near, far=far, gate=gate)
 
 
 def _check_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, chunk: int, radius: int) -> None:

@@ -17,8 +17,6 @@ from postgen.kernels.dispatch import launching_on
 
 SPLITS = 4
 """Programs that share the reads of a frame; fixed, so that results depend on no device."""
-
-
 _NUMBERS = 2048
 """Numbers that a program of a sum has in hand."""
 
@@ -172,8 +170,9 @@ def _gather_frames(
     head, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     heads = tl.num_programs(0) // PARTS
     frame, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    low = tl.maximum(0, (frame // chunk - radius) * chunk)
-    high = tl.minimum(frames, (frame // chunk + radius + 1) * chunk)
+    # In 64 bits: states of many short frames are more than 2^31 numbers.
+    low = tl.maximum(0, (frame // chunk - radius) * chunk).to(tl.int64)
+    high = tl.minimum(frames, (frame // chunk + radius + 1) * chunk).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     known = d < CHANNELS
     decays = log_decay + (sample * frames * heads + head) * CHANNELS + d

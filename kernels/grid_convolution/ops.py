@@ -1,6 +1,6 @@
 """`grid_convolution` as a torch custom operation with a gradient: a kernel on a GPU, plain torch elsewhere.
 
-Shapes as in `naive.py`.
+Shapes as in `naive.py`. In plain torch autocast is off: it would convolve in half precision.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, library
 
 from postgen.kernels.dispatch import check_devices, for_triton, uses_triton
@@ -26,7 +27,7 @@ def grid_convolution(
     Args:
         x: (B, T h w, H, D), any strides.
         space: (H * D, s, s), s odd, any dtype; None for none.
-        time: (H * D, t), t odd; None for none; one of the two is there.
+        time: (H * D, t), t odd, any dtype; None for none; one of the two is there.
         grid: T, h and w.
         added: whether x itself is added, which costs nothing.
 
@@ -45,7 +46,8 @@ def _grid_convolution(x: Tensor, space: Tensor | None, time: Tensor | None, grid
         from postgen.kernels.grid_convolution import triton
 
         return triton.grid_convolution(x, space, time, triple, added)
-    return naive.grid_convolution(x, space, time, triple, added).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        return naive.grid_convolution(x, space, time, triple, added).contiguous()
 
 
 @library.custom_op("postgen::grid_convolution_backward", mutates_args=())
@@ -53,13 +55,14 @@ def grid_convolution_backward(
     gradient: Tensor, x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x and of both weights, given that of the result; those of None are empty."""
-    triple = (grid[0], grid[1], grid[2])
-    if _on_kernel(gradient) and gradient.dtype == x.dtype:
+    triple, gradient = (grid[0], grid[1], grid[2]), gradient.to(x.dtype)
+    if _on_kernel(x):
         from postgen.kernels.grid_convolution import triton
 
         found = triton.grid_convolution_backward(gradient, x, space, time, triple, added)
     else:
-        found = naive.grid_convolution_backward(gradient, x, space, time, triple, added)
+        with torch.autocast(x.device.type, enabled=False):
+            found = naive.grid_convolution_backward(gradient, x, space, time, triple, added)
     of_x, *of_weights = found
     of_space, of_time = (x.new_empty(0) if each is None else each.contiguous() for each in of_weights)
     return of_x.contiguous(), of_space, of_time
@@ -120,6 +123,8 @@ def _check(x: Tensor, space: Tensor | None, time: Tensor | None, grid: Sequence[
     for name, weight, sides in (("space", space, 2), ("time", time, 1)):
         if weight is None:
             continue
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {weight.dtype}")
         side = weight.shape[-1] if weight.dim() else 0
         if tuple(weight.shape) != (width, *[side] * sides) or side % 2 == 0:
             form = ", ".join([str(width), *["an odd side"] * sides])

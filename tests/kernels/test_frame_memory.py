@@ -74,6 +74,44 @@ def test_half_precision_is_computed_in_float32() -> None:
     )
 
 
+def test_other_dtypes_are_taken_in_that_of_the_keys() -> None:
+    given = case(2, 3, 2, 4, torch.float32)
+    expected = frame_sums(given.key, given.value, given.strength, 2)
+    found = frame_sums(given.key, given.value.double(), given.strength.double(), 2)
+    torch.testing.assert_close(found, expected)
+    read = frame_reads(given.query, given.memory, given.weight, given.gate, EPS)
+    exact = given.double()
+    torch.testing.assert_close(frame_reads(given.query, exact.memory, exact.weight, given.gate, EPS), read)
+
+
+def test_autocast_leaves_products_in_float32() -> None:
+    given, of_frames = case(2, 3, 2, 4, torch.float32), writes(3, 4)
+
+    def found() -> list[torch.Tensor | None]:
+        sums = frame_sums(given.key, given.value, given.strength, 2)
+        read = frame_reads(given.query, given.memory, given.weight, given.gate, EPS)
+        return [*sums, read, frame_memories(*of_frames, 1, 0)]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(found(), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_there_is_no_gradient() -> None:
+    given = case(2, 3, 2, 4, torch.float32)
+    key = given.key.clone().requires_grad_()
+    results = (
+        frame_sums(key, given.value, given.strength, 2)[1],
+        frame_memories(*(x.requires_grad_() for x in writes(3, 4)), 1, 0),
+        frame_reads(key, given.memory, given.weight, given.gate, EPS),
+        gated_sum(key, given.value, given.strength),
+    )
+    for result in results:
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            result.sum().backward()
+
+
 def test_are_registered_well() -> None:
     given = case(2, 3, 1, 4, torch.float32)
     tokens = (given.key, given.value, given.strength)
@@ -90,12 +128,15 @@ def test_are_registered_well() -> None:
         ({"value": torch.ones(2, 6, 1, 3)}, r"key and value must be \(B, N, H, D\)"),
         ({"strength": torch.ones(2, 6, 2)}, r"strength \(B, N, H\), got .*\(2, 6, 2\)"),
         ({"frames": 4}, "6 tokens are not 4 frames"),
-        ({"key": torch.ones(2, 6, 1, 4).long()}, "floating-point.*int64"),
+        ({"key": torch.ones(2, 6, 1, 4).long()}, "floating-point, got key torch.int64"),
+        ({"strength": torch.ones(2, 6, 1).long()}, "floating-point, .*strength torch.int64"),
         ({"strength": torch.ones(2, 6, 1, device="meta")}, "one device, got cpu and meta"),
         ({"gate": torch.ones(2, 6, 4)}, "query and gate must be"),
         ({"memory": torch.ones(2, 4, 1, 4, 4)}, r"memory must be \(B, F, H, D, D\)"),
+        ({"memory": torch.ones(2, 0, 1, 4, 4)}, r"memory must be .*\(2, 0, 1, 4, 4\)"),
         ({"weight": torch.ones(1, 4)}, r"weight must be \(4,\), got \(1, 4\)"),
-        ({"query": torch.ones(2, 6, 1, 4).long()}, "floating-point.*int64"),
+        ({"query": torch.ones(2, 6, 1, 4).long()}, "floating-point, got query torch.int64"),
+        ({"gate": torch.ones(2, 6, 1, 4).long()}, "floating-point, .*gate torch.int64"),
         ({"weight": torch.ones(4, device="meta")}, "one device, got cpu and meta"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from postgen.kernels.dispatch import TOLD
 from postgen.kernels.frame_memory import naive
 from postgen.kernels.frame_memory.ops import frame_memories, frame_reads, frame_sums, gated_sum
 from tests.kernels.frame_memory_cases import EPS, Case, case, writes
@@ -57,6 +58,21 @@ def test_memories_equal_float64(frames: int, channels: int, radius: int, delta: 
     exact = None if given is None else given.double()
     expected = naive.frame_memories(exact, content.double(), log_decay.double(), 1, radius)
     assert float((found - expected).norm()) <= 3e-5 * float(expected.norm())
+
+
+def test_more_numbers_than_32_bits_count() -> None:
+    """Scans of 1,100 frames of 64 heads; the last head alone has few enough."""
+    content = torch.randn(1, 1100, 64, 128, 128, device="cuda")
+    log_decay = -torch.rand(1, 1100, 64, 128, device="cuda")
+    found = frame_memories(None, content, log_decay, 1, 1)[:, :, -1:]
+    assert torch.equal(found, frame_memories(None, content[:, :, -1:], log_decay[:, :, -1:], 1, 1))
+
+
+def test_float64_runs_as_plain_torch_and_says_so() -> None:
+    inverse, content, log_decay = (x.double() for x in writes(3, 16, 2, "cuda"))
+    TOLD.clear()
+    with pytest.warns(UserWarning, match="frame_memories runs as plain torch.*float64"):
+        frame_memories(inverse, content, log_decay, 1, 0)
 
 
 def test_repeats_records_and_compiles() -> None:

@@ -52,6 +52,20 @@ def test_half_precision_is_rounded_once() -> None:
     assert torch.equal(found, naive.grid_convolution(x.float(), space, time, GRID, added).bfloat16())
 
 
+def test_autocast_leaves_it_in_float32() -> None:
+    x, space, time, added = case("both", GRID, 1, 4, torch.float32)
+    given = [each.clone().requires_grad_() for each in (x, space, time) if each is not None]
+
+    def found() -> list[Tensor]:
+        out = grid_convolution(*given, GRID, added=added)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(found(), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("x", "space", "grid", "message"),
     [
@@ -60,6 +74,12 @@ def test_half_precision_is_rounded_once() -> None:
         (torch.ones(1, 6, 1, 4), torch.ones(4, 3, 3), (1, 2, 2), r"of the 6 tokens, got \(1, 2, 2\)"),
         (torch.ones(1, 6, 1, 4), None, (1, 2, 3), "nothing to convolve with"),
         (torch.ones(1, 6, 1, 4), torch.ones(4, 2, 2), (1, 2, 3), r"space must be \(4, an odd side, an odd side\)"),
+        (
+            torch.ones(1, 6, 1, 4),
+            torch.ones(4, 3, 3).long(),
+            (1, 2, 3),
+            "space must be floating-point, got torch.int64",
+        ),
         (torch.ones(1, 6, 1, 4), torch.ones(3, 3, 3), (1, 2, 3), r"space must be \(4, .* got \(3, 3, 3\)"),
         (torch.ones(1, 6, 1, 4), torch.ones(4, 3, 3, device="meta"), (1, 2, 3), "one device, got cpu and meta"),
     ],

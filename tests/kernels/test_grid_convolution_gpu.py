@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
     ("name", "grid", "channels"),
     [*((name, (5, 30, 52), 128) for name in CASES), ("both", (3, 7, 11), 64), ("space", (1, 45, 80), 128)],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equals_float64(name: str, grid: tuple[int, int, int], channels: int, dtype: torch.dtype) -> None:
     x, space, time, added = case(name, grid, 3, channels, dtype, "cuda")
     gradient = torch.randn(x.shape, device="cuda").to(dtype)
     with poisoned_memory():
         out = grid_convolution(x, space, time, grid, added=added)
         found = grid_convolution_backward(gradient, x, space, time, list(grid), added)
-    tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-5
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
     of_space, of_time = (None if each is None else each.double() for each in (space, time))
     assert relative_error(out, naive.grid_convolution(x.double(), of_space, of_time, grid, added)) < tolerance
     expected = naive.grid_convolution_backward(gradient.double(), x.double(), of_space, of_time, grid, added)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import lit_parts
+from benchmarks import lit_parts, lit_tables
 from benchmarks import lit_speed as benchmark
+from benchmarks.gates import read_result
 from benchmarks.lit_checks import FAMILIES, STREAMS, family_converts, resumes_to_the_same, stream_memory
 from benchmarks.lit_models import KINDS, LARGE, PLANS, SMALL, TINY, TINY_CLIP, Built, density
 from postgen.families.installed import installed
@@ -127,16 +128,33 @@ def test_the_gate_has_a_plan_that_is_sparse_enough() -> None:
 
 
 def test_parts_are_timed_with_and_without_kernels(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(lit_parts, "REPEATS", 1)
-    assert lit_parts.main(["--device", "cpu"]) == 0
+    out = tmp_path / "parts.json"
+    assert lit_parts.main(["--device", "cpu", "-o", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    written = json.loads(out.read_text())
+    assert [lit_parts.line(row) for row in written["rows"]] == lines
+    assert (written["model"], written["clip"], written["repeats"], written["gates"]) == (TINY.name, "tiny", 1, [])
     compared = [line for line in lines if "kernels" in line]
     assert sum(line.startswith("layer, ") for line in compared) == len(KINDS)
     # No kernel runs here, so both are the same.
     assert len(compared) > len(KINDS) + 5
     assert all(line.endswith("differ by 0.0e+00") for line in compared)
+    assert lit_parts.main(["--device", "cpu", "-o", "lit_parts"]) == 2
+    assert "no place for results" in capsys.readouterr().err
+
+
+def test_the_page_has_the_numbers_of_the_results() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "lit.md").read_text(encoding="utf-8")
+    printed = "\n".join(lit_tables.tables()).strip("\n").split("\n\n")
+    assert len(printed) == 4
+    assert not [table for table in printed if f"\n\n{table}\n\n" not in page]
+    found = {each["name"]: each["value"] for each in read_result("lit_speed")["gates"]}
+    large, small = (found[f"step_over_ceiling_{model}_720p"] for model in ("14b", "1p3b"))
+    assert f"Half `lit` reaches {large:.3f} (14B) and {small:.3f} (1.3B) of the most" in page
+    assert f"is {found['window_delta_step_14b_720p']:.2f} times as fast" in page
 
 
 def test_crossings() -> None:

@@ -1,0 +1,115 @@
+"""The tables of docs/lit.md about time and memory: `python -m benchmarks.lit_tables` prints them, from the results of
+`benchmarks.lit_speed` and `benchmarks.lit_parts`. Nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.gates import read_result
+from benchmarks.lit_models import LARGE, SMALL, Model
+
+Row = dict[str, Any]
+CLIP = "720p 81f"
+
+
+def digits(number: float) -> str:
+    """Return a number with three digits, or all of those before the point.
+
+    >>> digits(11145.8), digits(26.16), digits(0.34)
+    ('11,146', '26.2', '0.340')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.{1 if number >= 10 else 2 if number >= 1 else 3}f}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def named(kind: str) -> str:
+    """Return a layer type, with its options, as pages write it."""
+    name, _, options = kind.partition(" ")
+    name = name if name == "softmax" else f"`{name}`"
+    return f"{name}, {options}" if options else name
+
+
+def share(dense: float | None) -> str:
+    """Return a share of pairs; None is of types that compute none of theirs by softmax in a window."""
+    return "" if dense is None else f"{dense:.3f}"
+
+
+def layers(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of self-attention and blocks of both models."""
+    models = (LARGE, SMALL)
+    there = [row for row in rows if row["part"] == "layer" and row["clip"] == CLIP and "layer_ms" in row]
+    of = {(row["model"], row["kind"]): row for row in there}
+    kinds = [kind for model, kind in of if model == LARGE.name and (SMALL.name, kind) in of]
+    heads = [
+        "",
+        *(f"{model.name}: {what}" for model in models for what in ("self-attention", "block", "GiB")),
+        "pairs",
+    ]
+
+    def cells(kind: str) -> Iterator[str]:
+        yield named(kind)
+        for model in models:
+            row = of[model.name, kind]
+            for what in ("layer", "block"):
+                faster = "" if kind == "softmax" else f" ({digits(row[f'{what}_speed_up'])})"
+                yield digits(row[f"{what}_ms"]) + faster
+            yield f"{row['peak_gib']:.1f}"
+        yield "1" if kind == "softmax" else share(of[LARGE.name, kind]["density"])
+
+    yield from table(heads, [[*cells(kind)] for kind in kinds])
+
+
+def steps(rows: Sequence[Row], model: Model) -> Iterator[str]:
+    """Yield the table of a model's steps."""
+    heads = [model.name, "blocks", "pairs", "ms", "times as fast", "at most", "GiB"]
+    of = [row for row in rows if (row["part"], row.get("model"), row.get("clip")) == ("step", model.name, CLIP)]
+
+    def cells(row: Row) -> list[str]:
+        stock = row["plan"] == "softmax"
+        where = "softmax" if stock else f"{named(row['kind'])}{row['plan'].removeprefix(row['kind'])}"
+        where = "half `lit`" if row["plan"] == "half lit" else where
+        of_all = f"{row.get('converted_blocks', 0)} of {model.layers}"
+        gain, limit = ("1", "") if stock else (f"{row['speed_up']:.2f}", f"{row['ceiling']:.2f}")
+        pairs = "1" if stock else share(row["plan_density"])
+        return [where, of_all, pairs, digits(row["ms"]), gain, limit, f"{row['peak_gib']:.1f}"]
+
+    yield from table(heads, [cells(row) for row in of])
+
+
+def parts(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of parts with and without kernels."""
+    heads = ["", "plain torch", "kernels", "times as fast", "differ by"]
+    compared = [row for row in rows if "plain_ms" in row]
+
+    def cells(row: Row) -> list[str]:
+        old, new = row["plain_ms"], row["kernels_ms"]
+        layer = row["part"].removeprefix("layer, ")
+        name = row["part"] if layer == row["part"] else f"self-attention, {named(layer)}"
+        return [name, digits(old), digits(new), digits(old / new), f"{row['difference']:.1e}"]
+
+    yield from table(heads, [cells(row) for row in compared])
+
+
+def tables() -> Iterator[str]:
+    """Yield the lines of all tables, with empty ones between."""
+    rows = read_result("lit_speed")["rows"]
+    for each in (layers(rows), steps(rows, LARGE), steps(rows, SMALL), parts(read_result("lit_parts")["rows"])):
+        yield from each
+        yield ""
+
+
+def main() -> None:
+    """Print them."""
+    print("\n".join(tables()))
+
+
+if __name__ == "__main__":
+    main()
