@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -318,7 +319,8 @@ class WorldWeaverPipeline(DiffusionPipeline):
         on_group: GroupCallback | None,
     ) -> Iterator[WorldWeaverChunk]:
         scale = session.model.denoiser.timestep_scale
-        with self.progress_bar(total=session.calls) as bar:
+        calls = session.calls
+        with self.progress_bar(total=math.inf if calls is None else calls) as bar:
 
             def after(step: Step) -> Tensor | None:
                 bar.update()
