@@ -136,7 +136,10 @@ class WorldWeaverPipeline(DiffusionPipeline):
         else:
             if NAME not in installed(model).plug_ins:
                 _widen(model, tuple(aux))
-            embedder = LevelEmbedder.for_transformer(model)
+            # The same everywhere, so that a state knows the model again in another process.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                embedder = LevelEmbedder.for_transformer(model)
         takes = inspect.signature(type(pipeline).__init__).parameters
         own = {key: value for key, value in pipeline.config.items() if key in takes and key not in pipeline.components}
         return cls(

@@ -31,8 +31,10 @@ from postgen.worldweaver.chunks import WorldWeaverChunk
 from postgen.worldweaver.plan import DEFAULTS, frames_of_latent
 from postgen.worldweaver.state import RolloutState
 
-EMBEDDED_STEPS = 12
+EMBEDDED_STEPS = 15
 """Denoising steps of the embedded model in a long video: 20 s are then made in 90 s by two CPU cores."""
+_GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
+"""Groups in flight where the adapter says nothing."""
 _ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
 _REQUEST, _VIDEO, _DEPTH = "request", "written.video", "written.depth"
 Report = Callable[[int, int | None], None]
@@ -338,15 +340,15 @@ def branched(state: RolloutState, old: Places, new: Places, *, depth: bool) -> N
 
 
 def _steps(job: Job, config: GenerateConfig) -> int:
+    """Return the steps where nobody says how many: a multiple of the groups in flight."""
     steps = EMBEDDED_STEPS if config.model is None else job.config.num_inference_steps or 1
-    groups = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
-    return math.ceil(steps / groups) * groups
+    return math.ceil(steps / _GROUPS) * _GROUPS
 
 
 def _block(job: Job) -> int:
     """Return the latent frames of a group, so many that the window is no longer than the clips of the model."""
     time = (job.facts.multiples or (1, 1, 4))[2]
-    clip = ((job.facts.default("num_frames") or 81) - 1) // max(1, time) + 1
-    groups = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
+    clip: int = ((job.facts.default("num_frames") or 81) - 1) // max(1, time) + 1
     most: int = DEFAULTS["causal_block_size"]
-    return min(most, max(1, (clip - sum(DEFAULTS["history_sizes"])) // groups))
+    fits: int = (clip - sum(DEFAULTS["history_sizes"])) // _GROUPS
+    return min(most, max(1, fits))
