@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from postgen.assets import embedded_adapter, embedded_model
-from postgen.errors import UserError, check_number, shown
+from postgen.errors import UserError, shown
 from postgen.families.loading import inspect_model
 from postgen.files import check_apart, check_place, files_of
 from postgen.generate import Job, load, output_paths, prepare, read_by, refusals
@@ -50,7 +50,7 @@ class LongRequest:
     schedule: tuple[tuple[int, str], ...]
     """(frame, text), from frame 0 on."""
     seconds: float | None
-    """Length at least; None has no end."""
+    """Length at least, above 0; None has no end."""
     adapter: str | None
     """Folder of an adapter; None is the embedded one for the embedded model, else there is none."""
     depth: bool
@@ -128,8 +128,6 @@ def prepare_long(request: LongRequest) -> Job:
     ):
         if wrong:
             raise UserError(f"{name} does not go with a long video: leave it out")
-    if request.seconds is not None:
-        check_number("seconds", request.seconds, 0.01, 10**6)
     if config.image is not None:
         read_picture(config.image)
     folder = request.adapter_folder

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from postgen.commands.errors import when_stopped
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 
 _CHANGES = ("guidance_scale", "negative_prompt", "seed")
 """Settings that may be others when a video goes on."""
@@ -31,9 +31,11 @@ class LongWords:
         """Whether a long video is asked for.
 
         Raises:
-            UserError: options that mean nothing without one.
+            UserError: options that mean nothing without one, or no length.
         """
         asked = self.long is not None or self.stream or self.go_on is not None
+        if self.long is not None:
+            check_number("--long", self.long, 0.01, 10**6)
         for name in ("depth", "adapter"):
             if not asked and getattr(self, name):
                 raise UserError(f"--{name} goes with --long, --stream or --continue")
