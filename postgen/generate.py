@@ -139,9 +139,26 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
 
     call = _call(job) | ({"callback_on_step_end": after_step} if "callback_on_step_end" in job.facts.arguments else {})
     generator = torch.Generator().manual_seed(config.seed)
+    with refusals(job.facts.pipeline), plug_ins_for_call(pipe, job.plug_ins):
+        frames = pipe(**call, generator=generator, output_type="pt").frames
+    clip: Tensor = frames[0].float().cpu()
+    return clip
+
+
+@contextmanager
+def refusals(pipeline: str) -> Iterator[None]:
+    """Say in one line what a pipeline refuses, or that memory ran out.
+
+    Args:
+        pipeline: its name.
+
+    Raises:
+        UserError: instead of the errors of libraries.
+    """
+    import torch
+
     try:
-        with plug_ins_for_call(pipe, job.plug_ins):
-            frames = pipe(**call, generator=generator, output_type="pt").frames
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
     except MemoryError as error:
@@ -151,9 +168,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
             raise
         raise UserError("out of memory: use a smaller size or fewer frames") from error
     except ValueError as error:
-        raise UserError(f"{job.facts.pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
-    clip: Tensor = frames[0].float().cpu()
-    return clip
+        raise UserError(f"{pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
 
 
 def _no_memory(error: RuntimeError) -> bool:

@@ -159,3 +159,11 @@ def test_worldweaver_rollout(ran: tuple[dict[str, Any], str]) -> None:
     picture = [line[10:].split() for line in page.splitlines() if line.startswith("group ")]
     walked = list(names["Segments"](steps=6, groups=3).walk(4))
     assert picture == [[str(call[group]) for call in walked if group in call] for group in range(4)]
+
+
+@pytest.mark.parametrize("ran", ["worldweaver_pipeline.md"], indirect=True)
+def test_worldweaver_pipeline(ran: tuple[dict[str, Any], str]) -> None:
+    """The page's own assertion is that a saved state goes on to the bit."""
+    names, _ = ran
+    assert [clip.shape[1] for clip in names["rest"]] == [4, 4]
+    assert names["video"].shape == (1, 9, 96, 96, 3)

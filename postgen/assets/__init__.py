@@ -13,6 +13,7 @@ from pathlib import Path
 from postgen.errors import UserError
 
 TINY_WAN = "tiny-wan"
+WORLD_WEAVER = "world-weaver"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,12 @@ def embedded_model() -> Path:
             f"the embedded model is missing from {folder}: reinstall postgen, or train it with the recipes in recipes/"
         )
     return folder
+
+
+def embedded_adapter() -> Path | None:
+    """Return the folder of the embedded model's adapter for long videos; None where there is none."""
+    folder = Path(__file__).resolve().parent / WORLD_WEAVER
+    return folder if folder.is_dir() else None
 
 
 def locate(name: str) -> Path:

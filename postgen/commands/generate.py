@@ -11,6 +11,7 @@ import typer
 
 from postgen.commands import options as o
 from postgen.commands.errors import when_stopped
+from postgen.commands.generate_long import LongWords, make_long
 from postgen.errors import UserError
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
@@ -29,11 +30,38 @@ Count = Annotated[
     int, typer.Option("--count", help="Videos per prompt, with seed, seed+1, ...", rich_help_panel=o.LOOK)
 ]
 Prompts = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
         "--prompts",
-        help="File of prompts: one a line, JSONL, JSON, CSV or TSV with `prompt`.",
+        help="File of prompts: one a line, JSONL, JSON, CSV or TSV with `prompt`. Of a long video: its schedule,"
+        " FRAME:PROMPT, given several times, or a file of such lines.",
         rich_help_panel=o.FILES,
+    ),
+]
+Long = Annotated[
+    float | None,
+    typer.Option("--long", metavar="SECONDS", help="A long video, written as it is made.", rich_help_panel=o.LONG),
+]
+Stream = Annotated[bool, typer.Option("--stream", help="A video without end, until Ctrl-C.", rich_help_panel=o.LONG)]
+GoOn = Annotated[
+    Path | None,
+    typer.Option(
+        "--continue",
+        metavar="STATE",
+        help="Go on with a long video from the state beside it; with --output as another one.",
+        rich_help_panel=o.LONG,
+    ),
+]
+Depth = Annotated[
+    bool, typer.Option("--depth", help="Write the depth of a long video beside it.", rich_help_panel=o.LONG)
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="Adapter for long videos. \\[default: the embedded model's, if it is there]",
+        rich_help_panel=o.LONG,
     ),
 ]
 From = Annotated[
@@ -54,13 +82,27 @@ def generate(
     prompts: Prompts = None,
     sidecar: From = None,
     format: o.Format = None,
+    long: Long = None,
+    stream: Stream = False,
+    go_on: GoOn = None,
+    depth: Depth = False,
+    adapter: Adapter = None,
 ) -> None:
     """Make videos from prompts; each with a contact sheet (PNG) and a sidecar (JSON) that makes it again."""
     place = None if output is None else named(output, folder=format == "frames")
+    words = LongWords(long=long, stream=stream, go_on=go_on, depth=depth, adapter=adapter)
+    if words.asked:
+        if count != 1 or sidecar is not None:
+            raise UserError("--count and --from do not go with a long video: leave them out")
+        make_long(prompt, prompts or [], given, place, format, words, _file_name)
+        return
+    if len(prompts or []) > 1:
+        raise UserError("--prompts is one file of prompts; several are the schedule of a long video: give --long")
     if sidecar is not None:
         given, place, format = _again(sidecar, given, place, format)
-    texts = _texts(prompt, prompts, given.pop("prompt", None))
-    read = [file for file in (sidecar, prompts) if file is not None]
+    file = Path(prompts[0]) if prompts else None
+    texts = _texts(prompt, file, given.pop("prompt", None))
+    read = [each for each in (sidecar, file) if each is not None]
     _make(texts, given, count, place or Path(_file_name(texts[0])), format, read)
 
 

@@ -11,7 +11,7 @@ import typer
 from postgen.errors import UserError, shown
 from postgen.plug_ins import PlugIn, known_plug_ins
 
-MODEL, LOOK, RUN, FILES = "Model", "Video", "Running", "Files"
+MODEL, LOOK, LONG, RUN, FILES = "Model", "Video", "Long videos", "Running", "Files"
 
 Model = Annotated[
     str | None,
@@ -78,7 +78,10 @@ Format = Annotated[
     ),
 ]
 
-_OTHERS = ("prompt", "prompts", "output", "format", "count", "sidecar", "from", "a", "b", "plug_ins", "help")
+_OTHERS = (
+    *("prompt", "prompts", "output", "format", "count", "sidecar", "from", "a", "b", "plug_ins", "help"),
+    *("long", "stream", "go_on", "continue", "depth", "adapter"),
+)
 """Words that the commands and `GenerateConfig` use for something else."""
 
 SETTINGS: dict[str, tuple[Any, str]] = {

@@ -6,14 +6,17 @@ A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a lon
 from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
 from postgen.video.footage import Footage, TooLongError
+from postgen.video.growing import GROWING, GrowingVideo, copy_video
 from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_video
 from postgen.video.stills import check_picture, read_picture, rgb_picture
 from postgen.video.write import FORMATS, check_target, checked_rate, write_video
 
 __all__ = [
     "FORMATS",
+    "GROWING",
     "PICTURES",
     "Footage",
+    "GrowingVideo",
     "NoFFmpegError",
     "TooLongError",
     "VideoError",
@@ -22,6 +25,7 @@ __all__ = [
     "check_target",
     "checked_rate",
     "contact_sheet",
+    "copy_video",
     "iter_video",
     "probe",
     "read_picture",

@@ -1,6 +1,6 @@
 """Clips -> video files and folders of pictures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -55,20 +55,47 @@ def write_video(
     kind = check_target(target, format)
     rate = checked_rate(fps, kind)
     arguments = _coding(kind, quality)
+    first, stream = _begun(frames, target)
+    height, width, _ = first.shape
+    try:
+        with replacing(target) as part:
+            written = _put_all(part, kind, stream, (width, height), rate, arguments)
+    except OSError as error:
+        raise VideoError(f"cannot write {target}: {error.strerror or error}") from error
+    return VideoInfo(width=width, height=height, fps=float(rate), frames=written)
+
+
+def write_piece(path: Path, frames: Frames, rate: Fraction, options: Sequence[str]) -> int:
+    """Write an mp4 as `write_video` does, with further arguments of ffmpeg, and in place; return its frames.
+
+    Raises:
+        VideoError: frames that cannot be written.
+        OSError: the place cannot be written.
+    """
+    first, stream = _begun(frames, path)
+    height, width, _ = first.shape
+    return _put_all(path, "mp4", stream, (width, height), rate, [*_coding("mp4", None), *options])
+
+
+def _begun(frames: Frames, target: Path) -> tuple[Tensor, Iterator[Tensor]]:
+    """Return the first picture, and all of them."""
     stream = pictures(frames)
     first = next(stream, None)
     if first is None:
         raise VideoError(f"there is no frame to write to {target}")
-    height, width, _ = first.shape
+    return first, chain([first], stream)
+
+
+def _put_all(
+    part: Path, kind: str, stream: Iterator[Tensor], size: tuple[int, int], rate: Fraction, arguments: list[str]
+) -> int:
+    """Write all pictures; return how many."""
     written = 0
-    try:
-        with replacing(target) as part, _sink(part, kind, (width, height), rate, arguments) as put:
-            for picture in chain([first], stream):
-                put(picture)
-                written += 1
-    except OSError as error:
-        raise VideoError(f"cannot write {target}: {error.strerror or error}") from error
-    return VideoInfo(width=width, height=height, fps=float(rate), frames=written)
+    with _sink(part, kind, size, rate, arguments) as put:
+        for picture in stream:
+            put(picture)
+            written += 1
+    return written
 
 
 def check_target(path: str | Path, format: str | None = None) -> str:

@@ -34,6 +34,7 @@ RIGHT = {
     "seed": LARGE,
     "fps": "12.5",
     "count": "2",
+    "long": "2.5",
     "budget": "0.5",
 }
 """Of each numeric option of the commands that make videos, a text that must be taken."""

@@ -1,0 +1,149 @@
+"""`postgen generate --long`, `--stream` and `--continue`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from postgen.commands.errors import when_stopped
+from postgen.errors import UserError, check_number
+
+_CHANGES = ("guidance_scale", "negative_prompt", "seed")
+"""Settings that may be others when a video goes on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LongWords:
+    """Options of `postgen generate` that concern long videos."""
+
+    long: float | None = None
+    stream: bool = False
+    go_on: Path | None = None
+    depth: bool = False
+    adapter: str | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a long video is asked for.
+
+        Raises:
+            UserError: options that mean nothing without one, or no length.
+        """
+        asked = self.long is not None or self.stream or self.go_on is not None
+        if self.long is not None:
+            check_number("--long", self.long, 0.01, 10**6)
+        for name in ("depth", "adapter"):
+            if not asked and getattr(self, name):
+                raise UserError(f"--{name} goes with --long, --stream or --continue")
+        if self.long is not None and self.stream:
+            raise UserError("--long gives a length, and --stream has none: give one of them")
+        return asked
+
+
+def make_long(
+    prompt: str | None,
+    entries: list[str],
+    given: Mapping[str, Any],
+    output: Path | None,
+    format: str | None,
+    words: LongWords,
+    name: Any,
+) -> None:
+    """Begin a long video, or go on with one.
+
+    Args:
+        prompt: from frame 0 on.
+        entries: of `--prompts`.
+        given: settings that were really given.
+        output: where to; None names it by the prompt, or is where the video is.
+        format: mp4 or frames.
+        words: the other options.
+        name: makes a file name of a prompt.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    if words.go_on is not None:
+        _go_on(prompt, entries, given, output, format, words)
+        return
+    from postgen.generate_long import LongRequest, LongVideo, load_long, places_of, prepare_long, read_schedule
+    from postgen.request import GenerateConfig
+
+    schedule = read_schedule(entries, prompt) if entries or prompt is not None else ()
+    if not schedule:
+        raise UserError('there is no prompt: postgen generate "a red ball rolls left" --long 20 -o out.mp4')
+    config = GenerateConfig.of({"seed": 0, **given, "prompt": schedule[0][1]})
+    request = LongRequest(
+        config=config, schedule=schedule, seconds=words.long, adapter=words.adapter, depth=words.depth
+    )
+    places = places_of(output or Path(name(config.prompt)), format, request)
+    job = prepare_long(request)
+    pipe = _loaded(load_long, request, job)
+    _make(LongVideo(pipe, request, job, places), {})
+
+
+def _go_on(
+    prompt: str | None,
+    entries: list[str],
+    given: Mapping[str, Any],
+    output: Path | None,
+    format: str | None,
+    words: LongWords,
+) -> None:
+    assert words.go_on is not None
+    if wrong := [name for name in given if name not in _CHANGES]:
+        raise UserError(f"{wrong[0]} is the state's, from which the video goes on: leave it out")
+    if words.depth or words.adapter:
+        raise UserError("--depth and --adapter are the state's, from which the video goes on: leave them out")
+    from postgen.generate_long import LongVideo, branched, load_long, places_of, prepare_long, read_request
+    from postgen.generate_long import read_schedule as read
+
+    request, places = read_request(words.go_on)
+    before = places
+    changes: dict[str, Any] = {name: given[name] for name in ("guidance_scale", "negative_prompt") if name in given}
+    if entries or prompt is not None:
+        request = dataclasses.replace(request, schedule=read(entries, prompt))
+        changes["prompt"] = list(request.schedule)
+    config = dataclasses.replace(request.config, **given, prompt=request.schedule[0][1])
+    seconds = None if words.stream else request.seconds if words.long is None else words.long
+    request = dataclasses.replace(request, config=config, seconds=seconds)
+    if "seed" in given:
+        import torch
+
+        changes["generator"] = torch.Generator().manual_seed(config.seed)
+    if output is not None or format is not None:
+        places = places_of(output or places.video, format, request)
+    job = prepare_long(request)
+    pipe = _loaded(load_long, request, job)
+    state = pipe.load_state(words.go_on)
+    if places.video.absolute() != before.video.absolute():
+        branched(state, before, places, depth=request.depth)
+    _make(LongVideo(pipe, request, job, places, state), changes)
+
+
+def _loaded(load: Any, request: Any, job: Any) -> Any:
+    from postgen.commands.progress import waiting
+    from postgen.compat import quiet_libraries
+
+    with waiting(f"Loading {job.facts.source}"), quiet_libraries():
+        pipe = load(request, job)
+    if request.adapter_folder is None:
+        who = "the embedded model" if request.config.model is None else job.facts.source
+        typer.echo(f"there is no adapter for {who}: it makes RGB alone, and was not trained for long videos", err=True)
+    return pipe
+
+
+def _make(video: Any, changes: dict[str, Any]) -> None:
+    from postgen.commands.progress import steps
+
+    with when_stopped(video.standing), steps("Generating", "frames") as on_step:
+        video.make(on_step, **changes)
+    video.write_sheet()
+    places = video.places
+    depth = "" if video.depth is None else f", depth {places.depth}"
+    length = f"({video.video.frames} frames, {video.seconds:.1f} s)"
+    typer.echo(f"Video {places.video} {length}{depth}, contact sheet {places.sheet}, state {places.state}")

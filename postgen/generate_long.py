@@ -1,0 +1,352 @@
+"""Make long videos and write them as they are made: what stands behind `postgen generate --long` and `--stream`.
+
+A state stands beside the video and is saved after every chunk, so whoever is killed loses the chunk in flight. It
+holds the request too, with which another process goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgen.assets import embedded_adapter, embedded_model
+from postgen.errors import UserError, shown
+from postgen.families.loading import inspect_model
+from postgen.files import check_apart, check_place, files_of
+from postgen.generate import Job, load, output_paths, prepare, read_by, refusals
+from postgen.pipelines.worldweaver import BASES, WorldWeaverPipeline
+from postgen.reading import read_text
+from postgen.request import GenerateConfig, portable
+from postgen.video import GROWING, Footage, GrowingVideo, contact_sheet, copy_video, read_picture
+from postgen.worldweaver.adapter import CONFIG
+from postgen.worldweaver.chunks import WorldWeaverChunk
+from postgen.worldweaver.plan import DEFAULTS, frames_of_latent
+from postgen.worldweaver.state import RolloutState
+
+EMBEDDED_STEPS = 15
+"""Denoising steps of the embedded model in a long video: 20 s are then made in 90 s by two CPU cores."""
+_GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
+"""Groups in flight where the adapter says nothing."""
+_ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
+_REQUEST, _VIDEO, _DEPTH = "request", "written.video", "written.depth"
+Report = Callable[[int, int | None], None]
+"""Called after each chunk with the frames that are made, and those of the whole video; None: it has no end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongRequest:
+    """A long video, as it was asked for."""
+
+    config: GenerateConfig
+    """Its `num_frames` is not used; `image` is the first frame."""
+    schedule: tuple[tuple[int, str], ...]
+    """(frame, text), from frame 0 on."""
+    seconds: float | None
+    """Length at least, above 0; None has no end."""
+    adapter: str | None
+    """Folder of an adapter; None is the embedded one for the embedded model, else there is none."""
+    depth: bool
+    """Whether depth is written too, beside the video."""
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Where the adapter is."""
+        if self.adapter is not None:
+            return Path(self.adapter).expanduser()
+        return embedded_adapter() if self.config.model is None else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Files of a long video."""
+
+    video: Path
+    depth: Path
+    """Of the depth; written with `--depth` alone."""
+    sheet: Path
+    state: Path
+    """Folder of the state."""
+    kind: str
+    """mp4 or frames."""
+
+
+def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int, str], ...]:
+    """Return a schedule of prompts.
+
+    Args:
+        entries: texts "FRAME:PROMPT", or the name of a file with one in each line; empty lines and such that begin
+            with # are left out.
+        prompt: the prompt from frame 0 on, where the entries do not say it.
+
+    Raises:
+        UserError: an entry or a file that is none, frames that do not rise, or no prompt for frame 0.
+    """
+    lines = list(entries)
+    if len(lines) == 1 and not _ENTRY.fullmatch(lines[0]):
+        text = read_text(lines[0], f"cannot read the prompt schedule {lines[0]}")
+        lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        if not lines:
+            raise UserError(
+                f"the prompt schedule {entries[0]} is empty: write a line such as 0: a red ball rolls left"
+            )
+    found = [] if prompt is None else [(0, prompt)]
+    for line in lines:
+        match = _ENTRY.fullmatch(line)
+        if match is None:
+            raise UserError(f"an entry of the prompt schedule is FRAME:PROMPT, got {shown(line)}")
+        found.append((int(match[1]), match[2]))
+    if not found or found[0][0] != 0:
+        raise UserError("there is no prompt for frame 0: give one, or begin the schedule with 0:")
+    for (before, _), (after, _) in pairwise(found):
+        if after <= before:
+            raise UserError(f"the prompt schedule goes from frame {before} to {after}: frames must rise")
+    return tuple(found)
+
+
+def prepare_long(request: LongRequest) -> Job:
+    """Check everything that can be checked before the weights are read.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    config = request.config
+    facts = inspect_model(config.model if config.model is not None else embedded_model())
+    if facts.pipeline not in BASES:
+        raise UserError(f"{facts.pipeline} makes no long videos here: use a model of {', '.join(BASES)}")
+    for wrong, name in (
+        (config.offload != "none", "--offload"),
+        (bool(config.plug_ins), "a plug-in"),
+        (config.num_frames is not None, "--frames"),
+    ):
+        if wrong:
+            raise UserError(f"{name} does not go with a long video: leave it out")
+    if config.image is not None:
+        read_picture(config.image)
+    folder = request.adapter_folder
+    if folder is not None and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no adapter of WorldWeaver: there is no {CONFIG} in it")
+    if folder is None and request.depth:
+        raise UserError("there is no depth without an adapter: name one with --adapter, or leave --depth out")
+    return prepare(dataclasses.replace(config, image=None))
+
+
+def places_of(output: Path, format: str | None, request: LongRequest) -> Places:
+    """Name the files of a long video, and see that they can be written.
+
+    Raises:
+        UserError: a format that cannot grow, or a place that cannot be written.
+    """
+    if not output.suffix and format is None:
+        format = "mp4"
+    written, kind = output_paths(output, format)
+    if kind not in GROWING:
+        raise UserError(f"a long video is written as it is made, as {' or '.join(GROWING)}, not as {kind}")
+    base = written.sheet.with_suffix("")
+    depth = base.with_name(f"{base.name}-depth{written.video.suffix}")
+    places = Places(
+        video=written.video, depth=depth, sheet=written.sheet, state=base.with_name(f"{base.name}.state"), kind=kind
+    )
+    check_place(places.state, folder=True)
+    files = [places.video, places.sheet, places.state, *([places.depth] if request.depth else [])]
+    adapter = [] if request.adapter is None else files_of(Path(request.adapter).expanduser())
+    check_apart(files, [*read_by(request.config), *adapter])
+    return places
+
+
+def load_long(request: LongRequest, job: Job) -> Any:
+    """Load the pipeline of a request.
+
+    Raises:
+        UserError: it cannot be loaded, or the adapter does not fit.
+    """
+    pipe = load(job)
+    made: Any = WorldWeaverPipeline.from_pipe(pipe, request.adapter_folder, aux=())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+class LongVideo:
+    """A long video under way: its pipeline, its files, and where it stands.
+
+    Args:
+        pipe: from `load_long`.
+        request: what was asked for.
+        job: from `prepare_long`.
+        places: from `places_of`.
+        state: of an earlier process, whose files `places` are; None begins.
+    """
+
+    def __init__(
+        self, pipe: Any, request: LongRequest, job: Job, places: Places, state: RolloutState | None = None
+    ) -> None:
+        self.pipe, self.request, self.job, self.places, self.state = pipe, request, job, places, state
+        self.rate = job.config.fps or 8.0
+        self.video = self._growing(places.video, _VIDEO)
+        self.depth = self._growing(places.depth, _DEPTH) if request.depth else None
+        self.saved = state is not None
+
+    @property
+    def seconds(self) -> float:
+        """Of the video that is written."""
+        return self.video.frames / self.rate
+
+    def make(self, report: Report, **changes: Any) -> None:
+        """Make the video to its end, if it has one; the state is saved after every chunk.
+
+        Args:
+            report: see `Report`.
+            changes: of a call that goes on from a state: prompt, negative_prompt, guidance_scale, generator.
+
+        Raises:
+            UserError: what the pipeline or the disk refuses, or a video that is finished.
+        """
+        words: dict[str, Any] = {"output_type": "pt", "return_depth": self.request.depth}
+        if self.state is None:
+            words |= self._first_call()
+        else:
+            words |= {"state": self.state, **changes}
+        frames = self._frames()
+        if self.state is not None and frames is None:
+            self.state.extend(None)
+        chunks, before = self.pipe.stream(num_frames=frames, **words), self.video.frames
+        while True:
+            with refusals("WorldWeaverPipeline"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            self._take(chunk)
+            report(self.video.frames, frames)
+        if self.video.frames == before:
+            raise UserError(f"this video is finished, it is {self.seconds:.1f} s long: give a larger --long")
+
+    def write_sheet(self) -> None:
+        """Draw the contact sheet of what there is."""
+        title = f"{self.request.schedule[0][1]} (seed {self.request.config.seed})"
+        contact_sheet(Footage(self.video.path), self.places.sheet, title=title)
+
+    def standing(self) -> str:
+        """Say what there is and how it goes on, for a process that is stopped."""
+        if not self.saved:
+            return "nothing of the video was made yet, and no half-written file was left"
+        return (
+            f"{self.video.frames} frames ({self.seconds:.1f} s) are in {self.video.path}; to go on: postgen generate"
+            f" --continue {self.places.state}"
+        )
+
+    def _take(self, chunk: WorldWeaverChunk) -> None:
+        """Write a chunk, and then the state that begins behind it."""
+        state = chunk.state
+        self.video.append(chunk.frames[0])
+        state.extra[_VIDEO] = torch.tensor(self.video.mark)
+        if self.depth is not None:
+            self.depth.append(chunk.depth[0][:, None].expand(-1, 3, -1, -1))
+            state.extra[_DEPTH] = torch.tensor(self.depth.mark)
+        state.model[_REQUEST] = self._note()
+        state.save(self.places.state)
+        self.saved = True
+
+    def _growing(self, path: Path, name: str) -> GrowingVideo:
+        mark = None
+        if self.state is not None:
+            frames, size = self.state.extra[name].tolist()
+            mark = frames, size
+        return GrowingVideo(path, fps=self.rate, format=self.places.kind, mark=mark)
+
+    def _first_call(self) -> dict[str, Any]:
+        config, job, adapter = self.request.config, self.job, self.pipe.config["defaults"] or {}
+        words: dict[str, Any] = {name: getattr(job.config, name) for name in ("height", "width", "negative_prompt")}
+        for name in ("num_inference_steps", "guidance_scale"):
+            said = getattr(config, name)
+            words[name] = said if said is not None or name in adapter else getattr(job.config, name)
+        if config.num_inference_steps is None and "num_inference_steps" not in adapter:
+            words["num_inference_steps"] = _steps(job, config)
+        if "causal_block_size" not in adapter:
+            words["causal_block_size"] = _block(job)
+        if config.image is not None:
+            words["image"] = read_picture(config.image)
+        words["generator"] = torch.Generator().manual_seed(config.seed)
+        return {**words, "prompt": list(self.request.schedule)}
+
+    def _frames(self) -> int | None:
+        """Return the frames of the whole video: as many as the seconds need, in whole latent frames."""
+        if self.request.seconds is None:
+            return None
+        model = self.pipe.model
+        if self.state is None:
+            size = self.job.config.height, self.job.config.width
+        else:
+            size = self.state.model["height"], self.state.model["width"]
+        time = frames_of_latent(model, size[0] or DEFAULTS["height"], size[1] or DEFAULTS["width"])
+        wanted = max(1, math.ceil(self.request.seconds * self.rate - 1e-6))
+        return math.ceil((wanted - 1) / time) * time + 1
+
+    def _note(self) -> dict[str, Any]:
+        """What another process must know, as JSON has it."""
+        adapter = self.request.adapter
+        return {
+            "settings": portable(self.request.config),
+            "schedule": [list(entry) for entry in self.request.schedule],
+            "adapter": None if adapter is None else str(Path(adapter).expanduser().absolute()),
+            "depth": self.request.depth,
+            "seconds": self.request.seconds,
+            "video": self.places.video.name,
+            "format": self.places.kind,
+        }
+
+
+def read_request(folder: Path) -> tuple[LongRequest, Places]:
+    """Return what a state of `postgen generate` was asked for, and its files, which stand beside it.
+
+    Raises:
+        UserError: there is no state, it is damaged, or a program made it.
+    """
+    note = RolloutState.load(folder).model.get(_REQUEST)
+    if not isinstance(note, dict):
+        raise UserError(f"the state in {folder} was not made by postgen generate: go on from it in Python")
+    settings = dict(note["settings"])
+    settings["lora"] = tuple(settings["lora"])
+    request = LongRequest(
+        config=GenerateConfig.of(settings),
+        schedule=tuple((frame, text) for frame, text in note["schedule"]),
+        seconds=note["seconds"],
+        adapter=note["adapter"],
+        depth=note["depth"],
+    )
+    return request, places_of(folder.absolute().parent / note["video"], note["format"], request)
+
+
+def branched(state: RolloutState, old: Places, new: Places, *, depth: bool) -> None:
+    """Copy the video of a state, so that it goes on under another name and the old one stays.
+
+    Raises:
+        UserError: another format, or a file that cannot be read or written.
+    """
+    if old.kind != new.kind:
+        raise UserError(f"the video is a {old.kind}, and goes on as one: name the new one likewise")
+    for name, source, target in ((_VIDEO, old.video, new.video), (_DEPTH, old.depth, new.depth)):
+        if name == _VIDEO or depth:
+            frames, size = state.extra[name].tolist()
+            copy_video(source, target, (frames, size))
+
+
+def _steps(job: Job, config: GenerateConfig) -> int:
+    """Return the steps where nobody says how many: a multiple of the groups in flight."""
+    steps = EMBEDDED_STEPS if config.model is None else job.config.num_inference_steps or 1
+    return math.ceil(steps / _GROUPS) * _GROUPS
+
+
+def _block(job: Job) -> int:
+    """Return the latent frames of a group, so many that the window is no longer than the clips of the model."""
+    time = (job.facts.multiples or (1, 1, 4))[2]
+    clip: int = ((job.facts.default("num_frames") or 81) - 1) // max(1, time) + 1
+    most: int = DEFAULTS["causal_block_size"]
+    fits: int = (clip - sum(DEFAULTS["history_sizes"])) // _GROUPS
+    return min(most, max(1, fits))

@@ -1,0 +1,102 @@
+"""From the arguments of a call of the pipeline, by name, to a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from postgen.errors import UserError, check_number
+from postgen.worldweaver.given import given_of
+from postgen.worldweaver.model import WorldWeaverModel
+from postgen.worldweaver.plan import DEFAULTS, frames_of_latent, plan_of
+from postgen.worldweaver.session import Session, Wanted, check_state
+from postgen.worldweaver.state import Prompts, RolloutState
+from postgen.worldweaver.told import embedded, encoded, timed
+
+PLANNED = (*DEFAULTS, "overlap_history", "base_num_frames")
+BEGUN = ("image", "video", "depth")
+
+
+def session_of(
+    model: WorldWeaverModel, said: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device
+) -> Session:
+    """Begin a video, or go on from `said["state"]`.
+
+    Args:
+        model: the model.
+        said: every argument of `WorldWeaverPipeline.stream`, by name; None is not said.
+        settings: defaults of the model's adapter.
+        device: of the latents.
+
+    Raises:
+        UserError: what is wrong with an argument.
+    """
+    wanted = Wanted(num_frames=said["num_frames"], output_type=said["output_type"], depth=said["return_depth"])
+    if said["state"] is not None:
+        return _resumed(model, said, wanted, said["state"], device)
+    asked = {name: said[name] for name in PLANNED}
+    usual = DEFAULTS | dict(settings)
+    height, width = (usual[name] if asked[name] is None else asked[name] for name in ("height", "width"))
+    time = frames_of_latent(model, height, width)
+    plan = plan_of(asked, settings, time)
+    prompts = _prompts(model, said, plan.guidance, time)
+    rows = len(prompts[0][1]["prompt"])
+    given = given_of(model, rows, (height, width), *(said[name] for name in BEGUN))
+    return Session.begin(model, plan, prompts, _generators(said["generator"], rows), wanted, given, device)
+
+
+def _resumed(
+    model: WorldWeaverModel, said: Mapping[str, Any], wanted: Wanted, state: RolloutState, device: torch.device
+) -> Session:
+    fixed = [name for name in (*PLANNED, *BEGUN) if name != "guidance_scale" and said[name] is not None]
+    if fixed:
+        raise UserError(f"{fixed[0]} is the state's, from which the video goes on: leave it out")
+    check_state(model, state)
+    guidance = said["guidance_scale"]
+    if guidance is not None:
+        check_number("guidance_scale", guidance, 0, 1000)
+    scale = state.model["guidance"] if guidance is None else guidance
+    if said["prompt"] is not None or said["prompt_embeds"] is not None:
+        time = frames_of_latent(model, state.model["height"], state.model["width"])
+        prompts = _prompts(model, said, scale, time)
+    elif said["negative_prompt"] is not None or said["negative_prompt_embeds"] is not None:
+        raise UserError("a negative prompt goes with a prompt: give both, or leave the state its own")
+    else:
+        prompts = state.prompts
+        if scale > 1 and any("negative" not in told for _, told in prompts):
+            raise UserError("the state was made without guidance and has no negative prompt: give its prompt again")
+    generator = said["generator"]
+    generators = state.generators if generator is None else _generators(generator, state.rows)
+    session = Session.resume(model, state, wanted, float(scale), device)
+    # Nothing can fail from here on: the state changes as a whole or not at all.
+    state.tell(prompts)
+    state.generators = generators
+    return session
+
+
+def _prompts(model: WorldWeaverModel, said: Mapping[str, Any], guidance: float, time: int) -> Prompts:
+    prompt, embeds = said["prompt"], said["prompt_embeds"]
+    if (prompt is None) == (embeds is None):
+        raise UserError("give a prompt or prompt_embeds, one of the two")
+    if embeds is None:
+        if said["negative_prompt_embeds"] is not None:
+            raise UserError("negative_prompt_embeds goes with prompt_embeds: give negative_prompt with a prompt")
+        return encoded(model.denoiser, timed(prompt), said["negative_prompt"], guided=guidance > 1, time=time)
+    if said["negative_prompt"] is not None:
+        raise UserError("negative_prompt goes with a prompt: give negative_prompt_embeds with prompt_embeds")
+    return embedded(model.denoiser, embeds, said["negative_prompt_embeds"], guided=guidance > 1)
+
+
+def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, rows: int) -> list[torch.Generator]:
+    """Return one for each video, which a state can keep apart."""
+    if isinstance(generator, Sequence):
+        if len(generator) != rows or len({id(each) for each in generator}) != rows:
+            raise UserError(f"{len(generator)} generators for {rows} videos: give one, or another one for each")
+        return list(generator)
+    if generator is not None and rows == 1:
+        return [generator]
+    device = None if generator is None else generator.device
+    seeds = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

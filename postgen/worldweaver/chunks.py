@@ -1,0 +1,159 @@
+"""Finished groups as frames: decoded piece by piece, exactly where the autoencoder allows, and handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families.streaming import StreamingDecoder, denormalised
+from postgen.worldweaver.levels import Modality
+from postgen.worldweaver.model import WorldWeaverModel
+from postgen.worldweaver.state import RolloutState
+
+OUTPUTS = ("np", "pt", "pil", "latent")
+OutputType = Literal["np", "pt", "pil", "latent"]
+_PREFIX, _COUNT = "decoder.", "decoder.frames"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldWeaverChunk:
+    """What of a long video is finished by a group, in the form that `output_type` asks for."""
+
+    frames: Any
+    """np: (B, F, H, W, 3) float32 in [0, 1]; pt: (B, F, 3, H, W); pil: B lists of F pictures; latent: as `latents`,
+    of RGB alone."""
+    depth: Any
+    """Pictures of disparity, near is bright: np and pt (B, F, H, W) in [0, 1], pil as above, latent: the latents of
+    depth. None where it was not asked for."""
+    latents: Tensor
+    """(B, M * C, f, h, w) float32 of the group, clean: modalities one after the other."""
+    start_frame: int
+    """Number of the first of `frames` in the video."""
+    state: RolloutState
+    """From which the video goes on after this chunk: `save` it, or `branch` it, before the next chunk is asked for."""
+
+
+class ChunkDecoder:
+    """Decodes the groups of one video; what it remembers stands in `RolloutState.extra` between two of them.
+
+    Args:
+        model: the model.
+        depth: whether depth is decoded too.
+        output_type: one of `OUTPUTS`; latent decodes nothing.
+        time: frames of a latent frame.
+        num_latents: of the whole video, where it has an end.
+
+    Raises:
+        UserError: an unknown output type, a model without depth, or an autoencoder that is not decoded in pieces.
+    """
+
+    def __init__(
+        self, model: WorldWeaverModel, *, depth: bool, output_type: str, time: int, num_latents: int | None
+    ) -> None:
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+        if depth and "depth" not in model.modalities:
+            raise UserError("this model has no depth: widen it with aux=('depth',), or leave return_depth out")
+        self.model, self.output_type, self.time = model, output_type, time
+        self.modalities: tuple[Modality, ...] = ("rgb", "depth") if depth else ("rgb",)
+        pipe: Any = getattr(model.denoiser, "pipe", None)
+        self.vae = pipe.vae
+        self.decoders: dict[Modality, StreamingDecoder] = {}
+        if output_type != "latent":
+            self.decoders = {
+                # What looks ahead is decoded in windows that are blended: there is no other way to stream it.
+                name: StreamingDecoder(self.vae, num_latents=num_latents, windows=True)
+                for name in self.modalities
+            }
+        self.count = 0
+        """Frames that were handed out."""
+
+    def push(self, latents: Tensor, *, last: bool) -> dict[Modality, Tensor]:
+        """Decode the next latents (B, M * C, f, h, w); all modalities, or none if it fails."""
+        before = {name: decoder.state_dict() for name, decoder in self.decoders.items()}
+        parts = self.model.split(latents)
+        try:
+            return {name: self._decoded(decoder, parts[name], last) for name, decoder in self.decoders.items()}
+        except BaseException:
+            for name, decoder in self.decoders.items():
+                decoder.load_state_dict(before[name])
+            raise
+
+    def chunk(self, latents: Tensor, clips: Mapping[Modality, Tensor], state: RolloutState) -> WorldWeaverChunk:
+        """Make a chunk of what `push` gave, and write into the state what is remembered."""
+        start = self.count
+        parts = self.model.split(latents) if self.output_type == "latent" else clips
+        frames = parts["rgb"]
+        self.count += frames.shape[1] if self.decoders else self._frames(latents.shape[2])
+        self._keep(state)
+        depth = parts["depth"] if "depth" in self.modalities else None
+        if depth is not None and self.decoders:
+            depth = depth.mean(2)
+        return WorldWeaverChunk(
+            frames=_output(frames, self.output_type),
+            depth=None if depth is None else _output(depth, self.output_type),
+            latents=latents,
+            start_frame=start,
+            state=state,
+        )
+
+    def resume(self, state: RolloutState) -> None:
+        """Go on where a state stands.
+
+        Raises:
+            UserError: it was made without this output, or with another autoencoder.
+        """
+        for name, decoder in self.decoders.items():
+            prefix = f"{_PREFIX}{name}."
+            own = {key.removeprefix(prefix): value for key, value in state.extra.items() if key.startswith(prefix)}
+            if not own and state.finished:
+                raise UserError(
+                    f"the state was made without frames of {name}, which cannot begin in the middle: ask for what was"
+                    " asked for before"
+                )
+            if own:
+                decoder.load_state_dict(own)
+        if _COUNT in state.extra:
+            self.count = int(state.extra[_COUNT])
+
+    def _keep(self, state: RolloutState) -> None:
+        kept = {name: value for name, value in state.extra.items() if not name.startswith(_PREFIX)}
+        for name, decoder in self.decoders.items():
+            kept |= {f"{_PREFIX}{name}.{key}": value for key, value in decoder.state_dict().items()}
+        state.extra = {**kept, _COUNT: torch.tensor(self.count)}
+
+    def _decoded(self, decoder: StreamingDecoder, latents: Tensor, last: bool) -> Tensor:
+        clip = decoder.push(denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype)))
+        # An exact decoder holds nothing back, and so can go on where a video was to end.
+        return torch.cat([clip, decoder.finish()], 1) if last and decoder.way.kind == "windows" else clip
+
+    def _frames(self, latents: int) -> int:
+        return latents * self.time if self.count else (latents - 1) * self.time + 1
+
+
+def collected(parts: Sequence[Any], output_type: str) -> Any:
+    """Put the frames, or the depth, of all chunks together."""
+    if output_type == "np":
+        return np.concatenate(parts, axis=1)
+    if output_type == "pil":
+        return [[picture for part in parts for picture in part[row]] for row in range(len(parts[0]))]
+    return torch.cat(list(parts), dim=2 if output_type == "latent" else 1)
+
+
+def _output(clips: Tensor, output_type: str) -> Any:
+    """Turn clips (B, F, 3, H, W), or depth (B, F, H, W), into what was asked for."""
+    if output_type in ("pt", "latent"):
+        return clips
+    array = clips.movedim(2, -1) if clips.dim() == 5 else clips
+    numbers = array.float().cpu().numpy()
+    if output_type == "np":
+        return numbers
+    from PIL import Image
+
+    return [[Image.fromarray((picture * 255).round().astype("uint8")) for picture in row] for row in numbers]

@@ -1,0 +1,158 @@
+"""A long video under way: a rollout, its state, and the decoder of what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError, shown
+from postgen.worldweaver.chunks import ChunkDecoder, WorldWeaverChunk
+from postgen.worldweaver.given import Given
+from postgen.worldweaver.levels import Modality
+from postgen.worldweaver.model import WorldWeaverModel
+from postgen.worldweaver.plan import Plan, frames_of_latent, identity_of, rollout_again, rollout_of
+from postgen.worldweaver.rollout import Group, OnStep, Rollout
+from postgen.worldweaver.state import Prompts, RolloutState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What is to come out."""
+
+    num_frames: int | None
+    """Of the whole video, what was given and what is there already included; None: `begin` sets no end, `resume` keeps
+    that of the state."""
+    output_type: str
+    depth: bool
+
+
+class Session:
+    """One long video (or a batch of them). Made by `begin` or `resume`, read by `chunks`."""
+
+    def __init__(
+        self,
+        model: WorldWeaverModel,
+        rollout: Rollout,
+        state: RolloutState,
+        decoder: ChunkDecoder,
+        given: Given | None = None,
+    ) -> None:
+        self.model = model
+        self.rollout, self.state, self.decoder, self.given = rollout, state, decoder, given
+
+    @classmethod
+    def begin(
+        cls,
+        model: WorldWeaverModel,
+        plan: Plan,
+        prompts: Prompts,
+        generators: Sequence[torch.Generator],
+        wanted: Wanted,
+        given: Given | None,
+        device: torch.device,
+    ) -> Session:
+        """Return a video of which nothing is made yet.
+
+        Raises:
+            UserError: sizes that the model cannot make, a video that is shorter than what it begins with, or as
+                `Rollout.start` and `ChunkDecoder`.
+        """
+        height, width, count = plan.height, plan.width, wanted.num_frames
+        time = frames_of_latent(model, height, width)
+        channels, latents, *space = model.latent_shape(1 if count is None else count, height, width)
+        total = None if count is None else latents
+        begins = 0 if given is None else given.latents.shape[2]
+        if total is not None and total <= begins:
+            raise UserError(f"num_frames={count} is no longer than what the video begins with: give more")
+        decoder = ChunkDecoder(model, depth=wanted.depth, output_type=wanted.output_type, time=time, num_latents=total)
+        rollout = rollout_of(model, plan, device)
+        state = rollout.start(
+            (channels, space[0], space[1]),
+            prompts,
+            generators,
+            plan.bank(len(model.modalities)),
+            num_latents=None if total is None else total - begins,
+            given=None if given is None else given.latents.to(device),
+            unknown=() if given is None else given.unknown,
+            model={**identity_of(model), "guidance": plan.guidance, "height": height, "width": width},
+        )
+        state.extra = {} if given is None else dict(given.extra)
+        return cls(model, rollout, state, decoder, given)
+
+    @classmethod
+    def resume(
+        cls, model: WorldWeaverModel, state: RolloutState, wanted: Wanted, guidance: float, device: torch.device
+    ) -> Session:
+        """Return a video that goes on from a state, which is used in place.
+
+        Raises:
+            UserError: an end that is behind, or as `ChunkDecoder.resume`.
+        """
+        size = state.model["height"], state.model["width"]
+        time = frames_of_latent(model, *size)
+        end = state.end
+        if wanted.num_frames is not None:
+            end = model.latent_shape(wanted.num_frames, *size)[1]
+            if end < state.next_frame:
+                least = (state.next_frame - 1) * time + 1
+                raise UserError(
+                    f"num_frames={wanted.num_frames}: frames up to {least} are in the making, give as many"
+                )
+        decoder = ChunkDecoder(model, depth=wanted.depth, output_type=wanted.output_type, time=time, num_latents=end)
+        decoder.resume(state)
+        rollout = rollout_again(model, state, guidance, device)
+        state.end, state.model["guidance"] = end, guidance
+        return cls(model, rollout, state, decoder)
+
+    @property
+    def calls(self) -> int | None:
+        """Calls of the network that are to come; None where there is no end."""
+        if self.state.end is None:
+            return None
+        groups, shifts = self.rollout.segments.groups, 0
+        ages = [group.age for group in self.state.flight]
+        more = -(-max(0, self.state.end - self.state.next_frame) // self.rollout.frames)
+        while ages or more:
+            if more and ages[-1:] in ([], [1]):
+                ages, more = [*ages, 0], more - 1
+            if ages[0] == groups:
+                ages = ages[1:]
+                continue
+            ages, shifts = [age + 1 for age in ages], shifts + 1
+        return shifts * self.rollout.segments.length
+
+    def chunks(self, on_step: OnStep | None = None) -> Generator[WorldWeaverChunk, None, None]:
+        """Yield what is finished, what was given first; see `WorldWeaverChunk.state`."""
+        state, decoder = self.state, self.decoder
+        if self.given is not None:
+            latents = self.given.latents
+            yield decoder.chunk(latents, self._decode_given(latents), state)
+        made: dict[Modality, Tensor] = {}
+
+        def decode(group: Group) -> None:
+            # Before the group leaves the state: if this fails or is interrupted, it comes again.
+            stop = group.start_frame + group.latents.shape[2]
+            made.clear()
+            made.update(decoder.push(group.latents, last=stop == state.end))
+
+        for group in self.rollout.groups(state, on_step=on_step, on_group=decode):
+            yield decoder.chunk(group.latents, made, state)
+
+    def _decode_given(self, latents: Tensor) -> dict[Modality, Tensor]:
+        """Decode in pieces as long as a group, so that memory does not follow from their number."""
+        parts = [self.decoder.push(part, last=False) for part in latents.split(self.rollout.frames, 2)]
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+
+def check_state(model: WorldWeaverModel, state: RolloutState) -> None:
+    """Refuse a state of another model.
+
+    Raises:
+        UserError: it is; the first difference is named.
+    """
+    for name, own in identity_of(model).items():
+        if (found := state.model.get(name)) != own:
+            raise UserError(f"the state is of a model with {name} {shown(found)}, this one has {shown(own)}")

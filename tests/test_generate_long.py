@@ -1,0 +1,138 @@
+"""Long videos of the command line: whole after every chunk, and continued by another process to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from postgen import probe, read_video
+from postgen.errors import UserError
+from postgen.generate_long import LongRequest, LongVideo, load_long, places_of, prepare_long, read_schedule
+from postgen.request import GenerateConfig
+from postgen.worldweaver.adapter import save_adapter
+from postgen.worldweaver.embedding import LevelEmbedder
+from postgen.worldweaver.widen import widen_transformer
+
+SMALL = ["--size", "32x32", "--steps", "6", "--fps", "8", "--guidance", "1"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with depth for the tiny model: groups of two latent frames."""
+    from diffusers import WanPipeline
+
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    pipe = WanPipeline.from_pretrained(tiny_wan)
+    widen_transformer(pipe, ("depth",))
+    settings = {"causal_block_size": 2, "num_inference_steps": 6, "ar_step": 2, "history_sizes": [3, 2]}
+    save_adapter(pipe, folder, LevelEmbedder.for_transformer(pipe), settings=settings)
+    return folder
+
+
+def test_a_long_video_and_its_depth_go_on(cli: Any, tiny_wan: Path, adapter: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "a.mp4", ["--model", tiny_wan, "--adapter", adapter, "--depth", *SMALL]
+    done = cli("generate", "a ball", "--prompts", "24:a cube", "--long", "4", "-o", out, *words)
+    assert done.code == 0, done.err
+    assert "(33 frames, 4.1 s)" in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-depth.mp4", "a.mp4", "a.png", "a.state"]
+    assert probe(out).frames == probe(tmp_path / "a-depth.mp4").frames == 33
+    depth = read_video(tmp_path / "a-depth.mp4")
+    assert (depth - depth.mean(1, keepdim=True)).abs().max() < 0.03  # grey
+    assert cli("generate", "--continue", tmp_path / "a.state").code == 2
+    other = tmp_path / "c.mp4"
+    more = cli("generate", "--continue", tmp_path / "a.state", "-o", other, "--long", "6", "--seed", "9", "a cone")
+    assert more.code == 0, more.err
+    assert probe(other).frames == probe(tmp_path / "c-depth.mp4").frames == 49
+    assert torch.equal(read_video(other, count=33), read_video(out))
+    assert probe(out).frames == 33
+
+
+def request_of(model: Path, **words: Any) -> LongRequest:
+    config = GenerateConfig(
+        prompt="a ball", model=str(model), width=32, height=32, num_inference_steps=6, guidance_scale=1.0, fps=8
+    )
+    given = {"schedule": ((0, "a ball"),), "seconds": 5.0, "adapter": None, "depth": False} | words
+    return LongRequest(config=config, **given)
+
+
+def begun(request: LongRequest, output: Path) -> LongVideo:
+    job = prepare_long(request)
+    return LongVideo(load_long(request, job), request, job, places_of(output, None, request))
+
+
+def test_whoever_is_killed_loses_the_chunk_in_flight(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    """kill -9 in a process of its own, another goes on here: the bytes of the video that nobody interrupted."""
+    whole = begun(request_of(tiny_wan), tmp_path / "whole.mp4")
+    whole.make(lambda done, total: None)
+    words = ["generate", "a ball", "--long", "5", "-o", "cut.mp4", "--model", str(tiny_wan), *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "postgen", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state, ends = tmp_path / "cut.state" / "state.json", time.monotonic() + 120
+    while not state.is_file() and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.is_file()
+    assert 1 <= probe(tmp_path / "cut.mp4").frames < 41
+    done = cli("generate", "--continue", tmp_path / "cut.state")
+    assert done.code == 0, done.err
+    assert (tmp_path / "cut.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_an_interrupt_leaves_a_video_and_says_how_it_goes_on(tiny_wan: Path, tmp_path: Path) -> None:
+    video = begun(request_of(tiny_wan, seconds=None), tmp_path / "a.mp4")
+    assert video.standing().startswith("nothing of the video was made yet")
+
+    def stop(done: int, total: int | None) -> None:
+        assert total is None
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        video.make(stop)
+    told = video.standing()
+    assert f"{probe(tmp_path / 'a.mp4').frames} frames" in told
+    assert told.endswith(f"postgen generate --continue {tmp_path / 'a.state'}")
+
+
+def test_a_picture_begins(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "first.png")
+    words = ["--image", tmp_path / "first.png", "--format", "frames", "--model", tiny_wan, *SMALL]
+    done = cli("generate", "a ball", "--long", "2", "-o", tmp_path / "a", *words)
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "a").glob("frame_*.png"))) == 17
+    assert "there is no adapter for" in done.err
+
+
+def test_schedules(tmp_path: Path) -> None:
+    (tmp_path / "s.txt").write_text("# frames of the video\n0: a ball\n\n40:a cube: red\n")
+    expected = ((0, "a ball"), (40, "a cube: red"))
+    assert read_schedule([str(tmp_path / "s.txt")], None) == expected
+    assert read_schedule(["0:a ball", "40: a cube: red"], None) == expected
+    assert read_schedule(["40:a cube: red"], "a ball") == expected
+    (tmp_path / "s.txt").write_text("\n")
+    with pytest.raises(UserError, match="is empty"):
+        read_schedule([str(tmp_path / "s.txt")], None)
+
+
+def test_a_state_of_a_program_is_refused(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    video = begun(request_of(tiny_wan, seconds=1.0), tmp_path / "a.mp4")
+    chunk = next(video.pipe.stream("a", height=32, width=32, guidance_scale=1.0, num_inference_steps=3))
+    chunk.state.save(tmp_path / "mine")
+    assert "was not made by postgen generate" in cli("generate", "--continue", tmp_path / "mine").err
+    video.make(lambda done, total: None)
+    os.truncate(tmp_path / "a.mp4", 100)
+    done = cli("generate", "--continue", tmp_path / "a.state", "--long", "3")
+    assert (done.code, "is not the video that was to go on" in done.err) == (2, True)

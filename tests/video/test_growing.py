@@ -1,0 +1,69 @@
+"""A video that grows is whole after every piece, and the same bytes whoever wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from postgen.video import GrowingVideo, VideoError, copy_video, probe, read_video
+
+RATE = 7.5
+
+
+def pieces() -> list[Tensor]:
+    """1, 4 and 3 frames of 32 x 48 that are told apart by their grey."""
+    greys = torch.linspace(0.1, 0.9, 8).view(8, 1, 1, 1).expand(8, 3, 32, 48)
+    return list(greys.split([1, 4, 3]))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_every_piece_leaves_a_whole_video(tmp_path: Path, name: str) -> None:
+    video = GrowingVideo(tmp_path / name, fps=RATE, format=None if name == "a.mp4" else "frames")
+    for number, piece in enumerate(pieces()):
+        video.append(piece)
+        shown = torch.cat(pieces()[: number + 1])
+        info = probe(video.path)
+        assert (info.frames, info.width, info.height) == (len(shown), 48, 32)
+        assert info.frames == 1 or info.fps == pytest.approx(RATE)
+        assert (read_video(video.path) - shown).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_another_writer_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    words = {"fps": RATE, "format": None if name == "a.mp4" else "frames"}
+    first, second, third = pieces()
+    whole = GrowingVideo(tmp_path / f"whole-{name}", **words)  # type: ignore[arg-type]
+    for piece in pieces():
+        whole.append(piece)
+    one = GrowingVideo(tmp_path / name, **words)  # type: ignore[arg-type]
+    one.append(first)
+    one.append(second)
+    mark = one.mark
+    one.append(third * 0)  # killed before it could say so
+    if one.kind == "mp4":
+        one.path.write_bytes(one.path.read_bytes()[:-7])
+    copy_video(one.path, tmp_path / f"copy-{name}", mark)
+    for path in (one.path, tmp_path / f"copy-{name}"):
+        two = GrowingVideo(path, mark=mark, **words)  # type: ignore[arg-type]
+        two.append(third)
+        files = [[path] if path.is_file() else sorted(path.iterdir()) for path in (whole.path, two.path)]
+        assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    assert two.mark == whole.mark
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="a gif cannot be written as it is made: choose mp4 or frames"):
+        GrowingVideo(tmp_path / "a.gif", fps=8)
+    video = GrowingVideo(tmp_path / "a.mp4", fps=8)
+    with pytest.raises(VideoError, match="there is no frame"):
+        video.append([])
+    video.append(pieces()[0])
+    before = video.path.read_bytes()
+    with pytest.raises(VideoError, match="another size"):
+        video.append(torch.zeros(2, 3, 64, 64))
+    assert video.path.read_bytes() == before
+    with pytest.raises(VideoError, match="not the video that was to go on"):
+        GrowingVideo(tmp_path / "a.mp4", fps=8, mark=(9, 10**6))
