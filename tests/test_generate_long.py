@@ -16,6 +16,7 @@ import torch
 from postgen import probe, read_video
 from postgen.errors import UserError
 from postgen.generate_long import LongRequest, LongVideo, load_long, places_of, prepare_long, read_schedule
+from postgen.pipelines.worldweaver import WorldWeaverPipeline
 from postgen.request import GenerateConfig
 from postgen.worldweaver.adapter import save_adapter
 from postgen.worldweaver.embedding import LevelEmbedder
@@ -114,6 +115,29 @@ def test_a_picture_begins(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert len(list((tmp_path / "a").glob("frame_*.png"))) == 17
     assert "there is no adapter for" in done.err
+
+
+def test_the_lora_of_an_adapter_is_merged(tiny_wan: Path, tmp_path: Path) -> None:
+    """The same frames as with the LoRA beside the layers, to rounding."""
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+
+    base = WanPipeline.from_pretrained(tiny_wan)
+    widen_transformer(base, ("depth",))
+    base.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    save_adapter(base, tmp_path / "adapter", LevelEmbedder.for_transformer(base))
+    request = request_of(tiny_wan, adapter=str(tmp_path / "adapter"))
+    merged = load_long(request, prepare_long(request))
+    assert not getattr(merged.transformer, "peft_config", None)
+    beside = WorldWeaverPipeline.from_pipe(WanPipeline.from_pretrained(tiny_wan), tmp_path / "adapter")
+    stock = WorldWeaverPipeline.from_pipe(WanPipeline.from_pretrained(tiny_wan))
+    words = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 1.0}
+    frames = [
+        torch.from_numpy(each("a", generator=torch.Generator().manual_seed(1), **words).frames)
+        for each in (merged, beside, stock)
+    ]
+    torch.testing.assert_close(frames[0], frames[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(frames[0], frames[2], rtol=0, atol=1e-3)
 
 
 def test_schedules(tmp_path: Path) -> None:
