@@ -187,6 +187,8 @@ def _fill(model: nn.Module, folder: Path) -> None:
                         f"{path}: {name} has the shape {tuple(tensor.shape)}, the layer takes {tuple(there.shape)}:"
                         " it was saved with other options than its config.json says"
                     )
+                elif there.is_floating_point() != tensor.is_floating_point():
+                    raise UserError(f"{path}: {name} is {tensor.dtype}, the layer takes {there.dtype}: it is damaged")
                 else:
                     # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
                     state[name] = tensor.clone()

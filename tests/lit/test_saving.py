@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from postgen.errors import UserError
 from postgen.lit import LiTConfig, convert, layers_of, load, save
@@ -36,6 +37,15 @@ def test_a_damaged_config(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"a: its config\.json does not make a WanTransformer3DModel") as refused:
         load(tmp_path / "a")
     assert "\n" not in str(refused.value)
+
+
+def test_weights_that_are_no_floats(tmp_path: Path) -> None:
+    save(student(), tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"scale_shift_table": weights["scale_shift_table"].to(torch.int64)}, path)
+    with pytest.raises(UserError, match=r"scale_shift_table is torch\.int64, the layer takes torch\.float32"):
+        load(tmp_path)
 
 
 def test_what_stands_there_is_replaced_when_all_is_written(tmp_path: Path) -> None:
@@ -76,6 +86,11 @@ def test_drop_in_classes_load_exports(cli: Any, tiny_wan: Path, tmp_path: Path) 
     given = WanPipeline.from_pretrained(out, transformer=pipe.transformer)
     assert given.transformer is pipe.transformer
     assert type(pipe.vae) is diffusers.AutoencoderKLWan
+    for base in (out, tmp_path / "absent"):
+        changed(out, "base.json", base=str(base))
+        with pytest.raises(UserError, match=r"base\.json names .*, which is no whole model"):
+            WanPipeline.from_pretrained(out)
+    changed(out, "base.json", base=str(tiny_wan))
     again = cli("convert", "lit", out, "--layers", "1:lit", "-o", tmp_path / "no")
     assert (again.code, "is converted: convert the one that it was made from" in again.err) == (2, True)
 
