@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from postgen.errors import UserError
-from postgen.families.own_format import names_loader, noted_networks
+from postgen.families.exports import NOTE, read_note
+from postgen.families.model_folder import is_hub_id
+from postgen.families.own_format import load_part, names_loader, noted_networks
 from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call
 
 _OF_THE_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant"}
@@ -39,15 +41,23 @@ class DropIn:
         """Load as the class of diffusers does, with transformers that only postgen can load (`postgen.lit`).
 
         Args:
-            pretrained_model_name_or_path: as of diffusers.
+            pretrained_model_name_or_path: as of diffusers; or a folder of networks and a note of the model around
+                them, as training and `postgen convert` write it.
             kwargs: as of diffusers; a part that is given is not loaded.
 
         Raises:
-            UserError: such a transformer is not whole.
+            UserError: such a transformer is not whole, or the note of another folder names no whole model.
         """
         parent: Any = super()
         if Path(pretrained_model_name_or_path).is_dir():
             folder = Path(pretrained_model_name_or_path)
+            export = None if (folder / "model_index.json").is_file() else read_note(folder)
+            if export is not None:
+                if not is_hub_id(export.base) and not (Path(export.base) / "model_index.json").is_file():
+                    raise UserError(f"{folder / NOTE} names {export.base}, which is no whole model: name one there")
+                dtype = _dtypes(kwargs)
+                parts = {name: load_part(folder, name, dtype(name)) for name in export.parts if name not in kwargs}
+                return cls.from_pretrained(export.base, **kwargs, **parts)
             return parent.from_pretrained(folder, **kwargs, **noted_networks(folder, _dtypes(kwargs), kwargs))
         try:
             return parent.from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -251,8 +251,9 @@ def _report(
             side["rewards"] = {name: None if math.isnan(value) else value for name, value in values.items()}
             why = {n: {**found.reasons[n], **found.failures[n]}.get(row) for n in found.names}
             side["no_score"] = {n: text for n, text in why.items() if text}
+    prompts = {job.config.prompt for job in jobs}
     return {
-        "prompt": jobs[0].config.prompt,
+        "prompt": prompts.pop() if len(prompts) == 1 else None,
         "seed": jobs[0].config.seed,
         **difference(clips[0], clips[1]),
         "a": sides[0],

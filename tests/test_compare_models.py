@@ -135,6 +135,11 @@ def test_rewards_without_a_student(cli: Any, tiny_wan: Path, tmp_path: Path) -> 
     assert told["a"]["no_score"] == {}
     assert told["b"]["rewards"]["light"] is None
     assert told["b"]["no_score"]["light"] in done.err
+    assert told["prompt"] == "a red ball"
+    again = cli("compare", "a red ball", *words[:2], "--b", "prompt=two", *words[4:])
+    assert again.code == 0, again.err
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert (told["prompt"], told["seed"]) == (None, 0)
 
 
 def test_difference_and_motion() -> None:

@@ -1,6 +1,7 @@
 """`postgen convert lit`."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ def convert_lit(
         model=model, prompt=(prompt or PROMPTS)[0], num_frames=frames, height=height, width=width, dtype=dtype,
         num_inference_steps=STEPS if steps is None else steps, device=device,
     )  # fmt: skip
-    settings = LiTConfig(layers=layers or "all:softmax", first_block=first_block, inherit=inherit)
+    settings = LiTConfig(layers="all:softmax" if layers is None else layers, first_block=first_block, inherit=inherit)
     names = None if kinds is None else _layer_types(kinds)
     job = prepare(config)
     if job.facts.transformer is None:
@@ -142,7 +143,9 @@ def _converted(transformer: Any, job: Any, settings: Any) -> Any:
     """Convert; layers that are bound to a grid are made for that of the clip."""
     from postgen.lit import convert
     from postgen.lit.clips import grid_of_clip
+    from postgen.lit.convert import stock_transformer
 
+    stock_transformer(transformer, "convert")
     grid = grid_of_clip(transformer, *_shape(job))
     if grid is not None:
         settings = dataclasses.replace(settings, grid=(grid.frames, grid.height, grid.width))
@@ -161,24 +164,33 @@ def _planned(
     measured: bool,
 ) -> Any:
     """Choose the layers by scores on the prompts, and say the table."""
+    from postgen.commands.progress import steps, waiting
     from postgen.generate import run
     from postgen.lit import count, measure, plan, score
     from postgen.lit.plan import check_budget
 
     frames, height, width = _shape(job)
     of_size: dict[str, Any] = {"num_frames": frames, "height": height, "width": width, "config": settings}
-    costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
+    with waiting("Measuring" if measured else "Counting"):
+        costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
     kinds = tuple(costs.changes)
     check_budget(costs, budget, kinds, first_block=settings.first_block)  # before the scores, which take longest
 
     def sample() -> None:
-        for place, text in enumerate(prompts):
-            run(pipe, job.again(prompt=text, seed=place))
+        with steps("Scoring") as on_step:
+            for place, text in enumerate(prompts):
+                told = functools.partial(_told, on_step, place, len(prompts))
+                run(pipe, job.again(prompt=text, seed=place), told)
 
     scores = score(transformer, sample, kinds=kinds, config=settings)
     chosen = plan(scores, costs, budget, first_block=settings.first_block)
     typer.echo(chosen)
     return chosen.config(transformer, settings, shape=(frames, height, width))
+
+
+def _told(on_step: Any, place: int, prompts: int, done: int, total: int) -> None:
+    """Tell of a step of one prompt as one of all."""
+    on_step(place * total + done, prompts * total)
 
 
 def _shape(job: Any) -> tuple[int, int, int]:

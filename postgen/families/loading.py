@@ -21,7 +21,7 @@ from postgen.families.model_folder import (
     small_files,
     wan_multiples,
 )
-from postgen.families.own_format import load_noted, noted_networks
+from postgen.families.own_format import load_part, noted_networks
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
 from postgen.families.wan_sizes import check_size
 from postgen.families.whole import check_whole, foreign_weights_refused, random_weights_told
@@ -257,7 +257,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
             # The folder names the class that takes text alone.
             loader, options = getattr(diffusers, facts.pipeline), {"expand_timesteps": True}
         dtypes = _dtypes(facts, dtype, place)
-        parts = {name: _part(name, source, dtypes) for name, source in facts.parts}
+        parts = {name: load_part(source, name, dtypes.get(name, dtypes["default"])) for name, source in facts.parts}
         parts |= noted_networks(Path(facts.source), lambda name: dtypes.get(name, dtypes["default"]), parts)
         if parts:
             # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
@@ -284,17 +284,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TypeError | AttributeError | ArithmeticError | LookupError | AssertionError):
         return f"its files do not belong together, or say what no such model has ({type(error).__name__}: {text})"
     return text or type(error).__name__
-
-
-def _part(name: str, source: str, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """Load one network by the class that its configuration names."""
-    import diffusers
-
-    dtype = dtypes.get(name, dtypes["default"])
-    if (network := load_noted(Path(source) / name, dtype)) is not None:
-        return network
-    kind: Any = diffusers.AutoModel
-    return kind.from_pretrained(source, subfolder=name, dtype=dtype)
 
 
 def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]:

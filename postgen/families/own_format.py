@@ -117,6 +117,25 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
     return network
 
 
+def load_part(source: str | Path, name: str, dtype: torch.dtype | None) -> Any:
+    """Load one network of a pipeline's folder, or of an export's, by what its config names: a function or a class.
+
+    Args:
+        source: the folder, or a hub id.
+        name: of the network in it.
+        dtype: as of `load_noted`.
+
+    Raises:
+        UserError: as `load_noted`.
+    """
+    import diffusers
+
+    if (network := load_noted(Path(source) / name, dtype)) is not None:
+        return network
+    kind: Any = diffusers.AutoModel
+    return kind.from_pretrained(source, subfolder=name, dtype=dtype)
+
+
 def noted_networks(
     folder: Path, dtype: Callable[[str], torch.dtype | None], without: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.lit.options import TYPES
 
-_EVERY = re.compile(r"every (\d+)(st|nd|rd|th)?")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_EVERY = re.compile(r"every (\d{1,9})(st|nd|rd|th)?")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 Layers = str | tuple[str, ...]
 """A type for each block in running order; or a text: parts `WHERE:TYPE` with commas between, of which later ones win,

@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+from safetensors import SafetensorError
 from torch import nn
 
-from postgen.errors import UserError, shown
+from postgen.errors import UserError, first_line, shown
 from postgen.families.installed import transformers_of
 from postgen.families.model_folder import is_hub_id
 from postgen.families.own_format import read_note
-from postgen.files import check_place
+from postgen.files import check_place, replacing, replacing_all
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import LOADER, conversion_of, convert
@@ -36,25 +38,48 @@ def save(transformer: nn.Module, folder: str | Path) -> None:
     """Write a converted transformer: what its `save_pretrained` writes, safetensors and config.json with the spec.
 
     A pipeline's `save_pretrained` writes the same into its folder of the transformer. diffusers refuses to load it by
-    itself ("Unknown quantization type, got postgen.lit.load(folder)"), as it would leave the new layers out.
+    itself ("Unknown quantization type, got postgen.lit.load(folder)"), as it would leave the new layers out. Files of
+    an earlier saving are replaced when the new ones are complete; others in the folder stay.
 
     Args:
         transformer: converted.
         folder: where to.
 
     Raises:
-        UserError: it is not converted, a LoRA is attached, or the folder cannot be written.
+        UserError: it is not converted, a LoRA is attached, or the folder cannot be written, or is a whole pipeline's.
     """
     conversion_of(transformer)
     place = Path(folder)
     check_place(place, folder=True)
+    if (place / "model_index.json").exists():
+        raise UserError(f"{place} is a whole pipeline: give the folder of its transformer, {place / 'transformer'}")
     model: Any = next(iter(transformers_of(transformer).values()))
     if any(_WRAPPED in f".{name}" for name in model.state_dict()):
         raise UserError(
             "a LoRA is attached, whose names of weights `load` could not read: save it by itself (save_lora_adapter)"
             " and take it off (delete_adapters), or merge it (fuse_lora, then unload_lora)"
         )
-    model.save_pretrained(place)
+    try:
+        _write(model, place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {place}: {first_line(error)}") from error
+
+
+def _write(model: Any, place: Path) -> None:
+    if not place.is_dir() or not any(place.iterdir()):
+        with replacing(place) as part:
+            model.save_pretrained(part)
+        return
+    with TemporaryDirectory(dir=place, prefix=".") as folder:  # there, so that names change and nothing is copied
+        made = Path(folder)
+        model.save_pretrained(made)
+        names = sorted(file.name for file in made.iterdir())
+        with replacing_all([place / name for name in names]) as parts:
+            for name, part in zip(names, parts, strict=True):
+                (made / name).rename(part)
+    for old in (*place.glob("diffusion_pytorch_model*.safetensors"), place / _INDEX):
+        if old.name not in names:  # parts of an earlier saving, whose list would be read first
+            old.unlink(missing_ok=True)
 
 
 def load(source: str | Path, *, subfolder: str | None = None) -> Any:
@@ -104,7 +129,13 @@ def empty(config: Mapping[str, Any]) -> Any:
     if kind is None or not hasattr(kind, "from_config"):
         raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
     with _no_memory() if settings.inherit == "all" else nullcontext():
-        model = kind.from_config(dict(config))
+        try:
+            model = kind.from_config(dict(config))
+        except Exception as error:  # a class does with values that it does not know whatever Python does
+            raise UserError(
+                f"its {_CONFIG} does not make a {name} ({type(error).__name__}: {first_line(error)}): it is damaged,"
+                " or of another diffusers"
+            ) from error
         convert(model, settings)
     return model
 
@@ -114,7 +145,7 @@ def _local(source: str, subfolder: str | None) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(source):
-            raise UserError(f"there is no folder {source} (a hub id has the form owner/name)")
+            raise UserError(f"there is no folder {shown(source)} (a hub id has the form owner/name)")
         from huggingface_hub import snapshot_download
 
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "*.safetensors")]
@@ -156,6 +187,8 @@ def _fill(model: nn.Module, folder: Path) -> None:
                         f"{path}: {name} has the shape {tuple(tensor.shape)}, the layer takes {tuple(there.shape)}:"
                         " it was saved with other options than its config.json says"
                     )
+                elif there.is_floating_point() != tensor.is_floating_point():
+                    raise UserError(f"{path}: {name} is {tensor.dtype}, the layer takes {there.dtype}: it is damaged")
                 else:
                     # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
                     state[name] = tensor.clone()
