@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from postgen.errors import UserError, check_number
+from postgen.errors import UserError, check_number, first_line
 from postgen.files import replacing
 
 Source = Annotated[str, typer.Argument(help="Folder or hub id of a video pipeline, whose transformer is converted.")]
@@ -113,10 +113,13 @@ def convert_lit(
             texts = prompt or job.facts.closed_vocabulary or PROMPTS
             chosen = _planned(pipe, transformer, job, texts, settings, budget, names, measured=measure)
         typer.echo(_converted(transformer, job, chosen))
-    with replacing(output) as part:
-        for name, transformer in transformers_of(pipe).items():
-            save(transformer, part / name)
-        write_note(part, pipe, [*transformers_of(pipe)])
+    try:
+        with replacing(output) as part:
+            for name, transformer in transformers_of(pipe).items():
+                save(transformer, part / name)
+            write_note(part, pipe, [*transformers_of(pipe)])
+    except UserError as error:  # names the temporary folder
+        raise UserError(f"cannot write {output}: {first_line(error.__cause__ or error)}") from error
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 
 
