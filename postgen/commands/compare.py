@@ -57,7 +57,9 @@ def compare(
     """
     sides = [parse_side("--a", a or []), parse_side("--b", b or [])]
     if vs is not None and (a or b):
-        raise UserError("--vs takes both videos with the same settings: leave --a and --b out, or --vs")
+        raise UserError(
+            "--vs takes both videos with the same settings: leave --a and --b out, or --vs (--steps 10 is for both)"
+        )
     if vs is None and sides[0] == sides[1]:
         raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]

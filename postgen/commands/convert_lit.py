@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from postgen.errors import UserError, check_number
+from postgen.errors import UserError, check_number, first_line
 from postgen.files import replacing
 
 Source = Annotated[str, typer.Argument(help="Folder or hub id of a video pipeline, whose transformer is converted.")]
@@ -88,10 +88,9 @@ def convert_lit(
 ) -> None:
     """Make some blocks of a transformer hybrid linear attention. New layers are not trained by it."""
     from postgen.compat import quiet_libraries
-    from postgen.families.exports import write_note
     from postgen.families.installed import transformers_of
     from postgen.generate import load, prepare
-    from postgen.lit import LiTConfig, save
+    from postgen.lit import LiTConfig
     from postgen.request import GenerateConfig
 
     of_budget = {"--kinds": kinds, "--measure": measure or None, "--prompt": prompt, "--steps": steps}
@@ -113,11 +112,22 @@ def convert_lit(
             texts = prompt or job.facts.closed_vocabulary or PROMPTS
             chosen = _planned(pipe, transformer, job, texts, settings, budget, names, measured=measure)
         typer.echo(_converted(transformer, job, chosen))
-    with replacing(output) as part:
-        for name, transformer in transformers_of(pipe).items():
-            save(transformer, part / name)
-        write_note(part, pipe, [*transformers_of(pipe)])
+    _write(output, pipe)
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
+
+
+def _write(output: Path, pipe: Any) -> None:
+    from postgen.families.exports import write_note
+    from postgen.families.installed import transformers_of
+    from postgen.lit import save
+
+    try:
+        with replacing(output) as part:
+            for name, transformer in transformers_of(pipe).items():
+                save(transformer, part / name)
+            write_note(part, pipe, [*transformers_of(pipe)])
+    except UserError as error:  # names the temporary folder
+        raise UserError(f"cannot write {output}: {first_line(error.__cause__ or error)}") from error
 
 
 def _layer_types(text: str) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def test_weights_that_are_no_floats(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_what_stands_there_is_replaced_when_all_is_written(tmp_path: Path) -> None:
+def test_what_stands_there_is_replaced_when_all_is_written(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     place = tmp_path / "a"
     save(student("1:lit"), place)
     (place / "README.md").write_text("mine")
@@ -64,8 +64,11 @@ def test_what_stands_there_is_replaced_when_all_is_written(tmp_path: Path) -> No
         for there in (place, tmp_path / "new" / "deep"):
             with pytest.raises(UserError, match=r"cannot write .*: .*File too large"):
                 save(other, there)
+        words = ("convert", "lit", tiny_wan, "--layers", "1:lit", "-o", tmp_path / "new" / "half")
+        done = cli(*words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (done.code, f"cannot write {words[-1]}: Error while serializing" in done.err) == (2, True), done.err
     assert not (tmp_path / "new").exists()
     assert all((place / name).read_bytes() == content for name, content in before.items())
     save(other, place)
