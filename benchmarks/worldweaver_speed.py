@@ -6,8 +6,8 @@ row; `--only` takes some models, `--device cpu` runs a tiny one and is there to 
 All rows: 480 x 832, 6 steps, no guidance, bfloat16, random encodings of 512 tokens, torch's own attention, latents out
 (`latent`), or decoded (`pt`), ours as they are made. Ours is K = 3 groups of F = 3 latent frames behind 4 + 2 of
 memory, with depth, 50 chunks or more; the trend over chunks is of `postgen.metrics.drift.cost`, without those in which
-the window fills. SkyReels-V2 with diffusion forcing (`ar_step=0`, windows of 97 frames, 17 of them history) and Helios (33
-frames a chunk) are diffusers' own calls of the same widths and depths, FramePack (33 frames a window) is as it is,
+the window fills. SkyReels-V2 with diffusion forcing (`ar_step=0`, windows of 97 frames, 17 of them history) and Helios
+(33 frames a chunk) are diffusers' own calls of the same widths and depths, FramePack (33 frames a window) is as it is,
 13B. They return everything at once, so their time is that of the call, for each latent frame that comes out. Weights
 are random, and nothing is said about quality.
 """
