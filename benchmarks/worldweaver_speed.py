@@ -7,8 +7,9 @@ All rows: 480 x 832, 6 steps, no guidance, bfloat16, random encodings of 512 tok
 (`latent`), or decoded (`pt`), ours as they are made. Ours is K = 3 groups of F = 3 latent frames behind 4 + 2 of
 memory, with depth, 50 chunks or more; the trend over chunks is of `postgen.metrics.drift.cost`, without those in which
 the window fills. SkyReels-V2 with diffusion forcing (`ar_step=0`, windows of 97 frames, 17 of them history) and Helios
-(33 frames a chunk) are diffusers' own calls of the same widths and depths; they return everything at once, so their
-time is that of the call, for each latent frame that comes out. Weights are random, and nothing is said about quality.
+(33 frames a chunk) are diffusers' own calls of the same widths and depths, FramePack (33 frames a window) is as it is,
+13B. They return everything at once, so their time is that of the call, for each latent frame that comes out. Weights
+are random, and nothing is said about quality.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from postgen.pipelines.worldweaver import WorldWeaverPipeline
 Row = dict[str, Any]
 STEPS, TOKENS = 6, 512
 GROUPS, FRAMES = 3, 3
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+SIGLIP |= {"image_size": 384, "patch_size": 14}
+"""The image encoder of FramePack."""
 FILLING = GROUPS + 2
 """First chunks that are left out of the trend: the window fills, and the memory after it."""
 
@@ -64,7 +68,7 @@ class Bench:
         self.tiny = model is TINY
         self.dtype = torch.float32 if self.tiny else torch.bfloat16
         config = {"z_dim": 16, **({"base_dim": 8} if self.tiny else {})}
-        self.vae = self._built("AutoencoderKLWan", config, torch.float32)
+        self.vae = self.built("AutoencoderKLWan", config, torch.float32)
         self.text = torch.randn(1, TOKENS, 64 if self.tiny else 4096, device=self.place, dtype=self.dtype)
         self.call = {
             "height": model.height,
@@ -77,9 +81,10 @@ class Bench:
 
     def transformer(self, kind: str, **more: Any) -> Any:
         """Build a transformer of the model's widths."""
-        return self._built(kind, {**self.model.config, "text_dim": self.text.shape[-1], **more}, self.dtype)
+        return self.built(kind, {**self.model.config, "text_dim": self.text.shape[-1], **more}, self.dtype)
 
-    def _built(self, kind: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    def built(self, kind: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+        """Build a part with random weights."""
         import diffusers
 
         torch.manual_seed(0)
@@ -169,6 +174,46 @@ def helios(bench: Bench, output: str) -> Row:
     return _whole(bench, pipe, 99, output_type=output)
 
 
+def framepack(bench: Bench, output: str) -> Row:
+    """Time FramePack of diffusers: three windows of nine latent frames. There is one size of it, 13B."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoFramepackPipeline
+    from PIL import Image
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    if bench.model.name == "1.3b":
+        return {"left_out": "FramePack has one size, that of the row 14b"}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "image_size": 8, "patch_size": 4, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    siglip = SiglipVisionConfig(**(sizes if bench.tiny else SIGLIP))
+    encoder = SiglipVisionModel(siglip).to(bench.place, bench.dtype).eval()
+    config: Row = {"has_image_proj": True, "image_proj_dim": siglip.hidden_size, "has_clean_x_embedder": True}
+    vae: Row = {}
+    if bench.tiny:
+        config |= {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 24}
+        config |= {"rope_axes_dim": (8, 8, 8), "text_embed_dim": 64, "num_refiner_layers": 1}
+        vae = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    processor = SiglipImageProcessor(size={"height": siglip.image_size, "width": siglip.image_size})
+    pipe: Any = HunyuanVideoFramepackPipeline(
+        None,
+        None,
+        bench.built("HunyuanVideoFramepackTransformer3DModel", config, bench.dtype),
+        bench.built("AutoencoderKLHunyuanVideo", vae, torch.float16 if bench.place.type == "cuda" else torch.float32),
+        FlowMatchEulerDiscreteScheduler(shift=7.0),
+        None,
+        None,
+        encoder,
+        processor,
+    )
+    picture = Image.new("RGB", (bench.model.width, bench.model.height), (90, 90, 90))
+    told = {
+        "image": picture,
+        "prompt_embeds": bench.text[:, :256],
+        "pooled_prompt_embeds": bench.text[:, 0, :1].expand(-1, 768),
+        "prompt_attention_mask": torch.ones(1, 256, dtype=torch.bool, device=bench.place),
+    }
+    return _whole(bench, pipe, 99, sampling_type="vanilla", output_type=output, **told)
+
+
 def _whole(bench: Bench, pipe: Any, frames: int, **words: Any) -> Row:
     """Time a call that returns everything at once, after one step that is not timed."""
     pipe.set_progress_bar_config(disable=True)
@@ -178,12 +223,20 @@ def _whole(bench: Bench, pipe: Any, frames: int, **words: Any) -> Row:
     before = bench.synchronized()
     made = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     seconds, peak = bench.synchronized() - before, bench.peak()
-    latents = made.shape[2] if words["output_type"] == "latent" else (made.shape[1] - 1) // 4 + 1
+    # FramePack gives its latents once for each window, always from the first on.
+    latents = (made[-1] if isinstance(made, list) else made).shape[2]
+    if words["output_type"] != "latent":
+        latents = (made.shape[1] - 1) // 4 + 1
     row: Row = {"seconds_per_latent": seconds / latents, "latents": latents, "seconds": seconds}
     return row if peak is None else row | {"peak_bytes": peak}
 
 
-SYSTEMS: dict[str, Callable[[Bench, str], Row]] = {"worldweaver": ours, "skyreels_v2": skyreels, "helios": helios}
+SYSTEMS: dict[str, Callable[[Bench, str], Row]] = {
+    "worldweaver": ours,
+    "skyreels_v2": skyreels,
+    "helios": helios,
+    "framepack": framepack,
+}
 
 
 def rows(models: list[Model], place: str, chunks: int) -> Iterator[Row]:
