@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,6 @@ class Arm:
         return () if self.settings["depth_in_memory"] else self.model.modalities[1:]
 
 
-class Memory(MemoryBank):
-    """A bank that shows noise for some modalities, as training of such an arm did."""
-
-    hidden: tuple[Modality, ...] = ()
-
-    def add(self, z: Tensor, start_frame: int, *, poses: Tensor | None = None, unknown: Iterable[Any] = ()) -> None:
-        """Store frames, of which what is hidden is unknown."""
-        super().add(z, start_frame, poses=poses, unknown={*unknown, *self.hidden})
-
-
 @dataclass(slots=True)
 class Made:
     """Clips of one arm."""
@@ -98,7 +88,7 @@ def bank_of(arm: Arm) -> MemoryBank:
     """Return its empty memory."""
     told = arm.settings
     long, short = told["history_sizes"]
-    bank = Memory(
+    return MemoryBank(
         long,
         short,
         min(1, long) if told["keep_first_frame"] else 0,
@@ -106,9 +96,8 @@ def bank_of(arm: Arm) -> MemoryBank:
         mem_noise=told["addnoise_condition"] / 1000,
         flow_noise=told["flow_noise"],
         modalities=len(arm.model.modalities),
+        hidden=arm.unknown,
     )
-    bank.hidden = arm.unknown
-    return bank
 
 
 @torch.no_grad()

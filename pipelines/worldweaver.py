@@ -28,7 +28,7 @@ from postgen.worldweaver.chunks import WorldWeaverChunk, collected
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.levels import MODALITIES, Modality
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.plan import DEFAULTS, identity_of
+from postgen.worldweaver.plan import DEFAULTS, TRAINED, identity_of
 from postgen.worldweaver.rollout import Step
 from postgen.worldweaver.session import Session
 from postgen.worldweaver.state import RolloutState
@@ -74,7 +74,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
         base_pipeline: name of the diffusers class whose model this is, one of `BASES` or `SCALAR_BASES`.
         base_settings: what that class is told beside its components.
         mean_level: for a network that takes one noise level for the clip, see `WorldWeaverModel`.
-        defaults: of the call, by the names of `postgen.worldweaver.plan.DEFAULTS`.
+        defaults: of the call, by the names of `postgen.worldweaver.plan.DEFAULTS` and `TRAINED`.
     """
 
     _callback_tensor_inputs = ("latents", "clean")
@@ -148,7 +148,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             base_pipeline=name,
             base_settings=own,
             mean_level=mean_level,
-            defaults={key: settings[key] for key in DEFAULTS if key in settings},
+            defaults={key: settings[key] for key in (*DEFAULTS, *TRAINED) if key in settings},
         )
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:

@@ -48,6 +48,7 @@ class MemoryBank:
         mem_noise: noise level of the RGB of long memory.
         flow_noise: noise level of its optical flow, if there is one.
         modalities: M, of the latents.
+        hidden: modalities that are never shown: pure noise stands in their place.
         device: where frames are stored; None is where they come from.
         dtype: in which they are stored, also as "bfloat16"; None is theirs.
 
@@ -66,6 +67,7 @@ class MemoryBank:
         *,
         flow_noise: float = 0.5,
         modalities: int = 2,
+        hidden: Sequence[Modality] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
@@ -78,6 +80,8 @@ class MemoryBank:
         check_number("modalities", modalities, 1, len(MODALITIES), whole=True)
         self.long, self.short, self.sink, self.capacity = long, short, sink, capacity
         self.policy = policy_of(policy)
+        self._check_modalities("hidden", hidden, modalities)
+        self.hidden = tuple(name for name in MODALITIES if name in hidden)
         self.mem_noise, self.flow_noise, self.modalities = mem_noise, flow_noise, modalities
         self.device = None if device is None else torch.device(device)
         self.dtype: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -120,7 +124,8 @@ class MemoryBank:
         if not self.long + self.short:
             return
         self._check(z, start_frame, poses, unknown)
-        known = tuple(modality not in unknown for modality in MODALITIES[: self.modalities])
+        noise = {*unknown, *self.hidden}
+        known = tuple(modality not in noise for modality in MODALITIES[: self.modalities])
         for place in range(z.shape[2]):
             # A copy: a view would keep the latents of the whole group.
             frame = z[:, :, place].detach().clone().to(device=self.device, dtype=self.dtype)
@@ -228,8 +233,7 @@ class MemoryBank:
                 f"latents of shape {tuple(z.shape)} for the memory: give (batch, channels of {self.modalities}"
                 " modalities, frames, height, width), at least one frame"
             )
-        if wrong := [name for name in unknown if name == "rgb" or name not in MODALITIES[: self.modalities]]:
-            raise UserError(f"unknown modalities {wrong}: of {self.modalities} all but rgb may be")
+        self._check_modalities("unknown", unknown, self.modalities)
         if poses is not None and poses.shape != (z.shape[0], z.shape[2], 3, 4):
             raise UserError(f"poses of shape {tuple(poses.shape)}: give ({z.shape[0]}, {z.shape[2]}, 3, 4)")
         last = self._frames[-1] if self._frames else None
@@ -246,12 +250,18 @@ class MemoryBank:
                 " raise capacity"
             )
 
+    @staticmethod
+    def _check_modalities(what: str, names: Collection[str], count: int) -> None:
+        if wrong := [name for name in names if name == "rgb" or name not in MODALITIES[:count]]:
+            raise UserError(f"{what} modalities {wrong}: of {count} all but rgb may be")
+
     @property
     def settings(self) -> dict[str, Any]:
         """What makes a bank like this one, as JSON has it: `MemoryBank(**settings)`; without the device."""
         names = ("long", "short", "sink", "capacity", "mem_noise", "flow_noise", "modalities")
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {name: getattr(self, name) for name in names} | {"policy": policy_state(self.policy), "dtype": dtype}
+        told = {"policy": policy_state(self.policy), "dtype": dtype, "hidden": list(self.hidden)}
+        return {name: getattr(self, name) for name in names} | told
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything: `settings`, JSON values, and tensors by name."""

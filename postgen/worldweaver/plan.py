@@ -17,6 +17,7 @@ from torch import nn
 
 from postgen.errors import UserError, check_number, shown
 from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
+from postgen.worldweaver.levels import MODALITIES
 from postgen.worldweaver.memory import MemoryBank
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.rollout import Rollout
@@ -38,6 +39,9 @@ DEFAULTS: dict[str, Any] = {
     "flow_shift": None,
 }
 """What holds where neither the call nor the adapter says anything."""
+TRAINED: dict[str, Any] = {"flow_noise": 0.5, "depth_in_memory": True}
+"""What only an adapter says, as `method: worldweaver` writes it: the noise level of the flow of long memory, and
+whether memory shows depth and flow at all."""
 CAPACITY = 64
 """Latent frames that are stored, of which the memory is chosen."""
 
@@ -60,6 +64,10 @@ class Plan:
     sink: int
     mem_noise: float
     """Noise level of the RGB of long memory."""
+    flow_noise: float
+    """Noise level of its flow."""
+    shows_depth: bool
+    """Whether memory shows more than RGB."""
     policy: str | Policy
     shift: float | None
     """Of the noise levels; None is the scheduler's."""
@@ -68,7 +76,15 @@ class Plan:
         """Return an empty memory."""
         capacity = max(CAPACITY, self.long + max(1, self.short) + 1)
         return MemoryBank(
-            self.long, self.short, self.sink, capacity, self.policy, self.mem_noise, modalities=modalities
+            self.long,
+            self.short,
+            self.sink,
+            capacity,
+            self.policy,
+            self.mem_noise,
+            flow_noise=self.flow_noise,
+            modalities=modalities,
+            hidden=() if self.shows_depth else MODALITIES[1:modalities],
         )
 
 
@@ -77,13 +93,14 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
 
     Args:
         given: by the names of `DEFAULTS`, and `overlap_history` and `base_num_frames`; None is not said.
-        settings: of the adapter, by the names of `DEFAULTS`; what it does not say is as there.
+        settings: of the adapter, by the names of `DEFAULTS` and `TRAINED`; what it does not say is as there.
         time: frames of a latent frame.
 
     Raises:
         UserError: a number out of its range, or settings that contradict each other.
     """
     own = {name: settings[name] for name in DEFAULTS if settings.get(name) is not None}
+    trained = TRAINED | {name: settings[name] for name in TRAINED if settings.get(name) is not None}
     usual = DEFAULTS | own
     said = {name: value for name, value in given.items() if value is not None}
     asked = usual | said
@@ -104,6 +121,8 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
         short=short,
         sink=min(1, long) if asked["keep_first_frame"] else 0,
         mem_noise=asked["addnoise_condition"] / 1000,
+        flow_noise=trained["flow_noise"],
+        shows_depth=trained["depth_in_memory"],
         policy=asked["memory_policy"],
         shift=asked["flow_shift"],
     )

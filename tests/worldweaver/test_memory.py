@@ -145,6 +145,22 @@ def test_depth_choices_stand_apart():
         unknown.select()
 
 
+def test_hidden_modalities_are_noise_in_a_window_and_part_of_the_state():
+    bank, video = filled(6, long=2, short=2, mem_noise=0.0, modalities=2, hidden=["depth"])
+    window = bank.select()
+    shown = video[:, :, window.frame_index[0]]
+    assert torch.equal(window.z[:, :2], shown[:, :2])
+    assert not torch.isclose(window.z[:, 2:], shown[:, 2:]).any()
+    assert window.levels.sigma[0].tolist() == [[0.0, 1.0]] * 4
+    again = MemoryBank(**bank.settings)
+    again.load_state_dict(bank.state_dict())
+    assert again.hidden == ("depth",)
+    with pytest.raises(UserError, match=r"a memory with hidden=\['depth'\] does not fit one with hidden=\[\]"):
+        MemoryBank(2, 2, mem_noise=0.0).load_state_dict(bank.state_dict())
+    with pytest.raises(UserError, match=r"hidden modalities \['flow'\]: of 2 all but rgb may be"):
+        MemoryBank(hidden=["flow"])
+
+
 def turned(angles):
     """Cameras at one place, turned about the vertical axis: (1, n, 3, 4)."""
     angle = torch.tensor(angles)

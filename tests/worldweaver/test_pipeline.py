@@ -279,6 +279,14 @@ def test_an_adapter_brings_its_defaults(tmp_path: Path) -> None:
         pipe.save_pretrained(tmp_path / "model")
 
 
+def test_an_adapter_says_what_its_memory_shows(tmp_path: Path) -> None:
+    trained = tiny()
+    save_adapter(trained, tmp_path, trained.level_embedder, settings={"depth_in_memory": False, "flow_noise": 0.25})
+    pipe = quiet(WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**wan_components()), tmp_path))
+    bank = next(pipe.stream(TEXT, guidance_scale=1.0, **SMALL)).state.bank
+    assert (bank.hidden, bank.flow_noise) == (("depth",), 0.25)
+
+
 def settings_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "loss"}
 
