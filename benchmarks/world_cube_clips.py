@@ -1,11 +1,11 @@
 """Clips of the embedded model whose prompts name a cube, and sheets of these cubes for a person to look at.
 
-    python -m benchmarks.world_cube_clips FOLDER [--batches 40] [--device cuda]
+    python -m benchmarks.world_cube_clips FOLDER [--batches 35] [--device cuda]
     python -m benchmarks.world_cube_sheets FOLDER
 
 They are made as a policy draws them (`benchmarks.world_eye_clips.ROLLOUT`), one and two bodies in equal parts. What a
-person says of each cube stands in benchmarks/data/world_cubes.json, and `benchmarks.world_edge_windows` cuts out of
-it what the network of `postgen.world.check.edges` learns from. No judge sees the clips here. A batch that is there
+person says of each cube stands in benchmarks/data/world_cubes.json, and `benchmarks.world_cube_cross` tries
+what the network of `postgen.world.check.edges` learns from them. No judge sees the clips here. A batch that is there
 already is not made again.
 """
 
@@ -88,7 +88,7 @@ def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--batches", type=int, default=40, help="of 8 clips (default: 40)")
+    parser.add_argument("--batches", type=int, default=35, help="of 8 clips (default: 35)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
