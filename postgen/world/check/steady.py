@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -101,14 +102,28 @@ def edges(track: Track, name: str) -> float:
     value = ramp(_rank(seen, part), *_ROUND[name]) if len(seen) >= 4 else 1.0
     if name != "cube":
         return value
-    least = _NEARLY * large([p.area for p in track.pieces if p is not None])
-    both = [
-        p.soft + _FACETS * p.round[0]
+    looked = looked_at(track)
+    if len(looked) < 4:
+        return value
+    soft, facets = [p.soft or 0.0 for p in looked], [p.round[0] if p.round else 0.0 for p in looked]
+    return min(value, ramp(soft_value(soft, facets), *_SOFT))
+
+
+def looked_at(track: Track) -> list[Piece]:
+    """Pieces of a cube on which the network is asked: nearly all of it is seen, be it that it touches another body."""
+    clean, least = whole(track), _NEARLY * large([p.area for p in track.pieces if p is not None])
+    return [
+        p
         for f, p in enumerate(track.pieces)
         if p is not None and p.soft is not None and p.round is not None
         if f in clean or (p.area >= least and not (p.border or p.merged))
     ]
-    return min(value, ramp(_rank(sorted(both, reverse=True), _SOFT_RANK), *_SOFT)) if len(both) >= 4 else value
+
+
+def soft_value(soft: Sequence[float], facets: Sequence[float]) -> float:
+    """How round a cube is by what the network and `facets` say of its frames: below `sum(_SOFT) / 2` it is one."""
+    both = [one + _FACETS * other for one, other in zip(soft, facets, strict=True)]
+    return _rank(sorted(both, reverse=True), _SOFT_RANK)
 
 
 def _rank(ranked: list[float], part: float) -> float:
