@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
@@ -274,7 +275,7 @@ def test_an_adapter_brings_its_defaults(tmp_path: Path) -> None:
     made = pipe(TEXT, generator=seeded(), **words)
     assert (made.state.segments.groups, made.state.segments.length, made.state.frames) == (2, 3, 1)
     assert torch.equal(made.frames, trained(TEXT, generator=seeded(), **words, **settings_of(settings)).frames)
-    base.transformer.add_adapter(__import__("peft").LoraConfig(r=2, target_modules=["to_q"]))
+    base.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="has the LoRA default, which a saved model does not have"):
         pipe.save_pretrained(tmp_path / "model")
 
