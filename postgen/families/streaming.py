@@ -67,6 +67,16 @@ class StreamingDecoder:
         self._size: tuple[int, ...] | None = None
 
     @property
+    def finished(self) -> bool:
+        """Whether `finish` has been called: nothing can be pushed any more."""
+        return self._finished
+
+    @property
+    def num_latents(self) -> int | None:
+        """Latent frames of the whole video, where that is known; those of a state that was loaded."""
+        return self._stream.num_latents
+
+    @property
     def state_bytes(self) -> int:
         """Memory of what is kept between pieces."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())

@@ -69,11 +69,7 @@ def _resumed(
             raise UserError("the state was made without guidance and has no negative prompt: give its prompt again")
     generator = said["generator"]
     generators = state.generators if generator is None else _generators(generator, state.rows)
-    session = Session.resume(model, state, wanted, float(scale), device)
-    # Nothing can fail from here on: the state changes as a whole or not at all.
-    state.tell(prompts)
-    state.generators = generators
-    return session
+    return Session.resume(model, state, prompts, generators, wanted, float(scale), device)
 
 
 def _prompts(model: WorldWeaverModel, said: Mapping[str, Any], guidance: float, time: int) -> Prompts:

@@ -86,12 +86,11 @@ class ChunkDecoder:
             raise
 
     def chunk(self, latents: Tensor, clips: Mapping[Modality, Tensor], state: RolloutState) -> WorldWeaverChunk:
-        """Make a chunk of what `push` gave, and write into the state what is remembered."""
+        """Make a chunk of what `push` gave."""
         start = self.count
         parts = self.model.split(latents) if self.output_type == "latent" else clips
         frames = parts["rgb"]
         self.count += frames.shape[1] if self.decoders else self._frames(latents.shape[2])
-        self._keep(state)
         depth = parts["depth"] if "depth" in self.modalities else None
         if depth is not None and self.decoders:
             depth = depth.mean(2)
@@ -103,11 +102,22 @@ class ChunkDecoder:
             state=state,
         )
 
-    def resume(self, state: RolloutState) -> None:
+    def remembered(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `RolloutState.extra` is to be after the last push: the rest of it stays."""
+        kept = {name: value for name, value in extra.items() if not name.startswith(_PREFIX)}
+        for name, decoder in self.decoders.items():
+            kept |= {f"{_PREFIX}{name}.{key}": value for key, value in decoder.state_dict().items()}
+        return {**kept, _COUNT: torch.tensor(self.count)}
+
+    def resume(self, state: RolloutState, end: int | None) -> None:
         """Go on where a state stands.
 
+        Args:
+            state: whose `extra` has what was remembered.
+            end: latent frames of the whole video from here on; None: it has no end.
+
         Raises:
-            UserError: it was made without this output, or with another autoencoder.
+            UserError: it was made without this output, or with another autoencoder, or for a video that had to end.
         """
         for name, decoder in self.decoders.items():
             prefix = f"{_PREFIX}{name}."
@@ -119,14 +129,18 @@ class ChunkDecoder:
                 )
             if own:
                 decoder.load_state_dict(own)
+                self._check_end(decoder, state, end)
         if _COUNT in state.extra:
             self.count = int(state.extra[_COUNT])
 
-    def _keep(self, state: RolloutState) -> None:
-        kept = {name: value for name, value in state.extra.items() if not name.startswith(_PREFIX)}
-        for name, decoder in self.decoders.items():
-            kept |= {f"{_PREFIX}{name}.{key}": value for key, value in decoder.state_dict().items()}
-        state.extra = {**kept, _COUNT: torch.tensor(self.count)}
+    def _check_end(self, decoder: StreamingDecoder, state: RolloutState, end: int | None) -> None:
+        """Refuse to go on past an end that the autoencoder has been told of."""
+        more = end is None or end > state.finished
+        if (decoder.finished and more) or decoder.num_latents not in (None, end):
+            raise UserError(
+                f"{type(self.vae).__name__} decodes towards the end of a video, which was to be after latent frame"
+                f" {state.end}: such a video does not become another length, begin one that is as long as it should be"
+            )
 
     def _decoded(self, decoder: StreamingDecoder, latents: Tensor, last: bool) -> Tensor:
         clip = decoder.push(denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype)))

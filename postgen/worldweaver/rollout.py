@@ -17,6 +17,7 @@ from torch import Tensor
 
 from postgen.errors import UserError, check_number
 from postgen.families import Condition, Denoiser
+from postgen.interrupts import held
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Move, Sampler, Sampling
 from postgen.sampling.schedule import Schedule
@@ -76,7 +77,8 @@ class Group:
 
 OnStep = Callable[[Step], Tensor | None]
 """May return other latents to go on with, of the same shape."""
-OnGroup = Callable[[Group], None]
+OnGroup = Callable[[Group], Mapping[str, Tensor] | None]
+"""May return what `RolloutState.extra` is to be from then on."""
 
 
 class Rollout:
@@ -187,7 +189,8 @@ class Rollout:
         Args:
             state: from `start`, or saved by a rollout with the same segments, levels and group size.
             on_step: called after every call of the network; what it returns takes the place of the latents.
-            on_group: called with every finished group, before it enters the memory and is yielded.
+            on_group: called with every finished group, before it enters the memory and is yielded; what it returns
+                becomes `state.extra` in the same step.
 
         Raises:
             UserError: a state of another rollout.
@@ -205,11 +208,13 @@ class Rollout:
         """Let the oldest group go into the memory."""
         done = state.flight[0]
         group = Group(start_frame=done.start_frame, latents=done.z)
-        if on_group is not None:
-            on_group(group)
+        extra = None if on_group is None else on_group(group)
         poses = self._poses(done.start_frame, done.start_frame + done.z.shape[2])
-        state.bank.add(done.z, done.start_frame, poses=poses)
-        del state.flight[0]
+        with held():  # an interrupt in between would leave the group in both places, or in none
+            state.bank.add(done.z, done.start_frame, poses=poses)
+            del state.flight[0]
+            if extra is not None:
+                state.extra = dict(extra)
         return group
 
     def _push(self, state: RolloutState) -> bool:
@@ -221,25 +226,29 @@ class Rollout:
             return False
         channels, height, width = state.shape
         shape = (state.rows, channels, left, height, width)
-        noise = randn_tensor(shape, generator=state.generators, device=self.device, dtype=torch.float32)
-        state.flight.append(Flying(state.next_frame, 0, noise))
-        state.next_frame += left
+        with held():  # noise that is drawn must not be lost
+            noise = randn_tensor(shape, generator=state.generators, device=self.device, dtype=torch.float32)
+            state.flight.append(Flying(state.next_frame, 0, noise))
+            state.next_frame += left
         return True
 
     def _shift(self, state: RolloutState, on_step: OnStep | None) -> None:
         """Take every group in flight through its segment."""
         before = [generator.get_state() for generator in state.bank.generators]
+        calls = state.calls
         try:
             latents = self._walk(state, on_step)
+            parts = latents.split([group.z.shape[2] for group in state.flight], 2)
+            # Copies: views would keep the latents of all groups.
+            moved = [Flying(old.start_frame, old.age + 1, z.clone()) for old, z in zip(state.flight, parts, strict=True)]
+            with held():
+                state.flight[:] = moved
+                state.calls += self.segments.length
         except BaseException:
-            for generator, kept in zip(state.bank.generators, before, strict=True):
-                generator.set_state(kept)
+            if state.calls == calls:
+                for generator, kept in zip(state.bank.generators, before, strict=True):
+                    generator.set_state(kept)
             raise
-        parts = latents.split([group.z.shape[2] for group in state.flight], 2)
-        for group, z in zip(state.flight, parts, strict=True):
-            # A copy: a view would keep the latents of all groups.
-            group.z, group.age = z.clone(), group.age + 1
-        state.calls += self.segments.length
 
     def _walk(self, state: RolloutState, on_step: OnStep | None) -> Tensor:
         first, last = state.flight[0], state.flight[-1]

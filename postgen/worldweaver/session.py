@@ -42,6 +42,7 @@ class Session:
     ) -> None:
         self.model = model
         self.rollout, self.state, self.decoder, self.given = rollout, state, decoder, given
+        self._place = self._standing
 
     @classmethod
     def begin(
@@ -84,12 +85,19 @@ class Session:
 
     @classmethod
     def resume(
-        cls, model: WorldWeaverModel, state: RolloutState, wanted: Wanted, guidance: float, device: torch.device
+        cls,
+        model: WorldWeaverModel,
+        state: RolloutState,
+        prompts: Prompts,
+        generators: Sequence[torch.Generator],
+        wanted: Wanted,
+        guidance: float,
+        device: torch.device,
     ) -> Session:
         """Return a video that goes on from a state, which is used in place.
 
         Raises:
-            UserError: an end that is behind, or as `ChunkDecoder.resume`.
+            UserError: an end that is behind, or as `ChunkDecoder.resume` and `RolloutState.tell`.
         """
         size = state.model["height"], state.model["width"]
         time = frames_of_latent(model, *size)
@@ -102,9 +110,10 @@ class Session:
                     f"num_frames={wanted.num_frames}: frames up to {least} are in the making, give as many"
                 )
         decoder = ChunkDecoder(model, depth=wanted.depth, output_type=wanted.output_type, time=time, num_latents=end)
-        decoder.resume(state)
+        decoder.resume(state, end)
         rollout = rollout_again(model, state, guidance, device)
-        state.end, state.model["guidance"] = end, guidance
+        state.tell(prompts)  # the last thing that can fail: the state changes as a whole or not at all
+        state.end, state.model["guidance"], state.generators = end, guidance, list(generators)
         return cls(model, rollout, state, decoder)
 
     @property
@@ -129,17 +138,36 @@ class Session:
         state, decoder = self.state, self.decoder
         if self.given is not None:
             latents = self.given.latents
-            yield decoder.chunk(latents, self._decode_given(latents), state)
-        made: dict[Modality, Tensor] = {}
+            chunk = decoder.chunk(latents, self._decode_given(latents), state)
+            state.extra = decoder.remembered(state.extra)
+            yield chunk
+        made: list[WorldWeaverChunk] = []
 
-        def decode(group: Group) -> None:
+        def decode(group: Group) -> dict[str, Tensor]:
             # Before the group leaves the state: if this fails or is interrupted, it comes again.
             stop = group.start_frame + group.latents.shape[2]
-            made.clear()
-            made.update(decoder.push(group.latents, last=stop == state.end))
+            clips = decoder.push(group.latents, last=stop == state.end)
+            made[:] = [decoder.chunk(group.latents, clips, state)]
+            return decoder.remembered(state.extra)
 
-        for group in self.rollout.groups(state, on_step=on_step, on_group=decode):
-            yield decoder.chunk(group.latents, made, state)
+        groups = self.rollout.groups(state, on_step=on_step, on_group=decode)
+        while self._here() and next(groups, None) is not None:
+            self._place = self._standing
+            yield made.pop()
+
+    @property
+    def _standing(self) -> tuple[int, int]:
+        return self.state.calls, self.state.finished
+
+    def _here(self) -> bool:
+        """See that nobody else has gone on with the state: what the decoder remembers would not fit it any more.
+
+        Raises:
+            UserError: somebody has.
+        """
+        if self._standing != self._place:
+            raise UserError("the state has gone on in another stream: give each stream one of its own, state.branch()")
+        return True
 
     def _decode_given(self, latents: Tensor) -> dict[Modality, Tensor]:
         """Decode in pieces as long as a group, so that memory does not follow from their number."""
