@@ -19,11 +19,12 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.families import denoiser_for
 from postgen.families.installed import installed
 from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.call import session_of
+from postgen.worldweaver.callbacks import check_callbacks, latents_of
 from postgen.worldweaver.chunks import WorldWeaverChunk, collected
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.levels import MODALITIES, Modality
@@ -42,6 +43,8 @@ SCALAR_BASES = ("CogVideoXPipeline",)
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 NUM_FRAMES = 81
 """Of a call that says nothing."""
+_LONGEST = 2**16
+"""Tokens of a prompt."""
 
 StepCallback = Callable[["WorldWeaverPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 GroupCallback = Callable[["WorldWeaverPipeline", WorldWeaverChunk], None]
@@ -252,7 +255,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             UserError: arguments that are wrong, or contradict each other or the state.
         """
         said = dict(locals())  # every argument by its name
-        _check_names(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_callbacks(said, self._callback_tensor_inputs)
         with torch.no_grad():
             model = self._model(max_sequence_length)
             session = session_of(model, said, self.config["defaults"] or {}, self.transformer.device)
@@ -331,7 +334,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
                     return None
                 timesteps = session.rollout.schedule.sigmas[step.index] * scale
                 tensors = {name: getattr(step, name) for name in names}
-                return (callback(self, step.call, timesteps, tensors) or {}).get("latents")
+                return latents_of(callback(self, step.call, timesteps, tensors))
 
             for chunk in session.chunks(after):
                 if on_group is not None:
@@ -339,10 +342,16 @@ class WorldWeaverPipeline(DiffusionPipeline):
                 yield chunk
 
     def _model(self, max_sequence_length: int | None) -> WorldWeaverModel:
+        if getattr(self.transformer, "is_cache_enabled", False):
+            raise UserError(
+                "the transformer keeps outputs from step to step (a cache of diffusers), and frames of a window stand"
+                " at different steps: call disable_cache() on it"
+            )
         base = _base_class(self.config["base_pipeline"])
         parts = {part: getattr(self, part) for part in PARTS}
         denoiser = denoiser_for(base(**parts, **(self.config["base_settings"] or {})))
         if max_sequence_length is not None:
+            check_number("max_sequence_length", max_sequence_length, 1, _LONGEST, whole=True)
             denoiser.max_sequence_length = max_sequence_length
         # A transformer of a folder does not say what its channels are, the embedder beside it does.
         widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]])
@@ -379,8 +388,3 @@ def _widen(model: Any, aux: tuple[Modality, ...]) -> None:
         widen_transformer(model, aux)
     else:
         widened(model, MODALITIES[:1])
-
-
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    if wrong := [name for name in names if name not in known]:
-        raise UserError(f"callback_on_step_end_tensor_inputs: {wrong[0]!r} is none of {', '.join(known)}")

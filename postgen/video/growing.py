@@ -5,8 +5,13 @@ appended in one step. So what stands there can be played at any time, and the by
 stopped and the next one went on.
 """
 
+import os
+import re
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +25,11 @@ GROWING = ("mp4", "frames")
 """Formats that can grow."""
 _HEAD, _BODY = (b"ftyp", b"moov"), (b"moof", b"mdat")
 _BLOCK = 2**20
+_TAIL = 2**16
+"""Bytes before a mark by which the video is known again."""
+_NUMBER = re.compile(r"frame_([0-9]{5,})\.png")
+Mark = tuple[int, int, int]
+"""Where a growing video ends: frames, bytes of the file, and a number for what stands before."""
 
 
 class GrowingVideo:
@@ -32,26 +42,46 @@ class GrowingVideo:
         mark: `mark` of an earlier writer of this file, to go on from: what stands behind it is cut off.
 
     Raises:
-        VideoError: another format, a rate that it does not have, a place that cannot be written, or a file that is
-            shorter than the mark says.
+        VideoError: another format, a rate that it does not have, a place that cannot be written, or a video that is
+            not the one of the mark.
     """
 
-    def __init__(
-        self, path: str | Path, *, fps: float, format: str | None = None, mark: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, fps: float, format: str | None = None, mark: Mark | None = None) -> None:
         self.path = Path(path)
         self.kind = check_target(self.path, format)
         if self.kind not in GROWING:
             raise VideoError(f"a {self.kind} cannot be written as it is made: choose {' or '.join(GROWING)}")
         self.rate = checked_rate(fps, self.kind)
-        self.frames, self._size = mark or (0, 0)
-        if self.frames and (short := self._missing()):
-            raise VideoError(f"{self.path} is not the video that was to go on: {short}")
+        self.frames, self._size, known = mark or (0, 0, 0)
+        if self.frames and (other := self._other(known)):
+            raise VideoError(f"{self.path} is not the video that was to go on: {other}")
 
     @property
-    def mark(self) -> tuple[int, int]:
-        """Where the video ends: frames, and bytes of the file."""
-        return self.frames, self._size
+    def mark(self) -> Mark:
+        """Where the video ends."""
+        return self.frames, self._size, self._known() if self.frames else 0
+
+    def cut(self, mark: Mark) -> None:
+        """Take away what stands behind a mark; before the first frame, the video itself.
+
+        Raises:
+            VideoError: the place cannot be written.
+        """
+        try:
+            with held():
+                self.frames, self._size, _ = mark
+                if self.kind == "frames":
+                    for old in self._behind():
+                        old.unlink()
+                    if not self.frames and self.path.is_dir():
+                        self.path.rmdir()
+                elif not self.frames:
+                    self.path.unlink(missing_ok=True)
+                else:
+                    with self.path.open("r+b") as file:
+                        file.truncate(self._size)
+        except OSError as error:
+            raise VideoError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def append(self, frames: Frames) -> None:
         """Write further frames; all of them stand there afterwards, or none.
@@ -89,16 +119,20 @@ class GrowingVideo:
                 part.write_bytes(head + body)
             self.frames, self._size = count, len(head) + len(body)
             return
-        with self.path.open("r+b") as file:
+        # No buffer: what cannot be written, on a full disk, must not wait until the file is closed.
+        with self.path.open("r+b", buffering=0) as file:
             if file.read(len(head)) != head:
                 raise VideoError(
                     f"{self.path} has frames of another size, or is of another ffmpeg: what follows needs a new file"
                 )
-            with held():
+            if (size := file.seek(0, os.SEEK_END)) < self._size:
+                raise VideoError(f"{self.path} was changed by somebody else: it has {size} of {self._size} bytes")
+            with held(), _whole(file, self._size):
                 file.truncate(self._size)
                 file.seek(self._size)
-                file.write(body)
-                file.flush()
+                left = memoryview(body)
+                while left:
+                    left = left[file.write(left) :]
                 self.frames, self._size = self.frames + count, self._size + len(body)
 
     def _append_pictures(self, frames: Frames) -> None:
@@ -109,30 +143,60 @@ class GrowingVideo:
             old.unlink()
         with TemporaryDirectory() as folder:
             made = write_video(Path(folder) / "piece", frames, fps=self.rate, format="frames").frames
-            for number in range(made):
-                with replacing(self.path / _name(self.frames + number)) as part:
-                    part.write_bytes((Path(folder) / "piece" / _name(number)).read_bytes())
+            try:
+                for number in range(made):
+                    with replacing(self.path / _name(self.frames + number)) as part:
+                        part.write_bytes((Path(folder) / "piece" / _name(number)).read_bytes())
+            except BaseException:
+                for new in self._behind():
+                    new.unlink()
+                raise
         self.frames += made
 
     def _behind(self) -> list[Path]:
         """Pictures that a process wrote that was killed before it could say so."""
-        return [file for file in self.path.glob("frame_*.png") if file.name >= _name(self.frames)]
+        numbers = ((_NUMBER.fullmatch(file.name), file) for file in self.path.glob("frame_*.png"))
+        return [file for number, file in numbers if number and int(number[1]) >= self.frames]
 
-    def _missing(self) -> str:
+    def _other(self, known: int) -> str:
+        """Say why the video is not the one of a mark; nothing where it is."""
         if self.kind == "frames":
             last = self.path / _name(self.frames - 1)
-            return "" if last.is_file() else f"there is no {last.name}"
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        return "" if size >= self._size else f"it has {size} of {self._size} bytes"
+            if not last.is_file():
+                return f"there is no {last.name}"
+        elif (size := self.path.stat().st_size if self.path.is_file() else 0) < self._size:
+            return f"it has {size} of {self._size} bytes"
+        return "" if self._known() == known else "something else has been written there"
+
+    def _known(self) -> int:
+        """Return a number for the last bytes before the end, or for the last picture."""
+        try:
+            if self.kind == "frames":
+                return zlib.crc32((self.path / _name(self.frames - 1)).read_bytes())
+            with self.path.open("rb") as file:
+                file.seek(max(0, self._size - _TAIL))
+                return zlib.crc32(file.read(min(_TAIL, self._size)))
+        except OSError as error:
+            raise VideoError(f"cannot read {self.path}: {error.strerror or error}") from error
 
 
-def copy_video(source: Path, target: Path, mark: tuple[int, int]) -> None:
+@contextmanager
+def _whole(file: FileIO, size: int) -> Iterator[None]:
+    """Where the block fails, cut a file back to a size."""
+    try:
+        yield
+    except BaseException:
+        file.truncate(size)
+        raise
+
+
+def copy_video(source: Path, target: Path, mark: Mark) -> None:
     """Copy a growing video up to a mark, so that two can go on from there.
 
     Raises:
         VideoError: the source is shorter, or a file cannot be read or written.
     """
-    frames, size = mark
+    frames, size, _ = mark
     try:
         with replacing(target) as part:
             if source.is_dir():

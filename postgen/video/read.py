@@ -213,10 +213,18 @@ def _next_pam(output: IO[bytes]) -> Tensor | None:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.png")) or sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
+    files = sorted(folder.glob("*.png"), key=_place) or sorted(
+        f for f in folder.iterdir() if f.suffix.lower() in PICTURES
+    )
     if not files:
         raise VideoError(f"the folder {folder} holds no PNG picture: give a video file or a folder of frames")
     return files
+
+
+def _place(file: Path) -> tuple[str, int, str]:
+    """Frames of ours come in the order of their numbers, also above 99999; all others by name."""
+    ours = re.fullmatch(r"(frame_)([0-9]{5,})", file.stem)
+    return (ours[1], int(ours[2]), "") if ours else (file.name, 0, file.name)
 
 
 def _folder_pictures(folder: Path, start: int, stop: int | None) -> Iterator[Tensor]:

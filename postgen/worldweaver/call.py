@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from postgen.errors import UserError, check_number
+from postgen.errors import UserError, check_number, shown
 from postgen.worldweaver.given import given_of
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.plan import DEFAULTS, frames_of_latent, plan_of
@@ -17,6 +17,8 @@ from postgen.worldweaver.told import embedded, encoded, timed
 
 PLANNED = (*DEFAULTS, "overlap_history", "base_num_frames")
 BEGUN = ("image", "video", "depth")
+_LARGEST = 2**15
+"""Pixels of a side."""
 
 
 def session_of(
@@ -33,12 +35,20 @@ def session_of(
     Raises:
         UserError: what is wrong with an argument.
     """
+    if said["num_frames"] is not None:
+        check_number("num_frames", said["num_frames"], 1, whole=True)
+    if said["state"] is not None and not isinstance(said["state"], RolloutState):
+        raise UserError(
+            f"state must be a RolloutState, as chunk.state or load_state has it, got {shown(said['state'])}"
+        )
     wanted = Wanted(num_frames=said["num_frames"], output_type=said["output_type"], depth=said["return_depth"])
     if said["state"] is not None:
         return _resumed(model, said, wanted, said["state"], device)
     asked = {name: said[name] for name in PLANNED}
     usual = DEFAULTS | dict(settings)
     height, width = (usual[name] if asked[name] is None else asked[name] for name in ("height", "width"))
+    check_number("height", height, 1, _LARGEST, whole=True)
+    check_number("width", width, 1, _LARGEST, whole=True)
     time = frames_of_latent(model, height, width)
     plan = plan_of(asked, settings, time)
     prompts = _prompts(model, said, plan.guidance, time)
@@ -87,6 +97,9 @@ def _prompts(model: WorldWeaverModel, said: Mapping[str, Any], guidance: float, 
 
 def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, rows: int) -> list[torch.Generator]:
     """Return one for each video, which a state can keep apart."""
+    several = list(generator) if isinstance(generator, Sequence) else [] if generator is None else [generator]
+    if wrong := [each for each in several if not isinstance(each, torch.Generator)]:
+        raise UserError(f"generator must be a torch.Generator, or one for each video, got {shown(wrong[0])}")
     if isinstance(generator, Sequence):
         if len(generator) != rows or len({id(each) for each in generator}) != rows:
             raise UserError(f"{len(generator)} generators for {rows} videos: give one, or another one for each")

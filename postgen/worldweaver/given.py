@@ -6,13 +6,19 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, first_line
+from postgen.video import rgb_picture
 from postgen.worldweaver.depth import DisparityRange, disparity_of
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.model import WorldWeaverModel
+
+_SLACK = 0.05
+"""Values of pictures so far outside their range are rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +42,13 @@ def given_of(
         model: the model.
         rows: B; one picture or video serves all of them.
         size: height and width in pixels: pictures are resized to it.
-        image: as pipelines of diffusers take it.
+        image: as pipelines of diffusers take it; a picture of PIL in any mode, arrays also of uint8.
         video: likewise; its frames must be as many as the autoencoder puts into latent frames.
         depth: distances (F, H, W) or (B, F, H, W), or of one picture (H, W), of the size of the video.
 
     Raises:
-        UserError: a picture and a video, depth of neither, another number or size of frames, or a model without depth.
+        UserError: a picture and a video, values that are none of a picture, depth of neither, another number or size
+            of frames, or a model without depth.
     """
     if image is not None and video is not None:
         raise UserError("image and video are both a beginning: give one of them")
@@ -71,22 +78,42 @@ def _clips(image: Any, video: Any, size: tuple[int, int]) -> Tensor:
     from diffusers.video_processor import VideoProcessor
 
     processor = VideoProcessor(vae_scale_factor=1)
+    what = "image" if image is not None else "video"
     try:
         if image is not None:
-            pixels: Tensor = processor.preprocess(image, height=size[0], width=size[1])[:, None]
+            pixels: Tensor = processor.preprocess(_plain(image), height=size[0], width=size[1])[:, None]
         else:
-            pixels = processor.preprocess_video(video, height=size[0], width=size[1]).transpose(1, 2)
-    except (ValueError, TypeError, IndexError) as error:
-        what = "image" if image is not None else "video"
-        raise UserError(f"the {what} is none that diffusers takes: {' '.join(str(error).split())[:200]}") from error
+            pixels = processor.preprocess_video(_plain(video), height=size[0], width=size[1]).transpose(1, 2)
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the {what} is none that diffusers takes: {first_line(error)[:200]}") from error
+    if pixels.dim() != 5 or pixels.shape[2] != 3 or not pixels.numel():
+        raise UserError(f"the {what} is {tuple(pixels.shape)}, (videos, frames, channels, height, width): give RGB")
+    # Of whole numbers from 0 to 255 that call themselves floats, diffusers makes white without a word.
+    low, high = (float(end) for end in pixels.float().aminmax())
+    if not -1 - _SLACK <= low <= high <= 1 + _SLACK:
+        raise UserError(f"the {what} has values outside those of a picture: give uint8, or numbers from 0 to 1")
     return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
 
+def _plain(given: Any) -> Any:
+    """Turn pictures into RGB as a viewer shows them, and bytes of arrays into numbers from 0 to 1."""
+    if isinstance(given, Image.Image):
+        return rgb_picture(given)
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8:
+        return given.astype(np.float32) / 255
+    if isinstance(given, Tensor) and given.dtype == torch.uint8:
+        return given.float() / 255
+    return [_plain(each) for each in given] if isinstance(given, list | tuple) else given
+
+
 def _disparity(depth: Any, clips: Tensor, rows: int) -> Tensor:
-    distances = torch.as_tensor(depth).float()
-    wanted = (clips.shape[1], *clips.shape[3:])
+    try:
+        distances = torch.as_tensor(np.array(depth) if isinstance(depth, Image.Image) else depth).float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"depth is no array of distances: {first_line(error)}") from error
+    given, wanted = tuple(distances.shape), (clips.shape[1], *clips.shape[3:])
     distances = distances[None] if distances.dim() == 2 else distances
     distances = distances[None] if distances.dim() == 3 else distances
     if distances.dim() != 4 or distances.shape[1:] != wanted or len(distances) not in (1, rows):
-        raise UserError(f"depth of shape {tuple(torch.as_tensor(depth).shape)}: give distances {wanted}")
+        raise UserError(f"depth of shape {given}: give distances {wanted}")
     return disparity_of(distances.expand(rows, -1, -1, -1))

@@ -18,7 +18,7 @@ from postgen.errors import UserError, check_number, shown
 from postgen.sampling.seeds import seed_of
 
 from .levels import MODALITIES, FrameLevels, Modality, Role
-from .selection import Candidates, Policy, Query, StoredFrame, policy_of, policy_state, spacing_loss
+from .selection import Candidates, Policy, Query, StoredFrame, check_needs, policy_of, policy_state, spacing_loss
 
 AlphaBar = Callable[[Tensor], Tensor]
 """Alpha-bar of noise levels, `Denoiser.alpha_bar`, for models that are no flow."""
@@ -104,6 +104,22 @@ class MemoryBank:
     def reset(self) -> None:
         """Forget every frame, the selection and the seeds."""
         self.generators, self._frames, self._selected = [], [], set()
+
+    def check_rows(self, rows: int, *, posed: bool, unknown: Collection[Modality] = ()) -> None:
+        """See before anything is made that a video can be remembered to its end.
+
+        Args:
+            rows: B.
+            posed: whether frames come with their cameras.
+            unknown: modalities that some of the frames to choose from do not have.
+
+        Raises:
+            UserError: the policy needs what there will not be, or the capacity cannot hold what the rows select.
+        """
+        self._check_capacity(rows)
+        depthless = self.modalities < 2 or "depth" in {*unknown, *self.hidden}
+        if self.long > self.sink:
+            check_needs(self.policy, posed=posed, depth=not depthless)
 
     def add(
         self, z: Tensor, start_frame: int, *, poses: Tensor | None = None, unknown: Collection[Modality] = ()
@@ -242,11 +258,14 @@ class MemoryBank:
             raise UserError(f"frames from {start_frame} on for a memory up to frame {newest}: add them in their order")
         if last and z[:, :, 0].shape != last.z.shape:
             raise UserError(f"a frame of shape {tuple(z[:, :, 0].shape)} for a memory of {tuple(last.z.shape)}")
-        choices = (self.long - self.sink) * (len(z) if self.policy.per_row else 1)
+        self._check_capacity(len(z))
+
+    def _check_capacity(self, rows: int) -> None:
+        choices = (self.long - self.sink) * (rows if self.policy.per_row else 1)
         # The frame that is added counts, and one must be left to go.
         if (least := self.sink + choices + max(1, self.short)) > self.capacity:
             raise UserError(
-                f"a memory of {self.capacity} frames cannot hold what {len(z)} rows select, up to {least}:"
+                f"a memory of {self.capacity} frames cannot hold what {rows} rows select, up to {least}:"
                 " raise capacity"
             )
 

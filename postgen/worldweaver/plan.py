@@ -184,11 +184,17 @@ def _look_at(module: nn.Module, put: Any) -> None:
 
 def _segments(asked: Mapping[str, Any], usual: Mapping[str, Any], said: bool) -> Segments:
     steps = asked["num_inference_steps"]
+    check_number("num_inference_steps", steps, 2, whole=True)
     if said:
         return Segments.staggered(steps, asked["ar_step"])
     # As many groups in flight as with the usual numbers: that is what was trained.
     lag = usual["ar_step"]
-    return Segments.of(steps, math.ceil(usual["num_inference_steps"] / lag) if lag else 1)
+    groups = math.ceil(usual["num_inference_steps"] / lag) if lag else 1
+    if steps < groups:
+        raise UserError(
+            f"num_inference_steps={steps} for {groups} groups in flight: give at least {groups}, or ar_step"
+        )
+    return Segments.of(steps, groups)
 
 
 def _history(said: Mapping[str, Any], usual: Mapping[str, Any], flying: int, time: int) -> tuple[int, int]:
@@ -230,7 +236,9 @@ def _schedule(model: WorldWeaverModel, plan: Plan, device: torch.device) -> Sche
     if shift is None and not config.get("use_dynamic_shifting", False):
         shift = config.get("flow_shift", config.get("shift"))
     if shift is None:
-        raise UserError("the noise levels of this scheduler depend on the size of a clip: give flow_shift")
+        raise UserError(
+            "the noise levels of this scheduler depend on the size of a clip: give flow_shift, or an adapter with it"
+        )
     return linspace_schedule(denoiser, steps, float(shift), device)
 
 

@@ -150,8 +150,9 @@ class Rollout:
             model: what the state says of its model, as JSON has it.
 
         Raises:
-            UserError: wrong prompts (`RolloutState.tell`), a bank that is in use, no generators, fewer than 1 frame,
-                or given latents that do not fit or that no memory would keep.
+            UserError: wrong prompts (`RolloutState.tell`), a bank that is in use or cannot do what it is to do
+                (`MemoryBank.check_rows`), no generators, fewer than 1 frame, or given latents that do not fit or that
+                no memory would keep.
         """
         if len(bank):
             raise UserError(f"a memory with {len(bank)} frames for a new rollout: reset it, or go on from its state")
@@ -161,6 +162,8 @@ class Rollout:
             raise UserError(f"{shape[0]} channels are not {bank.modalities} modalities of equal size")
         if num_latents is not None:
             check_number("num_latents", num_latents, 1, whole=True)
+        chosen_from = unknown if given is not None and given.shape[2] > bank.sink else ()
+        bank.check_rows(len(generators), posed=self.poses is not None, unknown=chosen_from)
         begin = self._given(bank, given, (len(generators), *shape), unknown)
         bank.seed([seed_of(generator.initial_seed(), "step") for generator in generators])
         state = RolloutState(
@@ -240,7 +243,9 @@ class Rollout:
             latents = self._walk(state, on_step)
             parts = latents.split([group.z.shape[2] for group in state.flight], 2)
             # Copies: views would keep the latents of all groups.
-            moved = [Flying(old.start_frame, old.age + 1, z.clone()) for old, z in zip(state.flight, parts, strict=True)]
+            moved = [
+                Flying(old.start_frame, old.age + 1, z.clone()) for old, z in zip(state.flight, parts, strict=True)
+            ]
             with held():
                 state.flight[:] = moved
                 state.calls += self.segments.length

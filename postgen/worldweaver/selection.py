@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgen.errors import UserError, check_number, did_you_mean, shown
+from postgen.errors import UserError, check_number, did_you_mean, first_line, shown
+
+_NO_DEPTH = "depth_sim compares depth latents, and frames of this memory have none: take logspace"
+_NO_POSES = "the policy camera needs the camera of every frame: give poses to the rollout, or take logspace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Candidates:
 
 @runtime_checkable
 class Policy(Protocol):
-    """A rule for long memory."""
+    """A rule for long memory. One that cannot do without depth or cameras says so: `needs`, "depth" or "poses"."""
 
     name: ClassVar[str]
     """By which it is asked for."""
@@ -152,6 +155,7 @@ class DepthSimilarity:
 
     name: ClassVar[str] = "depth_sim"
     per_row: ClassVar[bool] = True
+    needs: ClassVar[str] = "depth"
 
     cells: int = 8
     """Cells of the grid, in each direction."""
@@ -174,7 +178,7 @@ class DepthSimilarity:
         """
         frames = (*candidates.frames, *candidates.recent)
         if candidates.modalities < 2 or not all(frame.known[1] for frame in frames):
-            raise UserError("depth_sim compares depth latents, and frames of this memory have none: take logspace")
+            raise UserError(_NO_DEPTH)
         seen = self._pooled(candidates, candidates.frames)
         now = self._pooled(candidates, candidates.recent)
         score = torch.einsum("nbf,mbf->bnm", seen, now).mean(-1).cpu()
@@ -209,6 +213,7 @@ class CameraOverlap:
 
     name: ClassVar[str] = "camera"
     per_row: ClassVar[bool] = True
+    needs: ClassVar[str] = "poses"
 
     focal: float = 2.77
     """Focal length in half picture heights; the world's own."""
@@ -235,7 +240,7 @@ class CameraOverlap:
         """
         poses = [frame.pose for frame in candidates.frames if frame.pose is not None]
         if query.poses is None or len(poses) != len(candidates.frames):
-            raise UserError("the policy camera needs the camera of every frame: give poses to the rollout")
+            raise UserError(_NO_POSES)
         rotation, position = query.poses.double().cpu().split((3, 1), -1)
         points = (rotation.mT @ self._grid() + position).movedim(2, -1).flatten(1, 2)  # (B, T * P, 3)
         seen = torch.stack([self._sees(pose.double().cpu(), points) for pose in poses], 1)
@@ -289,14 +294,32 @@ def policy_of(given: str | Policy | Mapping[str, Any]) -> Policy:
     Raises:
         UserError: names those that are known.
     """
-    if isinstance(given, Policy):
+    if isinstance(given, Policy) and not isinstance(given, type):
         return given
+    if not isinstance(given, str | Mapping):
+        raise UserError(f"memory policy {shown(given)}: give a policy, or a name of {', '.join(POLICIES)}")
     settings = {"name": given} if isinstance(given, str) else dict(given)
     name = settings.pop("name", None)
     if name not in POLICIES:
         near = did_you_mean(str(name), POLICIES)
         raise UserError(f"memory policy {shown(name)} is not known: choose from {', '.join(POLICIES)}.{near}")
-    return POLICIES[name](**settings)
+    try:
+        return POLICIES[name](**settings)
+    except TypeError as error:
+        raise UserError(f"memory policy {name}: {first_line(error)}") from error
+
+
+def check_needs(policy: Policy, *, posed: bool, depth: bool) -> None:
+    """Refuse a policy that needs what frames will not have.
+
+    Raises:
+        UserError: it needs cameras or depth latents, and there are none.
+    """
+    needs = getattr(policy, "needs", None)
+    if needs == "depth" and not depth:
+        raise UserError(_NO_DEPTH)
+    if needs == "poses" and not posed:
+        raise UserError(_NO_POSES)
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +23,7 @@ from torch import Tensor
 from postgen.errors import UserError, check_number, shown
 from postgen.families import Condition
 from postgen.files import replacing
-from postgen.reading import read_json
+from postgen.reading import check_readable, read_json
 from postgen.tensor_files import read_tensors
 from postgen.versions import versions
 
@@ -29,6 +32,9 @@ from .segments import Segments
 
 FORMAT = 1
 HEAD = "state.json"
+_TENSORS = re.compile(r"state-[0-9a-f]{16}\.safetensors")
+_LATER = 3600
+"""Seconds after which nobody is still writing a file."""
 Prompts = Sequence[tuple[int, Condition]]
 """(start_frame, encoded prompt of B rows), rising: from which latent frame on it is told."""
 
@@ -221,11 +227,13 @@ class RolloutState:
             "state": state["head"],
         }
         head["digest"] = _digest(json.dumps(head, sort_keys=True).encode())
+        before = _named(folder)
         with replacing(folder / HEAD) as part:
             part.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-        left = [old for old in folder.glob("state-*.safetensors") if old != tensors]
-        for old in (*left, *folder.glob(".state*.part")):  # a process that was killed leaves parts
-            old.unlink(missing_ok=True)
+        for old in (before, *_left_behind(folder)):
+            if old is not None and old != tensors:
+                with suppress(OSError):
+                    old.unlink()
 
     @classmethod
     def load(
@@ -242,26 +250,58 @@ class RolloutState:
             UserError: there is none, it is damaged, of another format, or of another model.
         """
         folder = Path(folder)
-        head = read_json(folder / HEAD, f"{folder} holds no state of a rollout")
+        while True:
+            head = read_json(folder / HEAD, f"{folder} holds no state of a rollout")
+            try:
+                return cls._loaded(folder, head, model or {}, device)
+            except UserError:
+                # Whoever goes on with the video replaces its state: another one may stand there by now.
+                if read_json(folder / HEAD, f"{folder} holds no state of a rollout") == head:
+                    raise
+
+    @classmethod
+    def _loaded(cls, folder: Path, head: Any, model: Mapping[str, Any], device: torch.device | str) -> RolloutState:
+        head = dict(head) if isinstance(head, dict) else head
         if not isinstance(head, dict) or "format" not in head:
             raise UserError(f"{folder} holds no state of a rollout: {HEAD} does not say what it is")
         if head["format"] != FORMAT:
-            made = ", ".join(f"{name} {value}" for name, value in dict(head.get("versions", {})).items())
+            made = head.get("versions")
+            made = ", ".join(f"{name} {value}" for name, value in made.items()) if isinstance(made, dict) else shown(made)
             raise UserError(f"{folder} has state format {shown(head['format'])} ({made}): this version reads {FORMAT}")
         digest = head.pop("digest", None)
         if digest != _digest(json.dumps(head, sort_keys=True).encode()):
             raise UserError(f"the state in {folder} is damaged: {HEAD} is not as it was written")
-        for name, own in (model or {}).items():
+        for name, own in model.items():
             own = json.loads(json.dumps(own))  # a tuple comes back as a list
             if (found := head["state"]["model"].get(name)) != own:
                 raise UserError(
                     f"the state in {folder} is of a model with {name} {shown(found)}, this one has {shown(own)}"
                 )
         file = folder / head["file"]
-        tensors = read_tensors(file, f"the state in {folder} is damaged: {file.name}")
+        said = f"the state in {folder} is damaged: {file.name}"
+        check_readable(file, said)
         if _digest(file.read_bytes()) != head["tensors"]:
-            raise UserError(f"the state in {folder} is damaged: {file.name} is not as it was written")
+            raise UserError(f"{said} is not as it was written")
+        tensors = read_tensors(file, said)
         return cls.from_state_dict({"head": head["state"], "tensors": tensors}, device)
+
+
+def _named(folder: Path) -> Path | None:
+    """Return the file of tensors that the state in a folder names; None: there is no state, or a damaged one."""
+    with suppress(UserError, OSError, TypeError, KeyError):
+        name = read_json(folder / HEAD, "")["file"]
+        return folder / name if _TENSORS.fullmatch(name) else None
+    return None
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """Return what processes left that were killed; what is younger may be the work of one that is alive."""
+    found = []
+    for file in (*folder.glob("state-*.safetensors"), *folder.glob(".state*.part")):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > _LATER:
+                found.append(file)
+    return found
 
 
 def _digest(data: bytes) -> str:

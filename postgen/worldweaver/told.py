@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from postgen.errors import UserError, shown
-from postgen.families import Condition, Denoiser
+from postgen.errors import UserError, check_text, shown
+from postgen.families import Condition
 from postgen.worldweaver.state import Prompts
 
 Prompt = str | Sequence[str] | Sequence[tuple[int, str | Sequence[str]]]
@@ -21,6 +21,8 @@ def timed(prompt: Prompt) -> list[tuple[int, list[str]]]:
     Raises:
         UserError: it is none, empty, does not begin with frame 0, or its frames do not rise.
     """
+    if not isinstance(prompt, str | list | tuple):
+        raise UserError(f"the prompt is a text, texts, or a schedule [(frame, text), ...], got {shown(prompt)}")
     entries: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not entries:
         raise UserError("the prompt schedule is empty: give a text, or (0, text) as its first entry")
@@ -31,9 +33,7 @@ def timed(prompt: Prompt) -> list[tuple[int, list[str]]]:
         if not isinstance(entry, tuple | list) or len(entry) != 2 or type(entry[0]) is not int:
             raise UserError(f"an entry of the prompt schedule is (frame, text), got {shown(entry)}")
         frame, text = entry
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(each, str) for each in texts):
-            raise UserError(f"the prompt from frame {frame} on must be a text or texts, got {shown(text)}")
+        texts = _texts(f"the prompt from frame {frame} on", text)
         if told and frame <= told[-1][0]:
             raise UserError(f"the prompt schedule goes from frame {told[-1][0]} to {frame}: frames must rise")
         told.append((frame, texts))
@@ -46,7 +46,7 @@ def timed(prompt: Prompt) -> list[tuple[int, list[str]]]:
 
 
 def encoded(
-    denoiser: Denoiser, told: Sequence[tuple[int, list[str]]], negative: str | Sequence[str] | None, *, guided: bool,
+    denoiser: Any, told: Sequence[tuple[int, list[str]]], negative: str | Sequence[str] | None, *, guided: bool,
     time: int
 ) -> Prompts:  # fmt: skip
     """Encode a schedule; each of its texts once.
@@ -59,10 +59,14 @@ def encoded(
         time: frames of a latent frame.
 
     Raises:
-        UserError: another number of negative prompts, or two prompts that begin within one latent frame.
+        UserError: another number of negative prompts, two prompts that begin within one latent frame, or a pipeline
+            without text encoder.
     """
     rows = len(told[0][1])
-    negatives = None if negative is None else [negative] * rows if isinstance(negative, str) else list(negative)
+    if denoiser.pipe.text_encoder is None or denoiser.pipe.tokenizer is None:
+        raise UserError("the pipeline has no text encoder: give prompt_embeds, or load it with one")
+    negatives = None if negative is None else _texts("the negative prompt", negative)
+    negatives = negatives * rows if isinstance(negative, str) and negatives else negatives
     if negatives is not None and not guided:
         raise UserError("a negative prompt needs guidance_scale above 1: change one of the two")
     prompts: list[tuple[int, Condition]] = []
@@ -80,12 +84,25 @@ def embedded(denoiser: Any, positive: Tensor, negative: Tensor | None, *, guided
     Raises:
         UserError: the model's encodings are more than one tensor; guidance without a negative one, or the reverse.
     """
+    for name, value in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if value is not None and (not isinstance(value, Tensor) or value.dim() != 3 or not value.isfinite().all()):
+            raise UserError(f"{name} is {shape}: give a tensor (videos, tokens, features) of finite numbers")
     if denoiser.per_row:
         raise UserError(f"{type(denoiser.pipe).__name__} encodes a prompt as more than one tensor: give the text")
     if guided != (negative is not None):
         raise UserError("prompt_embeds: give negative_prompt_embeds if, and only if, guidance_scale is above 1")
     parts = {"prompt": positive} if negative is None else {"prompt": positive, "negative": negative}
     return [(0, {name: value.to(denoiser.model.device, denoiser.model.dtype) for name, value in parts.items()})]
+
+
+def _texts(what: str, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise UserError(f"{what} must be a text or texts, got {shown(given)}")
+    for each in texts:
+        check_text(what, each)
+    return texts
 
 
 def latent_of(frame: int, time: int) -> int:

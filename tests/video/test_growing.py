@@ -66,4 +66,4 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         video.append(torch.zeros(2, 3, 64, 64))
     assert video.path.read_bytes() == before
     with pytest.raises(VideoError, match="not the video that was to go on"):
-        GrowingVideo(tmp_path / "a.mp4", fps=8, mark=(9, 10**6))
+        GrowingVideo(tmp_path / "a.mp4", fps=8, mark=(9, 10**6, 0))
