@@ -22,21 +22,21 @@ from postgen.errors import UserError, shown
 from postgen.families.loading import inspect_model
 from postgen.files import check_apart, check_place, files_of
 from postgen.generate import Job, load, output_paths, prepare, read_by, refusals
+from postgen.long_files import REQUEST, LongFiles, Places
 from postgen.pipelines.worldweaver import BASES, WorldWeaverPipeline
 from postgen.reading import read_text
 from postgen.request import GenerateConfig, portable
-from postgen.video import GROWING, Footage, GrowingVideo, contact_sheet, copy_video, read_picture
+from postgen.video import GROWING, Footage, contact_sheet, read_picture
 from postgen.worldweaver.adapter import CONFIG
-from postgen.worldweaver.chunks import WorldWeaverChunk
 from postgen.worldweaver.plan import DEFAULTS, frames_of_latent
 from postgen.worldweaver.state import RolloutState
+from postgen.worldweaver.widen import two_experts
 
 EMBEDDED_STEPS = 15
 """Denoising steps of the embedded model in a long video: 20 s are then made in 90 s by two CPU cores."""
 _GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
 """Groups in flight where the adapter says nothing."""
 _ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
-_REQUEST, _VIDEO, _DEPTH = "request", "written.video", "written.depth"
 Report = Callable[[int, int | None], None]
 """Called after each chunk with the frames that are made, and those of the whole video; None: it has no end."""
 
@@ -62,20 +62,6 @@ class LongRequest:
         if self.adapter is not None:
             return Path(self.adapter).expanduser()
         return embedded_adapter() if self.config.model is None else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
-    """Files of a long video."""
-
-    video: Path
-    depth: Path
-    """Of the depth; written with `--depth` alone."""
-    sheet: Path
-    state: Path
-    """Folder of the state."""
-    kind: str
-    """mp4 or frames."""
 
 
 def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int, str], ...]:
@@ -111,8 +97,12 @@ def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int
     return tuple(found)
 
 
-def prepare_long(request: LongRequest) -> Job:
+def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
     """Check everything that can be checked before the weights are read.
+
+    Args:
+        request: what was asked for.
+        begins: whether the first frame is still to be read.
 
     Raises:
         UserError: what is wrong, in one line.
@@ -121,6 +111,8 @@ def prepare_long(request: LongRequest) -> Job:
     facts = inspect_model(config.model if config.model is not None else embedded_model())
     if facts.pipeline not in BASES:
         raise UserError(f"{facts.pipeline} makes no long videos here: use a model of {', '.join(BASES)}")
+    if facts.experts:
+        raise UserError(two_experts(facts.pipeline))
     for wrong, name in (
         (config.offload != "none", "--offload"),
         (bool(config.plug_ins), "a plug-in"),
@@ -128,7 +120,7 @@ def prepare_long(request: LongRequest) -> Job:
     ):
         if wrong:
             raise UserError(f"{name} does not go with a long video: leave it out")
-    if config.image is not None:
+    if begins and config.image is not None:
         read_picture(config.image)
     folder = request.adapter_folder
     if folder is not None and not (folder / CONFIG).is_file():
@@ -193,25 +185,29 @@ class LongVideo:
     ) -> None:
         self.pipe, self.request, self.job, self.places, self.state = pipe, request, job, places, state
         self.rate = job.config.fps or 8.0
-        self.video = self._growing(places.video, _VIDEO)
-        self.depth = self._growing(places.depth, _DEPTH) if request.depth else None
-        self.saved = state is not None
+        self.files = LongFiles(places, self.rate, depth=request.depth, state=state)
 
     @property
     def seconds(self) -> float:
         """Of the video that is written."""
-        return self.video.frames / self.rate
+        return self.files.frames / self.rate
 
     def make(self, report: Report, **changes: Any) -> None:
         """Make the video to its end, if it has one; the state is saved after every chunk.
+
+        Of a video that is finished and lacks its contact sheet, nothing is made.
 
         Args:
             report: see `Report`.
             changes: of a call that goes on from a state: prompt, negative_prompt, guidance_scale, generator.
 
         Raises:
-            UserError: what the pipeline or the disk refuses, or a video that is finished.
+            UserError: what the pipeline or the disk refuses, a video that is finished, or at which another process is.
         """
+        with self.files.alone():
+            self._make(report, **changes)
+
+    def _make(self, report: Report, **changes: Any) -> None:
         words: dict[str, Any] = {"output_type": "pt", "return_depth": self.request.depth}
         if self.state is None:
             words |= self._first_call()
@@ -220,49 +216,29 @@ class LongVideo:
         frames = self._frames()
         if self.state is not None and frames is None:
             self.state.extend(None)
-        chunks, before = self.pipe.stream(num_frames=frames, **words), self.video.frames
+        chunks, before = self.pipe.stream(num_frames=frames, **words), self.files.frames
         while True:
             with refusals("WorldWeaverPipeline"):
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            self._take(chunk)
-            report(self.video.frames, frames)
-        if self.video.frames == before:
+            self.files.take(chunk, self._note())
+            report(self.files.frames, frames)
+        if self.files.frames == before and self.places.sheet.exists():
             raise UserError(f"this video is finished, it is {self.seconds:.1f} s long: give a larger --long")
 
     def write_sheet(self) -> None:
         """Draw the contact sheet of what there is."""
         title = f"{self.request.schedule[0][1]} (seed {self.request.config.seed})"
-        contact_sheet(Footage(self.video.path), self.places.sheet, title=title)
+        contact_sheet(Footage(self.places.video), self.places.sheet, title=title)
 
     def standing(self) -> str:
         """Say what there is and how it goes on, for a process that is stopped."""
-        if not self.saved:
+        if not self.files.saved:
             return "nothing of the video was made yet, and no half-written file was left"
-        return (
-            f"{self.video.frames} frames ({self.seconds:.1f} s) are in {self.video.path}; to go on: postgen generate"
-            f" --continue {self.places.state}"
-        )
-
-    def _take(self, chunk: WorldWeaverChunk) -> None:
-        """Write a chunk, and then the state that begins behind it."""
-        state = chunk.state
-        self.video.append(chunk.frames[0])
-        state.extra[_VIDEO] = torch.tensor(self.video.mark)
-        if self.depth is not None:
-            self.depth.append(chunk.depth[0][:, None].expand(-1, 3, -1, -1))
-            state.extra[_DEPTH] = torch.tensor(self.depth.mark)
-        state.model[_REQUEST] = self._note()
-        state.save(self.places.state)
-        self.saved = True
-
-    def _growing(self, path: Path, name: str) -> GrowingVideo:
-        mark = None
-        if self.state is not None:
-            frames, size = self.state.extra[name].tolist()
-            mark = frames, size
-        return GrowingVideo(path, fps=self.rate, format=self.places.kind, mark=mark)
+        there = f"{self.files.frames} frames ({self.seconds:.1f} s) are in {self.places.video}"
+        made = there if self.files.frames else "no frame is finished yet"
+        return f"{made}; to go on: postgen generate --continue {self.places.state}"
 
     def _first_call(self) -> dict[str, Any]:
         config, job, adapter = self.request.config, self.job, self.pipe.config["defaults"] or {}
@@ -312,7 +288,7 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
     Raises:
         UserError: there is no state, it is damaged, or a program made it.
     """
-    note = RolloutState.load(folder).model.get(_REQUEST)
+    note = RolloutState.load(folder).model.get(REQUEST)
     if not isinstance(note, dict):
         raise UserError(f"the state in {folder} was not made by postgen generate: go on from it in Python")
     settings = dict(note["settings"])
@@ -325,20 +301,6 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
         depth=note["depth"],
     )
     return request, places_of(folder.absolute().parent / note["video"], note["format"], request)
-
-
-def branched(state: RolloutState, old: Places, new: Places, *, depth: bool) -> None:
-    """Copy the video of a state, so that it goes on under another name and the old one stays.
-
-    Raises:
-        UserError: another format, or a file that cannot be read or written.
-    """
-    if old.kind != new.kind:
-        raise UserError(f"the video is a {old.kind}, and goes on as one: name the new one likewise")
-    for name, source, target in ((_VIDEO, old.video, new.video), (_DEPTH, old.depth, new.depth)):
-        if name == _VIDEO or depth:
-            frames, size = state.extra[name].tolist()
-            copy_video(source, target, (frames, size))
 
 
 def _steps(job: Job, config: GenerateConfig) -> int:

@@ -11,7 +11,8 @@ METHODS = {
 }
 """Rooms of one method each: none imports another."""
 GROUND = {
-    *("errors", "files", "interrupts", "own_code", "prompt_rows", "reading", "settings", "tensor_files", "versions"),
+    *("errors", "files", "interrupts", "locks", "own_code", "prompt_rows", "reading", "settings", "tensor_files"),
+    "versions",
 }
 LOWER = {
     *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
@@ -19,13 +20,14 @@ LOWER = {
 }
 """What lies below a method. What it needs of `compat`, families offer."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
-TOP |= {"generate_long", "request", "train"}
+TOP |= {"generate_long", "long_files", "request", "train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {
     "errors": set(),
     "files": {"errors", "interrupts"},
     "interrupts": set(),
+    "locks": {"errors"},
     "own_code": {"errors"},
     "prompt_rows": {"errors", "reading"},
     "reading": {"errors"},

@@ -99,29 +99,32 @@ def _go_on(
         raise UserError(f"{wrong[0]} is the state's, from which the video goes on: leave it out")
     if words.depth or words.adapter:
         raise UserError("--depth and --adapter are the state's, from which the video goes on: leave them out")
-    from postgen.generate_long import LongVideo, branched, load_long, places_of, prepare_long, read_request
+    from postgen.generate_long import LongVideo, load_long, places_of, prepare_long, read_request
     from postgen.generate_long import read_schedule as read
+    from postgen.long_files import branch_files
 
     request, places = read_request(words.go_on)
     before = places
     changes: dict[str, Any] = {name: given[name] for name in ("guidance_scale", "negative_prompt") if name in given}
     if entries or prompt is not None:
         request = dataclasses.replace(request, schedule=read(entries, prompt))
-        changes["prompt"] = list(request.schedule)
+        changes["prompt"] = None
     config = dataclasses.replace(request.config, **given, prompt=request.schedule[0][1])
     seconds = None if words.stream else request.seconds if words.long is None else words.long
     request = dataclasses.replace(request, config=config, seconds=seconds)
+    if changes:  # told anew as a whole: another prompt keeps the negative one, another guidance may need one
+        changes |= {"prompt": list(request.schedule), "negative_prompt": config.negative_prompt}
     if "seed" in given:
         import torch
 
         changes["generator"] = torch.Generator().manual_seed(config.seed)
     if output is not None or format is not None:
         places = places_of(output or places.video, format, request)
-    job = prepare_long(request)
+    job = prepare_long(request, begins=False)
     pipe = _loaded(load_long, request, job)
     state = pipe.load_state(words.go_on)
     if places.video.absolute() != before.video.absolute():
-        branched(state, before, places, depth=request.depth)
+        branch_files(state, before, places, depth=request.depth)
     _make(LongVideo(pipe, request, job, places, state), changes)
 
 
@@ -144,6 +147,6 @@ def _make(video: Any, changes: dict[str, Any]) -> None:
         video.make(on_step, **changes)
     video.write_sheet()
     places = video.places
-    depth = "" if video.depth is None else f", depth {places.depth}"
-    length = f"({video.video.frames} frames, {video.seconds:.1f} s)"
+    depth = f", depth {places.depth}" if video.request.depth else ""
+    length = f"({video.files.frames} frames, {video.seconds:.1f} s)"
     typer.echo(f"Video {places.video} {length}{depth}, contact sheet {places.sheet}, state {places.state}")

@@ -74,6 +74,8 @@ class ModelFacts:
     """Further inputs that its call must have."""
     transformer: str | None = None
     """Class name of the transformer; None where the pipeline has none."""
+    experts: bool = False
+    """Whether two networks share the noise levels (Wan2.2-A14B)."""
     full_precision: tuple[str, ...] = ()
     """Components that stay in float32, whatever the dtype."""
     closed_vocabulary: tuple[str, ...] = ()
@@ -156,6 +158,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     return replace(
         facts,
         transformer=transformer,
+        experts=index.get("boundary_ratio") is not None or class_of(index, "transformer_2") is not None,
         least_steps=least_steps(pipeline, optional(folder / "scheduler" / "scheduler_config.json")),
         closed_vocabulary=examples,
     )

@@ -41,6 +41,7 @@ from postgen.lit.pattern import types_of_blocks
 from postgen.lit.saving import save
 from postgen.lit.student import give
 from postgen.lit.tokens import Tokens
+from postgen.locks import NAME as NAME_OF_LOCK
 from postgen.prompt_rows import prompt_row
 from postgen.reconstruct import (
     Call,
@@ -55,7 +56,6 @@ from postgen.reconstruct import (
 )
 from postgen.sampling.conditions import Embeddings
 from postgen.training import Reason
-from postgen.training.run_folder import NAME as NAME_OF_LOCK
 from postgen.training.run_folder import RunLock
 
 OUTPUT = "to_out.0"

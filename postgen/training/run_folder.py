@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
 
 from safetensors import SafetensorError
 
 from postgen.errors import UserError, first_line
+from postgen.locks import FolderLock
 
 from .logging import say
 
-NAME = ".run.lock"
-"""The file that is locked; it says who holds the lock."""
-
-_TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What stops every file from being written, wherever in the program that shows."""
 
 
-class RunLock:
-    """Keeps a second run out of a folder, from `acquire` to `release` or to the end of the process, a kill included.
+class RunLock(FolderLock):
+    """`FolderLock` of a run, whose processes tell the terminal in one voice."""
 
-    The lock is the system's own (`flock`): it needs no cleaning up. Its file stays in the folder.
-
-    Args:
-        folder: of the run.
-        name: of the file that is locked; locks of other names know nothing of each other.
-        setting: what names the folder, for the error.
-    """
-
-    def __init__(self, folder: Path, name: str = NAME, setting: str = "output_dir") -> None:
-        self.folder, self._name, self._setting, self._file = folder, name, setting, -1
-
-    def acquire(self) -> None:
-        """Lock the folder; on a file system without locks, say that nothing is locked.
-
-        Raises:
-            UserError: another run has it; the message names its process and host.
-            OSError: the file of the lock cannot be made.
-        """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        file = os.open(self.folder / self._name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            told = os.read(file, 1000)
-            os.close(file)
-            if error.errno in _TAKEN:
-                raise UserError(
-                    f"{self._setting} {self.folder} is in use by {_holder(told)}: wait for its end, stop it, or name"
-                    f" another {self._setting}"
-                ) from None
-            say(
-                f"postgen: warning: the file system of {self.folder} has no locks ({error.strerror}): start no second"
-                f" run with this {self._setting}, nothing would stop it"
-            )
-            return
-        self._file = file
-        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        os.ftruncate(file, 0)
-        os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
-
-    def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let the next run in."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def _holder(told: bytes) -> str:
-    try:
-        said = json.loads(told)
-        return f"process {said['pid']} on {said['host']} since {said['since']}"
-    except (ValueError, KeyError, TypeError):  # it has just been locked
-        return "another process"
+    def warn(self, message: str) -> None:
+        """Say something that does not stop the run."""
+        say(f"postgen: warning: {message}")
 
 
 @contextmanager

@@ -52,14 +52,14 @@ class GrowingVideo:
         if self.kind not in GROWING:
             raise VideoError(f"a {self.kind} cannot be written as it is made: choose {' or '.join(GROWING)}")
         self.rate = checked_rate(fps, self.kind)
-        self.frames, self._size, known = mark or (0, 0, 0)
-        if self.frames and (other := self._other(known)):
-            raise VideoError(f"{self.path} is not the video that was to go on: {other}")
+        self.frames, self._size, _ = mark or (0, 0, 0)
+        if mark is not None and self.frames:
+            _check(self.path, mark)
 
     @property
     def mark(self) -> Mark:
         """Where the video ends."""
-        return self.frames, self._size, self._known() if self.frames else 0
+        return self.frames, self._size, _known(self.path, self.frames, self._size) if self.frames else 0
 
     def cut(self, mark: Mark) -> None:
         """Take away what stands behind a mark; before the first frame, the video itself.
@@ -158,26 +158,31 @@ class GrowingVideo:
         numbers = ((_NUMBER.fullmatch(file.name), file) for file in self.path.glob("frame_*.png"))
         return [file for number, file in numbers if number and int(number[1]) >= self.frames]
 
-    def _other(self, known: int) -> str:
-        """Say why the video is not the one of a mark; nothing where it is."""
-        if self.kind == "frames":
-            last = self.path / _name(self.frames - 1)
-            if not last.is_file():
-                return f"there is no {last.name}"
-        elif (size := self.path.stat().st_size if self.path.is_file() else 0) < self._size:
-            return f"it has {size} of {self._size} bytes"
-        return "" if self._known() == known else "something else has been written there"
 
-    def _known(self) -> int:
-        """Return a number for the last bytes before the end, or for the last picture."""
-        try:
-            if self.kind == "frames":
-                return zlib.crc32((self.path / _name(self.frames - 1)).read_bytes())
-            with self.path.open("rb") as file:
-                file.seek(max(0, self._size - _TAIL))
-                return zlib.crc32(file.read(min(_TAIL, self._size)))
-        except OSError as error:
-            raise VideoError(f"cannot read {self.path}: {error.strerror or error}") from error
+def _check(path: Path, mark: Mark) -> None:
+    """Refuse a video that is not the one of a mark."""
+    frames, size, known = mark
+    there = path.stat().st_size if path.is_file() else 0
+    if path.is_dir() and not (path / _name(frames - 1)).is_file():
+        other = f"there is no {_name(frames - 1)}"
+    elif there < size:
+        other = f"it has {there} of {size} bytes"
+    else:
+        other = "" if _known(path, frames, size) == known else "something else has been written there"
+    if other:
+        raise VideoError(f"{path} is not the video that was to go on: {other}")
+
+
+def _known(path: Path, frames: int, size: int) -> int:
+    """Return a number for the last bytes before the end, or for the last picture."""
+    try:
+        if path.is_dir():
+            return zlib.crc32((path / _name(frames - 1)).read_bytes())
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TAIL))
+            return zlib.crc32(file.read(min(_TAIL, size)))
+    except OSError as error:
+        raise VideoError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -194,8 +199,9 @@ def copy_video(source: Path, target: Path, mark: Mark) -> None:
     """Copy a growing video up to a mark, so that two can go on from there.
 
     Raises:
-        VideoError: the source is shorter, or a file cannot be read or written.
+        VideoError: the source is not the video of the mark, or a file cannot be read or written.
     """
+    _check(source, mark)
     frames, size, _ = mark
     try:
         with replacing(target) as part:

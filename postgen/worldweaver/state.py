@@ -266,7 +266,9 @@ class RolloutState:
             raise UserError(f"{folder} holds no state of a rollout: {HEAD} does not say what it is")
         if head["format"] != FORMAT:
             made = head.get("versions")
-            made = ", ".join(f"{name} {value}" for name, value in made.items()) if isinstance(made, dict) else shown(made)
+            made = (
+                ", ".join(f"{name} {value}" for name, value in made.items()) if isinstance(made, dict) else shown(made)
+            )
             raise UserError(f"{folder} has state format {shown(head['format'])} ({made}): this version reads {FORMAT}")
         digest = head.pop("digest", None)
         if digest != _digest(json.dumps(head, sort_keys=True).encode()):

@@ -224,11 +224,16 @@ def transformer_of(target: Any) -> Any:
     found = transformers_of(target)
     config: Mapping[str, Any] = {} if "" in found else getattr(target, "config", {})
     if len(found) > 1 or config.get("boundary_ratio") is not None:
-        raise UserError(
-            f"{type(target).__name__} has two experts, one for high and one for low noise (Wan2.2-A14B): a window"
-            " holds frames of both, and one network sees it whole. Use a model of one network (Wan2.1, Wan2.2-TI2V-5B)"
-        )
+        raise UserError(two_experts(type(target).__name__))
     return next(iter(found.values()))
+
+
+def two_experts(pipeline: str) -> str:
+    """Return why a pipeline of two experts is refused."""
+    return (
+        f"{pipeline} has two experts, one for high and one for low noise (Wan2.2-A14B): a window holds frames of both,"
+        " and one network sees it whole. Use a model of one network (Wan2.1, Wan2.2-TI2V-5B)"
+    )
 
 
 def _check_settings(aux: Sequence[Modality], init_out: str, aux_scale: float, placed: bool) -> None:

@@ -1,0 +1,152 @@
+"""The files of a long video that is made by the command line: the video, its depth, and the state beside them.
+
+Whatever ends the work, even a full disk, leaves a video that ends where the state goes on, or neither of the two.
+Killed, a process may leave a chunk more in the video than in the state; the next one cuts it off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgen.errors import UserError
+from postgen.interrupts import held
+from postgen.locks import NAME as LOCK
+from postgen.locks import FolderLock
+from postgen.video import GrowingVideo, copy_video
+from postgen.worldweaver.chunks import WorldWeaverChunk
+from postgen.worldweaver.state import RolloutState
+
+REQUEST = "request"
+"""What `RolloutState.model` calls the request."""
+_MARKS = ("written.video", "written.depth")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Files of a long video."""
+
+    video: Path
+    depth: Path
+    """Of the depth; written with `--depth` alone."""
+    sheet: Path
+    state: Path
+    """Folder of the state."""
+    kind: str
+    """mp4 or frames."""
+
+
+class LongFiles:
+    """Writes a long video chunk by chunk.
+
+    Args:
+        places: where to.
+        rate: frames per second.
+        depth: whether the depth is written too.
+        state: of an earlier process, to go on from; None begins.
+
+    Raises:
+        UserError: a place that cannot be written, or videos that are not those of the state.
+    """
+
+    def __init__(self, places: Places, rate: float, *, depth: bool, state: RolloutState | None) -> None:
+        self.places = places
+        self._marks = _marks_of(state, depth=depth)
+        paths = (places.video, places.depth)[: 1 + depth]
+        self._videos = [
+            GrowingVideo(path, fps=rate, format=places.kind, mark=mark)
+            for path, mark in zip(paths, self._marks, strict=True)
+        ]
+        self.saved = state is not None
+        """Whether there is a state to go on from."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the video that the state knows of."""
+        return self._marks[0][0]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes away while the block works on the files.
+
+        Raises:
+            UserError: another one is at them, or the place cannot be written.
+        """
+        folder = self.places.state
+        made, lock = not folder.exists(), FolderLock(folder, setting="state")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            if made and not self.saved:
+                with suppress(OSError):
+                    (folder / LOCK).unlink(missing_ok=True)
+                    folder.rmdir()
+            lock.release()
+
+    def take(self, chunk: WorldWeaverChunk, note: dict[str, Any]) -> None:
+        """Write a chunk, and then the state that begins behind it: all of it, or nothing.
+
+        Args:
+            chunk: with frames and depth as tensors.
+            note: the request, as JSON has it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        state = chunk.state
+        clips = [chunk.frames[0]]
+        if len(self._videos) > 1:
+            clips.append(chunk.depth[0][:, None].expand(-1, 3, -1, -1))
+        try:
+            for video, clip in zip(self._videos, clips, strict=True):
+                if len(clip):  # an autoencoder that looks ahead gives the first frames later
+                    video.append(clip)
+            marks = [video.mark for video in self._videos]
+            state.extra |= {name: torch.tensor(mark) for name, mark in zip(_MARKS, marks, strict=False)}
+            state.model[REQUEST] = note
+            with held():
+                state.save(self.places.state)
+                self.saved, self._marks = True, marks
+        except BaseException as error:
+            self._cut()
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {self.places.state}: {error.strerror or error}") from error
+            raise
+
+    def _cut(self) -> None:
+        """Take away what the state does not know of."""
+        for video, mark in zip(self._videos, self._marks, strict=True):
+            if video.frames != mark[0]:
+                video.cut(mark)
+
+
+def branch_files(state: RolloutState, old: Places, new: Places, *, depth: bool) -> None:
+    """Copy the video of a state, so that it goes on under another name and the old one stays.
+
+    Raises:
+        UserError: another format, a video that is not the one of the state, or a file that cannot be read or written.
+    """
+    if old.kind != new.kind:
+        raise UserError(f"the video is a {old.kind}, and goes on as one: name the new one likewise")
+    pairs = ((old.video, new.video), (old.depth, new.depth))
+    for (source, target), mark in zip(pairs, _marks_of(state, depth=depth), strict=False):
+        if mark[0]:
+            copy_video(source, target, mark)
+
+
+def _marks_of(state: RolloutState | None, *, depth: bool) -> list[tuple[int, int, int]]:
+    names = _MARKS[: 1 + depth]
+    if state is None:
+        return [(0, 0, 0) for _ in names]
+    found = [state.extra[name].tolist() for name in names]
+    return [(frames, size, known) for frames, size, known in found]
