@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgen.errors import UserError, check_number
 from postgen.families import denoiser_for
-from postgen.families.installed import installed
+from postgen.families.installed import installed, moved_by
 from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.call import session_of
 from postgen.worldweaver.callbacks import check_callbacks, latents_of
@@ -316,7 +316,6 @@ class WorldWeaverPipeline(DiffusionPipeline):
             return frames, seen
         return WorldWeaverPipelineOutput(frames=frames, depth=seen, state=chunks[-1].state)
 
-    @torch.no_grad()
     def _chunks(
         self,
         session: Session,
@@ -336,9 +335,15 @@ class WorldWeaverPipeline(DiffusionPipeline):
                 tensors = {name: getattr(step, name) for name in names}
                 return latents_of(callback(self, step.call, timesteps, tensors))
 
-            for chunk in session.chunks(after):
-                if on_group is not None:
-                    on_group(self, chunk)
+            chunks = session.chunks(after)
+            while True:
+                # Not around the yield: gradients are the caller's, and a stream may be left where Python ends.
+                with torch.no_grad():
+                    chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    if on_group is not None:
+                        on_group(self, chunk)
                 yield chunk
 
     def _model(self, max_sequence_length: int | None) -> WorldWeaverModel:
@@ -346,6 +351,11 @@ class WorldWeaverPipeline(DiffusionPipeline):
             raise UserError(
                 "the transformer keeps outputs from step to step (a cache of diffusers), and frames of a window stand"
                 " at different steps: call disable_cache() on it"
+            )
+        if hook := moved_by(self.transformer):
+            raise UserError(
+                f"the transformer is offloaded ({hook}), and a rollout keeps its latents where the weights are: load it"
+                " without"
             )
         base = _base_class(self.config["base_pipeline"])
         parts = {part: getattr(self, part) for part in PARTS}

@@ -80,11 +80,11 @@ class LongFiles:
         folder = self.places.state
         made, lock = not folder.exists(), FolderLock(folder, setting="state")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-        try:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
             yield
         finally:
             if made and not self.saved:
@@ -120,7 +120,8 @@ class LongFiles:
         except BaseException as error:
             self._cut()
             if isinstance(error, OSError):
-                raise UserError(f"cannot write {self.places.state}: {error.strerror or error}") from error
+                more = f"; with room for it: postgen generate --continue {self.places.state}" if self.saved else ""
+                raise UserError(f"cannot write {self.places.state}: {error.strerror or error}{more}") from error
             raise
 
     def _cut(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from postgen.compat import unwrap
+from postgen.compat import module_hooks, unwrap
 from postgen.errors import UserError
 from postgen.families.processors import ProcessorStack
 
@@ -42,6 +42,12 @@ def installed(transformer: nn.Module) -> Installed:
         found = Installed()
         model.__dict__[_ATTRIBUTE] = found
     return found
+
+
+def moved_by(module: nn.Module) -> str | None:
+    """Name the hook of accelerate that brings a module to another device for each call (offloading); None: none."""
+    hook = module_hooks(module, itself=True)
+    return hook if hook is not None and hook.startswith("accelerate") else None
 
 
 def processor_stack(transformer: nn.Module) -> ProcessorStack:

@@ -228,8 +228,13 @@ class RolloutState:
         }
         head["digest"] = _digest(json.dumps(head, sort_keys=True).encode())
         before = _named(folder)
-        with replacing(folder / HEAD) as part:
-            part.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+        try:
+            with replacing(folder / HEAD) as part:
+                part.write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+        except BaseException:
+            if _named(folder) != tensors:
+                tensors.unlink(missing_ok=True)
+            raise
         for old in (before, *_left_behind(folder)):
             if old is not None and old != tensors:
                 with suppress(OSError):

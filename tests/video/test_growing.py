@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,3 +72,71 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert video.path.read_bytes() == before
     with pytest.raises(VideoError, match="not the video that was to go on"):
         GrowingVideo(tmp_path / "a.mp4", fps=8, mark=(9, 10**6, 0))
+
+
+def test_an_append_that_fails_leaves_the_video_as_it_was(tmp_path: Path) -> None:
+    """A disk that is full, as a limit on the size of files has it, and one that has room again."""
+    video = GrowingVideo(tmp_path / "a.mp4", fps=8)
+    clip = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    video.append(clip)
+    before, mark = read_video(video.path), video.mark
+    # The piece in the temporary folder is smaller than the video that grows.
+    with _files_of_at_most(mark[1] + 100), pytest.raises(VideoError, match="cannot write .*a.mp4: File too large"):
+        video.append(clip[:1])
+    assert (video.mark, video.path.stat().st_size) == (mark, mark[1])
+    assert torch.equal(read_video(video.path), before)
+    video.append(clip)
+    assert probe(video.path).frames == 10
+
+
+@contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, told)
+
+
+def test_a_video_that_was_written_over_does_not_go_on(tmp_path: Path) -> None:
+    video = GrowingVideo(tmp_path / "a.mp4", fps=8)
+    video.append(torch.zeros(3, 3, 16, 16))
+    mark = video.mark
+    other = GrowingVideo(tmp_path / "a.mp4", fps=8)
+    other.append(torch.rand(30, 3, 16, 16))
+    with pytest.raises(VideoError, match="something else has been written there"):
+        GrowingVideo(tmp_path / "a.mp4", fps=8, mark=mark)
+    with pytest.raises(VideoError, match="something else has been written there"):
+        copy_video(tmp_path / "a.mp4", tmp_path / "b.mp4", mark)
+    os.truncate(tmp_path / "a.mp4", 2000)
+    with pytest.raises(VideoError, match="was changed by somebody else"):
+        other.append(torch.rand(3, 3, 16, 16))
+
+
+def test_a_video_is_cut_back(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a"):
+        video = GrowingVideo(tmp_path / name, fps=8, format=None if name == "a.mp4" else "frames")
+        empty = video.mark
+        video.append(torch.zeros(3, 3, 16, 16))
+        mark = video.mark
+        video.append(torch.rand(3, 3, 16, 16))
+        video.cut(mark)
+        assert (video.mark, probe(video.path).frames) == (mark, 3)
+        video.cut(empty)
+        assert not video.path.exists()
+
+
+def test_more_than_99999_pictures_stay_in_their_order(tmp_path: Path) -> None:
+    """Names with another digit once came first, and were taken for what a killed process had left."""
+    video = GrowingVideo(tmp_path / "a", fps=8, format="frames")
+    video.append(torch.zeros(1, 3, 16, 16))
+    last = tmp_path / "a" / "frame_99999.png"
+    (tmp_path / "a" / "frame_00000.png").rename(last)
+    video.frames = 100_000
+    for grey in (0.4, 0.6):
+        video.append(torch.full((1, 3, 16, 16), grey))
+    assert last.is_file()
+    assert read_video(tmp_path / "a")[:, 0, 0, 0].tolist() == pytest.approx([0, 0.4, 0.6], abs=0.01)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
 
 from postgen.errors import UserError
+from postgen.reading import read_json
+from postgen.worldweaver import rollout as rollout_module
 from postgen.worldweaver import state as state_module
 from postgen.worldweaver.memory import MemoryBank
 from postgen.worldweaver.state import RolloutState
@@ -156,3 +162,79 @@ def test_a_rollout_refuses_the_state_of_another():
     other.schedule.sigmas[1] -= 0.01
     with pytest.raises(UserError, match="other noise levels"):
         next(other.groups(state))
+
+
+def test_whoever_saves_beside_another_leaves_its_files_alone(tmp_path, monkeypatch):
+    """What is young may be in use: only what the state named, and what is old, goes."""
+    made = rollout(Mixer())
+    state = beginning(made)
+    state.save(tmp_path)
+    young, old, part = (tmp_path / name for name in ("state-1.safetensors", "state-2.safetensors", ".state-3.part"))
+    for file in (young, old, part):
+        file.write_bytes(b"half")
+    for file in (old, part):
+        os.utime(file, (0, 0))
+    next(made.groups(state))
+    state.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert young.is_file()
+    # A disk that is full when state.json is written leaves the state that was there, and nothing more.
+    before = sorted(tmp_path.iterdir())
+    next(made.groups(state))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module.Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            state.save(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    made = rollout(Mixer())
+    state = beginning(made)
+    state.save(tmp_path)
+    next(made.groups(state))
+    read = []
+
+    def meanwhile(path, said):
+        found = read_json(path, said)
+        read.append(path)
+        if len(read) == 1:
+            state.save(tmp_path)
+        return found
+
+    monkeypatch.setattr(state_module, "read_json", meanwhile)
+    assert RolloutState.load(tmp_path).calls == state.calls
+
+
+def test_an_interrupt_never_tears_a_shift():
+    """Ctrl-C at one line of the rollout after the other: what it leaves goes on to the same video."""
+    made = rollout(Mixer())
+    whole = torch.cat([group.latents for group in made.groups(beginning(made))], 2)
+    for line in range(1, 200, 3):
+        state, left = beginning(made), [line]
+
+        def trace(frame, event, _, left=left):
+            if frame.f_code.co_filename != rollout_module.__file__:
+                return None
+            left[0] -= event == "line"
+            if not left[0]:
+                left[0] = -1
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            for _ in made.groups(state):
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert left[0] < 0
+        start = state.finished
+        rest = [group.latents for group in made.groups(state)]
+        assert torch.equal(torch.cat(rest, 2), whole[:, :, start:]), line

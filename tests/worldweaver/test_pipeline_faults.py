@@ -1,0 +1,206 @@
+"""Misuse and bad luck: what a stream leaves behind where it is broken off, shared, or asked for what cannot be."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.pipelines.worldweaver import WorldWeaverPipeline
+from postgen.worldweaver import chunks as chunks_module
+from tests.families.tiny_pipelines import cogvideox, ltx
+from tests.tiny_wan import wan_components
+from tests.worldweaver.tiny import SMALL, TEXT, quiet, seeded, tiny
+
+PLAIN = SMALL | {"guidance_scale": 1.0}
+NONE = float("nan")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny()
+
+
+def joined(chunks: list[Any]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks], 1)
+
+
+def test_pictures_of_any_mode_and_bytes_of_arrays_are_the_picture(pipe: Any) -> None:
+    """What uint8 arrays say is not white, and an alpha channel lies on white."""
+    red, half = Image.new("RGB", (32, 32), (200, 30, 30)), Image.new("RGBA", (32, 32), (145, 0, 0, 128))
+    array = np.full((32, 32, 3), (200, 30, 30), np.uint8)
+    grey, sixteen = Image.new("L", (32, 32), 90), Image.new("I;16", (32, 32), 90 * 257)
+    same: list[tuple[Any, Any]] = [
+        (red, array),
+        (red, torch.from_numpy(array).permute(2, 0, 1)),
+        (Image.new("RGB", (32, 32), (200, 127, 127)), half),
+        (grey, sixteen),
+        (grey, Image.new("RGB", (32, 32), (90,) * 3)),
+    ]
+    for first, second in same:
+        latents = [next(pipe.stream(TEXT, image=each, generator=seeded(), **PLAIN)).latents for each in (first, second)]
+        assert torch.equal(*latents)
+    clips = [next(pipe.stream(TEXT, video=each, **PLAIN)).latents for each in ([red] * 9, np.stack([array] * 9))]
+    assert torch.equal(*clips)
+
+
+def texts(change: dict[str, Any]) -> str:
+    return " ".join(f"{name}={str(value)[:40]}" for name, value in change.items())
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"image": np.full((32, 32, 3), 200.0)}, "outside those of a picture"),
+    ({"image": torch.full((1, 3, 32, 32), NONE)}, "outside those of a picture"),
+    ({"image": torch.rand(1, 4, 32, 32)}, "give RGB"),
+    ({"image": torch.rand(0, 3, 32, 32)}, "none that diffusers takes"),
+    ({"image": Image.new("F", (8, 8))}, "no known range"),
+    ({"video": torch.rand(1, 8, 3, 32, 32)}, "number of frames must be 4n"),
+    ({"image": Image.new("RGB", (8, 8)), "depth": "far"}, "depth is no array"),
+    ({"prompt": 3}, "the prompt is a text"),
+    ({"prompt": [(0, 3)]}, "must be a text or texts"),
+    ({"prompt": "\ud800"}, "no text in UTF-8"),
+    ({"negative_prompt": [3], "guidance_scale": 3.0}, "the negative prompt must be"),
+    ({"prompt": None, "prompt_embeds": torch.rand(32, 16)}, "give a tensor"),
+    ({"prompt": None, "prompt_embeds": torch.full((1, 32, 16), NONE)}, "finite numbers"),
+    ({"generator": 3}, "must be a torch.Generator"),
+    ({"generator": [None]}, "must be a torch.Generator"),
+    ({"height": "32"}, "height must be at least 1"),
+    ({"width": 10**400}, "width must be at least 1"),
+    ({"num_frames": "17"}, "num_frames must be"),
+    ({"max_sequence_length": 0}, "max_sequence_length must be"),
+    ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
+    ({"num_inference_steps": 2}, "for 3 groups in flight"),
+    ({"state": {}}, "must be a RolloutState"),
+    ({"callback_on_step_end": 3}, "must be callable"),
+    ({"callback_on_group_end": 3}, "must be callable"),
+    ({"callback_on_step_end_tensor_inputs": "latents"}, "must be some of"),
+    ({"memory_policy": 3}, "give a policy, or a name"),
+    ({"memory_policy": {"name": "recent", "far": 3}}, "far"),
+    # These came to light only after minutes, when there was more to remember than is shown.
+    ({"memory_policy": "camera"}, "needs the camera of every frame"),
+    ({"memory_policy": "depth_sim", "video": torch.rand(1, 9, 3, 32, 32)}, "compares depth latents"),
+    ({"memory_policy": "depth_sim", "prompt": ["a"] * 40}, "cannot hold what 40 rows select"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG, ids=[texts(change) for change, _ in WRONG])
+def test_wrong_arguments_are_said_at_once(pipe: Any, change: dict[str, Any], says: str) -> None:
+    words = PLAIN | {"prompt": TEXT, "num_frames": 33} | change
+    with pytest.raises(UserError, match=says) as caught:
+        pipe.stream(**words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_callback_that_returns_nonsense_is_told(pipe: Any) -> None:
+    for answer in ([1], {"latents": 3}, torch.zeros(1)):
+        stream = pipe.stream(TEXT, callback_on_step_end=lambda *_, given=answer: given, **PLAIN)
+        with pytest.raises(UserError, match="returns None or a dict with latents"):
+            next(stream)
+
+
+def test_models_that_cannot_be_driven_are_refused() -> None:
+    cached = tiny()
+    cached.transformer.enable_cache(diffusers.TaylorSeerCacheConfig())
+    with pytest.raises(UserError, match="call disable_cache"):
+        cached.stream(TEXT, **PLAIN)
+    cached.transformer.disable_cache()
+    next(cached.stream(TEXT, **PLAIN))
+    base = diffusers.WanPipeline(**wan_components())
+    base.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(UserError, match="is offloaded"):
+        WorldWeaverPipeline.from_pipe(base).stream(TEXT, **PLAIN)
+    mute = tiny()
+    mute.text_encoder = None
+    with pytest.raises(UserError, match="has no text encoder: give prompt_embeds"):
+        mute.stream(TEXT, **PLAIN)
+    # A model of RGB has no depth to compare, whatever is given.
+    with pytest.raises(UserError, match="compares depth latents"):
+        tiny(()).stream(TEXT, memory_policy="depth_sim", **PLAIN)
+
+
+def test_two_streams_of_one_state_are_refused(pipe: Any) -> None:
+    """Their decoders would remember other frames than those that the state goes on from."""
+    stream = pipe.stream(TEXT, generator=seeded(), **PLAIN)
+    first = next(stream)
+    late = pipe.stream(state=first.state, output_type="pt")
+    expected = list(islice(pipe.stream(state=first.state.branch(), output_type="pt"), 2))
+    assert torch.equal(joined(list(islice(stream, 2))), joined(expected))
+    with pytest.raises(UserError, match="has gone on in another stream"):
+        next(late)
+    other = pipe.stream(state=first.state, output_type="pt")
+    next(other)
+    with pytest.raises(UserError, match="has gone on in another stream"):
+        next(stream)
+
+
+def test_a_state_is_told_as_a_whole_or_not_at_all(pipe: Any) -> None:
+    state = pipe(TEXT, generator=seeded(), num_frames=17, **PLAIN).state
+    before = state.end, state.model["guidance"], state.generators, state.prompts
+    with pytest.raises(UserError, match="has 2 rows of 'prompt' for 1 videos"):
+        pipe.stream(["a", "b"], state=state, num_frames=33, guidance_scale=3.0, output_type="pt")
+    assert (state.end, state.model["guidance"], state.generators, state.prompts) == before
+
+
+def test_ctrl_c_while_frames_are_handed_out_loses_no_chunk(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the group is decoded, before the caller has it: it comes again, from the decoder as it was."""
+    words = PLAIN | {"num_frames": 33}
+    expected = pipe(TEXT, generator=seeded(), **words).frames
+    stream = pipe.stream(TEXT, generator=seeded(), **words)
+    made = [next(stream), next(stream)]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks_module, "_output", stop)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    made += pipe.stream(state=made[-1].state, output_type="pt")
+    assert torch.equal(joined(made), expected)
+
+
+@pytest.mark.parametrize("make", [cogvideox, ltx])
+def test_an_end_that_the_autoencoder_was_told_of_is_the_end(make: Any) -> None:
+    """It was refused only when the first further group was finished."""
+    pipe = quiet(WorldWeaverPipeline.from_pipe(make(), mean_level=make is cogvideox))
+    words = PLAIN | ({"flow_shift": 3.0} if make is ltx else {})
+    state = pipe(TEXT, generator=seeded(), num_frames=17, **words).state
+    with pytest.raises(UserError, match="does not become another length"):
+        pipe.stream(state=state, num_frames=33, output_type="pt")
+
+
+def test_broken_off_the_base_is_stock_again() -> None:
+    base = quiet(diffusers.WanPipeline(**wan_components()))
+    words = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 3.0}
+    words |= {"output_type": "pt", "max_sequence_length": 32}
+    expected = base(TEXT, generator=seeded(), **words).frames
+    pipe = quiet(WorldWeaverPipeline.from_pipe(base, aux=()))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    left = pipe.stream(TEXT, **PLAIN)
+    next(left)
+    with pytest.raises(RuntimeError, match="no room"):
+        next(pipe.stream(TEXT, callback_on_step_end=fail, **PLAIN))
+    assert torch.equal(base(TEXT, generator=seeded(), **words).frames, expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.transformer.modules())
+
+
+def test_half_precision_goes_on_to_the_bit(tmp_path: Path) -> None:
+    pipe = tiny().to(torch.bfloat16)
+    chunks = []
+    for chunk in pipe.stream(TEXT, generator=seeded(), num_frames=17, return_depth=True, **PLAIN):
+        chunks.append(chunk)
+        if len(chunks) == 1:
+            chunk.state.save(tmp_path)
+    rest = pipe(state=pipe.load_state(tmp_path), output_type="pt", return_depth=True).frames
+    assert torch.equal(rest, joined(chunks[1:]))
