@@ -1,0 +1,169 @@
+"""Files of long videos when something goes wrong: video and state belong together, or neither is there."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from postgen import probe
+from postgen.errors import UserError
+from postgen.generate_long import LongRequest, prepare_long
+from postgen.locks import FolderLock
+from postgen.request import GenerateConfig
+from postgen.worldweaver.state import RolloutState
+
+SMALL = ["--size", "32x32", "--steps", "3", "--fps", "8"]
+
+
+@pytest.fixture
+def long(cli: Any, tiny_wan: Path, tmp_path: Path) -> Any:
+    """Run `postgen generate` on the tiny model, in a folder that is empty: `long("a ball", "--long", "4")`."""
+
+    def call(*words: str | Path, guidance: str = "1") -> Any:
+        if "--continue" in words:
+            return cli("generate", *words)
+        out = ["-o", tmp_path / "a.mp4"]
+        return cli("generate", *words, *out, "--model", tiny_wan, *SMALL, "--guidance", guidance)
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, told)
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(long: Any, tmp_path: Path) -> None:
+    with files_of_at_most(20_000):  # the video fits, its state does not
+        done = long("a ball", "--long", "4")
+    assert done.code == 2
+    assert "a.state: File too large" in done.err
+    assert "Traceback" not in done.err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_ctrl_c_before_the_state_is_saved(
+    long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """The chunk that stands in the video already goes, or the video with it."""
+    save, saved = RolloutState.save, []
+
+    def stop(state: RolloutState, folder: Path) -> None:
+        saved.append(folder)
+        if len(saved) == chunk:
+            raise KeyboardInterrupt
+        save(state, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutState, "save", stop)
+        done = long("a ball", "--long", "4")
+    assert done.code == 130
+    if chunk == 1:
+        assert "nothing of the video was made yet" in done.err
+        assert names(tmp_path) == []
+        return
+    assert f"{probe(tmp_path / 'a.mp4').frames} frames" in done.err
+    assert long("--continue", tmp_path / "a.state").code == 0
+    assert probe(tmp_path / "a.mp4").frames == 33
+
+
+def test_a_second_process_is_kept_out(long: Any, tmp_path: Path) -> None:
+    assert long("a ball", "--long", "1").code == 0
+    video = (tmp_path / "a.mp4").read_bytes()
+    with FolderLock(tmp_path / "a.state"):
+        for words in (["a ball", "--long", "1"], ["--continue", tmp_path / "a.state", "--long", "3"]):
+            done = long(*words)
+            assert (done.code, "a.state is in use by process" in done.err) == (2, True)
+    assert (tmp_path / "a.mp4").read_bytes() == video
+
+
+def test_an_old_state_does_not_go_on_with_another_video(long: Any, tmp_path: Path) -> None:
+    """Killed between the first chunk of a new video and its state, a process leaves the state of the old one."""
+    assert long("a ball", "--long", "1").code == 0
+    shutil.copytree(tmp_path / "a.state", tmp_path / "old")
+    assert long("a ball", "--long", "4", "--seed", "5").code == 0
+    shutil.rmtree(tmp_path / "a.state")
+    shutil.move(tmp_path / "old", tmp_path / "a.state")
+    for more in ([], ["-o", tmp_path / "b.mp4"]):
+        done = long("--continue", tmp_path / "a.state", "--long", "3", *more)
+        assert (done.code, "something else has been written there" in done.err) == (2, True)
+    assert probe(tmp_path / "a.mp4").frames == 33
+
+
+def test_what_the_state_holds_need_not_be_there(long: Any, tmp_path: Path) -> None:
+    """The first frame is gone, and so is the contact sheet of a video that was killed when it was finished."""
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "first.png")
+    assert long("a ball", "--long", "1", "--image", tmp_path / "first.png").code == 0
+    (tmp_path / "first.png").unlink()
+    (tmp_path / "a.png").unlink()
+    assert long("--continue", tmp_path / "a.state").code == 0
+    assert (tmp_path / "a.png").is_file()
+    assert "is finished" in long("--continue", tmp_path / "a.state").err
+    assert long("--continue", tmp_path / "a.state", "--long", "2").code == 0
+
+
+def test_another_prompt_keeps_what_was_not_to_be_shown(long: Any, tmp_path: Path) -> None:
+    assert long("a ball", "--long", "1", "--negative-prompt", "dark", guidance="3").code == 0
+    before = RolloutState.load(tmp_path / "a.state").prompts[0][1]
+    for words in (["a cube"], ["--guidance", "4"], ["--negative-prompt", "red"]):
+        done = long("--continue", tmp_path / "a.state", "-o", tmp_path / "b.mp4", "--long", "3", *words)
+        assert done.code == 0, done.err
+        told = RolloutState.load(tmp_path / "b.state").prompts[0][1]
+        assert torch.equal(told["prompt"], before["prompt"]) == (words != ["a cube"])
+        assert torch.equal(told["negative"], before["negative"]) == (words[0] != "--negative-prompt")
+
+
+def test_two_experts_are_refused_before_their_weights_are_read(tiny_wan: Path, tmp_path: Path) -> None:
+    index = json.loads((tiny_wan / "model_index.json").read_text())
+    for change in ({"boundary_ratio": 0.9}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}):
+        folder = tmp_path / next(iter(change))
+        shutil.copytree(tiny_wan, folder)
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+        request = LongRequest(
+            config=GenerateConfig(prompt="a ball", model=str(folder), width=32, height=32),
+            schedule=((0, "a ball"),), seconds=1.0, adapter=None, depth=False,
+        )  # fmt: skip
+        with pytest.raises(UserError, match="has two experts"):
+            prepare_long(request)
+
+
+def test_an_autoencoder_that_looks_ahead_gives_its_frames_later(cli: Any, tmp_path: Path) -> None:
+    """The first chunks of LTX have no frames."""
+    from postgen.worldweaver.adapter import save_adapter
+    from postgen.worldweaver.embedding import LevelEmbedder
+    from postgen.worldweaver.widen import widen_transformer
+    from tests.families.tiny_pipelines import ltx
+
+    pipe = ltx()
+    pipe.save_pretrained(tmp_path / "ltx")
+    widen_transformer(pipe)
+    settings = {"flow_shift": 3.0, "num_inference_steps": 3, "ar_step": 1, "causal_block_size": 1}
+    save_adapter(pipe, tmp_path / "adapter", LevelEmbedder.for_transformer(pipe), settings=settings)
+    words = ["--model", tmp_path / "ltx", *SMALL, "--guidance", "1", "-o", tmp_path / "a.mp4"]
+    done = cli("generate", "a ball", "--long", "4", "--depth", "--adapter", tmp_path / "adapter", *words)
+    assert done.code == 0, done.err
+    assert probe(tmp_path / "a.mp4").frames == probe(tmp_path / "a-depth.mp4").frames == 33
+    assert "give flow_shift, or an adapter with it" in cli("generate", "a ball", "--long", "4", *words).err
