@@ -354,8 +354,8 @@ class WorldWeaverPipeline(DiffusionPipeline):
             )
         if hook := moved_by(self.transformer):
             raise UserError(
-                f"the transformer is offloaded ({hook}), and a rollout keeps its latents where the weights are: load it"
-                " without"
+                f"the transformer is offloaded ({hook}), and a rollout keeps its latents where the weights are: load"
+                " it without"
             )
         base = _base_class(self.config["base_pipeline"])
         parts = {part: getattr(self, part) for part in PARTS}

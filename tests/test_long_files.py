@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from postgen.generate_long import LongRequest, prepare_long
 from postgen.locks import FolderLock
 from postgen.request import GenerateConfig
 from postgen.worldweaver.state import RolloutState
+from tests.full_disk import files_of_at_most
 
 SMALL = ["--size", "32x32", "--steps", "3", "--fps", "8"]
 
@@ -39,18 +36,6 @@ def long(cli: Any, tiny_wan: Path, tmp_path: Path) -> Any:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-        signal.signal(signal.SIGXFSZ, told)
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(long: Any, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 """The folder of a run: one run at a time, a full disk, and files that are damaged, foreign or of the wrong kind."""
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from postgen.errors import UserError
 from postgen.training import checkpoint
 from postgen.training.run_folder import RunLock
+from tests.full_disk import files_of_at_most
 from tests.training.test_checkpoint import make
 
 
@@ -218,17 +217,6 @@ def test_a_folder_in_a_files_place_is_one_line(run, name):
     (run / name).mkdir()
     with pytest.raises(UserError, match=rf"cannot be written: .*{name}"):
         resumed(run)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As on a disk that is full: longer files cannot be written."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor
 
 from postgen.video import GrowingVideo, VideoError, copy_video, probe, read_video
+from tests.full_disk import files_of_at_most
 
 RATE = 7.5
 
@@ -81,24 +78,12 @@ def test_an_append_that_fails_leaves_the_video_as_it_was(tmp_path: Path) -> None
     video.append(clip)
     before, mark = read_video(video.path), video.mark
     # The piece in the temporary folder is smaller than the video that grows.
-    with _files_of_at_most(mark[1] + 100), pytest.raises(VideoError, match="cannot write .*a.mp4: File too large"):
+    with files_of_at_most(mark[1] + 100), pytest.raises(VideoError, match=r"cannot write .*a\.mp4: File too large"):
         video.append(clip[:1])
     assert (video.mark, video.path.stat().st_size) == (mark, mark[1])
     assert torch.equal(read_video(video.path), before)
     video.append(clip)
     assert probe(video.path).frames == 10
-
-
-@contextmanager
-def _files_of_at_most(size: int) -> Iterator[None]:
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-        signal.signal(signal.SIGXFSZ, told)
 
 
 def test_a_video_that_was_written_over_does_not_go_on(tmp_path: Path) -> None:

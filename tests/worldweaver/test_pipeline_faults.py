@@ -46,7 +46,9 @@ def test_pictures_of_any_mode_and_bytes_of_arrays_are_the_picture(pipe: Any) -> 
         (grey, Image.new("RGB", (32, 32), (90,) * 3)),
     ]
     for first, second in same:
-        latents = [next(pipe.stream(TEXT, image=each, generator=seeded(), **PLAIN)).latents for each in (first, second)]
+        latents = [
+            next(pipe.stream(TEXT, image=each, generator=seeded(), **PLAIN)).latents for each in (first, second)
+        ]
         assert torch.equal(*latents)
     clips = [next(pipe.stream(TEXT, video=each, **PLAIN)).latents for each in ([red] * 9, np.stack([array] * 9))]
     assert torch.equal(*clips)
