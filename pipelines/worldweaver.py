@@ -141,7 +141,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
                 _widen(model, tuple(aux))
             # The same everywhere, so that a state knows the model again in another process.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs are not put back
                 embedder = LevelEmbedder.for_transformer(model)
         takes = inspect.signature(type(pipeline).__init__).parameters
         own = {key: value for key, value in pipeline.config.items() if key in takes and key not in pipeline.components}

@@ -177,15 +177,22 @@ class LongVideo:
         request: what was asked for.
         job: from `prepare_long`.
         places: from `places_of`.
-        state: of an earlier process, whose files `places` are; None begins.
+        state: of an earlier process, to go on from; None begins.
+        source: where its files are, if they are to stay as they are; None: at `places`.
     """
 
     def __init__(
-        self, pipe: Any, request: LongRequest, job: Job, places: Places, state: RolloutState | None = None
+        self,
+        pipe: Any,
+        request: LongRequest,
+        job: Job,
+        places: Places,
+        state: RolloutState | None = None,
+        source: Places | None = None,
     ) -> None:
         self.pipe, self.request, self.job, self.places, self.state = pipe, request, job, places, state
         self.rate = job.config.fps or 8.0
-        self.files = LongFiles(places, self.rate, depth=request.depth, state=state)
+        self.files = LongFiles(places, self.rate, depth=request.depth, state=state, source=source)
 
     @property
     def seconds(self) -> float:
@@ -224,7 +231,7 @@ class LongVideo:
                 break
             self.files.take(chunk, self._note())
             report(self.files.frames, frames)
-        if self.files.frames == before and self.places.sheet.exists():
+        if self.files.frames == before and (self.places.sheet.exists() or not self.files.saved):
             raise UserError(f"this video is finished, it is {self.seconds:.1f} s long: give a larger --long")
 
     def write_sheet(self) -> None:

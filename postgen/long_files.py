@@ -18,7 +18,7 @@ from postgen.errors import UserError
 from postgen.interrupts import held
 from postgen.locks import NAME as LOCK
 from postgen.locks import FolderLock
-from postgen.video import GrowingVideo, copy_video
+from postgen.video import GrowingVideo, check_mark, copy_video
 from postgen.worldweaver.chunks import WorldWeaverChunk
 from postgen.worldweaver.state import RolloutState
 
@@ -49,20 +49,32 @@ class LongFiles:
         rate: frames per second.
         depth: whether the depth is written too.
         state: of an earlier process, to go on from; None begins.
+        source: where its files are, if they are to stay as they are; None: at the places. Once there is a chunk more,
+            they are copied.
 
     Raises:
         UserError: a place that cannot be written, or videos that are not those of the state.
     """
 
-    def __init__(self, places: Places, rate: float, *, depth: bool, state: RolloutState | None) -> None:
-        self.places = places
+    def __init__(
+        self,
+        places: Places,
+        rate: float,
+        *,
+        depth: bool,
+        state: RolloutState | None = None,
+        source: Places | None = None,
+    ) -> None:
+        self.places, self._rate = places, rate
         self._marks = _marks_of(state, depth=depth)
-        paths = (places.video, places.depth)[: 1 + depth]
-        self._videos = [
-            GrowingVideo(path, fps=rate, format=places.kind, mark=mark)
-            for path, mark in zip(paths, self._marks, strict=True)
-        ]
-        self.saved = state is not None
+        self._sources = [] if source is None else [source.video, source.depth][: 1 + depth]
+        self._videos: list[GrowingVideo] = []
+        if source is None:
+            self._open()
+        for path, mark in zip(self._sources, self._marks, strict=False):
+            if mark[0]:
+                check_mark(path, mark)
+        self.saved = state is not None and source is None
         """Whether there is a state to go on from."""
 
     @property
@@ -105,9 +117,11 @@ class LongFiles:
         """
         state = chunk.state
         clips = [chunk.frames[0]]
-        if len(self._videos) > 1:
+        if len(self._marks) > 1:
             clips.append(chunk.depth[0][:, None].expand(-1, 3, -1, -1))
         try:
+            if not self._videos:
+                self._open()
             for video, clip in zip(self._videos, clips, strict=True):
                 if len(clip):  # an autoencoder that looks ahead gives the first frames later
                     video.append(clip)
@@ -124,25 +138,22 @@ class LongFiles:
                 raise UserError(f"cannot write {self.places.state}: {error.strerror or error}{more}") from error
             raise
 
+    @property
+    def _paths(self) -> list[Path]:
+        return [self.places.video, self.places.depth][: len(self._marks)]
+
+    def _open(self) -> None:
+        """Open the videos; copies first, where those of the state are to stay."""
+        for number, (path, mark) in enumerate(zip(self._paths, self._marks, strict=True)):
+            if self._sources and mark[0]:
+                copy_video(self._sources[number], path, mark)
+            self._videos.append(GrowingVideo(path, fps=self._rate, format=self.places.kind, mark=mark))
+
     def _cut(self) -> None:
-        """Take away what the state does not know of."""
-        for video, mark in zip(self._videos, self._marks, strict=True):
-            if video.frames != mark[0]:
-                video.cut(mark)
-
-
-def branch_files(state: RolloutState, old: Places, new: Places, *, depth: bool) -> None:
-    """Copy the video of a state, so that it goes on under another name and the old one stays.
-
-    Raises:
-        UserError: another format, a video that is not the one of the state, or a file that cannot be read or written.
-    """
-    if old.kind != new.kind:
-        raise UserError(f"the video is a {old.kind}, and goes on as one: name the new one likewise")
-    pairs = ((old.video, new.video), (old.depth, new.depth))
-    for (source, target), mark in zip(pairs, _marks_of(state, depth=depth), strict=False):
-        if mark[0]:
-            copy_video(source, target, mark)
+        """Take away what no state knows of."""
+        for video, mark in zip(self._videos, self._marks, strict=False):
+            if not self.saved or video.frames != mark[0]:
+                video.cut(mark if self.saved else (0, 0, 0))
 
 
 def _marks_of(state: RolloutState | None, *, depth: bool) -> list[tuple[int, int, int]]:

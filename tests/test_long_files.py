@@ -110,6 +110,20 @@ def test_what_the_state_holds_need_not_be_there(long: Any, tmp_path: Path) -> No
     assert long("--continue", tmp_path / "a.state", "--long", "2").code == 0
 
 
+def test_a_branch_is_written_when_it_has_something_of_its_own(long: Any, tmp_path: Path) -> None:
+    """Of a video that is finished, or that does not become shorter, nothing is copied, and an old one stays."""
+    assert long("a ball", "--long", "1").code == 0
+    (tmp_path / "b.mp4").write_bytes(b"old")
+    for words in ([], ["--long", "0.5"], ["--format", "frames"]):
+        out = tmp_path / ("b" if "frames" in words else "b.mp4")
+        assert long("--continue", tmp_path / "a.state", "-o", out, *words).code == 2
+    assert names(tmp_path) == ["a.mp4", "a.png", "a.state", "b.mp4"]
+    assert (tmp_path / "b.mp4").read_bytes() == b"old"
+    with files_of_at_most(20_000):
+        assert long("--continue", tmp_path / "a.state", "-o", tmp_path / "c.mp4", "--long", "4").code == 2
+    assert names(tmp_path) == ["a.mp4", "a.png", "a.state", "b.mp4"]
+
+
 def test_another_prompt_keeps_what_was_not_to_be_shown(long: Any, tmp_path: Path) -> None:
     assert long("a ball", "--long", "1", "--negative-prompt", "dark", guidance="3").code == 0
     before = RolloutState.load(tmp_path / "a.state").prompts[0][1]

@@ -101,10 +101,9 @@ def _go_on(
         raise UserError("--depth and --adapter are the state's, from which the video goes on: leave them out")
     from postgen.generate_long import LongVideo, load_long, places_of, prepare_long, read_request
     from postgen.generate_long import read_schedule as read
-    from postgen.long_files import branch_files
 
     request, places = read_request(words.go_on)
-    before = places
+    source = None
     changes: dict[str, Any] = {name: given[name] for name in ("guidance_scale", "negative_prompt") if name in given}
     if entries or prompt is not None:
         request = dataclasses.replace(request, schedule=read(entries, prompt))
@@ -119,13 +118,15 @@ def _go_on(
 
         changes["generator"] = torch.Generator().manual_seed(config.seed)
     if output is not None or format is not None:
-        places = places_of(output or places.video, format, request)
+        new = places_of(output or places.video, format, request)
+        if new.kind != places.kind:
+            raise UserError(f"the video is a {places.kind}, and goes on as one: name the new one likewise")
+        if new.video.absolute() != places.video.absolute():
+            places, source = new, places
     job = prepare_long(request, begins=False)
     pipe = _loaded(load_long, request, job)
     state = pipe.load_state(words.go_on)
-    if places.video.absolute() != before.video.absolute():
-        branch_files(state, before, places, depth=request.depth)
-    _make(LongVideo(pipe, request, job, places, state), changes)
+    _make(LongVideo(pipe, request, job, places, state, source), changes)
 
 
 def _loaded(load: Any, request: Any, job: Any) -> Any:

@@ -6,7 +6,7 @@ A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a lon
 from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
 from postgen.video.footage import Footage, TooLongError
-from postgen.video.growing import GROWING, GrowingVideo, copy_video
+from postgen.video.growing import GROWING, GrowingVideo, check_mark, copy_video
 from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_video
 from postgen.video.stills import check_picture, read_picture, rgb_picture
 from postgen.video.write import FORMATS, check_target, checked_rate, write_video
@@ -21,6 +21,7 @@ __all__ = [
     "TooLongError",
     "VideoError",
     "VideoInfo",
+    "check_mark",
     "check_picture",
     "check_target",
     "checked_rate",

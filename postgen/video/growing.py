@@ -54,7 +54,7 @@ class GrowingVideo:
         self.rate = checked_rate(fps, self.kind)
         self.frames, self._size, _ = mark or (0, 0, 0)
         if mark is not None and self.frames:
-            _check(self.path, mark)
+            check_mark(self.path, mark)
 
     @property
     def mark(self) -> Mark:
@@ -159,8 +159,12 @@ class GrowingVideo:
         return [file for number, file in numbers if number and int(number[1]) >= self.frames]
 
 
-def _check(path: Path, mark: Mark) -> None:
-    """Refuse a video that is not the one of a mark."""
+def check_mark(path: Path, mark: Mark) -> None:
+    """Refuse a video that is not the one of a mark.
+
+    Raises:
+        VideoError: it is missing, shorter, or something else has been written there.
+    """
     frames, size, known = mark
     there = path.stat().st_size if path.is_file() else 0
     if path.is_dir() and not (path / _name(frames - 1)).is_file():
@@ -201,7 +205,7 @@ def copy_video(source: Path, target: Path, mark: Mark) -> None:
     Raises:
         VideoError: the source is not the video of the mark, or a file cannot be read or written.
     """
-    _check(source, mark)
+    check_mark(source, mark)
     frames, size, _ = mark
     try:
         with replacing(target) as part:
