@@ -33,6 +33,7 @@ from postgen.worldweaver.widen import NAME, Widened, forget_widening, transforme
 CONFIG = "worldweaver.json"
 LAYERS = "worldweaver.safetensors"
 EMBEDDER = "level_embedder"
+_OF_EMBEDDER = f"{EMBEDDER}."
 LORA = "worldweaver"
 """Name under which the LoRA of an adapter is loaded."""
 _FIELDS = {"modalities": list, "placed": bool, "base": dict, "level_embedder": dict, "lora": bool, "settings": dict}
@@ -205,9 +206,11 @@ def _check_lora(target: Any, model: Any, note: dict[str, Any], place: Path) -> N
 def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, modalities: int) -> LevelEmbedder:
     """Build the level embedder of an adapter, and take its tensors out of the others."""
     said = f"the adapter {place} is damaged"
-    state = {name.removeprefix(f"{EMBEDDER}."): value for name, value in tensors.items() if name.startswith(EMBEDDER)}
+    state = {
+        name.removeprefix(_OF_EMBEDDER): value for name, value in tensors.items() if name.startswith(_OF_EMBEDDER)
+    }
     for name in state:
-        del tensors[f"{EMBEDDER}.{name}"]
+        del tensors[_OF_EMBEDDER + name]
     known = {"width", "modalities", "frequencies", "hidden"}
     if config.keys() != known or not all(type(value) is int and 0 < value <= 2**16 for value in config.values()):
         raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")

@@ -169,6 +169,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no LoRA": (lambda folder: (folder / "pytorch_lora_weights.safetensors").unlink(), "cannot read the LoRA "),
     "a layer too few": (changed_tensors(lambda each: each.pop("proj_out.bias")), "proj_out.bias is missing"),
     "a layer too many": (changed_tensors(lambda each: each.update(x=torch.zeros(1))), "is damaged: x is unknown"),
+    "a part of the embedder by another name": (
+        changed_tensors(lambda each: each.update({"level_embedder/x": each.pop("level_embedder.inner.bias")})),
+        "inner.bias is missing",
+    ),
     "another shape": (
         changed_tensors(lambda each: each.update({"proj_out.bias": torch.zeros(3)})),
         r"proj_out.bias is \(3,\), the layer takes \(32,\)",
