@@ -90,7 +90,7 @@ class _CogVideoX(Stream):
         if num_latents is None:
             raise UserError(
                 f"{type(vae).__name__} decodes in pairs and the odd latent frame first: give num_latents, the latent"
-                " frames of the whole video"
+                " frames of the whole video (of a pipeline, num_frames)"
             )
         self.waiting: Tensor | None = None
         self.cache: Any = None

@@ -10,7 +10,7 @@ import torch
 from postgen.errors import UserError, check_number, shown
 from postgen.worldweaver.given import given_of
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.plan import DEFAULTS, frames_of_latent, plan_of
+from postgen.worldweaver.plan import DEFAULTS, check_switch, frames_of_latent, plan_of
 from postgen.worldweaver.session import Session, Wanted, check_state
 from postgen.worldweaver.state import Prompts, RolloutState
 from postgen.worldweaver.told import embedded, encoded, timed
@@ -41,6 +41,7 @@ def session_of(
         raise UserError(
             f"state must be a RolloutState, as chunk.state or load_state has it, got {shown(said['state'])}"
         )
+    check_switch("return_depth", said["return_depth"])
     wanted = Wanted(num_frames=said["num_frames"], output_type=said["output_type"], depth=said["return_depth"])
     if said["state"] is not None:
         return _resumed(model, said, wanted, said["state"], device)

@@ -107,6 +107,8 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
     check_number("guidance_scale", asked["guidance_scale"], 0, 1000)
     check_number("addnoise_condition", asked["addnoise_condition"], 0, 1000)
     check_number("causal_block_size", asked["causal_block_size"], 1, whole=True)
+    check_switch("keep_first_frame", asked["keep_first_frame"])
+    check_switch("depth_in_memory", trained["depth_in_memory"])
     if asked["flow_shift"] is not None:
         check_number("flow_shift", asked["flow_shift"], 0.01, 1000)
     segments = _segments(asked, usual, "ar_step" in said)
@@ -126,6 +128,16 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
         policy=asked["memory_policy"],
         shift=asked["flow_shift"],
     )
+
+
+def check_switch(name: str, value: object) -> None:
+    """Hold a setting to True and False.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, got {shown(value)}")
 
 
 def rollout_of(model: WorldWeaverModel, plan: Plan, device: torch.device) -> Rollout:
@@ -189,6 +201,8 @@ def _segments(asked: Mapping[str, Any], usual: Mapping[str, Any], said: bool) ->
         return Segments.staggered(steps, asked["ar_step"])
     # As many groups in flight as with the usual numbers: that is what was trained.
     lag = usual["ar_step"]
+    check_number("ar_step", lag, 0, whole=True)
+    check_number("num_inference_steps", usual["num_inference_steps"], 2, whole=True)
     groups = math.ceil(usual["num_inference_steps"] / lag) if lag else 1
     if steps < groups:
         raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.pipelines.worldweaver import WorldWeaverPipeline
 from postgen.worldweaver import chunks as chunks_module
+from postgen.worldweaver.adapter import save_adapter
 from tests.families.tiny_pipelines import cogvideox, ltx
 from tests.tiny_wan import wan_components
 from tests.worldweaver.tiny import SMALL, TEXT, quiet, seeded, tiny
@@ -80,6 +81,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_sequence_length": 0}, "max_sequence_length must be"),
     ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
     ({"num_inference_steps": 2}, "for 3 groups in flight"),
+    ({"keep_first_frame": "no"}, "must be True or False"),
+    ({"return_depth": "no"}, "must be True or False"),
     ({"state": {}}, "must be a RolloutState"),
     ({"callback_on_step_end": 3}, "must be callable"),
     ({"callback_on_group_end": 3}, "must be callable"),
@@ -99,6 +102,17 @@ def test_wrong_arguments_are_said_at_once(pipe: Any, change: dict[str, Any], say
     with pytest.raises(UserError, match=says) as caught:
         pipe.stream(**words)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_an_adapter_are_held_to_the_same_ranges(tmp_path: Path) -> None:
+    for number, (name, value) in enumerate(
+        (("ar_step", "x"), ("num_inference_steps", 2.5), ("depth_in_memory", "no"))
+    ):
+        trained = tiny()
+        save_adapter(trained, tmp_path / str(number), trained.level_embedder, settings={name: value})
+        pipe = WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**wan_components()), tmp_path / str(number))
+        with pytest.raises(UserError, match=f"{name} must be"):
+            pipe.stream(TEXT, height=32, width=32, guidance_scale=1.0)
 
 
 def test_a_callback_that_returns_nonsense_is_told(pipe: Any) -> None:
