@@ -24,8 +24,10 @@ def check_callbacks(said: Mapping[str, Any], known: Sequence[str]) -> None:
         if said[name] is not None and not callable(said[name]):
             raise UserError(f"{name} must be callable, got {shown(said[name])}")
     names = said["callback_on_step_end_tensor_inputs"]
-    if not isinstance(names, list | tuple) or any(name not in known for name in names):
+    if not isinstance(names, list | tuple):
         raise UserError(f"callback_on_step_end_tensor_inputs must be some of {', '.join(known)}, got {shown(names)}")
+    if wrong := [name for name in names if name not in known]:
+        raise UserError(f"callback_on_step_end_tensor_inputs: {shown(wrong[0])} is none of {', '.join(known)}")
 
 
 def latents_of(answer: Any) -> Tensor | None:
