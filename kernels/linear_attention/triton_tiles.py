@@ -32,6 +32,35 @@ def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def take(
+    base, sample, start, column, row, stride_n, stride_d, end, channels, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Return a tile in the dtype of memory, by one copy of the whole tile where `base` is a descriptor.
+
+    A descriptor is of all samples and heads; a pointer is that of the sample and the head.
+    """
+    if DESCRIBED:
+        tile = tl.reshape(base.load([sample.to(tl.int32), start, column]), (BLOCK_N, BLOCK_D))
+    else:
+        tile = fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D)
+    return tile
+
+
+@triton.jit
+def give(
+    base, sample, start, column, row, stride_n, end, tile, channels, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Write a tile, by one copy of the whole tile where `base` is a descriptor, as `take` has it."""
+    if DESCRIBED:
+        tile = tl.reshape(tile.to(base.dtype), (1, BLOCK_N, BLOCK_D))
+        base.store([sample.to(tl.int32), start, column], tile)
+    else:
+        put(base, start, row, stride_n, end, tile, channels, BLOCK_D)
+
+
+@triton.jit
 def fetch_block(
     base, which, row, column,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -214,12 +243,19 @@ def fold_weighted(weight, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def times_state(x, high, low, scale, PRECISION: tl.constexpr):
-    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale."""
-    product = tl.dot(x, high, input_precision=PRECISION) * scale[:, None]
-    if x.dtype == tl.bfloat16:
-        # Scaled one by one: chained products would have all warps along the tokens, more warps than rows need.
-        product += tl.dot(x, low) * scale[:, None]
+def times_state(x, high, low, scale, CHAINED: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale.
+
+    Scaled one by one: chained products would have all warps along the tokens, more warps than rows need. CHAINED says
+    that there are as many rows; then one product's registers are enough.
+    """
+    product = tl.dot(x, high, input_precision=PRECISION)
+    if CHAINED and x.dtype == tl.bfloat16:
+        product = tl.dot(x, low, product) * scale[:, None]
+    else:
+        product *= scale[:, None]
+        if x.dtype == tl.bfloat16:
+            product += tl.dot(x, low) * scale[:, None]
     return product
 
 
