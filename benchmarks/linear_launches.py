@@ -60,7 +60,7 @@ def candidates(name: str, *, described: bool = False) -> Iterator[dict[str, int]
     # Programs are counted when a kernel is launched, not when it is compiled.
     if described:
         for programs, tokens, warps, stages in itertools.product((264, 528, 1056), (32, 64, 128), (4, 8), (2, 3, 4)):
-            # What these take of memory and registers keeps all but one program from a processor.
+            # Larger tiles do not fit the on-chip memory twice, beside the state.
             if tokens * stages <= 256:
                 yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "described": True}
         return

@@ -1,10 +1,11 @@
 """What linear attention spends its time on: every kernel of a call beside the bytes that it must move, and the gaps.
 
-`python -m benchmarks.linear_profile` needs a GPU and puts `passes` into `results/linear_profile.json`; what else stands
-there it keeps. At Wan 14B's 720p and at LTX, whose floors are the shortest, it replays CUDA graphs of the operation,
-with RoPE, with convolutions and of the gradient, as `benchmarks.kernels` times them, and traces them by CUPTI: time of
-each kernel, the pause before it, registers, what it spills, shared memory, programs that fit a processor. Beside that:
-the time of a call within the graph and on its own, and that of the host, which says whether launches hold it up.
+`python -m benchmarks.linear_profile` needs a GPU and puts `passes` into `results/linear_profile.json`; what else
+stands there it keeps. At Wan 14B's 720p and at LTX, whose floors are the shortest, it replays CUDA graphs of the
+operation, with RoPE, with convolutions and of the gradient, as `benchmarks.kernels` times them, and traces them by
+CUPTI: time of each kernel, the pause before it, registers, what it spills, shared memory, programs that fit a
+processor. Beside that: the time of a call within the graph and on its own, and that of the host, which says whether
+launches hold it up.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bandwidth import Bandwidth, measured_bandwidth, milliseconds
 from benchmarks.gates import amend_result
@@ -69,6 +71,13 @@ def by_place(events: Sequence[dict[str, Any]], calls: int) -> list[list[dict[str
     return places
 
 
+def pauses_of(events: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the microseconds before each event in which no other ran, 0 of the first."""
+    ends = [float(event["ts"]) + float(event["dur"]) for event in events]
+    starts = [float(event["ts"]) for event in events]
+    return [0.0, *(start - end for start, end in zip(starts[1:], ends[:-1], strict=True))]
+
+
 def row_of(place: Sequence[dict[str, Any]], pauses: Sequence[float], spills: dict[tuple[str, int], int]) -> Any:
     """Return what the kernel at one place of a call took, in microseconds, and what it holds."""
     name, said = place[0]["name"], place[0]["args"]
@@ -104,8 +113,6 @@ def compiled_spills() -> dict[tuple[str, int], int]:
 
 def traced(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Return the kernel events of graph replays over all sets, those of a first replay left out."""
-    from torch.profiler import ProfilerActivity, profile
-
     call(*sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -145,10 +152,11 @@ def profile_case(case: Case, shape: Shape, bandwidth: Bandwidth) -> dict[str, An
     events = traced(case.ours, sets)
     places = by_place(events, REPLAYS * len(sets))
     spills, rows = compiled_spills(), []
-    ends = [float("nan"), *(float(event["ts"]) + float(event["dur"]) for event in events)]
-    pauses = [float(event["ts"]) - end for event, end in zip(events, ends, strict=False)]
+    pauses = pauses_of(events)
     for place, of_place in enumerate(places):
-        row = row_of(of_place, pauses[place :: len(places)][1:], spills)
+        # Not those between two replays.
+        within = [each for call, each in enumerate(pauses[place :: len(places)]) if call % len(sets)]
+        row = row_of(of_place, within, spills)
         read, written = TENSORS.get(row["kernel"], (0, 0))
         floor = 1e3 * bandwidth.floor((read + written) * size, written * size)
         rows.append({**row, "floor_us": floor, "over_floor": row["us"] / floor if floor else None})
@@ -173,10 +181,15 @@ def profile_case(case: Case, shape: Shape, bandwidth: Bandwidth) -> dict[str, An
 def profiled(shapes: Sequence[str]) -> dict[str, Any]:
     """Profile every operation at some shapes."""
     bandwidth = measured_bandwidth()
+    with profile(activities=[ProfilerActivity.CUDA]):
+        torch.ones(1, device="cuda").sum()  # CUPTI begins, and may lose the first kernels
     rows = []
     for shape in (each for each in WAN + OTHERS if each.name in shapes):
         for fields in cases(shape):
-            rows.append(profile_case(Case(**fields), shape, bandwidth))
+            try:
+                rows.append(profile_case(Case(**fields), shape, bandwidth))
+            except ValueError as error:  # CUPTI has lost kernels: the other operations are worth their time
+                rows.append({"op": fields["op"], "shape": shape.name, "failed": str(error), "passes": []})
             print(json.dumps({name: value for name, value in rows[-1].items() if name != "passes"}), flush=True)
             for row in rows[-1]["passes"]:
                 print("   ", json.dumps(row), flush=True)
