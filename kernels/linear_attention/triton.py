@@ -101,7 +101,7 @@ def _sums(
         tokens,
         tiles,
         terms.norm_eps,
-        DESCRIBED=whole,
+        WHOLE=whole,
         **constants(x, how, terms),
     )
     return found
@@ -129,7 +129,7 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
         tiles,
         terms.norm_eps,
         terms.eps,
-        DESCRIBED=whole,
+        WHOLE=whole,
         **constants(query, how, terms),
     )
 
@@ -184,7 +184,7 @@ def _of_queries(
             tiles,
             terms.norm_eps,
             terms.eps,
-            DESCRIBED=whole,
+            WHOLE=whole,
             CHAINED=whole and how.rows_for_all_warps,
             **constants(query, how, terms),
         )
@@ -240,7 +240,7 @@ def _grad_keys(
         tiles,
         terms.norm_eps,
         ADDS=convolves(terms),
-        DESCRIBED=whole,
+        WHOLE=whole,
         CHAINED=whole and how.rows_for_all_warps,
         **constants(key, how, terms),
     )

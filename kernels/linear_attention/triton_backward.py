@@ -23,6 +23,8 @@ from postgen.kernels.linear_attention.triton_tiles import (
     give,
     normed,
     numbers_of,
+    of_head,
+    of_result,
     place_of,
     slope,
     take,
@@ -35,11 +37,10 @@ from postgen.kernels.linear_attention.triton_tiles import (
 @triton.jit
 def grad_queries(
     gradient, query, rstd, weight, table, terms, key_sums, found, d_query, inverses, weights,
-    gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
-    first, tokens, tiles, norm_eps, eps,
-    RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, CHAINED: tl.constexpr,
+    gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h, first, tokens, tiles,
+    norm_eps, eps, RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
 
@@ -50,11 +51,9 @@ def grad_queries(
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
-    of_gradient, of_query = (head * gradient_h).to(tl.int32), (head * query_h).to(tl.int32)
-    if not DESCRIBED:
-        gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
-        query += sample * query_b + head.to(tl.int64) * query_h
-        d_query = further(d_query, (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E)
+    gradient = of_head(gradient, sample, head, gradient_b, gradient_h, 0, WHOLE)
+    query = of_head(query, sample, head, query_b, query_h, 0, WHOLE)
+    d_query = of_result(d_query, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
     found = further(found, which * tokens)
     weights += (part * tl.num_programs(2) * heads + which) * tokens
     table = further(table, part * BLOCK_E)
@@ -69,13 +68,9 @@ def grad_queries(
     if table is not None:
         a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = take(
-            gradient, sample, start, of_gradient, row, gradient_n, gradient_d, tokens, CHANNELS,
-            BLOCK_N, BLOCK_D, DESCRIBED,
-        )  # fmt: skip
-        x = take(
-            query, sample, start, of_query, row, query_n, query_d, tokens, CHANNELS, BLOCK_N, BLOCK_D, DESCRIBED
-        )  # fmt: skip
+        at = head * gradient_h
+        g = take(gradient, sample, start, at, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D, WHOLE)
+        x = take(query, sample, start, head * query_h, row, query_n, query_d, tokens, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
         q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
@@ -94,10 +89,7 @@ def grad_queries(
             p = -numbers_of(found, start, row, tokens)
         if d_query is not None:
             n = (n - p[:, None] * own_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
-            give(
-                d_query, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels,
-                BLOCK_N, BLOCK_E, DESCRIBED,
-            )  # fmt: skip
+            give(d_query, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels, BLOCK_E, WHOLE)
         start += BLOCK_N
 
 
@@ -121,8 +113,7 @@ def grad_keys(
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TEXT: tl.constexpr, ADDS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
 
@@ -132,12 +123,10 @@ def grad_keys(
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
     end = end_of(lengths, sample, tokens)
-    of_key, of_value = (head * key_h).to(tl.int32), (head * value_h).to(tl.int32)
-    if not DESCRIBED:
-        key += sample * key_b + head.to(tl.int64) * key_h
-        value += sample * value_b + head.to(tl.int64) * value_h
-        d_key += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
-        d_value += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    key = of_head(key, sample, head, key_b, key_h, 0, WHOLE)
+    value = of_head(value, sample, head, value_b, value_h, 0, WHOLE)
+    d_key = of_result(d_key, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
+    d_value = of_result(d_value, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
     weight = further(weight, head * weight_h)
     rstd = further(rstd, sample * tokens)
     high, low, columns = rows_and_columns(d_states, which, part, CHANNELS, BLOCK_D, BLOCK_E, DOT)
@@ -148,10 +137,8 @@ def grad_keys(
     if table is not None:
         a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        x = take(key, sample, start, of_key, row, key_n, key_d, end, CHANNELS, BLOCK_N, BLOCK_D, DESCRIBED)
-        v = take(
-            value, sample, start, of_value, row, value_n, value_d, end, CHANNELS, BLOCK_N, BLOCK_D, DESCRIBED
-        )  # fmt: skip
+        x = take(key, sample, start, head * key_h, row, key_n, key_d, end, CHANNELS, BLOCK_D, WHOLE)
+        v = take(value, sample, start, head * value_h, row, value_n, value_d, end, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), CHAINED, PRECISION)
         if table is not None:
@@ -162,10 +149,7 @@ def grad_keys(
             n = turn(n, own_a, own_b, True, BLOCK_N, BLOCK_E)
         n = (n + d_key_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
         n = tl.where((start + row < end)[:, None], n, 0.0)
-        give(
-            d_key, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels,
-            BLOCK_N, BLOCK_E, DESCRIBED,
-        )  # fmt: skip
+        give(d_key, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels, BLOCK_E, WHOLE)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
@@ -173,10 +157,7 @@ def grad_keys(
         o = tl.dot(k.to(DOT), columns, input_precision=PRECISION)
         if ADDS:
             o += fetch(d_value, start, row, heads * CHANNELS, 1, end, channels, BLOCK_E).to(tl.float32)
-        give(
-            d_value, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, o, channels,
-            BLOCK_N, BLOCK_E, DESCRIBED,
-        )  # fmt: skip
+        give(d_value, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, o, channels, BLOCK_E, WHOLE)
         start += BLOCK_N
 
 

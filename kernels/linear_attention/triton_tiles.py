@@ -32,30 +32,42 @@ def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def take(
-    base, sample, start, column, row, stride_n, stride_d, end, channels, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-):  # fmt: skip
-    """Return a tile in the dtype of memory, by one copy of the whole tile where `base` is a descriptor.
+def of_head(base, sample, head, stride_b, stride_h, by, WHOLE: tl.constexpr):
+    """Return the pointer to a head of a sample, moved by `by`; a descriptor stays that of all samples and heads."""
+    moved = base
+    if not WHOLE:
+        moved = base + sample * stride_b + head.to(tl.int64) * stride_h + by
+    return moved
 
-    A descriptor is of all samples and heads; a pointer is that of the sample and the head.
-    """
-    if DESCRIBED:
-        tile = tl.reshape(base.load([sample.to(tl.int32), start, column]), (BLOCK_N, BLOCK_D))
+
+@triton.jit
+def of_result(base, sample, head, by, tokens, heads, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Return `of_head` of a tensor without gaps, or None as it is."""
+    moved = base
+    if not WHOLE:
+        moved = further(base, (sample * tokens * heads + head) * CHANNELS + by)
+    return moved
+
+
+@triton.jit
+def take(
+    base, sample, start, column, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Return a tile in the dtype of memory, WHOLE by one copy from the place that a descriptor knows by numbers."""
+    if WHOLE:
+        tile = base.load([sample.to(tl.int32), start, tl.cast(column, tl.int32)])
+        tile = tl.reshape(tile, (row.shape[0], BLOCK_D))
     else:
         tile = fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D)
     return tile
 
 
 @triton.jit
-def give(
-    base, sample, start, column, row, stride_n, end, tile, channels, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-):  # fmt: skip
-    """Write a tile, by one copy of the whole tile where `base` is a descriptor, as `take` has it."""
-    if DESCRIBED:
-        tile = tl.reshape(tile.to(base.dtype), (1, BLOCK_N, BLOCK_D))
-        base.store([sample.to(tl.int32), start, column], tile)
+def give(base, sample, start, column, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a tile, as `take` reads it."""
+    if WHOLE:
+        tile = tl.reshape(tile.to(base.dtype), (1, row.shape[0], BLOCK_D))
+        base.store([sample.to(tl.int32), start, tl.cast(column, tl.int32)], tile)
     else:
         put(base, start, row, stride_n, end, tile, channels, BLOCK_D)
 

@@ -62,7 +62,7 @@ def compiled(
         "BLOCK_E": min(how.channels, constants["BLOCK_E"]),
         "X_N": 120 * channels,
         "X_D": 1,
-        "DESCRIBED": described,
+        "WHOLE": described,
         "CHAINED": described and how.rows_for_all_warps,
     }
     halves = {"table": "fp16", "terms": "bf16"} if dtype == "bf16" else {}
