@@ -88,16 +88,21 @@ def test_gradients_equal_float64(case: str, channels: int, dtype: torch.dtype) -
         assert relative_error(x, y) < bound, name
 
 
-@pytest.mark.parametrize(("tile", "warps", "stages"), [(64, 8, 3), (64, 4, 2), (32, 4, 3), (128, 8, 1)])
-@pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("case", ["plain", "rope", "norm", "lengths", "text before and after"])
+@pytest.mark.parametrize(
+    ("case", "channels", "cut"),
+    [
+        *itertools.product(("plain", "rope", "norm", "lengths", "text before and after"), (64, 128), [(64, 8, 3)]),
+        *itertools.product(("plain", "rope"), (128,), [(64, 4, 2), (32, 4, 3), (128, 8, 1)]),
+    ],
+)
 def test_tiles_that_are_copied_whole(
-    case: str, channels: int, tile: int, warps: int, stages: int, monkeypatch: pytest.MonkeyPatch
+    case: str, channels: int, cut: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from postgen.kernels.linear_attention.triton_descriptors import described
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch
 
-    how = Launch(tokens=tile, warps=warps, stages=stages, described=True)
+    tokens, warps, stages = cut
+    how = Launch(tokens=tokens, warps=warps, stages=stages, described=True)
     for name in ("keys", "queries", "grad_queries", "grad_sums", "grad_keys"):
         monkeypatch.setitem(LAUNCHES, (name, channels), how)
         monkeypatch.setitem(LAUNCHES, (f"turned_{name}", channels), how)
