@@ -29,6 +29,8 @@ class Launch:
 
     Of the convolution: programs that run at once; 0 is one on each processor of an H100.
     """
+    described: bool = False
+    """Whether tiles are copied whole where they can be, see `triton_descriptors.py`."""
     strip: int = 4
     """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
     channels: int = 128
@@ -37,6 +39,11 @@ class Launch:
     """Of the convolution: whether both 16-bit terms of the state are one matrix of twice as many rows."""
     reserved: int = 0
     """Of the convolution: percent of the on-chip memory for tiles, the first cache has the rest; 0 is no wish."""
+
+    @property
+    def rows_for_all_warps(self) -> bool:
+        """Whether a tile has the 16 rows that a product gives a warp, for each of them."""
+        return self.tokens >= 16 * self.warps
 
 
 LAUNCHES: dict[tuple[str, int], Launch] = {
