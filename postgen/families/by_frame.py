@@ -1,9 +1,11 @@
-"""Blocks of Wan and SkyReels-V2 that modulate frame by frame, where all tokens of a frame have one timestep.
+"""Wan and SkyReels-V2 modulated frame by frame, where all tokens of a frame have one timestep.
 
 A network that is told a timestep for every token makes six float32 vectors of each token in every block: 2.9 GB at the
 widths of 14B for 15 latent frames of 480 x 832, written once and read several times. With the frames in the batch of a
 block there is one timestep a row, as in a stock call: norms, linear layers and modulation look at single tokens
-anyway, and the two attentions are handed the whole clip. The bits are the same.
+anyway, and the two attentions are handed the whole clip. Wan also embeds the time of every token, in float32; here it
+does of every frame. Everybody's arguments and outputs keep the shapes of a stock call, and the numbers are the same,
+on a CPU to the bit.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
         return
     fold = _Fold(frames, _TOKEN_AXIS[names.pop()])
     with ExitStack() as stack:
+        embedder: nn.Module = model.get_submodule("condition_embedder")
+        stack.callback(embedder.register_forward_pre_hook(fold.before_embedder, with_kwargs=True).remove)
+        stack.callback(embedder.register_forward_hook(fold.after_embedder, prepend=True).remove)
         for block in blocks:
             # What others hang on a block or an attention sees the shapes of a stock call.
             stack.callback(block.register_forward_pre_hook(fold.before_block).remove)
@@ -67,6 +72,22 @@ class _Fold:
         self.frames, self.axis, self.caller = frames, axis, threading.get_ident()
         self.rows = 0
         """B while a block is under way whose frames stand in the batch, else 0."""
+        self.tokens = 0
+        """Of a frame, while times are embedded one for each frame instead of one for each token; else 0."""
+
+    def before_embedder(self, embedder: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
+        length = words.get("timestep_seq_len")
+        if threading.get_ident() != self.caller or length is None or length % self.frames:
+            return None
+        self.tokens = length // self.frames
+        return (args[0][:: self.tokens], *args[1:]), {**words, "timestep_seq_len": self.frames}
+
+    def after_embedder(self, embedder: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+        if not self.tokens or threading.get_ident() != self.caller:
+            return None
+        times = [each.repeat_interleave(self.tokens, 1) for each in output[:2]]
+        self.tokens = 0
+        return (*times, *output[2:])
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != self.caller:
@@ -97,8 +118,10 @@ class _Fold:
 
     def _apart(self, tokens: Tensor) -> Tensor:
         """(B, T * n, D) -> (B * T, n, D)."""
-        return tokens.unflatten(1, (self.frames, -1)).flatten(0, 1)
+        apart: Tensor = tokens.unflatten(1, (self.frames, -1)).flatten(0, 1)
+        return apart
 
     def _together(self, tokens: Tensor) -> Tensor:
         """(B * T, n, D) -> (B, T * n, D)."""
-        return tokens.unflatten(0, (self.rows, -1)).flatten(1, 2)
+        together: Tensor = tokens.unflatten(0, (self.rows, -1)).flatten(1, 2)
+        return together
