@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postgen.compat import unwrap
+from postgen.compat import is_compiled, unwrap
 
 _TOKEN_AXIS = {"WanTransformerBlock": 1, "SkyReelsV2TransformerBlock": 2}
 """Axis of the tokens in what a block is told of the time: (B, L, 6, D) or (B, 6, L, D)."""
@@ -61,8 +61,7 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
 
 def _altered(module: nn.Module) -> bool:
     """Whether a module is compiled, or its forward is no longer that of its class."""
-    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or (hasattr(module, "attn1") and "forward" in vars(module))
+    return is_compiled(module) or (hasattr(module, "attn1") and "forward" in vars(module))
 
 
 class _Fold:
