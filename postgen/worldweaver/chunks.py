@@ -14,11 +14,14 @@ from postgen.errors import UserError
 from postgen.families.streaming import StreamingDecoder, denormalised
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.state import RolloutState
+from postgen.worldweaver.state import COUNTS, DECODER, LATENTS, RolloutState
 
 OUTPUTS = ("np", "pt", "pil", "latent")
 OutputType = Literal["np", "pt", "pil", "latent"]
-_PREFIX, _COUNT = "decoder.", "decoder.frames"
+_COUNT = f"{DECODER}frames"
+TAIL = 8
+"""Latent frames that a state keeps for decoders that have lost their memory: the first frame after it is then as far
+from the exact one as 47 dB in the embedded model, whose autoencoder loses more; of 4 as 32 dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,8 @@ class ChunkDecoder:
             }
         self.count = 0
         """Frames that were handed out."""
+        self.tail: Tensor | None = None
+        """The last latents that were decoded."""
 
     def push(self, latents: Tensor, *, last: bool) -> dict[Modality, Tensor]:
         """Decode the next latents (B, M * C, f, h, w); all modalities, or none if it fails."""
@@ -91,6 +96,9 @@ class ChunkDecoder:
         parts = self.model.split(latents) if self.output_type == "latent" else clips
         frames = parts["rgb"]
         self.count += frames.shape[1] if self.decoders else self._frames(latents.shape[2])
+        if self.decoders:
+            before = latents[:, :, :0] if self.tail is None else self.tail.to(latents)
+            self.tail = torch.cat([before, latents], 2)[:, :, -TAIL:].clone()
         self._keep(state)
         depth = parts["depth"] if "depth" in self.modalities else None
         if depth is not None and self.decoders:
@@ -110,28 +118,36 @@ class ChunkDecoder:
             UserError: it was made without this output, or with another autoencoder.
         """
         for name, decoder in self.decoders.items():
-            prefix = f"{_PREFIX}{name}."
+            prefix = f"{DECODER}{name}."
             own = {key.removeprefix(prefix): value for key, value in state.extra.items() if key.startswith(prefix)}
             if not own and state.finished:
                 raise UserError(
                     f"the state was made without frames of {name}, which cannot begin in the middle: ask for what was"
                     " asked for before"
                 )
-            if own:
+            if own.keys() == {*COUNTS}:  # of `RolloutState.light`
+                decoder.prime(own, self._latents(self.model.split(state.extra[LATENTS])[name]))
+            elif own:
                 decoder.load_state_dict(own)
+        self.tail = state.extra.get(LATENTS)
         if _COUNT in state.extra:
             self.count = int(state.extra[_COUNT])
 
     def _keep(self, state: RolloutState) -> None:
-        kept = {name: value for name, value in state.extra.items() if not name.startswith(_PREFIX)}
+        kept = {name: value for name, value in state.extra.items() if not name.startswith(DECODER)}
         for name, decoder in self.decoders.items():
-            kept |= {f"{_PREFIX}{name}.{key}": value for key, value in decoder.state_dict().items()}
+            kept |= {f"{DECODER}{name}.{key}": value for key, value in decoder.state_dict().items()}
+        if self.tail is not None:
+            kept[LATENTS] = self.tail
         state.extra = {**kept, _COUNT: torch.tensor(self.count)}
 
     def _decoded(self, decoder: StreamingDecoder, latents: Tensor, last: bool) -> Tensor:
-        clip = decoder.push(denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype)))
+        clip = decoder.push(self._latents(latents))
         # An exact decoder holds nothing back, and so can go on where a video was to end.
         return torch.cat([clip, decoder.finish()], 1) if last and decoder.way.kind == "windows" else clip
+
+    def _latents(self, latents: Tensor) -> Tensor:
+        return denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype))
 
     def _frames(self, latents: int) -> int:
         return latents * self.time if self.count else (latents - 1) * self.time + 1
