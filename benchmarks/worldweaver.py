@@ -106,10 +106,10 @@ def given_latents(arm: Arm, truth: world.Frames, count: int) -> tuple[Tensor, Di
     limits = DisparityRange.of(truth.disparity_BFHW[:, :count])
     parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
     if "depth" in arm.model.modalities:
-        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count])))
+        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count]), "depth"))
     if "flow" in arm.model.modalities:
         assert truth.flow_BF2HW is not None
-        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1])))
+        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1]), "flow"))
     return torch.cat(parts, 1), limits
 
 
@@ -154,7 +154,7 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - clock
     parts = model.split(latents)
-    disparity = limits.disparity(model.decode(parts["depth"])) if "depth" in parts else None
+    disparity = limits.disparity(model.decode(parts["depth"], "depth")) if "depth" in parts else None
     return Made(frames=model.decode(parts["rgb"]), disparity=disparity, latents=latents, seconds=seconds)
 
 

@@ -97,7 +97,7 @@ class ClipPool:
     """N encoded clips of T latent frames."""
 
     latents: dict[Modality, Tensor]
-    """(N, C, T, h, w) float16 of each modality."""
+    """(N, C, T, h, w) float16 of each modality, not scaled."""
     corrupted: Tensor | None
     """(N, C, T, h, w) the RGB of clips with wrong colours."""
     poses: Tensor | None
@@ -109,7 +109,7 @@ class ClipPool:
         return len(self.texts)
 
     def joint(self, rows: Tensor, device: torch.device) -> Tensor:
-        """Return (B, M * C, T, h, w) of the clips with these numbers, on the CPU."""
+        """Return (B, M * C, T, h, w) of the clips with these numbers, which are on the CPU; not scaled."""
         return torch.cat([_picked(each, rows, device) for each in self.latents.values()], 1)
 
     def wrong(self, rows: Tensor, device: torch.device) -> Tensor | None:
@@ -153,7 +153,7 @@ def encoded(
     *,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the float16 latents of some clips by name.
+    """Return the float16 latents of some clips by name, not scaled.
 
     Args:
         model: encodes them.
@@ -178,6 +178,7 @@ def encoded(
     for name in names:
         clip = picture(name)
         with torch.autocast(rgb.device.type, torch.bfloat16, enabled=bf16):
+            # As the autoencoder gives them, all as RGB, so that kept ones serve any scale.
             found[name] = model.encode(clip).to(torch.float16)
     return found
 

@@ -29,6 +29,7 @@ from postgen.training.updates import decay_groups
 from .adapter import EMBEDDER, save_adapter
 from .clips import ClipBatch, ClipPool, video_pool
 from .embedding import LevelEmbedder
+from .latent_scale import Scale, measured_scale
 from .model import WorldWeaverModel
 from .texts import Texts
 from .train_config import WorldWeaverConfig
@@ -70,7 +71,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self.denoiser: Denoiser = frozen(self.pipe, args)
         self._check_model()
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
+        self._model = loss.model
         self._read_clips(loss.model)
+        self._model.latent_scale = args.latent_scale or self._measured_scale()
         shape = self.denoiser.latent_shape(args.num_frames, *args.size)
         cpu = torch.device("cpu")
         schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
@@ -131,6 +134,13 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
                 f"{len(self.pool)} clips of {self.pool.texts.shape[1]} latent frames ({said}), {len(self.texts)} texts"
             )
 
+    def _measured_scale(self) -> Scale:
+        return measured_scale(self.pool.latents, lambda sums: self._summed(sums.float().to(self.device)))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        found: Tensor = self.accelerator.reduce(values, "sum")
+        return found
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what is new and what is adapted, each with its rate."""
         args = self.args
@@ -177,7 +187,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         texts = pool.texts[clips, later]
         texts = torch.where(draw[:, 1] < self.args.caption_dropout, 0, texts)
         return ClipBatch(
-            latents=pool.joint(clips, self.device),
+            latents=self._model.scaled(pool.joint(clips, self.device)),
             wrong=pool.wrong(clips, self.device),
             poses=None if pool.poses is None else pool.poses[clips],
             texts=texts.tolist(),
@@ -231,12 +241,14 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     # What is kept.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many micro-batches were taken."""
-        return {"micro": self._micro}
+        """Return how many micro-batches were taken, and the scale that was measured."""
+        return {"micro": self._micro, "latent_scale": list(self._model.latent_scale)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self._micro = int(state["micro"])
+        # Runs from before there was one had a scale of 1.
+        self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads; of all weights the base too."""
