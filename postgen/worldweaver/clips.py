@@ -27,6 +27,8 @@ from .texts import Texts
 
 CORRUPTED = "corrupted"
 """Name of RGB with wrong colours among the latents of clips."""
+PLACED = "placed"
+"""Name of their sights, which placed memory is read by."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +106,8 @@ class ClipPool:
     """(N, T, 3, 4) cameras on the CPU, each that of the last frame of its latent."""
     texts: Tensor
     """(N, T) int64 on the CPU: number of the text that is true from a latent frame on."""
+    sights: Tensor | None = None
+    """(N, T, P, 3, h, w) float32 of the P frames from each frame on, see `placed_clips`."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -115,6 +119,10 @@ class ClipPool:
     def wrong(self, rows: Tensor, device: torch.device) -> Tensor | None:
         """Return (B, C, T, h, w), the corrupted RGB of them."""
         return None if self.corrupted is None else _picked(self.corrupted, rows, device)
+
+    def seen(self, rows: Tensor, device: torch.device) -> Tensor | None:
+        """Return (B, T, P, 3, h, w), the sights of them."""
+        return None if self.sights is None else _picked(self.sights, rows, device)
 
 
 @dataclass(slots=True)
@@ -129,6 +137,8 @@ class ClipBatch:
     """(B, T, 3, 4) cameras."""
     texts: list[int]
     """Numbers of what is said of them."""
+    sights: Tensor | None = None
+    """(B, T, P, 3, h, w), as of `ClipPool`."""
 
     def put(self, frames: Tensor, start: int) -> None:
         """Write frames (B, M * C, F, h, w) over those from a latent frame on, in memory of their own."""

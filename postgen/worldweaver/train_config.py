@@ -11,7 +11,7 @@ from postgen.training.policy import ModelConfig
 
 from .clips import ClipsConfig
 from .latent_scale import checked_scale
-from .windows import WindowConfig
+from .window_config import WindowConfig
 
 
 @dataclass(kw_only=True)
@@ -60,3 +60,4 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
             self.require(not evaluates or bool(self.eval_dataset), "eval_dataset", "given to evaluate")
             self.require(self.memory_policy != "camera", "memory_policy", "another one than camera: videos have none")
             self.require("flow" not in self.aux, "aux", "without flow: videos have none")
+            self.require(not self.placed_memory, "placed_memory", "false: videos have no cameras")
