@@ -259,8 +259,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self._micro = int(state["micro"])
-        # Runs from before there was one had a scale of 1.
-        self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
+        if self.args.latent_scale is None:  # runs from before there was one had a scale of 1
+            self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads; of all weights the base too."""

@@ -125,10 +125,13 @@ def test_training_measures_it_and_the_adapter_says_it(tmp_path: Path) -> None:
     assert WorldWeaverModel(denoiser_for(pipe), loaded.embedder).latent_scale == scale
     # A run that goes on keeps what it began with, also one from before there was a scale.
     assert first.state_dict() == {"micro": 1, "latent_scale": [1, 0.5]}
-    first.load_state_dict({"micro": 1, "latent_scale": [1, 0.125]})
-    assert model.latent_scale == (1, 0.125)
-    first.load_state_dict({"micro": 1})
-    assert model.latent_scale == (1, 1)
+    measured = run.unwrap("worldweaver").model
+    run.load_state_dict({"micro": 1, "latent_scale": [1, 0.125]})
+    assert measured.latent_scale == (1, 0.125)
+    run.load_state_dict({"micro": 1})
+    assert measured.latent_scale == (1, 1)
+    first.load_state_dict({"micro": 1})  # it was said
+    assert model.latent_scale == (1, 0.5)
     with pytest.raises(UserError, match=r"latent_scale is \[1.0\]: give 2 numbers"):
         settings(latent_scale=[1])
 
