@@ -36,7 +36,8 @@ from postgen.worldweaver.depth import DisparityRange, flow_picture
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.memory import MemoryBank
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.rollout import Rollout
+from postgen.worldweaver.placed_rollout import PlacedRollout
+from postgen.worldweaver.rollout import Poses, Rollout
 from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.world_clips import latent_ends
 
@@ -100,16 +101,27 @@ def bank_of(arm: Arm) -> MemoryBank:
     )
 
 
+def placed_of(arm: Arm, poses: Poses, limits: DisparityRange, begin: Tensor) -> PlacedRollout | None:
+    """Return the placed memory of an arm that was trained with it, with what it is given."""
+    told = arm.settings
+    if not told.get("placed_memory", False):
+        return None
+    noise = told["addnoise_condition"] / 1000
+    made = PlacedRollout(arm.model, poses, limits, mem_noise=noise, warp=told["placed_warp"])
+    made.store(begin, 0)
+    return made
+
+
 @torch.no_grad()
 def given_latents(arm: Arm, truth: world.Frames, count: int) -> tuple[Tensor, DisparityRange]:
     """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity."""
     limits = DisparityRange.of(truth.disparity_BFHW[:, :count])
     parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
     if "depth" in arm.model.modalities:
-        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count])))
+        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count]), "depth"))
     if "flow" in arm.model.modalities:
         assert truth.flow_BF2HW is not None
-        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1])))
+        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1]), "flow"))
     return torch.cat(parts, 1), limits
 
 
@@ -132,6 +144,7 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
     segments = Segments(steps=steps, groups=steps // told["ar_step"])
     schedule = linspace_schedule(model.denoiser, steps, told["flow_shift"], device)
     poses = truth.pose_BF34[:, latent_ends(total, shape[1])]
+    placed = placed_of(arm, lambda start, stop: poses[:, start:stop], limits, begin)
     run = Rollout(
         model,
         schedule,
@@ -139,6 +152,7 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         frames=told["causal_block_size"],
         guidance=arm.guidance,
         poses=lambda start, stop: poses[:, start:stop],
+        extras=None if placed is None else placed.extras,
     )
     captions = [world.caption_at(spec, 0) for spec in specs]
     condition = model.denoiser.encode_prompt(captions, guidance=arm.guidance > 1)
@@ -149,12 +163,13 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         (shape[0], *shape[2:]), [(0, condition)], generators, bank_of(arm), num_latents=left, given=begin
     )
     clock = time.perf_counter()
-    latents = torch.cat([begin, *(group.latents for group in run.groups(state))], 2)
+    store = None if placed is None else placed.on_group
+    latents = torch.cat([begin, *(group.latents for group in run.groups(state, on_group=store))], 2)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - clock
     parts = model.split(latents)
-    disparity = limits.disparity(model.decode(parts["depth"])) if "depth" in parts else None
+    disparity = limits.disparity(model.decode(parts["depth"], "depth")) if "depth" in parts else None
     return Made(frames=model.decode(parts["rgb"]), disparity=disparity, latents=latents, seconds=seconds)
 
 

@@ -75,6 +75,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
         base_settings: what that class is told beside its components.
         mean_level: for a network that takes one noise level for the clip, see `WorldWeaverModel`.
         defaults: of the call, by the names of `postgen.worldweaver.plan.DEFAULTS` and `TRAINED`.
+        latent_scale: of each modality, see `WorldWeaverModel`; None is that of the transformer.
     """
 
     _callback_tensor_inputs = ("latents", "clean")
@@ -91,6 +92,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
         base_settings: dict[str, Any] | None = None,
         mean_level: bool = False,
         defaults: dict[str, Any] | None = None,
+        latent_scale: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(  # type: ignore[no-untyped-call]
@@ -102,7 +104,11 @@ class WorldWeaverPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(  # type: ignore[no-untyped-call]
-            base_pipeline=base_pipeline, base_settings=base_settings, mean_level=mean_level, defaults=defaults
+            base_pipeline=base_pipeline,
+            base_settings=base_settings,
+            mean_level=mean_level,
+            defaults=defaults,
+            latent_scale=latent_scale,
         )
 
     @classmethod
@@ -140,6 +146,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 embedder = LevelEmbedder.for_transformer(model)
+        scale = widened(model).latent_scale
         takes = inspect.signature(type(pipeline).__init__).parameters
         own = {key: value for key, value in pipeline.config.items() if key in takes and key not in pipeline.components}
         return cls(
@@ -149,6 +156,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             base_settings=own,
             mean_level=mean_level,
             defaults={key: settings[key] for key in (*DEFAULTS, *TRAINED) if key in settings},
+            latent_scale=None if scale is None else list(scale),
         )
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
@@ -346,7 +354,8 @@ class WorldWeaverPipeline(DiffusionPipeline):
             denoiser.max_sequence_length = max_sequence_length
         # A transformer of a folder does not say what its channels are, the embedder beside it does.
         widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]])
-        return WorldWeaverModel(denoiser, self.level_embedder, mean_level=self.config["mean_level"])
+        own = {name: self.config[name] for name in ("mean_level", "latent_scale")}
+        return WorldWeaverModel(denoiser, self.level_embedder, **own)
 
 
 def _base_class(name: str) -> Any:

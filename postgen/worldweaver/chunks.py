@@ -84,7 +84,10 @@ class ChunkDecoder:
         before = {name: decoder.state_dict() for name, decoder in self.decoders.items()}
         parts = self.model.split(latents)
         try:
-            return {name: self._decoded(decoder, parts[name], last) for name, decoder in self.decoders.items()}
+            return {
+                name: self._decoded(decoder, self.model.unscaled(parts[name], name), last)
+                for name, decoder in self.decoders.items()
+            }
         except BaseException:
             for name, decoder in self.decoders.items():
                 decoder.load_state_dict(before[name])

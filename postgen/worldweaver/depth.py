@@ -79,6 +79,15 @@ class DisparityRange:
         a, b = self._wide(grey)
         return a + grey * (b - a)
 
+    def distance(self, picture: Tensor, edge: float = 0.02) -> Tensor:
+        """Return the distances (B, F, H, W) that a picture (B, F, 3, H, W) shows.
+
+        Infinite where it is within `edge` of black or white, where the disparity may have been cut.
+        """
+        disparity, grey = self.disparity(picture), picture.mean(2)
+        known = (grey > edge) & (grey < 1 - edge)
+        return torch.where(known, 1 / torch.where(known, disparity, 1), torch.inf)
+
     def _wide(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if len(like) != len(self.low):
             raise UserError(f"a range of {len(self.low)} clips for {len(like)}: give one of each")
