@@ -104,9 +104,12 @@ def bank_of(arm: Arm) -> MemoryBank:
 
 
 @torch.no_grad()
-def given_latents(arm: Arm, truth: world.Frames, count: int) -> tuple[Tensor, DisparityRange]:
-    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity."""
-    limits = DisparityRange.of(truth.disparity_BFHW[:, :count])
+def given_latents(arm: Arm, truth: world.Frames, count: int, seen: int | None = None) -> tuple[Tensor, DisparityRange]:
+    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity.
+
+    The range is that of the first `seen` frames where that is given: rollouts keep that of what they were given.
+    """
+    limits = DisparityRange.of(truth.disparity_BFHW[:, : seen or count])
     parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
     if "depth" in arm.model.modalities:
         parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count])))
@@ -193,7 +196,7 @@ def measured(
     groups = arm.settings["num_inference_steps"] // arm.settings["ar_step"]
     # What the network sees beside long memory: short memory and the groups in flight.
     window = (arm.settings["history_sizes"][1] + groups * size) * (ends[-1] // max(1, len(ends) - 1))
-    true = given_latents(arm, truth, total)[0] if true is None else true
+    true = given_latents(arm, truth, total, given)[0] if true is None else true
     errors, rows = latent_errors(arm, made, true), []
     for number, spec in enumerate(specs):
         depth = None if made.disparity is None else made.disparity[number]

@@ -111,7 +111,9 @@ def _encoded_again(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, g
         window = _window(truth, done - context, stop)
         window.rgb_BF3HW = torch.cat([frames[:, done - context :], window.rgb_BF3HW[:, context:]], 1)
         made = make_clips(arm, specs, window, given=context, seed=seed + done)
-        frames = torch.cat([frames, made.frames[:, context:]], 1)
+        # Of given frames the autoencoder's round trip, as of all arms; what was handed out stays.
+        fresh = 0 if done == given else context
+        frames = torch.cat([frames[:, : done - context + fresh], made.frames[:, fresh:]], 1)
         seconds += made.seconds
     with torch.no_grad():
         return Made(frames=frames, disparity=None, latents=arm.model.encode(frames), seconds=seconds)

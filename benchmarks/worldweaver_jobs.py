@@ -57,12 +57,12 @@ class Part:
         specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
         return cls(specs, world.render(specs, num_frames=options.frames, size=options.size, device=device))
 
-    def latents(self, arm: Arm) -> Tensor:
+    def latents(self, arm: Arm, given: int) -> Tensor:
         """Return the true latents in an arm's modalities; those of one arm serve all that have the same."""
         # An adapter may scale the latents of a modality.
         key = json.dumps([arm.model.modalities, arm.settings.get("latent_scale")])
         if key not in self._latents:
-            self._latents[key] = given_latents(arm, self.truth, self.truth.rgb_BF3HW.shape[1])[0]
+            self._latents[key] = given_latents(arm, self.truth, self.truth.rgb_BF3HW.shape[1], given)[0]
         return self._latents[key]
 
 
@@ -106,7 +106,7 @@ class Loaded:
             made = stock_clips(self.kind, self.arm, part.specs, part.truth, given=given, seed=low)
         if not low:
             keep_pictures(options.out, self.arm.name, made.frames, made.disparity, part.truth)
-        return measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm))
+        return measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm, given))
 
 
 def _merge(arm: Arm) -> None:

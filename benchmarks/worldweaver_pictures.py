@@ -6,7 +6,6 @@ truth.png is the render. OUT/films/ARM.WORLD.webp moves: true clip, what the arm
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,24 +77,23 @@ def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, most: int
     return target.stat().st_size
 
 
-def sheet(out: Path, names: Sequence[str], target: Path, worlds: Sequence[int] = (0, 1)) -> None:
+def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Sequence[int] = (0, 1)) -> None:
     """Draw what arms make of some worlds along time, one row each below the truth.
 
     Args:
         out: folder of the benchmark.
         names: of arms, and of depths (`e.depth`); those without a strip are left out.
         target: the PNG.
-        worlds: numbers of worlds below `WORLDS`.
+        frames: of the clips.
+        worlds: numbers of worlds; those without a row are left out.
     """
     places = {name: out / "sheets" / f"{name}.png" for name in ("truth", *names)}
     strips = {name: Image.open(place).convert("RGB") for name, place in places.items() if place.is_file()}
     if not strips:
         return
     width, whole = next(iter(strips.values())).size
-    there = [number for number in worlds if number < WORLDS]
-    # Strips are square frames, so the height tells how many worlds there are.
-    side = _side(width, whole)
-    there = [number for number in there if (number + 1) * side <= whole]
+    side = width // len(range(0, frames, EVERY))
+    there = [number for number in worlds if (number + 1) * side <= whole]
     height = _LINE + len(there) * (len(strips) * (side + 2) + 2 * _GAP)
     picture, font = Image.new("RGB", (_LEFT + width, height), "white"), ImageFont.load_default(12)
     pen = ImageDraw.Draw(picture)
@@ -109,13 +107,6 @@ def sheet(out: Path, names: Sequence[str], target: Path, worlds: Sequence[int] =
             y += side + 2
         y += 2 * _GAP
     _save(picture, target, "PNG")
-
-
-def _side(width: int, height: int) -> int:
-    """Side of the square frames of strips: the largest that divides both and leaves at most `WORLDS` rows."""
-    common = math.gcd(width, height)
-    sides = [common // k for k in range(1, common + 1) if common % k == 0 and height // (common // k) <= WORLDS]
-    return sides[-1]
 
 
 PLOTS = {

@@ -175,10 +175,10 @@ def pictures(found: Mapping[str, Runs], out: Path, target: Path) -> Iterator[Pat
         name: name if list(runs.files) == ["0"] else f"{name}.{next(iter(runs.files))}" for name, runs in found.items()
     }
     shown = [f"{first.get(name.split('.')[0], name)}{name[len(name.split('.')[0]) :]}" for name in SHOWN]
-    place = target / "worldweaver_sheet.png"
-    sheet(out, shown[1:], place)
-    yield place
     settings = next(iter(found.values())).first["settings"]
+    place = target / "worldweaver_sheet.png"
+    sheet(out, shown[1:], place, settings["frames"])
+    yield place
     lines = {name: {arm: bands(found[arm], name) for arm in PLOTTED if arm in found} for name in PLOTS}
     kept = {name: {arm: line for arm, line in each.items() if line} for name, each in lines.items()}
     latents = max(len(line) for each in kept.values() for line in each.values())
