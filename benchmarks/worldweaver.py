@@ -14,6 +14,7 @@ as the first word the files become `results/worldweaver.json` (`benchmarks.world
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.worldweaver_along import along
+from benchmarks.worldweaver_stats import value_of
 from postgen import world
 from postgen.assets import embedded_model
 from postgen.errors import UserError
@@ -219,7 +221,9 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return lines that compare every arm with the first, number by number, with 95 % intervals."""
     if not found:
         return ""
-    (first, base), *others = found.items()
+    # Only what is shown: an interval costs some milliseconds, and there are hundreds of numbers.
+    kept = {name: [_shown(row) for row in rows] for name, rows in found.items()}
+    (first, base), *others = kept.items()
     lines = []
     for name, rows in others:
         both = compare_drift(rows, base)
@@ -229,6 +233,11 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 low, high = row.difference.low, row.difference.high
                 lines.append(f"{name} - {first}  {number:26} {row.a:8.3f} {row.b:8.3f}  [{low:+.3f}, {high:+.3f}]")
     return "\n".join(lines)
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, float]:
+    values = {number: value_of(row, number) for number in SHOWN}
+    return {number: value for number, value in values.items() if math.isfinite(value)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

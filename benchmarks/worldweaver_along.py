@@ -49,8 +49,8 @@ def along(frames: Tensor, true: TrueClip, report: DriftReport, ends: Sequence[in
 
 def _changes(frames: Tensor) -> Tensor:
     """Mean difference of each frame from the one before; the first has none."""
-    rows = [(frames[k] - frames[k - 1]).abs().mean() for k in range(1, len(frames))]
-    return torch.stack([torch.full_like(rows[0], math.nan), *rows]).double().cpu()
+    rows = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).double().cpu()
+    return torch.cat([rows.new_full((1,), math.nan), rows])
 
 
 def _binned(line: Tensor, ends: Sequence[int]) -> list[float | None]:

@@ -82,11 +82,16 @@ def latents_given(settings: Mapping[str, Any], row: Row) -> int:
     return (settings["given"] - 1) * (latents - 1) // max(1, settings["frames"] - 1) + 1
 
 
-def value_of(row: Row, number: str, known: int) -> float:
+def value_of(row: Row, number: str, known: int = 0) -> float:
     """Return a number of a row by its path, NaN where there is none.
 
     Beside those of `DriftReport.to_dict`: `latent.MODALITY.slope`, per 100 latents from the first that was made on,
     and `latent.MODALITY.last`, the mean over the last 15 %; `X.excess_size` is the size of `X.excess`.
+
+    Args:
+        row: of a clip.
+        number: its path.
+        known: latent frames that were given.
     """
     if number.startswith("latent."):
         _, modality, what = number.split(".")
