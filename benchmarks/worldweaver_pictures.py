@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from benchmarks.worldweaver_tables import OURS
 from postgen import world
 from postgen.files import replacing
 from postgen.world.spec import FPS
@@ -50,18 +51,20 @@ def keep_pictures(out: Path, name: str, frames: Tensor, disparity: Tensor | None
             _save(_picture(torch.cat(strips, -2)), sheets / f"{key}.png", "PNG")
     shown = [clips[key] for key in ("truth", name, f"{name}.depth") if key in clips]
     titles = ["the world", "made", "its depth"][: len(shown)]
+    # Ours stands in the README, at twice the size.
+    scale = 2 if name.split(".")[0] == OURS else 1
     for number in range(min(FILMS, len(frames))):
-        film([clip[number] for clip in shown], titles, films / f"{name}.{number}.webp")
+        film([clip[number] for clip in shown], titles, films / f"{name}.{number}.webp", scale)
 
 
-def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, most: int = FILM_BYTES) -> int:
+def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, scale: int = 1, most: int = FILM_BYTES) -> int:
     """Write clips (F, 3, H, W) in [0, 1] beside each other as a moving WebP; return its bytes.
 
     Quality is lowered until it has at most `most` bytes, as far as it goes.
     """
     moments = []
     for parts in zip(*clips, strict=True):
-        pictures = [_picture(part) for part in parts]
+        pictures = [ImageOps.scale(_picture(part), scale, Image.Resampling.LANCZOS) for part in parts]
         width, height = pictures[0].size
         moment = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height + _LINE), "white")
         pen = ImageDraw.Draw(moment)

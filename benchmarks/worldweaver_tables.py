@@ -55,7 +55,9 @@ FEWER = (
     *("revisit.all.psnr", "motion.total"),
 )
 """Columns of the tables of differences."""
-COMPARED = ("d", "e", "placed")
+OURS = "e"
+"""Which arm is ours; this was written down before anything was measured."""
+COMPARED = ("d", OURS, "placed")
 """Arms that these are of."""
 NOTHING = "Not measured yet."
 
