@@ -22,7 +22,7 @@ from postgen.worldweaver.depth import DisparityRange
 
 WORLDS, FILMS, EVERY = 4, 2, 20
 """Worlds in sheets, worlds of which there is a film, and frames from a column to the next."""
-FILM_BYTES = 1_500_000
+FILM_BYTES, FILM_FRAMES = 1_500_000, 161
 """Most of a film."""
 _QUALITIES = (80, 65, 50, 35, 20)
 _GAP, _LINE, _LEFT = 4, 16, 110
@@ -54,7 +54,7 @@ def keep_pictures(out: Path, name: str, frames: Tensor, disparity: Tensor | None
     # Ours stands in the README, at twice the size.
     scale = 2 if name.split(".")[0] == OURS else 1
     for number in range(min(FILMS, len(frames))):
-        film([clip[number] for clip in shown], titles, films / f"{name}.{number}.webp", scale)
+        film([clip[number, :FILM_FRAMES] for clip in shown], titles, films / f"{name}.{number}.webp", scale)
 
 
 def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, scale: int = 1, most: int = FILM_BYTES) -> int:
