@@ -25,7 +25,7 @@ from postgen.world.physics import Motion, Simulation
 from postgen.world.scenes import FIRST_TRAINING_SEED
 
 from .clips import CORRUPTED, PLACED, ClipPool, ClipsConfig, encoded, in_parts
-from .depth import DisparityRange
+from .depth import GREYS, DisparityRange
 from .model import WorldWeaverModel
 from .placed_clips import Placing
 from .texts import Texts
@@ -179,7 +179,7 @@ def _places(
     pipe: Any = getattr(model.denoiser, "pipe", None)
     said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
     folder = Path(config.pool_dir).expanduser()
-    more = {PLACED: [] if placing is None else placing.told}
+    more = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
     return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
 
 
