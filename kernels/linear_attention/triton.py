@@ -83,7 +83,7 @@ def _sums(
     parts, tiles = splits(tokens, heads, how)
     found = partial_sums(x, parts)
     # Beyond a length a sample has tokens that must not be read.
-    (x_tiles, y_tiles), whole = ([x, y], False) if lengths is not None else described(how, x, y)
+    (x_tiles, y_tiles), how = ([x, y], how.by_threads) if lengths is not None else described(how, x, y)
     sum_keys[(heads * parts_of(channels), parts, batch)](
         x_tiles,
         y_tiles,
@@ -101,7 +101,7 @@ def _sums(
         tokens,
         tiles,
         terms.norm_eps,
-        WHOLE=whole,
+        WHOLE=how.described,
         **constants(x, how, terms),
     )
     return found
@@ -112,7 +112,7 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
     batch, tokens, heads, channels = query.shape
     how = launch("queries" if table is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
-    (questions, answers), whole = described(how, query, out)
+    (questions, answers), how = described(how, query, out)
     read_state[(heads * parts_of(channels), parts, batch)](
         questions,
         rstd(query, terms),
@@ -129,7 +129,7 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
         tiles,
         terms.norm_eps,
         terms.eps,
-        WHOLE=whole,
+        WHOLE=how.described,
         **constants(query, how, terms),
     )
 
@@ -164,7 +164,7 @@ def _of_queries(
 
     def go(found: Tensor | None, written: Tensor | None) -> None:
         asked = [gradient, query] if written is None else [gradient, query, written]
-        tiles_of, whole = described(how, *asked)
+        tiles_of, run = described(how, *asked)
         grad_queries[(heads * parts_of(channels), parts, batch)](
             *tiles_of[:2],
             rstd(query, terms),
@@ -184,9 +184,9 @@ def _of_queries(
             tiles,
             terms.norm_eps,
             terms.eps,
-            WHOLE=whole,
-            CHAINED=whole and how.rows_for_all_warps,
-            **constants(query, how, terms),
+            WHOLE=run.described,
+            CHAINED=run.described and run.rows_for_all_warps,
+            **constants(query, run, terms),
         )
 
     go(None, of_query if len(shares) == 1 else None)
@@ -222,7 +222,7 @@ def _grad_keys(
     # What the tiles are beyond a length must not be read, and the convolution's part of a gradient is read again.
     plain = terms.key_lengths is not None or convolves(terms)
     tensors = [key, value, of_key, of_value]
-    given, whole = (tensors, False) if plain else described(how, *tensors)
+    given, how = (tensors, how.by_threads) if plain else described(how, *tensors)
     grad_keys[(heads * parts_of(channels), parts, batch)](
         *given[:2],
         rstd(key, terms),
@@ -240,8 +240,8 @@ def _grad_keys(
         tiles,
         terms.norm_eps,
         ADDS=convolves(terms),
-        WHOLE=whole,
-        CHAINED=whole and how.rows_for_all_warps,
+        WHOLE=how.described,
+        CHAINED=how.described and how.rows_for_all_warps,
         **constants(key, how, terms),
     )
     return of_key, of_value

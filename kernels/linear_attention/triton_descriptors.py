@@ -21,16 +21,16 @@ _HOPPER = 9
 """Major compute capability of the GPUs whose launches ask for descriptors."""
 
 
-def described(how: Launch, *tensors: Tensor) -> tuple[list[Any], bool]:
-    """Return a pass's tensors, (B, N, H, D), as descriptors and whether they are: all of them or none.
+def described(how: Launch, *tensors: Tensor) -> tuple[list[Any], Launch]:
+    """Return a pass's tensors, (B, N, H, D), as descriptors, all of them or none, and the launch that goes with it.
 
     A descriptor is (B, N, from the first channel of the first head to the last of the last), so that what a tile has
     beyond the tokens of a sample is read as 0 and not written. Where the launch asks for none, or one of the tensors
     cannot be described, they stay what they are.
     """
     if not how.described or not all(_fits(each) for each in tensors):
-        return list(tensors), False
-    return [_descriptor(each, how.tokens) for each in tensors], True
+        return list(tensors), how.by_threads
+    return [_descriptor(each, how.tokens) for each in tensors], how
 
 
 def _fits(x: Tensor) -> bool:

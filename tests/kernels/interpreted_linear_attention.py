@@ -93,7 +93,7 @@ def test_tiles_that_are_copied_whole(
     monkeypatch.setattr(triton_launch, "_WIDE", how)
     shape = (2, 24, 2, 16)
     q, k, v = inputs(shape, dtype=dtype)
-    assert triton_descriptors.described(how, q, torch.empty(shape, dtype=dtype))[1]
+    assert triton_descriptors.described(how, q, torch.empty(shape, dtype=dtype))[1].described
     given = terms(case, shape, GRID)
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     with poisoned_memory():
@@ -113,15 +113,16 @@ def test_what_is_copied_whole() -> None:
     fused = torch.empty(2, 24, 3, 2, 16)
     query = fused[:, :, 0]
     for x in (query, query[:1], query[:, 3:7], query[:, :, :1], fused.flatten(2, 3)):
-        (tile,), whole = triton_descriptors.described(how, x)
-        assert whole
+        (tile,), run = triton_descriptors.described(how, x)
+        assert run.described
         assert tile.shape[1] == x.shape[1]
     narrow, wide = torch.empty(2, 24, 2, 12), torch.empty(2, 24, 2, 256)
     odd = torch.empty(2 * 24 * 2 * 16 + 1)[1:].view(2, 24, 2, 16)
     by_head, repeated = torch.empty(2, 2, 24, 16).transpose(1, 2), query[:1].expand(2, -1, -1, -1)
     for x in (narrow, wide, odd, by_head, repeated, query[..., ::2]):
-        assert triton_descriptors.described(how, query, x) == ([query, x], False)
-    assert triton_descriptors.described(triton_launch.Launch(tokens=16), query) == ([query], False)
+        assert triton_descriptors.described(how, query, x) == ([query, x], how.by_threads)
+    plain = triton_launch.Launch(tokens=16)
+    assert triton_descriptors.described(plain, query) == ([query], plain)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def compiled(
     like = torch.empty(1, 1, 1, channels, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     terms = Terms(grid=(21, 45, 80), qk_norm="rms_norm" if "weight" in given else None)
     how = triton_launch.launch(f"turned_{name}" if "table" in given and name in PASSES else name, like)
-    how = replace(how, **other)
+    how = replace(how if described else how.by_threads, **other)
     given += {"grad_sums": ("scales", "weights"), "grad_queries": ("weights",)}.get(name, ())
     constants = triton_launch.constants(like, how, terms)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}

@@ -108,7 +108,7 @@ def test_tiles_that_are_copied_whole(
         monkeypatch.setitem(LAUNCHES, (f"turned_{name}", channels), how)
     shape = (2, TOKENS, 3, channels)
     qkv, given = fused(shape), terms(case, shape, GRID, "cuda")
-    assert described(how, *qkv)[1] == (torch.cuda.get_device_capability()[0] == 9)
+    assert described(how, *qkv)[1].described == (torch.cuda.get_device_capability()[0] == 9)
     gradient = torch.randn(shape, device="cuda").bfloat16()
     leaves = [x.detach().requires_grad_() for x in qkv]
     with poisoned_memory():
