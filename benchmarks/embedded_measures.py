@@ -6,6 +6,7 @@ The judge works in a thread with a stream of its own, so that the device makes t
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,13 @@ from postgen.world.spec import BACKGROUNDS
 
 MEASURES = ("count", "colour", "shape", "direction", "event", "camera", "steady", "all_right", "score")
 _AT_ONCE = 32
+
+
+def judging(workers: int | None, device: str) -> int:
+    """Processes that judge beside a benchmark; where none are asked for, up to 8 on a GPU and none on a CPU."""
+    if workers is not None:
+        return workers
+    return min(8, os.cpu_count() or 1) if device == "cuda" else 0
 
 
 def shares(reports: Sequence[Report]) -> dict[str, float]:

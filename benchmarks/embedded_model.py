@@ -10,6 +10,7 @@ the groups, and a second run may take other prompts and seeds:
 
     python -m benchmarks.embedded_model --merge a.json b.json
     python -m benchmarks.embedded_model --first_seed 100000 --against embedded_model --output embedded_model_shifted
+    python -m benchmarks.embedded_model --guidances a.json b.json --output embedded_model_guidance
     python -m benchmarks.embedded_model --table
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from benchmarks import autoencoder
 from benchmarks.embedded_groups import BUILDERS, Group, build
-from benchmarks.embedded_measures import Seen, Watcher, summary
-from benchmarks.embedded_report import PARTS, agreement, gates, markdown, merged, stored
+from benchmarks.embedded_measures import Seen, Watcher, judging, summary
+from benchmarks.embedded_report import PARTS, agreement, by_guidance, gates, markdown, merged, stored
 from benchmarks.embedded_sampling import Defaults, Job, batches, load, seconds_on_two_cores
 from benchmarks.embedded_sheets import sheet, verdict, write_clips
 from benchmarks.gates import RESULTS, device, write_result
@@ -59,16 +59,11 @@ class Run:
         self.defaults = {old: Defaults.of(folder) for old, folder in self.folders.items()}
         self.pipes: dict[bool, Any] = {}
         self.count = args.prompts or (16 if args.quick else 256)
-        workers = args.workers if args.workers is not None else (min(8, os.cpu_count() or 1) if self.cuda else 0)
-        self.watcher, self.writer = Watcher(args.device, workers), ThreadPoolExecutor(4, "writer")
+        self.watcher = Watcher(args.device, judging(args.workers, args.device))
+        self.writer = ThreadPoolExecutor(4, "writer")
         self.written: list[Future[Any]] = []
         self.picture: list[tuple[Tensor, str]] = []
         self.result: dict[str, Any] = {"settings": self.settings(), "groups": {}}
-
-    @property
-    def cuda(self) -> bool:
-        """Whether it runs on a GPU."""
-        return bool(self.args.device == "cuda")
 
     def settings(self) -> dict[str, Any]:
         """What every part of a run that is shared by several processes must have in common."""
@@ -229,6 +224,7 @@ def options() -> argparse.Namespace:
     add("--output", default="embedded_model", help="name or path of the result file")
     add("--against", help="result of a first run with other seeds, to be compared with")
     add("--merge", nargs="+", metavar="FILE", help="join result files of other groups; nothing is measured")
+    add("--guidances", nargs="+", metavar="FILE", help="put results of several guidance scales into one file")
     add("--table", action="store_true", help="print the table of the documentation; nothing is measured")
     args = parser.parse_args()
     if args.prompts is not None and args.prompts < 2:
@@ -245,6 +241,9 @@ def main() -> None:
         return
     if args.merge:
         show(publish(merged([stored(name) for name in args.merge]), args.output, args.against))
+        return
+    if args.guidances:
+        write_result(args.output, by_guidance([stored(name) for name in args.guidances]))
         return
     if args.clips is not None:
         args.clips.mkdir(parents=True, exist_ok=True)

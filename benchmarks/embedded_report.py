@@ -139,6 +139,23 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
+def by_guidance(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one model at several guidance scales beside each other; no gate reads them.
+
+    Raises:
+        UserError: the same guidance scale twice, or other settings that differ.
+    """
+    runs: dict[str, Any] = {}
+    for result in results:
+        rest = {name: value for name, value in result["settings"].items() if name != "guidance_scale"}
+        name = f"guidance {result['settings']['guidance_scale']:g}"
+        first = next(iter(runs.values()), result)["settings"]
+        if name in runs or any(first[key] != value for key, value in rest.items()):
+            raise UserError(f"cannot put {result['settings']} beside {first}: the guidance scale alone may differ")
+        runs[name] = {"settings": result["settings"], "groups": result["groups"]}
+    return {"runs": runs, "gates": []}
+
+
 COLUMNS = ("count", "colour", "shape", "direction", "event", "all_right")
 
 

@@ -1,21 +1,25 @@
 """What Enhance-A-Video does to the embedded model, whether it is the official method, what it costs.
 
-    python -m benchmarks.enhance_a_video [--prompts 256] [--weights 0.5 1 2 4 8] [--model FOLDER] [--quick]
+    python -m benchmarks.enhance_a_video [--prompts 256] [--weights auto 0.5 1 2 4 8] [--model FOLDER] [--quick]
 
 Prompts of one and of two bodies under a static camera, clip i from seed i, the same seeds at every weight; size,
 length, steps and guidance are those of the folder's postgen.json. The checker judges every clip; flicker is measured
 on the whole picture and on the ground (floor and backdrop, where no body is seen in the frames compared), warp error
 on the ground, whose exact flow under a static camera is zero, motion on the whole picture: a frozen clip has no
 flicker, so less of it counts only with motion unchanged. Differences to the plain model are paired by clip, with 95 %
-bootstrap intervals. Writes benchmarks/results/enhance_a_video.json.
+bootstrap intervals. Writes benchmarks/results/enhance_a_video.json after every weight. Several processes may share the
+weights, each with a plain model of its own; what no clip tells then stays as it is in the result file:
+
+    python -m benchmarks.enhance_a_video --clips_only --weights auto 0.5 1 --output a.json
+    python -m benchmarks.enhance_a_video --merge a.json b.json
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +27,21 @@ import torch
 from torch import Tensor
 
 import postgen
-from benchmarks.embedded_measures import ground, shares
+from benchmarks.embedded_measures import ground, judging, shares
 from benchmarks.embedded_sampling import Defaults, Job, generate, load
 from benchmarks.enhance_cost import extra_memory_mib, layer_cost
 from benchmarks.enhance_families import passing_families
-from benchmarks.gates import RESULTS, gate, write_result
+from benchmarks.gates import amend_result, gate, read_result, write_result
 from postgen import world
 from postgen.assets import embedded_model
+from postgen.errors import UserError
 from postgen.metrics.bootstrap import Interval, bootstrap, ratio_of_means
 from postgen.metrics.video_measures import flicker, motion, warp_error
 from postgen.world.check import check_batch
 from postgen.world.spec import Spec
 from tests.enhance.official import MODELS, parity
 
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+WEIGHTS = ("auto", 0.5, 1.0, 2.0, 4.0, 8.0)
 AT_ONCE = 32
 
 Rows = dict[str, Tensor]
@@ -130,11 +135,13 @@ def means(rows: Rows) -> dict[str, float]:
     return {name: float(values.nanmean()) for name, values in rows.items()}
 
 
-def sweep(pipe: Any, specs: list[Spec], how: Defaults, weights: list[float], workers: int) -> dict[str, Any]:
-    """The plain model, `auto` and every weight, on the same prompts and seeds."""
+def sweep(
+    pipe: Any, specs: list[Spec], how: Defaults, weights: Sequence[float | str], workers: int
+) -> Iterator[dict[str, Any]]:
+    """The plain model and every weight on the same prompts and seeds; the table as it is after each weight."""
     plain, checker = judged(pipe, specs, how, "plain", workers)
     table: dict[str, Any] = {"plain": {"means": means(plain), "checker": checker}}
-    for weight in ("auto", *weights):
+    for weight in weights:
         handle = postgen.apply_enhance_a_video(pipe, postgen.EnhanceAVideoConfig(weight=weight))
         with Gains(pipe, handle) as gains:
             rows, checker = judged(pipe, specs, how, f"weight {weight}", workers)
@@ -150,7 +157,7 @@ def sweep(pipe: Any, specs: list[Spec], how: Defaults, weights: list[float], wor
             print(
                 f"{weight!s:5s} {name:24s}{interval['value']:+.5f}  [{interval['low']:+.5f}, {interval['high']:+.5f}]"
             )
-    return table
+        yield table
 
 
 COLUMNS = {"score": 1, "flicker": 1e3, "flicker_ground": 1e3, "warp_error_ground": 1e3}
@@ -181,53 +188,107 @@ def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=256, help="prompts of each number of bodies (default: 256)")
-    parser.add_argument("--weights", type=float, nargs="*", default=WEIGHTS, help="weights beside auto")
+    parser.add_argument(
+        "--weights", type=weight, nargs="+", default=WEIGHTS, metavar="WEIGHT", help="auto or numbers (default: all)"
+    )
     parser.add_argument("--model", type=Path, help="another folder than the embedded model's")
-    parser.add_argument("--workers", type=int, default=0, help="processes that judge beside this one (default: none)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that judge beside this one (default: 8 on a GPU, none on a CPU)"
+    )
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="enhance_a_video", help="name or path of the result file")
+    parser.add_argument("--clips_only", action="store_true", help="a part for --merge: the weights, nothing else")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="put parts into the result; nothing is measured")
     parser.add_argument("--table", action="store_true", help="print the table of the result file; nothing is measured")
     parser.add_argument("--quick", action="store_true", help="prints only")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.clips_only and args.output == parser.get_default("output"):
+        parser.error("--clips_only makes a part of the result: give the part's own --output")
+    return args
 
 
-def gates(auto: dict[str, Any], worst: float, families: int, memory: float) -> list[dict[str, Any]]:
-    """The numbers asked for."""
-    ratio = auto["against_plain"]["motion_ratio"]["value"]
+def weight(text: str) -> float | str:
+    """A weight as the command line has it."""
+    return text if text == "auto" else float(text)
+
+
+def gates(facts: dict[str, Any], table: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers asked for; what was not measured misses its gate."""
+    auto = table.get("auto")
+    ratio = auto and auto["against_plain"]["motion_ratio"]["value"]
     return [
-        gate("parity_max_abs", worst, "<=", 1e-5),
-        gate("families_passing", families, ">=", 20),
-        gate("extra_memory_mib", memory, "<=", 128),
+        gate("parity_max_abs", max(facts["parity"].values()), "<=", 1e-5),
+        gate("families_passing", sum(facts["families"].values()), ">=", 20),
+        gate("extra_memory_mib", facts["extra_memory_mib"], "<=", 128),
         gate("motion_ratio_auto", ratio, ">=", 0.9),
         gate("motion_ratio_auto", ratio, "<=", 1.1),
     ]
+
+
+def facts_of(device: str) -> dict[str, Any]:
+    """What no clip of the embedded model tells: the official method, the families, memory and time."""
+    facts = {
+        "parity": {name: parity(name)[0] for name in MODELS},
+        "families": passing_families(),
+        "extra_memory_mib": extra_memory_mib(device),
+        "wan_14b_480p_block": layer_cost() if device == "cuda" else None,
+    }
+    print(facts)
+    return facts
+
+
+def read_off(table: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the result file that come from clips."""
+    auto = table.get("auto")
+    return {"by_weight": table, "flicker_delta_auto": auto and auto["against_plain"]["flicker_delta"]}
+
+
+def merge(parts: list[dict[str, Any]], output: str) -> None:
+    """Put weights that were measured again into the result file, in place of all that it has.
+
+    Raises:
+        UserError: other settings, or a weight that two parts have.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        if part["settings"] != parts[0]["settings"]:
+            raise UserError(f"cannot join {part['settings']} and {parts[0]['settings']}: measure all of it alike")
+        if twice := (found.keys() & part["by_weight"].keys()) - {"plain"}:
+            raise UserError(f"two of the files have weight {', '.join(sorted(twice))}: measure each once")
+        # Each part's differences are to its own plain model; what the table shows of that one is the first part's.
+        found = {**part["by_weight"], **found}
+    first = {"plain": -2.0, "auto": -1.0}
+    table = {name: found[name] for name in sorted(found, key=lambda name: first.get(name) or float(name))}
+    old = read_result(output)
+    memory = next(row["value"] for row in old["gates"] if row["name"] == "extra_memory_mib")
+    rows = gates({**old, "extra_memory_mib": memory}, table)
+    amend_result(output, read_off(table), parts[0]["settings"], rows, stamp=parts[0])
+    show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print gates."""
+    for row in rows:
+        value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
+        print(f"{row['name']:20s}{value:>13s} {row['op']} {row['target']:g}  {'ok' if row['ok'] else 'MISSED'}")
 
 
 def main() -> None:
     """Measure, print, write."""
     args = options()
     if args.table:
-        print(markdown(json.loads((RESULTS / "enhance_a_video.json").read_text())["by_weight"]))
+        print(markdown(read_result(args.output)["by_weight"]))
+        return
+    if args.merge:
+        merge([read_result(name) for name in args.merge], args.output)
         return
     folder = args.model or embedded_model()
     how = Defaults.of(folder)
     how = dataclasses.replace(how, guidance=args.guidance or how.guidance)
-    differences = {name: parity(name)[0] for name in MODELS}
-    families = passing_families()
-    memory = extra_memory_mib(args.device)
-    cost = layer_cost() if args.device == "cuda" else None
-    print(f"parity {max(differences.values()):.1e}, {sum(families.values())} families, {memory:.0f} MiB, cost {cost}")
+    facts = {} if args.clips_only else facts_of(args.device)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    table = sweep(load(folder, args.device), scenes(args.prompts, how.frames), how, list(args.weights), args.workers)
-    rows = gates(table["auto"], max(differences.values()), sum(families.values()), memory)
-    for row in rows:
-        print(
-            f"{row['name']:20s}{row['value']:10.3g} {row['op']} {row['target']:g}  {'ok' if row['ok'] else 'MISSED'}"
-        )
-    if args.quick:
-        return
     settings = {
         "prompts": 2 * args.prompts,
         "guidance_scale": how.guidance,
@@ -237,16 +298,13 @@ def main() -> None:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "first_seed": 0,
     }
-    payload = {
-        "settings": settings,
-        "parity": differences,
-        "families": families,
-        "wan_14b_480p_block": cost,
-        "by_weight": table,
-        "flicker_delta_auto": table["auto"]["against_plain"]["flicker_delta"],
-        "gates": rows,
-    }
-    write_result(args.output, payload)
+    pipe, specs = load(folder, args.device), scenes(args.prompts, how.frames)
+    rows: list[dict[str, Any]] = []
+    for table in sweep(pipe, specs, how, args.weights, judging(args.workers, args.device)):
+        rows = gates(facts, table) if facts else []
+        if not args.quick:
+            write_result(args.output, {"settings": settings, **facts, **read_off(table), "gates": rows})
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Launches of linear attention on this GPU: every pass in other tiles, warps, stages and numbers of programs.
 
 `python -m benchmarks.linear_launches` times each pass of `postgen.kernels.linear_attention` alone, and prints the
-launch that is in the table and the fastest. The shape is Wan 1.3B's at 480p, unless options say otherwise.
+launch that is in the table and the fastest of those whose results are the table's up to rounding. At last the whole
+operation and its gradient run with the fastest: errors against float64, times beside the table's, and the rows as
+`triton_launch.LAUNCHES` takes them. The shape is Wan 1.3B's at 480p, unless options say otherwise.
 """
 
 from __future__ import annotations
@@ -13,24 +15,27 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import milliseconds
+from benchmarks.linear_errors import ERRORS, gradients, outcome, relative, worst_errors
 from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys", "convolution", "grad_filters")
 SHOWN = 8
 """Launches that are printed, the fastest first."""
+SAME = 1e-2
+"""Relative difference of two results up to which one may be the other, rounded otherwise."""
 SETS = 3
 """Inputs that are walked over, so that none is in the caches."""
 
 
-def candidates(name: str) -> Iterator[dict[str, int]]:
-    """Yield the launches of a pass that are tried."""
+def candidates(name: str, *, described: bool = False) -> Iterator[dict[str, int]]:
+    """Yield the launches of a pass that are tried: with threads that load their tiles, or tiles copied whole."""
     if name in ("convolution", "grad_filters"):
         # What is compiled for anew comes last: workers then begin with different kernels.
         answers = name == "convolution"
@@ -53,6 +58,12 @@ def candidates(name: str) -> Iterator[dict[str, int]]:
                 }
         return
     # Programs are counted when a kernel is launched, not when it is compiled.
+    if described:
+        for programs, tokens, warps, stages in itertools.product((264, 528, 1056), (32, 64, 128), (4, 8), (2, 3, 4)):
+            # Larger tiles do not fit the on-chip memory twice, beside the state.
+            if tokens * stages <= 256:
+                yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "described": True}
+        return
     for programs, tokens, warps, stages in itertools.product((0, 264, 1056), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs}
 
@@ -66,19 +77,23 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
     def table(x: Tensor) -> Tensor | None:
         return rope_rows(terms, x, block_d(x.shape[-1]))
 
+    def answered(q: Tensor, sums: Any, x: Tensor | None = None) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if x is None:
+            triton._read_state(q, sums, terms, table(q), out)
+        else:
+            triton._convolve(x, q, sums, terms, table(q), out)
+        return out
+
     if triton_strips.convolves(terms):
         return {
-            "convolution": lambda q, k, v, sums: triton._convolve(
-                v, q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            ),
+            "convolution": lambda q, k, v, sums: answered(q, sums, v),
             "grad_filters": lambda q, k, v, sums: triton_strips.grad_filters(q, v, terms),
         }
     turned = "" if terms.rope is None else "turned_"
     return {
         f"{turned}keys": lambda q, k, v, sums: triton._sum_keys(k, v, terms, table(q)),
-        f"{turned}queries": lambda q, k, v, sums: triton._read_state(
-            q, sums, terms, table(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        ),
+        f"{turned}queries": lambda q, k, v, sums: answered(q, sums),
         f"{turned}grad_queries": lambda q, k, v, sums: triton._of_queries(q, q, sums, terms, table(q))[0],
         f"{turned}grad_sums": lambda q, k, v, sums: triton._sums_of_queries(
             q, q, scales_of(q), (None, None), terms, table(q)
@@ -114,6 +129,8 @@ def unusable(options: argparse.Namespace) -> str | None:
         return f"--channels {options.channels}: the table has launches for even numbers from 34 to 256"
     if min(options.heads, *options.grid) < 1 or options.workers < 0:
         return "--heads and --grid take numbers from 1 on, --workers from 0 on"
+    if options.described and options.conv:
+        return "--described and --conv: the passes with a convolution have no tiles that are copied whole"
     if options.only and {options.conv} != {only in ("convolution", "grad_filters") for only in options.only}:
         return (
             "--only convolution, --only grad_filters and --conv go together: with a convolution those are the passes"
@@ -129,34 +146,68 @@ def compile_all(options: argparse.Namespace, argv: list[str]) -> None:
         process.wait()
 
 
-def launch_part(calls: dict[str, Callable[..., Any]], given: tuple[Any, ...], channels: int, part: str) -> None:
+def launch_part(calls: dict[str, Callable[..., Any]], given: tuple[Any, ...], options: argparse.Namespace) -> None:
     """Launch a part of all candidates once."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
 
-    first, step = map(int, part.split("/"))
-    every = ((name, candidate) for name in calls for candidate in candidates(name))
+    first, step = map(int, options.compile_only.split("/"))
+    every = ((name, each) for name in calls for each in candidates(name, described=options.described))
     for name, candidate in itertools.islice(every, first, None, step):
-        LAUNCHES[name, block_d(channels)] = Launch(**candidate)
+        LAUNCHES[name, block_d(options.channels)] = Launch(**candidate)
         with contextlib.suppress(Exception):  # the sweep says what does not run
             calls[name](*given)
 
 
-def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], channels: int) -> None:
-    """Time one pass in every launch and print the best."""
+def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], options: argparse.Namespace) -> Any:
+    """Time one pass in every launch, print the best and return the fastest, the table's among them."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
 
-    key = name, block_d(channels)
-    kept, times = LAUNCHES[key], {}
-    print(f"{name}, in the table: {milliseconds(call, sets):.4f} ms  {kept}")
-    for given in candidates(name):
+    key = name, block_d(options.channels)
+    kept, expected = LAUNCHES[key], outcome(call(*sets[0]))
+    times = {kept: milliseconds(call, sets)}
+    print(f"{name}, in the table: {times[kept]:.4f} ms  {kept}")
+    for given in candidates(name, described=options.described):
         LAUNCHES[key] = Launch(**given)
         try:
+            if (error := relative(outcome(call(*sets[0])), expected)) > SAME:
+                print(f"{name}: {given} is wrong: {error:.1e} from the table's", file=sys.stderr)
+                continue
             times[LAUNCHES[key]] = milliseconds(call, sets)
         except Exception as error:  # Triton has an exception of its own for each way not to fit
             print(f"{name}: {given} does not run: {type(error).__name__}", file=sys.stderr)
     LAUNCHES[key] = kept
-    for how, time in sorted(times.items(), key=lambda item: item[1])[:SHOWN]:
+    ranked = sorted(times.items(), key=lambda item: item[1])
+    for how, time in ranked[:SHOWN]:
         print(f"{name}: {time:.4f} ms  {how}", flush=True)
+    return ranked[0][0]
+
+
+def compare(fastest: dict[str, Any], terms: Terms, sets: list[tuple[Any, ...]], channels: int) -> int:
+    """Run the operation and its gradient with the fastest launches beside the table's; 1 if a result is wrong."""
+    from postgen.kernels.linear_attention import triton
+    from postgen.kernels.linear_attention.triton_launch import LAUNCHES, block_d
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, sums: Any) -> tuple[Tensor, ...]:
+        return triton.linear_attention(q, k, v, terms)
+
+    def backward(q: Tensor, k: Tensor, v: Tensor, sums: Any) -> tuple[Tensor, ...]:
+        return gradients(q, q, k, v, sums.matrix, sums.vector, terms)
+
+    before = [milliseconds(call, sets) for call in (forward, backward)]
+    LAUNCHES.update({(name, block_d(channels)): how for name, how in fastest.items()})
+    after = [milliseconds(call, sets) for call in (forward, backward)]
+    errors = worst_errors(*sets[0][:3], terms)
+    for name, was, now, error in zip(ERRORS, before, after, errors, strict=True):
+        print(f"{name}: {was:.4f} ms with the table, {now:.4f} with the fastest, error {error:.2e} of {ERRORS[name]}")
+    for name, how in fastest.items():
+        given = ", ".join(f"{each.name}={getattr(how, each.name)!r}" for each in changed(how))
+        print(f'    ("{name}", {block_d(channels)}): Launch({given}),')
+    return int(any(not error <= most for error, most in zip(errors, ERRORS.values(), strict=True)))
+
+
+def changed(how: Any) -> list[Any]:
+    """Return the fields of a launch that are not the default."""
+    return [each for each in fields(how) if getattr(how, each.name) != each.default]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=12, help="from 1 on")
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
     parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
+    parser.add_argument("--without_norm", action="store_true", help="with --rope: no norm, as in benchmarks.kernels")
+    parser.add_argument("--described", action="store_true", help="launches whose tiles are copied whole (Hopper)")
     parser.add_argument("--conv", action="store_true", help="the pass with 5 x 5 taps in space and 3 in time")
     parser.add_argument("--only", nargs="+", choices=PASSES, help="passes to time; otherwise all")
     parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
@@ -179,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     terms = _turned(tuple(options.grid), options.channels) if options.rope else Terms()
+    if options.without_norm:
+        terms = replace(terms, qk_norm=None)
     if options.conv:
         width = options.heads * options.channels
         space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
@@ -192,13 +247,12 @@ def main(argv: list[str] | None = None) -> int:
         if not options.only or name.removeprefix("turned_") in options.only
     }
     if options.compile_only:
-        launch_part(calls, sets[0], options.channels, options.compile_only)
+        launch_part(calls, sets[0], options)
         return 0
     if options.workers:
         compile_all(options, sys.argv[1:] if argv is None else argv)
-    for name, call in calls.items():
-        sweep(name, call, sets, options.channels)
-    return 0
+    fastest = {name: sweep(name, call, sets, options) for name, call in calls.items()}
+    return compare(fastest, terms, sets, options.channels)
 
 
 def _turned(grid: tuple[int, int, int], channels: int) -> Terms:

@@ -5,38 +5,44 @@
 Every arm is given the first frames of a scene that no training has seen, with their exact depth where it knows depth,
 and the caption of the first frame; it goes on to 161 frames. Each clip is measured against the scene
 (`postgen.metrics.drift`), and latents of RGB and depth against those of the scene, frame by frame: does depth drift
-less? OUT/ARM.json has a row for each world; an arm that has one is not run again. A table compares with the first arm.
+less? OUT/ARM.json has a row for each world; an arm that has one is not run again, and a run that was interrupted goes
+on (`benchmarks.worldweaver_jobs`). Seeds of training are NAME.0, NAME.1, ... `sliding=`, `sliding_pixels=` and
+`ceiling=` need no folder (`benchmarks.worldweaver_baselines`). A table compares with the first arm; with `--report`
+as the first word the files become `results/worldweaver.json` (`benchmarks.worldweaver_report`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.worldweaver_along import along
+from benchmarks.worldweaver_stats import value_of
 from postgen import world
 from postgen.assets import embedded_model
+from postgen.errors import UserError
 from postgen.families import denoiser_for
-from postgen.files import replacing
 from postgen.metrics.drift import compare_drift, measure_drift
 from postgen.metrics.world_truth import true_clip
 from postgen.sampling.schedule import linspace_schedule
 from postgen.sampling.seeds import seed_of
 from postgen.training.policy import ModelConfig, load_model
-from postgen.video import contact_sheet
 from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.depth import DisparityRange, flow_picture
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.memory import MemoryBank
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.rollout import Rollout
+from postgen.worldweaver.placed_rollout import PlacedRollout
+from postgen.worldweaver.rollout import Poses, Rollout
 from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.world_clips import latent_ends
 
@@ -100,16 +106,30 @@ def bank_of(arm: Arm) -> MemoryBank:
     )
 
 
+def placed_of(arm: Arm, poses: Poses, limits: DisparityRange, begin: Tensor) -> PlacedRollout | None:
+    """Return the placed memory of an arm that was trained with it, with what it is given."""
+    told = arm.settings
+    if not told.get("placed_memory", False):
+        return None
+    noise = told["addnoise_condition"] / 1000
+    made = PlacedRollout(arm.model, poses, limits, mem_noise=noise, warp=told["placed_warp"])
+    made.store(begin, 0)
+    return made
+
+
 @torch.no_grad()
-def given_latents(arm: Arm, truth: world.Frames, count: int) -> tuple[Tensor, DisparityRange]:
-    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity."""
-    limits = DisparityRange.of(truth.disparity_BFHW[:, :count])
+def given_latents(arm: Arm, truth: world.Frames, count: int, seen: int | None = None) -> tuple[Tensor, DisparityRange]:
+    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity.
+
+    The range is that of the first `seen` frames where that is given: rollouts keep that of what they were given.
+    """
+    limits = DisparityRange.of(truth.disparity_BFHW[:, : seen or count])
     parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
     if "depth" in arm.model.modalities:
-        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count])))
+        parts.append(arm.model.encode(limits.picture(truth.disparity_BFHW[:, :count]), "depth"))
     if "flow" in arm.model.modalities:
         assert truth.flow_BF2HW is not None
-        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1])))
+        parts.append(arm.model.encode(flow_picture(truth.flow_BF2HW[:, : count - 1]), "flow"))
     return torch.cat(parts, 1), limits
 
 
@@ -132,6 +152,7 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
     segments = Segments(steps=steps, groups=steps // told["ar_step"])
     schedule = linspace_schedule(model.denoiser, steps, told["flow_shift"], device)
     poses = truth.pose_BF34[:, latent_ends(total, shape[1])]
+    placed = placed_of(arm, lambda start, stop: poses[:, start:stop], limits, begin)
     run = Rollout(
         model,
         schedule,
@@ -139,6 +160,7 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         frames=told["causal_block_size"],
         guidance=arm.guidance,
         poses=lambda start, stop: poses[:, start:stop],
+        extras=None if placed is None else placed.extras,
     )
     captions = [world.caption_at(spec, 0) for spec in specs]
     condition = model.denoiser.encode_prompt(captions, guidance=arm.guidance > 1)
@@ -149,18 +171,18 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         (shape[0], *shape[2:]), [(0, condition)], generators, bank_of(arm), num_latents=left, given=begin
     )
     clock = time.perf_counter()
-    latents = torch.cat([begin, *(group.latents for group in run.groups(state))], 2)
+    store = None if placed is None else placed.on_group
+    latents = torch.cat([begin, *(group.latents for group in run.groups(state, on_group=store))], 2)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - clock
     parts = model.split(latents)
-    disparity = limits.disparity(model.decode(parts["depth"])) if "depth" in parts else None
+    disparity = limits.disparity(model.decode(parts["depth"], "depth")) if "depth" in parts else None
     return Made(frames=model.decode(parts["rgb"]), disparity=disparity, latents=latents, seconds=seconds)
 
 
-def latent_errors(arm: Arm, made: Made, truth: world.Frames) -> list[dict[str, list[float]]]:
+def latent_errors(arm: Arm, made: Made, true: Tensor) -> list[dict[str, list[float]]]:
     """Return for each clip the squared error of every latent frame, by modality, in shares of the true variance."""
-    true, _ = given_latents(arm, truth, truth.rgb_BF3HW.shape[1])
     rows: list[dict[str, list[float]]] = [{} for _ in range(len(true))]
     for name, expected in arm.model.split(true).items():
         found = arm.model.split(made.latents)[name]
@@ -171,48 +193,52 @@ def latent_errors(arm: Arm, made: Made, truth: world.Frames) -> list[dict[str, l
 
 
 def measured(
-    arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, made: Made, given: int
+    arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, made: Made, given: int, true: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """Return the numbers of each clip."""
+    """Return the numbers of each clip, and some of them along time.
+
+    Args:
+        arm: what made them.
+        specs: their scenes.
+        truth: the render of these.
+        made: the clips.
+        given: frames that the arm was given.
+        true: latents (B, M * C, T, h, w) of the render; None makes them.
+    """
     total = truth.rgb_BF3HW.shape[1]
     ends = latent_ends(total, made.latents.shape[2])
     size = arm.settings["causal_block_size"]
     first = len([end for end in ends if end < given])
     borders = [ends[place - 1] + 1 for place in range(first, len(ends), size)]
-    # What the network sees beside long memory: short memory and the groups in flight.
     groups = arm.settings["num_inference_steps"] // arm.settings["ar_step"]
+    # What the network sees beside long memory: short memory and the groups in flight.
     window = (arm.settings["history_sizes"][1] + groups * size) * (ends[-1] // max(1, len(ends) - 1))
-    errors, rows = latent_errors(arm, made, truth), []
+    true = given_latents(arm, truth, total, given)[0] if true is None else true
+    errors, rows = latent_errors(arm, made, true), []
     for number, spec in enumerate(specs):
         depth = None if made.disparity is None else made.disparity[number]
-        true = true_clip(spec, truth, number)
-        report = measure_drift(made.frames[number], true, disparity=depth, borders=borders, window=window)
-        rows.append({**report.to_dict(), "latent_error": errors[number], "seconds": made.seconds / len(specs)})
+        # Ground and disparity of a render are computed when they are asked for, of all its scenes.
+        clip = true_clip(spec, one_scene(truth, number))
+        report = measure_drift(made.frames[number], clip, disparity=depth, borders=borders, window=window)
+        lines = along(made.frames[number], clip, report, ends)
+        seconds = made.seconds / len(specs)
+        rows.append({**report.to_dict(), "latent_error": errors[number], "along": lines, "seconds": seconds})
     return rows
 
 
-def run_arm(arm: Arm, out: Path, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Make and measure the clips of an arm, and write its rows."""
-    rows: list[dict[str, Any]] = []
-    for low in range(0, options.worlds, options.batch):
-        seeds = range(options.first + low, options.first + min(low + options.batch, options.worlds))
-        specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
-        truth = world.render(specs, num_frames=options.frames, size=options.size, device=device)
-        made = make_clips(arm, specs, truth, given=options.given, seed=low)
-        rows += measured(arm, specs, truth, made, options.given)
-        if not low:
-            shown = torch.cat([made.frames[:4, ::20], truth.rgb_BF3HW[:4, ::20]], 1).flatten(0, 1).cpu()
-            columns = made.frames[0, ::20].shape[0]
-            contact_sheet(shown, out / f"{arm.name}.png", columns=columns, limit=len(shown))
-        print(f"{arm.name}: {len(rows)} of {options.worlds} worlds", flush=True)
-    with replacing(out / f"{arm.name}.json") as part:
-        part.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    return rows
+def one_scene(truth: world.Frames, number: int) -> world.Frames:
+    """Return a render of several scenes as that of one of them."""
+    each = {field.name: getattr(truth, field.name) for field in fields(truth)}
+    return world.Frames(**{name: None if what is None else what[number : number + 1] for name, what in each.items()})
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return lines that compare every arm with the first, number by number, with 95 % intervals."""
-    (first, base), *others = found.items()
+    if not found:
+        return ""
+    # Only what is shown: an interval costs some milliseconds, and there are hundreds of numbers.
+    kept = {name: [_shown(row) for row in rows] for name, rows in found.items()}
+    (first, base), *others = kept.items()
     lines = []
     for name, rows in others:
         both = compare_drift(rows, base)
@@ -224,8 +250,18 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def _shown(row: Mapping[str, Any]) -> dict[str, float]:
+    values = {number: value_of(row, number) for number in SHOWN}
+    return {number: value for number, value in values.items() if math.isfinite(value)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--report"]:
+        from benchmarks.worldweaver_report import main as report
+
+        return report(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arms", nargs="+", required=True, metavar="NAME=FOLDER", help="adapters, the first to compare"
@@ -239,19 +275,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--guidance", type=float, help="instead of what the adapter says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    device, found = torch.device(options.device), {}
-    for word in options.arms:
-        name, _, folder = word.partition("=")
-        kept = options.out / f"{name}.json"
-        if kept.is_file():
-            found[name] = json.loads(kept.read_text(encoding="utf-8"))
-            continue
-        arm = load_arm(name, folder, device, guidance=options.guidance)
-        found[name] = run_arm(arm, options.out, options, device)
-    print(table(found))
+    parser.add_argument("--workers", type=int, default=1, help="processes; several commands may share --out too")
+    options = parser.parse_args(words)
+    from benchmarks.worldweaver_jobs import run
+
+    try:
+        print(table(run(options.arms, options)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

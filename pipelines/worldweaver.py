@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgen.errors import UserError, check_number
 from postgen.families import denoiser_for
-from postgen.families.installed import installed, moved_by
+from postgen.families.installed import installed
 from postgen.worldweaver.adapter import load_adapter
-from postgen.worldweaver.call import session_of
+from postgen.worldweaver.call import check_transformer, session_of
 from postgen.worldweaver.callbacks import check_callbacks, latents_of
 from postgen.worldweaver.chunks import WorldWeaverChunk, collected
 from postgen.worldweaver.embedding import LevelEmbedder
@@ -43,8 +43,6 @@ SCALAR_BASES = ("CogVideoXPipeline",)
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 NUM_FRAMES = 81
 """Of a call that says nothing."""
-_LONGEST = 2**16
-"""Tokens of a prompt."""
 
 StepCallback = Callable[["WorldWeaverPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 GroupCallback = Callable[["WorldWeaverPipeline", WorldWeaverChunk], None]
@@ -78,6 +76,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
         base_settings: what that class is told beside its components.
         mean_level: for a network that takes one noise level for the clip, see `WorldWeaverModel`.
         defaults: of the call, by the names of `postgen.worldweaver.plan.DEFAULTS` and `TRAINED`.
+        latent_scale: of each modality, see `WorldWeaverModel`; None is that of the transformer.
     """
 
     _callback_tensor_inputs = ("latents", "clean")
@@ -94,6 +93,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
         base_settings: dict[str, Any] | None = None,
         mean_level: bool = False,
         defaults: dict[str, Any] | None = None,
+        latent_scale: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(  # type: ignore[no-untyped-call]
@@ -105,7 +105,11 @@ class WorldWeaverPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(  # type: ignore[no-untyped-call]
-            base_pipeline=base_pipeline, base_settings=base_settings, mean_level=mean_level, defaults=defaults
+            base_pipeline=base_pipeline,
+            base_settings=base_settings,
+            mean_level=mean_level,
+            defaults=defaults,
+            latent_scale=latent_scale,
         )
 
     @classmethod
@@ -143,6 +147,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs are not put back
                 embedder = LevelEmbedder.for_transformer(model)
+        scale = widened(model).latent_scale
         takes = inspect.signature(type(pipeline).__init__).parameters
         own = {key: value for key, value in pipeline.config.items() if key in takes and key not in pipeline.components}
         return cls(
@@ -152,6 +157,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             base_settings=own,
             mean_level=mean_level,
             defaults={key: settings[key] for key in (*DEFAULTS, *TRAINED) if key in settings},
+            latent_scale=None if scale is None else list(scale),
         )
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
@@ -347,25 +353,19 @@ class WorldWeaverPipeline(DiffusionPipeline):
                 yield chunk
 
     def _model(self, max_sequence_length: int | None) -> WorldWeaverModel:
-        if getattr(self.transformer, "is_cache_enabled", False):
-            raise UserError(
-                "the transformer keeps outputs from step to step (a cache of diffusers), and frames of a window stand"
-                " at different steps: call disable_cache() on it"
-            )
-        if hook := moved_by(self.transformer):
-            raise UserError(
-                f"the transformer is offloaded ({hook}), and a rollout keeps its latents where the weights are: load"
-                " it without"
-            )
+        check_transformer(self.transformer)
         base = _base_class(self.config["base_pipeline"])
         parts = {part: getattr(self, part) for part in PARTS}
         denoiser = denoiser_for(base(**parts, **(self.config["base_settings"] or {})))
         if max_sequence_length is not None:
-            check_number("max_sequence_length", max_sequence_length, 1, _LONGEST, whole=True)
+            check_number("max_sequence_length", max_sequence_length, 1, 2**16, whole=True)
             denoiser.max_sequence_length = max_sequence_length
         # A transformer of a folder does not say what its channels are, the embedder beside it does.
-        widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]])
-        return WorldWeaverModel(denoiser, self.level_embedder, mean_level=self.config["mean_level"])
+        sizes = self.transformer.config  # of text-to-video: what is more than the latents is placed memory
+        placed = sizes["in_channels"] > (sizes["out_channels"] or sizes["in_channels"])
+        widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]], placed=placed)
+        own = {name: self.config[name] for name in ("mean_level", "latent_scale")}
+        return WorldWeaverModel(denoiser, self.level_embedder, **own)
 
 
 def _base_class(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 from postgen.kernels.linear_attention.naive import Gradients, Terms, by_kind
 from postgen.kernels.linear_attention.triton_backward import grad_keys, grad_queries
+from postgen.kernels.linear_attention.triton_descriptors import described
 from postgen.kernels.linear_attention.triton_forward import read_state, sum_keys
 from postgen.kernels.linear_attention.triton_launch import block_d, constants, dot_type, launch, parts_of, splits
 from postgen.kernels.linear_attention.triton_rope import rope_rows
@@ -81,9 +82,11 @@ def _sums(
     how = launch(name if table is None else f"turned_{name}", x)
     parts, tiles = splits(tokens, heads, how)
     found = partial_sums(x, parts)
+    # Beyond a length a sample has tokens that must not be read.
+    (x_tiles, y_tiles), how = ([x, y], how.by_threads) if lengths is not None else described(how, x, y)
     sum_keys[(heads * parts_of(channels), parts, batch)](
-        x,
-        y,
+        x_tiles,
+        y_tiles,
         rstd(x, terms),
         contiguous(weight),
         table,
@@ -98,6 +101,7 @@ def _sums(
         tokens,
         tiles,
         terms.norm_eps,
+        WHOLE=how.described,
         **constants(x, how, terms),
     )
     return found
@@ -108,14 +112,15 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
     batch, tokens, heads, channels = query.shape
     how = launch("queries" if table is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
+    (questions, answers), how = described(how, query, out)
     read_state[(heads * parts_of(channels), parts, batch)](
-        query,
+        questions,
         rstd(query, terms),
         contiguous(terms.query_weight),
         table,
         sums.terms,
         sums.vector,
-        out,
+        answers,
         *query.stride(),
         out.stride(0),
         head_stride(terms.query_weight, channels),
@@ -124,6 +129,7 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
         tiles,
         terms.norm_eps,
         terms.eps,
+        WHOLE=how.described,
         **constants(query, how, terms),
     )
 
@@ -157,16 +163,17 @@ def _of_queries(
     )
 
     def go(found: Tensor | None, written: Tensor | None) -> None:
+        asked = [gradient, query] if written is None else [gradient, query, written]
+        tiles_of, run = described(how, *asked)
         grad_queries[(heads * parts_of(channels), parts, batch)](
-            gradient,
-            query,
+            *tiles_of[:2],
             rstd(query, terms),
             contiguous(terms.query_weight),
             table,
             sums.terms,
             sums.vector,
             found,
-            written,
+            None if written is None else tiles_of[2],
             scales,
             shares,
             *gradient.stride(),
@@ -177,7 +184,9 @@ def _of_queries(
             tiles,
             terms.norm_eps,
             terms.eps,
-            **constants(query, how, terms),
+            WHOLE=run.described,
+            CHAINED=run.described and run.rows_for_all_warps,
+            **constants(query, run, terms),
         )
 
     go(None, of_query if len(shares) == 1 else None)
@@ -210,17 +219,19 @@ def _grad_keys(
         _convolve(gradient, None, None, terms, None, of_value)
     how = launch("grad_keys" if table is None else "turned_grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
+    # What the tiles are beyond a length must not be read, and the convolution's part of a gradient is read again.
+    plain = terms.key_lengths is not None or convolves(terms)
+    tensors = [key, value, of_key, of_value]
+    given, how = (tensors, how.by_threads) if plain else described(how, *tensors)
     grad_keys[(heads * parts_of(channels), parts, batch)](
-        key,
-        value,
+        *given[:2],
         rstd(key, terms),
         contiguous(terms.key_weight),
         table,
         contiguous(terms.key_lengths),
         sums.matrix,
         sums.vector,
-        of_key,
-        of_value,
+        *given[2:],
         *key.stride(),
         *value.stride(),
         head_stride(terms.key_weight, channels),
@@ -229,6 +240,8 @@ def _grad_keys(
         tiles,
         terms.norm_eps,
         ADDS=convolves(terms),
+        WHOLE=how.described,
+        CHAINED=how.described and how.rows_for_all_warps,
         **constants(key, how, terms),
     )
     return of_key, of_value

@@ -20,11 +20,14 @@ from postgen.kernels.linear_attention.triton_tiles import (
     fetch_block,
     fetch_vector,
     further,
+    give,
     normed,
     numbers_of,
+    of_head,
+    of_result,
     place_of,
-    put,
     slope,
+    take,
     times_state,
     turn,
     with_divisor,
@@ -34,11 +37,10 @@ from postgen.kernels.linear_attention.triton_tiles import (
 @triton.jit
 def grad_queries(
     gradient, query, rstd, weight, table, terms, key_sums, found, d_query, inverses, weights,
-    gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h,
-    first, tokens, tiles, norm_eps, eps,
-    RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    gradient_b, gradient_n, gradient_h, gradient_d, query_b, query_n, query_h, query_d, weight_h, first, tokens, tiles,
+    norm_eps, eps, RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
 
@@ -49,9 +51,9 @@ def grad_queries(
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
-    gradient += sample * gradient_b + head.to(tl.int64) * gradient_h
-    query += sample * query_b + head.to(tl.int64) * query_h
-    d_query = further(d_query, (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E)
+    gradient = of_head(gradient, sample, head, gradient_b, gradient_h, 0, WHOLE)
+    query = of_head(query, sample, head, query_b, query_h, 0, WHOLE)
+    d_query = of_result(d_query, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
     found = further(found, which * tokens)
     weights += (part * tl.num_programs(2) * heads + which) * tokens
     table = further(table, part * BLOCK_E)
@@ -66,13 +68,14 @@ def grad_queries(
     if table is not None:
         a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        g = fetch(gradient, start, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D)
-        x = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
+        at = head * gradient_h
+        g = take(gradient, sample, start, at, row, gradient_n, gradient_d, tokens, CHANNELS, BLOCK_D, WHOLE)
+        x = take(query, sample, start, head * query_h, row, query_n, query_d, tokens, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
         q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
         # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
-        n = times_state(g, high, low, existence(start, row, tokens), PRECISION)
+        n = times_state(g, high, low, existence(start, row, tokens), CHAINED, PRECISION)
         if table is not None:
             n = turn(n, a, b, True, BLOCK_N, BLOCK_E)
             a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
@@ -86,7 +89,7 @@ def grad_queries(
             p = -numbers_of(found, start, row, tokens)
         if d_query is not None:
             n = (n - p[:, None] * own_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
-            put(d_query, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
+            give(d_query, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels, BLOCK_E, WHOLE)
         start += BLOCK_N
 
 
@@ -110,7 +113,7 @@ def grad_keys(
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TEXT: tl.constexpr, ADDS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
 
@@ -120,10 +123,10 @@ def grad_keys(
     which = sample * heads + head
     channels = channels_of(part, CHANNELS, BLOCK_E)
     end = end_of(lengths, sample, tokens)
-    key += sample * key_b + head.to(tl.int64) * key_h
-    value += sample * value_b + head.to(tl.int64) * value_h
-    d_key += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
-    d_value += (sample * tokens * heads + head) * CHANNELS + part * BLOCK_E
+    key = of_head(key, sample, head, key_b, key_h, 0, WHOLE)
+    value = of_head(value, sample, head, value_b, value_h, 0, WHOLE)
+    d_key = of_result(d_key, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
+    d_value = of_result(d_value, sample, head, part * BLOCK_E, tokens, heads, CHANNELS, WHOLE)
     weight = further(weight, head * weight_h)
     rstd = further(rstd, sample * tokens)
     high, low, columns = rows_and_columns(d_states, which, part, CHANNELS, BLOCK_D, BLOCK_E, DOT)
@@ -134,10 +137,10 @@ def grad_keys(
     if table is not None:
         a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        x = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
-        v = fetch(value, start, row, value_n, value_d, end, CHANNELS, BLOCK_D)
+        x = take(key, sample, start, head * key_h, row, key_n, key_d, end, CHANNELS, BLOCK_D, WHOLE)
+        v = take(value, sample, start, head * value_h, row, value_n, value_d, end, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
-        n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), PRECISION)
+        n = times_state(v.to(DOT), tl.trans(high), low, existence(start, row, end), CHAINED, PRECISION)
         if table is not None:
             own_a, own_b = (
                 columns_of(a, part, BLOCK_N, BLOCK_D, BLOCK_E),
@@ -146,7 +149,7 @@ def grad_keys(
             n = turn(n, own_a, own_b, True, BLOCK_N, BLOCK_E)
         n = (n + d_key_sum[None, :]) * slope(columns_of(x, part, BLOCK_N, BLOCK_D, BLOCK_E), RELU)
         n = tl.where((start + row < end)[:, None], n, 0.0)
-        put(d_key, start, row, heads * CHANNELS, tokens, n, channels, BLOCK_E)
+        give(d_key, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, n, channels, BLOCK_E, WHOLE)
         k = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
@@ -154,7 +157,7 @@ def grad_keys(
         o = tl.dot(k.to(DOT), columns, input_precision=PRECISION)
         if ADDS:
             o += fetch(d_value, start, row, heads * CHANNELS, 1, end, channels, BLOCK_E).to(tl.float32)
-        put(d_value, start, row, heads * CHANNELS, tokens, o, channels, BLOCK_E)
+        give(d_value, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, o, channels, BLOCK_E, WHOLE)
         start += BLOCK_N
 
 

@@ -17,18 +17,19 @@ from postgen.kernels.linear_attention.triton_tiles import (
     channels_of,
     end_of,
     feature,
-    fetch,
     fetch_vector,
     fold,
     fold_weighted,
     further,
+    give,
     normed,
     numbers_of,
+    of_head,
     place_of,
-    put,
     put_sums,
     question,
     state_times,
+    take,
     terms_of,
     turn,
 )
@@ -55,7 +56,7 @@ def sum_keys(
     key_b, key_n, key_h, key_d, value_b, value_n, value_h, value_d, weight_h, first, tokens, tiles, norm_eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`.
 
@@ -63,8 +64,9 @@ def sum_keys(
     """
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     end = end_of(lengths, sample, tokens)
-    key += sample * key_b + head.to(tl.int64) * key_h
-    value += sample * value_b + head.to(tl.int64) * value_h + part * BLOCK_E * value_d
+    key = of_head(key, sample, head, key_b, key_h, 0, WHOLE)
+    value = of_head(value, sample, head, value_b, value_h, part * BLOCK_E * value_d, WHOLE)
+    channels = channels_of(part, CHANNELS, BLOCK_E)
     weight = further(weight, head * weight_h)
     rstd = further(rstd, sample * tokens)
     scales = further(scales, (sample * heads + head) * tokens)
@@ -80,8 +82,8 @@ def sum_keys(
     if scales is not None:
         scale, share = numbers_of(scales, start, row, end), numbers_of(weights, start, row, end)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(end - start, BLOCK_N))):
-        k = fetch(key, start, row, key_n, key_d, end, CHANNELS, BLOCK_D)
-        v = fetch(value, start, row, value_n, value_d, end, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
+        k = take(key, sample, start, head * key_h, row, key_n, key_d, end, CHANNELS, BLOCK_D, WHOLE)
+        v = take(value, sample, start, head * value_h, row, value_n, value_d, end, channels, BLOCK_E, WHOLE)
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is None and (NORM or not RELU):
@@ -150,13 +152,13 @@ def read_state(
     query_b, query_n, query_h, query_d, out_b, weight_h, first, tokens, tiles, norm_eps, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write the results of one range of queries, where there is no convolution."""
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
-    query += sample * query_b + head.to(tl.int64) * query_h
-    out += sample * out_b + head * CHANNELS + part * BLOCK_E
+    query = of_head(query, sample, head, query_b, query_h, 0, WHOLE)
+    out = of_head(out, sample, head, out_b, CHANNELS, part * BLOCK_E, WHOLE)
     weight = further(weight, head * weight_h)
     rstd = further(rstd, sample * tokens)
     high, low = terms_of(terms, which, part, BLOCK_E, False, BLOCK_D, DOT)
@@ -169,7 +171,7 @@ def read_state(
     if table is not None:
         a, b = angles(table, first, start, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     for _ in range(0, tl.minimum(tiles, tl.cdiv(tokens - start, BLOCK_N))):
-        q = fetch(query, start, row, query_n, query_d, tokens, CHANNELS, BLOCK_D)
+        q = take(query, sample, start, head * query_h, row, query_n, query_d, tokens, CHANNELS, BLOCK_D, WHOLE)
         q, scale = question(
             q, key_sum, rstd, weight, table, a, b, start, row, tokens, norm_eps, eps,
             RELU, NORM, CHANNELS, BLOCK_N, BLOCK_D, DOT,
@@ -177,5 +179,8 @@ def read_state(
         if table is not None:
             a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
         o = tl.trans(state_times(high, low, tl.trans(q), scale, BLOCK_E, PRECISION))
-        put(out, start, row, heads * CHANNELS, tokens, o, channels_of(part, CHANNELS, BLOCK_E), BLOCK_E)
+        give(
+            out, sample, start, head * CHANNELS, row, heads * CHANNELS, tokens, o,
+            channels_of(part, CHANNELS, BLOCK_E), BLOCK_E, WHOLE,
+        )  # fmt: skip
         start += BLOCK_N

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Launch:
 
     Of the convolution: programs that run at once; 0 is one on each processor of an H100.
     """
+    described: bool = False
+    """Whether tiles are copied whole where they can be, see `triton_descriptors.py`."""
+    loaded: tuple[int, int] | None = None
+    """Warps and stages where they cannot be; none is the same. Tiles and programs stay, so results have the same bits."""
     strip: int = 4
     """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
     channels: int = 128
@@ -38,26 +42,37 @@ class Launch:
     reserved: int = 0
     """Of the convolution: percent of the on-chip memory for tiles, the first cache has the rest; 0 is no wish."""
 
+    @property
+    def by_threads(self) -> Launch:
+        """The launch of the same programs whose tiles are loaded by their threads."""
+        warps, stages = self.loaded or (self.warps, self.stages)
+        return replace(self, warps=warps, stages=stages, described=False)
+
+    @property
+    def rows_for_all_warps(self) -> bool:
+        """Whether a tile has the 16 rows that a product gives a warp, for each of them."""
+        return self.tokens >= 16 * self.warps
+
 
 LAUNCHES: dict[tuple[str, int], Launch] = {
     ("keys", 64): Launch(warps=4, stages=4, programs=132),
     ("turned_keys", 64): Launch(warps=4, stages=3, programs=264),
-    ("keys", 128): Launch(tokens=32, stages=4, programs=264),
-    ("turned_keys", 128): Launch(tokens=32, stages=3),
-    ("queries", 64): Launch(warps=4, stages=4, programs=264),
+    ("keys", 128): Launch(tokens=32, warps=4, stages=4, programs=264, described=True, loaded=(8, 4)),
+    ("turned_keys", 128): Launch(tokens=32, warps=4, stages=3, programs=264, described=True, loaded=(8, 3)),
+    ("queries", 64): Launch(warps=4, stages=3, programs=528, described=True, loaded=(4, 4)),
     ("turned_queries", 64): Launch(warps=4, stages=1, programs=1056),
-    ("queries", 128): Launch(stages=3),
-    ("turned_queries", 128): Launch(),
-    ("grad_queries", 64): Launch(warps=4, stages=2),
+    ("queries", 128): Launch(warps=4, stages=4, programs=528, described=True, loaded=(8, 3)),
+    ("turned_queries", 128): Launch(programs=528, described=True),
+    ("grad_queries", 64): Launch(warps=4, stages=4, programs=264, described=True, loaded=(4, 2)),
     ("turned_grad_queries", 64): Launch(warps=4, stages=2),
-    ("grad_queries", 128): Launch(stages=3),
+    ("grad_queries", 128): Launch(warps=4, stages=4, programs=528, described=True, loaded=(8, 3)),
     ("turned_grad_queries", 128): Launch(),
-    ("grad_sums", 64): Launch(warps=4, stages=3, programs=264),
+    ("grad_sums", 64): Launch(warps=4, stages=4, programs=264, described=True, loaded=(4, 3)),
     ("turned_grad_sums", 64): Launch(warps=4, stages=3, programs=264),
-    ("grad_sums", 128): Launch(tokens=32, stages=3),
+    ("grad_sums", 128): Launch(warps=4, stages=3, programs=528, described=True, loaded=(8, 3)),
     ("turned_grad_sums", 128): Launch(tokens=32, stages=3),
-    ("grad_keys", 64): Launch(warps=4, stages=3, programs=1056),
-    ("grad_keys", 128): Launch(stages=3),
+    ("grad_keys", 64): Launch(stages=3, programs=264, described=True, loaded=(4, 3)),
+    ("grad_keys", 128): Launch(warps=4, stages=3, programs=528, described=True, loaded=(8, 3)),
     ("turned_grad_keys", 64): Launch(stages=1),
     ("turned_grad_keys", 128): Launch(),
     ("convolution", 64): Launch(tokens=32, strip=8, warps=4, stages=3, programs=264, stacked=True, reserved=30),

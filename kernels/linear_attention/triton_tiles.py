@@ -32,6 +32,47 @@ def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def of_head(base, sample, head, stride_b, stride_h, by, WHOLE: tl.constexpr):
+    """Return the pointer to a head of a sample, moved by `by`; a descriptor stays that of all samples and heads."""
+    moved = base
+    if not WHOLE:
+        moved = base + sample * stride_b + head.to(tl.int64) * stride_h + by
+    return moved
+
+
+@triton.jit
+def of_result(base, sample, head, by, tokens, heads, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Return `of_head` of a tensor without gaps, or None as it is."""
+    moved = base
+    if not WHOLE:
+        moved = further(base, (sample * tokens * heads + head) * CHANNELS + by)
+    return moved
+
+
+@triton.jit
+def take(
+    base, sample, start, column, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Return a tile in the dtype of memory, WHOLE by one copy from the place that a descriptor knows by numbers."""
+    if WHOLE:
+        tile = base.load([sample.to(tl.int32), start, tl.cast(column, tl.int32)])
+        tile = tl.reshape(tile, (row.shape[0], BLOCK_D))
+    else:
+        tile = fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D)
+    return tile
+
+
+@triton.jit
+def give(base, sample, start, column, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a tile, as `take` reads it."""
+    if WHOLE:
+        tile = tl.reshape(tile.to(base.dtype), (1, row.shape[0], BLOCK_D))
+        base.store([sample.to(tl.int32), start, tl.cast(column, tl.int32)], tile)
+    else:
+        put(base, start, row, stride_n, end, tile, channels, BLOCK_D)
+
+
+@triton.jit
 def fetch_block(
     base, which, row, column,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -214,12 +255,19 @@ def fold_weighted(weight, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def times_state(x, high, low, scale, PRECISION: tl.constexpr):
-    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale."""
-    product = tl.dot(x, high, input_precision=PRECISION) * scale[:, None]
-    if x.dtype == tl.bfloat16:
-        # Scaled one by one: chained products would have all warps along the tokens, more warps than rows need.
-        product += tl.dot(x, low) * scale[:, None]
+def times_state(x, high, low, scale, CHAINED: tl.constexpr, PRECISION: tl.constexpr):
+    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale.
+
+    Scaled one by one: chained products would have all warps along the tokens, more warps than rows need. CHAINED says
+    that there are as many rows; then one product's registers are enough.
+    """
+    product = tl.dot(x, high, input_precision=PRECISION)
+    if CHAINED and x.dtype == tl.bfloat16:
+        product = tl.dot(x, low, product) * scale[:, None]
+    else:
+        product *= scale[:, None]
+        if x.dtype == tl.bfloat16:
+            product += tl.dot(x, low) * scale[:, None]
     return product
 
 

@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat import hand_settings_over, register_processor_class
+from postgen.compat.attention import hand_settings_over, register_processor_class
 from postgen.errors import UserError
 
 if TYPE_CHECKING:

@@ -142,6 +142,37 @@ class StreamingDecoder:
         Raises:
             UserError: not such a state, or that of another class or configuration; nothing changes then.
         """
+        pushed, finished = self._check_state(state)
+        with self._all_or_nothing():
+            self._stream.load({name: each.to(self.vae.device) for name, each in state.items()}, pushed)
+        self._size = tuple(state["size"].tolist()) or None
+        self._pushed, self._finished = pushed, finished
+
+    def prime(self, state: Mapping[str, Tensor], latents: Tensor) -> None:
+        """Go on from a state that has only sizes and counts left, by decoding again what was pushed last.
+
+        Frames after it are approximate, the more so the fewer latents are given, and soon less; all latents that were
+        pushed give the frames of `load_state_dict`.
+
+        Args:
+            state: of a decoder whose autoencoder looks back; what is remembered in it is not read.
+            latents: (B, C, t, h, w) that were pushed last.
+
+        Raises:
+            UserError: as `load_state_dict` and `push`, or an autoencoder that is not decoded exactly in any pieces.
+        """
+        pushed, finished = self._check_state(state)
+        if not self._stream.primes or self._pushed:
+            raise UserError(
+                f"a decoder of {type(self.vae).__name__} that has decoded {self._pushed} latent frames is not primed:"
+                " make a new one, and keep the whole state of any autoencoder but Wan's"
+            )
+        with self._all_or_nothing():
+            self.push(latents)
+        self._pushed, self._finished = pushed, finished
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> tuple[int, bool]:
+        """Return how many latents were pushed, and whether the video is finished."""
         if missing := {"autoencoder", "size", "counts"} - state.keys():
             raise UserError(f"this is no state of a StreamingDecoder: {' and '.join(sorted(missing))} not in it")
         if not torch.equal(state["autoencoder"].cpu(), self._autoencoder):
@@ -150,10 +181,7 @@ class StreamingDecoder:
                 " began the video"
             )
         pushed, finished = state["counts"].tolist()
-        with self._all_or_nothing():
-            self._stream.load({name: each.to(self.vae.device) for name, each in state.items()}, pushed)
-        self._size = tuple(state["size"].tolist()) or None
-        self._pushed, self._finished = pushed, bool(finished)
+        return pushed, bool(finished)
 
     @property
     def _channels(self) -> int:

@@ -19,6 +19,9 @@ State = dict[str, Tensor]
 class Stream(ABC):
     """What is kept of one video between two pieces."""
 
+    primes = False
+    """Whether it can begin in the middle of a video, without what it should remember."""
+
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         self.vae = vae
         self.num_latents = num_latents
@@ -46,6 +49,8 @@ class Stream(ABC):
 
 class _Wan(Stream):
     """Wan's decoder takes one latent frame at a time and a list with the last two inputs of every convolution."""
+
+    primes = True
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)

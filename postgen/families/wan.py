@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.families.by_frame import modulated_by_frame
 from postgen.families.denoiser import Condition
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 from postgen.families.wan_sizes import multiples
@@ -132,14 +134,16 @@ class WanDenoiser(PipelineDenoiser):
             # Channels of further modalities, of a widened network, stand behind the condition.
             latents, more = x.tensor_split([image.shape[1] - self.pipe.vae_scale_factor_temporal], dim=1)
             x = torch.cat([latents, image, more], dim=1)
-        output: Tensor = network(
-            hidden_states=x,
-            timestep=timestep,
-            encoder_hidden_states=told["prompt"],
-            encoder_hidden_states_image=told.get("image"),
-            return_dict=False,
-            **self.options(timestep),
-        )[0]
+        per_frame = timestep.dim() == 2
+        with modulated_by_frame(network, x.shape[2] // self.patch[0]) if per_frame else nullcontext():
+            output: Tensor = network(
+                hidden_states=x,
+                timestep=timestep,
+                encoder_hidden_states=told["prompt"],
+                encoder_hidden_states_image=told.get("image"),
+                return_dict=False,
+                **self.options(timestep),
+            )[0]
         return output
 
     def options(self, timestep: Tensor) -> dict[str, Any]:

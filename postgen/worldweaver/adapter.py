@@ -27,6 +27,7 @@ from postgen.reading import read_json
 from postgen.tensor_files import read_tensors
 from postgen.worldweaver.base import Base, base_of
 from postgen.worldweaver.embedding import LevelEmbedder
+from postgen.worldweaver.latent_scale import checked_scale
 from postgen.worldweaver.levels import MODALITIES, Modality
 from postgen.worldweaver.widen import NAME, Widened, forget_widening, transformer_of, widen_transformer, widened
 
@@ -36,6 +37,7 @@ EMBEDDER = "level_embedder"
 _OF_EMBEDDER = f"{EMBEDDER}."
 LORA = "worldweaver"
 """Name under which the LoRA of an adapter is loaded."""
+SCALE = "latent_scale"
 _FIELDS = {"modalities": list, "placed": bool, "base": dict, "level_embedder": dict, "lora": bool, "settings": dict}
 
 
@@ -46,7 +48,7 @@ class LoadedAdapter:
     embedder: LevelEmbedder
     modalities: tuple[Modality, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    """As they were given to `save_adapter`."""
+    """As they were given to `save_adapter`, and `latent_scale` where the model has one."""
 
 
 def save_adapter(
@@ -85,13 +87,16 @@ def save_adapter(
     tensors = _layers(model, wide, given.get("transformer", {}))
     tensors |= {f"{EMBEDDER}.{name}": value for name, value in given.get(EMBEDDER, embedder.state_dict()).items()}
     tensors = {name: _written(value, dtype) for name, value in tensors.items()}
+    said = dict(settings or {})
+    if wide.latent_scale is not None:
+        said[SCALE] = list(wide.latent_scale)
     note = {
         "modalities": list(wide.modalities),
         "placed": wide.placed,
         "base": base_of(model, wide).to_json(),
         "level_embedder": {name: value for name, value in embedder.config.items() if not name.startswith("_")},
         "lora": adapter is not None,
-        "settings": dict(settings or {}),
+        "settings": said,
     }
     with replacing(place) as part:
         part.mkdir()
@@ -118,6 +123,10 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
     place, model = Path(folder).expanduser(), transformer_of(target)
     note = _read_note(place)
     modalities = tuple(note["modalities"])
+    # Adapters from before there was one are of a scale of 1.
+    scale = note["settings"].get(SCALE)
+    if scale is not None:
+        scale = checked_scale(scale, len(modalities), f"the adapter {place} is damaged: {SCALE}")
     there: Widened | None = installed(model).plug_ins.get(NAME)
     grows = len(modalities) > 1 or note["placed"]
     fresh = there is None or not (there.aux or there.placed)
@@ -142,6 +151,7 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
         raise
     for name, parameter in parts.items():
         parameter.data.copy_(tensors[name])
+    wide.latent_scale = scale
     embedder.to(next(model.parameters()).device).eval()
     if EMBEDDER in getattr(target, "components", {}):
         target.register_modules(**{EMBEDDER: embedder})

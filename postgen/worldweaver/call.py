@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from postgen.errors import UserError, check_number, shown
+from postgen.families.installed import moved_by
 from postgen.worldweaver.given import given_of
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.plan import DEFAULTS, check_switch, frames_of_latent, plan_of
@@ -19,6 +20,24 @@ PLANNED = (*DEFAULTS, "overlap_history", "base_num_frames")
 BEGUN = ("image", "video", "depth")
 _LARGEST = 2**15
 """Pixels of a side."""
+
+
+def check_transformer(transformer: Any) -> None:
+    """Refuse a transformer that something else keeps from being driven window by window.
+
+    Raises:
+        UserError: a cache of diffusers, or offloading of accelerate.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        raise UserError(
+            "the transformer keeps outputs from step to step (a cache of diffusers), and frames of a window stand at"
+            " different steps: call disable_cache() on it"
+        )
+    if hook := moved_by(transformer):
+        raise UserError(
+            f"the transformer is offloaded ({hook}), and a rollout keeps its latents where the weights are: load it"
+            " without"
+        )
 
 
 def session_of(

@@ -14,11 +14,14 @@ from postgen.errors import UserError
 from postgen.families.streaming import StreamingDecoder, denormalised
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.state import RolloutState
+from postgen.worldweaver.state import COUNTS, DECODER, LATENTS, RolloutState
 
 OUTPUTS = ("np", "pt", "pil", "latent")
 OutputType = Literal["np", "pt", "pil", "latent"]
-_PREFIX, _COUNT = "decoder.", "decoder.frames"
+_COUNT = f"{DECODER}frames"
+TAIL = 8
+"""Latent frames that a state keeps for decoders that have lost their memory: the first frame after it is then as far
+from the exact one as 47 dB in the embedded model, whose autoencoder loses more; of 4 as 32 dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +76,18 @@ class ChunkDecoder:
             }
         self.count = 0
         """Frames that were handed out."""
+        self.tail: Tensor | None = None
+        """The last latents that were decoded."""
 
     def push(self, latents: Tensor, *, last: bool) -> dict[Modality, Tensor]:
         """Decode the next latents (B, M * C, f, h, w); all modalities, or none if it fails."""
         before = {name: decoder.state_dict() for name, decoder in self.decoders.items()}
         parts = self.model.split(latents)
         try:
-            return {name: self._decoded(decoder, parts[name], last) for name, decoder in self.decoders.items()}
+            return {
+                name: self._decoded(decoder, self.model.unscaled(parts[name], name), last)
+                for name, decoder in self.decoders.items()
+            }
         except BaseException:
             for name, decoder in self.decoders.items():
                 decoder.load_state_dict(before[name])
@@ -91,6 +99,9 @@ class ChunkDecoder:
         parts = self.model.split(latents) if self.output_type == "latent" else clips
         frames = parts["rgb"]
         self.count += frames.shape[1] if self.decoders else self._frames(latents.shape[2])
+        if self.decoders:
+            before = latents[:, :, :0] if self.tail is None else self.tail.to(latents)
+            self.tail = torch.cat([before, latents], 2)[:, :, -TAIL:].clone()
         depth = parts["depth"] if "depth" in self.modalities else None
         if depth is not None and self.decoders:
             depth = depth.mean(2)
@@ -104,9 +115,11 @@ class ChunkDecoder:
 
     def remembered(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `RolloutState.extra` is to be after the last push: the rest of it stays."""
-        kept = {name: value for name, value in extra.items() if not name.startswith(_PREFIX)}
+        kept = {name: value for name, value in extra.items() if not name.startswith(DECODER)}
         for name, decoder in self.decoders.items():
-            kept |= {f"{_PREFIX}{name}.{key}": value for key, value in decoder.state_dict().items()}
+            kept |= {f"{DECODER}{name}.{key}": value for key, value in decoder.state_dict().items()}
+        if self.tail is not None:
+            kept[LATENTS] = self.tail
         return {**kept, _COUNT: torch.tensor(self.count)}
 
     def resume(self, state: RolloutState, end: int | None) -> None:
@@ -120,16 +133,20 @@ class ChunkDecoder:
             UserError: it was made without this output, or with another autoencoder, or for a video that had to end.
         """
         for name, decoder in self.decoders.items():
-            prefix = f"{_PREFIX}{name}."
+            prefix = f"{DECODER}{name}."
             own = {key.removeprefix(prefix): value for key, value in state.extra.items() if key.startswith(prefix)}
             if not own and state.finished:
                 raise UserError(
                     f"the state was made without frames of {name}, which cannot begin in the middle: ask for what was"
                     " asked for before"
                 )
-            if own:
+            if own.keys() == {*COUNTS}:  # of `RolloutState.light`
+                last = self.model.split(state.extra[LATENTS])[name]
+                decoder.prime(own, self._latents(self.model.unscaled(last, name)))
+            elif own:
                 decoder.load_state_dict(own)
                 self._check_end(decoder, state, end)
+        self.tail = state.extra.get(LATENTS)
         if _COUNT in state.extra:
             self.count = int(state.extra[_COUNT])
 
@@ -143,9 +160,12 @@ class ChunkDecoder:
             )
 
     def _decoded(self, decoder: StreamingDecoder, latents: Tensor, last: bool) -> Tensor:
-        clip = decoder.push(denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype)))
+        clip = decoder.push(self._latents(latents))
         # An exact decoder holds nothing back, and so can go on where a video was to end.
         return torch.cat([clip, decoder.finish()], 1) if last and decoder.way.kind == "windows" else clip
+
+    def _latents(self, latents: Tensor) -> Tensor:
+        return denormalised(self.vae, latents.to(self.vae.device, self.vae.dtype))
 
     def _frames(self, latents: int) -> int:
         return latents * self.time if self.count else (latents - 1) * self.time + 1

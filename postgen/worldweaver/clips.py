@@ -27,6 +27,8 @@ from .texts import Texts
 
 CORRUPTED = "corrupted"
 """Name of RGB with wrong colours among the latents of clips."""
+PLACED = "placed"
+"""Name of their sights, which placed memory is read by."""
 
 
 @dataclass(kw_only=True)
@@ -97,24 +99,30 @@ class ClipPool:
     """N encoded clips of T latent frames."""
 
     latents: dict[Modality, Tensor]
-    """(N, C, T, h, w) float16 of each modality."""
+    """(N, C, T, h, w) float16 of each modality, not scaled."""
     corrupted: Tensor | None
     """(N, C, T, h, w) the RGB of clips with wrong colours."""
     poses: Tensor | None
     """(N, T, 3, 4) cameras on the CPU, each that of the last frame of its latent."""
     texts: Tensor
     """(N, T) int64 on the CPU: number of the text that is true from a latent frame on."""
+    sights: Tensor | None = None
+    """(N, T, P, 3, h, w) float32 of the P frames from each frame on, see `placed_clips`."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def joint(self, rows: Tensor, device: torch.device) -> Tensor:
-        """Return (B, M * C, T, h, w) of the clips with these numbers, on the CPU."""
+        """Return (B, M * C, T, h, w) of the clips with these numbers, which are on the CPU; not scaled."""
         return torch.cat([_picked(each, rows, device) for each in self.latents.values()], 1)
 
     def wrong(self, rows: Tensor, device: torch.device) -> Tensor | None:
         """Return (B, C, T, h, w), the corrupted RGB of them."""
         return None if self.corrupted is None else _picked(self.corrupted, rows, device)
+
+    def seen(self, rows: Tensor, device: torch.device) -> Tensor | None:
+        """Return (B, T, P, 3, h, w), the sights of them."""
+        return None if self.sights is None else _picked(self.sights, rows, device)
 
 
 @dataclass(slots=True)
@@ -129,6 +137,8 @@ class ClipBatch:
     """(B, T, 3, 4) cameras."""
     texts: list[int]
     """Numbers of what is said of them."""
+    sights: Tensor | None = None
+    """(B, T, P, 3, h, w), as of `ClipPool`."""
 
     def put(self, frames: Tensor, start: int) -> None:
         """Write frames (B, M * C, F, h, w) over those from a latent frame on, in memory of their own."""
@@ -153,7 +163,7 @@ def encoded(
     *,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the float16 latents of some clips by name.
+    """Return the float16 latents of some clips by name, not scaled.
 
     Args:
         model: encodes them.
@@ -178,6 +188,7 @@ def encoded(
     for name in names:
         clip = picture(name)
         with torch.autocast(rgb.device.type, torch.bfloat16, enabled=bf16):
+            # As the autoencoder gives them, all as RGB, so that kept ones serve any scale.
             found[name] = model.encode(clip).to(torch.float16)
     return found
 

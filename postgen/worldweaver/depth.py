@@ -1,9 +1,11 @@
 """Depth and optical flow as pictures, so that the autoencoder of the video encodes them too, and back again.
 
-Depth is shown as disparity, near is bright: q = 1 / depth, cut to the 2nd and 98th percentile a and b of the whole
-clip, (q - a) / (b - a) in three equal channels. Never percentiles of single frames: the same distance must look the
-same in all of them. A rollout fixes (a, b) by its first window and keeps them in its state, so that a drift of scale
-stays visible. Flow is a colour: direction is hue, length is saturation (as in VideoJAM, arXiv:2502.02492).
+Depth is shown as disparity, near is bright: q = 1 / depth, the 2nd percentile of the whole clip at a grey of 1/8, the
+98th at 3/4, in three equal channels. Never percentiles of single frames: the same distance must look the same in all
+of them. A rollout fixes the range by its first window and keeps it in its state, so that a drift of scale stays
+visible. The greys leave room for what comes nearer later than anything in that window, and autoencoders of videos
+keep them: that of the embedded model decodes black to .09, and all that is brighter than .8 to .76. Flow is a colour:
+direction is hue, length is saturation (as in VideoJAM, arXiv:2502.02492).
 
 Pictures are clips as everywhere, (B, F, 3, H, W) float32 in [0, 1], which `Denoiser.encode_video` takes.
 """
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from postgen.errors import UserError, check_number
 
+GREYS = (0.125, 0.75)
+"""How the 2nd and the 98th percentile of disparity look, and `DisparityRange.of` in general."""
 FLOW_LIMIT = 0.15
 """Flow of so many picture diagonals a frame, or more, has full saturation."""
 
@@ -39,18 +43,18 @@ class DisparityRange:
     """What is black and what is white in a picture of disparity, for each of B clips."""
 
     low: Tensor
-    """(B,) float32, a."""
+    """(B,) float32, black."""
     high: Tensor
-    """(B,) b, above a."""
+    """(B,) white, above `low`."""
 
     @staticmethod
     def of(disparity: Tensor, low: float = 0.02, high: float = 0.98) -> DisparityRange:
-        """Return the range of clips by percentiles over all their frames.
+        """Return the range of clips in which two percentiles over all their frames have the greys `GREYS`.
 
         Args:
             disparity: (B, F, H, W).
-            low: share of the pixels that is black.
-            high: share of those that are not white.
+            low: share of the pixels that are darker than the first grey.
+            high: share of those that are darker than the second.
 
         Raises:
             UserError: another shape, values that are not finite, or shares that do not rise.
@@ -62,8 +66,10 @@ class DisparityRange:
             raise UserError("disparity is not finite: turn depth into it with disparity_of")
         flat = disparity.float().flatten(1)
         a, b = _percentile(flat, low), _percentile(flat, high)
-        # A flat wall is all one disparity: it is black.
-        return DisparityRange(a, torch.maximum(b, a + torch.maximum(a.abs() * 1e-3, torch.full_like(a, 1e-6))))
+        # A flat wall is all one disparity: it has the first grey.
+        span = torch.maximum(b - a, torch.maximum(a.abs() * 1e-3, torch.full_like(a, 1e-6))) / (GREYS[1] - GREYS[0])
+        black = a - span * GREYS[0]
+        return DisparityRange(black, black + span)
 
     def picture(self, disparity: Tensor) -> Tensor:
         """Return (B, F, 3, H, W) in [0, 1] of (B, F, H, W); what lies outside the range is cut."""
@@ -78,6 +84,16 @@ class DisparityRange:
         grey = picture.mean(2)
         a, b = self._wide(grey)
         return a + grey * (b - a)
+
+    def distance(self, picture: Tensor, edge: float = 0.02) -> Tensor:
+        """Return the distances (B, F, H, W) that a picture (B, F, 3, H, W) shows.
+
+        Infinite where it is within `edge` of black or white, where the disparity may have been cut, and where it says
+        farther than infinity, as the room below the first grey does.
+        """
+        disparity, grey = self.disparity(picture), picture.mean(2)
+        known = (grey > edge) & (grey < 1 - edge) & (disparity > 0)
+        return torch.where(known, 1 / torch.where(known, disparity, 1), torch.inf)
 
     def _wide(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if len(like) != len(self.low):

@@ -66,7 +66,7 @@ def given_of(
             raise UserError("this model has no depth: leave depth out")
         disparity = _disparity(depth, clips, rows)
         limits = DisparityRange.of(disparity)
-        parts["depth"] = model.encode(limits.picture(disparity))
+        parts["depth"] = model.encode(limits.picture(disparity), "depth")
         extra = limits.tensors()
     zeros = torch.zeros_like(parts["rgb"])
     latents = torch.cat([parts.get(name, zeros) for name in model.modalities], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from postgen.families import Condition, Denoiser
 from postgen.families.installed import transformers_of
 from postgen.families.registry import pipelines_per_frame
 from postgen.worldweaver.embedding import LevelEmbedder
+from postgen.worldweaver.latent_scale import Scale, checked_scale
 from postgen.worldweaver.levels import MODALITIES, FrameLevels, Modality
 from postgen.worldweaver.widen import transformer_of, widened
 
@@ -29,13 +31,22 @@ class WorldWeaverModel:
         mean_level: for a network that takes one timestep for the whole clip (CogVideoX, HunyuanVideo): tell it the
             mean level of RGB in the frames that are being made. The levels of single frames then come from the level
             embedder alone, so such a model must be trained with it before it can tell them apart.
+        latent_scale: of each modality, see `latent_scale`; None is that of the transformer, as it was trained.
 
     Raises:
         UserError: two experts; a model of pictures; an embedder for another width or number of modalities; a network
-            that takes one timestep, and `mean_level` was not asked for, or one that takes more, and it was.
+            that takes one timestep, and `mean_level` was not asked for, or one that takes more, and it was; a scale
+            that is none.
     """
 
-    def __init__(self, denoiser: Denoiser, embedder: LevelEmbedder, *, mean_level: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        embedder: LevelEmbedder,
+        *,
+        mean_level: bool = False,
+        latent_scale: Sequence[float] | None = None,
+    ) -> None:
         pipe: Any = getattr(denoiser, "pipe", None)
         if pipe is not None and hasattr(pipe, "components"):
             transformer_of(pipe)  # refuses two experts, also where one of them is not loaded
@@ -61,11 +72,26 @@ class WorldWeaverModel:
                 f"the level embedder gives {embedder.config['width']} numbers, the tokens have {width}: it belongs to"
                 " another model"
             )
+        self._wide = wide
+        if latent_scale is not None:
+            self.latent_scale = tuple(latent_scale)
         wide.told = (
             "the mean of the frames that are made, as one timestep for the clip; each frame's by the level embedder"
             if mean_level
             else "each frame's of RGB as its timesteps, all by the level embedder"
         )
+
+    @property
+    def latent_scale(self) -> Scale:
+        """What the latents of each modality are multiplied by for the network, RGB (1) first.
+
+        It belongs to the trained network: `load_adapter` sets it, and all models of one transformer have the same.
+        """
+        return self._wide.scale
+
+    @latent_scale.setter
+    def latent_scale(self, scale: Sequence[float]) -> None:
+        self._wide.latent_scale = checked_scale(scale, len(self.modalities))
 
     @property
     def transformer(self) -> Any:
@@ -86,13 +112,24 @@ class WorldWeaverModel:
         """Return the latents (B, C, T, h, w) of each modality, views of (B, M * C, T, h, w)."""
         return dict(zip(self.modalities, z.unflatten(1, (len(self.modalities), -1)).unbind(1), strict=True))
 
-    def encode(self, clips: Tensor) -> Tensor:
-        """Turn clips (B, F, 3, H, W) in [0, 1] of one modality into its latents (B, C, T, h, w)."""
-        return self._turned(self.denoiser.encode_video(clips))
+    def encode(self, clips: Tensor, modality: Modality = "rgb") -> Tensor:
+        """Turn clips (B, F, 3, H, W) in [0, 1] of one modality into its latents (B, C, T, h, w), scaled."""
+        latents, scale = self._turned(self.denoiser.encode_video(clips)), self._scale_of(modality)
+        return latents if scale == 1 else latents * scale
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, modality: Modality = "rgb") -> Tensor:
         """Turn the latents (B, C, T, h, w) of one modality into clips (B, F, 3, H, W), float32 in [0, 1]."""
-        return self.denoiser.decode(self._turned(latents))
+        return self.denoiser.decode(self._turned(self.unscaled(latents, modality)))
+
+    def unscaled(self, latents: Tensor, modality: Modality) -> Tensor:
+        """Return the latents (B, C, T, h, w) of one modality as the autoencoder knows them."""
+        scale = self._scale_of(modality)
+        return latents if scale == 1 else latents / scale
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Return latents (B, M * C, T, h, w), which are as the autoencoder gave them, as the network sees them."""
+        parts = zip(self.split(z).values(), self.latent_scale, strict=True)
+        return torch.cat([part if scale == 1 else part * scale for part, scale in parts], 1)
 
     def predict(self, z: Tensor, levels: FrameLevels, condition: Condition, guidance: float = 1.0) -> Tensor:
         """Run the network: the one call for rollouts, training and the pipeline.
@@ -116,6 +153,11 @@ class WorldWeaverModel:
         with self.embedder.on(self.transformer, levels, self.embedder_called):
             out = self.denoiser.predict(self._turned(seen), self._told(levels).to(z.device), condition, guidance)
         return self._turned(out)
+
+    def _scale_of(self, modality: Modality) -> float:
+        if modality not in self.modalities:
+            raise UserError(f"this model has {', '.join(self.modalities)}, and no {modality}")
+        return self.latent_scale[self.modalities.index(modality)]
 
     def _seen(self, z: Tensor, placed: Tensor | None) -> Tensor:
         """Put placed memory behind the latents; zeros where nothing is known."""

@@ -27,44 +27,8 @@ from torch.nn import functional
 from postgen.errors import UserError, check_number
 from postgen.sampling.seeds import normal, seed_of
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pinhole:
-    """A camera's lens. Pixel centres are whole numbers, from (0, 0) in the upper left corner."""
-
-    focal: float = 2.77
-    """Focal length in half picture heights; the world's own."""
-    aspect: float = 1.0
-    """Width of the picture in heights."""
-
-    def __post_init__(self) -> None:
-        check_number("focal", self.focal, 1e-6)
-        check_number("aspect", self.aspect, 1e-6)
-
-    def points(self, pose: Tensor, depth: Tensor) -> Tensor:
-        """Return the points of the world (..., 3, h * w) at the centres of h x w cells, depth (..., h, w) deep.
-
-        Args:
-            pose: (..., 3, 4) float64.
-            depth: along the optical axis.
-        """
-        height, width = depth.shape[-2:]
-        down = (torch.arange(height, device=pose.device, dtype=pose.dtype) * 2 + 1) / height - 1
-        right = ((torch.arange(width, device=pose.device, dtype=pose.dtype) * 2 + 1) / width - 1) * self.aspect
-        v, u = torch.meshgrid(down / self.focal, right / self.focal, indexing="ij")
-        rays = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
-        rotation, position = pose.split((3, 1), -1)
-        points: Tensor = rotation.mT @ (rays * depth.flatten(-2)[..., None, :]) + position
-        return points
-
-    def project(self, pose: Tensor, points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (row, column, depth) of points (..., 3, P) in a grid of cells; behind the camera the depth is < 0."""
-        rotation, position = pose.split((3, 1), -1)
-        x, y, z = (rotation @ (points - position)).unbind(-2)
-        safe = torch.where(z > 1e-6, z, 1)
-        column = ((x * self.focal / safe / self.aspect + 1) * width - 1) / 2
-        row = ((y * self.focal / safe + 1) * height - 1) / 2
-        return row, column, torch.where(z > 1e-6, z, -1)
+from .pinhole import Pinhole
+from .sights import gathered, rounded, snapped, with_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +57,12 @@ class PlacedMemory:
         camera: lens of all frames.
         newest: frames that count in a voxel.
         voxel: edge of a voxel, in the unit of depth and positions.
-        capacity: frames that are stored at most; of more, the one goes that has the fewest cells that count.
+        capacity: frames that are stored at most; of more, the one goes that has the fewest cells that count, of all
+            rows together.
         tolerance: share of the depth by which a stored surface may miss a point and still be it.
         coverage: share of a cell's pixels that must have depth.
         mem_noise: noise level of the gathered RGB.
+        warp: False gives the stored frame that shows most of a coming one, as it is: what placing is compared with.
         modalities: M, of the latents; what is not RGB stays clean.
         seeds: of each row's noise; None are the numbers of the rows.
 
@@ -115,6 +81,7 @@ class PlacedMemory:
         coverage: float = 0.4,
         mem_noise: float = 0.12,
         modalities: int = 2,
+        warp: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> None:
         check_number("newest", newest, 1, whole=True)
@@ -127,14 +94,14 @@ class PlacedMemory:
         self.camera = Pinhole() if camera is None else camera
         self.newest, self.voxel, self.capacity = newest, voxel, capacity
         self.tolerance, self.coverage, self.mem_noise, self.modalities = tolerance, coverage, mem_noise, modalities
-        self.seeds = seeds
+        self.seeds, self.warp = seeds, warp
         self._frames: list[_Placed] = []
 
     def __len__(self) -> int:
         return len(self._frames)
 
     def add(self, z: Tensor, depth: Tensor, poses: Tensor, start_frame: int) -> None:
-        """Store finished frames.
+        """Store finished frames, all of them or, if it fails, none.
 
         Args:
             z: (B, M * C, F, h, w) clean latents.
@@ -147,22 +114,26 @@ class PlacedMemory:
             UserError: shapes that do not fit, or a grid of pixels that is no multiple of that of the latents.
         """
         self._check(z, depth, poses)
-        for place in range(z.shape[2]):
-            pose = poses[:, place].to(z.device, torch.float64)
-            pixels = depth[:, place].to(z.device, torch.float32)
-            # Copies: views would keep the whole group.
-            pixels = torch.where(pixels.isfinite() & (pixels > 0), pixels, torch.inf)
-            cell_depth = self._cell_depth(pixels, z.shape[-2:])
-            voxel = self._voxels(pose, cell_depth)
-            frame = _Placed(
-                start_frame + place, z[:, :, place].detach().clone(), pixels, pose.clone(), cell_depth, voxel,
-                torch.zeros_like(voxel),
-            )  # fmt: skip
-            frame = self._supersede(frame)
-            self._frames.append(frame)
-            if len(self._frames) > self.capacity:
-                counts = [int(self._counts(frame).sum()) for frame in self._frames[:-1]]
-                del self._frames[counts.index(min(counts))]
+        before = list(self._frames)
+        try:
+            for place in range(z.shape[2]):
+                pose = poses[:, place].to(z.device, torch.float64)
+                self._add(z[:, :, place], depth[:, place].to(z.device, torch.float32), pose, start_frame + place)
+        except BaseException:
+            self._frames = before
+            raise
+
+    def _add(self, z: Tensor, depth: Tensor, pose: Tensor, index: int) -> None:
+        # Copies: views would keep the whole group.
+        pixels = torch.where(depth.isfinite() & (depth > 0), depth, torch.inf)
+        cell_depth = self._cell_depth(pixels, z.shape[-2:])
+        voxel = self._voxels(pose, cell_depth)
+        kept = (z.detach().clone(), pixels, pose.clone(), cell_depth, voxel, torch.zeros_like(voxel))
+        frame = self._supersede(_Placed(index, *kept))
+        self._frames.append(frame)
+        if len(self._frames) > self.capacity:
+            counts = [int(self._counts(frame).sum()) for frame in self._frames[:-1]]
+            del self._frames[counts.index(min(counts))]
 
     def read(self, poses: Tensor, start_frame: int) -> Tensor | None:
         """Return what is known of coming frames, (B, M * C + 1, T, h, w) float32; None where nothing is stored.
@@ -177,17 +148,27 @@ class PlacedMemory:
         Raises:
             UserError: poses of another shape or number of rows.
         """
-        if not self._frames:
+        sight = self._sight(poses)
+        if sight is None:
             return None
-        rows = len(self._frames[0].z)
-        if poses.dim() != 4 or poses.shape[0] != rows or poses.shape[2:] != (3, 4):
-            raise UserError(f"poses of shape {tuple(poses.shape)}: give ({rows}, frames, 3, 4)")
-        poses = poses.to(self._frames[0].z.device, torch.float64)
-        columns = []
-        for place in range(poses.shape[1]):
-            seen = torch.stack([self._seen(row, poses[row, place]) for row in range(rows)])
-            columns.append(self._noised(seen, start_frame + place))
-        return torch.stack(columns, 2)
+        seen = gathered(torch.stack([frame.z for frame in self._frames], 2), sight)
+        return self._noised(seen, start_frame)
+
+    def find(self, poses: Tensor) -> Tensor | None:
+        """Return where coming frames find their cells, a sight (`sights`) by numbers of the video's frames.
+
+        Args:
+            poses: (B, T, 3, 4) cameras of the coming frames.
+
+        Raises:
+            UserError: as `read`.
+        """
+        sight = self._sight(poses)
+        if sight is None:
+            return None
+        numbers = sight.new_tensor([frame.index for frame in self._frames])
+        source = sight[:, :, :1]
+        return torch.cat([torch.where(source >= 0, numbers[source.clamp_min(0).long()], source), sight[:, :, 1:]], 2)
 
     def _cell_depth(self, pixels: Tensor, grid: tuple[int, ...] | torch.Size) -> Tensor:
         """Return (..., h, w): the median depth of each cell's pixels, infinite where too few have one."""
@@ -212,9 +193,10 @@ class PlacedMemory:
         """Count a new frame in the voxels of those before it, take out what has moved, drop what counts no more."""
         kept, moved = [], torch.zeros_like(new.depth, dtype=torch.bool)
         for frame in self._frames:
-            again = torch.stack([torch.isin(*pair) for pair in zip(frame.voxel, new.voxel, strict=True)])
-            frame = replace(frame, newer=frame.newer + again)
-            moved |= self._seen_through(new, frame)
+            # Rows whose cells all count no more would have dropped it: what it still tells is for the others.
+            tells = self._counts(frame).flatten(1).any(1)[:, None, None]
+            frame = replace(frame, newer=frame.newer + _among(frame.voxel, new.voxel))
+            moved |= self._seen_through(new, frame) & tells
             frame = self._without(frame, self._seen_through(frame, new))
             if bool(self._counts(frame).any()):
                 kept.append(frame)
@@ -236,87 +218,84 @@ class PlacedMemory:
         finite = here.depth.isfinite()
         points = self.camera.points(here.pose, torch.where(finite, here.depth, 1).double())
         rows, columns, distance = self.camera.project(there.pose, points, height, width)
-        y, x = rows.round().long(), columns.round().long()
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (distance > 0)
+        place, inside = rounded(rows, columns, height, width)
         # The nearest of the pixels around: at an edge a fraction of one decides what is seen.
         around = -functional.max_pool2d(-there.depth, 3, 1, 1)
-        behind = around.flatten(1).gather(1, y.clamp(0, height - 1) * width + x.clamp(0, width - 1))
-        through = inside & behind.isfinite() & (behind > (1 + self.tolerance) * distance)
+        behind = around.flatten(1).gather(1, place)
+        through = inside & (distance > 0) & behind.isfinite() & (behind > (1 + self.tolerance) * distance)
         return through.view(finite.shape) & finite
 
     def _counts(self, frame: _Placed) -> Tensor:
         """Return (B, h, w) which cells count."""
         return (frame.newer < self.newest) & (frame.voxel >= 0)
 
-    def _seen(self, row: int, pose: Tensor) -> Tensor:
-        """Return (M * C + 1, h, w) of one row and camera."""
-        latents = torch.stack([frame.z[row] for frame in self._frames])  # (n, M * C, h, w)
-        total, channels, height, width = latents.shape
-        depth = self._cell_depth(self._splat(row, pose), (height, width))
+    def _sight(self, poses: Tensor) -> Tensor | None:
+        """Return the sight of coming frames by places in the store; None where nothing is stored."""
+        if not self._frames:
+            return None
+        rows, (height, width) = len(self._frames[0].z), self._frames[0].z.shape[-2:]
+        if poses.dim() != 4 or poses.shape[0] != rows or poses.shape[2:] != (3, 4):
+            raise UserError(f"poses of shape {tuple(poses.shape)}: give ({rows}, frames, 3, 4)")
+        poses = poses.to(self._frames[0].z.device, torch.float64)
+        depth = self._cell_depth(self._splat(poses), (height, width))  # (B, T, h, w)
         finite = depth.isfinite()
-        points = self.camera.points(pose, torch.where(finite, depth, 1).double())
-        stored = torch.stack([frame.pose[row] for frame in self._frames])
-        rows, columns, distance = self.camera.project(stored, points, height, width)  # (n, P) each
-        y, x = rows.round().long(), columns.round().long()
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (distance > 0) & finite.flatten()
-        cell = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-        own = torch.stack([frame.cell_depth[row] for frame in self._frames]).flatten(1).gather(1, cell)
-        counts = torch.stack([self._counts(frame)[row] for frame in self._frames]).flatten(1).gather(1, cell)
-        valid = inside & counts & ((own - distance).abs() <= self.tolerance * distance)
-        order = torch.arange(1, total + 1, device=valid.device)[:, None]
+        points = self.camera.points(poses, torch.where(finite, depth, 1).double())
+        stored = torch.stack([frame.pose for frame in self._frames])[:, :, None]
+        row, column, distance = self.camera.project(stored, points, height, width)  # (n, B, T, P) each
+        cell, inside = rounded(row, column, height, width)
+        own = torch.stack([frame.cell_depth for frame in self._frames]).flatten(2)
+        counts = torch.stack([self._counts(frame) for frame in self._frames]).flatten(2)
+        own, counts = (each.gather(2, cell.flatten(2)).view_as(cell) for each in (own, counts))
+        valid = inside & (distance > 0) & finite.flatten(2) & counts
+        valid &= (own - distance).abs() <= self.tolerance * distance
+        order = torch.arange(1, len(valid) + 1, device=valid.device)[:, None, None, None]
+        if not self.warp:
+            return self._whole(valid.sum(-1, keepdim=True), order)
         newest = (valid * order).argmax(0, keepdim=True)
-        mask = valid.any(0)
-        found = self._gather(latents, newest[0], rows.gather(0, newest)[0], columns.gather(0, newest)[0])
-        found = torch.where(mask, found, 0)
-        return torch.cat([found, mask[None].to(found.dtype)]).view(channels + 1, height, width)
+        source = torch.where(valid.any(0), newest[0], -1)
+        parts = [source, *(snapped(each.gather(0, newest)[0]) for each in (row, column))]
+        sight: Tensor = torch.stack([part.float() for part in parts], 2).unflatten(3, (height, width))
+        return sight
 
-    def _splat(self, row: int, pose: Tensor) -> Tensor:
-        """Return (H, W) the nearest depth that falls on each pixel of a coming frame, infinite where none does."""
+    def _whole(self, seen: Tensor, order: Tensor) -> Tensor:
+        """Return the sight of the frame that shows most cells, as it is; `seen` says how many, (n, B, T, 1)."""
+        height, width = self._frames[0].z.shape[-2:]
+        best = (seen * len(seen) + order).argmax(0)[..., None]  # the newest of equals
+        source = torch.where(seen.any(0)[..., None], best, -1).float().expand(-1, -1, height, width)
+        y, x = (torch.arange(size, device=seen.device).float() for size in (height, width))
+        rows, columns = (each.expand_as(source) for each in torch.meshgrid(y, x, indexing="ij"))
+        return torch.stack([source, rows, columns], 2)
+
+    def _splat(self, poses: Tensor) -> Tensor:
+        """Return (B, T, H, W) the nearest depth that falls on each pixel of coming frames, infinite where none."""
         height, width = self._frames[0].depth.shape[-2:]
-        target = torch.full((height * width,), torch.inf, device=pose.device)
+        target = torch.full((*poses.shape[:2], height * width), torch.inf, device=poses.device)
         for frame in self._frames:
             shape = frame.voxel.shape[-2:]
-            counts = self._counts(frame)[row]
-            counts = counts.repeat_interleave(height // shape[0], 0).repeat_interleave(width // shape[1], 1)
-            depth = frame.depth[row]
-            known = (depth.isfinite() & counts).flatten()
-            points = self.camera.points(frame.pose[row], torch.where(depth.isfinite(), depth, 1).double())
-            rows, columns, distance = self.camera.project(pose, points[:, known], height, width)
-            y, x = rows.round().long(), columns.round().long()
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (distance > 0)
+            counts = self._counts(frame)
+            counts = counts.repeat_interleave(height // shape[0], 1).repeat_interleave(width // shape[1], 2)
+            finite = frame.depth.isfinite()
+            points = self.camera.points(frame.pose, torch.where(finite, frame.depth, 1).double())[:, None]
+            rows, columns, distance = self.camera.project(poses, points, height, width)
+            place, inside = rounded(rows, columns, height, width)
+            known = inside & (distance > 0) & (finite & counts).flatten(1)[:, None]
             # The least of all that fall there: no order of writes.
-            place, value = (y * width + x)[inside], distance[inside].to(target)
-            target = target.scatter_reduce(0, place, value, "amin")
-        return target.view(height, width)
+            target = target.scatter_reduce(2, place, torch.where(known, distance, torch.inf).to(target), "amin")
+        nearest: Tensor = target.unflatten(2, (height, width))
+        return nearest
 
-    def _gather(self, latents: Tensor, source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return (M * C, P) latents of the frames (P,) at fractional cells; beyond the edge the edge goes on."""
-        height, width = latents.shape[-2:]
-        rows, columns = _snapped(rows), _snapped(columns)
-        top, left = rows.floor(), columns.floor()
-        down, right = (rows - top).float(), (columns - left).float()
-        found = torch.zeros(latents.shape[1], len(source), device=latents.device)
-        for y, x, weight in (
-            (top, left, (1 - down) * (1 - right)),
-            (top, left + 1, (1 - down) * right),
-            (top + 1, left, down * (1 - right)),
-            (top + 1, left + 1, down * right),
-        ):
-            corner = latents[source, :, y.long().clamp(0, height - 1), x.long().clamp(0, width - 1)].T.float()
-            found = found + weight * corner
-        return found
-
-    def _noised(self, seen: Tensor, frame: int) -> Tensor:
-        """Put noise on the RGB (B, M * C + 1, h, w) of a coming frame where there is something."""
+    def _noised(self, seen: Tensor, start: int) -> Tensor:
+        """Put noise on the RGB (B, M * C + 1, T, h, w) of coming frames where there is something."""
         if not self.mem_noise:
             return seen
         channels = (seen.shape[1] - 1) // self.modalities
-        rgb, mask = seen[:, :channels], seen[:, -1:]
         rows = range(len(seen)) if self.seeds is None else self.seeds
-        seeds = [seed_of(row, "step", frame) for row in rows]
-        noise = normal(rgb.shape[1:], seeds, seen.device)
-        rgb = mask * ((1 - self.mem_noise) * rgb + self.mem_noise * noise)
-        return torch.cat([rgb, seen[:, channels:]], 1)
+        shape = (channels, *seen.shape[3:])
+        noise = [
+            normal(shape, [seed_of(row, "step", start + place) for row in rows], seen.device)
+            for place in range(seen.shape[2])
+        ]
+        return with_noise(seen, self.mem_noise, torch.stack(noise, 2))
 
     def _check(self, z: Tensor, depth: Tensor, poses: Tensor) -> None:
         rows, frames = z.shape[0], z.shape[2] if z.dim() == 5 else 0
@@ -354,7 +333,8 @@ class PlacedMemory:
             self._frames.append(_Placed(index, *parts, *kept))
 
 
-def _snapped(positions: Tensor) -> Tensor:
-    """Return positions in cells, those next to a whole number as that: the same view gives the same bits."""
-    whole = positions.round()
-    return torch.where((positions - whole).abs() < 1e-6, whole, positions)
+def _among(voxels: Tensor, others: Tensor) -> Tensor:
+    """Return which of the voxels (B, h, w) are among the others of the same row."""
+    ordered, wanted = others.flatten(1).sort(1).values, voxels.flatten(1)
+    place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
+    return (ordered.gather(1, place) == wanted).view_as(voxels)

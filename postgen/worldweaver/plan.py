@@ -17,6 +17,7 @@ from torch import nn
 
 from postgen.errors import UserError, check_number, shown
 from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
+from postgen.worldweaver.latent_scale import scale_words
 from postgen.worldweaver.levels import MODALITIES
 from postgen.worldweaver.memory import MemoryBank
 from postgen.worldweaver.model import WorldWeaverModel
@@ -179,7 +180,7 @@ def identity_of(model: WorldWeaverModel) -> dict[str, Any]:
         _look_at(module, digest.update)
     return {
         "pipeline": type(pipe).__name__,
-        "modalities": list(model.modalities),
+        "modalities": scale_words(model.modalities, model.latent_scale),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "weights": digest.hexdigest()[:16],
     }

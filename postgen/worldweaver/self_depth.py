@@ -75,11 +75,11 @@ class SelfDepth:
             raise UserError(f"frames of shape {tuple(frames.shape)}: give (frames, height, width, 3)")
         clip = self._whole(frames.movedim(-1, 1))
         depth = self.latents(self.model.encode(clip[None]))
-        return self.model.decode(depth)[0, : len(frames)].mean(1).to(frames.device)
+        return self.model.decode(depth, "depth")[0, : len(frames)].mean(1).to(frames.device)
 
     @torch.no_grad()
     def latents(self, rgb: Tensor) -> Tensor:
-        """Return the depth latents (B, C, T, h, w) of clean RGB latents of that shape."""
+        """Return the depth latents (B, C, T, h, w), scaled as the model's are, of clean RGB latents of that shape."""
         condition = self.model.denoiser.encode_prompt([self.prompt] * len(rgb), guidance=False)
         depth = torch.zeros_like(rgb)
         for number, start in enumerate(range(0, rgb.shape[2], self.window)):

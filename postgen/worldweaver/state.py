@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ HEAD = "state.json"
 _TENSORS = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 _LATER = 3600
 """Seconds after which nobody is still writing a file."""
+DECODER = "decoder."
+"""Begins the names in `RolloutState.extra` of what decoders remember: `decoder.rgb.cache.0`."""
+COUNTS = ("autoencoder", "counts", "size")
+"""What of a decoder is always kept."""
+LATENTS = f"{DECODER}latents"
+"""The last latents that were decoded, for decoders that lost the rest."""
 Prompts = Sequence[tuple[int, Condition]]
 """(start_frame, encoded prompt of B rows), rising: from which latent frame on it is told."""
 
@@ -140,6 +146,23 @@ class RolloutState:
                 raise UserError(f"{len(generators)} generators for {self.rows} videos: give one for each")
             twin.generators = list(generators)
         return twin
+
+    def light(self) -> RolloutState:
+        """Return it without what decoders remember, which at 480 x 832 is nearly all of it: to be saved.
+
+        Whoever goes on decodes the last latents again, so the first frames are approximate. Everything else is shared.
+
+        Raises:
+            UserError: a decoder that cannot begin in the middle.
+        """
+        parts = {name: name.split(".", 2)[2:] if name.startswith(DECODER) else [] for name in self.extra}
+        left = {name for name, part in parts.items() if part and part[0] not in COUNTS}
+        if left and (
+            LATENTS not in self.extra
+            or any(parts[name][0].split(".")[0] not in ("cache", "repeated") for name in left)
+        ):
+            raise UserError("the decoder of this state cannot begin in the middle of a video: save the whole state")
+        return replace(self, extra={name: value for name, value in self.extra.items() if name not in left})
 
     def state_dict(self) -> dict[str, Any]:
         """Return `head`, JSON values, and `tensors` by name; tensors are copies."""

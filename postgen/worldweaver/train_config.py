@@ -10,7 +10,8 @@ from postgen.training.lora import AdapterConfig
 from postgen.training.policy import ModelConfig
 
 from .clips import ClipsConfig
-from .windows import WindowConfig
+from .latent_scale import checked_scale
+from .window_config import WindowConfig
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,10 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number type of the adapter that is written."""
 
+    latent_scale: list[float] | None = None
+    """What latents of RGB, depth and flow are multiplied by for the network, RGB by 1; none is measured from the
+    clips, so that all have the size of RGB's."""
+
     own_from: float = 0.8
     """Share of the steps after which memory is partly the model's own."""
 
@@ -40,6 +45,8 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         super().__post_init__()
         rate = self.learning_rate_new
         self.require(rate is None or rate > 0, "learning_rate_new", "above 0")
+        if self.latent_scale is not None:
+            checked_scale(self.latent_scale, len(self.modalities))
         for name in ("own_from", "own_share"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         self.require(not self.fully_shard, "fully_shard", "false: the adapter is written of whole weights")
@@ -53,3 +60,4 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
             self.require(not evaluates or bool(self.eval_dataset), "eval_dataset", "given to evaluate")
             self.require(self.memory_policy != "camera", "memory_policy", "another one than camera: videos have none")
             self.require("flow" not in self.aux, "aux", "without flow: videos have none")
+            self.require(not self.placed_memory, "placed_memory", "false: videos have no cameras")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families import Denoiser
+from postgen.families import Condition, Denoiser
 from postgen.families.exports import write_note
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
@@ -29,7 +29,9 @@ from postgen.training.updates import decay_groups
 from .adapter import EMBEDDER, save_adapter
 from .clips import ClipBatch, ClipPool, video_pool
 from .embedding import LevelEmbedder
+from .latent_scale import Scale, measured_scale
 from .model import WorldWeaverModel
+from .placed_rollout import check_streams
 from .texts import Texts
 from .train_config import WorldWeaverConfig
 from .widen import Widened, narrow_transformer, transformer_of, widen_transformer, widened
@@ -70,7 +72,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self.denoiser: Denoiser = frozen(self.pipe, args)
         self._check_model()
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
+        self._model = loss.model
         self._read_clips(loss.model)
+        self._model.latent_scale = args.latent_scale or self._measured_scale()
         shape = self.denoiser.latent_shape(args.num_frames, *args.size)
         cpu = torch.device("cpu")
         schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
@@ -97,7 +101,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         """Give the transformer its new channels and adapters; return its level embedder."""
         args, model = self.args, transformer_of(self.pipe)
         if args.aux:
-            widen_transformer(self.pipe, tuple(args.modalities[1:]))
+            widen_transformer(self.pipe, tuple(args.modalities[1:]), placed=args.placed_memory)
         wide: Widened = widened(self.pipe, args.modalities)
         add_adapters(self.pipe, self.denoiser, args)
         if not args.use_peft:
@@ -114,10 +118,11 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         args = self.args
         self.texts = Texts(self.denoiser, self.device)
         wrong = args.corrupt_share > 0 and sum(args.history_sizes) > 0
+        if args.placed_memory:
+            check_streams(self.pipe.vae)
         if args.train_dataset is None:
-            scenes = partial(
-                world_pool, args, model, self.texts, cameras=args.memory_policy == "camera", bf16=args.bf16
-            )
+            cameras, placing = args.memory_policy == "camera", args.placing()
+            scenes = partial(world_pool, args, model, self.texts, cameras=cameras, placing=placing, bf16=args.bf16)
             self.pool = scenes(part=self.accelerator.process_index, wrong=wrong)
             self.eval_pool = scenes(evaluation=True, wrong=False) if args.eval_clips else None
         else:
@@ -130,6 +135,13 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             say(
                 f"{len(self.pool)} clips of {self.pool.texts.shape[1]} latent frames ({said}), {len(self.texts)} texts"
             )
+
+    def _measured_scale(self) -> Scale:
+        return measured_scale(self.pool.latents, lambda sums: self._summed(sums.float().to(self.device)))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        found: Tensor = self.accelerator.reduce(values, "sum")
+        return found
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what is new and what is adapted, each with its rate."""
@@ -158,7 +170,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         batch = self._batch(self.pool, layout, rows, args.per_device_train_batch_size)
         if own:
             self._remember_own(layout, batch, rows)
-        window = self.windows.draw(layout, batch.latents, rows, corrupted=batch.wrong, poses=batch.poses)
+        window = self.windows.draw(
+            layout, batch.latents, rows, corrupted=batch.wrong, poses=batch.poses, sights=batch.sights
+        )
         return self._compare(self.models[_MODEL], window, batch.texts, self.generator)
 
     def _compare(
@@ -166,8 +180,13 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         noise = torch.randn(window.clean.shape, generator=generator, device=self.device)
         z, target = window.noised(noise), window.target(noise)
-        loss, terms = network(z, window.levels, self.texts.of(texts), target, window.counted)
+        told = self._told(window, texts, generator)
+        loss, terms = network(z, window.levels, told, target, window.counted)
         return loss, terms
+
+    def _told(self, window: Window, texts: list[int], generator: torch.Generator) -> Condition:
+        told = self.texts.of(texts)
+        return told if window.placed is None else {**told, "placed": window.placed.noised(generator)}
 
     def _batch(self, pool: ClipPool, layout: Layout, rows: torch.Generator, count: int) -> ClipBatch:
         """Draw some clips, and what is said of them."""
@@ -177,10 +196,11 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         texts = pool.texts[clips, later]
         texts = torch.where(draw[:, 1] < self.args.caption_dropout, 0, texts)
         return ClipBatch(
-            latents=pool.joint(clips, self.device),
+            latents=self._model.scaled(pool.joint(clips, self.device)),
             wrong=pool.wrong(clips, self.device),
             poses=None if pool.poses is None else pool.poses[clips],
             texts=texts.tolist(),
+            sights=pool.seen(clips, self.device),
         )
 
     @torch.no_grad()
@@ -196,12 +216,14 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         before = Layout(ages=layout.ages, start=start)
         level = torch.rand(len(batch.latents), generator=rows) * args.mem_noise_max
         steps = windows.segments.length
-        network, z, told = self.unaveraged(_MODEL), None, self.texts.of(batch.texts)
+        network, z = self.unaveraged(_MODEL), None
         for step in range(steps):
             window, after = (
-                windows.at(before, batch.latents, place / steps, level, batch.poses) for place in (step, step + 1)
+                windows.at(before, batch.latents, place / steps, level, batch.poses, batch.sights)
+                for place in (step, step + 1)
             )
             if z is None:
+                told = self._told(window, batch.texts, self.generator)
                 noise = torch.randn(window.clean.shape, generator=self.generator, device=self.device)
                 z = window.noised(noise)
             velocity, _ = network(z, window.levels, told)
@@ -222,7 +244,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         for number in range(-(-len(self.eval_pool) // count)):
             rows = torch.Generator().manual_seed(seed_of(args.seed, "eval", number))
             batch = self._batch(self.eval_pool, layout := self.windows.layout(rows), rows, count)
-            window = self.windows.draw(layout, batch.latents, rows, poses=batch.poses)
+            window = self.windows.draw(layout, batch.latents, rows, poses=batch.poses, sights=batch.sights)
             noise = torch.Generator(self.device).manual_seed(seed_of(args.seed, "eval", number, 1))
             loss, terms = self._compare(self.unaveraged(_MODEL), window, batch.texts, noise)
             found.append({"loss": loss, **terms})
@@ -231,12 +253,14 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     # What is kept.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many micro-batches were taken."""
-        return {"micro": self._micro}
+        """Return how many micro-batches were taken, and the scale that was measured."""
+        return {"micro": self._micro, "latent_scale": list(self._model.latent_scale)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self._micro = int(state["micro"])
+        if self.args.latent_scale is None:  # runs from before there was one had a scale of 1
+            self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads; of all weights the base too."""

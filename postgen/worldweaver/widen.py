@@ -20,6 +20,7 @@ from postgen.errors import UserError, check_number, first_line, shown
 from postgen.families.installed import installed, transformers_of
 from postgen.families.registry import layout_of
 from postgen.families.widths import Widths, channel_axis, find_widths, inputs_of, resize, set_sizes
+from postgen.worldweaver.latent_scale import Scale, scale_words
 from postgen.worldweaver.levels import MODALITIES, Modality
 
 NAME = "worldweaver"
@@ -43,6 +44,13 @@ class Widened:
     """`in_channels` and `out_channels` as they stood in the config before; None: not known, it was loaded widened."""
     told: str = "not driven yet"
     """How its network is told the noise levels of the frames."""
+    latent_scale: Scale | None = None
+    """What the latents of each modality are multiplied by before the network sees them; None is 1."""
+
+    @property
+    def scale(self) -> Scale:
+        """`latent_scale` as numbers."""
+        return self.latent_scale or (1.0,) * len(self.modalities)
 
     @property
     def aux(self) -> int:
@@ -57,7 +65,8 @@ class Widened:
     def describe(self) -> str:
         """Say in one line what is on and how it is set."""
         memory = ", and placed memory" if self.placed else ""
-        return f"{' + '.join(self.modalities)}, {self.channels} channels each{memory}; noise levels: {self.told}"
+        names = " + ".join(scale_words(self.modalities, self.scale))
+        return f"{names}, {self.channels} channels each{memory}; noise levels: {self.told}"
 
 
 def widen_transformer(

@@ -11,21 +11,20 @@ so that the model gives the depth of a given video; depth and flow that are not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from postgen.errors import UserError
 from postgen.sampling.schedule import Schedule
-from postgen.settings import Part
 
-from .levels import MODALITIES, FrameLevels, Modality, Role
-from .memory import MemoryBank
+from .levels import FrameLevels, Role
 from .segments import Segments
-from .selection import POLICIES, Query, policy_of
-from .widen import AUX
+from .selection import Query, policy_of
+from .sights import gathered, with_noise
+from .window_config import WindowConfig
 
 _FILL = (0.5, 0.25)
 """Shares of windows that fill with no memory, and with one frame: a video begins from nothing, from a picture, or from
@@ -34,140 +33,8 @@ _UNKNOWN = 0.5
 """Share of first frames without depth and flow, as a picture that a user gives."""
 _STILL = 0.5
 """Share of clean RGB among the rows whose depth has levels of its own."""
-
-
-@dataclass(kw_only=True)
-class WindowConfig(Part):
-    """What a window holds, in training and in rollouts, and how often training shows which kind.
-
-    Raises:
-        UserError: a value outside its range, or two that do not go together.
-    """
-
-    part: ClassVar[str] = "window"
-
-    aux: list[str] = field(default_factory=lambda: ["depth"])
-    """Modalities beside RGB: [], [depth] or [depth, flow]."""
-
-    causal_block_size: int = 3
-    """F, latent frames of a group."""
-
-    groups: int = 3
-    """K, groups in flight; 1 is one chunk after the other."""
-
-    num_inference_steps: int = 30
-    """N, steps of a rollout from noise to clean, a multiple of `groups`."""
-
-    history_sizes: list[int] = field(default_factory=lambda: [4, 2])
-    """Frames of long and of short memory."""
-
-    keep_first_frame: bool = True
-    """Whether the first frame of the video is always in long memory."""
-
-    memory_policy: str = "logspace"
-    """How long memory is chosen, a key of `postgen.worldweaver.selection.POLICIES`."""
-
-    mem_noise: float = 0.12
-    """Noise level of the RGB of long memory in rollouts, which the adapter says."""
-
-    mem_noise_max: float = 0.3
-    """In training that level is drawn from 0 to this, for each row."""
-
-    flow_noise: float = 0.5
-    """Noise level of the flow of long memory."""
-
-    short_noise_max: float = 0.05
-    """The RGB of short memory has a level up to this in half of the rows; in rollouts it is clean."""
-
-    depth_in_memory: bool = True
-    """False shows noise in the place of the depth and flow of memory."""
-
-    fill_share: float = 0.1
-    """Windows with groups in the segments of most noise only, as at the beginning of a rollout."""
-
-    drain_share: float = 0.1
-    """Windows with groups in the segments of least noise only, as at the end."""
-
-    no_memory_share: float = 0.1
-    """Windows at the beginning of the clip, without memory, of those that do not fill."""
-
-    first_frame_share: float = 0.1
-    """Windows whose memory is the first frame, of those that do not fill."""
-
-    independent_share: float = 0.25
-    """Rows whose groups have a phase each; 1 is diffusion forcing."""
-
-    split_share: float = 0.1
-    """Rows whose depth and flow have other levels than RGB."""
-
-    drop_share: float = 0.1
-    """Rows without depth and flow: noise, and no loss."""
-
-    corrupt_share: float = 0.3
-    """Rows whose memory is blurred and has wrong colours."""
-
-    loss_weights: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25])
-    """Of RGB, depth and flow."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(tuple(self.aux) in ((), *AUX), "aux", "[], [depth] or [depth, flow]")
-        for name in ("causal_block_size", "groups"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
-        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
-        self.require(self.num_inference_steps % self.groups == 0, "num_inference_steps", f"n * groups ({self.groups})")
-        sizes = self.history_sizes
-        self.require(len(sizes) == 2 and min(sizes) >= 0, "history_sizes", "two numbers from 0 on: long, short")
-        self.require(self.memory_policy in POLICIES, "memory_policy", f"one of {', '.join(POLICIES)}")
-        shares = ("fill", "drain", "no_memory", "first_frame", "independent", "split", "drop", "corrupt")
-        for name in (*(f"{share}_share" for share in shares), "mem_noise", "mem_noise_max", "flow_noise"):
-            self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
-        self.require(0 <= self.short_noise_max <= 1, "short_noise_max", "from 0 to 1")
-        for one, other in (("fill", "drain"), ("no_memory", "first_frame"), ("split", "drop")):
-            both = getattr(self, f"{one}_share") + getattr(self, f"{other}_share")
-            self.require(both <= 1, f"{other}_share", f"at most 1 together with {one}_share")
-        weights = self.loss_weights
-        self.require(
-            len(weights) == 3 and min(weights) >= 0 < weights[0], "loss_weights", "three numbers, RGB above 0"
-        )
-        self._check_depth()
-
-    def _check_depth(self) -> None:
-        """Refuse settings of depth where there is none."""
-        self.require(bool(self.aux) or self.depth_in_memory, "depth_in_memory", "true with aux: []")
-        needs = self.memory_policy != "depth_sim" or (self.aux and self.depth_in_memory)
-        self.require(bool(needs), "memory_policy", "another one than depth_sim without depth in memory")
-
-    @property
-    def modalities(self) -> tuple[Modality, ...]:
-        """RGB and what is beside it."""
-        return MODALITIES[: 1 + len(self.aux)]
-
-    @property
-    def segments(self) -> Segments:
-        """N steps in K segments."""
-        return Segments(steps=self.num_inference_steps, groups=self.groups)
-
-    def bank(self) -> MemoryBank:
-        """Return the empty memory of a rollout."""
-        long, short = self.history_sizes
-        return MemoryBank(
-            long,
-            short,
-            min(1, long) if self.keep_first_frame else 0,
-            policy=self.memory_policy,
-            mem_noise=self.mem_noise,
-            flow_noise=self.flow_noise,
-            modalities=len(self.modalities),
-        )
-
-    def rollout_settings(self) -> dict[str, object]:
-        """Return what whoever uses the adapter must know, by the names of the arguments of the pipeline."""
-        names = ("causal_block_size", "num_inference_steps", "history_sizes", "keep_first_frame", "memory_policy")
-        return {name: getattr(self, name) for name in (*names, "flow_noise", "depth_in_memory")} | {
-            "ar_step": self.num_inference_steps // self.groups,
-            "addnoise_condition": 1000 * self.mem_noise,
-        }
+_BLOCKS = 4
+"""Blocks along an edge of a frame of which some are holes in placed memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +47,25 @@ class Layout:
     """Latent frame of the clip at which the oldest begins; all before it is the past."""
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Memory that is placed in the frames of a window."""
+
+    clean: Tensor
+    """(B, M * C + 1, P, h, w), the mask last."""
+    level: Tensor
+    """(B,) noise level of its RGB."""
+    modalities: int
+    """M."""
+
+    def noised(self, generator: torch.Generator) -> Tensor:
+        """Return it as the network is told, with noise on its RGB."""
+        channels = (self.clean.shape[1] - 1) // self.modalities
+        shape = (len(self.clean), channels, *self.clean.shape[2:])
+        noise = torch.randn(shape, generator=generator, device=self.clean.device)
+        return with_noise(self.clean, self.level.view(-1, 1, 1, 1, 1), noise)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
     """B rows of T latent frames, memory in front."""
@@ -190,6 +76,8 @@ class Window:
     """Of the noise that is put on them."""
     counted: Tensor
     """(B, P, M) bool: which of the P frames in flight count in the loss, by modality."""
+    placed: Placed | None = None
+    """What of the past is placed in the frames in flight; None is nothing."""
 
     def noised(self, noise: Tensor) -> Tensor:
         """Return the latents with noise of their levels, (1 - sigma) z + sigma e."""
@@ -252,6 +140,7 @@ class Windows:
         *,
         corrupted: Tensor | None = None,
         poses: Tensor | None = None,
+        sights: Tensor | None = None,
     ) -> Window:
         """Return a window of each clip.
 
@@ -261,31 +150,44 @@ class Windows:
             generator: on the CPU, of the levels.
             corrupted: (B, C, T, h, w) RGB with wrong colours, for memory.
             poses: (B, T, 3, 4) cameras, for policies that look at them.
+            sights: (B, T, P, 3, h, w) of the clips, for placed memory (`placed_clips.sights_of`).
         """
         rows, made = len(latents), len(layout.ages) * self.config.causal_block_size
         draw = torch.rand(rows, 6, generator=generator)
         sigma, counted = self._levels(layout, draw, generator)
         index, role = self.remembered(layout, latents, poses)
         told = self._memory_levels(role, draw)
+        dark = draw[:, 0] < self.config.drop_share
         if layout.start == 1 and len(role):
-            told[draw[:, 4] < _UNKNOWN, :, 1:] = 1
-        kind = draw[:, 0]
-        told[kind < self.config.drop_share, :, 1:] = 1
+            dark = dark | (draw[:, 4] < _UNKNOWN)
+        told[dark, :, 1:] = 1
         levels = FrameLevels(sigma=torch.cat([told, sigma], 1), role=torch.cat([role, _roles(made)]))
-        past = _taken(latents, index)
+        seen = latents
         if corrupted is not None and len(role):
             wrong = (draw[:, 5] < self.config.corrupt_share).to(latents.device)[:, None, None, None, None]
             channels = corrupted.shape[1]
-            rgb = torch.where(wrong, _taken(corrupted, index), past[:, :channels])
-            past = torch.cat([rgb, past[:, channels:]], 1)
+            seen = torch.cat([torch.where(wrong, corrupted, latents[:, :channels]), latents[:, channels:]], 1)
+        past = _taken(seen, index)
+        placed = self._placed(layout, seen, sights, draw[:, 3] * self.config.mem_noise_max)
+        if placed is not None:
+            placed = replace(placed, clean=placed.clean * self._kept(dark, placed.clean, generator))
         coming = latents[:, :, layout.start : layout.start + made]
         return Window(
             clean=torch.cat([past, coming], 2).float(),
             levels=FrameLevels(sigma=levels.sigma.to(latents.device), role=levels.role.to(latents.device)),
             counted=counted.to(latents.device),
+            placed=placed,
         )
 
-    def at(self, layout: Layout, latents: Tensor, phase: float, mem_noise: Tensor, poses: Tensor | None) -> Window:
+    def at(
+        self,
+        layout: Layout,
+        latents: Tensor,
+        phase: float,
+        mem_noise: Tensor,
+        poses: Tensor | None,
+        sights: Tensor | None = None,
+    ) -> Window:
         """Return the window that a rollout has at a phase of its shift, with these clean latents in it.
 
         Args:
@@ -294,6 +196,7 @@ class Windows:
             phase: share of the segments that is done, the same for all groups.
             mem_noise: (B,) levels of the RGB of long memory, on the CPU.
             poses: as for `draw`.
+            sights: likewise.
         """
         rows, count = len(latents), len(layout.ages)
         level = self.segments.levels(
@@ -310,6 +213,7 @@ class Windows:
                 role=torch.cat([role, _roles(sigma.shape[1])]).to(latents.device),
             ),
             counted=torch.ones_like(sigma, dtype=torch.bool).to(latents.device),
+            placed=self._placed(layout, latents, sights, mem_noise),
         )
 
     def remembered(self, layout: Layout, latents: Tensor, poses: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -323,6 +227,23 @@ class Windows:
             stand_in = torch.zeros(1, len(self.config.modalities), layout.start, 1, 1)
             self._chosen[layout.start] = self._asked(stand_in, layout, None)
         return self._chosen[layout.start]
+
+    def _placed(self, layout: Layout, latents: Tensor, sights: Tensor | None, level: Tensor) -> Placed | None:
+        """Return what a rollout is told there: of the frames before the window alone."""
+        if sights is None or not layout.start:
+            return None
+        made = len(layout.ages) * self.config.causal_block_size
+        clean = gathered(latents, sights[:, layout.start, :made])
+        return Placed(clean, level.to(latents.device), len(self.config.modalities))
+
+    def _kept(self, dark: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Return (B, 1, 1, h, w): 1 where placed memory stays, 0 in holes and in rows that have none."""
+        config, rows = self.config, len(dark)
+        share = torch.rand(rows, generator=generator) * config.placed_holes
+        blocks = torch.rand(rows, 1, _BLOCKS, _BLOCKS, generator=generator) >= share.view(-1, 1, 1, 1)
+        none = dark | (torch.rand(rows, generator=generator) < config.placed_drop_share)
+        kept = interpolate(blocks.float(), like.shape[-2:], mode="nearest") * ~none.view(-1, 1, 1, 1)
+        return kept[:, :, None].to(like.device)
 
     def _asked(self, past: Tensor, layout: Layout, poses: Tensor | None) -> tuple[Tensor, Tensor]:
         config, bank = self.config, self.config.bank()

@@ -24,8 +24,10 @@ from postgen.world.camera import camera_path
 from postgen.world.physics import Motion, Simulation
 from postgen.world.scenes import FIRST_TRAINING_SEED
 
-from .clips import CORRUPTED, ClipPool, ClipsConfig, encoded, in_parts
+from .clips import CORRUPTED, PLACED, ClipPool, ClipsConfig, encoded, in_parts
+from .depth import GREYS, DisparityRange
 from .model import WorldWeaverModel
+from .placed_clips import Placing
 from .texts import Texts
 
 _CHUNK = 64
@@ -43,6 +45,7 @@ def world_pool(
     evaluation: bool = False,
     wrong: bool,
     cameras: bool = False,
+    placing: Placing | None = None,
     bf16: bool = False,
 ) -> ClipPool:
     """Render and encode scenes; their latents are kept on the model's device.
@@ -55,6 +58,7 @@ def world_pool(
         evaluation: `config.eval_clips` scenes that are never trained on.
         wrong: whether corrupted ones are wanted.
         cameras: whether poses are.
+        placing: whether sights are, and which.
         bf16: encode in bfloat16.
 
     Raises:
@@ -65,11 +69,11 @@ def world_pool(
     count = config.eval_clips if evaluation else config.pool_clips
     first = 0 if evaluation else FIRST_TRAINING_SEED + part * count
     specs = long_specs(range(first, first + count), config.num_frames)
-    names = [*model.modalities, *([CORRUPTED] if wrong else [])]
-    places = _places(config, model, range(first, first + count), names)
+    names = [*model.modalities, *([CORRUPTED] if wrong else []), *([PLACED] if placing else [])]
+    places = _places(config, model, range(first, first + count), names, placing)
     found = {name: _read(place) for name, place in places.items() if place.is_file()}
     if missing := [name for name in names if name not in found]:
-        found |= _rendered(specs, config, model, missing, bf16)
+        found |= _rendered(specs, config, model, missing, placing, bf16)
         for name in missing if places else ():
             _write(places[name], found[name])
     device = model.transformer.device
@@ -80,6 +84,7 @@ def world_pool(
         corrupted=latents.get(CORRUPTED),
         poses=_poses(specs, config.num_frames, frames) if cameras else None,
         texts=_texts(specs, config.num_frames, frames, texts),
+        sights=latents.get(PLACED),
     )
 
 
@@ -106,12 +111,18 @@ def latent_ends(num_frames: int, latents: int) -> list[int]:
 
 
 def _rendered(
-    specs: Sequence[world.Spec], config: ClipsConfig, model: WorldWeaverModel, names: Sequence[str], bf16: bool
+    specs: Sequence[world.Spec],
+    config: ClipsConfig,
+    model: WorldWeaverModel,
+    names: Sequence[str],
+    placing: Placing | None,
+    bf16: bool,
 ) -> dict[str, Tensor]:
     device = model.transformer.device
     # All scenes at once: the physics of one takes as many calls as that of thousands.
     motion = Simulation(specs, "cpu").run(config.num_frames)
-    geometry, noise = "depth" in names or "flow" in names, torch.Generator().manual_seed(0)
+    geometry, noise = bool({"depth", "flow", PLACED} & {*names}), torch.Generator().manual_seed(0)
+    pictures = [name for name in names if name != PLACED]
     parts: list[dict[str, Tensor]] = []
     spans = list(in_parts(len(specs), _RENDERED.get(device.type, 2)))
     for span in tqdm(spans, desc=f"rendering and encoding {len(specs)} scenes", disable=len(spans) < 4, leave=False):
@@ -124,7 +135,15 @@ def _rendered(
             motion=_moved(motion, span, device),
         )
         disparity = frames.disparity_BFHW if geometry else None
-        parts.append(encoded(model, names, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise, bf16=bf16))
+        part = encoded(model, pictures, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise, bf16=bf16)
+        if placing is not None and PLACED in names:
+            assert disparity is not None
+            if (depth := part.get("depth")) is None:  # it was kept, and is not read for this
+                depth = encoded(model, ["depth"], frames.rgb_BF3HW, disparity, None, noise, bf16=bf16)["depth"]
+            ends = latent_ends(config.num_frames, depth.shape[2])
+            limits, poses = DisparityRange.of(disparity), frames.pose_BF34[:, ends]
+            part[PLACED] = placing.sights(model, depth, limits, poses, range(span.start, span.stop))
+        parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
@@ -151,14 +170,17 @@ def _texts(specs: Sequence[world.Spec], num_frames: int, latents: int, texts: Te
     return torch.tensor([[texts.numbers[text] for text in line] for line in told])
 
 
-def _places(config: ClipsConfig, model: WorldWeaverModel, seeds: range, names: Sequence[str]) -> dict[str, Path]:
+def _places(
+    config: ClipsConfig, model: WorldWeaverModel, seeds: range, names: Sequence[str], placing: Placing | None
+) -> dict[str, Path]:
     """Say where the latents of scenes are kept; nowhere without a folder."""
     if config.pool_dir is None:
         return {}
     pipe: Any = getattr(model.denoiser, "pipe", None)
     said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
     folder = Path(config.pool_dir).expanduser()
-    return {name: folder / f"{name}-{digest([*said, name])}.safetensors" for name in names}
+    more = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
+    return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
 
 
 def _read(place: Path) -> Tensor:

@@ -240,6 +240,27 @@ def test_wrong_use() -> None:
         StreamingDecoder(short)
 
 
+def test_primed_with_all_latents_is_exact() -> None:
+    vae, latents = wan(), noise(6)
+    decoder = StreamingDecoder(vae)
+    decoder.push(latents[:, :, :4])
+    few = {name: value for name, value in decoder.state_dict().items() if name in ("autoencoder", "size", "counts")}
+    primed, less = StreamingDecoder(vae), StreamingDecoder(vae)
+    primed.prime(few, latents[:, :, :4])
+    less.prime(few, latents[:, :, 2:4])
+    rest = decoder.push(latents[:, :, 4:])
+    assert torch.equal(primed.push(latents[:, :, 4:]), rest)
+    approximate = less.push(latents[:, :, 4:])
+    assert approximate.shape == rest.shape
+    assert not torch.equal(approximate, rest)
+    assert torch.equal(primed.state_dict()["counts"], less.state_dict()["counts"])
+    with pytest.raises(UserError, match="has decoded 6 latent frames is not primed: make a new one"):
+        less.prime(few, latents)
+    other = StreamingDecoder(cogvideox(), num_latents=3)
+    with pytest.raises(UserError, match="keep the whole state of any autoencoder but Wan's"):
+        other.prime(other.state_dict(), noise(3))
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_another_number_of_latents_is_refused(name: str) -> None:
     vae = EXACT[name]()

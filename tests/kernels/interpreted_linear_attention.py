@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgen.kernels.linear_attention import naive, triton, triton_launch
+from postgen.kernels.linear_attention import naive, triton, triton_descriptors, triton_launch
 from tests.kernels.launches import relative_error
 from tests.kernels.linear_attention_cases import CASES, in_float64, inputs, off_mean, terms, worst_head
 from tests.kernels.poison import poisoned_memory
@@ -73,6 +73,56 @@ def test_gradients_equal_those_of_the_reference(case: str) -> None:
         assert (x is None) == (expected is None)
         if x is not None:
             assert relative_error(x, expected) < 2e-5, field.name
+
+
+@pytest.mark.parametrize(
+    ("case", "warps", "dtype", "bound"),
+    [
+        ("plain", 1, torch.float32, 1e-5),
+        ("plain", 8, torch.float16, 6e-4),
+        ("rope", 8, torch.float32, 1e-5),
+        ("norm", 1, torch.float32, 1e-5),
+        ("lengths", 1, torch.float32, 1e-5),
+        ("text before and after", 1, torch.float32, 1e-5),
+    ],
+)
+def test_tiles_that_are_copied_whole(
+    case: str, warps: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = triton_launch.Launch(tokens=16, programs=4, described=True, warps=warps)
+    monkeypatch.setattr(triton_launch, "_WIDE", how)
+    shape = (2, 24, 2, 16)
+    q, k, v = inputs(shape, dtype=dtype)
+    assert triton_descriptors.described(how, q, torch.empty(shape, dtype=dtype))[1].described
+    given = terms(case, shape, GRID)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with poisoned_memory():
+        out, *sums = triton.linear_attention(q, k, v, given)
+        found = backward(triton, gradient, None, None, q, k, v, given=given)
+    doubled = [x.double() for x in (gradient, q, k, v)]
+    expected, *exact_sums = naive.linear_attention(*doubled[1:], in_float64(given))
+    exact = backward(naive, doubled[0], None, None, *doubled[1:], given=in_float64(given))
+    assert worst_head(out, expected) < bound
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(sums, exact_sums, strict=True))
+    for name in ("query", "key", "value"):
+        assert relative_error(getattr(found, name), getattr(exact, name)) < 2 * bound, name
+
+
+def test_what_is_copied_whole() -> None:
+    how = triton_launch.Launch(tokens=16, described=True)
+    fused = torch.empty(2, 24, 3, 2, 16)
+    query = fused[:, :, 0]
+    for x in (query, query[:1], query[:, 3:7], query[:, :, :1], fused.flatten(2, 3)):
+        (tile,), run = triton_descriptors.described(how, x)
+        assert run.described
+        assert tile.shape[1] == x.shape[1]
+    narrow, wide = torch.empty(2, 24, 2, 12), torch.empty(2, 24, 2, 256)
+    odd = torch.empty(2 * 24 * 2 * 16 + 1)[1:].view(2, 24, 2, 16)
+    by_head, repeated = torch.empty(2, 2, 24, 16).transpose(1, 2), query[:1].expand(2, -1, -1, -1)
+    for x in (narrow, wide, odd, by_head, repeated, query[..., ::2]):
+        assert triton_descriptors.described(how, query, x) == ([query, x], how.by_threads)
+    plain = triton_launch.Launch(tokens=16)
+    assert triton_descriptors.described(plain, query) == ([query], plain)
 
 
 @pytest.mark.parametrize(

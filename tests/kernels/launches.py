@@ -68,6 +68,8 @@ def compile_for(
 ) -> Any:
     """Compile a kernel for a GPU that need not be here; other arguments are strides of 64 bits, divisible by 16.
 
+    A pointer's type is that of its numbers; a `tensordesc<..>` is a descriptor and stays as it is.
+
     Returns what Triton compiled; its `metadata.shared` is the shared memory of a program in bytes.
     """
     import triton
@@ -79,7 +81,7 @@ def compile_for(
         **dict.fromkeys(names, "i64"),
         **dict.fromkeys(floats, "fp32"),
         **dict.fromkeys(integers, "i32"),
-        **{name: f"*{dtype}" for name, dtype in pointers.items()},
+        **{name: dtype if dtype.startswith("tensordesc") else f"*{dtype}" for name, dtype in pointers.items()},
         **dict.fromkeys(constants, "constexpr"),
     }
     aligned = [name for name, dtype in types.items() if dtype == "i64" or dtype.startswith("*")]

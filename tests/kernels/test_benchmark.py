@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import fused_step, linear_launches, lit_parts, lit_speed
+from benchmarks import fused_step, linear_launches, linear_profile, lit_parts, lit_speed
 from benchmarks import kernels as benchmark
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.kernels import Shape, adaln, gates, norm_rope, temporal_cfi
@@ -199,6 +199,7 @@ def test_operations_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> No
         (["--heads", "0"], "from 1 on"),
         (["--only", "convolution"], "go together"),
         (["--only", "keys", "--conv"], "go together"),
+        (["--described", "--conv"], "have no tiles that are copied whole"),
     ],
 )
 def test_launches_of_passes_that_there_are_not(
@@ -210,7 +211,8 @@ def test_launches_of_passes_that_there_are_not(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "main", [benchmark.main, linear_launches.main, fused_step.main, lit_speed.main, lit_parts.main]
+    "main",
+    [benchmark.main, linear_launches.main, linear_profile.main, fused_step.main, lit_speed.main, lit_parts.main],
 )
 def test_without_a_gpu(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2

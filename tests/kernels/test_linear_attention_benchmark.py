@@ -68,3 +68,62 @@ def test_a_loop_of_machine_code_is_counted() -> None:
     sass = "\n".join(line if line.endswith(":") else f"--:-:-:-:1\t{line}" for line in lines)
     (found,) = loops(sass)
     assert found == {"LDG": 1, "FFMA": 2, "FADD": 1, "BRA": 2}
+
+
+def test_a_trace_is_read_call_by_call() -> None:
+    from benchmarks.linear_profile import by_place, kernel_events, pauses_of, row_of
+
+    def event(name: str, ts: float, dur: float) -> dict[str, Any]:
+        said = {"grid": [3, 2, 1], "block": [256, 1, 1], "registers per thread": 119, "shared memory": 114688}
+        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": said}
+
+    names = ["sum_keys", "read_state"] * 3
+    events = [event(name, 10.0 * at, 8.0 + at % 2) for at, name in enumerate(names)]
+    found = kernel_events({"traceEvents": [*reversed(events), {"cat": "gpu_memset", "ts": 1}]})
+    assert found == events
+    first, second = by_place(found, 3)
+    assert [each["name"] for each in second] == ["read_state"] * 3
+    assert pauses_of(found) == [0, 2, 1, 2, 1, 2]
+    row = row_of(first, pauses_of(found)[0::2], {("sum_keys", 119): 8})
+    assert row["us"] == 8
+    assert row["pause_before_us"] == 1
+    assert (row["programs"], row["warps"], row["spilled"], row["programs_a_processor"]) == (6, 8, 8, 2)
+    for calls, message in ((4, "6 kernels are none of 4 equal calls"), (6, "calls differ")):
+        with pytest.raises(ValueError, match=message):
+            by_place(found, calls)
+
+
+def test_programs_that_fit_a_processor() -> None:
+    from benchmarks.linear_profile import programs_a_processor
+
+    assert programs_a_processor(255, 256, 0) == 1  # registers
+    assert programs_a_processor(32, 1024, 0) == 2  # threads
+    assert programs_a_processor(16, 32, 0) == 32
+    assert programs_a_processor(85, 256, 131088) == 1  # shared memory
+    assert programs_a_processor(98, 256, 114696) == 2
+
+
+def test_errors_of_launches_are_those_of_the_worst_tensor() -> None:
+    from benchmarks import linear_errors
+
+    ones = torch.ones(3)
+    assert len(linear_errors.outcome((ones, (2 * ones, None)))) == 2
+    assert linear_errors.relative([ones, 2 * ones], [ones, ones]) == 1
+    assert linear_errors.relative([ones * torch.nan], [ones]) == float("inf")
+    terms = Terms(conv_time=torch.ones(5 * 4, 3), query_weight=torch.ones(4), key_lengths=torch.ones(1).int())
+    few = linear_errors.few_heads(terms, 5, 4)
+    assert few.conv_time is not None
+    assert few.query_weight is not None
+    assert (len(few.conv_time), len(few.query_weight), few.conv_time.dtype) == (8, 4, torch.float64)
+    assert few.key_lengths is terms.key_lengths
+
+
+def test_launches_that_are_tried() -> None:
+    from benchmarks.linear_launches import candidates, changed
+    from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch
+
+    whole = [Launch(**each) for each in candidates("queries", described=True)]
+    assert len(set(whole)) == len(whole) == 42
+    assert all(how.described for how in whole)
+    assert not any(each.get("described") for each in candidates("queries"))
+    assert [each.name for each in changed(LAUNCHES["keys", 64])] == ["warps", "stages", "programs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from postgen.kernels.linear_attention.ops import SHARED_MEMORY
 from tests.kernels.launches import compile_for, spilled_bytes
 
 PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys")
+HOPPER_SHARED_MEMORY = 227 * 1024
+"""Bytes that a program may take there, where tiles are copied whole; elsewhere the same launch loads them."""
 ABSENT = ("rstd", "weight", "table", "lengths", "space", "time", "scales", "weights", "found")
 
 
@@ -32,8 +35,10 @@ def kernel(name: str) -> Any:
     return kernels[name]
 
 
-def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -> Any:
-    """Compile one pass with the optional tensors that are named."""
+def compiled(
+    name: str, channels: int, dtype: str, *given: str, conv: int = 0, described: bool = False, **other: int
+) -> Any:
+    """Compile one pass with the optional tensors that are named; `other` is another launch than the table's."""
     import torch
 
     from postgen.kernels.linear_attention import triton_launch
@@ -42,6 +47,7 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
     like = torch.empty(1, 1, 1, channels, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     terms = Terms(grid=(21, 45, 80), qk_norm="rms_norm" if "weight" in given else None)
     how = triton_launch.launch(f"turned_{name}" if "table" in given and name in PASSES else name, like)
+    how = replace(how if described else how.by_threads, **other)
     given += {"grad_sums": ("scales", "weights"), "grad_queries": ("weights",)}.get(name, ())
     constants = triton_launch.constants(like, how, terms)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
@@ -56,6 +62,8 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
         "BLOCK_E": min(how.channels, constants["BLOCK_E"]),
         "X_N": 120 * channels,
         "X_D": 1,
+        "WHOLE": described,
+        "CHAINED": described and how.rows_for_all_warps,
     }
     halves = {"table": "fp16", "terms": "bf16"} if dtype == "bf16" else {}
     names = [n for n in function.arg_names if not re.fullmatch("[A-Z_]+", n)]
@@ -63,9 +71,10 @@ def compiled(name: str, channels: int, dtype: str, *given: str, conv: int = 0) -
     fixed |= {n: None for n in ABSENT if n not in given}
     strides = [n for n in names if re.fullmatch(r"\w+_([bnh]|frame)", n)]
     present = [n for n in names if n not in (*fixed, *floats, *integers, *strides)]
+    stream = f"tensordesc<{dtype}[1,{how.tokens},{channels}]>" if described else dtype
     return compile_for(
         function,
-        {n: dtype if n in streams else halves.get(n, "fp32") for n in present},
+        {n: stream if n in streams else halves.get(n, "fp32") for n in present},
         {n: value for n, value in fixed.items() if n in function.arg_names},
         floats=[n for n in floats if n in names],
         integers=[n for n in integers if n in names],
@@ -83,6 +92,19 @@ def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) ->
         208 if (name, channels) == ("grad_queries", 64) else 128
     )
     assert found.metadata.shared <= SHARED_MEMORY[64 if channels == 64 else 256]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("table",)])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("name", PASSES)
+def test_tiles_that_are_copied_whole(name: str, channels: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    found = compiled(name, channels, "bf16", *more, described=True)
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+    # No more than where threads load them.
+    loaded = spilled_bytes(compiled(name, channels, "bf16", *more).asm["ptx"], tmp_path, "stores")
+    assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") <= max(loaded, 64)
+    assert found.metadata.shared <= HOPPER_SHARED_MEMORY
 
 
 @pytest.mark.slow

@@ -88,6 +88,41 @@ def test_gradients_equal_float64(case: str, channels: int, dtype: torch.dtype) -
         assert relative_error(x, y) < bound, name
 
 
+@pytest.mark.parametrize(
+    ("case", "channels", "cut"),
+    [
+        *itertools.product(("plain", "rope", "norm", "lengths", "text before and after"), (64, 128), [(64, 8, 3)]),
+        *itertools.product(("plain", "rope"), (128,), [(64, 4, 2), (32, 4, 3), (128, 8, 1)]),
+    ],
+)
+def test_tiles_that_are_copied_whole(
+    case: str, channels: int, cut: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from postgen.kernels.linear_attention.triton_descriptors import described
+    from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch
+
+    tokens, warps, stages = cut
+    how = Launch(tokens=tokens, warps=warps, stages=stages, described=True)
+    for name in ("keys", "queries", "grad_queries", "grad_sums", "grad_keys"):
+        monkeypatch.setitem(LAUNCHES, (name, channels), how)
+        monkeypatch.setitem(LAUNCHES, (f"turned_{name}", channels), how)
+    shape = (2, TOKENS, 3, channels)
+    qkv, given = fused(shape), terms(case, shape, GRID, "cuda")
+    assert described(how, *qkv)[1].described == (torch.cuda.get_device_capability()[0] == 9)
+    gradient = torch.randn(shape, device="cuda").bfloat16()
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with poisoned_memory():
+        out = linear_attention(*leaves, **options(given))
+        found = torch.autograd.grad(out, leaves, gradient)
+    doubled = [x.detach().double().requires_grad_() for x in qkv]
+    expected, *_ = naive.linear_attention(*doubled, in_float64(given))
+    assert worst_head(out.detach(), expected.detach()) < 4e-3
+    for x, y in zip(found, torch.autograd.grad(expected, doubled, gradient.double()), strict=True):
+        assert relative_error(x, y) < 6e-3
+    assert_records(lambda: linear_attention(*qkv, **options(given)))
+    assert_repeats(lambda: linear_attention(*qkv, **options(given)), times=3)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 4992, 32760])
 @pytest.mark.parametrize("channels", [64, 128])
 def test_any_number_of_tokens(tokens: int, channels: int) -> None:

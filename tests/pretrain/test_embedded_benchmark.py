@@ -15,7 +15,7 @@ from diffusers import WanImageToVideoPipeline
 from benchmarks import embedded_model as bench
 from benchmarks.embedded_groups import BUILDERS, build, verb_phrases
 from benchmarks.embedded_measures import Seen, by_label, diversity, entropy, floors, look
-from benchmarks.embedded_report import agreement, difference, gates, markdown, merged
+from benchmarks.embedded_report import agreement, by_guidance, difference, gates, markdown, merged
 from benchmarks.embedded_sampling import BatchedImageToVideo, Defaults, Job, generate, image_to_video, load
 from benchmarks.embedded_sheets import bytes_of, read_clips, write_clips
 from postgen import world
@@ -232,6 +232,19 @@ def test_files_of_several_processes():
         merged([result(one="11"), result(one="10")])
     with pytest.raises(UserError, match="different settings"):
         merged([result(one="11"), result(1, two="10")])
+
+
+def test_guidance_scales_beside_each_other():
+    def at(scale, first_seed=0):
+        run = result(first_seed, two="10")
+        return {**run, "settings": {**run["settings"], "guidance_scale": scale}}
+
+    found = by_guidance([at(2.0), at(4.5)])
+    assert list(found["runs"]) == ["guidance 2", "guidance 4.5"]
+    assert found["runs"]["guidance 4.5"] == {"settings": at(4.5)["settings"], "groups": at(4.5)["groups"]}
+    for other in (at(2.0), at(4.5, first_seed=1)):
+        with pytest.raises(UserError, match="the guidance scale alone may differ"):
+            by_guidance([at(2.0), other])
 
 
 def test_kept_clips_come_back_as_they_were(tmp_path, monkeypatch):

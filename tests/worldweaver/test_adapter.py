@@ -85,6 +85,22 @@ def test_loaded_it_predicts_the_same_bits(written: tuple[Path, Tensor]) -> None:
     assert plain.transformer.peft_config
 
 
+def test_the_scale_of_latents_comes_back(written: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """An adapter without one has a scale of 1, whatever the transformer had before; a damaged one is refused."""
+    pipe, embedder = trained(lora=False)
+    WorldWeaverModel(denoiser_for(pipe), embedder, latent_scale=[1, 0.46])
+    save_adapter(pipe, tmp_path / "out", embedder, settings={"ar_step": 7})
+    other = stock()
+    loaded = load_adapter(other, tmp_path / "out")
+    assert loaded.settings == {"ar_step": 7, "latent_scale": [1, 0.46]}
+    assert WorldWeaverModel(denoiser_for(other), loaded.embedder).latent_scale == (1, 0.46)
+    again = load_adapter(other, written[0])
+    assert WorldWeaverModel(denoiser_for(other), again.embedder).latent_scale == (1, 1)
+    changed_note(settings={"latent_scale": [1, -2]})(tmp_path / "out")
+    with pytest.raises(UserError, match=r"is damaged: latent_scale is \[1, -2\]: give 2 numbers above 0"):
+        load_adapter(stock(), tmp_path / "out")
+
+
 @pytest.mark.parametrize(("aux", "placed"), [((), False), (("depth", "flow"), False), (("depth",), True), ((), True)])
 def test_without_lora_a_transformer_will_do(tmp_path: Path, aux: tuple[Any, ...], placed: bool) -> None:
     if aux or placed:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks.worldweaver import load_arm, make_clips, measured, table
+from benchmarks.worldweaver import load_arm, main, make_clips, measured, table
+from benchmarks.worldweaver_baselines import KINDS, stock_arm, stock_clips
 from postgen import world
+from postgen.errors import UserError
+from postgen.families import denoiser_for
+from postgen.training.run_folder import RunLock
 from tests.families.test_frame_levels import MAKERS
 from tests.worldweaver.training import trained
 
@@ -41,3 +47,47 @@ def test_clips_of_arms(tmp_path: Path) -> None:
         assert all(len(row["latent_error"]["rgb"]) == 6 for row in rows[name])
         assert max(rows[name][0]["latent_error"]["rgb"][:3]) < 1e-9
     assert "c - a" in table(rows)
+
+
+def test_the_sliding_window_is_the_stock_model() -> None:
+    """Windows of nine latents, the known ones at level 0, and the prediction of the model as it is."""
+    specs = [world.sample_long(seed, num_frames=49) for seed in (1, 2)]
+    truth = world.render(specs, num_frames=49, size=16)
+    arm = stock_arm("sliding", torch.device("cpu"), MAKERS["Wan"](), steps=2)
+    stock, predict, seen = denoiser_for(MAKERS["Wan"]()), arm.model.predict, []
+
+    def watched(z, levels, condition, guidance):
+        found = predict(z, levels, condition, guidance)
+        seen.append(levels.rgb[0].tolist())
+        assert torch.equal(found, stock.predict(z, levels.rgb, condition, guidance))
+        return found
+
+    arm.model.predict = watched  # type: ignore[method-assign]
+    clips = {kind: stock_clips(kind, arm, specs, truth, given=17) for kind in KINDS}
+    assert len(seen) == 2 * 2 * 2
+    assert all(len(levels) == 9 and levels[:5] == [0.0] * 5 and min(levels[5:]) > 0 for levels in seen)
+    begun = [made.frames[:, :17] for made in clips.values()]
+    assert all(made.frames.shape == truth.rgb_BF3HW.shape for made in clips.values())
+    assert torch.equal(begun[0], begun[1]), "given frames went through the autoencoder in some arms only"
+    with pytest.raises(UserError, match="context must be"):
+        stock_arm("sliding", torch.device("cpu"), MAKERS["Wan"](), context=9)
+
+
+def test_jobs_are_shared_through_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--arms", "ceiling=", "--worlds", "2", "--batch", "1", "--frames", "9", "--given", "5", "--size", "32"]
+    words += ["--device", "cpu", "--out", str(tmp_path)]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    with RunLock(parts, "ceiling.00001.lock"):  # another process is at the second world
+        assert main(words) == 0
+    assert "1 of 2 parts" in capsys.readouterr().out
+    assert not (tmp_path / "ceiling.json").exists()
+    first = (parts / "ceiling.00000.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (parts / "ceiling.00000.json").stat().st_mtime_ns == first
+    whole = json.loads((tmp_path / "ceiling.json").read_text())
+    assert [row["frames"] for row in whole["rows"]] == [9, 9]
+    assert max(whole["rows"][0]["latent_error"]["rgb"]) == 0
+    assert (tmp_path / "films" / "ceiling.0.webp").is_file()
+    assert main([*words, "--given", "9"]) == 2
+    assert "take another --out" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.families.streaming import StreamingDecoder, denormalised
 from postgen.pipelines.worldweaver import WorldWeaverPipeline
 from postgen.worldweaver.adapter import save_adapter
 from postgen.worldweaver.depth import DisparityRange, disparity_of
@@ -54,6 +55,36 @@ def test_stream_is_batch_and_a_state_goes_on_to_the_bit(pipe: Any, guidance: flo
     rest = pipe(state=pipe.load_state(tmp_path), output_type="pt", return_depth=True)
     assert torch.equal(rest.frames, whole.frames[:, 21:])
     assert torch.equal(rest.depth, whole.depth[:, 21:])
+
+
+def test_a_light_state_makes_the_same_latents_and_nearly_the_same_frames(pipe: Any, tmp_path: Path) -> None:
+    """Of six latents all are decoded again, of ten the last eight."""
+    words = SMALL | {"return_depth": True, "num_frames": 45}
+    chunks = []
+    for chunk in pipe.stream(TEXT, generator=seeded(), **words):
+        chunks.append(chunk)
+        if len(chunks) in (3, 5):
+            chunk.state.save(tmp_path / f"whole{len(chunks)}")
+            chunk.state.light().save(tmp_path / f"light{len(chunks)}")
+    whole = joined(chunks)
+    for count in (3, 5):
+        sizes = [
+            sum(file.stat().st_size for file in (tmp_path / f"{kind}{count}").iterdir()) for kind in ("whole", "light")
+        ]
+        assert sizes[1] < sizes[0] / 3
+        rest = list(
+            pipe.stream(state=pipe.load_state(tmp_path / f"light{count}"), output_type="pt", return_depth=True)
+        )
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(rest, chunks[count:], strict=True))
+        assert [chunk.start_frame for chunk in rest] == [chunk.start_frame for chunk in chunks[count:]]
+        latents = torch.cat([chunk.latents for chunk in chunks], 2)[:, :4, max(0, 2 * count - 8) :]
+        seen = StreamingDecoder(pipe.vae).push(denormalised(pipe.vae, latents))[:, -joined(rest).shape[1] :]
+        torch.testing.assert_close(joined(rest), seen, rtol=0, atol=2e-6)
+        assert torch.equal(joined(rest), whole[:, -seen.shape[1] :]) == (count == 3)
+    state = rest[-1].state
+    state.extra["decoder.rgb.groups"] = torch.zeros(2)  # as of an autoencoder that decodes in pairs
+    with pytest.raises(UserError, match="cannot begin in the middle of a video: save the whole state"):
+        state.light()
 
 
 def test_a_saved_pipeline_is_the_same_and_takes_its_states(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from postgen.errors import UserError
 from postgen.pipelines.worldweaver import WorldWeaverPipeline
 from postgen.worldweaver import chunks as chunks_module
 from postgen.worldweaver.adapter import save_adapter
+from postgen.worldweaver.widen import widen_transformer
 from tests.families.tiny_pipelines import cogvideox, ltx
 from tests.tiny_wan import wan_components
 from tests.worldweaver.tiny import SMALL, TEXT, quiet, seeded, tiny
@@ -220,3 +221,13 @@ def test_half_precision_goes_on_to_the_bit(tmp_path: Path) -> None:
             chunk.state.save(tmp_path)
     rest = pipe(state=pipe.load_state(tmp_path), output_type="pt", return_depth=True).frames
     assert torch.equal(rest, joined(chunks[1:]))
+
+
+def test_a_model_with_inputs_for_placed_memory_is_saved_and_loaded(tmp_path: Path) -> None:
+    base = diffusers.WanPipeline(**wan_components())
+    widen_transformer(base, placed=True)
+    pipe = quiet(WorldWeaverPipeline.from_pipe(base))
+    pipe.save_pretrained(tmp_path)
+    again = quiet(WorldWeaverPipeline.from_pretrained(tmp_path))
+    chunks = [next(each.stream(TEXT, generator=seeded(), **PLAIN)).frames for each in (pipe, again)]
+    assert torch.equal(*chunks)

@@ -10,7 +10,8 @@ import torch
 
 from postgen import world
 from postgen.errors import UserError
-from postgen.worldweaver.placed import Pinhole, PlacedMemory
+from postgen.worldweaver.pinhole import Pinhole
+from postgen.worldweaver.placed import PlacedMemory
 from postgen.worldweaver.state import RolloutState
 from tests.worldweaver.oracle import Mixer, begun, rollout
 

@@ -343,8 +343,8 @@ def test_recipes() -> None:
         assert isinstance(args, WorldWeaverConfig)
         assert args.lora_r == 64
     page = (RECIPES.parent / "docs" / "worldweaver_training.md").read_text(encoding="utf-8")
-    arms = [line for line in page.splitlines() if re.match(r"\| [a-i], ", line)]
-    assert len(arms) == 9
+    arms = [line for line in page.splitlines() if re.match(r"\| [a-j], ", line)]
+    assert len(arms) == 10
     for line in arms:
         for words in re.findall("`(--[^`]*)`", line):
             load_recipe(RECIPES / "worldweaver-tiny.yaml", words.split())

@@ -13,8 +13,9 @@ from postgen.errors import UserError
 from postgen.worldweaver.levels import Role
 from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.selection import POLICIES
+from postgen.worldweaver.window_config import WindowConfig
 from postgen.worldweaver.window_loss import window_loss
-from postgen.worldweaver.windows import Layout, Window, WindowConfig, Windows
+from postgen.worldweaver.windows import Layout, Window, Windows
 from tests.worldweaver.oracle import Oracle, begun, clean, rollout, schedule
 
 ONE_LEVEL = {"independent_share": 0.0, "split_share": 0.0, "drop_share": 0.0, "mem_noise": 0.0, "mem_noise_max": 0.0}

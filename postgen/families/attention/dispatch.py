@@ -1,11 +1,11 @@
 """Attention calls that go through diffusers' dispatcher: who looks at them, and which backend computes them.
 
-What of it is private to diffusers is in `postgen.compat`; methods take it from here.
+What of it is private to diffusers is in `postgen.compat.attention`; methods take it from here.
 """
 
 from __future__ import annotations
 
-from postgen.compat import (
+from postgen.compat.attention import (
     attention_settings,
     install_attention_tap,
     mesh_group,

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from postgen.compat import attention_settings
+from postgen.compat.attention import attention_settings
 from postgen.errors import UserError
 from postgen.families.norms import affine, plain
 

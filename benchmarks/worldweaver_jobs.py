@@ -1,0 +1,256 @@
+"""Arms and parts of the worlds as jobs, which any number of processes share through the folder that they write to.
+
+A job is an arm on `batch` worlds. It is locked while a process is at it (the lock goes with the process), and its file
+OUT/parts/ARM.FIRST.json is there when it is done, so whoever comes later takes another. Processes begin at different
+parts of the worlds, each of which is rendered once by a process that stays with it, for all arms. Whoever finds all
+parts of an arm done puts them together as OUT/ARM.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gates import device as hardware
+from benchmarks.worldweaver import Arm, given_latents, load_arm, make_clips, measured
+from benchmarks.worldweaver_along import rounded
+from benchmarks.worldweaver_baselines import KINDS, kind_of, stock_arm, stock_clips
+from benchmarks.worldweaver_pictures import keep_pictures
+from postgen import world
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.info import versions
+from postgen.training.run_folder import RunLock
+
+SHARED = ("frames", "given", "size", "first", "worlds", "batch", "guidance")
+"""Options that all arms of a folder have in common."""
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what all files of a folder must agree in."""
+    return {name: getattr(options, name) for name in SHARED}
+
+
+@dataclasses.dataclass(slots=True)
+class Part:
+    """Some of the worlds, rendered, with what arms share of them."""
+
+    specs: Sequence[world.Spec]
+    truth: world.Frames
+    _latents: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, low: int, options: argparse.Namespace, device: torch.device) -> Part:
+        """Draw and render those from `low` on."""
+        count = min(options.batch, options.worlds - low)
+        seeds = range(options.first + low, options.first + low + count)
+        specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
+        return cls(specs, world.render(specs, num_frames=options.frames, size=options.size, device=device))
+
+    def latents(self, arm: Arm, given: int) -> Tensor:
+        """Return the true latents in an arm's modalities; those of one arm serve all that have the same."""
+        # An adapter may scale the latents of a modality.
+        key = json.dumps([arm.model.modalities, arm.settings.get("latent_scale")])
+        if key not in self._latents:
+            self._latents[key] = given_latents(arm, self.truth, self.truth.rgb_BF3HW.shape[1], given)[0]
+        return self._latents[key]
+
+
+@dataclasses.dataclass(slots=True)
+class Loaded:
+    """An arm as it was asked for."""
+
+    arm: Arm
+    kind: str | None
+    """One of `KINDS`; None is an adapter."""
+    adapter_mb: float | None
+    """All files of the folder, in 10^6 bytes."""
+
+    @classmethod
+    def of(cls, name: str, word: str, options: argparse.Namespace, device: torch.device) -> Loaded:
+        """Load it.
+
+        Raises:
+            UserError: neither a folder nor the name of an arm that needs none, or a context that is no number.
+        """
+        kind = kind_of(name)
+        if kind is None:
+            if not word:
+                raise UserError(f"arm {name} needs a folder: NAME=FOLDER; without one there are {', '.join(KINDS)}")
+            arm = load_arm(name, word, device, guidance=options.guidance)
+            _merge(arm)
+            files = [path for path in Path(word).rglob("*") if path.is_file()]
+            return cls(arm, None, sum(path.stat().st_size for path in files) / 1e6)
+        if word and not word.isdigit():
+            raise UserError(f"{name}={word}: the arm takes a number of latents, or nothing")
+        arm = stock_arm(kind, device, context=int(word) if word else None)
+        guidance = arm.guidance if options.guidance is None else options.guidance
+        return cls(dataclasses.replace(arm, name=name, guidance=guidance), kind, None)
+
+    def rows(self, part: Part, low: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+        """Make its clips of a part, measure them, and keep pictures of the first worlds."""
+        given = options.given
+        if self.kind is None:
+            made = make_clips(self.arm, part.specs, part.truth, given=given, seed=low)
+        else:
+            made = stock_clips(self.kind, self.arm, part.specs, part.truth, given=given, seed=low)
+        if not low:
+            keep_pictures(options.out, self.arm.name, made.frames, made.disparity, part.truth)
+        return measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm, given))
+
+
+def _merge(arm: Arm) -> None:
+    """Merge a LoRA: what it adds is the same, and a call of the network launches half as many kernels."""
+    pipe: Any = getattr(arm.model.denoiser, "pipe", None)
+    if getattr(arm.model.transformer, "peft_config", None):
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+
+
+def run(words: Sequence[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Do all jobs that nobody else does, and return the rows of the arms that are complete.
+
+    Args:
+        words: NAME=FOLDER of each arm.
+        options: of the benchmark.
+
+    Raises:
+        UserError: files of other settings in the folder, an arm that cannot be loaded, or a process that failed.
+    """
+    arms = dict(word.partition("=")[::2] for word in words)
+    for name in arms:
+        read_arm(options.out / f"{name}.json", settings_of(options))
+    (options.out / "parts").mkdir(parents=True, exist_ok=True)
+    if options.workers > 1:
+        context = get_context("spawn")
+        processes = [
+            context.Process(target=work, args=(arms, options, number), daemon=True)
+            for number in range(options.workers)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if failed := sum(process.exitcode != 0 for process in processes):
+            raise UserError(f"{failed} of {len(processes)} processes failed: see above; what is done is kept")
+    else:
+        work(arms, options, 0)
+    found = {name: _joined(name, options) for name in arms}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def work(arms: Mapping[str, str], options: argparse.Namespace, number: int) -> None:
+    """Do jobs until none is left, those of the own part first.
+
+    Args:
+        arms: name to folder.
+        options: of the benchmark.
+        number: of the process among `options.workers`.
+    """
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif options.workers > 1:
+        torch.set_num_threads(1)
+    lows = list(range(0, options.worlds, options.batch))
+    begin = number * len(lows) // max(1, options.workers)
+    loaded: dict[str, Loaded] = {}
+    for low in lows[begin:] + lows[:begin]:
+        part: Part | None = None
+        for name, word in arms.items():
+            with _claimed(options, name, low) as place:
+                if place is None:
+                    continue
+                part = part or Part.of(low, options, device)
+                if name not in loaded:
+                    loaded[name] = Loaded.of(name, word, options, device)
+                clock = time.perf_counter()
+                rows = loaded[name].rows(part, low, options)
+                _write(place, loaded[name], rows, options)
+                seconds = time.perf_counter() - clock
+                print(f"{name}: worlds {low} to {low + len(rows) - 1} in {seconds:.1f} s", flush=True)
+
+
+@contextmanager
+def _claimed(options: argparse.Namespace, name: str, low: int) -> Iterator[Path | None]:
+    """Yield where a job's rows go while nobody else can do it; None if it is done or somebody is at it."""
+    place = options.out / "parts" / f"{name}.{low:05d}.json"
+    done = [options.out / f"{name}.json", place]
+    lock = RunLock(place.parent, f"{place.stem}.lock", "--out")
+    if any(path.is_file() for path in done):
+        yield None
+        return
+    try:
+        lock.acquire()
+    except UserError:
+        yield None
+        return
+    try:
+        yield None if any(path.is_file() for path in done) else place
+    finally:
+        lock.release()
+
+
+def _write(place: Path, loaded: Loaded, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    payload = {
+        "settings": settings_of(options),
+        "told": dict(loaded.arm.settings),
+        "guidance": loaded.arm.guidance,
+        "modalities": list(loaded.arm.model.modalities),
+        "adapter_mb": loaded.adapter_mb,
+        "device": hardware(),
+        "versions": versions(),
+        "rows": [rounded(row) for row in rows],
+    }
+    _put(place, payload)
+
+
+def _put(place: Path, payload: Mapping[str, Any]) -> None:
+    with replacing(place) as part:
+        part.write_text(json.dumps(payload, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _joined(name: str, options: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """Return the rows of an arm, whose parts are put together where they all are there; None where they are not."""
+    place = options.out / f"{name}.json"
+    if (whole := read_arm(place, settings_of(options))) is None:
+        lows = range(0, options.worlds, options.batch)
+        found = [read_arm(options.out / "parts" / f"{name}.{low:05d}.json", settings_of(options)) for low in lows]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            print(f"{name}: {len(parts)} of {len(found)} parts are done, others are at the rest")
+            return None
+        whole = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
+        _put(place, whole)
+    rows: list[dict[str, Any]] = whole["rows"]
+    return rows
+
+
+def read_arm(place: Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return the file of an arm or of a part of it; None if there is none.
+
+    Args:
+        place: the file.
+        settings: what it must have been measured with; None takes any.
+
+    Raises:
+        UserError: other settings.
+    """
+    if not place.is_file():
+        return None
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    if settings is not None and found["settings"] != dict(settings):
+        raise UserError(
+            f"{place} was measured with {found['settings']}, not with {dict(settings)}: take another --out"
+        )
+    return found

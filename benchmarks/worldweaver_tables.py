@@ -1,0 +1,192 @@
+"""Tables of `docs/worldweaver_results.md`, of `results/worldweaver.json`; nothing is measured.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `python -m benchmarks.worldweaver_tables` writes them
+anew from the result that is there.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gates import RESULTS, read_result
+from benchmarks.lit_tables import table
+from postgen.errors import UserError
+from postgen.files import replacing
+
+PAGE = RESULTS.parent.parent / "docs" / "worldweaver_results.md"
+NAMES = {
+    "a": "a: chunk after chunk, clean RGB memory",
+    "b": "b: noise on RGB memory",
+    "c": "c: depth, not in memory",
+    "d": "d: clean depth in memory",
+    "e": "e: d with three groups in flight (ours)",
+    "f": "f: e with independent levels",
+    "g2": "g: e with two groups",
+    "g5": "g: e with five groups",
+    "h_recent": "h: e, memory `recent`",
+    "h_uniform": "h: e, memory `uniform`",
+    "h_depth_sim": "h: e, memory `depth_sim`",
+    "h_camera": "h: e, memory `camera`",
+    "i": "i: e with flow",
+    "placed": "e with placed memory",
+    "sliding": "stock model, sliding window of latents",
+    "sliding_pixels": "stock model, sliding window of frames",
+    "ceiling": "autoencoder's round trip of the truth",
+}
+"""What the page calls the arms, in its order; others come last, under their own names."""
+COLUMNS = {
+    "score": "start-end contrast",
+    "colour.delta_e.last": "colour, dE",
+    "permanence.after_absence": "back after absence",
+    "permanence.always": "bodies in place",
+    "background.psnr.last": "background, dB",
+    "revisit.all.psnr": "revisit, dB",
+    "revisit.memory.gap_db": "revisit gap, dB",
+    "motion.total": "motion",
+    "motion.least": "least part",
+    "seam": "seam",
+    "depth.abs_rel.last": "depth error",
+}
+FEWER = (
+    *("score", "colour.delta_e.last", "permanence.after_absence", "permanence.always", "background.psnr.last"),
+    *("revisit.all.psnr", "motion.total"),
+)
+"""Columns of the tables of differences."""
+OURS = "e"
+"""Which arm is ours; this was written down before anything was measured."""
+COMPARED = ("d", OURS, "placed")
+"""Arms that these are of."""
+NOTHING = "Not measured yet."
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _spread(row: Mapping[str, Any] | None) -> str:
+    """A difference with its interval."""
+    return "" if row is None else f"{row['value']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
+
+
+def _arms(arms: Mapping[str, Any]) -> list[str]:
+    return sorted(arms, key=lambda name: (list(NAMES).index(name) if name in NAMES else len(NAMES), name))
+
+
+def arms(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of means of all arms."""
+
+    def cells(name: str) -> Iterator[str]:
+        row = part["arms"][name]
+        yield NAMES.get(name, name)
+        yield str(len(row["seeds"]))
+        for number in COLUMNS:
+            yield _short(row["numbers"].get(number, {}).get("value"))
+
+    yield from table(["arm", "seeds", *COLUMNS.values()], [[*cells(name)] for name in _arms(part["arms"])])
+
+
+def seeds(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of the means of each seed, of the arms that have several."""
+    rows = []
+    for name in _arms(part["arms"]):
+        row = part["arms"][name]
+        if len(row["seeds"]) > 1:
+            told = [", ".join(map(_short, row["numbers"].get(number, {}).get("by_seed", []))) for number in FEWER]
+            rows.append([NAMES.get(name, name), *told])
+    yield from table(["arm", *(COLUMNS[number] for number in FEWER)], rows)
+
+
+def differences(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of differences from the baselines."""
+    rows = []
+    for base, others in part["against"].items():
+        for name in _arms({key: None for key in others if key in COMPARED}):
+            told = [_spread(others[name].get(number, {}).get("difference")) for number in FEWER]
+            rows.append([f"{name} - {base}", *told])
+    yield from table(["", *(COLUMNS[number] for number in FEWER)], rows)
+
+
+def thesis(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of slopes and ends of latent errors."""
+    heads = [
+        "depth of, RGB of",
+        "slope of depth",
+        "slope of RGB",
+        "difference",
+        "end of depth",
+        "end of RGB",
+        "difference",
+    ]
+    rows = []
+    for row in result["thesis"]:
+        cells = [f"{row['depth_of']}, {row['rgb_of']}"]
+        for what in ("slope", "last"):
+            values = [_short((row[what][key] or {}).get("value")) for key in ("depth", "rgb")]
+            cells += [*values, _spread(row[what]["difference"])]
+        rows.append(cells)
+    yield from table(heads, rows)
+
+
+def gates(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of gates."""
+    rows = [
+        [f"`{row['name']}`", "not measured" if row["value"] is None else _short(row["value"]),
+         f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
+        for row in result["gates"]
+    ]  # fmt: skip
+    yield from table(["gate", "measured", "asked for", "met"], rows)
+
+
+def _of_long(make: Callable[[Mapping[str, Any]], Iterator[str]]) -> Callable[[Mapping[str, Any]], Iterator[str]]:
+    return lambda result: make(result["long"]) if "long" in result else iter([NOTHING])
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
+    "arms": arms,
+    "seeds": seeds,
+    "differences": differences,
+    "thesis": thesis,
+    "long": _of_long(arms),
+    "long_differences": _of_long(differences),
+    "gates": gates,
+}
+_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, result: Mapping[str, Any] | None) -> str:
+    """Return the page with its tables written anew.
+
+    Args:
+        text: the page.
+        result: content of the result file; None says that nothing was measured.
+
+    Raises:
+        UserError: the page lacks a table or has another one.
+    """
+    names = [match[2] for match in _PLACE.finditer(text)]
+    if sorted(names) != sorted(TABLES):
+        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(TABLES)}, each once")
+
+    def made(match: re.Match[str]) -> str:
+        lines = [NOTHING] if result is None else TABLES[match[2]](result)
+        told = "\n".join(lines)
+        return f"{match[1]}\n{told}\n\n{match[3]}"
+
+    return _PLACE.sub(made, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables into the page."""
+    del argv
+    there = (RESULTS / "worldweaver.json").is_file()
+    text = filled(PAGE.read_text(encoding="utf-8"), read_result("worldweaver") if there else None)
+    with replacing(PAGE) as part:
+        part.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Placed memory of a rollout: what is finished is stored with the depth that it decodes to.
+
+    placed = PlacedRollout(model, poses, limits, mem_noise=0.12)
+    run = Rollout(model, schedule, segments, extras=placed.extras)
+    placed.store(given, 0)                                  # latents that the video begins with
+    for group in run.groups(state, on_group=placed.on_group): ...
+
+Nothing but the model's own depth and the cameras are looked at. `state_dict` goes into `RolloutState.extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.families import Condition
+from postgen.families.streaming import StreamingDecoder, denormalised
+from postgen.families.streams import way_of
+
+from .depth import DisparityRange
+from .model import WorldWeaverModel
+from .placed import PlacedMemory
+from .rollout import Group, Poses
+
+_PREFIX = "placed.decoder."
+
+
+def check_streams(vae: Any) -> None:
+    """Refuse an autoencoder whose depth would not be known as soon as a group is finished.
+
+    Raises:
+        UserError: it looks ahead.
+    """
+    if (kind := way_of(vae).kind) != "exact":
+        raise UserError(
+            f"placed memory needs the depth of a group as soon as it is finished, and {type(vae).__name__} is decoded"
+            f" in {kind}: leave placed_memory out"
+        )
+
+
+class PlacedRollout:
+    """What a rollout with placed memory is told, and where its groups go.
+
+    Args:
+        model: with inputs for placed memory, and depth.
+        poses: cameras by latent frame.
+        limits: of the disparity, for each row.
+        mem_noise: noise level of the RGB that is placed.
+        warp: as of `PlacedMemory`.
+        seeds: likewise.
+
+    Raises:
+        UserError: a model without these inputs, without depth, or with an autoencoder that looks ahead.
+    """
+
+    def __init__(
+        self,
+        model: WorldWeaverModel,
+        poses: Poses,
+        limits: DisparityRange,
+        *,
+        mem_noise: float = 0.12,
+        warp: bool = True,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        if not model.shown or "depth" not in model.modalities:
+            raise UserError("the model has no inputs for placed memory, or no depth: train it with placed_memory")
+        self.model, self.poses, self.limits = model, poses, limits
+        pipe: Any = getattr(model.denoiser, "pipe", None)
+        self.vae = pipe.vae
+        check_streams(self.vae)
+        self.decoder = StreamingDecoder(self.vae)
+        self.memory = PlacedMemory(mem_noise=mem_noise, modalities=len(model.modalities), warp=warp, seeds=seeds)
+
+    def extras(self, start: int, stop: int) -> Condition:
+        """Return what the frames in flight are told: `Rollout(extras=...)`."""
+        seen = self.memory.read(self.poses(start, stop), start)
+        return {} if seen is None else {"placed": seen}
+
+    def on_group(self, group: Group) -> None:
+        """Store a finished group: `Rollout.groups(on_group=...)`."""
+        self.store(group.latents, group.start_frame)
+
+    @torch.no_grad()
+    def store(self, latents: Tensor, start: int) -> None:
+        """Store clean latents (B, M * C, f, h, w) of the frames from a number on, with the depth that they decode to.
+
+        All frames must come, in their order; if it fails, nothing is stored, and the same may come again.
+        """
+        count, before = latents.shape[2], self.decoder.state_dict()
+        poses = self.poses(start, start + count)
+        depth = self.model.unscaled(self.model.split(latents)["depth"], "depth")
+        picture = self.decoder.push(denormalised(self.vae, depth.to(self.vae.device, self.vae.dtype)))
+        # The first latent of the video stands for one frame, others for as many: the last of them is looked at.
+        step = picture.shape[1] // count if start else (picture.shape[1] - 1) // max(1, count - 1)
+        ends = picture[:, (picture.shape[1] - 1) % max(1, step) :: max(1, step)]
+        try:
+            self.memory.add(latents, self.limits.distance(ends), poses, start)
+        except BaseException:
+            self.decoder.load_state_dict(before)
+            raise
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is stored, and what the decoder remembers, by name for `RolloutState.extra`."""
+        kept = {f"{_PREFIX}{name}": value for name, value in self.decoder.state_dict().items()}
+        return self.memory.state_dict() | kept
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; other names are left alone."""
+        self.memory.load_state_dict(state)
+        own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        if own:
+            self.decoder.load_state_dict(own)

@@ -1,0 +1,188 @@
+"""What a window holds, in training and in rollouts, and how often training shows which kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from postgen.settings import Part
+
+from .levels import MODALITIES, Modality
+from .memory import MemoryBank
+from .placed_clips import Placing
+from .segments import Segments
+from .selection import POLICIES
+from .widen import AUX
+
+
+@dataclass(kw_only=True)
+class WindowConfig(Part):
+    """What a window holds, in training and in rollouts, and how often training shows which kind.
+
+    Raises:
+        UserError: a value outside its range, or two that do not go together.
+    """
+
+    part: ClassVar[str] = "window"
+
+    aux: list[str] = field(default_factory=lambda: ["depth"])
+    """Modalities beside RGB: [], [depth] or [depth, flow]."""
+
+    causal_block_size: int = 3
+    """F, latent frames of a group."""
+
+    groups: int = 3
+    """K, groups in flight; 1 is one chunk after the other."""
+
+    num_inference_steps: int = 30
+    """N, steps of a rollout from noise to clean, a multiple of `groups`."""
+
+    history_sizes: list[int] = field(default_factory=lambda: [4, 2])
+    """Frames of long and of short memory."""
+
+    keep_first_frame: bool = True
+    """Whether the first frame of the video is always in long memory."""
+
+    memory_policy: str = "logspace"
+    """How long memory is chosen, a key of `postgen.worldweaver.selection.POLICIES`."""
+
+    mem_noise: float = 0.12
+    """Noise level of the RGB of long memory in rollouts, which the adapter says."""
+
+    mem_noise_max: float = 0.3
+    """In training that level is drawn from 0 to this, for each row."""
+
+    flow_noise: float = 0.5
+    """Noise level of the flow of long memory."""
+
+    short_noise_max: float = 0.05
+    """The RGB of short memory has a level up to this in half of the rows; in rollouts it is clean."""
+
+    depth_in_memory: bool = True
+    """False shows noise in the place of the depth and flow of memory."""
+
+    fill_share: float = 0.1
+    """Windows with groups in the segments of most noise only, as at the beginning of a rollout."""
+
+    drain_share: float = 0.1
+    """Windows with groups in the segments of least noise only, as at the end."""
+
+    no_memory_share: float = 0.1
+    """Windows at the beginning of the clip, without memory, of those that do not fill."""
+
+    first_frame_share: float = 0.1
+    """Windows whose memory is the first frame, of those that do not fill."""
+
+    independent_share: float = 0.25
+    """Rows whose groups have a phase each; 1 is diffusion forcing."""
+
+    split_share: float = 0.1
+    """Rows whose depth and flow have other levels than RGB."""
+
+    drop_share: float = 0.1
+    """Rows without depth and flow: noise, and no loss."""
+
+    corrupt_share: float = 0.3
+    """Rows whose memory is blurred and has wrong colours."""
+
+    placed_memory: bool = False
+    """Whether the network is shown what of the past it will see, placed by depth and camera (`placed`)."""
+
+    placed_warp: bool = True
+    """False shows the stored frame that shows most of it, as it is: what placing is compared with."""
+
+    placed_depth_noise: float = 0.1
+    """Greatest error of the depth that memory is placed by in training, in shares, see `placed_clips`."""
+
+    placed_drop_share: float = 0.2
+    """Rows without placed memory."""
+
+    placed_holes: float = 0.5
+    """Share of the placed cells that is left out of a row, in blocks, is drawn from 0 to this."""
+
+    loss_weights: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25])
+    """Of RGB, depth and flow."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(tuple(self.aux) in ((), *AUX), "aux", "[], [depth] or [depth, flow]")
+        for name in ("causal_block_size", "groups"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
+        self.require(self.num_inference_steps % self.groups == 0, "num_inference_steps", f"n * groups ({self.groups})")
+        sizes = self.history_sizes
+        self.require(len(sizes) == 2 and min(sizes) >= 0, "history_sizes", "two numbers from 0 on: long, short")
+        self.require(self.memory_policy in POLICIES, "memory_policy", f"one of {', '.join(POLICIES)}")
+        shares = (
+            "fill",
+            "drain",
+            "no_memory",
+            "first_frame",
+            "independent",
+            "split",
+            "drop",
+            "corrupt",
+            "placed_drop",
+        )
+        levels = ("mem_noise", "mem_noise_max", "flow_noise", "short_noise_max", "placed_holes", "placed_depth_noise")
+        for name in (*(f"{share}_share" for share in shares), *levels):
+            self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
+        for one, other in (("fill", "drain"), ("no_memory", "first_frame"), ("split", "drop")):
+            both = getattr(self, f"{one}_share") + getattr(self, f"{other}_share")
+            self.require(both <= 1, f"{other}_share", f"at most 1 together with {one}_share")
+        weights = self.loss_weights
+        self.require(
+            len(weights) == 3 and min(weights) >= 0 < weights[0], "loss_weights", "three numbers, RGB above 0"
+        )
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """Refuse settings of depth where there is none."""
+        self.require(bool(self.aux) or self.depth_in_memory, "depth_in_memory", "true with aux: []")
+        needs = self.memory_policy != "depth_sim" or (self.aux and self.depth_in_memory)
+        self.require(bool(needs), "memory_policy", "another one than depth_sim without depth in memory")
+        needs = bool(self.aux) and self.depth_in_memory
+        self.require(needs or not self.placed_memory, "placed_memory", "false without depth in memory")
+        self.require(
+            sum(self.history_sizes) > 0 or not self.placed_memory, "history_sizes", "above 0 with placed_memory"
+        )
+        self.require(self.placed_warp or self.placed_memory, "placed_warp", "true without placed_memory")
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """RGB and what is beside it."""
+        return MODALITIES[: 1 + len(self.aux)]
+
+    @property
+    def segments(self) -> Segments:
+        """N steps in K segments."""
+        return Segments(steps=self.num_inference_steps, groups=self.groups)
+
+    def bank(self) -> MemoryBank:
+        """Return the empty memory of a rollout."""
+        long, short = self.history_sizes
+        return MemoryBank(
+            long,
+            short,
+            min(1, long) if self.keep_first_frame else 0,
+            policy=self.memory_policy,
+            mem_noise=self.mem_noise,
+            flow_noise=self.flow_noise,
+            modalities=len(self.modalities),
+        )
+
+    def placing(self) -> Placing | None:
+        """Return which sights of clips training needs for placed memory."""
+        if not self.placed_memory:
+            return None
+        ahead = self.groups * self.causal_block_size
+        return Placing(ahead=ahead, warp=self.placed_warp, depth_noise=self.placed_depth_noise)
+
+    def rollout_settings(self) -> dict[str, object]:
+        """Return what whoever uses the adapter must know, by the names of the arguments of the pipeline."""
+        names = ["causal_block_size", "num_inference_steps", "history_sizes", "keep_first_frame", "memory_policy"]
+        names += ["flow_noise", "depth_in_memory", "placed_memory", "placed_warp"]
+        return {name: getattr(self, name) for name in names} | {
+            "ar_step": self.num_inference_steps // self.groups,
+            "addnoise_condition": 1000 * self.mem_noise,
+        }
