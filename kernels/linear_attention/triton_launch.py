@@ -32,7 +32,7 @@ class Launch:
     described: bool = False
     """Whether tiles are copied whole where they can be, see `triton_descriptors.py`."""
     loaded: tuple[int, int] | None = None
-    """Warps and stages where they cannot be; none is the same. Tiles and programs stay, so results have the same bits."""
+    """Warps and stages where they cannot be; none is the same. Tiles and programs stay, so bits do."""
     strip: int = 4
     """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
     channels: int = 128
