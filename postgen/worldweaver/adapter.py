@@ -222,7 +222,11 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
     for name in state:
         del tensors[_OF_EMBEDDER + name]
     known = {"width", "modalities", "frequencies", "hidden"}
-    if config.keys() != known or not all(type(value) is int and 0 < value <= 2**16 for value in config.values()):
+    # Adapters from before there was a skip have none.
+    skip = config.get("skip", False)
+    sizes = {name: value for name, value in config.items() if name != "skip"}
+    fits = sizes.keys() == known and all(type(value) is int and 0 < value <= 2**16 for value in sizes.values())
+    if not fits or type(skip) is not bool:
         raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")
     if config["modalities"] != modalities:
         raise UserError(f"{said}: a level embedder of {config['modalities']} modalities, the adapter has {modalities}")

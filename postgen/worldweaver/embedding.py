@@ -35,13 +35,18 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
         modalities: number of levels of a frame, 1 to 3.
         frequencies: sines, and as many cosines, of each level.
         hidden: width between the two layers.
+        skip: whether the transformer's outputs of depth and flow are what to add to a linear guess from their noisy
+            latents (`postgen.worldweaver.skip`). It is here since this is what is saved of a trained model beside its
+            weights.
 
     Raises:
         UserError: a number of modalities outside its range.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, width: int, modalities: int = 2, frequencies: int = 32, hidden: int = 256) -> None:
+    def __init__(
+        self, width: int, modalities: int = 2, frequencies: int = 32, hidden: int = 256, skip: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if not 1 <= modalities <= len(MODALITIES):
             raise UserError(f"modalities must be 1 to {len(MODALITIES)}, got {modalities}")
@@ -56,7 +61,7 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
 
         Args:
             target: the transformer, or a pipeline with it.
-            settings: `frequencies` and `hidden`.
+            settings: `frequencies`, `hidden` and `skip`.
 
         Raises:
             UserError: it is not widened.

@@ -36,21 +36,23 @@ def checked_scale(given: Any, count: int, name: str = "latent_scale") -> Scale:
 
 
 def measured_scale(latents: Mapping[Modality, Tensor], total: Callable[[Tensor], Tensor] | None = None) -> Scale:
-    """Return the rms of RGB latents over that of each modality, to two digits, so that other clips give the same.
+    """Return the deviation of RGB latents over that of each modality, to two digits, so that other clips give the same.
+
+    A deviation is that of all channels together, each about its own mean: what a network has to find, not where it is.
 
     Args:
         latents: (N, C, T, h, w) of each modality, RGB first, as the autoencoder gives them.
         total: sums a tensor over the processes, each of which has clips of its own; None: there is one.
 
     Raises:
-        UserError: latents that are all zero, or not finite.
+        UserError: latents that are all the same, or not finite.
     """
-    sums = torch.stack([_square_sum(each) for each in latents.values()])
-    sums = sums if total is None else total(sums)
-    if not bool((sums.isfinite() & (sums > 0)).all()):
-        raise UserError("latents of the clips are all zero or not finite: give latent_scale, or look at the clips")
-    # As many numbers of each modality, so that sums of squares are compared as means are.
-    ratios: list[float] = (sums[0] / sums).sqrt().tolist()
+    sums = torch.stack([_sums(each) for each in latents.values()])
+    count, first, second = (sums if total is None else total(sums)).unbind(1)
+    variance = (second / count - (first / count).square()).mean(1)
+    if not bool((variance.isfinite() & (variance > 0)).all()):
+        raise UserError("latents of the clips are all the same or not finite: give latent_scale, or look at the clips")
+    ratios: list[float] = (variance[0] / variance).sqrt().tolist()
     return tuple(float(f"{ratio:.2g}") for ratio in ratios)
 
 
@@ -59,7 +61,11 @@ def scale_words(modalities: Sequence[Modality], scale: Scale) -> list[str]:
     return [name if each == 1 else f"{name} x {each}" for name, each in zip(modalities, scale, strict=True)]
 
 
-def _square_sum(latents: Tensor) -> Tensor:
-    """Return the sum of squares, float64 on the CPU."""
-    parts = [part.float().square().sum() for part in latents.split(_AT_ONCE)]
-    return torch.stack(parts).cpu().double().sum()
+def _sums(latents: Tensor) -> Tensor:
+    """Return of each channel its count, its sum and that of its squares, (3, C) float64 on the CPU."""
+    found = torch.zeros(3, latents.shape[1], dtype=torch.float64)
+    for part in latents.split(_AT_ONCE):
+        flat = part.transpose(0, 1).flatten(1).float()
+        count = torch.full_like(flat[:, 0], flat.shape[1])
+        found += torch.stack([count, flat.sum(1), flat.square().sum(1)]).cpu().double()
+    return found

@@ -15,6 +15,7 @@ from postgen.families.registry import pipelines_per_frame
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.latent_scale import Scale, checked_scale
 from postgen.worldweaver.levels import MODALITIES, FrameLevels, Modality
+from postgen.worldweaver.skip import with_skip
 from postgen.worldweaver.widen import transformer_of, widened
 
 
@@ -36,7 +37,7 @@ class WorldWeaverModel:
     Raises:
         UserError: two experts; a model of pictures; an embedder for another width or number of modalities; a network
             that takes one timestep, and `mean_level` was not asked for, or one that takes more, and it was; a scale
-            that is none.
+            that is none; an embedder with `skip` for a model that is no flow.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class WorldWeaverModel:
                 " another model"
             )
         self._wide = wide
+        if embedder.config["skip"] and denoiser.prediction_type != "flow":
+            raise UserError(f"this level embedder is of a flow, the model predicts {denoiser.prediction_type}")
         if latent_scale is not None:
             self.latent_scale = tuple(latent_scale)
         wide.told = (
@@ -152,7 +155,15 @@ class WorldWeaverModel:
         seen = self._seen(z, condition.get("placed"))
         with self.embedder.on(self.transformer, levels, self.embedder_called):
             out = self.denoiser.predict(self._turned(seen), self._told(levels).to(z.device), condition, guidance)
-        return self._turned(out)
+        return self._skipped(self._turned(out), z, levels.sigma)
+
+    def _skipped(self, out: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+        """Add the linear guess of what is not RGB; guidance may come before it, since it mixes outputs linearly."""
+        if not self.embedder.config["skip"] or len(self.modalities) == 1:
+            return out
+        found, given = (list(self.split(each).values()) for each in (out, z))
+        guessed = [with_skip(found[m], given[m], sigma[:, :, m]) for m in range(1, len(found))]
+        return torch.cat([found[0], *guessed], 1)
 
     def _scale_of(self, modality: Modality) -> float:
         if modality not in self.modalities:

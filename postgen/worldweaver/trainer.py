@@ -101,7 +101,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         """Give the transformer its new channels and adapters; return its level embedder."""
         args, model = self.args, transformer_of(self.pipe)
         if args.aux:
-            widen_transformer(self.pipe, tuple(args.modalities[1:]), placed=args.placed_memory)
+            # With the skip connection zeros are the linear guess, a better start than what RGB has.
+            widen_transformer(self.pipe, tuple(args.modalities[1:]), "zero", placed=args.placed_memory)
         wide: Widened = widened(self.pipe, args.modalities)
         add_adapters(self.pipe, self.denoiser, args)
         if not args.use_peft:
@@ -111,7 +112,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
-        made: LevelEmbedder = LevelEmbedder.for_transformer(self.pipe)
+        made: LevelEmbedder = LevelEmbedder.for_transformer(self.pipe, skip=bool(args.aux))
         return made
 
     def _read_clips(self, model: WorldWeaverModel) -> None:
@@ -253,12 +254,14 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     # What is kept.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many micro-batches were taken, and the scale that was measured."""
-        return {"micro": self._micro, "latent_scale": list(self._model.latent_scale)}
+        """Return how many micro-batches were taken, the scale that was measured, and whether there is a skip."""
+        skip = self._model.embedder.config["skip"]
+        return {"micro": self._micro, "latent_scale": list(self._model.latent_scale), "skip": skip}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self._micro = int(state["micro"])
+        self._model.embedder.register_to_config(skip=state.get("skip", False))  # type: ignore[no-untyped-call]
         if self.args.latent_scale is None:  # runs from before there was one had a scale of 1
             self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
 

@@ -67,12 +67,17 @@ def test_into_the_network_and_out_again() -> None:
 
 def test_it_is_measured_in_two_digits() -> None:
     rgb = torch.randn(70, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    latents: dict[Any, Tensor] = {"rgb": rgb.half(), "depth": (rgb * 2.2).half(), "flow": rgb.flip(1) / 3}
+    # Where a channel of depth lies does not count, how far its values lie apart does.
+    far = torch.tensor([3.0, -5.0, 0.0, 1.0]).view(1, 4, 1, 1, 1)
+    latents: dict[Any, Tensor] = {"rgb": rgb.half(), "depth": (rgb * 2.2 + far).half(), "flow": rgb.flip(1) / 3}
     assert measured_scale(latents) == (1, 0.45, 3)
-    # Of two processes the other has depth of ten times the size.
-    assert measured_scale(latents, lambda sums: sums * torch.tensor([2, 101, 2])) == (1, 0.064, 3)
-    with pytest.raises(UserError, match="all zero or not finite"):
-        measured_scale({"rgb": rgb, "depth": 0 * rgb})
+    # Of two processes the other has no fewer clips, and depth of ten times the size about the same means.
+    other = measured_scale(latents | {"depth": far + 22 * rgb})
+    assert other == (1, 0.045, 3)
+    sums = {name: torch.cat([each, each]) for name, each in latents.items()}
+    assert measured_scale(latents, lambda own: 2 * own) == measured_scale(sums)
+    with pytest.raises(UserError, match="all the same or not finite"):
+        measured_scale({"rgb": rgb, "depth": 0 * rgb + far})
 
 
 def test_a_pipeline_keeps_it_and_states_of_another_are_refused(tmp_path: Path) -> None:
@@ -124,7 +129,7 @@ def test_training_measures_it_and_the_adapter_says_it(tmp_path: Path) -> None:
     loaded = load_adapter(pipe, tmp_path / "b" / "export")
     assert WorldWeaverModel(denoiser_for(pipe), loaded.embedder).latent_scale == scale
     # A run that goes on keeps what it began with, also one from before there was a scale.
-    assert first.state_dict() == {"micro": 1, "latent_scale": [1, 0.5]}
+    assert first.state_dict() == {"micro": 1, "latent_scale": [1, 0.5], "skip": True}
     measured = run.unwrap("worldweaver").model
     run.load_state_dict({"micro": 1, "latent_scale": [1, 0.125]})
     assert measured.latent_scale == (1, 0.125)
