@@ -42,6 +42,15 @@ def share(dense: float | None) -> str:
     return "" if dense is None else f"{dense:.3f}"
 
 
+def planned(row: Row) -> str:
+    """Return the plan of a step as pages write it."""
+    if row["plan"] == "softmax":
+        return "softmax"
+    if row["plan"].startswith("half "):
+        return f"half {named(row['kind'])}"
+    return f"{named(row['kind'])}{row['plan'].removeprefix(row['kind'])}"
+
+
 def layers(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table of self-attention and blocks of both models."""
     models = (LARGE, SMALL)
@@ -74,14 +83,42 @@ def steps(rows: Sequence[Row], model: Model) -> Iterator[str]:
 
     def cells(row: Row) -> list[str]:
         stock = row["plan"] == "softmax"
-        where = "softmax" if stock else f"{named(row['kind'])}{row['plan'].removeprefix(row['kind'])}"
-        where = "half `lit`" if row["plan"] == "half lit" else where
+        where = planned(row)
         of_all = f"{row.get('converted_blocks', 0)} of {model.layers}"
         gain, limit = ("1", "") if stock else (f"{row['speed_up']:.2f}", f"{row['ceiling']:.2f}")
         pairs = "1" if stock else share(row["plan_density"])
         return [where, of_all, pairs, digits(row["ms"]), gain, limit, f"{row['peak_gib']:.1f}"]
 
     yield from table(heads, [cells(row) for row in of])
+
+
+def lengths(rows: Sequence[Row], model: Model) -> Iterator[str]:
+    """Yield the table of how many times as fast steps are, along the number of tokens."""
+    of = [row for row in rows if row["part"] == "step" and row["model"] == model.name]
+    clips = sorted({(row["tokens"], row["clip"]) for row in of})
+    stock = {row["clip"]: row for row in of if row["plan"] == "softmax"}
+    found = {(planned(row), row["clip"]): row for row in of if row["plan"] != "softmax"}
+    heads = [model.name, *(f"{clip}, {tokens:,} tokens" for tokens, clip in clips)]
+    made: list[list[str]] = [["softmax, ms", *(digits(stock[clip]["ms"]) for _, clip in clips)]]
+    made.append(["share of softmax", *(f"{stock[clip]['attention_share']:.2f}" for _, clip in clips)])
+    for plan in dict.fromkeys(name for name, _ in found):
+        cells = [found.get((plan, clip)) for _, clip in clips]
+        if all(cells):
+            made.append([plan, *(f"{row['speed_up']:.2f} of {row['ceiling']:.2f}" for row in cells if row)])
+    yield from table(heads, made)
+
+
+def crossings(found: Sequence[Row]) -> Iterator[str]:
+    """Yield the table of the tokens from which on a layer is faster than that of softmax."""
+    models, kinds = (dict.fromkeys(row[name] for row in found) for name in ("model", "kind"))
+    of = {(row["model"], row["kind"]): row for row in found}
+
+    def cell(row: Row | None) -> str:
+        return "" if row is None else f"{'at most ' if row['at_most'] else ''}{row['tokens']:,}"
+
+    yield from table(
+        ["", *models], [[named(kind), *(cell(of.get((model, kind))) for model in models)] for kind in kinds]
+    )
 
 
 def parts(rows: Sequence[Row]) -> Iterator[str]:
@@ -100,8 +137,11 @@ def parts(rows: Sequence[Row]) -> Iterator[str]:
 
 def tables() -> Iterator[str]:
     """Yield the lines of all tables, with empty ones between."""
-    rows = read_result("lit_speed")["rows"]
-    for each in (layers(rows), steps(rows, LARGE), steps(rows, SMALL), parts(read_result("lit_parts")["rows"])):
+    result = read_result("lit_speed")
+    rows = result["rows"]
+    whole = (layers(rows), steps(rows, LARGE), steps(rows, SMALL))
+    along = (lengths(rows, LARGE), lengths(rows, SMALL), crossings(result["crossings"]))
+    for each in (*whole, *along, parts(read_result("lit_parts")["rows"])):
         yield from each
         yield ""
 

@@ -36,7 +36,7 @@ def checked_scale(given: Any, count: int, name: str = "latent_scale") -> Scale:
 
 
 def measured_scale(latents: Mapping[Modality, Tensor], total: Callable[[Tensor], Tensor] | None = None) -> Scale:
-    """Return the deviation of RGB latents over that of each modality, to two digits, so that other clips give the same.
+    """Return the deviation of RGB latents over that of each modality, to two digits, for other clips to give the same.
 
     A deviation is that of all channels together, each about its own mean: what a network has to find, not where it is.
 
