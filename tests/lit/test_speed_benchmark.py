@@ -149,7 +149,7 @@ def test_parts_are_timed_with_and_without_kernels(
 def test_the_page_has_the_numbers_of_the_results() -> None:
     page = (Path(__file__).parents[2] / "docs" / "lit.md").read_text(encoding="utf-8")
     printed = "\n".join(lit_tables.tables()).strip("\n").split("\n\n")
-    assert len(printed) == 4
+    assert len(printed) == 7
     assert not [table for table in printed if f"\n\n{table}\n\n" not in page]
     found = {each["name"]: each["value"] for each in read_result("lit_speed")["gates"]}
     large, small = (found[f"step_over_ceiling_{model}_720p"] for model in ("14b", "1p3b"))
