@@ -277,8 +277,8 @@ class LongVideo:
         least = 0 if self.state is None else (self.state.next_frame - 1) * time + 1
         if frames < least:
             raise UserError(
-                f"--long {self.request.seconds:g} is too short: {least} frames ({least / self.rate:.1f} s) are made or "
-                "under way, give as much"
+                f"--long {self.request.seconds:g} is too short: {least} frames ({least / self.rate:.1f} s) are "
+                "made or under way, give as much"
             )
         return frames
 
