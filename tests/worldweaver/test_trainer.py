@@ -331,6 +331,9 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     run = WorldWeaverTrainer(settings(tmp_path, width=32), MAKERS["Wan"]())
     with pytest.raises(UserError, match="width 32 with height 16: scenes of the world are square"):
         run.train()
+    run = WorldWeaverTrainer(settings(tmp_path, num_frames=5, train_dataset="absent.jsonl"), MAKERS["Wan"]())
+    with pytest.raises(UserError, match="latent frames are too short for"):  # before the videos are looked for
+        run.train()
     pipe = MAKERS["Wan"]()
     pipe.transformer.to(torch.bfloat16)
     run = WorldWeaverTrainer(settings(tmp_path), pipe)
