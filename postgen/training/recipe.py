@@ -191,9 +191,9 @@ def _emptied(config_class: type[TrainingConfig], values: dict[str, Any], overrid
     kept: list[list[str]] = []
     for group in groups:
         key = _key(group[0])
-        word = spelt.get(key)
-        if word is not None and _last_value(group, key) == word and group[-1].endswith(word):
-            values[key] = [] if word == "[]" else None
+        empty = spelt.get(key)
+        if empty is not None and _last_value(group, key) == empty and group[-1].endswith(empty):
+            values[key] = [] if empty == "[]" else None
             kept = [each for each in kept if _key(each[0]) != key]
         else:
             kept.append(group)
