@@ -239,14 +239,16 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     # Only what is shown: an interval costs some milliseconds, and there are hundreds of numbers.
     kept = {name: [_shown(row) for row in rows] for name, rows in found.items()}
     (first, base), *others = kept.items()
-    lines = []
+    pair = max((len(f"{name} - {first}") for name in kept), default=0)
+    lines = [f"{'pair':{pair}}  {'number':26} {'mean':>8} {'of first':>8}  95 % of the difference"] if others else []
     for name, rows in others:
         both = compare_drift(rows, base)
         for number in SHOWN:
             if number in both:
                 row = both[number]
                 low, high = row.difference.low, row.difference.high
-                lines.append(f"{name} - {first}  {number:26} {row.a:8.3f} {row.b:8.3f}  [{low:+.3f}, {high:+.3f}]")
+                title = f"{name} - {first}"
+                lines.append(f"{title:{pair}}  {number:26} {row.a:8.3f} {row.b:8.3f}  [{low:+.3f}, {high:+.3f}]")
     return "\n".join(lines)
 
 

@@ -273,7 +273,14 @@ class LongVideo:
             size = self.state.model["height"], self.state.model["width"]
         time = frames_of_latent(model, size[0] or DEFAULTS["height"], size[1] or DEFAULTS["width"])
         wanted = max(1, math.ceil(self.request.seconds * self.rate - 1e-6))
-        return math.ceil((wanted - 1) / time) * time + 1
+        frames = math.ceil((wanted - 1) / time) * time + 1
+        least = 0 if self.state is None else (self.state.next_frame - 1) * time + 1
+        if frames < least:
+            raise UserError(
+                f"--long {self.request.seconds:g} is too short: {least} frames ({least / self.rate:.1f} s) are "
+                "made or under way, give as much"
+            )
+        return frames
 
     def _note(self) -> dict[str, Any]:
         """What another process must know, as JSON has it."""
@@ -295,6 +302,10 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
     Raises:
         UserError: there is no state, it is damaged, or a program made it.
     """
+    if folder.is_file():
+        beside = folder.with_suffix(".state")
+        hint = f"as {beside}" if beside.is_dir() else "whose name ends in .state"
+        raise UserError(f"{folder} is a file: --continue takes the folder of the state, {hint}")
     note = RolloutState.load(folder).model.get(REQUEST)
     if not isinstance(note, dict):
         raise UserError(f"the state in {folder} was not made by postgen generate: go on from it in Python")

@@ -161,4 +161,6 @@ def _marks_of(state: RolloutState | None, *, depth: bool) -> list[tuple[int, int
     if state is None:
         return [(0, 0, 0) for _ in names]
     found = [state.extra[name].tolist() for name in names]
+    if any(len(mark) != 3 for mark in found):
+        raise UserError("the state is of an older version of postgen, which kept less of the video: begin it again")
     return [(frames, size, known) for frames, size, known in found]

@@ -99,6 +99,7 @@ def test_lit_training(ran: tuple[dict[str, Any], str]) -> None:
 def test_worldweaver_training(ran: tuple[dict[str, Any], str]) -> None:
     names, _ = ran
     assert names["loaded"].settings["ar_step"] == 2
+    assert names["video"].depth.shape == (1, 13, 32, 32)
     assert names["disparity"].shape == (17, 32, 32)
 
 

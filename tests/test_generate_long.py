@@ -157,6 +157,9 @@ def test_a_state_of_a_program_is_refused(cli: Any, tiny_wan: Path, tmp_path: Pat
     chunk.state.save(tmp_path / "mine")
     assert "was not made by postgen generate" in cli("generate", "--continue", tmp_path / "mine").err
     video.make(lambda done, total: None)
+    behind = cli("generate", "--continue", tmp_path / "a.state", "--long", "0.5").err
+    assert "--long 0.5 is too short: 9 frames (1.1 s)" in behind
+    assert f"the state, as {tmp_path / 'a.state'}" in cli("generate", "--continue", tmp_path / "a.mp4").err
     os.truncate(tmp_path / "a.mp4", 100)
     done = cli("generate", "--continue", tmp_path / "a.state", "--long", "3")
     assert (done.code, "is not the video that was to go on" in done.err) == (2, True)

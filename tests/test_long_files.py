@@ -83,6 +83,15 @@ def test_a_second_process_is_kept_out(long: Any, tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes() == video
 
 
+def test_a_state_of_an_older_version_is_one_line(long: Any, tmp_path: Path) -> None:
+    assert long("a ball", "--long", "1").code == 0
+    state = RolloutState.load(tmp_path / "a.state")
+    state.extra["written.video"] = state.extra["written.video"][:2]
+    state.save(tmp_path / "a.state")
+    done = long("--continue", tmp_path / "a.state", "--long", "3")
+    assert (done.code, "is of an older version of postgen" in done.err) == (2, True)
+
+
 def test_an_old_state_does_not_go_on_with_another_video(long: Any, tmp_path: Path) -> None:
     """Killed between the first chunk of a new video and its state, a process leaves the state of the old one."""
     assert long("a ball", "--long", "1").code == 0

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from postgen.commands.errors import when_stopped
+from postgen.commands.options import option_of
 from postgen.errors import UserError, check_number
 
 _CHANGES = ("guidance_scale", "negative_prompt", "seed")
@@ -96,7 +97,7 @@ def _go_on(
 ) -> None:
     assert words.go_on is not None
     if wrong := [name for name in given if name not in _CHANGES]:
-        raise UserError(f"{wrong[0]} is the state's, from which the video goes on: leave it out")
+        raise UserError(f"{option_of(wrong[0])} is the state's, from which the video goes on: leave it out")
     if words.depth or words.adapter:
         raise UserError("--depth and --adapter are the state's, from which the video goes on: leave them out")
     from postgen.generate_long import LongVideo, load_long, places_of, prepare_long, read_request

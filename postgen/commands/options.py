@@ -120,6 +120,16 @@ def setting_options() -> dict[str, tuple[Any, str]]:
     return options
 
 
+def option_of(field: str) -> str:
+    """Return the option that sets a field of `GenerateConfig`, as the user writes it.
+
+    >>> option_of("num_inference_steps")
+    '--steps'
+    """
+    name = next(option for option, (_, named) in setting_options().items() if named == field)
+    return f"--{name.replace('_', '-')}"
+
+
 def _plug_in_option(row: PlugIn) -> Any:
     text = f"{row.summary} \\[default: off]"
     name = f"--{row.option.replace('_', '-')}"

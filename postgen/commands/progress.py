@@ -4,11 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from postgen.generate import StepCallback
 
 console = Console(stderr=True)
+
+
+class _Left(TimeRemainingColumn):
+    """The time left; nothing for what has no end."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task).append(" left")
 
 
 @contextmanager
@@ -20,9 +36,8 @@ def steps(title: str, unit: str = "steps") -> Iterator[StepCallback]:
         MofNCompleteColumn(),
         TextColumn(f"{unit},"),
         TimeElapsedColumn(),
-        TextColumn("gone,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        TextColumn("gone"),
+        _Left(),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=None)

@@ -307,7 +307,10 @@ def _call(pipeline: str, source: str, images: bool) -> dict[str, Any]:
 
     kind = getattr(diffusers, pipeline, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
-        raise UserError(f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks")
+        raise UserError(
+            f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks: "
+            "name the model that it was made from, or load it in Python by its own class"
+        )
     parameters = inspect.signature(kind.__call__).parameters.values()
     call = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}
     if "num_frames" not in call and not images:

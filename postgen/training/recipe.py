@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -176,11 +176,13 @@ def _key(word: str) -> str:
 
 
 def _emptied(config_class: type[TrainingConfig], values: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Put the lists that the command line empties (`--key []`) into `values`; return the other words.
+    """Put what the command line empties (`--key []` a list, `--key null` what may be none) into `values`.
 
-    The parser knows no spelling of a list without values.
+    The parser knows no spelling of either. Returns the other words.
     """
-    lists = {name for name, hint in get_type_hints(config_class).items() if get_origin(hint) is list}
+    hints = get_type_hints(config_class)
+    spelt = {name: "[]" for name, hint in hints.items() if get_origin(hint) is list}
+    spelt |= {name: "null" for name, hint in hints.items() if type(None) in get_args(hint)}
     groups: list[list[str]] = []
     for word in overrides:
         if word.startswith("--") or not groups:
@@ -189,8 +191,9 @@ def _emptied(config_class: type[TrainingConfig], values: dict[str, Any], overrid
     kept: list[list[str]] = []
     for group in groups:
         key = _key(group[0])
-        if key in lists and _last_value(group, key) == "[]" and group[-1].endswith("[]"):
-            values[key] = []
+        empty = spelt.get(key)
+        if empty is not None and _last_value(group, key) == empty and group[-1].endswith(empty):
+            values[key] = [] if empty == "[]" else None
             kept = [each for each in kept if _key(each[0]) != key]
         else:
             kept.append(group)

@@ -223,7 +223,8 @@ def video_pool(
         raise UserError(f"{name}: videos have no optical flow here, only the world has: leave flow out of aux")
     rows = Prompts(source, name, seed=0, shuffle=False).rows
     wants = "depth" in model.modalities
-    if wants and depth_source is None and config.depth_model is not None:
+    bare = any(row.get("depth") is None for row in rows)
+    if wants and bare and depth_source is None and config.depth_model is not None:
         depth_source = TransformersDepth(config.depth_model, device=model.transformer.device)
     names, noise = [*model.modalities, *([CORRUPTED] if wrong else [])], torch.Generator().manual_seed(0)
     made: list[dict[str, Tensor]] = []

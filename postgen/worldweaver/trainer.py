@@ -71,14 +71,15 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self.guidance = None if defaults is None else defaults.guidance_scale
         self.denoiser: Denoiser = frozen(self.pipe, args)
         self._check_model()
+        # Before clips are read, which may take hours: clips that are too short for a window are refused here.
+        shape = self.denoiser.latent_shape(args.num_frames, *args.size)
+        cpu = torch.device("cpu")
+        schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
+        self.windows = Windows(args, schedule, shape[1])
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
         self._model = loss.model
         self._read_clips(loss.model)
         self._model.latent_scale = args.latent_scale or self._measured_scale()
-        shape = self.denoiser.latent_shape(args.num_frames, *args.size)
-        cpu = torch.device("cpu")
-        schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
-        self.windows = Windows(args, schedule, self.pool.texts.shape[1])
         return {_MODEL: loss}
 
     def _check_model(self) -> None:

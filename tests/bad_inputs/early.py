@@ -99,7 +99,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("generate", "--prompts", "p.txt", "--prompts", "q.txt"): "one file of prompts",
     ("generate", "--continue", "./absent"): "holds no state",
     ("generate", "--continue", "{wan}"): "holds no state",
-    ("generate", "--continue", "{wan}", "--steps", "3"): "is the state's",
+    ("generate", "--continue", "{wan}", "--steps", "3"): "--steps is the state's",
     ("generate", "--continue", "{wan}", "--depth"): "are the state's",
     ("compare", "a"): "say the same",
     ("compare", "a", "--a", "steps"): "key=value",

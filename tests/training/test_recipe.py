@@ -50,6 +50,16 @@ def test_a_list_is_emptied_on_the_command_line(recipe, words, trackers):
         load_recipe(recipe(), [*words, "--max_steps", "[]"])
 
 
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [(["--resume_from_checkpoint", "null"], None), (["--resume_from_checkpoint=null"], None), ([], "latest")],
+)
+def test_null_on_the_command_line_is_none_where_a_setting_may_be(recipe, words, where):
+    path = recipe(resume_from_checkpoint="latest")
+    assert load_recipe(path, words)[1].resume_from_checkpoint == where
+    assert load_recipe(path, [*words, "--output_dir", "null"])[1].output_dir == "null"
+
+
 def test_the_saved_config_is_a_recipe(recipe, tmp_path):
     path = recipe(max_steps=2, disable_tqdm=True, report_to="none", device="cpu")
     assert main([str(path)]) == 0

@@ -215,7 +215,8 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
     write_video(tmp_path / "depth", depth[:, None].expand(-1, 3, -1, -1), fps=8, format="frames")
     rows[1]["depth"] = str(tmp_path / "depth")
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {"train_dataset": str(tmp_path / "clips.jsonl"), "max_steps": 1}
+    # No estimator is loaded where no row needs one.
+    values = {"train_dataset": str(tmp_path / "clips.jsonl"), "max_steps": 1, "depth_model": str(tmp_path / "absent")}
     run = trained(tmp_path / "run", **values)
     model = run.unwrap("worldweaver").model
     with torch.no_grad():
@@ -236,7 +237,9 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
         ([{**rows[0], "depth": str(tmp_path / "0")}, rows[1] | {"depth": 3}], "row 1 of rows: depth is 3"),
     ):
         with pytest.raises(UserError, match=said):
-            video_pool(run.args, other, "rows", model, run.texts, wrong=False)
+            video_pool(settings(num_frames=29), other, "rows", model, run.texts, wrong=False)
+    with pytest.raises(UserError, match="absent cannot be loaded, name a folder or a Hub id"):
+        video_pool(run.args, bare, "rows", model, run.texts, wrong=False)
     with pytest.raises(UserError, match="29 frames, num_frames is 33: take longer videos"):
         video_pool(settings(num_frames=33), rows, "rows", model, run.texts, wrong=False)
 
@@ -327,6 +330,9 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         run.train()
     run = WorldWeaverTrainer(settings(tmp_path, width=32), MAKERS["Wan"]())
     with pytest.raises(UserError, match="width 32 with height 16: scenes of the world are square"):
+        run.train()
+    run = WorldWeaverTrainer(settings(tmp_path, num_frames=5, train_dataset="absent.jsonl"), MAKERS["Wan"]())
+    with pytest.raises(UserError, match="latent frames are too short for"):  # before the videos are looked for
         run.train()
     pipe = MAKERS["Wan"]()
     pipe.transformer.to(torch.bfloat16)
