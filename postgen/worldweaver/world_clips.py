@@ -179,7 +179,8 @@ def _places(
     pipe: Any = getattr(model.denoiser, "pipe", None)
     said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
     folder = Path(config.pool_dir).expanduser()
-    more = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
+    sights = list(GREYS) if placing is None else [*GREYS, *placing.told]
+    more: dict[str, list[Any]] = {"depth": list(GREYS), PLACED: sights}
     return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
 
 
