@@ -1,6 +1,7 @@
 """The command line from outside: what it writes and what it says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from postgen import probe, read_video
 
+ACTIVE = {"OMP_WAIT_POLICY": "active"}
 SMALL = ["--size", "32x16", "--frames", "5", "--steps", "2"]
 
 
@@ -169,6 +171,19 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(("said", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), (ACTIVE, "30000000000")])
+def test_threads_sleep_where_they_wait(said: dict[str, str], spins: str) -> None:
+    library = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))), None)
+    if library is None:
+        pytest.skip("this torch has another OpenMP")
+    code = "import ctypes\nfrom postgen.cli import main\ntry:\n    main(['--version'])\n"
+    code += f"except SystemExit:\n    ctypes.CDLL({str(library)!r})\n"  # torch loads it, and it reads the environment
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = {**kept, "OMP_DISPLAY_ENV": "verbose", **said}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_info(cli: Any) -> None:
