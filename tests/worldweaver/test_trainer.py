@@ -252,6 +252,8 @@ def test_texts_are_what_the_denoiser_says() -> None:
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
     assert sum(row["prompt"].shape[0] for row in texts._encoded) < 20
+    texts.add(["a box"])
+    assert all(torch.equal(texts.of([2, 0, 1])[name], found[name]) for name in found)
 
 
 def test_corruption() -> None:
