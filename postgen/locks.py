@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import socket
+import time
 import warnings
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -16,13 +18,16 @@ from postgen.errors import UserError
 NAME = ".run.lock"
 """The file that is locked; it says who holds the lock."""
 
+_EVERY = 0.5
+"""Seconds between two looks of a process that waits."""
+
 _TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 
 
 class FolderLock:
-    """Keeps a second process out of a folder, from `acquire` to `release` or to the end of its process, also a kill.
+    """Keeps a second process out of a folder, from `acquire` or `wait` to `release` or to the end of its process.
 
-    The lock is the system's own (`flock`): it needs no cleaning up. Its file stays in the folder.
+    The lock is the system's own (`flock`): it needs no cleaning up, after a kill either. Its file stays in the folder.
 
     Args:
         folder: that is locked.
@@ -40,10 +45,35 @@ class FolderLock:
             UserError: another process has it; the message names it and its host.
             OSError: the file of the lock cannot be made.
         """
+        if holder := self._try():
+            raise UserError(
+                f"{self._setting} {self.folder} is in use by {holder}: wait for its end, stop it, or name another"
+                f" {self._setting}"
+            )
+
+    def wait(self, say: Callable[[str], None], what: str) -> None:
+        """Lock the folder once it is free; Ctrl-C ends the wait.
+
+        Args:
+            say: is told once, where another process has it.
+            what: that process does, for this message.
+
+        Raises:
+            OSError: as for `acquire`.
+        """
+        told = False
+        while holder := self._try():
+            if not told:
+                say(f"{self._setting} {self.folder}: {holder} {what}, waiting for it")
+                told = True
+            time.sleep(_EVERY)
+
+    def _try(self) -> str:
+        """Lock the folder, or say who has it."""
         try:
             import fcntl
         except ImportError:  # Windows
-            return
+            return ""
         file = os.open(self.folder / self._name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,19 +81,17 @@ class FolderLock:
             told = os.read(file, 1000)
             os.close(file)
             if error.errno in _TAKEN:
-                raise UserError(
-                    f"{self._setting} {self.folder} is in use by {_holder(told)}: wait for its end, stop it, or name"
-                    f" another {self._setting}"
-                ) from None
+                return _holder(told)
             self.warn(
                 f"the file system of {self.folder} has no locks ({error.strerror}): start no second run with this"
                 f" {self._setting}, nothing would stop it"
             )
-            return
+            return ""
         self._file = file
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         os.ftruncate(file, 0)
         os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+        return ""
 
     def warn(self, message: str) -> None:
         """Say something that does not stop the work."""

@@ -133,6 +133,7 @@ class AutoencoderConfig(TrainingConfig):
         self.require(self.first_frame_weight > 0, "first_frame_weight", "above 0")
         self.require(1 <= self.gradient_scales <= 4, "gradient_scales", "from 1 to 4")
         self.require(self.eval_clips >= 2, "eval_clips", "at least 2")
+        self.require(not self.torch_compile, "torch_compile", "false: the setting of this method is compile")
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")

@@ -167,6 +167,7 @@ class TextToVideoConfig(TrainingConfig):
         self.require(0 <= self.unknown_share <= 1, "unknown_share", "in [0,1]")
         self.require(self.whole_words or not self.unknown_share, "unknown_share", "0 without whole_words")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
+        self.require(not self.torch_compile, "torch_compile", "false: the setting of this method is compile")
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")

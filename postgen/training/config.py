@@ -28,7 +28,7 @@ class TrainingConfig(UpdatesConfig):
     may_change: ClassVar[tuple[str, ...]] = (
         *("output_dir", "method", "init_from", "resume_from_checkpoint", "allow_changed", "evaluate_only"),
         *("max_steps", "max_seconds", "save_steps", "save_seconds", "save_total_limit"),
-        *("report_to", "fully_shard"),
+        *("report_to", "fully_shard", "torch_compile", "torch_compile_backend"),
     )
     share_out: ClassVar[tuple[str, ...]] = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -58,6 +58,13 @@ class TrainingConfig(UpdatesConfig):
 
     fully_shard: bool = False
     """Cut weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), on GPUs or CPUs."""
+
+    torch_compile: bool = False
+    """Compile the repeated blocks of the networks with `torch.compile`, each at its first call, for all shapes. The
+    first steps take minutes; numbers differ by rounding."""
+
+    torch_compile_backend: str = "inductor"
+    """What compiles them, a name that `torch.compiler.list_backends` has."""
 
     eval_steps: int = 0
     """Evaluate every so many steps; 0 never."""
@@ -91,6 +98,8 @@ class TrainingConfig(UpdatesConfig):
         for name in ("max_seconds", "eval_steps", "save_steps", "save_seconds"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
+        own = self.torch_compile or self.torch_compile_backend == "inductor"
+        self.require(own, "torch_compile_backend", "left out without torch_compile: true")
         self.require(bool(self.output_dir), "output_dir", "the name of a folder")
         known = [item.name for item in dataclasses.fields(self)]
         for name in self.allow_changed:

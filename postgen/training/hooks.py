@@ -17,7 +17,7 @@ from .callbacks import Callbacks
 from .config import TrainingConfig
 from .processes import counted
 from .run_state import Weights
-from .sharding import repeated_blocks
+from .sharding import blocks_inside, repeated_blocks
 from .swap import WeightsCopy
 from .updates import adamw, decay_groups
 
@@ -96,6 +96,19 @@ class TrainerHooks(ABC, Generic[C]):
             UserError: no blocks are known inside it.
         """
         return repeated_blocks(self.unwrap(name), name)
+
+    def compiled_blocks(self, name: str) -> Sequence[nn.Module]:
+        """Return the modules inside a model that `torch_compile` compiles one by one: by default as `shard_blocks`.
+
+        Raises:
+            UserError: no blocks are known inside it.
+        """
+        if found := blocks_inside(model := self.unwrap(name)):
+            return found
+        raise UserError(
+            f"torch_compile: no repeated blocks are known in {name}, a {type(model).__name__}: leave it out; a trainer"
+            " of your own can name the modules in its compiled_blocks"
+        )
 
     def on_models_ready(self) -> None:
         """Do something once the models are on their devices, cut where they are to be, with their first weights.

@@ -140,8 +140,8 @@ def _check_numbers(args: TrainingConfig) -> None:
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         raise UserError(
-            f"accelerate launch asks for dynamo_backend {backend}, but the recipe decides what is compiled (compile, "
-            "in methods that have it): launch with --dynamo_backend no"
+            f"accelerate launch asks for dynamo_backend {backend}, but the recipe decides what is compiled "
+            "(torch_compile): launch with --dynamo_backend no"
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if steps.isdigit() and int(steps) not in (1, args.gradient_accumulation_steps):

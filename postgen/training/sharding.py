@@ -35,7 +35,7 @@ def repeated_blocks(module: nn.Module, name: str) -> list[nn.Module]:
     Raises:
         UserError: no block is known inside.
     """
-    if found := _blocks_inside(module):
+    if found := blocks_inside(module):
         return found
     raise UserError(
         f"{name}, a {type(module).__name__}, cannot be cut over the processes: no repeated blocks are known inside. "
@@ -44,13 +44,14 @@ def repeated_blocks(module: nn.Module, name: str) -> list[nn.Module]:
     )
 
 
-def _blocks_inside(module: nn.Module) -> list[nn.Module]:
+def blocks_inside(module: nn.Module) -> list[nn.Module]:
+    """Return what `repeated_blocks` does, or nothing where no block is known."""
     try:
         return [block.module for block in blocks_of(module)]
     except UserError:
         classes = block_classes(module)
     own = [part for part in module.modules() if type(part).__name__ in classes]
-    return own or [block for child in module.children() for block in _blocks_inside(child)]
+    return own or [block for child in module.children() for block in blocks_inside(child)]
 
 
 def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks: Blocks) -> nn.Module:

@@ -18,6 +18,7 @@ from postgen.files import replacing
 from . import checkpoint, resume, rng, weights
 from .callbacks import Callbacks
 from .checkpoint_head import DamagedCheckpoint
+from .compiling import compile_blocks, compiled
 from .ema import Ema
 from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
@@ -39,9 +40,10 @@ class Trainer(TrainerHooks[C]):
     """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
 
     Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `build_optimizer`, `shard_blocks`,
-    `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`, `load_state_dict`,
-    `state_of_others`. Attributes for them: `args`, `accelerator`, `device`, `global_step`, `generator`, `models`,
-    `sharded` (see `TrainerHooks`). Trainers of one process may differ in precision; several processes train one run.
+    `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`,
+    `load_state_dict`, `state_of_others`. Attributes for them: `args`, `accelerator`, `device`, `global_step`,
+    `generator`, `models`, `sharded` (see `TrainerHooks`). Trainers of one process may differ in precision; several
+    processes train one run.
 
     Several processes average the gradients of calls `self.models[name](...)` and of no others: DDP and FSDP see the
     `forward` of what `build` returned, not that of a part of it, and not another method. A loss that needs more than
@@ -130,7 +132,7 @@ class Trainer(TrainerHooks[C]):
         """
         check_group(self.accelerator)
         self._began = time.monotonic()
-        with self._own_folder(), written(self.args.folder):
+        with self._own_folder(), written(self.args.folder), compiled(self.args):
             self._setup()
             try:
                 with Signals() as self._signals:
@@ -183,6 +185,8 @@ class Trainer(TrainerHooks[C]):
             raise UserError("Nothing to train: no parameter of the models requires a gradient.")
         if self.args.init_from and not sources:
             weights.initialise(self._raw, Path(self.args.init_from))
+        for name in self._raw if self.args.torch_compile else ():
+            compile_blocks(self.compiled_blocks(name), self.args)
         for name, module in self._raw.items():
             blocks = partial(self.shard_blocks, name)
             self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard, blocks=blocks)

@@ -16,6 +16,7 @@ from postgen.sampling.conditions import Row
 from postgen.settings import Part
 from postgen.tensor_files import read_tensors
 from postgen.training.prompts import Prompts
+from postgen.training.transfer import to_device
 from postgen.video import read_video
 
 from .corruption import corrupted
@@ -149,7 +150,7 @@ class ClipBatch:
 
 
 def _picked(latents: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    return latents[rows.to(latents.device)].to(device)
+    return to_device(latents[to_device(rows, latents.device)], device)
 
 
 @torch.no_grad()

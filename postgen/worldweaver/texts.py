@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from postgen.families import Condition, Denoiser
+from postgen.training.transfer import to_device
 
 _AT_ONCE = 32
 
@@ -26,6 +26,7 @@ class Texts:
         self.numbers: dict[str, int] = {}
         self._encoded: list[dict[str, Tensor]] = []
         self._lengths: dict[str, int] = {}
+        self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.add([""])
 
     def __len__(self) -> int:
@@ -38,21 +39,38 @@ class Texts:
         for low in range(0, len(new), _AT_ONCE):
             part = new[low : low + _AT_ONCE]
             found = self.denoiser.encode_prompt(part, guidance=False)
+            self._joined.clear()
             for row, text in enumerate(part):
                 self.numbers[text] = len(self._encoded)
                 self._encoded.append({name: self._short(name, value[row]) for name, value in found.items()})
 
     def of(self, numbers: Iterable[int]) -> Condition:
         """Return the condition of texts by their numbers, as the denoiser encoded them."""
-        rows = [self._encoded[number] for number in numbers]
-        return {name: torch.stack([self._whole(name, row[name]) for row in rows]) for name in rows[0]}
+        rows = torch.tensor(list(numbers), dtype=torch.long)
+        return {name: self._rows(name, rows) for name in self._encoded[0]}
+
+    def _rows(self, name: str, rows: Tensor) -> Tensor:
+        if name not in self._lengths:
+            return torch.stack([self._encoded[row][name] for row in rows.tolist()])
+        # One gather, where padding them would be a launch for each text.
+        tokens, first, count = self._joined.get(name) or self._join(name)
+        place = torch.arange(self._lengths[name])
+        places = torch.where(place < count[rows, None], first[rows, None] + place, 0)
+        return tokens[to_device(places, tokens.device)]
+
+    def _join(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the tokens of all texts behind one of zeros; return them, each text's first, and its number."""
+        parts = [row[name] for row in self._encoded]
+        count = torch.tensor([len(part) for part in parts])
+        tokens = torch.cat([parts[0].new_zeros(1, *parts[0].shape[1:]), *parts])
+        for row, own in zip(self._encoded, tokens[1:].split(count.tolist()), strict=True):
+            row[name] = own  # they are kept once
+        self._joined[name] = tokens, 1 + count.cumsum(0) - count, count
+        return self._joined[name]
 
     def _short(self, name: str, value: Tensor) -> Tensor:
-        self._lengths[name] = len(value)
         if value.dim() > 1:  # (tokens, width); a mask is small
+            self._lengths[name] = len(value)
             used = value.flatten(1).abs().amax(1).nonzero()
             value = value[: int(used[-1]) + 1 if len(used) else 0]
         return value.detach().clone().to(self.device)
-
-    def _whole(self, name: str, value: Tensor) -> Tensor:
-        return pad(value, (0, 0, 0, self._lengths[name] - len(value))) if value.dim() > 1 else value

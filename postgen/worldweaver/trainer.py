@@ -218,21 +218,16 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         before = Layout(ages=layout.ages, start=start)
         level = torch.rand(len(batch.latents), generator=rows) * args.mem_noise_max
         steps = windows.segments.length
-        network, z = self.unaveraged(_MODEL), None
+        network, device = self.unaveraged(_MODEL), self.device
+        window = windows.at(before, batch.latents, 0, level, batch.poses, batch.sights)
+        told = self._told(window, batch.texts, self.generator)
+        z = window.noised(torch.randn(window.clean.shape, generator=self.generator, device=device))
         for step in range(steps):
-            window, after = (
-                windows.at(before, batch.latents, place / steps, level, batch.poses, batch.sights)
-                for place in (step, step + 1)
-            )
-            if z is None:
-                told = self._told(window, batch.texts, self.generator)
-                noise = torch.randn(window.clean.shape, generator=self.generator, device=self.device)
-                z = window.noised(noise)
+            after = windows.at(before, batch.latents, (step + 1) / steps, level, batch.poses, batch.sights)
             velocity, _ = network(z, window.levels, told)
             change = (after.levels.sigma - window.levels.sigma)[:, None, :, :1, None]
             # Memory has the same level before and after, so it stays.
-            z = z + change * velocity
-        assert z is not None
+            z, window = z + change * velocity, after
         memory = z.shape[2] - len(layout.ages) * size
         own = z[:, :, memory : memory + size].to(batch.latents.dtype)
         batch.put(own, start)

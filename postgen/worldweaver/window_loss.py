@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.families import Condition, Denoiser
+from postgen.training.transfer import to_device
 
 from .embedding import LevelEmbedder
 from .levels import MODALITIES, FrameLevels
@@ -30,7 +31,7 @@ def window_loss(
     error = difference.square().unflatten(1, (modalities, -1)).mean((2, 4, 5))  # (B, M, P)
     counts = counted.movedim(2, 1)
     means = torch.where(counts, error, 0).sum((0, 2)) / counts.sum((0, 2)).clamp_min(1)
-    loss = (means * means.new_tensor(weights[:modalities])).sum()
+    loss = (means * to_device(torch.tensor(weights[:modalities], dtype=means.dtype), means.device)).sum()
     return loss, {f"{name}_loss": mean.detach() for name, mean in zip(MODALITIES, means, strict=False)}
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from postgen.errors import UserError
 from postgen.sampling.schedule import Schedule
+from postgen.training.transfer import to_device
 
 from .levels import FrameLevels, Role
 from .segments import Segments
@@ -164,7 +165,7 @@ class Windows:
         levels = FrameLevels(sigma=torch.cat([told, sigma], 1), role=torch.cat([role, _roles(made)]))
         seen = latents
         if corrupted is not None and len(role):
-            wrong = (draw[:, 5] < self.config.corrupt_share).to(latents.device)[:, None, None, None, None]
+            wrong = to_device(draw[:, 5] < self.config.corrupt_share, latents.device)[:, None, None, None, None]
             channels = corrupted.shape[1]
             seen = torch.cat([torch.where(wrong, corrupted, latents[:, :channels]), latents[:, channels:]], 1)
         past = _taken(seen, index)
@@ -174,8 +175,8 @@ class Windows:
         coming = latents[:, :, layout.start : layout.start + made]
         return Window(
             clean=torch.cat([past, coming], 2).float(),
-            levels=FrameLevels(sigma=levels.sigma.to(latents.device), role=levels.role.to(latents.device)),
-            counted=counted.to(latents.device),
+            levels=_on(levels, latents.device),
+            counted=to_device(counted, latents.device),
             placed=placed,
         )
 
@@ -205,14 +206,12 @@ class Windows:
         sigma = self._spread(level)
         index, role = self.remembered(layout, latents, poses)
         told = self._told(role, mem_noise, torch.zeros(rows))
+        levels = FrameLevels(sigma=torch.cat([told, sigma], 1), role=torch.cat([role, _roles(sigma.shape[1])]))
         coming = latents[:, :, layout.start : layout.start + sigma.shape[1]]
         return Window(
             clean=torch.cat([_taken(latents, index), coming], 2).float(),
-            levels=FrameLevels(
-                sigma=torch.cat([told, sigma], 1).to(latents.device),
-                role=torch.cat([role, _roles(sigma.shape[1])]).to(latents.device),
-            ),
-            counted=torch.ones_like(sigma, dtype=torch.bool).to(latents.device),
+            levels=_on(levels, latents.device),
+            counted=torch.ones(sigma.shape, dtype=torch.bool, device=latents.device),
             placed=self._placed(layout, latents, sights, mem_noise),
         )
 
@@ -234,7 +233,7 @@ class Windows:
             return None
         made = len(layout.ages) * self.config.causal_block_size
         clean = gathered(latents, sights[:, layout.start, :made])
-        return Placed(clean, level.to(latents.device), len(self.config.modalities))
+        return Placed(clean, to_device(level, latents.device), len(self.config.modalities))
 
     def _kept(self, dark: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
         """Return (B, 1, 1, h, w): 1 where placed memory stays, 0 in holes and in rows that have none."""
@@ -243,7 +242,7 @@ class Windows:
         blocks = torch.rand(rows, 1, _BLOCKS, _BLOCKS, generator=generator) >= share.view(-1, 1, 1, 1)
         none = dark | (torch.rand(rows, generator=generator) < config.placed_drop_share)
         kept = interpolate(blocks.float(), like.shape[-2:], mode="nearest") * ~none.view(-1, 1, 1, 1)
-        return kept[:, :, None].to(like.device)
+        return to_device(kept[:, :, None], like.device)
 
     def _asked(self, past: Tensor, layout: Layout, poses: Tensor | None) -> tuple[Tensor, Tensor]:
         config, bank = self.config, self.config.bank()
@@ -299,11 +298,15 @@ class Windows:
         return told
 
 
+def _on(levels: FrameLevels, device: torch.device) -> FrameLevels:
+    return FrameLevels(sigma=to_device(levels.sigma, device), role=to_device(levels.role, device))
+
+
 def _roles(count: int) -> Tensor:
     return torch.full((count,), int(Role.PREDICT))
 
 
 def _taken(latents: Tensor, index: Tensor) -> Tensor:
     """Return the frames (B, m) of latents (B, c, T, h, w)."""
-    places = index.to(latents.device)[:, None, :, None, None]
+    places = to_device(index, latents.device)[:, None, :, None, None]
     return latents.take_along_dim(places.expand(len(latents), latents.shape[1], -1, *latents.shape[3:]), 2)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +21,8 @@ from postgen.errors import UserError
 from postgen.files import replacing
 from postgen.reconstruct.records import digest, weights_digest
 from postgen.tensor_files import read_tensors
+from postgen.training.logging import say
+from postgen.training.run_folder import RunLock
 from postgen.world.camera import camera_path
 from postgen.world.physics import Motion, Simulation
 from postgen.world.scenes import FIRST_TRAINING_SEED
@@ -62,7 +65,7 @@ def world_pool(
         bf16: encode in bfloat16.
 
     Raises:
-        UserError: a width that is not the height, or kept latents that cannot be read.
+        UserError: a width that is not the height, kept latents that cannot be read, or no place for them.
     """
     if config.size[0] != config.size[1]:
         raise UserError(f"width {config.width} with height {config.height}: scenes of the world are square")
@@ -71,11 +74,13 @@ def world_pool(
     specs = long_specs(range(first, first + count), config.num_frames)
     names = [*model.modalities, *([CORRUPTED] if wrong else []), *([PLACED] if placing else [])]
     places = _places(config, model, range(first, first + count), names, placing)
-    found = {name: _read(place) for name, place in places.items() if place.is_file()}
-    if missing := [name for name in names if name not in found]:
-        found |= _rendered(specs, config, model, missing, placing, bf16)
-        for name in missing if places else ():
-            _write(places[name], found[name])
+    with _alone(places):
+        # Another run may have made them in the meantime.
+        found = {name: _read(place) for name, place in places.items() if place.is_file()}
+        if missing := [name for name in names if name not in found]:
+            found |= _rendered(specs, config, model, missing, placing, bf16)
+            for name in missing if places else ():
+                _write(places[name], found[name])
     device = model.transformer.device
     latents = {name: found[name].to(device) for name in names}
     frames = latents["rgb"].shape[2]
@@ -182,6 +187,26 @@ def _places(
     sights = list(GREYS) if placing is None else [*GREYS, *placing.told]
     more: dict[str, list[Any]] = {"depth": list(GREYS), PLACED: sights}
     return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
+
+
+@contextmanager
+def _alone(places: Mapping[str, Path]) -> Iterator[None]:
+    """Inside, no other run makes the same scenes, where they are kept and some are missing."""
+    if not places or all(place.is_file() for place in places.values()):
+        yield
+        return
+    rgb = places["rgb"]
+    # Scenes that are the same have the same RGB, whatever else a run wants of them.
+    lock = RunLock(rgb.parent, f".{rgb.stem}.lock", "pool_dir")
+    try:
+        rgb.parent.mkdir(parents=True, exist_ok=True)
+        lock.wait(say, "renders the same scenes")
+    except OSError as error:
+        raise UserError(f"pool_dir {rgb.parent} cannot be written: {error.strerror}. Name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(place: Path) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from postgen.errors import UserError
 from postgen.families import denoiser_for
 from postgen.tensor_files import read_tensors
 from postgen.training import load_recipe
+from postgen.training.run_folder import RunLock
 from postgen.video import write_video
 from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.clips import video_pool
@@ -181,7 +183,7 @@ def test_scenes_are_encoded_once(tmp_path: Path) -> None:
     """What is in `pool_dir` is read by the next run, and makes the same run."""
     values = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1}
     first = trained(tmp_path / "a", **values)
-    kept = sorted(tmp_path.joinpath("pool").iterdir())
+    kept = sorted(tmp_path.joinpath("pool").glob("*.safetensors"))
     assert [path.name.split("-")[0] for path in kept] == ["corrupted", "depth", "rgb"]
     times = [path.stat().st_mtime_ns for path in kept]
     second = trained(tmp_path / "b", **values)
@@ -190,6 +192,36 @@ def test_scenes_are_encoded_once(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, kept[0])
     with pytest.raises(UserError, match="holds no latents: remove it"):
         trained(tmp_path / "c", **values)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"pool_dir .*file cannot be written: File exists"):
+        trained(tmp_path / "d", **{**values, "pool_dir": str(tmp_path / "file")})
+
+
+def test_scenes_that_another_run_renders_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One renders; the other says what it waits for, and reads what was kept."""
+    values = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1}
+    first = trained(tmp_path / "a", **values)
+    kept = sorted(tmp_path.joinpath("pool").glob("*.safetensors"))
+    saved = [path.rename(tmp_path / path.name) for path in kept]
+    (name,) = (path.name for path in tmp_path.joinpath("pool").glob(".*.lock"))
+    lock = RunLock(tmp_path / "pool", name)
+    lock.acquire()
+
+    def end_of_the_other(seconds: float) -> None:
+        for path, place in zip(saved, kept, strict=True):
+            path.rename(place)
+        lock.release()
+
+    monkeypatch.setattr("postgen.locks.time.sleep", end_of_the_other)
+    monkeypatch.setattr("postgen.worldweaver.world_clips._rendered", None)
+    capsys.readouterr()
+    second = trained(tmp_path / "b", **values)
+    said = capsys.readouterr().err
+    assert said.count("renders the same scenes, waiting for it") == 1
+    assert f"process {os.getpid()} on" in said
+    assert same(state_of(first), state_of(second))
 
 
 def test_every_modality_and_the_camera(flowing: WorldWeaverTrainer) -> None:
@@ -255,6 +287,8 @@ def test_texts_are_what_the_denoiser_says() -> None:
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
     assert sum(row["prompt"].shape[0] for row in texts._encoded) < 20
+    texts.add(["a box"])
+    assert all(torch.equal(texts.of([2, 0, 1])[name], found[name]) for name in found)
 
 
 def test_corruption() -> None:
