@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgen.errors import UserError, check_number
+from postgen.errors import UserError, check_number, first_line
 from postgen.world import Spec, render
 
 from .depth import disparity_of
@@ -66,7 +66,7 @@ class TransformersDepth:
         dtype: in which.
 
     Raises:
-        UserError: a model of which nobody knows whether it is metric.
+        UserError: a model that cannot be loaded, or of which nobody knows whether it is metric.
     """
 
     def __init__(
@@ -80,7 +80,14 @@ class TransformersDepth:
     ) -> None:
         from transformers import pipeline
 
-        self._pipe: Any = pipeline("depth-estimation", model=str(model), device=torch.device(device), dtype=dtype)
+        try:
+            made = pipeline("depth-estimation", model=str(model), device=torch.device(device), dtype=dtype)
+        except (ImportError, KeyError, OSError, ValueError) as error:
+            raise UserError(
+                f"depth estimator {model} cannot be loaded: {first_line(error)} Give a folder or a Hub id of a model"
+                " of transformers' pipeline depth-estimation"
+            ) from error
+        self._pipe: Any = made
         config = self._pipe.model.config
         kind = getattr(config, "depth_estimation_type", None)
         found = METRIC.get(config.model_type) if kind is None else kind == "metric"
