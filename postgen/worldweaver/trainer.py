@@ -91,7 +91,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             )
         if getattr(self.denoiser, "takes_image", False):
             raise UserError(
-                f"{type(self.pipe).__name__} makes videos of pictures, and windows have none: give a text-to-video model"
+                f"{type(self.pipe).__name__} makes videos of pictures, and windows have none: give one that makes them"
+                " of text"
             )
         weights = transformer_of(self.pipe).parameters()
         kinds = {parameter.dtype for parameter in weights} & {torch.float16, torch.bfloat16}
