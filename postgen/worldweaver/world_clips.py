@@ -184,9 +184,10 @@ def _places(
     if config.pool_dir is None:
         return {}
     pipe: Any = getattr(model.denoiser, "pipe", None)
-    said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
+    said: list[Any] = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
     # What latents are shifted and divided by is no weight.
-    said += [pipe.vae.config.get(name) for name in _STATISTICS] + ["bfloat16"] * bf16
+    said += [pipe.vae.config.get(name) for name in _STATISTICS]
+    said += ["bfloat16"] if bf16 else []
     folder = Path(config.pool_dir).expanduser()
     more = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
     return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
