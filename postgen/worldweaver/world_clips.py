@@ -189,7 +189,7 @@ def _places(
     said += [pipe.vae.config.get(name) for name in _STATISTICS]
     said += ["bfloat16"] if bf16 else []
     folder = Path(config.pool_dir).expanduser()
-    more = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
+    more: dict[str, list[Any]] = {"depth": [*GREYS], PLACED: [*GREYS, *([] if placing is None else placing.told)]}
     return {name: folder / f"{name}-{digest([*said, name, *more.get(name, [])])}.safetensors" for name in names}
 
 
