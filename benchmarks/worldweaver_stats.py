@@ -60,12 +60,15 @@ def read_runs(folder: Path) -> dict[str, Runs]:
     """Return the arms of a folder, with their seeds.
 
     Raises:
-        UserError: no arm, or files of other settings.
+        UserError: no arm, a damaged file, or files of other settings or of other numbers of clips.
     """
     found: dict[str, dict[str, Any]] = {}
     for place in sorted(folder.glob("*.json")):
         name, _, seed = place.stem.partition(".")
-        file = json.loads(place.read_text(encoding="utf-8"))
+        try:
+            file = json.loads(place.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{place} is damaged: remove it and measure that arm again") from error
         if "rows" in file and "settings" in file:
             found.setdefault(name, {})[seed or "0"] = file
     files = [file for arm in found.values() for file in arm.values()]
@@ -73,6 +76,9 @@ def read_runs(folder: Path) -> dict[str, Runs]:
         raise UserError(f"{folder} has no arms: run benchmarks.worldweaver with --out {folder} first")
     if any(file["settings"] != files[0]["settings"] for file in files):
         raise UserError(f"arms in {folder} were measured with different settings: measure them in one folder each")
+    counts = {len(file["rows"]) for file in files}
+    if len(counts) > 1 or 0 in counts:
+        raise UserError(f"arms in {folder} have {sorted(counts)} clips: rows are paired, measure as many of each")
     return {name: Runs(name, arm) for name, arm in found.items()}
 
 

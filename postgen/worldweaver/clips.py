@@ -256,18 +256,24 @@ def _disparity(row: Row, rgb: Tensor, source: DepthSource | None, where: str) ->
     if path is None:
         if source is None:
             raise UserError(f"{where} has no depth: give a column depth, or depth_model")
-        return source(rgb.movedim(1, -1))
-    if not isinstance(path, str):
+        return _finite(source(rgb.movedim(1, -1)), f"{where}: the depth that was estimated")
+    if not isinstance(path, str) or not path:
         raise UserError(f"{where}: depth is {shown(path)}, it must name a file or a folder of pictures")
     if Path(path).suffix == ".safetensors":
         tensors = read_tensors(Path(path), f"{where}: depth {path} cannot be read")
-        if "disparity" not in tensors or tensors["disparity"].dim() != 3:
+        if "disparity" not in tensors or tensors["disparity"].dim() != 3 or not tensors["disparity"].numel():
             raise UserError(f"{where}: {path} has no tensor disparity (frames, height, width)")
         stored = tensors["disparity"].float()
     else:
         stored = read_video(path, count=len(rgb)).mean(1)
-    stored = _cut(stored, len(rgb), f"{where}: {path}")[:, None]
+    stored = _finite(_cut(stored, len(rgb), f"{where}: {path}"), f"{where}: {path}")[:, None]
     return interpolate(stored, rgb.shape[-2:], mode="bilinear", antialias=True)[:, 0]
+
+
+def _finite(disparity: Tensor, where: str) -> Tensor:
+    if not bool(disparity.isfinite().all()):
+        raise UserError(f"{where} has values that are not finite: disparity is 1 / depth, 0 where there is no depth")
+    return disparity
 
 
 def _cut(frames: Tensor, count: int, where: str) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen import world
+from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.metrics.disparity import disparity_errors
 from postgen.training import Trainer, TrainingConfig, Weights
@@ -94,9 +95,17 @@ class WorldDepthConfig(TrainingConfig):
         self.require(self.reconstructions >= 0, "reconstructions", "at least 0")
         for name in ("outline_weight", "steady_weight", "relative_weight"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
+        both, batch = 0 < self.room_share < 1, self.per_device_train_batch_size
+        said = f"0, 1, or such that of {batch} samples some are of rooms and some are not"
+        self.require(not both or 0 < self.in_rooms < batch, "room_share", said)
         for name in ("photos", "pipeline"):
             folder = getattr(self, name)
             self.require(folder is None or Path(folder).is_dir(), name, "a folder")
+
+    @property
+    def in_rooms(self) -> int:
+        """Samples of a micro-batch that are of rooms."""
+        return round(self.per_device_train_batch_size * self.room_share)
 
 
 @dataclass(slots=True)
@@ -113,8 +122,16 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
     config_class: ClassVar[type[TrainingConfig]] = WorldDepthConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """A network with random weights; also renders scenes and rooms."""
+        """A network with random weights; also renders scenes and rooms.
+
+        Raises:
+            UserError: `pipeline` is a folder of something else.
+        """
         args = self.args
+        if args.pipeline is not None and not (Path(args.pipeline) / "model_index.json").is_file():
+            raise UserError(
+                f"pipeline {args.pipeline} is no folder of a diffusers pipeline: it has no model_index.json"
+            )
         own = self.accelerator.process_index
         specs = specs_of(FIRST_TRAINING_SEED + own * 10_000_000, args.pool_clips, _POOL_FRAMES)
         self.scenes = render_scenes(specs, args.pool_size, self.device)
@@ -141,12 +158,12 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Loss of some scenes and some rooms at one size; metrics: its parts."""
         args, size = self.args, random.choice(self.args.sizes)
-        in_rooms = round(args.per_device_train_batch_size * args.room_share)
-        parts = [self._of_world(args.per_device_train_batch_size - in_rooms, size), self._of_rooms(in_rooms, size)]
+        count = args.per_device_train_batch_size - args.in_rooms
+        drawn = ((self._of_world, count), (self._of_rooms, args.in_rooms))
+        parts = [draw(each, size) for draw, each in drawn if each]
         rgb, true = (torch.cat(column) for column in zip(*parts, strict=True))
         with self.accelerator.autocast():
             estimate = self.models["net"](rgb)
-        count = len(parts[0][0])
         # Where only shape counts the scale is free, and it would wander off if it were so for the world too.
         known = known_difference(estimate[:count], true[:count])
         value, outline, steady = difference_losses(

@@ -140,7 +140,8 @@ class Segments:
             UserError: shares below 0, or above 1 together.
         """
         check_number("fill", fill, 0, 1)
-        check_number("drain", drain, 0, 1 - fill)
+        # 1 - 0.9 is below 0.1.
+        check_number("drain", drain, 0, 1 if fill + drain <= 1 else 1 - fill)
         draw = float(torch.rand((), generator=generator))
         count = int(torch.randint(1, max(self.groups, 2), (), generator=generator))
         if self.groups == 1 or draw >= fill + drain:

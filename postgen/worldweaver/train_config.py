@@ -53,11 +53,14 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         self.require(not self.init_from, "init_from", "left out: an adapter is trained from its base")
         self.require(self.lora_path is None, "lora_path", "left out: merge it into the model before it is widened")
         evaluates = self.eval_steps or self.eval_on_start or self.evaluate_only
+        self.require("flow" not in self.aux or self.num_frames > 1, "num_frames", "at least 2 with flow in aux")
+        self.require(bool(self.aux) or self.depth_model is None, "depth_model", "left out with aux: []")
         if self.train_dataset is None:
             self.require(not evaluates or self.eval_clips > 0, "eval_clips", "at least 1 to evaluate")
             self.require(self.eval_dataset is None, "eval_dataset", "left out without train_dataset: give eval_clips")
         else:
             self.require(not evaluates or bool(self.eval_dataset), "eval_dataset", "given to evaluate")
+            self.require(self.eval_clips == 0, "eval_clips", "0 with train_dataset: give eval_dataset")
             self.require(self.memory_policy != "camera", "memory_policy", "another one than camera: videos have none")
             self.require("flow" not in self.aux, "aux", "without flow: videos have none")
             self.require(not self.placed_memory, "placed_memory", "false: videos have no cameras")

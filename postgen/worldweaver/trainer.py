@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,13 +72,13 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self.guidance = None if defaults is None else defaults.guidance_scale
         self.denoiser: Denoiser = frozen(self.pipe, args)
         self._check_model()
-        # Before clips are read, which may take hours: clips that are too short for a window are refused here.
-        shape = self.denoiser.latent_shape(args.num_frames, *args.size)
+        loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
+        self._model = loss.model
+        # Before clips are made: what cannot be trained is said at once.
+        shape = self._model.latent_shape(args.num_frames, *args.size)
         cpu = torch.device("cpu")
         schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
         self.windows = Windows(args, schedule, shape[1])
-        loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
-        self._model = loss.model
         self._read_clips(loss.model)
         self._model.latent_scale = args.latent_scale or self._measured_scale()
         return {_MODEL: loss}
@@ -88,10 +89,21 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
                 f"{type(self.pipe).__name__} predicts {self.denoiser.prediction_type}: method worldweaver trains"
                 " models of flows (Wan, LTX, SkyReels-V2, HunyuanVideo)"
             )
+        if getattr(self.denoiser, "takes_image", False):
+            raise UserError(
+                f"{type(self.pipe).__name__} makes videos of pictures, and windows have none: give one that makes them"
+                " of text"
+            )
         weights = transformer_of(self.pipe).parameters()
         kinds = {parameter.dtype for parameter in weights} & {torch.float16, torch.bfloat16}
         if self.sharded:
             raise UserError("method worldweaver trains whole weights in each process: leave fully_shard and FSDP out")
+        if torch.float16 in kinds and self.args.use_peft:
+            # Autocast to bfloat16 knows float32 and bfloat16 alone.
+            raise UserError(
+                "the model's weights are torch.float16, and trained ones are float32: set dtype: float32, or"
+                " dtype: bfloat16 with bf16: true"
+            )
         if kinds and not self.args.bf16:
             raise UserError(
                 f"the model's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
@@ -233,10 +245,13 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         batch.put(own, start)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the mean loss and its terms on held-out clips, at windows that are the same each time."""
+        """Return the mean loss and its terms on held-out clips, at windows that are the same each time.
+
+        The term of a modality is a mean over the windows in which it counts, and is left out if there are none.
+        """
         if self.eval_pool is None:
             return {}
-        args, found = self.args, []
+        args, found = self.args, dict[str, list[Tensor]]()
         count = min(args.per_device_train_batch_size, len(self.eval_pool))
         for number in range(-(-len(self.eval_pool) // count)):
             rows = torch.Generator().manual_seed(seed_of(args.seed, "eval", number))
@@ -244,8 +259,10 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             window = self.windows.draw(layout, batch.latents, rows, poses=batch.poses, sights=batch.sights)
             noise = torch.Generator(self.device).manual_seed(seed_of(args.seed, "eval", number, 1))
             loss, terms = self._compare(self.unaveraged(_MODEL), window, batch.texts, noise)
-            found.append({"loss": loss, **terms})
-        return {name: float(torch.stack([torch.as_tensor(row[name]) for row in found]).mean()) for name in found[0]}
+            known = [True, *window.counted.flatten(0, 1).any(0).tolist()]
+            for name in compress(("loss", *terms), known):
+                found.setdefault(name, []).append(torch.as_tensor(loss if name == "loss" else terms[name]))
+        return {name: float(torch.stack(values).mean()) for name, values in found.items()}
 
     # What is kept.
 

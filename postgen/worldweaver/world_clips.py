@@ -33,6 +33,8 @@ from .model import WorldWeaverModel
 from .placed_clips import Placing
 from .texts import Texts
 
+_STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+"""Settings of an autoencoder that latents depend on."""
 _CHUNK = 64
 """Scenes that a process draws at a time."""
 _RENDERED = {"cpu": 2, "cuda": 32}
@@ -73,7 +75,7 @@ def world_pool(
     first = 0 if evaluation else FIRST_TRAINING_SEED + part * count
     specs = long_specs(range(first, first + count), config.num_frames)
     names = [*model.modalities, *([CORRUPTED] if wrong else []), *([PLACED] if placing else [])]
-    places = _places(config, model, range(first, first + count), names, placing)
+    places = _places(config, model, range(first, first + count), names, placing, bf16)
     with _alone(places):
         # Another run may have made them in the meantime.
         found = {name: _read(place) for name, place in places.items() if place.is_file()}
@@ -176,13 +178,21 @@ def _texts(specs: Sequence[world.Spec], num_frames: int, latents: int, texts: Te
 
 
 def _places(
-    config: ClipsConfig, model: WorldWeaverModel, seeds: range, names: Sequence[str], placing: Placing | None
+    config: ClipsConfig,
+    model: WorldWeaverModel,
+    seeds: range,
+    names: Sequence[str],
+    placing: Placing | None,
+    bf16: bool,
 ) -> dict[str, Path]:
     """Say where the latents of scenes are kept; nowhere without a folder."""
     if config.pool_dir is None:
         return {}
     pipe: Any = getattr(model.denoiser, "pipe", None)
-    said = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
+    said: list[Any] = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
+    # What latents are shifted and divided by is no weight.
+    said += [pipe.vae.config.get(name) for name in _STATISTICS]
+    said += ["bfloat16"] if bf16 else []
     folder = Path(config.pool_dir).expanduser()
     sights = list(GREYS) if placing is None else [*GREYS, *placing.told]
     more: dict[str, list[Any]] = {"depth": list(GREYS), PLACED: sights}

@@ -235,6 +235,9 @@ def test_two_systems_compared(true: TrueClip) -> None:
     assert found["permanence.swapped"].ratio is None
     with pytest.raises(UserError, match="got 4 and 3"):
         drift.compare_drift(reports["good"], reports["bad"][:3])
+    # A number that is none is left out with its clip, as one that is missing.
+    clips = [{"x": math.nan}, {"x": 1.0}, {"x": 3.0}]
+    assert drift.compare_drift(clips, [{"x": 1.0}] * 3)["x"].clips == 2
 
 
 def test_what_does_not_belong_together_is_refused(true: TrueClip) -> None:

@@ -23,7 +23,7 @@ from postgen.worldweaver.depth_loss import (
 )
 from postgen.worldweaver.depth_net import WorldDepth
 from postgen.worldweaver.depth_textures import Textures, make_textures
-from postgen.worldweaver.depth_training import WorldDepthTrainer
+from postgen.worldweaver.depth_training import WorldDepthConfig, WorldDepthTrainer
 from postgen.worldweaver.depth_views import photographed, seen
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -183,6 +183,7 @@ def test_shipped_recipe_is_read():
         ({"frames": 18}, r"frames.*1\.\.17"),
         ({"room_share": 1.5}, r"room_share.*0\.\.1"),
         ({"photos": "nowhere"}, "photos.*a folder"),
+        ({"per_device_train_batch_size": 1}, "room_share is 0.5.* of 1 samples some are of rooms and some are not"),
         ({"eval_clips": 0}, "eval_clips.*at least 1"),
         ({"steady_weight": -1.0}, "steady_weight.*at least 0"),
     ],
@@ -192,6 +193,20 @@ def test_values_out_of_range_are_refused(tmp_path, values, message):
     path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path), **values}))
     with pytest.raises(UserError, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_scenes_alone_and_rooms_alone(tmp_path, share):
+    words = {key: value for key, value in TINY.items() if key != "method"} | {"room_share": share, "max_steps": 1}
+    words |= {"output_dir": str(tmp_path / "run"), "eval_steps": 0}
+    WorldDepthTrainer(WorldDepthConfig(**words)).train()
+    with pytest.raises(UserError, match=f"pipeline {tmp_path} is no folder of a diffusers pipeline"):
+        WorldDepthTrainer(
+            WorldDepthConfig(**{**words, "output_dir": str(tmp_path), "pipeline": str(tmp_path)})
+        ).train()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (row["relative"] > 0) is (share == 0)
+    assert row["value"] > 0
 
 
 def test_training_resumes_bit_by_bit_and_exports_a_source(tmp_path, tiny_wan):

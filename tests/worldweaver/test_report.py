@@ -100,3 +100,15 @@ def test_slopes_are_what_noise_does_not_explain() -> None:
     assert slopes(speed, cpu) == {"time_slope": 0.25, "memory_slope": 0.0}
     assert slopes(speed, {}) == {"time_slope": None, "memory_slope": None}
     assert all(row["value"] is None and not row["ok"] for row in gates_of({}, {}, {}, {}))
+
+
+def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
+    """A seed that was measured in part, no clips at all, half a file."""
+    for counts, said in (((3, 2), r"have \[2, 3\] clips"), ((0, 0), r"have \[0\] clips")):
+        for seed, count in enumerate(counts):
+            (tmp_path / f"e.{seed}.json").write_text(json.dumps({"settings": SETTINGS, "rows": [{}] * count}))
+        with pytest.raises(UserError, match=said):
+            read_runs(tmp_path)
+    (tmp_path / "e.1.json").write_text('{"settings": {"fra')
+    with pytest.raises(UserError, match=r"e\.1\.json is damaged"):
+        read_runs(tmp_path)

@@ -201,7 +201,7 @@ def _numbers(row: Mapping[str, Any], path: str = "") -> dict[str, float]:
     for key, value in row.items():
         if isinstance(value, Mapping):
             found |= _numbers(value, f"{path}{key}.")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and math.isfinite(value):
             found[f"{path}{key}"] = float(value)
             if key in ("excess", "excess_slope"):
                 found[f"{path}{key}_size"] = abs(float(value))
