@@ -57,6 +57,9 @@ class WorldDepthConfig(TrainingConfig):
     room_clips: int = 4096
     """Rooms that are rendered and kept on the device (0.4 MB of 5 frames at 128 px)."""
 
+    per_device_train_batch_size: int = 8
+    """Samples of a step and process, of the world and of rooms."""
+
     room_share: float = 0.5
     """Part of the samples that are of rooms."""
 

@@ -56,10 +56,6 @@ def test_pictures_of_any_mode_and_bytes_of_arrays_are_the_picture(pipe: Any) -> 
     assert torch.equal(*clips)
 
 
-def texts(change: dict[str, Any]) -> str:
-    return " ".join(f"{name}={str(value)[:40]}" for name, value in change.items())
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": np.full((32, 32, 3), 200.0)}, "outside those of a picture"),
     ({"image": torch.full((1, 3, 32, 32), NONE)}, "outside those of a picture"),
@@ -97,7 +93,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "says"), WRONG, ids=[texts(change) for change, _ in WRONG])
+@pytest.mark.parametrize(
+    ("change", "says"), WRONG, ids=[f"{each} {' '.join(WRONG[each][0])}" for each in range(len(WRONG))]
+)
 def test_wrong_arguments_are_said_at_once(pipe: Any, change: dict[str, Any], says: str) -> None:
     words = PLAIN | {"prompt": TEXT, "num_frames": 33} | change
     with pytest.raises(UserError, match=says) as caught:
