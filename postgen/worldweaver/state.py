@@ -85,6 +85,12 @@ class RolloutState:
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What the caller wants to keep beside it, as the range of disparity or what its decoder remembers."""
 
+    def __repr__(self) -> str:
+        """Say where it is; its tensors are pages."""
+        end = "no end" if self.end is None else f"{self.end} to come in all"
+        done = f"{self.finished} latent frames finished, {len(self.flight)} groups in the making, {end}"
+        return f"RolloutState({self.rows} videos, {done})"
+
     @property
     def rows(self) -> int:
         """B."""

@@ -80,7 +80,7 @@ def world_pool(
         # Another run may have made them in the meantime.
         found = {name: _read(place) for name, place in places.items() if place.is_file()}
         if missing := [name for name in names if name not in found]:
-            found |= _rendered(specs, config, model, missing, placing, bf16)
+            found |= _rendered(specs, first, config, model, missing, placing, bf16)
             for name in missing if places else ():
                 _write(places[name], found[name])
     device = model.transformer.device
@@ -119,6 +119,7 @@ def latent_ends(num_frames: int, latents: int) -> list[int]:
 
 def _rendered(
     specs: Sequence[world.Spec],
+    first: int,
     config: ClipsConfig,
     model: WorldWeaverModel,
     names: Sequence[str],
@@ -128,7 +129,7 @@ def _rendered(
     device = model.transformer.device
     # All scenes at once: the physics of one takes as many calls as that of thousands.
     motion = Simulation(specs, "cpu").run(config.num_frames)
-    geometry, noise = bool({"depth", "flow", PLACED} & {*names}), torch.Generator().manual_seed(0)
+    geometry, noise = bool({"depth", "flow", PLACED} & {*names}), torch.Generator().manual_seed(first)
     pictures = [name for name in names if name != PLACED]
     parts: list[dict[str, Tensor]] = []
     spans = list(in_parts(len(specs), _RENDERED.get(device.type, 2)))
@@ -149,7 +150,8 @@ def _rendered(
                 depth = encoded(model, ["depth"], frames.rgb_BF3HW, disparity, None, noise, bf16=bf16)["depth"]
             ends = latent_ends(config.num_frames, depth.shape[2])
             limits, poses = DisparityRange.of(disparity), frames.pose_BF34[:, ends]
-            part[PLACED] = placing.sights(model, depth, limits, poses, range(span.start, span.stop))
+            # Seeds of the scenes: processes have others, and so other disturbances.
+            part[PLACED] = placing.sights(model, depth, limits, poses, range(first + span.start, first + span.stop))
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 

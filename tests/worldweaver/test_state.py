@@ -238,3 +238,9 @@ def test_an_interrupt_never_tears_a_shift():
         start = state.finished
         rest = [group.latents for group in made.groups(state)]
         assert torch.equal(torch.cat(rest, 2), whole[:, :, start:]), line
+
+
+def test_a_state_says_where_it_is_in_one_line():
+    state = beginning(rollout(Mixer()), rows=2)
+    assert repr(state).startswith(f"RolloutState(2 videos, {state.finished} latent frames finished")
+    assert "tensor" not in repr(state)
