@@ -3,7 +3,7 @@
     python -m benchmarks.worldweaver --arms a=runs/ww-a/export d=runs/ww-d/export --worlds 128 --out out/worldweaver
 
 Every arm is given the first frames of a scene that no training has seen, with their exact depth where it knows depth,
-and the caption of the first frame; it goes on to 161 frames. Each clip is measured against the scene
+and captions of what happens from now on; it goes on to 161 frames. Each clip is measured against the scene
 (`postgen.metrics.drift`), and latents of RGB and depth against those of the scene, frame by frame: does depth drift
 less? OUT/ARM.json has a row for each world; an arm that has one is not run again, and a run that was interrupted goes
 on (`benchmarks.worldweaver_jobs`). Seeds of training are NAME.0, NAME.1, ... `sliding=`, `sliding_pixels=` and
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.worldweaver_along import along
+from benchmarks.worldweaver_captions import KINDS, encoded
+from benchmarks.worldweaver_captions import schedule as schedule_of_captions
 from benchmarks.worldweaver_stats import value_of
 from postgen import world
 from postgen.assets import embedded_model
@@ -134,7 +136,16 @@ def given_latents(arm: Arm, truth: world.Frames, count: int, seen: int | None = 
 
 
 @torch.no_grad()
-def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, given: int, seed: int = 0) -> Made:
+def make_clips(
+    arm: Arm,
+    specs: Sequence[world.Spec],
+    truth: world.Frames,
+    *,
+    given: int,
+    seed: int = 0,
+    captions: str = "along",
+    first: int = 0,
+) -> Made:
     """Let an arm go on from the first frames of scenes, to their length.
 
     Args:
@@ -143,6 +154,8 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         truth: their render with geometry.
         given: frames that it is given.
         seed: of the noise.
+        captions: what it is told, one of `worldweaver_captions.KINDS`.
+        first: frame of the scenes at which `truth` begins.
     """
     model, told = arm.model, arm.settings
     device, total = model.transformer.device, truth.rgb_BF3HW.shape[1]
@@ -162,14 +175,17 @@ def make_clips(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, gi
         poses=lambda start, stop: poses[:, start:stop],
         extras=None if placed is None else placed.extras,
     )
-    captions = [world.caption_at(spec, 0) for spec in specs]
-    condition = model.denoiser.encode_prompt(captions, guidance=arm.guidance > 1)
+    texts = schedule_of_captions(
+        *(captions, specs, range(first, first + total), shape[1]),
+        given=begin.shape[2],
+        size=told["causal_block_size"],
+        groups=segments.groups,
+    )
+    prompts = encoded(model.denoiser, texts, guided=arm.guidance > 1)
     seeds = [seed_of(seed, "initial", number) for number in range(len(specs))]
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     left = shape[1] - begin.shape[2]
-    state = run.start(
-        (shape[0], *shape[2:]), [(0, condition)], generators, bank_of(arm), num_latents=left, given=begin
-    )
+    state = run.start((shape[0], *shape[2:]), prompts, generators, bank_of(arm), num_latents=left, given=begin)
     clock = time.perf_counter()
     store = None if placed is None else placed.on_group
     latents = torch.cat([begin, *(group.latents for group in run.groups(state, on_group=store))], 2)
@@ -275,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--given", type=int, default=17, help="frames that an arm is given")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--captions", choices=KINDS, default="along", help="what models are told: now, or at first")
     parser.add_argument("--guidance", type=float, help="instead of what the adapter says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes; several commands may share --out too")

@@ -82,7 +82,14 @@ def stock_arm(
 
 
 def stock_clips(
-    kind: str, arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, *, given: int, seed: int = 0
+    kind: str,
+    arm: Arm,
+    specs: Sequence[world.Spec],
+    truth: world.Frames,
+    *,
+    given: int,
+    seed: int = 0,
+    captions: str = "along",
 ) -> Made:
     """Return the clips of an arm of `stock_arm`; arguments as of `make_clips`.
 
@@ -90,9 +97,9 @@ def stock_clips(
         UserError: a kind that there is not.
     """
     if kind == "sliding":
-        return make_clips(arm, specs, truth, given=given, seed=seed)
+        return make_clips(arm, specs, truth, given=given, seed=seed, captions=captions)
     if kind == "sliding_pixels":
-        return _encoded_again(arm, specs, truth, given, seed)
+        return _encoded_again(arm, specs, truth, given, seed, captions)
     if kind == "ceiling":
         latents = given_latents(arm, truth, truth.rgb_BF3HW.shape[1])[0]
         with torch.no_grad():
@@ -100,7 +107,9 @@ def stock_clips(
     raise UserError(f"an arm without a folder is one of {', '.join(KINDS)}, got {kind}")
 
 
-def _encoded_again(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, given: int, seed: int) -> Made:
+def _encoded_again(
+    arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, given: int, seed: int, captions: str
+) -> Made:
     """Window after window, each a video of its own that begins with the last frames of the one before."""
     shown, total, seconds = arm.settings["history_sizes"][1], truth.rgb_BF3HW.shape[1], 0.0
     frames = truth.rgb_BF3HW[:, :given]
@@ -110,7 +119,8 @@ def _encoded_again(arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, g
         stop = min(total, done - context + 4 * WINDOW - 3)
         window = _window(truth, done - context, stop)
         window.rgb_BF3HW = torch.cat([frames[:, done - context :], window.rgb_BF3HW[:, context:]], 1)
-        made = make_clips(arm, specs, window, given=context, seed=seed + done)
+        first = done - context
+        made = make_clips(arm, specs, window, given=context, seed=seed + done, captions=captions, first=first)
         # Of given frames the autoencoder's round trip, as of all arms; what was handed out stays.
         fresh = 0 if done == given else context
         frames = torch.cat([frames[:, : done - context + fresh], made.frames[:, fresh:]], 1)

@@ -32,7 +32,7 @@ from postgen.files import replacing
 from postgen.info import versions
 from postgen.training.run_folder import RunLock
 
-SHARED = ("frames", "given", "size", "first", "worlds", "batch", "guidance")
+SHARED = ("frames", "given", "size", "first", "worlds", "batch", "captions", "guidance")
 """Options that all arms of a folder have in common."""
 
 
@@ -99,11 +99,11 @@ class Loaded:
 
     def rows(self, part: Part, low: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         """Make its clips of a part, measure them, and keep pictures of the first worlds."""
-        given = options.given
+        given, words = options.given, {"seed": low, "captions": options.captions}
         if self.kind is None:
-            made = make_clips(self.arm, part.specs, part.truth, given=given, seed=low)
+            made = make_clips(self.arm, part.specs, part.truth, given=given, **words)
         else:
-            made = stock_clips(self.kind, self.arm, part.specs, part.truth, given=given, seed=low)
+            made = stock_clips(self.kind, self.arm, part.specs, part.truth, given=given, **words)
         if not low:
             keep_pictures(options.out, self.arm.name, made.frames, made.disparity, part.truth)
         return measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm, given))

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.worldweaver import load_arm, main, make_clips, measured, table
 from benchmarks.worldweaver_baselines import KINDS, stock_arm, stock_clips
+from benchmarks.worldweaver_captions import schedule
 from postgen import world
 from postgen.errors import UserError
 from postgen.families import denoiser_for
@@ -47,6 +48,24 @@ def test_clips_of_arms(tmp_path: Path) -> None:
         assert all(len(row["latent_error"]["rgb"]) == 6 for row in rows[name])
         assert max(rows[name][0]["latent_error"]["rgb"][:3]) < 1e-9
     assert "c - a" in table(rows)
+
+
+def test_a_model_is_told_what_its_oldest_group_shows() -> None:
+    """As in training; a rollout tells a prompt once its newest group begins at the prompt's frame."""
+    specs = [world.sample_long(seed, num_frames=161) for seed in (3, 4)]
+    latents, given, size, groups = 41, 5, 2, 3
+    told = schedule("along", specs, range(161), latents, given=given, size=size, groups=groups)
+    assert told[0][0] == 0
+    assert len(told) > 1
+    for start in range(given, latents, size):
+        newest = start + (groups - 1) * size
+        due = [texts for begin, texts in told if begin <= newest][-1]
+        # A latent frame begins with the pixel frame behind the end of the one before.
+        assert due == [world.caption_at(spec, 4 * start - 3) for spec in specs]
+    later = schedule("along", specs, range(100, 161), 16, given=given, size=size, groups=1)
+    assert later[0][1] == [world.caption_at(spec, 117) for spec in specs]
+    first = [world.caption_at(spec, 0) for spec in specs]
+    assert schedule("start", specs, range(161), latents, given=given, size=size, groups=groups) == [(0, first)]
 
 
 def test_the_sliding_window_is_the_stock_model() -> None:
