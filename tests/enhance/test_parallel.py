@@ -46,6 +46,8 @@ def rank_main(rank: int, folder: Path, degree: str) -> None:
         except postgen.UserError as error:
             results[name] = {"error": str(error)}
     torch.save(results, folder / f"{rank}.pt")
+    # Who leaves while the other's threads still read from it aborts, rarely, on a busy machine.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
