@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel
 
 from postgen.errors import UserError
 from postgen.pipelines.worldweaver import PARTS, WorldWeaverPipeline
@@ -70,6 +71,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": [3], "guidance_scale": 3.0}, "the negative prompt must be"),
     ({"prompt": None, "prompt_embeds": torch.rand(32, 16)}, "give a tensor"),
     ({"prompt": None, "prompt_embeds": torch.full((1, 32, 16), NONE)}, "finite numbers"),
+    ({"prompt": None, "prompt_embeds": torch.rand(1, 0, 16)}, "give a tensor"),
+    ({"prompt": None, "prompt_embeds": torch.rand(1, 8, 17)}, "has 17 features, WanTransformer3DModel takes 16"),
+    (
+        {"prompt": None, "prompt_embeds": torch.rand(1, 8, 16), "negative_prompt_embeds": torch.rand(1, 8, 15)}
+        | {"guidance_scale": 3.0},
+        "negative_prompt_embeds has 15 features",
+    ),
     ({"generator": 3}, "must be a torch.Generator"),
     ({"generator": [None]}, "must be a torch.Generator"),
     ({"height": "32"}, "height must be at least 1"),
@@ -136,6 +144,14 @@ def test_models_that_cannot_be_driven_are_refused() -> None:
     mute.text_encoder = None
     with pytest.raises(UserError, match="has no text encoder: give prompt_embeds"):
         mute.stream(TEXT, **PLAIN)
+    foreign = tiny()
+    foreign.text_encoder = T5EncoderModel(T5Config.from_dict({**foreign.text_encoder.config.to_dict(), "d_model": 8}))
+    with pytest.raises(UserError, match="what T5EncoderModel says has 8 features"):
+        foreign.stream(TEXT, **PLAIN)
+    with pytest.raises(UserError, match="has 5 features, CogVideoXTransformer3DModel takes 16"):
+        quiet(WorldWeaverPipeline.from_pipe(cogvideox(), mean_level=True)).stream(
+            prompt_embeds=torch.rand(1, 8, 5), num_frames=17, **PLAIN
+        )
     # A model of RGB has no depth to compare, whatever is given.
     with pytest.raises(UserError, match="compares depth latents"):
         tiny(()).stream(TEXT, memory_policy="depth_sim", **PLAIN)
