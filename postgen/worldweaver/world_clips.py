@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from postgen.training.logging import say
 from postgen.training.run_folder import RunLock
 from postgen.world.camera import camera_path
 from postgen.world.physics import Motion, Simulation
+from postgen.world.processes import spread
 from postgen.world.scenes import FIRST_TRAINING_SEED
 
 from .clips import CORRUPTED, PLACED, ClipPool, ClipsConfig, encoded, in_parts
@@ -99,12 +97,7 @@ def long_specs(seeds: range, num_frames: int) -> list[world.Spec]:
     """Draw `world.sample_long` scenes of these seeds; large numbers by several processes."""
     parts = [seeds[each] for each in in_parts(len(seeds), _CHUNK)]
     draw = partial(_specs, num_frames=num_frames)
-    # torchrun's processes draw at the same time and share the cores.
-    workers = min(len(parts), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if workers < 4:
-        return [spec for each in parts for spec in draw(each)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        return [spec for each in executor.map(draw, parts) for spec in each]
+    return [spec for each in spread(draw, parts, "draws scenes") for spec in each]
 
 
 def _specs(seeds: range, num_frames: int) -> list[world.Spec]:
