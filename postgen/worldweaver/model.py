@@ -74,6 +74,7 @@ class WorldWeaverModel:
                 " another model"
             )
         self._wide = wide
+        wide.driven_by(embedder)
         if embedder.config["skip"] and denoiser.prediction_type != "flow":
             raise UserError(f"this level embedder is of a flow, the model predicts {denoiser.prediction_type}")
         if latent_scale is not None:
