@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import avg_pool2d, silu
 
 from postgen.worldweaver.levels import FrameLevels, Role
 
 _BLOCKS = 2
+_CONTRAST = 0.25
+"""How much cells of clean latents, whose deviation is about 1, are taken to differ from their neighbours."""
 _FREQUENCIES = 8
 """Sines, and as many cosines, of each level."""
 
@@ -36,8 +38,9 @@ class Refiner(nn.Module):
         super().__init__()
         self.channels = channels
         made = channels * (modalities - 1)
-        # What the transformer says of each modality but RGB, RGB without its noise, and what both frames hold.
-        self.first = nn.Conv2d(made + channels * (1 + 2 * modalities), width, 3, padding=1)
+        # What the transformer says of each modality but RGB and how their cells differ, RGB without its noise, and what
+        # both frames hold.
+        self.first = nn.Conv2d(2 * made + channels * (1 + 2 * modalities), width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(_BLOCKS))
         self.last = nn.Conv2d(width, made, 3, padding=1)
         self.told = nn.Sequential(nn.Linear(4 * _FREQUENCIES * modalities, width), nn.SiLU())
@@ -61,8 +64,9 @@ class Refiner(nn.Module):
         # No gradients into RGB, which is trained by its own loss alone.
         clean = z[:, : self.channels] - level[:, : self.channels] * rgb.detach()
         noisy = z * ((1 - level).square() + level.square()).rsqrt()
+        differences = contrast(z, level)[:, self.channels :]
         before, sigma_before = _before(noisy, sigma, levels.role.to(z.device))
-        seen = torch.cat([others, clean, noisy, before], 1).transpose(1, 2).flatten(0, 1).to(dtype)
+        seen = torch.cat([others, differences, clean, noisy, before], 1).transpose(1, 2).flatten(0, 1).to(dtype)
         # Differences of cells matter where noise is low; bfloat16 would take them.
         with torch.autocast(z.device.type, enabled=False):
             waves = get_timestep_embedding(torch.cat([sigma, sigma_before], 2).flatten() * 1000, 2 * _FREQUENCIES)
@@ -84,6 +88,16 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         added: Tensor = self.second(silu(self.first(silu(x * (1 + scale) + shift))))
         return x + added
+
+
+def contrast(z: Tensor, level: Tensor) -> Tensor:
+    """Return (B, c, T, h, w), how cells differ from the mean of 3 x 3, in units of what is expected of the level.
+
+    Of little noise that is much, while in the latents themselves it is next to nothing: weights that look for it would
+    have to become large first.
+    """
+    around = avg_pool2d(z.flatten(1, 2), 3, 1, 1, count_include_pad=False).view_as(z)
+    return (z - around) * (level.square() + ((1 - level) * _CONTRAST).square()).rsqrt()
 
 
 def _before(z: Tensor, sigma: Tensor, role: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from postgen.worldweaver.adapter import CONFIG, load_adapter, save_adapter
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.levels import FrameLevels, Modality, Role
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.refine import Refiner
+from postgen.worldweaver.refine import Refiner, contrast
 from postgen.worldweaver.widen import widen_transformer
 from tests.families.test_frame_levels import MAKERS
 from tests.worldweaver.training import settings, trained
@@ -118,6 +118,17 @@ def test_a_frame_sees_itself_and_the_one_before_it_in_time() -> None:
         level = sigma.clone()
         level[..., modality] = 1 - level[..., modality]
         assert (refiner(out, z, levels_of(level, *roles)) - whole).abs().mean() > 1e-3
+
+
+def test_cells_are_compared_in_units_of_their_noise() -> None:
+    """Little noise is as loud as much: a flat frame is silent, one with noise of any level is about 1."""
+    noise = torch.randn(1, 4, 2, 32, 32, generator=seeded(0))
+    for level in (0.05, 0.3, 1.0):
+        sigma = torch.full((1, 4, 2, 1, 1), level)
+        flat = torch.full_like(noise, 3.0)
+        torch.testing.assert_close(contrast(flat, sigma), torch.zeros_like(flat), rtol=0, atol=1e-5)
+        textured = flat + level * noise + (1 - level) * 0.25 * noise.flip(4)
+        assert 0.85 < float(contrast(textured, sigma).std()) < 1.05
 
 
 def test_rgb_enters_without_its_noise_and_without_gradients() -> None:
