@@ -249,11 +249,16 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
     for name in state:
         del tensors[_OF_EMBEDDER + name]
     known = {"width", "modalities", "frequencies", "hidden"}
-    # Adapters from before there was a skip have none.
-    skip = config.get("skip", False)
-    sizes = {name: value for name, value in config.items() if name != "skip"}
+    # Adapters from before there was a skip, or what refines, have none.
+    skip, refine = config.get("skip", False), {name: config.get(name, 0) for name in ("refine", "channels")}
+    sizes = {name: value for name, value in config.items() if name != "skip" and name not in refine}
     fits = sizes.keys() == known and all(type(value) is int and 0 < value <= 2**16 for value in sizes.values())
-    if not fits or type(skip) is not bool:
+    fits = fits and all(type(value) is int and 0 <= value <= 1024 for value in refine.values())
+    if (
+        not fits
+        or type(skip) is not bool
+        or (refine["refine"] and not (skip and modalities > 1 and refine["channels"]))
+    ):
         raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")
     if config["modalities"] != modalities:
         raise UserError(f"{said}: a level embedder of {config['modalities']} modalities, the adapter has {modalities}")

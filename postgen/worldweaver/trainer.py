@@ -126,7 +126,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
-        made: LevelEmbedder = LevelEmbedder.for_transformer(self.pipe, skip=bool(args.aux))
+        made: LevelEmbedder = LevelEmbedder.for_transformer(
+            self.pipe, skip=bool(args.aux), refine=args.refine if args.aux else 0
+        )
         return made
 
     def _read_clips(self, model: WorldWeaverModel) -> None:
