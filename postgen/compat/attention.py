@@ -181,6 +181,16 @@ def attention_settings(processor: Any) -> tuple[Any, Any]:
     return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
 
 
+def computes_natively(processor: Any) -> bool:
+    """Whether a processor's attention is torch's own, which takes masks of numbers, and nothing stands on it."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if getattr(processor, "postgen_wrappers", ()) or not takes_attention_backend(processor):
+        return False
+    backend = attention_settings(processor)[0] or _AttentionBackendRegistry.get_active_backend()[0]
+    return AttentionBackendName(backend) is AttentionBackendName.NATIVE
+
+
 def takes_attention_backend(processor: Any) -> bool:
     """Whether a processor asks diffusers' dispatcher for a backend, which `set_attention_backend` may then set."""
     return hasattr(processor, "_attention_backend")

@@ -39,7 +39,7 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
     model = unwrap(network)
     blocks = list(getattr(model, "blocks", ()) or getattr(model, "transformer_blocks", ()))
     names = {each.__name__ for block in blocks for each in type(block).__mro__} & _FOLDS.keys()
-    if torch.is_grad_enabled() or len(names) != 1 or any(map(_altered, (network, *blocks))):
+    if torch.is_grad_enabled() or len(names) != 1 or any(map(altered, (network, *blocks))):
         yield
         return
     fold = _FOLDS[names.pop()](frames)
@@ -59,8 +59,8 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
         yield
 
 
-def _altered(module: nn.Module) -> bool:
-    """Whether a module is compiled, or its forward is no longer that of its class."""
+def altered(module: nn.Module) -> bool:
+    """Whether a transformer or block is compiled, or the forward of a block is no longer that of its class."""
     return is_compiled(module) or (hasattr(module, "attn1") and "forward" in vars(module))
 
 

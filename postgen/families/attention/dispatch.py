@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from postgen.compat.attention import (
     attention_settings,
+    computes_natively,
     install_attention_tap,
     mesh_group,
     register_attention_backend,
@@ -18,6 +19,7 @@ from postgen.compat.attention import (
 
 __all__ = [
     "attention_settings",
+    "computes_natively",
     "install_attention_tap",
     "mesh_group",
     "register_attention_backend",
