@@ -17,7 +17,7 @@ import postgen
 from tests.arrows import offences
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("pipelines", "rewards", "kernels", "apps")
+LINKED = ("pipelines", "rewards", "kernels", "apps", "recipes")
 MEBIBYTE = 2**20
 
 
