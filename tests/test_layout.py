@@ -138,6 +138,11 @@ def test_kernels_is_a_namespace_folder():
     assert importlib.util.find_spec("postgen.kernels").origin is None
 
 
+def test_no_folder_of_the_root_is_a_package_of_the_hub():
+    """Gradio imports `spaces` where it is, and calls it in a Space: an empty folder of this name would do."""
+    assert not (ROOT / "spaces").exists()
+
+
 @pytest.mark.slow
 def test_hub_kernels_package_works_from_the_repository_root():
     spec = importlib.util.find_spec("kernels")
