@@ -75,14 +75,18 @@ def recipe_file(given: str | Path) -> Path:
     """
     text, path = str(given), Path(given)
     recipes = {name: file for name, file in _files().items() if "/" not in name}
-    if os.path.exists(path) and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         return path
     if text.strip() and not {"/", os.sep, "\0"} & set(text) and path.suffix not in (".yaml", ".yml"):
         if text in recipes:
             return recipes[text]
+        if os.path.isdir(path):
+            return path  # whoever reads it says what it is
+        own = path.with_name(f"{path.name}.yaml")
+        near = f" Did you mean {str(own)!r}?" if os.path.isfile(own) else did_you_mean(text, recipes)
         raise UserError(
-            f"Recipe {shown(text)} cannot be read: there is no such file, and none of this name is shipped."
-            f"{did_you_mean(text, recipes)} `postgen recipes` lists those that are."
+            f"Recipe {shown(text)} cannot be read: there is no such file, and none of this name is shipped.{near}"
+            " `postgen recipes` lists those that are."
         )
     if path.stem in recipes and not os.path.lexists(path):
         raise UserError(

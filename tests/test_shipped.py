@@ -102,6 +102,15 @@ def test_what_is_said_of_a_wrong_name(given, message, tmp_path, monkeypatch, cli
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
 
 
+def test_what_is_said_of_a_folder_and_of_a_name_without_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("other.yaml").write_text("method: lit")
+    for given, message in {"mine": "it is a folder", ".": "it is a folder", "other": "mean 'other.yaml'"}.items():
+        with pytest.raises(UserError, match=message):
+            load_recipe(given)
+
+
 def test_list_and_show(cli):
     listed = cli("recipes")
     assert (listed.code, listed.err) == (0, "")
@@ -144,6 +153,7 @@ def test_nothing_is_overwritten(cli, tmp_path):
     (tmp_path / "nft-tiny.yaml").write_text("mine")
     assert "nft-tiny.yaml is there already" in cli("recipes", "copy", "nft-tiny", tmp_path).err
     (tmp_path / "file").write_text("x")
+    assert "is empty" in cli("recipes", "copy", "nft-tiny", "").err
     assert "file is not a folder" in cli("recipes", "copy", "nft-tiny", tmp_path / "file").err
 
 

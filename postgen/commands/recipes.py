@@ -13,8 +13,10 @@ import typer
 if TYPE_CHECKING:
     from postgen.shipped import Shipped
 
-Name = Annotated[str, typer.Argument(help="Name, as `postgen recipes` lists it.")]
-Folder = Annotated[Path, typer.Argument(help="Where to: FOLDER/NAME.yaml, and its prompts in FOLDER/prompts.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name, as `postgen recipes` lists it.")]
+Folder = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="Where to: FOLDER/NAME.yaml, and its prompts in FOLDER/prompts.")
+]
 
 _TITLES = {
     "recipe": "Recipes: postgen train NAME",
@@ -59,17 +61,19 @@ def show(name: Name) -> None:
     typer.echo(find_shipped(name).path.read_text(encoding="utf-8"), nl=False)
 
 
-def copy(name: Name, folder: Folder = Path("recipes")) -> None:
+def copy(name: Name, folder: Folder = "recipes") -> None:
     """Copy a recipe, with the prompts that it names, to be changed; nothing is overwritten."""
+    from postgen.files import named
     from postgen.shipped import FOLDER, find_shipped
 
+    home = named(folder, folder=True)
     item = find_shipped(name)
     places = [item.path, *(item.path.parent / read for read in item.reads)]
-    pairs = {folder.expanduser() / place.relative_to(FOLDER): place for place in places}
+    pairs = {home / place.relative_to(FOLDER): place for place in places}
     _copy_all(pairs)
     for target in pairs:
         typer.echo(target)
-    for line in _next_steps(item, folder):
+    for line in _next_steps(item, home):
         typer.echo(line)
 
 
