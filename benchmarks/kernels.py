@@ -294,7 +294,7 @@ def joined(paths: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: a file that is not there, or is no result of this benchmark, or a row faster than its floor.
     """
-    results = [_result(path) for path in paths]
+    results = [part for path in paths for part in _results(path)]
     rows = list({(row["op"], row["shape"]): row for row in with_best_floors(results)}.values())
     check_floors(rows)
     return {
@@ -305,18 +305,21 @@ def joined(paths: list[str]) -> dict[str, Any]:
     }
 
 
-def _result(path: str) -> dict[str, Any]:
-    """Read a result that was measured, not joined, and whose rows have what the gates read."""
+def _results(path: str) -> list[dict[str, Any]]:
+    """Read a result whose rows have what the gates read; of a joined one the rates of each run, rows in the last."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in result["rows"]:
             row["op"], row["shape"]
         all_gates(result["rows"], [])
-        return {key: result[key] for key in (*STAMPS, "rows")}
+        *others, last = ({key: run[key] for key in STAMPS} for run in result.get("measured", [result]))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result that benchmarks.kernels has measured: {error!r}") from error
+    if len(devices := {run["device"] for run in (*others, last)}) > 1:
+        raise ValueError(f"{path} has runs of several devices, {', '.join(sorted(devices))}: join the runs themselves")
+    return [*({**run, "rows": []} for run in others), {**last, "rows": result["rows"]}]
 
 
 def check_operations(only: list[str]) -> None:

@@ -45,6 +45,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 class Part:
     """Some of the worlds, rendered, with what arms share of them."""
 
+    seeds: Sequence[int]
     specs: Sequence[world.Spec]
     truth: world.Frames
     _latents: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -55,7 +56,7 @@ class Part:
         count = min(options.batch, options.worlds - low)
         seeds = range(options.first + low, options.first + low + count)
         specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
-        return cls(specs, world.render(specs, num_frames=options.frames, size=options.size, device=device))
+        return cls(seeds, specs, world.render(specs, num_frames=options.frames, size=options.size, device=device))
 
     def latents(self, arm: Arm, given: int) -> Tensor:
         """Return the true latents in an arm's modalities; those of one arm serve all that have the same."""
@@ -98,7 +99,11 @@ class Loaded:
         return cls(dataclasses.replace(arm, name=name, guidance=guidance), kind, None)
 
     def rows(self, part: Part, low: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-        """Make its clips of a part, measure them, and keep pictures of the first worlds."""
+        """Make its clips of a part, measure them, and keep pictures of the first worlds.
+
+        Returns:
+            What `measured` gives for each world, and its seed as `world_seed`; files of before there was one lack it.
+        """
         given, words = options.given, {"seed": low, "captions": options.captions}
         if self.kind is None:
             made = make_clips(self.arm, part.specs, part.truth, given=given, **words)
@@ -106,7 +111,8 @@ class Loaded:
             made = stock_clips(self.kind, self.arm, part.specs, part.truth, given=given, **words)
         if not low:
             keep_pictures(options.out, self.arm.name, made.frames, made.disparity, part.truth)
-        return measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm, given))
+        found = measured(self.arm, part.specs, part.truth, made, given, part.latents(self.arm, given))
+        return [{"world_seed": seed, **row} for seed, row in zip(part.seeds, found, strict=True)]
 
 
 def _merge(arm: Arm) -> None:

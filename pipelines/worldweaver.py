@@ -21,12 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgen.errors import UserError, check_number
 from postgen.families import denoiser_for
-from postgen.families.installed import installed
-from postgen.worldweaver.adapter import load_adapter
+from postgen.worldweaver.adapter import carried_adapter, load_adapter
 from postgen.worldweaver.call import check_transformer, session_of
 from postgen.worldweaver.callbacks import check_callbacks, latents_of
 from postgen.worldweaver.chunks import WorldWeaverChunk, collected
-from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.levels import MODALITIES, Modality
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.plan import DEFAULTS, TRAINED, identity_of
@@ -34,7 +32,7 @@ from postgen.worldweaver.rollout import Step
 from postgen.worldweaver.session import Session
 from postgen.worldweaver.state import RolloutState
 from postgen.worldweaver.told import Prompt
-from postgen.worldweaver.widen import NAME, transformer_of, widen_transformer, widened
+from postgen.worldweaver.widen import transformer_of, widened
 
 BASES = ("LTXPipeline", "SkyReelsV2Pipeline", "WanPipeline")
 """Pipelines whose networks take a noise level for each frame."""
@@ -127,7 +125,8 @@ class WorldWeaverPipeline(DiffusionPipeline):
             pipeline: one of `BASES`; it makes no videos by itself any more, unless aux is empty or
                 `postgen.worldweaver.widen.narrow_transformer` is called.
             adapter: folder of `save_adapter`; its settings are the defaults of the call. None: a transformer that is
-                widened is taken as it is, a stock one is widened untrained.
+                widened is taken as it is, with the level embedder and the settings of the adapter that is in it; a
+                stock one is widened untrained.
             aux: what an untrained one gets beside RGB; () leaves it as it is, a model of RGB alone.
             mean_level: see the class.
 
@@ -135,28 +134,17 @@ class WorldWeaverPipeline(DiffusionPipeline):
             UserError: a pipeline of another class, or as `load_adapter` and `widen_transformer`.
         """
         name = _base_of(pipeline, mean_level)
-        model = transformer_of(pipeline)
-        settings: dict[str, Any] = {}
-        if adapter is not None:
-            loaded = load_adapter(pipeline, Path(adapter))
-            embedder, settings = loaded.embedder, loaded.settings
-        else:
-            if NAME not in installed(model).plug_ins:
-                _widen(model, tuple(aux))
-            # The same everywhere, so that a state knows the model again in another process.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs are not put back
-                embedder = LevelEmbedder.for_transformer(model)
-        scale = widened(model).latent_scale
+        loaded = carried_adapter(pipeline, tuple(aux)) if adapter is None else load_adapter(pipeline, Path(adapter))
+        scale = widened(pipeline).latent_scale
         takes = inspect.signature(type(pipeline).__init__).parameters
         own = {key: value for key, value in pipeline.config.items() if key in takes and key not in pipeline.components}
         return cls(
             **{part: getattr(pipeline, part) for part in PARTS},
-            level_embedder=embedder,
+            level_embedder=loaded.embedder,
             base_pipeline=name,
             base_settings=own,
             mean_level=mean_level,
-            defaults={key: settings[key] for key in (*DEFAULTS, *TRAINED) if key in settings},
+            defaults={key: loaded.settings[key] for key in (*DEFAULTS, *TRAINED) if key in loaded.settings},
             latent_scale=None if scale is None else list(scale),
         )
 
@@ -363,7 +351,9 @@ class WorldWeaverPipeline(DiffusionPipeline):
         # A transformer of a folder does not say what its channels are, the embedder beside it does.
         sizes = self.transformer.config  # of text-to-video: what is more than the latents is placed memory
         placed = sizes["in_channels"] > (sizes["out_channels"] or sizes["in_channels"])
-        widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]], placed=placed)
+        wide = widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]], placed=placed)
+        if wide.embedder is not self.level_embedder:  # of a folder: another pipeline of this transformer takes it too
+            wide.driven_by(self.level_embedder, self.config["defaults"])
         own = {name: self.config[name] for name in ("mean_level", "latent_scale")}
         return WorldWeaverModel(denoiser, self.level_embedder, **own)
 
@@ -391,10 +381,3 @@ def _base_of(pipeline: Any, mean_level: bool) -> str:
             else f"{name} takes a noise level for each frame: leave mean_level out"
         )
     return name
-
-
-def _widen(model: Any, aux: tuple[Modality, ...]) -> None:
-    if aux:
-        widen_transformer(model, aux)
-    else:
-        widened(model, MODALITIES[:1])

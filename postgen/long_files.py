@@ -25,6 +25,10 @@ from postgen.worldweaver.state import RolloutState
 REQUEST = "request"
 """What `RolloutState.model` calls the request."""
 _MARKS = ("written.video", "written.depth")
+WHOLE_UP_TO = 2**28
+"""Bytes of what decoders remember that are saved after every chunk. More are left out (in Wan at 480 x 832 they are
+3.8 GB, for depth as much again): whoever goes on decodes the last latents once more, and gets the same frames. Fewer
+are saved sooner than they are made again: in the embedded model at 128 x 128 it is 13 MB against some seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +132,9 @@ class LongFiles:
             marks = [video.mark for video in self._videos]
             state.extra |= {name: torch.tensor(mark) for name, mark in zip(_MARKS, marks, strict=False)}
             state.model[REQUEST] = note
+            kept = state.light() if state.decoder_bytes > WHOLE_UP_TO else state
             with held():
-                state.save(self.places.state)
+                kept.save(self.places.state)
                 self.saved, self._marks = True, marks
         except BaseException as error:
             self._cut()

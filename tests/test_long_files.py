@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from postgen import probe
+from postgen import long_files, probe
 from postgen.errors import UserError
 from postgen.generate_long import LongRequest, prepare_long
 from postgen.locks import FolderLock
@@ -71,6 +71,30 @@ def test_ctrl_c_before_the_state_is_saved(
     assert f"{probe(tmp_path / 'a.mp4').frames} frames" in done.err
     assert long("--continue", tmp_path / "a.state").code == 0
     assert probe(tmp_path / "a.mp4").frames == 33
+
+
+def test_what_decoders_remember_is_not_saved_where_it_is_much(
+    long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made again of the last latents: the bytes of the video are those of a run that nobody stopped."""
+    assert long("a ball", "--long", "4").code == 0
+    expected, whole = (tmp_path / "a.mp4").read_bytes(), RolloutState.load(tmp_path / "a.state")
+    assert whole.decoder_bytes > 0
+    monkeypatch.setattr(long_files, "WHOLE_UP_TO", whole.decoder_bytes - 1)
+    save, saved = RolloutState.save, []
+
+    def stop(state: RolloutState, folder: Path) -> None:
+        saved.append(state)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(state, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutState, "save", stop)
+        assert long("a ball", "--long", "4").code == 130
+    assert not any("cache" in name for name in RolloutState.load(tmp_path / "a.state").extra)
+    assert long("--continue", tmp_path / "a.state").code == 0
+    assert (tmp_path / "a.mp4").read_bytes() == expected
 
 
 def test_a_second_process_is_kept_out(long: Any, tmp_path: Path) -> None:

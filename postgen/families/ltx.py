@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgen.compat import pack_latents, unpack_latents
+from postgen.families.by_frame import modulated_by_frame
 from postgen.families.pipeline_denoiser import PipelineDenoiser
 
 
@@ -56,17 +58,19 @@ class LTXDenoiser(PipelineDenoiser):
         patches = self.pipe.transformer_spatial_patch_size, self.pipe.transformer_temporal_patch_size
         space, time = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         _, _, frames, height, width = x.shape
-        output: Tensor = network(
-            hidden_states=pack_latents(self.pipe, x, *patches),
-            encoder_hidden_states=told["prompt"],
-            timestep=timestep,
-            encoder_attention_mask=told["mask"],
-            num_frames=frames,
-            height=height,
-            width=width,
-            rope_interpolation_scale=(time / self.frame_rate, space, space),
-            return_dict=False,
-        )[0]
+        per_frame = timestep.dim() == 2
+        with modulated_by_frame(network, frames // patches[1]) if per_frame else nullcontext():
+            output: Tensor = network(
+                hidden_states=pack_latents(self.pipe, x, *patches),
+                encoder_hidden_states=told["prompt"],
+                timestep=timestep,
+                encoder_attention_mask=told["mask"],
+                num_frames=frames,
+                height=height,
+                width=width,
+                rope_interpolation_scale=(time / self.frame_rate, space, space),
+                return_dict=False,
+            )[0]
         return unpack_latents(self.pipe, output, frames, height, width, *patches)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,11 @@ class StreamingDecoder:
     def num_latents(self) -> int | None:
         """Latent frames of the whole video, where that is known; those of a state that was loaded."""
         return self._stream.num_latents
+
+    @property
+    def reach(self) -> int | None:
+        """Latent frames that have to be decoded again to remember exactly what is kept; None: that cannot be done."""
+        return self._stream.reach
 
     @property
     def state_bytes(self) -> int:
@@ -148,27 +153,28 @@ class StreamingDecoder:
         self._size = tuple(state["size"].tolist()) or None
         self._pushed, self._finished = pushed, finished
 
-    def prime(self, state: Mapping[str, Tensor], latents: Tensor) -> None:
+    def prime(self, state: Mapping[str, Tensor], pieces: Sequence[Tensor]) -> None:
         """Go on from a state that has only sizes and counts left, by decoding again what was pushed last.
 
-        Frames after it are approximate, the more so the fewer latents are given, and soon less; all latents that were
-        pushed give the frames of `load_state_dict`.
+        With `reach` latent frames, or all that were pushed, frames after it are those of `load_state_dict`. With fewer
+        they are approximate, the more so the fewer there are, and soon less.
 
         Args:
             state: of a decoder whose autoencoder looks back; what is remembered in it is not read.
-            latents: (B, C, t, h, w) that were pushed last.
+            pieces: (B, C, t, h, w) as they were pushed last; cut in other places, kernels may round in another way.
 
         Raises:
-            UserError: as `load_state_dict` and `push`, or an autoencoder that is not decoded exactly in any pieces.
+            UserError: as `load_state_dict` and `push`, or an autoencoder whose `reach` is None.
         """
         pushed, finished = self._check_state(state)
-        if not self._stream.primes or self._pushed:
+        if self.reach is None or self._pushed:
             raise UserError(
                 f"a decoder of {type(self.vae).__name__} that has decoded {self._pushed} latent frames is not primed:"
                 " make a new one, and keep the whole state of any autoencoder but Wan's"
             )
         with self._all_or_nothing():
-            self.push(latents)
+            for piece in pieces:
+                self.push(piece)
         self._pushed, self._finished = pushed, finished
 
     def _check_state(self, state: Mapping[str, Tensor]) -> tuple[int, bool]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from fractions import Fraction
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.errors import UserError
 
@@ -19,12 +23,14 @@ State = dict[str, Tensor]
 class Stream(ABC):
     """What is kept of one video between two pieces."""
 
-    primes = False
-    """Whether it can begin in the middle of a video, without what it should remember."""
-
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         self.vae = vae
         self.num_latents = num_latents
+
+    @property
+    def reach(self) -> int | None:
+        """Latent frames of the past that what is kept follows from; None: all, or where pieces began matters too."""
+        return None
 
     @abstractmethod
     def push(self, latents: Tensor) -> Tensor | None:
@@ -50,13 +56,16 @@ class Stream(ABC):
 class _Wan(Stream):
     """Wan's decoder takes one latent frame at a time and a list with the last two inputs of every convolution."""
 
-    primes = True
-
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)
         # One entry a causal convolution is used; there are not more of them than modules.
         self.cache: list[Any] = [None] * sum(1 for _ in vae.decoder.modules())
         self.started = False
+
+    @property
+    def reach(self) -> int:
+        config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        return _reach_of_wan(cast(Hashable, type(self.vae)), json.dumps(config))
 
     def push(self, latents: Tensor) -> Tensor:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -85,6 +94,29 @@ class _Wan(Stream):
         self.cache = [state.get(f"cache.{place}") for place in range(len(self.cache))]
         for place in words:
             self.cache[place] = "Rep"
+
+
+@cache
+def _reach_of_wan(kind: Any, config: str) -> int:
+    """Add up how far each convolution of a decoder looks back; norms and attention see one frame."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(), torch.no_grad():
+        vae = kind.from_config(json.loads(config))
+        stream, latent = _Wan(vae, None), torch.empty(1, vae.config.z_dim, 1, 1, 1, device="meta")
+        stream.push(latent)
+        stream.push(latent)
+        reached: list[Fraction] = []
+
+        def note(layer: Any, _: Any, output: Tensor) -> None:
+            # Behind an upsampling a latent frame is several, and a convolution reaches back by shares of it.
+            reached.append(Fraction(layer.kernel_size[0] - 1, output.shape[2]))
+
+        for layer in vae.decoder.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.register_forward_hook(note)
+        stream.push(latent)  # the first two are not decoded as all others are
+    return math.ceil(sum(reached))
 
 
 class _CogVideoX(Stream):

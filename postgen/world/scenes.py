@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .plan import eligible_events, sample
+from .processes import spread
 from .render import render
 from .spec import PAIR_EVENTS, Spec, Split
 from .wording import captions as worded
@@ -59,12 +57,7 @@ def draw_scenes(
     task = partial(_draw, drawn=drawn, captions=captions, shares=shares)
     starts = range(first_seed, first_seed + count, _CHUNK)
     spans = [range(low, min(low + _CHUNK, first_seed + count)) for low in starts]
-    # torchrun's processes draw at the same time and share the cores.
-    workers = min(len(spans), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if workers < 4:
-        return [scene for span in spans for scene in task(span)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        return [scene for part in executor.map(task, spans) for scene in part]
+    return [scene for part in spread(task, spans, "draws scenes") for scene in part]
 
 
 def _draw(seeds: range, drawn: Callable[[int], Spec], captions: int, shares: tuple[float, float]) -> list[Scene]:

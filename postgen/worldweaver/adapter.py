@@ -8,7 +8,7 @@ pytorch_lora_weights.safetensors   the LoRA, if there is one, as diffusers write
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,37 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
     for name, parameter in parts.items():
         parameter.data.copy_(tensors[name])
     wide.latent_scale = scale
+    wide.driven_by(embedder, note["settings"])
     embedder.to(next(model.parameters()).device).eval()
     if EMBEDDER in getattr(target, "components", {}):
         target.register_modules(**{EMBEDDER: embedder})
     return LoadedAdapter(embedder=embedder, modalities=modalities, settings=note["settings"])
+
+
+def carried_adapter(target: Any, aux: Sequence[Modality] = ("depth",)) -> LoadedAdapter:
+    """Return what a transformer carries beside its weights: the adapter that is in it, or an untrained level embedder.
+
+    Args:
+        target: a pipeline, or a transformer. One that is stock is widened.
+        aux: with what; () leaves it as it is, a model of RGB alone.
+
+    Raises:
+        UserError: as `widen_transformer`.
+    """
+    model = transformer_of(target)
+    stock = NAME not in installed(model).plug_ins
+    if stock and aux:
+        widen_transformer(model, aux)
+    wide = widened(model, MODALITIES[:1] if stock and not aux else None)
+    embedder: Any = wide.embedder
+    if embedder is None:
+        # The same everywhere, so that a state knows the model again in another process.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs are not put back
+            embedder = LevelEmbedder.for_transformer(model)
+        wide.driven_by(embedder)
+    embedder.to(next(model.parameters()).device)
+    return LoadedAdapter(embedder=embedder, modalities=wide.modalities, settings=dict(wide.settings))
 
 
 def _parts(model: nn.Module, wide: Widened) -> dict[str, nn.Parameter]:
@@ -222,11 +249,16 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
     for name in state:
         del tensors[_OF_EMBEDDER + name]
     known = {"width", "modalities", "frequencies", "hidden"}
-    # Adapters from before there was a skip have none.
-    skip = config.get("skip", False)
-    sizes = {name: value for name, value in config.items() if name != "skip"}
+    # Adapters from before there was a skip, or what refines, have none.
+    skip, refine = config.get("skip", False), {name: config.get(name, 0) for name in ("refine", "channels")}
+    sizes = {name: value for name, value in config.items() if name != "skip" and name not in refine}
     fits = sizes.keys() == known and all(type(value) is int and 0 < value <= 2**16 for value in sizes.values())
-    if not fits or type(skip) is not bool:
+    fits = fits and all(type(value) is int and 0 <= value <= 1024 for value in refine.values())
+    if (
+        not fits
+        or type(skip) is not bool
+        or (refine["refine"] and not (skip and modalities > 1 and refine["channels"]))
+    ):
         raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")
     if config["modalities"] != modalities:
         raise UserError(f"{said}: a level embedder of {config['modalities']} modalities, the adapter has {modalities}")

@@ -14,14 +14,11 @@ from postgen.errors import UserError
 from postgen.families.streaming import StreamingDecoder, denormalised
 from postgen.worldweaver.levels import Modality
 from postgen.worldweaver.model import WorldWeaverModel
-from postgen.worldweaver.state import COUNTS, DECODER, LATENTS, RolloutState
+from postgen.worldweaver.state import COUNTS, DECODER, LATENTS, PIECES, REACH, RolloutState
 
 OUTPUTS = ("np", "pt", "pil", "latent")
 OutputType = Literal["np", "pt", "pil", "latent"]
 _COUNT = f"{DECODER}frames"
-TAIL = 8
-"""Latent frames that a state keeps for decoders that have lost their memory: the first frame after it is then as far
-from the exact one as 47 dB in the embedded model, whose autoencoder loses more; of 4 as 32 dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,22 +73,25 @@ class ChunkDecoder:
             }
         self.count = 0
         """Frames that were handed out."""
-        self.tail: Tensor | None = None
-        """The last latents that were decoded."""
+        self.reach = next((decoder.reach for decoder in self.decoders.values()), None)
+        self.pieces: list[Tensor] = []
+        """The last latents that were decoded, (B, M * C, t, h, w): of these a decoder can remember the same again."""
 
     def push(self, latents: Tensor, *, last: bool) -> dict[Modality, Tensor]:
         """Decode the next latents (B, M * C, f, h, w); all modalities, or none if it fails."""
         before = {name: decoder.state_dict() for name, decoder in self.decoders.items()}
         parts = self.model.split(latents)
         try:
-            return {
+            clips = {
                 name: self._decoded(decoder, self.model.unscaled(parts[name], name), last)
                 for name, decoder in self.decoders.items()
             }
+            self._keep(latents)
         except BaseException:
             for name, decoder in self.decoders.items():
                 decoder.load_state_dict(before[name])
             raise
+        return clips
 
     def chunk(self, latents: Tensor, clips: Mapping[Modality, Tensor], state: RolloutState) -> WorldWeaverChunk:
         """Make a chunk of what `push` gave."""
@@ -99,9 +99,6 @@ class ChunkDecoder:
         parts = self.model.split(latents) if self.output_type == "latent" else clips
         frames = parts["rgb"]
         self.count += frames.shape[1] if self.decoders else self._frames(latents.shape[2])
-        if self.decoders:
-            before = latents[:, :, :0] if self.tail is None else self.tail.to(latents)
-            self.tail = torch.cat([before, latents], 2)[:, :, -TAIL:].clone()
         depth = parts["depth"] if "depth" in self.modalities else None
         if depth is not None and self.decoders:
             depth = depth.mean(2)
@@ -118,8 +115,9 @@ class ChunkDecoder:
         kept = {name: value for name, value in extra.items() if not name.startswith(DECODER)}
         for name, decoder in self.decoders.items():
             kept |= {f"{DECODER}{name}.{key}": value for key, value in decoder.state_dict().items()}
-        if self.tail is not None:
-            kept[LATENTS] = self.tail
+        if self.pieces:
+            lengths = torch.tensor([piece.shape[2] for piece in self.pieces])
+            kept |= {LATENTS: torch.cat(self.pieces, 2), PIECES: lengths, REACH: torch.tensor(self.reach)}
         return {**kept, _COUNT: torch.tensor(self.count)}
 
     def resume(self, state: RolloutState, end: int | None) -> None:
@@ -132,6 +130,10 @@ class ChunkDecoder:
         Raises:
             UserError: it was made without this output, or with another autoencoder, or for a video that had to end.
         """
+        if self.reach is not None and LATENTS in state.extra:
+            kept = state.extra[LATENTS]
+            # Older states do not say it.
+            self.pieces = list(kept.split(state.extra.get(PIECES, torch.tensor([kept.shape[2]])).tolist(), 2))
         for name, decoder in self.decoders.items():
             prefix = f"{DECODER}{name}."
             own = {key.removeprefix(prefix): value for key, value in state.extra.items() if key.startswith(prefix)}
@@ -141,14 +143,25 @@ class ChunkDecoder:
                     " asked for before"
                 )
             if own.keys() == {*COUNTS}:  # of `RolloutState.light`
-                last = self.model.split(state.extra[LATENTS])[name]
-                decoder.prime(own, self._latents(self.model.unscaled(last, name)))
+                parts = [self.model.split(piece)[name] for piece in self.pieces]
+                decoder.prime(own, [self._latents(self.model.unscaled(part, name)) for part in parts])
             elif own:
                 decoder.load_state_dict(own)
                 self._check_end(decoder, state, end)
-        self.tail = state.extra.get(LATENTS)
         if _COUNT in state.extra:
             self.count = int(state.extra[_COUNT])
+
+    def _keep(self, latents: Tensor) -> None:
+        """Remember what was decoded, as far back as decoders look."""
+        if self.reach is None:
+            return
+        pieces, count = [*self.pieces, latents.clone()], 0
+        for place in reversed(range(len(pieces))):
+            if count >= self.reach:
+                pieces = pieces[place + 1 :]
+                break
+            count += pieces[place].shape[2]
+        self.pieces = pieces
 
     def _check_end(self, decoder: StreamingDecoder, state: RolloutState, end: int | None) -> None:
         """Refuse to go on past an end that the autoencoder has been told of."""

@@ -1,30 +1,21 @@
-"""Encoded clips of all modalities that windows are cut from: of the world, or a user's with depth."""
+"""Encoded clips of all modalities that windows are cut from, and how they are encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from postgen.errors import UserError, shown
-from postgen.sampling.conditions import Row
 from postgen.settings import Part
-from postgen.tensor_files import read_tensors
-from postgen.training.prompts import Prompts
 from postgen.training.transfer import to_device
-from postgen.video import read_video
 
 from .corruption import corrupted
 from .depth import DisparityRange, flow_picture
-from .depth_sources import DepthSource, TransformersDepth
 from .levels import Modality
 from .model import WorldWeaverModel
-from .texts import Texts
 
 CORRUPTED = "corrupted"
 """Name of RGB with wrong colours among the latents of clips."""
@@ -69,7 +60,8 @@ class ClipsConfig(Part):
     """Scenes on which the loss is measured."""
 
     pool_dir: str | None = None
-    """Folder where encoded scenes are kept, for other runs with the same ones; none keeps them in memory only."""
+    """Folder where encoded scenes or videos are kept, for other runs with the same ones; none keeps them in memory
+    only. Of a user's videos each process encodes a share, which the others read there."""
 
     start_caption: float = 0.5
     """Share of windows that are told what the scene's first frame shows, as a rollout with one prompt is; the others
@@ -88,7 +80,6 @@ class ClipsConfig(Part):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         world = self.train_dataset is None
         self.require(not world or self.depth_model is None, "depth_model", "left out: the world has exact depth")
-        self.require(world or self.pool_dir is None, "pool_dir", "left out with train_dataset")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -193,100 +184,6 @@ def encoded(
             # As the autoencoder gives them, all as RGB, so that kept ones serve any scale.
             found[name] = model.encode(clip).to(torch.float16)
     return found
-
-
-def video_pool(
-    config: ClipsConfig,
-    source: str | Sequence[Mapping[str, Any]],
-    name: str,
-    model: WorldWeaverModel,
-    texts: Texts,
-    *,
-    wrong: bool,
-    bf16: bool = False,
-    depth_source: DepthSource | None = None,
-) -> ClipPool:
-    """Read and encode a user's videos; they are kept on the CPU.
-
-    Args:
-        config: their length and size, and the depth estimator.
-        source: rows, or where they are.
-        name: what messages call them.
-        model: encodes them, and says which modalities there are.
-        texts: get the prompts.
-        wrong: whether corrupted ones are wanted.
-        bf16: encode in bfloat16.
-        depth_source: instead of `config.depth_model`.
-
-    Raises:
-        UserError: a row without video, one that is too short, or depth that is nowhere; a model of flow.
-    """
-    if "flow" in model.modalities:
-        raise UserError(f"{name}: videos have no optical flow here, only the world has: leave flow out of aux")
-    rows = Prompts(source, name, seed=0, shuffle=False).rows
-    wants = "depth" in model.modalities
-    bare = any(row.get("depth") is None for row in rows)
-    if wants and bare and depth_source is None and config.depth_model is not None:
-        depth_source = TransformersDepth(config.depth_model, device=model.transformer.device)
-    names, noise = [*model.modalities, *([CORRUPTED] if wrong else [])], torch.Generator().manual_seed(0)
-    made: list[dict[str, Tensor]] = []
-    for number, row in enumerate(rows):
-        where = f"row {number} of {name}"
-        rgb = _clip(row, config, where)
-        disparity = _disparity(row, rgb, depth_source, where)[None] if wants else None
-        found = encoded(model, names, rgb[None], disparity, None, noise, bf16=bf16)
-        made.append({key: value.cpu() for key, value in found.items()})
-    texts.add(row["prompt"] for row in rows)
-    latents = {name: torch.cat([one[name] for one in made]) for name in names}
-    frames = latents["rgb"].shape[2]
-    told = torch.tensor([texts.numbers[row["prompt"]] for row in rows])[:, None].expand(-1, frames)
-    return ClipPool({name: latents[name] for name in model.modalities}, latents.get(CORRUPTED), None, told)
-
-
-def _clip(row: Row, config: ClipsConfig, where: str) -> Tensor:
-    """Return (F, 3, H, W) of a row."""
-    path = row.get("video")
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: video is {shown(path)}, it must name a file or a folder of frames")
-    return _sized(_cut(read_video(path, count=config.num_frames), config.num_frames, f"{where}: {path}"), config)
-
-
-def _disparity(row: Row, rgb: Tensor, source: DepthSource | None, where: str) -> Tensor:
-    """Return (F, H, W) of a row: what it names, else what the estimator says."""
-    path = row.get("depth")
-    if path is None:
-        if source is None:
-            raise UserError(f"{where} has no depth: give a column depth, or depth_model")
-        return _finite(source(rgb.movedim(1, -1)), f"{where}: the depth that was estimated")
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: depth is {shown(path)}, it must name a file or a folder of pictures")
-    if Path(path).suffix == ".safetensors":
-        tensors = read_tensors(Path(path), f"{where}: depth {path} cannot be read")
-        if "disparity" not in tensors or tensors["disparity"].dim() != 3 or not tensors["disparity"].numel():
-            raise UserError(f"{where}: {path} has no tensor disparity (frames, height, width)")
-        stored = tensors["disparity"].float()
-    else:
-        stored = read_video(path, count=len(rgb)).mean(1)
-    stored = _finite(_cut(stored, len(rgb), f"{where}: {path}"), f"{where}: {path}")[:, None]
-    return interpolate(stored, rgb.shape[-2:], mode="bilinear", antialias=True)[:, 0]
-
-
-def _finite(disparity: Tensor, where: str) -> Tensor:
-    if not bool(disparity.isfinite().all()):
-        raise UserError(f"{where} has values that are not finite: disparity is 1 / depth, 0 where there is no depth")
-    return disparity
-
-
-def _cut(frames: Tensor, count: int, where: str) -> Tensor:
-    if len(frames) < count:
-        raise UserError(f"{where} has {len(frames)} frames, num_frames is {count}: take longer videos or less frames")
-    return frames[:count]
-
-
-def _sized(frames: Tensor, config: ClipsConfig) -> Tensor:
-    if tuple(frames.shape[-2:]) == config.size:
-        return frames
-    return interpolate(frames, config.size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def in_parts(count: int, size: int) -> Iterator[slice]:

@@ -19,9 +19,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.families.registry import layout_of
 from postgen.worldweaver.levels import MODALITIES, FrameLevels, Role
+from postgen.worldweaver.refine import Refiner
 from postgen.worldweaver.widen import Widened, transformer_of, widened
 
 
@@ -38,22 +39,39 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
         skip: whether the transformer's outputs of depth and flow are what to add to a linear guess from their noisy
             latents (`postgen.worldweaver.skip`). It is here since this is what is saved of a trained model beside its
             weights.
+        refine: width of the convolutions that add to these outputs what the cells of the noisy latents say
+            (`postgen.worldweaver.refine`), for the same reason; 0 is none. It needs `skip` and 2 or 3 modalities.
+        channels: of the latents of one modality, where there is `refine`.
 
     Raises:
-        UserError: a number of modalities outside its range.
+        UserError: a number of modalities outside its range; `refine` below 0, or without what it needs.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, width: int, modalities: int = 2, frequencies: int = 32, hidden: int = 256, skip: bool = False
+        self,
+        width: int,
+        modalities: int = 2,
+        frequencies: int = 32,
+        hidden: int = 256,
+        skip: bool = False,
+        refine: int = 0,
+        channels: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if not 1 <= modalities <= len(MODALITIES):
             raise UserError(f"modalities must be 1 to {len(MODALITIES)}, got {modalities}")
+        check_number("refine", refine, 0, 1024, whole=True)
+        if refine and not (skip and modalities > 1 and channels > 0):
+            raise UserError(
+                f"refine={refine} with skip={skip}, modalities={modalities} and channels={channels}: it adds to the"
+                " guess of skip=True, of 2 or 3 modalities with the channels of the latents"
+            )
         self.inner = nn.Linear(2 * frequencies * modalities + len(Role), hidden)
         self.outer = nn.Linear(hidden, width)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
+        self.refiner = Refiner(modalities, channels, refine) if refine else None
 
     @classmethod
     def for_transformer(cls, target: Any, **settings: Any) -> LevelEmbedder:
@@ -61,13 +79,15 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
 
         Args:
             target: the transformer, or a pipeline with it.
-            settings: `frequencies`, `hidden` and `skip`.
+            settings: `frequencies`, `hidden`, `skip` and `refine`.
 
         Raises:
-            UserError: it is not widened.
+            UserError: it is not widened, or settings that `LevelEmbedder` refuses.
         """
         model, wide = transformer_of(target), widened(target)
         first: Any = model.get_submodule(wide.widths.first)
+        if settings.get("refine"):
+            settings["channels"] = wide.channels
         made: LevelEmbedder = cls(first.weight.shape[0], len(wide.modalities), **settings)
         made.to(first.weight.device)
         return made

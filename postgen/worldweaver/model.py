@@ -37,7 +37,7 @@ class WorldWeaverModel:
     Raises:
         UserError: two experts; a model of pictures; an embedder for another width or number of modalities; a network
             that takes one timestep, and `mean_level` was not asked for, or one that takes more, and it was; a scale
-            that is none; an embedder with `skip` for a model that is no flow.
+            that is none; an embedder with `skip` for a model that is no flow, or with `refine` for other latents.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class WorldWeaverModel:
             raise UserError("a model of pictures has no frames: give a video model")
         self.denoiser, self.embedder, self.mean_level = denoiser, embedder, mean_level
         self.embedder_called: nn.Module = embedder
-        """A trainer puts its wrapped (DDP) one here, as it does with the denoiser's `transformers`."""
+        """A trainer puts its wrapped (DDP) one here, as it does with the denoiser's `transformers`. It is called for
+        the vectors alone: with `refine` wrap what calls the whole model, as `WindowLoss` is."""
         self._name = next(iter(denoiser.transformers))
         self._check_levels()
         count = embedder.config["modalities"]
@@ -74,8 +75,14 @@ class WorldWeaverModel:
                 " another model"
             )
         self._wide = wide
+        wide.driven_by(embedder)
         if embedder.config["skip"] and denoiser.prediction_type != "flow":
             raise UserError(f"this level embedder is of a flow, the model predicts {denoiser.prediction_type}")
+        if embedder.refiner is not None and embedder.config["channels"] != wide.channels:
+            raise UserError(
+                f"the level embedder refines latents of {embedder.config['channels']} channels, the model's have"
+                f" {wide.channels}: it belongs to another model"
+            )
         if latent_scale is not None:
             self.latent_scale = tuple(latent_scale)
         wide.told = (
@@ -152,17 +159,28 @@ class WorldWeaverModel:
             UserError: latents or levels of other shapes, and as `Denoiser.predict`.
         """
         self._check(z, levels)
-        seen = self._seen(z, condition.get("placed"))
-        with self.embedder.on(self.transformer, levels, self.embedder_called):
-            out = self.denoiser.predict(self._turned(seen), self._told(levels).to(z.device), condition, guidance)
-        return self._skipped(self._turned(out), z, levels.sigma)
+        seen, told = self._turned(self._seen(z, condition.get("placed"))), self._told(levels).to(z.device)
 
-    def _skipped(self, out: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-        """Add the linear guess of what is not RGB; guidance may come before it, since it mixes outputs linearly."""
+        def run(condition: Condition, guidance: float) -> Tensor:
+            out = self.denoiser.predict(seen, told, condition, guidance)
+            return self._skipped(self._turned(out), z, levels)
+
+        with self.embedder.on(self.transformer, levels, self.embedder_called):
+            if guidance <= 1 or self.embedder.refiner is None or "negative" not in condition:
+                return run(condition, guidance)
+            # What refines was trained on the outputs of one pass, and is not linear: guidance comes after it.
+            with_text, without = run(condition, 1.0), run(_without_text(condition), 1.0)
+            return without + guidance * (with_text - without)
+
+    def _skipped(self, out: Tensor, z: Tensor, levels: FrameLevels) -> Tensor:
+        """Refine what is not RGB and add its linear guess, which may come after guidance since that mixes linearly."""
         if not self.embedder.config["skip"] or len(self.modalities) == 1:
             return out
+        if self.embedder.refiner is not None:
+            rgb, others = out.tensor_split([self.channels], 1)
+            out = torch.cat([rgb, others + self.embedder.refiner(out, z, levels)], 1)
         found, given = (list(self.split(each).values()) for each in (out, z))
-        guessed = [with_skip(found[m], given[m], sigma[:, :, m]) for m in range(1, len(found))]
+        guessed = [with_skip(found[m], given[m], levels.sigma[:, :, m]) for m in range(1, len(found))]
         return torch.cat([found[0], *guessed], 1)
 
     def _scale_of(self, modality: Modality) -> float:
@@ -221,3 +239,8 @@ class WorldWeaverModel:
             )
         if self.denoiser.per_frame and self.mean_level:
             raise UserError(f"{kind} takes a noise level for each frame: leave mean_level out")
+
+
+def _without_text(condition: Condition) -> Condition:
+    """Return the condition of a pass with the negative prompt as its prompt."""
+    return {**condition, **{f"prompt{name[8:]}": each for name, each in condition.items() if name[:8] == "negative"}}

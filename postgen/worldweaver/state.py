@@ -41,6 +41,10 @@ COUNTS = ("autoencoder", "counts", "size")
 """What of a decoder is always kept."""
 LATENTS = f"{DECODER}latents"
 """The last latents that were decoded, for decoders that lost the rest."""
+REACH = f"{DECODER}reach"
+"""How many of them it takes to remember the same again."""
+PIECES = f"{DECODER}pieces"
+"""Lengths of the pieces in which they were decoded."""
 Prompts = Sequence[tuple[int, Condition]]
 """(start_frame, encoded prompt of B rows), rising: from which latent frame on it is told."""
 
@@ -153,20 +157,27 @@ class RolloutState:
             twin.generators = list(generators)
         return twin
 
+    @property
+    def decoder_bytes(self) -> int:
+        """What `light` leaves out; 0: nothing, or what cannot be made again."""
+        left = [value for name, value in self.extra.items() if _remembered(name)]
+        pushed = [int(value[0]) for name, value in self.extra.items() if name.endswith(f".{COUNTS[1]}")]
+        if not left or LATENTS not in self.extra or REACH not in self.extra:
+            return 0
+        known = self.extra[LATENTS].shape[2] >= min(int(self.extra[REACH]), *pushed)
+        return sum(value.numel() * value.element_size() for value in left) if known else 0
+
     def light(self) -> RolloutState:
         """Return it without what decoders remember, which at 480 x 832 is nearly all of it: to be saved.
 
-        Whoever goes on decodes the last latents again, so the first frames are approximate. Everything else is shared.
+        Whoever goes on decodes the last latents again, as many as what is remembered follows from: the frames are
+        those of the whole state. Everything else is shared.
 
         Raises:
-            UserError: a decoder that cannot begin in the middle.
+            UserError: what a decoder remembers cannot be made again of the latents that are kept.
         """
-        parts = {name: name.split(".", 2)[2:] if name.startswith(DECODER) else [] for name in self.extra}
-        left = {name for name, part in parts.items() if part and part[0] not in COUNTS}
-        if left and (
-            LATENTS not in self.extra
-            or any(parts[name][0].split(".")[0] not in ("cache", "repeated") for name in left)
-        ):
+        left = {name for name in self.extra if _remembered(name)}
+        if left and not self.decoder_bytes:
             raise UserError("the decoder of this state cannot begin in the middle of a video: save the whole state")
         return replace(self, extra={name: value for name, value in self.extra.items() if name not in left})
 
@@ -320,6 +331,12 @@ class RolloutState:
             raise UserError(f"{said} is not as it was written")
         tensors = read_tensors(file, said)
         return cls.from_state_dict({"head": head["state"], "tensors": tensors}, device)
+
+
+def _remembered(name: str) -> bool:
+    """Whether an entry of `extra` is what a decoder remembers, and no count: `decoder.rgb.cache.0`."""
+    parts = name.split(".", 2)
+    return name.startswith(DECODER) and len(parts) == 3 and parts[2] not in COUNTS
 
 
 def _named(folder: Path) -> Path | None:

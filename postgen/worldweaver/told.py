@@ -9,6 +9,7 @@ from torch import Tensor
 
 from postgen.errors import UserError, check_text, shown
 from postgen.families import Condition
+from postgen.families.registry import layout_of
 from postgen.worldweaver.state import Prompts
 
 Prompt = str | Sequence[str] | Sequence[tuple[int, str | Sequence[str]]]
@@ -60,7 +61,7 @@ def encoded(
 
     Raises:
         UserError: another number of negative prompts, two prompts that begin within one latent frame, or a pipeline
-            without text encoder.
+            without text encoder, or with that of another model.
     """
     rows = len(told[0][1])
     if denoiser.pipe.text_encoder is None or denoiser.pipe.tokenizer is None:
@@ -74,7 +75,9 @@ def encoded(
         begins = latent_of(frame, time)
         if prompts and begins == prompts[-1][0]:
             raise UserError(f"the prompt from frame {frame} on begins in the latent frame of the one before: later")
-        prompts.append((begins, denoiser.encode_prompt(texts, negatives, guidance=guided)))
+        condition = denoiser.encode_prompt(texts, negatives, guidance=guided)
+        _check_width(denoiser, f"what {type(denoiser.pipe.text_encoder).__name__} says", condition["prompt"])
+        prompts.append((begins, condition))
     return prompts
 
 
@@ -82,18 +85,36 @@ def embedded(denoiser: Any, positive: Tensor, negative: Tensor | None, *, guided
     """Take encodings (B, L, D) instead of texts.
 
     Raises:
-        UserError: the model's encodings are more than one tensor; guidance without a negative one, or the reverse.
+        UserError: no encodings, or those of another text encoder; the model's encodings are more than one tensor;
+            guidance without a negative one, or the reverse.
     """
-    for name, value in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    for name, value in given.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if value is not None and (not isinstance(value, Tensor) or value.dim() != 3 or not value.isfinite().all()):
+        fits = isinstance(value, Tensor) and value.dim() == 3 and value.numel() > 0 and bool(value.isfinite().all())
+        if value is not None and not fits:
             raise UserError(f"{name} is {shape}: give a tensor (videos, tokens, features) of finite numbers")
     if denoiser.per_row:
         raise UserError(f"{type(denoiser.pipe).__name__} encodes a prompt as more than one tensor: give the text")
+    for name, value in given.items():
+        if value is not None:
+            _check_width(denoiser, name, value)
     if guided != (negative is not None):
         raise UserError("prompt_embeds: give negative_prompt_embeds if, and only if, guidance_scale is above 1")
     parts = {"prompt": positive} if negative is None else {"prompt": positive, "negative": negative}
     return [(0, {name: value.to(denoiser.model.device, denoiser.model.dtype) for name, value in parts.items()})]
+
+
+def _check_width(denoiser: Any, what: str, encoding: Tensor) -> None:
+    """Refuse encodings (B, L, D) of another width than the network takes."""
+    call = layout_of(denoiser.model).call
+    if call is None or call.text_width is None:
+        return
+    if encoding.shape[-1] != (width := denoiser.model.config[call.text_width]):
+        raise UserError(
+            f"{what} has {encoding.shape[-1]} features, {type(denoiser.model).__name__} takes {width}: encode the"
+            " prompt with the text encoder of this model"
+        )
 
 
 def _texts(what: str, given: Any) -> list[str]:

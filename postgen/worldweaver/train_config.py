@@ -25,7 +25,11 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
     may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "export_dtype")
 
     learning_rate_new: float | None = None
-    """Peak rate of the two widened layers and of the level embedder; none is `learning_rate`."""
+    """Peak rate of the two widened layers, of the level embedder and of what refines; none is `learning_rate`."""
+
+    refine: int = 0
+    """Width of the convolutions that bring together what the network says of depth and flow and what their noisy
+    latents hold (`postgen.worldweaver.refine`); 0 is none. Without depth and flow there is nothing to refine."""
 
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number type of the adapter that is written."""
@@ -45,6 +49,7 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         super().__post_init__()
         rate = self.learning_rate_new
         self.require(rate is None or rate > 0, "learning_rate_new", "above 0")
+        self.require(0 <= self.refine <= 1024, "refine", "from 0 to 1024")
         if self.latent_scale is not None:
             checked_scale(self.latent_scale, len(self.modalities))
         for name in ("own_from", "own_share"):

@@ -28,13 +28,14 @@ from postgen.training.policy import frozen, load_model, park_text_encoders
 from postgen.training.updates import decay_groups
 
 from .adapter import EMBEDDER, save_adapter
-from .clips import ClipBatch, ClipPool, video_pool
+from .clips import ClipBatch, ClipPool
 from .embedding import LevelEmbedder
 from .latent_scale import Scale, measured_scale
 from .model import WorldWeaverModel
 from .placed_rollout import check_streams
 from .texts import Texts
 from .train_config import WorldWeaverConfig
+from .video_clips import video_pool
 from .widen import Widened, narrow_transformer, transformer_of, widen_transformer, widened
 from .window_loss import WindowLoss
 from .windows import Layout, Window, Windows
@@ -125,7 +126,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
-        made: LevelEmbedder = LevelEmbedder.for_transformer(self.pipe, skip=bool(args.aux))
+        made: LevelEmbedder = LevelEmbedder.for_transformer(
+            self.pipe, skip=bool(args.aux), refine=args.refine if args.aux else 0
+        )
         return made
 
     def _read_clips(self, model: WorldWeaverModel) -> None:
@@ -140,7 +143,8 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             self.pool = scenes(part=self.accelerator.process_index, wrong=wrong)
             self.eval_pool = scenes(evaluation=True, wrong=False) if args.eval_clips else None
         else:
-            videos = partial(video_pool, args, model=model, texts=self.texts, bf16=args.bf16)
+            one, all_of_them = self.accelerator.process_index, self.accelerator.num_processes
+            videos = partial(video_pool, args, model, self.texts, bf16=args.bf16, part=one, parts=all_of_them)
             self.pool = videos(args.train_dataset, "train_dataset", wrong=wrong)
             self.eval_pool = videos(args.eval_dataset, "eval_dataset", wrong=False) if args.eval_dataset else None
         park_text_encoders(self.pipe)

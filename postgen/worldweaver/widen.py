@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,16 @@ class Widened:
     """How its network is told the noise levels of the frames."""
     latent_scale: Scale | None = None
     """What the latents of each modality are multiplied by before the network sees them; None is 1."""
+    embedder: nn.Module | None = None
+    """The level embedder that tells it the levels: of the adapter that is in it, or of the last `WorldWeaverModel`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Those that came with that embedder's adapter."""
+
+    def driven_by(self, embedder: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+        """Remember a level embedder; without settings it keeps those that it has."""
+        if settings is not None or embedder is not self.embedder:
+            self.settings = dict(settings or {})
+        self.embedder = embedder
 
     @property
     def scale(self) -> Scale:

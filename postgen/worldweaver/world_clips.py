@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from postgen import world
 from postgen.errors import UserError
-from postgen.files import replacing
-from postgen.reconstruct.records import digest, weights_digest
-from postgen.tensor_files import read_tensors
+from postgen.reconstruct.records import digest
 from postgen.training.logging import say
-from postgen.training.run_folder import RunLock
 from postgen.world.camera import camera_path
 from postgen.world.physics import Motion, Simulation
+from postgen.world.processes import spread
 from postgen.world.scenes import FIRST_TRAINING_SEED
 
 from .clips import CORRUPTED, PLACED, ClipPool, ClipsConfig, encoded, in_parts
 from .depth import GREYS, DisparityRange
 from .model import WorldWeaverModel
 from .placed_clips import Placing
+from .pool_files import encoder_key, lock_of, read_latents, unwritable, write_latents
 from .texts import Texts
 
-_STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-"""Settings of an autoencoder that latents depend on."""
 _CHUNK = 64
 """Scenes that a process draws at a time."""
 _RENDERED = {"cpu": 2, "cuda": 32}
@@ -78,11 +71,11 @@ def world_pool(
     places = _places(config, model, range(first, first + count), names, placing, bf16)
     with _alone(places):
         # Another run may have made them in the meantime.
-        found = {name: _read(place) for name, place in places.items() if place.is_file()}
+        found = {name: read_latents(place) for name, place in places.items() if place.is_file()}
         if missing := [name for name in names if name not in found]:
             found |= _rendered(specs, first, config, model, missing, placing, bf16)
             for name in missing if places else ():
-                _write(places[name], found[name])
+                write_latents(places[name], found[name])
     device = model.transformer.device
     latents = {name: found[name].to(device) for name in names}
     frames = latents["rgb"].shape[2]
@@ -99,12 +92,7 @@ def long_specs(seeds: range, num_frames: int) -> list[world.Spec]:
     """Draw `world.sample_long` scenes of these seeds; large numbers by several processes."""
     parts = [seeds[each] for each in in_parts(len(seeds), _CHUNK)]
     draw = partial(_specs, num_frames=num_frames)
-    # torchrun's processes draw at the same time and share the cores.
-    workers = min(len(parts), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if workers < 4:
-        return [spec for each in parts for spec in draw(each)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        return [spec for each in executor.map(draw, parts) for spec in each]
+    return [spec for each in spread(draw, parts, "draws scenes") for spec in each]
 
 
 def _specs(seeds: range, num_frames: int) -> list[world.Spec]:
@@ -190,11 +178,7 @@ def _places(
     """Say where the latents of scenes are kept; nowhere without a folder."""
     if config.pool_dir is None:
         return {}
-    pipe: Any = getattr(model.denoiser, "pipe", None)
-    said: list[Any] = [seeds.start, len(seeds), config.num_frames, config.height, weights_digest(pipe.vae)]
-    # What latents are shifted and divided by is no weight.
-    said += [pipe.vae.config.get(name) for name in _STATISTICS]
-    said += ["bfloat16"] if bf16 else []
+    said: list[Any] = [seeds.start, len(seeds), config.num_frames, config.height, *encoder_key(model, bf16=bf16)]
     folder = Path(config.pool_dir).expanduser()
     sights = list(GREYS) if placing is None else [*GREYS, *placing.told]
     more: dict[str, list[Any]] = {"depth": list(GREYS), PLACED: sights}
@@ -209,25 +193,12 @@ def _alone(places: Mapping[str, Path]) -> Iterator[None]:
         return
     rgb = places["rgb"]
     # Scenes that are the same have the same RGB, whatever else a run wants of them.
-    lock = RunLock(rgb.parent, f".{rgb.stem}.lock", "pool_dir")
+    lock = lock_of(rgb)
     try:
-        rgb.parent.mkdir(parents=True, exist_ok=True)
         lock.wait(say, "renders the same scenes")
     except OSError as error:
-        raise UserError(f"pool_dir {rgb.parent} cannot be written: {error.strerror}. Name another folder") from error
+        raise unwritable(rgb, error) from error
     try:
         yield
     finally:
         lock.release()
-
-
-def _read(place: Path) -> Tensor:
-    tensors = read_tensors(place, f"pool_dir: {place} cannot be read")
-    if "latents" not in tensors:
-        raise UserError(f"pool_dir: {place} holds no latents: remove it")
-    return tensors["latents"]
-
-
-def _write(place: Path, latents: Tensor) -> None:
-    with replacing(place) as part:
-        save_file({"latents": latents.cpu().contiguous()}, part)

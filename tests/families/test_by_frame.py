@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen import EnhanceAVideoConfig, FusedOpsConfig, apply_enhance_a_video, apply_fused_ops
+from postgen.families import denoiser_for
 from postgen.families.by_frame import modulated_by_frame
 from tests.families.test_frame_levels import FRAMES, MAKERS
 
@@ -61,6 +62,48 @@ def test_by_frame_has_the_bits_of_a_call_by_token(family: str) -> None:
     with pytest.raises(RuntimeError), modulated_by_frame(model, FRAMES):
         model(**{**call, "encoder_hidden_states": call["encoder_hidden_states"][..., 1:]})
     assert hooks == [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in model.modules()]
+
+
+@torch.no_grad()
+def test_ltx_by_frame_has_the_bits_of_a_call_by_token() -> None:
+    """Its tokens come packed, its blocks and their self-attention are called by names."""
+    pipe = MAKERS["LTX"]()
+    model, config, source = pipe.transformer, pipe.transformer.config, torch.Generator().manual_seed(0)
+    times = torch.rand(2, FRAMES, generator=source) * 1000
+    call: dict[str, Any] = {
+        "hidden_states": torch.randn(2, FRAMES * 6, config.in_channels, generator=source),
+        "encoder_hidden_states": torch.randn(2, 8, config.caption_channels, generator=source),
+        "encoder_attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+        "timestep": times.repeat_interleave(6, 1),
+        **{"num_frames": FRAMES, "height": 2, "width": 3, "return_dict": False},
+    }
+    expected, seen = model(**call)[0], {}
+
+    def note(module: nn.Module, args: Any, words: dict[str, Any]) -> None:
+        seen[names[module]] = tuple((args[0] if args else words["hidden_states"]).shape[:2])
+
+    block = model.transformer_blocks[0]
+    names = {block: "block", block.attn1: "attn1", block.attn2: "attn2", block.ff: "ff"}
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
+    with modulated_by_frame(model, FRAMES):
+        assert torch.equal(model(**call)[0], expected)
+    assert seen == {"block": (2, 6 * FRAMES), "attn1": (2, 6 * FRAMES), "attn2": (2, 6 * FRAMES), "ff": FOLDED}
+    one = {**call, "timestep": times[:, :1]}
+    with modulated_by_frame(model, FRAMES):
+        found = model(**one)[0]
+    assert seen["ff"] == (2, 6 * FRAMES)
+    assert torch.equal(found, model(**one)[0])
+    for hook in hooks:
+        hook.remove()
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    # The denoiser's own call goes this way.
+    denoiser, widths = denoiser_for(pipe), []
+    condition = denoiser.encode_prompt(["a", "b"], guidance=False)
+    x = torch.randn(2, config.in_channels, FRAMES, 2, 3, generator=source)
+    hook = block.ff.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
+    denoiser.predict(x, times / 1000, condition)
+    hook.remove()
+    assert widths == [FOLDED]
 
 
 @torch.no_grad()

@@ -246,8 +246,8 @@ def test_primed_with_all_latents_is_exact() -> None:
     decoder.push(latents[:, :, :4])
     few = {name: value for name, value in decoder.state_dict().items() if name in ("autoencoder", "size", "counts")}
     primed, less = StreamingDecoder(vae), StreamingDecoder(vae)
-    primed.prime(few, latents[:, :, :4])
-    less.prime(few, latents[:, :, 2:4])
+    primed.prime(few, [latents[:, :, :4]])
+    less.prime(few, [latents[:, :, 2:4]])
     rest = decoder.push(latents[:, :, 4:])
     assert torch.equal(primed.push(latents[:, :, 4:]), rest)
     approximate = less.push(latents[:, :, 4:])
@@ -255,10 +255,29 @@ def test_primed_with_all_latents_is_exact() -> None:
     assert not torch.equal(approximate, rest)
     assert torch.equal(primed.state_dict()["counts"], less.state_dict()["counts"])
     with pytest.raises(UserError, match="has decoded 6 latent frames is not primed: make a new one"):
-        less.prime(few, latents)
+        less.prime(few, [latents])
     other = StreamingDecoder(cogvideox(), num_latents=3)
     with pytest.raises(UserError, match="keep the whole state of any autoencoder but Wan's"):
-        other.prime(other.state_dict(), noise(3))
+        other.prime(other.state_dict(), [noise(3)])
+
+
+@pytest.mark.parametrize(("make", "reach"), [(wan, 30), (wan_residual, 28)])
+def test_primed_with_as_many_latents_as_it_looks_back_is_exact(make: Any, reach: int) -> None:
+    """To the bit; with a piece less it is not, so `reach` is no bound but what it takes."""
+    vae, latents = make(), noise(reach + 6, batch=1)
+    decoder, pieces = StreamingDecoder(vae), latents.split(2, 2)
+    assert decoder.reach == reach
+    for piece in pieces[:-1]:
+        decoder.push(piece)
+    kept = decoder.state_dict()
+    few, rest = {name: kept[name] for name in ("autoencoder", "size", "counts")}, decoder.push(pieces[-1])
+    for count in (reach // 2, reach // 2 - 1):
+        primed = StreamingDecoder(vae)
+        primed.prime(few, pieces[-1 - count : -1])
+        same = all(torch.equal(value, kept[name]) for name, value in primed.state_dict().items())
+        assert same == (2 * count == reach)
+        assert torch.equal(primed.push(pieces[-1]), rest) or not same
+    assert StreamingDecoder(cogvideox(), num_latents=3).reach is None
 
 
 @pytest.mark.parametrize("name", EXACT)

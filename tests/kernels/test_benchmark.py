@@ -95,6 +95,24 @@ def test_results_are_joined_and_the_last_row_counts(tmp_path: Path) -> None:
     assert values["eav_step_overhead"] == 0.004
 
 
+def test_a_joined_result_is_joined_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"op": "temporal_cfi", "shape": "Wan", "over_floor": 1.1, "extra_mib": 0.1, "vs_eager": 9.0}
+    row |= {"relative_error": 1e-5, "ours_ms": 2.0, "moved_bytes": 8_000_000_000, "written_bytes": 4_000_000_000}
+    names = ("one", "fast", "new", "both", "all", "mixed")
+    one, fast, new, both, whole, mixed = (tmp_path / f"{name}.json" for name in names)
+    one.write_text(json.dumps({**STAMP, "rows": [row]}))
+    fast.write_text(json.dumps({**STAMP, "copy_tb_per_s": 5.0, "rows": [{**row, "shape": "LTX"}]}))
+    new.write_text(json.dumps({**STAMP, "rows": [{**row, "ours_ms": 1.9}]}))
+    for files, out in (((one, fast), both), ((both, new), whole), ((one, fast, new), mixed)):
+        assert benchmark.main(["--join", *map(str, files), "-o", str(out)]) == 0
+    found, straight = (json.loads(path.read_text()) for path in (whole, mixed))
+    assert found["rows"] == straight["rows"]
+    assert found["measured"] == straight["measured"]
+    mixed.write_text(json.dumps({**found, "measured": [STAMP, {**STAMP, "device": "other"}]}))
+    assert benchmark.main(["--join", str(mixed), "-o", str(both)]) == 2
+    assert "runs of several devices, one, other: join the runs themselves" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -106,6 +106,7 @@ def test_jobs_are_shared_through_the_folder(tmp_path: Path, capsys: pytest.Captu
     assert (parts / "ceiling.00000.json").stat().st_mtime_ns == first
     whole = json.loads((tmp_path / "ceiling.json").read_text())
     assert [row["frames"] for row in whole["rows"]] == [9, 9]
+    assert [row["world_seed"] for row in whole["rows"]] == [500_000, 500_001]
     assert max(whole["rows"][0]["latent_error"]["rgb"]) == 0
     assert (tmp_path / "films" / "ceiling.0.webp").is_file()
     assert main([*words, "--given", "9"]) == 2

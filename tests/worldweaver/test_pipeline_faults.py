@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel
 
 from postgen.errors import UserError
-from postgen.pipelines.worldweaver import WorldWeaverPipeline
+from postgen.pipelines.worldweaver import PARTS, WorldWeaverPipeline
 from postgen.worldweaver import chunks as chunks_module
-from postgen.worldweaver.adapter import save_adapter
-from postgen.worldweaver.widen import widen_transformer
+from postgen.worldweaver.adapter import load_adapter, save_adapter
+from postgen.worldweaver.widen import narrow_transformer, widen_transformer
 from tests.families.tiny_pipelines import cogvideox, ltx
 from tests.tiny_wan import wan_components
 from tests.worldweaver.tiny import SMALL, TEXT, quiet, seeded, tiny
@@ -70,6 +71,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": [3], "guidance_scale": 3.0}, "the negative prompt must be"),
     ({"prompt": None, "prompt_embeds": torch.rand(32, 16)}, "give a tensor"),
     ({"prompt": None, "prompt_embeds": torch.full((1, 32, 16), NONE)}, "finite numbers"),
+    ({"prompt": None, "prompt_embeds": torch.rand(1, 0, 16)}, "give a tensor"),
+    ({"prompt": None, "prompt_embeds": torch.rand(1, 8, 17)}, "has 17 features, WanTransformer3DModel takes 16"),
+    (
+        {"prompt": None, "prompt_embeds": torch.rand(1, 8, 16), "negative_prompt_embeds": torch.rand(1, 8, 15)}
+        | {"guidance_scale": 3.0},
+        "negative_prompt_embeds has 15 features",
+    ),
     ({"generator": 3}, "must be a torch.Generator"),
     ({"generator": [None]}, "must be a torch.Generator"),
     ({"height": "32"}, "height must be at least 1"),
@@ -136,6 +144,14 @@ def test_models_that_cannot_be_driven_are_refused() -> None:
     mute.text_encoder = None
     with pytest.raises(UserError, match="has no text encoder: give prompt_embeds"):
         mute.stream(TEXT, **PLAIN)
+    foreign = tiny()
+    foreign.text_encoder = T5EncoderModel(T5Config.from_dict({**foreign.text_encoder.config.to_dict(), "d_model": 8}))
+    with pytest.raises(UserError, match="what T5EncoderModel says has 8 features"):
+        foreign.stream(TEXT, **PLAIN)
+    with pytest.raises(UserError, match="has 5 features, CogVideoXTransformer3DModel takes 16"):
+        quiet(WorldWeaverPipeline.from_pipe(cogvideox(), mean_level=True)).stream(
+            prompt_embeds=torch.rand(1, 8, 5), num_frames=17, **PLAIN
+        )
     # A model of RGB has no depth to compare, whatever is given.
     with pytest.raises(UserError, match="compares depth latents"):
         tiny(()).stream(TEXT, memory_policy="depth_sim", **PLAIN)
@@ -229,3 +245,29 @@ def test_a_model_with_inputs_for_placed_memory_is_saved_and_loaded(tmp_path: Pat
     again = quiet(WorldWeaverPipeline.from_pretrained(tmp_path))
     chunks = [next(each.stream(TEXT, generator=seeded(), **PLAIN)).frames for each in (pipe, again)]
     assert torch.equal(*chunks)
+
+
+def test_another_pipeline_of_a_transformer_has_its_level_embedder_and_settings(tmp_path: Path) -> None:
+    """It got a fresh one without a word, and the defaults of a model that nobody trained."""
+    trained = tiny()
+    said = {"num_inference_steps": 6, "causal_block_size": 2, "history_sizes": [3, 2], "height": 32, "width": 32}
+    save_adapter(trained, tmp_path / "adapter", trained.level_embedder, settings=said | {"guidance_scale": 1.0})
+    base = diffusers.WanPipeline(**wan_components())
+    first = quiet(WorldWeaverPipeline.from_pipe(base, tmp_path / "adapter"))
+    expected = first(TEXT, generator=seeded(), num_frames=9, output_type="pt")
+    loaded = diffusers.WanPipeline(**wan_components())
+    embedder = load_adapter(loaded, tmp_path / "adapter").embedder
+    first.save_pretrained(tmp_path / "whole")
+    read = WorldWeaverPipeline.from_pretrained(tmp_path / "whole")
+    assert read.model.embedder is read.level_embedder
+    parts = {name: read.components[name] for name in PARTS}
+    for other, own in ((base, first.level_embedder), (loaded, embedder)):
+        again = quiet(WorldWeaverPipeline.from_pipe(other))
+        assert again.level_embedder is own
+        assert torch.equal(again(TEXT, generator=seeded(), num_frames=9, output_type="pt").frames, expected.frames)
+    again = quiet(WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**parts)))
+    assert again.level_embedder is read.level_embedder
+    assert torch.equal(again(TEXT, generator=seeded(), num_frames=9, output_type="pt").frames, expected.frames)
+    # Narrowed it is stock again, and carries nothing.
+    narrow_transformer(base)
+    assert WorldWeaverPipeline.from_pipe(base).level_embedder.outer.weight.abs().max() == 0

@@ -20,7 +20,6 @@ from postgen.training import load_recipe
 from postgen.training.run_folder import RunLock
 from postgen.video import write_video
 from postgen.worldweaver.adapter import load_adapter
-from postgen.worldweaver.clips import video_pool
 from postgen.worldweaver.corruption import blurred, corrupted
 from postgen.worldweaver.depth import DisparityRange
 from postgen.worldweaver.embedding import LevelEmbedder
@@ -30,6 +29,7 @@ from postgen.worldweaver.self_depth import SelfDepth
 from postgen.worldweaver.texts import Texts
 from postgen.worldweaver.train_config import WorldWeaverConfig
 from postgen.worldweaver.trainer import WorldWeaverTrainer
+from postgen.worldweaver.video_clips import video_pool
 from postgen.worldweaver.widen import widened
 from postgen.worldweaver.windows import Layout
 from tests.families.test_frame_levels import MAKERS
@@ -261,7 +261,7 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
         return frames.mean(-1)
 
     bare = [{key: row[key] for key in ("prompt", "video")} for row in rows]
-    pool = video_pool(run.args, bare, "rows", model, run.texts, wrong=False, depth_source=bright)
+    pool = video_pool(run.args, model, run.texts, bare, "rows", wrong=False, depth_source=bright)
     assert not torch.equal(pool.latents["depth"], run.pool.latents["depth"])
     for other, said in (
         (bare, "row 0 of rows has no depth: give a column depth, or depth_model"),
@@ -269,11 +269,11 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
         ([{**rows[0], "depth": str(tmp_path / "0")}, rows[1] | {"depth": 3}], "row 1 of rows: depth is 3"),
     ):
         with pytest.raises(UserError, match=said):
-            video_pool(settings(num_frames=29), other, "rows", model, run.texts, wrong=False)
+            video_pool(settings(num_frames=29), model, run.texts, other, "rows", wrong=False)
     with pytest.raises(UserError, match="absent cannot be loaded, name a folder or a Hub id"):
-        video_pool(run.args, bare, "rows", model, run.texts, wrong=False)
+        video_pool(run.args, model, run.texts, bare, "rows", wrong=False)
     with pytest.raises(UserError, match="29 frames, num_frames is 33: take longer videos"):
-        video_pool(settings(num_frames=33), rows, "rows", model, run.texts, wrong=False)
+        video_pool(settings(num_frames=33), model, run.texts, rows, "rows", wrong=False)
 
 
 def test_texts_are_what_the_denoiser_says() -> None:
@@ -349,7 +349,6 @@ def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch
         ({"depth_model": "x"}, "the world has exact depth"),
         ({"train_dataset": "x", "memory_policy": "camera"}, "another one than camera"),
         ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have none"),
-        ({"train_dataset": "x", "pool_dir": "y"}, "pool_dir is 'y', it must be left out"),
         ({"train_dataset": "x", "eval_steps": 1}, "eval_dataset is None, it must be given to evaluate"),
     ],
 )

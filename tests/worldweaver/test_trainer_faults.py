@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from postgen.errors import UserError
 from postgen.families import denoiser_for
 from postgen.video import write_video
-from postgen.worldweaver.clips import video_pool
 from postgen.worldweaver.depth_sources import TransformersDepth
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.texts import Texts
 from postgen.worldweaver.trainer import WorldWeaverTrainer
+from postgen.worldweaver.video_clips import video_pool
 from postgen.worldweaver.widen import widened
 from postgen.worldweaver.world_clips import world_pool
 from tests.families.test_frame_levels import MAKERS
@@ -110,7 +110,7 @@ def test_depth_that_is_none(tmp_path: Path) -> None:
         ({}, "row 0 of rows: the depth that was estimated has values that are not finite"),
     ):
         with pytest.raises(UserError, match=said):
-            video_pool(args, [row | more], "rows", model, texts, wrong=False, depth_source=lambda frames: depth)
+            video_pool(args, model, texts, [row | more], "rows", wrong=False, depth_source=lambda frames: depth)
 
 
 def test_a_depth_estimator_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Files of `pool_dir`: encoded clips that are kept for other processes and other runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.reconstruct.records import weights_digest
+from postgen.tensor_files import read_tensors
+from postgen.training.run_folder import RunLock
+
+from .model import WorldWeaverModel
+
+_STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+"""Settings of an autoencoder that latents depend on, and that are no weights."""
+
+
+def encoder_key(model: WorldWeaverModel, *, bf16: bool) -> list[Any]:
+    """Return what latents depend on beside the clip, as JSON has it."""
+    pipe: Any = getattr(model.denoiser, "pipe", None)
+    said = [weights_digest(pipe.vae), *(pipe.vae.config.get(name) for name in _STATISTICS)]
+    return [*said, "bfloat16"] if bf16 else said
+
+
+def lock_of(place: Path) -> RunLock:
+    """Return the lock of whoever makes a file, whose folder is made.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(place, error) from error
+    return RunLock(place.parent, f".{place.stem}.lock", "pool_dir")
+
+
+def unwritable(place: Path, error: OSError) -> UserError:
+    """Return what is said of a folder that cannot be written."""
+    return UserError(f"pool_dir {place.parent} cannot be written: {error.strerror}. Name another folder")
+
+
+def read_latents(place: Path) -> Tensor:
+    """Return what `write_latents` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    tensors = read_tensors(place, f"pool_dir: {place} cannot be read")
+    if "latents" not in tensors:
+        raise UserError(f"pool_dir: {place} holds no latents: remove it")
+    return tensors["latents"]
+
+
+def write_latents(place: Path, latents: Tensor) -> None:
+    """Write a file that is whole or not there."""
+    with replacing(place) as part:
+        save_file({"latents": latents.cpu().contiguous()}, part)
