@@ -18,6 +18,7 @@ from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
 from postgen.commands.options import takes_settings
+from postgen.commands.recipes import recipes_commands
 from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
@@ -57,6 +58,7 @@ def build() -> typer.Typer:
     commands.command(rich_help_panel=MAKE)(takes_settings(compare))
     commands.command(rich_help_panel=JUDGE)(score)
     commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
+    commands.add_typer(recipes_commands(), name="recipes", rich_help_panel=TRAIN)
     commands.add_typer(convert_commands(), name="convert", rich_help_panel=CONVERT)
     short = "The same as convert lora."
     commands.command("export-lora", rich_help_panel=CONVERT, short_help=short)(checked(export_lora))

@@ -43,8 +43,11 @@ class Part:
     share_out: ClassVar[tuple[str, ...]] = ()
     """Fields of this class that say which part of a batch is whose: another number of processes may have others."""
 
+    files: ClassVar[tuple[str, ...]] = ()
+    """Fields of this class that may name a file of a recipe: it is looked for beside the recipe first."""
+
     @classmethod
-    def named_in(cls, variable: Literal["may_change", "share_out"]) -> set[str]:
+    def named_in(cls, variable: Literal["may_change", "share_out", "files"]) -> set[str]:
         """Return the fields that a class and all that it inherits from name in such a variable."""
         return {name for kind in cls.__mro__ for name in vars(kind).get(variable, ())}
 

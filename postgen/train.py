@@ -1,4 +1,4 @@
-"""Run a training recipe: `accelerate launch -m postgen.train RECIPE.yaml [--key value] [--resume] [--dry-run]`."""
+"""Run a training recipe: `accelerate launch -m postgen.train RECIPE [--key value] [--resume] [--dry-run]`."""
 
 import sys
 
@@ -7,9 +7,10 @@ from postgen.errors import UserError
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, stoppable
 
-USAGE = """usage: postgen train RECIPE.yaml [--key value ...] [--resume [auto]] [--dry-run]
+USAGE = """usage: postgen train RECIPE [--key value ...] [--resume [auto]] [--dry-run]
 
-  RECIPE.yaml    YAML with 'method:' and the fields of that method's configuration, flat or nested by part
+  RECIPE         a name that `postgen recipes` lists, or a file: YAML with 'method:' and the fields of that method's
+                 configuration, flat or nested by part
   --key value    replaces a value of the recipe; the values of a list follow one another: --key 0 2
   --resume       go on from the newest checkpoint of output_dir; --resume auto begins where there is none,
                  --resume runs/x/checkpoint-50 goes on from that one
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     recipes = [word for word in words[:1] if not word.startswith("--")]
     if not recipes:
-        raise UserError("The recipe comes first: postgen train RECIPE.yaml [--key value ...] [--resume].")
+        raise UserError("The recipe comes first: postgen train RECIPE [--key value ...] [--resume].")
     overrides = _spelt_out([word for word in words[1:] if word != "--dry-run"])
 
     from postgen.training import Reason, load_recipe

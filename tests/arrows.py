@@ -11,7 +11,8 @@ METHODS = {
 }
 """Rooms of one method each: none imports another."""
 GROUND = {
-    *("errors", "files", "interrupts", "locks", "own_code", "prompt_rows", "reading", "settings", "tensor_files"),
+    *("errors", "files", "interrupts", "locks", "own_code", "prompt_rows", "reading", "settings", "shipped"),
+    "tensor_files",
     "versions",
 }
 LOWER = {
@@ -32,6 +33,7 @@ ALLOWED = {
     "prompt_rows": {"errors", "reading"},
     "reading": {"errors"},
     "settings": {"errors"},
+    "shipped": {"errors"},
     "tensor_files": {"errors", "reading"},
     "versions": set(),
     "assets": GROUND,

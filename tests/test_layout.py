@@ -17,7 +17,7 @@ import postgen
 from tests.arrows import offences
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("pipelines", "rewards", "kernels", "apps")
+LINKED = ("pipelines", "rewards", "kernels", "apps", "recipes")
 MEBIBYTE = 2**20
 
 
@@ -136,6 +136,11 @@ def test_linked_folders_are_relative_links():
 def test_kernels_is_a_namespace_folder():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert importlib.util.find_spec("postgen.kernels").origin is None
+
+
+def test_no_folder_of_the_root_is_a_package_of_the_hub():
+    """Gradio imports `spaces` where it is, and calls it in a Space: an empty folder of this name would do."""
+    assert not (ROOT / "spaces").exists()
 
 
 @pytest.mark.slow

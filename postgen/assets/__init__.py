@@ -15,6 +15,9 @@ from postgen.errors import UserError
 TINY_WAN = "tiny-wan"
 WORLD_WEAVER = "world-weaver"
 
+EMBEDDED = "embedded"
+"""Word of recipes and of exports for the embedded model."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asset:
@@ -57,6 +60,15 @@ def embedded_model() -> Path:
             f"the embedded model is missing from {folder}: reinstall postgen, or train it with the recipes in recipes/"
         )
     return folder
+
+
+def model_folder(named: str) -> Path:
+    """Return the folder that a recipe names: `embedded` is the embedded model, also beside a folder of this name.
+
+    Raises:
+        UserError: the embedded model is named, and not there.
+    """
+    return embedded_model() if named == EMBEDDED else Path(named)
 
 
 def embedded_adapter() -> Path | None:

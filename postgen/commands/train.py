@@ -11,10 +11,10 @@ SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 def train(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE.yaml", help="Recipe, and values that replace its own."),
+        typer.Argument(metavar="RECIPE", help="Recipe, a name or a file, and values that replace its own."),
     ],
 ) -> None:
-    """Run a training recipe.
+    """Run a training recipe: one that `postgen recipes` lists, by its name, or a file.
 
     `--key value` replaces a value of it (`--key 0 2` a list), --resume goes on (`--resume auto`: or begins),
     --dry-run only estimates.

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgen.assets import embedded_model
+from postgen.assets import EMBEDDED, embedded_model
 from postgen.errors import UserError, shown
 from postgen.files import replacing
 from postgen.reading import read_json
 
 NOTE = "base.json"
-"""Name of the note in an export."""
-
-EMBEDDED = "embedded"
-"""What it calls the embedded model, which lies elsewhere on every machine."""
+"""Name of the note in an export. It calls the embedded model `EMBEDDED`: that lies elsewhere on every machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

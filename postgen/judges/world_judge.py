@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen import world
+from postgen.assets import EMBEDDED, model_folder
 from postgen.families.loading import inspect_model
 from postgen.rewards.world_judge import HEADS, WorldJudgeNet
 from postgen.rewards.world_net import save_net
@@ -55,7 +56,8 @@ class WorldJudgeConfig(TrainingConfig):
     """Part of the draws in which a kind's chance follows the share of its pairs that were ranked wrongly of late."""
 
     pipeline: str | None = None
-    """Folder of a diffusers text-to-video pipeline of the world, for reconstructions and samples; none takes none."""
+    """Folder of a diffusers text-to-video pipeline of the world, or `embedded`, for reconstructions and samples; none
+    takes none."""
 
     reconstructions: int = 1024
     """Clips that the pipeline's autoencoder reconstructs."""
@@ -95,7 +97,7 @@ class WorldJudgeConfig(TrainingConfig):
         self.require(self.sampling_steps >= 1, "sampling_steps", "at least 1")
         self.require(self.other_head_weight >= 0, "other_head_weight", "at least 0")
         if self.pipeline is not None:
-            self.require(Path(self.pipeline).is_dir(), "pipeline", "a folder")
+            self.require(model_folder(self.pipeline).is_dir(), "pipeline", f"a folder, or {EMBEDDED}")
 
 
 class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
@@ -139,8 +141,9 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         from diffusers import DiffusionPipeline
 
         # Guided as the folder says, not as its pipeline does by default; its size and length are those of the judge.
-        self.guidance = inspect_model(args.pipeline).default("guidance_scale")
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(self.device)
+        folder = model_folder(args.pipeline)
+        self.guidance = inspect_model(folder).default("guidance_scale")
+        pipe = DiffusionPipeline.from_pretrained(folder).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         prompts = [world.simple_caption(spec) for spec in self.takes.specs[: args.samples]]
         parts = [self._sampled(pipe, prompts[k : k + 16], k) for k in range(0, len(prompts), 16)]

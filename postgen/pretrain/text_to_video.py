@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen import world
+from postgen.assets import model_folder
 from postgen.errors import UserError
 from postgen.families.installed import processor_stack
 from postgen.families.wan import WanDenoiser
@@ -47,7 +48,8 @@ class TextToVideoConfig(TrainingConfig):
     """
 
     autoencoder: str
-    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline with one in `vae`."""
+    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline with one in `vae`; `embedded`
+    is that of the embedded model."""
 
     size: int = 96
     """Height and width of the clips in pixels, a multiple of 16."""
@@ -172,17 +174,18 @@ class TextToVideoConfig(TrainingConfig):
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
             self.require(not self.fully_shard, "fully_shard", "false with cuda_graphs")
-        if not (Path(self.autoencoder) / "config.json").is_file() and not (Path(self.autoencoder) / "vae").is_dir():
+        folder = model_folder(self.autoencoder)
+        if not (folder / "config.json").is_file() and not (folder / "vae").is_dir():
             raise UserError(
                 f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
             )
 
 
 def load_autoencoder(folder: str) -> Any:
-    """The autoencoder of an export or of a pipeline folder, in float32."""
+    """The autoencoder of an export, of a pipeline folder or of the embedded model, in float32."""
     from diffusers import AutoencoderKLWan
 
-    path = Path(folder)
+    path = model_folder(folder)
     return AutoencoderKLWan.from_pretrained(path / "vae" if (path / "vae").is_dir() else path)
 
 

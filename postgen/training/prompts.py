@@ -23,6 +23,7 @@ class PromptsConfig(Part):
     """Where prompts come from."""
 
     part: ClassVar[str] = "prompts"
+    files: ClassVar[tuple[str, ...]] = ("train_dataset", "eval_dataset")
 
     train_dataset: str | None = None
     """File of prompts (JSONL, JSON, CSV, TSV, text) with a column `prompt`, a name or folder for

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args, get_origin, get_type_hints
@@ -11,6 +12,7 @@ import yaml
 from postgen.errors import UserError, cut, cut_words, first_line, shown
 from postgen.own_code import own_function
 from postgen.reading import read_text
+from postgen.shipped import recipe_file
 
 from .config import TrainingConfig
 from .nested import check_key, flat
@@ -44,14 +46,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
 
     Args:
         path: a YAML file with `method:` and fields of the method's configuration, which may be nested by part (see
-            `postgen.training.nested`); `env:` sets environment variables.
-        overrides: `["--key", "value", ...]`, stronger than the file.
+            `postgen.training.nested`); `env:` sets environment variables. Or the name of a recipe that is shipped
+            (`postgen.shipped`). Files that it names (`Part.files`) are looked for beside it first, then from the
+            current folder on.
+        overrides: `["--key", "value", ...]`, stronger than the file; files from the current folder on.
 
     Raises:
         UserError: the file cannot be read, the method or a key is unknown, a value does not fit.
     """
     overrides = list(overrides or ())
-    values = _read(Path(path))
+    path = recipe_file(path)
+    values = _read(path)
     method = _last_value(overrides, "method") or _method_of(values)
     if not isinstance(method, str) or not method:
         raise UserError(f"{path} names no method. Add a line 'method: NAME', one of: {', '.join(METHODS)}.")
@@ -60,12 +65,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     env = {"env": values.pop("env")} if "env" in values else {}
     for each in env.values():
         _check_env(each, str(path))
-    values = flat(trainer.config_class, values, str(path))
+    values = _beside(trainer.config_class, flat(trainer.config_class, values, str(path)), path)
     overrides = _emptied(trainer.config_class, values, overrides)
     for word in overrides:
         if word.startswith("--"):
             check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")
-    return trainer, _parse(trainer.config_class, Path(path), {**env, **values}, overrides)
+    return trainer, _parse(trainer.config_class, path, {**env, **values}, overrides)
 
 
 def find_method(method: str) -> "type[Trainer[Any]]":
@@ -169,6 +174,19 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 def _method_of(values: dict[str, Any]) -> Any:
     method = values.get("method")
     return method.get("name") if isinstance(method, dict) else method
+
+
+def _beside(config_class: type[TrainingConfig], values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values, with the whole place of files that lie beside the recipe.
+
+    From the current folder on where they lie in it, so that a run can be moved with the folder that it lies in.
+    """
+    found = dict(values)
+    for name in config_class.named_in("files"):
+        if isinstance(value := values.get(name), str) and os.path.isfile(place := path.parent / value):
+            whole, here = Path(os.path.abspath(place)), Path.cwd()
+            found[name] = str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
+    return found
 
 
 def _key(word: str) -> str:

@@ -32,6 +32,7 @@ class ClipsConfig(Part):
     """
 
     part: ClassVar[str] = "clips"
+    files: ClassVar[tuple[str, ...]] = ("train_dataset", "eval_dataset")
 
     train_dataset: str | None = None
     """Rows (JSONL and what else prompts may be) with `prompt`, `video`, a file or a folder of frames, and perhaps

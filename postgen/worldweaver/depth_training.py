@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen import world
+from postgen.assets import EMBEDDED, model_folder
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.metrics.disparity import disparity_errors
@@ -70,7 +71,8 @@ class WorldDepthConfig(TrainingConfig):
     """Folder of pictures that a room's surfaces also wear; none takes patterns alone."""
 
     pipeline: str | None = None
-    """Folder of a diffusers pipeline of the world, whose autoencoder softens renders; none softens none."""
+    """Folder of a diffusers pipeline of the world, or `embedded`, whose autoencoder softens renders. None softens
+    none."""
 
     reconstructions: int = 1024
     """Scenes of the pool that also pass through that autoencoder."""
@@ -101,9 +103,9 @@ class WorldDepthConfig(TrainingConfig):
         both, batch = 0 < self.room_share < 1, self.per_device_train_batch_size
         said = f"0, 1, or such that of {batch} samples some are of rooms and some are not"
         self.require(not both or 0 < self.in_rooms < batch, "room_share", said)
-        for name in ("photos", "pipeline"):
-            folder = getattr(self, name)
-            self.require(folder is None or Path(folder).is_dir(), name, "a folder")
+        self.require(self.photos is None or Path(self.photos).is_dir(), "photos", "a folder")
+        if self.pipeline is not None:
+            self.require(model_folder(self.pipeline).is_dir(), "pipeline", f"a folder, or {EMBEDDED}")
 
     @property
     def in_rooms(self) -> int:
@@ -131,7 +133,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
             UserError: `pipeline` is a folder of something else.
         """
         args = self.args
-        if args.pipeline is not None and not (Path(args.pipeline) / "model_index.json").is_file():
+        if args.pipeline is not None and not (model_folder(args.pipeline) / "model_index.json").is_file():
             raise UserError(
                 f"pipeline {args.pipeline} is no folder of a diffusers pipeline: it has no model_index.json"
             )
@@ -154,7 +156,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
             return None
         from diffusers import DiffusionPipeline
 
-        denoiser = denoiser_for(DiffusionPipeline.from_pretrained(args.pipeline).to(self.device))
+        denoiser = denoiser_for(DiffusionPipeline.from_pretrained(model_folder(args.pipeline)).to(self.device))
         parts = self.scenes.rgb[: args.reconstructions].split(16)
         return torch.cat([reconstructed(denoiser, part) for part in parts])
 

@@ -1,0 +1,96 @@
+"""The fixtures of browser tests, on a page that is not the app's."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.apps import served
+from tests.apps.served import Served, serving
+
+SMALL = Path(__file__).with_name("small_page.py")
+
+
+@pytest.fixture(scope="module")
+def small(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving([SMALL], tmp_path_factory.mktemp("small")) as found:
+        yield found
+
+
+def test_a_page_is_used(small: Served, new_page: Callable[..., Any]) -> None:
+    """Two users, each with a window; what a page asks of others is refused and noted, its errors are noted."""
+    first, second = new_page(), new_page(width=390, height=844)
+    for page, name in ((first, "Ann"), (second, "Bo")):
+        page.goto(small.url)
+        page.get_by_label("Name").fill(name)
+        page.get_by_role("button", name="Greet").click()
+    for page, name in ((first, "Ann"), (second, "Bo")):
+        page.wait_for_function("name => [...document.querySelectorAll('textarea')].some(t => t.value == name)",
+                               arg=f"hello {name}")  # fmt: skip
+        assert page.outside == ["https://fonts.example/css?family=Nice"]
+    first.wrong.clear()
+    first.get_by_role("button", name="Break").click()
+    first.wait_for_timeout(300)
+    assert any("broken on purpose" in line for line in first.wrong)
+
+
+def test_an_error_of_the_server_is_shown(small: Served, page: Any) -> None:
+    page.goto(small.url)
+    page.get_by_role("button", name="Greet").click()
+    page.get_by_text(re.compile("there is no name: type one")).first.wait_for()
+
+
+def test_pictures_of_two_widths(small: Served, page: Any, shot: Callable[..., dict[str, Path]]) -> None:
+    page.goto(small.url)
+    page.get_by_label("Name").wait_for()
+    found = shot(page, "small")
+    sizes = {key: _size(path) for key, path in found.items()}
+    assert sizes == {"1280": (1280, 900), "390": (390, 844)}
+    assert page.viewport_size == {"width": 1280, "height": 900}
+
+
+def test_a_server_ends_with_its_children(chromium: Any, tmp_path: Path) -> None:
+    with serving([SMALL], tmp_path) as small:
+        child = int((tmp_path / "child").read_text())
+        assert psutil.pid_exists(child)
+        assert small.url in small.said()
+    assert small.process.returncode is not None
+    assert not _alive(child)
+
+
+def test_a_server_that_ends_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('no such model')")
+    with pytest.raises(AssertionError, match=r"ended with code 1:\nno such model"), serving([script], tmp_path):
+        pass
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.shutil, "which", lambda name: None)
+    assert served.missing().startswith("chromium (as root: bash .ci/browser)")
+
+
+def _size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def _alive(number: int) -> bool:
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
+                continue
+        return False
+    return os.path.exists(f"/proc/{number}")
