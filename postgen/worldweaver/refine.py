@@ -38,8 +38,7 @@ class Refiner(nn.Module):
         super().__init__()
         self.channels = channels
         made = channels * (modalities - 1)
-        # What the transformer says of each modality but RGB and how their cells differ, RGB without its noise, and what
-        # both frames hold.
+        # Of each modality but RGB what the transformer says and how cells differ; RGB without its noise; both frames.
         self.first = nn.Conv2d(2 * made + channels * (1 + 2 * modalities), width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(_BLOCKS))
         self.last = nn.Conv2d(width, made, 3, padding=1)
@@ -64,7 +63,7 @@ class Refiner(nn.Module):
         # No gradients into RGB, which is trained by its own loss alone.
         clean = z[:, : self.channels] - level[:, : self.channels] * rgb.detach()
         noisy = z * ((1 - level).square() + level.square()).rsqrt()
-        differences = contrast(z, level)[:, self.channels :]
+        differences = contrast(z[:, self.channels :], level[:, self.channels :])
         before, sigma_before = _before(noisy, sigma, levels.role.to(z.device))
         seen = torch.cat([others, differences, clean, noisy, before], 1).transpose(1, 2).flatten(0, 1).to(dtype)
         # Differences of cells matter where noise is low; bfloat16 would take them.
