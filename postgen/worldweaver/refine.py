@@ -45,9 +45,8 @@ class Refiner(nn.Module):
         self.told = nn.Sequential(nn.Linear(4 * _FREQUENCIES * modalities, width), nn.SiLU())
         # Scale and shift before every block, and before the last layer.
         self.levels = nn.Linear(width, 2 * width * (_BLOCKS + 1))
-        for layer in (self.levels, self.last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (*self.levels.parameters(), *self.last.parameters()):
+            nn.init.zeros_(weight)
 
     def forward(self, out: Tensor, z: Tensor, levels: FrameLevels) -> Tensor:
         """Return (B, (M - 1) * C, T, h, w), what to add to the transformer's outputs of depth and flow.
@@ -74,8 +73,9 @@ class Refiner(nn.Module):
             x = self.first(seen)
             for block, by in zip(self.blocks, each, strict=True):
                 x = block(x, *by)
-            added: Tensor = self.last(x * (1 + scale) + shift)
-        return added.unflatten(0, sigma.shape[:2]).transpose(1, 2).to(out)
+            x = self.last(x * (1 + scale) + shift)
+        added: Tensor = x.unflatten(0, sigma.shape[:2]).transpose(1, 2)
+        return added.to(out)
 
 
 class _Block(nn.Module):
