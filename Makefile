@@ -26,7 +26,7 @@ install: $(STAMP)  ## create .venv and install postgen into it, editable
 $(STAMP): pyproject.toml constraints.txt requirements-assets.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,rewards,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,rewards,demo,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
 	touch $(STAMP)
 
@@ -46,7 +46,7 @@ test_lowest_env:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-	  -e '.[train,kernels,rewards,dev]'
+	  -e '.[train,kernels,rewards,demo,dev]'
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -r requirements-assets.txt
 
 style: $(STAMP)  ## format and fix what ruff can fix

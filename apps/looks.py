@@ -1,0 +1,59 @@
+"""How the page looks: colours, type and spacing, without anything from another server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
+
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#page-head { padding: 4px 2px 0; }
+#page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
+#page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+.job { display: flex; flex-direction: column; gap: 6px; min-height: 44px; font-variant-numeric: tabular-nums; }
+.job .line { display: flex; justify-content: space-between; gap: 12px; flex-wrap: wrap; }
+.job .line span:last-child { color: var(--body-text-color-subdued); }
+.job .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
+.job .bar div { height: 100%; background: var(--color-accent); transition: width 0.3s linear; }
+.job.failed .line span:first-child { color: var(--error-text-color, #b91c1c); }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  #page-head h1 { font-size: 1.25rem; }
+}
+"""
+
+_DARK = "() => document.body.classList.toggle('dark', {})"
+
+
+def theme() -> Any:
+    """Return the theme: neutral, one accent, the fonts of the system."""
+    import gradio as gr
+
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=_SANS,
+        font_mono=_MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+    )
+
+
+def launch_looks(colours: str) -> dict[str, Any]:
+    """Return what `gr.Blocks.launch` is given for the looks.
+
+    Args:
+        colours: one of `postgen.apps.settings.THEMES`.
+    """
+    looks: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": ["api"]}
+    if colours != "system":
+        looks["js"] = _DARK.format("true" if colours == "dark" else "false")
+    return looks
