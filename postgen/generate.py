@@ -23,7 +23,7 @@ from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.video_calls import ROWS, UNKNOWN
 from postgen.files import check_apart, check_place, files_of, replacing_all
 from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
-from postgen.request import GenerateConfig, plug_in_places, portable
+from postgen.request import GenerateConfig, carried, plug_in_places, portable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -269,7 +269,7 @@ def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, sec
         OSError: a file cannot be written.
         UserError: the video cannot be written, or the model made values that are no numbers.
     """
-    from postgen.video import contact_sheet, write_video
+    from postgen.video import contact_sheet, holds_comment, write_video
 
     config = _as_made(job.config, clip)
     if config.num_frames != clip.shape[0]:
@@ -290,7 +290,9 @@ def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, sec
         "versions": versions(),
     }
     video, sheet, sidecar = parts
-    write_video(video, clip, fps=config.fps or 8.0, format=kind)
+    comment = carried(note)
+    text = comment if holds_comment(kind, comment) else None
+    write_video(video, clip, fps=config.fps or 8.0, format=kind, comment=text)
     contact_sheet(clip, sheet, title=f"{config.prompt} (seed {config.seed})")
     sidecar.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
