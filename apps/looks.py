@@ -31,6 +31,7 @@ CSS = """
 .job .line span:last-child { color: var(--body-text-color-subdued); }
 .job .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .job .bar div { height: 100%; background: var(--color-accent); transition: width 0.3s linear; }
+.job .note { margin: 0; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 .job.failed .line span:first-child { color: var(--error-text-color, #b91c1c); }
 #preview figure { margin: 0; display: flex; gap: 12px; align-items: center; flex-wrap: wrap; }
 #preview img { width: 160px; border-radius: var(--radius-md); }

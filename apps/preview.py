@@ -37,6 +37,7 @@ class Preview:
         self._colours: LatentColours | None = latent_colours(pipe)
         self._show, self._every = show, every
         self._last: tuple[int, float] = (0, time.perf_counter())
+        self._each = 0.0
         self.seconds = 0.0
         """Spent on previews."""
 
@@ -46,7 +47,7 @@ class Preview:
         now = time.perf_counter()
         if moment.done - done < self._every or moment.done == moment.total or self._colours is None:
             return
-        if self.seconds and self._each > MOST_SHARE * (now - since):
+        if self._each > MOST_SHARE * (now - since):
             return
         clean = moment.clean() if self._colours.fits(moment.latents) else None
         if clean is None:
