@@ -126,7 +126,7 @@ def _more(app: App) -> dict[str, Any]:
             names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="model"
         )
         fields["negative_prompt"] = gr.Textbox(label="Not in the video", info="Needs guidance above 1.")
-        with gr.Row():
+        with gr.Row(elem_classes="numbers"):
             for name, label in zip(_NUMBERS, ("Steps", "Width", "Height", "Frames", "Guidance"), strict=True):
                 whole = None if name == "guidance" else 0
                 fields[name] = gr.Number(
@@ -189,6 +189,12 @@ def _wire_jobs(app: App, page: _Page) -> None:
             async for progress in app.jobs.follow(task):
                 yield [*(_same() for _ in before), *_told(app, page, task, progress)]
 
+    def cancel(id: Any) -> None:
+        app.jobs.cancel(id)
+
+    def keep(id: Any) -> None:
+        app.jobs.finish_early(id)
+
     def check(randomise: bool, preset: str | None, *values: Any) -> list[Any]:
         return _problems(app, randomise, values)
 
@@ -197,12 +203,14 @@ def _wire_jobs(app: App, page: _Page) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(start, **begin, **private)
     page.fields["prompt"].submit(start, **begin, **private)
-    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
-    page.keep.click(lambda id: app.jobs.finish_early(id), page.job, None, **private)
+    page.cancel.click(cancel, page.job, None, **private)
+    page.keep.click(keep, page.job, None, **private)
     app.page.load(again, page.browser, [page.preset, page.randomise, *page.values, *page.told], **private)
 
 
 _SEED = FIELDS.index("seed")
+_FOLDED = {FIELDS.index(name) for name in FIELDS if name not in ("prompt", "seed")}
+"""Places of the fields under More settings, which may be closed."""
 
 
 def _form(values: tuple[Any, ...]) -> Form:
@@ -217,8 +225,10 @@ def _problems(app: App, randomise: bool, values: tuple[Any, ...]) -> list[Any]:
         form = _form(values)
         making.job_of(app, dataclasses.replace(form, seed=0) if randomise else form)
     except UserError as error:
-        place = 2 + making.place_of(str(error))
-        return [*fine[:place], gr.validate(False, str(error)), *fine[place + 1 :]]
+        place = making.place_of(str(error))
+        fine[2 + place] = gr.validate(False, str(error))
+        if place in _FOLDED:  # there it would not be seen
+            fine[2] = gr.validate(False, f"More settings: {error}")
     return fine
 
 

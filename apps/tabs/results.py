@@ -157,7 +157,7 @@ def about(note: Mapping[str, Any]) -> str:
         ("Seed", note.get("seed")),
         ("Size", f"{note.get('width')} x {note.get('height')}, {note.get('frames')} frames"),
         ("Steps", settings.get("num_inference_steps")),
-        ("Guidance", settings.get("guidance_scale")),
+        ("Guidance", f"{scale:g}" if isinstance(scale := settings.get("guidance_scale"), int | float) else None),
         ("Stopped", f"after step {stopped}" if (stopped := note.get("stopped_after")) is not None else None),
         ("Took", duration(note["seconds"]) if isinstance(note.get("seconds"), int | float) else None),
     ]
