@@ -46,7 +46,7 @@ test_lowest_env:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-	  -e '.[train,kernels,rewards,dev]'
+	  -e '.[train,kernels,rewards,demo,dev]'
 	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -r requirements-assets.txt
 
 style: $(STAMP)  ## format and fix what ruff can fix

@@ -1,1 +1,1 @@
-"""Applications on top of the library. Import as `postgen.apps`; none exists yet."""
+"""Applications on top of the library. Import as `postgen.apps`: `postgen.apps.demo` is the Gradio app."""

@@ -13,6 +13,7 @@ import typer
 import postgen
 from postgen.commands.compare import compare
 from postgen.commands.convert import checked, convert_commands
+from postgen.commands.demo import demo
 from postgen.commands.errors import forget_standing, tell_error, tell_stopped
 from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
@@ -56,6 +57,7 @@ def build() -> typer.Typer:
     commands.callback()(_common)
     commands.command(rich_help_panel=MAKE)(takes_settings(generate))
     commands.command(rich_help_panel=MAKE)(takes_settings(compare))
+    commands.command(rich_help_panel=MAKE)(demo)
     commands.command(rich_help_panel=JUDGE)(score)
     commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
     commands.add_typer(recipes_commands(), name="recipes", rich_help_panel=TRAIN)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from postgen.errors import is_whole, shown
 from postgen.video.containers import check_whole
-from postgen.video.ffmpeg import VideoError, decoder, header
+from postgen.video.ffmpeg import VideoError, decoder, header, metadata
 from postgen.video.stills import read_picture
 
 # With rounding and chroma as exact as ffmpeg has them: its fast way takes up to 2 of 255 off, every time.
@@ -52,15 +52,16 @@ class VideoInfo:
         return self.frames / self.fps if self.fps else 0.0
 
 
-def probe(path: str | Path, *, square: bool = True) -> VideoInfo:
+def probe(path: str | Path, *, square: bool = True, most: int | None = None) -> VideoInfo:
     """Measure a video file, or a folder of PNG pictures, by decoding it: the frame count is true, not the header's.
 
     Args:
         path: a video file or a folder.
         square: as for `iter_video`: the size is the one that it gives.
+        most: pixels of all frames together after which a file is refused and no further decoded; None sets no bound.
 
     Raises:
-        VideoError: no such file, not a video, damaged or cut short.
+        VideoError: no such file, not a video, damaged or cut short, more pixels than `most`.
     """
     source = _existing(path)
     if source.is_dir():
@@ -79,11 +80,26 @@ def probe(path: str | Path, *, square: bool = True) -> VideoInfo:
                 last, duration = (int(field) for field in line.split(b",")[2:4])
                 first = last if not frames else first
                 frames += 1
+                if most is not None and frames * size[0] * size[1] > most:
+                    raise VideoError(f"{source} has more than {most:,} pixels in all its frames: cut it, or shrink it")
     if not frames:
         raise VideoError(f"{source} holds no frame")
     # Mean rate between the first and the last frame; a single frame has its duration only.
     rate = Fraction(max(frames - 1, 1), (last - first) or duration or 1) / time_base
     return VideoInfo(width=size[0], height=size[1], fps=float(rate), frames=frames)
+
+
+def read_comment(path: str | Path) -> str | None:
+    """Return the text that a video file carries as its comment, as `write_video` was given it; None where it has none.
+
+    Raises:
+        VideoError: no such file, not a video.
+    """
+    source = _existing(path)
+    if source.is_dir():
+        return None
+    check_whole(source)
+    return metadata(source).get("comment")
 
 
 def iter_video(

@@ -1,0 +1,57 @@
+"""What the page says of a job: one line and a bar, the same in every tab."""
+
+from __future__ import annotations
+
+from html import escape
+
+from postgen.apps.jobs import Progress
+
+
+def status(progress: Progress | None, idle: str = "") -> str:
+    """Return HTML that says how a job stands: its place in the queue, or steps and seconds left, or how it ended.
+
+    Args:
+        progress: of the job; None while there is none.
+        idle: what is said then.
+    """
+    if progress is None:
+        return _box("idle", idle, "")
+    if progress.state == "waiting":
+        jobs = "1 job" if progress.position == 1 else f"{progress.position} jobs"
+        return _box("waiting", f"Waiting: {jobs} before this one", "", 0.0)
+    if progress.state == "running":
+        return _running(progress)
+    took = f"{duration(progress.seconds)} in all" if progress.seconds else ""
+    said = {"done": "Done", "failed": f"Failed: {progress.error}", "cancelled": "Cancelled: nothing was kept"}
+    return _box(progress.state, said[progress.state], took, note=progress.note)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(7.4), duration(75), duration(4000)
+    ('7 s', '1 min 15 s', '1 h 6 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _running(progress: Progress) -> str:
+    what = "Ending" if progress.stopping else progress.text or "Running"
+    if not progress.total:
+        return _box("running", what, duration(progress.seconds), 0.0, progress.note)
+    left = progress.seconds_left
+    steps = f"step {progress.done} of {progress.total}"
+    said = steps if left is None or progress.stopping else f"{steps}, {duration(left)} left"
+    return _box("running", what, said, progress.done / progress.total, progress.note)
+
+
+def _box(state: str, what: str, more: str, share: float | None = None, note: str = "") -> str:
+    bar = "" if share is None else f'<div class="bar"><div style="width:{share * 100:.1f}%"></div></div>'
+    line = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
+    told = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<div class="job {state}" role="status" aria-live="polite">{line}{bar}{told}</div>'

@@ -1,0 +1,162 @@
+"""Files that come in through the page: held to the limits of the server before anything else looks at them.
+
+Gradio keeps an upload in a folder of its own under a name that it made safe; postgen.video decodes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from postgen.apps.settings import AppSettings
+from postgen.errors import UserError
+from postgen.files import replacing
+
+_NOTE_BYTES = 2**20
+"""Largest sidecar: its prompt is the longest part."""
+
+
+def uploaded(path: Any, settings: AppSettings, what: str) -> Path:
+    """Return an upload whose size is allowed.
+
+    Args:
+        path: what the page's component gave.
+        settings: with the limits.
+        what: what it should be, for messages.
+
+    Raises:
+        UserError: nothing was uploaded, or the file is too large or empty.
+    """
+    if not isinstance(path, str) or not path:
+        raise UserError(f"there is no {what}: choose a file")
+    file = Path(path)
+    try:
+        size = file.stat().st_size if file.is_file() else -1
+    except OSError:
+        size = -1
+    if size < 0:
+        raise UserError(f"the {what} is no longer on the server: upload it again")
+    if size == 0:
+        raise UserError(f"the {what} is empty: upload another file")
+    if size > settings.upload_bytes:
+        raise UserError(
+            f"the {what} has {size:,} bytes, and at most {settings.upload_bytes:,} are allowed: make it smaller"
+        )
+    return file
+
+
+def uploaded_video(path: Any, settings: AppSettings, what: str = "video") -> Any:
+    """Return an uploaded video that keeps to all limits, as a `postgen.video.Footage`.
+
+    Frames are decoded no further than the limit of pixels reaches: a small file may hold hours.
+
+    Raises:
+        UserError: no file, too large, too long, too many pixels, no video, damaged.
+    """
+    from postgen.video import Footage, VideoError, probe
+
+    file = uploaded(path, settings, what)
+    try:
+        info = probe(file, most=settings.upload_pixels)
+    except VideoError as error:
+        raise UserError(f"the {what} is refused: {_without_place(error, file)}") from error
+    if info.seconds > settings.upload_seconds:
+        raise UserError(
+            f"the {what} takes {info.seconds:.1f} seconds, and at most {settings.upload_seconds:g} are allowed: cut it"
+        )
+    return Footage(file, info)
+
+
+def uploaded_picture(path: Any, settings: AppSettings, what: str = "picture") -> Any:
+    """Return an uploaded picture as a PIL image in RGB.
+
+    Raises:
+        UserError: no file, too large, too many pixels, no picture.
+    """
+    from postgen.video import VideoError, read_picture
+
+    file = uploaded(path, settings, what)
+    try:
+        picture = read_picture(file)
+    except VideoError as error:
+        raise UserError(f"the {what} cannot be read: {_without_place(error, file)}") from error
+    if picture.width * picture.height > (most := settings.upload_pixels // 16):
+        raise UserError(
+            f"the {what} has {picture.width} x {picture.height} pixels, and at most {most:,} are allowed:"
+            " make it smaller"
+        )
+    return picture
+
+
+def kept_picture(picture: Any, folder: Path) -> Path:
+    """Write a picture into the server's folder of first frames, under a name made from its content.
+
+    Results name it there, so that they can be made again. The same picture is kept once.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    size = f"{picture.width}x{picture.height}".encode()
+    path = folder / f"{hashlib.sha256(size + picture.tobytes()).hexdigest()[:32]}.png"
+    if not path.is_file():
+        try:
+            with replacing(path) as part:
+                picture.save(part, "PNG")
+        except OSError as error:
+            raise UserError(f"cannot keep the picture in {folder}: {error.strerror or error}") from error
+    return path
+
+
+def uploaded_json(path: Any, settings: AppSettings, what: str = "settings file") -> Mapping[str, Any]:
+    """Return the object in an uploaded JSON file.
+
+    Raises:
+        UserError: no file, larger than 1 MiB, or no JSON object.
+    """
+    from postgen.reading import read_json
+
+    file = uploaded(path, settings, what)
+    try:
+        found = read_json(file, f"the {what} cannot be read", most=_NOTE_BYTES)
+    except UserError as error:
+        raise UserError(_without_place(error, file)) from error
+    if not isinstance(found, dict):
+        raise UserError(f"the {what} holds no settings: upload the JSON that stands beside a video of postgen")
+    return found
+
+
+def uploaded_settings(path: Any, settings: AppSettings) -> Mapping[str, Any]:
+    """Return the settings in an uploaded sidecar, or in a video that postgen wrote them into.
+
+    Raises:
+        UserError: no such file, or one without settings of postgen.
+    """
+    from postgen.reading import parse_json
+    from postgen.video import VideoError, read_comment
+
+    file = uploaded(path, settings, "file")
+    if file.suffix.lower() == ".json":
+        note: Any = uploaded_json(path, settings)
+    else:
+        try:
+            text = read_comment(file)
+        except VideoError as error:
+            raise UserError(f"the file cannot be read as a video: {_without_place(error, file)}") from error
+        if text is None:
+            raise UserError("the video holds no settings: upload the JSON that postgen wrote beside it")
+        note = parse_json(text, "the settings in the video cannot be read")
+    found = note.get("settings") if isinstance(note, dict) else None
+    if not isinstance(found, dict):
+        raise UserError("the file holds no settings of postgen: upload a video that it made, or the JSON beside one")
+    return found
+
+
+def _without_place(error: Exception, file: Path) -> str:
+    """Return what an error says, with the name of the upload in place of where the server keeps it."""
+    text = str(error)
+    with suppress(OSError):
+        text = text.replace(str(file.resolve()), file.name)
+    return text.replace(str(file), file.name)

@@ -1,0 +1,126 @@
+"""`postgen demo`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from postgen.commands.errors import when_stopped
+from postgen.commands.options import FILES, MODEL, RUN
+from postgen.interrupts import held
+
+SERVER, LIMITS = "Server", "Limits"
+"""Panels of `--help`."""
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="Local diffusers folder or hub id; given several times, the page offers all of them. The embedded model"
+        " is always offered.",
+        rich_help_panel=MODEL,
+    ),
+]
+AnyModel = Annotated[
+    bool, typer.Option("--any-model", help="Let the page name any folder or hub id.", rich_help_panel=MODEL)
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="LoRA file or folder to offer; may be given several times.", rich_help_panel=MODEL),
+]
+Outputs = Annotated[
+    Path | None,
+    typer.Option("--outputs", help="Folder for what is made. \\[default: postgen-videos]", rich_help_panel=FILES),
+]
+Runs = Annotated[
+    Path | None,
+    typer.Option("--runs", help="Folder of training runs, to watch and to take LoRAs from.", rich_help_panel=FILES),
+]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", help="Port; 0 lets the system choose one. \\[default: 7860]", rich_help_panel=SERVER),
+]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        help="Address to listen at; one that other machines reach needs --auth. \\[default: 127.0.0.1]",
+        rich_help_panel=SERVER,
+    ),
+]
+Auth = Annotated[
+    str | None,
+    typer.Option(
+        "--auth",
+        metavar="USER:PASSWORD|FILE",
+        help="Who may use it: a pair, or a file with one a line (others see the pair among the processes).",
+        rich_help_panel=SERVER,
+    ),
+]
+Theme = Annotated[
+    str | None, typer.Option("--theme", help="system, light or dark. \\[default: system]", rich_help_panel=SERVER)
+]
+UploadMb = Annotated[
+    float | None, typer.Option("--upload-mb", help="Largest upload, in MiB. \\[default: 64]", rich_help_panel=LIMITS)
+]
+UploadSeconds = Annotated[
+    float | None,
+    typer.Option("--upload-seconds", help="Longest uploaded video. \\[default: 60]", rich_help_panel=LIMITS),
+]
+Waiting = Annotated[
+    int | None, typer.Option("--waiting", help="Most jobs that wait. \\[default: 50]", rich_help_panel=LIMITS)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. \\[default: auto]", rich_help_panel=RUN),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]", rich_help_panel=RUN)
+]
+Offload = Annotated[
+    str | None, typer.Option("--offload", help="none, model or sequential. \\[default: none]", rich_help_panel=RUN)
+]
+
+
+def demo(
+    model: Models = None,
+    any_model: AnyModel = False,
+    lora: Loras = None,
+    outputs: Outputs = None,
+    runs: Runs = None,
+    port: Port = None,
+    host: Host = None,
+    auth: Auth = None,
+    theme: Theme = None,
+    upload_mb: UploadMb = None,
+    upload_seconds: UploadSeconds = None,
+    waiting: Waiting = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    offload: Offload = None,
+) -> None:
+    """Serve the app: a page in the browser that makes videos. It listens on this machine only."""
+    from postgen.apps.demo import launch
+    from postgen.apps.settings import AppSettings, read_auth
+    from postgen.errors import check_number
+
+    names = model or []
+    given: dict[str, Any] = {
+        **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},
+        **{"theme": theme, "upload_seconds": upload_seconds, "waiting": waiting},
+        **{"dtype": dtype, "device": device, "offload": offload},
+        "auth": None if auth is None else read_auth(auth),
+    }
+    if upload_mb is not None:
+        check_number("--upload-mb", upload_mb, 0.001, 2**16)
+        given["upload_bytes"] = int(upload_mb * 2**20)
+    said = {name: value for name, value in given.items() if value is not None}
+    settings = AppSettings(models=tuple(names[1:]), any_model=any_model, loras=tuple(lora or ()), **said)
+    served = launch(settings)
+    typer.echo(f"App at {served.url} (stop with Ctrl-C), videos in {served.app.history.folder}")
+    try:
+        with when_stopped(lambda: "the app is closed; what it made is kept"):
+            served.wait()
+    finally:
+        with held():  # a second Ctrl-C waits for what is being written
+            served.close()
