@@ -39,7 +39,10 @@ class TabRow:
     """Whether this server has what the tab needs; without it there is no tab."""
 
 
-TABS = (TabRow(title="Generate", place="postgen.apps.tabs.generate"),)
+TABS = (
+    TabRow(title="Generate", place="postgen.apps.tabs.generate"),
+    TabRow(title="Before and after", place="postgen.apps.tabs.compare"),
+)
 """In the order of the page."""
 
 

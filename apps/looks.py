@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from postgen.apps.players import CSS as PLAYERS
+
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
@@ -22,6 +24,10 @@ CSS = """
 #preview p, .about-facts { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .about-prompt { margin: 0 0 2px; font-weight: 550; overflow-wrap: anywhere; }
 .about-facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; }
+.measured { border-collapse: collapse; margin: 10px 0 4px; font-variant-numeric: tabular-nums; }
+.measured th, .measured td { padding: 4px 20px 4px 0; text-align: left; font-weight: 400; }
+.measured thead th, .measured tbody th { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+.measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }
@@ -57,7 +63,7 @@ def launch_looks(colours: str) -> dict[str, Any]:
     Args:
         colours: one of `postgen.apps.settings.THEMES`.
     """
-    looks: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": ["api"]}
+    looks: dict[str, Any] = {"theme": theme(), "css": CSS + PLAYERS, "footer_links": ["api"]}
     if colours != "system":
         looks["js"] = _DARK.format("true" if colours == "dark" else "false")
     return looks
