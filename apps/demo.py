@@ -86,6 +86,7 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
     app = app if app is not None else App(settings or AppSettings())
     gr.set_static_paths([app.history.folder])
     with gr.Blocks(title="postgen", analytics_enabled=False, delete_cache=(_LOOK, _AGE)) as page:
+        app.page = page
         gr.HTML(
             "<h1>postgen</h1><p>Video from text, with what makes it better switched on or off.</p>",
             elem_id="page-head",

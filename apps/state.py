@@ -102,6 +102,8 @@ class App:
         self.models = Models(settings.at_once)
         self.facts: Callable[[str | None], ModelFacts] = cache(self._facts)
         """What is known of a model by its name, None for the embedded one; read once."""
+        self.page: Any = None
+        """The `gr.Blocks` that is being built, for events of the page itself."""
 
     @property
     def model_names(self) -> list[str]:

@@ -129,6 +129,32 @@ def uploaded_json(path: Any, settings: AppSettings, what: str = "settings file")
     return found
 
 
+def uploaded_settings(path: Any, settings: AppSettings) -> Mapping[str, Any]:
+    """Return the settings in an uploaded sidecar, or in a video that postgen wrote them into.
+
+    Raises:
+        UserError: no such file, or one without settings of postgen.
+    """
+    from postgen.reading import parse_json
+    from postgen.video import VideoError, read_comment
+
+    file = uploaded(path, settings, "file")
+    if file.suffix.lower() == ".json":
+        note: Any = uploaded_json(path, settings)
+    else:
+        try:
+            text = read_comment(file)
+        except VideoError as error:
+            raise UserError(f"the file cannot be read as a video: {_without_place(error, file)}") from error
+        if text is None:
+            raise UserError("the video holds no settings: upload the JSON that postgen wrote beside it")
+        note = parse_json(text, "the settings in the video cannot be read")
+    found = note.get("settings") if isinstance(note, dict) else None
+    if not isinstance(found, dict):
+        raise UserError("the file holds no settings of postgen: upload a video that it made, or the JSON beside one")
+    return found
+
+
 def _without_place(error: Exception, file: Path) -> str:
     """Return what an error says, with the name of the upload in place of where the server keeps it."""
     text = str(error)

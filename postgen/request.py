@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,24 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     loras = map(parse_lora, config.lora)
     settings["lora"] = [str(dataclasses.replace(lora, path=_absolute(lora.path) or lora.path)) for lora in loras]
     return settings
+
+
+def carried(note: Mapping[str, Any]) -> str:
+    """Return what a video file carries of its sidecar, JSON: what makes it again.
+
+    Videos are passed on: of files of this machine their names are there, not where they are.
+    """
+    settings = dict(note["settings"])
+    for name in ("model", "image"):
+        settings[name] = _name_of(settings[name])
+    loras = map(parse_lora, settings["lora"])
+    settings["lora"] = [str(dataclasses.replace(lora, path=_name_of(lora.path) or lora.path)) for lora in loras]
+    kept = ("plug_ins", "format", "pipeline", "versions")
+    return json.dumps({"settings": settings, **{name: note[name] for name in kept}}, ensure_ascii=False)
+
+
+def _name_of(name: str | None) -> str | None:
+    return name if name is None or not Path(name).is_absolute() else Path(name).name
 
 
 def plug_in_places(config: GenerateConfig) -> dict[str, str]:

@@ -1,12 +1,278 @@
-"""Tab: a video from a prompt."""
+"""Tab: a video from a prompt, and the history of what was made."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from postgen.apps import controls, making
+from postgen.apps.jobs import Progress, Task
+from postgen.apps.making import FIELDS, Form
 from postgen.apps.state import App
+from postgen.apps.status import status
+from postgen.apps.tabs.results import Results
+from postgen.errors import UserError
+
+IDLE = "Ready. A prompt and one click make a video."
+_TITLE = 60
+"""Characters of a prompt that name a job."""
+_NUMBERS = ("steps", "width", "height", "frames", "guidance")
+"""Fields that a preset sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Page:
+    """The components of the tab."""
+
+    fields: dict[str, Any]
+    """By the names of `FIELDS`."""
+    plug_ins: list[Any]
+    preset: Any
+    randomise: Any
+    start: Any
+    cancel: Any
+    keep: Any
+    status: Any
+    preview: Any
+    job: Any
+    """Id of the job that the page follows, in the session."""
+    browser: Any
+    """What the browser keeps: the values of the controls, and the job, so that a reload goes on with both."""
+    results: Results
+
+    @property
+    def values(self) -> list[Any]:
+        """What a form is made of."""
+        return [*(self.fields[name] for name in FIELDS), *self.plug_ins]
+
+    @property
+    def told(self) -> list[Any]:
+        """What changes while a job runs."""
+        return [self.job, self.status, self.preview, self.start, self.cancel, self.keep, *self.results.shown]
 
 
 def tab(app: App) -> None:
     """Build the tab."""
-    import gradio as gr
+    page = _layout(app)
+    _wire_settings(app, page)
+    _wire_jobs(app, page)
+    page.results.wire(lambda note: _reused(app, page, note), [page.preset, page.randomise, *page.values])
 
-    gr.Textbox(label="Prompt")
+
+def _layout(app: App) -> _Page:
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            fields: dict[str, Any] = {}
+            fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True)
+            _examples(app, fields["prompt"])
+            preset = gr.Radio(list(controls.presets(app.facts(app.settings.model))), value="balanced", label="Preset")
+            with gr.Row(elem_classes="buttons"):
+                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=110)
+                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=80)
+                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=60)
+            told = gr.HTML(status(None, IDLE), elem_id="status")
+            preview = gr.HTML(visible=False, elem_id="preview")
+            with gr.Row(elem_classes="seed"):
+                fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", scale=2)
+                randomise = gr.Checkbox(True, label="A new seed each time", scale=3)
+            with gr.Accordion("What makes it better", open=True):
+                plug_ins = controls.plug_in_controls()
+            fields |= _more(app)
+        with gr.Column(scale=6, min_width=320):
+            results = Results(app)
+    return _Page(
+        fields=fields,
+        plug_ins=plug_ins,
+        preset=preset,
+        randomise=randomise,
+        start=start,
+        cancel=cancel,
+        keep=keep,
+        status=told,
+        preview=preview,
+        job=gr.State(None),
+        browser=gr.BrowserState(None, storage_key="postgen-generate", secret="postgen"),
+        results=results,
+    )
+
+
+def _examples(app: App, prompt: Any) -> None:
+    """Offer prompts that the first model knows, where it says which."""
+    if known := app.facts(app.settings.model).closed_vocabulary:
+        gr.Examples([[text] for text in known], inputs=[prompt], label="Prompts that this model knows")
+
+
+def _more(app: App) -> dict[str, Any]:
+    """Build the controls that a first video does not need."""
+    facts = app.facts(app.settings.model)
+    first = controls.presets(facts)["balanced"]
+    fields: dict[str, Any] = {}
+    with gr.Accordion("More settings", open=False):
+        names = app.model_names
+        fields["model"] = gr.Dropdown(
+            names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="model"
+        )
+        fields["negative_prompt"] = gr.Textbox(label="Not in the video", info="Needs guidance above 1.")
+        with gr.Row():
+            for name, label in zip(_NUMBERS, ("Steps", "Width", "Height", "Frames", "Guidance"), strict=True):
+                whole = None if name == "guidance" else 0
+                fields[name] = gr.Number(
+                    getattr(first, name), label=label, precision=whole, minimum=0, min_width=90, elem_id=name
+                )
+        with gr.Row():
+            offered = [("none", ""), *((name, name) for name in app.loras())]
+            fields["lora"] = gr.Dropdown(offered, value="", label="LoRA", elem_id="lora", visible=len(offered) > 1)
+            fields["lora_scale"] = gr.Number(1.0, label="Strength of the LoRA", visible=len(offered) > 1)
+        fields["image"] = gr.Image(
+            label="First frame",
+            type="filepath",
+            format="png",
+            sources=["upload", "clipboard"],
+            height=200,
+            visible=_takes_image(app, names[0]),
+            elem_id="first-frame",
+        )
+    return fields
+
+
+def _wire_settings(app: App, page: _Page) -> None:
+    """Let presets follow the model, numbers the preset, and the browser remember."""
+    numbers = [page.fields[name] for name in _NUMBERS]
+
+    def model_chosen(name: str, preset: str | None) -> list[Any]:
+        own = _said(lambda: controls.presets(app.facts(app.model(name))))
+        chosen = own[preset or "balanced"]
+        image = gr.update(visible=_takes_image(app, name))
+        return [image, *(getattr(chosen, number) for number in _NUMBERS)]
+
+    def preset_chosen(preset: str, name: str) -> list[Any]:
+        chosen = _said(lambda: controls.presets(app.facts(app.model(name))))[preset]
+        return [getattr(chosen, number) for number in _NUMBERS]
+
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    page.fields["model"].input(
+        model_chosen, [page.fields["model"], page.preset], [page.fields["image"], *numbers], **private
+    )
+    page.preset.input(preset_chosen, [page.preset, page.fields["model"]], numbers, **private)
+    for number in numbers:
+        number.input(lambda: None, None, page.preset, **private)  # it is no preset any more
+
+
+def _wire_jobs(app: App, page: _Page) -> None:
+    """Start, follow, cancel."""
+
+    async def start(randomise: bool, preset: str | None, *values: Any) -> AsyncIterator[list[Any]]:
+        values = (*values[:_SEED], making.drawn_seed() if randomise else values[_SEED], *values[_SEED + 1 :])
+        task = _said(lambda: _submitted(app, values))
+        yield [values[_SEED], _kept(task.id, randomise, preset, values), *_told(app, page, task, None)]
+        async for progress in app.jobs.follow(task):
+            yield [_same(), _same(), *_told(app, page, task, progress)]
+
+    async def again(kept: Any) -> AsyncIterator[list[Any]]:
+        task = app.jobs.find(kept.get("job") if isinstance(kept, dict) else None)
+        before = _restored(page, kept)
+        yield [*before, *_told(app, page, None, None)]
+        if task is not None and not app.jobs.progress(task).ended:
+            async for progress in app.jobs.follow(task):
+                yield [*(_same() for _ in before), *_told(app, page, task, progress)]
+
+    def check(randomise: bool, preset: str | None, *values: Any) -> list[Any]:
+        return _problems(app, randomise, values)
+
+    inputs = [page.randomise, page.preset, *page.values]
+    begin = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told], "validator": check}
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    page.start.click(start, **begin, **private)
+    page.fields["prompt"].submit(start, **begin, **private)
+    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
+    page.keep.click(lambda id: app.jobs.finish_early(id), page.job, None, **private)
+    app.page.load(again, page.browser, [page.preset, page.randomise, *page.values, *page.told], **private)
+
+
+_SEED = FIELDS.index("seed")
+
+
+def _form(values: tuple[Any, ...]) -> Form:
+    own = dict(zip(FIELDS, values[: len(FIELDS)], strict=True))
+    return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
+
+
+def _submitted(app: App, values: tuple[Any, ...]) -> Task:
+    job = making.job_of(app, _form(values))
+    return app.jobs.submit(job.config.prompt[:_TITLE], making.work_of(app, job))
+
+
+def _problems(app: App, randomise: bool, values: tuple[Any, ...]) -> list[Any]:
+    """Say what is wrong at the control that it is about, before the job is queued."""
+    fine = [gr.validate(True, "")] * (2 + len(values))
+    try:
+        form = _form(values)
+        making.job_of(app, dataclasses.replace(form, seed=0) if randomise else form)
+    except UserError as error:
+        place = 2 + making.place_of(str(error), len(FIELDS))
+        return [*fine[:place], gr.validate(False, str(error)), *fine[place + 1 :]]
+    return fine
+
+
+def _told(app: App, page: _Page, task: Task | None, progress: Progress | None) -> list[Any]:
+    """Return what `_Page.told` shows of a job."""
+    if task is None:
+        idle = [gr.update(interactive=True), gr.update(interactive=False), gr.update(interactive=False)]
+        return [None, status(None, IDLE), gr.update(visible=False), *idle, *page.results.newest()]
+    if progress is not None and progress.error is not None:
+        raise gr.Error(progress.error, print_exception=False, duration=None)
+    live = progress is None or not progress.ended
+    running = progress is not None and progress.state == "running"
+    picture = progress.preview if progress is not None else None
+    buttons = [gr.update(interactive=not live), gr.update(interactive=live), gr.update(interactive=running)]
+    made = progress is not None and progress.state == "done"
+    return [
+        task.id if live else None,
+        status(progress if progress is not None else app.jobs.progress(task)),
+        gr.update(value=picture, visible=picture is not None),
+        *buttons,
+        *(page.results.newest(progress.result) if made and progress is not None else page.results.unchanged()),
+    ]
+
+
+def _kept(job: str, randomise: bool, preset: str | None, values: tuple[Any, ...]) -> dict[str, Any]:
+    own = {name: value for name, value in zip(FIELDS, values, strict=False) if name != "image"}
+    return {"job": job, "randomise": randomise, "preset": preset, "fields": own, "plug_ins": values[len(FIELDS) :]}
+
+
+def _restored(page: _Page, kept: Any) -> list[Any]:
+    """Return the values of preset, randomise and all controls that the browser kept; what does not fit stays."""
+    fields = kept.get("fields") if isinstance(kept, dict) else None
+    if not isinstance(fields, dict) or len(kept.get("plug_ins") or ()) != len(page.plug_ins):
+        return [_same()] * (2 + len(page.values))
+    own = [fields.get(name, _same()) if name != "image" else _same() for name in FIELDS]
+    return [kept.get("preset"), bool(kept.get("randomise")), *own, *kept["plug_ins"]]
+
+
+def _reused(app: App, page: _Page, settings: Any) -> list[Any]:
+    """Return the values of preset, randomise and all controls for the settings of a result."""
+    form, missing = _said(lambda: making.form_of(app, settings))
+    if missing:
+        gr.Warning(f"This server does not have {', '.join(missing)}: the rest is as it was.")
+    return [None, False, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
+
+
+def _takes_image(app: App, name: str) -> bool:
+    facts = _said(lambda: app.facts(app.model(name)))
+    return facts.takes_image or facts.image_pipeline is not None
+
+
+def _said(ask: Any) -> Any:
+    """Return what a function returns; what it says to the user goes to the page, in one line."""
+    try:
+        return ask()
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _same() -> Any:
+    return gr.skip()

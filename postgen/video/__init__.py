@@ -7,9 +7,9 @@ from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
 from postgen.video.footage import Footage, TooLongError
 from postgen.video.growing import GROWING, GrowingVideo, check_mark, copy_video
-from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_video
+from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_comment, read_video
 from postgen.video.stills import check_picture, read_picture, rgb_picture
-from postgen.video.write import FORMATS, check_target, checked_rate, write_video
+from postgen.video.write import FORMATS, check_target, checked_rate, holds_comment, write_video
 
 __all__ = [
     "FORMATS",
@@ -27,8 +27,10 @@ __all__ = [
     "checked_rate",
     "contact_sheet",
     "copy_video",
+    "holds_comment",
     "iter_video",
     "probe",
+    "read_comment",
     "read_picture",
     "read_video",
     "rgb_picture",

@@ -6,6 +6,7 @@ that ends early for a shorter one, and a failed encoding for a good one.
 
 import io
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -94,6 +95,50 @@ def header(path: Path) -> str:
             raise NoFFmpegError(f"cannot start {arguments[0]}: {error.strerror or error}") from error
         log.seek(0)
         return log.read(1 << 20).decode(errors="replace")
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return what a file says of itself as a whole: texts by key in lower case, as title or comment.
+
+    Raises:
+        VideoError: ffmpeg cannot read it, or did not answer in time.
+    """
+    with tempfile.TemporaryFile() as log:
+        arguments = [
+            executable(),
+            "-hide_banner",
+            "-v",
+            "error",
+            *_READ,
+            "-i",
+            f"file:{path}",
+            "-f",
+            "ffmetadata",
+            "-",
+        ]
+        try:
+            done = subprocess.run(
+                arguments, stdout=subprocess.PIPE, stderr=log, timeout=PATIENCE, start_new_session=True
+            )
+        except subprocess.TimeoutExpired:
+            raise VideoError(f"cannot read {path}: ffmpeg gave nothing for {PATIENCE:g} seconds") from None
+        except OSError as error:
+            raise NoFFmpegError(f"cannot start {arguments[0]}: {error.strerror or error}") from error
+        if done.returncode:
+            raise VideoError(f"cannot read {path} as a video: {_reason(log)}")
+    text = done.stdout.decode(errors="replace")
+    found: dict[str, str] = {}
+    # A backslash stands before what would mean something, line ends among them.
+    for line in re.findall(r"((?:\\.|[^\\\n])+)", text, re.DOTALL):
+        if line.startswith("["):
+            break  # what follows is about one stream
+        if match := re.fullmatch(r"((?:\\.|[^\\=])+)=(.*)", line, re.DOTALL):
+            found[_bare(match[1]).lower()] = _bare(match[2])
+    return found
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from postgen.errors import is_whole, shown
 from postgen.video.containers import check_whole
-from postgen.video.ffmpeg import VideoError, decoder, header
+from postgen.video.ffmpeg import VideoError, decoder, header, metadata
 from postgen.video.stills import read_picture
 
 # With rounding and chroma as exact as ffmpeg has them: its fast way takes up to 2 of 255 off, every time.
@@ -87,6 +87,19 @@ def probe(path: str | Path, *, square: bool = True, most: int | None = None) -> 
     # Mean rate between the first and the last frame; a single frame has its duration only.
     rate = Fraction(max(frames - 1, 1), (last - first) or duration or 1) / time_base
     return VideoInfo(width=size[0], height=size[1], fps=float(rate), frames=frames)
+
+
+def read_comment(path: str | Path) -> str | None:
+    """Return the text that a video file carries as its comment, as `write_video` was given it; None where it has none.
+
+    Raises:
+        VideoError: no such file, not a video.
+    """
+    source = _existing(path)
+    if source.is_dir():
+        return None
+    check_whole(source)
+    return metadata(source).get("comment")
 
 
 def iter_video(

@@ -23,12 +23,20 @@ FORMATS = MappingProxyType({"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "fram
 Put = Callable[[Tensor], object]
 
 _DEFAULT_QUALITY = 7.0
+_LONGEST_COMMENT = 2**16
+"""Bytes: it goes through an argument of a program, which systems bound."""
 _SLOWEST = 0.01
 """Frames per second: slower ones are no fraction that a file can say."""
 
 
 def write_video(
-    path: str | Path, frames: Frames, *, fps: float | Fraction, format: str | None = None, quality: float | None = None
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float | Fraction,
+    format: str | None = None,
+    quality: float | None = None,
+    comment: str | None = None,
 ) -> VideoInfo:
     """Write a video whose size and rate are exactly those given; nothing is resized, whatever the size.
 
@@ -44,17 +52,18 @@ def write_video(
         fps: frames per second, above 0.
         format: mp4, webm, gif or frames; None takes it from the suffix of `path`.
         quality: 0 (small) to 10 (best) for mp4 and webm; None is 7.
+        comment: a text that mp4 and webm carry with them, for `read_comment`; at most 64 KiB.
 
     Returns:
         What was written.
 
     Raises:
-        VideoError: a format, rate, quality or frame that cannot be written, or a place that cannot.
+        VideoError: a format, rate, quality, comment or frame that cannot be written, or a place that cannot.
     """
     target = Path(path)
     kind = check_target(target, format)
     rate = checked_rate(fps, kind)
-    arguments = _coding(kind, quality)
+    arguments = [*_coding(kind, quality), *_noting(kind, comment)]
     first, stream = _begun(frames, target)
     height, width, _ = first.shape
     try:
@@ -164,6 +173,23 @@ def _coding(kind: str, quality: float | None) -> list[str]:
     if kind == "mp4":
         return ["-c:v", "libx264", "-crf", f"{38 - 3 * level:.1f}", "-movflags", "+faststart", "-f", "mp4"]
     return ["-c:v", "libvpx-vp9", "-crf", f"{53 - 4 * level:.0f}", "-b:v", "0", "-cpu-used", "4", "-f", "webm"]
+
+
+def holds_comment(kind: str, comment: str) -> bool:
+    """Whether a format can carry a text."""
+    return kind in ("mp4", "webm") and len(comment.encode()) <= _LONGEST_COMMENT and "\0" not in comment
+
+
+def _noting(kind: str, comment: str | None) -> list[str]:
+    """Return ffmpeg's arguments for a comment."""
+    if comment is None:
+        return []
+    if not holds_comment(kind, comment):
+        raise VideoError(
+            f"a comment is for mp4 and webm, at most {_LONGEST_COMMENT:,} bytes and without a null character, got"
+            f" {len(comment.encode()):,} bytes for {kind}: leave it out"
+        )
+    return ["-metadata", f"comment={comment}"]
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""From what the page or a client asks for to a checked job, and what that job does."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from postgen.apps.jobs import Task, Work
+from postgen.apps.preview import Preview
+from postgen.apps.state import App
+from postgen.apps.uploads import kept_picture, uploaded_picture
+from postgen.errors import UserError, is_whole, shown
+from postgen.families.lora import LARGEST, parse_lora
+from postgen.generate import Job, Watch, make_video, output_paths, prepare
+from postgen.reading import read_json
+
+KIND = "generate"
+"""Kind of these results in the history."""
+VIDEO, SIDECAR = "video.mp4", "video.json"
+"""Their files."""
+LARGEST_SEED = 2**53 - 1
+"""Beyond it a browser's numbers are not exact."""
+_RANDOM = 2**31
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What somebody asks for, as it came: nothing of it is trusted. None takes the model's default."""
+
+    prompt: Any = ""
+    model: Any = None
+    """A name of `App.model_names`."""
+    negative_prompt: Any = None
+    steps: Any = None
+    width: Any = None
+    height: Any = None
+    frames: Any = None
+    guidance: Any = None
+    seed: Any = None
+    lora: Any = None
+    """A name of `App.loras`."""
+    lora_scale: Any = 1.0
+    image: Any = None
+    """An upload: where Gradio keeps it."""
+    plug_ins: Mapping[str, str] = field(default_factory=dict)
+    """Texts by option, as `GenerateConfig.plug_ins`."""
+
+
+FIELDS = tuple(item.name for item in dataclasses.fields(Form) if item.name != "plug_ins")
+"""In this order the page's components stand; those of plug-ins follow."""
+_SETTINGS = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
+_SETTINGS |= {name: name for name in ("negative_prompt", "width", "height")}
+_WHOLE = {"steps": "steps", "width": "width", "height": "height", "frames": "frames"}
+
+
+def job_of(app: App, form: Form) -> Job:
+    """Check all that can be checked before the queue; the first frame is kept beside the results.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if not isinstance(form.prompt, str):
+        raise UserError("the prompt must be a text: say what the video shows")
+    fields: dict[str, Any] = {}
+    for name, setting in _SETTINGS.items():
+        value = getattr(form, name)
+        if value not in (None, ""):
+            fields[setting] = _whole(name, value) if name in _WHOLE else value
+    if not is_whole(form.seed, 0, LARGEST_SEED):
+        raise UserError(f"the seed must be a whole number from 0 to {LARGEST_SEED:,}, got {shown(form.seed)}")
+    if (lora := app.lora(form.lora)) is not None:
+        fields["lora"] = (_scaled(lora, form.lora_scale),)
+    if form.image is not None:
+        fields["image"] = str(kept_picture(uploaded_picture(form.image, app.settings, "first frame"), app.pictures))
+    model = app.model(form.model)
+    return prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
+
+
+def drawn_seed() -> int:
+    """Return a seed by chance."""
+    return secrets.randbelow(_RANDOM)
+
+
+def work_of(app: App, job: Job) -> Work:
+    """Return what a job of the queue does: it loads the model, makes the video and keeps it in the history.
+
+    Its result is the id of the entry.
+    """
+
+    def work(task: Task) -> str:
+        task.tell(f"Loading {shown_model(job.config.model)}")
+        with app.models.pipeline(job) as pipe:
+            preview = Preview(pipe, task.show)
+            watch = Watch(look=preview.look, early=lambda: task.early)
+            task.tell("Making the video")
+            with app.history.adding(KIND) as new:
+                paths, kind = output_paths(new.folder / VIDEO)
+                clip = make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total), watch)
+                task.check()
+                new.poster  # noqa: B018 - made now, and not while somebody waits for the gallery
+            preview.learn(watch.latents, clip)
+        return new.id
+
+    return work
+
+
+def shown_model(model: str | None) -> str:
+    """Return what the page calls a model: of a folder its name, not where it is."""
+    from postgen.apps.state import EMBEDDED
+
+    return EMBEDDED if model is None else Path(model).name if Path(model).is_dir() else model
+
+
+def note_of(path: Path) -> Mapping[str, Any]:
+    """Return the sidecar of a result.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    note = read_json(path, "the settings of this result cannot be read")
+    if not isinstance(note, dict) or not isinstance(note.get("settings"), dict):
+        raise UserError("the settings of this result cannot be read: they are none of postgen")
+    return note
+
+
+def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
+    """Return the form that asks for the settings of a sidecar, and what of them this server does not have.
+
+    Nothing that a sidecar names is opened: its model, its LoRA and its first frame are used only where they are those
+    of this server.
+
+    Args:
+        app: the server.
+        settings: of a sidecar of anybody.
+
+    Raises:
+        UserError: they are no settings.
+    """
+    prompt, seed = settings.get("prompt"), settings.get("seed")
+    if not isinstance(prompt, str) or not is_whole(seed, 0, LARGEST_SEED):
+        raise UserError("the settings have no prompt, or no seed that a page can hold: use postgen generate --from")
+    missing: list[str] = []
+    model = _own_model(app, settings.get("model"), missing)
+    lora, scale = _own_lora(app, settings.get("lora"), missing)
+    picture = _own_picture(app, settings.get("image"), missing)
+    rest = {name: _number_or_text(settings.get(setting)) for name, setting in _SETTINGS.items()}
+    from postgen.plug_ins import known_plug_ins
+
+    texts = {row.option: text for row in known_plug_ins() if isinstance(text := settings.get(row.option), str)}
+    form = Form(
+        prompt=prompt, model=model, seed=seed, lora=lora, lora_scale=scale, image=picture, plug_ins=texts, **rest
+    )
+    return form, missing
+
+
+def values_of(form: Form, plug_ins: Sequence[Any]) -> list[Any]:
+    """Return the values of the page's components for a form, in their order; `plug_ins` are those of the controls."""
+    return [*(getattr(form, name) for name in FIELDS), *plug_ins]
+
+
+def _stepped(task: Task, done: int, total: int) -> None:
+    task.step(done, total)
+    if done == total:
+        task.tell("Decoding the frames")
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not is_whole(value, 1):
+        raise UserError(f"{_WHOLE[name]} must be a whole number of at least 1, got {shown(value)}")
+    return int(value)
+
+
+def _scaled(lora: str, scale: Any) -> str:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -LARGEST <= scale <= LARGEST:
+        raise UserError(f"the strength of the LoRA must be from -{LARGEST:g} to {LARGEST:g}, got {shown(scale)}")
+    return str(dataclasses.replace(parse_lora(lora), scale=float(scale)))
+
+
+def _own_model(app: App, model: Any, missing: list[str]) -> str:
+    from postgen.apps.state import EMBEDDED
+
+    if model is None:
+        return EMBEDDED
+    for name in app.model_names:
+        if name == model or (name != EMBEDDED and _same_place(name, model)):
+            return name
+    if app.settings.any_model and isinstance(model, str):
+        return model
+    missing.append("its model")
+    return app.model_names[0]
+
+
+def _own_lora(app: App, loras: Any, missing: list[str]) -> tuple[str | None, float]:
+    if not loras:
+        return None, 1.0
+    texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list | tuple) else []
+    if len(texts) == 1:
+        choice = parse_lora(texts[0])
+        for name, text in app.loras().items():
+            own = parse_lora(text)
+            if own.network == choice.network and (own.path == choice.path or _same_place(own.path, choice.path)):
+                return name, choice.scale
+    missing.append("its LoRA" if len(texts) < 2 else "its LoRAs, of which the page takes one")
+    return None, 1.0
+
+
+def _own_picture(app: App, image: Any, missing: list[str]) -> str | None:
+    if image is None:
+        return None
+    # Only the name is used, and only of a file that the app itself has put there.
+    path = app.pictures / Path(str(image)).name
+    if path.is_file() and path.parent == app.pictures:
+        return str(path)
+    missing.append("its first frame")
+    return None
+
+
+def _same_place(own: str, other: Any) -> bool:
+    """Whether a file of this server is the one that a sidecar names: by its place, or by its name in a video."""
+    place = Path(own).expanduser()
+    return isinstance(other, str) and place.exists() and other in (str(place.resolve()), place.resolve().name)
+
+
+def _number_or_text(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+
+
+def place_of(message: str, most: int) -> int:
+    """Return the place in `FIELDS` of what a message is about: the first field that it names; else the prompt's."""
+    words = {setting: name for name, setting in _SETTINGS.items()} | {name: name for name in FIELDS}
+    words |= {"LoRA": "lora", "first frame": "image", "picture": "image"}
+    found = [(message.find(word), FIELDS.index(name)) for word, name in words.items() if word in message]
+    return min(min(found)[1], most - 1) if found else 0

@@ -1,0 +1,167 @@
+"""The part of a tab that shows results: a player, the gallery of all that was made, and what can be done with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from postgen.apps import making
+from postgen.apps.history import Entry
+from postgen.apps.state import App
+from postgen.apps.status import duration
+from postgen.apps.uploads import uploaded_settings
+from postgen.errors import UserError
+
+PAGE = 24
+"""Results that the gallery shows at first, and how many more each time."""
+_CAPTION = 40
+
+
+class Results:
+    """A player with the result that is chosen, and the gallery; built inside the open layout.
+
+    `shown` are the components that change with a result: what `newest`, `one` and `unchanged` return is for them.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.video = gr.Video(label="Video", autoplay=True, loop=True, elem_id="result", height=380, buttons=[])
+        self.about = gr.HTML(elem_id="about")
+        with gr.Row(elem_classes="buttons"):
+            self.again = gr.Button("Reuse these settings", interactive=False, size="sm", elem_id="reuse")
+            self.get_video = gr.DownloadButton("Video", interactive=False, size="sm", elem_id="get-video")
+            self.get_note = gr.DownloadButton("Settings", interactive=False, size="sm", elem_id="get-settings")
+            self.remove = gr.Button("Remove", interactive=False, size="sm", elem_id="remove")
+        self.gallery = gr.Gallery(
+            label="History",
+            columns=4,
+            height="auto",
+            object_fit="cover",
+            allow_preview=False,
+            interactive=False,
+            elem_id="history",
+            buttons=[],
+        )
+        self.more = gr.Button("Show more", visible=False, size="sm", elem_id="more")
+        self.upload = gr.UploadButton(
+            "Take settings from a video or JSON of postgen",
+            file_types=[".json", ".mp4", ".webm"],
+            size="sm",
+            elem_id="from-file",
+        )
+        self.chosen = gr.State(None)
+        self.ids = gr.State([])
+        self.count = gr.State(PAGE)
+        self._one = [self.video, self.about, self.again, self.get_video, self.get_note, self.remove, self.chosen]
+        self.shown = [*self._one, self.gallery, self.more, self.ids]
+
+    def wire(self, reuse: Callable[[Mapping[str, Any]], list[Any]], controls: list[Any]) -> None:
+        """Wire the events.
+
+        Args:
+            reuse: returns the values of `controls` for settings of a sidecar.
+            controls: what they are for.
+        """
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+        def chosen(ids: list[str], event: gr.SelectData) -> list[Any]:
+            return self._said(lambda: self.one(self.app.history.get(ids[event.index])))
+
+        def again(id: str | None) -> list[Any]:
+            return self._said(lambda: reuse(self._note(self.app.history.get(id))["settings"]))
+
+        def removed(id: str | None, count: int) -> list[Any]:
+            self._said(lambda: self.app.history.remove(id))
+            return [*self._nothing(), *self._listed(count)]
+
+        def taken(file: str) -> list[Any]:
+            return self._said(lambda: reuse(uploaded_settings(file, self.app.settings)))
+
+        self.gallery.select(chosen, self.ids, self._one, **private)
+        self.again.click(again, self.chosen, controls, **private)
+        self.remove.click(removed, [self.chosen, self.count], self.shown, **private)
+        self.upload.upload(taken, self.upload, controls, **private)
+        self.more.click(
+            lambda count: [count + PAGE, *self._listed(count + PAGE)],
+            self.count,
+            [self.count, *self.shown[len(self._one) :]],
+            **private,
+        )
+
+    def newest(self, id: str | None = None) -> list[Any]:
+        """Return the values of `shown` for the gallery as it is now, and a result: this one, or the newest."""
+        listed = self._listed(PAGE)
+        entry = self.app.history.find(id) if id is not None else None
+        if entry is None:
+            entry = next(iter(self.app.history.entries(making.KIND)), None)
+        return [*(self._nothing() if entry is None else self._one_or_nothing(entry)), *listed]
+
+    def unchanged(self) -> list[Any]:
+        """Return the values of `shown` that leave all as it is."""
+        return [gr.skip() for _ in self.shown]
+
+    def one(self, entry: Entry) -> list[Any]:
+        """Return the values of the player and what is beside it for a result.
+
+        Raises:
+            UserError: it is no longer there.
+        """
+        video, note = str(entry.video), self._note(entry)
+        on = gr.update(interactive=True)
+        return [
+            video,
+            about(note),
+            on,
+            gr.update(value=video, interactive=True),
+            gr.update(value=str(entry.file(making.SIDECAR)), interactive=True),
+            on,
+            entry.id,
+        ]
+
+    def _one_or_nothing(self, entry: Entry) -> list[Any]:
+        try:
+            return self.one(entry)
+        except UserError:
+            return self._nothing()
+
+    def _nothing(self) -> list[Any]:
+        off = gr.update(interactive=False)
+        return [None, "", off, off, off, off, None]
+
+    def _listed(self, count: int) -> list[Any]:
+        entries = self.app.history.entries(making.KIND)
+        pictures, ids = [], []
+        for entry in entries[:count]:
+            try:
+                pictures.append((str(entry.poster), str(self._note(entry).get("prompt"))[:_CAPTION]))
+            except UserError:  # half of it was removed by hand
+                continue
+            ids.append(entry.id)
+        return [pictures, gr.update(visible=len(entries) > count), ids]
+
+    def _note(self, entry: Entry) -> Mapping[str, Any]:
+        return making.note_of(entry.file(making.SIDECAR))
+
+    def _said(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except (UserError, IndexError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+
+def about(note: Mapping[str, Any]) -> str:
+    """Return HTML that says how a video was made, from its sidecar."""
+    settings = note["settings"]
+    facts = [
+        ("Seed", note.get("seed")),
+        ("Size", f"{note.get('width')} x {note.get('height')}, {note.get('frames')} frames"),
+        ("Steps", settings.get("num_inference_steps")),
+        ("Guidance", settings.get("guidance_scale")),
+        ("Took", duration(note["seconds"]) if isinstance(note.get("seconds"), int | float) else None),
+    ]
+    facts += [(row, settings.get(row)) for row in (note.get("plug_ins") or {})]
+    said = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
+    return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{said}</p>'
