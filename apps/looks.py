@@ -20,8 +20,9 @@ CSS = """
 .job .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .job .bar div { height: 100%; background: var(--color-accent); transition: width 0.3s linear; }
 .job.failed .line span:first-child { color: var(--error-text-color, #b91c1c); }
-#preview img { width: 100%; max-width: 380px; image-rendering: auto; border-radius: var(--radius-md); }
-#preview p, .about-facts { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+#preview figure { margin: 0; display: flex; gap: 12px; align-items: center; flex-wrap: wrap; }
+#preview img { width: 160px; border-radius: var(--radius-md); }
+#preview figcaption, .about-facts { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .about-prompt { margin: 0 0 2px; font-weight: 550; overflow-wrap: anywhere; }
 .about-facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .measured { border-collapse: collapse; margin: 10px 0 4px; font-variant-numeric: tabular-nums; }

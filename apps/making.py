@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from postgen.apps.jobs import Task, Work
+from postgen.apps.preview import Preview
 from postgen.apps.state import App
 from postgen.apps.uploads import kept_picture, uploaded_picture
 from postgen.errors import UserError, is_whole, shown
 from postgen.families.lora import LARGEST, parse_lora
-from postgen.generate import Job, make_video, output_paths, prepare
+from postgen.generate import Job, Watch, make_video, output_paths, prepare
 from postgen.reading import read_json
 
 KIND = "generate"
@@ -93,12 +94,15 @@ def work_of(app: App, job: Job) -> Work:
     def work(task: Task) -> str:
         task.tell(f"Loading {shown_model(job.config.model)}")
         with app.models.pipeline(job) as pipe:
+            preview = Preview(pipe, task.show)
+            watch = Watch(look=preview.look, early=lambda: task.early)
             task.tell("Making the video")
             with app.history.adding(KIND) as new:
                 paths, kind = output_paths(new.folder / VIDEO)
-                make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total))
+                clip = make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total), watch)
                 task.check()
                 new.poster  # noqa: B018 - made now, and not while somebody waits for the gallery
+            preview.learn(watch.latents, clip)
         return new.id
 
     return work

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,37 @@ from typing import TYPE_CHECKING, Any
 import postgen
 from postgen.compat import execution_device
 from postgen.errors import UserError
-from postgen.families.loading import RATES, ModelFacts, check_device, inspect_model, load_pipeline
+from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.video_calls import ROWS, UNKNOWN
 from postgen.files import check_apart, check_place, files_of, replacing_all
-from postgen.plug_ins import plug_ins_for_call, prepare_plug_ins
+from postgen.plug_ins import prepare_plug_ins
 from postgen.request import GenerateConfig, carried, plug_in_places, portable
+from postgen.running import CALL, StepCallback, Watch, first_frame, refusals, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-StepCallback = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, steps in all)."""
-
-
-_CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale")
+__all__ = [
+    "GenerateConfig",
+    "Job",
+    "StepCallback",
+    "Watch",
+    "Written",
+    "all_written",
+    "check_rate",
+    "generate_video",
+    "load",
+    "make_video",
+    "output_paths",
+    "prepare",
+    "read_by",
+    "refusals",
+    "run",
+    "versions",
+    "write",
+    "write_parts",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +103,10 @@ def prepare(config: GenerateConfig) -> Job:
     facts = inspect_model(config.model if config.model is not None else postgen.embedded_model())
     if config.image is not None:
         facts = facts.with_image()
-    for name in ("negative_prompt", *_CALL):
+    for name in ("negative_prompt", *CALL):
         if getattr(config, name) is not None and name not in facts.arguments:
             raise UserError(f"{facts.pipeline} has no {name}: leave it out")
-    own = {name: facts.default(name) for name in (*_CALL, "fps") if getattr(config, name) is None}
+    own = {name: facts.default(name) for name in (*CALL, "fps") if getattr(config, name) is None}
     if config.negative_prompt is None:
         own.pop("true_cfg_scale", None)  # without a negative prompt, the pipelines leave true guidance off
         if (config.true_cfg_scale or 0) > 1:
@@ -119,72 +135,6 @@ def load(job: Job) -> Any:
     load_loras(pipe, config.lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def run(pipe: Any, job: Job, on_step: StepCallback | None = None) -> Tensor:
-    """Return the clip of a job, (F, 3, H, W) float32 in [0, 1] on the CPU.
-
-    Raises:
-        UserError: the pipeline refuses the settings, or memory runs out.
-    """
-    import torch
-
-    config = job.config
-    total = config.num_inference_steps or 0
-
-    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(step + 1, total or pipe.num_timesteps)
-        return tensors
-
-    call = _call(job) | ({"callback_on_step_end": after_step} if "callback_on_step_end" in job.facts.arguments else {})
-    generator = torch.Generator().manual_seed(config.seed)
-    with refusals(job.facts.pipeline), plug_ins_for_call(pipe, job.plug_ins):
-        frames = pipe(**call, generator=generator, output_type="pt").frames
-    clip: Tensor = frames[0].float().cpu()
-    return clip
-
-
-@contextmanager
-def refusals(pipeline: str) -> Iterator[None]:
-    """Say in one line what a pipeline refuses, or that memory ran out.
-
-    Args:
-        pipeline: its name.
-
-    Raises:
-        UserError: instead of the errors of libraries.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
-    except MemoryError as error:
-        raise UserError("out of memory: use a smaller size or fewer frames") from error
-    except RuntimeError as error:
-        if not _no_memory(error):
-            raise
-        raise UserError("out of memory: use a smaller size or fewer frames") from error
-    except ValueError as error:
-        raise UserError(f"{pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
-
-
-def _no_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory on the CPU, of which it has no class, or sizes that no memory has."""
-    return any(text in str(error) for text in ("can't allocate memory", "Storage size calculation overflowed"))
-
-
-def _call(job: Job) -> dict[str, Any]:
-    """Return what the pipeline of a job is called with."""
-    config, takes = job.config, job.facts.arguments
-    call = {name: getattr(config, name) for name in ("prompt", "negative_prompt", *_CALL) if name in takes}
-    call = {name: value for name, value in call.items() if value is not None}
-    rate = config.fps if config.fps is not None else job.facts.defaults.fps
-    # A whole rate is an int, as the pipelines' own defaults are.
-    call |= {name: int(rate) if rate == int(rate) else rate for name in RATES if name in takes}
-    return call if config.image is None else {**call, "image": _first_frame(config.image)}
 
 
 def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]:
@@ -224,7 +174,9 @@ def check_rate(job: Job, kind: str) -> None:
     checked_rate(job.config.fps or 8.0, kind)
 
 
-def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, place: str) -> None:
+def write(
+    clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, place: str, stopped_after: int | None = None
+) -> None:
     """Write video, contact sheet and sidecar: all three appear, complete, or none does.
 
     Args:
@@ -234,12 +186,13 @@ def write(clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, 
         kind: format, from `output_paths`.
         seconds: time the generation took, for the sidecar.
         place: device it ran on, for the sidecar.
+        stopped_after: steps after which it was ended early, for the sidecar; None where it was not.
 
     Raises:
         UserError: a file cannot be written, or the model made values that are no numbers.
     """
     with all_written(paths.files) as parts:
-        write_parts(clip, job, parts, kind, seconds=seconds, place=place)
+        write_parts(clip, job, parts, kind, seconds=seconds, place=place, stopped_after=stopped_after)
 
 
 @contextmanager
@@ -262,7 +215,16 @@ def all_written(paths: Sequence[Path]) -> Iterator[list[Path]]:
         raise UserError(text) from error
 
 
-def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, seconds: float, place: str) -> None:
+def write_parts(
+    clip: Tensor,
+    job: Job,
+    parts: Sequence[Path],
+    kind: str,
+    *,
+    seconds: float,
+    place: str,
+    stopped_after: int | None = None,
+) -> None:
     """Write video, contact sheet and sidecar under three names; the rest is as in `write`.
 
     Raises:
@@ -289,6 +251,8 @@ def write_parts(clip: Tensor, job: Job, parts: Sequence[Path], kind: str, *, sec
         "device": place,
         "versions": versions(),
     }
+    if stopped_after is not None:  # its settings make the whole video
+        note["stopped_after"] = stopped_after
     video, sheet, sidecar = parts
     comment = carried(note)
     text = comment if holds_comment(kind, comment) else None
@@ -325,15 +289,25 @@ def generate_video(
     return paths
 
 
-def make_video(pipe: Any, job: Job, paths: Written, kind: str, on_step: StepCallback | None = None) -> None:
-    """Run a job and write its files; `paths` and `kind` are from `output_paths`.
+def make_video(
+    pipe: Any,
+    job: Job,
+    paths: Written,
+    kind: str,
+    on_step: StepCallback | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Run a job, write its files and return its clip; `paths` and `kind` are from `output_paths`.
 
     Raises:
         UserError: as `run` and `write`.
     """
     start = time.perf_counter()
-    clip = run(pipe, job, on_step)
-    write(clip, job, paths, kind, seconds=time.perf_counter() - start, place=str(execution_device(pipe)))
+    clip = run(pipe, job, on_step, watch)
+    seconds, place = time.perf_counter() - start, str(execution_device(pipe))
+    stopped_after = watch.stopped_after if watch is not None else None
+    write(clip, job, paths, kind, seconds=seconds, place=place, stopped_after=stopped_after)
+    return clip
 
 
 def versions() -> dict[str, str]:
@@ -362,7 +336,7 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
     if config.image is None and facts.needs_image:
         raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
     if config.image is not None:
-        _first_frame(config.image)
+        first_frame(config.image)
     for lora in config.lora:
         check_lora(lora)
 
@@ -384,9 +358,3 @@ def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:
 
 def _sibling(base: Path, suffix: str) -> Path:
     return base.with_name(base.name + suffix)
-
-
-def _first_frame(path: str) -> Any:
-    from postgen.video import read_picture
-
-    return read_picture(path)

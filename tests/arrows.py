@@ -20,7 +20,7 @@ LOWER = {
 }
 """What lies below a method. What it needs of `compat`, families offer."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
-TOP |= {"generate_long", "long_files", "request", "train"}
+TOP |= {"generate_long", "long_files", "request", "running", "train"}
 """Rooms that put everything together: they may import any room."""
 
 ALLOWED = {

@@ -71,9 +71,11 @@ def _layout(app: App) -> _Page:
             _examples(app, fields["prompt"])
             preset = gr.Radio(list(controls.presets(app.facts(app.settings.model))), value="balanced", label="Preset")
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-                keep = gr.Button("Keep it as it is", interactive=False, elem_id="keep", scale=2)
-                cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", scale=1)
+                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=110)
+                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=80)
+                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=60)
+            told = gr.HTML(status(None, IDLE), elem_id="status")
+            preview = gr.HTML(visible=False, elem_id="preview")
             with gr.Row(elem_classes="seed"):
                 fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", scale=2)
                 randomise = gr.Checkbox(True, label="A new seed each time", scale=3)
@@ -81,8 +83,6 @@ def _layout(app: App) -> _Page:
                 plug_ins = controls.plug_in_controls()
             fields |= _more(app)
         with gr.Column(scale=6, min_width=320):
-            told = gr.HTML(status(None, IDLE), elem_id="status")
-            preview = gr.HTML(visible=False, elem_id="preview")
             results = Results(app)
     return _Page(
         fields=fields,

@@ -79,6 +79,18 @@ def execution_device(pipe: Any) -> torch.device:
     return place
 
 
+def interrupt(pipe: Any) -> bool:
+    """Let a pipeline that is in its loop skip the steps that are left, and decode what it has.
+
+    Returns:
+        Whether it can: one that cannot goes on.
+    """
+    if not isinstance(getattr(type(pipe), "interrupt", None), property):
+        return False
+    pipe._interrupt = True
+    return True
+
+
 def pack_latents(pipe: Any, latents: torch.Tensor, *sizes: int) -> torch.Tensor:
     """Turn latents into the tokens that FLUX's or LTX's network takes; `sizes` as the pipeline's class takes them."""
     tokens: torch.Tensor = pipe._pack_latents(latents, *sizes)

@@ -1,0 +1,83 @@
+"""Pictures of what is being made: the clean estimate in the colours of its latents, a small clip inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from postgen.running import Moment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from postgen.families.latent_colours import LatentColours
+
+MOST_SHARE = 0.03
+"""Of the time of the steps between two previews, that one may take: where it takes longer, there are fewer."""
+_MOST_SIDE = 160
+"""Pixels of the longer side that are sent; the page enlarges them."""
+_MILLISECONDS = 160
+
+
+class Preview:
+    """Makes previews of one video as it comes into being.
+
+    Args:
+        pipe: that makes it.
+        show: takes each preview, HTML.
+        every: steps from one to the next, at least.
+    """
+
+    def __init__(self, pipe: Any, show: Any, every: int = 2) -> None:
+        from postgen.families.latent_colours import latent_colours
+
+        self._colours: LatentColours | None = latent_colours(pipe)
+        self._show, self._every = show, every
+        self._last: tuple[int, float] = (0, time.perf_counter())
+        self.seconds = 0.0
+        """Spent on previews."""
+
+    def look(self, moment: Moment) -> None:
+        """Show a preview where it is time for one: a look for `postgen.running.Watch`."""
+        done, since = self._last
+        now = time.perf_counter()
+        if moment.done - done < self._every or moment.done == moment.total or self._colours is None:
+            return
+        if self.seconds and self._each > MOST_SHARE * (now - since):
+            return
+        clean = moment.clean() if self._colours.fits(moment.latents) else None
+        if clean is None:
+            return
+        self._show(_html(self._colours.clip(clean), moment.done, moment.total))
+        self._last = (moment.done, time.perf_counter())
+        self._each = self._last[1] - now
+        self.seconds += self._each
+
+    def learn(self, latents: Tensor | None, clip: Tensor) -> None:
+        """Have the next previews profit from a video that is finished."""
+        if self._colours is not None and latents is not None and self._colours.fits(latents):
+            self._colours.learn(latents, clip)
+
+
+def _html(clip: Tensor, done: int, total: int) -> str:
+    data = base64.b64encode(animated(clip)).decode()
+    said = f"Rough preview after step {done} of {total}"
+    picture = f'<img alt="{escape(said)}" src="data:image/webp;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{escape(said)}</figcaption></figure>"
+
+
+def animated(clip: Tensor) -> bytes:
+    """Return a clip (t, 3, h, w) in [0, 1] as an animated WebP that repeats, at most 160 pixels wide and high."""
+    from PIL import Image
+
+    pictures = [Image.fromarray((f.permute(1, 2, 0) * 255).round().byte().numpy()) for f in clip]
+    for picture in pictures:
+        picture.thumbnail((_MOST_SIDE, _MOST_SIDE))
+    file = io.BytesIO()
+    pictures[0].save(
+        file, "WEBP", save_all=True, append_images=pictures[1:], duration=_MILLISECONDS, loop=0, quality=80, method=0
+    )
+    return file.getvalue()
