@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.controls import presets
 from postgen.apps.jobs import Task, Work
 from postgen.apps.preview import Preview
 from postgen.apps.state import App
@@ -78,6 +79,20 @@ def job_of(app: App, form: Form) -> Job:
         fields["image"] = str(kept_picture(uploaded_picture(form.image, app.settings, "first frame"), app.pictures))
     model = app.model(form.model)
     return prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
+
+
+def filled(app: App, form: Form, preset: str) -> Form:
+    """Return a form with the numbers of a preset where it has none.
+
+    Raises:
+        UserError: an unknown preset or model.
+    """
+    own = presets(app.facts(app.model(form.model)))
+    if preset not in own:
+        raise UserError(f"unknown preset {shown(preset)}. Known: {', '.join(own)}")
+    names = ("steps", "width", "height", "frames", "guidance")
+    empty = [name for name in names if getattr(form, name) is None]
+    return dataclasses.replace(form, **{name: getattr(own[preset], name) for name in empty})
 
 
 def drawn_seed() -> int:

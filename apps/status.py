@@ -17,8 +17,8 @@ def status(progress: Progress | None, idle: str = "") -> str:
     if progress is None:
         return _box("idle", idle, "")
     if progress.state == "waiting":
-        jobs = "1 job is" if progress.position == 1 else f"{progress.position} jobs are"
-        return _box("waiting", f"Waiting: {jobs} before it", "", 0.0)
+        jobs = "1 job" if progress.position == 1 else f"{progress.position} jobs"
+        return _box("waiting", f"Waiting: {jobs} before this one", "", 0.0)
     if progress.state == "running":
         return _running(progress)
     took = f"{duration(progress.seconds)} in all" if progress.seconds else ""

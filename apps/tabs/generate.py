@@ -64,26 +64,36 @@ def tab(app: App) -> None:
 
 
 def _layout(app: App) -> _Page:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            fields: dict[str, Any] = {}
-            fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True)
+    fields: dict[str, Any] = {}
+    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    with gr.Row(elem_id="make"):
+        with gr.Column(elem_id="ask"):
+            fields["prompt"] = gr.Textbox(
+                label="Prompt",
+                placeholder="What the video shows",
+                lines=2,
+                max_lines=6,
+                elem_id="prompt",
+                autofocus=True,
+            )
             _examples(app, fields["prompt"])
-            preset = gr.Radio(list(controls.presets(app.facts(app.settings.model))), value="balanced", label="Preset")
+            names = list(controls.presets(app.facts(app.settings.model)))
+            preset = gr.Radio(names, value="balanced", label="Preset", elem_id="preset")
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=110)
-                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=80)
-                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=60)
+                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=100)
+                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=100)
+                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=70)
             told = gr.HTML(status(None, IDLE), elem_id="status")
             preview = gr.HTML(visible=False, elem_id="preview")
-            with gr.Row(elem_classes="seed"):
-                fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", scale=2)
-                randomise = gr.Checkbox(True, label="A new seed each time", scale=3)
+        with gr.Column(elem_id="made"):
+            results = Results(app)
+        with gr.Column(elem_id="settings"):
+            with gr.Row():
+                fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                randomise = gr.Checkbox(True, label="New each time", elem_id="randomise", min_width=120)
             with gr.Accordion("What makes it better", open=True):
                 plug_ins = controls.plug_in_controls()
             fields |= _more(app)
-        with gr.Column(scale=6, min_width=320):
-            results = Results(app)
     return _Page(
         fields=fields,
         plug_ins=plug_ins,

@@ -28,15 +28,18 @@ class Results:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.video = gr.Video(label="Video", autoplay=True, loop=True, elem_id="result", height=380, buttons=[])
+        self.video = gr.Video(label="Result", autoplay=True, loop=True, elem_id="result", height=380, buttons=[])
         self.about = gr.HTML(elem_id="about")
-        with gr.Row(elem_classes="buttons"):
-            self.again = gr.Button("Reuse these settings", interactive=False, size="sm", elem_id="reuse")
-            self.get_video = gr.DownloadButton("Video", interactive=False, size="sm", elem_id="get-video")
-            self.get_note = gr.DownloadButton("Settings", interactive=False, size="sm", elem_id="get-settings")
-            self.remove = gr.Button("Remove", interactive=False, size="sm", elem_id="remove")
+        small: dict[str, Any] = {"interactive": False, "size": "sm", "min_width": 90}
+        with gr.Row(elem_classes=["buttons", "results-buttons"]):
+            self.again = gr.Button("Reuse settings", elem_id="reuse", **small)
+            self.get_video = gr.DownloadButton("Save video", elem_id="get-video", **small)
+            self.get_note = gr.DownloadButton("Save settings", elem_id="get-settings", **small)
+            self.remove = gr.Button("Remove", elem_id="remove", **small)
+        gr.HTML("<h2>History</h2>", elem_classes="heading")
         self.gallery = gr.Gallery(
             label="History",
+            show_label=False,
             columns=4,
             height="auto",
             object_fit="cover",
