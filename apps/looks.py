@@ -14,12 +14,12 @@ CSS = """
 #page-head { padding: 4px 2px 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-#make { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
+:is(#make, .make) { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
   grid-template-areas: "ask made" "settings made"; grid-template-rows: auto 1fr; }
-#ask { grid-area: ask; }
-#made { grid-area: made; }
-#settings { grid-area: settings; }
-#make > .column { min-width: 0 !important; width: auto; }
+:is(#ask, .ask) { grid-area: ask; }
+:is(#made, .made) { grid-area: made; }
+:is(#settings, .settings) { grid-area: settings; }
+:is(#make, .make) > .column { min-width: 0 !important; width: auto; }
 .buttons { gap: 8px; flex-wrap: nowrap !important; }
 .buttons button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: 0.95rem; min-height: 40px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; gap: 8px; }
@@ -44,7 +44,7 @@ CSS = """
 .measured thead th, .measured tbody th { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
 @media (max-width: 820px) {
-  #make { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
+  :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
 }
 @media (max-width: 640px) {
   .buttons button { font-size: 0.85rem; padding-left: 4px; padding-right: 4px; min-width: 0 !important; }

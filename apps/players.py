@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 CSS = """
 .players { display: flex; flex-direction: column; gap: 8px; }
-.players .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
+.players .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; }
 .players figure { margin: 0; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
 .players figcaption { font-size: 0.875rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .players video { width: 100%; max-height: 62vh; background: #000; border-radius: var(--radius-md); display: block; }

@@ -177,69 +177,87 @@ def _pictures(made: Made, number: Any) -> Any:
 
 def tab(app: App) -> None:
     """Build the tab."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            page = _controls(app)
-        with gr.Column(scale=6, min_width=320):
-            told = gr.HTML(status(None, IDLE), elem_id="compare-status")
+    facts = app.facts(app.settings.model)
+    first = controls.presets(facts)["draft"]
+    page: dict[str, Any] = {"job": gr.State(None)}
+    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    with gr.Row(elem_classes="make"):
+        with gr.Column(elem_classes="ask"):
+            prompt = gr.Textbox(
+                label="Prompt", placeholder="What both videos show", lines=2, max_lines=6, elem_id="compare-prompt"
+            )
+            if known := facts.closed_vocabulary:
+                gr.Examples([[text] for text in known], inputs=[prompt], label="Prompts that this model knows")
+            with gr.Accordion("What is different after", open=True):
+                after, ours = _after(app, first)
+            with gr.Row(elem_classes="buttons"):
+                page["start"] = gr.Button("Compare", variant="primary", elem_id="compare", scale=3, min_width=100)
+                page["cancel"] = gr.Button(
+                    "Cancel", interactive=False, elem_id="compare-cancel", scale=1, min_width=70
+                )
+            page["status"] = gr.HTML(status(None, IDLE), elem_id="compare-status")
+        with gr.Column(elem_classes="made"):
             result = _Result(app)
-    whole = _Page(**page, status=told, result=result)
+        with gr.Column(elem_classes="settings"):
+            page["preset"] = gr.Radio(list(controls.presets(facts)), value="draft", label="Preset of both")
+            with gr.Row():
+                page["seed"] = gr.Number(
+                    0, label="Seed of both", precision=0, minimum=0, elem_id="compare-seed", min_width=120
+                )
+                page["randomise"] = gr.Checkbox(True, label="New each time", min_width=120)
+            page["reward"] = gr.Dropdown(
+                [("none", "")], value="", label="Measure a reward of both", elem_id="compare-reward"
+            )
+            with gr.Accordion("What both have", open=False):
+                before, theirs = _before(app, first)
+    before["prompt"] = prompt
+    browser = gr.BrowserState(None, storage_key="postgen-compare", secret="postgen")
+    whole = _Page(before=before, after=after, plug_ins=[*theirs, *ours], browser=browser, result=result, **page)
     _wire(app, whole)
     result.wire()
 
 
-def _controls(app: App) -> dict[str, Any]:
-    facts = app.facts(app.settings.model)
-    first = controls.presets(facts)["draft"]
-    names = app.model_names
-    loras = [("none", ""), *((name, name) for name in app.loras())]
-    some = len(loras) > 1
-    before: dict[str, Any] = dict.fromkeys(_BEFORE)
+def _after(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]:
+    """Build what is different; return the fields in the order of `_AFTER`, and the plug-ins."""
+    plug_ins = controls.plug_in_controls("after")
     after: dict[str, Any] = dict.fromkeys(_AFTER)
-    before["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="compare-prompt")
-    if known := facts.closed_vocabulary:
-        gr.Examples([[text] for text in known], inputs=[before["prompt"]], label="Prompts that this model knows")
-    preset = gr.Radio(list(controls.presets(facts)), value="draft", label="Preset")
-    with gr.Row(elem_classes="buttons"):
-        start = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
-        cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="compare-cancel", scale=1)
-    with gr.Row(elem_classes="seed"):
-        seed = gr.Number(0, label="Seed of both", precision=0, minimum=0, elem_id="compare-seed", scale=2)
-        randomise = gr.Checkbox(True, label="A new seed each time", scale=3)
-    with gr.Accordion("After: what is different", open=True):
-        ours = controls.plug_in_controls("after")
-        with gr.Row():
-            for name in _BOTH:
-                after[name] = _number(first, name, "after")
-        with gr.Row(visible=some):
-            after["lora"] = gr.Dropdown(loras, value="", label="LoRA", elem_id="after-lora")
-            after["lora_scale"] = gr.Number(1.0, label="Its strength", min_width=90)
-        after["model"] = gr.Dropdown(
-            [("as before", ""), *((name, name) for name in names)],
-            value="",
-            label="Model",
-            allow_custom_value=app.settings.any_model,
-            visible=len(names) > 1 or app.settings.any_model,
-            elem_id="after-model",
-        )
-    with gr.Accordion("Before: what both have", open=False):
-        before["model"] = gr.Dropdown(
-            names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="before-model"
-        )
-        with gr.Row():
-            for name in _NUMBERS:
-                before[name] = _number(first, name, "before")
-        before["negative_prompt"] = gr.Textbox(label="Not in the videos", info="Needs guidance above 1.")
-        with gr.Row(visible=some):
-            before["lora"] = gr.Dropdown(loras, value="", label="LoRA", elem_id="before-lora")
-            before["lora_scale"] = gr.Number(1.0, label="Its strength", min_width=90)
-        theirs = controls.plug_in_controls("before")
-    reward = gr.Dropdown([("none", "")], value="", label="Measure a reward", elem_id="compare-reward")
-    return {
-        **{"before": before, "after": after, "plug_ins": [*theirs, *ours], "seed": seed, "randomise": randomise},
-        **{"preset": preset, "reward": reward, "start": start, "cancel": cancel, "job": gr.State(None)},
-        "browser": gr.BrowserState(None, storage_key="postgen-compare", secret="postgen"),
-    }
+    with gr.Row():
+        for name in _BOTH:
+            after[name] = _number(first, name, "after")
+    after["lora"], after["lora_scale"] = _lora(app, "after")
+    after["model"] = gr.Dropdown(
+        [("the same", ""), *((name, name) for name in app.model_names)],
+        value="",
+        label="Model",
+        allow_custom_value=app.settings.any_model,
+        visible=len(app.model_names) > 1 or app.settings.any_model,
+        elem_id="after-model",
+    )
+    return after, plug_ins
+
+
+def _before(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]:
+    """Build what both have; return the fields in the order of `_BEFORE`, and the plug-ins."""
+    before: dict[str, Any] = dict.fromkeys(_BEFORE)
+    names = app.model_names
+    before["model"] = gr.Dropdown(
+        names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="before-model"
+    )
+    with gr.Row():
+        for name in _NUMBERS:
+            before[name] = _number(first, name, "before")
+    before["negative_prompt"] = gr.Textbox(label="Not in the videos", info="Needs guidance above 1.")
+    before["lora"], before["lora_scale"] = _lora(app, "before")
+    return before, controls.plug_in_controls("before")
+
+
+def _lora(app: App, side: str) -> tuple[Any, Any]:
+    names = app.loras()
+    with gr.Row(visible=bool(names)):
+        choices = [("none", "") if side == "before" else ("the same", ""), *((name, name) for name in names)]
+        lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
+        scale = gr.Number(1.0, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
+    return lora, scale
 
 
 def _number(first: controls.Preset, name: str, side: str) -> Any:
