@@ -44,6 +44,11 @@ class TabRow:
 TABS = (
     TabRow(title="Generate", place="postgen.apps.tabs.generate"),
     TabRow(title="Before and after", place="postgen.apps.tabs.compare"),
+    TabRow(
+        title="Long video",
+        place="postgen.apps.tabs.long_video",
+        shown=lambda app: app.settings.offload == "none",  # groups in flight keep the whole model busy
+    ),
 )
 """In the order of the page."""
 
@@ -97,6 +102,9 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
             elem_id="page-head",
         )
         rows = [row for row in TABS if row.shown(app)]
+        for row in rows:
+            key = f"{row.place}-kept"
+            app.remembered[row.place] = gr.BrowserState(None, storage_key=key, secret="postgen")
         with gr.Tabs():
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):

@@ -14,7 +14,7 @@ CSS = """
 .players .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; }
 .players figure { margin: 0; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
 .players figcaption { font-size: 0.875rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.players video { width: 100%; max-height: 62vh; background: #000; border-radius: var(--radius-md); display: block; }
+.players video { width: 100%; max-height: 62vh; border-radius: var(--radius-md); display: block; }
 .players .bar { display: flex; align-items: center; gap: 8px; font-variant-numeric: tabular-nums; }
 .players .bar button {
   min-width: 40px; height: 36px; padding: 0 8px; border-radius: var(--radius-md); line-height: 1;
@@ -33,7 +33,7 @@ const length = (v) => Number.isFinite(v.duration) ? v.duration : 0;
 const leader = () => all().reduce((a, b) => (length(b) > length(a) + 0.001 ? b : a));
 const root = () => element.querySelector('.players');
 const step = () => 1 / (parseFloat(root().dataset.fps) || 8);
-let kept = {key: null, time: 0, playing: true};
+let kept = {key: null, time: 0}, wanted = true;
 const draw = () => {
   if (!root()) return;
   const lead = leader(), end = length(lead), seek = root().querySelector('input');
@@ -41,11 +41,11 @@ const draw = () => {
   root().querySelector('output').textContent = `${lead.currentTime.toFixed(1)} / ${end.toFixed(1)} s`;
   const play = root().querySelector('.play');
   play.textContent = lead.paused ? 'Play' : 'Pause';
-  kept = {key: root().dataset.key, time: lead.currentTime, playing: !lead.paused};
+  kept = {key: root().dataset.key, time: lead.currentTime};
 };
 const at = (time) => all().forEach((v) => { v.currentTime = Math.max(0, Math.min(time, length(v) - 0.001)); });
-const play = () => { const time = leader().currentTime; at(time); all().forEach((v) => v.play().catch(() => {})); };
-const pause = () => { all().forEach((v) => v.pause()); at(leader().currentTime); };
+const play = () => { wanted = true; const time = leader().currentTime; at(time); all().forEach((v) => v.play().catch(() => {})); };
+const pause = () => { wanted = false; all().forEach((v) => v.pause()); at(leader().currentTime); };
 const tick = () => {
   if (!root() || leader().paused) return;
   const time = leader().currentTime;
@@ -60,8 +60,8 @@ const begin = () => {
   const own = {...kept}, same = own.key === root().dataset.key;
   if (root().dataset.begun) return draw();
   root().dataset.begun = '1';
-  if (same) at(own.time);
-  if (!same || own.playing) play(); else draw();
+  if (same) at(own.time); else wanted = true;
+  if (wanted) play(); else draw();
 };
 element.addEventListener('loadedmetadata', begin, true);
 element.addEventListener('play', () => requestAnimationFrame(tick), true);

@@ -104,6 +104,9 @@ class App:
         """What is known of a model by its name, None for the embedded one; read once."""
         self.page: Any = None
         """The `gr.Blocks` that is being built, for events of the page itself."""
+        self.remembered: dict[str, Any] = {}
+        """What the browser keeps for each tab, a `gr.BrowserState` by the tab's module. They stand outside of the tabs:
+        what is inside is not there when the page loads, but for the first."""
 
     @property
     def model_names(self) -> list[str]:

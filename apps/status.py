@@ -46,7 +46,7 @@ def _running(progress: Progress) -> str:
     if not progress.total:
         return _box("running", what, duration(progress.seconds), 0.0)
     left = progress.seconds_left
-    steps = f"step {progress.done} of {progress.total}"
+    steps = f"{progress.unit} {progress.done} of {progress.total}"
     said = steps if left is None or progress.stopping else f"{steps}, {duration(left)} left"
     return _box("running", what, said, progress.done / progress.total)
 

@@ -211,7 +211,7 @@ def tab(app: App) -> None:
             with gr.Accordion("What both have", open=False):
                 before, theirs = _before(app, first)
     before["prompt"] = prompt
-    browser = gr.BrowserState(None, storage_key="postgen-compare", secret="postgen")
+    browser = app.remembered[__name__]
     whole = _Page(before=before, after=after, plug_ins=[*theirs, *ours], browser=browser, result=result, **page)
     _wire(app, whole)
     result.wire()
