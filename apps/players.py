@@ -44,7 +44,11 @@ const draw = () => {
   kept = {key: root().dataset.key, time: lead.currentTime};
 };
 const at = (time) => all().forEach((v) => { v.currentTime = Math.max(0, Math.min(time, length(v) - 0.001)); });
-const play = () => { wanted = true; const time = leader().currentTime; at(time); all().forEach((v) => v.play().catch(() => {})); };
+const play = () => {
+  wanted = true;
+  at(leader().currentTime);
+  all().forEach((v) => v.play().catch(() => {}));
+};
 const pause = () => { wanted = false; all().forEach((v) => v.pause()); at(leader().currentTime); };
 const tick = () => {
   if (!root() || leader().paused) return;

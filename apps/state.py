@@ -105,8 +105,8 @@ class App:
         self.page: Any = None
         """The `gr.Blocks` that is being built, for events of the page itself."""
         self.remembered: dict[str, Any] = {}
-        """What the browser keeps for each tab, a `gr.BrowserState` by the tab's module. They stand outside of the tabs:
-        what is inside is not there when the page loads, but for the first."""
+        """What the browser keeps for each tab, a `gr.BrowserState` by the tab's module. They stand outside of the
+        tabs: when the page loads, only what is in the first tab is there."""
 
     @property
     def model_names(self) -> list[str]:

@@ -300,6 +300,9 @@ def _wire(app: App, page: _Page) -> None:
                 yield [gr.skip(), *_told(app, page, task, progress)]
                 _raise(progress)
 
+    def cancel(id: Any) -> None:
+        app.jobs.cancel(id)
+
     page.before["model"].input(chosen, [page.before["model"], page.preset], numbers, **_PRIVATE)
     page.preset.input(chosen, [page.before["model"], page.preset], numbers, **_PRIVATE)
     for number in own:
@@ -307,7 +310,7 @@ def _wire(app: App, page: _Page) -> None:
     for name in _BOTH:
         page.before[name].input(lambda value: value, page.before[name], page.after[name], **_PRIVATE)
     page.start.click(start, [page.randomise, *page.values], [page.seed, page.browser, *page.told], **_PRIVATE)
-    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **_PRIVATE)
+    page.cancel.click(cancel, page.job, None, **_PRIVATE)
     app.page.load(again, page.browser, [page.reward, *page.told], **_PRIVATE)
 
 

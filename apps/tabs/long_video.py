@@ -269,6 +269,12 @@ def _wire(app: App, page: _Page) -> None:
             async for told in followed(task):
                 yield told
 
+    def stop(id: Any) -> None:
+        app.jobs.finish_early(id)
+
+    def cancel(id: Any) -> None:
+        app.jobs.cancel(id)
+
     names = [*(name for name in page.fields if name != "seed"), *page.numbers]
     values = [*(page.fields[name] for name in page.fields if name != "seed"), *page.numbers.values()]
     seed = page.fields["seed"]
@@ -276,8 +282,8 @@ def _wire(app: App, page: _Page) -> None:
     result.more.click(more, [result.chosen, result.seconds], [page.browser, *page.told], **_PRIVATE)
     asked = [result.points, result.length, result.prompt, result.seed]
     result.branch.click(branch, [result.chosen, *asked], [page.browser, *page.told], **_PRIVATE)
-    page.stop.click(lambda id: app.jobs.finish_early(id), page.job, None, **_PRIVATE)
-    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **_PRIVATE)
+    page.stop.click(stop, page.job, None, **_PRIVATE)
+    page.cancel.click(cancel, page.job, None, **_PRIVATE)
     app.page.load(again, page.browser, page.told, **_PRIVATE)
 
 
