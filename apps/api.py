@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from postgen.apps import making
+from postgen.apps.errors import said
 from postgen.apps.history import Entry
 from postgen.apps.jobs import Progress
 from postgen.apps.state import App
@@ -20,6 +21,7 @@ _MOST_LISTED = 500
 def add_endpoints(app: App) -> None:
     """Add the endpoints to the open `gr.Blocks`: generate, cancel and history."""
     import gradio as gr
+    from gradio.events import api  # gr.api is the same, which type checkers do not see
 
     async def generate(
         prompt: str,
@@ -45,11 +47,7 @@ def add_endpoints(app: App) -> None:
             **{"steps": steps, "width": width, "height": height, "frames": frames, "guidance": guidance},
             plug_ins=plug_ins or {},
         )
-        try:
-            job = making.job_of(app, making.filled(app, form, preset))
-            task = app.jobs.submit(job.config.prompt[:60], making.work_of(app, job))
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+        task = said(lambda: making.submitted(app, making.filled(app, form, preset)))
         try:
             async for progress in app.jobs.follow(task):
                 if progress.error is not None:
@@ -67,9 +65,9 @@ def add_endpoints(app: App) -> None:
         entries = app.history.entries(making.KIND)[: max(0, min(int(limit), _MOST_LISTED))]
         return [row for entry in entries if (row := _row(entry)) is not None]
 
-    gr.api(generate, api_name="generate")
-    gr.api(cancel, api_name="cancel")
-    gr.api(history, api_name="history")
+    api(generate, api_name="generate")
+    api(cancel, api_name="cancel")
+    api(history, api_name="history")
 
 
 def _stands(app: App, job: str, progress: Progress) -> dict[str, Any]:

@@ -23,6 +23,8 @@ CSS = """
 .buttons { gap: 8px; flex-wrap: nowrap !important; }
 .buttons button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: 0.95rem; min-height: 40px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; gap: 8px; }
+.numbers .form, .numbers > .form { display: grid !important; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.buttons button { flex: 1 1 auto !important; }
 #history, #history .gallery-container, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
 #history .grid-wrap { max-height: 460px; }
 #history .caption-label { font-size: 0.75rem; }
@@ -33,6 +35,7 @@ CSS = """
 .job .line span:last-child { color: var(--body-text-color-subdued); }
 .job .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .job .bar div { height: 100%; background: var(--color-accent); transition: width 0.3s linear; }
+.job .note { margin: 0; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 .job.failed .line span:first-child { color: var(--error-text-color, #b91c1c); }
 #preview figure { margin: 0; display: flex; gap: 12px; align-items: center; flex-wrap: wrap; }
 #preview img { width: 160px; border-radius: var(--radius-md); }

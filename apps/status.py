@@ -22,9 +22,8 @@ def status(progress: Progress | None, idle: str = "") -> str:
     if progress.state == "running":
         return _running(progress)
     took = f"{duration(progress.seconds)} in all" if progress.seconds else ""
-    if progress.state == "failed":
-        return _box("failed", f"Failed: {progress.error}", took)
-    return _box(progress.state, "Done" if progress.state == "done" else "Cancelled: nothing was kept", took)
+    said = {"done": "Done", "failed": f"Failed: {progress.error}", "cancelled": "Cancelled: nothing was kept"}
+    return _box(progress.state, said[progress.state], took, note=progress.note)
 
 
 def duration(seconds: float) -> str:
@@ -44,14 +43,15 @@ def duration(seconds: float) -> str:
 def _running(progress: Progress) -> str:
     what = "Ending" if progress.stopping else progress.text or "Running"
     if not progress.total:
-        return _box("running", what, duration(progress.seconds), 0.0)
+        return _box("running", what, duration(progress.seconds), 0.0, progress.note)
     left = progress.seconds_left
     steps = f"{progress.unit} {progress.done} of {progress.total}"
     said = steps if left is None or progress.stopping else f"{steps}, {duration(left)} left"
-    return _box("running", what, said, progress.done / progress.total)
+    return _box("running", what, said, progress.done / progress.total, progress.note)
 
 
-def _box(state: str, what: str, more: str, share: float | None = None) -> str:
+def _box(state: str, what: str, more: str, share: float | None = None, note: str = "") -> str:
     bar = "" if share is None else f'<div class="bar"><div style="width:{share * 100:.1f}%"></div></div>'
     line = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
-    return f'<div class="job {state}" role="status" aria-live="polite">{line}{bar}</div>'
+    told = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<div class="job {state}" role="status" aria-live="polite">{line}{bar}{told}</div>'
