@@ -39,7 +39,11 @@ class TabRow:
     """Whether this server has what the tab needs; without it there is no tab."""
 
 
-TABS = (TabRow(title="Generate", place="postgen.apps.tabs.generate"),)
+TABS = (
+    TabRow(title="Generate", place="postgen.apps.tabs.generate"),
+    TabRow(title="Rewards", place="postgen.apps.tabs.rewards"),
+    TabRow(title="Training", place="postgen.apps.tabs.training", shown=lambda app: app.settings.runs is not None),
+)
 """In the order of the page."""
 
 

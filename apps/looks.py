@@ -23,6 +23,18 @@ CSS = """
 #preview figcaption, .about-facts { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .about-prompt { margin: 0 0 2px; font-weight: 550; overflow-wrap: anywhere; }
 .about-facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; }
+.plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
+  gap: 12px; }
+.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.plain th, .plain td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--border-color-primary); text-align: left;
+  vertical-align: top; overflow-wrap: anywhere; }
+.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
+.plain td.number { text-align: right; white-space: nowrap; }
+.plain .yes { color: #15803d; white-space: nowrap; }
+.plain .no { color: var(--error-text-color, #b91c1c); white-space: nowrap; }
+.dark .plain .yes { color: #4ade80; }
+.note { color: var(--body-text-color-subdued); font-size: 0.875rem; margin: 2px 0 0; }
+.warned { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }

@@ -15,16 +15,16 @@ def status(progress: Progress | None, idle: str = "") -> str:
         idle: what is said then.
     """
     if progress is None:
-        return _box("idle", idle, "")
+        return line("idle", idle, "")
     if progress.state == "waiting":
         jobs = "1 job is" if progress.position == 1 else f"{progress.position} jobs are"
-        return _box("waiting", f"Waiting: {jobs} before it", "", 0.0)
+        return line("waiting", f"Waiting: {jobs} before it", "", 0.0)
     if progress.state == "running":
         return _running(progress)
     took = f"{duration(progress.seconds)} in all" if progress.seconds else ""
     if progress.state == "failed":
-        return _box("failed", f"Failed: {progress.error}", took)
-    return _box(progress.state, "Done" if progress.state == "done" else "Cancelled: nothing was kept", took)
+        return line("failed", f"Failed: {progress.error}", took)
+    return line(progress.state, "Done" if progress.state == "done" else "Cancelled: nothing was kept", took)
 
 
 def duration(seconds: float) -> str:
@@ -44,14 +44,22 @@ def duration(seconds: float) -> str:
 def _running(progress: Progress) -> str:
     what = "Ending" if progress.stopping else progress.text or "Running"
     if not progress.total:
-        return _box("running", what, duration(progress.seconds), 0.0)
+        return line("running", what, duration(progress.seconds), 0.0)
     left = progress.seconds_left
     steps = f"step {progress.done} of {progress.total}"
     said = steps if left is None or progress.stopping else f"{steps}, {duration(left)} left"
-    return _box("running", what, said, progress.done / progress.total)
+    return line("running", what, said, progress.done / progress.total)
 
 
-def _box(state: str, what: str, more: str, share: float | None = None) -> str:
+def line(state: str, what: str, more: str, share: float | None = None) -> str:
+    """Return HTML of a line, and of a bar where there is a share in [0, 1].
+
+    Args:
+        state: idle, waiting, running, done, failed or cancelled.
+        what: stands on the left.
+        more: stands on the right.
+        share: how much is done.
+    """
     bar = "" if share is None else f'<div class="bar"><div style="width:{share * 100:.1f}%"></div></div>'
-    line = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
-    return f'<div class="job {state}" role="status" aria-live="polite">{line}{bar}</div>'
+    text = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
+    return f'<div class="job {state}" role="status" aria-live="polite">{text}{bar}</div>'
