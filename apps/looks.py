@@ -8,7 +8,7 @@ _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "N
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
 #page-head { padding: 4px 2px 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
@@ -25,16 +25,21 @@ CSS = """
 .about-facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
   gap: 12px; }
-.plain { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.plain th, .plain td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--border-color-primary); text-align: left;
-  vertical-align: top; overflow-wrap: anywhere; }
-.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
-.plain td.number { text-align: right; white-space: nowrap; }
-.plain .yes { color: #15803d; white-space: nowrap; }
-.plain .no { color: var(--error-text-color, #b91c1c); white-space: nowrap; }
-.dark .plain .yes { color: #4ade80; }
-.note { color: var(--body-text-color-subdued); font-size: 0.875rem; margin: 2px 0 0; }
+.plots .block { min-width: 0 !important; }
+table.plain { border-collapse: collapse; width: 100%; margin: 4px 0; font-variant-numeric: tabular-nums; border: 0; }
+table.plain th, table.plain td { padding: 6px 12px 6px 0 !important; border: 0 !important; text-align: left;
+  border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; }
+table.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
+table.plain th.number, table.plain td.number { text-align: right; white-space: nowrap; padding-right: 0 !important; }
+table.plain td.mark { width: 1.6em; font-weight: 700; }
+.right { color: #15803d; }
+.dark .right { color: #4ade80; }
+.wrong { color: var(--error-text-color, #b91c1c); }
+.note { color: var(--body-text-color-subdued); font-size: 0.875rem; margin: 2px 0 0; overflow-wrap: anywhere; }
 .warned { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
+#run-status .job { margin-bottom: 8px; min-height: 0; }
+#sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
+  grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }

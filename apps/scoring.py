@@ -225,16 +225,21 @@ def _checks(report: Any, reading: Any) -> list[dict[str, Any]]:
         if seen.event is not None:
             rows.append(_row(f"{name}: event", body.event, seen.found_event, seen.event >= 0.5))
         if seen.direction is not None:
-            rows.append(_row(f"{name}: direction", "as asked", None, seen.direction >= 0.5))
-        rows.append(_row(f"{name}: the same in every frame", "yes", None, seen.steady >= 0.5))
-    rows.append(_row("nothing else in the picture", "yes", f"{report.strange} frames with more", report.steady))
+            rows.append(_row(f"{name}: direction", None, None, seen.direction >= 0.5))
+        rows.append(_row(f"{name}: there in every frame, and the same", None, None, seen.steady >= 0.5))
+    more = f"something in {report.strange} frames" if report.strange else "nothing"
+    rows.append(_row("nothing else in the picture", None, more, report.steady or not report.strange))
     if report.camera is not None:
         rows.append(_row("camera", reading.scene.camera, None, report.camera))
     return rows
 
 
 def _row(what: str, wanted: Any, found: Any, right: bool) -> dict[str, Any]:
-    return {"what": what, "wanted": str(wanted), "found": None if found is None else str(found), "right": bool(right)}
+    return {"what": what, "wanted": _text(wanted), "found": _text(found), "right": bool(right)}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from postgen.apps.uploads import uploaded_settings, uploaded_video
 from postgen.errors import UserError, cut
 
 IDLE = "Choose a clip and the rewards that shall score it."
-_LISTED = 50
+_OFFERED = 50
 """Results of the history that are offered."""
 _OWN = ""
 """Stands, among them, for the uploaded clip."""
@@ -198,7 +198,7 @@ def _told(task: Task, progress: Progress, known: Mapping[str, Known]) -> list[An
 def _results(app: App) -> list[tuple[str, str]]:
     """Return what the history holds, newest first, by words and ids."""
     found = [("the uploaded clip", _OWN)]
-    for entry in app.history.entries()[:_LISTED]:
+    for entry in app.history.entries()[:_OFFERED]:
         try:
             prompt = str(making.note_of(entry.file(making.SIDECAR)).get("prompt"))
         except UserError:  # another kind of result, or half of it was removed by hand
@@ -229,12 +229,12 @@ def scores_of(found: Scored, known: Mapping[str, Known]) -> str:
     for name, value in found.scores.items():
         one = known[name]
         shown = "-" if value is None else f"{value:.4f}"
-        note = f'<p class="note">{escape(found.notes[name])}</p>' if name in found.notes else ""
+        note = f'<p class="note wrong">{escape(found.notes[name])}</p>' if name in found.notes else ""
         rows.append(
-            f'<tr><td><b>{escape(name)}</b><p class="note">{escape(one.range)}</p></td>'
-            f'<td class="number">{shown}</td><td>{escape(one.says)}{note}</td></tr>'
+            f'<tr><td><b>{escape(name)}</b><p class="note">{escape(one.says)}</p>{note}</td>'
+            f'<td class="number"><b>{shown}</b><p class="note">{escape(one.range)}</p></td></tr>'
         )
-    head = "<tr><th>Reward</th><th>Score</th><th>A high score says</th></tr>"
+    head = '<tr><th>Reward, and what a high score says</th><th class="number">Score</th></tr>'
     return f'<table class="plain">{head}{"".join(rows)}</table>'
 
 
@@ -252,35 +252,35 @@ def judge_of(found: Scored) -> str:
 
 
 def _against(check: Mapping[str, Any]) -> str:
-    if check["found"] is None:
-        return f"asked: {check['wanted']}"
-    return f"asked: {check['wanted']}, seen: {check['found']}"
+    parts = [
+        f"{word}: {check[key]}" for word, key in (("asked", "wanted"), ("seen", "found")) if check[key] is not None
+    ]
+    return ", ".join(parts)
 
 
 def _verdict(what: str, more: str, right: bool) -> str:
-    mark = '<td class="yes">yes</td>' if right else '<td class="no">no</td>'
-    return f"<tr>{mark}<td>{escape(what)}</td><td>{escape(more)}</td></tr>"
+    mark = ("right", "yes", "&#10003;") if right else ("wrong", "no", "&#10007;")
+    return (
+        f'<tr><td class="mark {mark[0]}" aria-label="{mark[1]}">{mark[2]}</td>'
+        f'<td>{escape(what)}<p class="note">{escape(more)}</p></td></tr>'
+    )
 
 
 def about_of(known: Sequence[Known]) -> str:
     """Return the table of what rewards mean."""
-    head = "<tr><th>Reward</th><th>A high score says</th><th>Range</th></tr>"
-    rows = "".join(
-        f"<tr><td><b>{escape(one.name)}</b>{_needs(one)}</td><td>{escape(one.says)}</td><td>{escape(one.range)}</td></tr>"
-        for one in known
+    return _listed(
+        [(one.name, one.says, f"{one.range}; needs a prompt" if one.needs_prompt else one.range) for one in known]
     )
-    return f'<table class="plain">{head}{rows}</table>'
 
 
 def away_of(known: Sequence[Known]) -> str:
     """Return the table of rewards that this machine lacks something for."""
-    head = "<tr><th>Reward</th><th>A high score says</th><th>What it lacks</th></tr>"
-    rows = "".join(
-        f"<tr><td><b>{escape(one.name)}</b></td><td>{escape(one.says)}</td><td>{escape(one.lacks or '')}</td></tr>"
-        for one in known
+    return _listed([(one.name, one.says, one.lacks or "") for one in known])
+
+
+def _listed(rows: Sequence[tuple[str, str, str]]) -> str:
+    told = "".join(
+        f'<tr><td><b>{escape(name)}</b><p class="note">{escape(more)}</p></td><td>{escape(says)}</td></tr>'
+        for name, says, more in rows
     )
-    return f'<table class="plain">{head}{rows}</table>'
-
-
-def _needs(one: Known) -> str:
-    return '<p class="note">needs a prompt</p>' if one.needs_prompt else ""
+    return f'<table class="plain">{told}</table>'

@@ -73,7 +73,7 @@ def tab(app: App) -> None:
     """Build the tab."""
     runs, copies = Runs(app.settings.runs), SampleCopies()
     page = _layout(runs)
-    _wire(runs, copies, page)
+    _wire(app, runs, copies, page)
     gr.api(_api(runs), api_name="run")
 
 
@@ -97,11 +97,9 @@ def _api(runs: Runs) -> Any:
 
 
 def _layout(runs: Runs) -> _Page:
-    names = runs.names()
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False):
         chosen = gr.Dropdown(
-            names,
-            value=names[:1],
+            runs.names(),
             multiselect=True,
             max_choices=_MOST_RUNS,
             label="Runs",
@@ -127,9 +125,12 @@ def _layout(runs: Runs) -> _Page:
 
 
 def _samples(page: _Page) -> None:
-    gr.Markdown("### Samples of fixed seeds")
+    gr.HTML(
+        '<h3>Samples of fixed seeds</h3><p class="note">The same noise at each step: what changes, training changed.</p>'
+    )
     page.gallery = gr.Gallery(
-        label="Step by step",
+        label="Samples, step by step",
+        show_label=False,
         columns=_COLUMNS,
         height="auto",
         object_fit="contain",
@@ -141,11 +142,15 @@ def _samples(page: _Page) -> None:
         page.left = gr.Dropdown([], label="Left: step", elem_id="left-step", min_width=120)
         page.right = gr.Dropdown([], label="Right: step", elem_id="right-step", min_width=120)
     page.slider = gr.ImageSlider(
-        label="Two steps, one over the other", interactive=False, buttons=["fullscreen"], elem_id="sample-slider"
+        label="Two steps, one over the other",
+        show_label=False,
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id="sample-slider",
     )
     with gr.Row(elem_id="sample-videos"):
         page.videos = [
-            gr.Video(label=side, interactive=False, autoplay=True, loop=True, buttons=[], min_width=150, height=260)
+            gr.Video(label=side, interactive=False, autoplay=True, loop=True, buttons=[], min_width=150, height=220)
             for side in ("Left", "Right")
         ]
 
@@ -160,7 +165,9 @@ def _plot(title: str, about: str, elem_id: str) -> Any:
         y_title=" ",
         color_title=" ",
         caption=about or None,
-        height=240,
+        height=300,
+        x_axis_format=",d",
+        y_axis_format=".3~g",
         show_label=False,
         tooltip="all",
         visible=False,
@@ -171,7 +178,7 @@ def _plot(title: str, about: str, elem_id: str) -> Any:
     )
 
 
-def _wire(runs: Runs, copies: SampleCopies, page: _Page) -> None:
+def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def look(names: list[str], metric: str | None, seen: list[str]) -> list[Any]:
@@ -200,6 +207,7 @@ def _wire(runs: Runs, copies: SampleCopies, page: _Page) -> None:
     page.timer.tick(look, inputs, shown, **private)
     page.runs.change(lambda names, metric: look(names, metric, []), inputs[:2], shown, **private)
     page.refresh.click(listed, page.runs, page.runs, **private)
+    app.page.load(listed, page.runs, page.runs, **private)
     for side in (page.left, page.right):
         side.input(compared, [page.runs, page.left, page.right], page.pictured[4:], **private)
     page.other.input(other, [page.runs, page.other], page.other_plot, **private)
