@@ -14,8 +14,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from postgen.apps.api import add_endpoints
 from postgen.apps.jobs import Task
 from postgen.apps.looks import launch_looks
+from postgen.apps.making import shown_model
 from postgen.apps.settings import AppSettings
 from postgen.apps.state import App
 from postgen.errors import UserError
@@ -100,6 +102,7 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):
                     import_module(row.place).tab(app)
+        add_endpoints(app)
     # Jobs wait in a queue of their own, which says where they stand: Gradio's lets everything through.
     page.queue(max_size=None, default_concurrency_limit=None)
     return page
@@ -159,10 +162,12 @@ def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
 
 def _warm(app: App, task: Task) -> None:
     """Load the first model, as the first job; what is wrong with it is said when it is used."""
-    task.tell(f"Loading {app.model_names[0]}")
+    from postgen.families.latent_colours import latent_colours
+
+    task.tell(f"Loading {shown_model(app.settings.model)}")
     job = prepare(app.request("warm", model=app.settings.model))
-    with suppress(UserError), app.models.pipeline(job):
-        pass
+    with suppress(UserError), app.models.pipeline(job) as pipe:
+        latent_colours(pipe)  # so that the first job has not to wait for it
 
 
 def _upload_folder() -> str | None:

@@ -48,6 +48,8 @@ class Progress:
     """Measured on its own steps; None before two are done."""
     preview: Any = None
     """What `Task.show` was given last."""
+    note: str = ""
+    """What `Task.note` was given last; it stays when the job has ended."""
     stopping: bool = False
     """Whether it was asked to end and has not yet."""
     result: Any = None
@@ -75,6 +77,7 @@ class Task:
         self._first: tuple[int, float] | None = None
         self._last = 0.0
         self._preview: Any = None
+        self._note = ""
         self._result: Any = None
         self._error: str | None = None
         self._cancel = threading.Event()
@@ -121,6 +124,11 @@ class Task:
         self._preview = preview
         self.changes += 1
 
+    def note(self, text: str) -> None:
+        """Say something that the user should know and that stops nothing, in one line."""
+        self._note = text
+        self.changes += 1
+
     @property
     def early(self) -> bool:
         """Whether the work should end as soon as it can and keep what there is; `Jobs.finish_early` asks for it."""
@@ -140,6 +148,7 @@ class Task:
             seconds=end - self._began if self._began else 0.0,
             seconds_left=self._seconds_left(),
             preview=self._preview,
+            note=self._note,
             stopping=not self._ended and (self._cancel.is_set() or self._early.is_set()),
             result=self._result,
             error=self._error,

@@ -12,11 +12,28 @@ CSS = """
 #page-head { padding: 4px 2px 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+#make { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
+  grid-template-areas: "ask made" "settings made"; grid-template-rows: auto 1fr; }
+#ask { grid-area: ask; }
+#made { grid-area: made; }
+#settings { grid-area: settings; }
+#make > .column { min-width: 0 !important; width: auto; }
+.buttons { gap: 8px; flex-wrap: nowrap !important; }
+.buttons button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: 0.95rem; min-height: 40px; }
+#history .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; gap: 8px; }
+.numbers .form, .numbers > .form { display: grid !important; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.buttons button { flex: 1 1 auto !important; }
+#history, #history .gallery-container, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
+#history .grid-wrap { max-height: 460px; }
+#history .caption-label { font-size: 0.75rem; }
+.heading h2 { font-size: 1rem; font-weight: 600; margin: 8px 0 0; }
+#randomise { display: flex; align-items: center; }
 .job { display: flex; flex-direction: column; gap: 6px; min-height: 44px; font-variant-numeric: tabular-nums; }
 .job .line { display: flex; justify-content: space-between; gap: 12px; flex-wrap: wrap; }
 .job .line span:last-child { color: var(--body-text-color-subdued); }
 .job .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .job .bar div { height: 100%; background: var(--color-accent); transition: width 0.3s linear; }
+.job .note { margin: 0; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 .job.failed .line span:first-child { color: var(--error-text-color, #b91c1c); }
 #preview figure { margin: 0; display: flex; gap: 12px; align-items: center; flex-wrap: wrap; }
 #preview img { width: 160px; border-radius: var(--radius-md); }
@@ -40,7 +57,12 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #run-status .job { margin-bottom: 8px; min-height: 0; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
   grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
+@media (max-width: 820px) {
+  #make { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
+}
 @media (max-width: 640px) {
+  .buttons button { font-size: 0.85rem; padding-left: 4px; padding-right: 4px; min-width: 0 !important; }
+  .results-buttons { display: grid !important; grid-template-columns: 1fr 1fr; }
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }
 }

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.controls import presets
 from postgen.apps.jobs import Task, Work
 from postgen.apps.preview import Preview
 from postgen.apps.state import App
 from postgen.apps.uploads import kept_picture, uploaded_picture
 from postgen.errors import UserError, is_whole, shown
+from postgen.families.loading import ModelFacts
 from postgen.families.lora import LARGEST, parse_lora
 from postgen.generate import Job, Watch, make_video, output_paths, prepare
+from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_json
+from postgen.request import GenerateConfig
 
 KIND = "generate"
 """Kind of these results in the history."""
@@ -25,6 +30,12 @@ VIDEO, SIDECAR = "video.mp4", "video.json"
 LARGEST_SEED = 2**53 - 1
 """Beyond it a browser's numbers are not exact."""
 _RANDOM = 2**31
+_TITLE = 60
+"""Characters of a prompt that name a job."""
+_ALSO = {"negative prompt": "negative_prompt", "LoRA": "lora", "first frame": "image", "picture": "image"}
+"""What messages call fields."""
+_COPIES = 2
+"""Of a finished clip as float32, that are in memory at once at the least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +85,37 @@ def job_of(app: App, form: Form) -> Job:
         raise UserError(f"the seed must be a whole number from 0 to {LARGEST_SEED:,}, got {shown(form.seed)}")
     if (lora := app.lora(form.lora)) is not None:
         fields["lora"] = (_scaled(lora, form.lora_scale),)
-    if form.image is not None:
-        fields["image"] = str(kept_picture(uploaded_picture(form.image, app.settings, "first frame"), app.pictures))
     model = app.model(form.model)
-    return prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
+    if form.image is not None:
+        _check_takes_image(app.facts(model))
+        fields["image"] = str(kept_picture(uploaded_picture(form.image, app.settings, "first frame"), app.pictures))
+    job = prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
+    _check_memory(job.config)
+    return job
+
+
+def submitted(app: App, form: Form) -> Task:
+    """Check a form and queue its job.
+
+    Raises:
+        UserError: as `job_of`, or too many jobs wait.
+    """
+    job = job_of(app, form)
+    return app.jobs.submit(job.config.prompt[:_TITLE], work_of(app, job))
+
+
+def filled(app: App, form: Form, preset: str) -> Form:
+    """Return a form with the numbers of a preset where it has none.
+
+    Raises:
+        UserError: an unknown preset or model.
+    """
+    own = presets(app.facts(app.model(form.model)))
+    if preset not in own:
+        raise UserError(f"unknown preset {shown(preset)}. Known: {', '.join(own)}")
+    names = ("steps", "width", "height", "frames", "guidance")
+    empty = [name for name in names if getattr(form, name) is None]
+    return dataclasses.replace(form, **{name: getattr(own[preset], name) for name in empty})
 
 
 def drawn_seed() -> int:
@@ -94,6 +132,7 @@ def work_of(app: App, job: Job) -> Work:
     def work(task: Task) -> str:
         task.tell(f"Loading {shown_model(job.config.model)}")
         with app.models.pipeline(job) as pipe:
+            _tell_unknown(task, pipe, job)
             preview = Preview(pipe, task.show)
             watch = Watch(look=preview.look, early=lambda: task.early)
             task.tell("Making the video")
@@ -148,8 +187,6 @@ def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
     lora, scale = _own_lora(app, settings.get("lora"), missing)
     picture = _own_picture(app, settings.get("image"), missing)
     rest = {name: _number_or_text(settings.get(setting)) for name, setting in _SETTINGS.items()}
-    from postgen.plug_ins import known_plug_ins
-
     texts = {row.option: text for row in known_plug_ins() if isinstance(text := settings.get(row.option), str)}
     form = Form(
         prompt=prompt, model=model, seed=seed, lora=lora, lora_scale=scale, image=picture, plug_ins=texts, **rest
@@ -160,6 +197,34 @@ def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
 def values_of(form: Form, plug_ins: Sequence[Any]) -> list[Any]:
     """Return the values of the page's components for a form, in their order; `plug_ins` are those of the controls."""
     return [*(getattr(form, name) for name in FIELDS), *plug_ins]
+
+
+def _check_takes_image(facts: ModelFacts) -> None:
+    if not facts.takes_image and facts.image_pipeline is None:
+        raise UserError(f"{facts.pipeline} takes text only: leave the first frame out")
+
+
+def _check_memory(config: GenerateConfig) -> None:
+    """Refuse a clip that fits into no memory of this machine, however it is made."""
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    width, height, frames = config.width or 1, config.height or 1, config.num_frames or 1
+    if (least := 12 * _COPIES * width * height * frames) > memory:
+        raise UserError(
+            f"{frames} frames of {width} x {height} pixels take at least {least / 2**30:.0f} GiB of memory, and this"
+            f" machine has {memory / 2**30:.0f}: make the video smaller or shorter"
+        )
+
+
+def _tell_unknown(task: Task, pipe: Any, job: Job) -> None:
+    """Say which words of the prompt a model with a closed vocabulary does not know."""
+    if not (examples := job.facts.closed_vocabulary):
+        return
+    from postgen.training.tokenizers import unknown_words
+
+    if words := unknown_words(pipe.tokenizer, job.config.prompt):
+        task.note(f'This model does not know: {", ".join(words)}. It knows prompts like "{examples[0]}".')
 
 
 def _stepped(task: Task, done: int, total: int) -> None:
@@ -231,9 +296,14 @@ def _number_or_text(value: Any) -> Any:
     return value if isinstance(value, int | float | str) and not isinstance(value, bool) else None
 
 
-def place_of(message: str, most: int) -> int:
-    """Return the place in `FIELDS` of what a message is about: the first field that it names; else the prompt's."""
-    words = {setting: name for name, setting in _SETTINGS.items()} | {name: name for name in FIELDS}
-    words |= {"LoRA": "lora", "first frame": "image", "picture": "image"}
-    found = [(message.find(word), FIELDS.index(name)) for word, name in words.items() if word in message]
-    return min(min(found)[1], most - 1) if found else 0
+def place_of(message: str) -> int:
+    """Return the place, among `FIELDS` and the controls of plug-ins after them, of what a message is about.
+
+    It is the first that the message names; the prompt, where it names none.
+    """
+    words = {name: FIELDS.index(name) for name in FIELDS}
+    words |= {setting: words[name] for name, setting in _SETTINGS.items()}
+    words |= {said: words[name] for said, name in _ALSO.items()}
+    words |= {row.option: len(FIELDS) + number for number, row in enumerate(known_plug_ins())}
+    found = [(message.find(word), -len(word), place) for word, place in words.items() if word in message]
+    return min(found)[2] if found else 0

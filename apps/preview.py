@@ -19,7 +19,10 @@ MOST_SHARE = 0.03
 """Of the time of the steps between two previews, that one may take: where it takes longer, there are fewer."""
 _MOST_SIDE = 160
 """Pixels of the longer side that are sent; the page enlarges them."""
-_MILLISECONDS = 160
+_MOST_PICTURES = 12
+"""Of a preview: of longer ones every second is sent, or fewer."""
+_SECONDS = 1.6
+"""That a preview takes to play."""
 
 
 class Preview:
@@ -37,6 +40,7 @@ class Preview:
         self._colours: LatentColours | None = latent_colours(pipe)
         self._show, self._every = show, every
         self._last: tuple[int, float] = (0, time.perf_counter())
+        self._each = 0.0
         self.seconds = 0.0
         """Spent on previews."""
 
@@ -46,7 +50,7 @@ class Preview:
         now = time.perf_counter()
         if moment.done - done < self._every or moment.done == moment.total or self._colours is None:
             return
-        if self.seconds and self._each > MOST_SHARE * (now - since):
+        if self._each > MOST_SHARE * (now - since):
             return
         clean = moment.clean() if self._colours.fits(moment.latents) else None
         if clean is None:
@@ -70,14 +74,16 @@ def _html(clip: Tensor, done: int, total: int) -> str:
 
 
 def animated(clip: Tensor) -> bytes:
-    """Return a clip (t, 3, h, w) in [0, 1] as an animated WebP that repeats, at most 160 pixels wide and high."""
+    """Return a clip (t, 3, h, w) in [0, 1] as an animated WebP that repeats, at most 160 pixels wide and high, 12 pictures."""
     from PIL import Image
 
-    pictures = [Image.fromarray((f.permute(1, 2, 0) * 255).round().byte().numpy()) for f in clip]
+    chosen = clip[:: -(-len(clip) // _MOST_PICTURES)]
+    pictures = [Image.fromarray((f.permute(1, 2, 0) * 255).round().byte().numpy()) for f in chosen]
+    each = round(1000 * _SECONDS / len(pictures))
     for picture in pictures:
         picture.thumbnail((_MOST_SIDE, _MOST_SIDE))
     file = io.BytesIO()
     pictures[0].save(
-        file, "WEBP", save_all=True, append_images=pictures[1:], duration=_MILLISECONDS, loop=0, quality=80, method=0
+        file, "WEBP", save_all=True, append_images=pictures[1:], duration=each, loop=0, quality=80, method=0
     )
     return file.getvalue()

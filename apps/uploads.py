@@ -43,8 +43,7 @@ def uploaded(path: Any, settings: AppSettings, what: str) -> Path:
         raise UserError(f"the {what} is empty: upload another file")
     if size > settings.upload_bytes:
         raise UserError(
-            f"the {what} has {size / 2**20:.1f} MiB, and at most {settings.upload_bytes / 2**20:.0f} are allowed:"
-            " make it smaller"
+            f"the {what} has {size:,} bytes, and at most {settings.upload_bytes:,} are allowed: make it smaller"
         )
     return file
 

@@ -255,8 +255,8 @@ def write_parts(
         note["stopped_after"] = stopped_after
     video, sheet, sidecar = parts
     comment = carried(note)
-    text = comment if holds_comment(kind, comment) else None
-    write_video(video, clip, fps=config.fps or 8.0, format=kind, comment=text)
+    kept = comment if holds_comment(kind, comment) else None
+    write_video(video, clip, fps=config.fps or 8.0, format=kind, comment=kept)
     contact_sheet(clip, sheet, title=f"{config.prompt} (seed {config.seed})")
     sidecar.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 

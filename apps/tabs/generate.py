@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import controls, making
+from postgen.apps.errors import said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import FIELDS, Form
 from postgen.apps.state import App
@@ -18,8 +19,6 @@ from postgen.apps.tabs.results import Results
 from postgen.errors import UserError
 
 IDLE = "Ready. A prompt and one click make a video."
-_TITLE = 60
-"""Characters of a prompt that name a job."""
 _NUMBERS = ("steps", "width", "height", "frames", "guidance")
 """Fields that a preset sets."""
 
@@ -64,26 +63,36 @@ def tab(app: App) -> None:
 
 
 def _layout(app: App) -> _Page:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            fields: dict[str, Any] = {}
-            fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True)
+    fields: dict[str, Any] = {}
+    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    with gr.Row(elem_id="make"):
+        with gr.Column(elem_id="ask"):
+            fields["prompt"] = gr.Textbox(
+                label="Prompt",
+                placeholder="What the video shows",
+                lines=2,
+                max_lines=6,
+                elem_id="prompt",
+                autofocus=True,
+            )
             _examples(app, fields["prompt"])
-            preset = gr.Radio(list(controls.presets(app.facts(app.settings.model))), value="balanced", label="Preset")
+            names = list(controls.presets(app.facts(app.settings.model)))
+            preset = gr.Radio(names, value="balanced", label="Preset", elem_id="preset")
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=110)
-                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=80)
-                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=60)
+                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=100)
+                keep = gr.Button("Stop and keep", interactive=False, elem_id="keep", scale=2, min_width=100)
+                cancel = gr.Button("Cancel", interactive=False, elem_id="cancel", scale=1, min_width=70)
             told = gr.HTML(status(None, IDLE), elem_id="status")
             preview = gr.HTML(visible=False, elem_id="preview")
-            with gr.Row(elem_classes="seed"):
-                fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", scale=2)
-                randomise = gr.Checkbox(True, label="A new seed each time", scale=3)
+        with gr.Column(elem_id="made"):
+            results = Results(app)
+        with gr.Column(elem_id="settings"):
+            with gr.Row():
+                fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                randomise = gr.Checkbox(True, label="New each time", elem_id="randomise", min_width=120)
             with gr.Accordion("What makes it better", open=True):
                 plug_ins = controls.plug_in_controls()
             fields |= _more(app)
-        with gr.Column(scale=6, min_width=320):
-            results = Results(app)
     return _Page(
         fields=fields,
         plug_ins=plug_ins,
@@ -117,7 +126,7 @@ def _more(app: App) -> dict[str, Any]:
             names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="model"
         )
         fields["negative_prompt"] = gr.Textbox(label="Not in the video", info="Needs guidance above 1.")
-        with gr.Row():
+        with gr.Row(elem_classes="numbers"):
             for name, label in zip(_NUMBERS, ("Steps", "Width", "Height", "Frames", "Guidance"), strict=True):
                 whole = None if name == "guidance" else 0
                 fields[name] = gr.Number(
@@ -144,13 +153,13 @@ def _wire_settings(app: App, page: _Page) -> None:
     numbers = [page.fields[name] for name in _NUMBERS]
 
     def model_chosen(name: str, preset: str | None) -> list[Any]:
-        own = _said(lambda: controls.presets(app.facts(app.model(name))))
+        own = said(lambda: controls.presets(app.facts(app.model(name))))
         chosen = own[preset or "balanced"]
         image = gr.update(visible=_takes_image(app, name))
         return [image, *(getattr(chosen, number) for number in _NUMBERS)]
 
     def preset_chosen(preset: str, name: str) -> list[Any]:
-        chosen = _said(lambda: controls.presets(app.facts(app.model(name))))[preset]
+        chosen = said(lambda: controls.presets(app.facts(app.model(name))))[preset]
         return [getattr(chosen, number) for number in _NUMBERS]
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -167,7 +176,7 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
     async def start(randomise: bool, preset: str | None, *values: Any) -> AsyncIterator[list[Any]]:
         values = (*values[:_SEED], making.drawn_seed() if randomise else values[_SEED], *values[_SEED + 1 :])
-        task = _said(lambda: _submitted(app, values))
+        task = said(lambda: making.submitted(app, _form(values)))
         yield [values[_SEED], _kept(task.id, randomise, preset, values), *_told(app, page, task, None)]
         async for progress in app.jobs.follow(task):
             yield [_same(), _same(), *_told(app, page, task, progress)]
@@ -180,6 +189,12 @@ def _wire_jobs(app: App, page: _Page) -> None:
             async for progress in app.jobs.follow(task):
                 yield [*(_same() for _ in before), *_told(app, page, task, progress)]
 
+    def cancel(id: Any) -> None:
+        app.jobs.cancel(id)
+
+    def keep(id: Any) -> None:
+        app.jobs.finish_early(id)
+
     def check(randomise: bool, preset: str | None, *values: Any) -> list[Any]:
         return _problems(app, randomise, values)
 
@@ -188,22 +203,19 @@ def _wire_jobs(app: App, page: _Page) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(start, **begin, **private)
     page.fields["prompt"].submit(start, **begin, **private)
-    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
-    page.keep.click(lambda id: app.jobs.finish_early(id), page.job, None, **private)
+    page.cancel.click(cancel, page.job, None, **private)
+    page.keep.click(keep, page.job, None, **private)
     app.page.load(again, page.browser, [page.preset, page.randomise, *page.values, *page.told], **private)
 
 
 _SEED = FIELDS.index("seed")
+_FOLDED = {FIELDS.index(name) for name in FIELDS if name not in ("prompt", "seed")}
+"""Places of the fields under More settings, which may be closed."""
 
 
 def _form(values: tuple[Any, ...]) -> Form:
     own = dict(zip(FIELDS, values[: len(FIELDS)], strict=True))
     return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
-
-
-def _submitted(app: App, values: tuple[Any, ...]) -> Task:
-    job = making.job_of(app, _form(values))
-    return app.jobs.submit(job.config.prompt[:_TITLE], making.work_of(app, job))
 
 
 def _problems(app: App, randomise: bool, values: tuple[Any, ...]) -> list[Any]:
@@ -213,8 +225,10 @@ def _problems(app: App, randomise: bool, values: tuple[Any, ...]) -> list[Any]:
         form = _form(values)
         making.job_of(app, dataclasses.replace(form, seed=0) if randomise else form)
     except UserError as error:
-        place = 2 + making.place_of(str(error), len(FIELDS))
-        return [*fine[:place], gr.validate(False, str(error)), *fine[place + 1 :]]
+        place = making.place_of(str(error))
+        fine[2 + place] = gr.validate(False, str(error))
+        if place in _FOLDED:  # there it would not be seen
+            fine[2] = gr.validate(False, f"More settings: {error}")
     return fine
 
 
@@ -255,23 +269,15 @@ def _restored(page: _Page, kept: Any) -> list[Any]:
 
 def _reused(app: App, page: _Page, settings: Any) -> list[Any]:
     """Return the values of preset, randomise and all controls for the settings of a result."""
-    form, missing = _said(lambda: making.form_of(app, settings))
+    form, missing = said(lambda: making.form_of(app, settings))
     if missing:
         gr.Warning(f"This server does not have {', '.join(missing)}: the rest is as it was.")
     return [None, False, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
 
 
 def _takes_image(app: App, name: str) -> bool:
-    facts = _said(lambda: app.facts(app.model(name)))
+    facts = said(lambda: app.facts(app.model(name)))
     return facts.takes_image or facts.image_pipeline is not None
-
-
-def _said(ask: Any) -> Any:
-    """Return what a function returns; what it says to the user goes to the page, in one line."""
-    try:
-        return ask()
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _same() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import making
+from postgen.apps.errors import said
 from postgen.apps.history import Entry
 from postgen.apps.state import App
 from postgen.apps.status import duration
@@ -28,15 +29,18 @@ class Results:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.video = gr.Video(label="Video", autoplay=True, loop=True, elem_id="result", height=380, buttons=[])
+        self.video = gr.Video(label="Result", autoplay=True, loop=True, elem_id="result", height=380, buttons=[])
         self.about = gr.HTML(elem_id="about")
-        with gr.Row(elem_classes="buttons"):
-            self.again = gr.Button("Reuse these settings", interactive=False, size="sm", elem_id="reuse")
-            self.get_video = gr.DownloadButton("Video", interactive=False, size="sm", elem_id="get-video")
-            self.get_note = gr.DownloadButton("Settings", interactive=False, size="sm", elem_id="get-settings")
-            self.remove = gr.Button("Remove", interactive=False, size="sm", elem_id="remove")
+        small: dict[str, Any] = {"interactive": False, "size": "sm", "min_width": 90}
+        with gr.Row(elem_classes=["buttons", "results-buttons"]):
+            self.again = gr.Button("Reuse settings", elem_id="reuse", **small)
+            self.get_video = gr.DownloadButton("Save video", elem_id="get-video", **small)
+            self.get_note = gr.DownloadButton("Save settings", elem_id="get-settings", **small)
+            self.remove = gr.Button("Remove", elem_id="remove", **small)
+        gr.HTML("<h2>History</h2>", elem_classes="heading")
         self.gallery = gr.Gallery(
             label="History",
+            show_label=False,
             columns=4,
             height="auto",
             object_fit="cover",
@@ -68,17 +72,17 @@ class Results:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def chosen(ids: list[str], event: gr.SelectData) -> list[Any]:
-            return self._said(lambda: self.one(self.app.history.get(ids[event.index])))
+            return said(lambda: self.one(self.app.history.get(ids[event.index] if event.index < len(ids) else None)))
 
         def again(id: str | None) -> list[Any]:
-            return self._said(lambda: reuse(self._note(self.app.history.get(id))["settings"]))
+            return said(lambda: reuse(self._note(self.app.history.get(id))["settings"]))
 
         def removed(id: str | None, count: int) -> list[Any]:
-            self._said(lambda: self.app.history.remove(id))
+            said(lambda: self.app.history.remove(id))
             return [*self._nothing(), *self._listed(count)]
 
         def taken(file: str) -> list[Any]:
-            return self._said(lambda: reuse(uploaded_settings(file, self.app.settings)))
+            return said(lambda: reuse(uploaded_settings(file, self.app.settings)))
 
         self.gallery.select(chosen, self.ids, self._one, **private)
         self.again.click(again, self.chosen, controls, **private)
@@ -145,12 +149,6 @@ class Results:
     def _note(self, entry: Entry) -> Mapping[str, Any]:
         return making.note_of(entry.file(making.SIDECAR))
 
-    def _said(self, ask: Callable[[], Any]) -> Any:
-        try:
-            return ask()
-        except (UserError, IndexError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
-
 
 def about(note: Mapping[str, Any]) -> str:
     """Return HTML that says how a video was made, from its sidecar."""
@@ -159,9 +157,10 @@ def about(note: Mapping[str, Any]) -> str:
         ("Seed", note.get("seed")),
         ("Size", f"{note.get('width')} x {note.get('height')}, {note.get('frames')} frames"),
         ("Steps", settings.get("num_inference_steps")),
-        ("Guidance", settings.get("guidance_scale")),
+        ("Guidance", f"{scale:g}" if isinstance(scale := settings.get("guidance_scale"), int | float) else None),
+        ("Stopped", f"after step {stopped}" if (stopped := note.get("stopped_after")) is not None else None),
         ("Took", duration(note["seconds"]) if isinstance(note.get("seconds"), int | float) else None),
     ]
     facts += [(row, settings.get(row)) for row in (note.get("plug_ins") or {})]
-    said = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
-    return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{said}</p>'
+    spans = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
+    return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{spans}</p>'

@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import making, scoring
+from postgen.apps.errors import said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.scoring import Known, Scored
 from postgen.apps.state import App
 from postgen.apps.status import status
-from postgen.apps.tabs.saying import said
 from postgen.apps.uploads import uploaded_settings, uploaded_video
 from postgen.errors import UserError, cut
 
@@ -150,9 +150,21 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
         async for progress in app.jobs.follow(task):
             yield _told(task, progress, known)
 
+    async def called(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[dict[str, Any]]:
+        """Score a clip, or a result of the history: how the job stands, and at last its scores."""
+        task = said(lambda: _submitted(app, clip, made, prompt, rewards))
+        try:
+            async for progress in app.jobs.follow(task):
+                yield _stands(task, progress)
+        finally:
+            app.jobs.cancel(task.id)  # nothing, where it has ended
+
     inputs = [page.clip, page.made, page.prompt, page.rewards]
-    page.start.click(score, inputs, page.told, api_name="score", show_progress="hidden")
-    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, api_visibility="private")
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    page.start.click(score, inputs, page.told, **private)
+    page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
+    # An endpoint that takes an upload needs components, which hold what is sent to the folder of uploads.
+    gr.Button(visible=False).click(called, inputs, page.data, api_name="score", show_progress="hidden")
 
 
 def _submitted(app: App, clip: Any, made: Any, prompt: Any, names: Any) -> Task:
@@ -193,6 +205,18 @@ def _told(task: Task, progress: Progress, known: Mapping[str, Known]) -> list[An
         shown = [scores_of(found, known), judge_of(found), found.to_dict()]
     buttons = [gr.update(interactive=not live), gr.update(interactive=live)]
     return [task.id if live else None, status(progress), *buttons, *shown]
+
+
+def _stands(task: Task, progress: Progress) -> dict[str, Any]:
+    if progress.error is not None:
+        raise gr.Error(progress.error, print_exception=False)
+    names = ("state", "position", "text", "done", "total", "seconds_left")
+    found: Scored | None = progress.result
+    return {
+        "job": task.id,
+        **{name: getattr(progress, name) for name in names},
+        "result": None if found is None else found.to_dict(),
+    }
 
 
 def _results(app: App) -> list[tuple[str, str]]:
@@ -252,10 +276,8 @@ def judge_of(found: Scored) -> str:
 
 
 def _against(check: Mapping[str, Any]) -> str:
-    parts = [
-        f"{word}: {check[key]}" for word, key in (("asked", "wanted"), ("seen", "found")) if check[key] is not None
-    ]
-    return ", ".join(parts)
+    parts = {"asked": check["wanted"], "seen": check["found"]}
+    return ", ".join(f"{word}: {value}" for word, value in parts.items() if value is not None)
 
 
 def _verdict(what: str, more: str, right: bool) -> str:
@@ -268,9 +290,7 @@ def _verdict(what: str, more: str, right: bool) -> str:
 
 def about_of(known: Sequence[Known]) -> str:
     """Return the table of what rewards mean."""
-    return _listed(
-        [(one.name, one.says, f"{one.range}; needs a prompt" if one.needs_prompt else one.range) for one in known]
-    )
+    return _listed([(one.name, one.says, one.range + "; needs a prompt" * one.needs_prompt) for one in known])
 
 
 def away_of(known: Sequence[Known]) -> str:

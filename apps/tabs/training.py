@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import api  # gr.api is the same, which type checkers do not see
 
+from postgen.apps.errors import said
 from postgen.apps.run_plots import COLUMNS, GROUPS, group_lines, metric_lines, others, table
 from postgen.apps.runs import Checkpoint, Run, Runs, Sample, Standing
 from postgen.apps.state import App
 from postgen.apps.status import duration, line
-from postgen.apps.tabs.saying import said
 from postgen.errors import UserError
 from postgen.grpo.curves import Points
 from postgen.video import VideoError, read_picture
@@ -74,7 +75,7 @@ def tab(app: App) -> None:
     runs, copies = Runs(app.settings.runs), SampleCopies()
     page = _layout(runs)
     _wire(app, runs, copies, page)
-    gr.api(_api(runs), api_name="run")
+    api(_api(runs), api_name="run")
 
 
 def _api(runs: Runs) -> Any:
@@ -125,9 +126,8 @@ def _layout(runs: Runs) -> _Page:
 
 
 def _samples(page: _Page) -> None:
-    gr.HTML(
-        '<h3>Samples of fixed seeds</h3><p class="note">The same noise at each step: what changes, training changed.</p>'
-    )
+    about = "The same noise at each step: what differs, training has changed."
+    gr.HTML(f'<h3>Samples of fixed seeds</h3><p class="note">{about}</p>')
     page.gallery = gr.Gallery(
         label="Samples, step by step",
         show_label=False,

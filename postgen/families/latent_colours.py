@@ -19,6 +19,8 @@ from postgen.families.streams import DECODERS
 
 _SIDE, _FRAMES = 12, 3
 """Rows and columns, and frames, of the random latents that are decoded for the first fit."""
+_CONTRAST = 0.12
+"""Standard deviation of the colours of an ordinary clip. Those of random latents are nearly grey."""
 _FIRST_WEIGHT = 0.05
 """Of that fit beside what is learnt of a real clip: random latents look like no video."""
 _FADE = 0.5
@@ -40,6 +42,8 @@ class LatentColours:
         self._products = torch.zeros(channels + 1, channels + 1, dtype=torch.float64)
         self._targets = torch.zeros(channels + 1, 3, dtype=torch.float64)
         self._map = torch.zeros(channels + 1, 3)
+        self.learnt = False
+        """Whether a finished clip was learnt of: before, light and dark are right, and colours are not."""
         self._begin(vae, vae.device if device is None else torch.device(device))
 
     def fits(self, latents: Tensor) -> bool:
@@ -47,10 +51,12 @@ class LatentColours:
         return latents.ndim == 5 and latents.shape[2 if self.time_first else 1] == self.channels
 
     def clip(self, latents: Tensor) -> Tensor:
-        """Return a small clip (t, 3, h, w) in [0, 1], float32 on the CPU, of latents that fit."""
+        """Return a small clip (t, 3, h, w) in [0, 1], float32 on the CPU, of latents that fit; grey before `learn`."""
         rows = self._rows(latents)
         colours = rows.float().cpu() @ self._map
         frames, height, width = self._sizes(latents)
+        if not self.learnt:
+            colours = colours.mean(1, keepdim=True).expand(-1, 3)
         return colours.view(frames, height, width, 3).permute(0, 3, 1, 2).clamp(0, 1)
 
     def learn(self, latents: Tensor, clip: Tensor) -> None:
@@ -66,7 +72,8 @@ class LatentColours:
         each = (len(clip) - 1) // (frames - 1)
         later = clip[1:].float().cpu().view(frames - 1, each, *clip.shape[1:]).mean(1)
         small = functional.adaptive_avg_pool2d(torch.cat([clip[:1].float().cpu(), later]), (height, width))
-        self._add(self._rows(latents), small.permute(0, 2, 3, 1).reshape(-1, 3), 1.0)
+        self._add(self._rows(latents), small.permute(0, 2, 3, 1).reshape(-1, 3))
+        self.learnt = True
 
     def _begin(self, vae: Any, device: torch.device) -> None:
         """Fit the map to what the autoencoder makes of random latents."""
@@ -75,19 +82,29 @@ class LatentColours:
         with torch.no_grad():
             decoded = vae.decode(denormalised(vae, latents), return_dict=False)[0]
         clip = (decoded[0].float() * 0.5 + 0.5).clamp(0, 1).transpose(0, 1).cpu()
-        self.learn(latents.transpose(1, 2) if self.time_first else latents, clip)
-        self._products *= _FIRST_WEIGHT / _FADE
-        self._targets *= _FIRST_WEIGHT / _FADE
+        latents = latents.transpose(1, 2) if self.time_first else latents
+        self.learn(latents, clip)
+        self.learnt = False
+        shown = self._rows(latents).cpu() @ self._map
+        gain = _CONTRAST / float((shown - shown.mean(0)).std().clamp(min=1e-4))
+        # The targets of the fit, further from their mean, which the row of the constant holds.
+        mean = self._targets[-1:] / self._products[-1:, -1:]
+        constant = self._products[:, -1:] * mean
+        self._targets = constant + gain * (self._targets - constant)
+        self._products *= _FIRST_WEIGHT
+        self._targets *= _FIRST_WEIGHT
+        self._fit()
 
-    def _add(self, rows: Tensor, colours: Tensor, weight: float) -> None:
+    def _add(self, rows: Tensor, colours: Tensor) -> None:
         rows, colours = rows.double().cpu(), colours.double()
-        self._products = _FADE * self._products + weight / len(rows) * rows.T @ rows
-        self._targets = _FADE * self._targets + weight / len(rows) * rows.T @ colours
+        self._products = _FADE * self._products + rows.T @ rows / len(rows)
+        self._targets = _FADE * self._targets + rows.T @ colours / len(rows)
+        self._fit()
+
+    def _fit(self) -> None:
         # A little towards zero: a clip of few colours leaves directions without a word.
-        ridge = 1e-3 * torch.eye(len(self._products), dtype=torch.float64)
-        self._map = torch.linalg.solve(
-            self._products + ridge * self._products.diagonal().mean(), self._targets
-        ).float()
+        ridge = 1e-3 * self._products.diagonal().mean() * torch.eye(len(self._products), dtype=torch.float64)
+        self._map = torch.linalg.solve(self._products + ridge, self._targets).float()
 
     def _rows(self, latents: Tensor) -> Tensor:
         """Return (t h w, C + 1): latents, and a one."""

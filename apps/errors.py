@@ -1,11 +1,9 @@
-"""How a tab says that something is wrong: in one line, on the page, with nothing in the server's log."""
+"""How the page says that something is wrong: one line, and nothing in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
-
-import gradio as gr
 
 from postgen.errors import UserError
 
@@ -13,11 +11,13 @@ T = TypeVar("T")
 
 
 def said(ask: Callable[[], T]) -> T:
-    """Return what a function returns; what it says to the user goes to the page.
+    """Return what a function returns; what it has to say to the user goes to the page.
 
     Raises:
-        gr.Error: instead of `UserError`.
+        gradio.Error: instead of a `UserError`.
     """
+    import gradio as gr
+
     try:
         return ask()
     except UserError as error:
