@@ -49,6 +49,8 @@ TABS = (
         place="postgen.apps.tabs.long_video",
         shown=lambda app: app.settings.offload == "none",  # groups in flight keep the whole model busy
     ),
+    TabRow(title="Rewards", place="postgen.apps.tabs.rewards"),
+    TabRow(title="Training", place="postgen.apps.tabs.training", shown=lambda app: app.settings.runs is not None),
 )
 """In the order of the page."""
 

@@ -60,7 +60,7 @@ class _Result:
         self.players = players(elem_id="long-players")
         with gr.Column(visible=False) as self.place:
             self.about = gr.HTML(elem_id="long-about")
-            with gr.Group(), gr.Row(elem_classes="long-row"):
+            with gr.Row(elem_classes="beside"):
                 self.seconds = gr.Number(
                     min(4, most), label="Seconds more", minimum=0.1, maximum=most, min_width=100, elem_id="long-more"
                 )
@@ -147,13 +147,13 @@ def about(made: LongMade) -> str:
         for frame, text in note["schedule"]
     )
     facts = [("Seed", note.get("seed")), ("Length", f"{made.seconds:.1f} s, {made.frames} frames")]
-    facts += [("Model", note.get("model")), ("Adapter", note.get("adapter") or "none, so it was not trained for this")]
+    facts += [("Model", note.get("model")), ("Adapter", note.get("adapter") or "none: not trained for long videos")]
     said = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
     return f'{prompts}<p class="about-facts">{said}</p>'
 
 
 def _watched(growing: Growing) -> str:
-    clips = [Clip(label=f"{growing.frames / growing.fps:.1f} s", path=growing.video, version=growing.frames)]
+    clips = [Clip(label=f"Video, {growing.frames / growing.fps:.1f} s", path=growing.video, version=growing.frames)]
     if growing.depth is not None and growing.depth.is_file():
         clips.append(Clip(label="Depth: near is bright", path=growing.depth, version=growing.frames))
     return shown(clips, fps=growing.fps, key=growing.key)

@@ -26,12 +26,15 @@ _COLOURS = ((30, 90, 200), (210, 80, 30), (30, 140, 70), (140, 60, 170))
 class Curve:
     """A curve of any length in bounded memory, for a picture.
 
-    Up to `PIECES` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
+    Up to `pieces` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
     many pieces of equally many points are kept, and its two ends: drawn, it looks the same.
+
+    Args:
+        pieces: an even number of at least 2.
     """
 
-    def __init__(self) -> None:
-        self._count, self._every = 0, 1
+    def __init__(self, pieces: int = PIECES) -> None:
+        self._count, self._every, self._most = 0, 1, pieces
         self._pieces: list[list[tuple[float, float]]] = []
         self._ends: list[tuple[float, float]] = []
 
@@ -42,7 +45,7 @@ class Curve:
         if self._count % self._every:
             self._pieces[-1] = _extremes([*self._pieces[-1], point])
         else:
-            if len(self._pieces) == PIECES:
+            if len(self._pieces) == self._most:
                 self._every *= 2
                 pairs = zip(self._pieces[::2], self._pieces[1::2], strict=True)
                 self._pieces = [_extremes([*left, *right]) for left, right in pairs]
@@ -52,6 +55,14 @@ class Curve:
     def points(self) -> list[tuple[float, float]]:
         """Return what is kept, from left to right."""
         return sorted({*self._ends, *(point for piece in self._pieces for point in piece)})
+
+
+def thinned(points: Points, pieces: int) -> list[tuple[float, float]]:
+    """Return a curve as `Curve` keeps it: at most 2 * `pieces` points and the two ends."""
+    curve = Curve(pieces)
+    for x, y in points:
+        curve.add(x, y)
+    return curve.points()
 
 
 def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
