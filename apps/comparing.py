@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from postgen.apps.history import Entry
 from postgen.apps.jobs import Task, Work
 from postgen.apps.making import Form, job_of, shown_model
+from postgen.apps.scoring import known
 from postgen.apps.state import App
 from postgen.apps.status import duration
 from postgen.compare import PairPaths, compare_videos, pair_paths
@@ -31,6 +31,7 @@ VIDEO = "compare.mp4"
 CHANGES = ("steps", "guidance", "model", "lora", "lora_scale", "plug_ins")
 """What of a form the two sides may have different."""
 SIDES = ("Before", "After")
+_PARTS = ("video", "frames", "settings")
 _LABELS = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}", "model": "{}"}
 
 
@@ -82,21 +83,9 @@ def pair_of(app: App, form: PairForm) -> Pair:
     return Pair(a=a, b=b, reward=reward)
 
 
-@cache
 def rewards_here() -> tuple[str, ...]:
     """Return the names of the rewards that score a prompt and its clip with what this machine has."""
-    from postgen.rewards import get_reward, known_rewards
-
-    found = []
-    for name in known_rewards():
-        reward = get_reward(name)
-        try:
-            reward.check_columns(())
-        except UserError:
-            continue
-        if reward.lacking() is None:
-            found.append(name)
-    return tuple(found)
+    return tuple(row.name for row in known() if row.lacks is None)
 
 
 def work_of(app: App, pair: Pair) -> Work:
@@ -160,9 +149,12 @@ class Made:
         return float(self.settings[0].get("fps") or 8.0)
 
     @property
-    def files(self) -> list[str]:
-        """All files, for downloads."""
-        return [str(path) for path in self.paths.files if path.is_file()]
+    def files(self) -> list[tuple[str, Path]]:
+        """All files, by what they are called."""
+        found = [("Side by side, video", self.paths.both), ("Side by side, frames", self.paths.sheet)]
+        for side, paths in zip(SIDES, (self.paths.a, self.paths.b), strict=True):
+            found += [(f"{side}, {what}", path) for what, path in zip(_PARTS, paths.files, strict=True)]
+        return found if self.paths.report is None else [*found, ("What was measured", self.paths.report)]
 
 
 def made_of(entry: Entry) -> Made:

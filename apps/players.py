@@ -1,4 +1,4 @@
-"""Players that run together: one button and one bar drive one or several videos of results, frame by frame too."""
+"""Files of results on the page: players that run together under one button and one bar, and links."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ CSS = """
 }
 .players .bar .play { min-width: 68px; }
 .players .bar input { flex: 1; min-width: 60px; accent-color: var(--color-accent); }
+.downloads { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 2px 16px; margin: 0; }
+.downloads a { display: flex; justify-content: space-between; gap: 8px; padding: 6px 2px; color: var(--link-text-color); }
+.downloads a span { color: var(--body-text-color-subdued); white-space: nowrap; }
 .players .bar output { font-size: 0.875rem; color: var(--body-text-color-subdued); white-space: nowrap; }
 """
 
@@ -134,6 +137,21 @@ def shown(clips: Sequence[Clip], *, fps: float, key: str) -> str:
         f'<div class="players" data-fps="{fps:g}" data-key="{escape(key)}"><div class="videos">{videos}</div>'
         f"{bar}</div>"
     )
+
+
+def downloads(files: Sequence[tuple[str, Path]]) -> str:
+    """Return HTML with a link for each file that is there, by what it is called."""
+    links = "".join(
+        f'<a href="{escape(address(path))}" download="{escape(path.name)}">{escape(what)}<span>{_size(path)}</span></a>'
+        for what, path in files
+        if path.is_file()
+    )
+    return f'<div class="downloads">{links}</div>'
+
+
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{max(1, round(size / 1024))} kB"
 
 
 def address(path: Path) -> str:

@@ -9,16 +9,16 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import controls, making
-from postgen.apps.comparing import KIND, Made, Pair, PairForm, made_of, measured, pair_of, rewards_here, work_of
+from postgen.apps.comparing import KIND, SIDES, Made, Pair, PairForm, made_of, measured, pair_of, rewards_here, work_of
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import Form
-from postgen.apps.players import Clip, players, shown
+from postgen.apps.players import Clip, downloads, players, shown
 from postgen.apps.state import App
 from postgen.apps.status import status
 from postgen.errors import UserError
 
 IDLE = "Choose what is to be different after, and compare."
-_TITLE, _CAPTION, _MOST = 60, 32, 24
+_TITLE, _CAPTION, _MOST = 60, 46, 24
 """Characters that name a job and a result; results that the list shows."""
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _NUMBERS = {"steps": "Steps", "width": "Width", "height": "Height", "frames": "Frames", "guidance": "Guidance"}
@@ -74,7 +74,7 @@ class _Result:
                 self.frame = gr.Slider(0, 1, value=0, step=1, label="Frame", elem_id="compare-frame-number")
             with gr.Accordion("Side by side, and all files", open=False):
                 self.both = gr.Video(label="Both in one file", loop=True, elem_id="compare-both", buttons=["download"])
-                self.files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="compare-files")
+                self.files = gr.HTML(elem_id="compare-files", apply_default_css=False)
             self.remove = gr.Button("Remove this comparison", size="sm", elem_id="compare-remove")
         self.list = gr.Dropdown(label="Earlier comparisons", choices=[], value=None, elem_id="compare-list")
         frame = [self.slider, self.frame]
@@ -111,7 +111,7 @@ class _Result:
             _pictures(made, middle),
             gr.update(maximum=max(1, last), value=middle, interactive=last > 0),
             str(made.paths.both),
-            made.files,
+            downloads(made.files),
             self.listed(id),
         ]
 
@@ -122,7 +122,7 @@ class _Result:
                 return self.one(entry.id)
             except UserError:
                 continue
-        return [None, gr.update(visible=False), "", "", None, gr.skip(), None, None, self.listed(None)]
+        return [None, gr.update(visible=False), "", "", None, gr.skip(), None, "", self.listed(None)]
 
     def pictures(self, id: Any, number: Any) -> Any:
         """Return a frame of both.
@@ -150,11 +150,12 @@ class _Result:
 
 
 def _text(made: Made) -> str:
-    return f"{str(made.report.get('prompt'))[:_CAPTION]} ({made.labels[1]})"
+    text = f"{made.labels[1]}: {made.report.get('prompt')}"
+    return text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..."
 
 
 def _players(made: Made) -> str:
-    videos = zip(("Before", "After"), made.labels, (made.paths.a, made.paths.b), strict=True)
+    videos = zip(SIDES, made.labels, (made.paths.a, made.paths.b), strict=True)
     clips = [Clip(label=f"{side}: {label}", path=paths.video) for side, label, paths in videos]
     return shown(clips, fps=made.fps, key=made.entry.id)
 

@@ -13,7 +13,7 @@ from postgen.apps import making
 from postgen.apps.jobs import Progress, Task, Work
 from postgen.apps.long_kept import KIND, Growing, LongMade, made_of
 from postgen.apps.long_making import OWN, LongForm, adapters, begin_work, branch_work, go_on_work, request_of
-from postgen.apps.players import Clip, players, shown
+from postgen.apps.players import Clip, downloads, players, shown
 from postgen.apps.state import App
 from postgen.apps.status import status
 from postgen.errors import UserError
@@ -77,7 +77,7 @@ class _Result:
                     )
                 self.branch = gr.Button("Branch", elem_id="long-branch")
             with gr.Accordion("Files", open=False):
-                self.files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="long-files")
+                self.files = gr.HTML(elem_id="long-files", apply_default_css=False)
             self.remove = gr.Button("Remove this video", size="sm", elem_id="long-remove")
         self.list = gr.Dropdown(
             label="Earlier long videos", choices=[], value=None, elem_id="long-list", visible=False
@@ -104,7 +104,7 @@ class _Result:
             gr.update(visible=True),
             about(made),
             gr.update(choices=points, value=points[-1][1] if points else None),
-            [str(path) for path in (places.video, places.depth, places.sheet) if path.is_file()],
+            downloads([("Video", places.video), ("Depth, video", places.depth), ("Frames", places.sheet)]),
             self.listed(id),
         ]
 
@@ -119,7 +119,7 @@ class _Result:
                 return self.one(entry.id)
             except UserError:
                 continue
-        return [None, "", gr.update(visible=False), "", gr.skip(), None, self.listed(None)]
+        return [None, "", gr.update(visible=False), "", gr.skip(), "", self.listed(None)]
 
     def removed(self, id: Any) -> list[Any]:
         """Remove a video, and return the values of `shown` for the newest that is left."""

@@ -12,7 +12,7 @@ import pytest
 
 from postgen.apps.comparing import KIND, PairForm, labels_of, made_of, measured, pair_of, rewards_here, work_of
 from postgen.apps.making import Form
-from postgen.apps.players import Clip, shown
+from postgen.apps.players import Clip, downloads, shown
 from postgen.apps.settings import AppSettings
 from postgen.apps.state import App
 from postgen.compare import compare_videos, difference, pair_paths
@@ -52,6 +52,7 @@ def test_both_are_made_measured_and_kept(app: App) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
     made = made_of(app.history.get(progress.result))
     assert len(made.files) == 9
+    assert downloads(made.files).count("<a href") == 9
     assert made.labels == pair.labels
     a, b = (read_video(side.video) for side in (made.paths.a, made.paths.b))
     assert a.shape == b.shape == (9, 3, 16, 32)
