@@ -87,7 +87,7 @@ def made_of(entry: Entry) -> LongMade:
         raise UserError("this long video cannot be read: its note is none of postgen")
     entry.file(places.video.name)
     if not (places.state / HEAD).is_file():
-        raise UserError("the state of this long video has been removed: it can be watched, and not go on")
+        raise UserError("the state of this long video has been removed: reload the page")
     return LongMade(entry=entry, note=note, frames=probe(places.video).frames)
 
 

@@ -129,6 +129,9 @@ def go_on_work(app: App, id: Any, seconds: Any) -> Work:
             video = LongVideo(pipe, request, job, places, pipe.load_state(places.state))
             try:
                 _make(task, video, {}, made.entry)
+            except CancelledError:  # what was written stays in the video, so it is no "nothing was kept"
+                if video.files.frames == made.frames:
+                    raise
             finally:
                 note_down(video, made.entry.folder)
             (made.entry.folder / POSTER).unlink(missing_ok=True)

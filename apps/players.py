@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 CSS = """
 .players { display: flex; flex-direction: column; gap: 8px; }
-.players .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; }
+.players .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px;
+  align-items: end; }
 .players figure { margin: 0; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
 .players figcaption { font-size: 0.875rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .players video { width: 100%; max-height: 62vh; border-radius: var(--radius-md); display: block; }
@@ -24,9 +25,15 @@ CSS = """
 .players .bar .play { min-width: 68px; }
 .players .bar input { flex: 1; min-width: 60px; accent-color: var(--color-accent); }
 .downloads { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 2px 16px; margin: 0; }
-.downloads a { display: flex; justify-content: space-between; gap: 8px; padding: 6px 2px; color: var(--link-text-color); }
+.downloads a { display: flex; justify-content: space-between; gap: 8px; padding: 6px 2px; }
+.downloads a { color: var(--link-text-color); }
 .downloads a span { color: var(--body-text-color-subdued); white-space: nowrap; }
 .players .bar output { font-size: 0.875rem; color: var(--body-text-color-subdued); white-space: nowrap; }
+@media (max-width: 640px) {
+  .players .bar { flex-wrap: wrap; }
+  .players .bar input { flex-basis: 100%; order: -1; }
+  .players .bar output { margin-left: auto; }
+}
 """
 
 # Media events do not bubble, so they are caught on their way down; what is inside is drawn anew with every value.
@@ -142,7 +149,8 @@ def shown(clips: Sequence[Clip], *, fps: float, key: str) -> str:
 def downloads(files: Sequence[tuple[str, Path]]) -> str:
     """Return HTML with a link for each file that is there, by what it is called."""
     links = "".join(
-        f'<a href="{escape(address(path))}" download="{escape(path.name)}">{escape(what)}<span>{_size(path)}</span></a>'
+        f'<a href="{escape(address(path))}" download="{escape(path.name)}">{escape(what)}'
+        f"<span>{_size(path)}</span></a>"
         for what, path in files
         if path.is_file()
     )

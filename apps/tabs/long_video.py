@@ -65,7 +65,7 @@ class _Result:
                     min(4, most), label="Seconds more", minimum=0.1, maximum=most, min_width=100, elem_id="long-more"
                 )
                 self.more = gr.Button("Continue", elem_id="long-continue", min_width=100)
-            with gr.Accordion("Branch: go on another way from an earlier place", open=False):
+            with gr.Accordion("Branch from an earlier place", open=False):
                 self.points = gr.Dropdown(label="From", choices=[], elem_id="long-points")
                 self.prompt = gr.Textbox(
                     label="Prompt from there on", placeholder="As it was", elem_id="long-branch-prompt"

@@ -108,13 +108,18 @@ def test_stopped_it_is_kept_and_goes_on_as_if_it_had_never_been_stopped(app: App
     assert again.note["seconds"] == pytest.approx(33 / RATE, abs=1e-3)
 
 
-def test_cancelled_it_leaves_nothing(app: App) -> None:
+def test_cancelled_a_new_one_leaves_nothing_and_one_that_goes_on_what_it_has(app: App) -> None:
     def cancel(task: Task, progress: Progress) -> None:
         if progress.preview is not None:
             app.jobs.cancel(task.id)
 
     assert ended(app, begin_work(app, *request_of(app, form(app))), cancel).state == "cancelled"
     assert [*app.history.folder.iterdir()] == []
+    made = begun(app, seconds=1.0)
+    assert ended(app, go_on_work(app, made.entry.id, 2.0), cancel).state == "done"  # in its place: that is a stop
+    more = made_of(app.history.get(made.entry.id))
+    assert made.frames < more.frames < made.frames + 32
+    assert more.note["seconds"] == pytest.approx(more.seconds, abs=1e-3)
 
 
 def test_a_branch_begins_with_the_frames_before_it_and_leaves_the_old_video(app: App) -> None:
