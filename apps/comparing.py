@@ -197,8 +197,8 @@ def labels_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, str]:
     for row in known_plug_ins():
         if a.get(row.option) != b.get(row.option):
             for side, settings in zip(sides, (a, b), strict=True):
-                text = settings.get(row.option)
-                side.append(f"without {row.title}" if text is None else f"{row.title} {text}")
+                own = settings.get(row.option)
+                side.append(f"without {row.title}" if own is None else f"{row.title} {own}")
     return ", ".join(sides[0]), ", ".join(sides[1])
 
 

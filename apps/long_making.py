@@ -87,15 +87,14 @@ def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tupl
         second, text = row if isinstance(row, Sequence) and len(row) == 2 else (None, row)
         if not isinstance(text, str) or not text.strip():
             continue
-        with suppress(TypeError, ValueError):
-            second = float(second)
-        if not is_number(second) or not 0 < second < seconds:
+        at = _second(second)
+        if not 0 < at < seconds:
             raise UserError(
                 f"row {number} of the prompts: the second must be above 0 and below {seconds:g}, got {shown(second)}"
             )
-        frame = max(1, round(second * rate))
+        frame = max(1, round(at * rate))
         if frame in found:
-            raise UserError(f"row {number} of the prompts: another one begins at {second:g} s: change one of the two")
+            raise UserError(f"row {number} of the prompts: another one begins at {at:g} s: change one of the two")
         found[frame] = text.strip()
     return tuple(sorted(found.items()))
 
@@ -271,6 +270,14 @@ def _adapter(app: App, name: Any) -> str | None:
     if found is None:
         raise UserError("this server has no adapter of that name: reload the page for the present list")
     return str(found)
+
+
+def _second(value: Any) -> float:
+    """Return a second that a table has, as a number or as it was typed; 0, which is none, for anything else."""
+    with suppress(ValueError, OverflowError):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return float(value)
+    return 0.0
 
 
 def _text(prompt: Any) -> str:

@@ -46,7 +46,12 @@ def test_both_are_made_measured_and_kept(app: App) -> None:
     seen: list[tuple[int, int]] = []
     task = app.jobs.submit("two", work_of(app, pair))
     step = task.step
-    task.step = lambda done, total: (seen.append((done, total)), step(done, total))[1]  # type: ignore[method-assign]
+
+    def watched(done: int, total: int, unit: str = "step") -> None:
+        seen.append((done, total))
+        step(done, total, unit)
+
+    task.step = watched  # type: ignore[method-assign]
     progress = ended(app, task)
     assert progress.state == "done", progress.error
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -88,10 +93,10 @@ def test_a_cancelled_comparison_leaves_nothing_and_the_next_one_runs(app: App) -
     task = app.jobs.submit("two", work_of(app, pair_of(app, steps_of(app))))
     step = task.step
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, unit: str = "step") -> None:
         if done == 2:
             app.jobs.cancel(task.id)
-        step(done, total)
+        step(done, total, unit)
 
     task.step = stop  # type: ignore[method-assign]
     assert ended(app, task).state == "cancelled"
@@ -147,7 +152,7 @@ def test_models_are_lent_one_at_a_time(app: App, tmp_path: Path) -> None:
 
 def test_labels_name_what_differs_and_no_folder_of_the_server(tmp_path: Path) -> None:
     lora = tmp_path / "lora"
-    a = {"model": None, "guidance_scale": 3.0, "lora": []}
+    a: dict[str, Any] = {"model": None, "guidance_scale": 3.0, "lora": []}
     b = {"model": str(tmp_path), "guidance_scale": None, "lora": [f"{lora}:0.5"]}
     assert labels_of(a, b) == (
         "guidance 3, embedded model, no LoRA",
