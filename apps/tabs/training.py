@@ -17,11 +17,12 @@ import gradio as gr
 from gradio.events import api  # gr.api is the same, which type checkers do not see
 
 from postgen.apps.errors import said
-from postgen.apps.run_plots import COLUMNS, GROUPS, group_lines, metric_lines, others, table
+from postgen.apps.run_plots import COLOURS, COLUMNS, GROUPS, Group, group_lines, metric_lines, others, table
 from postgen.apps.runs import Checkpoint, Run, Runs, Sample, Standing
 from postgen.apps.state import App
 from postgen.apps.status import duration, line
 from postgen.errors import UserError
+from postgen.grpo.curves import Points
 from postgen.video import VideoError, read_picture
 
 EVERY = 3.0
@@ -113,9 +114,9 @@ def _layout(runs: Runs) -> _Page:
     with gr.Row(elem_classes="plots"):
         for number, group in enumerate(GROUPS):
             with gr.Column(visible=False) as box:
-                gr.HTML(_head(group.title, group.about), elem_classes="plot-head")
+                head = gr.HTML(_head(group.title, group.about), elem_classes="plot-head")
                 plot = _plot(f"plot-{number}")
-            page.plots += [box, plot]
+            page.plots += [box, head, plot]
     with gr.Accordion("Other metrics", open=False):
         page.other = gr.Dropdown([], label="Metric", elem_id="other-metric")
         page.other_plot = _plot("plot-other")
@@ -167,6 +168,7 @@ def _plot(elem_id: str) -> Any:
         x_title="step",
         y_title=" ",
         color_title=" ",
+        colors_in_legend=[],
         height=240,
         x_axis_format=",d",
         y_axis_format=".4~g",
@@ -178,8 +180,13 @@ def _plot(elem_id: str) -> Any:
     )
 
 
-def _head(title: str, about: str) -> str:
-    return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p>'
+def _head(title: str, about: str, labels: Sequence[str] = ()) -> str:
+    """Return a title, a line below it, and what the lines of a plot are called, in their colours."""
+    keys = "".join(
+        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{escape(label)}</span>'
+        for number, label in enumerate(labels)
+    )
+    return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p><p class="keys">{keys}</p>'
 
 
 def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
@@ -204,7 +211,7 @@ def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
 
     def other(names: list[str], metric: str | None) -> Any:
         curves = {run.name: run.curves() for run in _chosen(runs, names)}
-        return table(metric_lines(metric, curves) if metric else [])
+        return _lines(metric_lines(metric, curves) if metric else [])
 
     shown = [page.status, page.seen, *page.drawn, *page.pictured]
     inputs = [page.runs, page.other, page.seen]
@@ -236,15 +243,27 @@ def _drawn(found: Sequence[Run], metric: str | None) -> list[Any]:
     names = others(name for own in curves.values() for name in own)
     chosen = metric if metric in names else next(iter(names), None)
     first = found[0] if found else None
-    drawn = [group_lines(group, curves) for group in GROUPS]
+    drawn = [(group, group_lines(group, curves)) for group in GROUPS]
     return [
-        *(value for lines in drawn for value in (gr.update(visible=bool(lines)), table(lines))),
+        *(value for group, lines in drawn for value in _group(group, lines)),
         gr.update(choices=names, value=chosen),
-        table(metric_lines(chosen, curves) if chosen else []),
+        _lines(metric_lines(chosen, curves) if chosen else []),
         "" if first is None else warnings_of(first.warnings()),
         "" if first is None else checkpoints_of(first.checkpoints()),
         "" if first is None else first.recipe(),
     ]
+
+
+def _group(group: Group, lines: Sequence[tuple[str, Points]]) -> list[Any]:
+    """Return the values of a group's box, head and plot."""
+    labels = [label for label, _ in lines]
+    head = _head(group.title, group.about, labels if len(labels) > 1 else [])
+    return [gr.update(visible=bool(lines)), head, _lines(lines)]
+
+
+def _lines(lines: Sequence[tuple[str, Points]]) -> Any:
+    colours = {label: COLOURS[number % len(COLOURS)] for number, (label, _) in enumerate(lines)}
+    return gr.update(value=table(lines), color_map=colours)
 
 
 def _pictured(found: Sequence[Run], copies: SampleCopies, left: Any, right: Any) -> list[Any]:
