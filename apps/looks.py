@@ -51,10 +51,16 @@ CSS = """
 .measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
 .plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
   gap: 12px; }
-.plots .block { min-width: 0 !important; }
+.plots .block, .plots .column { min-width: 0 !important; }
 table.plain { border-collapse: collapse; width: 100%; margin: 4px 0; font-variant-numeric: tabular-nums; border: 0; }
 table.plain th, table.plain td { padding: 6px 12px 6px 0 !important; border: 0 !important; text-align: left;
   border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; }
+table.plain tr, table.plain tbody { border: 0 !important; }
+table.plain td.number .note { white-space: normal; max-width: 9.5em; margin-left: auto; }
+.keys { display: flex; flex-wrap: wrap; gap: 2px 12px; margin: 4px 0 0; font-size: 0.8125rem; }
+.keys i { display: inline-block; width: 12px; height: 3px; margin-right: 5px; vertical-align: middle; }
+.plots > .column { justify-content: space-between; }
+.plot-head h3 { margin: 0; font-size: 1rem; }
 table.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
 table.plain th.number, table.plain td.number { text-align: right; white-space: nowrap; padding-right: 0 !important; }
 table.plain td.mark { width: 1.6em; font-weight: 700; }
@@ -66,6 +72,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #run-status .job { margin-bottom: 8px; min-height: 0; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
   grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
+#sample-steps .grid-wrap { min-height: 0 !important; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
 }

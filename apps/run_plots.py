@@ -83,6 +83,8 @@ GROUPS = (
 )
 """In the order of the page. A metric belongs to the first group that knows it."""
 
+COLOURS = ("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04", "#7c3aed", "#64748b")
+"""Of lines, in their order; seen on light and on dark."""
 COLUMNS = ("step", "value", "line")
 """Of a plot's table."""
 

@@ -195,7 +195,6 @@ def tab(app: App) -> None:
                     datatype=["number", "str"],
                     type="array",
                     column_count=2,
-                    column_limits=(2, 2),
                     row_count=_ROWS,
                     column_widths=["30%", "70%"],
                     interactive=True,

@@ -17,7 +17,7 @@ import gradio as gr
 from gradio.events import api  # gr.api is the same, which type checkers do not see
 
 from postgen.apps.errors import said
-from postgen.apps.run_plots import COLUMNS, GROUPS, group_lines, metric_lines, others, table
+from postgen.apps.run_plots import COLOURS, COLUMNS, GROUPS, Group, group_lines, metric_lines, others, table
 from postgen.apps.runs import Checkpoint, Run, Runs, Sample, Standing
 from postgen.apps.state import App
 from postgen.apps.status import duration, line
@@ -107,27 +107,32 @@ def _layout(runs: Runs) -> _Page:
             info="Several are drawn into one plot; samples and recipe are those of the first.",
             elem_id="runs",
             scale=5,
+            min_width=260,
         )
         refresh = gr.Button("Look for runs", size="sm", scale=1, min_width=120, elem_id="runs-refresh")
     page = _Page(runs=chosen, refresh=refresh, timer=gr.Timer(EVERY), status=gr.HTML(elem_id="run-status"))
     with gr.Row(elem_classes="plots"):
-        page.plots = [_plot(group.title, group.about, f"plot-{number}") for number, group in enumerate(GROUPS)]
+        for number, group in enumerate(GROUPS):
+            with gr.Column(visible=False) as box:
+                head = gr.HTML(_head(group.title, group.about), elem_classes="plot-head")
+                plot = _plot(f"plot-{number}")
+            page.plots += [box, head, plot]
     with gr.Accordion("Other metrics", open=False):
         page.other = gr.Dropdown([], label="Metric", elem_id="other-metric")
-        page.other_plot = _plot("", "", "plot-other")
+        page.other_plot = _plot("plot-other")
     with gr.Column(visible=False, elem_id="samples") as page.samples:
         _samples(page)
     page.warnings = gr.HTML(elem_id="run-warnings")
     page.checkpoints = gr.HTML(elem_id="run-checkpoints")
     with gr.Accordion("Recipe", open=False):
         page.recipe = gr.Code(language="yaml", interactive=False, show_label=False, max_lines=40, elem_id="recipe")
-    page.seen = gr.State([])
+    page.seen = gr.State(None)
     return page
 
 
 def _samples(page: _Page) -> None:
     about = "The same noise at each step: what differs, training has changed."
-    gr.HTML(f'<h3>Samples of fixed seeds</h3><p class="note">{about}</p>')
+    gr.HTML(_head("Samples of fixed seeds", about))
     page.gallery = gr.Gallery(
         label="Samples, step by step",
         show_label=False,
@@ -155,33 +160,39 @@ def _samples(page: _Page) -> None:
         ]
 
 
-def _plot(title: str, about: str, elem_id: str) -> Any:
+def _plot(elem_id: str) -> Any:
     return gr.LinePlot(
         x=COLUMNS[0],
         y=COLUMNS[1],
         color=COLUMNS[2],
-        title=title or None,
         x_title="step",
         y_title=" ",
         color_title=" ",
-        caption=about or None,
-        height=300,
+        colors_in_legend=[],
+        height=240,
         x_axis_format=",d",
-        y_axis_format=".3~g",
+        y_axis_format=".4~g",
         show_label=False,
         tooltip="all",
-        visible=False,
         min_width=300,
         elem_id=elem_id,
-        elem_classes="run-plot",
         buttons=[],
     )
+
+
+def _head(title: str, about: str, labels: Sequence[str] = ()) -> str:
+    """Return a title, a line below it, and what the lines of a plot are called, in their colours."""
+    keys = "".join(
+        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{escape(label)}</span>'
+        for number, label in enumerate(labels)
+    )
+    return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p><p class="keys">{keys}</p>'
 
 
 def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
-    def look(names: list[str], metric: str | None, seen: list[str]) -> list[Any]:
+    def look(names: list[str], metric: str | None, seen: list[str] | None) -> list[Any]:
         found = _chosen(runs, names)
         marks = [run.mark() for run in found]
         standing = _told(found) if found else _nothing(runs)
@@ -200,12 +211,12 @@ def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
 
     def other(names: list[str], metric: str | None) -> Any:
         curves = {run.name: run.curves() for run in _chosen(runs, names)}
-        return _shown(metric_lines(metric, curves) if metric else [])
+        return _lines(metric_lines(metric, curves) if metric else [])
 
     shown = [page.status, page.seen, *page.drawn, *page.pictured]
     inputs = [page.runs, page.other, page.seen]
     page.timer.tick(look, inputs, shown, **private)
-    page.runs.change(lambda names, metric: look(names, metric, []), inputs[:2], shown, **private)
+    page.runs.change(lambda names, metric: look(names, metric, None), inputs[:2], shown, **private)
     page.refresh.click(listed, page.runs, page.runs, **private)
     app.page.load(listed, page.runs, page.runs, **private)
     for side in (page.left, page.right):
@@ -232,18 +243,27 @@ def _drawn(found: Sequence[Run], metric: str | None) -> list[Any]:
     names = others(name for own in curves.values() for name in own)
     chosen = metric if metric in names else next(iter(names), None)
     first = found[0] if found else None
+    drawn = [(group, group_lines(group, curves)) for group in GROUPS]
     return [
-        *(_shown(group_lines(group, curves)) for group in GROUPS),
+        *(value for group, lines in drawn for value in _group(group, lines)),
         gr.update(choices=names, value=chosen),
-        _shown(metric_lines(chosen, curves) if chosen else []),
+        _lines(metric_lines(chosen, curves) if chosen else []),
         "" if first is None else warnings_of(first.warnings()),
         "" if first is None else checkpoints_of(first.checkpoints()),
         "" if first is None else first.recipe(),
     ]
 
 
-def _shown(lines: Sequence[tuple[str, Points]]) -> Any:
-    return gr.update(value=table(lines), visible=bool(lines))
+def _group(group: Group, lines: Sequence[tuple[str, Points]]) -> list[Any]:
+    """Return the values of a group's box, head and plot."""
+    labels = [label for label, _ in lines]
+    head = _head(group.title, group.about, labels if len(labels) > 1 else [])
+    return [gr.update(visible=bool(lines)), head, _lines(lines)]
+
+
+def _lines(lines: Sequence[tuple[str, Points]]) -> Any:
+    colours = {label: COLOURS[number % len(COLOURS)] for number, (label, _) in enumerate(lines)}
+    return gr.update(value=table(lines), color_map=colours)
 
 
 def _pictured(found: Sequence[Run], copies: SampleCopies, left: Any, right: Any) -> list[Any]:
