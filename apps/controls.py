@@ -57,8 +57,11 @@ def _preset(name: str, facts: ModelFacts, of_steps: float, of_pixels: float) -> 
     return Preset(name=name, steps=steps, width=width, height=height, frames=frames, guidance=guidance)
 
 
-def plug_in_controls() -> list[Any]:
+def plug_in_controls(prefix: str = "plug-in") -> list[Any]:
     """Build a control for each row of the table of plug-ins, inside the open layout; a new row appears by itself.
+
+    Args:
+        prefix: begins the ids of their elements, of which a page has each once.
 
     Returns:
         Components in the order of the table. Their values together are what `plug_in_texts` takes.
@@ -73,7 +76,7 @@ def plug_in_controls() -> list[Any]:
             info=row.summary.partition(": ")[2].capitalize() or row.summary,
             allow_custom_value=True,
             filterable=True,
-            elem_id=f"plug-in-{row.option}",
+            elem_id=f"{prefix}-{row.option}",
         )
         for row in known_plug_ins()
     ]

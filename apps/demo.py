@@ -41,7 +41,17 @@ class TabRow:
     """Whether this server has what the tab needs; without it there is no tab."""
 
 
-TABS = (TabRow(title="Generate", place="postgen.apps.tabs.generate"),)
+TABS = (
+    TabRow(title="Generate", place="postgen.apps.tabs.generate"),
+    TabRow(title="Before and after", place="postgen.apps.tabs.compare"),
+    TabRow(
+        title="Long video",
+        place="postgen.apps.tabs.long_video",
+        shown=lambda app: app.settings.offload == "none",  # groups in flight keep the whole model busy
+    ),
+    TabRow(title="Rewards", place="postgen.apps.tabs.rewards"),
+    TabRow(title="Training", place="postgen.apps.tabs.training", shown=lambda app: app.settings.runs is not None),
+)
 """In the order of the page."""
 
 
@@ -95,6 +105,9 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
             elem_id="page-head",
         )
         rows = [row for row in TABS if row.shown(app)]
+        for row in rows:
+            key = f"{row.place}-kept"
+            app.remembered[row.place] = gr.BrowserState(None, storage_key=key, secret="postgen")
         with gr.Tabs():
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):

@@ -42,6 +42,8 @@ class Progress:
     """Steps that are done."""
     total: int = 0
     """Steps in all; 0 where that is not known."""
+    unit: str = "step"
+    """What a step is."""
     seconds: float = 0.0
     """Since it began to run."""
     seconds_left: float | None = None
@@ -71,7 +73,7 @@ class Task:
         self.title = title
         self._work: Work | None = work
         self._state: State = "waiting"
-        self._text = ""
+        self._text, self._unit = "", "step"
         self._done = self._total = 0
         self._began = self._ended = 0.0
         self._first: tuple[int, float] | None = None
@@ -96,8 +98,8 @@ class Task:
         if self._cancel.is_set():
             raise CancelledError
 
-    def step(self, done: int, total: int) -> None:
-        """Say that `done` of `total` steps are done: a `postgen.generate.StepCallback`.
+    def step(self, done: int, total: int, unit: str = "step") -> None:
+        """Say that `done` of `total` steps are done: a `postgen.generate.StepCallback`. `unit` says what a step is.
 
         Raises:
             CancelledError: the job was cancelled.
@@ -105,7 +107,7 @@ class Task:
         now = time.monotonic()
         if self._first is None or total != self._total or done < self._done:
             self._first = (done, now)  # the step before it also warmed caches up, so it is not measured
-        self._done, self._total, self._last = done, total, now
+        self._done, self._total, self._unit, self._last = done, total, unit, now
         self.changes += 1
         self.check()
 
@@ -145,6 +147,7 @@ class Task:
             text=self._text,
             done=self._done,
             total=self._total,
+            unit=self._unit,
             seconds=end - self._began if self._began else 0.0,
             seconds_left=self._seconds_left(),
             preview=self._preview,

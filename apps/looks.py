@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from postgen.apps.players import CSS as PLAYERS
+
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
 #page-head { padding: 4px 2px 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-#make { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
+:is(#make, .make) { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
   grid-template-areas: "ask made" "settings made"; grid-template-rows: auto 1fr; }
-#ask { grid-area: ask; }
-#made { grid-area: made; }
-#settings { grid-area: settings; }
-#make > .column { min-width: 0 !important; width: auto; }
+:is(#ask, .ask) { grid-area: ask; }
+:is(#made, .made) { grid-area: made; }
+:is(#settings, .settings) { grid-area: settings; }
+:is(#make, .make) > .column { min-width: 0 !important; width: auto; }
 .buttons { gap: 8px; flex-wrap: nowrap !important; }
 .buttons button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: 0.95rem; min-height: 40px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; gap: 8px; }
@@ -41,8 +43,38 @@ CSS = """
 #preview figcaption, .about-facts { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .about-prompt { margin: 0 0 2px; font-weight: 550; overflow-wrap: anywhere; }
 .about-facts { margin: 0; display: flex; flex-wrap: wrap; gap: 2px 16px; }
+.beside { align-items: center; }
+.beside button { min-height: 44px; }
+.measured { border-collapse: collapse; margin: 10px 0 4px; font-variant-numeric: tabular-nums; }
+.measured th, .measured td { padding: 4px 20px 4px 0; text-align: left; font-weight: 400; }
+.measured thead th, .measured tbody th { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+.measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
+.plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
+  gap: 12px; }
+.plots .block, .plots .column { min-width: 0 !important; }
+table.plain { border-collapse: collapse; width: 100%; margin: 4px 0; font-variant-numeric: tabular-nums; border: 0; }
+table.plain th, table.plain td { padding: 6px 12px 6px 0 !important; border: 0 !important; text-align: left;
+  border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; }
+table.plain tr, table.plain tbody { border: 0 !important; }
+table.plain td.number .note { white-space: normal; max-width: 9.5em; margin-left: auto; }
+.keys { display: flex; flex-wrap: wrap; gap: 2px 12px; margin: 4px 0 0; font-size: 0.8125rem; }
+.keys i { display: inline-block; width: 12px; height: 3px; margin-right: 5px; vertical-align: middle; }
+.plots > .column { justify-content: space-between; }
+.plot-head h3 { margin: 0; font-size: 1rem; }
+table.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
+table.plain th.number, table.plain td.number { text-align: right; white-space: nowrap; padding-right: 0 !important; }
+table.plain td.mark { width: 1.6em; font-weight: 700; }
+.right { color: #15803d; }
+.dark .right { color: #4ade80; }
+.wrong { color: var(--error-text-color, #b91c1c); }
+.note { color: var(--body-text-color-subdued); font-size: 0.875rem; margin: 2px 0 0; overflow-wrap: anywhere; }
+.warned { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
+#run-status .job { margin-bottom: 8px; min-height: 0; }
+#sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
+  grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
+#sample-steps .grid-wrap { min-height: 0 !important; }
 @media (max-width: 820px) {
-  #make { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
+  :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
 }
 @media (max-width: 640px) {
   .buttons button { font-size: 0.85rem; padding-left: 4px; padding-right: 4px; min-width: 0 !important; }
@@ -81,7 +113,7 @@ def launch_looks(colours: str) -> dict[str, Any]:
     Args:
         colours: one of `postgen.apps.settings.THEMES`.
     """
-    looks: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": ["api"]}
+    looks: dict[str, Any] = {"theme": theme(), "css": CSS + PLAYERS, "footer_links": ["api"]}
     if colours != "system":
         looks["js"] = _DARK.format("true" if colours == "dark" else "false")
     return looks

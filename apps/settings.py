@@ -58,6 +58,8 @@ class AppSettings:
     """Longest video that may be uploaded."""
     upload_pixels: int = 2**28
     """Most pixels of all frames of a video that may be uploaded; a picture may have a sixteenth of them."""
+    long_seconds: float = 120.0
+    """Longest video that may be made chunk by chunk."""
     waiting: int = 50
     """Most jobs that wait; another one is refused."""
     at_once: int = 1
@@ -74,7 +76,8 @@ class AppSettings:
     def __post_init__(self) -> None:
         for name, (least, most) in _LIMITS.items():
             check_number(name, getattr(self, name), least, most, whole=True)
-        check_number("upload_seconds", self.upload_seconds, 0.1, 86_400)
+        for name in ("upload_seconds", "long_seconds"):
+            check_number(name, getattr(self, name), 0.1, 86_400)
         for name, known in (("dtype", DTYPES), ("offload", OFFLOADS), ("theme", THEMES)):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"unknown {name} {shown(value)}. Known: {', '.join(known)}")

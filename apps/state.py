@@ -104,6 +104,9 @@ class App:
         """What is known of a model by its name, None for the embedded one; read once."""
         self.page: Any = None
         """The `gr.Blocks` that is being built, for events of the page itself."""
+        self.remembered: dict[str, Any] = {}
+        """What the browser keeps for each tab, a `gr.BrowserState` by the tab's module. They stand outside of the
+        tabs: when the page loads, only what is in the first tab is there."""
 
     @property
     def model_names(self) -> list[str]:

@@ -15,15 +15,15 @@ def status(progress: Progress | None, idle: str = "") -> str:
         idle: what is said then.
     """
     if progress is None:
-        return _box("idle", idle, "")
+        return line("idle", idle, "")
     if progress.state == "waiting":
         jobs = "1 job" if progress.position == 1 else f"{progress.position} jobs"
-        return _box("waiting", f"Waiting: {jobs} before this one", "", 0.0)
+        return line("waiting", f"Waiting: {jobs} before this one", "", 0.0)
     if progress.state == "running":
         return _running(progress)
     took = f"{duration(progress.seconds)} in all" if progress.seconds else ""
     said = {"done": "Done", "failed": f"Failed: {progress.error}", "cancelled": "Cancelled: nothing was kept"}
-    return _box(progress.state, said[progress.state], took, note=progress.note)
+    return line(progress.state, said[progress.state], took, note=progress.note)
 
 
 def duration(seconds: float) -> str:
@@ -43,15 +43,24 @@ def duration(seconds: float) -> str:
 def _running(progress: Progress) -> str:
     what = "Ending" if progress.stopping else progress.text or "Running"
     if not progress.total:
-        return _box("running", what, duration(progress.seconds), 0.0, progress.note)
+        return line("running", what, duration(progress.seconds), 0.0, progress.note)
     left = progress.seconds_left
-    steps = f"step {progress.done} of {progress.total}"
+    steps = f"{progress.unit} {progress.done} of {progress.total}"
     said = steps if left is None or progress.stopping else f"{steps}, {duration(left)} left"
-    return _box("running", what, said, progress.done / progress.total, progress.note)
+    return line("running", what, said, progress.done / progress.total, progress.note)
 
 
-def _box(state: str, what: str, more: str, share: float | None = None, note: str = "") -> str:
+def line(state: str, what: str, more: str, share: float | None = None, note: str = "") -> str:
+    """Return HTML of a line, and of a bar where there is a share in [0, 1].
+
+    Args:
+        state: idle, waiting, running, done, failed or cancelled.
+        what: stands on the left.
+        more: stands on the right.
+        share: how much is done.
+        note: stands below.
+    """
     bar = "" if share is None else f'<div class="bar"><div style="width:{share * 100:.1f}%"></div></div>'
-    line = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
+    text = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'
     told = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<div class="job {state}" role="status" aria-live="polite">{line}{bar}{told}</div>'
+    return f'<div class="job {state}" role="status" aria-live="polite">{text}{bar}{told}</div>'

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
     from postgen.families.loading import ModelFacts
     from postgen.rewards import RewardRunner
+
+Lend = Callable[[Job], AbstractContextManager[Any]]
+"""Gives the loaded pipeline of a job to a block, as an app does that keeps models in memory."""
 
 _ROW = 8
 _LATENTS = {
@@ -104,6 +108,7 @@ def compare_videos(
     labels: tuple[str, str] = ("a", "b"),
     on_step: StepCallback | None = None,
     rewards: RewardRunner | None = None,
+    lend: Lend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Make two videos and write both, the two side by side, and a contact sheet with a row of each.
 
@@ -114,6 +119,7 @@ def compare_videos(
         labels: what tells them apart, for the contact sheet.
         on_step: called after each step with (steps done, steps in all) of both together.
         rewards: what scores both for `paths.report`.
+        lend: gives the pipelines, one at a time; None loads them, and the first is gone before the second comes.
 
     Returns:
         The two clips, (F, 3, H, W) in [0, 1].
@@ -124,20 +130,7 @@ def compare_videos(
     check_apart(paths.files, [file for job in (a, b) for file in read_by(job.config)])
     if a.config.seed != b.config.seed:
         raise UserError(f"a comparison needs one seed, got {a.config.seed} and {b.config.seed}")
-    steps = [job.config.num_inference_steps or 0 for job in (a, b)]
-    total = sum(steps) if all(steps) else 0
-    clips: list[Tensor] = []
-    notes: list[tuple[float, str]] = []
-    pipe: Any = None
-    for number, job in enumerate((a, b)):
-        if pipe is None or job.loading != a.loading:
-            pipe = None  # frees the first model before the second is loaded
-            with quiet_libraries():
-                pipe = load(job)
-        start = time.perf_counter()
-        clips.append(run(pipe, job, _shifted(on_step, steps[0] * number, total)))
-        notes.append((time.perf_counter() - start, str(execution_device(pipe))))
-    pipe = None  # and the second before networks of rewards are loaded
+    clips, notes = _both((a, b), on_step, lend or _loaded)
     told = None if paths.report is None else _report((a, b), clips, notes, paths, rewards)
     with all_written(paths.files) as parts:
         _write_both(clips[0], clips[1], parts[:2], paths.kind, labels, a.config.fps or 8.0)
@@ -146,6 +139,29 @@ def compare_videos(
         if told is not None:
             parts[8].write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return clips[0], clips[1]
+
+
+def _both(jobs: tuple[Job, Job], on_step: StepCallback | None, lend: Lend) -> tuple[list[Tensor], list[Any]]:
+    """Return the clips of two jobs, and for each the seconds that it took and the device."""
+    steps = [job.config.num_inference_steps or 0 for job in jobs]
+    total = sum(steps) if all(steps) else 0
+    clips: list[Tensor] = []
+    notes: list[tuple[float, str]] = []
+    for loaded in [jobs] if jobs[0].loading == jobs[1].loading else [jobs[:1], jobs[1:]]:
+        with lend(loaded[0]) as pipe:
+            for job in loaded:
+                start, before = time.perf_counter(), steps[0] * len(clips)
+                clips.append(run(pipe, job, _shifted(on_step, before, total)))
+                notes.append((time.perf_counter() - start, str(execution_device(pipe))))
+        pipe = None  # frees a model before the next one, or networks of rewards, are loaded
+    return clips, notes
+
+
+@contextmanager
+def _loaded(job: Job) -> Iterator[Any]:
+    with quiet_libraries():
+        pipe = load(job)
+    yield pipe
 
 
 def student(a: Job, model: str) -> Job:

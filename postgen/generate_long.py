@@ -39,6 +39,8 @@ _GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
 _ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
 Report = Callable[[int, int | None], None]
 """Called after each chunk with the frames that are made, and those of the whole video; None: it has no end."""
+Call = Callable[[], None]
+"""Called after each call of the network; what it raises ends the work where the last chunk ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,23 +201,26 @@ class LongVideo:
         """Of the video that is written."""
         return self.files.frames / self.rate
 
-    def make(self, report: Report, **changes: Any) -> None:
+    def make(self, report: Report, *, on_call: Call | None = None, **changes: Any) -> None:
         """Make the video to its end, if it has one; the state is saved after every chunk.
 
         Of a video that is finished and lacks its contact sheet, nothing is made.
 
         Args:
             report: see `Report`.
+            on_call: see `Call`.
             changes: of a call that goes on from a state: prompt, negative_prompt, guidance_scale, generator.
 
         Raises:
             UserError: what the pipeline or the disk refuses, a video that is finished, or at which another process is.
         """
         with self.files.alone():
-            self._make(report, **changes)
+            self._make(report, on_call, **changes)
 
-    def _make(self, report: Report, **changes: Any) -> None:
+    def _make(self, report: Report, on_call: Call | None, **changes: Any) -> None:
         words: dict[str, Any] = {"output_type": "pt", "return_depth": self.request.depth}
+        if on_call is not None:
+            words["callback_on_step_end"] = lambda pipe, call, timesteps, tensors: on_call()
         if self.state is None:
             words |= self._first_call()
         else:

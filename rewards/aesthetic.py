@@ -52,6 +52,10 @@ class Aesthetic(ClipReward):
         super().__init__(model, **options)
         self.head = head
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the tower and the head."""
+        return ((self.model, ""), (self.head, ""))
+
     def build(self) -> nn.Module:
         """Read the image tower of CLIP and the head.
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.rewards.weights import absent
 from postgen.video import Footage
 
 Clip = Tensor | Footage
@@ -109,6 +110,17 @@ class RewardModel(ABC):
             UserError: the weights cannot be found or do not fit.
         """
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return where its published weights are: each a model and a file as `weights.absent` takes them."""
+        return ()
+
+    def lacking(self) -> str | None:
+        """Say in one line what it needs and this machine does not have, None where it could be used at once.
+
+        Nothing is read: weights that are damaged, or of another model, show at the first use.
+        """
+        return next((told for place in self.needed() if (told := absent(*place))), None)
+
     @property
     def net(self) -> Any:
         """The network, ready to use on `device`."""
@@ -181,6 +193,13 @@ class Reward:
         """Bring a reward that holds a network to a device."""
         if hasattr(self.function, "load"):
             self.function.load(device)
+
+    def lacking(self) -> str | None:
+        """Say in one line what it needs and this machine does not have, None where it could be used at once."""
+        if parts := getattr(self.function, "parts", ()):
+            return next((told for part in parts if (told := part.lacking())), None)
+        own: Callable[[], str | None] | None = getattr(self.function, "lacking", None)
+        return None if own is None else own()
 
     def offload(self) -> None:
         """Let a reward that holds a network give its accelerator memory back."""

@@ -177,6 +177,10 @@ class ClipReward(FrameReward):
         self.tokenizer = tokenizer
         self._tokenizer: Any = None
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return CLIP."""
+        return ((self.model, ""),)
+
     def build(self) -> nn.Module:
         """Read a `CLIPModel`.
 

@@ -29,6 +29,10 @@ class ClipScore(ClipReward):
         self.open_clip = open_clip
         self._settings: dict[str, Any] = {}
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the network in either layout."""
+        return ((self.model, self.open_clip or ""),)
+
     def build(self) -> nn.Module:
         """Read the network in either layout.
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from postgen.assets import verify
-from postgen.errors import check_number
+from postgen.assets import locate, verify
+from postgen.errors import UserError, check_number
 from postgen.rewards.efficientnet import SIDE, EfficientNetLite0
 from postgen.rewards.frames import FrameReward
 from postgen.rewards.pictures import centre_crop, resize, shorter_side
@@ -49,6 +49,15 @@ class Conse(FrameReward):
         self.top = top
         self._tokenizer: Any = None
         self._classes: Tensor | None = None
+
+    def lacking(self) -> str | None:
+        """Say which of the packages is not here."""
+        try:
+            for name in ("efficientnet-lite0", "minilm"):
+                locate(name)
+        except UserError as error:
+            return str(error)
+        return None
 
     def build(self) -> nn.Module:
         """Read both networks from their packages.

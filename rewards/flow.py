@@ -5,6 +5,7 @@ Flow is in px: what frame t has at (x, y), frame t + 1 has at (x + u, y + v). DI
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import grid_sample, pad
 from postgen.errors import UserError
 from postgen.rewards.base import Clip, RewardModel, streaming, unfit
 from postgen.rewards.pictures import luma
-from postgen.rewards.weights import fill, find_file, read_state
+from postgen.rewards.weights import absent, fill, find_file, read_state
 
 FLOWS = ("dis", "raft")
 
@@ -53,12 +54,18 @@ def raft(weights: str | None) -> nn.Module:
     Raises:
         UserError: torchvision is not installed, or the weights cannot be found or do not fit.
     """
+    path = find_file(_raft_weights(weights))
+    from torchvision.models.optical_flow import raft_large
+
+    return fill(raft_large(weights=None), read_state(path), path)
+
+
+def _raft_weights(weights: str | None) -> str:
     try:
-        from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
+        from torchvision.models.optical_flow import Raft_Large_Weights
     except (ImportError, RuntimeError) as error:  # the second when it was built for another torch
         raise UserError("flow='raft' needs torchvision: pip install torchvision, or give flow='dis'") from error
-    path = find_file(weights or Raft_Large_Weights.C_T_V1.url)
-    return fill(raft_large(weights=None), read_state(path), path)
+    return weights or str(Raft_Large_Weights.C_T_V1.url)
 
 
 def raft_flow(net: nn.Module, frames_F3HW: Tensor, updates: int = 20) -> Tensor:
@@ -98,6 +105,15 @@ class FlowReward(RewardModel):
         if weights is not None and flow != "raft":
             raise UserError(f"flow={flow!r} has no weights: give flow='raft' with them")
         self.flow, self.weights = flow, weights
+
+    def lacking(self) -> str | None:
+        """Say that OpenCV, or RAFT with its weights, is not here."""
+        if self.flow == "dis":
+            return None if find_spec("cv2") else "it needs OpenCV: pip install 'postgen[rewards]'"
+        try:
+            return absent(_raft_weights(self.weights))
+        except UserError as error:
+            return str(error)
 
     def build(self) -> nn.Module:
         """Read RAFT; for DIS there is nothing to read.

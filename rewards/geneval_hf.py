@@ -150,6 +150,10 @@ class GenevalHF(RewardModel):
         self.clip = ClipScore(clip, **place)
         self._colours: dict[str, Tensor] = {}
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the detector and CLIP."""
+        return ((self.model, ""), *self.clip.needed())
+
     def build(self) -> nn.Module:
         """Read the detector.
 

@@ -39,6 +39,10 @@ class HPSv21(ClipReward):
         super().__init__(model, tokenizer, **options)
         self.file, self.shape = file, shape
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the checkpoint."""
+        return ((self.model, self.file),)
+
     def build(self) -> nn.Module:
         """Read the checkpoint.
 

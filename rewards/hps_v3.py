@@ -64,6 +64,10 @@ class HPSv3(FrameReward):
         self.model, self.file, self.base = model, file, base
         self.asker: Asker | None = None
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the checkpoint and the configuration."""
+        return ((self.model, self.file), (self.base, "config.json"))
+
     def build(self) -> nn.Module:
         """Read the checkpoint.
 

@@ -142,6 +142,10 @@ class ImageReward(FrameReward):
         self.model, self.file, self.shape, self.tokenizer = model, file, shape, tokenizer
         self._tokenizer: Any = None
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the checkpoint."""
+        return ((self.model, self.file),)
+
     def build(self) -> nn.Module:
         """Read the checkpoint.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -126,6 +127,17 @@ class OCR:
             self._score(clip, words) if words and words.strip() else None
             for clip, words in zip(completions, wanted, strict=True)
         ]
+
+    def lacking(self) -> str | None:
+        """Say which package of the reader is not here; a reader of one's own has all that it needs."""
+        if self.reader is not None:
+            return None
+        try:
+            locate("ocr-detection")
+        except UserError as error:
+            return str(error)
+        lost = [name for name in ("onnxruntime", "cv2", "pyclipper", "shapely") if find_spec(name) is None]
+        return f"it needs {lost[0]}: pip install 'postgen[rewards]'" if lost else None
 
     def _score(self, clip: Clip, wanted: str) -> float:
         self.reader = self.reader or rapid_reader()

@@ -78,6 +78,10 @@ class Consistency(RewardModel):
         super().__init__(**place)
         self.model, self.scale = model or type(self).model, scale
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the network."""
+        return ((self.model, ""),)
+
     @abstractmethod
     def features(self, frames_F3HW: Tensor) -> Tensor:
         """Return one vector a frame."""
@@ -228,6 +232,10 @@ class AestheticQuality(FrameReward):
     ) -> None:
         super().__init__(frames=frames, **options)
         self.model, self.head = model, head
+
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return CLIP and the layer."""
+        return ((self.model, ""), (self.head, ""))
 
     def build(self) -> nn.Module:
         """Read CLIP's image tower and the layer.

@@ -88,6 +88,10 @@ class VideoAlign(RewardModel):
         self.settings: dict[str, Any] = {}
         self.asker: Asker | None = None
 
+    def needed(self) -> Sequence[tuple[str, str]]:
+        """Return the checkpoint and the configuration."""
+        return ((self.model, self.file), (self.base, "config.json"))
+
     def build(self) -> nn.Module:
         """Read the checkpoint, add its adapters to the layers, and make the network.
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postgen.errors import UserError, first_line
+from postgen.errors import UserError, first_line, shown
 from postgen.tensor_files import read_tensors
 
 State = dict[str, Tensor]
 """Name -> weight."""
+
+_LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files beside `config.json`, one of which a model in the layout of transformers has."""
 
 
 def find_file(model: str, file: str = "") -> Path:
@@ -46,6 +49,33 @@ def find_file(model: str, file: str = "") -> Path:
         return Path(hf_hub_download(model, file))
     except (OSError, ValueError) as error:
         raise _not_found(f"{file} of {model}", error) from error
+
+
+def absent(model: str, file: str = "") -> str | None:
+    """Say in one line that published weights are not on this machine and how they come here, None where they are.
+
+    Args:
+        model: as for `find_file`, or as for `pretrained`.
+        file: name inside the folder or repository; "" asks for the file itself, or for the layout of transformers.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith(("/", ".", "~")):
+        wanted = path / file if path.is_dir() and file else path
+        return None if wanted.exists() else f"there is no {wanted.name} in the folder that was named"
+    if model.startswith("https://"):
+        name = _downloaded(model)
+        return None if name.is_file() else f"{name.name} is not here: the first use with a network downloads it"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    choices = [(file,)] if file else [("config.json", weights) for weights in _LAYOUT]
+    try:
+        for names in choices:
+            if all(isinstance(try_to_load_from_cache(model, name), str) for name in names):
+                return None
+    except HFValidationError:
+        return f"{shown(model)} is neither a folder nor a Hub id"
+    return f"{model} is not here: with a network, once, hf download {' '.join([model, file]).strip()}"
 
 
 def pretrained(cls: Any, model: str, **options: Any) -> Any:
@@ -161,13 +191,17 @@ def _names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if entry.is_file()]
 
 
-def _download(url: str) -> Path:
+def _downloaded(url: str) -> Path:
+    """Return where torch keeps what was downloaded from an address."""
     from urllib.parse import unquote, urlparse
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(unquote(urlparse(url).path)).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(unquote(urlparse(url).path)).name
+
+
+def _download(url: str) -> Path:
+    path = _downloaded(url)
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as error:

@@ -67,6 +67,12 @@ UploadSeconds = Annotated[
     float | None,
     typer.Option("--upload-seconds", help="Longest uploaded video. \\[default: 60]", rich_help_panel=LIMITS),
 ]
+LongSeconds = Annotated[
+    float | None,
+    typer.Option(
+        "--long-seconds", help="Longest video that is made chunk by chunk. \\[default: 120]", rich_help_panel=LIMITS
+    ),
+]
 Waiting = Annotated[
     int | None, typer.Option("--waiting", help="Most jobs that wait. \\[default: 50]", rich_help_panel=LIMITS)
 ]
@@ -94,6 +100,7 @@ def demo(
     theme: Theme = None,
     upload_mb: UploadMb = None,
     upload_seconds: UploadSeconds = None,
+    long_seconds: LongSeconds = None,
     waiting: Waiting = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -107,7 +114,7 @@ def demo(
     names = model or []
     given: dict[str, Any] = {
         **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},
-        **{"theme": theme, "upload_seconds": upload_seconds, "waiting": waiting},
+        **{"theme": theme, "upload_seconds": upload_seconds, "long_seconds": long_seconds, "waiting": waiting},
         **{"dtype": dtype, "device": device, "offload": offload},
         "auth": None if auth is None else read_auth(auth),
     }

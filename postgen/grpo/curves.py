@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from postgen.errors import is_number
 from postgen.files import replacing
 from postgen.training.logging import metrics_row
 
@@ -25,12 +26,15 @@ _COLOURS = ((30, 90, 200), (210, 80, 30), (30, 140, 70), (140, 60, 170))
 class Curve:
     """A curve of any length in bounded memory, for a picture.
 
-    Up to `PIECES` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
+    Up to `pieces` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
     many pieces of equally many points are kept, and its two ends: drawn, it looks the same.
+
+    Args:
+        pieces: an even number of at least 2.
     """
 
-    def __init__(self) -> None:
-        self._count, self._every = 0, 1
+    def __init__(self, pieces: int = PIECES) -> None:
+        self._count, self._every, self._most = 0, 1, pieces
         self._pieces: list[list[tuple[float, float]]] = []
         self._ends: list[tuple[float, float]] = []
 
@@ -41,7 +45,7 @@ class Curve:
         if self._count % self._every:
             self._pieces[-1] = _extremes([*self._pieces[-1], point])
         else:
-            if len(self._pieces) == PIECES:
+            if len(self._pieces) == self._most:
                 self._every *= 2
                 pairs = zip(self._pieces[::2], self._pieces[1::2], strict=True)
                 self._pieces = [_extremes([*left, *right]) for left, right in pairs]
@@ -53,6 +57,14 @@ class Curve:
         return sorted({*self._ends, *(point for piece in self._pieces for point in piece)})
 
 
+def thinned(points: Points, pieces: int) -> list[tuple[float, float]]:
+    """Return a curve as `Curve` keeps it: at most 2 * `pieces` points and the two ends."""
+    curve = Curve(pieces)
+    for x, y in points:
+        curve.add(x, y)
+    return curve.points()
+
+
 def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return list({min(points, key=_height), max(points, key=_height)})
 
@@ -61,36 +73,55 @@ def _height(point: tuple[float, float]) -> float:
     return point[1]
 
 
+def is_reward(name: str) -> bool:
+    """Whether a metric belongs on the picture of a run: rewards, the policy's ratio, diversity."""
+    return name in _SHOWN or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean"))
+
+
 class Curves:
-    """The rewards of a run over its steps, read off `metrics.jsonl` as it grows.
+    """Metrics of a run over its steps, read off `metrics.jsonl` as it grows.
 
     Each line is read once, so drawing costs the same at the end of a long run as at its beginning.
 
     Args:
         metrics: the file, which may not be there yet.
+        wanted: which metrics are kept, by their names.
     """
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
-        self._file, self._position = -1, 0
+    def __init__(self, metrics: Path, wanted: Callable[[str], bool] = is_reward) -> None:
+        self.metrics, self._wanted = metrics, wanted
+        self._clear(-1)
+
+    def _clear(self, file: int) -> None:
+        self._file, self._position = file, 0
         self._found: dict[str, Curve] = {}
+        self.step = 0
+        """Of the last line; 0 without any."""
+        self.newest: dict[str, float | None] = {}
+        """The last value of each metric; None of one that was no number then."""
+
+    def points(self) -> dict[str, list[tuple[float, float]]]:
+        """Return the points of each curve as far as they were read, from left to right."""
+        return {name: curve.points() for name, curve in self._found.items()}
 
     def draw(self, target: Path) -> list[str]:
         """Draw a plot for each curve of at least two points; return the names of those drawn."""
-        self._read_on()
-        points = {name: curve.points() for name, curve in self._found.items()}
+        self.read_on()
+        points = self.points()
         plots = {name: ("step", {"": line}) for name, line in points.items() if len(line) > 1}
         if plots:
             draw_plots(plots, target)
         return list(plots)
 
-    def _read_on(self) -> None:
+    def read_on(self) -> bool:
+        """Read the lines that are new; a last one that is half written waits. Return whether there were any."""
         if not self.metrics.is_file():
-            return
+            return False
+        before = self._file, self._position
         with self.metrics.open("rb") as file:
             found = os.fstat(file.fileno())
             if found.st_ino != self._file or found.st_size < self._position:  # another run has begun
-                self._file, self._position, self._found = found.st_ino, 0, {}
+                self._clear(found.st_ino)
             file.seek(self._position)
             for line in file:
                 if not line.endswith(b"\n"):  # half written: the run goes on, or was killed
@@ -98,13 +129,17 @@ class Curves:
                 self._position += len(line)
                 if (row := metrics_row(line)) is not None:
                     self._take(row)
+        return (self._file, self._position) != before
 
     def _take(self, row: Mapping[str, Any]) -> None:
+        self.step = row["step"]
         for name, value in row.items():
-            if name in _SHOWN or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean")):
-                curve = self._found.setdefault(name, Curve())
-                if isinstance(value, int | float):
-                    curve.add(row["step"], value)
+            if name == "step" or not self._wanted(name):
+                continue
+            curve = self._found.setdefault(name, Curve())
+            self.newest[name] = value if is_number(value) else None
+            if is_number(value):
+                curve.add(row["step"], value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from .run_state import RunState
 from .sharding import no_sync, prepare, whole
 from .stop import Reason, Signals, TrainResult
 from .swap import trained_parameters
+from .warning_log import kept_warnings
 
 _AGREE_EVERY = 10
 """Steps between two agreements of several processes about stopping; one process looks after every step."""
@@ -132,7 +133,8 @@ class Trainer(TrainerHooks[C]):
         """
         check_group(self.accelerator)
         self._began = time.monotonic()
-        with self._own_folder(), written(self.args.folder), compiled(self.args):
+        warned = kept_warnings(self.args.folder, lambda: self.global_step, main=self.accelerator.is_main_process)
+        with self._own_folder(), written(self.args.folder), warned, compiled(self.args):
             self._setup()
             try:
                 with Signals() as self._signals:

@@ -1,0 +1,139 @@
+"""What a long video of the app leaves on disk: the video, its note, its state, and the states to branch from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from postgen.apps.history import Entry
+from postgen.apps.making import shown_model
+from postgen.errors import UserError, is_number
+from postgen.files import replacing
+from postgen.generate_long import LongVideo
+from postgen.long_files import Places
+from postgen.reading import read_json
+from postgen.video import probe
+from postgen.worldweaver.state import HEAD, RolloutState
+
+KIND = "long"
+"""Kind of these results in the history."""
+VIDEO, NOTE, POINTS = "long.mp4", "note.json", "points"
+"""The video, what was asked for, and the folder of states to branch from."""
+MOST_POINTS = 8
+"""States that are kept of a video, evenly spread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growing:
+    """What of a long video can be watched: `Progress.preview` while it is made."""
+
+    video: Path
+    depth: Path | None
+    frames: int
+    fps: float
+    key: str
+    """Names the video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongMade:
+    """A long video of the history."""
+
+    entry: Entry
+    note: Mapping[str, Any]
+    frames: int
+
+    @property
+    def growing(self) -> Growing:
+        """What can be watched."""
+        depth = self.places.depth
+        return Growing(
+            video=self.places.video,
+            depth=depth if depth.is_file() else None,
+            frames=self.frames,
+            fps=float(self.note["fps"]),
+            key=self.entry.id,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Of the video."""
+        return self.frames / float(self.note["fps"])
+
+    @property
+    def places(self) -> Places:
+        """Where its files are."""
+        return places_in(self.entry.folder)
+
+    @property
+    def points(self) -> dict[int, Path]:
+        """Folders of states to branch from, by the frames that are before each."""
+        return points_in(self.entry.folder)
+
+
+def made_of(entry: Entry) -> LongMade:
+    """Read a long video.
+
+    Raises:
+        UserError: a part of it has been removed or is damaged.
+    """
+    note = read_json(entry.file(NOTE), "this long video cannot be read")
+    places = places_in(entry.folder)
+    if not isinstance(note, dict) or not is_number(note.get("fps")) or not isinstance(note.get("schedule"), list):
+        raise UserError("this long video cannot be read: its note is none of postgen")
+    entry.file(places.video.name)
+    if not (places.state / HEAD).is_file():
+        raise UserError("the state of this long video has been removed: reload the page")
+    return LongMade(entry=entry, note=note, frames=probe(places.video).frames)
+
+
+def keep_point(video: LongVideo, folder: Path, frames: int) -> None:
+    """Keep the state after a chunk to branch from, without what decoders can find again."""
+    state = RolloutState.load(video.places.state)
+    with suppress(UserError):
+        state = state.light()
+    state.save(folder / POINTS / f"{frames:06d}")
+    points = points_in(folder)
+    if len(points) > MOST_POINTS:
+        import shutil
+
+        for place in [*points][1:-1:2]:
+            shutil.rmtree(points[place], ignore_errors=True)
+
+
+def points_in(folder: Path) -> dict[int, Path]:
+    """Return the folders of states to branch from, by the frames that are before each."""
+    found = sorted(path for path in (folder / POINTS).glob("*") if (path / HEAD).is_file() and path.name.isdigit())
+    return {int(path.name): path for path in found}
+
+
+def note_down(video: LongVideo, folder: Path) -> None:
+    """Write what the page shows of the video."""
+    config, request = video.request.config, video.request
+    note = {
+        "prompt": request.schedule[0][1],
+        "schedule": [list(entry) for entry in request.schedule],
+        "seed": config.seed,
+        "model": shown_model(config.model),
+        "adapter": None if request.adapter_folder is None else request.adapter_folder.name,
+        "fps": video.rate,
+        "seconds": round(video.seconds, 3),
+    }
+    with replacing(folder / NOTE) as part:
+        part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def places_in(folder: Path) -> Places:
+    """Return where the files of a long video are."""
+    base = folder / Path(VIDEO).stem
+    return Places(
+        video=folder / VIDEO,
+        depth=base.with_name(f"{base.name}-depth{Path(VIDEO).suffix}"),
+        sheet=base.with_suffix(".png"),
+        state=base.with_suffix(".state"),
+        kind="mp4",
+    )
