@@ -12,7 +12,7 @@ from postgen.grpo.curves import Points, thinned
 PIECES = 150
 """Pieces of a line on the page, of which each has two points at most."""
 _MOST_LINES = 12
-"""Lines of one plot."""
+"""Lines of one plot; as many as there are colours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +83,15 @@ GROUPS = (
 )
 """In the order of the page. A metric belongs to the first group that knows it."""
 
-COLOURS = ("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04", "#7c3aed", "#64748b")
-"""Of lines, in their order; seen on light and on dark."""
+COLOURS = {
+    str(number): colour
+    for number, colour in enumerate(
+        ("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04")
+        + ("#7c3aed", "#64748b", "#dc2626", "#65a30d", "#0369a1", "#a16207")
+    )
+}
+"""Of lines, by their number; seen on light and on dark. A plot that is shown draws no line of a name that comes later,
+so lines have numbers there, always the same ones, and their names stand above it."""
 COLUMNS = ("step", "value", "line")
 """Of a plot's table."""
 
@@ -118,10 +125,17 @@ def metric_lines(metric: str, runs: Mapping[str, Mapping[str, Points]]) -> list[
 
 
 def table(lines: Sequence[tuple[str, Points]]) -> dict[str, Any]:
-    """Return lines in the form in which `gr.LinePlot` sends them to the page, long ones thinned."""
+    """Return lines in the form in which `gr.LinePlot` sends them to the page: their numbers for names, long ones thinned.
+
+    Numbers without a line have a row without a value.
+    """
+    parts = [thinned(points, PIECES) for _, points in lines]
+    first = min((points[0][0] for points in parts), default=0)
+    rows: list[list[Any]] = [[x, y, str(number)] for number, points in enumerate(parts) for x, y in points]
+    rows += [[first, None, number] for number in list(COLOURS)[len(parts) :]]
     return {
         "columns": list(COLUMNS),
-        "data": [[x, y, label] for label, points in lines for x, y in thinned(points, PIECES)],
+        "data": rows,
         "datatypes": dict(zip(COLUMNS, ("quantitative", "quantitative", "nominal"), strict=True)),
         "mark": "line",
     }

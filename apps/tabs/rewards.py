@@ -144,7 +144,7 @@ def _wire_clip(app: App, page: _Page) -> None:
 def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
     """Score, follow, cancel."""
 
-    async def score(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[list[Any]]:
+    async def begin(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[list[Any]]:
         task = said(lambda: _submitted(app, clip, made, prompt, rewards))
         yield _told(task, app.jobs.progress(task), known)
         async for progress in app.jobs.follow(task):
@@ -161,7 +161,7 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
 
     inputs = [page.clip, page.made, page.prompt, page.rewards]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    page.start.click(score, inputs, page.told, **private)
+    page.start.click(begin, inputs, page.told, **private)
     page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
     # An endpoint that takes an upload needs components, which hold what is sent to the folder of uploads.
     gr.Button(visible=False).click(called, inputs, page.data, api_name="score", show_progress="hidden")

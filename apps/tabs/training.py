@@ -47,6 +47,7 @@ class _Page:
     status: Any
     plots: list[Any] = field(default_factory=list)
     other: Any = None
+    other_keys: Any = None
     other_plot: Any = None
     gallery: Any = None
     left: Any = None
@@ -62,7 +63,15 @@ class _Page:
     @property
     def drawn(self) -> list[Any]:
         """What changes with new lines of a run."""
-        return [*self.plots, self.other, self.other_plot, self.warnings, self.checkpoints, self.recipe]
+        return [
+            *self.plots,
+            self.other,
+            self.other_keys,
+            self.other_plot,
+            self.warnings,
+            self.checkpoints,
+            self.recipe,
+        ]
 
     @property
     def pictured(self) -> list[Any]:
@@ -119,6 +128,7 @@ def _layout(runs: Runs) -> _Page:
             page.plots += [box, head, plot]
     with gr.Accordion("Other metrics", open=False):
         page.other = gr.Dropdown([], label="Metric", elem_id="other-metric")
+        page.other_keys = gr.HTML(elem_classes="plot-head")
         page.other_plot = _plot("plot-other")
     with gr.Column(visible=False, elem_id="samples") as page.samples:
         _samples(page)
@@ -168,12 +178,13 @@ def _plot(elem_id: str) -> Any:
         x_title="step",
         y_title=" ",
         color_title=" ",
+        color_map=COLOURS,
         colors_in_legend=[],
         height=240,
         x_axis_format=",d",
         y_axis_format=".4~g",
         show_label=False,
-        tooltip="all",
+        tooltip=list(COLUMNS[:2]),
         min_width=300,
         elem_id=elem_id,
         buttons=[],
@@ -182,11 +193,15 @@ def _plot(elem_id: str) -> Any:
 
 def _head(title: str, about: str, labels: Sequence[str] = ()) -> str:
     """Return a title, a line below it, and what the lines of a plot are called, in their colours."""
+    return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p>{_keys(labels)}'
+
+
+def _keys(labels: Sequence[str]) -> str:
     keys = "".join(
-        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{escape(label)}</span>'
-        for number, label in enumerate(labels)
+        f'<span><i style="background:{colour}"></i>{escape(label)}</span>'
+        for colour, label in zip(COLOURS.values(), labels, strict=False)
     )
-    return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p><p class="keys">{keys}</p>'
+    return f'<p class="keys">{keys}</p>' if keys else ""
 
 
 def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
@@ -209,9 +224,9 @@ def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
         found = _chosen(runs, names)
         return _pictured(found, copies, left, right)[4:] if found else _same(page.pictured[4:])
 
-    def other(names: list[str], metric: str | None) -> Any:
+    def other(names: list[str], metric: str | None) -> list[Any]:
         curves = {run.name: run.curves() for run in _chosen(runs, names)}
-        return _lines(metric_lines(metric, curves) if metric else [])
+        return _other(metric, curves)
 
     shown = [page.status, page.seen, *page.drawn, *page.pictured]
     inputs = [page.runs, page.other, page.seen]
@@ -221,7 +236,7 @@ def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
     app.page.load(listed, page.runs, page.runs, **private)
     for side in (page.left, page.right):
         side.input(compared, [page.runs, page.left, page.right], page.pictured[4:], **private)
-    page.other.input(other, [page.runs, page.other], page.other_plot, **private)
+    page.other.input(other, [page.runs, page.other], [page.other_keys, page.other_plot], **private)
 
 
 def _chosen(runs: Runs, names: Any) -> list[Run]:
@@ -247,7 +262,7 @@ def _drawn(found: Sequence[Run], metric: str | None) -> list[Any]:
     return [
         *(value for group, lines in drawn for value in _group(group, lines)),
         gr.update(choices=names, value=chosen),
-        _lines(metric_lines(chosen, curves) if chosen else []),
+        *_other(chosen, curves),
         "" if first is None else warnings_of(first.warnings()),
         "" if first is None else checkpoints_of(first.checkpoints()),
         "" if first is None else first.recipe(),
@@ -258,12 +273,13 @@ def _group(group: Group, lines: Sequence[tuple[str, Points]]) -> list[Any]:
     """Return the values of a group's box, head and plot."""
     labels = [label for label, _ in lines]
     head = _head(group.title, group.about, labels if len(labels) > 1 else [])
-    return [gr.update(visible=bool(lines)), head, _lines(lines)]
+    return [gr.update(visible=bool(lines)), head, table(lines)]
 
 
-def _lines(lines: Sequence[tuple[str, Points]]) -> Any:
-    colours = {label: COLOURS[number % len(COLOURS)] for number, (label, _) in enumerate(lines)}
-    return gr.update(value=table(lines), color_map=colours)
+def _other(metric: str | None, curves: Mapping[str, Mapping[str, Points]]) -> list[Any]:
+    """Return the keys and the plot of a metric by choice."""
+    lines = metric_lines(metric, curves) if metric else []
+    return [_keys([label for label, _ in lines] if len(lines) > 1 else []), table(lines)]
 
 
 def _pictured(found: Sequence[Run], copies: SampleCopies, left: Any, right: Any) -> list[Any]:

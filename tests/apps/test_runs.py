@@ -1,4 +1,4 @@
-"""Runs as the app reads them: written by the trainers' own logger, followed as they grow, never outside their folder."""
+"""Runs as the app reads them: written by the trainers' own logger, followed as they grow, never left."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import warnings
 import pytest
 import yaml
 
-from postgen.apps.run_plots import GROUPS, PIECES, group_lines, metric_lines, others, table
+from postgen.apps.run_plots import COLOURS, GROUPS, PIECES, group_lines, metric_lines, others, table
 from postgen.apps.runs import Runs
 from postgen.apps.settings import AppSettings
 from postgen.errors import UserError
@@ -146,9 +146,11 @@ def test_a_long_run_is_thinned_and_only_new_lines_are_read(tmp_path, monkeypatch
             lines.write(json.dumps({"step": step, "reward": 9.0 if step == 777 else step % 7 / 7}) + "\n")
     run = Runs(tmp_path).get("run")
     lines = group_lines(titled("Reward"), {"run": run.curves()})
-    data = table(lines)["data"]
+    rows = table(lines)["data"]
+    assert sorted({row[2] for row in rows}) == sorted(COLOURS)
+    data = [row for row in rows if row[1] is not None]
     assert len(data) <= 2 * PIECES + 2
-    assert [777, 9.0, "training"] in data
+    assert [777, 9.0, "0"] in data
     assert (data[0][0], data[-1][0]) == (1, 20_000)
 
     from postgen.grpo import curves
@@ -188,14 +190,14 @@ def test_warnings_of_a_run_are_kept_where_the_app_finds_them(tmp_path):
 
 def test_equal_warnings_are_one_and_a_damaged_line_is_none(tmp_path):
     metrics(tmp_path / "run")
-    with pytest.warns(UserWarning), kept_warnings(tmp_path / "run", lambda: 4, main=True):
-        for _ in range(3):
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="failed"), kept_warnings(tmp_path / "run", lambda: 4, main=True):
             warnings.warn("a reward failed", stacklevel=1)
     with (tmp_path / "run" / "warnings.jsonl").open("a") as file:
         file.write('[]\n{"text": 3}\n{"step"\n{"text": "half wri')
     rows = Runs(tmp_path).get("run").warnings()
     assert [(row["step"], row["text"], row["times"]) for row in rows] == [(4, "a reward failed", 3)]
-    with pytest.warns(UserWarning), kept_warnings(tmp_path / "other", lambda: 0, main=False):
+    with pytest.warns(UserWarning, match="other"), kept_warnings(tmp_path / "other", lambda: 0, main=False):
         warnings.warn("of another process", stacklevel=1)
     assert not (tmp_path / "other").exists()
 
