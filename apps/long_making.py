@@ -74,7 +74,7 @@ def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tupl
 
     Args:
         prompt: from the beginning on.
-        segments: rows (second, prompt), in any order; those without a prompt are left out.
+        segments: rows (second, prompt), in any order; empty ones are left out.
         seconds: length of the video.
         rate: frames per second.
 
@@ -84,10 +84,14 @@ def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tupl
     found = {0: prompt}
     rows = segments if isinstance(segments, Sequence) and not isinstance(segments, str) else ()
     for number, row in enumerate(rows, 1):
-        second, text = row if isinstance(row, Sequence) and len(row) == 2 else (None, row)
-        if not isinstance(text, str) or not text.strip():
-            continue
+        second, text, *more = (*row, None, None)[: max(2, len(row))] if isinstance(row, list | tuple) else (None, row)
+        if any(each not in (None, "") for each in more):
+            raise UserError(f"row {number} of the prompts must have a second and a prompt, and nothing more")
         at = _second(second)
+        if not isinstance(text, str) or not text.strip():
+            if at > 0 or (isinstance(second, str) and second.strip()):
+                raise UserError(f"row {number} of the prompts has no prompt: write one, or take its second out")
+            continue
         if not 0 < at < seconds:
             raise UserError(
                 f"row {number} of the prompts: the second must be above 0 and below {seconds:g}, got {shown(second)}"

@@ -160,6 +160,9 @@ def test_few_states_are_kept_of_a_long_video_the_first_and_the_last_among_them(a
         ({"numbers": {"width": 33.5}}, "width"),
         ({"segments": [[9.0, "a cube"]]}, "row 1 .* below 2, got 9"),
         ({"segments": [["soon", "a cube"]]}, "row 1"),
+        ({"segments": [[None, ""], [1, " "]]}, "row 2 of the prompts has no prompt"),
+        ({"segments": [[1, "a cube", "a cone"]]}, "nothing more"),
+        ({"segments": [["a cube"]]}, "row 1"),
         ({"segments": [[1, "a cube"], [1.01, "a cone"]]}, "row 2 .* change one"),
     ],
 )
@@ -182,8 +185,8 @@ def test_places_and_lengths_of_a_branch_are_those_of_the_server(app: App) -> Non
 
 
 def test_prompts_on_the_way_come_in_any_order() -> None:
-    rows = [[3.0, " b "], ["1.5", "a"], [2.0, "  "]]
-    assert schedule_of("first", rows, 4.0, 8.0) == ((0, "first"), (12, "a"), (24, "b"))
+    rows = [[3.0, " b "], ["1.5", "a"], [None, "  "], ["", ""], [], [float("nan"), ""], [3.5, "c", ""]]
+    assert schedule_of("first", rows, 4.0, 8.0) == ((0, "first"), (12, "a"), (24, "b"), (28, "c"))
 
 
 def test_no_event_of_the_tab_is_public(app: App) -> None:
