@@ -100,5 +100,8 @@ def _row(entry: Entry) -> dict[str, Any] | None:
 
 def _file(entry: Entry, name: str) -> dict[str, Any]:
     """Return a file as Gradio's clients take it, which download it."""
+    from gradio import FileData
+
     path = entry.file(name)
-    return {"path": str(path), "orig_name": f"{entry.id}{path.suffix}", "meta": {"_type": "gradio.FileData"}}
+    told: dict[str, Any] = FileData(path=str(path), orig_name=f"{entry.id}{path.suffix}").model_dump()
+    return told

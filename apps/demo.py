@@ -93,6 +93,7 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
     gr.set_static_paths([app.history.folder])
     with gr.Blocks(title="postgen", analytics_enabled=False, delete_cache=(_LOOK, _AGE)) as page:
         app.page = page
+        add_endpoints(app)  # first, as functions of tabs may have the same names
         gr.HTML(
             "<h1>postgen</h1><p>Video from text, with what makes it better switched on or off.</p>",
             elem_id="page-head",
@@ -102,7 +103,6 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):
                     import_module(row.place).tab(app)
-        add_endpoints(app)
     # Jobs wait in a queue of their own, which says where they stand: Gradio's lets everything through.
     page.queue(max_size=None, default_concurrency_limit=None)
     return page

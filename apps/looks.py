@@ -21,7 +21,8 @@ CSS = """
 .buttons { gap: 8px; flex-wrap: nowrap !important; }
 .buttons button { white-space: nowrap; padding-left: 8px; padding-right: 8px; font-size: 0.95rem; min-height: 40px; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; gap: 8px; }
-.numbers .form, .numbers > .form { display: grid !important; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.numbers .form { display: grid !important; grid-template-columns: repeat(3, minmax(0, 1fr));
+  background: var(--block-background-fill); }
 .buttons button { flex: 1 1 auto !important; }
 #history, #history .gallery-container, #history .grid-wrap { height: auto !important; min-height: 0 !important; }
 #history .grid-wrap { max-height: 460px; }

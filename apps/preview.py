@@ -74,7 +74,7 @@ def _html(clip: Tensor, done: int, total: int) -> str:
 
 
 def animated(clip: Tensor) -> bytes:
-    """Return a clip (t, 3, h, w) in [0, 1] as an animated WebP that repeats, at most 160 pixels wide and high, 12 pictures."""
+    """Return a clip (t, 3, h, w) in [0, 1] as a moving WebP: at most 160 pixels wide and high, and 12 pictures."""
     from PIL import Image
 
     chosen = clip[:: -(-len(clip) // _MOST_PICTURES)]

@@ -113,9 +113,9 @@ def carried(note: Mapping[str, Any]) -> str:
     Videos are passed on: of files of this machine their names are there, not where they are.
     """
     settings = dict(note["settings"])
-    for name in ("model", "image"):
+    for name in {"model", "image"} & settings.keys():
         settings[name] = _name_of(settings[name])
-    loras = map(parse_lora, settings["lora"])
+    loras = map(parse_lora, settings.get("lora", ()))
     settings["lora"] = [str(dataclasses.replace(lora, path=_name_of(lora.path) or lora.path)) for lora in loras]
     kept = ("plug_ins", "format", "pipeline", "versions")
     return json.dumps({"settings": settings, **{name: note[name] for name in kept}}, ensure_ascii=False)

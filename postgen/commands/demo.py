@@ -100,11 +100,10 @@ def demo(
     offload: Offload = None,
 ) -> None:
     """Serve the app: a page in the browser that makes videos. It listens on this machine only."""
-    from postgen.apps.demo import check_gradio, launch
+    from postgen.apps.demo import launch
     from postgen.apps.settings import AppSettings, read_auth
     from postgen.errors import check_number
 
-    check_gradio()
     names = model or []
     given: dict[str, Any] = {
         **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},

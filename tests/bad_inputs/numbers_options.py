@@ -46,6 +46,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "convert lit": ("convert", "lit", "{wan}", "-o", "out"),
     "score": ("score", "frames", "--prompt", "a"),
     "serve-reward": ("serve-reward", "world"),
+    "demo": ("demo",),
 }
 """What is right in a call of each command that has numeric options."""
 
@@ -107,7 +108,7 @@ def _of(command: str, name: str, kind: type, words: Callable[[str], tuple[str, .
     says = f"{name.replace('_', '[_ -]')}|{field}"
     for text in (*WRONG, *(FRACTIONS if kind is int else ()), *(() if name == "seed" else (LARGE,))):
         yield Row(name=f"{command} {name}={_short(text)}", words=words(text), files=FILES, says=says)
-    if command in ("score", "serve-reward"):
+    if command in ("score", "serve-reward", "demo"):
         return  # these run when they are right; their own tests do
     yield Row(name=f"{command} {name} right", words=words(RIGHT[name]), wrong=False)
     for text in BY_CHANCE:
