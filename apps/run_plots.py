@@ -83,13 +83,11 @@ GROUPS = (
 )
 """In the order of the page. A metric belongs to the first group that knows it."""
 
-COLOURS = {
-    str(number): colour
-    for number, colour in enumerate(
-        ("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04")
-        + ("#7c3aed", "#64748b", "#dc2626", "#65a30d", "#0369a1", "#a16207")
-    )
-}
+_HUES = [
+    *("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04"),
+    *("#7c3aed", "#64748b", "#dc2626", "#65a30d", "#0369a1", "#a16207"),
+]
+COLOURS = {str(number): hue for number, hue in enumerate(_HUES)}
 """Of lines, by their number; seen on light and on dark. A plot that is shown draws no line of a name that comes later,
 so lines have numbers there, always the same ones, and their names stand above it."""
 COLUMNS = ("step", "value", "line")
@@ -125,7 +123,7 @@ def metric_lines(metric: str, runs: Mapping[str, Mapping[str, Points]]) -> list[
 
 
 def table(lines: Sequence[tuple[str, Points]]) -> dict[str, Any]:
-    """Return lines in the form in which `gr.LinePlot` sends them to the page: their numbers for names, long ones thinned.
+    """Return lines in the form in which `gr.LinePlot` sends them to the page, by their numbers, long ones thinned.
 
     Numbers without a line have a row without a value.
     """

@@ -90,11 +90,7 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
             judge = gr.HTML(elem_id="judge")
             with gr.Accordion("As JSON", open=False):
                 data = gr.JSON(show_label=False, elem_id="score-data")
-    with gr.Accordion("What each reward means", open=False):
-        gr.HTML(about_of(here), elem_id="rewards-here")
-    if away := [one for one in known if one.lacks is not None]:
-        with gr.Accordion(f"{len(away)} more that this machine cannot use yet", open=False):
-            gr.HTML(away_of(away), elem_id="rewards-away")
+    _meanings(here, [one for one in known if one.lacks is not None])
     return _Page(
         clip=clip,
         made=made,
@@ -110,6 +106,15 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
         data=data,
         job=gr.State(None),
     )
+
+
+def _meanings(here: Sequence[Known], away: Sequence[Known]) -> None:
+    """Build what is said of the rewards that can be used, and of those that cannot."""
+    with gr.Accordion("What each reward means", open=False):
+        gr.HTML(about_of(here), elem_id="rewards-here")
+    if away:
+        with gr.Accordion(f"{len(away)} more that this machine cannot use yet", open=False):
+            gr.HTML(away_of(away), elem_id="rewards-away")
 
 
 def _wire_clip(app: App, page: _Page) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,6 +14,7 @@ from gradio.events import api  # gr.api is the same, which type checkers do not 
 from postgen.apps.errors import said
 from postgen.apps.run_plots import COLOURS, COLUMNS, GROUPS, Group, group_lines, metric_lines, others, table
 from postgen.apps.runs import Checkpoint, Run, Runs, Sample, Standing
+from postgen.apps.sample_copies import SampleCopies
 from postgen.apps.state import App
 from postgen.apps.status import duration, line
 from postgen.errors import UserError
@@ -30,10 +26,6 @@ EVERY = 3.0
 _COLUMNS = 6
 """Steps whose samples stand side by side."""
 _MOST_RUNS = 6
-_LARGEST = 2**26
-"""Bytes of a video of samples that is played."""
-_VIDEOS = 16
-"""Copies of such videos that are kept for players."""
 _NO_RUN = "No run here yet: a run appears when it has written config.yaml or metrics.jsonl."
 
 
@@ -317,35 +309,6 @@ def _picture(sample: Sample) -> Any:
         return read_picture(sample.sheet)
     except (VideoError, UserError, OSError):  # removed, or half of it is there
         return None
-
-
-class SampleCopies:
-    """Copies of videos of samples in a folder of this server: players are given nothing of the runs' own folders."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="postgen-samples-", dir=os.environ.get("GRADIO_TEMP_DIR"))
-
-    def of(self, sample: Sample) -> str | None:
-        """Return the copy of a sample's video; None where it has none, or too large a one."""
-        if sample.video is None:
-            return None
-        with suppress(OSError):
-            found = sample.video.stat()
-            if found.st_size > _LARGEST:
-                return None
-            said = f"{sample.video}\0{found.st_mtime_ns}\0{found.st_size}"
-            copy = Path(self._folder.name) / f"{hashlib.sha256(said.encode()).hexdigest()[:24]}.mp4"
-            if not copy.is_file():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(sample.video, copy)
-                self._drop()
-            return str(copy)
-        return None
-
-    def _drop(self) -> None:
-        old = sorted(Path(self._folder.name).iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in old[:-_VIDEOS]:
-            path.unlink(missing_ok=True)
 
 
 def _nothing(runs: Runs) -> str:

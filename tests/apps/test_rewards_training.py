@@ -10,6 +10,7 @@ import torch
 from postgen import world
 from postgen.apps import demo
 from postgen.apps.runs import Runs, Sample
+from postgen.apps.sample_copies import SampleCopies
 from postgen.apps.settings import AppSettings
 from postgen.grpo.logging import write_samples
 from postgen.training.logging import MetricsFile
@@ -85,7 +86,7 @@ def test_a_run_is_told_by_its_name_alone(client):
 
 
 def test_samples_over_the_steps(folder):
-    run, copies = Runs(folder / "runs").get("one"), training.SampleCopies()
+    run, copies = Runs(folder / "runs").get("one"), SampleCopies()
     shown = training._pictured([run], copies, None, None)
     assert [caption for _, caption in shown[1]["value"]] == [f"step {step}" for step in (1, 2, 4, 5, 7, 8)]
     assert (shown[2]["value"], shown[3]["value"]) == (1, 8)
