@@ -143,7 +143,7 @@ def _texts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_own(key: str, value: str, beside: list[str]) -> bool:
-    return key.endswith("_dataset") and value not in beside
+    return key in ("train_dataset", "eval_dataset") and value not in beside
 
 
 def _first_words(comment: list[str]) -> str:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from postgen.errors import UserError
 
-_Part = TypeVar("_Part")
-_Result = TypeVar("_Result")
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 _FEWEST = 4
 """Processes that are worth their start, 2 s of importing torch."""
 _PROGRAM = (
@@ -27,8 +27,8 @@ _PROGRAM = (
 
 
 def spread(
-    task: Callable[[_Part], _Result], parts: Sequence[_Part], what: str, *, workers: int | None = None
-) -> list[_Result]:
+    task: Callable[[Part], Result], parts: Sequence[Part], what: str, *, workers: int | None = None
+) -> list[Result]:
     """Return what a function gives for each part, in their order.
 
     Args:
