@@ -145,14 +145,19 @@ class App:
         root = self.settings.runs
         if root is None:
             return {}
-        return {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+        return {path.name: path for path in sorted(root.iterdir()) if path.name[0] != "." and self._inside(path)}
+
+    def _inside(self, path: Path) -> bool:
+        """Whether a folder is below that of the runs, links followed."""
+        root = self.settings.runs
+        return root is not None and path.is_dir() and path.resolve().is_relative_to(root.resolve())
 
     def loras(self) -> dict[str, str]:
         """Return the LoRAs that the page offers, by the name that it shows: those of the settings, and of the runs."""
         found = {Path(text).name: text for text in self.settings.loras}
         for name, folder in self.runs().items():
             for file in sorted(folder.glob(f"*/{_WEIGHTS}")) + sorted(folder.glob(_WEIGHTS)):
-                if "lora" in file.name.lower():
+                if "lora" in file.name.lower() and self._inside(file.parent):
                     found[f"{name}/{file.parent.name}" if file.parent != folder else name] = str(file.parent)
         return found
 

@@ -121,6 +121,19 @@ def test_a_lora_is_chosen_by_its_name(app, tiny_lora):
         job_of(app, form(app, lora=tiny_lora.name, lora_scale=float("nan")))
 
 
+def test_runs_and_their_loras_are_below_the_folder_of_the_runs(tiny_lora, tmp_path):
+    root, outside = tmp_path / "runs", tmp_path / "outside"
+    for folder in (root / "mine" / "export", outside / "export"):
+        folder.mkdir(parents=True)
+        (folder / "pytorch_lora_weights.safetensors").touch()
+    (root / "theirs").symlink_to(outside)
+    (root / "mine" / "linked").symlink_to(outside / "export")
+    app = App(AppSettings(runs=root, outputs=tmp_path / "outputs"))
+    assert list(app.runs()) == ["mine"]
+    assert list(app.loras()) == ["mine/export"]
+    app.close()
+
+
 def test_settings_of_a_result_give_its_job_again(app, tiny_lora):
     job = job_of(app, form(app, lora=tiny_lora.name, lora_scale=0.5, plug_ins={"enhance": "2"}))
     again, missing = form_of(app, json.loads(json.dumps(portable(job.config))))
