@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from postgen.apps.jobs import Progress
 from postgen.errors import UserError
 
 T = TypeVar("T")
@@ -22,3 +23,17 @@ def said(ask: Callable[[], T]) -> T:
         return ask()
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
+
+
+def raise_failed(progress: Progress) -> None:
+    """Tell why a job failed, in a message that stays. A page calls it after it has yielded how the job stands.
+
+    What is raised leaves the page as it is: buttons that were not released before would stay as of a running job.
+
+    Raises:
+        gradio.Error: the job failed.
+    """
+    import gradio as gr
+
+    if progress.error is not None:
+        raise gr.Error(progress.error, print_exception=False, duration=None)

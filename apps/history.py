@@ -106,12 +106,15 @@ class History:
         """
         id = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(4)}"
         assert _NAME.fullmatch(id)
+        part = self.folder
         try:
             with replacing(self.folder / id) as part:
                 part.mkdir()
                 yield Entry(id=id, folder=part, kind=kind)
         except OSError as error:
-            raise UserError(f"cannot keep the result in {self.folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot keep the result: {error.strerror or error}") from error
+        except UserError as error:  # the page shows it to everybody: names of files, and not where they are
+            raise UserError(str(error).replace(f"{part}/", "").replace(f"{self.folder}/", "")) from error
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the results, newest first; of one kind where it is named."""

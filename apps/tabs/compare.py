@@ -10,6 +10,7 @@ import gradio as gr
 
 from postgen.apps import controls, making
 from postgen.apps.comparing import KIND, SIDES, Made, Pair, PairForm, made_of, measured, pair_of, rewards_here, work_of
+from postgen.apps.errors import raise_failed
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import Form
 from postgen.apps.players import Clip, downloads, players, shown
@@ -290,7 +291,7 @@ def _wire(app: App, page: _Page) -> None:
         yield [seed, task.id, *_told(app, page, task, app.jobs.progress(task))]
         async for progress in app.jobs.follow(task):
             yield [gr.skip(), gr.skip(), *_told(app, page, task, progress)]
-            _raise(progress)
+            raise_failed(progress)
 
     async def again(id: Any) -> AsyncIterator[list[Any]]:
         rewards = gr.update(choices=[("none", ""), *((name, name) for name in rewards_here())])
@@ -299,7 +300,7 @@ def _wire(app: App, page: _Page) -> None:
         if (task := app.jobs.find(id)) is not None and not app.jobs.progress(task).ended:
             async for progress in app.jobs.follow(task):
                 yield [gr.skip(), *_told(app, page, task, progress)]
-                _raise(progress)
+                raise_failed(progress)
 
     def cancel(id: Any) -> None:
         app.jobs.cancel(id)
@@ -342,11 +343,6 @@ def _told(app: App, page: _Page, task: Task, progress: Progress) -> list[Any]:
     if progress.state == "done":
         result = page.result.one(progress.result)
     return [task.id if live else None, status(progress), *buttons, *result]
-
-
-def _raise(progress: Progress) -> None:
-    if progress.error is not None:
-        raise gr.Error(progress.error, print_exception=False, duration=None)
 
 
 def _said(ask: Callable[[], Any]) -> Any:

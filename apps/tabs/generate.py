@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import controls, making
-from postgen.apps.errors import said
+from postgen.apps.errors import raise_failed, said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import FIELDS, Form
 from postgen.apps.state import App
@@ -180,6 +180,7 @@ def _wire_jobs(app: App, page: _Page) -> None:
         yield [values[_SEED], _kept(task.id, randomise, preset, values), *_told(app, page, task, None)]
         async for progress in app.jobs.follow(task):
             yield [_same(), _same(), *_told(app, page, task, progress)]
+            raise_failed(progress)
 
     async def again(kept: Any) -> AsyncIterator[list[Any]]:
         task = app.jobs.find(kept.get("job") if isinstance(kept, dict) else None)
@@ -188,6 +189,7 @@ def _wire_jobs(app: App, page: _Page) -> None:
         if task is not None and not app.jobs.progress(task).ended:
             async for progress in app.jobs.follow(task):
                 yield [*(_same() for _ in before), *_told(app, page, task, progress)]
+                raise_failed(progress)
 
     def cancel(id: Any) -> None:
         app.jobs.cancel(id)
@@ -237,8 +239,6 @@ def _told(app: App, page: _Page, task: Task | None, progress: Progress | None) -
     if task is None:
         idle = [gr.update(interactive=True), gr.update(interactive=False), gr.update(interactive=False)]
         return [None, status(None, IDLE), gr.update(visible=False), *idle, *page.results.newest()]
-    if progress is not None and progress.error is not None:
-        raise gr.Error(progress.error, print_exception=False, duration=None)
     live = progress is None or not progress.ended
     running = progress is not None and progress.state == "running"
     picture = progress.preview if progress is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import making, scoring
-from postgen.apps.errors import said
+from postgen.apps.errors import raise_failed, said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.scoring import Known, Scored
 from postgen.apps.state import App
@@ -154,6 +154,7 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
         yield _told(task, app.jobs.progress(task), known)
         async for progress in app.jobs.follow(task):
             yield _told(task, progress, known)
+            raise_failed(progress)
 
     async def called(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[dict[str, Any]]:
         """Score a clip, or a result of the history: how the job stands, and at last its scores."""
@@ -201,11 +202,9 @@ def _info(video: Any) -> Any:
 
 def _told(task: Task, progress: Progress, known: Mapping[str, Known]) -> list[Any]:
     """Return the values of `_Page.told`."""
-    if progress.error is not None:
-        raise gr.Error(progress.error, print_exception=False, duration=None)
     live = not progress.ended
     found: Scored | None = progress.result
-    shown: list[Any] = ["", "", None] if live or found is None else []
+    shown: list[Any] = ["", "", None]
     if found is not None:
         shown = [scores_of(found, known), judge_of(found), found.to_dict()]
     buttons = [gr.update(interactive=not live), gr.update(interactive=live)]

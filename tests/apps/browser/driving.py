@@ -1,0 +1,87 @@
+"""What a user does at the page, and what is seen there: each helper takes a page of playwright."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+TINY = {"steps": 3, "width": 96, "height": 96, "frames": 17}
+"""Numbers that make a video in a second or two."""
+LONG = {"steps": 5000}
+"""Steps that are never all done while a test looks on."""
+_WATCHED = """selector => {
+  const v = document.querySelector(selector + ' video');
+  return v && v.readyState >= 2 && !v.error && v.offsetParent ? [v.currentSrc, v.duration, v.videoWidth] : null;
+}"""
+_WIDER = "document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
+
+
+def opened(page: Any, url: str) -> Any:
+    """Open the app, and wait until it can be used."""
+    page.goto(url)
+    page.locator("#status").get_by_text("Ready.").wait_for()
+    return page
+
+
+def numbers(page: Any, **values: float) -> None:
+    """Type numbers under *More settings*, which is opened where it is closed."""
+    if not page.locator("#steps").is_visible():
+        page.get_by_role("button", name="More settings").first.click()
+    for name, value in values.items():
+        page.locator(f"#{name} input").fill(str(value))
+
+
+def ask(page: Any, prompt: str, **values: float) -> None:
+    """Type a prompt and numbers, and press *Generate*."""
+    if values:
+        numbers(page, **values)
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#generate").click()
+
+
+def says(page: Any, text: str | re.Pattern[str], place: str = "#status") -> str:
+    """Wait until a line is seen at a place, and return what else is said there."""
+    page.locator(place).get_by_text(text).first.wait_for()
+    return str(page.locator(place).inner_text())
+
+
+def made(page: Any, prompt: str) -> tuple[str, float]:
+    """Wait for the result of a prompt; return the address of the video and its seconds."""
+    page.locator("#about").get_by_text(prompt, exact=True).wait_for()
+    source, seconds, width = watched(page, "#result")
+    assert width > 0
+    return source, seconds
+
+
+def watched(page: Any, place: str) -> tuple[str, float, int]:
+    """Wait for a video that plays and is seen; return its address, its seconds and its width in pixels."""
+    source, seconds, width = page.wait_for_function(_WATCHED, arg=place).json_value()
+    return source, seconds, width
+
+
+def tab(page: Any, title: str) -> None:
+    """Choose a tab; on a narrow screen some are in a menu."""
+    choice = page.get_by_role("tab", name=title, exact=True)
+    if not choice.is_visible():
+        page.locator(".overflow-menu > button").click()
+        choice = page.locator(".overflow-dropdown").get_by_text(title, exact=True)
+    choice.click()
+
+
+def too_wide(page: Any) -> int:
+    """Return the pixels by which the page is wider than its window: those that one would have to scroll."""
+    return int(page.evaluate(_WIDER))
+
+
+def heard(page: Any, act: Callable[[], Any]) -> str:
+    """Do something that the page answers with a message, and return that."""
+    act()
+    toast = page.locator(".toast-body").last
+    toast.wait_for()
+    return str(toast.inner_text())
+
+
+def histories(page: Any) -> list[str]:
+    """Return the captions of the history, the newest first."""
+    return list(page.locator("#history .caption-label").all_inner_texts())
