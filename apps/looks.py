@@ -73,6 +73,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
   grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
 #sample-steps .grid-wrap { min-height: 0 !important; }
+footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
 }
