@@ -59,6 +59,7 @@ table.plain tr, table.plain tbody { border: 0 !important; }
 table.plain td.number .note { white-space: normal; max-width: 9.5em; margin-left: auto; }
 .keys { display: flex; flex-wrap: wrap; gap: 2px 12px; margin: 4px 0 0; font-size: 0.8125rem; }
 .keys i { display: inline-block; width: 12px; height: 3px; margin-right: 5px; vertical-align: middle; }
+.plots { align-items: stretch !important; }
 .plots > .column { justify-content: space-between; }
 .plot-head h3 { margin: 0; font-size: 1rem; }
 table.plain th { font-weight: 600; color: var(--body-text-color-subdued); }
@@ -73,6 +74,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
   grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
 #sample-steps .grid-wrap { min-height: 0 !important; }
+footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
 }

@@ -92,6 +92,17 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
     assert list((tmp_path / "results").iterdir()) == []
 
 
+def test_what_fails_while_it_is_written_names_no_place(tmp_path):
+    history = History(tmp_path / "results")
+
+    def fails():
+        with history.adding("generate") as new:
+            raise UserError(f"cannot write {new.folder / 'video.mp4'}: no space, {history.folder / 'x'}")
+
+    with pytest.raises(UserError, match=r"^cannot write video\.mp4: no space, x$"):
+        fails()
+
+
 @pytest.mark.parametrize(
     "id", [None, 3, "", ".", "..", "../x", "/etc", "20260101-000000-generate-zzzzzzzz", "20260101-000000-x-01234567\n"]
 )
