@@ -173,7 +173,7 @@ def made_of(entry: Entry) -> Made:
         settings = (dict(notes[0]["settings"]), dict(notes[1]["settings"]))
         made = Made(entry=entry, paths=paths, report=report, settings=settings)
         measured(made)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{hint}: its notes are none of postgen") from None
     return made
 

@@ -30,6 +30,8 @@ VIDEO, SIDECAR = "video.mp4", "video.json"
 LARGEST_SEED = 2**53 - 1
 """Beyond it a browser's numbers are not exact."""
 _RANDOM = 2**31
+LONGEST = 2000
+"""Characters of a prompt: a tokenizer takes minutes for a million, and nothing cancels it."""
 _TITLE = 60
 """Characters of a prompt that name a job."""
 _ALSO = {"negative prompt": "negative_prompt", "LoRA": "lora", "first frame": "image", "picture": "image"}
@@ -74,8 +76,7 @@ def job_of(app: App, form: Form) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    if not isinstance(form.prompt, str):
-        raise UserError("the prompt must be a text: say what the video shows")
+    check_prompts(form.prompt, form.negative_prompt)
     fields: dict[str, Any] = {}
     for name, setting in _SETTINGS.items():
         value = getattr(form, name)
@@ -92,6 +93,19 @@ def job_of(app: App, form: Form) -> Job:
     job = prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
     _check_memory(job.config)
     return job
+
+
+def check_prompts(prompt: Any, negative: Any = None) -> None:
+    """Hold a prompt, and what is not to be in the video, to texts of at most `LONGEST` characters.
+
+    Raises:
+        UserError: the prompt is no text, or one of the two is too long.
+    """
+    if not isinstance(prompt, str):
+        raise UserError("the prompt must be a text: say what the video shows")
+    for name, text in (("the prompt", prompt), ("the negative prompt", negative)):
+        if isinstance(text, str) and len(text) > LONGEST:
+            raise UserError(f"{name} has {len(text):,} characters, and at most {LONGEST:,} are allowed: shorten it")
 
 
 def submitted(app: App, form: Form) -> Task:
@@ -111,7 +125,7 @@ def filled(app: App, form: Form, preset: str) -> Form:
         UserError: an unknown preset or model.
     """
     own = presets(app.facts(app.model(form.model)))
-    if preset not in own:
+    if not isinstance(preset, str) or preset not in own:
         raise UserError(f"unknown preset {shown(preset)}. Known: {', '.join(own)}")
     names = ("steps", "width", "height", "frames", "guidance")
     empty = [name for name in names if getattr(form, name) is None]

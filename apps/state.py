@@ -12,7 +12,7 @@ from typing import Any
 
 from postgen.apps.history import History
 from postgen.apps.jobs import Jobs
-from postgen.apps.settings import AppSettings
+from postgen.apps.settings import RESULTS, AppSettings
 from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families.loading import ModelFacts, inspect_model
@@ -21,8 +21,6 @@ from postgen.request import GenerateConfig
 
 EMBEDDED = "embedded model"
 """What the page calls the model that comes along."""
-RESULTS = "results"
-"""Folder of what was made, inside the folder of outputs: the page can read everything in it."""
 PICTURES = "pictures"
 """Folder of the first frames that were uploaded, beside it: results name them, the page reads none of them."""
 _WEIGHTS = "*.safetensors"
