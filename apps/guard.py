@@ -46,7 +46,7 @@ def uploads_folder() -> Path:
 class Guard:
     """An ASGI application around another one, which refuses what the page never asks for.
 
-    - `file=` gives what stands, through all links, in the folders of results and of uploads, and fetches no address.
+    - `file=` gives what stands, through all links, in the folder of a result or of uploads, and fetches no address.
     - A call that names a file has uploaded it, or names a result.
     - An upload is held to the limit before it is read. Of one that breaks off nothing is kept.
 
@@ -95,8 +95,11 @@ class Guard:
     def _given(self, name: str) -> bool:
         """Whether a path, as a request has it, is one that this server gives out."""
         try:
-            place = Path(os.path.realpath(name))
-            return any(place.is_relative_to(os.path.realpath(home)) for home in (self._folder, uploads_folder()))
+            place, results = Path(os.path.realpath(name)), Path(os.path.realpath(self._folder))
+            # Folders inside a result have the states of a long video, which name files of this machine.
+            if place.is_relative_to(results):
+                return len(place.relative_to(results).parts) == 2
+            return place.is_relative_to(os.path.realpath(uploads_folder()))
         except (OSError, ValueError):  # a null character, or a name that is too long
             return False
 

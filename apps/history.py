@@ -115,7 +115,7 @@ class History:
                 part.mkdir()
                 yield Entry(id=id, folder=part, kind=kind)
         except OSError as error:
-            raise UserError(f"cannot keep the result in {self.folder}: {error.strerror or error}") from error
+            raise UserError(f"the server cannot keep the result: {error.strerror or error}") from error
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the results, newest first; of one kind where it is named."""

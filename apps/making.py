@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from postgen.apps.uploads import kept_picture, uploaded_picture
 from postgen.errors import UserError, is_whole, shown
 from postgen.families.loading import ModelFacts
 from postgen.families.lora import LARGEST, parse_lora
+from postgen.files import replacing
 from postgen.generate import Job, Watch, make_video, output_paths, prepare
 from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_json
-from postgen.request import GenerateConfig
+from postgen.request import GenerateConfig, name_of, without_places
 
 KIND = "generate"
 """Kind of these results in the history."""
@@ -154,6 +156,7 @@ def work_of(app: App, job: Job) -> Work:
                 paths, kind = output_paths(new.folder / VIDEO)
                 clip = make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total), watch)
                 task.check()
+                hide_places(new.folder)
                 new.poster  # noqa: B018 - made now, and not while somebody waits for the gallery
             preview.learn(watch.latents, clip)
         return new.id
@@ -178,6 +181,22 @@ def note_of(path: Path) -> Mapping[str, Any]:
     if not isinstance(note, dict) or not isinstance(note.get("settings"), dict):
         raise UserError("the settings of this result cannot be read: they are none of postgen")
     return note
+
+
+def hide_places(folder: Path) -> None:
+    """Take the places of files of this machine out of the sidecars and the report in a folder; their names stay.
+
+    Whoever uses the page can read them.
+    """
+    for path in folder.glob("*.json"):
+        note = read_json(path, "the settings of this result cannot be read")
+        if "settings" in note:
+            note["settings"] = without_places(note["settings"])
+        for side in ("a", "b"):  # of a comparison
+            if side in note:
+                note[side]["model"] = name_of(note[side]["model"])
+        with replacing(path) as part:
+            part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
@@ -266,9 +285,10 @@ def _own_model(app: App, model: Any, missing: list[str]) -> str:
 
     if model is None:
         return EMBEDDED
-    for name in app.model_names:
-        if name == model or (name != EMBEDDED and _same_place(name, model)):
-            return name
+    named = [name for name in app.model_names if name == model]
+    named = named or [name for name in app.model_names if name != EMBEDDED and _same_place(name, model)]
+    if len(named) == 1:  # two folders of one name cannot be told apart
+        return named[0]
     if app.settings.any_model and isinstance(model, str):
         return model
     missing.append("its model")

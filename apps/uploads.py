@@ -106,7 +106,7 @@ def kept_picture(picture: Any, folder: Path) -> Path:
             with replacing(path) as part:
                 picture.save(part, "PNG")
         except OSError as error:
-            raise UserError(f"cannot keep the picture in {folder}: {error.strerror or error}") from error
+            raise UserError(f"the server cannot keep the picture: {error.strerror or error}") from error
     return path
 
 

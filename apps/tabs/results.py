@@ -152,14 +152,14 @@ class Results:
 
 def about(note: Mapping[str, Any]) -> str:
     """Return HTML that says how a video was made, from its sidecar."""
-    settings = note["settings"]
+    settings, seconds = note["settings"], note.get("seconds")
     facts = [
         ("Seed", note.get("seed")),
         ("Size", f"{note.get('width')} x {note.get('height')}, {note.get('frames')} frames"),
         ("Steps", settings.get("num_inference_steps")),
         ("Guidance", f"{scale:g}" if is_number(scale := settings.get("guidance_scale")) else None),
         ("Stopped", f"after step {stopped}" if (stopped := note.get("stopped_after")) is not None else None),
-        ("Took", duration(seconds) if is_number(seconds := note.get("seconds")) else None),
+        ("Took", duration(float(seconds)) if seconds is not None and is_number(seconds) else None),
     ]
     plug_ins = note.get("plug_ins")
     facts += [(row, settings.get(row)) for row in (plug_ins if isinstance(plug_ins, Mapping) else ())]

@@ -12,7 +12,7 @@ from postgen.apps.guard import uploads_folder
 from postgen.apps.settings import AppSettings
 
 pytest.importorskip("gradio")
-import httpx  # noqa: E402
+import httpx
 
 MOST = 20_000
 RESULT = "20260101-000000-generate-0123abcd"
@@ -43,14 +43,10 @@ def test_results_and_uploads_are_given_and_nothing_that_links_lead_to(web, serve
     assert web.get(f"/gradio_api/file={folder}/video.mp4").content == b"a result"
     sent = web.post("/gradio_api/upload", files=[("files", ("a.mp4", b"an upload"))]).json()[0]
     assert web.get(f"/gradio_api/file={sent}").content == b"an upload"
-    for path in (
-        "link.mp4",
-        "folder/private.txt",
-        "../../private.txt",
-        "%2e%2e/%2e%2e/private.txt",
-        "a%00b",
-        "a" * 5000,
-    ):
+    (folder / "long.state").mkdir()
+    (folder / "long.state" / "state.json").write_text("private")
+    paths = ["link.mp4", "folder/private.txt", "../../private.txt", "%2e%2e/%2e%2e/private.txt", "a%00b", "a" * 5000]
+    for path in (*paths, "long.state/state.json"):
         for route in ("file=", "file/"):
             answer = web.get(f"/gradio_api/{route}{folder}/{path}")
             assert (answer.status_code, b"private" in answer.content) == (403, False), path
