@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -116,6 +117,8 @@ class History:
                 yield Entry(id=id, folder=part, kind=kind)
         except OSError as error:
             raise UserError(f"the server cannot keep the result: {error.strerror or error}") from error
+        except UserError as error:  # it goes to a page, which need not know where the results are
+            raise UserError(str(error).replace(f"{part}{os.sep}", "")) from error
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the results, newest first; of one kind where it is named."""

@@ -48,7 +48,8 @@ def adapters(app: App) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, folder in app.runs().items():
         for file in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]):
-            found[str(Path(name) / file.parent.relative_to(folder))] = file.parent
+            if app.of_runs(file):
+                found[str(Path(name) / file.parent.relative_to(folder))] = file.parent
     return found
 
 
