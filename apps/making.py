@@ -180,6 +180,8 @@ def note_of(path: Path) -> Mapping[str, Any]:
     note = read_json(path, "the settings of this result cannot be read")
     if not isinstance(note, dict) or not isinstance(note.get("settings"), dict):
         raise UserError("the settings of this result cannot be read: they are none of postgen")
+    if any(isinstance(one, int) and one.bit_length() > 63 for one in (*note.values(), *note["settings"].values())):
+        raise UserError("the settings of this result cannot be read: a number is too large")  # for any answer
     return note
 
 

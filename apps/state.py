@@ -184,7 +184,7 @@ class App:
         return found
 
     def close(self) -> None:
-        """End the jobs and free the models. Of a job that cannot be ended soon, the process is left without waiting."""
+        """End the jobs and free the models. A job that does not end soon is given up."""
         if not self.jobs.close():
             give_up_threads()
         self.models.clear()

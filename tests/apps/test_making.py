@@ -197,6 +197,13 @@ def test_a_prompt_that_no_tokenizer_reads_in_time_is_refused(app, name):
         job_of(app, form(app, **{name: "x" * 2001}))
 
 
+def test_a_number_that_no_answer_holds_is_damage(tmp_path):
+    for note in ({"settings": {"seed": 10**30}}, {"settings": {}, "seed": 10**30}):
+        (tmp_path / "video.json").write_text(json.dumps(note))
+        with pytest.raises(UserError, match="a number is too large"):
+            making.note_of(tmp_path / "video.json")
+
+
 def test_a_preset_that_is_no_text(app):
     with pytest.raises(UserError, match="unknown preset"):
         making.filled(app, form(app), ["draft"])
