@@ -13,7 +13,7 @@ from postgen.apps.errors import said
 from postgen.apps.history import Entry
 from postgen.apps.jobs import Progress
 from postgen.apps.state import App
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 
 _MOST_LISTED = 500
 
@@ -62,7 +62,8 @@ def add_endpoints(app: App) -> None:
 
     def history(limit: int = 20) -> list[dict[str, Any]]:
         """List the newest results with their settings and files."""
-        entries = app.history.entries(making.KIND)[: max(0, min(int(limit), _MOST_LISTED))]
+        said(lambda: check_number("limit", limit, 0, 10**9, whole=True))
+        entries = app.history.entries(making.KIND)[: min(limit, _MOST_LISTED)]
         return [row for entry in entries if (row := _row(entry)) is not None]
 
     api(generate, api_name="generate")

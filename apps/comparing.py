@@ -12,7 +12,7 @@ from typing import Any
 
 from postgen.apps.history import Entry
 from postgen.apps.jobs import Task, Work
-from postgen.apps.making import Form, job_of, shown_model
+from postgen.apps.making import Form, hide_places, job_of, shown_model
 from postgen.apps.scoring import known
 from postgen.apps.state import App
 from postgen.apps.status import duration
@@ -114,6 +114,7 @@ def work_of(app: App, pair: Pair) -> Work:
             runner = None if pair.reward is None else _runner(pair.reward, pair.a.config.device)
             compare_videos(pair.a, pair.b, paths, labels=pair.labels, on_step=step, rewards=runner, lend=lend)
             task.check()
+            hide_places(new.folder)
             new.poster  # noqa: B018 - made now, and not while somebody waits for the list
         return new.id
 
@@ -173,7 +174,7 @@ def made_of(entry: Entry) -> Made:
         settings = (dict(notes[0]["settings"]), dict(notes[1]["settings"]))
         made = Made(entry=entry, paths=paths, report=report, settings=settings)
         measured(made)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{hint}: its notes are none of postgen") from None
     return made
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from postgen.apps.api import add_endpoints
+from postgen.apps.guard import TEMPORARY, guarded
 from postgen.apps.jobs import Task
 from postgen.apps.looks import launch_looks
 from postgen.apps.making import shown_model
@@ -23,8 +24,6 @@ from postgen.apps.state import App
 from postgen.errors import UserError
 from postgen.generate import prepare
 
-TEMPORARY = "GRADIO_TEMP_DIR"
-"""Names, to Gradio, the folder of uploads."""
 _LOOK, _AGE = 1800, 6 * 3600
 """Seconds after which uploads are looked through, and after which one is removed."""
 
@@ -159,6 +158,7 @@ def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
             ssr_mode=False,
             mcp_server=False,
             pwa=False,
+            **guarded(settings, own_uploads=uploads is not None),
             **launch_looks(settings.theme),
         )
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from postgen.errors import UserError
 from postgen.files import replacing
 
 _NAME = re.compile(r"(\d{8}-\d{6})-([a-z]+)-([0-9a-f]{8})")
+_TIME = "%Y%m%d-%H%M%S"
 POSTER = "poster.png"
 """One picture of a result, for the gallery."""
 VIDEOS = (".mp4", ".webm", ".gif")
@@ -38,7 +40,7 @@ class Entry:
     @property
     def made(self) -> datetime:
         """When it was asked for."""
-        return datetime.strptime(self.id[:15], "%Y%m%d-%H%M%S")
+        return datetime.strptime(self.id[:15], _TIME)
 
     def file(self, name: str) -> Path:
         """Return one of its files.
@@ -66,11 +68,14 @@ class Entry:
         """A small picture of the middle of its video, which is made when it is first asked for.
 
         Raises:
-            UserError: it has no video any more, or one that cannot be read.
+            UserError: it has no video any more, or one that cannot be read, or the picture cannot be written.
         """
         path = self.folder / POSTER
         if not path.is_file():
-            _write_poster(self.video, path)
+            try:
+                _write_poster(self.video, path)
+            except OSError as error:
+                raise UserError(f"the picture of a result cannot be written: {error.strerror or error}") from error
         return path
 
 
@@ -104,7 +109,7 @@ class History:
 
         While the block runs the folder has another name: keep its `id`, and ask for the entry afterwards.
         """
-        id = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(4)}"
+        id = f"{datetime.now().strftime(_TIME)}-{kind}-{secrets.token_hex(4)}"
         assert _NAME.fullmatch(id)
         part = self.folder
         try:
@@ -112,9 +117,10 @@ class History:
                 part.mkdir()
                 yield Entry(id=id, folder=part, kind=kind)
         except OSError as error:
-            raise UserError(f"cannot keep the result: {error.strerror or error}") from error
-        except UserError as error:  # the page shows it to everybody: names of files, and not where they are
-            raise UserError(str(error).replace(f"{part}/", "").replace(f"{self.folder}/", "")) from error
+            raise UserError(f"the server cannot keep the result: {error.strerror or error}") from error
+        except UserError as error:  # it goes to a page, which need not know where the results are
+            text = str(error).replace(f"{part}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
+            raise UserError(text) from error
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the results, newest first; of one kind where it is named."""
@@ -125,9 +131,10 @@ class History:
     def find(self, id: Any) -> Entry | None:
         """Return a result by its id, of whatever type and content the page sent; None where there is none."""
         match = _NAME.fullmatch(id) if isinstance(id, str) else None
-        if match is None or not (self.folder / id).is_dir() or (self.folder / id).is_symlink():
+        if match is None or not _is_time(match[1]):
             return None
-        return Entry(id=id, folder=self.folder / id, kind=match[2])
+        folder = self.folder / match[0]
+        return Entry(id=id, folder=folder, kind=match[2]) if folder.is_dir() and not folder.is_symlink() else None
 
     def get(self, id: Any) -> Entry:
         """Return a result by its id.
@@ -147,6 +154,12 @@ class History:
             UserError: there is none.
         """
         shutil.rmtree(self.get(id).folder, ignore_errors=True)
+
+
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        return bool(datetime.strptime(text, _TIME))
+    return False
 
 
 def _files(folder: Path, *, folders: bool = False) -> list[Path]:

@@ -300,8 +300,8 @@ class Jobs:
                 return
             await asyncio.sleep(LOOK)
 
-    def close(self, patience: float = 10.0) -> None:
-        """Cancel everything and wait for it, at most `patience` seconds."""
+    def close(self, patience: float = 10.0) -> bool:
+        """Cancel everything and wait for it, at most `patience` seconds; return whether all of it has ended."""
         with self._lock:
             self._closed = True
             while self._queue:
@@ -312,6 +312,7 @@ class Jobs:
         end = time.monotonic() + patience
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self) -> None:
         while True:

@@ -83,12 +83,19 @@ def made_of(entry: Entry) -> LongMade:
     """
     note = read_json(entry.file(NOTE), "this long video cannot be read")
     places = places_in(entry.folder)
-    if not isinstance(note, dict) or not is_number(note.get("fps")) or not isinstance(note.get("schedule"), list):
+    if not isinstance(note, dict) or not _is_sound(note):
         raise UserError("this long video cannot be read: its note is none of postgen")
     entry.file(places.video.name)
     if not (places.state / HEAD).is_file():
         raise UserError("the state of this long video has been removed: reload the page")
     return LongMade(entry=entry, note=note, frames=probe(places.video).frames)
+
+
+def _is_sound(note: Mapping[str, Any]) -> bool:
+    fps, schedule = note.get("fps"), note.get("schedule")
+    if not is_number(fps) or not float(fps or 0) > 0 or not isinstance(schedule, list) or not schedule:
+        return False
+    return all(isinstance(row, list) and len(row) == 2 and is_number(row[0]) and row[0] >= 0 for row in schedule)
 
 
 def keep_point(video: LongVideo, folder: Path, frames: int) -> None:

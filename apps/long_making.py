@@ -13,7 +13,7 @@ from typing import Any
 from postgen.apps.history import POSTER, Entry
 from postgen.apps.jobs import CancelledError, Task, Work
 from postgen.apps.long_kept import KIND, VIDEO, Growing, keep_point, made_of, note_down
-from postgen.apps.making import LARGEST_SEED, shown_model
+from postgen.apps.making import LARGEST_SEED, check_prompts, shown_model
 from postgen.apps.state import App
 from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.generate import Job
@@ -48,7 +48,8 @@ def adapters(app: App) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name, folder in app.runs().items():
         for file in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]):
-            found[str(Path(name) / file.parent.relative_to(folder))] = file.parent
+            if app.of_runs(file):
+                found[str(Path(name) / file.parent.relative_to(folder))] = file.parent
     return found
 
 
@@ -99,6 +100,7 @@ def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tupl
         frame = max(1, round(at * rate))
         if frame in found:
             raise UserError(f"row {number} of the prompts: another one begins at {at:g} s: change one of the two")
+        check_prompts(text)
         found[frame] = text.strip()
     return tuple(sorted(found.items()))
 
@@ -285,9 +287,8 @@ def _second(value: Any) -> float:
 
 
 def _text(prompt: Any) -> str:
-    if not isinstance(prompt, str):
-        raise UserError("the prompt must be a text: say what the video shows")
-    return prompt
+    check_prompts(prompt)
+    return str(prompt)
 
 
 def _number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from postgen.apps.uploads import kept_picture, uploaded_picture
 from postgen.errors import UserError, is_whole, shown
 from postgen.families.loading import ModelFacts
 from postgen.families.lora import LARGEST, parse_lora
+from postgen.files import replacing
 from postgen.generate import Job, Watch, make_video, output_paths, prepare
 from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_json
-from postgen.request import GenerateConfig
+from postgen.request import GenerateConfig, name_of, without_places
 
 KIND = "generate"
 """Kind of these results in the history."""
@@ -30,6 +32,8 @@ VIDEO, SIDECAR = "video.mp4", "video.json"
 LARGEST_SEED = 2**53 - 1
 """Beyond it a browser's numbers are not exact."""
 _RANDOM = 2**31
+LONGEST = 2000
+"""Characters of a prompt: a tokenizer takes minutes for a million, and nothing cancels it."""
 _TITLE = 60
 """Characters of a prompt that name a job."""
 _ALSO = {"negative prompt": "negative_prompt", "LoRA": "lora", "first frame": "image", "picture": "image"}
@@ -74,8 +78,7 @@ def job_of(app: App, form: Form) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    if not isinstance(form.prompt, str):
-        raise UserError("the prompt must be a text: say what the video shows")
+    check_prompts(form.prompt, form.negative_prompt)
     fields: dict[str, Any] = {}
     for name, setting in _SETTINGS.items():
         value = getattr(form, name)
@@ -92,6 +95,19 @@ def job_of(app: App, form: Form) -> Job:
     job = prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
     _check_memory(job.config)
     return job
+
+
+def check_prompts(prompt: Any, negative: Any = None) -> None:
+    """Hold a prompt, and what is not to be in the video, to texts of at most `LONGEST` characters.
+
+    Raises:
+        UserError: the prompt is no text, or one of the two is too long.
+    """
+    if not isinstance(prompt, str):
+        raise UserError("the prompt must be a text: say what the video shows")
+    for name, text in (("the prompt", prompt), ("the negative prompt", negative)):
+        if isinstance(text, str) and len(text) > LONGEST:
+            raise UserError(f"{name} has {len(text):,} characters, and at most {LONGEST:,} are allowed: shorten it")
 
 
 def submitted(app: App, form: Form) -> Task:
@@ -111,7 +127,7 @@ def filled(app: App, form: Form, preset: str) -> Form:
         UserError: an unknown preset or model.
     """
     own = presets(app.facts(app.model(form.model)))
-    if preset not in own:
+    if not isinstance(preset, str) or preset not in own:
         raise UserError(f"unknown preset {shown(preset)}. Known: {', '.join(own)}")
     names = ("steps", "width", "height", "frames", "guidance")
     empty = [name for name in names if getattr(form, name) is None]
@@ -140,6 +156,7 @@ def work_of(app: App, job: Job) -> Work:
                 paths, kind = output_paths(new.folder / VIDEO)
                 clip = make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total), watch)
                 task.check()
+                hide_places(new.folder)
                 new.poster  # noqa: B018 - made now, and not while somebody waits for the gallery
             preview.learn(watch.latents, clip)
         return new.id
@@ -163,7 +180,25 @@ def note_of(path: Path) -> Mapping[str, Any]:
     note = read_json(path, "the settings of this result cannot be read")
     if not isinstance(note, dict) or not isinstance(note.get("settings"), dict):
         raise UserError("the settings of this result cannot be read: they are none of postgen")
+    if any(isinstance(one, int) and one.bit_length() > 63 for one in (*note.values(), *note["settings"].values())):
+        raise UserError("the settings of this result cannot be read: a number is too large")  # for any answer
     return note
+
+
+def hide_places(folder: Path) -> None:
+    """Take the places of files of this machine out of the sidecars and the report in a folder; their names stay.
+
+    Whoever uses the page can read them.
+    """
+    for path in folder.glob("*.json"):
+        note = read_json(path, "the settings of this result cannot be read")
+        if "settings" in note:
+            note["settings"] = without_places(note["settings"])
+        for side in ("a", "b"):  # of a comparison
+            if side in note:
+                note[side]["model"] = name_of(note[side]["model"])
+        with replacing(path) as part:
+            part.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
@@ -252,9 +287,10 @@ def _own_model(app: App, model: Any, missing: list[str]) -> str:
 
     if model is None:
         return EMBEDDED
-    for name in app.model_names:
-        if name == model or (name != EMBEDDED and _same_place(name, model)):
-            return name
+    named = [name for name in app.model_names if name == model]
+    named = named or [name for name in app.model_names if name != EMBEDDED and _same_place(name, model)]
+    if len(named) == 1:  # two folders of one name cannot be told apart
+        return named[0]
     if app.settings.any_model and isinstance(model, str):
         return model
     missing.append("its model")

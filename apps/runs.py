@@ -224,7 +224,7 @@ class Run:
         return []
 
     def _safe(self, path: Path) -> bool:
-        return _within(path, self._root)
+        return within(path, self._root)
 
 
 class Runs:
@@ -272,17 +272,17 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
     with suppress(OSError):
         inner = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_dir())
     for path in inner:
-        if count >= _MOST or path.name in _INSIDE or not _within(path, root):
+        if count >= _MOST or path.name in _INSIDE or not within(path, root):
             continue
-        if any(_within(path / name, root) and (path / name).is_file() for name in (METRICS, CONFIG)):
+        if any(within(path / name, root) and (path / name).is_file() for name in (METRICS, CONFIG)):
             count += 1
             yield path
         elif depth < _DEEPEST:
             yield from _walk(path, root, depth + 1)
 
 
-def _within(path: Path, root: Path) -> bool:
-    """Whether a path leads, through all links, into the folder of the runs."""
+def within(path: Path, root: Path) -> bool:
+    """Whether a path leads, through all links, into a folder, whose own place has none."""
     with suppress(OSError, RuntimeError):
         return path.resolve().is_relative_to(root)
     return False

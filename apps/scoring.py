@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from postgen.apps.jobs import CancelledError, Task
+from postgen.apps.making import check_prompts
 from postgen.apps.state import App
 from postgen.errors import UserError, check_text, shown
 from postgen.rewards.about import ABOUT
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from postgen.rewards import Reward
     from postgen.video import Footage
 
-LONGEST = 2000
-"""Characters of a prompt."""
 FIRST = ("world", "motion_floor", "brightness_band", "sharpness_band", "flow_smoothness", "world_judge")
 """Rewards that are chosen at first, as far as they are here."""
 _IN_MEMORY = 2**26
@@ -107,12 +106,9 @@ def checked_prompt(prompt: Any, rewards: Sequence[Reward]) -> str | None:
     Raises:
         UserError: it is no text, too long, or all of the rewards need one and there is none.
     """
-    if prompt is not None and not isinstance(prompt, str):
-        raise UserError("the prompt must be a text: say what the video should show")
-    text = (prompt or "").strip()
+    check_prompts(text := "" if prompt is None else prompt)
+    text = text.strip()
     check_text("the prompt", text)
-    if len(text) > LONGEST:
-        raise UserError(f"the prompt has {len(text):,} characters, and at most {LONGEST:,} are allowed: shorten it")
     if not text and all(reward.needs_prompts for reward in rewards):
         raise UserError("these rewards need a prompt: say what the video should show")
     return text or None

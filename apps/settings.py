@@ -14,6 +14,8 @@ LOCAL = "127.0.0.1"
 """Where the app listens where nothing else is said: this machine alone can reach it."""
 OUTPUTS = "postgen-videos"
 """Folder for what is made, in the folder where the app is started."""
+RESULTS = "results"
+"""Folder of what was made, inside the folder of outputs: the page can read everything in it."""
 THEMES = ("system", "light", "dark")
 """Colours of the page: what the browser's system says, or always one of the two."""
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from postgen.apps.history import History
 from postgen.apps.jobs import Jobs
-from postgen.apps.settings import AppSettings
+from postgen.apps.runs import within
+from postgen.apps.settings import RESULTS, AppSettings
 from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families.loading import ModelFacts, inspect_model
 from postgen.generate import Job, load
+from postgen.interrupts import give_up_threads
 from postgen.request import GenerateConfig
 
 EMBEDDED = "embedded model"
 """What the page calls the model that comes along."""
-RESULTS = "results"
-"""Folder of what was made, inside the folder of outputs: the page can read everything in it."""
 PICTURES = "pictures"
 """Folder of the first frames that were uploaded, beside it: results name them, the page reads none of them."""
 _WEIGHTS = "*.safetensors"
@@ -140,24 +140,33 @@ class App:
         own = {name: getattr(self.settings, name) for name in ("dtype", "device", "offload")}
         return GenerateConfig(prompt=prompt, model=model, **own, **fields)
 
-    def runs(self) -> dict[str, Path]:
-        """Return the folders of training runs by the name that the page shows."""
+    @property
+    def runs_root(self) -> Path | None:
+        """Folder of the training runs, without links on the way; None for none."""
         root = self.settings.runs
-        if root is None:
-            return {}
-        return {path.name: path for path in sorted(root.iterdir()) if path.name[0] != "." and self._inside(path)}
+        return None if root is None else Path(root).expanduser().resolve()
 
-    def _inside(self, path: Path) -> bool:
-        """Whether a folder is below that of the runs, links followed."""
-        root = self.settings.runs
-        return root is not None and path.is_dir() and path.resolve().is_relative_to(root.resolve())
+    def of_runs(self, path: Path) -> bool:
+        """Whether a path leads, through all links, into the folder of the training runs."""
+        return (root := self.runs_root) is not None and within(path, root)
+
+    def runs(self) -> dict[str, Path]:
+        """Return the folders of training runs by the name that the page shows; links that lead out are no runs."""
+        found: list[Path] = []
+        if (root := self.runs_root) is not None:
+            with suppress(OSError):  # removed meanwhile
+                found = sorted(root.iterdir())
+        return {path.name: path for path in found if path.name[0] != "." and path.is_dir() and self.of_runs(path)}
 
     def loras(self) -> dict[str, str]:
         """Return the LoRAs that the page offers, by the name that it shows: those of the settings, and of the runs."""
-        found = {Path(text).name: text for text in self.settings.loras}
+        found: dict[str, str] = {}
+        for text in self.settings.loras:
+            place = Path(text)
+            found[place.name if place.name not in found else f"{place.parent.name}/{place.name}"] = text
         for name, folder in self.runs().items():
             for file in sorted(folder.glob(f"*/{_WEIGHTS}")) + sorted(folder.glob(_WEIGHTS)):
-                if "lora" in file.name.lower() and self._inside(file.parent):
+                if "lora" in file.name.lower() and self.of_runs(file):
                     found[f"{name}/{file.parent.name}" if file.parent != folder else name] = str(file.parent)
         return found
 
@@ -175,8 +184,9 @@ class App:
         return found
 
     def close(self) -> None:
-        """End the jobs and free the models."""
-        self.jobs.close()
+        """End the jobs and free the models. A job that does not end soon is given up."""
+        if not self.jobs.close():
+            give_up_threads()
         self.models.clear()
 
     def _facts(self, model: str | None) -> ModelFacts:

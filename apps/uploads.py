@@ -76,19 +76,19 @@ def uploaded_picture(path: Any, settings: AppSettings, what: str = "picture") ->
     Raises:
         UserError: no file, too large, too many pixels, no picture.
     """
-    from postgen.video import VideoError, read_picture
+    from postgen.video import VideoError, check_picture, read_picture
 
     file = uploaded(path, settings, what)
+    most = settings.upload_pixels // 16
     try:
-        picture = read_picture(file)
+        width, height = check_picture(file)  # before it is decoded: a small file may hold a large picture
+        if width * height > most:
+            raise UserError(
+                f"the {what} has {width} x {height} pixels, and at most {most:,} are allowed: make it smaller"
+            )
+        return read_picture(file)
     except VideoError as error:
         raise UserError(f"the {what} cannot be read: {_without_place(error, file)}") from error
-    if picture.width * picture.height > (most := settings.upload_pixels // 16):
-        raise UserError(
-            f"the {what} has {picture.width} x {picture.height} pixels, and at most {most:,} are allowed:"
-            " make it smaller"
-        )
-    return picture
 
 
 def kept_picture(picture: Any, folder: Path) -> Path:
@@ -106,7 +106,7 @@ def kept_picture(picture: Any, folder: Path) -> Path:
             with replacing(path) as part:
                 picture.save(part, "PNG")
         except OSError as error:
-            raise UserError(f"cannot keep the picture in {folder}: {error.strerror or error}") from error
+            raise UserError(f"the server cannot keep the picture: {error.strerror or error}") from error
     return path
 
 

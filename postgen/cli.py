@@ -24,7 +24,7 @@ from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
 from postgen.files import discard_unfinished
-from postgen.interrupts import Stop, leave_within, stoppable, terminate_children
+from postgen.interrupts import Stop, leave_given_up, leave_within, stoppable, terminate_children
 
 MAKE, JUDGE, TRAIN, CONVERT, SERVE, ABOUT = "Make", "Judge", "Train", "Convert", "Serve", "About"
 """Groups of commands in `postgen --help`."""
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Nothing is left to clean up: Ctrl-C while Python ends is no traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if arguments is None and stop.number:
+        leave_given_up(code)
         leave_within(_PATIENCE, code)
     raise SystemExit(code)
 

@@ -50,6 +50,7 @@ class Stop:
 
 
 _stop: Stop | None = None
+_given_up = False
 _held = 0
 _waiting: list[int] = []
 """Signals that came inside `held`."""
@@ -147,6 +148,20 @@ def terminate_children() -> None:
 
         for child in active_children():
             child.terminate()
+
+
+def give_up_threads() -> None:
+    """Say that threads work on which nothing ends: Python would take away what they use, and abort as it ends."""
+    global _given_up
+    _given_up = True
+
+
+def leave_given_up(code: int) -> None:
+    """End the process at once with an exit code if threads were given up; otherwise nothing happens."""
+    if _given_up:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def leave_within(seconds: float, code: int) -> None:

@@ -112,16 +112,23 @@ def carried(note: Mapping[str, Any]) -> str:
 
     Videos are passed on: of files of this machine their names are there, not where they are.
     """
-    settings = dict(note["settings"])
-    for name in {"model", "image"} & settings.keys():
-        settings[name] = _name_of(settings[name])
-    loras = map(parse_lora, settings.get("lora", ()))
-    settings["lora"] = [str(dataclasses.replace(lora, path=_name_of(lora.path) or lora.path)) for lora in loras]
+    settings = without_places(note["settings"])
     kept = ("plug_ins", "format", "pipeline", "versions")
     return json.dumps({"settings": settings, **{name: note[name] for name in kept}}, ensure_ascii=False)
 
 
-def _name_of(name: str | None) -> str | None:
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a sidecar with the names of files of this machine in place of where they are."""
+    found = dict(settings)
+    for name in {"model", "image"} & found.keys():
+        found[name] = name_of(found[name])
+    loras = map(parse_lora, found.get("lora", ()))
+    found["lora"] = [str(dataclasses.replace(lora, path=name_of(lora.path) or lora.path)) for lora in loras]
+    return found
+
+
+def name_of(name: str | None) -> str | None:
+    """Return the name of a file or folder of an absolute place; anything else, as an id of the hub, stays."""
     return name if name is None or not Path(name).is_absolute() else Path(name).name
 
 

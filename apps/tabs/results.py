@@ -14,7 +14,7 @@ from postgen.apps.history import Entry
 from postgen.apps.state import App
 from postgen.apps.status import duration
 from postgen.apps.uploads import uploaded_settings
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number
 
 PAGE = 24
 """Results that the gallery shows at first, and how many more each time."""
@@ -152,15 +152,16 @@ class Results:
 
 def about(note: Mapping[str, Any]) -> str:
     """Return HTML that says how a video was made, from its sidecar."""
-    settings = note["settings"]
+    settings, seconds = note["settings"], note.get("seconds")
     facts = [
         ("Seed", note.get("seed")),
         ("Size", f"{note.get('width')} x {note.get('height')}, {note.get('frames')} frames"),
         ("Steps", settings.get("num_inference_steps")),
-        ("Guidance", f"{scale:g}" if isinstance(scale := settings.get("guidance_scale"), int | float) else None),
+        ("Guidance", f"{scale:g}" if is_number(scale := settings.get("guidance_scale")) else None),
         ("Stopped", f"after step {stopped}" if (stopped := note.get("stopped_after")) is not None else None),
-        ("Took", duration(note["seconds"]) if isinstance(note.get("seconds"), int | float) else None),
+        ("Took", duration(float(seconds)) if seconds is not None and is_number(seconds) else None),
     ]
-    facts += [(row, settings.get(row)) for row in (note.get("plug_ins") or {})]
+    plug_ins = note.get("plug_ins")
+    facts += [(row, settings.get(row)) for row in (plug_ins if isinstance(plug_ins, Mapping) else ())]
     spans = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
     return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{spans}</p>'

@@ -71,7 +71,7 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
                 info="What the clip should show. Filled in from a clip of postgen, or the JSON beside it.",
                 lines=2,
                 max_lines=6,
-                max_length=scoring.LONGEST,
+                max_length=making.LONGEST,
                 elem_id="score-prompt",
             )
             note = gr.UploadButton("Prompt from a JSON", file_types=[".json"], size="sm", elem_id="score-note")
@@ -169,7 +169,10 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(begin, inputs, page.told, **private)
     page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
-    # An endpoint that takes an upload needs components, which hold what is sent to the folder of uploads.
+    # An endpoint that takes an upload needs components, which hold what is sent to the folder of uploads. The list of
+    # results is that of the start there: a client names a result as a text.
+    by_id = gr.Textbox(visible=False)
+    inputs = [page.clip, by_id, page.prompt, page.rewards]
     gr.Button(visible=False).click(called, inputs, page.data, api_name="score", show_progress="hidden")
 
 

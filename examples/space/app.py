@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from postgen.apps.demo import build
+from postgen.apps.guard import guarded
 from postgen.apps.looks import launch_looks
 from postgen.apps.settings import AppSettings
 
@@ -17,5 +18,6 @@ if __name__ == "__main__":
         show_error=True,
         ssr_mode=False,
         max_file_size=settings.upload_bytes,
+        **guarded(settings),
         **launch_looks(settings.theme),
     )

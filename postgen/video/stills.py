@@ -34,15 +34,15 @@ def read_picture(path: str | Path) -> Image.Image:
         return rgb_picture(picture)
 
 
-def check_picture(path: str | Path) -> None:
-    """Look whether a file begins as a picture; what its middle holds is not read.
+def check_picture(path: str | Path) -> tuple[int, int]:
+    """Look whether a file begins as a picture, and return its width and height; what its middle holds is not read.
 
     Raises:
         VideoError: no such file, no picture, or more than 89 million pixels.
     """
     file = Path(path).expanduser()
-    with _told(file), Image.open(file):
-        pass
+    with _told(file), Image.open(file) as picture:
+        return picture.size
 
 
 @contextmanager

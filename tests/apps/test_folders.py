@@ -183,3 +183,63 @@ def test_settings_come_from_a_sidecar_and_from_a_video(tmp_path, limits):
         (tmp_path / f"{number}.json").write_text(text)
         with pytest.raises(UserError):
             uploaded_settings(str(tmp_path / f"{number}.json"), limits)
+
+
+@pytest.mark.parametrize("id", ["99999999-999999-generate-0123abcd", "20261399-000000-generate-0123abcd"])
+def test_a_folder_whose_name_is_no_time_is_no_result(tmp_path, id):
+    history = History(tmp_path)
+    (tmp_path / id).mkdir()
+    assert (history.find(id), history.entries()) == (None, [])
+
+
+def test_what_goes_wrong_with_a_result_names_no_place(tmp_path):
+    history = History(tmp_path)
+    with pytest.raises(UserError) as told, history.adding("generate") as new:
+        raise UserError(f"cannot write {new.folder / 'video.mp4'}: No space left on device")
+    assert str(told.value) == "cannot write video.mp4: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_poster_that_cannot_be_written_is_one_line(tmp_path):
+    history = History(tmp_path)
+    with history.adding("generate") as new:
+        write_video(new.folder / "video.mp4", torch.rand(3, 3, 16, 16), fps=8)
+        id = new.id
+    (tmp_path / id / "poster.png").mkdir()
+    with pytest.raises(UserError, match="the picture of a result cannot be written"):
+        _ = history.get(id).poster
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path):
+    file = tmp_path / "large.png"
+    Image.new("RGB", (300, 300)).save(file)
+    file.write_bytes(file.read_bytes()[:100])  # to be decoded it would have to be whole
+    with pytest.raises(UserError, match="300 x 300 pixels, and at most 64"):
+        uploaded_picture(str(file), AppSettings(outputs=tmp_path, upload_pixels=1024))
+
+
+def test_links_that_lead_out_of_the_runs_are_none_of_them(tmp_path):
+    from postgen.apps.long_making import adapters
+    from postgen.apps.state import App
+
+    outside, runs = tmp_path / "outside", tmp_path / "runs"
+    for folder in (outside / "lora-1", runs / "own" / "lora-1", runs / "mixed"):
+        folder.mkdir(parents=True)
+        (folder / "lora.safetensors").write_bytes(b"")
+        (folder / "worldweaver.json").write_text("{}")
+    (runs / "linked").symlink_to(outside)
+    (runs / "mixed" / "lora-2").symlink_to(outside / "lora-1")
+    app = App(AppSettings(runs=runs, outputs=tmp_path / "outputs"))
+    assert list(app.loras()) == ["mixed", "own/lora-1"]
+    assert list(adapters(app)) == ["mixed", "own/lora-1"]
+    runs.rename(tmp_path / "away")
+    assert (app.runs(), app.loras(), adapters(app)) == ({}, {}, {})
+    app.close()
+
+
+def test_two_loras_of_one_name_are_both_offered(tmp_path):
+    from postgen.apps.state import App
+
+    app = App(AppSettings(loras=("a/lora.safetensors", "b/lora.safetensors"), outputs=tmp_path))
+    assert app.loras() == {"lora.safetensors": "a/lora.safetensors", "b/lora.safetensors": "b/lora.safetensors"}
+    app.close()

@@ -1,6 +1,8 @@
 """Jobs run one after another; each ends by itself, and none takes another one with it."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -168,3 +170,21 @@ def test_closing_ends_what_runs_and_what_waits():
     assert [jobs.progress(task).state for task in (one, two)] == ["cancelled", "cancelled"]
     with pytest.raises(UserError, match="closed"):
         jobs.submit("three", lambda task: 0)
+
+
+def test_closing_says_whether_all_has_ended():
+    ended, stubborn = Jobs(), Jobs()
+    assert ended.close(patience=5) is True
+    go, begun = threading.Event(), threading.Event()
+    stubborn.submit("never looks", lambda task: (begun.set(), go.wait(20)))
+    assert begun.wait(5)
+    assert stubborn.close(patience=0.1) is False
+    go.set()
+
+
+def test_a_process_whose_threads_were_given_up_ends_at_once_with_its_code():
+    words = "from postgen.interrupts import *; import atexit; atexit.register(print, 'torn down');"
+    for given_up, said in ((True, ""), (False, "torn down\n")):
+        end = f"{'give_up_threads();' if given_up else ''} leave_given_up(143); raise SystemExit(143)"
+        done = subprocess.run([sys.executable, "-c", words + end], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (143, said)

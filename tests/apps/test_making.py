@@ -179,3 +179,44 @@ def test_the_made_video_is_in_the_history_with_all_its_files(app):
     ]
     assert Path(entry.video).stat().st_size > 0
     assert making.note_of(entry.file("video.json"))["seed"] == 3
+
+
+def test_results_hold_names_and_no_places(app, tmp_path):
+    job = job_of(app, form(app, lora=next(iter(app.loras()))))
+    places = json.dumps({"settings": portable(job.config), "a": {"model": "/models/wan"}, "b": {"model": "embedded"}})
+    (tmp_path / "video.json").write_text(places)
+    making.hide_places(tmp_path)
+    note = json.loads((tmp_path / "video.json").read_text())
+    assert (note["a"], note["b"]) == ({"model": "wan"}, {"model": "embedded"})
+    assert str(Path(app.settings.model).parent) in places
+    assert str(Path(app.settings.model).parent) not in json.dumps(note)
+    again, missing = form_of(app, note["settings"])
+    assert (again.model, again.lora, missing) == (app.model_names[0], next(iter(app.loras())), [])
+
+
+def test_of_two_models_of_one_name_none_is_taken_for_the_other(tiny_wan, tmp_path):
+    other = tmp_path / "other" / tiny_wan.name
+    other.mkdir(parents=True)
+    two = App(AppSettings(model=str(tiny_wan), models=(str(other),), outputs=tmp_path / "outputs"))
+    settings = {"prompt": "a ball", "seed": 1, "model": tiny_wan.name}
+    assert form_of(two, settings)[1] == ["its model"]
+    assert form_of(two, {**settings, "model": str(other)})[0].model == str(other)
+    two.close()
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_prompt_that_no_tokenizer_reads_in_time_is_refused(app, name):
+    with pytest.raises(UserError, match="2,001 characters, and at most 2,000"):
+        job_of(app, form(app, **{name: "x" * 2001}))
+
+
+def test_a_number_that_no_answer_holds_is_damage(tmp_path):
+    for note in ({"settings": {"seed": 10**30}}, {"settings": {}, "seed": 10**30}):
+        (tmp_path / "video.json").write_text(json.dumps(note))
+        with pytest.raises(UserError, match="a number is too large"):
+            making.note_of(tmp_path / "video.json")
+
+
+def test_a_preset_that_is_no_text(app):
+    with pytest.raises(UserError, match="unknown preset"):
+        making.filled(app, form(app), ["draft"])

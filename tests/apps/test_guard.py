@@ -1,0 +1,138 @@
+"""What of Gradio's HTTP interface is closed, asked of a real server."""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from postgen.apps import demo
+from postgen.apps.guard import uploads_folder
+from postgen.apps.settings import AppSettings
+
+pytest.importorskip("gradio")
+import httpx
+
+MOST = 20_000
+RESULT = "20260101-000000-generate-0123abcd"
+FILE = {"meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_wan, tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("outputs")
+    made = demo.launch(AppSettings(model=str(tiny_wan), outputs=outputs, port=0, upload_bytes=MOST), warm=False)
+    (made.app.history.folder / RESULT).mkdir()
+    (made.app.history.folder / RESULT / "video.mp4").write_bytes(b"a result")
+    (outputs / "private.txt").write_text("private")
+    (made.app.history.folder / RESULT / "link.mp4").symlink_to(outputs / "private.txt")
+    (made.app.history.folder / RESULT / "folder").symlink_to(outputs)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def web(served):
+    with httpx.Client(base_url=served.url, trust_env=False, timeout=30) as client:
+        yield client
+
+
+def test_results_and_uploads_are_given_and_nothing_that_links_lead_to(web, served):
+    folder = served.app.history.folder / RESULT
+    assert web.get(f"/gradio_api/file={folder}/video.mp4").content == b"a result"
+    sent = web.post("/gradio_api/upload", files=[("files", ("a.mp4", b"an upload"))]).json()[0]
+    assert web.get(f"/gradio_api/file={sent}").content == b"an upload"
+    (folder / "long.state").mkdir()
+    (folder / "long.state" / "state.json").write_text("private")
+    paths = ["link.mp4", "folder/private.txt", "../../private.txt", "%2e%2e/%2e%2e/private.txt", "a%00b", "a" * 5000]
+    for path in (*paths, "long.state/state.json"):
+        for route in ("file=", "file/"):
+            answer = web.get(f"/gradio_api/{route}{folder}/{path}")
+            assert (answer.status_code, b"private" in answer.content) == (403, False), path
+
+
+def test_no_address_is_fetched_for_anybody(web):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.3)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.mp4"
+        for route in ("file=", "file/", "proxy="):
+            assert web.get(f"/gradio_api/{route}{url}").status_code in (403, 404)
+        # An address that Gradio itself would ask, as it is a public one.
+        for path in (url, "http://192.0.2.1/a.mp4", "https://192.0.2.1/a.mp4"):
+            assert web.get(f"/gradio_api/file={path}").status_code == 403
+            called = web.post("/gradio_api/call/score", json={"data": [{"path": path, **FILE}, "", "", ["motion"]]})
+            assert called.status_code == 403
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", "../x", "", "\0", "data:video/mp4;base64,AA=="])
+def test_a_call_opens_uploads_alone_and_says_nothing_of_places(web, path):
+    for value in ({"path": path, **FILE}, {"video": {"path": path, **FILE}}, [{"path": path}]):
+        for route in ("call/score", "run/score", "api/score", "queue/join", "call/v2/score"):
+            answer = web.post(f"/gradio_api/{route}", json={"data": [value, "", "", ["motion"]], "session_hash": "a"})
+            assert answer.status_code == 403
+            assert os.getcwd() not in answer.text
+    deep = "[" * 100_000
+    assert web.post("/gradio_api/call/score", content=deep).status_code in (400, 422)
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["proxy=http://a.b/c", "deep_link?session_hash=a", "runs", "run-history/records", "custom_component/a/b/c/d"],
+)
+def test_routes_that_the_page_does_not_need_are_closed(web, route):
+    assert web.get(f"/gradio_api/{route}").status_code == 404
+
+
+def test_a_recording_is_not_taken(web):
+    assert web.post("/gradio_api/process_recording", files=[("file", ("a.mp4", b"a"))]).status_code == 404
+    assert web.post("/gradio_api/component_server", json={}).status_code == 404
+
+
+def kept():
+    return sum(file.stat().st_size for file in uploads_folder().rglob("*") if file.is_file())
+
+
+def test_of_an_upload_that_is_refused_nothing_is_kept(web, served):
+    shutil.rmtree(uploads_folder(), ignore_errors=True)
+    too_large = {"files": ("a.mp4", b"0" * (MOST + 1))}
+    answer = web.post("/gradio_api/upload", files=too_large)
+    assert (answer.status_code, kept()) == (413, 0)
+    # Many small ones in one request, and a name that is none.
+    many = [("files", (f"{n}.mp4", bytes([n]) * (MOST // 2))) for n in range(12)]
+    answer = web.post("/gradio_api/upload", files=many)
+    assert (answer.status_code, kept()) == (413, 0)
+    assert "make it smaller" in answer.text
+    assert web.post("/gradio_api/upload", files={"files": ("..", b"0")}).status_code == 400
+    assert kept() == 0
+    assert web.post("/gradio_api/upload", content=(part for part in (b"0", b"1"))).status_code == 411
+    assert web.post("/gradio_api/call/score", content=b" " * (2**22 + 1)).status_code == 413
+
+
+def test_of_an_upload_that_breaks_off_nothing_is_kept(web, served):
+    shutil.rmtree(uploads_folder(), ignore_errors=True)
+    host = httpx.URL(served.url)
+    head = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host.host}:{host.port}\r\nContent-Length: {MOST}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+    )
+    with socket.create_connection((host.host, host.port)) as breaking:
+        breaking.sendall(head.encode() + b"0" * 9000)
+        wait(lambda: kept() > 0)
+    wait(lambda: kept() == 0)
+
+
+def wait(done):
+    import time
+
+    limit = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_the_folder_of_uploads_is_that_of_the_server(served):
+    assert Path(os.environ["GRADIO_TEMP_DIR"]) == uploads_folder()
