@@ -35,6 +35,8 @@ _BODY = 2**22
 """Bytes of a request that is no upload."""
 _FORM = 2**16
 """Bytes of an upload that are none of its file."""
+_DISCARDED = 2**26
+"""Bytes that are read of a request that is refused."""
 _NOT_GIVEN = "this server gives out results and uploads, and opens uploads: nothing else of this machine or a network"
 
 
@@ -67,6 +69,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (refused := self._refused(scope, route)) is not None:
+            await _discarded(receive)
             await _answer(send, *refused)
         elif scope["method"] == "POST" and route.startswith(_CALLS):
             await self._call(scope, receive, send)
@@ -177,6 +180,16 @@ def _paths_in(value: Any) -> list[str]:
         elif isinstance(one, list):
             left += one
     return found
+
+
+async def _discarded(receive: Receive) -> None:
+    """Read what a refused request still sends, up to a limit: who sends into a closed connection gets no answer."""
+    left = _DISCARDED
+    while left > 0:
+        message = await receive()
+        left -= max(1, len(message.get("body", b"")))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

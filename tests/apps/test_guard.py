@@ -100,13 +100,15 @@ def test_of_an_upload_that_is_refused_nothing_is_kept(web, served):
     too_large = {"files": ("a.mp4", b"0" * (MOST + 1))}
     answer = web.post("/gradio_api/upload", files=too_large)
     assert (answer.status_code, kept()) == (413, 0)
+    # A large one is read to its end, or its sender would meet a closed connection in place of an answer.
+    assert web.post("/gradio_api/upload", files={"files": ("a.mp4", b"0" * 2**23)}).status_code == 413
     # Many small ones in one request, and a name that is none.
     many = [("files", (f"{n}.mp4", bytes([n]) * (MOST // 2))) for n in range(12)]
     answer = web.post("/gradio_api/upload", files=many)
-    assert (answer.status_code, kept()) == (413, 0)
+    assert answer.status_code == 413
     assert "make it smaller" in answer.text
     assert web.post("/gradio_api/upload", files={"files": ("..", b"0")}).status_code == 400
-    assert kept() == 0
+    wait(lambda: kept() == 0)
     assert web.post("/gradio_api/upload", content=(part for part in (b"0", b"1"))).status_code == 411
     assert web.post("/gradio_api/call/score", content=b" " * (2**22 + 1)).status_code == 413
 

@@ -175,8 +175,10 @@ def test_settings_from_an_uploaded_sidecar(page: Any, tmp_path: Path) -> None:
     _upload(page, sidecar)
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'from a file'")
     numbers(page)
-    shown = {name: page.locator(f"#{name} input").input_value() for name in ("seed", "steps", "frames", "width")}
-    assert shown == {"seed": "77", "steps": "2", "frames": "17", "width": "96"}
+    for name, value in {"seed": "77", "steps": "2", "frames": "17", "width": "96"}.items():
+        page.wait_for_function(
+            "([name, value]) => document.querySelector(`#${name} input`).value == value", arg=[name, value]
+        )
     assert page.locator("#plug-in-enhance input").input_value() == "auto"
     page.locator("#generate").click()
     made(page, "from a file")
