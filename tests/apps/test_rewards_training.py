@@ -1,6 +1,7 @@
 """The Rewards and Training tabs of a server, as programs and pages use them."""
 
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -63,16 +64,21 @@ def test_a_clip_is_scored_by_a_program(client, folder):
 
 def test_no_file_of_the_server_is_scored(client, folder):
     """As a client that is none of Gradio's sends it: a path that nobody has uploaded."""
-    for clip, made in (({"path": str(folder / "clip.mp4"), "meta": {"_type": "gradio.FileData"}}, ""), (None, "../x")):
+    place = f"{client.src}gradio_api/call/score"
+
+    def asked(clip, made):
         body = json.dumps({"data": [clip, made, PROMPT, ["world"]]}).encode()
-        place = f"{client.src}gradio_api/call/score"
-        asked = urllib.request.Request(place, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=20) as answer:
-            event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{place}/{event}", timeout=20) as answer:
-            told = answer.read().decode()
-        assert "event: error" in told
-        assert "scores" not in told
+        return urllib.request.Request(place, body, {"Content-Type": "application/json"})
+
+    named = {"path": str(folder / "clip.mp4"), "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(asked(named, ""), timeout=20)
+    with urllib.request.urlopen(asked(None, "../x"), timeout=20) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{place}/{event}", timeout=20) as answer:
+        told = answer.read().decode()
+    assert "event: error" in told
+    assert "scores" not in told
 
 
 def test_a_run_is_told_by_its_name_alone(client):

@@ -171,6 +171,8 @@ def test_settings_from_an_uploaded_sidecar(page: Any, tmp_path: Path) -> None:
     sidecar = tmp_path / "video.json"
     sidecar.write_text(json.dumps(note))
     page.reload()
+    # The form of the last visit comes back first, and would take the place of what was uploaded before.
+    page.wait_for_function("document.querySelector('#prompt textarea')?.value == 'to be taken'")
     says(page, "Ready.")
     _upload(page, sidecar)
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'from a file'")
