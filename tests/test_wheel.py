@@ -140,7 +140,5 @@ def test_train_as_a_pip_user(installed: Path, tmp_path: Path) -> None:
 
 
 def test_demo_as_a_pip_user(installed: Path, tmp_path: Path) -> None:
-    if not (ROOT / "postgen" / "commands" / "demo.py").is_file():
-        pytest.skip("this version has no postgen demo")
     pytest.importorskip("gradio")
     assert "--port" in run(installed, "demo", "--help", folder=tmp_path)

@@ -30,8 +30,6 @@ def test_the_header_names_what_is_tested() -> None:
 @pytest.mark.slow
 def test_the_space_serves_its_page(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    if not (ROOT / "apps" / "demo.py").is_file():
-        pytest.skip("this version has no app")
     with serving([SPACE / "app.py"], tmp_path) as space:
         page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(space.url, timeout=30).read().decode()
         assert re.search(r"\"title\": *\"postgen\"", page)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.apps.served import ROOT, Served, missing, serving
+from tests.apps.served import Served, missing, serving
 
 SIZES = {"1280": (1280, 900), "390": (390, 844)}
 """Names of screenshots -> width and height of the window."""
@@ -47,8 +47,6 @@ def start(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     """Start another server: `with start("--any-model") as server:` with options of the app."""
 
     def app(*options: str | Path) -> AbstractContextManager[Served]:
-        if not (ROOT / "apps" / "demo.py").is_file():
-            pytest.skip("this version has no app")
         folder = tmp_path_factory.mktemp("app")
         words = ["-m", "postgen.apps.demo", "--port", "0", "--outputs", folder / "outputs", *options]
         return serving(words, folder)
