@@ -12,10 +12,10 @@ query and output 4 N d d, its key and value 4 * 512 d d, feed-forward 4 N d f.
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
 from benchmarks.gates import gate, write_result
+from benchmarks.resident import peak_resident_mib
 from postgen.families.cost import Cost, forward_cost
 
 Size = tuple[int, int, int]
@@ -160,12 +160,12 @@ def wan() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, An
 
 def main() -> None:
     """Count everything, write the result, print the tables."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_mib()
     rows, limits, gates = wan()
     for name, (config, size) in MODELS.items():
         frames, height, width = size
         rows.append(numbers(name, size, forward_cost(config, num_frames=frames, height=height, width=width)))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    grown = (peak_resident_mib() - before) / 1024
     gates.append(gate("memory that counting takes, GiB", grown, "<=", 1.0))
     write_result("cost", {"models": rows, "ceilings": limits, "gates": gates})
     print_tables(rows, limits)

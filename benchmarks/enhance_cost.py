@@ -7,7 +7,6 @@ or 720p. Weights and inputs are random: costs do not depend on them.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import postgen
+from benchmarks.resident import peak_resident_mib
 from postgen.kernels.temporal_cfi.ops import temporal_self_share
 
 FRAMES, PLACES, HEADS, CHANNELS = 21, 1560, 40, 128
@@ -41,9 +41,9 @@ def _resident_growth_mib() -> float:
     small = torch.randn(1, FRAMES, 4, HEADS, CHANNELS, dtype=torch.bfloat16)
     temporal_self_share(small, small)  # what libraries take once
     query, key = _queries_and_keys("cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_mib()
     temporal_self_share(query, key)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_resident_mib() - before
 
 
 def _queries_and_keys(device: str) -> tuple[torch.Tensor, torch.Tensor]:

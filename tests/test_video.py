@@ -174,14 +174,15 @@ def children():
 def test_long_video_streams_through_little_memory(tmp_path):
     # 300 frames of 256x256 would be 236 MB as one clip; reader and writer together may hold a small part of it.
     script = f"""
-import resource, torch
+import torch
+from benchmarks.resident import peak_resident_mib
 from postgen.video import iter_video, write_video
 frame = torch.rand(3, 256, 256)
 torch.rand(64, 3, 256, 256)
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = peak_resident_mib()
 write_video({str(tmp_path / "a.mp4")!r}, (frame.roll(i, 2) for i in range(300)), fps=30, quality=0)
 count = sum(len(clip) for clip in iter_video({str(tmp_path / "a.mp4")!r}))
-print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+print(count, peak_resident_mib() - start)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     count, grown = done.stdout.split()

@@ -136,7 +136,8 @@ def test_denoiser_encodes_what_it_decodes(built):
     torch.testing.assert_close(denoiser.denormalise(latents), raw, rtol=1e-5, atol=1e-5)
     decoded = pipe.vae.decode(raw).sample
     direct = (decoded[:, None] if pictures else decoded.transpose(1, 2)) / 2 + 0.5
-    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-5)
+    # Off by the rounding of normalise and denormalise, as a decoder enlarges it: it depends on the processor.
+    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-4)
     drawn = [denoiser.encode_video(clips, sample=True, generator=noise_source()) for _ in range(2)]
     assert torch.equal(*drawn)
     assert not torch.equal(drawn[0], latents)
@@ -230,7 +231,8 @@ def test_denoiser_of_cogvideox_15_encodes_what_it_decodes(padded):
     assert torch.equal(latents[:, 0], latents[:, 1])
     raw = pipe.vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode()
     direct = pipe.vae.decode(raw).sample.transpose(1, 2) / 2 + 0.5
-    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-5)
+    # Off by the rounding of normalise and denormalise, as a decoder enlarges it: it depends on the processor.
+    torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-4)
 
 
 def test_denoiser_of_cogvideox_makes_as_many_frames_as_were_asked_for(padded):

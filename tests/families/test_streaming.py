@@ -94,7 +94,8 @@ def test_exact_in_float32(name: str) -> None:
     assert torch.equal(in_pieces(StreamingDecoder(vae, num_latents=7), latents, 7), whole)
     for piece in (1, 3):
         decoder = StreamingDecoder(vae, num_latents=7)
-        torch.testing.assert_close(in_pieces(decoder, latents, piece), whole, atol=1e-5, rtol=0)
+        # Convolutions of another length sum in another order; test_exact has the identity, in float64.
+        torch.testing.assert_close(in_pieces(decoder, latents, piece), whole, atol=1e-4, rtol=0)
 
 
 def test_pieces_that_differ_in_length_and_another_decode_between() -> None:

@@ -23,9 +23,11 @@ _TIMEOUT = 60_000
 """Milliseconds that a locator waits: the machine may be busy."""
 
 
-@pytest.fixture(scope="session")
+# One for a file, not for the process: Playwright runs an event loop in this thread until it is closed, and other tests
+# of the process run their own.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser of this process; each test has a window of its own that remembers nothing."""
+    """The browser; each test has a window of its own that remembers nothing."""
     if lacks := missing():
         if os.environ.get("POSTGEN_NEEDS_BROWSER"):
             pytest.fail(f"browser tests need {lacks}", pytrace=False)
