@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 
+from tests.parsed import tree_of
 from tests.private_names import MODEL_LIBRARIES
 
 METHODS = {
@@ -90,7 +91,7 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str, str]]:
 
 def offences(module: str, source: str, *, is_package: bool = False) -> list[str]:
     """Return what a module imports against the rules, one line each."""
-    tree = ast.parse(source)
+    tree = tree_of(source)
     package = module if is_package else module.rpartition(".")[0]
     return [
         f"{module}:{line}: {problem}"

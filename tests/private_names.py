@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 
+from tests.parsed import tree_of
+
 MODEL_LIBRARIES = {"accelerate", "diffusers", "peft", "transformers", "trl"}
 MAY = "postgen.compat"
 
@@ -77,7 +79,7 @@ def replaced(module: str, source: str) -> list[str]:
     """Return which private names of a library's class a class that inherits from it defines anew, one line each."""
     if module == MAY or module.startswith(f"{MAY}."):
         return []
-    tree = ast.parse(source)
+    tree = tree_of(source)
     own, places = defined(tree), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODEL_LIBRARIES:
@@ -107,7 +109,7 @@ def touched(module: str, source: str, related: Mapping[str, set[str]] | None = N
     """
     if module == MAY or module.startswith(f"{MAY}."):
         return []
-    tree = ast.parse(source)
+    tree = tree_of(source)
     finder = _Finder(tree, kin([tree]) if related is None else related)
     finder.visit(tree)
     return [f"{module}:{line}: private {what}: only {MAY} may" for line, what in sorted(finder.found)]

@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+from tests.parsed import tree_of
 from tests.private_names import kin, replaced, touched
 from tests.test_layout import library
 
@@ -27,7 +28,7 @@ class Other(Base):
 
 def test_the_library_keeps_to_the_rule():
     sources = {module: path.read_text(encoding="utf-8") for module, path in library()}
-    related = kin(map(ast.parse, sources.values()))
+    related = kin(map(tree_of, sources.values()))
     found = [line for module, source in sources.items() for line in touched(module, source, related)]
     found += [line for module, source in sources.items() for line in replaced(module, source)]
     assert not found, "\n".join(found)

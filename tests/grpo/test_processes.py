@@ -1,15 +1,22 @@
 """Two processes (gloo) do what one does with twice the accumulation, and hold the same weights."""
 
-import shutil
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from postgen.train import main
 from postgen.training import checkpoint
 from tests.grpo.toy import SETTINGS, lines_of
-from tests.training.test_processes import launch
+from tests.training.pair import run_pair
+
+pytestmark = pytest.mark.slow
 
 RUN = {
     **SETTINGS,
@@ -27,86 +34,104 @@ RUN = {
     "bf16": False,
     "report_to": "none",
 }
+ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+BEST = {"best_of_n": 2, "sde_window_per": "sample"}
+# The reference and the average stand in the model between the updates.
+SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1}
+TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "groups span processes": ({}, ACCUMULATED),
+    "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
+    "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
+}
+"""Name -> what two processes run, and what one runs."""
+VIDEO = {"LoRA": True, "all weights": False}
+"""Name -> `use_peft`."""
 
 
-def alone(folder, **changes):
-    import yaml
-
-    folder.mkdir()
-    path = folder / "recipe.yaml"
-    values = {**RUN, "output_dir": str(folder / "run"), **changes}
-    path.write_text(yaml.safe_dump(values))
-    assert main([str(path)]) == 0
-    return folder / "run"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("two", "one"),
-    [
-        ({}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4}),
-        (
-            {"per_device_train_batch_size": 4, "best_of_n": 2, "sde_window_per": "sample"},
-            {"per_device_train_batch_size": 8, "best_of_n": 2, "sde_window_per": "sample"},
-        ),
-        (
-            # The reference and the average stand in the model between the updates.
-            {"fully_shard": True, "sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1},
-            {
-                "gradient_accumulation_steps": 2,
-                "steps_per_generation": 4,
-                "sde_window_per": "rollout",
-                "ema_decay": 0.9,
-                "beta": 0.1,
-                "eval_steps": 1,
-            },
-        ),
-    ],
-    ids=["groups span processes", "best of n", "fully sharded"],
-)
-def test_grpo_two_processes_do_what_one_does(tmp_path, two, one):
-    _, done = launch(tmp_path / "two", **{**RUN, **two})
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "two" / "run"
-    zero, other = (load_file(run / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert all(torch.equal(zero[name], other[name]) for name in zero)
-    single = alone(tmp_path / "one", **one)
-    expected = load_file(single / "rank-0.safetensors")
-    start = load_file(alone(tmp_path / "still", max_steps=1, learning_rate=1e-12) / "rank-0.safetensors")
-    assert max((zero[name] - expected[name]).abs().max() for name in zero) <= 1e-6
-    assert max((start[name] - expected[name]).abs().max() for name in zero) >= 1e-3
-    assert [found.name for found in checkpoint.find(run)] == ["checkpoint-3"]
-    rows, lone = lines_of(run), lines_of(single)
-    for name in ("reward", "eval_reward", "frac_reward_zero_std"):
-        both = ([row[name] for row in found if name in row] for found in (rows, lone))
-        assert next(both) == pytest.approx(next(both), abs=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("use_peft", [True, False])
-def test_grpo_sharded_video_model_resumes_and_exports(tiny_wan, tmp_path, use_peft):
-    from diffusers import DiffusionPipeline, WanTransformer3DModel
-
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a ball"}\n{"prompt": "a cube"}\n')
-    values = {
-        "method": "dancegrpo", "model": str(tiny_wan), "fully_shard": True, "use_peft": use_peft, "lora_r": 2,
+def settings_of_a_video_model(model: Path, prompts: Path, use_peft: bool) -> dict[str, Any]:
+    return {
+        "method": "dancegrpo", "model": str(model), "fully_shard": True, "use_peft": use_peft, "lora_r": 2,
         "train_dataset": str(prompts), "eval_dataset": str(prompts), "reward_funcs": ["tests.grpo.toy.near"],
         "height": 16, "width": 16, "num_frames": 5, "num_generations": 2, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1, "num_inference_steps": 3, "max_sequence_length": 16, "learning_rate": 1e-2,
         "max_steps": 2, "save_steps": 1, "eval_steps": 1, "sde_window_size": 1, "sde_window_per": "rollout",
-        "save_total_limit": None, "beta": 0.1 if use_peft else 0.0,
+        "save_total_limit": None, "beta": 0.1 if use_peft else 0.0, "ema_decay": 0.9, "logging_steps": 1, "bf16": True,
+        "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    _, done = launch(tmp_path / "straight", **values)
-    assert done.returncode == 0, done.stderr
-    straight, resumed = tmp_path / "straight" / "run", tmp_path / "resumed" / "run"
-    shutil.copytree(straight / "checkpoint-1", resumed / "checkpoint-1")
-    _, done = launch(tmp_path / "resumed", **values, resume_from_checkpoint="latest")
-    assert done.returncode == 0, done.stderr
-    for name in ("weights", "ema", "optimizer"):
-        left, right = (run / "checkpoint-2" / f"{name}.safetensors" for run in (straight, resumed))
-        assert left.read_bytes() == right.read_bytes(), name
-    if use_peft:
+
+
+def write(folder: Path, name: str, **values: Any) -> Path:
+    """Write a recipe whose run is the folder `name`; return the recipe's path."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**values, "device": "cpu", "output_dir": str(folder / name)}), encoding="utf-8")
+    return path
+
+
+def trained(name: str, folder: Path) -> None:
+    assert main([str(folder / f"{name}.yaml")]) == 0
+
+
+JOBS = [partial(trained, name) for name in (*TWO_AND_ONE, *VIDEO, *(f"{name} resumed" for name in VIDEO))]
+"""What the two processes run, one after the other: a start of them takes longer than all of the runs."""
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run for each of the jobs."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, (two, _) in TWO_AND_ONE.items():
+        write(folder, name, **{**RUN, **two})
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a ball"}\n{"prompt": "a cube"}\n')
+    for name, use_peft in VIDEO.items():
+        values = settings_of_a_video_model(tiny_wan, prompts, use_peft)
+        write(folder, name, **values)
+        write(folder, f"{name} resumed", **values, resume_from_checkpoint=str(folder / name / "checkpoint-1"))
+    run_pair("tests.grpo.test_processes:JOBS", folder, seconds=300)
+    return folder
+
+
+def alone(folder: Path, name: str, **changes: Any) -> Path:
+    """Train in this process; return the run."""
+    assert main([str(write(folder, name, **{**RUN, **changes}))]) == 0
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights as they were."""
+    still = alone(tmp_path_factory.mktemp("still"), "run", max_steps=1, learning_rate=1e-12)
+    return load_file(still / "rank-0.safetensors")
+
+
+@pytest.mark.parametrize("name", TWO_AND_ONE)
+def test_grpo_two_processes_do_what_one_does(
+    pair: Path, start: dict[str, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    run = pair / name
+    zero, other = (load_file(run / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(zero[key], other[key]) for key in zero)
+    single = alone(tmp_path, "one", **TWO_AND_ONE[name][1])
+    expected = load_file(single / "rank-0.safetensors")
+    assert max((zero[key] - expected[key]).abs().max() for key in zero) <= 1e-6
+    assert max((start[key] - expected[key]).abs().max() for key in zero) >= 1e-3
+    assert [found.name for found in checkpoint.find(run)] == ["checkpoint-3"]
+    rows, lone = lines_of(run), lines_of(single)
+    for key in ("reward", "eval_reward", "frac_reward_zero_std"):
+        both = ([row[key] for row in found if key in row] for found in (rows, lone))
+        assert next(both) == pytest.approx(next(both), abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_grpo_sharded_video_model_resumes_and_exports(tiny_wan: Path, pair: Path, name: str) -> None:
+    from diffusers import DiffusionPipeline, WanTransformer3DModel
+
+    straight, resumed = pair / name, pair / f"{name} resumed"
+    assert not (resumed / "checkpoint-1").exists()
+    for kind in ("weights", "ema", "optimizer"):
+        left, right = (run / "checkpoint-2" / f"{kind}.safetensors" for run in (straight, resumed))
+        assert left.read_bytes() == right.read_bytes(), kind
+    if VIDEO[name]:
         DiffusionPipeline.from_pretrained(tiny_wan).load_lora_weights(straight / "export")
     else:
         model = WanTransformer3DModel.from_pretrained(straight / "export" / "transformer")

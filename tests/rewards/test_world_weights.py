@@ -48,10 +48,10 @@ def test_world_clip_finds_captions_and_feels_one_word():
 @torch.no_grad()
 def test_world_judge_prefers_clean_clips():
     events = ("moves left", "collides", "falls", "moves left")
-    specs = [world.sample(300_000 + k, event=events[k % 4], split="held_out") for k in range(12)]
-    takes = render_takes(specs, 96, "cpu")
+    specs = [world.sample(300_000 + k, event=events[k % 4], split="held_out") for k in range(4)]
+    takes = render_takes(specs, 96, "cpu", most=1)
     judge = get_reward("world_judge")
     accuracy = pair_accuracy(lambda clips: torch.tensor(judge([""] * len(clips), list(clips))), takes, level=3)
     assert min(accuracy[kind] for kind in LONG_KNOWN) >= 0.9
-    # Some kinds are seen on collisions or falls alone, three each.
-    assert min(accuracy.values()) > 0.6
+    # Some kinds are seen on collisions or falls alone, one each; benchmarks/rewards.py has many.
+    assert sum(value == 1 for value in accuracy.values()) >= 0.9 * len(accuracy)

@@ -17,7 +17,7 @@ def run_pair(jobs: str, folder: Path, seconds: int = 120) -> None:
     """Run the functions of a list `package.module:NAME` in two processes, each with `folder`."""
     command = [sys.executable, "-m", "tests.training.pair", jobs, str(folder)]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PORTS": " ".join(map(str, free_ports(8)))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PORTS": " ".join(map(str, free_ports(16)))}
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
