@@ -48,6 +48,15 @@ Host = Annotated[
         rich_help_panel=SERVER,
     ),
 ]
+AllowHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="Further name under which it answers, as that of a proxy before it; repeatable, * is every one.",
+        rich_help_panel=SERVER,
+    ),
+]
 Auth = Annotated[
     str | None,
     typer.Option(
@@ -96,6 +105,7 @@ def demo(
     runs: Runs = None,
     port: Port = None,
     host: Host = None,
+    allow_host: AllowHosts = None,
     auth: Auth = None,
     theme: Theme = None,
     upload_mb: UploadMb = None,
@@ -122,7 +132,13 @@ def demo(
         check_number("--upload-mb", upload_mb, 0.001, 2**16)
         given["upload_bytes"] = int(upload_mb * 2**20)
     said = {name: value for name, value in given.items() if value is not None}
-    settings = AppSettings(models=tuple(names[1:]), any_model=any_model, loras=tuple(lora or ()), **said)
+    settings = AppSettings(
+        models=tuple(names[1:]),
+        any_model=any_model,
+        loras=tuple(lora or ()),
+        allow_hosts=tuple(allow_host or ()),
+        **said,
+    )
     served = launch(settings)
     typer.echo(f"App at {served.url} (stop with Ctrl-C), videos in {served.app.history.folder}")
     try:
