@@ -258,7 +258,8 @@ def _lora(app: App, side: str) -> tuple[Any, Any]:
     with gr.Row(visible=bool(names)):
         choices = [("none", "") if side == "before" else ("the same", ""), *((name, name) for name in names)]
         lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
-        scale = gr.Number(1.0, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
+        own: dict[str, Any] = {"value": 1.0} if side == "before" else {"value": None, "placeholder": "the same"}
+        scale = gr.Number(**own, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
     return lora, scale
 
 
@@ -324,8 +325,6 @@ def _form(values: tuple[Any, ...]) -> PairForm:
     after = dict(zip(_AFTER, rest[count : count + len(_AFTER)], strict=True))
     texts = rest[count + len(_AFTER) :]
     theirs, ours = (controls.plug_in_texts(part) for part in (texts[: len(texts) // 2], texts[len(texts) // 2 :]))
-    if after["lora"] in (None, ""):
-        after["lora_scale"] = None  # of the one before, which stays
     form = Form(**before, seed=seed, plug_ins=theirs)
     return PairForm(before=form, changes={**after, "plug_ins": {**theirs, **ours}}, reward=reward)
 

@@ -202,6 +202,8 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
     inputs = [page.randomise, page.preset, *page.values]
     begin = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told], "validator": check}
+    # Gradio would decode the first frame itself, before any limit, and keep what it made of it.
+    begin["preprocess"] = False
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(start, **begin, **private)
     page.fields["prompt"].submit(start, **begin, **private)
@@ -217,6 +219,8 @@ _FOLDED = {FIELDS.index(name) for name in FIELDS if name not in ("prompt", "seed
 
 def _form(values: tuple[Any, ...]) -> Form:
     own = dict(zip(FIELDS, values[: len(FIELDS)], strict=True))
+    if isinstance(own["image"], dict):  # as the browser sends it
+        own["image"] = own["image"].get("path") or ""
     return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
 
 

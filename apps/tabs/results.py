@@ -10,10 +10,10 @@ import gradio as gr
 
 from postgen.apps import making
 from postgen.apps.errors import said
-from postgen.apps.history import Entry
+from postgen.apps.history import SIDECAR, Entry
 from postgen.apps.state import App
 from postgen.apps.status import duration
-from postgen.apps.uploads import uploaded_settings
+from postgen.apps.uploads import discarding, uploaded_settings
 from postgen.errors import UserError, is_number
 
 PAGE = 24
@@ -78,11 +78,16 @@ class Results:
             return said(lambda: reuse(self._note(self.app.history.get(id))["settings"]))
 
         def removed(id: str | None, count: int) -> list[Any]:
-            said(lambda: self.app.history.remove(id))
+            said(lambda: self.app.pictures.remove_result(id))
             return [*self._nothing(), *self._listed(count)]
 
         def taken(file: str) -> list[Any]:
-            return said(lambda: reuse(uploaded_settings(file, self.app.settings)))
+            def read() -> list[Any]:
+                with discarding(file):
+                    settings = uploaded_settings(file, self.app.settings)
+                return reuse(settings)
+
+            return said(read)
 
         self.gallery.select(chosen, self.ids, self._one, **private)
         self.again.click(again, self.chosen, controls, **private)
@@ -120,7 +125,7 @@ class Results:
             about(note),
             on,
             gr.update(value=video, interactive=True),
-            gr.update(value=str(entry.file(making.SIDECAR)), interactive=True),
+            gr.update(value=str(entry.file(SIDECAR)), interactive=True),
             on,
             entry.id,
         ]
@@ -147,7 +152,7 @@ class Results:
         return [pictures, gr.update(visible=len(entries) > count), ids]
 
     def _note(self, entry: Entry) -> Mapping[str, Any]:
-        return making.note_of(entry.file(making.SIDECAR))
+        return making.note_of(entry.file(SIDECAR))
 
 
 def about(note: Mapping[str, Any]) -> str:

@@ -112,6 +112,7 @@ def test_a_cancelled_comparison_leaves_nothing_and_the_next_one_runs(app: App) -
         ({"steps": "many"}, None, "the video after: steps must be a whole number"),
         ({"model": "/etc"}, None, "the video after: this server has no model"),
         ({"lora": "/etc/passwd"}, None, "the video after: this server has no LoRA"),
+        ({"lora_scale": 0.5}, None, "the video after: the strength is 0.5, and there is no LoRA"),
         ({"prompt": "a blue ball"}, None, "cannot differ in prompt"),
         ({"steps": 1}, "os.remove", "no reward of that name"),
         ({"steps": 1}, "pickscore", "no reward of that name"),

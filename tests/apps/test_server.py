@@ -86,6 +86,7 @@ def test_a_call_that_is_given_up_ends_its_job(client, served):
         ({"preset": "best"}, "unknown preset"),
         ({"model": "/etc"}, "no model of that name"),
         ({"plug_ins": {"enhance": "much"}}, "enhance must be auto or a number"),
+        ({"lora_scale": 0.5}, "the strength is 0.5, and there is no LoRA"),
     ],
 )
 def test_a_wrong_call_is_one_line(client, wrong, message):
@@ -141,6 +142,9 @@ def test_without_gradio_there_is_one_line(cli, monkeypatch):
         (["--model", "no/such/folder"], "no model folder"),
         (["--runs", "no-such-folder"], "no folder of training runs"),
         (["--upload-mb", "0"], "--upload-mb must be"),
+        (["--offload", "model", "--device", "cpu"], "moves parts to a GPU"),
+        (["--offload", "auto", "--long-seconds", "9"], "makes no long videos"),
+        (["--allow-host", "http://a.example"], "allow_host takes a name"),
     ],
 )
 def test_wrong_words_of_the_command_are_one_line(cli, tmp_path, monkeypatch, words, message):
