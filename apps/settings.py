@@ -7,8 +7,9 @@ from pathlib import Path
 
 from postgen.apps.hosts import check_names, is_own
 from postgen.errors import UserError, check_number, shown
-from postgen.families.loading import OFFLOADS, check_device_name
+from postgen.families.loading import check_device_name
 from postgen.families.model_folder import DTYPES
+from postgen.families.offload import OFFLOADS
 
 LOCAL = "127.0.0.1"
 """Where the app listens where nothing else is said: this machine alone can reach it."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from postgen.errors import UserError, check_text, shown
-from postgen.families.loading import OFFLOADS, check_device_name
+from postgen.families.loading import check_device_name
 from postgen.families.lora import parse_lora
 from postgen.families.model_folder import DTYPES
+from postgen.families.offload import OFFLOADS
 from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_json
@@ -48,7 +49,7 @@ class GenerateConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     offload: str = "none"
-    """none, model or sequential."""
+    """none, auto, model or sequential: `postgen.families.offload.place_weights`."""
     lora: tuple[str, ...] = ()
     """LoRA files, each `PATH[:scale]`."""
     image: str | None = None
