@@ -44,8 +44,8 @@ def test_what_is_missing_is_said_and_where_it_was_looked_for(
     told = cli("generate", "--from", "kept/x.json", "-o", "y.mp4")
     assert told.code == 2
     assert told.err == (
-        f"postgen: error: the sidecar kept/x.json names {missing} without its place, and it is not in {tmp_path} nor in"
-        f" {file.parent}: say where it is with {again}\n"
+        f"postgen: error: the sidecar kept/x.json names {missing} without its place, and it is not in {tmp_path}"
+        f" nor in {file.parent}: say where it is with {again}\n"
     )
     assert not (tmp_path / "y.mp4").exists()
 

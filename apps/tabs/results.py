@@ -11,6 +11,7 @@ import gradio as gr
 from postgen.apps import making
 from postgen.apps.errors import said
 from postgen.apps.history import SIDECAR, Entry
+from postgen.apps.links import link_of
 from postgen.apps.state import App
 from postgen.apps.status import duration
 from postgen.apps.uploads import discarding, uploaded_settings
@@ -122,7 +123,7 @@ class Results:
         on = gr.update(interactive=True)
         return [
             video,
-            about(note),
+            about(note, link_of(self.app, note["settings"])),
             on,
             gr.update(value=video, interactive=True),
             gr.update(value=str(entry.file(SIDECAR)), interactive=True),
@@ -155,8 +156,8 @@ class Results:
         return making.note_of(entry.file(SIDECAR))
 
 
-def about(note: Mapping[str, Any]) -> str:
-    """Return HTML that says how a video was made, from its sidecar."""
+def about(note: Mapping[str, Any], link: str | None = None) -> str:
+    """Return HTML that says how a video was made, from its sidecar; `link` asks for its settings."""
     settings, seconds = note["settings"], note.get("seconds")
     facts = [
         ("Seed", note.get("seed")),
@@ -169,4 +170,6 @@ def about(note: Mapping[str, Any]) -> str:
     plug_ins = note.get("plug_ins")
     facts += [(row, settings.get(row)) for row in (plug_ins if isinstance(plug_ins, Mapping) else ())]
     spans = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
+    if link is not None:
+        spans += f'<span><a href="{escape(link)}">Link to these settings</a></span>'
     return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{spans}</p>'
