@@ -45,7 +45,7 @@ def add_endpoints(app: App) -> None:
             seed=seed if seed is not None else making.drawn_seed(),
             **{"negative_prompt": negative_prompt, "lora": lora, "lora_scale": lora_scale},
             **{"steps": steps, "width": width, "height": height, "frames": frames, "guidance": guidance},
-            plug_ins=plug_ins or {},
+            plug_ins={} if plug_ins is None else plug_ins,
         )
         task = said(lambda: making.submitted(app, making.filled(app, form, preset)))
         try:

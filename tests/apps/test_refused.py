@@ -123,6 +123,16 @@ def test_a_job_that_fails_keeps_no_first_frame(app: App, uploads: Path, monkeypa
     assert files(app, uploads) == before
 
 
+def test_a_first_frame_comes_as_the_browser_sends_it_and_gradio_decodes_nothing() -> None:
+    pytest.importorskip("gradio")
+    from postgen.apps.tabs.generate import _form
+
+    values = [None] * len(making.FIELDS)
+    for image, expected in (({"path": "/a.png", "url": None}, "/a.png"), ({"path": None}, ""), (None, None)):
+        values[making.FIELDS.index("image")] = image
+        assert _form((*values, "off", "off")).image == expected
+
+
 def test_only_uploads_are_removed(app: App, uploads: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     other.write_bytes(b"no picture")
