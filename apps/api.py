@@ -10,7 +10,7 @@ from typing import Any
 
 from postgen.apps import making
 from postgen.apps.errors import said
-from postgen.apps.history import Entry
+from postgen.apps.history import SIDECAR, Entry
 from postgen.apps.jobs import Progress
 from postgen.apps.state import App
 from postgen.errors import UserError, check_number
@@ -45,7 +45,7 @@ def add_endpoints(app: App) -> None:
             seed=seed if seed is not None else making.drawn_seed(),
             **{"negative_prompt": negative_prompt, "lora": lora, "lora_scale": lora_scale},
             **{"steps": steps, "width": width, "height": height, "frames": frames, "guidance": guidance},
-            plug_ins=plug_ins or {},
+            plug_ins={} if plug_ins is None else plug_ins,
         )
         task = said(lambda: making.submitted(app, making.filled(app, form, preset)))
         try:
@@ -86,14 +86,14 @@ def _stands(app: App, job: str, progress: Progress) -> dict[str, Any]:
 def _row(entry: Entry) -> dict[str, Any] | None:
     """Return a result as plain values; None for one of which a part has been removed by hand."""
     try:
-        note = making.note_of(entry.file(making.SIDECAR))
+        note = making.note_of(entry.file(SIDECAR))
         return {
             "id": entry.id,
             "prompt": note.get("prompt"),
             "seed": note.get("seed"),
             "settings": note["settings"],
             "video": _file(entry, making.VIDEO),
-            "sidecar": _file(entry, making.SIDECAR),
+            "sidecar": _file(entry, SIDECAR),
         }
     except UserError:
         return None

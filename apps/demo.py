@@ -22,6 +22,8 @@ from postgen.apps.making import shown_model
 from postgen.apps.settings import AppSettings
 from postgen.apps.state import App
 from postgen.errors import UserError
+from postgen.families.loading import check_device
+from postgen.families.offload import check_offload
 from postgen.generate import prepare
 
 _LOOK, _AGE = 1800, 6 * 3600
@@ -124,10 +126,13 @@ def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
         warm: whether the first model is loaded meanwhile.
 
     Raises:
-        UserError: Gradio is not installed, the port is taken, the model is none, a folder cannot be written.
+        UserError: Gradio is not installed, the port is taken, the model is none, a folder cannot be written, there is
+            nothing to offload from.
     """
     check_gradio()
     settings = settings or AppSettings()
+    if settings.offload != "none":
+        check_offload(settings.offload, check_device(settings.device))
     app = App(settings)
     app.facts(settings.model)
     port = _free_port(settings)

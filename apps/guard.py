@@ -1,7 +1,7 @@
 """What of Gradio's HTTP interface is closed: this stands before all of its routes.
 
 Gradio opens more than the page needs: it fetches addresses of the network for whoever asks, keeps what it refuses, and
-has routes for recordings, links and editors.
+has routes for recordings, links and editors. It answers under every name (`postgen.apps.hosts`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.hosts import Names
 from postgen.apps.settings import RESULTS, AppSettings
 
 Scope = MutableMapping[str, Any]
@@ -48,6 +49,7 @@ def uploads_folder() -> Path:
 class Guard:
     """An ASGI application around another one, which refuses what the page never asks for.
 
+    - A request names this server, and comes from no other site: `postgen.apps.hosts`.
     - `file=` gives what stands, through all links, in the folder of a result or of uploads, and fetches no address.
     - A call that names a file has uploaded it, or names a result.
     - An upload is held to the limit before it is read. Of one that breaks off nothing is kept.
@@ -55,20 +57,23 @@ class Guard:
     Args:
         app: the application.
         folder: of results.
+        names: of the server.
         upload_bytes: largest upload.
         own_uploads: whether nobody but this server uses the folder of uploads.
     """
 
-    def __init__(self, app: Any, folder: Path, upload_bytes: int, own_uploads: bool = False) -> None:
-        self._app, self._folder, self._most, self._own = app, folder, upload_bytes, own_uploads
+    def __init__(self, app: Any, folder: Path, names: Names, upload_bytes: int, own_uploads: bool = False) -> None:
+        self._app, self._folder, self._names = app, folder, names
+        self._most, self._own = upload_bytes, own_uploads
         self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        route = scope["path"].partition(_PREFIX)[2] if scope["type"] == "http" else ""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif (refused := self._refused(scope, route)) is not None:
+            await self._other(scope, receive, send)
+            return
+        route = scope["path"].partition(_PREFIX)[2]
+        if (refused := self._refused(scope, route)) is not None:
             await _discarded(receive)
             await _answer(send, *refused)
         elif scope["method"] == "POST" and route.startswith(_CALLS):
@@ -78,8 +83,18 @@ class Guard:
         else:
             await self._app(scope, receive, send)
 
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let what is no request go on, a socket only where a request might."""
+        if scope["type"] == "websocket" and self._names.refused(scope["headers"]) is not None:
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the answer is 403
+            return
+        await self._app(scope, receive, send)
+
     def _refused(self, scope: Scope, route: str) -> tuple[int, str] | None:
         """Return the status and the reason why a request goes no further, as its head tells."""
+        if (why := self._names.refused(scope["headers"])) is not None:
+            return 403, why
         if route.startswith(_CLOSED):
             return 404, "this server has no such route"
         for word in _FILES:
@@ -159,6 +174,7 @@ def guarded(settings: AppSettings, *, own_uploads: bool = False) -> dict[str, An
 
     folder = Path(settings.outputs).expanduser().absolute() / RESULTS
     own: dict[str, Any] = {"folder": folder, "upload_bytes": settings.upload_bytes, "own_uploads": own_uploads}
+    own["names"] = Names(host=settings.host, allowed=settings.allow_hosts)
     return {"app_kwargs": {"middleware": [Middleware(Guard, **own)]}}
 
 

@@ -20,6 +20,8 @@ _NAME = re.compile(r"(\d{8}-\d{6})-([a-z]+)-([0-9a-f]{8})")
 _TIME = "%Y%m%d-%H%M%S"
 POSTER = "poster.png"
 """One picture of a result, for the gallery."""
+SIDECAR = "video.json"
+"""Settings beside the video of a result of Generate."""
 VIDEOS = (".mp4", ".webm", ".gif")
 """Ends of names of the videos of results."""
 _WIDEST = 320

@@ -68,9 +68,10 @@ class Progress:
 class Task:
     """One job. The page knows it by `id`, which nobody can guess."""
 
-    def __init__(self, title: str, work: Work) -> None:
+    def __init__(self, title: str, work: Work, over: Callable[[], None] | None = None) -> None:
         self.id = secrets.token_urlsafe(12)
         self.title = title
+        self._over = over
         self._work: Work | None = work
         self._state: State = "waiting"
         self._text, self._unit = "", "step"
@@ -199,6 +200,9 @@ class Task:
         self._close("cancelled")
 
     def _close(self, state: State) -> None:
+        over, self._over = self._over, None
+        if over is not None:
+            over()
         self._ended, self._preview, self._state = time.monotonic(), None, state
         self.changes += 1
 
@@ -222,17 +226,18 @@ class Jobs:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, title: str, work: Work) -> Task:
+    def submit(self, title: str, work: Work, over: Callable[[], None] | None = None) -> Task:
         """Put a job at the end of the queue.
 
         Args:
             title: what it is, in a few words.
             work: what it does; what it returns is `Progress.result`, and is kept, so it should be small.
+            over: called once at its end, also when it never began; not where it is refused. It asks nothing of jobs.
 
         Raises:
             UserError: too many jobs wait, or the server is closing.
         """
-        task = Task(title, work)
+        task = Task(title, work, over)
         with self._lock:
             if self._closed:
                 raise UserError("the app is being closed: it takes no more jobs")

@@ -15,7 +15,7 @@ from postgen.apps.controls import presets
 from postgen.apps.jobs import Task, Work
 from postgen.apps.preview import Preview
 from postgen.apps.state import App
-from postgen.apps.uploads import kept_picture, uploaded_picture
+from postgen.apps.uploads import discarding, uploaded_picture
 from postgen.errors import UserError, is_whole, shown
 from postgen.families.loading import ModelFacts
 from postgen.families.lora import LARGEST, parse_lora
@@ -27,8 +27,8 @@ from postgen.request import GenerateConfig, name_of, without_places
 
 KIND = "generate"
 """Kind of these results in the history."""
-VIDEO, SIDECAR = "video.mp4", "video.json"
-"""Their files."""
+VIDEO = "video.mp4"
+"""Their video."""
 LARGEST_SEED = 2**53 - 1
 """Beyond it a browser's numbers are not exact."""
 _RANDOM = 2**31
@@ -37,6 +37,7 @@ LONGEST = 2000
 _TITLE = 60
 """Characters of a prompt that name a job."""
 _ALSO = {"negative prompt": "negative_prompt", "LoRA": "lora", "first frame": "image", "picture": "image"}
+_ALSO |= {"strength": "lora_scale"}
 """What messages call fields."""
 _COPIES = 2
 """Of a finished clip as float32, that are in memory at once at the least."""
@@ -73,7 +74,9 @@ _WHOLE = {"steps": "steps", "width": "width", "height": "height", "frames": "fra
 
 
 def job_of(app: App, form: Form) -> Job:
-    """Check all that can be checked before the queue; the first frame is kept beside the results.
+    """Check all that can be checked before the queue.
+
+    Its first frame is the upload: `submitted` keeps it. An upload that is no picture is removed.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -86,12 +89,17 @@ def job_of(app: App, form: Form) -> Job:
             fields[setting] = _whole(name, value) if name in _WHOLE else value
     if not is_whole(form.seed, 0, LARGEST_SEED):
         raise UserError(f"the seed must be a whole number from 0 to {LARGEST_SEED:,}, got {shown(form.seed)}")
+    scale = 1.0 if form.lora_scale in (None, "") else form.lora_scale
     if (lora := app.lora(form.lora)) is not None:
-        fields["lora"] = (_scaled(lora, form.lora_scale),)
+        fields["lora"] = (_scaled(lora, scale),)
+    elif scale != 1:
+        raise UserError(f"the strength is {shown(scale)}, and there is no LoRA: choose one, or set the strength to 1")
     model = app.model(form.model)
     if form.image is not None:
         _check_takes_image(app.facts(model))
-        fields["image"] = str(kept_picture(uploaded_picture(form.image, app.settings, "first frame"), app.pictures))
+        with discarding(form.image):
+            uploaded_picture(form.image, app.settings, "first frame")
+        fields["image"] = form.image
     job = prepare(app.request(form.prompt, model=model, seed=form.seed, plug_ins=form.plug_ins, **fields))
     _check_memory(job.config)
     return job
@@ -117,7 +125,17 @@ def submitted(app: App, form: Form) -> Task:
         UserError: as `job_of`, or too many jobs wait.
     """
     job = job_of(app, form)
-    return app.jobs.submit(job.config.prompt[:_TITLE], work_of(app, job))
+    title = job.config.prompt[:_TITLE]
+    if form.image is None:
+        return app.jobs.submit(title, work_of(app, job))
+    # A result names its first frame, so it is kept from now on: until the job ends, and longer where it has a result.
+    path = app.pictures.hold(uploaded_picture(form.image, app.settings, "first frame"))
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, image=str(path)))
+    try:
+        return app.jobs.submit(title, work_of(app, job), lambda: app.pictures.release(path))
+    except UserError:
+        app.pictures.release(path)
+        raise
 
 
 def filled(app: App, form: Form, preset: str) -> Form:
@@ -314,9 +332,7 @@ def _own_lora(app: App, loras: Any, missing: list[str]) -> tuple[str | None, flo
 def _own_picture(app: App, image: Any, missing: list[str]) -> str | None:
     if image is None:
         return None
-    # Only the name is used, and only of a file that the app itself has put there.
-    path = app.pictures / Path(str(image)).name
-    if path.is_file() and path.parent == app.pictures:
+    if (path := app.pictures.find(image)) is not None:
         return str(path)
     missing.append("its first frame")
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from postgen.apps.hosts import check_names, is_own
 from postgen.errors import UserError, check_number, shown
-from postgen.families.loading import OFFLOADS, check_device_name
+from postgen.families.loading import check_device_name
 from postgen.families.model_folder import DTYPES
+from postgen.families.offload import OFFLOADS
 
 LOCAL = "127.0.0.1"
 """Where the app listens where nothing else is said: this machine alone can reach it."""
@@ -50,6 +51,8 @@ class AppSettings:
     """Folder of training runs, which the page shows and whose LoRAs it offers; None shows none."""
     host: str = LOCAL
     """Address to listen at. Another one than this machine's own needs `auth`."""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names under which the app answers, as of a proxy before it; `*` allows every one."""
     port: int = 7860
     """Port; 0 lets the system choose one."""
     auth: tuple[tuple[str, str], ...] = ()
@@ -93,11 +96,12 @@ class AppSettings:
     @property
     def local(self) -> bool:
         """Whether only this machine reaches the app."""
-        return _is_own(self.host)
+        return is_own(self.host)
 
     def _check_people(self) -> None:
         if not self.host.strip():
             raise UserError(f"the host is empty: leave it out for {LOCAL}")
+        check_names(self.allow_hosts)
         for pair in self.auth:
             if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
                 raise UserError("auth must be pairs of a name and a password, neither of them empty")
@@ -106,16 +110,6 @@ class AppSettings:
                 f"{self.host} can be reached from other machines: give --auth USER:PASSWORD, or a file of such lines;"
                 f" without it the app listens at {LOCAL} only"
             )
-
-
-def _is_own(host: str) -> bool:
-    """Whether an address is the loopback of this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def read_auth(text: str) -> tuple[tuple[str, str], ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from postgen.apps.history import History
 from postgen.apps.jobs import Jobs
+from postgen.apps.pictures import Pictures
 from postgen.apps.runs import within
 from postgen.apps.settings import RESULTS, AppSettings
 from postgen.compat import quiet_libraries
@@ -97,7 +98,7 @@ class App:
         self.settings = settings
         folder = Path(settings.outputs).expanduser().absolute()
         self.history = History(folder / RESULTS)
-        self.pictures = folder / PICTURES
+        self.pictures = Pictures(folder / PICTURES, self.history)
         self.jobs = Jobs(at_once=settings.at_once, waiting=settings.waiting)
         self.models = Models(settings.at_once)
         self.facts: Callable[[str | None], ModelFacts] = cache(self._facts)

@@ -5,15 +5,14 @@ Gradio keeps an upload in a folder of its own under a name that it made safe; po
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.guard import uploads_folder
 from postgen.apps.settings import AppSettings
 from postgen.errors import UserError
-from postgen.files import replacing
 
 _NOTE_BYTES = 2**20
 """Largest sidecar: its prompt is the longest part."""
@@ -91,23 +90,23 @@ def uploaded_picture(path: Any, settings: AppSettings, what: str = "picture") ->
         raise UserError(f"the {what} cannot be read: {_without_place(error, file)}") from error
 
 
-def kept_picture(picture: Any, folder: Path) -> Path:
-    """Write a picture into the server's folder of first frames, under a name made from its content.
+@contextmanager
+def discarding(path: Any) -> Iterator[None]:
+    """Remove an upload when the block refuses it, by a `UserError`: nobody can do anything with it then.
 
-    Results name it there, so that they can be made again. The same picture is kept once.
-
-    Raises:
-        UserError: the folder cannot be written.
+    Args:
+        path: what the page's component gave. Nothing outside of the folder of uploads is removed.
     """
-    size = f"{picture.width}x{picture.height}".encode()
-    path = folder / f"{hashlib.sha256(size + picture.tobytes()).hexdigest()[:32]}.png"
-    if not path.is_file():
-        try:
-            with replacing(path) as part:
-                picture.save(part, "PNG")
-        except OSError as error:
-            raise UserError(f"the server cannot keep the picture: {error.strerror or error}") from error
-    return path
+    try:
+        yield
+    except UserError:
+        with suppress(OSError, ValueError):
+            file, folder = Path(path or "").resolve(), uploads_folder().resolve()
+            if file.is_file() and file.is_relative_to(folder):
+                file.unlink()
+                if file.parent != folder:
+                    file.parent.rmdir()  # each upload has a folder of its own
+        raise
 
 
 def uploaded_json(path: Any, settings: AppSettings, what: str = "settings file") -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from postgen.compat import execution_device
 from postgen.errors import UserError
 from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
+from postgen.families.offload import check_offload
 from postgen.families.video_calls import ROWS, UNKNOWN
 from postgen.files import check_apart, check_place, files_of, replacing_all
 from postgen.plug_ins import prepare_plug_ins
@@ -119,8 +120,8 @@ def prepare(config: GenerateConfig) -> Job:
             f" got {config.num_inference_steps}"
         )
     _check_inputs(config, facts)
-    if config.device != "auto":
-        check_device(config.device)
+    if config.device != "auto" or config.offload != "none":
+        check_offload(config.offload, check_device(config.device))
     return Job(config=config, facts=facts, plug_ins=prepare_plug_ins(facts, config.plug_ins))
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from postgen.errors import UserError, check_text, shown
-from postgen.families.loading import OFFLOADS, check_device_name
+from postgen.families.loading import check_device_name
 from postgen.families.lora import parse_lora
-from postgen.families.model_folder import DTYPES
+from postgen.families.model_folder import DTYPES, is_hub_id
+from postgen.families.offload import OFFLOADS
 from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_json
@@ -48,7 +49,7 @@ class GenerateConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     offload: str = "none"
-    """none, model or sequential."""
+    """none, auto, model or sequential: `postgen.families.offload.place_weights`."""
     lora: tuple[str, ...] = ()
     """LoRA files, each `PATH[:scale]`."""
     image: str | None = None
@@ -187,6 +188,51 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
     except UserError as error:
         raise UserError(f"the sidecar {path} is damaged: {error}") from error
     return settings, note["format"]
+
+
+def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, Any]:
+    """Return the settings of a sidecar with the places of the files that they name.
+
+    A sidecar of the app, or of a video that was passed on, has names only: they are looked for in the present folder
+    and beside the sidecar. Ids of the hub stay.
+
+    Args:
+        settings: from `read_sidecar`, those left out that the user gives anew.
+        sidecar: its file.
+
+    Raises:
+        UserError: a model, LoRA or first frame that is at neither place.
+    """
+    found = dict(settings)
+    for name, what in (("model", "the model"), ("image", "the first frame")):
+        if found.get(name) is not None:
+            found[name] = _placed(found[name], sidecar, what, f"--{name} PATH")
+    placed = []
+    for lora in map(parse_lora, found.get("lora", ())):
+        again = f"--lora {dataclasses.replace(lora, path='PATH')}"
+        if len(found["lora"]) > 1:
+            again += f", and with another --lora for each of its {len(found['lora'])}"
+        path = _placed(lora.path, sidecar, "the LoRA", again)
+        placed.append(str(dataclasses.replace(lora, path=path)))
+    return found | {"lora": tuple(placed)} if placed else found
+
+
+def _placed(name: str, sidecar: str | Path, what: str, again: str) -> str:
+    """Return where a file is that a sidecar names."""
+    path, beside = Path(name).expanduser(), Path(sidecar).absolute().parent
+    if path.exists():
+        return name
+    if not path.is_absolute() and (beside / path).exists():
+        return str(beside / path)
+    if what != "the first frame" and is_hub_id(name):
+        return name
+    if path.is_absolute():
+        raise UserError(f"the sidecar {sidecar} names {what} {name}, which is not there: say where it is with {again}")
+    places = " nor in ".join(dict.fromkeys([str(Path.cwd()), str(beside)]))
+    raise UserError(
+        f"the sidecar {sidecar} names {what} {name} without its place, and it is not in {places}: say where it is with"
+        f" {again}"
+    )
 
 
 def _absolute(name: str | None) -> str | None:

@@ -127,7 +127,9 @@ def refusals(pipeline: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("out of GPU memory: use --offload model, a smaller size, fewer frames or bfloat16") from error
+        raise UserError(
+            "out of GPU memory: use --offload auto or model, a smaller size, fewer frames or bfloat16"
+        ) from error
     except MemoryError as error:
         raise UserError("out of memory: use a smaller size or fewer frames") from error
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,19 @@ import gradio as gr
 
 from postgen.apps import controls, making
 from postgen.apps.comparing import KIND, SIDES, Made, Pair, PairForm, made_of, measured, pair_of, rewards_here, work_of
-from postgen.apps.errors import raise_failed
+from postgen.apps.errors import raise_failed, said
+from postgen.apps.history import Entry
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import Form
 from postgen.apps.players import Clip, downloads, players, shown
 from postgen.apps.state import App
 from postgen.apps.status import status
+from postgen.apps.tabs.earlier import PRIVATE, Earlier
 from postgen.errors import UserError
 
 IDLE = "Choose what is to be different after, and compare."
-_TITLE, _CAPTION, _MOST = 60, 46, 24
-"""Characters that name a job and a result; results that the list shows."""
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_TITLE, _CAPTION = 60, 46
+"""Characters that name a job and a result."""
 _NUMBERS = {"steps": "Steps", "width": "Width", "height": "Height", "frames": "Frames", "guidance": "Guidance"}
 _BEFORE = ("prompt", "model", "negative_prompt", *_NUMBERS, "lora", "lora_scale")
 _AFTER = ("steps", "guidance", "model", "lora", "lora_scale")
@@ -59,11 +60,11 @@ class _Page:
         return [self.job, self.status, self.start, self.cancel, *self.result.shown]
 
 
-class _Result:
+class _Result(Earlier):
     """The part of the tab that shows a comparison; built inside the open layout."""
 
     def __init__(self, app: App) -> None:
-        self.app = app
+        super().__init__(app, KIND)
         self.chosen = gr.State(None)
         with gr.Column(visible=False) as self.place:
             self.players = players(elem_id="compare-players")
@@ -83,17 +84,16 @@ class _Result:
 
     def wire(self) -> None:
         """Wire the events."""
-        self.list.input(lambda id: _said(lambda: self.one(id)), self.list, self.shown, **_PRIVATE)
+        super().wire()
         # A frame is asked for when the handle is let go, and when a number is typed.
         for event in (self.frame.release, self.frame.input):
             event(
-                lambda id, n: _said(lambda: self.pictures(id, n)),
+                lambda id, n: said(lambda: self.pictures(id, n)),
                 [self.chosen, self.frame],
                 self.slider,
                 trigger_mode="always_last",
-                **_PRIVATE,
+                **PRIVATE,
             )
-        self.remove.click(lambda id: _said(lambda: self.removed(id)), self.chosen, self.shown, **_PRIVATE)
 
     def one(self, id: Any) -> list[Any]:
         """Return the values of `shown` for a comparison.
@@ -116,13 +116,8 @@ class _Result:
             self.listed(id),
         ]
 
-    def newest(self) -> list[Any]:
-        """Return the values of `shown` for the newest comparison that can be read."""
-        for entry in self.app.history.entries(KIND):
-            try:
-                return self.one(entry.id)
-            except UserError:
-                continue
+    def nothing(self) -> list[Any]:
+        """Return the values of `shown` where there is no comparison."""
         return [None, gr.update(visible=False), "", "", None, gr.skip(), None, "", self.listed(None)]
 
     def pictures(self, id: Any, number: Any) -> Any:
@@ -133,26 +128,11 @@ class _Result:
         """
         return _pictures(made_of(self.app.history.get(id)), number)
 
-    def removed(self, id: Any) -> list[Any]:
-        """Remove a comparison, and return the values of `shown` for the newest that is left."""
-        self.app.history.remove(id)
-        return self.newest()
-
-    def listed(self, id: str | None) -> Any:
-        """Return the list with one chosen."""
-        choices = []
-        for entry in self.app.history.entries(KIND)[:_MOST]:
-            try:
-                made = made_of(entry)
-            except UserError:
-                continue
-            choices.append((f"{entry.made:%d %b %H:%M}  {_text(made)}", entry.id))
-        return gr.update(choices=choices, value=id, visible=bool(choices))
-
-
-def _text(made: Made) -> str:
-    text = f"{made.labels[1]}: {made.report.get('prompt')}"
-    return text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..."
+    def caption(self, entry: Entry) -> str:
+        """Return what is different after, and the prompt."""
+        made = made_of(entry)
+        text = f"{made.labels[1]}: {made.report.get('prompt')}"
+        return text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..."
 
 
 def _players(made: Made) -> str:
@@ -258,7 +238,8 @@ def _lora(app: App, side: str) -> tuple[Any, Any]:
     with gr.Row(visible=bool(names)):
         choices = [("none", "") if side == "before" else ("the same", ""), *((name, name) for name in names)]
         lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
-        scale = gr.Number(1.0, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
+        own: dict[str, Any] = {"value": 1.0} if side == "before" else {"value": None, "placeholder": "the same"}
+        scale = gr.Number(**own, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
     return lora, scale
 
 
@@ -281,13 +262,13 @@ def _wire(app: App, page: _Page) -> None:
     numbers = [*own, *(page.after[name] for name in _BOTH)]
 
     def chosen(name: str, preset: str | None) -> list[Any]:
-        found = _said(lambda: controls.presets(app.facts(app.model(name))))[preset or "draft"]
+        found = said(lambda: controls.presets(app.facts(app.model(name))))[preset or "draft"]
         values = [getattr(found, number) for number in (*_NUMBERS, *_BOTH)]
         return [gr.update(value=value, visible=value is not None) for value in values]
 
     async def start(randomise: bool, *values: Any) -> AsyncIterator[list[Any]]:
         seed = making.drawn_seed() if randomise else values[0]
-        task = _said(lambda: _submitted(app, _form((seed, *values[1:]))))
+        task = said(lambda: _submitted(app, _form((seed, *values[1:]))))
         yield [seed, task.id, *_told(app, page, task, app.jobs.progress(task))]
         async for progress in app.jobs.follow(task):
             yield [gr.skip(), gr.skip(), *_told(app, page, task, progress)]
@@ -305,15 +286,15 @@ def _wire(app: App, page: _Page) -> None:
     def cancel(id: Any) -> None:
         app.jobs.cancel(id)
 
-    page.before["model"].input(chosen, [page.before["model"], page.preset], numbers, **_PRIVATE)
-    page.preset.input(chosen, [page.before["model"], page.preset], numbers, **_PRIVATE)
+    page.before["model"].input(chosen, [page.before["model"], page.preset], numbers, **PRIVATE)
+    page.preset.input(chosen, [page.before["model"], page.preset], numbers, **PRIVATE)
     for number in own:
-        number.input(lambda: None, None, page.preset, **_PRIVATE)  # it is no preset any more
+        number.input(lambda: None, None, page.preset, **PRIVATE)  # it is no preset any more
     for name in _BOTH:
-        page.before[name].input(lambda value: value, page.before[name], page.after[name], **_PRIVATE)
-    page.start.click(start, [page.randomise, *page.values], [page.seed, page.browser, *page.told], **_PRIVATE)
-    page.cancel.click(cancel, page.job, None, **_PRIVATE)
-    app.page.load(again, page.browser, [page.reward, *page.told], **_PRIVATE)
+        page.before[name].input(lambda value: value, page.before[name], page.after[name], **PRIVATE)
+    page.start.click(start, [page.randomise, *page.values], [page.seed, page.browser, *page.told], **PRIVATE)
+    page.cancel.click(cancel, page.job, None, **PRIVATE)
+    app.page.load(again, page.browser, [page.reward, *page.told], **PRIVATE)
 
 
 def _form(values: tuple[Any, ...]) -> PairForm:
@@ -324,8 +305,6 @@ def _form(values: tuple[Any, ...]) -> PairForm:
     after = dict(zip(_AFTER, rest[count : count + len(_AFTER)], strict=True))
     texts = rest[count + len(_AFTER) :]
     theirs, ours = (controls.plug_in_texts(part) for part in (texts[: len(texts) // 2], texts[len(texts) // 2 :]))
-    if after["lora"] in (None, ""):
-        after["lora_scale"] = None  # of the one before, which stays
     form = Form(**before, seed=seed, plug_ins=theirs)
     return PairForm(before=form, changes={**after, "plug_ins": {**theirs, **ours}}, reward=reward)
 
@@ -343,11 +322,3 @@ def _told(app: App, page: _Page, task: Task, progress: Progress) -> list[Any]:
     if progress.state == "done":
         result = page.result.one(progress.result)
     return [task.id if live else None, status(progress), *buttons, *result]
-
-
-def _said(ask: Callable[[], Any]) -> Any:
-    """Return what a function returns; what it says to the user goes to the page, in one line."""
-    try:
-        return ask()
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None

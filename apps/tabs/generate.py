@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-from postgen.apps import controls, making
+from postgen.apps import controls, links, making
 from postgen.apps.errors import raise_failed, said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import FIELDS, Form
@@ -182,9 +183,9 @@ def _wire_jobs(app: App, page: _Page) -> None:
             yield [_same(), _same(), *_told(app, page, task, progress)]
             raise_failed(progress)
 
-    async def again(kept: Any) -> AsyncIterator[list[Any]]:
+    async def again(kept: Any, request: gr.Request) -> AsyncIterator[list[Any]]:
         task = app.jobs.find(kept.get("job") if isinstance(kept, dict) else None)
-        before = _restored(page, kept)
+        before = _linked(app, request) or _restored(page, kept)
         yield [*before, *_told(app, page, None, None)]
         if task is not None and not app.jobs.progress(task).ended:
             async for progress in app.jobs.follow(task):
@@ -202,6 +203,8 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
     inputs = [page.randomise, page.preset, *page.values]
     begin = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told], "validator": check}
+    # Gradio would decode the first frame itself, before any limit, and keep what it made of it.
+    begin["preprocess"] = False
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(start, **begin, **private)
     page.fields["prompt"].submit(start, **begin, **private)
@@ -217,6 +220,8 @@ _FOLDED = {FIELDS.index(name) for name in FIELDS if name not in ("prompt", "seed
 
 def _form(values: tuple[Any, ...]) -> Form:
     own = dict(zip(FIELDS, values[: len(FIELDS)], strict=True))
+    if isinstance(own["image"], dict):  # as the browser sends it
+        own["image"] = own["image"].get("path") or ""
     return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
 
 
@@ -256,6 +261,22 @@ def _told(app: App, page: _Page, task: Task | None, progress: Progress | None) -
 def _kept(job: str, randomise: bool, preset: str | None, values: tuple[Any, ...]) -> dict[str, Any]:
     own = {name: value for name, value in zip(FIELDS, values, strict=False) if name != "image"}
     return {"job": job, "randomise": randomise, "preset": preset, "fields": own, "plug_ins": values[len(FIELDS) :]}
+
+
+def _linked(app: App, request: gr.Request) -> list[Any] | None:
+    """Return the values of preset, randomise and all controls that the address asks for; None where it asks nothing.
+
+    What is wrong with it is said, and it then asks nothing.
+    """
+    try:
+        found = links.form_in(app, dict(request.query_params))
+    except UserError as error:
+        gr.Warning(f"The link is refused: {escape(str(error))}", duration=None)
+        return None
+    if found is None:
+        return None
+    form, preset, randomise = found
+    return [preset, randomise, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
 
 
 def _restored(page: _Page, kept: Any) -> list[Any]:

@@ -10,20 +10,21 @@ from typing import Any
 import gradio as gr
 
 from postgen.apps import making
+from postgen.apps.errors import raise_failed, said
+from postgen.apps.history import Entry
 from postgen.apps.jobs import Progress, Task, Work
 from postgen.apps.long_kept import KIND, Growing, LongMade, made_of
 from postgen.apps.long_making import OWN, LongForm, adapters, begin_work, branch_work, go_on_work, request_of
 from postgen.apps.players import Clip, downloads, players, shown
 from postgen.apps.state import App
 from postgen.apps.status import status
-from postgen.errors import UserError
+from postgen.apps.tabs.earlier import PRIVATE, Earlier
 
 IDLE = "The first seconds appear while the rest is being made."
-_TITLE, _CAPTION, _MOST = 60, 40, 24
-"""Characters that name a job and a result; results that the list shows."""
+_TITLE, _CAPTION = 60, 40
+"""Characters that name a job and a result."""
 _FIRST, _ROWS = 6, 3
 """Seconds, and rows for further prompts, of a new page."""
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _NUMBERS = {"steps": "Steps", "guidance": "Guidance", "width": "Width", "height": "Height"}
 
 
@@ -50,11 +51,11 @@ class _Page:
         return [self.job, self.status, self.start, self.stop, self.cancel, result.more, result.branch, *result.shown]
 
 
-class _Result:
+class _Result(Earlier):
     """The part of the tab that shows a long video; built inside the open layout."""
 
     def __init__(self, app: App) -> None:
-        self.app = app
+        super().__init__(app, KIND)
         most = app.settings.long_seconds
         self.chosen = gr.State(None)
         self.players = players(elem_id="long-players")
@@ -84,11 +85,6 @@ class _Result:
         )
         self.shown = [self.chosen, self.players, self.place, self.about, self.points, self.files, self.list]
 
-    def wire(self) -> None:
-        """Wire what concerns results alone."""
-        self.list.input(lambda id: _said(lambda: self.one(id)), self.list, self.shown, **_PRIVATE)
-        self.remove.click(lambda id: _said(lambda: self.removed(id)), self.chosen, self.shown, **_PRIVATE)
-
     def one(self, id: Any) -> list[Any]:
         """Return the values of `shown` for a long video.
 
@@ -112,31 +108,14 @@ class _Result:
         """Return the values of `shown` for a video that is being made."""
         return [gr.skip(), _watched(growing), gr.update(visible=False), *(gr.skip() for _ in self.shown[3:])]
 
-    def newest(self) -> list[Any]:
-        """Return the values of `shown` for the newest long video that can be read."""
-        for entry in self.app.history.entries(KIND):
-            try:
-                return self.one(entry.id)
-            except UserError:
-                continue
+    def nothing(self) -> list[Any]:
+        """Return the values of `shown` where there is no long video."""
         return [None, "", gr.update(visible=False), "", gr.skip(), "", self.listed(None)]
 
-    def removed(self, id: Any) -> list[Any]:
-        """Remove a video, and return the values of `shown` for the newest that is left."""
-        self.app.history.remove(id)
-        return self.newest()
-
-    def listed(self, id: str | None) -> Any:
-        """Return the list with one chosen."""
-        choices = []
-        for entry in self.app.history.entries(KIND)[:_MOST]:
-            try:
-                made = made_of(entry)
-            except UserError:
-                continue
-            text = str(made.note.get("prompt"))[:_CAPTION]
-            choices.append((f"{entry.made:%d %b %H:%M}  {text} ({made.seconds:.1f} s)", entry.id))
-        return gr.update(choices=choices, value=id, visible=bool(choices))
+    def caption(self, entry: Entry) -> str:
+        """Return the prompt and the length."""
+        made = made_of(entry)
+        return f"{str(made.note.get('prompt'))[:_CAPTION]} ({made.seconds:.1f} s)"
 
 
 def about(made: LongMade) -> str:
@@ -245,21 +224,21 @@ def _wire(app: App, page: _Page) -> None:
             new = progress.preview is not seen
             seen = progress.preview
             yield _told(page, task, progress, new)
-            _raise(progress)
+            raise_failed(progress)
 
     async def start(randomise: bool, seed: Any, *values: Any) -> AsyncIterator[list[Any]]:
         seed = making.drawn_seed() if randomise else seed
-        task = _said(lambda: _begun(app, page, {**dict(zip(names, values, strict=True)), "seed": seed}))
+        task = said(lambda: _begun(app, page, {**dict(zip(names, values, strict=True)), "seed": seed}))
         async for told in _first(followed(task), seed, task.id):
             yield told
 
     async def more(id: Any, seconds: Any) -> AsyncIterator[list[Any]]:
-        task = _said(lambda: _submitted(app, "more of a long video", lambda: go_on_work(app, id, seconds)))
+        task = said(lambda: _submitted(app, "more of a long video", lambda: go_on_work(app, id, seconds)))
         async for told in _first(followed(task), task.id):
             yield told
 
     async def branch(id: Any, *asked: Any) -> AsyncIterator[list[Any]]:
-        task = _said(lambda: _submitted(app, "a branch of a long video", lambda: branch_work(app, id, *asked)))
+        task = said(lambda: _submitted(app, "a branch of a long video", lambda: branch_work(app, id, *asked)))
         async for told in _first(followed(task), task.id):
             yield told
 
@@ -278,13 +257,13 @@ def _wire(app: App, page: _Page) -> None:
     names = [*(name for name in page.fields if name != "seed"), *page.numbers]
     values = [*(page.fields[name] for name in page.fields if name != "seed"), *page.numbers.values()]
     seed = page.fields["seed"]
-    page.start.click(start, [page.randomise, seed, *values], [seed, page.browser, *page.told], **_PRIVATE)
-    result.more.click(more, [result.chosen, result.seconds], [page.browser, *page.told], **_PRIVATE)
+    page.start.click(start, [page.randomise, seed, *values], [seed, page.browser, *page.told], **PRIVATE)
+    result.more.click(more, [result.chosen, result.seconds], [page.browser, *page.told], **PRIVATE)
     asked = [result.points, result.length, result.prompt, result.seed]
-    result.branch.click(branch, [result.chosen, *asked], [page.browser, *page.told], **_PRIVATE)
-    page.stop.click(stop, page.job, None, **_PRIVATE)
-    page.cancel.click(cancel, page.job, None, **_PRIVATE)
-    app.page.load(again, page.browser, page.told, **_PRIVATE)
+    result.branch.click(branch, [result.chosen, *asked], [page.browser, *page.told], **PRIVATE)
+    page.stop.click(stop, page.job, None, **PRIVATE)
+    page.cancel.click(cancel, page.job, None, **PRIVATE)
+    app.page.load(again, page.browser, page.told, **PRIVATE)
 
 
 async def _first(told: AsyncIterator[list[Any]], *values: Any) -> AsyncIterator[list[Any]]:
@@ -321,16 +300,3 @@ def _told(page: _Page, task: Task, progress: Progress, new: bool) -> list[Any]:
 def _idle(page: _Page) -> list[Any]:
     on, off = gr.update(interactive=True), gr.update(interactive=False)
     return [None, status(None, IDLE), on, off, off, on, on, *page.result.newest()]
-
-
-def _raise(progress: Progress) -> None:
-    if progress.error is not None:
-        raise gr.Error(progress.error, print_exception=False, duration=None)
-
-
-def _said(ask: Callable[[], Any]) -> Any:
-    """Return what a function returns; what it says to the user goes to the page, in one line."""
-    try:
-        return ask()
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None

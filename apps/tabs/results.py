@@ -10,10 +10,11 @@ import gradio as gr
 
 from postgen.apps import making
 from postgen.apps.errors import said
-from postgen.apps.history import Entry
+from postgen.apps.history import SIDECAR, Entry
+from postgen.apps.links import link_of
 from postgen.apps.state import App
 from postgen.apps.status import duration
-from postgen.apps.uploads import uploaded_settings
+from postgen.apps.uploads import discarding, uploaded_settings
 from postgen.errors import UserError, is_number
 
 PAGE = 24
@@ -78,11 +79,16 @@ class Results:
             return said(lambda: reuse(self._note(self.app.history.get(id))["settings"]))
 
         def removed(id: str | None, count: int) -> list[Any]:
-            said(lambda: self.app.history.remove(id))
+            said(lambda: self.app.pictures.remove_result(id))
             return [*self._nothing(), *self._listed(count)]
 
         def taken(file: str) -> list[Any]:
-            return said(lambda: reuse(uploaded_settings(file, self.app.settings)))
+            def read() -> list[Any]:
+                with discarding(file):
+                    settings = uploaded_settings(file, self.app.settings)
+                return reuse(settings)
+
+            return said(read)
 
         self.gallery.select(chosen, self.ids, self._one, **private)
         self.again.click(again, self.chosen, controls, **private)
@@ -117,10 +123,10 @@ class Results:
         on = gr.update(interactive=True)
         return [
             video,
-            about(note),
+            about(note, link_of(self.app, note["settings"])),
             on,
             gr.update(value=video, interactive=True),
-            gr.update(value=str(entry.file(making.SIDECAR)), interactive=True),
+            gr.update(value=str(entry.file(SIDECAR)), interactive=True),
             on,
             entry.id,
         ]
@@ -147,11 +153,11 @@ class Results:
         return [pictures, gr.update(visible=len(entries) > count), ids]
 
     def _note(self, entry: Entry) -> Mapping[str, Any]:
-        return making.note_of(entry.file(making.SIDECAR))
+        return making.note_of(entry.file(SIDECAR))
 
 
-def about(note: Mapping[str, Any]) -> str:
-    """Return HTML that says how a video was made, from its sidecar."""
+def about(note: Mapping[str, Any], link: str | None = None) -> str:
+    """Return HTML that says how a video was made, from its sidecar; `link` asks for its settings."""
     settings, seconds = note["settings"], note.get("seconds")
     facts = [
         ("Seed", note.get("seed")),
@@ -164,4 +170,6 @@ def about(note: Mapping[str, Any]) -> str:
     plug_ins = note.get("plug_ins")
     facts += [(row, settings.get(row)) for row in (plug_ins if isinstance(plug_ins, Mapping) else ())]
     spans = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
+    if link is not None:
+        spans += f'<span><a href="{escape(link)}">Link to these settings</a></span>'
     return f'<p class="about-prompt">{escape(str(note.get("prompt")))}</p><p class="about-facts">{spans}</p>'

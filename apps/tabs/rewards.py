@@ -11,11 +11,12 @@ import gradio as gr
 
 from postgen.apps import making, scoring
 from postgen.apps.errors import raise_failed, said
+from postgen.apps.history import SIDECAR
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.scoring import Known, Scored
 from postgen.apps.state import App
 from postgen.apps.status import status
-from postgen.apps.uploads import uploaded_settings, uploaded_video
+from postgen.apps.uploads import discarding, uploaded_settings, uploaded_video
 from postgen.errors import UserError, cut
 
 IDLE = "Choose a clip and the rewards that shall score it."
@@ -124,18 +125,22 @@ def _wire_clip(app: App, page: _Page) -> None:
     def uploaded(path: str | None) -> list[Any]:
         if not path:
             return ["", gr.skip(), gr.skip()]
-        footage = said(lambda: uploaded_video(path, app.settings, "clip"))
+        footage = said(lambda: _clip(app, path))
         return [facts_of(footage.info), _prompt_in(app, path), _OWN]
 
     def made(id: str) -> list[Any]:
         if id == _OWN:
             return ["", gr.skip(), gr.skip()]
         entry = said(lambda: app.history.get(id))
-        prompt = said(lambda: making.note_of(entry.file(making.SIDECAR))).get("prompt")
+        prompt = said(lambda: making.note_of(entry.file(SIDECAR))).get("prompt")
         return [facts_of(said(lambda: _info(entry.video))), prompt if isinstance(prompt, str) else "", None]
 
     def noted(path: str) -> str:
-        prompt = said(lambda: uploaded_settings(path, app.settings)).get("prompt")
+        def read() -> Any:
+            with discarding(path):
+                return uploaded_settings(path, app.settings).get("prompt")
+
+        prompt = said(read)
         if not isinstance(prompt, str):
             raise gr.Error("the settings name no prompt: write what the clip should show", print_exception=False)
         return prompt
@@ -158,7 +163,12 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
 
     async def called(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[dict[str, Any]]:
         """Score a clip, or a result of the history: how the job stands, and at last its scores."""
-        task = said(lambda: _submitted(app, clip, made, prompt, rewards))
+
+        def submitted() -> Task:
+            with discarding(clip):  # whoever calls again uploads again
+                return _submitted(app, clip, made, prompt, rewards)
+
+        task = said(submitted)
         try:
             async for progress in app.jobs.follow(task):
                 yield _stands(task, progress)
@@ -187,11 +197,19 @@ def _submitted(app: App, clip: Any, made: Any, prompt: Any, names: Any) -> Task:
     rewards = scoring.chosen_rewards(names)
     text = scoring.checked_prompt(prompt, rewards)
     if made not in (None, _OWN):
+        if clip is not None:
+            raise UserError("a clip is given, and a result of the history: leave one of them out")
         video = app.history.get(made).video
         footage = Footage(video, _info(video))
     else:
-        footage = uploaded_video(clip, app.settings, "clip")
+        footage = _clip(app, clip)
     return app.jobs.submit("scores of a clip", scoring.work_of(app, footage, text, rewards))
+
+
+def _clip(app: App, path: Any) -> Any:
+    """Return an uploaded clip; one that is refused is removed."""
+    with discarding(path):
+        return uploaded_video(path, app.settings, "clip")
 
 
 def _info(video: Any) -> Any:
@@ -231,7 +249,7 @@ def _results(app: App) -> list[tuple[str, str]]:
     found = [("the uploaded clip", _OWN)]
     for entry in app.history.entries()[:_OFFERED]:
         try:
-            prompt = str(making.note_of(entry.file(making.SIDECAR)).get("prompt"))
+            prompt = str(making.note_of(entry.file(SIDECAR)).get("prompt"))
         except UserError:  # another kind of result, or half of it was removed by hand
             continue
         found.append((f"{entry.made:%d %b %H:%M}  {cut(prompt, 60)}", entry.id))

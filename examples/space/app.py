@@ -7,7 +7,8 @@ from postgen.apps.guard import guarded
 from postgen.apps.looks import launch_looks
 from postgen.apps.settings import AppSettings
 
-settings = AppSettings(outputs=Path("videos"), waiting=20, upload_bytes=16 * 2**20)
+# A Space has names of its own, and is open to whoever finds it: which name was used protects nothing.
+settings = AppSettings(outputs=Path("videos"), waiting=20, upload_bytes=16 * 2**20, allow_hosts=("*",))
 demo = build(settings)  # the name by which a Space finds it
 
 if __name__ == "__main__":

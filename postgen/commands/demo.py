@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from postgen.commands.errors import when_stopped
-from postgen.commands.options import FILES, MODEL, RUN
+from postgen.commands.options import FILES, MODEL, Device, Dtype, Offload
+from postgen.errors import UserError, check_number
 from postgen.interrupts import held
 
 SERVER, LIMITS = "Server", "Limits"
@@ -48,6 +49,15 @@ Host = Annotated[
         rich_help_panel=SERVER,
     ),
 ]
+AllowHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="Further name under which it answers, as that of a proxy before it; repeatable, * is every one.",
+        rich_help_panel=SERVER,
+    ),
+]
 Auth = Annotated[
     str | None,
     typer.Option(
@@ -76,16 +86,6 @@ LongSeconds = Annotated[
 Waiting = Annotated[
     int | None, typer.Option("--waiting", help="Most jobs that wait. \\[default: 50]", rich_help_panel=LIMITS)
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="auto, float32, bfloat16 or float16. \\[default: auto]", rich_help_panel=RUN),
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]", rich_help_panel=RUN)
-]
-Offload = Annotated[
-    str | None, typer.Option("--offload", help="none, model or sequential. \\[default: none]", rich_help_panel=RUN)
-]
 
 
 def demo(
@@ -96,6 +96,7 @@ def demo(
     runs: Runs = None,
     port: Port = None,
     host: Host = None,
+    allow_host: AllowHosts = None,
     auth: Auth = None,
     theme: Theme = None,
     upload_mb: UploadMb = None,
@@ -109,20 +110,25 @@ def demo(
     """Serve the app: a page in the browser that makes videos. It listens on this machine only."""
     from postgen.apps.demo import launch
     from postgen.apps.settings import AppSettings, read_auth
-    from postgen.errors import check_number
 
+    if long_seconds is not None and offload not in (None, "none"):
+        raise UserError("--long-seconds and --offload: with --offload the page makes no long videos, leave one out")
     names = model or []
     given: dict[str, Any] = {
         **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},
         **{"theme": theme, "upload_seconds": upload_seconds, "long_seconds": long_seconds, "waiting": waiting},
         **{"dtype": dtype, "device": device, "offload": offload},
         "auth": None if auth is None else read_auth(auth),
+        "upload_bytes": None if upload_mb is None else _bytes(upload_mb),
     }
-    if upload_mb is not None:
-        check_number("--upload-mb", upload_mb, 0.001, 2**16)
-        given["upload_bytes"] = int(upload_mb * 2**20)
     said = {name: value for name, value in given.items() if value is not None}
-    settings = AppSettings(models=tuple(names[1:]), any_model=any_model, loras=tuple(lora or ()), **said)
+    settings = AppSettings(
+        models=tuple(names[1:]),
+        any_model=any_model,
+        loras=tuple(lora or ()),
+        allow_hosts=tuple(allow_host or ()),
+        **said,
+    )
     served = launch(settings)
     typer.echo(f"App at {served.url} (stop with Ctrl-C), videos in {served.app.history.folder}")
     try:
@@ -131,3 +137,8 @@ def demo(
     finally:
         with held():  # a second Ctrl-C waits for what is being written
             served.close()
+
+
+def _bytes(mebibytes: float) -> int:
+    check_number("--upload-mb", mebibytes, 0.001, 2**16)
+    return int(mebibytes * 2**20)

@@ -110,9 +110,10 @@ def _again(
     sidecar: Path, given: dict[str, Any], output: Path | None, format: str | None
 ) -> tuple[dict[str, Any], Path, str | None]:
     """Fill in what a sidecar says where the options say nothing."""
-    from postgen.request import read_sidecar
+    from postgen.request import read_sidecar, with_places
 
     old, old_format = read_sidecar(sidecar)
+    old = with_places({name: value for name, value in old.items() if name not in given}, sidecar)
     output = output or sidecar.with_name(f"{sidecar.stem}-again")
     return old | given, output, format or (None if output.suffix else old_format)
 

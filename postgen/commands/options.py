@@ -69,7 +69,8 @@ Device = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps. \\[default: auto]", rich_help_panel=RUN)
 ]
 Offload = Annotated[
-    str | None, typer.Option("--offload", help="none, model or sequential. \\[default: none]", rich_help_panel=RUN)
+    str | None,
+    typer.Option("--offload", help="none, auto, model or sequential. \\[default: none]", rich_help_panel=RUN),
 ]
 Format = Annotated[
     str | None,

@@ -21,6 +21,7 @@ from postgen.families.model_folder import (
     small_files,
     wan_multiples,
 )
+from postgen.families.offload import check_offload, place_weights
 from postgen.families.own_format import load_part, noted_networks
 from postgen.families.video_calls import ROWS, UNKNOWN, least_steps, rate_of, sizes_of
 from postgen.families.wan_sizes import check_size
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-OFFLOADS = ("none", "model", "sequential")
 
 # Copied by hand from the pipelines' signatures: reading them there would cost seconds of import.
 _WAN_ARGUMENTS = frozenset(
@@ -241,7 +241,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
         dtype: one of `DTYPES`; `auto` is what the model's `postgen.json` says, else bfloat16 on CUDA and float32
             elsewhere.
         device: one of `DEVICES`, or cuda:N.
-        offload: `model` keeps one component at a time on the GPU, `sequential` one layer at a time.
+        offload: one of `OFFLOADS`, as of `place_weights`.
 
     Raises:
         UserError: no such device, offload without a GPU, files that cannot be loaded.
@@ -249,8 +249,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     import diffusers
 
     place = check_device(device)
-    if offload != "none" and place == "cpu":
-        raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
+    check_offload(offload, place)
     if Path(facts.source).is_dir():
         check_configs(Path(facts.source))
     try:
@@ -272,12 +271,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {_reason(error)}") from error
     check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=place)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=place)
-    else:
-        pipe.to(place)
+    place_weights(pipe, place, offload)
     return pipe
 
 

@@ -112,6 +112,7 @@ def test_a_cancelled_comparison_leaves_nothing_and_the_next_one_runs(app: App) -
         ({"steps": "many"}, None, "the video after: steps must be a whole number"),
         ({"model": "/etc"}, None, "the video after: this server has no model"),
         ({"lora": "/etc/passwd"}, None, "the video after: this server has no LoRA"),
+        ({"lora_scale": 0.5}, None, "the video after: the strength is 0.5, and there is no LoRA"),
         ({"prompt": "a blue ball"}, None, "cannot differ in prompt"),
         ({"steps": 1}, "os.remove", "no reward of that name"),
         ({"steps": 1}, "pickscore", "no reward of that name"),
@@ -174,6 +175,7 @@ def test_the_page_builds_with_the_tab_and_no_event_of_it_is_public(app: App) -> 
 
     page = build(app=app)
     assert any(block.elem_id == "compare-players" for block in page.blocks.values())
-    ours = [fn for fn in page.fns.values() if (fn.fn and "compare" in getattr(fn.fn, "__module__", ""))]
+    places = ("postgen.apps.tabs.compare", "postgen.apps.tabs.earlier")
+    ours = [fn for fn in page.fns.values() if fn.fn and getattr(fn.fn, "__module__", "") in places]
     assert len(ours) >= 8
     assert all(fn.api_visibility == "private" for fn in ours)

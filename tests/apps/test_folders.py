@@ -10,8 +10,9 @@ from PIL import Image
 
 from postgen import UserError
 from postgen.apps.history import History
+from postgen.apps.pictures import Pictures
 from postgen.apps.settings import AppSettings, read_auth
-from postgen.apps.uploads import kept_picture, uploaded, uploaded_picture, uploaded_settings, uploaded_video
+from postgen.apps.uploads import uploaded, uploaded_picture, uploaded_settings, uploaded_video
 from postgen.video import write_video
 
 
@@ -162,7 +163,8 @@ def test_pictures_are_kept_once_under_a_name_of_their_content(tmp_path, limits):
     picture = Image.new("RGB", (20, 10), "red")
     picture.save(tmp_path / "..a name.png")
     found = uploaded_picture(str(tmp_path / "..a name.png"), limits)
-    paths = {kept_picture(found, tmp_path / "kept"), kept_picture(picture, tmp_path / "kept")}
+    pictures = Pictures(tmp_path / "kept", History(tmp_path / "results"))
+    paths = {pictures.hold(found), pictures.hold(picture)}
     (path,) = paths
     assert path.parent == tmp_path / "kept"
     assert list(Image.open(path).getdata()) == list(picture.getdata())

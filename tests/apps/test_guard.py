@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from postgen import UserError
 from postgen.apps import demo
 from postgen.apps.guard import uploads_folder
+from postgen.apps.hosts import Names
 from postgen.apps.settings import AppSettings
 
 pytest.importorskip("gradio")
@@ -138,3 +140,83 @@ def wait(done):
 
 def test_the_folder_of_uploads_is_that_of_the_server(served):
     assert Path(os.environ["GRADIO_TEMP_DIR"]) == uploads_folder()
+
+
+def raw(served, head, kind="GET / HTTP/1.1"):
+    host = httpx.URL(served.url)
+    with socket.create_connection((host.host, host.port), timeout=10) as sending:
+        sending.sendall(f"{kind}\r\n{head.format(port=host.port)}\r\nConnection: close\r\n\r\n".encode("latin-1"))
+        got = b""
+        while part := sending.recv(65536):
+            got += part
+    return int(got.split(b" ", 2)[1]), got.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "127.0.0.2"])
+def test_a_server_answers_under_its_own_names(served, name):
+    assert raw(served, f"Host: {name}:{{port}}\r\nOrigin: http://{name}:{{port}}")[0] == 200
+    assert raw(served, f"Host: {name}")[0] == 200  # as behind a forwarded port
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        *(
+            "Host: rebound.example:{port}",
+            "Host: localhost.rebound.example",
+            "Host: 192.0.2.1:{port}",
+            "Host: 0.0.0.0",
+        ),
+        *("Host: a@localhost", "Host: [::1", "Host: 127.0.0.1:7860:1", "Host:", "Host: xn--\xe4", "X: no host"),
+        *("Host: localhost:{port}\r\nHost: rebound.example",),
+        *(
+            f"Host: localhost:{{port}}\r\nOrigin: {o}"
+            for o in ("http://rebound.example", "null", "http://localhost:1")
+        ),
+        "Host: localhost:{port}\r\nOrigin: http://localhost:{port}.rebound.example",
+    ],
+)
+def test_a_server_answers_under_no_other_name_and_to_no_other_site(served, head):
+    version = "HTTP/1.0" if head.startswith("X") else "HTTP/1.1"
+    for kind in (f"GET / {version}", f"GET /gradio_api/queue/data?session_hash=a {version}"):
+        status, body = raw(served, head, kind)
+        assert status == 403 or (status == 400 and b"Invalid HTTP" in body), (kind, body)  # the latter of uvicorn
+        assert b"<html" not in body
+        assert body.count(b"\n") <= 1
+    called = raw(served, f"{head}\r\nContent-Length: 0", f"POST /gradio_api/call/history {version}")
+    assert called[0] in (400, 403)
+
+
+def test_a_socket_of_another_site_is_refused(served):
+    socketed = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+    assert raw(served, f"Host: rebound.example\r\n{socketed}")[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("names", "head", "right"),
+    [
+        (Names(host="127.0.0.1", allowed=("app.example.org",)), {"host": "app.example.org"}, True),
+        (Names(host="127.0.0.1", allowed=("app.example.org",)), {"host": "b.app.example.org"}, False),
+        # A proxy that writes its own way here into Host.
+        (
+            Names(host="127.0.0.1", allowed=("App.example.org",)),
+            {"host": "127.0.0.1:7860", "origin": "https://app.example.org"},
+            True,
+        ),
+        (Names(host="0.0.0.0"), {"host": "192.0.2.7:7860", "origin": "http://192.0.2.7:7860"}, True),
+        (Names(host="0.0.0.0"), {"host": socket.gethostname()}, True),
+        (Names(host="0.0.0.0"), {"host": "rebound.example"}, False),
+        (Names(host="box.lan"), {"host": "box.lan:80"}, True),
+        (Names(host="::1"), {"host": "[::1]:7860"}, True),
+        (Names(host="127.0.0.1", allowed=("*",)), {"host": "who-ever.hf.space", "origin": "null"}, True),
+    ],
+)
+def test_names_of_a_server(names, head, right):
+    said = names.refused([(key.encode(), value.encode()) for key, value in head.items()])
+    assert (said is None) == right
+
+
+@pytest.mark.parametrize("name", ["http://a.b", "a.b/c", "a.b:80", "", "a b", "*.b"])
+def test_a_name_that_no_browser_sends_is_refused(name):
+    with pytest.raises(UserError, match="allow_host takes a name"):
+        AppSettings(allow_hosts=(name,))

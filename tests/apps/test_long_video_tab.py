@@ -139,6 +139,15 @@ def test_a_branch_begins_with_the_frames_before_it_and_leaves_the_old_video(app:
     assert len(app.history.entries(KIND)) == 2
 
 
+def test_a_branch_that_changes_nothing_is_the_old_video_to_the_bit(app: App) -> None:
+    made = begun(app)
+    frame = [*made.points][1]
+    progress = ended(app, branch_work(app, made.entry.id, frame, (33 - frame) / RATE, "", None))
+    assert progress.state == "done", progress.error
+    branch = made_of(app.history.get(progress.result))
+    assert torch.equal(read_video(branch.places.video), read_video(made.places.video))
+
+
 def test_few_states_are_kept_of_a_long_video_the_first_and_the_last_among_them(app: App) -> None:
     made = begun(app, seconds=4.0)
     assert 3 < len(made.points) <= MOST_POINTS
@@ -195,6 +204,7 @@ def test_no_event_of_the_tab_is_public(app: App) -> None:
 
     page = build(app=app)
     assert any(block.elem_id == "long-players" for block in page.blocks.values())
-    ours = [fn for fn in page.fns.values() if fn.fn and "long_video" in getattr(fn.fn, "__module__", "")]
+    places = ("postgen.apps.tabs.long_video", "postgen.apps.tabs.earlier")
+    ours = [fn for fn in page.fns.values() if fn.fn and getattr(fn.fn, "__module__", "") in places]
     assert len(ours) >= 7
     assert all(fn.api_visibility == "private" for fn in ours)

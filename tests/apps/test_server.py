@@ -15,6 +15,7 @@ from postgen.apps.settings import AppSettings
 from postgen.video import probe
 
 gr = pytest.importorskip("gradio")
+import httpx  # noqa: E402
 from gradio_client import Client  # noqa: E402
 
 SMALL = {"width": 32, "height": 16, "frames": 5, "guidance": 1.0}
@@ -86,12 +87,39 @@ def test_a_call_that_is_given_up_ends_its_job(client, served):
         ({"preset": "best"}, "unknown preset"),
         ({"model": "/etc"}, "no model of that name"),
         ({"plug_ins": {"enhance": "much"}}, "enhance must be auto or a number"),
+        ({"plug_ins": []}, "plug_ins must be"),
+        ({"lora_scale": 0.5}, "the strength is 0.5, and there is no LoRA"),
     ],
 )
 def test_a_wrong_call_is_one_line(client, wrong, message):
     with pytest.raises(Exception, match=message) as told:
         client.predict(**{"prompt": "a ball", **SMALL, **wrong}, api_name="/generate")
     assert "\n" not in str(told.value)
+
+
+def event(served, element, data, query=""):
+    """Do what a browser does for an event whose outputs have an element: return what the page gets."""
+    with httpx.Client(base_url=served.url, trust_env=False, timeout=30) as web:
+        page = web.get("/config").json()
+        own = {each["id"] for each in page["components"] if each["props"].get("elem_id") == element}
+        rows = [row for row in page["dependencies"] if own & {*row["outputs"]} and row["targets"][0][1] == "load"]
+        asked = {"data": data, "fn_index": rows[0]["id"], "session_hash": "a-browser"}
+        assert web.post(f"/gradio_api/queue/join{query}", json=asked).status_code == 200
+        with web.stream("GET", "/gradio_api/queue/data?session_hash=a-browser") as told:
+            messages = [json.loads(line[5:]) for line in told.iter_lines() if line.startswith("data:")]
+    return messages
+
+
+def test_the_address_of_the_page_fills_the_form_and_runs_nothing(served):
+    before = len(served.app.history.entries())
+    got = event(served, "prompt", [None], "?prompt=a+red+ball&seed=5&frames=5&enhance=auto")
+    made = next(message for message in got if message["msg"] == "process_generating")["output"]["data"]
+    assert (made[2], "auto" in made, 5 in made, made[1]) == ("a red ball", True, True, False)
+    wrong = event(served, "prompt", [None], "?prompt=a+red+ball&frames=6")
+    (said,) = (message for message in wrong if message["msg"] == "log")
+    assert "The link is refused" in said["log"]
+    assert "4n" in said["log"]
+    assert len(served.app.history.entries()) == before
 
 
 def test_nothing_else_can_be_called(client):
@@ -141,6 +169,9 @@ def test_without_gradio_there_is_one_line(cli, monkeypatch):
         (["--model", "no/such/folder"], "no model folder"),
         (["--runs", "no-such-folder"], "no folder of training runs"),
         (["--upload-mb", "0"], "--upload-mb must be"),
+        (["--offload", "model", "--device", "cpu"], "moves parts to a GPU"),
+        (["--offload", "auto", "--long-seconds", "9"], "makes no long videos"),
+        (["--allow-host", "http://a.example"], "allow_host takes a name"),
     ],
 )
 def test_wrong_words_of_the_command_are_one_line(cli, tmp_path, monkeypatch, words, message):

@@ -31,6 +31,10 @@ def test_the_header_names_what_is_tested() -> None:
 def test_the_space_serves_its_page(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     with serving([SPACE / "app.py"], tmp_path) as space:
-        page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(space.url, timeout=30).read().decode()
-        assert re.search(r"\"title\": *\"postgen\"", page)
+        asking = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        named = {"Host": "owner-postgen.hf.space", "Origin": "https://owner-postgen.hf.space"}
+        for headers in ({}, named):
+            request = urllib.request.Request(space.url, headers=headers)
+            page = asking.open(request, timeout=30).read().decode()
+            assert re.search(r"\"title\": *\"postgen\"", page)
         assert (tmp_path / "videos").is_dir()
