@@ -87,7 +87,7 @@ def pair(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = settings_of_a_video_model(tiny_wan, prompts, use_peft)
         write(folder, name, **values)
         write(folder, f"{name} resumed", **values, resume_from_checkpoint=str(folder / name / "checkpoint-1"))
-    run_pair("tests.grpo.test_processes:JOBS", folder, seconds=300)
+    run_pair("tests.grpo.test_processes:JOBS", folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from benchmarks.faults_two_gpus import free_ports
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_pair(jobs: str, folder: Path, seconds: int = 120) -> None:
+def run_pair(jobs: str, folder: Path, seconds: int = 300) -> None:
     """Run the functions of a list `package.module:NAME` in two processes, each with `folder`."""
     command = [sys.executable, "-m", "tests.training.pair", jobs, str(folder)]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
