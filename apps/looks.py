@@ -11,7 +11,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
-#page-head { padding: 4px 2px 0; }
+#page-head { padding: 4px 0 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
 :is(#make, .make) { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
@@ -74,6 +74,9 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
   grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
 #sample-steps .grid-wrap { min-height: 0 !important; }
+#history .caption-label { left: 0; right: 0; bottom: 0; max-width: none; text-align: left; border-radius: 0; }
+:is(button, a, input, select, textarea, [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
@@ -103,6 +106,7 @@ def theme() -> Any:
         body_background_fill="*neutral_50",
         block_border_width="1px",
         block_shadow="none",
+        body_text_color_subdued="*neutral_500",  # the next lighter one is below 4.5 : 1 on this ground
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_text_color="white",
