@@ -72,11 +72,12 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 .warned { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
 #run-status .job { margin-bottom: 8px; min-height: 0; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
-  grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
+  grid-auto-columns: minmax(260px, 420px); overflow-x: auto; }
 #sample-steps .grid-wrap { min-height: 0 !important; }
 #history .caption-label { left: 0; right: 0; bottom: 0; max-width: none; text-align: left; border-radius: 0; }
 :is(button, a, input, select, textarea, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+button.label-wrap { text-align: left; gap: 8px; }
 footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
