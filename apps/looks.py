@@ -48,6 +48,7 @@ CSS = """
 .measured { border-collapse: collapse; margin: 10px 0 4px; font-variant-numeric: tabular-nums; }
 .measured th, .measured td { padding: 4px 20px 4px 0; text-align: left; font-weight: 400; }
 .measured thead th, .measured tbody th { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+.measured td { white-space: nowrap; }
 .measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
 .plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
   gap: 12px; }
@@ -78,6 +79,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 :is(button, a, input, select, textarea, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 button.label-wrap { text-align: left; gap: 8px; }
+input[role="listbox"] { text-overflow: ellipsis; padding-right: var(--size-6) !important; }
 footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
@@ -87,6 +89,7 @@ footer .divider { display: none; }
   .results-buttons { display: grid !important; grid-template-columns: 1fr 1fr; }
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }
+  .measured th, .measured td { padding-right: 10px; }
 }
 """
 
