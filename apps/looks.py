@@ -79,7 +79,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 :is(button, a, input, select, textarea, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 button.label-wrap { text-align: left; gap: 8px; }
-input[role="listbox"] { text-overflow: ellipsis; padding-right: var(--size-6) !important; }
+input[role="combobox"] { text-overflow: ellipsis; padding-right: var(--size-6) !important; }
 footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
