@@ -109,7 +109,7 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
         for row in rows:
             key = f"{row.place}-kept"
             app.remembered[row.place] = gr.BrowserState(None, storage_key=key, secret="postgen")
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):  # a menu hides tabs, and loses them when the window changes its width
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):
                     import_module(row.place).tab(app)

@@ -11,7 +11,7 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important; }
-#page-head { padding: 4px 2px 0; }
+#page-head { padding: 4px 0 0; }
 #page-head h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #page-head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
 :is(#make, .make) { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 16px;
@@ -48,6 +48,7 @@ CSS = """
 .measured { border-collapse: collapse; margin: 10px 0 4px; font-variant-numeric: tabular-nums; }
 .measured th, .measured td { padding: 4px 20px 4px 0; text-align: left; font-weight: 400; }
 .measured thead th, .measured tbody th { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+.measured td { white-space: nowrap; }
 .measured tr + tr > *, .measured tbody tr > * { border-top: 1px solid var(--border-color-primary); }
 .plots { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
   gap: 12px; }
@@ -72,8 +73,13 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 .warned { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
 #run-status .job { margin-bottom: 8px; min-height: 0; }
 #sample-steps .grid-container { grid-template-columns: none !important; grid-auto-flow: column;
-  grid-auto-columns: minmax(260px, 1fr); overflow-x: auto; }
+  grid-auto-columns: minmax(260px, 420px); overflow-x: auto; }
 #sample-steps .grid-wrap { min-height: 0 !important; }
+#history .caption-label { left: 0; right: 0; bottom: 0; max-width: none; text-align: left; border-radius: 0; }
+:is(button, a, input, select, textarea, [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+button.label-wrap { text-align: left; gap: 8px; }
+input[role="combobox"] { text-overflow: ellipsis; padding-right: var(--size-6) !important; }
 footer .divider { display: none; }
 @media (max-width: 820px) {
   :is(#make, .make) { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "made" "settings"; }
@@ -83,6 +89,7 @@ footer .divider { display: none; }
   .results-buttons { display: grid !important; grid-template-columns: 1fr 1fr; }
   .gradio-container { padding: 8px !important; }
   #page-head h1 { font-size: 1.25rem; }
+  .measured th, .measured td { padding-right: 10px; }
 }
 """
 
@@ -103,6 +110,7 @@ def theme() -> Any:
         body_background_fill="*neutral_50",
         block_border_width="1px",
         block_shadow="none",
+        body_text_color_subdued="*neutral_500",  # the next lighter one is below 4.5 : 1 on this ground
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_text_color="white",

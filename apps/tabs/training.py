@@ -173,7 +173,7 @@ def _plot(elem_id: str) -> Any:
         color_map=COLOURS,
         colors_in_legend=[],
         height=240,
-        x_axis_format=",d",
+        x_axis_format=",.9~r",  # ",d" would call two ticks between steps the same
         y_axis_format=".4~g",
         show_label=False,
         tooltip=list(COLUMNS[:2]),

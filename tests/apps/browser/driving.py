@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-TINY = {"steps": 3, "width": 96, "height": 96, "frames": 17}
-"""Numbers that make a video in a second or two."""
-LONG = {"steps": 5000}
+from postgen.training.logging import MetricsFile
+
+TINY = {"steps": 2, "width": 64, "height": 64, "frames": 5}
+"""Numbers that make a video in less than a second."""
+LONG = {"steps": 5000, "frames": 17}
 """Steps that are never all done while a test looks on."""
 _WATCHED = """selector => {
   const v = document.querySelector(selector + ' video');
@@ -61,12 +64,15 @@ def watched(page: Any, place: str) -> tuple[str, float, int]:
 
 
 def tab(page: Any, title: str) -> None:
-    """Choose a tab; on a narrow screen some are in a menu."""
-    choice = page.get_by_role("tab", name=title, exact=True)
-    if not choice.is_visible():
-        page.locator(".overflow-menu > button").click()
-        choice = page.locator(".overflow-dropdown").get_by_text(title, exact=True)
-    choice.click()
+    """Choose a tab."""
+    page.get_by_role("tab", name=title, exact=True).click()
+
+
+def steps(run: Path, first: int, behind: int) -> None:
+    """Write the metrics of steps of a training run, as its trainer does."""
+    file = MetricsFile(run / "metrics.jsonl", 0)
+    for step in range(first, behind):
+        file.append(step, {"reward": step / 10, "loss": 0.5, "grad_norm": 1.0, "step_time": 2.0})
 
 
 def too_wide(page: Any) -> int:

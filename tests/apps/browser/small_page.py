@@ -1,36 +1,41 @@
-"""A server of a page that asks for a font of another machine and throws an error on demand, with a child process."""
+"""A server of a page that asks for a font of another machine and throws an error on demand, with a child process.
+
+It begins in a moment, which the app does not, and what the fixtures promise holds for any page.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import gradio as gr
+FONT = "https://fonts.example/css?family=Nice"
+PAGE = f"""<!doctype html><title>small</title><link rel="stylesheet" href="{FONT}">
+<label>Name <input id="name"></label> <output></output>
+<button onclick="document.querySelector('output').value = 'hello ' + localStorage.name">Greet</button>
+<button onclick="setTimeout(() => {{ throw new Error('broken on purpose') }})">Break</button>
+<script>document.querySelector('#name').oninput = (event) => {{ localStorage.name = event.target.value }}</script>"""
 
-FONT = '<link rel="stylesheet" href="https://fonts.example/css?family=Nice">'
 
+class Small(BaseHTTPRequestHandler):
+    """Answers the page to whatever is asked."""
 
-def greet(name: str) -> str:
-    """What the button does."""
-    if not name:
-        raise gr.Error("there is no name: type one", duration=None)
-    return f"hello {name}"
+    def do_GET(self) -> None:
+        """Send it."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(PAGE.encode())
 
 
 def main() -> None:
     """Serve it at a free port."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path("child").write_text(str(child.pid))
-    with gr.Blocks(title="small", analytics_enabled=False) as page:
-        name = gr.Textbox(label="Name")
-        answer = gr.Textbox(label="Answer")
-        gr.Button("Greet").click(greet, name, answer)
-        gr.Button("Break").click(None, js="() => { setTimeout(() => { throw new Error('broken on purpose') }) }")
-    theme = gr.themes.Base(font=["system-ui"], font_mono=["monospace"])
-    _, url, _ = page.launch(quiet=True, prevent_thread_lock=True, theme=theme, head=FONT, ssr_mode=False)
-    print(f"serving at {url}", flush=True)
-    page.block_thread()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Small)
+    print(f"serving at http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The other tabs in a browser, and all of them on a narrow screen; one server with a tiny model and a training run."""
+"""The other tabs in a browser, and all of them on a narrow screen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +12,20 @@ import torch
 
 from postgen import world
 from postgen.grpo.logging import write_samples
-from postgen.training.logging import MetricsFile
 from postgen.video import write_video
-from tests.apps.browser.driving import TINY, ask, heard, made, opened, says, tab, too_wide, watched
+from tests.apps.browser.driving import TINY, ask, heard, made, opened, says, steps, tab, too_wide, watched
 from tests.apps.served import Served
 
 TABS = ("Generate", "Before and after", "Long video", "Rewards", "Training")
 SCENE = world.sample(7)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that writes, by the trainer's own writers."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "one").mkdir()
-    (folder / "one" / "config.yaml").write_text("max_steps: 50\n")
-    _steps(folder / "one", 1, 5)
-    for step in (1, 4):
-        write_samples(folder / "one" / "samples", step, [torch.rand(3, 3, 32, 32)] * 2, ["a ball", "a cube"], 8.0)
-    return folder
-
-
-def _steps(run: Path, first: int, behind: int) -> None:
-    file = MetricsFile(run / "metrics.jsonl", 0)
-    for step in range(first, behind):
-        file.append(step, {"reward": step / 10, "loss": 0.5, "grad_norm": 1.0, "step_time": 2.0})
-
-
-@pytest.fixture(scope="module")
-def server(start: Callable[..., AbstractContextManager[Served]], tiny_wan: Path, runs: Path) -> Iterator[Served]:
-    with start("--model", tiny_wan, "--runs", runs, "--upload-seconds", "4") as found:
-        yield found
-
-
-@pytest.fixture
-def page(server: Served, new_page: Callable[..., Any]) -> Any:
-    """A window of one user at the app."""
-    return opened(new_page(), server.url)
+_NAMELESS = """() => [...document.querySelectorAll('button, a[href], input, select, textarea')]
+  .filter(e => e.checkVisibility() && !e.innerText?.trim() && !e.getAttribute('aria-label') && !e.title
+    && !e.getAttribute('aria-labelledby') && !e.labels?.length && !e.querySelector('[aria-label], [title]'))
+  .map(e => e.outerHTML.slice(0, 200))"""
+"""What a screen reader has no name for."""
+_VIDEOS = "[...document.querySelectorAll('#compare-players video')]"
+_FRAME = 1 / 16
+"""Seconds, of a Wan model."""
 
 
 def test_before_and_after_with_a_plug_in(page: Any) -> None:
@@ -58,27 +34,53 @@ def test_before_and_after_with_a_plug_in(page: Any) -> None:
     page.locator("#compare").click()
     assert "before and after are the same" in page.locator(".toast-body").inner_text()
     page.get_by_role("button", name="What both have").click()
-    for name, value in TINY.items():
+    for name, value in {**TINY, "frames": 17}.items():
         page.locator(f"#before-{name} input").fill(str(value))
     page.locator("#after-enhance input").fill("4")
     page.locator("#after-enhance input").press("Enter")
     page.locator("#compare").click()
     says(page, "Done", "#compare-status")
     watched(page, "#compare-players")
-    videos = page.locator("#compare-players video")
-    assert [round(video.evaluate("v => v.duration"), 2) for video in videos.all()] == [1.06, 1.06]
     assert "After: Enhance-A-Video 4" in page.locator("#compare-players").inner_text()
-    measured = page.locator("#compare-measured").inner_text()
-    assert "PSNR" in measured
-    play = page.locator("#compare-players .play")
-    play.click()
-    page.wait_for_function("[...document.querySelectorAll('#compare-players video')].every(v => v.paused)")
-    page.locator("#compare-players .next").click()
-    times = [video.evaluate("v => v.currentTime") for video in videos.all()]
-    assert times[0] == pytest.approx(times[1], abs=0.02)
+    assert "PSNR" in page.locator("#compare-measured").inner_text()
+    _run_in_step(page)
     assert page.locator("#compare-frame img").first.evaluate("i => i.naturalWidth") > 0
     assert page.outside == []
     assert page.wrong == []
+
+
+def _run_in_step(page: Any) -> None:
+    """Two players under one button and one bar: they run, stand, and are moved together."""
+    videos = page.locator("#compare-players video")
+    assert [round(video.evaluate("v => v.duration"), 2) for video in videos.all()] == [1.06, 1.06]
+    page.wait_for_function(f"{_VIDEOS}.every(v => !v.paused && v.currentTime > 0)")
+    page.locator("#compare-players .play").click()
+    page.wait_for_function(f"{_VIDEOS}.every(v => v.paused && !v.seeking)")
+    assert page.locator("#compare-players .play").inner_text() == "Play"
+    _at(page, None)
+    bar = page.get_by_role("slider", name="Time")
+    bar.fill("0.5")
+    _at(page, 0.5)
+    page.get_by_role("button", name="One frame on").click()
+    _at(page, 0.5 + _FRAME)
+    page.get_by_role("button", name="One frame back").click()
+    _at(page, 0.5)
+    page.locator("#compare-players .play").click()
+    page.wait_for_function(f"{_VIDEOS}.every(v => !v.paused && v.currentTime > 0.6)")
+    apart = page.evaluate(f"() => {{ const [a, b] = {_VIDEOS}; return Math.abs(a.currentTime - b.currentTime) }}")
+    assert apart < 2 * _FRAME
+    page.locator("#compare-players .play").click()
+    page.wait_for_function(f"{_VIDEOS}.every(v => v.paused && !v.seeking)")
+    _at(page, None)
+
+
+def _at(page: Any, time: float | None) -> None:
+    """Wait until both videos have come to a time, and are within half a frame of one another."""
+    page.wait_for_function(f"{_VIDEOS}.every(v => !v.seeking)")
+    first, second = (video.evaluate("v => v.currentTime") for video in page.locator("#compare-players video").all())
+    assert first == pytest.approx(second, abs=_FRAME / 2)
+    if time is not None:
+        assert first == pytest.approx(time, abs=0.01)
 
 
 def test_an_uploaded_clip_is_scored(page: Any, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_run_is_seen_and_followed(page: Any, runs: Path) -> None:
     page.locator("#plot-0 canvas, #plot-0 svg").first.wait_for()
     page.locator("#sample-steps img").first.wait_for()
     assert page.locator("#sample-steps .caption-label").all_inner_texts() == ["step 1", "step 4"]
-    _steps(runs / "one", 5, 8)
+    steps(runs / "one", 5, 8)
     says(page, re.compile("step 7 of 50"), "#run-status")
     write_samples(runs / "one" / "samples", 7, [torch.rand(3, 3, 32, 32)] * 2, ["a ball", "a cube"], 8.0)
     page.locator("#sample-steps").get_by_text("step 7").wait_for()
@@ -128,12 +130,17 @@ def test_a_run_is_seen_and_followed(page: Any, runs: Path) -> None:
     assert page.wrong == []
 
 
-def test_a_narrow_screen_scrolls_in_one_direction(server: Served, new_page: Callable[..., Any], shot: Any) -> None:
+def test_a_narrow_screen_scrolls_in_one_direction(server: Served, new_page: Callable[..., Any]) -> None:
+    """And a window that was narrow has all its tabs, whatever its width, and each button has a name."""
     page = opened(new_page(width=390, height=844), server.url)
     ask(page, "a ball on a narrow screen", **TINY)
     made(page, "a ball on a narrow screen")
     for title in TABS:
         tab(page, title)
-        page.wait_for_timeout(500)
-        assert page.get_by_role("tabpanel").filter(visible=True).count() == 1
-        assert too_wide(page) == 0, title
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.wait_for_function("width => document.documentElement.clientWidth <= width", arg=width)
+            assert [one.inner_text() for one in page.get_by_role("tab").all() if one.is_visible()] == list(TABS)
+            assert page.get_by_role("tabpanel").filter(visible=True).count() == 1
+            assert too_wide(page) == 0, (title, width)
+        assert page.evaluate(_NAMELESS) == [], title
