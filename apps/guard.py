@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.cancels import CancelOne
 from postgen.apps.settings import RESULTS, AppSettings
 
 Scope = MutableMapping[str, Any]
@@ -159,7 +160,7 @@ def guarded(settings: AppSettings, *, own_uploads: bool = False) -> dict[str, An
 
     folder = Path(settings.outputs).expanduser().absolute() / RESULTS
     own: dict[str, Any] = {"folder": folder, "upload_bytes": settings.upload_bytes, "own_uploads": own_uploads}
-    return {"app_kwargs": {"middleware": [Middleware(Guard, **own)]}}
+    return {"app_kwargs": {"middleware": [Middleware(Guard, **own), Middleware(CancelOne)]}}
 
 
 def _size(scope: Scope) -> int | None:
