@@ -39,7 +39,7 @@ FEW = {**dict.fromkeys(JOBS, 1), "make": 3}
 LEVEL = 3
 """Jobs before the level of memory is read."""
 SIZE = 64
-PATIENCE = 900.0
+PATIENCE = 600.0
 """Seconds that a job may take, the whole queue before it included."""
 _LONG = 2000
 """Steps of a job that is cancelled while it runs."""
