@@ -163,7 +163,9 @@ def server(folder: Path) -> Iterator[Served]:
     (weights,) = (broken / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4096])
     words = ["demo", "--port", "0", "--outputs", folder / "outputs"]
-    with serving(["-c", _PROGRAM, *words, "--model", embedded_model(), "--model", broken], folder) as served:
+    with serving(
+        ["-c", _PROGRAM, *words, "--model", embedded_model(), "--model", broken], folder, seconds=PATIENCE
+    ) as served:
         yield served
 
 
@@ -282,6 +284,8 @@ def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
         after, history = resources(process), _history(served.url)
         said = served.said()
     rows.sort(key=lambda row: row.number)
+    for row in rows:
+        row.said = without_places(row.said, folder)
     return {
         "jobs": len(wanted),
         "users": USERS,
@@ -319,6 +323,13 @@ def _asked(url: str, wanted: Sequence[Wanted], folder: Path) -> list[Ended]:
     for each in users:
         each.join()
     return [row for each in users for row in each.rows]
+
+
+def without_places(text: str, folder: Path) -> str:
+    """Return what a server said, with names in place of the folders of this machine."""
+    for place in (folder, Path(embedded_model()).parent):
+        text = text.replace(f"{place}/", "")
+    return text
 
 
 def _history(url: str) -> list[dict[str, Any]]:

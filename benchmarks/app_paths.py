@@ -58,7 +58,7 @@ class Web:
     def call(self, name: str, data: Sequence[Any]) -> tuple[int, bytes]:
         """Call an endpoint, and wait for what it gives."""
         status, found = self.ask("POST", f"/gradio_api/call/{name}", json.dumps({"data": data}).encode())
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, LookupError, TypeError):
             return self.ask("GET", f"/gradio_api/call/{name}/{json.loads(found)['event_id']}")
         return status, found
 
@@ -118,7 +118,7 @@ def server(folder: Path) -> Iterator[tuple[Served, Places, dict[str, bytes]]]:
         lines["passwd"] = system.read_bytes().splitlines()[0]
     lines["environ"], lines["server.log"] = b"HF_HUB_OFFLINE=1", b"stop with Ctrl-C"
     words = ["-m", "postgen", "demo", "--port", "0", "--outputs", outputs, "--runs", runs, "--lora", lora]
-    with serving(words, folder) as served:
+    with serving(words, folder, seconds=600) as served:
         lines["an upload"] = other = f"hidden-{secrets.token_hex(16)}".encode()
         _, told = Web(url=served.url).upload("somebodys.mp4", other)
         at = Path(json.loads(told)[0])
@@ -150,7 +150,7 @@ def done(web: Web, one: Try, lines: Mapping[str, bytes], folder: Path) -> dict[s
     elif one.name:
         status, told = web.upload(one.name, b"uploaded " + one.name[:20].encode())
         content = told
-        with suppress(ValueError, IndexError, TypeError):
+        with suppress(ValueError, LookupError, TypeError):
             content += web.ask("GET", f"/gradio_api/file={json.loads(told)[0]}")[1]
     else:
         status, content = web.ask("GET", one.address)

@@ -153,7 +153,7 @@ def measured(folder: Path) -> dict[str, Any]:
     home.mkdir()
     limits = ["--upload-mb", str(MOST / 2**20), "--upload-seconds", str(SECONDS)]
     rows = []
-    with serving(["-m", "postgen", "demo", "--port", "0", *limits], home) as served:
+    with serving(["-m", "postgen", "demo", "--port", "0", *limits], home, seconds=600) as served:
         web = Web(url=served.url)
         for row in _uploaded(web, home, folder):
             rows.append(row)

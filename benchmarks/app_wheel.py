@@ -52,7 +52,7 @@ def demo(command: Path, folder: Path) -> str:
     from gradio_client import Client
 
     words = ["-m", "postgen", "demo", "--port", "0"]
-    with serving(words, folder, python=command.with_name("python")) as served:
+    with serving(words, folder, python=command.with_name("python"), seconds=600) as served:
         client = Client(served.url, verbose=False, download_files=str(folder / "downloads"))
         asked = {"prompt": _PROMPT, "width": 32, "height": 32, "frames": 5, "steps": 2, "seed": 3}
         last = client.predict(**asked, api_name="/generate")

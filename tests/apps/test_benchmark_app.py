@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import app, app_paths, app_uploads, app_wheel
-from benchmarks.app_jobs import FEW, JOBS, Ended, Wanted, lost, planned, unexpected, wrong_with
+from benchmarks.app_jobs import FEW, JOBS, Ended, Wanted, lost, planned, unexpected, without_places, wrong_with
 from benchmarks.app_tries import Places, tries
 from benchmarks.gates import read_result
 from postgen.video import write_video
@@ -162,6 +162,20 @@ def test_a_try_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--tiny", "--output", str(app.RESULTS / "app.json")])
     assert "is no result" in capsys.readouterr().err
+
+
+def test_the_table_says_what_was_not_measured() -> None:
+    lines = list(app.markdown({"parts": {"paths": {"tries": 90}}, "gates": app.gates({})}))
+    assert len(lines) == 2 + 6
+    assert sum("not measured yet" in line for line in lines) == 5
+    assert "files of the server that 90 tries could read" in lines[5]
+
+
+def test_what_a_server_said_names_no_place(tmp_path: Path) -> None:
+    assert (
+        without_places(f"cannot load {tmp_path}/cut-off as a pipeline", tmp_path)
+        == "cannot load cut-off as a pipeline"
+    )
 
 
 def test_the_page_has_the_numbers_of_the_result() -> None:
