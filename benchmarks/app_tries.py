@@ -178,7 +178,8 @@ def uploads(places: Places) -> list[Try]:
     """Return the names under which files are uploaded."""
     names = ["../escaped.txt", "../../escaped.txt", f"{places.outputs.parent}/escaped.txt", "..%2f..%2fescaped.txt"]
     names += ["..\\..\\escaped.txt", "a/../../../escaped.txt", ".", "..", "\\", "a" * 300, "escaped.txt\0.mp4"]
-    return [Try(what=f"an upload called {name[:40]!r}", name=name) for name in names]
+    told = [name.replace(str(places.outputs.parent), "/...")[:40] for name in names]
+    return [Try(what=f"an upload called {what!r}", name=name) for what, name in zip(told, names, strict=True)]
 
 
 def tries(places: Places) -> list[Try]:

@@ -72,7 +72,8 @@ def _raw(web: Web, head: str, body: bytes, *, leave: bool = False) -> Outcome:
 def stopped_uploads() -> dict[str, Callable[[Web], Outcome]]:
     """Return uploads that must not get through, by what is wrong with them."""
     full = _whole(part("a.mp4", b"0" * MOST))
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (full[:5000], full[5000:])) + b"0\r\n\r\n"
+    more = _whole(part("a.mp4", b"0" * MOST), part("b.mp4", b"1" * MOST))
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (more[:5000], more[5000:])) + b"0\r\n\r\n"
     return {
         "one byte over the limit": lambda web: _sent(web, _whole(part("a.mp4", b"0" * (MOST + 1)))),
         "32 MiB": lambda web: _sent(web, _whole(part("a.mp4", b"0" * 2**25))),
