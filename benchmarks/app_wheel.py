@@ -35,7 +35,9 @@ def recipes(command: Path, folder: Path) -> str:
     if "dancegrpo-tiny" not in run(command, "recipes", folder=folder):
         return "dancegrpo-tiny is not listed"
     return (
-        "" if "method: dancegrpo" in run(command, "recipes", "dancegrpo-tiny", folder=folder) else "nothing is shown"
+        ""
+        if "method: dancegrpo" in run(command, "recipes", "show", "dancegrpo-tiny", folder=folder)
+        else "nothing is shown"
     )
 
 
