@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from postgen.apps.cancels import CancelOne
 from postgen.apps.hosts import Names
 from postgen.apps.settings import RESULTS, AppSettings
 
@@ -103,7 +104,7 @@ class Guard:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
         size = _size(scope)
-        if size is None:  # also of a body in chunks, which has no end that is known
+        if size is None:
             return 411, "a request must say how many bytes it has"
         most = self._most + _FORM if route.startswith("upload") else _BODY
         if size > most:
@@ -145,21 +146,15 @@ class Guard:
         await self._app(scope, again, send)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an upload go on; where it fails, remove what Gradio has written of it."""
-        status = 500
-
-        async def seen(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
+        """Let an upload go on, and remove what Gradio has written of one that did not come to its end."""
         self._uploading += 1
         try:
-            await self._app(scope, receive, seen)
+            await self._app(scope, receive, send)
         finally:
             self._uploading -= 1
-            # A finished upload stands in a folder of its own. What stands beside these may belong to another one.
-            if status >= 400 and self._own and not self._uploading:
+            # A finished upload stands in a folder of its own. What stands beside these may belong to another one; else
+            # it is of what was refused, broke off, or came in a form without an end, to which Gradio answers 200.
+            if self._own and not self._uploading:
                 _remove_files(uploads_folder())
 
 
@@ -175,10 +170,13 @@ def guarded(settings: AppSettings, *, own_uploads: bool = False) -> dict[str, An
     folder = Path(settings.outputs).expanduser().absolute() / RESULTS
     own: dict[str, Any] = {"folder": folder, "upload_bytes": settings.upload_bytes, "own_uploads": own_uploads}
     own["names"] = Names(host=settings.host, allowed=settings.allow_hosts)
-    return {"app_kwargs": {"middleware": [Middleware(Guard, **own)]}}
+    return {"app_kwargs": {"middleware": [Middleware(Guard, **own), Middleware(CancelOne)]}}
 
 
 def _size(scope: Scope) -> int | None:
+    """Return how many bytes a request has; None where it does not say, or comes in chunks, whatever it says."""
+    if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
+        return None
     found = [value for name, value in scope["headers"] if name == b"content-length"]
     return int(found[0]) if len(found) == 1 and found[0].isdigit() else None
 

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postgen.apps.history import Entry
 from postgen.apps.making import shown_model
 from postgen.errors import UserError, is_number
 from postgen.files import replacing
-from postgen.generate_long import LongVideo
-from postgen.long_files import Places
 from postgen.reading import read_json
 from postgen.video import probe
-from postgen.worldweaver.state import HEAD, RolloutState
+
+if TYPE_CHECKING:
+    from postgen.generate_long import LongVideo
+    from postgen.long_files import Places
 
 KIND = "long"
 """Kind of these results in the history."""
@@ -81,6 +82,8 @@ def made_of(entry: Entry) -> LongMade:
     Raises:
         UserError: a part of it has been removed or is damaged.
     """
+    from postgen.worldweaver.state import HEAD
+
     note = read_json(entry.file(NOTE), "this long video cannot be read")
     places = places_in(entry.folder)
     if not isinstance(note, dict) or not _is_sound(note):
@@ -100,6 +103,8 @@ def _is_sound(note: Mapping[str, Any]) -> bool:
 
 def keep_point(video: LongVideo, folder: Path, frames: int) -> None:
     """Keep the state after a chunk to branch from, without what decoders can find again."""
+    from postgen.worldweaver.state import RolloutState
+
     state = RolloutState.load(video.places.state)
     with suppress(UserError):
         state = state.light()
@@ -114,6 +119,8 @@ def keep_point(video: LongVideo, folder: Path, frames: int) -> None:
 
 def points_in(folder: Path) -> dict[int, Path]:
     """Return the folders of states to branch from, by the frames that are before each."""
+    from postgen.worldweaver.state import HEAD
+
     found = sorted(path for path in (folder / POINTS).glob("*") if (path / HEAD).is_file() and path.name.isdigit())
     return {int(path.name): path for path in found}
 
@@ -136,6 +143,8 @@ def note_down(video: LongVideo, folder: Path) -> None:
 
 def places_in(folder: Path) -> Places:
     """Return where the files of a long video are."""
+    from postgen.long_files import Places
+
     base = folder / Path(VIDEO).stem
     return Places(
         video=folder / VIDEO,

@@ -1,4 +1,7 @@
-"""Long videos: from what the page asks for to a request, and the jobs that begin one, go on with it and branch."""
+"""Long videos: from what the page asks for to a request, and the jobs that begin one, go on with it and branch.
+
+Light to import: the page is there before diffusers, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postgen.apps.history import POSTER, Entry
 from postgen.apps.jobs import CancelledError, Task, Work
@@ -17,9 +20,10 @@ from postgen.apps.making import LARGEST_SEED, check_prompts, shown_model
 from postgen.apps.state import App
 from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.generate import Job
-from postgen.generate_long import LongRequest, LongVideo, load_long, places_of, prepare_long, read_request
 from postgen.reading import read_json
-from postgen.worldweaver.adapter import CONFIG
+
+if TYPE_CHECKING:
+    from postgen.generate_long import LongRequest, LongVideo
 
 OWN = ""
 """Stands for the adapter that comes with a model, or none."""
@@ -46,7 +50,11 @@ class LongForm:
 def adapters(app: App) -> dict[str, Path]:
     """Return the folders of adapters among the training runs, by the name that the page shows."""
     found: dict[str, Path] = {}
-    for name, folder in app.runs().items():
+    if not (runs := app.runs()):
+        return found
+    from postgen.worldweaver.adapter import CONFIG
+
+    for name, folder in runs.items():
         for file in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]):
             if app.of_runs(file):
                 found[str(Path(name) / file.parent.relative_to(folder))] = file.parent
@@ -59,6 +67,8 @@ def request_of(app: App, form: LongForm) -> tuple[LongRequest, Job]:
     Raises:
         UserError: the first thing that is wrong.
     """
+    from postgen.generate_long import LongRequest, prepare_long
+
     model = app.model(form.model)
     numbers = {_NUMBERS[name]: _number(value) for name, value in form.numbers.items() if value not in (None, "")}
     config = app.request(_text(form.prompt), model=model, seed=_seed(form.seed), **numbers)
@@ -109,6 +119,8 @@ def begin_work(app: App, request: LongRequest, job: Job) -> Work:
     """Return the job of the queue that makes a new long video; its result is the id of the entry."""
 
     def work(task: Task) -> str:
+        from postgen.generate_long import LongVideo, places_of
+
         with _lent(app, task, request, job) as pipe, _Keeping(app) as keeping:
             video = LongVideo(pipe, request, job, places_of(keeping.entry.folder / VIDEO, None, request))
             keeping.make(task, video, {})
@@ -123,6 +135,8 @@ def go_on_work(app: App, id: Any, seconds: Any) -> Work:
     Raises:
         UserError: no such video, or it would be longer than the server allows.
     """
+    from postgen.generate_long import LongVideo, prepare_long, read_request
+
     made = made_of(app.history.get(id))
     length = made.seconds + _seconds(seconds, app.settings.long_seconds, made.seconds)
     request, places = read_request(made.places.state)
@@ -159,6 +173,8 @@ def branch_work(app: App, id: Any, frame: Any, seconds: Any, prompt: Any = None,
     Raises:
         UserError: no such video or place, or a wrong setting.
     """
+    from postgen.generate_long import LongVideo, places_of, prepare_long, read_request
+
     made = made_of(app.history.get(id))
     points = made.points
     if not is_whole(frame, 0) or frame not in points:
@@ -255,6 +271,8 @@ def _make(task: Task, video: LongVideo, changes: Mapping[str, Any], entry: Entry
 
 
 def _lent(app: App, task: Task, request: LongRequest, job: Job) -> Any:
+    from postgen.generate_long import load_long
+
     task.tell(f"Loading {shown_model(request.config.model)}")
     key = ("long", job.loading, request.adapter_folder)
     return app.models.lent(key, lambda: load_long(request, job))
@@ -265,6 +283,8 @@ def _has_depth(request: LongRequest) -> bool:
     folder = request.adapter_folder
     if folder is None:
         return False
+    from postgen.worldweaver.adapter import CONFIG
+
     note = read_json(folder / CONFIG, f"the adapter {folder.name} cannot be read")
     return isinstance(note, dict) and "depth" in (note.get("modalities") or ())
 

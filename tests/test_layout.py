@@ -216,6 +216,13 @@ def test_a_converted_model_is_loaded_without_training():
     assert run(f"import sys, postgen.lit; print(sorted({training} & set(sys.modules)))").strip() == "[]"
 
 
+def test_the_page_of_the_app_is_built_without_the_libraries_of_models(tmp_path):
+    pytest.importorskip("gradio")
+    libraries = "{'accelerate', 'diffusers', 'peft', 'transformers'}"
+    script = "import sys\nfrom postgen.apps.demo import build\nbuild()\n"
+    assert run(f"{script}print(sorted({libraries} & set(sys.modules)))", cwd=tmp_path).strip() == "[]"
+
+
 def test_help_is_quick_and_light():
     script = (
         "import sys\nfrom postgen.cli import main\nsys.argv = ['postgen', '--help']\n"

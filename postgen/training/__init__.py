@@ -1,9 +1,37 @@
-"""What every trainer shares: configuration, loop, checkpoints, averaged weights, logs, recipes."""
+"""What every trainer shares: configuration, loop, checkpoints, averaged weights, logs, recipes.
 
-from .config import TrainingConfig
-from .recipe import METHODS, load_recipe
-from .run_state import Weights
-from .stop import Reason, TrainResult
-from .trainer import Trainer
+Nothing heavy is imported before it is used: the app reads logs and checkpoints of runs and trains nothing.
+"""
 
-__all__ = ["METHODS", "Reason", "TrainResult", "Trainer", "TrainingConfig", "Weights", "load_recipe"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig as TrainingConfig
+    from .recipe import METHODS as METHODS
+    from .recipe import load_recipe as load_recipe
+    from .run_state import Weights as Weights
+    from .stop import Reason as Reason
+    from .stop import TrainResult as TrainResult
+    from .trainer import Trainer as Trainer
+
+_HOMES = {
+    "METHODS": "recipe",
+    "Reason": "stop",
+    "TrainResult": "stop",
+    "Trainer": "trainer",
+    "TrainingConfig": "config",
+    "Weights": "run_state",
+    "load_recipe": "recipe",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module, once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'postgen.training' has no attribute {name!r}")
+    value = getattr(import_module(f"postgen.training.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -55,10 +55,18 @@ class Served:
 
 
 @contextmanager
-def serving(words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0) -> Iterator[Served]:
+def serving(
+    words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0, python: Path | None = None
+) -> Iterator[Served]:
     """Start Python with these words in a folder, give the server, and end it with all its children.
 
     The program takes a free port itself and prints its address, so no other process can take the port first.
+
+    Args:
+        words: after the name of the interpreter.
+        folder: where it is started.
+        seconds: how long it may take.
+        python: another interpreter, which is told nothing of this checkout; None is this one, which is.
 
     Raises:
         AssertionError: it ended, or did not answer in time; the message has what it wrote.
@@ -66,9 +74,9 @@ def serving(words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0
     begin = time.monotonic()
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [python or sys.executable, *map(str, words)],
             cwd=folder,
-            env=_environment(folder),
+            env=_environment(folder, checkout=python is None),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -81,19 +89,21 @@ def serving(words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0
         _end(process)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, *, checkout: bool) -> dict[str, str]:
     """Nothing is asked of the network, and nothing of another run is found."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     own = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "GRADIO_ANALYTICS_ENABLED": "False",
         "TMPDIR": str(temporary),
         "no_proxy": "127.0.0.1,localhost",
     }
-    return {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_")} | own
+    left_out = "GRADIO_" if checkout else ("GRADIO_", "PYTHON")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
+    return kept | own | (paths if checkout else {})
 
 
 def _answering(process: subprocess.Popen[bytes], log: Path, end: float) -> str:

@@ -129,6 +129,20 @@ def test_of_an_upload_that_breaks_off_nothing_is_kept(web, served):
     wait(lambda: kept() == 0)
 
 
+def test_a_length_beside_chunks_and_a_form_without_an_end(web, served):
+    shutil.rmtree(uploads_folder(), ignore_errors=True)
+    host = httpx.URL(served.url)
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n' + b"0" * 9000
+    kind = "multipart/form-data; boundary=x"
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host.host}:{host.port}\r\nContent-Type: {kind}\r\n"
+    with socket.create_connection((host.host, host.port)) as sending:
+        sending.sendall(f"{head}Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        sending.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(part), part))
+        assert sending.recv(100).split()[1] in (b"400", b"411")
+    assert web.post("/gradio_api/upload", content=part, headers={"content-type": kind}).json() == []
+    wait(lambda: kept() == 0)
+
+
 def wait(done):
     import time
 

@@ -79,6 +79,16 @@ def test_a_call_that_is_given_up_ends_its_job(client, served):
     assert served.app.jobs.progress(served.app.jobs.find(id)).state == "cancelled"
 
 
+def test_a_call_that_is_given_up_leaves_the_others_of_its_client(client):
+    given_up = client.submit(prompt="a red ball", steps=5000, **SMALL, api_name="/generate")
+    waiting = client.submit(prompt="a blue ball", steps=1, **SMALL, api_name="/generate")
+    running(given_up)
+    while not waiting.outputs():
+        time.sleep(0.05)
+    given_up.cancel()
+    assert waiting.result(timeout=60)["state"] == "done"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
