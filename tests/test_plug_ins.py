@@ -23,10 +23,21 @@ from postgen.pipelines import WanPipeline
 from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call, register_plug_in, resolve
 from postgen.request import GenerateConfig
 from tests.families.tiny_models import tiny_model
+from tests.tiny_wan import wan_components
 
 SMALL = ("--size", "32x16", "--frames", "5", "--steps", "1", "--format", "frames")
 TEXTS = {"enhance_a_video": "2.5", "fp8_linears": "feed_forward", "fused_ops": "norm_rope"}
 """A text of the option of each row."""
+
+
+@pytest.fixture(scope="module")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wan of a width that every plug-in takes."""
+    from diffusers import WanPipeline as Stock
+
+    path = tmp_path_factory.mktemp("models") / "wan-32"
+    Stock(**wan_components(head_dim=16)).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(params=known_plug_ins(), ids=lambda row: row.name)

@@ -89,7 +89,7 @@ def rows_linear(
     bias: Tensor | None,
     original: Tensor | None,
 ) -> Tensor:
-    """`rows_matmul` with a gradient of x: that of a layer with the rounded weights, as if x were not rounded.
+    """`rows_matmul` with gradients that pass the rounding by: of x by the rounded weights, of the weights by x itself.
 
     Args:
         x: (..., K), what `codes` and `scale` were made of; the result has its dtype.
@@ -98,7 +98,7 @@ def rows_linear(
         weight: in E4M3.
         weight_scale: of its rows.
         bias: may have a gradient.
-        original: what `weight` was made of; it can have no gradient, and backward says so.
+        original: what `weight` was made of, which gets its gradient; None has none, and x is not kept for it then.
     """
     return rows_matmul(codes, scale, weight, weight_scale, bias, x.dtype)
 
@@ -133,23 +133,22 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, _, weight, weight_scale, bias, _ = inputs
-    ctx.save_for_backward(weight, weight_scale)
+    x, _, _, weight, weight_scale, bias, original = inputs
+    ctx.save_for_backward(weight, weight_scale, *(() if original is None else (x,)))
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.original_dtype = None if original is None else original.dtype
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weight, weight_scale = ctx.saved_tensors
-    if ctx.needs_input_grad[6]:
-        raise RuntimeError(
-            "weights under FP8 are not trained: train LoRA on top after requires_grad_(False), or take FP8 off"
-        )
-    of_x = of_bias = None
+    weight, weight_scale, *kept = ctx.saved_tensors
+    of_x = of_bias = of_weight = None
     if ctx.needs_input_grad[0]:
         of_x = gradient @ naive.weight_of(weight, weight_scale, gradient.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
-        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return of_x, None, None, None, None, of_bias, None
+        of_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    if kept and ctx.needs_input_grad[6]:
+        of_weight = (gradient.flatten(0, -2).mT @ kept[0].flatten(0, -2)).to(ctx.original_dtype)
+    return of_x, None, None, None, None, of_bias, of_weight
 
 
 rows_linear.register_autograd(_backward, setup_context=_keep)

@@ -17,8 +17,8 @@ class Fp8Linear(nn.Linear):
     """A linear layer whose weight and input are rounded to E4M3, a scale for each output channel and each token.
 
     It has the very parameters of the layer it was made of, so checkpoints, LoRA and `.to()` see those, and only the
-    product is another one. A gradient goes to its input as if that were not rounded, and to the bias; the weight has
-    none. The codes are no floating-point buffers: `.to(dtype)` leaves them.
+    product is another one. Gradients pass the rounding by: that of the input is of the rounded weight, that of the
+    weight of the input itself. The codes are no floating-point buffers: `.to(dtype)` leaves them.
     """
 
     codes: Tensor
