@@ -21,7 +21,10 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compile_block(self, **options, backend="eager")
     )
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiled(function, **options) if options else function
+    )
 
 
 def test_layers() -> None:
@@ -37,7 +40,7 @@ def test_steps_with_a_further_plug_in() -> None:
     forms = ("stock", "exact", "fp8_linears", "mine", "mine_and_linears")
     assert all(row[f"{form}{suffix}_ms"] > 0 for form in forms for suffix in ("", "_compiled"))
     assert row["stock_difference"] == 0
-    assert row["exact_difference"] < 0.01 < row["fp8_linears_difference"] < 0.1
+    assert 0 < row["exact_difference"] < row["fp8_linears_difference"] < 0.1
     assert row["mine_difference"] == row["exact_difference"]
     assert row["mine_and_linears_difference"] == row["fp8_linears_difference"]
 
