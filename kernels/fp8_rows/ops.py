@@ -100,7 +100,8 @@ def rows_linear(
         bias: may have a gradient.
         original: what `weight` was made of, which gets its gradient; None has none, and x is not kept for it then.
     """
-    return rows_matmul(codes, scale, weight, weight_scale, bias, x.dtype)
+    out: Tensor = rows_matmul(codes, scale, weight, weight_scale, bias, x.dtype)
+    return out
 
 
 @quantize_rows.register_fake

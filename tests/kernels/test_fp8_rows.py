@@ -105,7 +105,9 @@ def test_operations_are_registered_rightly() -> None:
     codes, scale = quantize_rows(gaussian(3, 32))
     weight, weight_scale = quantize_rows(gaussian(16, 32))
     # Without the check of the schema, which multiplies what it is given: torch cannot do that with E4M3.
-    checks = {"test_utils": ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")}
+    checks: dict[str, Any] = {
+        "test_utils": ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    }
     torch.library.opcheck(quantize_rows, (gaussian(3, 32),), **checks)
     torch.library.opcheck(rows_matmul, (codes, scale, weight, weight_scale, gaussian(16), torch.bfloat16), **checks)
     x, bias, original = (gaussian(*shape).requires_grad_() for shape in ((3, 32), (16,), (16, 32)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def test_more_numbers_than_32_bits_count() -> None:
 def test_the_product(rows: int, k: int, n: int, with_bias: bool, dtype: torch.dtype) -> None:
     x, weight = draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype) / k**0.5
     bias = draw(n, dtype=dtype) if with_bias else None
-    parts = (*quantize_rows(x), *quantize_rows(weight), bias, dtype)
+    parts: tuple[Any, ...] = (*quantize_rows(x), *quantize_rows(weight), bias, dtype)
     with poisoned_memory():
         found = rows_matmul(*parts)
     assert (found.dtype, found.shape) == (dtype, (rows, n))
@@ -70,12 +72,12 @@ def test_the_product(rows: int, k: int, n: int, with_bias: bool, dtype: torch.dt
 
 
 def test_channels_that_16_does_not_divide_are_plain_torch() -> None:
-    parts = (*quantize_rows(draw(4, 40)), *quantize_rows(draw(24, 40)), None, torch.float32)
+    parts: tuple[Any, ...] = (*quantize_rows(draw(4, 40)), *quantize_rows(draw(24, 40)), None, torch.float32)
     assert relative_error(rows_matmul(*parts), naive.rows_matmul(*parts)) < 1e-3
 
 
 def test_no_tokens() -> None:
-    parts = (*quantize_rows(draw(2, 0, 64)), *quantize_rows(draw(32, 64)), draw(32), torch.bfloat16)
+    parts: tuple[Any, ...] = (*quantize_rows(draw(2, 0, 64)), *quantize_rows(draw(32, 64)), draw(32), torch.bfloat16)
     assert rows_matmul(*parts).shape == (2, 0, 32)
 
 
@@ -90,7 +92,8 @@ def test_gradients() -> None:
 
 
 def test_repeats_records_and_compiles() -> None:
-    x, weight, weight_scale = draw(128, 1536), *quantize_rows(draw(512, 1536))
+    x = draw(128, 1536)
+    weight, weight_scale = quantize_rows(draw(512, 1536))
 
     def call(x: Tensor) -> Tensor:
         out: Tensor = rows_matmul(*quantize_rows(x), weight, weight_scale, None, x.dtype)
