@@ -11,7 +11,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 """448."""
-_SMALLEST = torch.finfo(torch.float32).tiny * 2**32
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**32
 """The scale of zeros: its inverse, and 448 times it, are finite in float32."""
 
 
@@ -23,7 +23,7 @@ def fp8_scale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
         dim: axes that share a scale; None for one scale of all.
     """
     axes = tuple(range(x.dim())) if dim is None else dim
-    return (x.abs().amax(axes, keepdim=True).float() / E4M3_MAX).clamp_min(_SMALLEST)
+    return (x.abs().amax(axes, keepdim=True).float() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:

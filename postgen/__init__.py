@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from postgen.enhance import remove_enhance_a_video as remove_enhance_a_video
     from postgen.errors import UserError as UserError
     from postgen.families.summary import summary as summary
+    from postgen.fp8_linear import Fp8LinearConfig as Fp8LinearConfig
+    from postgen.fp8_linear import Fp8LinearsHandle as Fp8LinearsHandle
+    from postgen.fp8_linear import apply_fp8_linears as apply_fp8_linears
+    from postgen.fp8_linear import remove_fp8_linears as remove_fp8_linears
     from postgen.fused import FusedOpsConfig as FusedOpsConfig
     from postgen.fused import FusedOpsHandle as FusedOpsHandle
     from postgen.fused import apply_fused_ops as apply_fused_ops
@@ -41,12 +45,15 @@ _HOMES = {
     "DiffusionNFTTrainer": "postgen.grpo.nft",
     "EnhanceAVideoConfig": "postgen.enhance",
     "EnhanceAVideoHandle": "postgen.enhance",
+    "Fp8LinearConfig": "postgen.fp8_linear",
+    "Fp8LinearsHandle": "postgen.fp8_linear",
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
     "apply_enhance_a_video": "postgen.enhance",
+    "apply_fp8_linears": "postgen.fp8_linear",
     "apply_fused_ops": "postgen.fused",
     "contact_sheet": "postgen.video",
     "embedded_model": "postgen.assets",
@@ -55,6 +62,7 @@ _HOMES = {
     "read_video": "postgen.video",
     "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
+    "remove_fp8_linears": "postgen.fp8_linear",
     "remove_fused_ops": "postgen.fused",
     "routed_attention": "postgen.fused.attention",
     "side_by_side": "postgen.video",

@@ -53,6 +53,11 @@ class PlugIn:
     apply: str
     """Place of a function (pipeline or transformer, config or None) -> `postgen.families.handle.PlugInHandle`."""
 
+    @property
+    def flag(self) -> str:
+        """The option as it is written on the command line."""
+        return f"--{self.option.replace('_', '-')}"
+
     def __post_init__(self) -> None:
         for field in ("name", "option"):
             if not str(getattr(self, field)).isidentifier():
@@ -89,6 +94,19 @@ _rows = [
         check="postgen.families:video_tokens_named",
         for_call="postgen.enhance:enhance_for_call",
         apply="postgen.enhance:apply_enhance_a_video",
+    ),
+    PlugIn(
+        name="fp8_linears",
+        option="fp8_linears",
+        title="Linear layers in FP8",
+        summary="Linear layers in FP8: auto, or some of attention,cross_attention,feed_forward,feed_forward_out.",
+        metavar="auto|PARTS",
+        values="True or a [`postgen.Fp8LinearConfig`]",
+        panel="Running",
+        parse="postgen.fp8_linear.config:fp8_linears_setting",
+        check="postgen.fp8_linear:check_known",
+        for_call="postgen.fp8_linear:fp8_linears_for_call",
+        apply="postgen.fp8_linear:apply_fp8_linears",
     ),
 ]
 
@@ -144,7 +162,7 @@ def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, A
         if is_off(settings[row.name]):
             continue
         if facts.transformer is None:
-            raise UserError(f"{facts.pipeline} has no transformer, which --{row.option} works on: leave it out")
+            raise UserError(f"{facts.pipeline} has no transformer, which {row.flag} works on: leave it out")
         resolve(row.check)(facts.transformer)
     return settings if facts.transformer is not None else {}
 

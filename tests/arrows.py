@@ -8,7 +8,7 @@ from tests.private_names import MODEL_LIBRARIES
 
 METHODS = {
     *("enhance", "fused", "lit", "sparse", "tokens", "sparsity", "quant", "grpo", "worldweaver", "distill", "causal"),
-    *("merging", "prompt", "sft", "judges", "experimental"),
+    *("fp8_linear", "merging", "prompt", "sft", "judges", "experimental"),
 }
 """Rooms of one method each: none imports another."""
 GROUND = {

@@ -75,6 +75,13 @@ def test_linear_layers(ran: tuple[dict[str, Any], str]) -> None:
     assert not any(isinstance(module, names["Int8Linear"]) for module in names["transformer"].modules())
 
 
+@pytest.mark.parametrize("ran", ["low_precision_linears.md"], indirect=True)
+def test_low_precision_linears(ran: tuple[dict[str, Any], str]) -> None:
+    names, printed = ran
+    assert "fp8_linears: on, attention in 32 layers, cross_attention in 16 layers, feed_forward in 8 layers" in printed
+    assert names["handle"].stats() == {}
+
+
 @pytest.mark.parametrize("ran", ["reconstruct.md"], indirect=True)
 def test_reconstruct(ran: tuple[dict[str, Any], str]) -> None:
     names, printed = ran

@@ -23,10 +23,21 @@ from postgen.pipelines import WanPipeline
 from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call, register_plug_in, resolve
 from postgen.request import GenerateConfig
 from tests.families.tiny_models import tiny_model
+from tests.tiny_wan import wan_components
 
 SMALL = ("--size", "32x16", "--frames", "5", "--steps", "1", "--format", "frames")
-TEXTS = {"enhance_a_video": "2.5", "fused_ops": "norm_rope"}
+TEXTS = {"enhance_a_video": "2.5", "fp8_linears": "feed_forward", "fused_ops": "norm_rope"}
 """A text of the option of each row."""
+
+
+@pytest.fixture(scope="module")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wan of a width that every plug-in takes."""
+    from diffusers import WanPipeline as Stock
+
+    path = tmp_path_factory.mktemp("models") / "wan-32"
+    Stock(**wan_components(head_dim=16)).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(params=known_plug_ins(), ids=lambda row: row.name)
@@ -48,7 +59,7 @@ def test_a_row_is_one_plug_in_everywhere(row: PlugIn, cli: Any) -> None:
     with pytest.raises(postgen.UserError, match="Nobodys"):
         resolve(row.check)("Nobodys")
     for command in ("generate", "compare"):
-        assert f"--{row.option}" in cli(command, "--help").out
+        assert row.flag in cli(command, "--help").out
     assert row.name in inspect.signature(WanPipeline.__call__).parameters
 
 
@@ -56,7 +67,7 @@ def test_a_wrong_text_is_found_before_the_weights_are_read(
     row: PlugIn, cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgen.generate, "load", lambda job: pytest.fail("the model was loaded"))
-    done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", f"--{row.option}", "nonsense")
+    done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", row.flag, "nonsense")
     assert (done.code, done.err.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
     assert f"{row.option} must be" in done.err
 
@@ -80,7 +91,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *places: str) -> Counter[str]:
 
 PREPARED = ("postgen.generate:prepare", "postgen.generate:inspect_model", "postgen.generate:output_paths")
 PARSED = tuple(row.parse for row in known_plug_ins())
-WORDS = [word for row in known_plug_ins() for word in (f"--{row.option}", TEXTS[row.name])]
+WORDS = [word for row in known_plug_ins() for word in (row.flag, TEXTS[row.name])]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -130,7 +141,7 @@ def test_the_command_line_starts_without_any_method_or_model_library() -> None:
         "import sys\nfrom postgen.cli import main\n"
         "try:\n    main([{words}])\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "heavy = ['torch', 'diffusers', 'transformers', 'numpy']\n"
-        "heavy += ['postgen.families', 'postgen.enhance', 'postgen.fused']\n"
+        "heavy += ['postgen.families', 'postgen.enhance', 'postgen.fp8_linear', 'postgen.fused']\n"
         "found = sorted(set(heavy) & set(sys.modules))\nassert not found, found"
     )
     for words in ("'--help'", "'compare', '--help'", "'convert', '--help'"):

@@ -27,11 +27,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def wan_components(*, in_channels: int = LATENT_CHANNELS, seed: int = 0) -> dict[str, Any]:
+def wan_components(*, in_channels: int = LATENT_CHANNELS, head_dim: int = 12, seed: int = 0) -> dict[str, Any]:
     """Components of a Wan pipeline with random weights: 8x smaller latents, 4 frames a latent, as Wan's own.
 
     `latents_mean` / `latents_std` are neither 0 nor 1, so that a forgotten normalisation shows. `in_channels` is
-    larger than the latent's 4 for an image-to-video transformer.
+    larger than the latent's 4 for an image-to-video transformer. With a `head_dim` of 16 layers in FP8 take its width.
     """
     import torch
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -54,7 +54,7 @@ def wan_components(*, in_channels: int = LATENT_CHANNELS, seed: int = 0) -> dict
     transformer = WanTransformer3DModel(
         num_layers=2,
         num_attention_heads=2,
-        attention_head_dim=12,
+        attention_head_dim=head_dim,
         in_channels=in_channels,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_DIM,

@@ -133,8 +133,7 @@ def option_of(field: str) -> str:
 
 def _plug_in_option(row: PlugIn) -> Any:
     text = f"{row.summary} \\[default: off]"
-    name = f"--{row.option.replace('_', '-')}"
-    return Annotated[str | None, typer.Option(name, metavar=row.metavar, help=text, rich_help_panel=row.panel)]
+    return Annotated[str | None, typer.Option(row.flag, metavar=row.metavar, help=text, rich_help_panel=row.panel)]
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:

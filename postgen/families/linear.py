@@ -10,17 +10,17 @@ replacement defines. What cannot be replaced without going wrong silently is ref
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
-from postgen.compat import lora_base_problem, module_hooks, unwrap
+from postgen.compat import module_hooks, unwrap
 from postgen.errors import UserError
 from postgen.families.calls import block_names
 from postgen.families.installed import installed
+from postgen.families.linear_checks import check_layers, check_wrappers
 
 Role = Literal["attention", "feed_forward", "modulation", "other"]
 """What a layer serves: projections of an attention, a feed-forward, scales and shifts, or anything else."""
@@ -91,6 +91,8 @@ class _Replaced:
     originals: dict[str, nn.Linear]
     replacements: dict[str, nn.Module]
     kept: Originals
+    visible: bool = True
+    """Whether `postgen.summary` shows it; a plug-in that says more about its layers does so itself."""
 
     def describe(self) -> str:
         kinds = sorted({type(module).__name__ for module in self.replacements.values()})
@@ -124,20 +126,47 @@ class LinearsHandle:
                 changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing
                 changes then.
         """
+        self.remove_some(self._known().replacements)
+
+    def remove_some(self, names: Collection[str]) -> None:
+        """Put some of the old layers back, as `remove` does; with the last of them it is removed.
+
+        Args:
+            names: of layers that it replaced.
+
+        Raises:
+            UserError: as `remove`; nothing changes then.
+        """
         record = self._known()
         if record.kept == "dropped":
             raise UserError(f"{record.owner} dropped the layers it replaced: load the model again")
-        places = _places(self._model, record.replacements)
-        if lost := [name for name in record.replacements if name not in places]:
+        going = {name: record.replacements[name] for name in names}
+        places = _places(self._model, going)
+        if lost := [name for name in going if name not in places]:
             raise UserError(
                 f"{len(lost)} layers of {record.owner} are no longer in the model, the first is {lost[0]}: undo what"
                 " replaced them before"
             )
         _check_removal(self._model, record, places)
-        for name, original in record.originals.items():
-            _put_back(places[name], original, record.replacements[name])
-        del installed(self._model).plug_ins[_key(record.owner)]
-        self._record = None
+        for name, new in going.items():
+            _put_back(places[name], record.originals.pop(name), new)
+            del record.replacements[name]
+        if not record.replacements:
+            del installed(self._model).plug_ins[_key(record.owner)]
+            self._record = None
+
+    def replace_more(self, make: Make, *, pattern: str) -> None:
+        """Replace further layers; those that are replaced stay as they are.
+
+        Args:
+            make: as in `replace_linears`.
+            pattern: as in `find_linears`.
+
+        Raises:
+            UserError: as `replace_linears`; nothing changes then.
+        """
+        record = self._known()
+        _fill(self._model, record, make, (), pattern)
 
     def _known(self) -> _Replaced:
         # Another handle may have put them back.
@@ -155,6 +184,7 @@ def replace_linears(
     roles: Collection[Role] = ("attention", "feed_forward"),
     pattern: str | None = None,
     originals: Originals = "here",
+    shown: bool = True,
 ) -> LinearsHandle:
     """Put other modules in the place of linear layers.
 
@@ -168,6 +198,7 @@ def replace_linears(
         roles: as in `find_linears`.
         pattern: as in `find_linears`.
         originals: where the old layers wait.
+        shown: whether `postgen.summary` has a line about them.
 
     Raises:
         UserError: a layer that cannot be replaced safely, named with the reason; nothing to replace; `make` gave
@@ -179,29 +210,14 @@ def replace_linears(
     plug_ins = installed(inner).plug_ins
     if _key(owner) in plug_ins:
         raise UserError(f"{owner} has replaced linear layers of this model already: remove them first")
-    _check_wrappers(model)
-    _check_claims(inner, owner, roles, pattern)
-    layers = find_linears(inner, roles=roles, pattern=pattern)
-    _check_layers(inner, layers)
-    record = _Replaced(owner, {}, {}, originals)
+    check_wrappers(model)
+    record = _Replaced(owner, {}, {}, originals, shown)
     plug_ins[_key(owner)] = record
-    places, known = _places(inner, layers), {id(module) for module in inner.modules()}
     try:
-        for name, linear in layers.items():
-            new = make(name, linear)
-            if new is not None and id(new) in known:
-                raise UserError(
-                    f"{owner} made a module for {name} that the model has already: make one for each layer"
-                )
-            _replace(places[name], record, name, linear, new)
-            known.add(id(new))
-        if not record.replacements:
-            raise UserError(f"{owner} replaced none of {len(layers)} linear layers")
+        _fill(inner, record, make, roles, pattern)
     except BaseException:
-        if originals != "dropped":
-            LinearsHandle(inner, record).remove()
-        elif not record.replacements:
-            del plug_ins[_key(owner)]
+        if not record.replacements:
+            plug_ins.pop(_key(owner), None)
         raise
     return LinearsHandle(inner, record)
 
@@ -237,6 +253,31 @@ def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -
 
 def _key(owner: str) -> str:
     return f"linear layers ({owner})"
+
+
+def _fill(model: nn.Module, record: _Replaced, make: Make, roles: Collection[Role], pattern: str | None) -> None:
+    """Replace layers and write them down; what fails leaves those that stood before."""
+    _check_claims(model, record.owner, roles, pattern)
+    layers = find_linears(model, roles=roles, pattern=pattern)
+    check_layers(model, layers)
+    before = set(record.replacements)
+    places, known = _places(model, layers), {id(module) for module in model.modules()}
+    try:
+        for name, linear in layers.items():
+            new = make(name, linear)
+            if new is not None and id(new) in known:
+                raise UserError(
+                    f"{record.owner} made a module for {name} that the model has already: make one for each layer"
+                )
+            _replace(places[name], record, name, linear, new)
+            known.add(id(new))
+        if len(record.replacements) == len(before):
+            raise UserError(f"{record.owner} replaced none of {len(layers)} linear layers")
+    except BaseException:
+        made = record.replacements.keys() - before
+        if made and record.kept != "dropped":
+            LinearsHandle(model, record).remove_some(made)
+        raise
 
 
 def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear: nn.Linear, new: Any) -> None:
@@ -278,15 +319,20 @@ def _check_removal(model: nn.Module, record: _Replaced, places: Mapping[str, tup
     """Refuse to lose what others did to the new layers since."""
     fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
     copied = {id(inside) for module in fused for inside in module.modules()}
-    for name, new in record.replacements.items():
-        # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one.
-        if getattr(places[name][0], "merged", False) and places[name][1] == "base_layer":
+    for name in places:
+        new, original = record.replacements[name], record.originals[name]
+        # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one: unless both
+        # have one weight.
+        merged = getattr(places[name][0], "merged", False) and places[name][1] == "base_layer"
+        if merged and getattr(new, "weight", None) is not original.weight:
             raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before taking that off")
         if id(new) in copied:
             raise UserError(
                 f"the projections are fused from {name} of {record.owner}, and would go on computing with it:"
                 " unfuse_qkv_projections() first"
             )
+        if hooks := module_hooks(new, itself=True):
+            raise UserError(f"{hooks} is on {name} of {record.owner}: switch offloading off before taking that off")
         inside = {id(module) for module in new.modules()}
         for other in replaced_linears(model).values():
             if other.owner != record.owner and any(id(module) in inside for module in other.modules.values()):
@@ -302,20 +348,6 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
     )
 
 
-def _check_wrappers(model: nn.Module) -> None:
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel | FSDPModule | DistributedDataParallel):
-            where = name or "the model"
-            raise UserError(f"{where} is wrapped by {type(module).__name__}: replace linear layers before wrapping")
-
-
 def _check_claims(model: nn.Module, owner: str, roles: Collection[Role], pattern: str | None) -> None:
     """Refuse what another owner holds, also where what stands there now is no linear layer."""
     wanted = _selection(model, roles, pattern)
@@ -323,44 +355,3 @@ def _check_claims(model: nn.Module, owner: str, roles: Collection[Role], pattern
         for name in found.modules:
             if wanted(name):
                 raise UserError(f"{name} is replaced by {found.owner} already: remove that before {owner}")
-
-
-def _check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    users: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)].append(name)
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[id(module)].append(name)
-    for name, linear in layers.items():
-        for problem in (*_problems(linear, users, names), *_problems_around(model, names[id(linear)][0])):
-            raise UserError(f"{name} cannot be replaced: {problem}")
-
-
-def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
-    if type(linear) is not nn.Linear:
-        yield f"it is a {type(linear).__name__}, which may compute something else or be read by others"
-    elif type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
-        yield f"its weight is a {type(linear.weight.data).__name__}: sharded or quantised already"
-    elif linear.weight.is_meta or linear.weight.shape != (linear.out_features, linear.in_features):
-        yield "its weight is not in memory: load the model and switch offloading off first"
-    for parameter in linear.parameters():
-        if len(shared := users[id(parameter)]) > 1:
-            yield f"its weights are tied: {' and '.join(shared)}"
-    if len(same := names[id(linear)]) > 1:
-        yield f"it is the same layer as {same[1]}"
-    hooks = [*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks]
-    if hooks:
-        yield f"{len(hooks)} hooks on it would not run any more: remove them first"
-
-
-def _problems_around(model: nn.Module, name: str) -> Iterator[str]:
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
-    for module in around:
-        if hooks := module_hooks(module, itself=module is around[-1]):
-            yield f"{hooks} would lose it: replace linear layers before switching that on"
-    if problem := lora_base_problem(around[-2]):
-        yield problem
-    if any(getattr(module, "fused_projections", False) for module in around[:-1]):
-        yield "the projections are fused, so some are not called: unfuse_qkv_projections() first"

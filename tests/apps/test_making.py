@@ -59,14 +59,15 @@ def test_a_plug_in_that_is_registered_has_a_control(monkeypatch):
     monkeypatch.setattr(plug_ins, "_rows", [*plug_ins.known_plug_ins(), row])
     with gr.Blocks():
         made = controls.plug_in_controls()
-    assert [control.label for control in made] == ["Fused operations", "Enhance-A-Video", "Boost"]
+    titles = ["Fused operations", "Enhance-A-Video", "Linear layers in FP8", "Boost"]
+    assert [control.label for control in made] == titles
     assert [word for word, _ in made[-1].choices] == ["off", "soft", "hard"]
-    assert controls.plug_in_texts(["off", " auto ", "2.5"]) == {"enhance": "auto", "boost": "2.5"}
-    assert controls.plug_in_values({"enhance": "auto"}) == ["off", "auto", "off"]
+    assert controls.plug_in_texts(["off", " auto ", None, "2.5"]) == {"enhance": "auto", "boost": "2.5"}
+    assert controls.plug_in_values({"enhance": "auto"}) == ["off", "auto", "off", "off"]
     assert isinstance(row, PlugIn)
 
 
-@pytest.mark.parametrize("values", [[], ["off"], ["off", 3], ["off", ["auto"]]])
+@pytest.mark.parametrize("values", [[], ["off"], ["off", 3, "off"], ["off", ["auto"], "off"]])
 def test_values_that_no_control_has_are_refused(values):
     with pytest.raises(UserError):
         controls.plug_in_texts(values)

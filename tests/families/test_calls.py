@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
         postgen.EnhanceAVideoConfig(relative_weight=0.4),
         postgen.EnhanceAVideoConfig(weight={r"transformer_blocks\.1\..*": 1.5}),
     ),
+    "fp8_linears": (postgen.Fp8LinearConfig(attention=False), postgen.Fp8LinearConfig(feed_forward=False)),
     "fused_ops": (
         postgen.FusedOpsConfig(adaln=False, attention=None),
         postgen.FusedOpsConfig(norm_rope=False, attention=None),

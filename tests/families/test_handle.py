@@ -15,6 +15,7 @@ from tests.families.tiny_models import TinyModel, tiny_model
 
 CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
     "enhance_a_video": (postgen.remove_enhance_a_video, {"weight": 3.0}, {"weight": {"x": 1.0}}),
+    "fp8_linears": (postgen.remove_fp8_linears, {"attention": False}, {"exact_first": -1}),
     "fused_ops": (postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
 }
 """Plug-in -> how it is taken off, a change of its settings, and a wrong one: a row for each row of the table."""
@@ -78,7 +79,7 @@ def test_switching_gives_the_stock_model_back(plug_in: Any, wan: TinyModel) -> N
 
 
 def test_settings_of_another_plug_in_are_refused(plug_in: Any, wan: TinyModel) -> None:
-    apply, (wrong,) = plug_in[0], [other[0] for other in APPLY.values() if other is not plug_in]
+    apply, wrong = plug_in[0], next(other[0] for other in APPLY.values() if other is not plug_in)
     handle = apply(wan.transformer)
     config, other = handle.config, wrong(wan.transformer).config
     for settings in (other, 3.0):

@@ -1,0 +1,76 @@
+"""Which linear layers of a model cannot be replaced, and why: what would go wrong silently is refused."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from postgen.compat import lora_base_problem, module_hooks
+from postgen.errors import UserError
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse a model that is wrapped for several processes.
+
+    Raises:
+        UserError: it names the wrapper.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel | FSDPModule | DistributedDataParallel):
+            where = name or "the model"
+            raise UserError(f"{where} is wrapped by {type(module).__name__}: replace linear layers before wrapping")
+
+
+def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Refuse layers that something else than the layer itself computes with, or that compute something else.
+
+    Raises:
+        UserError: it names the layer and the reason.
+    """
+    users: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(name)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    for name, linear in layers.items():
+        for problem in (*_problems(linear, users, names), *_problems_around(model, names[id(linear)][0])):
+            raise UserError(f"{name} cannot be replaced: {problem}")
+
+
+def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
+    if type(linear) is not nn.Linear:
+        yield f"it is a {type(linear).__name__}, which may compute something else or be read by others"
+    elif type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
+        yield f"its weight is a {type(linear.weight.data).__name__}: sharded or quantised already"
+    elif linear.weight.is_meta or linear.weight.shape != (linear.out_features, linear.in_features):
+        yield "its weight is not in memory: load the model and switch offloading off first"
+    for parameter in linear.parameters():
+        if len(shared := users[id(parameter)]) > 1:
+            yield f"its weights are tied: {' and '.join(shared)}"
+    if len(same := names[id(linear)]) > 1:
+        yield f"it is the same layer as {same[1]}"
+    hooks = [*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks]
+    if hooks:
+        yield f"{len(hooks)} hooks on it would not run any more: remove them first"
+
+
+def _problems_around(model: nn.Module, name: str) -> Iterator[str]:
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+    for module in around:
+        if hooks := module_hooks(module, itself=module is around[-1]):
+            yield f"{hooks} would lose it: replace linear layers before switching that on"
+    if problem := lora_base_problem(around[-2]):
+        yield problem
+    if any(getattr(module, "fused_projections", False) for module in around[:-1]):
+        yield "the projections are fused, so some are not called: unfuse_qkv_projections() first"

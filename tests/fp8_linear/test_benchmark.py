@@ -1,0 +1,111 @@
+"""The benchmarks of FP8 linears: what is compared, the gates, the judge; with tiny models."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+import postgen
+from benchmarks import lowp_judge, lowp_linears
+from benchmarks.lowp_linears import CASES, SHAPES, best, gates, layer_row, lora_on_fp8, step_gates, step_row, tiny
+from tests.families.tiny_models import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its C++ takes half a minute here, and what it makes is not what is tested."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_block(self, **options, backend="eager")
+    )
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiled(function, **options) if options else function
+    )
+
+
+def test_layers() -> None:
+    shapes, _ = tiny()
+    row = layer_row(shapes[0], "cpu", repeats=1)
+    assert all(row[f"{name}_ms"] > 0 for name in ("bf16", "product", "eager", "compiled", "kernel", "quantise"))
+    assert 0.03 < row["error"] < 0.04
+
+
+def test_steps_with_a_further_plug_in() -> None:
+    _, (case,) = tiny()
+    row = step_row(case, "cpu", repeats=1, attention={"mine": lambda model: Nothing()})
+    forms = ("stock", "exact", "fp8_linears", "mine", "mine_and_linears")
+    assert all(row[f"{form}{suffix}_ms"] > 0 for form in forms for suffix in ("", "_compiled"))
+    assert row["stock_difference"] == 0
+    assert 0 < row["exact_difference"] < row["fp8_linears_difference"] < 0.1
+    assert row["mine_difference"] == row["exact_difference"]
+    assert row["mine_and_linears_difference"] == row["fp8_linears_difference"]
+
+
+class Nothing:
+    """A plug-in that changes nothing."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    assert {shape.model for shape in SHAPES} == {case.name for case in CASES}
+    with torch.device("meta"):
+        tokens = [case.arguments()["hidden_states"] for case in CASES]
+    wans = [int(x.shape[2] * x.shape[3] * x.shape[4] // 4) for x in tokens[:4]]
+    assert wans == [32760, 32760, 75600, 118800]
+    assert [shape.tokens for shape in SHAPES[::4]] == [32760, 32760, 75600, 118800 + 256, 17550 + 226]
+
+
+def test_gates() -> None:
+    times = {"stock_ms": 16.0, "stock_compiled_ms": 14.0, "exact_ms": 12.0, "exact_compiled_ms": 13.0}
+    times |= {"fp8_linears_ms": 11.0, "fp8_linears_compiled_ms": 10.0}
+    assert best(times, "exact") == 12
+    rows: list[dict[str, Any]] = [{"model": f"Wan 14B {size} 81f", **times} for size in ("480p", "720p")]
+    found = {each["name"]: (each["value"], each["ok"]) for each in step_gates(rows)}
+    assert found == {"step_14b_480p_vs_stock": (1.6, True), "step_14b_720p_vs_exact": (1.2, False)}
+    assert not any(each["ok"] for each in step_gates([]))
+    assert [each["ok"] for each in gates([{"error": 0.0375}], [{"fp8_linears_vs_exact": 1.1}], 1)] == [True] * 3
+    assert [each["ok"] for each in gates([], [], 0)] == [False] * 3
+
+
+def test_lora_is_looked_at() -> None:
+    assert lora_on_fp8("cpu", tiny_model("Wan").transformer) == 1
+
+
+def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lowp_linears.main([]) == 2
+    assert "needs a GPU with FP8: cpu has no FP8 matrix product" in capsys.readouterr().err
+
+
+def test_the_judge_compares_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same clips for the mode that changes nothing; noise for one that does."""
+    specs = lowp_judge.scenes(2, 5)
+
+    def clips_of(pipe: Any, mode: Any, part: Any, first: int, how: Any, label: str) -> torch.Tensor:
+        clips = torch.rand(len(part), 5, 3, 32, 32, generator=torch.Generator().manual_seed(first))
+        with mode(pipe) as change:
+            return clips if change is None else (clips + change).clamp(0, 1)
+
+    monkeypatch.setattr(lowp_judge, "clips_of", clips_of)
+    modes = {"exact": lambda _: nullcontext(), "same": lambda _: nullcontext(), "noisy": lambda _: nullcontext(0.1)}
+    how: Any = None
+    exact, same, noisy = lowp_judge.rows_of(lowp_judge.measure(None, specs, how, modes, 0))
+    assert (exact["mode"], same["drop"], same["psnr"]) == ("exact", {"value": 0, "low": 0, "high": 0}, 100)
+    assert 19 < noisy["psnr"] < 24
+    assert noisy["lowest_psnr"] <= noisy["psnr"]
+    (gate,) = lowp_judge.gates([exact, {**same, "drop": {"high": 0.02}}])
+    assert (gate["name"], gate["value"], gate["ok"]) == ("judge_drop", 0.02, False)
+    assert lowp_judge.gates([exact])[0]["value"] is None
+
+
+def test_modes_are_put_on_and_taken_off() -> None:
+    model = tiny_model("Wan").transformer
+    with lowp_judge.MODES["fp8_linears"](model):
+        assert "fp8_linears" in postgen.summary(model).transformers[0].plug_ins
+    assert not postgen.summary(model).transformers[0].plug_ins

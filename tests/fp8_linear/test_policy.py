@@ -1,0 +1,151 @@
+"""Which layers are taken, by family; what is left for its shape, refused, or spared by the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import postgen
+from postgen.errors import UserError
+from postgen.families.linear import replace_linears
+from postgen.fp8_linear.config import PARTS, Fp8LinearConfig, fp8_linears_setting
+from postgen.fp8_linear.policy import plan_for, shares_input
+from tests.families.tiny_models import tiny_model
+from tests.families.toy_linears import double
+
+QKVO = ("to_q", "to_k", "to_v", "to_out.0")
+CROSS = {
+    **{f"attn1.{name}": "attention" for name in QKVO},
+    **{f"attn2.{name}": "cross_attention" for name in ("to_q", "to_out.0")},
+}
+JOINT = {f"attn1.{name}": "attention" for name in QKVO}
+
+
+def feed_forward(name: str) -> dict[str, str]:
+    return {f"{name}.net.0.proj": "feed_forward", f"{name}.net.2": "feed_forward_out"}
+
+
+FAMILIES: dict[str, dict[str, dict[str, str]]] = {
+    "Wan": {"blocks": CROSS | feed_forward("ffn")},
+    "Wan image-to-video": {"blocks": CROSS | feed_forward("ffn")},
+    "LTX": {"transformer_blocks": CROSS | feed_forward("ff")},
+    "CogVideoX 1.5": {"transformer_blocks": JOINT | feed_forward("ff")},
+    "HunyuanVideo": {
+        "transformer_blocks": {f"attn.{name}": "attention" for name in QKVO} | feed_forward("ff"),
+        "single_transformer_blocks": {
+            **{f"attn.{name}": "attention" for name in QKVO[:3]},
+            "proj_mlp": "feed_forward",
+            "proj_out": "feed_forward_out",
+        },
+    },
+    "Latte": {
+        "transformer_blocks": CROSS | feed_forward("ff"),
+        "temporal_transformer_blocks": JOINT | feed_forward("ff"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_default_policy(name: str) -> None:
+    model = tiny_model(name).transformer
+    plan = plan_for(model, Fp8LinearConfig())
+    expected = {
+        f"{group}.{i}.{layer}": part
+        for group, layers in FAMILIES[name].items()
+        for i in range(len(getattr(model, group)))
+        for layer, part in layers.items()
+    }
+    assert plan.layers == expected
+    assert not plan.left
+
+
+def test_settings_spare_layers() -> None:
+    model = tiny_model("Wan", layers=3).transformer
+    every = plan_for(model, Fp8LinearConfig()).layers
+    for part in PARTS:
+        taken = plan_for(model, Fp8LinearConfig(**{part: False})).layers
+        assert taken.keys() == {name for name, of in every.items() if of != part}
+    middle = plan_for(model, Fp8LinearConfig(exact_first=1, exact_last=1)).layers
+    assert middle.keys() == {name for name in every if name.startswith("blocks.1.")}
+    assert plan_for(model, Fp8LinearConfig(exact_last=0)).layers == every
+    named = plan_for(model, Fp8LinearConfig(exact=r".*\.to_out\.0|blocks\.2\..*")).layers
+    assert named.keys() == {n for n in every if not n.startswith("blocks.2") and "to_out" not in n}
+    for nothing in (Fp8LinearConfig(exact_first=9), Fp8LinearConfig(exact=".*")):
+        with pytest.raises(UserError, match="no layer for FP8 in this WanTransformer3DModel: the settings leave none"):
+            plan_for(model, nothing)
+
+
+def test_odd_channels_are_left_and_told_of() -> None:
+    model = tiny_model("Mochi").transformer
+    handle = postgen.apply_fp8_linears(model)
+    assert handle.stats()[""]["left"] == 4
+    text = "4 left, whose channels 16 does not divide (transformer_blocks.0.ff.net.0.proj: 32 x 170)"
+    assert text in str(postgen.summary(model))
+    handle.remove()
+    with pytest.raises(UserError, match="4 have channels that 16 does not divide"):
+        postgen.apply_fp8_linears(model, Fp8LinearConfig(attention=False))
+
+
+def test_who_shares_tokens() -> None:
+    taken = plan_for(tiny_model("Wan").transformer, Fp8LinearConfig()).layers
+    sharing = [name for name, part in taken.items() if shares_input(name, part)]
+    assert sharing == [f"blocks.{i}.attn1.{name}" for i in (0, 1) for name in QKVO[:3]]
+
+
+def test_models_of_which_nothing_is_known_and_other_owners() -> None:
+    with pytest.raises(UserError, match="Sequential"):
+        postgen.apply_fp8_linears(nn.Sequential(nn.Linear(16, 16)))
+    model = tiny_model("Wan").transformer
+    other = replace_linears(model, double, owner="sparse", roles=["feed_forward"])
+    with pytest.raises(UserError, match=r"blocks.0.ffn.net.0.proj is replaced by sparse already: remove that before"):
+        postgen.apply_fp8_linears(model)
+    # What it does not want may be another's.
+    handle = postgen.apply_fp8_linears(model, Fp8LinearConfig(feed_forward=False, feed_forward_out=False))
+    handle.remove()
+    other.remove()
+    handle = postgen.apply_fp8_linears(model)
+    with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is replaced by fp8_linears already"):
+        replace_linears(model, double, owner="sparse")
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"attention": "yes"}, "attention must be True or False, got 'yes'"),
+        ({"emulate": 1}, "emulate must be True or False"),
+        ({"exact_first": -1}, "exact_first must be a whole number of at least 0"),
+        ({"exact_last": 1.5}, "exact_last must be a whole number"),
+        ({"exact_first": True}, "exact_first must be"),
+        (dict.fromkeys(PARTS, False), "no layer is left for FP8: set some of attention, cross_attention"),
+        ({"exact": "blocks.("}, r"exact must be a pattern of layer names, got 'blocks.\('"),
+        ({"exact": 3}, "exact must be a pattern"),
+    ],
+)
+def test_wrong_settings(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Fp8LinearConfig(**words)
+
+
+def test_texts() -> None:
+    assert fp8_linears_setting(None) is fp8_linears_setting("off") is False
+    assert fp8_linears_setting("auto") == Fp8LinearConfig()
+    assert fp8_linears_setting("attention, feed_forward") == Fp8LinearConfig(
+        cross_attention=False, feed_forward_out=False
+    )
+    for text in ("", "qkv", "attention,,"):
+        with pytest.raises(UserError, match="fp8_linears must be auto, off or some of attention, cross_attention"):
+            fp8_linears_setting(text)
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from postgen.fp8_linear import state
+
+    monkeypatch.setattr(state, "why_not_fp8", lambda device: "A100 has compute capability 8.0, and FP8 begins at 8.9")
+    device = torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"would be slower than without: A100 has compute capability 8.0"):
+        state._check_device(device, Fp8LinearConfig())
+    state._check_device(device, Fp8LinearConfig(emulate=True))
