@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from postgen.enhance.config import EnhanceAVideoConfig
-from postgen.enhance.progress import PipelineProgress
+from postgen.families.progress import PipelineProgress
 from postgen.enhance.state import NAME, Enhancement
 from postgen.errors import UserError
 from postgen.families.handle import PlugInHandle

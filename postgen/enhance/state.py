@@ -16,7 +16,7 @@ from postgen.enhance.call import Kept, PerThread, VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.gain import gain_factor
 from postgen.enhance.layer import EnhancedAttention
-from postgen.enhance.progress import PipelineProgress
+from postgen.families.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
 from postgen.families import Grid, layout_of, video_tokens_of
