@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from postgen.fused import remove_fused_ops as remove_fused_ops
     from postgen.fused.attention import register_attention_backend as register_attention_backend
     from postgen.fused.attention import routed_attention as routed_attention
+    from postgen.fused.fp8_attention import FP8AttentionConfig as FP8AttentionConfig
+    from postgen.fused.fp8_attention import apply_fp8_attention as apply_fp8_attention
     from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
     from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
     from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
@@ -41,12 +43,14 @@ _HOMES = {
     "DiffusionNFTTrainer": "postgen.grpo.nft",
     "EnhanceAVideoConfig": "postgen.enhance",
     "EnhanceAVideoHandle": "postgen.enhance",
+    "FP8AttentionConfig": "postgen.fused.fp8_attention",
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
     "apply_enhance_a_video": "postgen.enhance",
+    "apply_fp8_attention": "postgen.fused.fp8_attention",
     "apply_fused_ops": "postgen.fused",
     "contact_sheet": "postgen.video",
     "embedded_model": "postgen.assets",

@@ -25,9 +25,9 @@ class PipelineProgress:
     hand; it is not kept alive. A scheduler is asked for each time, so one that is exchanged later counts.
     """
 
-    def __init__(self, pipe: Any, *, who: str = "Enhance-A-Video") -> None:
-        """Take the pipeline of loops written by hand, and who asks, for errors."""
-        self._pipe, self._who = weakref.ref(pipe), who
+    def __init__(self, pipe: Any | None, *, who: str = "Enhance-A-Video") -> None:
+        """Take the pipeline of loops written by hand, if there is one, and who asks, for errors."""
+        self._pipe, self._who = None if pipe is None else weakref.ref(pipe), who
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> float:
@@ -70,7 +70,7 @@ class PipelineProgress:
         return self._who
 
     def __setstate__(self, state: str) -> None:
-        self._pipe, self._who = None, state  # type: ignore[assignment]
+        self._pipe, self._who = None, state
 
 
 def _running(model: nn.Module | None) -> Any | None:
