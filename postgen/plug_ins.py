@@ -157,7 +157,8 @@ def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, A
         if is_off(settings[row.name]):
             continue
         if facts.transformer is None:
-            raise UserError(f"{facts.pipeline} has no transformer, which --{row.option} works on: leave it out")
+            option = row.option.replace("_", "-")
+            raise UserError(f"{facts.pipeline} has no transformer, which --{option} works on: leave it out")
         resolve(row.check)(facts.transformer)
     return settings if facts.transformer is not None else {}
 

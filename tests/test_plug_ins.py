@@ -31,6 +31,10 @@ CONFIGS = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact
 """Settings of those rows whose usual ones need a GPU."""
 
 
+def flag(row: PlugIn) -> str:
+    return f"--{row.option.replace('_', '-')}"
+
+
 @pytest.fixture(params=known_plug_ins(), ids=lambda row: row.name)
 def row(request: pytest.FixtureRequest) -> PlugIn:
     return request.param  # type: ignore[no-any-return]
@@ -50,7 +54,7 @@ def test_a_row_is_one_plug_in_everywhere(row: PlugIn, cli: Any) -> None:
     with pytest.raises(postgen.UserError, match="Nobodys"):
         resolve(row.check)("Nobodys")
     for command in ("generate", "compare"):
-        assert f"--{row.option}" in cli(command, "--help").out
+        assert flag(row) in cli(command, "--help").out
     assert row.name in inspect.signature(WanPipeline.__call__).parameters
 
 
@@ -58,7 +62,7 @@ def test_a_wrong_text_is_found_before_the_weights_are_read(
     row: PlugIn, cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgen.generate, "load", lambda job: pytest.fail("the model was loaded"))
-    done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", f"--{row.option}", "nonsense")
+    done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", flag(row), "nonsense")
     assert (done.code, done.err.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
     assert f"{row.option} must be" in done.err
 
@@ -82,7 +86,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *places: str) -> Counter[str]:
 
 PREPARED = ("postgen.generate:prepare", "postgen.generate:inspect_model", "postgen.generate:output_paths")
 PARSED = tuple(row.parse for row in known_plug_ins())
-WORDS = [word for row in known_plug_ins() for word in (f"--{row.option}", TEXTS[row.name])]
+WORDS = [word for row in known_plug_ins() for word in (flag(row), TEXTS[row.name])]
 
 
 @pytest.mark.parametrize("count", [1, 2])
