@@ -237,5 +237,5 @@ def row_length(channels: int) -> float:
 
 def rotation(channels: int, like: Tensor) -> Tensor:
     """Return the orthogonal matrix, (D, D), in the format and on the device of a tensor."""
-    matrix: Tensor = signs(channels).double() / row_length(channels)
-    return matrix.to(like)
+    matrix: Tensor = (signs(channels).double() / row_length(channels)).to(like)
+    return matrix

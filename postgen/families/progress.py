@@ -32,8 +32,8 @@ class PipelineProgress:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> float:
         """Return `step` as a number in [0, 1)."""
-        step, steps = self.step(arguments, model)
-        return step / steps
+        done: tuple[int, int] = self.step(arguments, model)
+        return done[0] / done[1]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> tuple[int, int]:

@@ -86,8 +86,15 @@ class Measurements:
     def _row(self, layer: str, step: int, chosen: Preparation) -> ReportRow:
         error, worst = self.errors[layer, step][chosen]
         exact_ms, fp8_ms = self.times.get(layer, (None, None))
-        told = {"error": error, "worst_head": worst, "exact_ms": exact_ms, "fp8_ms": fp8_ms}
-        return ReportRow(layer=layer, step=step, preparation=str(chosen), **told)
+        return ReportRow(
+            layer=layer,
+            step=step,
+            error=error,
+            worst_head=worst,
+            preparation=str(chosen),
+            exact_ms=exact_ms,
+            fp8_ms=fp8_ms,
+        )
 
     def _chosen(self, layer: str, slack: float) -> Preparation:
         own = [found for (name, _), found in self.errors.items() if name == layer]
@@ -182,7 +189,8 @@ def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iter
                 into.update(kwargs)
 
             def step(into: dict[str, Any] = arguments, model: Any = model) -> int:
-                return progress.step(into, model)[0]
+                done: int = progress.step(into, model)[0]
+                return done
 
             hook = model.register_forward_pre_hook(remember, with_kwargs=True)
             undo.callback(hook.remove)

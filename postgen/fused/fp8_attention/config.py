@@ -42,7 +42,8 @@ class FP8AttentionConfig:
         for name in ("simulate", "debug"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
-        if isinstance(self.exact_layers, str) or not all(isinstance(each, str) for each in self.exact_layers):
+        layers: object = self.exact_layers
+        if not isinstance(layers, tuple | list) or not all(isinstance(each, str) for each in layers):
             raise UserError(f"exact_layers must be patterns of layers, got {shown(self.exact_layers)}")
         named = self.preparation if isinstance(self.preparation, Mapping) else {}
         for pattern in (*self.exact_layers, *named):

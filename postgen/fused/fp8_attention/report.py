@@ -98,10 +98,15 @@ def _row(values: Any) -> ReportRow:
     unknown = set(values) ^ {each.name for each in fields(ReportRow)}
     if unknown:
         raise ValueError(f"fields {', '.join(sorted(unknown))}")
-    numbers = {name: float(values[name]) for name in ("error", "worst_head")}
-    times = {name: None if values[name] is None else float(values[name]) for name in ("exact_ms", "fp8_ms")}
-    texts = {name: str(values[name]) for name in ("layer", "preparation")}
-    return ReportRow(**texts, step=int(values["step"]), **numbers, **times)
+    return ReportRow(
+        layer=str(values["layer"]),
+        step=int(values["step"]),
+        error=float(values["error"]),
+        worst_head=float(values["worst_head"]),
+        preparation=str(values["preparation"]),
+        exact_ms=None if values["exact_ms"] is None else float(values["exact_ms"]),
+        fp8_ms=None if values["fp8_ms"] is None else float(values["fp8_ms"]),
+    )
 
 
 def _cells(row: ReportRow, exact: bool) -> tuple[str, ...]:
