@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,14 @@ def test_the_error_that_calibration_tells_is_that_of_the_layer() -> None:
 
 
 ROW = ReportRow(layer="blocks.0.attn1", step=0, error=0.01, worst_head=0.02, preparation=USUAL)
+
+
+def test_a_layer_that_gains_no_time_stays_exact() -> None:
+    rows = (replace(ROW, exact_ms=1.0, fp8_ms=1.0), replace(ROW, layer="b", exact_ms=1.0, fp8_ms=0.9))
+    report = FP8AttentionReport(rows=(*rows, replace(ROW, layer="c", fp8_ms=9.0)), max_error=0.1, steps=1)
+    assert report.exact_layers == (ROW.layer,)
+    assert report.config().of_layer(ROW.layer) is None
+    assert report.config().of_layer("b") == USUAL
 
 
 def test_reports_keep_what_is_not_a_number(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ class ReportRow:
     fp8_ms: float | None = None
     """Of one call in E4M3, rounding included."""
 
+    @property
+    def slower(self) -> bool:
+        """Whether both were timed and E4M3 is not the faster."""
+        return self.exact_ms is not None and self.fp8_ms is not None and self.fp8_ms >= self.exact_ms
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FP8AttentionReport:
@@ -43,8 +48,8 @@ class FP8AttentionReport:
 
     @property
     def exact_layers(self) -> tuple[str, ...]:
-        """Layers that stay exact; an error that is not a number is too large."""
-        return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error))
+        """Layers that stay exact: they err by too much (not a number is too much), or gain no time where that is known."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
 
     def config(self, **changes: Any) -> FP8AttentionConfig:
         """Return the settings that follow, with some fields changed."""
