@@ -227,7 +227,8 @@ def signs(channels: int) -> Tensor:
     while block.shape[0] < size:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
     flips = torch.randint(0, 2, (channels, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return torch.block_diag(*[block] * (channels // size)) * flips
+    matrix: Tensor = torch.block_diag(*[block] * (channels // size))
+    return matrix * flips
 
 
 def row_length(channels: int) -> float:

@@ -48,7 +48,7 @@ class FP8AttentionReport:
 
     @property
     def exact_layers(self) -> tuple[str, ...]:
-        """Layers that stay exact: they err by too much (not a number is too much), or gain no time where that is known."""
+        """Layers that stay exact: they err by too much, as what is not a number does, or are known to gain no time."""
         return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
 
     def config(self, **changes: Any) -> FP8AttentionConfig:
