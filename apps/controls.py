@@ -85,7 +85,7 @@ def plug_in_controls(prefix: str = "plug-in") -> list[Any]:
 def words_of(row: PlugIn) -> list[str]:
     """Return the words that a row's option takes as they stand, which its metavar has in lower case.
 
-    >>> words_of(known_plug_ins()[1])
+    >>> words_of(known_plug_ins()[-1])
     ['auto']
     """
     return re.findall(r"[a-z][a-z_]*", re.sub(r"[A-Z][A-Za-z_]*", "", row.metavar))

@@ -39,7 +39,7 @@ Mode = Callable[[Any], AbstractContextManager[Any]]
 
 MODES: dict[str, Mode] = {
     "exact": lambda pipe: nullcontext(),
-    "fp8_linears": lambda pipe: fp8_linears_for_call(pipe, postgen.Fp8LinearConfig(emulate=True)),
+    "fp8_linears": lambda pipe: fp8_linears_for_call(pipe, postgen.FP8LinearConfig(emulate=True)),
 }
 """What is compared, by name."""
 AT_ONCE = 64

@@ -31,7 +31,7 @@ from postgen.kernels.fp8_rows.ops import quantize_rows, rows_matmul, why_not_fp8
 Apply = Callable[[Any], Any]
 """Puts a plug-in on a transformer and returns its handle."""
 
-QUIET = postgen.Fp8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(emulate=True)
 
 
 @dataclass(frozen=True, kw_only=True)

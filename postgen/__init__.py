@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from postgen.enhance import remove_enhance_a_video as remove_enhance_a_video
     from postgen.errors import UserError as UserError
     from postgen.families.summary import summary as summary
-    from postgen.fp8_linear import Fp8LinearConfig as Fp8LinearConfig
-    from postgen.fp8_linear import Fp8LinearsHandle as Fp8LinearsHandle
+    from postgen.fp8_linear import FP8LinearConfig as FP8LinearConfig
     from postgen.fp8_linear import apply_fp8_linears as apply_fp8_linears
     from postgen.fp8_linear import remove_fp8_linears as remove_fp8_linears
     from postgen.fused import FusedOpsConfig as FusedOpsConfig
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from postgen.fused import remove_fused_ops as remove_fused_ops
     from postgen.fused.attention import register_attention_backend as register_attention_backend
     from postgen.fused.attention import routed_attention as routed_attention
+    from postgen.fused.fp8_attention import FP8AttentionConfig as FP8AttentionConfig
+    from postgen.fused.fp8_attention import apply_fp8_attention as apply_fp8_attention
+    from postgen.fused.fp8_attention import remove_fp8_attention as remove_fp8_attention
     from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
     from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
     from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
@@ -45,14 +47,15 @@ _HOMES = {
     "DiffusionNFTTrainer": "postgen.grpo.nft",
     "EnhanceAVideoConfig": "postgen.enhance",
     "EnhanceAVideoHandle": "postgen.enhance",
-    "Fp8LinearConfig": "postgen.fp8_linear",
-    "Fp8LinearsHandle": "postgen.fp8_linear",
+    "FP8AttentionConfig": "postgen.fused.fp8_attention",
+    "FP8LinearConfig": "postgen.fp8_linear",
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
     "apply_enhance_a_video": "postgen.enhance",
+    "apply_fp8_attention": "postgen.fused.fp8_attention",
     "apply_fp8_linears": "postgen.fp8_linear",
     "apply_fused_ops": "postgen.fused",
     "contact_sheet": "postgen.video",
@@ -62,6 +65,7 @@ _HOMES = {
     "read_video": "postgen.video",
     "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
+    "remove_fp8_attention": "postgen.fused.fp8_attention",
     "remove_fp8_linears": "postgen.fp8_linear",
     "remove_fused_ops": "postgen.fused",
     "routed_attention": "postgen.fused.attention",

@@ -68,14 +68,14 @@ def attention_backends() -> list[Finding]:
     """Return the kernels of `postgen.kernels.attention`, each after a small attention whose numbers were checked."""
     import torch
 
-    from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Call
+    from postgen.kernels.attention.backends import ASKED_FOR, LAST_RESORTS, TIMED, Call
     from postgen.kernels.attention.router import Router
 
     place, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     query = torch.ones(1, 8, 2, 128, device=place, dtype=dtype)
     call, router = Call(query, query, query, 128**-0.5, None, False), Router()
     findings = []
-    for backend in dict.fromkeys((*TIMED, *LAST_RESORTS)):
+    for backend in dict.fromkeys((*TIMED, *LAST_RESORTS, *ASKED_FOR)):
         reason = router.why_not(backend, call)
         findings.append(Finding(backend.name, reason is None, reason or _version_of(backend.packages)))
     return findings

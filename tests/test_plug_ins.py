@@ -26,8 +26,15 @@ from tests.families.tiny_models import tiny_model
 from tests.tiny_wan import wan_components
 
 SMALL = ("--size", "32x16", "--frames", "5", "--steps", "1", "--format", "frames")
-TEXTS = {"enhance_a_video": "2.5", "fp8_linears": "feed_forward", "fused_ops": "norm_rope"}
+TEXTS = {
+    "enhance_a_video": "2.5",
+    "fp8_attention": "simulate",
+    "fp8_linears": "feed_forward",
+    "fused_ops": "norm_rope",
+}
 """A text of the option of each row."""
+CONFIGS = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
+"""Settings of those rows whose usual ones need a GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def row(request: pytest.FixtureRequest) -> PlugIn:
 
 def test_a_row_is_one_plug_in_everywhere(row: PlugIn, cli: Any) -> None:
     transformer = tiny_model("Wan").transformer
-    handle = resolve(row.apply)(transformer, None)
+    handle = resolve(row.apply)(transformer, CONFIGS.get(row.name))
     assert isinstance(handle, PlugInHandle)
     assert row.name in postgen.summary(transformer).transformers[0].plug_ins
     handle.remove()
@@ -158,7 +165,7 @@ def test_what_is_off_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_off_for_a_call_is_off_where_it_was_on(row: PlugIn) -> None:
     transformer = tiny_model("Wan").transformer
-    handle = resolve(row.apply)(transformer, None)
+    handle = resolve(row.apply)(transformer, CONFIGS.get(row.name))
     for zero in (0, 0.0, False, np.float32(0), np.int64(0)):
         with plug_ins_for_call(transformer, {row.name: zero}):
             assert not handle.enabled

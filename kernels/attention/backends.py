@@ -35,6 +35,8 @@ class Call(NamedTuple):
     """(B,), int32, on the device of the queries."""
     lse: bool
     """Whether the logarithm of the divisor is asked for."""
+    preparation: str | None = None
+    """What FP8 attention does before it rounds, as `attention_fp8.preparation` names it; None is the usual."""
 
     @property
     def grouped(self) -> bool:
@@ -69,6 +71,11 @@ class Backend:
     needs_gpu: bool = True
     races_without_lengths: bool = True
     """Whether the router times it where no keys are masked."""
+    tolerance: float | None = None
+    """Largest relative error of a backend that rounds to fewer bits than its inputs have; None: as few as they."""
+    differentiable: bool = True
+    refuses: Callable[[Call], str | None] = lambda call: None
+    """What else it says of a call without trying."""
 
     def refusal(self, call: Call) -> str | None:
         """Return why it cannot take a call, as far as can be said without trying."""
@@ -84,7 +91,7 @@ class Backend:
             return "returns no LSE where keys are masked"
         if call.key.shape[1] < self.fewest_keys:
             return f"takes {self.fewest_keys} keys or more"
-        return None
+        return self.refuses(call)
 
 
 def _math(call: Call) -> Result:
@@ -218,6 +225,23 @@ def key_blocks(key_lengths: Tensor, queries: int, keys: int, size: int = 128) ->
     )
 
 
+def _cudnn_fp8(call: Call) -> Result:
+    from postgen.kernels.attention_fp8.ops import attend
+    from postgen.kernels.attention_fp8.preparation import Preparation
+
+    given = None if call.preparation is None else Preparation.parsed(call.preparation)
+    lengths = call.key_lengths
+    return attend(*call[:3], scale=call.scale, key_lengths=lengths, lse=call.lse, preparation=given)
+
+
+def _no_fp8(call: Call) -> str | None:
+    from postgen.kernels.attention_fp8 import graphs
+
+    if call.query.dtype == torch.float64:
+        return "takes bfloat16, float16 and float32"
+    return graphs.refusal(call.query.device, call.query.shape[-1]) or graphs.unrecorded(call)
+
+
 def _pair(found: Any, lse: bool) -> Result:
     """Return what a kernel returned as (out, LSE or None): most return one tensor or a tuple that begins so."""
     out = found[0] if isinstance(found, tuple) else found
@@ -235,7 +259,14 @@ FLEX = Backend(name="flex", run=_flex, packages=("torch", "triton"), races_witho
 SDPA = Backend(name="sdpa", run=_sdpa, gives_lse=False, needs_gpu=False)
 MATH = Backend(name="math", run=_math, needs_gpu=False)
 
+CUDNN_FP8 = Backend(
+    name="cudnn_fp8", run=_cudnn_fp8, packages=("nvidia-cudnn-frontend",), takes_groups=False, fewest_keys=2,
+    tolerance=0.1, differentiable=False, refuses=_no_fp8,
+)  # fmt: skip
+
 TIMED = (FLASH_4, FLASH_3, CUDNN, XFORMERS, FLASH, EFFICIENT, FLEX)
 """Those that the router times against each other. cuDNN's masks are left out: their gradients were wrong."""
 LAST_RESORTS = (SDPA, FLASH, MATH)
 """Those that run, untimed, where none of the above can or where timing is not worth it: the first that can."""
+ASKED_FOR = (CUDNN_FP8,)
+"""Those that run where they are asked for by name only: they round to fewer bits than their inputs have."""

@@ -12,14 +12,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, library
 
-from postgen.kernels.attention.backends import LAST_RESORTS, MATH, SDPA, TIMED, Call, Result
+from postgen.kernels.attention.backends import ASKED_FOR, LAST_RESORTS, MATH, SDPA, TIMED, Call, Result
 from postgen.kernels.attention.router import TOLERANCE, Router
 from postgen.kernels.attention.store import Store, cache_file
+from postgen.kernels.dispatch import warn_once
 
 WORTH_TIMING = 1e9
 """Multiplications of a call below which kernels are not timed: it takes as long as its launch, whoever runs it."""
 
-_BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS)}
+_BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS, *ASKED_FOR)}
 
 
 @overload
@@ -60,7 +61,8 @@ def attention(
             query nothing waits for them; a CUDA graph reads them anew at every replay.
         return_lse: also return log(sum(exp(scale * query @ key^T))), (B, H, N), float32 (float64 for float64).
         backend: one of `backend_names()`, for this call; one that does not work here gives one warning that says why,
-            and the fastest runs. None is the fastest.
+            and the fastest runs. None is the fastest. `cudnn_fp8` rounds to 8 bits
+            (`postgen.kernels.attention_fp8.ops.attention_fp8`) and runs only where it is named.
 
     Raises:
         ValueError: shapes that do not belong together, an unknown backend, lengths on the CPU out of range.
@@ -155,6 +157,10 @@ def _differentiable(call: Call, name: str | None) -> Result:
         if call.key_lengths.device.type == "cpu" and not tracing:
             _check_range(call.key_lengths.tolist(), call.key.shape[1])
         call = call._replace(key_lengths=call.key_lengths.to(call.query.device, torch.int32))
+    if name is not None and not _BY_NAME[name].differentiable:
+        if not tracing:
+            warn_once(f"attention is exact, not on {name}: that has no gradient")
+        name = None
     if name is None:
         return (MATH if call.lse else SDPA).run(call)
     # What is traced is never tried: that takes numbers.

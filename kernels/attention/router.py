@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from postgen.kernels.attention import naive
-from postgen.kernels.attention.backends import LAST_RESORTS, TIMED, Backend, Call, Result
+from postgen.kernels.attention.backends import ASKED_FOR, LAST_RESORTS, TIMED, Backend, Call, Result
 from postgen.kernels.attention.store import Store
 from postgen.kernels.dispatch import warn_once
 
@@ -88,6 +88,7 @@ class Router:
     Args:
         timed: the backends it times against each other.
         last_resorts: those that run, untimed, where none of these can; the first that can. The last must always run.
+        asked_for: those that it never chooses itself.
         store: keeps choices on disk; None keeps them in memory only.
         clock: how a backend is timed.
     """
@@ -97,10 +98,11 @@ class Router:
         timed: Sequence[Backend] = TIMED,
         last_resorts: Sequence[Backend] = LAST_RESORTS,
         *,
+        asked_for: Sequence[Backend] = ASKED_FOR,
         store: Store | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.timed, self.last_resorts = tuple(timed), tuple(last_resorts)
+        self.timed, self.last_resorts, self.asked_for = tuple(timed), tuple(last_resorts), tuple(asked_for)
         self.times: dict[Problem, dict[str, float]] = {}
         """Milliseconds of what this process has timed."""
         self._store, self._clock = store, clock or milliseconds
@@ -110,7 +112,11 @@ class Router:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all backends."""
-        return tuple(dict.fromkeys(backend.name for backend in (*self.timed, *self.last_resorts)))
+        return tuple(dict.fromkeys(backend.name for backend in self._all))
+
+    @property
+    def _all(self) -> tuple[Backend, ...]:
+        return *self.timed, *self.last_resorts, *self.asked_for
 
     def why_not(self, backend: Backend, call: Call) -> str | None:
         """Return why a backend is not to be trusted with calls like this one, or None; each is tried once."""
@@ -149,7 +155,7 @@ class Router:
         Raises:
             ValueError: there is none of this name.
         """
-        found = [backend for backend in (*self.timed, *self.last_resorts) if backend.name == name]
+        found = [backend for backend in self._all if backend.name == name]
         if not found:
             raise ValueError(f"unknown attention backend {name!r}. Known: {', '.join(self.names)}")
         reason = self.why_not(found[0], call)
@@ -253,7 +259,7 @@ def _failure(backend: Backend, trait: Trait) -> str | None:
         error = _error(call, out, lse)
     except Exception as raised:  # a kernel may break in any way, its import included
         return f"{type(raised).__name__}: {_first_line(raised)}"
-    limit = TOLERANCE[trait.dtype]
+    limit = backend.tolerance or TOLERANCE[trait.dtype]
     return None if error <= limit else f"its numbers are wrong (relative error {error:.1e}, at most {limit:.0e})"
 
 

@@ -20,6 +20,7 @@ class _Tap(threading.local):
     # Set in every thread rather than on the class: compiled code guards on the attribute being there.
     def __init__(self) -> None:
         self.sink: Callable[..., None] | None = None
+        self.attend: Callable[..., torch.Tensor | None] | None = None
 
 
 _tap = _Tap()
@@ -40,6 +41,32 @@ class tap_dispatched:
 
     def __exit__(self, *failure: object) -> None:
         _tap.sink = self.before
+
+
+class divert_dispatched:
+    """While open, let a function compute the attention calls of this thread that go through diffusers' dispatcher.
+
+    `attend(query, key, value, attn_mask, scale, key_lengths)` gets (B, L, heads, D) tensors and returns the same, or
+    None for calls that it leaves to the backend. Calls with dropout, causal ones, those of grouped heads and of
+    context parallelism are never shown to it. `key_lengths` is None but where `attend_otherwise` was given them.
+    """
+
+    def __init__(self, attend: Callable[..., torch.Tensor | None]) -> None:
+        self.attend = attend
+
+    def __enter__(self) -> None:
+        self.before, _tap.attend = _tap.attend, self.attend
+
+    def __exit__(self, *failure: object) -> None:
+        _tap.attend = self.before
+
+
+def attend_otherwise(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return what `divert_dispatched` makes of an attention call that does not go through the dispatcher, or None."""
+    attend = _tap.attend
+    return None if attend is None else attend(query, key, value, None, None, key_lengths)
 
 
 def install_attention_tap() -> None:
@@ -83,17 +110,27 @@ def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
     # The dispatcher passes everything by name.
     @functools.wraps(backend)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if (sink := _tap.sink) is None or args:
+        sink, attend = _tap.sink, _tap.attend
+        if args or (sink is None and attend is None):
             return backend(*args, **kwargs)
-        _tap.sink = None  # a backend may hand over to another one: a call is seen once
+        _tap.sink = _tap.attend = None  # a backend may hand over to another one: a call is seen once
         try:
-            sink(kwargs["query"], kwargs["key"], kwargs.get("scale"), kwargs.get("_parallel_config"))
-            return backend(**kwargs)
+            if sink is not None:
+                sink(kwargs["query"], kwargs["key"], kwargs.get("scale"), kwargs.get("_parallel_config"))
+            out = None if attend is None else _diverted(attend, kwargs)
+            return backend(**kwargs) if out is None else out
         finally:
-            _tap.sink = sink
+            _tap.sink, _tap.attend = sink, attend
 
     call.postgen_untapped = backend  # type: ignore[attr-defined]
     return call
+
+
+def _diverted(attend: Callable[..., torch.Tensor | None], call: dict[str, Any]) -> torch.Tensor | None:
+    special = call.get("dropout_p") or call.get("is_causal") or call.get("enable_gqa") or call.get("_parallel_config")
+    if special:
+        return None
+    return attend(call["query"], call["key"], call["value"], call.get("attn_mask"), call.get("scale"), None)
 
 
 def register_attention_backend(name: str, attend: Callable[..., torch.Tensor | None]) -> Any:

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from postgen.enhance.config import EnhanceAVideoConfig
-from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.state import NAME, Enhancement
 from postgen.errors import UserError
 from postgen.families.handle import PlugInHandle
 from postgen.families.installed import transformers_of
+from postgen.families.progress import PipelineProgress
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,13 +16,13 @@ from postgen.enhance.call import Kept, PerThread, VideoCall
 from postgen.enhance.config import EnhanceAVideoConfig
 from postgen.enhance.gain import gain_factor
 from postgen.enhance.layer import EnhancedAttention
-from postgen.enhance.progress import PipelineProgress
 from postgen.enhance.recommended import recommended_weight
 from postgen.errors import UserError
 from postgen.families import Grid, layout_of, video_tokens_of
 from postgen.families.attached import AttachedPlugIn, Setting
 from postgen.families.attention.dispatch import install_attention_tap
 from postgen.families.installed import processor_stack
+from postgen.families.progress import PipelineProgress
 
 NAME = "enhance_a_video"
 """Name on the processor stack and among the plug-ins of a transformer."""

@@ -5,15 +5,15 @@ No calibration and no other checkpoint: weights are rounded when it is put on, t
 .0375 a layer. Taking it off gives the model back bit by bit.
 """
 
-from postgen.fp8_linear.apply import Fp8LinearsHandle, apply_fp8_linears, fp8_linears_for_call, remove_fp8_linears
-from postgen.fp8_linear.config import Fp8LinearConfig
-from postgen.fp8_linear.layer import Fp8Linear
+from postgen.fp8_linear.apply import FP8LinearsHandle, apply_fp8_linears, fp8_linears_for_call, remove_fp8_linears
+from postgen.fp8_linear.config import FP8LinearConfig
+from postgen.fp8_linear.layer import FP8Linear
 from postgen.fp8_linear.policy import check_known
 
 __all__ = [
-    "Fp8Linear",
-    "Fp8LinearConfig",
-    "Fp8LinearsHandle",
+    "FP8Linear",
+    "FP8LinearConfig",
+    "FP8LinearsHandle",
     "apply_fp8_linears",
     "check_known",
     "fp8_linears_for_call",

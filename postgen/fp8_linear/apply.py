@@ -7,15 +7,15 @@ from typing import Any
 
 from postgen.errors import UserError
 from postgen.families.handle import PlugInHandle
-from postgen.fp8_linear.config import Fp8LinearConfig
-from postgen.fp8_linear.state import NAME, Fp8Linears
+from postgen.fp8_linear.config import FP8LinearConfig
+from postgen.fp8_linear.state import NAME, FP8Linears
 
 
-class Fp8LinearsHandle(PlugInHandle[Fp8LinearConfig, Fp8Linears]):
+class FP8LinearsHandle(PlugInHandle[FP8LinearConfig, FP8Linears]):
     """The linear layers in FP8 as they stand on one or more transformers."""
 
     name = NAME
-    config_class = Fp8LinearConfig
+    config_class = FP8LinearConfig
     removed = "the linear layers in FP8 were removed: apply them again"
     doubled = "linear layers in FP8 are on {where} already: update or remove them"
 
@@ -27,7 +27,7 @@ class Fp8LinearsHandle(PlugInHandle[Fp8LinearConfig, Fp8Linears]):
         return {part: linears.setting.prepared.counts() for part, (_, linears) in self.still_on.items()}
 
 
-def apply_fp8_linears(target: Any, config: Fp8LinearConfig | None = None) -> Fp8LinearsHandle:
+def apply_fp8_linears(target: Any, config: FP8LinearConfig | None = None) -> FP8LinearsHandle:
     """Let linear layers of a transformer compute in FP8: E4M3 with a scale for each token and each output channel.
 
     The weights stay beside their codes, so memory grows by half of theirs, `save_pretrained` writes what it wrote
@@ -45,10 +45,10 @@ def apply_fp8_linears(target: Any, config: Fp8LinearConfig | None = None) -> Fp8
             on already.
 
     Example:
-        handle = apply_fp8_linears(pipe, Fp8LinearConfig(exact_first=1, exact_last=1))
+        handle = apply_fp8_linears(pipe, FP8LinearConfig(exact_first=1, exact_last=1))
     """
-    settings = Fp8LinearsHandle.settings(config)
-    return Fp8LinearsHandle.attach(target, lambda model: Fp8Linears(model, settings))
+    settings = FP8LinearsHandle.settings(config)
+    return FP8LinearsHandle.attach(target, lambda model: FP8Linears(model, settings))
 
 
 def remove_fp8_linears(target: Any) -> None:
@@ -57,13 +57,13 @@ def remove_fp8_linears(target: Any) -> None:
     Raises:
         UserError: they are not on.
     """
-    handle = Fp8LinearsHandle.of(target)
+    handle = FP8LinearsHandle.of(target)
     if handle is None:
         raise UserError(f"there are no linear layers in FP8 on this {type(target).__name__}")
     handle.remove()
 
 
-def fp8_linears_for_call(target: Any, setting: Fp8LinearConfig | bool | None) -> AbstractContextManager[None]:
+def fp8_linears_for_call(target: Any, setting: FP8LinearConfig | bool | None) -> AbstractContextManager[None]:
     """Set linear layers in FP8 for the calls in a block; afterwards they are as before.
 
     Args:
@@ -74,4 +74,4 @@ def fp8_linears_for_call(target: Any, setting: Fp8LinearConfig | bool | None) ->
     Raises:
         UserError: an unknown model, or layers that cannot be replaced.
     """
-    return Fp8LinearsHandle.for_call(target, setting, Fp8Linears)
+    return FP8LinearsHandle.for_call(target, setting, FP8Linears)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from postgen.errors import UserError, first_line, shown
 
 PARTS = ("attention", "cross_attention", "feed_forward", "feed_forward_out")
-"""What `--fp8-linears` can name; `Fp8LinearConfig` says what they are."""
+"""What `--fp8-linears` can name; `FP8LinearConfig` says what they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fp8LinearConfig:
+class FP8LinearConfig:
     """Which linear layers of the repeated blocks compute in FP8.
 
     Never taken: embeddings, modulation, the output layer, and what serves the few tokens of a text: keys and values of
@@ -50,7 +50,7 @@ class Fp8LinearConfig:
             _check_pattern(self.exact)
 
 
-def fp8_linears_setting(text: str | None) -> Fp8LinearConfig | bool:
+def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
     """Return the setting that a text of the command line or of a sidecar names: auto is all, off and None nothing.
 
     Raises:
@@ -62,13 +62,13 @@ def fp8_linears_setting(text: str | None) -> Fp8LinearConfig | bool:
     if text in (None, "off"):
         return False
     if text == "auto":
-        return Fp8LinearConfig()
+        return FP8LinearConfig()
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(PARTS):
         raise UserError(
             f"fp8_linears must be auto, off or some of {', '.join(PARTS)} with commas between, got {shown(text)}"
         )
-    return Fp8LinearConfig(**{part: part in names for part in PARTS})  # type: ignore[arg-type]
+    return FP8LinearConfig(**{part: part in names for part in PARTS})  # type: ignore[arg-type]
 
 
 def _check_pattern(pattern: object) -> None:

@@ -13,7 +13,7 @@ from postgen.kernels.fp8_rows.naive import quantize_rows
 from postgen.kernels.fp8_rows.ops import rows_linear, rows_matmul, why_not_fp8
 
 
-class Fp8Linear(nn.Linear):
+class FP8Linear(nn.Linear):
     """A linear layer whose weight and input are rounded to E4M3, a scale for each output channel and each token.
 
     It has the very parameters of the layer it was made of, so checkpoints, LoRA and `.to()` see those, and only the
@@ -29,7 +29,7 @@ class Fp8Linear(nn.Linear):
         linear: nn.Linear,
         *,
         place: str = "",
-        wanted: Callable[[Fp8Linear], bool] | None = None,
+        wanted: Callable[[FP8Linear], bool] | None = None,
         shared: bool = False,
     ) -> None:
         """Round the weight of a layer.

@@ -11,7 +11,7 @@ from postgen.errors import UserError
 from postgen.families import tokens_named
 from postgen.families.calls import block_names, self_attention_names
 from postgen.families.linear import find_linears, replaced_linears, role_of
-from postgen.fp8_linear.config import Fp8LinearConfig
+from postgen.fp8_linear.config import FP8LinearConfig
 from postgen.kernels.fp8_rows.ops import MULTIPLE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def check_known(transformer: str) -> None:
     tokens_named(transformer)
 
 
-def plan_for(model: nn.Module, config: Fp8LinearConfig) -> Plan:
+def plan_for(model: nn.Module, config: FP8LinearConfig) -> Plan:
     """Find the layers that settings take on a transformer as it is now.
 
     Raises:
@@ -110,7 +110,7 @@ class _Parts:
         return None if _KEY_OR_VALUE.fullmatch(name.rpartition(".")[2]) else "cross_attention"
 
 
-def _spared(blocks: tuple[str, ...], config: Fp8LinearConfig) -> tuple[str, ...]:
+def _spared(blocks: tuple[str, ...], config: FP8LinearConfig) -> tuple[str, ...]:
     """Return the beginnings of the names of layers in the blocks that are left as they are."""
     last = max(0, len(blocks) - config.exact_last)
     return tuple(f"{name}." for name in (*blocks[: config.exact_first], *blocks[last:]))

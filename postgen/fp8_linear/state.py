@@ -11,8 +11,8 @@ import torch
 from postgen.errors import UserError
 from postgen.families.attached import AttachedPlugIn, Setting
 from postgen.families.linear import replace_linears, replaced_linears
-from postgen.fp8_linear.config import Fp8LinearConfig
-from postgen.fp8_linear.layer import Fp8Linear
+from postgen.fp8_linear.config import FP8LinearConfig
+from postgen.fp8_linear.layer import FP8Linear
 from postgen.fp8_linear.policy import OWNER, Plan, plan_for, shares_input
 from postgen.kernels.dispatch import warn_once
 from postgen.kernels.fp8_rows.ops import why_not_fp8
@@ -24,17 +24,17 @@ NAME = OWNER
 """Name among the plug-ins of a transformer."""
 
 
-class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
+class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
     """Everything on one transformer. What is in place computes as the stock layer in calls that do not want it."""
 
     name = NAME
 
-    def __init__(self, model: nn.Module, config: Fp8LinearConfig) -> None:
+    def __init__(self, model: nn.Module, config: FP8LinearConfig) -> None:
         """Check settings on a transformer, as `prepare` does; nothing is put there."""
         self._mixed = False
         super().__init__(model, config)
 
-    def prepare(self, model: nn.Module, config: Fp8LinearConfig) -> Plan:
+    def prepare(self, model: nn.Module, config: FP8LinearConfig) -> Plan:
         """Find the layers on the transformer as it is now.
 
         Raises:
@@ -47,7 +47,7 @@ class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
             _check_device(device, config)
         return plan
 
-    def arrange(self, model: nn.Module, live: Sequence[Setting[Fp8LinearConfig]]) -> None:
+    def arrange(self, model: nn.Module, live: Sequence[Setting[FP8LinearConfig]]) -> None:
         """Put layers in place that any of the settings wants, and the others back.
 
         Those that stand stay as they are: another thread may be computing with them.
@@ -77,7 +77,7 @@ class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
 
     def _put(self, model: nn.Module, parts: dict[str, str]) -> None:
         def make(name: str, linear: nn.Linear) -> nn.Module:
-            return Fp8Linear(linear, place=name, wanted=self.wants, shared=shares_input(name, parts[name]))
+            return FP8Linear(linear, place=name, wanted=self.wants, shared=shares_input(name, parts[name]))
 
         pattern = _any_of(parts)
         standing = replaced_linears(model).get(OWNER)
@@ -86,7 +86,7 @@ class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
         else:
             standing.replace_more(make, pattern=pattern)
 
-    def wants(self, layer: Fp8Linear) -> bool:
+    def wants(self, layer: FP8Linear) -> bool:
         """Whether the call under way computes a layer in FP8."""
         now = self.now
         # Names are asked only where settings differ: compiled code would be made anew for each block otherwise.
@@ -103,9 +103,9 @@ class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
             there = model.get_submodule(name)
             layer.refresh(() if there is layer else tuple(getattr(there, "merged_adapters", ())))
 
-    def _layers(self, model: nn.Module) -> dict[str, Fp8Linear]:
+    def _layers(self, model: nn.Module) -> dict[str, FP8Linear]:
         standing = replaced_linears(model).get(OWNER)
-        return {} if standing is None else cast(dict[str, Fp8Linear], standing.modules)
+        return {} if standing is None else cast(dict[str, FP8Linear], standing.modules)
 
     def describe(self) -> str:
         """Say in one line what is on and how it is set."""
@@ -119,7 +119,7 @@ class Fp8Linears(AttachedPlugIn[Fp8LinearConfig]):
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
 
-def _check_device(device: torch.device, config: Fp8LinearConfig) -> None:
+def _check_device(device: torch.device, config: FP8LinearConfig) -> None:
     """Refuse a GPU on which it would only be slower; on a processor say so once."""
     reason = None if config.emulate else why_not_fp8(device)
     if reason is None:
@@ -127,7 +127,7 @@ def _check_device(device: torch.device, config: Fp8LinearConfig) -> None:
     if device.type == "cuda":
         raise UserError(
             f"linear layers in FP8 would be slower than without: {reason}. Leave them out, or set emulate=True in"
-            " Fp8LinearConfig to see what the rounding does"
+            " FP8LinearConfig to see what the rounding does"
         )
     warn_once(f"linear layers in FP8 are emulated, slower than without: {reason}")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from postgen.families.attached import AttachedPlugIn
 from postgen.families.attention import AttentionReader, show_attention_call
-from postgen.families.attention.dispatch import attention_settings
+from postgen.families.attention.dispatch import attend_otherwise, attention_settings
 from postgen.families.attention.reading import Stream, dispatched
 from postgen.fused.config import FusedOpsConfig
 from postgen.kernels.attention.ops import attention
@@ -87,5 +87,7 @@ def _attended(
     if config.attention is None or backend is not None or parallel is not None or unknown_mask:
         return dispatched(module, query, key, value, mask)
     show_attention_call(query, key)
+    if (out := attend_otherwise(query, key, value, key_lengths)) is not None:
+        return out
     chosen = None if config.attention == "auto" else config.attention
     return attention(query, key, value, key_lengths=key_lengths, backend=chosen)

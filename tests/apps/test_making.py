@@ -59,11 +59,11 @@ def test_a_plug_in_that_is_registered_has_a_control(monkeypatch):
     monkeypatch.setattr(plug_ins, "_rows", [*plug_ins.known_plug_ins(), row])
     with gr.Blocks():
         made = controls.plug_in_controls()
-    titles = ["Fused operations", "Enhance-A-Video", "Linear layers in FP8", "Boost"]
+    titles = ["Fused operations", "FP8 attention", "Enhance-A-Video", "Linear layers in FP8", "Boost"]
     assert [control.label for control in made] == titles
     assert [word for word, _ in made[-1].choices] == ["off", "soft", "hard"]
-    assert controls.plug_in_texts(["off", " auto ", None, "2.5"]) == {"enhance": "auto", "boost": "2.5"}
-    assert controls.plug_in_values({"enhance": "auto"}) == ["off", "auto", "off", "off"]
+    assert controls.plug_in_texts(["off", "off", " auto ", None, "2.5"]) == {"enhance": "auto", "boost": "2.5"}
+    assert controls.plug_in_values({"enhance": "auto"}) == ["off", "off", "auto", "off", "off"]
     assert isinstance(row, PlugIn)
 
 

@@ -99,7 +99,7 @@ def test_start_and_stop_without_a_step_counter(tiny_wan: Path) -> None:
     """A scheduler that does not count (DDIM): the timestep is looked up."""
     from diffusers import DDIMScheduler
 
-    from postgen.enhance.progress import PipelineProgress
+    from postgen.families.progress import PipelineProgress
 
     pipe = load(tiny_wan)
     pipe.scheduler = DDIMScheduler()

@@ -27,7 +27,11 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
         postgen.EnhanceAVideoConfig(relative_weight=0.4),
         postgen.EnhanceAVideoConfig(weight={r"transformer_blocks\.1\..*": 1.5}),
     ),
-    "fp8_linears": (postgen.Fp8LinearConfig(attention=False), postgen.Fp8LinearConfig(feed_forward=False)),
+    "fp8_linears": (postgen.FP8LinearConfig(attention=False), postgen.FP8LinearConfig(feed_forward=False)),
+    "fp8_attention": (
+        postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True),
+        postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation="plain"),
+    ),
     "fused_ops": (
         postgen.FusedOpsConfig(adaln=False, attention=None),
         postgen.FusedOpsConfig(norm_rope=False, attention=None),
@@ -195,12 +199,12 @@ def test_a_handle_acts_on_the_settings_it_stands_in(calls: Calls, row: PlugIn) -
 
 
 def test_what_another_thread_calls_with_is_not_here(calls: Calls, row: PlugIn) -> None:
-    handles = type(resolve(row.apply)(tiny_model(MODEL).transformer))
+    handles = type(resolve(row.apply)(tiny_model(MODEL).transformer, SETTINGS[row.name][0]))
     with calls.within(calls.model, calls.settings[0]):
         assert in_threads(lambda: handles.of(calls.model)) == [None]
         assert not in_threads(lambda: postgen.summary(calls.model).transformers[0].plug_ins)[0]
         with pytest.raises(postgen.UserError, match=f"a call in another thread has {row.name} on this transformer"):
-            in_threads(lambda: resolve(row.apply)(calls.model))
+            in_threads(lambda: resolve(row.apply)(calls.model, calls.settings[0]))
         # A thread has the settings of this one if it is told so.
         context = contextvars.copy_context()
         told = in_threads(lambda: context.run(calls.predict))
@@ -229,7 +233,7 @@ def test_a_copy_made_in_a_block_keeps_its_settings(calls: Calls, row: PlugIn) ->
         twin = TinyModel(**{**vars(calls.tiny), "transformer": copy.deepcopy(calls.model)})
     with torch.no_grad():
         assert torch.equal(twin(), calls.alone[0])
-        handles = type(resolve(row.apply)(tiny_model(MODEL).transformer))
+        handles = type(resolve(row.apply)(tiny_model(MODEL).transformer, SETTINGS[row.name][0]))
         handles.of(twin.transformer).remove()  # type: ignore[union-attr]
         assert torch.equal(twin(), calls.alone[3])
 
@@ -260,7 +264,7 @@ def test_a_transformer_that_is_exchanged_is_told_of_once(row: PlugIn, value: str
     from tests.pipelines.others import cogvideox_parts
 
     pipe = CogVideoXPipeline(**cogvideox_parts(MODEL))
-    handle = resolve(row.apply)(pipe)
+    handle = resolve(row.apply)(pipe, SETTINGS[row.name][0])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if value == "wrapped":

@@ -10,18 +10,30 @@ import torch
 
 import postgen
 from postgen.fused.apply import fused_for_call
-from postgen.plug_ins import known_plug_ins, resolve
+from postgen.fused.fp8_attention import remove_fp8_attention
+from postgen.plug_ins import PlugIn, known_plug_ins, resolve
 from tests.families.tiny_models import TinyModel, tiny_model
 
 CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
     "enhance_a_video": (postgen.remove_enhance_a_video, {"weight": 3.0}, {"weight": {"x": 1.0}}),
     "fp8_linears": (postgen.remove_fp8_linears, {"attention": False}, {"exact_first": -1}),
+    "fp8_attention": (remove_fp8_attention, {"preparation": "plain"}, {"exact_layers": ("nothing",)}),
     "fused_ops": (postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
 }
 """Plug-in -> how it is taken off, a change of its settings, and a wrong one: a row for each row of the table."""
 
+USUAL = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
+"""Settings of those whose usual ones need a GPU."""
+
+
+def applying(row: PlugIn) -> Callable[..., Any]:
+    """Return what applies a plug-in, with settings that any machine has where none are given."""
+    apply, usual = resolve(row.apply), USUAL.get(row.name)
+    return lambda target, config=usual: apply(target, config)
+
+
 APPLY: dict[str, tuple[Callable[..., Any], Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
-    row.name: (resolve(row.apply), *CHANGES[row.name]) for row in known_plug_ins()
+    row.name: (applying(row), *CHANGES[row.name]) for row in known_plug_ins()
 }
 
 
@@ -113,12 +125,13 @@ def test_one_transformer_in_two_places(plug_in: Any, wan: TinyModel) -> None:
 @pytest.mark.parametrize("on", [False, True])
 def test_what_is_removed_within_a_call_stays_removed(plug_in: Any, wan: TinyModel, on: bool, again: bool) -> None:
     apply, remove, change, _ = plug_in
-    within: Any = next(resolve(row.for_call) for row in known_plug_ins() if APPLY[row.name] is plug_in)
+    row = next(row for row in known_plug_ins() if APPLY[row.name] is plug_in)
+    within: Any = resolve(row.for_call)
     with torch.no_grad():
         stock = wan()
         if on:
             apply(wan.transformer)
-        with within(wan.transformer, True):
+        with within(wan.transformer, USUAL.get(row.name, True)):
             remove(wan.transformer)
             handle = apply(wan.transformer) if again else None
             if handle is not None:

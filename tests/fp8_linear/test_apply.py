@@ -15,13 +15,13 @@ import torch
 import postgen
 from postgen.families.installed import installed
 from postgen.families.linear import replaced_linears
-from postgen.fp8_linear import Fp8Linear, fp8_linears_for_call
+from postgen.fp8_linear import FP8Linear, fp8_linears_for_call
 from postgen.kernels.dispatch import TOLD
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
 FAMILIES = ["Wan", "HunyuanVideo", "CogVideoX 1.5", "LTX"]
-QUIET = postgen.Fp8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(emulate=True)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def wan() -> TinyModel:
 
 
 def layers(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
+    return [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -53,7 +53,7 @@ def test_put_on_and_taken_off(name: str) -> None:
 
 
 def test_what_it_says(wan: TinyModel) -> None:
-    handle = postgen.apply_fp8_linears(wan.transformer, postgen.Fp8LinearConfig(cross_attention=False))
+    handle = postgen.apply_fp8_linears(wan.transformer, postgen.FP8LinearConfig(cross_attention=False))
     text = "fp8_linears: {}, attention in 8 layers, feed_forward in 2 layers, feed_forward_out in 2 layers"
     assert str(postgen.summary(wan.transformer)).splitlines()[1:] == ["  " + text.format("on")]
     TOLD.clear()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import postgen
 from postgen.families import layout_of
-from postgen.fp8_linear import Fp8Linear
+from postgen.fp8_linear import FP8Linear
 from postgen.kernels.fp8_rows import naive
 from postgen.kernels.fp8_rows.ops import why_not_fp8
 from tests.families.tiny_models import tiny_model
@@ -48,7 +48,7 @@ def predicted(model: Any, arguments: dict[str, Any]) -> Tensor:
 def test_a_layer_is_the_emulated_one(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, device="cuda", dtype=dtype)
-    layer, x = Fp8Linear(linear), torch.randn(2, 77, inputs, device="cuda", dtype=dtype)
+    layer, x = FP8Linear(linear), torch.randn(2, 77, inputs, device="cuda", dtype=dtype)
     found = layer(x)
     weight = naive.quantize_rows(linear.weight)
     expected = naive.rows_matmul(*naive.quantize_rows(x), *weight, linear.bias, torch.float32)
@@ -60,7 +60,7 @@ def test_a_layer_is_the_emulated_one(inputs: int, outputs: int, dtype: torch.dty
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX 1.5", "LTX"])
 def test_models_are_the_emulated_ones(name: str) -> None:
     tiny = tiny_model(name)
-    postgen.apply_fp8_linears(tiny.transformer, postgen.Fp8LinearConfig(emulate=True))
+    postgen.apply_fp8_linears(tiny.transformer, postgen.FP8LinearConfig(emulate=True))
     expected = tiny()
     tiny.transformer.to("cuda")
     moved = {
@@ -116,7 +116,7 @@ def test_applied_on_a_processor_and_moved() -> None:
 
 
 def test_a_graph_records_the_quantisation() -> None:
-    layer = Fp8Linear(nn.Linear(256, 128).cuda().bfloat16(), shared=True)
+    layer = FP8Linear(nn.Linear(256, 128).cuda().bfloat16(), shared=True)
     static = torch.randn(64, 256).cuda().bfloat16()
     with torch.no_grad():
         layer(static)  # the codes of these numbers are kept

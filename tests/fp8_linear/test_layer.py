@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from postgen.fp8_linear import sharing
-from postgen.fp8_linear.layer import Fp8Linear
+from postgen.fp8_linear.layer import FP8Linear
 from postgen.kernels.fp8_rows import naive
 from tests.kernels.launches import relative_error
 
 
-def layer(inputs: int = 64, outputs: int = 32, *, bias: bool = True, seed: int = 0, **words: Any) -> Fp8Linear:
+def layer(inputs: int = 64, outputs: int = 32, *, bias: bool = True, seed: int = 0, **words: Any) -> FP8Linear:
     torch.manual_seed(seed)
-    return Fp8Linear(nn.Linear(inputs, outputs, bias), **words)
+    return FP8Linear(nn.Linear(inputs, outputs, bias), **words)
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
@@ -45,7 +45,7 @@ def test_the_error_is_that_of_e4m3() -> None:
 
 def test_it_has_the_parameters_of_the_layer() -> None:
     linear = nn.Linear(32, 16)
-    made = Fp8Linear(linear)
+    made = FP8Linear(linear)
     assert made.weight is linear.weight
     assert made.bias is linear.bias
     assert list(made.state_dict()) == ["weight", "bias"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import postgen
-from postgen.fp8_linear import Fp8Linear
+from postgen.fp8_linear import FP8Linear
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
-QUIET = postgen.Fp8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(emulate=True)
 TARGETS = ["to_q", "to_v", "to_out.0", "net.2"]
 
 
@@ -44,7 +44,7 @@ def test_lora_is_added_in_full_precision(name: str, wan: TinyModel) -> None:
     lora(model)
     postgen.apply_fp8_linears(model, QUIET)
     layer = model.get_submodule(name)
-    assert isinstance(layer.base_layer, Fp8Linear)
+    assert isinstance(layer.base_layer, FP8Linear)
     x, out = outputs(wan, name)
     with torch.no_grad():
         branch = layer.lora_B["default"](layer.lora_A["default"](x)) * 2
@@ -103,7 +103,7 @@ def test_trained_on_top(wan: TinyModel) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * 14
     optimizer = torch.optim.SGD(trained, lr=1e-3)
-    codes = {n: m.codes.clone() for n, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    codes = {n: m.codes.clone() for n, m in model.named_modules() if isinstance(m, FP8Linear)}
     losses = []
     for _ in range(3):
         loss = (model(**wan.arguments, return_dict=False)[0] - 1).square().mean()

@@ -11,7 +11,7 @@ from torch import nn
 import postgen
 from postgen.errors import UserError
 from postgen.families.linear import replace_linears
-from postgen.fp8_linear.config import PARTS, Fp8LinearConfig, fp8_linears_setting
+from postgen.fp8_linear.config import PARTS, FP8LinearConfig, fp8_linears_setting
 from postgen.fp8_linear.policy import plan_for, shares_input
 from tests.families.tiny_models import tiny_model
 from tests.families.toy_linears import double
@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, dict[str, str]]] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_default_policy(name: str) -> None:
     model = tiny_model(name).transformer
-    plan = plan_for(model, Fp8LinearConfig())
+    plan = plan_for(model, FP8LinearConfig())
     expected = {
         f"{group}.{i}.{layer}": part
         for group, layers in FAMILIES[name].items()
@@ -64,16 +64,16 @@ def test_the_default_policy(name: str) -> None:
 
 def test_settings_spare_layers() -> None:
     model = tiny_model("Wan", layers=3).transformer
-    every = plan_for(model, Fp8LinearConfig()).layers
+    every = plan_for(model, FP8LinearConfig()).layers
     for part in PARTS:
-        taken = plan_for(model, Fp8LinearConfig(**{part: False})).layers
+        taken = plan_for(model, FP8LinearConfig(**{part: False})).layers
         assert taken.keys() == {name for name, of in every.items() if of != part}
-    middle = plan_for(model, Fp8LinearConfig(exact_first=1, exact_last=1)).layers
+    middle = plan_for(model, FP8LinearConfig(exact_first=1, exact_last=1)).layers
     assert middle.keys() == {name for name in every if name.startswith("blocks.1.")}
-    assert plan_for(model, Fp8LinearConfig(exact_last=0)).layers == every
-    named = plan_for(model, Fp8LinearConfig(exact=r".*\.to_out\.0|blocks\.2\..*")).layers
+    assert plan_for(model, FP8LinearConfig(exact_last=0)).layers == every
+    named = plan_for(model, FP8LinearConfig(exact=r".*\.to_out\.0|blocks\.2\..*")).layers
     assert named.keys() == {n for n in every if not n.startswith("blocks.2") and "to_out" not in n}
-    for nothing in (Fp8LinearConfig(exact_first=9), Fp8LinearConfig(exact=".*")):
+    for nothing in (FP8LinearConfig(exact_first=9), FP8LinearConfig(exact=".*")):
         with pytest.raises(UserError, match="no layer for FP8 in this WanTransformer3DModel: the settings leave none"):
             plan_for(model, nothing)
 
@@ -86,11 +86,11 @@ def test_odd_channels_are_left_and_told_of() -> None:
     assert text in str(postgen.summary(model))
     handle.remove()
     with pytest.raises(UserError, match="4 have channels that 16 does not divide"):
-        postgen.apply_fp8_linears(model, Fp8LinearConfig(attention=False))
+        postgen.apply_fp8_linears(model, FP8LinearConfig(attention=False))
 
 
 def test_who_shares_tokens() -> None:
-    taken = plan_for(tiny_model("Wan").transformer, Fp8LinearConfig()).layers
+    taken = plan_for(tiny_model("Wan").transformer, FP8LinearConfig()).layers
     sharing = [name for name, part in taken.items() if shares_input(name, part)]
     assert sharing == [f"blocks.{i}.attn1.{name}" for i in (0, 1) for name in QKVO[:3]]
 
@@ -103,7 +103,7 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
     with pytest.raises(UserError, match=r"blocks.0.ffn.net.0.proj is replaced by sparse already: remove that before"):
         postgen.apply_fp8_linears(model)
     # What it does not want may be another's.
-    handle = postgen.apply_fp8_linears(model, Fp8LinearConfig(feed_forward=False, feed_forward_out=False))
+    handle = postgen.apply_fp8_linears(model, FP8LinearConfig(feed_forward=False, feed_forward_out=False))
     handle.remove()
     other.remove()
     handle = postgen.apply_fp8_linears(model)
@@ -127,13 +127,13 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
 )
 def test_wrong_settings(words: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Fp8LinearConfig(**words)
+        FP8LinearConfig(**words)
 
 
 def test_texts() -> None:
     assert fp8_linears_setting(None) is fp8_linears_setting("off") is False
-    assert fp8_linears_setting("auto") == Fp8LinearConfig()
-    assert fp8_linears_setting("attention, feed_forward") == Fp8LinearConfig(
+    assert fp8_linears_setting("auto") == FP8LinearConfig()
+    assert fp8_linears_setting("attention, feed_forward") == FP8LinearConfig(
         cross_attention=False, feed_forward_out=False
     )
     for text in ("", "qkv", "attention,,"):
@@ -147,5 +147,5 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "why_not_fp8", lambda device: "A100 has compute capability 8.0, and FP8 begins at 8.9")
     device = torch.device("cuda", 0)
     with pytest.raises(UserError, match=r"would be slower than without: A100 has compute capability 8.0"):
-        state._check_device(device, Fp8LinearConfig())
-    state._check_device(device, Fp8LinearConfig(emulate=True))
+        state._check_device(device, FP8LinearConfig())
+    state._check_device(device, FP8LinearConfig(emulate=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 import postgen
 import postgen.pipelines as drop_ins
 from postgen.enhance import handle_of
-from postgen.enhance.progress import PipelineProgress
+from postgen.families.progress import PipelineProgress
 from tests.pipelines import more, others, wan_like  # noqa: F401 - they enter their builders into the table
 from tests.pipelines.parts import TINY
 

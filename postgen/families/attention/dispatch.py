@@ -6,8 +6,10 @@ What of it is private to diffusers is in `postgen.compat.attention`; methods tak
 from __future__ import annotations
 
 from postgen.compat.attention import (
+    attend_otherwise,
     attention_settings,
     computes_natively,
+    divert_dispatched,
     install_attention_tap,
     mesh_group,
     register_attention_backend,
@@ -18,8 +20,10 @@ from postgen.compat.attention import (
 )
 
 __all__ = [
+    "attend_otherwise",
     "attention_settings",
     "computes_natively",
+    "divert_dispatched",
     "install_attention_tap",
     "mesh_group",
     "register_attention_backend",

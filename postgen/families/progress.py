@@ -25,12 +25,19 @@ class PipelineProgress:
     hand; it is not kept alive. A scheduler is asked for each time, so one that is exchanged later counts.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+    def __init__(self, pipe: Any | None, *, who: str = "Enhance-A-Video") -> None:
+        """Take the pipeline of loops written by hand, if there is one, and who asks, for errors."""
+        self._pipe, self._who = None if pipe is None else weakref.ref(pipe), who
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> float:
-        """Return a number in [0, 1).
+        """Return `step` as a number in [0, 1)."""
+        done: tuple[int, int] = self.step(arguments, model)
+        return done[0] / done[1]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> tuple[int, int]:
+        """Return how many steps are done, and how many there are.
 
         Args:
             arguments: forward arguments of the transformer; `timestep` is looked up in the schedule where the
@@ -43,25 +50,27 @@ class PipelineProgress:
         """
         pipe = _running(model)
         if pipe is not None:
-            return _fraction(pipe.scheduler, arguments)
+            return _step(pipe.scheduler, arguments)
         pipe = self._pipe() if self._pipe is not None else None
         if pipe is None:
-            raise UserError("start and stop need the pipeline, which is gone: apply Enhance-A-Video to the new one")
+            raise UserError(
+                f"{self._who} needs the pipeline, which is gone, to know the step: apply it to the new one"
+            )
         if (getattr(pipe.scheduler, "step_index", None) or 0) >= len(pipe.scheduler.timesteps):
             raise UserError(
-                f"start and stop need the denoising step, but no pipeline is running and the {type(pipe).__name__}"
-                " that Enhance-A-Video was applied to has finished: call a pipeline, or give progress=, a function"
+                f"{self._who} needs the denoising step, but no pipeline is running and the {type(pipe).__name__}"
+                " that it was applied to has finished: call a pipeline, or give progress=, a function"
             )
-        return _fraction(pipe.scheduler, arguments)
+        return _step(pipe.scheduler, arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineProgress:
         return self
 
-    def __getstate__(self) -> None:
-        return None
+    def __getstate__(self) -> str:
+        return self._who
 
-    def __setstate__(self, state: None) -> None:
-        self._pipe = None  # type: ignore[assignment]
+    def __setstate__(self, state: str) -> None:
+        self._pipe, self._who = None, state
 
 
 def _running(model: nn.Module | None) -> Any | None:
@@ -87,14 +96,14 @@ def _has(pipe: Any, model: nn.Module) -> bool:
         return False
 
 
-def _fraction(scheduler: Any, arguments: Mapping[str, Any]) -> float:
+def _step(scheduler: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     steps = scheduler.timesteps
     counted = getattr(scheduler, "step_index", None)
     if counted is not None:
-        return float(counted / len(steps))
+        return int(counted), len(steps)
     # Timesteps may come per sample, frame or token; clean reference tokens have 0.
     now = arguments["timestep"].max().to(steps)
     distance, index = (steps - now).abs().min(0)
     # A count that has not begun, in a model with a time of its own (Cosmos), is at the first step.
     unlike = hasattr(scheduler, "step_index") and distance > _CLOSE * steps.abs().max()
-    return 0.0 if unlike else int(index) / len(steps)
+    return 0 if unlike else int(index), len(steps)

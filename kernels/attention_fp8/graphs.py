@@ -1,0 +1,280 @@
+"""`sdpa_fp8` of cuDNN through nvidia's Python front end (`pip install nvidia-cudnn-frontend`): one graph a shape.
+
+The front end builds a graph for shapes, strides and formats; it is kept, and run with the pointers of each call on
+the stream that is current. Nothing waits for the GPU. The largest numbers of exponentials and output, which the graph
+gives beside the output, are not read.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from postgen.kernels.attention_fp8.naive import SOFTMAX_SCALE, output_scale
+from postgen.kernels.dispatch import launching_on
+from postgen.kernels.fp8 import E4M3
+
+if TYPE_CHECKING:
+    from postgen.kernels.attention.backends import Call
+
+LEAST_CAPABILITY = (9, 0)
+"""Hopper: the first whose tensor cores multiply E4M3 as cuDNN's kernel needs it."""
+WIDEST = {9: 256, 10: 128}
+"""The most channels of a head, by major compute capability; a later one is like the last."""
+
+_MOST_GRAPHS = 256
+"""Graphs that are kept; the oldest goes first."""
+
+# Numbers of the graph's tensors.
+_QUERY, _KEY, _VALUE, _Q_SCALE, _K_SCALE, _V_SCALE, _S_SCALE, _S_INVERSE, _O_SCALE = range(1, 10)
+_OUT, _LSE, _S_LARGEST, _O_LARGEST, _QUERY_LENGTHS, _KEY_LENGTHS = range(10, 16)
+
+
+class Shape(NamedTuple):
+    """What a graph is built for; tensors are (B, N, H, D) without gaps."""
+
+    device: torch.device
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    channels: int
+    scale: float
+    dtype: torch.dtype
+    """Of the output."""
+    lengths: bool
+    lse: bool
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, scale: float, dtype: torch.dtype, *, lengths: bool, lse: bool) -> Shape:
+        """Return the shape of a call."""
+        batch, queries, heads, channels = query.shape
+        return cls(query.device, batch, queries, key.shape[1], heads, channels, scale, dtype, lengths, lse)
+
+
+def refusal(device: torch.device, channels: int) -> str | None:
+    """Return why there is no FP8 attention on a device for heads of so many channels, as far as is known untried."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"needs compute capability 9.0 (Hopper) or later, this GPU has {capability[0]}.{capability[1]}"
+    widest = WIDEST[min(capability[0], max(WIDEST))]
+    if channels % 16 or channels > widest:
+        return f"takes heads of 16, 32, ... {widest} channels, not of {channels}"
+    return missing()
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return what is not installed, or None."""
+    try:
+        front_end = import_module("cudnn")
+    except (ImportError, OSError) as error:
+        # Another package of this name may be there, and a library that it links may be missing.
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0][:120]})"
+        return f"nvidia-cudnn-frontend cannot be imported{reason}: pip install 'postgen[fp8]'"
+    if not hasattr(getattr(front_end, "pygraph", None), "sdpa_fp8"):
+        return "the installed nvidia-cudnn-frontend knows no sdpa_fp8: pip install 'postgen[fp8]'"
+    return None
+
+
+def unrecorded(call: Call) -> str | None:
+    """Return why a call cannot run while a CUDA graph is recorded: building waits for the GPU."""
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    dtype = _OUTPUTS.get(call.query.device)
+    lengths = call.key_lengths is not None
+    shape = dtype and Shape.of(call.query, call.key, call.scale, dtype, lengths=lengths, lse=call.lse)
+    return None if shape in _GRAPHS else "was not called at this shape before a CUDA graph was recorded"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+    dtype: torch.dtype,
+    key_lengths: Tensor | None = None,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return attention of numbers in E4M3, what it must be multiplied by, and the LSE.
+
+    Args:
+        query: (B, N, H, D), E4M3, without gaps.
+        key: (B, M, H, D), as `query`.
+        value: as `key`.
+        scales: what the three stand for is so many times as large; one float32 number each, on the GPU.
+        scale: factor of the logits.
+        dtype: of the output if the graph gives it (`output_dtype` knows), else E4M3.
+        key_lengths: (B,), int32, on the GPU: of sample b only the first keys count.
+        lse: whether to return it too.
+
+    Returns:
+        (B, N, H, D); one float32 number; (B, H, N), float32, or None.
+
+    Raises:
+        Exception: whatever the front end raises where it has no such graph.
+    """
+    shape = Shape.of(query, key, scale, dtype, lengths=key_lengths is not None, lse=lse)
+    with launching_on(query):
+        graph, workspace_bytes = _built(shape)
+        limit = output_scale(scales[2], shape.keys) if dtype == E4M3 else torch.ones_like(scales[2])
+        tensors = _tensors(shape, query, key, value, scales, 1 / limit, key_lengths)
+        # Of torch's allocator, which knows streams and CUDA graphs and hands the same bytes out again.
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=query.device)
+        handles = _handles()
+        with handles.lock:
+            graph.execute(tensors, workspace, handle=handles.on_current_stream(query.device))
+    found = tensors.get(_LSE)
+    return tensors[_OUT], limit, None if found is None else found.view(found.shape[:3])
+
+
+def _tensors(
+    shape: Shape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    of_output: Tensor,
+    key_lengths: Tensor | None,
+) -> dict[int, Tensor]:
+    """Return the tensors of a call by their numbers in the graph, results included."""
+    one = scales[0].new_ones(())
+    tensors = {
+        _QUERY: query,
+        _KEY: key,
+        _VALUE: value,
+        _Q_SCALE: scales[0],
+        _K_SCALE: scales[1],
+        _V_SCALE: scales[2],
+        _S_SCALE: one * SOFTMAX_SCALE,
+        _S_INVERSE: one / SOFTMAX_SCALE,
+        _O_SCALE: of_output,
+        _OUT: torch.empty(query.shape, dtype=shape.dtype, device=query.device),
+        _S_LARGEST: torch.empty_like(one),
+        _O_LARGEST: torch.empty_like(one),
+    }
+    if shape.lse:
+        tensors[_LSE] = one.new_empty(shape.batch, shape.heads, shape.queries, 1)
+    if key_lengths is not None:
+        tensors[_KEY_LENGTHS] = key_lengths.contiguous()
+        tensors[_QUERY_LENGTHS] = torch.full_like(tensors[_KEY_LENGTHS], shape.queries)
+    return tensors
+
+
+_GRAPHS: dict[Shape, tuple[Any, int]] = {}
+"""What was built in this process: graphs that can run, and the bytes that each needs."""
+
+
+def _built(shape: Shape) -> tuple[Any, int]:
+    if shape in _GRAPHS:
+        return _GRAPHS[shape]
+    graph = _graph(shape)
+    front_end = import_module("cudnn")
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([front_end.heur_mode.A, front_end.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    if len(_GRAPHS) >= _MOST_GRAPHS:
+        del _GRAPHS[next(iter(_GRAPHS))]
+    # A pointer is asked for even where nothing is needed.
+    _GRAPHS[shape] = graph, max(1, graph.get_workspace_size())
+    return _GRAPHS[shape]
+
+
+def _graph(shape: Shape) -> Any:
+    front_end = import_module("cudnn")
+    kinds = front_end.data_type
+    handles = _handles()
+    with handles.lock:
+        graph = front_end.pygraph(
+            io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
+            handle=handles.on_current_stream(shape.device),
+        )  # fmt: skip
+
+    def rows(number: int, tokens: int) -> Any:
+        dim, stride = _layout(shape, tokens)
+        return graph.tensor(uid=number, dim=dim, stride=stride, data_type=kinds.FP8_E4M3)
+
+    def number(uid: int) -> Any:
+        return graph.tensor(uid=uid, dim=(1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.FLOAT)
+
+    def lengths(uid: int) -> Any:
+        return graph.tensor(uid=uid, dim=(shape.batch, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32)
+
+    padding = {}
+    if shape.lengths:
+        seq_lens = {"seq_len_q": lengths(_QUERY_LENGTHS), "seq_len_kv": lengths(_KEY_LENGTHS)}
+        padding = {"use_padding_mask": True, **seq_lens}
+    out, stats, s_largest, o_largest = graph.sdpa_fp8(
+        q=rows(_QUERY, shape.queries), k=rows(_KEY, shape.keys), v=rows(_VALUE, shape.keys),
+        descale_q=number(_Q_SCALE), descale_k=number(_K_SCALE), descale_v=number(_V_SCALE),
+        descale_s=number(_S_INVERSE), scale_s=number(_S_SCALE), scale_o=number(_O_SCALE),
+        generate_stats=shape.lse, attn_scale=shape.scale, **padding,
+    )  # fmt: skip
+    dim, stride = _layout(shape, shape.queries)
+    kind = kinds.FP8_E4M3 if shape.dtype == E4M3 else kinds.BFLOAT16
+    out.set_uid(_OUT).set_output(True).set_dim(dim).set_stride(stride).set_data_type(kind)
+    for uid, each in ((_S_LARGEST, s_largest), (_O_LARGEST, o_largest)):
+        each.set_uid(uid).set_output(True).set_dim((1, 1, 1, 1)).set_stride((1, 1, 1, 1)).set_data_type(kinds.FLOAT)
+    if shape.lse:
+        dim = (shape.batch, shape.heads, shape.queries, 1)
+        stride = (shape.heads * shape.queries, shape.queries, 1, 1)
+        stats.set_uid(_LSE).set_output(True).set_dim(dim).set_stride(stride).set_data_type(kinds.FLOAT)
+    return graph
+
+
+def _layout(shape: Shape, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return sizes in the order of the front end, (B, H, N, D), and strides of memory in the order (B, N, H, D)."""
+    row = shape.heads * shape.channels
+    return (shape.batch, shape.heads, tokens, shape.channels), (tokens * row, shape.channels, row, 1)
+
+
+_OUTPUTS: dict[torch.device, torch.dtype] = {}
+
+
+def output_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where cuDNN gives it for inputs in E4M3, which is asked for once; else E4M3.
+
+    Front ends up to 1.32 refuse bfloat16 below compute capability 10.0.
+    """
+    if device not in _OUTPUTS:
+        shape = Shape(device, 1, 128, 128, 1, 128, 0.1, torch.bfloat16, lengths=False, lse=False)
+        try:
+            with torch.cuda.device(device):
+                _built(shape)
+            _OUTPUTS[device] = torch.bfloat16
+        except Exception:  # what the front end raises differs from version to version
+            _OUTPUTS[device] = E4M3
+    return _OUTPUTS[device]
+
+
+class _Handles:
+    """cuDNN's handles, one for each device; a handle has one stream, so those who use it take turns."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._of_device: dict[torch.device, int] = {}
+
+    def on_current_stream(self, device: torch.device) -> int:
+        """Return the handle of the device that is current, on its current stream."""
+        front_end = import_module("cudnn")
+        if device not in self._of_device:
+            self._of_device[device] = front_end.create_handle()
+        handle = self._of_device[device]
+        front_end.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+        return handle
+
+
+@functools.cache
+def _handles() -> _Handles:
+    return _Handles()

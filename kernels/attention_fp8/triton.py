@@ -1,0 +1,138 @@
+"""Statistics of channels, and the changes with the cast to E4M3 and back: tensors are read twice and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from postgen.kernels.attention_fp8.preparation import Change, Channels, row_length, signs
+from postgen.kernels.dispatch import launching_on
+from postgen.kernels.fp8 import E4M3
+
+_TOKENS = 64
+"""Tokens of a tile."""
+_PROGRAMS = 1056
+"""Programs that the statistics of a tensor are split among: eight for each processor of an H100 or H200."""
+
+
+@triton.jit
+def _channel_sums(
+    x, out, tokens, heads, splits, share, x_b, x_n, x_h, x_d,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum, sum of squares, smallest and largest number of each channel over some tokens of a head."""
+    split, row = tl.program_id(0), tl.program_id(1)
+    sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    start = split * share
+    end = tl.minimum(start + share, tokens)
+    base = x + sample * x_b + head * x_h + d[None, :] * x_d
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    square = tl.zeros((BLOCK_D,), tl.float32)
+    low = tl.full((BLOCK_D,), float("inf"), tl.float32)
+    high = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    for first in range(start, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[:, None]
+        there = (n < end) & (d[None, :] < CHANNELS)
+        # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
+        tile = tl.load(base + n.to(tl.int64) * x_n, mask=there, other=0.0).to(tl.float32)
+        total += tl.sum(tile, axis=0)
+        square += tl.sum(tile * tile, axis=0)
+        low = tl.minimum(low, tl.min(tl.where(there, tile, float("inf")), axis=0))
+        high = tl.maximum(high, tl.max(tl.where(there, tile, float("-inf")), axis=0))
+    inside = d < CHANNELS
+    place = out + (row.to(tl.int64) * splits + split) * 4 * CHANNELS + d
+    tl.store(place, total, mask=inside)
+    tl.store(place + CHANNELS, square, mask=inside)
+    tl.store(place + 2 * CHANNELS, low, mask=inside)
+    tl.store(place + 3 * CHANNELS, high, mask=inside)
+
+
+@triton.jit
+def _change(
+    x, minus, times, plus, matrix, out, tokens, heads, x_b, x_n, x_h, x_d, length,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """(x - minus) * times + plus, turned by the matrix, within +-BOUND (0: no bound), for some tokens of a head."""
+    row = tl.program_id(1)
+    sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    inside = d < CHANNELS
+    there = (n < tokens) & inside[None, :]
+    of_head = row.to(tl.int64) * CHANNELS + d
+    place = x + sample * x_b + head * x_h + n.to(tl.int64) * x_n + d[None, :] * x_d
+    tile = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    if minus is not None:
+        tile -= tl.load(minus + of_head, mask=inside, other=0.0)[None, :]
+    tile *= tl.load(times + of_head, mask=inside, other=0.0)[None, :]
+    if plus is not None:
+        tile += tl.load(plus + of_head, mask=inside, other=0.0)[None, :]
+    if matrix is not None:
+        other = (d[:, None] < CHANNELS) & inside[None, :]
+        turn = tl.load(matrix + d[:, None] * CHANNELS + d[None, :], mask=other, other=0.0)
+        tile = tl.dot(tile.to(turn.dtype), turn) / length
+    if BOUND > 0:
+        # A number that is none stays one.
+        tile = tl.clamp(tile, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
+    result = out + ((sample * tokens + n.to(tl.int64)) * heads + head) * CHANNELS + d[None, :]
+    tl.store(result, tile.to(out.dtype.element_ty), mask=there)
+
+
+def channels_of(x: Tensor) -> Channels:
+    """Return what `Channels.of` does for a tensor (B, N, H, D) of any strides, in one read of it."""
+    batch, tokens, heads, channels = x.shape
+    rows = batch * heads
+    splits = max(1, min(-(-_PROGRAMS // rows), -(-tokens // _TOKENS)))
+    share = -(-tokens // splits)
+    # Whole tiles, so that only the last program has a part of one; the last programs may have none.
+    share = -(-share // _TOKENS) * _TOKENS
+    splits = -(-tokens // share)
+    sums = x.new_empty(batch, heads, splits, 4, channels, dtype=torch.float32)
+    with launching_on(x):
+        _channel_sums[splits, rows](
+            x, sums, tokens, heads, splits, share, *x.stride(),
+            CHANNELS=channels, BLOCK_N=_TOKENS, BLOCK_D=triton.next_power_of_2(channels),
+        )  # fmt: skip
+    added = sums[..., :2, :].sum(2) / tokens
+    low, high = sums[..., 2, :].amin(2), sums[..., 3, :].amax(2)
+    return Channels(*(each.unsqueeze(1) for each in (added[..., 0, :], added[..., 1, :], low, high)))
+
+
+def changed(
+    x: Tensor, change: Change, *, rotates: bool = False, plus: Tensor | None = None, dtype: torch.dtype = E4M3
+) -> Tensor:
+    """Return what `change` makes of a tensor (B, N, H, D) of any strides, without gaps, in another format.
+
+    Args:
+        x: numbers of any format.
+        change: its tensors are (B, 1, H, D), float32.
+        rotates: whether the rotation follows.
+        plus: (B, 1, H, D), float32: added before the rotation.
+        dtype: of the result; E4M3 is bounded to +-448.
+    """
+    batch, tokens, heads, channels = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    matrix = _signs(channels, x.device) if rotates else None
+    small = [None if each is None else each.expand(batch, 1, heads, channels).contiguous() for each in (*change, plus)]
+    with launching_on(x):
+        _change[triton.cdiv(tokens, _TOKENS), batch * heads](
+            x, *small, matrix, out, tokens, heads, *x.stride(), row_length(channels),
+            CHANNELS=channels, BLOCK_N=_TOKENS, BLOCK_D=max(16, triton.next_power_of_2(channels)),
+            BOUND=448 if dtype == E4M3 else 0,
+        )  # fmt: skip
+    return out
+
+
+_SIGNS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _signs(channels: int, device: torch.device) -> Tensor:
+    # Of the numbers that tensor cores multiply; the interpreter multiplies no bfloat16. Kept: a copy from the CPU
+    # waits, and cannot be recorded in a CUDA graph.
+    if (channels, device) not in _SIGNS:
+        term = torch.float16 if triton.knobs.runtime.interpret else torch.bfloat16
+        _SIGNS[channels, device] = signs(channels).to(device, term)
+    return _SIGNS[channels, device]

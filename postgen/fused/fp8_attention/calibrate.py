@@ -1,0 +1,234 @@
+"""Measure on the user's own model what FP8 attention would do to each layer and step, before it is switched on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError, is_number, shown
+from postgen.families import video_tokens_of
+from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
+from postgen.families.installed import processor_stack, transformers_of
+from postgen.families.progress import PipelineProgress
+from postgen.fused.fp8_attention.apply import fp8_attention_for_call, progress_of
+from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
+from postgen.fused.fp8_attention.sdpa import divert_sdpa
+from postgen.kernels.attention import naive as exact
+from postgen.kernels.attention.backends import CUDNN_FP8, Call
+from postgen.kernels.attention.ops import attention, router
+from postgen.kernels.attention.router import milliseconds
+from postgen.kernels.attention_fp8 import naive
+from postgen.kernels.attention_fp8.ops import attention_fp8
+from postgen.kernels.attention_fp8.preparation import CANDIDATES, Preparation
+
+_NAME = "fp8_attention_calibration"
+_QUERIES = 256
+"""Queries of a call whose outputs are compared, spread evenly; keys are all."""
+
+
+class Measurements:
+    """Errors by layer, step and preparation, the worst of all calls; and times by layer."""
+
+    def __init__(self, candidates: Sequence[Preparation]) -> None:
+        self.candidates = tuple(candidates)
+        self.errors: dict[tuple[str, int], dict[Preparation, tuple[float, float]]] = {}
+        """(layer, step) -> preparation -> error of all heads together, and of the worst head."""
+        self.times: dict[str, tuple[float, float]] = {}
+        """Layer -> milliseconds of exact attention and of FP8 attention."""
+
+    @torch.no_grad()
+    def take(
+        self, layer: str, step: int, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Tensor | None
+    ) -> None:
+        """Measure one call."""
+        tokens = query.shape[1]
+        rows = torch.linspace(0, tokens - 1, min(tokens, _QUERIES), device=query.device).long()
+        some = (x.float() for x in (query[:, rows], key, value))
+        expected, _ = exact.attention(*some, scale=scale, key_lengths=lengths)
+        found = self.errors.setdefault((layer, step), {})
+        for candidate in self.candidates:
+            out, _ = naive.attention_fp8(
+                query, key, value, scale=scale, preparation=candidate, key_lengths=lengths, rows=rows
+            )
+            new, old = _errors(out.float(), expected), found.get(candidate, (0.0, 0.0))
+            found[candidate] = _worse(new[0], old[0]), _worse(new[1], old[1])
+        if layer not in self.times and query.is_cuda:
+            self._time(layer, Call(query, key, value, scale, lengths, False))
+
+    def _time(self, layer: str, call: Call) -> None:
+        if router().why_not(CUDNN_FP8, call) is not None:
+            return
+        options = {"scale": call.scale, "key_lengths": call.key_lengths}
+        runs: list[Callable[[], object]] = [
+            functools.partial(attention, *call[:3], **options),
+            functools.partial(attention_fp8, *call[:3], **options),
+        ]
+        for run in runs:
+            run()  # the first one chooses and builds
+        exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
+        self.times[layer] = exact_ms, fp8_ms
+
+    def report(self, max_error: float, slack: float, steps: int) -> FP8AttentionReport:
+        """Return the report: of each layer the first candidate that is nearly as good as its best."""
+        layers = dict.fromkeys(layer for layer, _ in self.errors)
+        chosen = {layer: self._chosen(layer, slack) for layer in layers}
+        rows = []
+        for layer in layers:
+            steps_of_layer = sorted(step for name, step in self.errors if name == layer)
+            rows += [self._row(layer, step, chosen[layer]) for step in steps_of_layer]
+        return FP8AttentionReport(rows=tuple(rows), max_error=max_error, steps=steps)
+
+    def _row(self, layer: str, step: int, chosen: Preparation) -> ReportRow:
+        error, worst = self.errors[layer, step][chosen]
+        exact_ms, fp8_ms = self.times.get(layer, (None, None))
+        return ReportRow(
+            layer=layer,
+            step=step,
+            error=error,
+            worst_head=worst,
+            preparation=str(chosen),
+            exact_ms=exact_ms,
+            fp8_ms=fp8_ms,
+        )
+
+    def _chosen(self, layer: str, slack: float) -> Preparation:
+        own = [found for (name, _), found in self.errors.items() if name == layer]
+        worst = {each: max(_or_infinite(found[each][0]) for found in own) for each in self.candidates}
+        limit = slack * min(worst.values())
+        return next((each for each in self.candidates if worst[each] <= limit), self.candidates[-1])
+
+
+class _Probe:
+    """Measures the attention calls of one module, and leaves them to whoever computes them."""
+
+    def __init__(self, found: Measurements, layer: str, step: Callable[[], int], calls_sdpa: bool) -> None:
+        self._found, self._layer, self._step, self._calls_sdpa = found, layer, step, calls_sdpa
+
+    def around(self, inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as open_:
+            if self._calls_sdpa:
+                open_.enter_context(divert_sdpa(self.look))
+            open_.enter_context(divert_dispatched(self.look))
+            return inner(module, *args, **kwargs)
+
+    def look(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, lengths: Tensor | None
+    ) -> None:
+        if mask is None and query.shape[1:3] == key.shape[1:3]:
+            given = query.shape[-1] ** -0.5 if scale is None else scale
+            self._found.take(self._layer, self._step(), query, key, value, given, lengths)
+
+
+def calibrate_fp8_attention(
+    pipe: Any,
+    prompts: Iterable[str],
+    *,
+    steps: int = 4,
+    call: Mapping[str, Any] | None = None,
+    max_error: float = 0.1,
+    slack: float = 1.03,
+    candidates: Sequence[Preparation] = CANDIDATES,
+    seed: int = 0,
+) -> FP8AttentionReport:
+    """Run a pipeline for a few steps and measure FP8 attention on its own queries, keys and values, layer by layer.
+
+    Errors are those of the reference in plain torch (`postgen.kernels.attention_fp8.naive`) on 256 queries of a call,
+    on any device; cuDNN rounds as it does. On a GPU that computes FP8 attention it is timed too. Nothing that the
+    pipeline makes is changed. Calls with masks are not measured, and stay exact later on.
+
+    Args:
+        pipe: a diffusers video pipeline.
+        prompts: what it makes; the worst counts.
+        steps: steps of each call, `num_inference_steps`; all are measured.
+        call: other arguments of the pipeline: height, width, num_frames as they will be used.
+        max_error: layers whose relative error is larger at any step stay exact.
+        slack: of the candidates, the first whose error is at most so many times the least is chosen.
+        candidates: preparations, from the cheapest on.
+        seed: of the noise.
+
+    Raises:
+        UserError: no pipeline or no prompts, a model whose attention is not known, settings that are wrong, or no
+            attention call that could be measured.
+
+    Example:
+        report = calibrate_fp8_attention(pipe, ["a ball"], call={"height": 480, "width": 832, "num_frames": 81})
+        print(report.table())
+        report.save("fp8_attention.json")
+        apply_fp8_attention(pipe, report.config())
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    _check(pipe, prompts, steps, max_error, slack, candidates)
+    found, progress = Measurements(candidates), progress_of(pipe)
+    with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(seed)
+            pipe(
+                prompt,
+                **{"output_type": "latent", **(call or {}), "num_inference_steps": steps, "generator": generator},
+            )
+    if not found.errors:
+        raise UserError("no self-attention call without a mask was seen: there is nothing that FP8 attention could do")
+    return found.report(max_error, slack, steps)
+
+
+@contextmanager
+def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iterator[None]:
+    install_attention_tap()
+    with ExitStack() as undo:
+        for model in transformers_of(pipe).values():
+            tokens, stack = video_tokens_of(model), processor_stack(model)
+            arguments: dict[str, Any] = {}
+
+            def remember(module: Any, args: Any, kwargs: Any, into: dict[str, Any] = arguments) -> None:
+                into.clear()
+                into.update(kwargs)
+
+            def step(into: dict[str, Any] = arguments, model: Any = model) -> int:
+                done: int = progress.step(into, model)[0]
+                return done
+
+            hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+            undo.callback(hook.remove)
+            names = [name for name in tokens.attention_modules(model) if name not in stack.changed_layers]
+            sdpa = tokens.attention_call == "sdpa"
+            stack.push(_NAME, {name: _Probe(found, name, step, sdpa).around for name in names})
+            undo.callback(stack.pop, _NAME)
+        yield
+
+
+def _check(
+    pipe: Any, prompts: Sequence[str], steps: int, max_error: float, slack: float, candidates: Sequence[Preparation]
+) -> None:
+    if "" in transformers_of(pipe):
+        raise UserError("calibration calls the pipeline: give the pipeline, not its transformer")
+    if not prompts:
+        raise UserError("calibration needs a prompt: give one or more")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise UserError(f"steps must be a whole number of at least 1, got {shown(steps)}")
+    if not is_number(max_error) or not max_error > 0:
+        raise UserError(f"max_error must be a number above 0, got {shown(max_error)}")
+    if not is_number(slack) or not slack >= 1:
+        raise UserError(f"slack must be a number of at least 1, got {shown(slack)}")
+    if not candidates or not all(isinstance(each, Preparation) for each in candidates):
+        raise UserError("candidates must be preparations of postgen.kernels.attention_fp8.preparation, one or more")
+
+
+def _errors(out: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Relative error of all heads together, and of the worst; a head of zeros has none."""
+    squares = (out - expected).double().square().sum((1, 3)), expected.double().square().sum((1, 3))
+    heads = torch.where(squares[1] == 0, squares[0], squares[0] / squares[1]).sqrt()
+    return float((squares[0].sum() / squares[1].sum().clamp_min(1e-300)).sqrt()), float(heads.max())
+
+
+def _worse(new: float, old: float) -> float:
+    """The larger; what is not a number is worst."""
+    return new if not new <= old else old
+
+
+def _or_infinite(error: float) -> float:
+    return error if error == error else float("inf")

@@ -1,0 +1,108 @@
+"""When and where self-attention runs in E4M3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from postgen.errors import UserError, first_line, shown
+
+USUAL = "key_mean+balance+rotation+value_mean"
+"""The preparation where none is named: `str(postgen.kernels.attention_fp8.preparation.Preparation())`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FP8AttentionConfig:
+    """Which steps and layers stay exact, and how the others are prepared.
+
+    Layers are attention modules by their names in the transformer (`blocks.0.attn1`).
+    """
+
+    first_exact: int = 2
+    """Steps at the beginning of a pipeline's call that stay exact."""
+    last_exact: int = 1
+    """Steps at its end that stay exact."""
+    exact_layers: tuple[str, ...] = ()
+    """Layers that stay exact: patterns that match their names in full. `FP8AttentionReport.config` fills them in."""
+    preparation: str | Mapping[str, str] = USUAL
+    """The exact changes before rounding (`postgen.kernels.attention_fp8.preparation`); or one for each pattern of
+    layers, the usual one for layers that none matches."""
+    simulate: bool = False
+    """Compute what cuDNN would in plain torch, on any device: slow, and only for its numbers."""
+    debug: bool = False
+    """Look at every output, which waits for the GPU: one that is not finite is computed exactly and counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_exact", "last_exact"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+                raise UserError(f"{name} must be a whole number of at least 0, got {shown(value)}")
+        for name in ("simulate", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        layers: object = self.exact_layers
+        if not isinstance(layers, tuple | list) or not all(isinstance(each, str) for each in layers):
+            raise UserError(f"exact_layers must be patterns of layers, got {shown(self.exact_layers)}")
+        named = self.preparation if isinstance(self.preparation, Mapping) else {}
+        for pattern in (*self.exact_layers, *named):
+            _check_pattern(pattern)
+        for text in named.values() if named else [self.preparation]:
+            _check_preparation(text)
+
+    def of_layer(self, name: str) -> str | None:
+        """Return the preparation of a layer; None: it stays exact."""
+        if any(re.fullmatch(pattern, name) for pattern in self.exact_layers):
+            return None
+        if isinstance(self.preparation, str):
+            return self.preparation
+        return next((text for pattern, text in self.preparation.items() if re.fullmatch(pattern, name)), USUAL)
+
+    def exact_step(self, step: int, steps: int) -> bool:
+        """Whether a step of so many stays exact."""
+        return step < self.first_exact or step >= steps - self.last_exact
+
+
+def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:
+    """Return the setting that a text of the command line or of a sidecar names; off and None are off.
+
+    auto is the usual setting, simulate the same computed slowly on any device, and a .json file what calibration
+    saved. What cannot run on this machine is said at once.
+
+    Raises:
+        UserError: another text, a file that is no report, or a machine that cannot run it.
+
+    >>> fp8_attention_setting("simulate").simulate
+    True
+    """
+    if text in (None, "off"):
+        return False
+    if text == "simulate":
+        return FP8AttentionConfig(simulate=True)
+    if text != "auto" and not str(text).endswith(".json"):
+        raise UserError(
+            f"fp8_attention must be auto, simulate, off or the file of a report (.json), got {shown(text)}"
+        )
+    from postgen.fused.fp8_attention.available import check_available
+    from postgen.fused.fp8_attention.report import FP8AttentionReport
+
+    config = FP8AttentionConfig() if text == "auto" else FP8AttentionReport.load(Path(str(text))).config()
+    check_available()
+    return config
+
+
+def _check_pattern(pattern: object) -> None:
+    try:
+        re.compile(str(pattern))
+    except re.error as error:
+        raise UserError(f"{shown(pattern)} is no pattern of layers: {first_line(error)}") from None
+
+
+def _check_preparation(text: object) -> None:
+    from postgen.kernels.attention_fp8.preparation import Preparation
+
+    try:
+        Preparation.parsed(str(text))
+    except ValueError as error:
+        raise UserError(str(error)) from None

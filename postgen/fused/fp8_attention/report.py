@@ -1,0 +1,120 @@
+"""What calibration measured: an error by layer and step, and the settings that follow from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from postgen.errors import UserError, first_line
+from postgen.files import replacing
+from postgen.fused.fp8_attention.config import FP8AttentionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportRow:
+    """One layer at one step, the worst of all calls (prompts, guidance, transformers of a pipeline)."""
+
+    layer: str
+    step: int
+    error: float
+    """Relative L2 error of the output in E4M3, of all heads together, with the chosen preparation."""
+    worst_head: float
+    preparation: str
+    """Chosen for the layer, the same at every step."""
+    exact_ms: float | None = None
+    """Of one call of exact attention, the fastest kernel installed; None where nothing was timed."""
+    fp8_ms: float | None = None
+    """Of one call in E4M3, rounding included."""
+
+    @property
+    def slower(self) -> bool:
+        """Whether both were timed and E4M3 is not the faster."""
+        return self.exact_ms is not None and self.fp8_ms is not None and self.fp8_ms >= self.exact_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FP8AttentionReport:
+    """What `calibrate_fp8_attention` found."""
+
+    rows: tuple[ReportRow, ...]
+    max_error: float
+    """Layers that err by more at any step stay exact."""
+    steps: int
+    """Steps of the calls that were measured."""
+
+    @property
+    def exact_layers(self) -> tuple[str, ...]:
+        """Layers that stay exact: they err by too much, as what is not a number does, or are known to gain no time."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
+
+    def config(self, **changes: Any) -> FP8AttentionConfig:
+        """Return the settings that follow, with some fields changed."""
+        preparations = {re.escape(row.layer): row.preparation for row in self.rows}
+        found = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
+        return FP8AttentionConfig(**{**found, **changes})
+
+    def table(self) -> str:
+        """Return the rows as text, one a line."""
+        head = ("layer", "step", "error", "worst head", "exact ms", "fp8 ms", "kept", "preparation")
+        exact = self.exact_layers
+        lines = [head, *(_cells(row, row.layer in exact) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+    def save(self, path: Path | str) -> None:
+        """Write it as JSON; an old file goes only when the new one is complete.
+
+        Raises:
+            UserError: the place cannot be written.
+        """
+        try:
+            with replacing(Path(path)) as part:
+                part.write_text(json.dumps(asdict(self), indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the report cannot be written to {path}: {first_line(error)}") from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> FP8AttentionReport:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it is no report.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = tuple(_row(each) for each in found["rows"])
+            limit, steps = float(found["max_error"]), int(found["steps"])
+        except OSError as error:
+            raise UserError(f"the report {path} cannot be read: {first_line(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no report of FP8 attention ({first_line(error)}): make one with calibrate_fp8_attention"
+            ) from error
+        report = cls(rows=rows, max_error=limit, steps=steps)
+        report.config()  # unknown preparations
+        return report
+
+
+def _row(values: Any) -> ReportRow:
+    unknown = set(values) ^ {each.name for each in fields(ReportRow)}
+    if unknown:
+        raise ValueError(f"fields {', '.join(sorted(unknown))}")
+    return ReportRow(
+        layer=str(values["layer"]),
+        step=int(values["step"]),
+        error=float(values["error"]),
+        worst_head=float(values["worst_head"]),
+        preparation=str(values["preparation"]),
+        exact_ms=None if values["exact_ms"] is None else float(values["exact_ms"]),
+        fp8_ms=None if values["fp8_ms"] is None else float(values["fp8_ms"]),
+    )
+
+
+def _cells(row: ReportRow, exact: bool) -> tuple[str, ...]:
+    times: Iterable[str] = ("-" if ms is None else f"{ms:.3g}" for ms in (row.exact_ms, row.fp8_ms))
+    kept = "exact" if exact else "fp8"
+    return (row.layer, str(row.step), f"{row.error:.4f}", f"{row.worst_head:.4f}", *times, kept, row.preparation)

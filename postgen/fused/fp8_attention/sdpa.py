@@ -1,0 +1,36 @@
+"""Compute the attention of processors that call torch's attention themselves, past diffusers' dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+class divert_sdpa(TorchFunctionMode):
+    """While open, let a function compute the calls of `F.scaled_dot_product_attention`, those that it takes.
+
+    `attend` is as that of `divert_dispatched`, with the axes of diffusers' dispatcher.
+    """
+
+    def __init__(self, attend: Callable[..., Tensor | None]) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            call = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            if not (call.get("dropout_p") or call.get("is_causal") or call.get("enable_gqa")):
+                tensors = (call[name].transpose(1, 2) for name in ("query", "key", "value"))
+                out = self.attend(*tensors, call.get("attn_mask"), call.get("scale"), None)
+                if out is not None:
+                    return out.transpose(1, 2)
+        return function(*args, **kwargs)

@@ -1,0 +1,187 @@
+"""FP8 attention on one transformer: which layers it computes, and whether the step under way is one of its own."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postgen.errors import UserError
+from postgen.families import video_tokens_of
+from postgen.families.attached import AttachedPlugIn, Setting
+from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
+from postgen.families.installed import processor_stack
+from postgen.families.progress import PipelineProgress
+from postgen.fused.fp8_attention.available import check_available, head_channels
+from postgen.fused.fp8_attention.config import FP8AttentionConfig
+from postgen.fused.fp8_attention.sdpa import divert_sdpa
+from postgen.kernels.attention.backends import CUDNN_FP8, Call
+from postgen.kernels.attention.ops import router
+from postgen.kernels.attention_fp8.ops import attention_fp8, not_finite
+from postgen.kernels.attention_fp8.preparation import Preparation
+from postgen.kernels.dispatch import warn_once
+
+NAME = "fp8_attention"
+"""Name on the processor stack and among the plug-ins of a transformer."""
+
+
+class _Here(threading.local):
+    """What is known of the call under way in this thread."""
+
+    def __init__(self) -> None:
+        self.exact = False
+        """Whether the step stays exact."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Here, ()
+
+
+class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
+    """Everything on one transformer."""
+
+    name = NAME
+
+    def __init__(self, model: nn.Module, config: FP8AttentionConfig, progress: PipelineProgress) -> None:
+        tokens = video_tokens_of(model)
+        self.here, self._progress = _Here(), progress
+        self.calls_sdpa = tokens.attention_call == "sdpa"
+        self.layers = {name: FP8Layer(self, name) for name in tokens.attention_modules(model)}
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._note = ""
+        super().__init__(model, config)
+
+    def prepare(self, model: nn.Module, config: FP8AttentionConfig) -> dict[str, Preparation | None]:
+        """Return the preparation of each layer; None where it stays exact.
+
+        Raises:
+            UserError: a pattern that no layer matches, or layers that this machine cannot compute.
+        """
+        named = config.preparation if isinstance(config.preparation, Mapping) else {}
+        for pattern in (*config.exact_layers, *named):
+            if not any(re.fullmatch(pattern, name) for name in self.layers):
+                known = ", ".join(list(self.layers)[:3])
+                raise UserError(f"no layer matches {pattern!r}. Layers: {known}, ...")
+        changed = processor_stack(model).changed_layers
+        found: dict[str, Preparation | None] = {}
+        for name in self.layers:
+            text = None if name in changed else config.of_layer(name)
+            found[name] = None if text is None else Preparation.parsed(text)
+        if not config.simulate:
+            device = next(model.parameters()).device
+            for channels in {head_channels(model.get_submodule(name)) for name in found} or {None}:
+                check_available(device, channels or 128)
+        return found
+
+    def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
+        """Put the wrappers on the processors, whoever is enabled, or take them off."""
+        stack = processor_stack(model)
+        on = NAME in stack.wrappers
+        if live and not on:
+            install_attention_tap()
+            stack.push(NAME, {name: layer.around for name, layer in self.layers.items()})
+        elif on and not live:
+            stack.pop(NAME)
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out which step comes."""
+        super().before_forward(model, args, kwargs)
+        now = self.now
+        config = now.config
+        self.here.exact = False
+        if not now.enabled or not (config.first_exact or config.last_exact):
+            return
+        try:
+            step, steps = self._progress.step({**dict(zip(self._parameters, args, strict=False)), **kwargs}, model)
+        except UserError:
+            self._note = "no pipeline is running that tells the step, so no step stays exact"
+            if not torch.compiler.is_compiling():
+                warn_once(f"FP8 attention: {self._note} (first_exact=0, last_exact=0 says that this is meant)")
+            return
+        self.here.exact = config.exact_step(step, steps)
+        self._note = ""
+        if config.first_exact + config.last_exact >= steps:
+            self._note = f"all of the {steps} steps stay exact"
+            if not torch.compiler.is_compiling():
+                warn_once(f"FP8 attention: {self._note}: lower first_exact or last_exact")
+
+    def counts(self) -> dict[str, int]:
+        """Return in how many layers it is on, how many stay exact, and how many outputs a guard found not finite."""
+        plan = self.setting.prepared.values()
+        exact = sum(each is None for each in plan)
+        return {"fp8": len(plan) - exact, "exact": exact, "not_finite": not_finite()}
+
+    def describe(self) -> str:
+        """Say in one line what is on and how it is set."""
+        config, counts = self.config, self.counts()
+        how = "simulated" if config.simulate else CUDNN_FP8.name
+        parts = [f"{how} in {counts['fp8']} of {len(self.layers)} layers"]
+        if config.first_exact or config.last_exact:
+            parts.append(f"first {config.first_exact} and last {config.last_exact} steps exact")
+        if config.debug:
+            parts.append(f"guarded, {counts['not_finite']} outputs not finite")
+        if self._note:
+            parts.append(f"note: {self._note}")
+        return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+
+class FP8Layer:
+    """The wrapper of one module's processor; `around` is pushed on the processor stack."""
+
+    def __init__(self, whole: FP8Attention, name: str) -> None:
+        self._whole, self._name = whole, name
+
+    def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the processor; its attention is computed here where step and layer say so."""
+        now = self._whole.now
+        if not now.enabled or self._whole.here.exact or now.prepared[self._name] is None:
+            return inner(attention, *args, **kwargs)
+        if self._whole.calls_sdpa:
+            with divert_sdpa(self.attend), divert_dispatched(self.attend):
+                return inner(attention, *args, **kwargs)
+        with divert_dispatched(self.attend):
+            return inner(attention, *args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        key_lengths: Tensor | None,
+    ) -> Tensor | None:
+        """Return self-attention in E4M3, or None for what is left to whoever computed it before."""
+        if query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
+            return None
+        now = self._whole.now
+        if (reason := self._refusal(query, key, value, mask, scale, key_lengths)) is not None:
+            if not torch.compiler.is_compiling():
+                warn_once(f"attention stays exact, not FP8: {reason}")
+            return None
+        return attention_fp8(
+            query, key, value, scale=scale, preparation=now.prepared[self._name], key_lengths=key_lengths,
+            simulate=now.config.simulate, guard=now.config.debug,
+        )  # fmt: skip
+
+    def _refusal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        key_lengths: Tensor | None,
+    ) -> str | None:
+        if mask is not None:
+            return "its calls have a mask"
+        # What is traced is tried when it runs, by the operation itself.
+        if self._whole.now.config.simulate or torch.compiler.is_compiling():
+            return None
+        given = query.shape[-1] ** -0.5 if scale is None else scale
+        reason = router().why_not(CUDNN_FP8, Call(query, key, value, given, key_lengths, False))
+        return None if reason is None else f"{CUDNN_FP8.name} {reason}"
