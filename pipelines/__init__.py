@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from postgen.pipelines.cogvideox import CogVideoXPipeline as CogVideoXPipeline
     from postgen.pipelines.cogvideox import CogVideoXVideoToVideoPipeline as CogVideoXVideoToVideoPipeline
     from postgen.pipelines.consisid import ConsisIDPipeline as ConsisIDPipeline
-    from postgen.pipelines.cosmos import Cosmos2VideoToWorldPipeline as Cosmos2VideoToWorldPipeline
     from postgen.pipelines.cosmos import Cosmos2_5_PredictBasePipeline as Cosmos2_5_PredictBasePipeline
     from postgen.pipelines.cosmos import Cosmos2_5_TransferPipeline as Cosmos2_5_TransferPipeline
+    from postgen.pipelines.cosmos import Cosmos2VideoToWorldPipeline as Cosmos2VideoToWorldPipeline
     from postgen.pipelines.cosmos import CosmosTextToWorldPipeline as CosmosTextToWorldPipeline
     from postgen.pipelines.cosmos import CosmosVideoToWorldPipeline as CosmosVideoToWorldPipeline
     from postgen.pipelines.easyanimate import EasyAnimateControlPipeline as EasyAnimateControlPipeline
@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from postgen.pipelines.easyanimate import EasyAnimatePipeline as EasyAnimatePipeline
     from postgen.pipelines.helios import HeliosPipeline as HeliosPipeline
     from postgen.pipelines.helios import HeliosPyramidPipeline as HeliosPyramidPipeline
-    from postgen.pipelines.hunyuan_video import HunyuanSkyreelsImageToVideoPipeline as HunyuanSkyreelsImageToVideoPipeline
+    from postgen.pipelines.hunyuan_video import (
+        HunyuanSkyreelsImageToVideoPipeline as HunyuanSkyreelsImageToVideoPipeline,
+    )
     from postgen.pipelines.hunyuan_video import HunyuanVideoFramepackPipeline as HunyuanVideoFramepackPipeline
     from postgen.pipelines.hunyuan_video import HunyuanVideoImageToVideoPipeline as HunyuanVideoImageToVideoPipeline
     from postgen.pipelines.hunyuan_video import HunyuanVideoPipeline as HunyuanVideoPipeline
-    from postgen.pipelines.hunyuan_video15 import HunyuanVideo15ImageToVideoPipeline as HunyuanVideo15ImageToVideoPipeline
+    from postgen.pipelines.hunyuan_video15 import (
+        HunyuanVideo15ImageToVideoPipeline as HunyuanVideo15ImageToVideoPipeline,
+    )
     from postgen.pipelines.hunyuan_video15 import HunyuanVideo15Pipeline as HunyuanVideo15Pipeline
     from postgen.pipelines.kandinsky import Kandinsky5I2VPipeline as Kandinsky5I2VPipeline
     from postgen.pipelines.kandinsky import Kandinsky5T2VPipeline as Kandinsky5T2VPipeline
@@ -58,9 +62,13 @@ if TYPE_CHECKING:
     from postgen.pipelines.mochi import MochiPipeline as MochiPipeline
     from postgen.pipelines.motif import MotifVideoImage2VideoPipeline as MotifVideoImage2VideoPipeline
     from postgen.pipelines.motif import MotifVideoPipeline as MotifVideoPipeline
-    from postgen.pipelines.skyreels_v2 import SkyReelsV2DiffusionForcingImageToVideoPipeline as SkyReelsV2DiffusionForcingImageToVideoPipeline
+    from postgen.pipelines.skyreels_v2 import (
+        SkyReelsV2DiffusionForcingImageToVideoPipeline as SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    )
     from postgen.pipelines.skyreels_v2 import SkyReelsV2DiffusionForcingPipeline as SkyReelsV2DiffusionForcingPipeline
-    from postgen.pipelines.skyreels_v2 import SkyReelsV2DiffusionForcingVideoToVideoPipeline as SkyReelsV2DiffusionForcingVideoToVideoPipeline
+    from postgen.pipelines.skyreels_v2 import (
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline as SkyReelsV2DiffusionForcingVideoToVideoPipeline,
+    )
     from postgen.pipelines.skyreels_v2 import SkyReelsV2ImageToVideoPipeline as SkyReelsV2ImageToVideoPipeline
     from postgen.pipelines.skyreels_v2 import SkyReelsV2Pipeline as SkyReelsV2Pipeline
     from postgen.pipelines.wan import WanAnimatePipeline as WanAnimatePipeline
