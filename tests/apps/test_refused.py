@@ -126,11 +126,12 @@ def test_a_job_that_fails_keeps_no_first_frame(app: App, uploads: Path, monkeypa
 def test_a_first_frame_comes_as_the_browser_sends_it_and_gradio_decodes_nothing() -> None:
     pytest.importorskip("gradio")
     from postgen.apps.tabs.generate import _form
+    from postgen.plug_ins import known_plug_ins
 
     values = [None] * len(making.FIELDS)
     for image, expected in (({"path": "/a.png", "url": None}, "/a.png"), ({"path": None}, ""), (None, None)):
         values[making.FIELDS.index("image")] = image
-        assert _form((*values, "off", "off")).image == expected
+        assert _form((*values, *["off"] * len(known_plug_ins()))).image == expected
 
 
 def test_only_uploads_are_removed(app: App, uploads: Path, tmp_path: Path) -> None:

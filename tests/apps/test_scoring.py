@@ -229,7 +229,7 @@ def test_uploads_are_held_to_the_limits_before_the_queue(app, clip, tmp_path):
         tab._submitted(app, str(bad), "", PROMPT, ["world"])
     assert str(tmp_path) not in str(told.value)
     with pytest.raises(UserError, match="no such result"):
-        tab._submitted(app, str(clip), "../clip", PROMPT, ["world"])
+        tab._submitted(app, None, "../clip", PROMPT, ["world"])
     small = App(AppSettings(outputs=tmp_path / "small", upload_seconds=1.0))
     with pytest.raises(UserError, match=r"at most 1 are allowed"):
         tab._submitted(small, str(clip), "", PROMPT, ["world"])

@@ -178,9 +178,9 @@ def test_wide_heads_are_computed_in_parts(case: str) -> None:
     [
         ((1, 1, 1), 7, 5, {}),
         ((2, 1, 5), 5, 0, {"strip": 2}),
-        ((1, 7, 3), 5, 3, {"programs": 64}),
+        ((1, 3, 3), 5, 3, {"programs": 64}),
         ((3, 4, 3), 3, 5, {"channels": 16, "strip": 1}),
-        ((1, 3, 17), 3, 1, {"strip": 16, "programs": 64, "stacked": True}),
+        ((1, 2, 17), 3, 1, {"strip": 16, "programs": 64, "stacked": True}),
         ((3, 4, 3), 5, 3, {"channels": 16, "strip": 2, "stacked": True}),
         ((5, 2, 8), 0, 3, {"strip": 8}),
         ((2, 2, 9), 1, 7, {}),

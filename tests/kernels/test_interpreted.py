@@ -12,13 +12,22 @@ import pytest
 HERE = Path(__file__).parent
 
 
+LONG = "convolutions or lengths or wide"
+"""Tests of linear attention that take half of its time."""
+PARTS = {path.stem.removeprefix("interpreted_"): (path.name, "") for path in HERE.glob("interpreted_*.py")}
+PARTS["linear_attention"] = (PARTS["linear_attention"][0], f"not ({LONG})")
+PARTS["linear_attention, the long half"] = (PARTS["linear_attention"][0], LONG)
+"""Name -> file, and which of its tests."""
+
+
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("part", sorted(PARTS, reverse=True))
+def test_kernels_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton")
-    files = sorted(HERE.glob("interpreted_*.py"))
-    assert files
+    file, which = PARTS[part]
+    words = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", str(HERE / file), "-k", which]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", *files],
+        [sys.executable, "-m", "pytest", *words],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
