@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import postgen
-from benchmarks import lowp_judge, lowp_linears
-from benchmarks.lowp_linears import CASES, SHAPES, best, gates, layer_row, lora_on_fp8, step_gates, step_row, tiny
+from benchmarks import lowp_judge, lowp_linears, lowp_steps
+from benchmarks.lowp_linears import SHAPES, TINY, gates, layer_row, lora_on_fp8
+from benchmarks.lowp_steps import CASES, best, step_row, tiny
 from tests.families.tiny_models import tiny_model
 
 
@@ -28,21 +29,27 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers() -> None:
-    shapes, _ = tiny()
-    row = layer_row(shapes[0], "cpu", repeats=1)
+    row = layer_row(TINY[0], "cpu", repeats=1)
     assert all(row[f"{name}_ms"] > 0 for name in ("bf16", "product", "eager", "compiled", "kernel", "quantise"))
     assert 0.03 < row["error"] < 0.04
 
 
-def test_steps_with_a_further_plug_in() -> None:
-    _, (case,) = tiny()
-    row = step_row(case, "cpu", repeats=1, attention={"mine": lambda model: Nothing()})
-    forms = ("stock", "exact", "fp8_linears", "mine", "mine_and_linears")
-    assert all(row[f"{form}{suffix}_ms"] > 0 for form in forms for suffix in ("", "_compiled"))
+def test_steps() -> None:
+    """Attention that changes nothing stands for that in FP8."""
+    row = step_row(tiny(), "cpu", 1, lambda model: Nothing())
+    assert all(row[f"{form}{suffix}_ms"] > 0 for form in lowp_steps.forms_of(Nothing) for suffix in ("", "_compiled"))
     assert row["stock_difference"] == 0
     assert 0 < row["exact_difference"] < row["fp8_linears_difference"] < 0.1
-    assert row["mine_difference"] == row["exact_difference"]
-    assert row["mine_and_linears_difference"] == row["fp8_linears_difference"]
+    assert row["fp8_attention_difference"] == row["exact_difference"]
+    assert row["fp8_both_difference"] == row["fp8_linears_difference"]
+
+
+def test_forms_in_eight_bits_of_a_long_step_are_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowp_steps, "LONG", 0.0)
+    row = step_row(tiny(), "cpu", 3, lowp_steps.fp8_attention(simulate=True))
+    assert {"stock_ms", "exact_ms", "fp8_both_compiled_ms"} <= row.keys()
+    assert not {"fp8_linears_ms", "fp8_attention_ms", "fp8_both_ms"} & row.keys()
+    assert row["exact_difference"] < row["fp8_attention_compiled_difference"] < 0.1
 
 
 class Nothing:
@@ -62,15 +69,21 @@ def test_the_shapes_are_those_of_the_models() -> None:
 
 
 def test_gates() -> None:
-    times = {"stock_ms": 16.0, "stock_compiled_ms": 14.0, "exact_ms": 12.0, "exact_compiled_ms": 13.0}
-    times |= {"fp8_linears_ms": 11.0, "fp8_linears_compiled_ms": 10.0}
-    assert best(times, "exact") == 12
-    rows: list[dict[str, Any]] = [{"model": f"Wan 14B {size} 81f", **times} for size in ("480p", "720p")]
-    found = {each["name"]: (each["value"], each["ok"]) for each in step_gates(rows)}
+    times = {"exact_ms": 12.0, "exact_compiled_ms": 13.0, "stock_compiled_ms": 14.0, "fp8_both_compiled_ms": 10.0}
+    assert (best(times, "exact"), best(times, "fp8_both")) == (12, 10)
+    told = {
+        "fp8_both_vs_stock": 1.6,
+        "fp8_both_vs_exact": 1.2,
+        "fp8_linears_vs_exact": 1.1,
+        "fp8_attention_vs_exact": 1,
+    }
+    rows: list[dict[str, Any]] = [{"model": f"Wan 14B {size} 81f", **told} for size in ("480p", "720p")]
+    found = {each["name"]: (each["value"], each["ok"]) for each in lowp_steps.gates(rows)}
+    assert found.pop("slowest_step_vs_exact") == (1, True)
     assert found == {"step_14b_480p_vs_stock": (1.6, True), "step_14b_720p_vs_exact": (1.2, False)}
-    assert not any(each["ok"] for each in step_gates([]))
-    assert [each["ok"] for each in gates([{"error": 0.0375}], [{"fp8_linears_vs_exact": 1.1}], 1)] == [True] * 3
-    assert [each["ok"] for each in gates([], [], 0)] == [False] * 3
+    assert not any(each["ok"] for each in lowp_steps.gates([]))
+    assert [each["ok"] for each in gates([{"error": 0.0375}], 1)] == [True] * 2
+    assert [each["ok"] for each in gates([], 0)] == [False] * 2
 
 
 def test_lora_is_looked_at() -> None:
@@ -81,6 +94,9 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lowp_linears.main([]) == 2
     assert "needs a GPU with FP8: cpu has no FP8 matrix product" in capsys.readouterr().err
+    assert lowp_steps.main([]) == 2
+    assert lowp_steps.main(["--only", "Nobody"]) == 2
+    assert "no model begins with Nobody" in capsys.readouterr().err
 
 
 def test_the_judge_compares_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,231 @@
+"""Whole denoising steps in eight bits: stock, exact kernels, FP8 linear layers, FP8 attention, and both.
+
+`python -m benchmarks.lowp_steps` needs a GPU with FP8 and writes `results/lowp_steps.json`, a model at a time;
+`--only` takes models whose names begin so, and keeps the rows of the others that the file has; `--tiny` runs a small
+model once on any device, with FP8 attention simulated, and writes nothing (its times mean nothing). Shapes are the
+published ones, weights are random: time does not depend on them. What is compared runs in one process on the same
+inputs. Times are medians of five calls, of fewer where calls are long, and every form is timed as it is and compiled.
+Forms of a step of more than `LONG` seconds, all but stock and the exact kernels, are timed compiled alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import postgen
+from benchmarks.fused_step import Case, built, cogvideox, flash_attention_4, wan
+from benchmarks.gates import RESULTS, gate, read_result, write_result
+from postgen.families import layout_of
+from postgen.kernels.attention_fp8 import graphs
+from postgen.kernels.fp8_rows.ops import why_not_fp8
+
+Apply = Callable[[Any], Any]
+"""Puts a plug-in on a transformer and returns its handle."""
+
+QUIET = postgen.FP8LinearConfig(emulate=True)
+REPEATS = 5
+LONG = 4.0
+"""Seconds of a step that is long: two calls of it are enough."""
+
+
+def hunyuan_video() -> Case:
+    """HunyuanVideo, 129 frames of 720 x 1280: 33 latent frames of 90 x 160, 256 tokens of text."""
+
+    def arguments() -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(1, 16, 33, 90, 160, dtype=torch.bfloat16),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.randn(1, 256, 4096, dtype=torch.bfloat16),
+            "encoder_attention_mask": torch.ones(1, 256),
+            "pooled_projections": torch.randn(1, 768, dtype=torch.bfloat16),
+            "guidance": torch.tensor([6000.0]),
+        }
+
+    kind = "HunyuanVideoTransformer3DModel"
+    return Case(name="HunyuanVideo 720p 129f", kind=kind, config={}, arguments=arguments)
+
+
+CASES = (
+    wan("Wan 1.3B 480p 81f", 12, 8960, 30),
+    wan("Wan 14B 480p 81f", 40, 13824, 40),
+    wan("Wan 14B 720p 81f", 40, 13824, 40, (21, 90, 160)),
+    hunyuan_video(),
+    cogvideox(),
+)
+
+
+def tiny() -> Case:
+    """A small Wan, to run all of this anywhere."""
+    case = CASES[0]
+
+    def arguments() -> dict[str, Any]:
+        given = case.arguments()
+        cut = {"hidden_states": given["hidden_states"][:, :, :2, :4, :4]}
+        return {**given, **cut, "encoder_hidden_states": given["encoder_hidden_states"][:, :8, :16]}
+
+    narrow = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 64, "num_layers": 1, "text_dim": 16}
+    return replace(case, name="tiny", config=narrow, arguments=arguments)
+
+
+def forms_of(attention: Apply) -> dict[str, tuple[Apply, ...]]:
+    """Return what is put on the model in each form: nothing, exact kernels, and what is in eight bits."""
+    fused = postgen.apply_fused_ops
+    linears: Apply = lambda model: postgen.apply_fp8_linears(model, QUIET)  # noqa: E731
+    return {
+        "stock": (),
+        "exact": (fused,),
+        "fp8_linears": (fused, linears),
+        "fp8_attention": (fused, attention),
+        "fp8_both": (fused, attention, linears),
+    }
+
+
+def fp8_attention(simulate: bool = False) -> Apply:
+    """Return what puts FP8 attention on all layers, at every step: what a step in the middle of a run costs."""
+    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=simulate)
+    return lambda model: postgen.apply_fp8_attention(model, config)
+
+
+@torch.no_grad()
+def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply | None = None) -> dict[str, Any]:
+    """Time a whole step of a model with random weights, in every form as it is and compiled.
+
+    Args:
+        case: the model and its call.
+        device: where it runs.
+        repeats: timed calls of each form.
+        attention: what puts FP8 attention on; None is `fp8_attention()`.
+
+    Returns:
+        Milliseconds by form, `<form>_ms` and `<form>_compiled_ms`, and `<form>_difference`, relative to stock.
+    """
+    import diffusers
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = built(getattr(diffusers, case.kind), case.config)
+        arguments = case.arguments()
+
+    def step() -> Tensor:
+        out: Tensor = transformer(**arguments, return_dict=False)[0]
+        return out
+
+    row: dict[str, Any] = {"model": case.name}
+    stock = step().double()
+    for compiled in (False, True):
+        if compiled:
+            for block in layout_of(transformer).block_modules(transformer).values():
+                block.compile(fullgraph=True)
+        for form, puts in forms_of(attention or fp8_attention()).items():
+            if not compiled and form not in ("stock", "exact") and row["stock_ms"] > 1000 * LONG:
+                continue
+            handles = [put(transformer) for put in puts]
+            name = f"{form}_compiled" if compiled else form
+            row[f"{name}_difference"] = _error(step(), stock)
+            row[f"{name}_ms"] = timed(step, device, repeats)
+            for handle in reversed(handles):
+                handle.remove()
+    row["best_exact_ms"] = best(row, "exact")
+    for form in ("fp8_linears", "fp8_attention", "fp8_both"):
+        row[f"{form}_vs_exact"] = row["best_exact_ms"] / best(row, form)
+        row[f"{form}_vs_stock"] = row["stock_ms"] / best(row, form)
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return row
+
+
+def timed(call: Callable[[], Any], device: str, repeats: int) -> float:
+    """Return the median milliseconds of a call that has run once: of two calls where these take more than `LONG`."""
+    times: list[float] = []
+    while len(times) < (2 if times and times[0] > LONG else repeats):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def best(row: Mapping[str, Any], form: str) -> float:
+    """Return the milliseconds of a form, as it is or compiled, whichever is faster; compiled stock counts as exact."""
+    names = (form, f"{form}_compiled", *(("stock_compiled",) if form == "exact" else ()))
+    return min(float(row[f"{name}_ms"]) for name in names if f"{name}_ms" in row)
+
+
+def gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the gates about steps; what was not measured misses its gate."""
+    by_model = {row["model"]: row for row in rows}
+    small, large = by_model.get("Wan 14B 480p 81f"), by_model.get("Wan 14B 720p 81f")
+    slowest = min((row[f"{form}_vs_exact"] for row in rows for form in ("fp8_linears", "fp8_attention")), default=None)
+    return [
+        gate("step_14b_480p_vs_stock", small and small["fp8_both_vs_stock"], ">=", 1.6),
+        gate("step_14b_720p_vs_exact", large and large["fp8_both_vs_exact"], ">=", 1.25),
+        gate("slowest_step_vs_exact", slowest, ">=", 1.0),
+    ]
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why this machine cannot run it."""
+    return why_not_fp8(device) or graphs.refusal(device, 128)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the rows and write the result after each of them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lowp_steps", description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on any device; nothing is written")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="models whose names begin so")
+    parser.add_argument("-o", "--output", default="lowp_steps", help="name or path of the result file")
+    options = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.tiny:
+        simulate = why_not(torch.device(device)) is not None
+        step_row(tiny(), device, 1, fp8_attention(simulate=simulate))
+        return 0
+    cases = [each for each in CASES if not options.only or each.name.startswith(tuple(options.only))]
+    reason = why_not(torch.device(device)) if cases else f"no model begins with {', '.join(options.only)}"
+    if reason:
+        print(f"benchmarks.lowp_steps needs a GPU with FP8 and a model: {reason}", file=sys.stderr)
+        return 2
+    rows = {row["model"]: row for row in _before(options.output)} if options.only else {}
+    for case in cases:
+        rows[case.name] = step_row(case, device)
+        _free(device)
+        ordered = [rows[each.name] for each in CASES if each.name in rows]
+        told = {"flash_attn_4": flash_attention_4(), "steps": ordered, "gates": gates(ordered)}
+        print(write_result(options.output, told))
+    return 0
+
+
+def _before(output: str) -> list[dict[str, Any]]:
+    there = (Path(output) if output.endswith(".json") else RESULTS / f"{output}.json").is_file()
+    return list(read_result(output)["steps"]) if there else []
+
+
+def _free(device: str) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
