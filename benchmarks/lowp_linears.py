@@ -22,7 +22,7 @@ from torch.nn import functional
 import postgen
 from benchmarks.fused_step import milliseconds
 from benchmarks.gates import gate, write_result
-from postgen.kernels.fp8_rows import naive
+from postgen.kernels.fp8_rows import naive, ops
 from postgen.kernels.fp8_rows.ops import quantize_rows, rows_matmul, why_not_fp8
 
 QUIET = postgen.FP8LinearConfig(emulate=True)
@@ -96,11 +96,32 @@ def layer_row(shape: Shape, device: str, repeats: int = REPEATS) -> dict[str, An
         call()
         row[f"{name}_ms"] = milliseconds(call, device, repeats)
     row["fp8_vs_bf16"] = row["bf16_ms"] / row["kernel_ms"]
+    row["fast_product_ms"], row["fast_coherent_error"] = fast(lambda: products(given), weight, device, repeats)
+    row["coherent_error"] = coherent_error(weight)
     rows = x[0, :256]
     found: Tensor = rows_matmul(*quantize_rows(rows), *rounded, None, torch.bfloat16)
     row["error"] = _error(found, functional.linear(rows.double(), weight.double()))
     _say(row)
     return row
+
+
+def fast(product: Callable[[], Any], weight: Tensor, device: str, repeats: int) -> tuple[float, float]:
+    """Return the time of a product whose sums stay in the tensor cores, and its error where they do not cancel."""
+    usual = ops.FAST_ACCUMULATION
+    ops.FAST_ACCUMULATION = True
+    try:
+        product()
+        return milliseconds(product, device, repeats), coherent_error(weight)
+    finally:
+        ops.FAST_ACCUMULATION = usual
+
+
+def coherent_error(weight: Tensor) -> float:
+    """Return the error of tokens that are rows of the weights: the sums on the diagonal are of positive numbers."""
+    codes, scale = quantize_rows(weight[:256])
+    found: Tensor = rows_matmul(codes, scale, codes, scale, None, torch.bfloat16)
+    exact = (codes.double() @ codes.double().mT) * scale.double() * scale.double().view(-1)
+    return _error(found.diagonal(), exact.diagonal())
 
 
 def _error(found: Tensor, exact: Tensor) -> float:

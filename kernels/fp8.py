@@ -23,7 +23,9 @@ def fp8_scale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
         dim: axes that share a scale; None for one scale of all.
     """
     axes = tuple(range(x.dim())) if dim is None else dim
-    return (x.abs().amax(axes, keepdim=True).float() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    largest = x.abs().amax(axes, keepdim=True).float()
+    # By a tensor: torch's CUDA kernels multiply by the inverse of a number, which is another float on some rows.
+    return (largest / torch.full_like(largest, E4M3_MAX)).clamp_min(SMALLEST_SCALE)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from postgen.kernels.fp8 import fp8_scale
 
+_SMALLEST_SCALE = 2.0**-60
+"""Of queries and of keys. cuDNN multiplies both and the scale of the logits in float32: were that 0, as with the scales
+of zeros, its outputs would be NaN."""
 _FURTHEST = 1e4
 """The most that a channel is multiplied by to balance it."""
 
@@ -183,7 +186,7 @@ def planned(query: Channels, key: Channels, value: Channels, preparation: Prepar
     if preparation.rotation:
         # A rotated number is no longer than its row; how long the longest row may be follows from the channels.
         query_reach, key_reach = (x.square().sum(-1, keepdim=True).sqrt() for x in (query_reach, key_reach))
-    query_scale, key_scale = (fp8_scale(x).view(()) for x in (query_reach, key_reach))
+    query_scale, key_scale = (fp8_scale(x).view(()).clamp_min(_SMALLEST_SCALE) for x in (query_reach, key_reach))
     value_mean = value.mean if preparation.value_mean else None
     factor, value_reach = None, value.reach(value_mean)
     if preparation.value_scale:

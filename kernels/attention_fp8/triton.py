@@ -13,6 +13,9 @@ from postgen.kernels.fp8 import E4M3
 
 _TOKENS = 64
 """Tokens of a tile."""
+_TILES = 4
+"""Tiles that a program changes one after the other: the matrix and the factors are loaded once for them."""
+_WARPS = 4
 _PROGRAMS = 1056
 """Programs that the statistics of a tensor are split among: eight for each processor of an H100 or H200."""
 
@@ -23,7 +26,8 @@ def _channel_sums(
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum, sum of squares, smallest and largest number of each channel over some tokens of a head."""
-    split, row = tl.program_id(0), tl.program_id(1)
+    # Heads first, which lie beside each other: programs that run together read whole stretches of memory.
+    row, split = tl.program_id(0), tl.program_id(1)
     sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     start = split * share
@@ -53,32 +57,40 @@ def _channel_sums(
 @triton.jit
 def _change(
     x, minus, times, plus, matrix, out, tokens, heads, x_b, x_n, x_h, x_d, length,
-    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """(x - minus) * times + plus, turned by the matrix, within +-BOUND (0: no bound), for some tokens of a head."""
-    row = tl.program_id(1)
+    row = tl.program_id(0)
     sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     inside = d < CHANNELS
-    there = (n < tokens) & inside[None, :]
     of_head = row.to(tl.int64) * CHANNELS + d
-    place = x + sample * x_b + head * x_h + n.to(tl.int64) * x_n + d[None, :] * x_d
-    tile = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    factor = tl.load(times + of_head, mask=inside, other=0.0)[None, :]
     if minus is not None:
-        tile -= tl.load(minus + of_head, mask=inside, other=0.0)[None, :]
-    tile *= tl.load(times + of_head, mask=inside, other=0.0)[None, :]
+        less = tl.load(minus + of_head, mask=inside, other=0.0)[None, :]
     if plus is not None:
-        tile += tl.load(plus + of_head, mask=inside, other=0.0)[None, :]
+        more = tl.load(plus + of_head, mask=inside, other=0.0)[None, :]
     if matrix is not None:
         other = (d[:, None] < CHANNELS) & inside[None, :]
         turn = tl.load(matrix + d[:, None] * CHANNELS + d[None, :], mask=other, other=0.0)
-        tile = tl.dot(tile.to(turn.dtype), turn) / length
-    if BOUND > 0:
-        # A number that is none stays one.
-        tile = tl.clamp(tile, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
-    result = out + ((sample * tokens + n.to(tl.int64)) * heads + head) * CHANNELS + d[None, :]
-    tl.store(result, tile.to(out.dtype.element_ty), mask=there)
+    start = tl.program_id(1) * BLOCK_N * TILES
+    base = x + sample * x_b + head * x_h + d[None, :] * x_d
+    for first in range(start, tl.minimum(start + BLOCK_N * TILES, tokens), BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)[:, None]
+        there = (n < tokens) & inside[None, :]
+        tile = tl.load(base + n.to(tl.int64) * x_n, mask=there, other=0.0).to(tl.float32)
+        if minus is not None:
+            tile -= less
+        tile *= factor
+        if plus is not None:
+            tile += more
+        if matrix is not None:
+            tile = tl.dot(tile.to(turn.dtype), turn) / length
+        if BOUND > 0:
+            # A number that is none stays one.
+            tile = tl.clamp(tile, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
+        result = out + ((sample * tokens + n.to(tl.int64)) * heads + head) * CHANNELS + d[None, :]
+        tl.store(result, tile.to(out.dtype.element_ty), mask=there)
 
 
 def channels_of(x: Tensor) -> Channels:
@@ -92,7 +104,7 @@ def channels_of(x: Tensor) -> Channels:
     splits = -(-tokens // share)
     sums = x.new_empty(batch, heads, splits, 4, channels, dtype=torch.float32)
     with launching_on(x):
-        _channel_sums[splits, rows](
+        _channel_sums[rows, splits](
             x, sums, tokens, heads, splits, share, *x.stride(),
             CHANNELS=channels, BLOCK_N=_TOKENS, BLOCK_D=triton.next_power_of_2(channels),
         )  # fmt: skip
@@ -118,10 +130,10 @@ def changed(
     matrix = _signs(channels, x.device) if rotates else None
     small = [None if each is None else each.expand(batch, 1, heads, channels).contiguous() for each in (*change, plus)]
     with launching_on(x):
-        _change[triton.cdiv(tokens, _TOKENS), batch * heads](
+        _change[batch * heads, triton.cdiv(tokens, _TOKENS * _TILES)](
             x, *small, matrix, out, tokens, heads, *x.stride(), row_length(channels),
             CHANNELS=channels, BLOCK_N=_TOKENS, BLOCK_D=max(16, triton.next_power_of_2(channels)),
-            BOUND=448 if dtype == E4M3 else 0,
+            TILES=_TILES, BOUND=448 if dtype == E4M3 else 0, num_warps=_WARPS,
         )  # fmt: skip
     return out
 

@@ -78,7 +78,7 @@ def test_is_what_the_reference_says(preparation: Preparation) -> None:
     wanted, wanted_lse = naive.attention_fp8(*tensors, preparation=preparation, rounds_output=rounds)
     # They round exponentials and outputs at other places; both are far nearer to each other than to float64.
     assert relative_error(out, wanted) <= 0.045
-    assert (lse - wanted_lse).abs().max() < 0.01
+    assert (lse - wanted_lse).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("channels", [64, 80, 112, 128])
