@@ -35,7 +35,7 @@ Apply = Callable[[Any], Any]
 
 QUIET = postgen.FP8LinearConfig(emulate=True)
 REPEATS = 5
-LONG = 4.0
+LONG = 1.5
 """Seconds of a step that is long: two calls of it are enough."""
 
 
