@@ -22,7 +22,7 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         UserError: a value outside its range, or two that do not go together.
     """
 
-    may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "export_dtype")
+    may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "export_dtype", "guidance_scale")
 
     learning_rate_new: float | None = None
     """Peak rate of the two widened layers, of the level embedder and of what refines; none is `learning_rate`."""
@@ -38,6 +38,10 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
     """What latents of RGB, depth and flow are multiplied by for the network, RGB by 1; none is measured from the
     clips, so that all have the size of RGB's."""
 
+    guidance_scale: float | None = None
+    """Classifier-free guidance that rollouts with the adapter take where nothing else is asked for; none is that of
+    the base. With memory less of it is enough: the text says little that the frames before do not show."""
+
     own_from: float = 0.8
     """Share of the steps after which memory is partly the model's own."""
 
@@ -52,6 +56,8 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         self.require(0 <= self.refine <= 1024, "refine", "from 0 to 1024")
         if self.latent_scale is not None:
             checked_scale(self.latent_scale, len(self.modalities))
+        guidance = self.guidance_scale
+        self.require(guidance is None or 0 <= guidance <= 1000, "guidance_scale", "from 0 to 1000")
         for name in ("own_from", "own_share"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         self.require(not self.fully_shard, "fully_shard", "false: the adapter is written of whole weights")

@@ -293,8 +293,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         own_shift = self.pipe.scheduler.config.get("flow_shift", self.pipe.scheduler.config.get("shift"))
         settings = {**args.rollout_settings(), "flow_shift": own_shift}
         settings |= dict(zip(("height", "width"), args.size, strict=True))
-        if self.guidance is not None:
-            settings["guidance_scale"] = self.guidance
+        guidance = self.guidance if args.guidance_scale is None else args.guidance_scale
+        if guidance is not None:
+            settings["guidance_scale"] = guidance
         loss: Any = self.unwrap(_MODEL)
         dtype = getattr(torch, args.export_dtype)
         base = None if args.use_peft else narrow_transformer(copy.deepcopy(transformer_of(self.pipe)))

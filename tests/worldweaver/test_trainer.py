@@ -115,11 +115,11 @@ def test_the_adapter_is_the_trained_model(name: str, tmp_path: Path) -> None:
     """Loaded into its base it says what the trained one says, bit by bit."""
     clips = {"num_frames": 33, "height": 32, "width": 32, "flow_shift": 3.0} if name == "LTX" else {}
     window = {"groups": 2, "num_inference_steps": 4, "history_sizes": [1, 1]} if name == "LTX" else {}
-    run = trained(tmp_path, name, **clips, **window)
+    run = trained(tmp_path, name, **clips, **window, guidance_scale=1.5)
     pipe = MAKERS[name]()
     loaded = load_adapter(pipe, tmp_path / "export")
     model = WorldWeaverModel(denoiser_for(pipe), loaded.embedder)
-    assert loaded.settings["ar_step"] == 2
+    assert (loaded.settings["ar_step"], loaded.settings["guidance_scale"]) == (2, 1.5)
     assert loaded.settings["history_sizes"] == run.args.history_sizes
     assert torch.equal(says(model, run), says(run.unwrap("worldweaver").model, run))
 
