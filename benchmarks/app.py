@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -25,15 +24,14 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
+from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, Gate, gate, read_result, write_result
 from benchmarks.lit_tables import table
-from postgen.files import replacing
 
 STARTS = 3
 TRIES = 20
 """Fewest tries to read a file of the server that count."""
 PAGE = RESULTS.parent.parent / "docs" / "app.md"
-_TABLE = re.compile(r"(?<=<!-- table: app -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def start(folder: Path, *, tiny: bool) -> dict[str, Any]:
@@ -202,9 +200,7 @@ _TOLD: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 def write_table(page: Path = PAGE) -> None:
     """Write the table of the docs anew, of the result that is there."""
-    text, lines = page.read_text(encoding="utf-8"), "\n".join(markdown(read_result("app"))) + "\n"
-    with replacing(page) as part:
-        part.write_text(_TABLE.sub(lambda found: lines, text), encoding="utf-8")
+    docs_tables.write(page, {"app": markdown(read_result("app"))})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

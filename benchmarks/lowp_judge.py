@@ -1,10 +1,10 @@
 """What low precision does to the clips of the embedded model: the world's judge and PSNR, paired by prompt and seed.
 
-    python -m benchmarks.lowp_judge [--prompts 512] [--modes exact fp8_linears] [--model FOLDER] [--device cuda]
+    python -m benchmarks.lowp_judge [--prompts 512] [--modes fp8_linears] [--model FOLDER] [--device cuda]
 
 Clip i is from prompt i and seed i in every mode; `exact` is the model as it is, which the others are compared with.
 Half the prompts are of one body, half of two. Differences of the judge's score have 95 % bootstrap intervals over
-prompts; PSNR is of a mode's clip against the exact one. On a processor the rounding is emulated. Writes
+prompts; PSNR is of a mode's clip against the exact one. Where a kernel is missing, the rounding is emulated. Writes
 `results/lowp_judge.json` with the gate `judge_drop`: the upper end of the interval of the drop, the worst mode.
 `MODES` takes further modes, a function from a pipeline to a context manager each.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from benchmarks.enhance_a_video import scenes
 from benchmarks.gates import gate, write_result
 from postgen import world
 from postgen.fp8_linear import fp8_linears_for_call
+from postgen.fused.fp8_attention import fp8_attention_for_call
+from postgen.kernels.attention_fp8 import graphs
 from postgen.metrics.bootstrap import bootstrap
 from postgen.metrics.video_measures import motion
 from postgen.world.check import check_batch
@@ -37,9 +39,26 @@ from postgen.world.spec import Spec
 Mode = Callable[[Any], AbstractContextManager[Any]]
 """From a pipeline to what is open while its clips are made."""
 
+LINEARS = postgen.FP8LinearConfig(emulate=True)
+
+
+def attention_of(pipe: Any) -> postgen.FP8AttentionConfig:
+    """Return the usual setting, simulated where there is no such kernel."""
+    return postgen.FP8AttentionConfig(simulate=graphs.refusal(pipe.transformer.device, 64) is not None)
+
+
+@contextmanager
+def both(pipe: Any) -> Iterator[None]:
+    """Put both on for one call."""
+    with fp8_linears_for_call(pipe, LINEARS), fp8_attention_for_call(pipe, attention_of(pipe)):
+        yield
+
+
 MODES: dict[str, Mode] = {
     "exact": lambda pipe: nullcontext(),
-    "fp8_linears": lambda pipe: fp8_linears_for_call(pipe, postgen.FP8LinearConfig(emulate=True)),
+    "fp8_linears": lambda pipe: fp8_linears_for_call(pipe, LINEARS),
+    "fp8_attention": lambda pipe: fp8_attention_for_call(pipe, attention_of(pipe)),
+    "fp8_both": lambda pipe: both(pipe),
 }
 """What is compared, by name."""
 AT_ONCE = 64

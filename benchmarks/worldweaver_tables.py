@@ -6,14 +6,13 @@ anew from the result that is there.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, read_result
 from benchmarks.lit_tables import table
-from postgen.errors import UserError
 from postgen.files import replacing
 
 PAGE = RESULTS.parent.parent / "docs" / "worldweaver_results.md"
@@ -153,7 +152,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "long_differences": _of_long(differences),
     "gates": gates,
 }
-_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str, result: Mapping[str, Any] | None) -> str:
@@ -166,16 +164,9 @@ def filled(text: str, result: Mapping[str, Any] | None) -> str:
     Raises:
         UserError: the page lacks a table or has another one.
     """
-    names = [match[2] for match in _PLACE.finditer(text)]
-    if sorted(names) != sorted(TABLES):
-        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(TABLES)}, each once")
-
-    def made(match: re.Match[str]) -> str:
-        lines = [NOTHING] if result is None else TABLES[match[2]](result)
-        told = "\n".join(lines)
-        return f"{match[1]}\n{told}\n\n{match[3]}"
-
-    return _PLACE.sub(made, text)
+    return docs_tables.filled(
+        text, {name: [NOTHING] if result is None else list(make(result)) for name, make in TABLES.items()}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

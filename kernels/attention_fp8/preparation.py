@@ -27,8 +27,8 @@ from torch import Tensor
 from postgen.kernels.fp8 import fp8_scale
 
 _SMALLEST_SCALE = 2.0**-60
-"""Of queries and of keys. cuDNN multiplies both and the scale of the logits in float32: were that 0, as with the scales
-of zeros, its outputs would be NaN."""
+"""Of queries and of keys. cuDNN multiplies both and the scale of the logits in float32: if that underflows, as with
+the scales of zeros, its outputs are NaN."""
 _FURTHEST = 1e4
 """The most that a channel is multiplied by to balance it."""
 

@@ -12,8 +12,10 @@ from postgen.kernels.dispatch import launching_on
 from postgen.kernels.fp8 import E4M3
 
 _TOKENS = 64
-"""Tokens of a tile."""
-_TILES = 4
+"""Tokens of a tile that is changed."""
+_SUMMED = 16
+"""Tokens of a tile of which statistics are made."""
+_TILES = 8
 """Tiles that a program changes one after the other: the matrix and the factors are loaded once for them."""
 _WARPS = 4
 _PROGRAMS = 1056
@@ -33,25 +35,26 @@ def _channel_sums(
     start = split * share
     end = tl.minimum(start + share, tokens)
     base = x + sample * x_b + head * x_h + d[None, :] * x_d
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    square = tl.zeros((BLOCK_D,), tl.float32)
-    low = tl.full((BLOCK_D,), float("inf"), tl.float32)
-    high = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    # By place of the tile: threads put their numbers together once, at the end.
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    square = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    low = tl.full((BLOCK_N, BLOCK_D), float("inf"), tl.float32)
+    high = tl.full((BLOCK_N, BLOCK_D), float("-inf"), tl.float32)
     for first in range(start, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)[:, None]
         there = (n < end) & (d[None, :] < CHANNELS)
         # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
         tile = tl.load(base + n.to(tl.int64) * x_n, mask=there, other=0.0).to(tl.float32)
-        total += tl.sum(tile, axis=0)
-        square += tl.sum(tile * tile, axis=0)
-        low = tl.minimum(low, tl.min(tl.where(there, tile, float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.where(there, tile, float("-inf")), axis=0))
+        total += tile
+        square += tile * tile
+        low = tl.minimum(low, tl.where(there, tile, float("inf")))
+        high = tl.maximum(high, tl.where(there, tile, float("-inf")))
     inside = d < CHANNELS
     place = out + (row.to(tl.int64) * splits + split) * 4 * CHANNELS + d
-    tl.store(place, total, mask=inside)
-    tl.store(place + CHANNELS, square, mask=inside)
-    tl.store(place + 2 * CHANNELS, low, mask=inside)
-    tl.store(place + 3 * CHANNELS, high, mask=inside)
+    tl.store(place, tl.sum(total, axis=0), mask=inside)
+    tl.store(place + CHANNELS, tl.sum(square, axis=0), mask=inside)
+    tl.store(place + 2 * CHANNELS, tl.min(low, axis=0), mask=inside)
+    tl.store(place + 3 * CHANNELS, tl.max(high, axis=0), mask=inside)
 
 
 @triton.jit
@@ -97,16 +100,16 @@ def channels_of(x: Tensor) -> Channels:
     """Return what `Channels.of` does for a tensor (B, N, H, D) of any strides, in one read of it."""
     batch, tokens, heads, channels = x.shape
     rows = batch * heads
-    splits = max(1, min(-(-_PROGRAMS // rows), -(-tokens // _TOKENS)))
+    splits = max(1, min(-(-_PROGRAMS // rows), -(-tokens // _SUMMED)))
     share = -(-tokens // splits)
     # Whole tiles, so that only the last program has a part of one; the last programs may have none.
-    share = -(-share // _TOKENS) * _TOKENS
+    share = -(-share // _SUMMED) * _SUMMED
     splits = -(-tokens // share)
     sums = x.new_empty(batch, heads, splits, 4, channels, dtype=torch.float32)
     with launching_on(x):
         _channel_sums[rows, splits](
             x, sums, tokens, heads, splits, share, *x.stride(),
-            CHANNELS=channels, BLOCK_N=_TOKENS, BLOCK_D=triton.next_power_of_2(channels),
+            CHANNELS=channels, BLOCK_N=_SUMMED, BLOCK_D=triton.next_power_of_2(channels),
         )  # fmt: skip
     added = sums[..., :2, :].sum(2) / tokens
     low, high = sums[..., 2, :].amin(2), sums[..., 3, :].amax(2)

@@ -21,8 +21,8 @@ from postgen.kernels.fp8_rows import naive
 MULTIPLE = 16
 """The scaled product takes input and output channels that this divides."""
 FAST_ACCUMULATION = False
-"""Whether Hopper's tensor cores keep the whole sum to themselves, with few bits: of numbers that do not cancel, as where
-a token looks like an output channel, 7 % is lost over 5,120 channels and 16 % over 13,824 (H200)."""
+"""Whether Hopper's tensor cores keep the whole sum, with few bits. Where products do not cancel, as in a token that is
+like a row of the weights, 7 % of it is lost over 5,120 channels and 16 % over 13,824 (H200)."""
 MAX_CHANNELS = 32768
 """The longest row that a program of the kernel holds in registers."""
 

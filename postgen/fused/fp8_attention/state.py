@@ -41,6 +41,19 @@ class _Here(threading.local):
         return _Here, ()
 
 
+class _Choice(threading.local):
+    """How a layer is prepared in the call under way in this thread.
+
+    A layer does not look itself up by its name: compiled blocks would be compiled once for every name.
+    """
+
+    def __init__(self) -> None:
+        self.preparation: Preparation | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Choice, ()
+
+
 class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
     """Everything on one transformer."""
 
@@ -50,7 +63,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         tokens = video_tokens_of(model)
         self.here, self._progress = _Here(), progress
         self.calls_sdpa = tokens.attention_call == "sdpa"
-        self.layers = {name: FP8Layer(self, name) for name in tokens.attention_modules(model)}
+        self.layers = {name: FP8Layer(self) for name in tokens.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._note = ""
         super().__init__(model, config)
@@ -93,6 +106,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         now = self.now
         config = now.config
         self.here.exact = False
+        for name, layer in self.layers.items():
+            layer.choice.preparation = now.prepared[name] if now.enabled else None
         if not now.enabled or not (config.first_exact or config.last_exact):
             return
         try:
@@ -132,13 +147,12 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
 class FP8Layer:
     """The wrapper of one module's processor; `around` is pushed on the processor stack."""
 
-    def __init__(self, whole: FP8Attention, name: str) -> None:
-        self._whole, self._name = whole, name
+    def __init__(self, whole: FP8Attention) -> None:
+        self._whole, self.choice = whole, _Choice()
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the processor; its attention is computed here where step and layer say so."""
-        now = self._whole.now
-        if not now.enabled or self._whole.here.exact or now.prepared[self._name] is None:
+        if self._whole.here.exact or self.choice.preparation is None:
             return inner(attention, *args, **kwargs)
         if self._whole.calls_sdpa:
             with divert_sdpa(self.attend), divert_dispatched(self.attend):
@@ -164,7 +178,7 @@ class FP8Layer:
                 warn_once(f"attention stays exact, not FP8: {reason}")
             return None
         return attention_fp8(
-            query, key, value, scale=scale, preparation=now.prepared[self._name], key_lengths=key_lengths,
+            query, key, value, scale=scale, preparation=self.choice.preparation, key_lengths=key_lengths,
             simulate=now.config.simulate, guard=now.config.debug,
         )  # fmt: skip
 

@@ -1,0 +1,48 @@
+"""Blocks that are compiled one by one share their code: a plug-in must not have them compiled for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import postgen
+from tests.families.tiny_models import tiny_model
+
+PLUG_INS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "fused": (postgen.apply_fused_ops, 1),
+    "enhance": (postgen.apply_enhance_a_video, 1),
+    "fp8_linears": (lambda model: postgen.apply_fp8_linears(model, postgen.FP8LinearConfig(emulate=True)), 1),
+    "fp8_attention": (
+        lambda model: postgen.apply_fp8_attention(
+            model,
+            postgen.FP8AttentionConfig(first_exact=0, last_exact=0, exact_layers=("blocks.1.attn1",), simulate=True),
+        ),
+        2,
+    ),
+}
+"""What is put on, and how many kinds of layers it makes."""
+
+
+@pytest.mark.parametrize("name", PLUG_INS)
+def test_a_kind_of_layer_is_compiled_once(name: str) -> None:
+    put, kinds = PLUG_INS[name]
+    model = tiny_model("Wan", layers=3)
+    put(model.transformer)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    try:
+        for block in model.transformer.blocks:  # type: ignore[union-attr]
+            block.compile(fullgraph=True, backend=backend)
+        with torch.no_grad():
+            model()
+    finally:
+        torch.compiler.reset()
+    assert len(compiled) == kinds
