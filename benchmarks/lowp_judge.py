@@ -43,8 +43,8 @@ LINEARS = postgen.FP8LinearConfig(emulate=True)
 
 
 def attention_of(pipe: Any) -> postgen.FP8AttentionConfig:
-    """Return the usual setting, simulated where there is no such kernel."""
-    return postgen.FP8AttentionConfig(simulate=graphs.refusal(pipe.transformer.device, 64) is not None)
+    """Return the usual setting for the few tokens of the embedded model, simulated where there is no such kernel."""
+    return postgen.FP8AttentionConfig(min_tokens=0, simulate=graphs.refusal(pipe.transformer.device, 64) is not None)
 
 
 @contextmanager

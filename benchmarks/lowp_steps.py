@@ -93,7 +93,7 @@ def forms_of(attention: Apply) -> dict[str, tuple[Apply, ...]]:
 
 def fp8_attention(simulate: bool = False) -> Apply:
     """Return what puts FP8 attention on all layers, at every step: what a step in the middle of a run costs."""
-    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=simulate)
+    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, min_tokens=0, simulate=simulate)
     return lambda model: postgen.apply_fp8_attention(model, config)
 
 

@@ -52,8 +52,13 @@ def check_known(transformer: str) -> None:
     tokens_named(transformer)
 
 
-def plan_for(model: nn.Module, config: FP8LinearConfig) -> Plan:
+def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
     """Find the layers that settings take on a transformer as it is now.
+
+    Args:
+        model: the transformer.
+        config: the settings.
+        least: input and output channels of a layer that is taken.
 
     Raises:
         UserError: an unknown transformer, a layer that another owner replaced, or nothing to take.
@@ -63,6 +68,7 @@ def plan_for(model: nn.Module, config: FP8LinearConfig) -> Plan:
     spared = _spared(block_names(model), config)
     layers: dict[str, str] = {}
     left: dict[str, str] = {}
+    narrow = 0
 
     def asked(name: str) -> str | None:
         part = parts.of(name)
@@ -76,12 +82,18 @@ def plan_for(model: nn.Module, config: FP8LinearConfig) -> Plan:
     for name, linear in find_linears(model).items():
         if (part := asked(name)) is None:
             continue
-        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+        if min(linear.in_features, linear.out_features) < least:
+            narrow += 1
+        elif linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
             left[name] = f"{linear.in_features} x {linear.out_features}"
         else:
             layers[name] = part
     if not layers:
         why = f"{len(left)} have channels that {MULTIPLE} does not divide" if left else "the settings leave none"
+        if narrow:
+            why = (
+                f"{narrow} have fewer than {least} inputs or outputs and would be no faster; min_features=0 takes them"
+            )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")
     return Plan(layers=layers, left=left)
 

@@ -41,11 +41,11 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             UserError: an unknown transformer, a layer that another owner replaced, nothing to take, or a GPU without
                 FP8.
         """
-        plan = plan_for(model, config)
         device = next(model.parameters()).device
-        if device.type == "cuda":
+        on_gpu = device.type == "cuda"
+        if on_gpu:
             _check_device(device, config)
-        return plan
+        return plan_for(model, config, config.min_features if on_gpu and not config.emulate else 0)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8LinearConfig]]) -> None:
         """Put layers in place that any of the settings wants, and the others back.

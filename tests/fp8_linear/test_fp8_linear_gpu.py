@@ -18,6 +18,7 @@ from tests.kernels.launches import relative_error
 
 HAS = torch.cuda.is_available() and why_not_fp8(torch.device("cuda", 0)) is None
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS, reason="needs a GPU with FP8")]
+ALL = postgen.FP8LinearConfig(min_features=0)
 
 
 def wan() -> tuple[Any, dict[str, Any]]:
@@ -80,13 +81,13 @@ def test_models_are_the_emulated_ones(name: str) -> None:
 def test_put_on_taken_off_and_compiled() -> None:
     model, arguments = wan()
     stock = predicted(model, arguments)
-    handle = postgen.apply_fp8_linears(model)
+    handle = postgen.apply_fp8_linears(model, ALL)
     on = predicted(model, arguments)
     assert torch.equal(predicted(model, arguments), on)
     assert 0 < relative_error(on, stock) < 0.1
     handle.remove()
     assert torch.equal(predicted(model, arguments), stock)
-    postgen.apply_fp8_linears(model)
+    postgen.apply_fp8_linears(model, ALL)
     for block in layout_of(model).block_modules(model).values():
         block.compile(fullgraph=True)
     assert relative_error(predicted(model, arguments), on) < 0.05
@@ -97,7 +98,7 @@ def test_put_on_taken_off_and_compiled() -> None:
 
 def test_moved_between_devices() -> None:
     model, arguments = wan()
-    postgen.apply_fp8_linears(model)
+    postgen.apply_fp8_linears(model, ALL)
     on = predicted(model, arguments)
     model.to("cpu")
     model.to("cuda")
@@ -106,11 +107,11 @@ def test_moved_between_devices() -> None:
 
 def test_applied_on_a_processor_and_moved() -> None:
     model, arguments = wan()
-    postgen.apply_fp8_linears(model)
+    postgen.apply_fp8_linears(model, ALL)
     on = predicted(model, arguments)
     postgen.remove_fp8_linears(model)
     model.to("cpu")
-    postgen.apply_fp8_linears(model)
+    postgen.apply_fp8_linears(model, ALL)
     model.to("cuda")
     assert torch.equal(predicted(model, arguments), on)
 
@@ -134,7 +135,7 @@ def test_lora_is_trained_on_top() -> None:
     from peft import LoraConfig
 
     model, arguments = wan()
-    postgen.apply_fp8_linears(model)
+    postgen.apply_fp8_linears(model, ALL)
     model.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_v", "net.2"], init_lora_weights=False))
     model.enable_gradient_checkpointing()
     model.train()
@@ -142,3 +143,9 @@ def test_lora_is_trained_on_top() -> None:
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert gradients
     assert all(each is not None and each.isfinite().all() and each.abs().sum() > 0 for each in gradients)
+
+
+def test_narrow_layers_are_no_faster_and_stay_exact() -> None:
+    model, _ = wan()
+    with pytest.raises(postgen.UserError, match=r"fewer than 2048 inputs or outputs .* min_features=0 takes them"):
+        postgen.apply_fp8_linears(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 import postgen
 from postgen.errors import UserError
-from postgen.families.linear import replace_linears
+from postgen.families.linear import find_linears, replace_linears
 from postgen.fp8_linear.config import PARTS, FP8LinearConfig, fp8_linears_setting
 from postgen.fp8_linear.policy import plan_for, shares_input
 from tests.families.tiny_models import tiny_model
@@ -89,6 +89,15 @@ def test_odd_channels_are_left_and_told_of() -> None:
         postgen.apply_fp8_linears(model, FP8LinearConfig(attention=False))
 
 
+def test_narrow_layers_are_left_where_they_would_be_no_faster() -> None:
+    model = tiny_model("Wan").transformer
+    widths = {name: min(each.in_features, each.out_features) for name, each in find_linears(model).items()}
+    width = max(widths[name] for name in plan_for(model, FP8LinearConfig()).layers)
+    assert {widths[name] for name in plan_for(model, FP8LinearConfig(), width).layers} == {width}
+    with pytest.raises(UserError, match=f"fewer than {width + 1} inputs or outputs .* min_features=0 takes them"):
+        plan_for(model, FP8LinearConfig(), width + 1)
+
+
 def test_who_shares_tokens() -> None:
     taken = plan_for(tiny_model("Wan").transformer, FP8LinearConfig()).layers
     sharing = [name for name, part in taken.items() if shares_input(name, part)]
@@ -117,6 +126,7 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
     [
         ({"attention": "yes"}, "attention must be True or False, got 'yes'"),
         ({"emulate": 1}, "emulate must be True or False"),
+        ({"min_features": -1}, "min_features must be a whole number of at least 0"),
         ({"exact_first": -1}, "exact_first must be a whole number of at least 0"),
         ({"exact_last": 1.5}, "exact_last must be a whole number"),
         ({"exact_first": True}, "exact_first must be"),

@@ -54,7 +54,9 @@ class FP8AttentionReport:
     def config(self, **changes: Any) -> FP8AttentionConfig:
         """Return the settings that follow, with some fields changed."""
         preparations = {re.escape(row.layer): row.preparation for row in self.rows}
-        found = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
+        found: dict[str, Any] = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
+        if self.rows and all(row.fp8_ms is not None for row in self.rows):
+            found["min_tokens"] = 0  # what gains nothing is among the exact layers
         return FP8AttentionConfig(**{**found, **changes})
 
     def table(self) -> str:

@@ -173,6 +173,8 @@ class FP8Layer:
         if query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
             return None
         now = self._whole.now
+        if query.shape[1] < now.config.min_tokens and not now.config.simulate:
+            return None
         if (reason := self._refusal(query, key, value, mask, scale, key_lengths)) is not None:
             if not torch.compiler.is_compiling():
                 warn_once(f"attention stays exact, not FP8: {reason}")
