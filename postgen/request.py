@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from postgen.assets import EMBEDDED
 from postgen.errors import UserError, check_text, shown
 from postgen.families.loading import check_device_name
 from postgen.families.lora import parse_lora
@@ -52,6 +53,8 @@ class GenerateConfig:
     """none, auto, model or sequential: `postgen.families.offload.place_weights`."""
     lora: tuple[str, ...] = ()
     """LoRA files, each `PATH[:scale]`."""
+    lit: str | None = None
+    """Adapter of hybrid linear attention (`postgen.lit.adapter`): a file, a folder with one, or `embedded`."""
     image: str | None = None
     """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
     fps: float | None = None
@@ -101,7 +104,7 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     texts = settings.pop("plug_ins")
     settings |= {row.option: texts.get(row.option) for row in known_plug_ins()}
-    for name in ("model", "image"):
+    for name in ("model", "image", *(["lit"] if config.lit != EMBEDDED else [])):
         settings[name] = _absolute(settings[name])
     loras = map(parse_lora, config.lora)
     settings["lora"] = [str(dataclasses.replace(lora, path=_absolute(lora.path) or lora.path)) for lora in loras]
@@ -121,7 +124,7 @@ def carried(note: Mapping[str, Any]) -> str:
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a sidecar with the names of files of this machine in place of where they are."""
     found = dict(settings)
-    for name in {"model", "image"} & found.keys():
+    for name in {"model", "lit", "image"} & found.keys():
         found[name] = name_of(found[name])
     loras = map(parse_lora, found.get("lora", ()))
     found["lora"] = [str(dataclasses.replace(lora, path=name_of(lora.path) or lora.path)) for lora in loras]
@@ -201,11 +204,11 @@ def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, A
         sidecar: its file.
 
     Raises:
-        UserError: a model, LoRA or first frame that is at neither place.
+        UserError: a model, LoRA, adapter or first frame that is at neither place.
     """
     found = dict(settings)
-    for name, what in (("model", "the model"), ("image", "the first frame")):
-        if found.get(name) is not None:
+    for name, what in (("model", "the model"), ("lit", "the adapter"), ("image", "the first frame")):
+        if found.get(name) is not None and (name, found[name]) != ("lit", EMBEDDED):
             found[name] = _placed(found[name], sidecar, what, f"--{name} PATH")
     placed = []
     for lora in map(parse_lora, found.get("lora", ())):
@@ -224,7 +227,7 @@ def _placed(name: str, sidecar: str | Path, what: str, again: str) -> str:
         return name
     if not path.is_absolute() and (beside / path).exists():
         return str(beside / path)
-    if what != "the first frame" and is_hub_id(name):
+    if what not in ("the first frame", "the adapter") and is_hub_id(name):
         return name
     if path.is_absolute():
         raise UserError(f"the sidecar {sidecar} names {what} {name}, which is not there: say where it is with {again}")

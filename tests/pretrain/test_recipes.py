@@ -288,7 +288,7 @@ def test_what_cannot_be_taken_over_is_refused(tmp_path):
     _, config = load_recipe(RECIPES / "tiny-wan-fine.yaml", ["--ffn_dim", "64"])
     with pytest.raises(UserError, match=r"blocks_from.*there and .* here: take its widths"):
         take_over(new_transformer(config, 16), None, tokenizer, embedded_model())
-    with pytest.raises(UserError, match="blocks_from: .* is no folder of a pipeline"):
+    with pytest.raises(UserError, match=r"blocks_from: .* is no folder of a pipeline"):
         load_recipe(RECIPES / "tiny-wan-fine.yaml", ["--blocks_from", str(tmp_path)])
     trained = new_transformer(config, 16)
     assert with_patch(trained, (1, 1, 1)).keys() == trained.state_dict().keys()
