@@ -61,7 +61,11 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
     (options.out / "jobs").mkdir(exist_ok=True)
     winner = options.winner
     if winner == "auto":
-        winner = "" if options.group == "types" else winner_of(read_results(options.winner_from or options.out))
+        winner = (
+            ""
+            if options.group in ("teacher", "types")
+            else winner_of(read_results(options.winner_from or options.out))
+        )
         print(f"winner: {winner}", flush=True) if winner else None
     jobs = jobs_of(options.group, winner, options.out, words)
     if options.types:

@@ -71,7 +71,7 @@ ARMS = {
 """All of them but `all` leave block 0 as it is."""
 ALL_LINEAR = ("lit", "mhla")
 """Types of which models are all linear."""
-GROUPS = ("types", "winner", "embedded")
+GROUPS = ("teacher", "types", "winner", "embedded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +134,8 @@ def jobs_of(group: str, winner: str, out: Path, words: Sequence[str]) -> list[Jo
     Raises:
         UserError: a group or layer type that there is not.
     """
+    if group == "teacher":
+        return [Job(name="teacher", out=out, words=tuple(words))]
     if group not in GROUPS or (group != "types" and winner not in (*TYPES, SHARED)):
         raise UserError(f"no group {group} of {winner}: groups are {', '.join(GROUPS)}, types {', '.join(TYPES)}")
     students = [*_students(group, winner)]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import lit_video, lit_video_report
+from benchmarks import lit_video, lit_video_report, side_by_side
 from benchmarks.gates import read_result
 from benchmarks.lit_models import KINDS, PLANS
 from benchmarks.lit_sections import put_section
@@ -93,8 +93,10 @@ class Sleep:
 
 
 def test_runs_side_by_side_end_in_time_and_name_those_that_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(side_by_side, "LOOK", 0.05)
+
     def start(run: Sleep, gpu: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-S", "-c", run.code, str(tmp_path)])
 
@@ -103,7 +105,7 @@ def test_runs_side_by_side_end_in_time_and_name_those_that_failed(
     runs.append(Sleep("c", tmp_path, "import time; time.sleep(600)"))
     ready = lambda run: run.name != "c" or runs[0].done  # noqa: E731
     begun = time.monotonic()
-    assert run_all(runs, [], 2, start, ready=ready, until=begun + 4, go_on=True) == ["b"]
+    assert run_all(runs, [], 2, start, ready=ready, until=begun + 2.5, go_on=True) == ["b"]
     assert time.monotonic() - begun < 60
     said = capsys.readouterr().out
     assert ("a: done" in said, "b: failed" in said, "c: not done" in said) == (True, True, True)
@@ -114,7 +116,7 @@ def test_pairs_of_types_and_their_names() -> None:
     wanted = {"lit": 0, "mhla": 0, "delta_r0": 1 / 9, "delta_r1": 25 / 81, "linear_r0": 1 / 9, "anchor": 0.25}
     wanted["chunk"] = (3 * 3 + 3 * 4 + 3 * 4) / 81
     for kind in TYPES:
-        model: Any = tiny_model("WanTransformer3DModel", layers=4).transformer
+        model: Any = tiny_model("Wan", layers=4).transformer
         convert(model, conversion(kind, ("softmax", KINDS[TYPES[kind]].kind, "softmax", "softmax"), GRID, 0))
         assert plan_density(layers_of(model), 4, GRID) == pytest.approx((wanted[kind] + 3) / 4)
     names = {plan.name for plan in PLANS}
