@@ -49,6 +49,7 @@ from postgen.lit.train_config import LitTrainingConfig
 from postgen.lit.trainer import LitTrainer
 from postgen.reconstruct import ReconstructConfig, RecordsConfig
 from postgen.tensor_files import read_tensors
+from postgen.training import Reason
 from postgen.training.prompts import Prompts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "lit-tiny-wan.yaml"
@@ -110,7 +111,7 @@ class Work:
     def latents_job(self) -> dict[str, Any]:
         """Draw the latents that all students of the folder are trained on."""
         seed, run = int(self.job.name.split(".")[1]), self.job.out / "work" / self.job.name
-        LitTrainer(self.training(conversion={"layers": "1:lit"}, max_steps=1, output_dir=str(run), seed=seed)).train()
+        whole(self.training(conversion={"layers": "1:lit"}, max_steps=1, output_dir=str(run), seed=seed))
         self.job.lasting.parent.mkdir(exist_ok=True)
         (run / "latents").rename(self.job.lasting)
         return {"latents": len(self.rows)}
@@ -127,7 +128,7 @@ class Work:
             num_inference_steps=self.how.steps,
             levels_per_prompt=min(5, self.how.steps),
             guidance_scale=self.how.guidance,
-            batch_size=min(16, options.transfer_prompts // 2),
+            batch_size=min(8, options.transfer_prompts // 2),
             held_out_prompts=options.transfer_prompts // 9 or 1,
             seed=seed,
             max_gb=60,
@@ -145,6 +146,8 @@ class Work:
         )
         rows = self.rows[: options.transfer_prompts]
         report = transfer(pipe, config, rows, records=records, train=train, blocks_at_a_time=4)
+        if report.unfinished:
+            raise SystemExit("the transfer was ended before its last block")
         size = save_adapter(pipe.transformer, self.job.lasting / "adapter.safetensors")
         student, pipe.transformer = pipe.transformer, stock
         texts, kinds = [row["prompt"] for row in self.rows[-SCORED:]], [report_kind(config)]
@@ -205,7 +208,7 @@ class Work:
         drawn = self.job.out / "drawn" / f"latents.{seed}"
         (run / "latents").unlink(missing_ok=True)
         (run / "latents").symlink_to(drawn.resolve())  # the run finds its latents drawn
-        LitTrainer(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed)).train()
+        whole(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed))
         pipe = self.teacher()
         apply_adapter(pipe.transformer, run / "export")
         return pipe
@@ -234,6 +237,12 @@ class Work:
         result |= {"versions": versions(), "settings": settings}
         with replacing(self.job.result) as part:
             part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def whole(args: LitTrainingConfig) -> None:
+    """Train to the end: a run that is told to stop saves and returns, and its student is not to be measured."""
+    if LitTrainer(args).train().reason is not Reason.DONE:
+        raise SystemExit("the training was ended before its last step")
 
 
 def report_kind(config: LiTConfig) -> str:

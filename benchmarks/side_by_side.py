@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 LOOK = 1.0
 """Seconds between two looks at the processes."""
+GRACE = 30.0
+"""Seconds that processes have to end once they are told to: trainers end their step and save."""
 
 
 class Run(Protocol):
@@ -93,8 +95,13 @@ def run_all(
     finally:
         for *_, process in running:
             process.terminate()
+        ends = time.monotonic() + GRACE
         for *_, process in running:
-            process.wait()
+            try:
+                process.wait(max(0.1, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     for run in [*(each[0] for each in running), *waiting]:
         print(f"{run.name}: not done", flush=True)
     return failed

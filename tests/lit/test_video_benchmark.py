@@ -33,6 +33,7 @@ from benchmarks.lit_video_arms import (
     winner_of,
 )
 from benchmarks.lit_video_files import LARGEST, pack, unpack
+from benchmarks.lit_video_job import Work, whole
 from benchmarks.lit_video_job import main as do
 from benchmarks.lit_video_measure import Measured, compared
 from benchmarks.side_by_side import run_all
@@ -185,6 +186,16 @@ def test_every_kind_of_job_runs(done: Path, small: Path) -> None:
     report = apply_adapter(pipe, done / "work" / "delta_r0.half.0")
     assert report.types == ("softmax", "window_delta")
     assert row["adapter_bytes"] == (done / "work/delta_r0.half.0/adapter.safetensors").stat().st_size
+
+
+def test_a_training_that_ends_early_gives_no_result(done: Path, small: Path, tmp_path: Path) -> None:
+    """Trainers that are told to stop end a step, save and return."""
+    options = lit_video.parser().parse_args(["--model", str(small), "--out", str(done), "--device", "cpu"])
+    vars(options).update({**lit_video.TINY, "max_steps": 10**6})
+    work = Work(Job(name="delta_r0.half.0", out=done), options)
+    early = {"conversion": {"layers": "1:lit"}, "output_dir": str(tmp_path / "run"), "max_seconds": 1e-6}
+    with pytest.raises(SystemExit, match="ended before its last step"):
+        whole(work.training(**early))
 
 
 def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tmp_path: Path) -> None:
