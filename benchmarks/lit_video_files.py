@@ -18,8 +18,8 @@ from postgen.files import replacing
 
 LARGEST = 15 * 2**20
 """Bytes of a part, with room for what tar adds below 16 MiB."""
-MOST = 7
-"""Parts."""
+MOST = 4
+"""Parts: so much comes back of a lent machine, and other files beside them."""
 TAIL = 20_000
 """Bytes of the end of a log."""
 
@@ -39,7 +39,7 @@ def kept_files(folder: Path) -> Iterator[Path]:
 
 
 def pack(folder: Path, back: Path) -> list[Path]:
-    """Write `part-N.tar` with what is kept of a folder; what does not fit into all parts is left out.
+    """Write `part-N.tar.gz` with what is kept of a folder; what does not fit into all parts is left out.
 
     Raises:
         UserError: a file that must be kept is larger than a part.
@@ -61,8 +61,8 @@ def pack(folder: Path, back: Path) -> list[Path]:
         room -= len(content) + 1024
     written = []
     for number, files in enumerate(parts):
-        target = back / f"part-{number}.tar"
-        with replacing(target) as part, tarfile.open(part, "w") as archive:
+        target = back / f"part-{number}.tar.gz"
+        with replacing(target) as part, tarfile.open(part, "w:gz") as archive:
             for name, content in files:
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
@@ -77,9 +77,9 @@ def unpack(back: Path, folder: Path) -> None:
     Raises:
         UserError: there are no parts.
     """
-    parts = sorted(back.glob("part-*.tar"))
+    parts = sorted(back.glob("part-*.tar.gz"))
     if not parts:
-        raise UserError(f"there is no part-*.tar in {back}")
+        raise UserError(f"there is no part-*.tar.gz in {back}")
     for part in parts:
         with tarfile.open(part) as archive:
             archive.extractall(folder, filter="data")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from postgen.errors import UserError
-from postgen.lit import LiTConfig, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
+from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
 from postgen.lit.adapter import FORMAT, read_adapter
 from tests.lit.distil import PICTURES, VIDEO, teacher
 
@@ -138,5 +138,12 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
     assert both.code == 0, both.err
     assert (tmp_path / "both-b.gif").read_bytes() == (tmp_path / "yes.gif").read_bytes()
     assert (tmp_path / "both-a.gif").read_bytes() != (tmp_path / "yes.gif").read_bytes()
+    # Layers that are bound to another grid are refused before weights are read.
+    bound = load_pipeline(inspect_model(tiny_wan), device="cpu").transformer
+    mhla = MhlaOptions(blocks=(1, 2, 2), interpolate=False)
+    convert(bound, LiTConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))
+    save_adapter(bound, tmp_path / "bound.safetensors")
+    other = cli("generate", *words, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "no.gif")
+    assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err
     long = cli("generate", *words, "--long", 2, "--lit", good, "-o", tmp_path / "long.mp4")
     assert (long.code, "--lit does not go with a long video" in long.err) == (2, True), long.err

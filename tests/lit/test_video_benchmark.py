@@ -209,7 +209,7 @@ def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tm
     pack(small, tmp_path / "model")
     unpack(tmp_path / "model", tmp_path / "pipeline")
     assert (tmp_path / "pipeline" / "vae" / "config.json").is_file()
-    with pytest.raises(UserError, match=r"there is no part-\*\.tar"):
+    with pytest.raises(UserError, match=r"there is no part-\*\.tar\.gz"):
         unpack(tmp_path, tmp_path / "no")
     (small.parent / "large").mkdir()
     (small.parent / "large" / "model_index.json").write_bytes(b" " * (LARGEST + 1))
