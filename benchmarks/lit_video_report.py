@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.gates import RESULTS, Gate, gate, read_result
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_tables import table
@@ -21,6 +23,13 @@ from postgen.errors import UserError
 from postgen.files import replacing
 
 PAGE = RESULTS.parent.parent / "docs" / "lit_video.md"
+IMAGES = PAGE.parent / "images"
+PICTURES = {
+    "lit_video": "Three clips of the fine teacher, each above the clip of its student with three quarters of the"
+    " blocks converted, same prompt and seed, nine frames along time",
+    "lit_embedded": "Three clips of the embedded model, each above the clip with its adapter, same prompt and seed",
+}
+"""Sheets of the page, `images/NAME.webp`, and what they show."""
 NOTHING = "Not measured yet."
 SECTION = "video"
 SHOWN = "three_quarters"
@@ -107,7 +116,20 @@ def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
     for row in found:
         print(f"{row['name']:24s} {row['value']:.4f} {row['op']} {row['target']:g} {'ok' if row['ok'] else 'MISSED'}")
     if docs:
+        winner = section.get("winner")
+        draw({"lit_video": out / "jobs" / f"{winner}.{SHOWN}.0.png"}, IMAGES)
+        if embedded is not None:
+            name = next((name for name, arm in section["embedded"]["one"].items() if arm is shipped(section)), "")
+            draw({"lit_embedded": embedded / "jobs" / f"{name}.0.png"}, IMAGES)
         write_page(read_result(output))
+
+
+def draw(sheets: Mapping[str, Path], folder: Path) -> None:
+    """Write sheets of clips, as far as they are there, as small pictures of the documentation."""
+    for name, sheet in sheets.items():
+        if sheet.is_file():
+            with replacing(folder / f"{name}.webp") as part, Image.open(sheet) as picture:
+                picture.save(part, "WEBP", quality=80, method=6)
 
 
 # Tables.
@@ -197,10 +219,18 @@ def gates(section: Mapping[str, Any]) -> Iterator[str]:
     yield from table(["gate", "measured", "asked for", "met"], rows) if rows else [NOTHING]
 
 
+def sheets(section: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the pictures that are there."""
+    del section
+    rows = [f"![{text}](images/{name}.webp)" for name, text in PICTURES.items() if (IMAGES / f"{name}.webp").is_file()]
+    yield "\n\n".join(rows) if rows else NOTHING
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "types": types,
     "fractions": fractions,
     "blocks": blocks,
+    "sheets": sheets,
     "embedded": embedded,
     "gates": gates,
 }

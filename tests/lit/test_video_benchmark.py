@@ -252,7 +252,9 @@ def row(job: str, right: str, **more: Any) -> dict[str, Any]:
     return found | {"adapter_bytes": 2_000_000, "device": "x", "training_seconds": 1.0, "settings": {}, **more}
 
 
-def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(tmp_path: Path) -> None:
+def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the rule radius 1 cannot win: its plan of three quarters computes too many pairs."""
     out, small_out = tmp_path / "out", tmp_path / "embedded"
     rows = [row("delta_r0.half.0", "1" * 64), row("delta_r1.half.0", "1" * 64, layer_density=25 / 81)]
@@ -283,10 +285,16 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(tmp_path: Pat
     ]  # fmt: skip
     assert all(gate.get("ok", True) for gate in found["gates"])
     assert found["gates"][-1]["value"] == 1.2
+    lit_video_report.draw({"lit_video": done / "jobs" / "delta_r0.half.0.png", "no": tmp_path / "no.png"}, tmp_path)
+    assert (tmp_path / "lit_video.webp").is_file()
+    assert not (tmp_path / "no.webp").exists()
+    monkeypatch.setattr(lit_video_report, "IMAGES", tmp_path)
     lit_video_report.write_page(found, page)
     text = page.read_text()
     assert "window_delta radius 0, every 4th softmax" in text
+    assert "](images/lit_video.webp)" in text
     assert lit_video_report.NOTHING not in text.partition("## Layer types")[2].partition("## When")[0]
+    monkeypatch.undo()
     lit_video_report.write_page(None, page)
     assert page.read_text() == lit_video_report.PAGE.read_text() or (lit_video_report.RESULTS / "lit.json").is_file()
     page.write_text(text.replace("table: gates", "table: doors"))
