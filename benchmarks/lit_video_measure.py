@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def compared(students: Sequence[Measured], teachers: Sequence[Measured]) -> dict
     theirs = torch.stack([_tensor(teacher.right) for _, teacher in pairs]).mean(0)
     scores = torch.stack([_tensor(teacher.score) - _tensor(student.score) for student, teacher in pairs]).mean(0)
     moved = torch.stack([torch.stack([_tensor(s.motion), _tensor(t.motion)], 1) for s, t in pairs]).mean(0)
+    ratio = dataclasses.asdict(bootstrap(moved, ratio_of_means))
     decibels = torch.stack([_tensor(student.psnr) for student, _ in pairs]).mean(0)
     return {
         "prompts": len(mine),
@@ -141,7 +143,8 @@ def compared(students: Sequence[Measured], teachers: Sequence[Measured]) -> dict
         "by_seed": [float(_tensor(student.right).mean()) for student, _ in pairs],
         "drop": dataclasses.asdict(bootstrap(theirs - mine)),
         "score_drop": dataclasses.asdict(bootstrap(scores)),
-        "motion_ratio": dataclasses.asdict(bootstrap(moved, ratio_of_means)),
+        # Of a teacher whose clips stand still there is none.
+        "motion_ratio": ratio if all(map(math.isfinite, ratio.values())) else None,
         "psnr": dataclasses.asdict(bootstrap(decibels)),
     }
 

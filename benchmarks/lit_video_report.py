@@ -87,7 +87,7 @@ def gates_of(section: Mapping[str, Any]) -> list[Gate]:
     shown = _whole(arms.get(f"{winner}.{SHOWN}"), SHOWN)
     end("three_quarters_drop", shown, 0.05)
     if shown is not None:
-        ratio = shown["motion_ratio"]["value"]
+        ratio = (shown["motion_ratio"] or {}).get("value")
         rows += [gate("motion_ratio", ratio, ">=", 0.9), gate("motion_ratio", ratio, "<=", 1.1)]
         rows.append(gate("density_of_shown_plan", shown["plan_density"], "<=", 0.35))
     if (best := shipped(section)) is not None:
@@ -114,7 +114,7 @@ def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
     found = gates_of(section)
     print(put_section(SECTION, section, found, output))
     for row in found:
-        print(f"{row['name']:24s} {row['value']:.4f} {row['op']} {row['target']:g} {'ok' if row['ok'] else 'MISSED'}")
+        print(f"{row['name']:24s} {_number(row)} {row['op']} {row['target']:g} {'ok' if row['ok'] else 'MISSED'}")
     if docs:
         winner = section.get("winner")
         draw({"lit_video": out / "jobs" / f"{winner}.{SHOWN}.0.png"}, IMAGES)
@@ -135,6 +135,10 @@ def draw(sheets: Mapping[str, Path], folder: Path) -> None:
 # Tables.
 
 
+def _number(row: Gate) -> str:
+    return "none" if row["value"] is None else f"{row['value']:.4f}"
+
+
 def _spread(row: Mapping[str, Any]) -> str:
     return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
@@ -147,7 +151,7 @@ def _cells(arm: Mapping[str, Any]) -> list[str]:
         f"{arm['student_right']:.3f}",
         _spread(arm["drop"]),
         f"{psnr['value']:.1f}",
-        f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+        "" if ratio is None else f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
         f"{arm['plan_density']:.3f}",
     ]
 
@@ -213,7 +217,7 @@ def embedded(section: Mapping[str, Any]) -> Iterator[str]:
 def gates(section: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of gates."""
     rows = [
-        [f"`{row['name']}`", f"{row['value']:.4f}", f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
+        [f"`{row['name']}`", _number(row), f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
         for row in gates_of(section)
     ]
     yield from table(["gate", "measured", "asked for", "met"], rows) if rows else [NOTHING]

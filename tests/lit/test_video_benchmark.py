@@ -232,6 +232,7 @@ def test_numbers_are_paired_and_seeds_are_averaged_by_prompt() -> None:
     assert found["drop"]["value"] == pytest.approx(0.75 - 0.625)
     assert found["motion_ratio"]["value"] == pytest.approx(1)
     assert found["psnr"]["value"] == 30
+    assert compared([teacher], [measured("1110", 0.0)])["motion_ratio"] is None
     assert Measured.from_json(teacher.as_json()) == teacher
 
 
