@@ -1,4 +1,4 @@
-"""What a run leaves, as a few files of a bounded size, and back: machines are lent for minutes and give little back.
+"""What a run leaves, as a few files of a bounded size, and back: to go on elsewhere.
 
 Kept are results, logs, pictures, scores and adapters of a folder of runs, or the export of a teacher without its
 autoencoder, which is the embedded model's.
@@ -19,7 +19,7 @@ from postgen.files import replacing
 LARGEST = 15 * 2**20
 """Bytes of a part, with room for what tar adds below 16 MiB."""
 MOST = 4
-"""Parts: so much comes back of a lent machine, and other files beside them."""
+"""Parts."""
 TAIL = 20_000
 """Bytes of the end of a log."""
 

@@ -29,7 +29,8 @@ from postgen.world.check import Report, check_batch
 AT_ONCE = 32
 """Clips that are made and judged together: several processes share a GPU."""
 FIRST_SEED = 30_000
-"""Number of the first scene, and seed of its noise; neither training nor the judge's thresholds saw these."""
+"""Number of the first scene, and seed of its noise: below the seeds of training, and none that other benchmarks of
+the embedded model take."""
 PICTURED, FRAMES_SHOWN = 3, 9
 """Clips of a sheet, and frames of each along time."""
 MEASURES = ("right", "score", "motion", "psnr")

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from postgen.assets import embedded_lit, embedded_model
 from postgen.errors import UserError
 from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
 from postgen.lit.adapter import FORMAT, read_adapter
@@ -147,3 +148,18 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
     assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err
     long = cli("generate", *words, "--long", 2, "--lit", good, "-o", tmp_path / "long.mp4")
     assert (long.code, "--lit does not go with a long video" in long.err) == (2, True), long.err
+
+
+def test_the_adapter_of_the_embedded_model_is_shipped_or_missed_in_one_line(cli: Any, tmp_path: Path) -> None:
+    try:
+        file = embedded_lit()
+    except UserError:
+        done = cli("generate", "a red ball", "--lit", "embedded", "-o", tmp_path / "no.gif")
+        told = done.err.splitlines()[-1]
+        assert (done.code, "ships no adapter of linear attention" in told) == (2, True), done.err
+        return
+    from postgen.families.loading import inspect_model, load_pipeline
+
+    assert file.stat().st_size <= 3e6
+    report = apply_adapter(load_pipeline(inspect_model(embedded_model()), device="cpu"), "embedded")
+    assert sum(kind != "softmax" for kind in report.types) == 4
