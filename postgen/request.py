@@ -17,7 +17,7 @@ from postgen.families.model_folder import DTYPES, is_hub_id
 from postgen.families.offload import OFFLOADS
 from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
-from postgen.reading import read_json
+from postgen.reading import check_name, read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +92,8 @@ class GenerateConfig:
                 raise UserError(f"{option} must be a text, got {shown(text)}")
         if not all(isinstance(lora, str) for lora in self.lora):
             raise UserError(f"lora must be texts, [NETWORK=]PATH[:scale], got {shown(self.lora)}")
+        if self.lit is not None:
+            check_name(self.lit, "the adapter")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be between 0 and 2**63 - 1, got {shown(self.seed)}")
 

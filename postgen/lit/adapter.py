@@ -18,6 +18,7 @@ from postgen.errors import UserError, shown
 from postgen.families.own_format import without_note
 from postgen.files import check_place, replacing
 from postgen.lit.config import LiTConfig
+from postgen.reading import check_name
 from postgen.tensor_files import opened
 
 if TYPE_CHECKING:
@@ -88,10 +89,11 @@ def adapter_file(named: str | Path) -> Path:
     """Return the file that a user names: a file, a folder with one, or `embedded`, that of the embedded model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a name that no file can have.
     """
     if str(named) == EMBEDDED:
         return embedded_lit()
+    check_name(str(named), "the adapter")
     path = Path(named).expanduser()
     return path / ADAPTER if path.is_dir() else path
 

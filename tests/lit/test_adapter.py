@@ -114,6 +114,8 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-9])
     wrong: dict[Path | str, str] = {
         tmp_path / "none.safetensors": "none.safetensors cannot be read",
+        "": "the adapter",
+        "x" * 5000: "the adapter",
         tmp_path / "my-lora.safetensors": "is no adapter of postgen.lit: a LoRA is given with --lora",
         tmp_path / "cut.safetensors": "cut.safetensors cannot be read",
         changed(good, tmp_path / "k.safetensors", {"transformer": "X"}): "is for a X, this model has a WanTransf",
