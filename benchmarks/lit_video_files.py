@@ -42,9 +42,8 @@ def pack(folder: Path, back: Path) -> list[Path]:
     """Write `part-N.tar.gz` with what is kept of a folder; what does not fit into all parts is left out.
 
     Raises:
-        UserError: a file that must be kept is larger than a part.
+        UserError: there is nothing to keep, or a file is larger than a part.
     """
-    back.mkdir(parents=True, exist_ok=True)
     parts: list[list[tuple[str, bytes]]] = [[]]
     room = LARGEST
     for path in kept_files(folder):
@@ -59,6 +58,9 @@ def pack(folder: Path, back: Path) -> list[Path]:
             room = LARGEST
         parts[-1].append((path.relative_to(folder).as_posix(), content))
         room -= len(content) + 1024
+    if not parts[0]:
+        raise UserError(f"{folder} holds nothing that is kept: give a folder of jobs, or an export")
+    back.mkdir(parents=True, exist_ok=True)
     written = []
     for number, files in enumerate(parts):
         target = back / f"part-{number}.tar.gz"

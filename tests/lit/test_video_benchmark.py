@@ -308,6 +308,7 @@ def test_the_page_has_the_arms_and_wrong_words_are_told(tmp_path: Path, capsys: 
     for words, text in (
         ([], "say what to do"),
         (["--pack", str(tmp_path)], "--pack needs --back"),
+        (["--pack", str(tmp_path / "no"), "--back", str(tmp_path / "b")], "holds nothing that is kept"),
         (["--report", "--out", str(tmp_path)], "holds no results of students"),
         (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "no layer type was measured at half"),
     ):
