@@ -239,6 +239,8 @@ def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
     model = _own_model(app, settings.get("model"), missing)
     lora, scale = _own_lora(app, settings.get("lora"), missing)
     picture = _own_picture(app, settings.get("image"), missing)
+    if settings.get("lit") is not None:  # the page has no control for it
+        missing.append("its adapter of linear attention")
     rest = {name: _number_or_text(settings.get(setting)) for name, setting in _SETTINGS.items()}
     texts = {row.option: text for row in known_plug_ins() if isinstance(text := settings.get(row.option), str)}
     form = Form(

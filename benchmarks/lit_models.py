@@ -99,6 +99,8 @@ KINDS = {
     "chunk": Kind(kind="chunk"),
     "anchor": Kind(kind="anchor"),
     "window_linear radius 2": Kind(kind="window_linear", radius=2),
+    "window_delta radius 0": Kind(kind="window_delta", radius=0),
+    "window_linear radius 0": Kind(kind="window_linear", radius=0),
 }
 """Those that gates look at first: a run that is cut loses the others."""
 HALF, THREE_QUARTERS, SEVEN_EIGHTHS = "every 2nd:{}", "all:{},every 4th:softmax", "all:{},every 8th:softmax"
@@ -121,6 +123,12 @@ PLANS = (
     Plan("half mhla", "mhla", HALF),
     Plan("half chunk", "chunk", HALF),
     Plan("half anchor", "anchor", HALF),
+    Plan("half window_delta radius 0", "window_delta radius 0", HALF),
+    Plan("window_delta radius 0, every 4th softmax", "window_delta radius 0", THREE_QUARTERS),
+    Plan("half window_linear radius 0", "window_linear radius 0", HALF),
+    Plan("window_linear radius 0, every 4th softmax", "window_linear radius 0", THREE_QUARTERS),
+    Plan("lit, every 4th softmax", "lit", THREE_QUARTERS),
+    Plan("mhla, every 4th softmax", "mhla", THREE_QUARTERS),
 )
 
 

@@ -11,14 +11,13 @@ left alone, others begin anew. One run renders and encodes the clips (OUT/pool) 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.side_by_side import run_all, started
 
 ARMS: dict[str, tuple[str, str]] = {
     "a": (
@@ -42,7 +41,6 @@ ARMS: dict[str, tuple[str, str]] = {
 }
 """What each arm is, and its settings on top of the recipe."""
 RECIPE = "recipes/worldweaver-tiny.yaml"
-_LOOK = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,34 +86,16 @@ def train(runs: Sequence[Run], gpus: Sequence[str], each: int, more: Sequence[st
         each: runs at a time on one.
         more: settings of all.
     """
-    waiting = deque(run for run in runs if not run.done)
+    waiting = [run for run in runs if not run.done]
     if not waiting:
         return []
     waiting[0].out.mkdir(parents=True, exist_ok=True)
     failed = []
     if len(waiting) > 1:
         failed = _render(max(waiting, key=_needs), gpus, more)
-    places = deque(place for _ in range(each) for place in (gpus or [""]))
-    running: list[tuple[Run, str, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or running:
-            while waiting and places and not failed:
-                run, place = waiting.popleft(), places.popleft()
-                running.append((run, place, _started(run, place, more)))
-            for run, place, process in _ended(running):
-                places.append(place)
-                print(f"{run.name}: {'done' if run.done else f'failed, see {run.log}'}", flush=True)
-                failed += [] if run.done else [run.name]
-                running.remove((run, place, process))
-            if failed and not running:
-                break
-            time.sleep(_LOOK)
-    finally:
-        for *_, process in running:
-            process.terminate()
-        for *_, process in running:
-            process.wait()
-    return failed
+    if failed:
+        return failed
+    return run_all(waiting, gpus, each, lambda run, place: _started(run, place, more))
 
 
 def _needs(run: Run) -> int:
@@ -140,18 +120,7 @@ def _render(run: Run, gpus: Sequence[str], more: Sequence[str]) -> list[str]:
 
 
 def _started(run: Run, gpu: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    if gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    words = run.command(more if gpu else [*more, "--device", "cpu"])
-    with run.log.open("wb") as log:
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def _ended(
-    running: Sequence[tuple[Run, str, subprocess.Popen[bytes]]],
-) -> Iterator[tuple[Run, str, subprocess.Popen[bytes]]]:
-    yield from [each for each in running if each[2].poll() is not None]
+    return started(run.command(more if gpu else [*more, "--device", "cpu"]), run.log, gpu)
 
 
 def table() -> str:

@@ -67,7 +67,8 @@ class Job:
     def loading(self) -> tuple[Any, ...]:
         """Equal for two jobs that can share a loaded pipeline."""
         config, facts = self.config, self.facts
-        return facts.source, facts.parts, facts.pipeline, config.dtype, config.device, config.offload, config.lora
+        place = config.dtype, config.device, config.offload
+        return facts.source, facts.parts, facts.pipeline, *place, config.lora, config.lit
 
     def again(self, *, prompt: str, seed: int) -> Job:
         """Return the same request for another prompt and seed; what was checked once is not checked again.
@@ -129,10 +130,18 @@ def load(job: Job) -> Any:
     """Load the pipeline of a job, LoRAs included.
 
     Raises:
-        UserError: it cannot be loaded, or a LoRA does not fit.
+        UserError: it cannot be loaded, or an adapter or a LoRA does not fit.
     """
     config = job.config
-    pipe = load_pipeline(job.facts, dtype=config.dtype, device=config.device, offload=config.offload)
+
+    def with_adapter(pipe: Any) -> None:
+        if config.lit is not None:
+            from postgen.lit.adapter import apply_adapter
+
+            apply_adapter(pipe, config.lit)
+
+    place = {"dtype": config.dtype, "device": config.device, "offload": config.offload}
+    pipe = load_pipeline(job.facts, **place, before_placing=with_adapter)
     load_loras(pipe, config.lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -160,7 +169,7 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
 
 def read_by(config: GenerateConfig) -> list[Path]:
     """Return the files that a request reads, those of its model's folder among them."""
-    names = [config.model, config.image, *(parse_lora(lora).path for lora in config.lora)]
+    names = [config.model, config.image, config.lit, *(parse_lora(lora).path for lora in config.lora)]
     return [file for name in names if name is not None for file in files_of(Path(name).expanduser())]
 
 
@@ -340,6 +349,12 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
         first_frame(config.image)
     for lora in config.lora:
         check_lora(lora)
+    if config.lit is not None:
+        from postgen.lit.adapter import check_adapter
+
+        sizes = config.num_frames, config.height, config.width
+        known = all(size is not None for size in sizes)
+        check_adapter(config.lit, facts, sizes if known else None)  # type: ignore[arg-type]
 
 
 def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:

@@ -118,6 +118,7 @@ def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
     for wrong, name in (
         (config.offload != "none", "--offload"),
         (bool(config.plug_ins), "a plug-in"),
+        (config.lit is not None, "--lit"),
         (config.num_frames is not None, "--frames"),
     ):
         if wrong:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from postgen.assets import EMBEDDED
 from postgen.errors import UserError, check_text, shown
 from postgen.families.loading import check_device_name
 from postgen.families.lora import parse_lora
@@ -16,7 +17,7 @@ from postgen.families.model_folder import DTYPES, is_hub_id
 from postgen.families.offload import OFFLOADS
 from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
-from postgen.reading import read_json
+from postgen.reading import check_name, read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,8 @@ class GenerateConfig:
     """none, auto, model or sequential: `postgen.families.offload.place_weights`."""
     lora: tuple[str, ...] = ()
     """LoRA files, each `PATH[:scale]`."""
+    lit: str | None = None
+    """Adapter of hybrid linear attention (`postgen.lit.adapter`): a file, a folder with one, or `embedded`."""
     image: str | None = None
     """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
     fps: float | None = None
@@ -89,6 +92,8 @@ class GenerateConfig:
                 raise UserError(f"{option} must be a text, got {shown(text)}")
         if not all(isinstance(lora, str) for lora in self.lora):
             raise UserError(f"lora must be texts, [NETWORK=]PATH[:scale], got {shown(self.lora)}")
+        if self.lit is not None:
+            check_name(self.lit, "the adapter")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be between 0 and 2**63 - 1, got {shown(self.seed)}")
 
@@ -101,7 +106,7 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     texts = settings.pop("plug_ins")
     settings |= {row.option: texts.get(row.option) for row in known_plug_ins()}
-    for name in ("model", "image"):
+    for name in ("model", "image", *(["lit"] if config.lit != EMBEDDED else [])):
         settings[name] = _absolute(settings[name])
     loras = map(parse_lora, config.lora)
     settings["lora"] = [str(dataclasses.replace(lora, path=_absolute(lora.path) or lora.path)) for lora in loras]
@@ -121,7 +126,7 @@ def carried(note: Mapping[str, Any]) -> str:
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a sidecar with the names of files of this machine in place of where they are."""
     found = dict(settings)
-    for name in {"model", "image"} & found.keys():
+    for name in {"model", "lit", "image"} & found.keys():
         found[name] = name_of(found[name])
     loras = map(parse_lora, found.get("lora", ()))
     found["lora"] = [str(dataclasses.replace(lora, path=name_of(lora.path) or lora.path)) for lora in loras]
@@ -201,11 +206,11 @@ def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, A
         sidecar: its file.
 
     Raises:
-        UserError: a model, LoRA or first frame that is at neither place.
+        UserError: a model, LoRA, adapter or first frame that is at neither place.
     """
     found = dict(settings)
-    for name, what in (("model", "the model"), ("image", "the first frame")):
-        if found.get(name) is not None:
+    for name, what in (("model", "the model"), ("lit", "the adapter"), ("image", "the first frame")):
+        if found.get(name) is not None and (name, found[name]) != ("lit", EMBEDDED):
             found[name] = _placed(found[name], sidecar, what, f"--{name} PATH")
     placed = []
     for lora in map(parse_lora, found.get("lora", ())):
@@ -224,7 +229,7 @@ def _placed(name: str, sidecar: str | Path, what: str, again: str) -> str:
         return name
     if not path.is_absolute() and (beside / path).exists():
         return str(beside / path)
-    if what != "the first frame" and is_hub_id(name):
+    if what not in ("the first frame", "the adapter") and is_hub_id(name):
         return name
     if path.is_absolute():
         raise UserError(f"the sidecar {sidecar} names {what} {name}, which is not there: say where it is with {again}")

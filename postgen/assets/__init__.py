@@ -14,6 +14,7 @@ from postgen.errors import UserError
 
 TINY_WAN = "tiny-wan"
 WORLD_WEAVER = "world-weaver"
+TINY_WAN_LIT = "tiny-wan-lit"
 
 EMBEDDED = "embedded"
 """Word of recipes and of exports for the embedded model."""
@@ -75,6 +76,21 @@ def embedded_adapter() -> Path | None:
     """Return the folder of the embedded model's adapter for long videos; None where there is none."""
     folder = Path(__file__).resolve().parent / WORLD_WEAVER
     return folder if folder.is_dir() else None
+
+
+def embedded_lit() -> Path:
+    """Return the file of the embedded model's adapter for hybrid linear attention, for `--lit embedded`.
+
+    Raises:
+        UserError: there is none in this version.
+    """
+    file = Path(__file__).resolve().parent / TINY_WAN_LIT / "adapter.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"this version ships no adapter of linear attention for the embedded model (there is no {file}): train one"
+            " with the recipe lit-tiny-wan and name its file, OUT/export/adapter.safetensors"
+        )
+    return file
 
 
 def locate(name: str) -> Path:

@@ -25,6 +25,15 @@ Lora = Annotated[
         "--lora", help="LoRA file or folder [NETWORK=]PATH[:scale]; may be given several times.", rich_help_panel=MODEL
     ),
 ]
+Lit = Annotated[
+    str | None,
+    typer.Option(
+        "--lit",
+        metavar="PATH|embedded",
+        help="Adapter of hybrid linear attention: a file, or embedded for the embedded model's.",
+        rich_help_panel=MODEL,
+    ),
+]
 Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
 Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
 Size = Annotated[str | None, typer.Option("--size", help="Width x height in one, as 96x96.", rich_help_panel=LOOK)]
@@ -88,6 +97,7 @@ _OTHERS = (
 SETTINGS: dict[str, tuple[Any, str]] = {
     "model": (Model, "model"),
     "lora": (Lora, "lora"),
+    "lit": (Lit, "lit"),
     "size": (Size, "size"),
     "width": (Width, "width"),
     "height": (Height, "height"),

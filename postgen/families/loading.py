@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,7 +233,14 @@ def check_device(device: str) -> str:
     return device
 
 
-def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto", offload: str = "none") -> Any:
+def load_pipeline(
+    facts: ModelFacts,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: str = "none",
+    before_placing: Callable[[Any], None] | None = None,
+) -> Any:
     """Load the pipeline of a model onto a device.
 
     Args:
@@ -242,6 +249,7 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
             elsewhere.
         device: one of `DEVICES`, or cuda:N.
         offload: one of `OFFLOADS`, as of `place_weights`.
+        before_placing: called with the pipeline while its weights are on the CPU: for what changes its structure.
 
     Raises:
         UserError: no such device, offload without a GPU, files that cannot be loaded.
@@ -271,6 +279,8 @@ def load_pipeline(facts: ModelFacts, *, dtype: str = "auto", device: str = "auto
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {_reason(error)}") from error
     check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
+    if before_placing is not None:
+        before_placing(pipe)
     place_weights(pipe, place, offload)
     return pipe
 

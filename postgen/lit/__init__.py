@@ -16,6 +16,7 @@ Training is imported when `transfer` is first used: a converted model that only 
 
 from typing import TYPE_CHECKING, Any
 
+from postgen.lit.adapter import apply_adapter, save_adapter
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
 from postgen.lit.costs import CostTable, count, measure
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Scores",
     "WindowOptions",
+    "apply_adapter",
     "conversion_of",
     "convert",
     "count",
@@ -49,6 +51,7 @@ __all__ = [
     "plan",
     "revert",
     "save",
+    "save_adapter",
     "score",
     "set_grid",
     "transfer",

@@ -38,10 +38,18 @@ def check_clip(config: Mapping[str, Any], num_frames: int, height: int, width: i
     Raises:
         UserError: as `empty` and `grid_of_clip`, or a layer is made for another grid and bound to it.
     """
-    model = empty(config)
-    grid = grid_of_clip(model, num_frames, height, width)
+    check_layers(empty(config), num_frames, height, width)
+
+
+def check_layers(transformer: nn.Module, num_frames: int, height: int, width: int) -> None:
+    """Hold the layers of a converted transformer to the size of a clip; it may be without weights.
+
+    Raises:
+        UserError: as `check_clip`.
+    """
+    grid = grid_of_clip(transformer, num_frames, height, width)
     if grid is None:
         return
-    for layer in layers_of(model).values():
+    for layer in layers_of(transformer).values():
         if not layer.covers(grid):
             layer.flops(grid, 0)  # refuses what the call would

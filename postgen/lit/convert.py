@@ -15,6 +15,7 @@ from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
 from postgen.families.linear import replace_linears, replaced_linears
 from postgen.families.own_format import erase_note, read_note, write_note
+from postgen.lit.adapter import put_back
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
 from postgen.lit.layers import LitLayer, Shape, make_layer
@@ -107,6 +108,8 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
 def revert(transformer: nn.Module) -> None:
     """Take a conversion off: the transformer is the stock one again, with the weights of the base as they are now.
 
+    Weights that an adapter had replaced (`apply_adapter`) are what they were before.
+
     A stock model that `from_config` made of a converted one's config has the mark of a conversion in its own, and no
     layer: of it the mark is taken off.
 
@@ -121,7 +124,9 @@ def revert(transformer: nn.Module) -> None:
     _end_anew(model, conversion)
     conversion.uninstall(model)
     for each in conversion.converted:
-        delattr(model.get_submodule(each.module), CHILD)
+        attention: Any = model.get_submodule(each.module)
+        put_back(attention, getattr(attention, CHILD).before)
+        delattr(attention, CHILD)
     erase_note(model)
 
 

@@ -128,7 +128,7 @@ def empty(config: Mapping[str, Any]) -> Any:
     kind = getattr(diffusers, str(name), None)
     if kind is None or not hasattr(kind, "from_config"):
         raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
-    with _no_memory() if settings.inherit == "all" else nullcontext():
+    with no_memory() if settings.inherit == "all" else nullcontext():
         try:
             model = kind.from_config(dict(config))
         except Exception as error:  # a class does with values that it does not know whatever Python does
@@ -162,7 +162,7 @@ def _local(source: str, subfolder: str | None) -> Path:
     return folder
 
 
-def _no_memory() -> AbstractContextManager[Any]:
+def no_memory() -> AbstractContextManager[Any]:
     """While open, weights of modules that are made have shapes and no memory."""
     from accelerate import init_empty_weights
 

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from postgen.errors import UserError, shown
 from postgen.families import Condition, Denoiser
 from postgen.families.exports import write_note
+from postgen.lit.adapter import ADAPTER, save_adapter
 from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import layers_of
@@ -302,7 +303,10 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the student as `postgen.lit.load` reads it, adapters in their weights, and a note of its model."""
+        """Write the student as `postgen.lit.load` reads it, adapters in their weights, and a note of its model.
+
+        Where only converted attention modules were trained, what that added stands beside it in one small file.
+        """
         student = self.unwrap(_MODEL).student
         assert isinstance(student, nn.Module)
         own = {name.removeprefix("student."): value for name, value in weights[_MODEL].items() if name[0] == "s"}
@@ -311,6 +315,11 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         state = export_state(own, lora_scales(student))
         shell.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, assign=True)
         save(shell, folder / FOLDER)
+        if not self.sharded:  # else parts of the teacher are elsewhere
+            try:
+                save_adapter(shell, folder / ADAPTER, base=self.unwrap(_MODEL).teacher)  # type: ignore[arg-type]
+            except UserError as error:
+                say(f"there is no adapter beside the whole transformer: {error}")
         write_note(folder, self.pipe, [FOLDER])
 
 

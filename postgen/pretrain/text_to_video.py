@@ -32,6 +32,7 @@ from .fast_step import GraphedCall, RowRotaryAttention
 from .joint_pass import JointPass
 from .latents import LatentPool, build_pool
 from .levels import draw_kind, draw_sigma, error_by_level, flow_error, noised
+from .other_patch import take_over
 from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write_pipeline
 from .text import PaddedCrossAttention, encode_text, new_text_encoder
 
@@ -80,6 +81,10 @@ class TextToVideoConfig(TrainingConfig):
 
     patch: int = 2
     """Latent pixels in a row or column of a token of the denoiser, 1 or 2."""
+
+    blocks_from: str = ""
+    """Folder of a trained pipeline whose denoiser and text encoder this one begins with, perhaps with other patches
+    (`postgen.pretrain.other_patch`); `embedded` is the embedded model, empty begins with random weights."""
 
     num_layers: int = 6
     """Blocks of the denoiser."""
@@ -174,6 +179,9 @@ class TextToVideoConfig(TrainingConfig):
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
             self.require(not self.fully_shard, "fully_shard", "false with cuda_graphs")
+        begun = model_folder(self.blocks_from) if self.blocks_from else None
+        if begun is not None and not (begun / "transformer").is_dir():
+            raise UserError(f"blocks_from: {self.blocks_from} is no folder of a pipeline with a transformer.")
         folder = model_folder(self.autoencoder)
         if not (folder / "config.json").is_file() and not (folder / "vae").is_dir():
             raise UserError(
@@ -203,6 +211,8 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         self.tokenizer = _tokenizer(args)
         self.text_encoder = new_text_encoder(len(self.tokenizer), args.text_width, args.text_layers, 4)
         self.transformer = new_transformer(args, self.vae.config.z_dim)
+        if args.blocks_from:
+            take_over(self.transformer, self.text_encoder, self.tokenizer, model_folder(args.blocks_from))
         self.denoiser = WanDenoiser(make_pipeline(self.components(), args.shift))
         self.cross_attention, self.self_attention = PaddedCrossAttention(), RowRotaryAttention()
         self._claim()

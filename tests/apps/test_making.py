@@ -149,8 +149,8 @@ def test_settings_of_a_stranger_open_nothing(app, tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     settings = portable(job_of(app, form(app)).config)
     settings |= {"model": str(tmp_path), "lora": [str(tmp_path / "x")], "image": str(tmp_path / "secret.png")}
-    again, missing = form_of(app, settings)
-    assert missing == ["its model", "its LoRA", "its first frame"]
+    again, missing = form_of(app, settings | {"lit": "adapter.safetensors"})
+    assert missing == ["its model", "its LoRA", "its first frame", "its adapter of linear attention"]
     assert (again.model, again.lora, again.image) == (app.model_names[0], None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from postgen.assets import embedded_model, model_folder
 from postgen.errors import UserError
 from postgen.pretrain.autoencoder import AutoencoderTrainer, new_autoencoder
 from postgen.pretrain.joint_pass import JointPass
+from postgen.pretrain.other_patch import take_over, with_patch
 from postgen.pretrain.pipeline_folder import new_transformer
 from postgen.pretrain.text import new_text_encoder
 from postgen.pretrain.text_to_video import TextToVideoTrainer
@@ -251,3 +253,44 @@ def test_a_run_of_both_models_as_one_goes_on_from_an_export(text_run):
         torch.testing.assert_close(dict(model.state_dict()), wanted[name], rtol=0, atol=0)
     with pytest.raises(UserError, match=r"no \*\.safetensors in .*joint"):
         initialise({"joint": torch.nn.Linear(2, 2)}, export)
+
+
+def test_the_fine_teacher_begins_with_the_blocks_of_the_embedded_model():
+    """A latent pixel whose whole patch is like it gives the token that the patch gave, and heads give means."""
+    trainer, config = load_recipe(RECIPES / "tiny-wan-fine.yaml")
+    assert trainer is TextToVideoTrainer
+    folder = embedded_model()
+    trained = WanPipeline.from_pretrained(folder).transformer.float()
+    fine = new_transformer(config, trained.config.in_channels)
+    text = new_text_encoder(len(word_tokenizer(world_words())), config.text_width, config.text_layers, 4)
+    take_over(fine, text, word_tokenizer(world_words()), folder)
+    pixel = torch.randn(1, 16, 1, 1, 1)
+    assert torch.allclose(
+        fine.patch_embedding(pixel), trained.patch_embedding(pixel.expand(1, 16, 1, 2, 2)), atol=1e-5
+    )
+    hidden = torch.randn(3, 256)
+    assert torch.allclose(fine.proj_out(hidden), trained.proj_out(hidden).view(3, 4, 16).mean(1), atol=1e-5)
+    taken, own = trained.blocks.state_dict(), fine.blocks.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in taken.items())
+    assert (math.prod(config.lengths), config.patch) == (33, 1)
+    assert 9 * (config.size // 8) ** 2 == 1296
+
+
+def test_what_cannot_be_taken_over_is_refused(tmp_path):
+    tokenizer = word_tokenizer(world_words())
+    with pytest.raises(UserError, match="has no transformer and no text_encoder and no tokenizer"):
+        take_over(None, None, tokenizer, tmp_path)
+    with pytest.raises(UserError, match="other words"):
+        take_over(None, None, word_tokenizer(["red"]), embedded_model())
+    _, config = load_recipe(RECIPES / "tiny-wan-fine.yaml", ["--num_layers", "2"])
+    with pytest.raises(UserError, match=r"blocks_from.*blocks\.2.*in one of the two alone"):
+        take_over(new_transformer(config, 16), None, tokenizer, embedded_model())
+    _, config = load_recipe(RECIPES / "tiny-wan-fine.yaml", ["--ffn_dim", "64"])
+    with pytest.raises(UserError, match=r"blocks_from.*there and .* here: take its widths"):
+        take_over(new_transformer(config, 16), None, tokenizer, embedded_model())
+    with pytest.raises(UserError, match=r"blocks_from: .* is no folder of a pipeline"):
+        load_recipe(RECIPES / "tiny-wan-fine.yaml", ["--blocks_from", str(tmp_path)])
+    trained = new_transformer(config, 16)
+    assert with_patch(trained, (1, 1, 1)).keys() == trained.state_dict().keys()
+    with pytest.raises(UserError, match=r"can be taken for \(1, 1, 1\) and \(1, 1, 1\) only"):
+        with_patch(trained, (1, 2, 2))

@@ -45,6 +45,8 @@ class LitLayer(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        self.before: dict[str, Tensor] = {}
+        """Weights of the attention module around it that an adapter has replaced, as they were."""
 
     @abstractmethod
     def forward(self, tokens: Tokens) -> Tensor:

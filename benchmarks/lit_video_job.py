@@ -1,0 +1,282 @@
+"""One job of `python -m benchmarks.lit_video`, in a process of its own (`benchmarks.lit_video_arms` says which)."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.embedded_sampling import Defaults, load
+from benchmarks.gates import device
+from benchmarks.lit_video_arms import (
+    ARMS,
+    Job,
+    chosen_blocks,
+    conversion,
+    plan_density,
+    softmax_pairs,
+    timed_plan,
+)
+from benchmarks.lit_video_measure import Measured, compared, group_of, measure_student, measure_teacher
+from postgen.assets import model_folder
+from postgen.families import denoiser_for
+from postgen.files import replacing
+from postgen.info import versions
+from postgen.lit import (
+    LiTConfig,
+    Scores,
+    apply_adapter,
+    convert,
+    count,
+    layers_of,
+    save,
+    save_adapter,
+    score,
+    transfer,
+)
+from postgen.lit.attention_transfer import grid_of
+from postgen.lit.student import give, is_new
+from postgen.lit.train_config import LitTrainingConfig
+from postgen.lit.trainer import LitTrainer
+from postgen.reconstruct import ReconstructConfig, RecordsConfig
+from postgen.tensor_files import read_tensors
+from postgen.training import Reason
+from postgen.training.prompts import Prompts
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "lit-tiny-wan.yaml"
+SIZES = ("steps", "size", "frames")
+"""Options that change how clips are made."""
+SCORED = 8
+"""Prompts whose trajectories score the layers."""
+
+
+class Work:
+    """What a job has at hand: the teacher and its size."""
+
+    def __init__(self, job: Job, options: argparse.Namespace) -> None:
+        self.job, self.options = job, options
+        self.folder = model_folder(options.model)
+        self.how = Defaults.of(self.folder)
+        given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
+        self.how = dataclasses.replace(self.how, **given)
+        self.size = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
+        self.rows = Prompts(str(job.out / "prompts.jsonl"), "prompts", seed=0, shuffle=False).rows
+
+    def teacher(self) -> Any:
+        """Load the teacher."""
+        return load(self.folder, self.options.device)
+
+    def group(self, name: str) -> Any:
+        """Return the prompts that are measured."""
+        return group_of(name, self.options.prompts, self.how)
+
+    def groups(self) -> tuple[str, ...]:
+        """Return what is measured: two bodies beside one only where the teacher was made for both."""
+        return ("one", "two") if self.options.two else ("one",)
+
+    def training(self, **more: Any) -> LitTrainingConfig:
+        """Return stage 2: the recipe of the embedded model's student with what is ours, then with what was asked."""
+        values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        # Stage 1 is a job of its own.
+        for name in ("conversion", "levels_per_prompt", "held_out_prompts", "eval_dataset"):
+            values.pop(name)
+        values = {name: value for name, value in values.items() if not name.startswith("transfer_")}
+        values |= {"output_dir": str(self.job.lasting), "model": str(self.folder), **self.size, "eval_steps": 0}
+        values |= {"train_dataset": str(self.job.out / "prompts.jsonl"), "eval_on_start": False, "save_steps": 0}
+        values |= {"num_inference_steps": self.how.steps}
+        values |= {"guidance_scale": self.how.guidance, "report_to": "none", "disable_tqdm": True}
+        values |= {"per_device_train_batch_size": self.options.batch, "max_steps": self.options.max_steps}
+        values |= {"learning_rate": 1e-4, "learning_rate_new": 1e-3, "device": self.options.device}
+        values |= {"bf16": self.options.device == "cuda", "lr_scheduler_type": "cosine"}
+        return LitTrainingConfig.from_dict({**values, **more})
+
+    def teacher_job(self) -> dict[str, Any]:
+        """Make and judge the teacher's clips."""
+        pipe, found = self.teacher(), {}
+        for name in self.groups():
+            found[name] = measure_teacher(pipe, self.group(name), self.how, self.job.lasting / name).as_json()
+            right = found[name]["right"]
+            print(f"teacher, {name}: {right.count('1')} of {len(right)} right", flush=True)
+        return {"measured": found}
+
+    def latents_job(self) -> dict[str, Any]:
+        """Draw the latents that all students of the folder are trained on."""
+        seed, run = int(self.job.name.split(".")[1]), self.job.out / "work" / self.job.name
+        whole(self.training(conversion={"layers": "1:lit"}, max_steps=1, output_dir=str(run), seed=seed))
+        self.job.lasting.parent.mkdir(exist_ok=True)
+        (run / "latents").rename(self.job.lasting)
+        return {"latents": len(self.rows)}
+
+    def transfer_job(self) -> dict[str, Any]:
+        """Stage 1: layers of a type in every block by themselves; then their scores."""
+        (kind, _, seed), options = self.job.parts, self.options
+        pipe = self.teacher()
+        stock = copy.deepcopy(pipe.transformer)
+        grid = grid_of(denoiser_for(pipe), self.rows[0], self.size)
+        config = conversion(kind, "all", grid, seed)
+        records = RecordsConfig(
+            **self.size,
+            num_inference_steps=self.how.steps,
+            levels_per_prompt=min(5, self.how.steps),
+            guidance_scale=self.how.guidance,
+            batch_size=min(8, options.transfer_prompts // 2),
+            held_out_prompts=options.transfer_prompts // 9 or 1,
+            seed=seed,
+            max_gb=60,
+        )
+        train = ReconstructConfig(
+            output_dir=str(self.job.lasting / "transfer"),
+            resume=True,
+            max_steps=options.transfer_steps,
+            warmup_steps=options.transfer_steps // 10,
+            learning_rate_new=1e-3,
+            seed=seed,
+            bf16=options.device == "cuda",
+            device=options.device,
+            disable_tqdm=True,
+        )
+        rows = self.rows[: options.transfer_prompts]
+        report = transfer(pipe, config, rows, records=records, train=train, blocks_at_a_time=4)
+        if report.unfinished:
+            raise SystemExit("the transfer was ended before its last block")
+        size = save_adapter(pipe.transformer, self.job.lasting / "adapter.safetensors")
+        student, pipe.transformer = pipe.transformer, stock
+        texts, kinds = [row["prompt"] for row in self.rows[-SCORED:]], [report_kind(config)]
+
+        def sample() -> None:
+            sizes = {**self.size, "num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=options.device == "cuda"):
+                pipe(texts, **sizes, output_type="latent", generator=torch.Generator("cpu").manual_seed(seed))
+
+        found = score(stock, sample, kinds=kinds, config=config, students={kinds[0]: student})
+        found.save(self.job.lasting / "scores.json")
+        print(found, flush=True)
+        return {"scores": json.loads((self.job.lasting / "scores.json").read_text()), "bytes": size} | {
+            "transfer": report.table()
+        }
+
+    def student_job(self) -> dict[str, Any]:
+        """Convert the chosen blocks, train them as the arm says, and measure."""
+        kind, name, seed = self.job.parts
+        arm, pipe = ARMS[name], self.teacher()
+        grid = grid_of(denoiser_for(pipe), self.rows[0], self.size)
+        before = dataclasses.replace(self.job, name=f"s1.{kind}.{seed}")
+        scores = Scores.load(before.lasting / "scores.json")
+        costs = count(
+            pipe.transformer, **self.size, kinds=[*scores.errors], config=conversion(kind, "all", grid, seed)
+        )
+        layers = chosen_blocks(scores, costs, arm.share)
+        config = conversion(kind, layers, grid, seed)
+        stock = copy.deepcopy(pipe.transformer)
+        convert(pipe.transformer, config)
+        if arm.s1:
+            trained = read_tensors(before.lasting / "adapter.safetensors")
+            there = pipe.transformer.state_dict()
+            give(pipe.transformer, {name: value for name, value in trained.items() if is_new(name) and name in there})
+        begun = time.monotonic()
+        if arm.s2:
+            pipe = self.trained(pipe, arm.train, seed)
+        seconds = time.monotonic() - begun
+        size = save_adapter(pipe.transformer, self.job.lasting / "adapter.safetensors", base=stock)
+        row = self.measured(pipe)
+        made = layers_of(pipe.transformer)
+        return {
+            **row,
+            "layers": list(layers),
+            "share": arm.share,
+            "layer_density": softmax_pairs(next(iter(made.values())), grid),
+            "plan_density": plan_density(made, len(layers), grid),
+            "timed_as": timed_plan(kind, arm.share),
+            "adapter_bytes": size,
+            "training_seconds": round(seconds, 1),
+        }
+
+    def trained(self, pipe: Any, what: str, seed: int) -> Any:
+        """Train a student end to end; return a pipeline with what was exported."""
+        begin, run = self.job.lasting / "begin", self.job.lasting / "run"
+        save(pipe.transformer, begin)
+        run.mkdir(parents=True, exist_ok=True)
+        drawn = self.job.out / "drawn" / f"latents.{seed}"
+        (run / "latents").unlink(missing_ok=True)
+        (run / "latents").symlink_to(drawn.resolve())  # the run finds its latents drawn
+        whole(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed))
+        pipe = self.teacher()
+        apply_adapter(pipe.transformer, run / "export")
+        return pipe
+
+    def measured(self, pipe: Any) -> dict[str, Any]:
+        """Return the numbers of a student beside those of the teacher."""
+        teacher = dataclasses.replace(self.job, name="teacher")
+        theirs = json.loads(teacher.result.read_text(encoding="utf-8"))["measured"]
+        found: dict[str, Any] = {"measured": {}, "teacher": {}}
+        for name in self.groups():
+            picture = self.job.result.with_suffix(".png") if name == "one" else None
+            ours = measure_student(pipe, self.group(name), self.how, teacher.lasting / name, picture, self.job.name)
+            found["measured"][name], found["teacher"][name] = ours.as_json(), theirs[name]
+            numbers = compared([ours], [Measured.from_json(theirs[name])])
+            found[name] = numbers
+            print(f"{self.job.name}, {name}: {numbers}", flush=True)
+        return found | {"right": found["measured"]["one"]["right"], "psnr": found["one"]["psnr"]}
+
+    def __call__(self) -> None:
+        """Do the job and write its result."""
+        name, begun = self.job.name, time.monotonic()
+        kinds = {"teacher": self.teacher_job, "latents": self.latents_job, "s1": self.transfer_job}
+        work = kinds.get(name.split(".")[0], self.student_job)
+        result = {"job": name, **work(), "seconds": round(time.monotonic() - begun, 1), "device": device()}
+        settings = {key: value for key, value in vars(self.options).items() if key not in ("name", "out")}
+        result |= {"versions": versions(), "settings": settings}
+        with replacing(self.job.result) as part:
+            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def whole(args: LitTrainingConfig) -> None:
+    """Train to the end: a run that is told to stop saves and returns, and its student is not to be measured."""
+    if LitTrainer(args).train().reason is not Reason.DONE:
+        raise SystemExit("the training was ended before its last step")
+
+
+def report_kind(config: LiTConfig) -> str:
+    """Return the layer type of a conversion of all blocks."""
+    return str(config.layers).removeprefix("all:")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all jobs of a folder have in common."""
+    add = parser.add_argument
+    add("--model", default="runs/tiny-wan-fine/export", help="folder of the teacher; embedded is the embedded model")
+    add("--out", type=Path, default=Path("runs/lit-video"))
+    add("--prompts", type=int, default=1024, help="prompts that are measured (default: 1024)")
+    add("--two", action="store_true", help="measure prompts of two bodies too")
+    add("--max_steps", type=int, default=400, help="steps of stage 2 (default: 400)")
+    add("--batch", type=int, default=32, help="clips of a step of stage 2 (default: 32)")
+    add("--transfer_steps", type=int, default=300, help="steps of each block in stage 1 (default: 300)")
+    add("--transfer_prompts", type=int, default=72, help="prompts of stage 1, a ninth of them held out (default: 72)")
+    for name, what in zip(SIZES, ("sampling steps", "pixels of a side", "frames"), strict=True):
+        add(f"--{name}", type=int, help=f"{what} (default: as the model's folder says)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do one job."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="of the job")
+    add_options(parser)
+    options = parser.parse_args(argv)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    Work(Job(name=options.name, out=options.out), options)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

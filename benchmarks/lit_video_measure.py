@@ -1,0 +1,158 @@
+"""Clips of a teacher and its students for `python -m benchmarks.lit_video`: made, judged, compared in pairs.
+
+Clip i has prompt i and seed first + i on both sides; the teacher's are kept as bytes until the students are measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.embedded_groups import Group, build
+from benchmarks.embedded_measures import judging
+from benchmarks.embedded_sampling import Defaults, Job, generate
+from benchmarks.embedded_sheets import bytes_of, sheet, verdict
+from benchmarks.lowp_judge import psnr
+from postgen.files import replacing
+from postgen.metrics.bootstrap import bootstrap, ratio_of_means
+from postgen.metrics.video_measures import motion
+from postgen.world.check import Report, check_batch
+
+AT_ONCE = 32
+"""Clips that are made and judged together: several processes share a GPU."""
+FIRST_SEED = 30_000
+"""Number of the first scene, and seed of its noise: below the seeds of training, and none that other benchmarks of
+the embedded model take."""
+PICTURED, FRAMES_SHOWN = 3, 9
+"""Clips of a sheet, and frames of each along time."""
+MEASURES = ("right", "score", "motion", "psnr")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Measured:
+    """Numbers of every clip of a model."""
+
+    right: list[bool] = dataclasses.field(default_factory=list)
+    """Whether the judge calls it wholly right."""
+    score: list[float] = dataclasses.field(default_factory=list)
+    """Of the judge."""
+    motion: list[float] = dataclasses.field(default_factory=list)
+    """Pixels a frame."""
+    psnr: list[float] = dataclasses.field(default_factory=list)
+    """Decibels from the teacher's clip; empty for the teacher."""
+
+    def add(self, clips: Tensor, reports: Sequence[Report], teacher: Tensor | None) -> None:
+        """Append what is found in clips (B,F,3,H,W)."""
+        self.right += [report.all_right for report in reports]
+        self.score += [float(report.score) for report in reports]
+        self.motion += motion(clips).tolist()
+        if teacher is not None:
+            self.psnr += psnr(clips, teacher).tolist()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "right": "".join("01"[value] for value in self.right),
+            **{name: [round(value, 5) for value in getattr(self, name)] for name in MEASURES[1:]},
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Measured:
+        """Return what `as_json` gave."""
+        right = [letter == "1" for letter in row["right"]]
+        return cls(right=right, **{name: list(row[name]) for name in MEASURES[1:]})
+
+
+def group_of(name: str, count: int, how: Defaults) -> Group:
+    """Return the prompts: `one` or `two` bodies."""
+    return build(name, count, FIRST_SEED, how)
+
+
+def made(pipe: Any, group: Group, how: Defaults) -> Iterator[tuple[slice, Tensor]]:
+    """Yield clips (B,F,3,H,W) in [0,1] of a group."""
+    for low in range(0, len(group.prompts), AT_ONCE):
+        rows = slice(low, low + AT_ONCE)
+        job = Job(
+            prompts=group.prompts[rows],
+            seeds=group.seeds[rows],
+            autocast=pipe.device.type == "cuda",
+            **dataclasses.asdict(how),
+        )
+        yield rows, generate(pipe, job).clamp(0, 1)
+
+
+def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path) -> Measured:
+    """Measure a teacher and keep its clips in a folder, as bytes."""
+    found, workers = Measured(), judging(2, pipe.device.type)
+    folder.mkdir(parents=True, exist_ok=True)
+    for rows, clips in made(pipe, group, how):
+        reports = check_batch(clips, group.asked[rows], workers=workers if pipe.device.type == "cuda" else 0)
+        found.add(clips, reports, None)
+        with replacing(_file(folder, rows)) as part:
+            save_file({"clips": bytes_of(clips)}, part, metadata={"said": json.dumps([*map(verdict, reports)])})
+    return found
+
+
+def measure_student(
+    pipe: Any, group: Group, how: Defaults, folder: Path, picture: Path | None = None, name: str = "student"
+) -> Measured:
+    """Measure a student against the teacher's clips in a folder, and draw the first ones beside these."""
+    found, workers = Measured(), judging(2, pipe.device.type)
+    for rows, clips in made(pipe, group, how):
+        theirs = load_file(_file(folder, rows))["clips"]
+        reports = check_batch(clips, group.asked[rows], workers=workers if pipe.device.type == "cuda" else 0)
+        # Both as bytes: the teacher's are kept so.
+        ours = bytes_of(clips)
+        found.add(clips, reports, None)
+        found.psnr += psnr(ours.to(clips.device).float() / 255, theirs.to(clips.device).float() / 255).tolist()
+        if picture is not None and not rows.start:
+            pairs, said = [], []
+            for row in range(min(PICTURED, len(ours))):
+                pairs += [theirs[row], ours[row]]
+                said += [f"teacher: {group.prompts[row]}", f"{name} ({verdict(reports[row])})"]
+            sheet(pairs, said, picture, columns=1, shown=FRAMES_SHOWN)
+    return found
+
+
+def compared(students: Sequence[Measured], teachers: Sequence[Measured]) -> dict[str, Any]:
+    """Return numbers of an arm against the teacher, paired by prompt and seed; several seeds are averaged by prompt.
+
+    Args:
+        students: one for each seed of the training.
+        teachers: the teacher as each of them was measured against.
+    """
+    pairs = list(zip(students, teachers, strict=True))
+    mine = torch.stack([_tensor(student.right) for student, _ in pairs]).mean(0)
+    theirs = torch.stack([_tensor(teacher.right) for _, teacher in pairs]).mean(0)
+    scores = torch.stack([_tensor(teacher.score) - _tensor(student.score) for student, teacher in pairs]).mean(0)
+    moved = torch.stack([torch.stack([_tensor(s.motion), _tensor(t.motion)], 1) for s, t in pairs]).mean(0)
+    ratio = dataclasses.asdict(bootstrap(moved, ratio_of_means))
+    decibels = torch.stack([_tensor(student.psnr) for student, _ in pairs]).mean(0)
+    return {
+        "prompts": len(mine),
+        "seeds": len(pairs),
+        "teacher_right": float(theirs.mean()),
+        "student_right": float(mine.mean()),
+        "by_seed": [float(_tensor(student.right).mean()) for student, _ in pairs],
+        "drop": dataclasses.asdict(bootstrap(theirs - mine)),
+        "score_drop": dataclasses.asdict(bootstrap(scores)),
+        # Of a teacher whose clips stand still there is none.
+        "motion_ratio": ratio if all(map(math.isfinite, ratio.values())) else None,
+        "psnr": dataclasses.asdict(bootstrap(decibels)),
+    }
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+
+def _file(folder: Path, rows: slice) -> Path:
+    return folder / f"{rows.start:05}.safetensors"

@@ -1,0 +1,167 @@
+"""Adapters: one small file beside the stock model, for every family, on the command line, and off again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from postgen.assets import embedded_lit, embedded_model
+from postgen.errors import UserError
+from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
+from postgen.lit.adapter import FORMAT, read_adapter
+from tests.lit.distil import PICTURES, VIDEO, teacher
+
+CONFIG = LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0))
+
+
+def trained(model: Any, config: LiTConfig, *, inherited: bool = True) -> None:
+    """Convert a model and change what training of its attention would change."""
+    convert(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module, layer in layers_of(model).items():
+            for parameter in layer.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            attention: Any = model.get_submodule(module)
+            projection = attention.to_v if hasattr(attention, "to_v") else attention.to_qkv
+            if inherited:
+                projection.weight.add_(0.1)
+
+
+@pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
+def test_every_family_has_adapters_that_come_off(name: str, tmp_path: Path) -> None:
+    kind = "lit" if name in PICTURES else "window_delta"
+    config = LiTConfig(layers=f"all:{kind}", first_block=True, window=WindowOptions(radius=0))
+    student, base, other = (teacher(name)[0].transformer for _ in range(3))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    trained(student, config)
+    size = save_adapter(student, tmp_path / "a.safetensors", base=base, dtype=torch.float32)
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+    report = apply_adapter(other, tmp_path / "a.safetensors")
+    assert report.transformer == type(other).__name__
+    wanted = student.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in other.state_dict().items())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert len(file.keys()) < len(wanted)
+        assert file.metadata()["format"] == FORMAT
+    revert(other)
+    after = other.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_pipeline_with_an_adapter_and_a_lora_around_it(tmp_path: Path) -> None:
+    pipe, student = teacher("Wan")[0], teacher("Wan")[0]
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    trained(student.transformer, CONFIG)
+    save_adapter(student.transformer, tmp_path / "a.safetensors", base=pipe.transformer)
+    apply_adapter(pipe, tmp_path / "a.safetensors")
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v"]))
+    revert(pipe.transformer)
+    after = {name.replace(".base_layer.", "."): value for name, value in pipe.transformer.state_dict().items()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
+    student, base = teacher("Wan")[0].transformer, teacher("Wan")[0].transformer
+    with pytest.raises(UserError, match="is not converted"):
+        save_adapter(student, tmp_path / "a.safetensors")
+    trained(student, CONFIG)
+    with torch.no_grad():
+        student.proj_out.weight.add_(1)
+    with pytest.raises(UserError, match=r"proj_out\.weight was trained.*save the whole transformer"):
+        save_adapter(student, tmp_path / "a.safetensors", base=base)
+    with torch.no_grad():
+        next(iter(layers_of(student).values())).parameters().__next__().add_(1e6)
+    with pytest.raises(UserError, match=r"values that torch\.float16 does not hold: give dtype"):
+        save_adapter(student, tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not (tmp_path / "a.safetensors").exists()
+    save_adapter(student, tmp_path / "a.safetensors")  # in bfloat16
+
+
+def changed(path: Path, out: Path, said: dict[str, str] | None = None, **tensors: Any) -> Path:
+    """Write an adapter again, with other metadata or tensors; None leaves a tensor out."""
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {**file.metadata(), **(said or {})}
+    found |= {name: value for name, value in tensors.items() if value is not None}
+    for name in [name for name, value in tensors.items() if value is None]:
+        del found[name]
+    save_file(found, out, metadata=metadata)
+    return out
+
+
+def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    """On the command line, before the model is read; with a good one a video is made, and made again."""
+    from postgen.families.loading import inspect_model, load_pipeline
+
+    pipe = load_pipeline(inspect_model(tiny_wan), device="cpu")
+    trained(pipe.transformer, CONFIG)
+    good = tmp_path / "adapter.safetensors"
+    save_adapter(pipe.transformer, good, base=load_pipeline(inspect_model(tiny_wan), device="cpu").transformer)
+    (first, *_) = [name for name in pipe.transformer.state_dict() if ".postgen_lit." in name]
+    base = {**read_adapter(good).base, "num_layers": 3}
+    nothing = torch.zeros(1)
+    save_file({"x": nothing}, tmp_path / "my-lora.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-9])
+    wrong: dict[Path | str, str] = {
+        tmp_path / "none.safetensors": "none.safetensors cannot be read",
+        "": "the adapter",
+        "x" * 5000: "the adapter",
+        tmp_path / "my-lora.safetensors": "is no adapter of postgen.lit: a LoRA is given with --lora",
+        tmp_path / "cut.safetensors": "cut.safetensors cannot be read",
+        changed(good, tmp_path / "k.safetensors", {"transformer": "X"}): "is for a X, this model has a WanTransf",
+        changed(good, tmp_path / "b.safetensors", {"base": json.dumps(base)}): "its num_layers is 3, here it is 2",
+        changed(good, tmp_path / "c.safetensors", {"config": "[1"}): "is damaged: what it says of itself",
+        changed(good, tmp_path / "m.safetensors", **{first: None}): f"is damaged: it lacks {first}",
+        changed(good, tmp_path / "n.safetensors", **{first: nothing * float("nan")}): "values that are not finite",
+        changed(good, tmp_path / "s.safetensors", **{first: nothing}): "is no weight of this conversion",
+    }
+    words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
+    for path, text in wrong.items():
+        done = cli("generate", *words, "--lit", path, "-o", tmp_path / "no.gif")
+        told = done.err.splitlines()[-1]  # bars of what was loaded here stand before it
+        assert (done.code, told.startswith("postgen: error: "), "Traceback" in done.err) == (2, True, False), done.err
+        assert text in told
+    done = cli("generate", *words, "--lit", tmp_path, "-o", tmp_path / "yes.gif")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "yes.json").read_text())["settings"]["lit"] == str(tmp_path)
+    again = cli("generate", "--from", tmp_path / "yes.json", "-o", tmp_path / "again.gif")
+    assert again.code == 0, again.err
+    assert (tmp_path / "again.gif").read_bytes() == (tmp_path / "yes.gif").read_bytes()
+    both = cli("compare", *words, "--b", f"lit={good}", "-o", tmp_path / "both.gif")
+    assert both.code == 0, both.err
+    assert (tmp_path / "both-b.gif").read_bytes() == (tmp_path / "yes.gif").read_bytes()
+    assert (tmp_path / "both-a.gif").read_bytes() != (tmp_path / "yes.gif").read_bytes()
+    # Layers that are bound to another grid are refused before weights are read.
+    bound = load_pipeline(inspect_model(tiny_wan), device="cpu").transformer
+    mhla = MhlaOptions(blocks=(1, 2, 2), interpolate=False)
+    convert(bound, LiTConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))
+    save_adapter(bound, tmp_path / "bound.safetensors")
+    other = cli("generate", *words, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "no.gif")
+    assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err
+    long = cli("generate", *words, "--long", 2, "--lit", good, "-o", tmp_path / "long.mp4")
+    assert (long.code, "--lit does not go with a long video" in long.err) == (2, True), long.err
+
+
+def test_the_adapter_of_the_embedded_model_is_shipped_or_missed_in_one_line(cli: Any, tmp_path: Path) -> None:
+    try:
+        file = embedded_lit()
+    except UserError:
+        done = cli("generate", "a red ball", "--lit", "embedded", "-o", tmp_path / "no.gif")
+        told = done.err.splitlines()[-1]
+        assert (done.code, "ships no adapter of linear attention" in told) == (2, True), done.err
+        return
+    from postgen.families.loading import inspect_model, load_pipeline
+
+    assert file.stat().st_size <= 3e6
+    report = apply_adapter(load_pipeline(inspect_model(embedded_model()), device="cpu"), "embedded")
+    assert sum(kind != "softmax" for kind in report.types) == 4

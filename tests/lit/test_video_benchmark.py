@@ -1,0 +1,317 @@
+"""The experiment on video: jobs and their order, every kind of job at a tiny size, numbers, gates and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import lit_video, lit_video_report, side_by_side
+from benchmarks.gates import read_result
+from benchmarks.lit_models import KINDS, PLANS
+from benchmarks.lit_sections import put_section
+from benchmarks.lit_video_arms import (
+    ARMS,
+    SHARED,
+    TYPES,
+    Job,
+    chosen_blocks,
+    conversion,
+    jobs_of,
+    plan_density,
+    read_results,
+    table,
+    timed_plan,
+    winner_of,
+)
+from benchmarks.lit_video_files import LARGEST, pack, unpack
+from benchmarks.lit_video_job import Work, whole
+from benchmarks.lit_video_job import main as do
+from benchmarks.lit_video_measure import Measured, compared
+from benchmarks.side_by_side import run_all
+from postgen.errors import UserError
+from postgen.families import Grid
+from postgen.lit import CostTable, Scores, apply_adapter, convert, layers_of
+from tests.families.tiny_models import tiny_model
+
+GRID = Grid(frames=9, height=12, width=12)
+
+
+def test_jobs_of_the_whole_experiment(tmp_path: Path) -> None:
+    """At most 30 students; whatever a job needs is among the jobs of its group, and stands before it."""
+    students = set()
+    for group in ("types", "winner"):
+        jobs = jobs_of(group, "delta_r0", tmp_path, [])
+        names = [job.name for job in jobs]
+        assert len({*names}) == len(names)
+        for place, job in enumerate(jobs):
+            assert {each.name for each in job.needs()} <= {*names[:place]}
+            assert not job.done
+        students |= {job.name for job in jobs if job.is_student}
+    assert len(students) <= 30
+    assert {f"{kind}.half.0" for kind in TYPES} <= students
+    assert {f"delta_r0.{arm}.{seed}" for arm in ("quarter", "half", "three_quarters") for seed in range(3)} <= students
+    with pytest.raises(UserError, match="no group winner of delta_r9"):
+        jobs_of("winner", "delta_r9", tmp_path, [])
+    assert [job.name for job in jobs_of("embedded", "delta_r0", tmp_path, [])][-1] == f"{SHARED}.half.0"
+
+
+def test_a_job_begins_when_what_it_needs_is_there(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in jobs_of("types", "", tmp_path, [])}
+    job = jobs["lit.half.0"]
+    (tmp_path / "jobs").mkdir()
+    for name in ("teacher", "s1.lit.0", "latents.0"):
+        assert not job.ready
+        jobs[name].result.write_text("{}")
+        assert not jobs[name].done  # its clips, its latents, its layers are not there
+        jobs[name].lasting.mkdir(parents=True)
+        assert jobs[name].done
+    assert job.ready
+    assert not jobs["mhla.half.0"].ready
+
+
+@dataclasses.dataclass
+class Sleep:
+    name: str
+    out: Path
+    code: str
+
+    @property
+    def log(self) -> Path:
+        return self.out / f"{self.name}.log"
+
+    @property
+    def done(self) -> bool:
+        return (self.out / f"{self.name}.done").exists()
+
+
+def test_runs_side_by_side_end_in_time_and_name_those_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "LOOK", 0.05)
+
+    def start(run: Sleep, gpu: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-c", run.code, str(tmp_path)])
+
+    touch = "import pathlib, sys; pathlib.Path(sys.argv[1], 'a.done').touch()"
+    runs = [Sleep("a", tmp_path, touch), Sleep("b", tmp_path, "raise SystemExit(3)")]
+    runs.append(Sleep("c", tmp_path, "import time; time.sleep(600)"))
+    ready = lambda run: run.name != "c" or runs[0].done  # noqa: E731
+    begun = time.monotonic()
+    assert run_all(runs, [], 2, start, ready=ready, until=begun + 2.5, go_on=True) == ["b"]
+    assert time.monotonic() - begun < 60
+    said = capsys.readouterr().out
+    assert ("a: done" in said, "b: failed" in said, "c: not done" in said) == (True, True, True)
+
+
+def test_pairs_of_types_and_their_names() -> None:
+    """A share is of (query, key) pairs; plans that can be shown have the names of `lit_speed.json`."""
+    wanted = {"lit": 0, "mhla": 0, "delta_r0": 1 / 9, "delta_r1": 25 / 81, "linear_r0": 1 / 9, "anchor": 0.25}
+    wanted["chunk"] = (3 * 3 + 3 * 4 + 3 * 4) / 81
+    for kind in TYPES:
+        model: Any = tiny_model("Wan", layers=4).transformer
+        convert(model, conversion(kind, ("softmax", KINDS[TYPES[kind]].kind, "softmax", "softmax"), GRID, 0))
+        assert plan_density(layers_of(model), 4, GRID) == pytest.approx((wanted[kind] + 3) / 4)
+    names = {plan.name for plan in PLANS}
+    assert timed_plan("delta_r0", 0.75) == "window_delta radius 0, every 4th softmax"
+    assert {timed_plan(kind, 0.75) for kind in ("lit", "mhla", "delta_r0", "linear_r0")} < names
+    assert timed_plan("delta_r0", 0.25) is None
+    assert conversion(SHARED, "all", GRID, 3).window.output == "shared"
+    assert 0.75 / 9 + 0.25 <= 0.35
+
+
+def test_blocks_with_least_errors_are_chosen() -> None:
+    scores = Scores(transformer="W", errors={"lit": (0.1, 0.5, 0.2, 0.9, 0.3, 0.4, 0.8, 0.7)}, calls=1)
+    costs = CostTable(
+        transformer="W", model=1, device="", unit="flops", shape=(5, 32, 32), base=7, attention=0.5,
+        changes={"lit": (3,) * 8},
+    )  # fmt: skip
+    found = {share: chosen_blocks(scores, costs, share) for share in (0.25, 0.5, 0.75, 1)}
+    assert [place for place, kind in enumerate(found[0.25]) if kind == "lit"] == [2, 4]
+    assert [place for place, kind in enumerate(found[0.5]) if kind == "lit"] == [1, 2, 4, 5]
+    assert found[0.75].count("lit") == 6
+    assert found[0.75][0] == "softmax"
+    assert found[1] == ("lit",) * 8
+
+
+@pytest.fixture(scope="module")
+def small(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of two blocks."""
+    folder = tmp_path_factory.mktemp("small") / "teacher"
+    shutil.copytree(tiny_wan, folder)
+    facts = {"width": 32, "height": 32, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 2.0, "fps": 8}
+    (folder / "postgen.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of job, in this process."""
+    out = tmp_path_factory.mktemp("video") / "out"
+    lit_video.write_prompts(out / "prompts.jsonl", 6, two=False)
+    (out / "jobs").mkdir()
+    options = lit_video.parser().parse_args(["--model", str(small), "--out", str(out), "--device", "cpu"])
+    vars(options).update(lit_video.TINY)
+    words = lit_video.job_words(options)
+    for name in ("teacher", "latents.0", "s1.delta_r0.0", "delta_r0.half.0", "delta_r0.half-none.0"):
+        assert do([name, *words]) == 0
+    return out
+
+
+def test_every_kind_of_job_runs(done: Path, small: Path) -> None:
+    rows = {row["job"]: row for row in read_results(done)}
+    assert {*rows} == {"delta_r0.half.0", "delta_r0.half-none.0"}
+    row = rows["delta_r0.half.0"]
+    assert row["layers"] == ["softmax", "window_delta"]
+    assert row["one"]["prompts"] == len(row["right"]) == 3
+    assert row["plan_density"] == pytest.approx((1 / 5 + 1) / 2)
+    assert (row["training_seconds"] > 0, rows["delta_r0.half-none.0"]["training_seconds"] < 1) == (True, True)
+    assert (done / "jobs" / "delta_r0.half.0.png").is_file()
+    trained = json.loads((done / "jobs" / "s1.delta_r0.0.json").read_text())
+    assert len(trained["scores"]["errors"]["window_delta"]) == 2
+    for name in ("teacher", "latents.0", "s1.delta_r0.0"):
+        assert Job(name=name, out=done).done
+    # What is measured is the adapter that was written.
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(small)
+    report = apply_adapter(pipe, done / "work" / "delta_r0.half.0")
+    assert report.types == ("softmax", "window_delta")
+    assert row["adapter_bytes"] == (done / "work/delta_r0.half.0/adapter.safetensors").stat().st_size
+
+
+def test_a_training_that_ends_early_gives_no_result(done: Path, small: Path, tmp_path: Path) -> None:
+    """Trainers that are told to stop end a step, save and return."""
+    options = lit_video.parser().parse_args(["--model", str(small), "--out", str(done), "--device", "cpu"])
+    vars(options).update({**lit_video.TINY, "max_steps": 10**6})
+    work = Work(Job(name="delta_r0.half.0", out=done), options)
+    early = {"conversion": {"layers": "1:lit"}, "output_dir": str(tmp_path / "run"), "max_seconds": 1e-6}
+    with pytest.raises(SystemExit, match="ended before its last step"):
+        whole(work.training(**early))
+
+
+def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tmp_path: Path) -> None:
+    parts = pack(done, tmp_path / "back")
+    assert all(part.stat().st_size < 16 * 2**20 for part in parts)
+    unpack(tmp_path / "back", tmp_path / "again")
+    for name in ("prompts.jsonl", "jobs/delta_r0.half.0.json", "work/s1.delta_r0.0/scores.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (done / name).read_bytes()
+    assert Job(name="s1.delta_r0.0", out=tmp_path / "again").done
+    assert not Job(name="teacher", out=tmp_path / "again").done  # its clips are made anew
+    pack(small, tmp_path / "model")
+    unpack(tmp_path / "model", tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / "vae" / "config.json").is_file()
+    with pytest.raises(UserError, match=r"there is no part-\*\.tar\.gz"):
+        unpack(tmp_path, tmp_path / "no")
+    (small.parent / "large").mkdir()
+    (small.parent / "large" / "model_index.json").write_bytes(b" " * (LARGEST + 1))
+    with pytest.raises(UserError, match="a part takes"):
+        pack(small.parent / "large", tmp_path / "no")
+
+
+def measured(right: str, moved: float = 1.0) -> Measured:
+    count = len(right)
+    values = [float(letter) for letter in right]
+    return Measured(
+        right=[letter == "1" for letter in right], score=values, motion=[moved] * count, psnr=[30.0] * count
+    )
+
+
+def test_numbers_are_paired_and_seeds_are_averaged_by_prompt() -> None:
+    teacher = measured("1110")
+    found = compared([measured("1101", 1.5), measured("1100", 0.5)], [teacher, teacher])
+    assert found["by_seed"] == [0.75, 0.5]
+    assert found["drop"]["value"] == pytest.approx(0.75 - 0.625)
+    assert found["motion_ratio"]["value"] == pytest.approx(1)
+    assert found["psnr"]["value"] == 30
+    assert compared([teacher], [measured("1110", 0.0)])["motion_ratio"] is None
+    assert Measured.from_json(teacher.as_json()) == teacher
+
+
+def row(job: str, right: str, **more: Any) -> dict[str, Any]:
+    """A result of a student as a job writes it."""
+    ours, theirs = measured(right).as_json(), measured("1" * len(right)).as_json()
+    share = ARMS[job.split(".")[1]].share
+    pairs = {"layer_density": 1 / 9, "plan_density": share / 9 + 1 - share, "psnr": {"value": 30.0}}
+    found = {
+        "job": job,
+        "measured": {"one": ours},
+        "teacher": {"one": theirs},
+        "right": right,
+        "share": share,
+        **pairs,
+    }
+    found |= {"layers": ["softmax", "window_delta"], "timed_as": timed_plan(job.split(".")[0], share)}
+    return found | {"adapter_bytes": 2_000_000, "device": "x", "training_seconds": 1.0, "settings": {}, **more}
+
+
+def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rule radius 1 cannot win: its plan of three quarters computes too many pairs."""
+    out, small_out = tmp_path / "out", tmp_path / "embedded"
+    rows = [row("delta_r0.half.0", "1" * 64), row("delta_r1.half.0", "1" * 64, layer_density=25 / 81)]
+    rows += [row("lit.half.0", "1" * 63 + "0"), row("lit.all.0", "0" * 64)]
+    for folder in (out, small_out):
+        (folder / "jobs").mkdir(parents=True)
+
+    def put(folder: Path, rows: list[dict[str, Any]]) -> None:
+        for each in rows:
+            (folder / "jobs" / f"{each['job']}.json").write_text(json.dumps(each))
+
+    put(out, rows)
+    assert winner_of(read_results(out)) == "delta_r0"
+    section = lit_video_report.section_of(out, None)
+    assert lit_video_report.gates_of(section) == []
+    put(out, [row(f"delta_r0.{arm}.{seed}", "1" * 64) for arm in ("half", "three_quarters") for seed in range(3)])
+    new = row("delta_r0.half-new.0", "1" * 64, adapter_bytes=1_200_000)
+    put(small_out, [new, row(f"{SHARED}.half.0", "1" * 62 + "00")])
+    page = tmp_path / "page.md"
+    shutil.copy(lit_video_report.PAGE, page)
+    result = put_section("image", {"x": 1}, [{"name": "i", "value": 1, "op": ">=", "target": 0}], tmp_path / "r.json")
+    lit_video_report.write(out, small_out, str(result), docs=False)
+    found = read_result(result)
+    assert found["image"] == {"x": 1}
+    assert [gate["name"] for gate in found["gates"]] == [
+        "i", "half_linear_drop", "three_quarters_drop", "motion_ratio", "motion_ratio", "density_of_shown_plan",
+        "embedded_drop", "adapter_mb",
+    ]  # fmt: skip
+    assert all(gate.get("ok", True) for gate in found["gates"])
+    assert found["gates"][-1]["value"] == 1.2
+    lit_video_report.draw({"lit_video": done / "jobs" / "delta_r0.half.0.png", "no": tmp_path / "no.png"}, tmp_path)
+    assert (tmp_path / "lit_video.webp").is_file()
+    assert not (tmp_path / "no.webp").exists()
+    monkeypatch.setattr(lit_video_report, "IMAGES", tmp_path)
+    lit_video_report.write_page(found, page)
+    text = page.read_text()
+    assert "window_delta radius 0, every 4th softmax" in text
+    assert "](images/lit_video.webp)" in text
+    assert lit_video_report.NOTHING not in text.partition("## Layer types")[2].partition("## When")[0]
+    monkeypatch.undo()
+    lit_video_report.write_page(None, page)
+    assert page.read_text() == lit_video_report.PAGE.read_text() or (lit_video_report.RESULTS / "lit.json").is_file()
+    page.write_text(text.replace("table: gates", "table: doors"))
+    with pytest.raises(UserError, match="should have types, fractions"):
+        lit_video_report.write_page(found, page)
+
+
+def test_the_page_has_the_arms_and_wrong_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table() in lit_video_report.PAGE.read_text(encoding="utf-8")
+    for words, text in (
+        ([], "say what to do"),
+        (["--pack", str(tmp_path)], "--pack needs --back"),
+        (["--pack", str(tmp_path / "no"), "--back", str(tmp_path / "b")], "holds nothing that is kept"),
+        (["--report", "--out", str(tmp_path)], "holds no results of students"),
+        (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "no layer type was measured at half"),
+    ):
+        assert lit_video.main(words) == 2
+        assert text in capsys.readouterr().err
+    assert torch.is_grad_enabled()
