@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.gates import RESULTS, read_result
@@ -156,22 +156,28 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(text: str, result: Mapping[str, Any] | None) -> str:
-    """Return the page with its tables written anew.
+def filled(
+    text: str,
+    result: Mapping[str, Any] | None,
+    tables: Mapping[str, Callable[[Mapping[str, Any]], Iterable[str]]] | None = None,
+) -> str:
+    """Return a page with its tables written anew.
 
     Args:
         text: the page.
         result: content of the result file; None says that nothing was measured.
+        tables: of the page, by name; None is those of this one.
 
     Raises:
         UserError: the page lacks a table or has another one.
     """
+    known = TABLES if tables is None else tables
     names = [match[2] for match in _PLACE.finditer(text)]
-    if sorted(names) != sorted(TABLES):
-        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(TABLES)}, each once")
+    if sorted(names) != sorted(known):
+        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(known)}, each once")
 
     def made(match: re.Match[str]) -> str:
-        lines = [NOTHING] if result is None else TABLES[match[2]](result)
+        lines = [NOTHING] if result is None else known[match[2]](result)
         told = "\n".join(lines)
         return f"{match[1]}\n{told}\n\n{match[3]}"
 

@@ -53,7 +53,7 @@ def frechet_distance(reference: Gaussian, other: Gaussian, *, root: Tensor | Non
     4.0
     """
     root = reference.root() if root is None else root
-    # Singular where there are fewer samples than features: the product is symmetric, so its roots are real all the same.
+    # Symmetric, so that its roots are real also where there are fewer samples than features.
     values = torch.linalg.eigvalsh(root @ other.covariance_DD @ root).clamp_min(0)
     between = (reference.mean_D - other.mean_D).square().sum()
     traces = reference.covariance_DD.trace() + other.covariance_DD.trace()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families.dit import DiTDenoiser
 from postgen.families import Condition
+from postgen.families.dit import DiTDenoiser
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
@@ -125,7 +125,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         return {"transformer": self.transformer}
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of one batch; metrics: `noise_loss`, `variance_loss`, and the first above and below the middle level."""
+        """Loss of one batch; metrics: `noise_loss`, `variance_loss`, the first above and below the middle level."""
         args, batch, place = self.args, self.args.per_device_train_batch_size, {"device": self.device}
         rows = torch.randint(len(self.latents), (batch,), generator=self.generator, **place)
         x0, classes = self.latents[rows].float(), self.classes[rows]
@@ -244,7 +244,7 @@ def sample_pictures(
 
 
 def judged(pictures_N3HW: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Return the shares of stills, repeated as clips, that the world's judge calls right, by attribute, and the score."""
+    """Return the shares of stills, repeated as clips, that the judge calls right, by attribute, and the score."""
     reports = check_batch(pictures_N3HW.float()[:, None].expand(-1, FRAMES, -1, -1, -1), prompts)
     names = ("count", "colour", "shape", "event", "all_right", "score")
     return {name: sum(float(getattr(each, name)) for each in reports) / len(reports) for name in names}

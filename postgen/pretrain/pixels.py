@@ -1,8 +1,8 @@
-"""An `AutoencoderKL` whose latents are the pixels, so that a stock pipeline of latents makes small pictures as they are.
+"""An `AutoencoderKL` whose latents are the pixels: a stock pipeline of latents makes small pictures as they are.
 
-Nothing is trained. The image x is carried as channels x and -x, and silu(z) - silu(-z) = z undoes the nonlinearity. Two
-channels of +M and -M hold the deviation that the group norm divides by at M / 2 (eight channels, the sum of which is
-0), whatever x is: it moves by x^2 / M^2.
+Nothing is trained. The image x is carried as channels x and -x, and silu(z) - silu(-z) = z undoes the nonlinearity.
+Two channels of +M and -M hold the deviation that the group norm divides by at M / 2 (eight channels, the sum of which
+is 0), whatever x is: it moves by x^2 / M^2.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_covariances_that_do_not_commute() -> None:
 
 
 def test_features_of_a_known_gaussian() -> None:
-    """Samples give mean and covariance; a shift of all samples is its square, fewer samples than features are taken."""
+    """Samples give mean and covariance; a shift counts by its square; fewer samples than features are taken."""
     torch.manual_seed(0)
     x = torch.randn(4000, 6)
     made = Gaussian.of(x)
