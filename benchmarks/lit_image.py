@@ -17,19 +17,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks import lit_image_report
 from benchmarks.job_queue import Job, run_jobs, wanted
-from benchmarks.lit_image_arms import ARMS, FULL, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
+from benchmarks.lit_image_arms import ARMS, FULL, SHORT, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
 from postgen.errors import UserError
 from postgen.files import replacing
 
 
 def train(options: argparse.Namespace) -> dict[str, str]:
     """Run what is not done, and return what is left and why."""
-    size = TINY if options.tiny else FULL
+    size = TINY if options.tiny else SHORT if options.short else FULL
     arms = [*(options.arms or [TEACHER, *ARMS, YOUNG])]
     names = [TRUTH, *names_of(arms, options.seeds)]
     jobs = all_jobs(names, options.out, size)
@@ -63,10 +64,12 @@ def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
         place.stem: json.loads(place.read_text(encoding="utf-8"))
         for place in sorted((out / "measured").glob("*.json"))
     }
-    losses = {name: line for name in jobs if (line := _newest(out / "runs" / name / "metrics.jsonl"))}
+    lines = {name: _metrics(out / "runs" / name / "metrics.jsonl") for name in jobs}
+    losses = {name: rows[-1] for name, told in lines.items() if (rows := [row for row in told if "loss" in row])}
+    judged = {name: rows for name, told in lines.items() if (rows := [row for row in told if "eval_score" in row])}
     state = {name: "done" if job.done else "not done" for name, job in jobs.items()}
     for place, content in (
-        ("measures.json", {"measured": measured, "losses": losses}),
+        ("measures.json", {"measured": measured, "losses": losses, "judged": judged}),
         ("progress.json", {"jobs": state, "losses": losses}),
     ):
         with replacing(results / place) as part:
@@ -75,18 +78,13 @@ def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
         lit_image_report.sheet(out / "strips", list(measured), results / "sheet.webp")
 
 
-def _newest(place: Path) -> dict[str, Any] | None:
-    """The last whole line of a run's metrics."""
-    if not place.is_file():
-        return None
-    for line in reversed(place.read_text(encoding="utf-8").splitlines()):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in found:
-            return found
-    return None
+def _metrics(place: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; one that is being written is left out."""
+    found = []
+    for line in place.read_text(encoding="utf-8").splitlines() if place.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def table() -> str:
@@ -111,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of each command on the CPU")
     parser.add_argument("--seconds", type=float, default=0.0, help="after which everything is saved; 0 is no limit")
     parser.add_argument("--tiny", action="store_true", help="a try on a CPU")
+    parser.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
     parser.add_argument("--report", action="store_true", help="write the result of RESULTS/measures.json")
     parser.add_argument("--docs", action="store_true", help="with --report: write the table and the sheet of the docs")
     parser.add_argument("-o", "--output", default="lit", help="with --report: name of the result, or a path .json")

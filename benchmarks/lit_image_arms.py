@@ -76,6 +76,14 @@ class Size:
 
 
 FULL = Size(teacher={}, student={}, classes=576, per_class=4, draws=200)
+SHORT = Size(
+    teacher={"max_steps": 100, "warmup_steps": 20, "eval_steps": 100, "eval_pictures": 12, "logging_steps": 10},
+    student={"max_steps": 20, "warmup_steps": 5, "logging_steps": 5},
+    classes=48,
+    per_class=1,
+    draws=10,
+)
+"""Of the whole size, for a look whether everything runs on a GPU."""
 TINY = Size(
     teacher={
         **{"size": 32, "patch": 8, "num_layers": 1, "num_heads": 8, "head_dim": 4, "pool_pictures": 64},

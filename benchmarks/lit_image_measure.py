@@ -51,9 +51,8 @@ def classes_of(classes: int, per_class: int) -> list[int]:
 
 def true_stills(first: int, wanted: Sequence[int], per_class: int, size: int, device: torch.device) -> Tensor:
     """Return stills of the wanted classes that no pool holds, (N, 3, H, W) in [0, 1], 8 bits."""
-    whole = render_stills(first, len(labels()) * per_class, size, device)
-    rows = [len(labels()) * (place % per_class) + number for place, number in enumerate(wanted)]
-    return eight_bit((whole[rows].float() + 1) / 2)
+    numbers = [first + len(labels()) * (place % per_class) + number for place, number in enumerate(wanted)]
+    return eight_bit((render_stills(numbers, size, device).float() + 1) / 2)
 
 
 def features_of(pictures_N3HW: Tensor, device: torch.device) -> Tensor | None:

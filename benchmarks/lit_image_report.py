@@ -61,6 +61,10 @@ def section_of(measures: Mapping[str, Any]) -> dict[str, Any]:
         "settings": first["settings"],
         "measured_on": {"device": first["device"], "versions": first["versions"]},
         "arms": {name: _arm(name, runs, measures["losses"]) for name, runs in arms.items()},
+        "while_trained": {
+            name: [{"step": row["step"], "all_right": row["eval_all_right"]} for row in rows]
+            for name, rows in measures["judged"].items()
+        },
         "against": {base: _against(arms, base) for base in ("teacher", OURS) if base in arms},
         "guidelines": [*_guidelines(arms)],
     }

@@ -126,13 +126,13 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Loss of one batch; metrics: `noise_loss`, `variance_loss`, the first above and below the middle level."""
-        args, batch, place = self.args, self.args.per_device_train_batch_size, {"device": self.device}
-        rows = torch.randint(len(self.latents), (batch,), generator=self.generator, **place)
+        args, batch, place = self.args, self.args.per_device_train_batch_size, self.device
+        rows = torch.randint(len(self.latents), (batch,), generator=self.generator, device=place)
         x0, classes = self.latents[rows].float(), self.classes[rows]
-        dropped = torch.rand(batch, generator=self.generator, **place) < args.class_dropout
+        dropped = torch.rand(batch, generator=self.generator, device=place) < args.class_dropout
         classes = torch.where(dropped, CLASSES, classes)
-        timestep = torch.randint(len(self.bars), (batch,), generator=self.generator, **place)
-        noise = torch.randn(x0.shape, generator=self.generator, **place)
+        timestep = torch.randint(len(self.bars), (batch,), generator=self.generator, device=place)
+        noise = torch.randn(x0.shape, generator=self.generator, device=place)
         x = self.pipe.scheduler.add_noise(x0, noise, timestep)
         said = self.predict(x, timestep, classes).float()
         error = (said[:, :3] - noise).square().mean(dim=(1, 2, 3))
@@ -159,9 +159,9 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
             return {}
         prompts = [labels()[index * len(labels()) // count % len(labels())] for index in range(count)]
         seeds = [seed_of(0, "eval", index) for index in range(count)]
-        how = {"steps": args.eval_num_inference_steps, "guidance": args.eval_guidance_scale}
+        steps, guidance = args.eval_num_inference_steps, args.eval_guidance_scale
         with torch.compiler.set_stance("force_eager"), self.accelerator.autocast():
-            pictures = sample_pictures(self.denoiser, prompts, seeds, **how)
+            pictures = sample_pictures(self.denoiser, prompts, seeds, steps=steps, guidance=guidance)
         if self.accelerator.is_main_process:
             contact_sheet(pictures[:36].float().cpu(), args.folder / "samples.png", columns=12)
         return judged(pictures, prompts)
@@ -185,7 +185,7 @@ def new_dit(args: ClassToImageConfig) -> Any:
     """Return a DiT with random weights, its modulation and last layer at 0 (arXiv:2212.09748, section 3.2)."""
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=args.num_heads,
         attention_head_dim=args.head_dim,
         in_channels=3,

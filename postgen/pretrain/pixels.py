@@ -22,7 +22,7 @@ def pixel_autoencoder() -> Any:
     """Return an `AutoencoderKL` in which latents (B, 3, H, W) and pictures in [-1, 1] are the same to about 1e-5."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",),
@@ -39,9 +39,9 @@ def pixel_autoencoder() -> Any:
     with torch.no_grad():
         for part in (vae.encoder, vae.decoder):
             for module in part.modules():
-                if hasattr(module, "conv2") and isinstance(module.conv2, nn.Conv2d):
-                    module.conv2.weight.zero_()  # a residual block that adds nothing
-                    module.conv2.bias.zero_()
+                if isinstance(last := getattr(module, "conv2", None), nn.Conv2d):
+                    for weight in last.parameters():
+                        weight.zero_()  # a residual block that adds nothing
             _carry(part.conv_in, part.conv_norm_out, part.conv_out)
     return vae.requires_grad_(False).eval()
 

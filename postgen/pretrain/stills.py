@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,8 @@ from postgen.world.spec import COLOURS, SHAPES
 FRAMES = 5
 """Length of the clip that a still is repeated to; the shortest that the world's judge takes."""
 _SIZES = ("medium", "large")
-_SPAN = 512
+_SPAN, _AT_ONCE = 512, 8192
+"""Stills that a process draws, and that are rendered before they are put away in half precision."""
 LATENTS, PROMPTS = "latents.safetensors", "prompts.jsonl"
 """Files of a pool: latents (N, 3, H, W), and a row {"prompt": class} for each."""
 
@@ -68,21 +70,21 @@ def still(number: int) -> Spec:
             return spec
 
 
-def draw(first: int, count: int) -> list[Spec]:
-    """Return the scenes of consecutive numbers; many are drawn by several processes."""
-    spans = [range(low, min(low + _SPAN, first + count)) for low in range(first, first + count, _SPAN)]
+def draw(numbers: Sequence[int]) -> list[Spec]:
+    """Return the scenes of some numbers; many are drawn by several processes."""
+    spans = [numbers[low : low + _SPAN] for low in range(0, len(numbers), _SPAN)]
     return [spec for part in spread(_drawn, spans, "draws stills") for spec in part]
 
 
-def _drawn(numbers: range) -> list[Spec]:
+def _drawn(numbers: Sequence[int]) -> list[Spec]:
     return [still(number) for number in numbers]
 
 
-def render_stills(first: int, count: int, size: int, device: torch.device | str) -> Tensor:
-    """Render stills of consecutive numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
+def render_stills(numbers: Sequence[int], size: int, device: torch.device | str) -> Tensor:
+    """Render the stills of some numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
     parts = []
-    for low in range(first, first + count, 8192):
-        specs = [replace(spec, num_frames=1) for spec in draw(low, min(8192, first + count - low))]
+    for low in range(0, len(numbers), _AT_ONCE):
+        specs = [replace(spec, num_frames=1) for spec in draw(numbers[low : low + _AT_ONCE])]
         parts += [(rgb[:, 0] * 2 - 1).half() for rgb, _ in render_in_batches(specs, size, device, mask=False)]
     return torch.cat(parts)
 
@@ -100,10 +102,10 @@ def pool_of(folder: Path | None, count: int, size: int, device: torch.device) ->
     """
     classes = torch.arange(count, device=device) % len(labels())
     if folder is None:
-        return render_stills(0, count, size, device), classes
+        return render_stills(range(count), size, device), classes
     place = folder / LATENTS
     if not (place.is_file() and (folder / PROMPTS).is_file()):
-        _write(folder, render_stills(0, count, size, device))
+        _write(folder, render_stills(range(count), size, device))
     kept = read_tensors(place, f"pool_dir: {place} cannot be read").get("latents")
     rows = read_prompts(folder / PROMPTS, "pool_dir:")
     wanted = [labels()[number % len(labels())] for number in range(count)]
