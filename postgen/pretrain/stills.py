@@ -31,8 +31,7 @@ from postgen.world.spec import COLOURS, SHAPES
 FRAMES = 5
 """Length of the clip that a still is repeated to; the shortest that the world's judge takes."""
 _SIZES = ("medium", "large")
-_SPAN, _AT_ONCE = 512, 8192
-"""Stills that a process draws, and that are rendered before they are put away in half precision."""
+_SPAN = 512
 LATENTS, PROMPTS = "latents.safetensors", "prompts.jsonl"
 """Files of a pool: latents (N, 3, H, W), and a row {"prompt": class} for each."""
 
@@ -82,11 +81,8 @@ def _drawn(numbers: Sequence[int]) -> list[Spec]:
 
 def render_stills(numbers: Sequence[int], size: int, device: torch.device | str) -> Tensor:
     """Render the stills of some numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
-    parts = []
-    for low in range(0, len(numbers), _AT_ONCE):
-        specs = [replace(spec, num_frames=1) for spec in draw(numbers[low : low + _AT_ONCE])]
-        parts += [(rgb[:, 0] * 2 - 1).half() for rgb, _ in render_in_batches(specs, size, device, mask=False)]
-    return torch.cat(parts)
+    specs = [replace(spec, num_frames=1) for spec in draw(numbers)]
+    return torch.cat([(rgb[:, 0] * 2 - 1).half() for rgb, _ in render_in_batches(specs, size, device, mask=False)])
 
 
 def pool_of(folder: Path | None, count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
