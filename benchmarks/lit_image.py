@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from postgen.files import replacing
 def train(options: argparse.Namespace) -> dict[str, str]:
     """Run what is not done, and return what is left and why."""
     size = TINY if options.tiny else SHORT if options.short else FULL
+    if options.no_graphs:
+        size = replace(size, teacher={**size.teacher, "cuda_graphs": False})
     arms = [*(options.arms or [TEACHER, *ARMS, YOUNG])]
     names = [TRUTH, *names_of(arms, options.seeds)]
     jobs = all_jobs(names, options.out, size)
@@ -107,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none is the CPU")
     parser.add_argument("--each", type=int, default=3, help="commands at a time on a GPU")
     parser.add_argument("--threads", type=int, default=2, help="of each command on the CPU")
+    parser.add_argument("--no_graphs", action="store_true", help="train the teachers without CUDA graphs")
     parser.add_argument("--seconds", type=float, default=0.0, help="after which everything is saved; 0 is no limit")
     parser.add_argument("--tiny", action="store_true", help="a try on a CPU")
     parser.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
