@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from postgen.errors import UserError
 from postgen.files import replacing
 
+Makers = Mapping[str, Callable[[Mapping[str, Any]], Iterable[str]]]
+"""What makes the lines of a table of a result, by the name of the table."""
+NOTHING = "Not measured yet."
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def of_result(result: Mapping[str, Any] | None, makers: Makers) -> dict[str, list[str]]:
+    """Return the lines of all tables; None says that nothing was measured."""
+    return {name: [NOTHING] if result is None else list(make(result)) for name, make in makers.items()}
 
 
 def filled(text: str, tables: Mapping[str, Iterable[str]]) -> str:

@@ -5,7 +5,6 @@ python -m benchmarks.lit_video_report     # writes the tables anew from the resu
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, Gate, gate, read_result
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_tables import table
@@ -30,7 +30,6 @@ PICTURES = {
     "lit_embedded": "Three clips of the embedded model, each above the clip with its adapter, same prompt and seed",
 }
 """Sheets of the page, `images/NAME.webp`, and what they show."""
-NOTHING = "Not measured yet."
 SECTION = "video"
 SHOWN = "three_quarters"
 """Arm whose density and motion the gates read."""
@@ -167,7 +166,7 @@ def types(section: Mapping[str, Any]) -> Iterator[str]:
         for kind in TYPES
         if f"{kind}.{arm}" in section["arms"]
     ]
-    yield from table(["layer type", *HEADS], rows) if rows else [NOTHING]
+    yield from table(["layer type", *HEADS], rows) if rows else [docs_tables.NOTHING]
 
 
 def fractions(section: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +178,9 @@ def fractions(section: Mapping[str, Any]) -> Iterator[str]:
         arm = section["arms"][f"{winner}.{name}"]
         each = ", ".join(f"{value:.3f}" for value in arm["by_seed"])
         rows.append([ARMS[name].what, *_cells(arm), each, _timed(arm)])
-    yield from table([TYPES.get(str(winner), ""), *HEADS, "by seed", "timed as"], rows) if rows else [NOTHING]
+    yield from (
+        table([TYPES.get(str(winner), ""), *HEADS, "by seed", "timed as"], rows) if rows else [docs_tables.NOTHING]
+    )
 
 
 def _timed(arm: Mapping[str, Any]) -> str:
@@ -195,7 +196,7 @@ def blocks(section: Mapping[str, Any]) -> Iterator[str]:
         for seed, layers in enumerate(arm["layers_by_seed"]):
             numbers = ", ".join(str(place) for place, kind in enumerate(layers) if kind != "softmax")
             rows.append([f"`{name}`", str(seed), numbers])
-    yield from table(["arm", "seed", "converted blocks"], rows) if rows else [NOTHING]
+    yield from table(["arm", "seed", "converted blocks"], rows) if rows else [docs_tables.NOTHING]
 
 
 def embedded(section: Mapping[str, Any]) -> Iterator[str]:
@@ -211,7 +212,7 @@ def embedded(section: Mapping[str, Any]) -> Iterator[str]:
         for group in ("one", "two")
         for name, arm in found.get(group, {}).items()
     ]
-    yield from table(["student", "prompts", *HEADS, "adapter, MB"], rows) if rows else [NOTHING]
+    yield from table(["student", "prompts", *HEADS, "adapter, MB"], rows) if rows else [docs_tables.NOTHING]
 
 
 def gates(section: Mapping[str, Any]) -> Iterator[str]:
@@ -220,14 +221,14 @@ def gates(section: Mapping[str, Any]) -> Iterator[str]:
         [f"`{row['name']}`", _number(row), f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
         for row in gates_of(section)
     ]
-    yield from table(["gate", "measured", "asked for", "met"], rows) if rows else [NOTHING]
+    yield from table(["gate", "measured", "asked for", "met"], rows) if rows else [docs_tables.NOTHING]
 
 
 def sheets(section: Mapping[str, Any]) -> Iterator[str]:
     """Yield the pictures that are there."""
     del section
     rows = [f"![{text}](images/{name}.webp)" for name, text in PICTURES.items() if (IMAGES / f"{name}.webp").is_file()]
-    yield "\n\n".join(rows) if rows else NOTHING
+    yield "\n\n".join(rows) if rows else docs_tables.NOTHING
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
@@ -238,35 +239,11 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "embedded": embedded,
     "gates": gates,
 }
-_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def filled(text: str, section: Mapping[str, Any] | None) -> str:
-    """Return the page with its tables written anew.
-
-    Args:
-        text: the page.
-        section: the video part; None says that nothing was measured.
-
-    Raises:
-        UserError: the page lacks a table or has another one.
-    """
-    names = [match[2] for match in _PLACE.finditer(text)]
-    if sorted(names) != sorted(TABLES):
-        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(TABLES)}, each once")
-
-    def made(match: re.Match[str]) -> str:
-        told = "\n".join([NOTHING] if section is None else TABLES[match[2]](section))
-        return f"{match[1]}\n{told}\n\n{match[3]}"
-
-    return _PLACE.sub(made, text)
 
 
 def write_page(result: Mapping[str, Any] | None, page: Path = PAGE) -> None:
     """Write the tables of a result into the page."""
-    text = filled(page.read_text(encoding="utf-8"), None if result is None else result.get(SECTION))
-    with replacing(page) as part:
-        part.write_text(text, encoding="utf-8")
+    docs_tables.write(page, docs_tables.of_result(None if result is None else result.get(SECTION), TABLES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

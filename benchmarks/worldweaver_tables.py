@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, read_result
 from benchmarks.lit_tables import table
-from postgen.files import replacing
 
 PAGE = RESULTS.parent.parent / "docs" / "worldweaver_results.md"
 NAMES = {
@@ -58,7 +57,6 @@ OURS = "e"
 """Which arm is ours; this was written down before anything was measured."""
 COMPARED = ("d", OURS, "placed")
 """Arms that these are of."""
-NOTHING = "Not measured yet."
 
 
 def _short(value: float | None) -> str:
@@ -140,7 +138,7 @@ def gates(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_long(make: Callable[[Mapping[str, Any]], Iterator[str]]) -> Callable[[Mapping[str, Any]], Iterator[str]]:
-    return lambda result: make(result["long"]) if "long" in result else iter([NOTHING])
+    return lambda result: make(result["long"]) if "long" in result else iter([docs_tables.NOTHING])
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
@@ -155,27 +153,15 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
 
 
 def filled(text: str, result: Mapping[str, Any] | None) -> str:
-    """Return the page with its tables written anew.
-
-    Args:
-        text: the page.
-        result: content of the result file; None says that nothing was measured.
-
-    Raises:
-        UserError: the page lacks a table or has another one.
-    """
-    return docs_tables.filled(
-        text, {name: [NOTHING] if result is None else list(make(result)) for name, make in TABLES.items()}
-    )
+    """Return the page with its tables written anew; None says that nothing was measured."""
+    return docs_tables.filled(text, docs_tables.of_result(result, TABLES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables into the page."""
     del argv
     there = (RESULTS / "worldweaver.json").is_file()
-    text = filled(PAGE.read_text(encoding="utf-8"), read_result("worldweaver") if there else None)
-    with replacing(PAGE) as part:
-        part.write_text(text, encoding="utf-8")
+    docs_tables.write(PAGE, docs_tables.of_result(read_result("worldweaver") if there else None, TABLES))
     return 0
 
 

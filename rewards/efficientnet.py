@@ -77,11 +77,18 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)
         self.act = nn.ReLU6()
 
-    def forward(self, frames_N3HW: Tensor) -> Tensor:
-        """Return the logits (N,1000) of frames in [0,1], 224 px."""
-        x = self.act(self._bn0(self._conv_stem((frames_N3HW * 255 - 127) / 128)))
+    def features(self, frames_N3HW: Tensor) -> Tensor:
+        """Return the means (N,320) over the picture of what the last block gives: features of Frechet distances."""
+        return self._seen(frames_N3HW).mean((2, 3))
+
+    def _seen(self, frames_N3HW: Tensor) -> Tensor:
+        x: Tensor = self.act(self._bn0(self._conv_stem((frames_N3HW * 255 - 127) / 128)))
         for block in self._blocks:
             x = block(x)
-        x = self.act(self._bn1(self._conv_head(x)))
+        return x
+
+    def forward(self, frames_N3HW: Tensor) -> Tensor:
+        """Return the logits (N,1000) of frames in [0,1], 224 px."""
+        x = self.act(self._bn1(self._conv_head(self._seen(frames_N3HW))))
         logits: Tensor = self._fc(x.mean((2, 3)))
         return logits

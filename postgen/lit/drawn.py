@@ -1,4 +1,5 @@
-"""Latents that the teacher draws once for a list of prompts, kept in a folder: what a student is trained on."""
+"""What a student is trained on: latents that the teacher draws once for a list of prompts, kept in a folder, or
+finished ones of the user's own."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from postgen.reconstruct.loss import check_teacher
 from postgen.sampling.conditions import Conditions
 from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import seed_of
-from postgen.tensor_files import opened
+from postgen.tensor_files import opened, read_tensors
 from postgen.training.logging import Progress
+from postgen.training.transfer import to_device
 
 _SAID = "drawn.json"
 _KEY = "states"
@@ -92,6 +94,10 @@ class Drawn:
             state: Tensor = content.get_slice(_KEY)[row, self.keep.index(step)]
         return state
 
+    def finished(self, prompts: Sequence[int], device: torch.device) -> Tensor:
+        """Return the finished latents of prompts, (B, ...), float32 on a device."""
+        return stacked(self, prompts, [self.sampler.schedule.steps] * len(prompts), device)
+
     def _draw(self, chunk: int, conditions: Conditions) -> Tensor:
         prompts = range(chunk * self.batch, min((chunk + 1) * self.batch, self.prompts))
         samples = [
@@ -119,6 +125,36 @@ class Drawn:
             return
         with replacing(path) as part:
             part.write_text(json.dumps(said, indent=1), encoding="utf-8")
+
+
+class Given:
+    """Finished latents of the user's own, one for each prompt, in memory.
+
+    Args:
+        place: a safetensors file with `latents` (N, ...).
+        prompts: how many there are.
+        shape: of one prompt's latents.
+
+    Raises:
+        UserError: the file cannot be read, or holds others.
+    """
+
+    def __init__(self, place: str | Path, prompts: int, shape: Sequence[int]) -> None:
+        found = read_tensors(Path(place), f"latents: {place} cannot be read").get("latents")
+        if found is None:
+            raise UserError(f"latents: {place} holds no tensor of that name")
+        if tuple(found.shape) != (prompts, *shape):
+            raise UserError(
+                f"latents: {place} has the shape {tuple(found.shape)}, and {prompts} prompts of this size need"
+                f" {(prompts, *shape)}: a row for each prompt of train_dataset"
+            )
+        if not bool(found.isfinite().all()):
+            raise UserError(f"latents: {place} holds numbers that are not finite")
+        self._latents = found
+
+    def finished(self, prompts: Sequence[int], device: torch.device) -> Tensor:
+        """Return the finished latents of prompts, (B, ...), float32 on a device."""
+        return to_device(self._latents[list(prompts)], device).float()
 
 
 def stacked(drawn: Drawn, prompts: Sequence[int], steps: Sequence[int], device: torch.device) -> Tensor:

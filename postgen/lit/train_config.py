@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from postgen.errors import UserError, shown
 from postgen.lit.config import LiTConfig
@@ -31,6 +31,8 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
         UserError: a value outside its range, or two that do not go together.
     """
 
+    files: ClassVar[tuple[str, ...]] = ("latents",)
+
     conversion: dict[str, Any] = field(default_factory=dict)
     """Settings of `postgen.lit.LiTConfig`, as `{layers: "1-6:window_delta", window: {radius: 1}}`. Of the paper's
     guidelines the convolution is `lit: {conv_space: 5}`, few heads `lit: {merge_heads: 4}`, inheritance
@@ -45,6 +47,11 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
 
     use_peft: bool = False
     """Train LoRA adapters on the attention of all blocks, and the new layers beside them; with `train: new` only."""
+
+    latents: str | None = None
+    """Safetensors file with finished latents of your own as `latents`, (N, ...), one for each prompt of
+    `train_dataset` in its order, as the denoiser takes them (`encode_video`); none lets the teacher draw them. Kept
+    in memory."""
 
     learning_rate_new: float | None = None
     """Peak rate of what the teacher does not have; none is `learning_rate`."""
@@ -104,6 +111,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
         self.require(asked, "task_weight", "above 0, or another weight")
         self.require(0 <= self.caption_dropout <= 1, "caption_dropout", "from 0 to 1")
         self.require(self.states == "noised" or not self.task_weight, "task_weight", "0 with states: trajectory")
+        self.require(self.states == "noised" or not self.latents, "states", "noised with latents, which are finished")
         self.require(not self.use_peft or self.train == "new", "train", "new with use_peft, which adapts the rest")
         self.require(self.lora_path is None, "lora_path", "left out: merge it into the model before it is converted")
         self.require(not self.init_from, "init_from", "left out: name a converted transformer as student")

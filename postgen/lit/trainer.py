@@ -1,8 +1,8 @@
 """Method `lit`: a converted transformer is trained against the stock one (`postgen.lit.distillation`).
 
 Stages of one run: attention transfer block by block where it is wanted (`postgen.lit.attention_transfer`), latents
-that the teacher draws once for all prompts, training end to end. A later stage is another run with the export of this
-one as `student`.
+that the teacher draws once for all prompts (or those that are given), training end to end. A later stage is another
+run with the export of this one as `student`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_l
 from postgen.lit.config import LiTConfig
 from postgen.lit.convert import layers_of
 from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
-from postgen.lit.drawn import Drawn, stacked
+from postgen.lit.drawn import Drawn, Given, stacked
 from postgen.lit.saving import save
 from postgen.lit.student import (
     bytes_of,
@@ -118,6 +118,8 @@ class LitTrainer(Trainer[LitTrainingConfig]):
                 f"the teacher's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
                 " or dtype: float32"
             )
+        shape = self.denoiser.latent_shape(**args.size)
+        given = Given(args.latents, len(self.rows), shape) if args.latents else None
         terms = self._terms(teacher)
         grid = grid_of(self.denoiser, self.rows[0], args.size)
         config, tensors = read_student(args.student, teacher) if args.student else self._transferred()
@@ -132,7 +134,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self._shell = shell_of(teacher, config)
         if args.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
-        self._draw(teacher)
+        self._draw(teacher, given)
         if self.accelerator.is_main_process:
             both, alone = (size / 1e9 for size in bytes_of(student, teacher))
             say(f"student and teacher share weights of {both:.3g} GB, the student has {alone:.3g} GB of its own")
@@ -188,8 +190,8 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         for parameter in named_parameters(student, "new").values():
             parameter.requires_grad_(True)
 
-    def _draw(self, teacher: nn.Module) -> None:
-        """Draw the latents of all prompts, and encode these."""
+    def _draw(self, teacher: nn.Module, given: Given | None) -> None:
+        """Draw the latents of all prompts, or read them, and encode the prompts."""
         args, size = self.args, self.args.size
         schedule = schedule_of(self.denoiser, args.num_inference_steps, self.denoiser.latent_shape(**size))
         self.schedule = schedule
@@ -198,8 +200,11 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         )
         said = {"teacher": weights_digest(teacher), "size": size, "guidance": args.guidance_scale}
         told = self._embeddings(guidance=args.guidance_scale > 1)
-        self.drawn = {}
+        self.drawn: dict[str, Drawn | Given] = {}
         for name, rows in (("train", self.rows), ("eval", self.eval_rows)):
+            if name == "train" and given is not None:
+                self.drawn[name] = given
+                continue
             drawn = Drawn(
                 args.folder / "latents" / name,
                 sampler,
@@ -283,8 +288,10 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         levels = self.schedule.levels(steps, steps + 1)
         sigma = levels.s.to(torch.float32)
         if self.args.states == "trajectory":
-            return stacked(self.drawn[kind], prompts, steps.tolist(), self.device), sigma, told, None
-        clean = stacked(self.drawn[kind], prompts, [self.schedule.steps] * len(prompts), self.device)
+            drawn = self.drawn[kind]
+            assert isinstance(drawn, Drawn)
+            return stacked(drawn, prompts, steps.tolist(), self.device), sigma, told, None
+        clean = self.drawn[kind].finished(prompts, self.device)
         wanted = None
         if self.args.task_weight:
             wanted = wanted_of(clean, noise, levels, self.schedule.prediction_type)

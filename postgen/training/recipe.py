@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "autoencoder": "postgen.pretrain.autoencoder:AutoencoderTrainer",
+    "class_to_image": "postgen.pretrain.class_to_image:ClassToImageTrainer",
     "dancegrpo": "postgen.grpo.trainer:DanceGRPOTrainer",
     "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
     "lit": "postgen.lit.trainer:LitTrainer",

@@ -1,0 +1,139 @@
+"""LiT's five guidelines on images (arXiv:2501.12976): train the arms, measure them, report.
+
+    python -m benchmarks.lit_image --out runs/lit-image --gpus 0 1 --seconds 520 --results OUT
+    python -m benchmarks.lit_image --out runs/lit-image --report --docs
+
+A small DiT of pixels (`recipes/tiny-dit.yaml`) is trained on stills of the world, then turned into linear attention in
+a fifth of its steps (`recipes/lit-tiny-dit.yaml`), arm by arm. Several runs go on side by side on each GPU. What is
+done is left alone and what was interrupted goes on, so the same command is called until nothing is left. Every half
+minute RESULTS gets what there is: `measures.json`, `sheet.webp`, `progress.json`. `--report` makes `results/lit.json`
+(its part `image`) of a `measures.json` and, with `--docs`, the table of docs/lit_results.md. `--tiny` shows on a CPU
+that everything works, and nothing else; `--table` prints the arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import lit_image_report
+from benchmarks.job_queue import Job, run_jobs, wanted
+from benchmarks.lit_image_arms import ARMS, FULL, SHORT, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
+from postgen.errors import UserError
+from postgen.files import replacing
+
+
+def train(options: argparse.Namespace) -> dict[str, str]:
+    """Run what is not done, and return what is left and why."""
+    size = TINY if options.tiny else SHORT if options.short else FULL
+    if options.no_graphs:
+        size = replace(size, teacher={**size.teacher, "cuda_graphs": False})
+    arms = [*(options.arms or [TEACHER, *ARMS, YOUNG])]
+    names = [TRUTH, *names_of(arms, options.seeds)]
+    jobs = all_jobs(names, options.out, size)
+    todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
+    places = [gpu for _ in range(options.each) for gpu in (options.gpus or [""])]
+    results = options.results or options.out
+
+    def tick() -> None:
+        collect(options.out, results, jobs)
+
+    return run_jobs(
+        todo, places, seconds=options.seconds, tick=tick, environment={"OMP_NUM_THREADS": str(options.threads)}
+    )
+
+
+def _ordered(jobs: Sequence[Job]) -> list[Job]:
+    """Teachers first, as others wait for them; measurements before further students, so that there is something."""
+
+    def rank(job: Job) -> int:
+        if job.name.split(".")[0] in TEACHERS:
+            return 0
+        return 1 if job.name == "reference" or job.name.startswith("measure ") else 2
+
+    return sorted(jobs, key=rank)
+
+
+def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
+    """Write what there is."""
+    results.mkdir(parents=True, exist_ok=True)
+    measured = {
+        place.stem: json.loads(place.read_text(encoding="utf-8"))
+        for place in sorted((out / "measured").glob("*.json"))
+    }
+    lines = {name: _metrics(out / "runs" / name / "metrics.jsonl") for name in jobs}
+    losses = {name: rows[-1] for name, told in lines.items() if (rows := [row for row in told if "loss" in row])}
+    judged = {name: rows for name, told in lines.items() if (rows := [row for row in told if "eval_score" in row])}
+    state = {name: "done" if job.done else "not done" for name, job in jobs.items()}
+    for place, content in (
+        ("measures.json", {"measured": measured, "losses": losses, "judged": judged}),
+        ("progress.json", {"jobs": state, "losses": losses}),
+    ):
+        with replacing(results / place) as part:
+            part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    if measured:
+        lit_image_report.sheet(out / "strips", list(measured), results / "sheet.webp")
+
+
+def _metrics(place: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; one that is being written is left out."""
+    found = []
+    for line in place.read_text(encoding="utf-8").splitlines() if place.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def table() -> str:
+    """Return the arms as a table of the documentation."""
+    rows = [f"| `{name}` | {what} | |" for name, what in TEACHERS.items()]
+    for name, arm in ARMS.items():
+        told = {**arm.conversion, **arm.lit, **arm.train}
+        words = ", ".join(f"`{key}: {value}`" for key, value in told.items())
+        rows.append(f"| `{name}` | {arm.about} | {words} |")
+    return "\n".join(["| Arm | | Settings on top of `lit-tiny-dit.yaml` |", "|---|---|---|", *rows])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is asked for; exit code 1 where something failed, 3 where something is left for another call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/lit-image"), help="folder of the experiment")
+    parser.add_argument("--results", type=Path, help="folder for what is to be kept; OUT by default")
+    parser.add_argument("--arms", nargs="+", choices=[*TEACHERS, *ARMS], metavar="ARM", help="all by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none is the CPU")
+    parser.add_argument("--each", type=int, default=3, help="commands at a time on a GPU")
+    parser.add_argument("--threads", type=int, default=2, help="of each command on the CPU")
+    parser.add_argument("--no_graphs", action="store_true", help="train the teachers without CUDA graphs")
+    parser.add_argument("--seconds", type=float, default=0.0, help="after which everything is saved; 0 is no limit")
+    parser.add_argument("--tiny", action="store_true", help="a try on a CPU")
+    parser.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
+    parser.add_argument("--report", action="store_true", help="write the result of RESULTS/measures.json")
+    parser.add_argument("--docs", action="store_true", help="with --report: write the table and the sheet of the docs")
+    parser.add_argument("-o", "--output", default="lit", help="with --report: name of the result, or a path .json")
+    parser.add_argument("--table", action="store_true", help="print the arms")
+    options = parser.parse_args(argv)
+    try:
+        if options.table:
+            print(table())
+        elif options.report:
+            lit_image_report.report(options.results or options.out, options.output, docs=options.docs)
+        else:
+            left = train(options)
+            for name, why in left.items():
+                print(f"{name}: {why}")
+            return 1 if "failed" in left.values() else 3 if left else 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Measure one run of the image experiment of LiT, or its reference: `python -m benchmarks.lit_image_measure NAME --out
+OUT`, a command that `benchmarks.lit_image` calls.
+
+Every run is asked for the same classes from the same noise. Pictures are of 8 bits. Frechet distances are of the means
+of EfficientNet-Lite0's last block (`fd_lite0`; Inception's are another scale) to as many true stills again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.gates import device as hardware
+from benchmarks.lit_image_arms import ARMS, TRUTH
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.info import versions
+from postgen.metrics.frechet import Gaussian, frechet_distance
+from postgen.pretrain.class_to_image import sample_pictures
+from postgen.pretrain.stills import FRAMES, labels, render_stills
+from postgen.rewards.efficientnet import SIDE, EfficientNetLite0
+from postgen.rewards.pictures import eight_bit, resize
+from postgen.rewards.weights import fill, read_state
+from postgen.sampling.seeds import seed_of
+from postgen.tensor_files import read_tensors
+from postgen.world.check import check_batch
+
+UNSEEN = 576 * 10_000
+"""Stills from this number on are in no pool: the reference, and then those that stand for perfect pictures."""
+ASPECTS = ("all_right", "count", "colour", "shape", "event")
+SHOWN = 12
+"""Pictures of a strip."""
+_BATCH = 256
+
+
+def classes_of(classes: int, per_class: int) -> list[int]:
+    """Return the class of each picture: so many spread over all, `per_class` of each side by side."""
+    count = len(labels())
+    return [index * count // classes for index in range(classes) for _ in range(per_class)]
+
+
+def true_stills(first: int, wanted: Sequence[int], per_class: int, size: int, device: torch.device) -> Tensor:
+    """Return stills of the wanted classes that no pool holds, (N, 3, H, W) in [0, 1], 8 bits."""
+    numbers = [first + len(labels()) * (place % per_class) + number for place, number in enumerate(wanted)]
+    return eight_bit((render_stills(numbers, size, device).float() + 1) / 2)
+
+
+def features_of(pictures_N3HW: Tensor, device: torch.device) -> Tensor | None:
+    """Return the features (N, 320) on the CPU; None where the weights are not installed, which is said."""
+    from postgen.assets import verify
+
+    try:
+        place = verify("efficientnet-lite0")
+    except UserError as error:
+        print(f"no Frechet distance: {error}", flush=True)
+        return None
+    net: Any = fill(EfficientNetLite0(), read_state(place), place).eval().to(device)
+    with torch.no_grad():
+        parts = [net.features(resize(part, SIDE, SIDE)) for part in pictures_N3HW.to(device).split(_BATCH)]
+    return torch.cat(parts).float().cpu()
+
+
+def distances(reference: Tensor, own: Tensor, per_class: int, draws: int) -> tuple[float, list[float]]:
+    """Return the Frechet distance, and those of draws of classes, the same draws for every run.
+
+    Args:
+        reference: (M, D) features of true stills.
+        own: (N, D), `per_class` rows of a class side by side.
+        per_class: pictures of a class.
+        draws: how many.
+    """
+    true = Gaussian.of(reference)
+    root = true.root()
+    value = frechet_distance(true, Gaussian.of(own), root=root)
+    by_class = own.unflatten(0, (-1, per_class))
+    picked = torch.randint(len(by_class), (draws, len(by_class)), generator=torch.Generator().manual_seed(0))
+    found = [frechet_distance(true, Gaussian.of(by_class[rows].flatten(0, 1)), root=root) for rows in picked]
+    return value, found
+
+
+def judged(pictures_N3HW: Tensor, wanted: Sequence[int], workers: int) -> dict[str, Any]:
+    """Return for every picture what the judge calls right (0 or 1) by aspect, and its score."""
+    clips = pictures_N3HW[:, None].expand(-1, FRAMES, -1, -1, -1)
+    reports = check_batch(clips, [labels()[number] for number in wanted], workers=workers)
+    rows: dict[str, Any] = {name: [int(bool(getattr(each, name))) for each in reports] for name in ASPECTS}
+    return {**rows, "score": [round(each.score, 4) for each in reports]}
+
+
+def pictures_of(name: str, options: argparse.Namespace, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """Draw the pictures of a run; also say what it is."""
+    from diffusers import DiTPipeline
+
+    from postgen.families import denoiser_for
+    from postgen.lit import conversion_of, load
+
+    wanted = classes_of(options.classes, options.per_class)
+    if name == TRUTH:
+        first = UNSEEN + 576 * options.per_class
+        return true_stills(first, wanted, options.per_class, options.size, device), {}
+    export, student = options.out / "runs" / name / "export", name.split(".")[0] in ARMS
+    base, words = export, {}
+    if student:
+        base = Path(json.loads((export / "base.json").read_text(encoding="utf-8"))["base"])
+        words["transformer"] = load(export / "transformer")
+    pipe = DiTPipeline.from_pretrained(base, **words).to(device)
+    network: Any = pipe.transformer.eval()
+    steps = json.loads((base / "postgen.json").read_text(encoding="utf-8"))
+    said = {"parameters": sum(each.numel() for each in network.parameters())}
+    said |= {"converted": conversion_of(network).describe()} if student else {}
+    seeds = [seed_of(0, "eval", place) for place in range(len(wanted))]
+    prompts = [labels()[number] for number in wanted]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        made = sample_pictures(denoiser_for(pipe), prompts, seeds, steps=steps["num_inference_steps"], batch=_BATCH)
+    return eight_bit(made.float()), said
+
+
+def strip(pictures_N3HW: Tensor, place: Path) -> None:
+    """Write pictures beside each other, spread over all, without loss."""
+    chosen = torch.linspace(0, len(pictures_N3HW) - 1, min(SHOWN, len(pictures_N3HW))).long()
+    row = torch.cat(list(pictures_N3HW[chosen].cpu()), -1).permute(1, 2, 0)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(place) as part:
+        Image.fromarray((row * 255).round().byte().numpy()).save(part, "WEBP", lossless=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=f"reference, {TRUTH}, or ARM.SEED of a run of OUT")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--classes", type=int, default=576)
+    parser.add_argument("--per_class", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    device, began = torch.device(options.device), time.perf_counter()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    reference = options.out / "reference.safetensors"
+    if options.name == "reference":
+        _reference(reference, options, device)
+        return 0
+    pictures, said = pictures_of(options.name, options, device)
+    sampled = time.perf_counter() - began
+    wanted = classes_of(options.classes, options.per_class)
+    rows = judged(pictures, wanted, 2 if device.type == "cuda" else 0)
+    features, true = features_of(pictures, device), read_tensors(reference)["features"]
+    value, draws = (
+        (None, [])
+        if features is None or not len(true)
+        else distances(true, features, options.per_class, options.draws)
+    )
+    strip(pictures, options.out / "strips" / f"{options.name}.webp")
+    place = options.out / "measured" / f"{options.name}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class")},
+        **{"device": hardware(), "versions": versions(), **said},
+        "seconds": {"sampled": round(sampled, 1), "all": round(time.perf_counter() - began, 1)},
+        **{"fd": value, "fd_draws": draws, "rows": rows},
+    }
+    with replacing(place) as part:
+        part.write_text(json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
+    print(f"{options.name}: fd {value}, right {sum(rows['all_right']) / len(wanted):.3f}, {found['seconds']}")
+    return 0
+
+
+def _reference(place: Path, options: argparse.Namespace, device: torch.device) -> None:
+    """Keep the features of true stills that every run is compared with."""
+    wanted = classes_of(options.classes, options.per_class)
+    features = features_of(true_stills(UNSEEN, wanted, options.per_class, options.size, device), device)
+    with replacing(place) as part:
+        save_file({"features": torch.empty(0, 320) if features is None else features}, part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The image part of `results/lit.json`, its tables in docs/lit_results.md, and the sheet of pictures.
+
+Intervals are 95 %, of draws of classes, the same for all arms, and of the seeds of training of each (bootstrap). Those
+of Frechet distances are centred on the distance itself: a draw has fewer different pictures, which moves all distances
+alike. What is a guideline's number, and when it holds, was written down before anything was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from benchmarks import docs_tables
+from benchmarks.gates import RESULTS
+from benchmarks.lit_image_arms import ARMS, TEACHERS
+from benchmarks.lit_sections import put_section
+from benchmarks.lit_tables import table
+from benchmarks.worldweaver_along import rounded
+from benchmarks.worldweaver_stats import interval
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.video import read_picture
+
+DOCS = RESULTS.parent.parent / "docs"
+PAGE, SHEET = DOCS / "lit_results.md", DOCS / "images" / "lit_image_sheet.webp"
+OURS = "lit"
+NAMES = {"truth": "true stills", **TEACHERS, **{name: arm.about for name, arm in ARMS.items()}}
+"""What the page calls the arms, in its order."""
+GUIDELINES = (
+    ("1, a convolution is enough", "no_conv", "without it"),
+    ("2, few heads", "heads_8", "8 heads instead of 2"),
+    ("3, a converged teacher", "young", "begun with a young one"),
+    ("4, all but attention is inherited", "inherit_all", "queries, keys and values too"),
+    ("4, all but attention is inherited", "inherit_none", "nothing"),
+    ("5, noise and variance are distilled", "no_distillation", "nothing distilled"),
+)
+"""(guideline, the arm that departs from it, how). It holds where that arm's Frechet distance is above LiT's."""
+_GAP, _LEFT, _ROW = 2, 120, 64
+
+
+def section_of(measures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the result file.
+
+    Raises:
+        UserError: no run was measured, or some with other settings.
+    """
+    measured: Mapping[str, Any] = measures["measured"]
+    if not measured:
+        raise UserError("nothing was measured yet: run benchmarks.lit_image first")
+    first = next(iter(measured.values()))
+    if odd := [name for name, each in measured.items() if each["settings"] != first["settings"]]:
+        raise UserError(f"{', '.join(odd)} were measured with other settings: measure all of them alike")
+    arms = {name: runs for name in NAMES if (runs := _runs(measured, name))}
+    return {
+        "settings": first["settings"],
+        "measured_on": {"device": first["device"], "versions": first["versions"]},
+        "arms": {name: _arm(name, runs, measures["losses"]) for name, runs in arms.items()},
+        "while_trained": {
+            name: [{"step": row["step"], "all_right": row["eval_all_right"]} for row in rows]
+            for name, rows in measures["judged"].items()
+        },
+        "against": {base: _against(arms, base) for base in ("teacher", OURS) if base in arms},
+        "guidelines": [*_guidelines(arms)],
+    }
+
+
+def _runs(measured: Mapping[str, Any], arm: str) -> dict[str, Mapping[str, Any]]:
+    """Return the seeds of an arm."""
+    return {name.split(".")[1]: each for name, each in sorted(measured.items()) if name.split(".")[0] == arm}
+
+
+def _by_class(runs: Mapping[str, Mapping[str, Any]], what: str) -> Tensor:
+    """Return means of a class, (seeds, classes)."""
+    settings = next(iter(runs.values()))["settings"]
+    rows = torch.tensor([each["rows"][what] for each in runs.values()], dtype=torch.float64)
+    return rows.unflatten(1, (-1, settings["per_class"])).mean(2)
+
+
+def _arm(name: str, runs: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "seeds": list(runs),
+        "fd": _distance(runs),
+        "fd_by_seed": [r["fd"] for r in runs.values()],
+    }
+    for what in ("all_right", "count", "colour", "shape", "event", "score"):
+        found[what] = interval(_by_class(runs, what))
+    found["all_right_by_seed"] = _by_class(runs, "all_right").mean(1).tolist()
+    found["parameters"] = next(iter(runs.values())).get("parameters")
+    last = [losses[key] for seed in runs if (key := f"{name}.{seed}") in losses]
+    names = ("step", "loss", "noise_loss", "task_loss", "output_loss", "variance_loss", "step_time")
+    found["last"] = [{key: row[key] for key in names if key in row} for row in last]
+    return rounded(found)  # type: ignore[no-any-return]
+
+
+def _drawn(runs: Mapping[str, Mapping[str, Any]], seed: int) -> Tensor | None:
+    """Return the mean distance over drawn seeds, for each draw of classes; None where there is none."""
+    rows = [each["fd_draws"] for each in runs.values()]
+    if not all(rows):
+        return None
+    draws = torch.tensor(rows, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(len(draws), draws.shape, generator=generator)
+    return draws.gather(0, picked).mean(0)
+
+
+def _distance(
+    runs: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, float] | None:
+    """Return a Frechet distance, or that less another arm's, with its interval."""
+    draws, other = _drawn(runs, 1), None if base is None else _drawn(base, 2)
+    if draws is None or (base is not None and other is None):
+        return None
+    value = _mean(runs) - (_mean(base) if base is not None else 0.0)
+    spread = draws if other is None else draws - other
+    spread = spread - spread.mean() + value
+    low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=spread.dtype)).tolist()
+    return {"value": value, "low": low, "high": high}
+
+
+def _mean(runs: Mapping[str, Mapping[str, Any]]) -> float:
+    return sum(each["fd"] for each in runs.values()) / len(runs)
+
+
+def _against(arms: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Return every arm less another one: distance and share that is right."""
+    other = arms[base]
+    return {
+        name: rounded(
+            {
+                "fd": _distance(runs, other),
+                "all_right": interval(_by_class(runs, "all_right"), _by_class(other, "all_right")),
+                "seeds": [len(runs), len(other)],
+            }
+        )
+        for name, runs in arms.items()
+        if name != base
+    }
+
+
+def _guidelines(arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for guideline, arm, how in GUIDELINES:
+        if arm not in arms or OURS not in arms:
+            continue
+        fd = _distance(arms[arm], arms[OURS])
+        right = interval(_by_class(arms[arm], "all_right"), _by_class(arms[OURS], "all_right"))
+        seeds = [len(arms[arm]), len(arms[OURS])]
+        told = {"fd": fd, "all_right": right, "seeds": seeds, "holds": verdict(fd)}
+        yield {"guideline": guideline, "arm": arm, "how": how, **rounded(told)}
+
+
+def verdict(difference: Mapping[str, float] | None) -> str:
+    """Say whether leaving a guideline makes the distance larger.
+
+    >>> verdict({"value": 2, "low": 1, "high": 3}), verdict({"value": 0, "low": -1, "high": 1})
+    ('holds', 'no difference seen')
+    """
+    if difference is None:
+        return "not measured"
+    if difference["low"] > 0:
+        return "holds"
+    return "does not hold" if difference["high"] < 0 else "no difference seen"
+
+
+def report(results: Path, output: str | Path, *, docs: bool) -> None:
+    """Write the part of the result of `results/measures.json`, and the page of it.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    place = results / "measures.json"
+    if not place.is_file():
+        raise UserError(f"there is no {place}: run benchmarks.lit_image first")
+    section = section_of(json.loads(place.read_text(encoding="utf-8")))
+    print(f"written to {put_section('image', section, path=output)}")
+    if docs:
+        docs_tables.write(PAGE, docs_tables.of_result({"image": section}, TABLES))
+        SHEET.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(SHEET) as part:
+            part.write_bytes((results / "sheet.webp").read_bytes())
+
+
+def _cell(found: Mapping[str, float] | None, digits: int, *, signed: bool = False) -> str:
+    if found is None:
+        return ""
+    sign = "+" if signed else ""
+    value, low, high = (f"{found[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def image_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of all arms."""
+    section = result["image"]
+    heads = ["", "seeds", "Frechet distance", "right", "less the teacher's", "colour", "shape", "places"]
+    rows = []
+    for name, arm in section["arms"].items():
+        less = section["against"].get("teacher", {}).get(name, {}).get("all_right")
+        shares = [f"{arm[what]['value']:.3f}" for what in ("colour", "shape", "event")]
+        whole = [_cell(arm["fd"], 2), _cell(arm["all_right"], 3), _cell(less, 3, signed=True)]
+        rows.append([f"{NAMES[name]} (`{name}`)", str(len(arm["seeds"])), *whole, *shares])
+    yield from table(heads, rows)
+
+
+def guideline_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of the guidelines."""
+    rows = result["image"]["guidelines"]
+    if not rows:
+        yield docs_tables.NOTHING
+        return
+    heads = ["guideline", "left by", "Frechet distance less LiT's", "right less LiT's", "seeds", ""]
+    yield from table(
+        heads,
+        [
+            [row["guideline"], row["how"], _cell(row["fd"], 2, signed=True), _cell(row["all_right"], 3, signed=True),
+             " and ".join(map(str, row["seeds"])), row["holds"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+TABLES = {"image": image_table, "guidelines": guideline_table}
+
+
+def sheet(strips: Path, names: Sequence[str], place: Path) -> None:
+    """Draw one row of pictures for each run, the same classes and noise in each column.
+
+    Args:
+        strips: folder of the rows, NAME.webp.
+        names: ARM.SEED; of an arm the first one is shown.
+        place: where to.
+    """
+    first: dict[str, Image.Image] = {}
+    for arm in NAMES:
+        found = sorted(name for name in names if name.split(".")[0] == arm)
+        if found and (strips / f"{found[0]}.webp").is_file():
+            picture = read_picture(strips / f"{found[0]}.webp")
+            first[arm] = picture.resize((picture.width * _ROW // picture.height, _ROW), Image.Resampling.NEAREST)
+    if not first:
+        return
+    width = _LEFT + max(picture.width for picture in first.values())
+    whole = Image.new("RGB", (width, len(first) * (_ROW + _GAP)), "white")
+    pen = ImageDraw.Draw(whole)
+    for row, (arm, picture) in enumerate(first.items()):
+        pen.text((4, row * (_ROW + _GAP) + _ROW // 2 - 8), arm, "black", ImageFont.load_default(12))
+        whole.paste(picture, (_LEFT, row * (_ROW + _GAP)))
+    with replacing(place) as part:
+        whole.save(part, "WEBP", quality=90, method=4)

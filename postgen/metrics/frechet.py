@@ -1,0 +1,60 @@
+"""Frechet distance of two sets of features, each taken as a Gaussian (arXiv:1706.08500).
+
+d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2). The distance depends on the features and on the number of
+samples (it falls towards its limit as there are more): compare distances of equal numbers and equal features only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from postgen.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Gaussian:
+    """Mean (D,) and covariance (D, D) of features, float64."""
+
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+    @classmethod
+    def of(cls, features_ND: Tensor) -> Gaussian:
+        """Fit one to features (N, D), with the unbiased covariance.
+
+        Raises:
+            UserError: fewer than 2 rows, or a value that is no finite number.
+        """
+        rows = features_ND.double()
+        if rows.dim() != 2 or len(rows) < 2 or not bool(rows.isfinite().all()):
+            raise UserError(f"a Gaussian needs at least 2 rows of finite features (N, D), got {tuple(rows.shape)}")
+        return cls(rows.mean(0), rows.T.cov())
+
+    def root(self) -> Tensor:
+        """Return the symmetric square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance_DD)
+        found: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return found
+
+
+def frechet_distance(reference: Gaussian, other: Gaussian, *, root: Tensor | None = None) -> float:
+    """Return the squared distance d^2, which is what is called FID of features of Inception.
+
+    Args:
+        reference: one of both.
+        other: the other one.
+        root: `reference.root()`, where many are compared with one.
+
+    >>> a = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+    >>> round(frechet_distance(a, Gaussian(torch.ones(2).double(), 4 * torch.eye(2).double())), 6)
+    4.0
+    """
+    root = reference.root() if root is None else root
+    # Symmetric, so that its roots are real also where there are fewer samples than features.
+    values = torch.linalg.eigvalsh(root @ other.covariance_DD @ root).clamp_min(0)
+    between = (reference.mean_D - other.mean_D).square().sum()
+    traces = reference.covariance_DD.trace() + other.covariance_DD.trace()
+    return max(0.0, float(between + traces - 2 * values.sqrt().sum()))

@@ -1,0 +1,123 @@
+"""Stills of the world with a class each: what stands on the left and what stands on the right, 576 classes.
+
+A class is a sentence that `world.check` judges on the still, repeated as a clip: shape and colour of both bodies and
+their places are exact. Sizes (medium, large), distance, background and light vary within a class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postgen.errors import UserError
+from postgen.files import replacing
+from postgen.prompt_rows import read_prompts
+from postgen.tensor_files import read_tensors
+from postgen.world import Spec
+from postgen.world.plan import Wish, arrange
+from postgen.world.processes import spread
+from postgen.world.scenes import render_in_batches
+from postgen.world.spec import COLOURS, SHAPES
+
+FRAMES = 5
+"""Length of the clip that a still is repeated to; the shortest that the world's judge takes."""
+_SIZES = ("medium", "large")
+_SPAN = 512
+LATENTS, PROMPTS = "latents.safetensors", "prompts.jsonl"
+"""Files of a pool: latents (N, 3, H, W), and a row {"prompt": class} for each."""
+
+
+@cache
+def labels() -> tuple[str, ...]:
+    """Return the classes by their numbers.
+
+    >>> labels()[1], len(labels())
+    ('a red ball stays on the left and an orange ball stays on the right', 576)
+    """
+    bodies = [*itertools.product(SHAPES, COLOURS)]
+    return tuple(
+        f"{_body(*left)} stays on the left and {_body(*right)} stays on the right"
+        for left, right in itertools.product(bodies, bodies)
+    )
+
+
+def _body(shape: str, colour: str) -> str:
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+
+def still(number: int) -> Spec:
+    """Return the scene of a still: class number % 576, the same for the same number everywhere."""
+    bodies = [*itertools.product(SHAPES, COLOURS)]
+    left, right = divmod(number % len(labels()), len(bodies))
+    rng = random.Random(f"postgen-still-{number}")
+    while True:
+        wishes = [
+            Wish(colour=colour, shape=shape, event="stays", size=rng.choice(_SIZES), place=place)
+            for (shape, colour), place in ((bodies[left], "left"), (bodies[right], "right"))
+        ]
+        # Most tries fit; two large bodies may not.
+        if (spec := arrange(wishes, rng, num_frames=FRAMES)) is not None:
+            return spec
+
+
+def draw(numbers: Sequence[int]) -> list[Spec]:
+    """Return the scenes of some numbers; many are drawn by several processes."""
+    spans = [numbers[low : low + _SPAN] for low in range(0, len(numbers), _SPAN)]
+    return [spec for part in spread(_drawn, spans, "draws stills") for spec in part]
+
+
+def _drawn(numbers: Sequence[int]) -> list[Spec]:
+    return [still(number) for number in numbers]
+
+
+def render_stills(numbers: Sequence[int], size: int, device: torch.device | str) -> Tensor:
+    """Render the stills of some numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
+    specs = [replace(spec, num_frames=1) for spec in draw(numbers)]
+    return torch.cat([(rgb[:, 0] * 2 - 1).half() for rgb, _ in render_in_batches(specs, size, device, mask=False)])
+
+
+def pool_of(folder: Path | None, count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return stills from number 0 on and their classes, from a folder where it has them; else they are written there.
+
+    Args:
+        folder: where they are kept; None keeps none.
+        count, size: how many, and their height and width.
+        device: where they are rendered and returned.
+
+    Raises:
+        UserError: the folder holds others.
+    """
+    classes = torch.arange(count, device=device) % len(labels())
+    if folder is None:
+        return render_stills(range(count), size, device), classes
+    place = folder / LATENTS
+    if not (place.is_file() and (folder / PROMPTS).is_file()):
+        _write(folder, render_stills(range(count), size, device))
+    kept = read_tensors(place, f"pool_dir: {place} cannot be read").get("latents")
+    rows = read_prompts(folder / PROMPTS, "pool_dir:")
+    wanted = [labels()[number % len(labels())] for number in range(count)]
+    shape = (count, 3, size, size)
+    if kept is None or tuple(kept.shape) != shape or [row["prompt"] for row in rows] != wanted:
+        raise UserError(f"pool_dir: {folder} holds other stills than {count} of {size} px: name another folder")
+    return kept.to(device), classes
+
+
+def _write(folder: Path, latents: Tensor) -> None:
+    texts = (json.dumps({"prompt": labels()[number % len(labels())]}) for number in range(len(latents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / PROMPTS) as part:
+            part.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        with replacing(folder / LATENTS) as part:
+            save_file({"latents": latents.cpu().contiguous()}, part)
+    except OSError as error:
+        raise UserError(f"pool_dir {folder} cannot be written: {error.strerror}. Name another folder") from error
