@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from postgen.fused.fp8_attention import (
     fp8_attention_for_call,
     register_fp8_attention_backend,
     remove_fp8_attention,
-    state,
 )
 from postgen.fused.fp8_attention.apply import backend_attention
 from postgen.fused.fp8_attention.calibrate import Measurements
@@ -323,27 +321,6 @@ def test_a_report_with_an_unknown_preparation(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(note))
     with pytest.raises(postgen.UserError, match="unknown preparation 'turned'"):
         FP8AttentionReport.load(tmp_path / "r.json")
-
-
-def test_few_tokens_stay_exact(wan: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a word; where they are asked for, what stands in the way is said."""
-    monkeypatch.setattr(state, "check_available", lambda *_: None)
-    stock = wan()
-    handle = apply_fp8_attention(wan.transformer, FP8AttentionConfig(first_exact=0, last_exact=0))
-    TOLD.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(wan(), stock)
-    handle.update(min_tokens=0)
-    with pytest.warns(UserWarning, match="attention stays exact, not FP8: cudnn_fp8 needs a CUDA GPU"):
-        assert torch.equal(wan(), stock)
-
-
-def test_a_report_with_times_asks_for_no_tokens() -> None:
-    row = ReportRow(layer="a", step=0, error=0.05, worst_head=0.06, preparation=USUAL)
-    timed = replace(row, exact_ms=2.0, fp8_ms=1.0)
-    reports = [FP8AttentionReport(rows=(each,), max_error=0.1, steps=1) for each in (row, timed)]
-    assert [each.config().min_tokens for each in reports] == [FP8AttentionConfig().min_tokens, 0]
 
 
 @pytest.mark.parametrize(

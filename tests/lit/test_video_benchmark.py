@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import lit_video, lit_video_report, side_by_side
+from benchmarks import docs_tables, lit_video, lit_video_report, side_by_side
 from benchmarks.gates import read_result
 from benchmarks.lit_models import KINDS, PLANS
 from benchmarks.lit_sections import put_section
@@ -294,7 +294,7 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
     text = page.read_text()
     assert "window_delta radius 0, every 4th softmax" in text
     assert "](images/lit_video.webp)" in text
-    assert lit_video_report.NOTHING not in text.partition("## Layer types")[2].partition("## When")[0]
+    assert docs_tables.NOTHING not in text.partition("## Layer types")[2].partition("## When")[0]
     monkeypatch.undo()
     lit_video_report.write_page(None, page)
     assert page.read_text() == lit_video_report.PAGE.read_text() or (lit_video_report.RESULTS / "lit.json").is_file()

@@ -1,0 +1,37 @@
+"""FP8 attention over few tokens: it stays exact, without a word."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from postgen.fused.fp8_attention import FP8AttentionConfig, FP8AttentionReport, apply_fp8_attention, state
+from postgen.fused.fp8_attention.config import USUAL
+from postgen.fused.fp8_attention.report import ReportRow
+from postgen.kernels.dispatch import TOLD
+from tests.families.tiny_models import tiny_model
+
+
+def test_few_tokens_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word; where they are asked for, what stands in the way is said."""
+    wan = tiny_model("Wan")
+    monkeypatch.setattr(state, "check_available", lambda *_: None)
+    stock = wan()
+    handle = apply_fp8_attention(wan.transformer, FP8AttentionConfig(first_exact=0, last_exact=0))
+    TOLD.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(wan(), stock)
+    handle.update(min_tokens=0)
+    with pytest.warns(UserWarning, match="attention stays exact, not FP8: cudnn_fp8 needs a CUDA GPU"):
+        assert torch.equal(wan(), stock)
+
+
+def test_a_report_with_times_asks_for_no_tokens() -> None:
+    row = ReportRow(layer="a", step=0, error=0.05, worst_head=0.06, preparation=USUAL)
+    timed = replace(row, exact_ms=2.0, fp8_ms=1.0)
+    reports = [FP8AttentionReport(rows=(each,), max_error=0.1, steps=1) for each in (row, timed)]
+    assert [each.config().min_tokens for each in reports] == [FP8AttentionConfig().min_tokens, 0]
