@@ -34,45 +34,48 @@ def backward(module: Any, *tensors: Tensor, given: naive.Terms) -> naive.Gradien
     return found
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype", "bound"),
-    [*((case, torch.float32, 1e-5) for case in CASES), ("plain", torch.float16, 6e-4), ("all", torch.float16, 6e-4)],
-)
-def test_equals_the_reference(case: str, dtype: torch.dtype, bound: float) -> None:
-    q, k, v = inputs(SHAPE, dtype=dtype)
-    given = terms(case, SHAPE, GRID)
-    with poisoned_memory():
-        out, *sums = triton.linear_attention(q, k, v, given)
-    expected, *exact_sums = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
-    assert out.dtype == dtype
-    assert worst_head(out, expected) < bound
-    for found, exact in zip(sums, exact_sums, strict=True):
-        assert found.dtype == torch.float32
-        assert relative_error(found, exact) < 1e-5
-    if dtype == torch.float32 and case == "plain":
-        assert worst_head(off_mean(out, v), off_mean(expected, v)) < 1e-4
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_those_of_the_reference(case: str) -> None:
+def test_results_and_gradients_equal_those_of_the_reference(case: str) -> None:
     given = terms(case, SHAPE, GRID)
     generator = torch.Generator().manual_seed(3)
     batch, _, heads, channels = SHAPE
     of_state = torch.randn(batch, heads, channels, channels, generator=generator) / 100
-    tensors = (
-        torch.randn(SHAPE, generator=generator) + 0.3,
-        of_state,
-        of_state[..., 0].clone(),
-        *inputs(SHAPE),
-    )
+    of_results = (torch.randn(SHAPE, generator=generator) + 0.3, of_state, of_state[..., 0].clone())
+    qkv = inputs(SHAPE)
     with poisoned_memory():
-        found = backward(triton, *tensors, given=given)
-    exact = backward(naive, *(x.double() for x in tensors), given=in_float64(given))
+        out, *sums = triton.linear_attention(*qkv, given)
+        found = triton.linear_attention_backward(*of_results, *qkv, *sums, given)
+    doubled, exact_given = [x.double() for x in qkv], in_float64(given)
+    expected, *exact_sums = naive.linear_attention(*doubled, exact_given)
+    assert_equal(out, sums, expected, exact_sums, 1e-5)
+    if case == "plain":
+        v = qkv[2]
+        assert worst_head(off_mean(out, v), off_mean(expected, v)) < 1e-4
+    of_exact = [x.double() for x in of_results]
+    exact = naive.linear_attention_backward(*of_exact, *doubled, *exact_sums, exact_given)
     for field in fields(found):
-        x, expected = getattr(found, field.name), getattr(exact, field.name)
-        assert (x is None) == (expected is None)
+        x, y = getattr(found, field.name), getattr(exact, field.name)
+        assert (x is None) == (y is None)
         if x is not None:
-            assert relative_error(x, expected) < 2e-5, field.name
+            assert relative_error(x, y) < 2e-5, field.name
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_float16(case: str) -> None:
+    q, k, v = inputs(SHAPE, dtype=torch.float16)
+    given = terms(case, SHAPE, GRID)
+    with poisoned_memory():
+        out, *sums = triton.linear_attention(q, k, v, given)
+    assert out.dtype == torch.float16
+    expected, *exact_sums = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
+    assert_equal(out, sums, expected, exact_sums, 6e-4)
+
+
+def assert_equal(out: Tensor, sums: list[Tensor], expected: Tensor, exact_sums: list[Tensor], bound: float) -> None:
+    assert worst_head(out, expected) < bound
+    for found, exact in zip(sums, exact_sums, strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, exact) < 1e-5
 
 
 @pytest.mark.parametrize(
