@@ -23,15 +23,21 @@ _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Child:
-    """A module that runs as `python -m module words` does, in the repository's root."""
+    """A module that runs as `python -m module words` does, in a folder."""
 
-    def __init__(self, module: str, words: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._log = Path(self._folder.name) / "log"
+    def __init__(
+        self,
+        module: str,
+        words: Sequence[str | Path],
+        variables: Mapping[str, str] | None = None,
+        *,
+        folder: Path = ROOT,
+    ) -> None:
+        self._own = tempfile.TemporaryDirectory()
+        self._log = Path(self._own.name) / "log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
-        self._process = _CONTEXT.Process(
-            target=_run, args=(module, [str(word) for word in words], environment, str(self._log)), daemon=False
-        )
+        given = (module, [str(word) for word in words], environment, folder, self._log)
+        self._process = _CONTEXT.Process(target=_run, args=given)
         self._process.start()
 
     @property
@@ -69,9 +75,9 @@ def run(module: str, *words: str | Path, variables: Mapping[str, str] | None = N
     return child.wait(), child.said()
 
 
-def _run(module: str, words: list[str], environment: dict[str, str], log: str) -> None:
+def _run(module: str, words: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
     """What the fork does."""
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import postgen.generate
+from tests.children import run
 
 SMALL = ["--size", "32x16", "--frames", "5", "--steps", "2"]
 
@@ -238,9 +239,10 @@ def test_interrupt_while_writing(
 
 def test_warnings_are_one_line(tiny_wan: Path, tmp_path: Path) -> None:
     words = ["generate", "a", "--model", str(tiny_wan), "-o", str(tmp_path / "x.mp4"), *SMALL, "--enhance", "9"]
-    done = subprocess.run([sys.executable, "-m", "postgen", *words], capture_output=True, text=True, check=True)
-    assert "postgen: warning: Enhance-A-Video on WanTransformer3DModel: weight 9 is strong" in done.stderr
-    assert "UserWarning" not in done.stderr
+    code, said = run("postgen", *words)
+    assert code == 0, said
+    assert "postgen: warning: Enhance-A-Video on WanTransformer3DModel: weight 9 is strong" in said
+    assert "UserWarning" not in said
 
 
 def test_control_c_while_an_object_is_deleted() -> None:

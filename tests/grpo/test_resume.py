@@ -81,7 +81,7 @@ def test_grpo_resumes_exactly_after_a_kill_at_each_point(straight, tmp_path):
 
 @pytest.mark.slow
 def test_grpo_resumes_exactly_after_kills_at_random_moments(straight, tmp_path):
-    steps = 150
+    steps = 90
     changes = {"max_steps": steps, "save_steps": 7, "eval_steps": 20}
     assert main([str(recipe(tmp_path / "straight", **changes))]) == 0
     path, chance = recipe(tmp_path / "killed", **changes), random.Random(0)
@@ -99,7 +99,7 @@ def test_grpo_resumes_exactly_after_kills_at_random_moments(straight, tmp_path):
         process, seen = start(path, "--resume", "auto"), progress()
         while process.code is None and progress() == seen:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4))
+        time.sleep(chance.uniform(0, 0.2))
         assert process.kill() == -signal.SIGKILL, process.said()
     assert main([str(path), "--resume"]) == 0
     assert parts(tmp_path / "killed", steps) == parts(tmp_path / "straight", steps)
