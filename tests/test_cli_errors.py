@@ -201,7 +201,9 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
         assert process.stderr is not None
         watch = threading.Timer(60, process.kill)
         watch.start()
-        time.sleep(3)
+        while process.poll() is None and not _listens(process.pid):
+            time.sleep(0.05)
+        time.sleep(1)  # into what it imports then
         process.send_signal(number)
         told = process.stderr.read()
         watch.cancel()
@@ -209,6 +211,16 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
     assert told.rstrip().endswith("postgen: stopped; no half-written file was left")
     assert "Traceback" not in told
     assert names(tmp_path) == []
+
+
+def _listens(process: int) -> bool:
+    """Whether a process has a handler of SIGTERM, which Python alone has not; where nobody can say, 3 s are enough."""
+    status = Path("/proc", str(process), "status")
+    if not status.exists():
+        time.sleep(3)
+        return True
+    caught = next((line for line in status.read_text().splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_interrupt_while_generating(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
