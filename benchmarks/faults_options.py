@@ -104,9 +104,13 @@ class Family:
     def clip(self, **changes: Any) -> Tensor:
         """Make a clip with changes."""
         job = prepare(self.request(**changes))
+        return run(self._pipe(job), job)
+
+    def _pipe(self, job: Any) -> Any:
+        """Return the pipeline of a job, which is loaded once."""
         if job.loading not in self.pipes:
             self.pipes[job.loading] = load(job)
-        return run(self.pipes[job.loading], job)
+        return self.pipes[job.loading]
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield what becomes of every option."""
@@ -142,12 +146,12 @@ class Family:
 
     def _plays(self, fps: float) -> bool:
         """Whether the written video plays at a rate, and the network was told it where it is told one."""
-        job, clip = prepare(self.request(fps=fps)), self.clip(fps=fps)
+        job = prepare(self.request(fps=fps))
         with tempfile.TemporaryDirectory() as folder:
-            files = generate_video(job.config, Path(folder) / "x.mp4", pipe=self.pipes[job.loading])
+            files = generate_video(job.config, Path(folder) / "x.mp4", pipe=self._pipe(job))
             plays = probe(files.video).fps == fps
         told = set(RATES) & prepare_facts(self.folder).arguments
-        return plays and not (told and torch.equal(clip, self.plain))
+        return plays and not (told and torch.equal(self.clip(fps=fps), self.plain))
 
 
 def prepare_facts(folder: Path) -> Any:

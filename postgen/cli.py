@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,6 +26,7 @@ from postgen.commands.serve_reward import serve_reward
 from postgen.commands.train import SETTINGS, train
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, leave_given_up, leave_within, stoppable, terminate_children
+from postgen.plug_ins import PlugIn, known_plug_ins
 
 MAKE, JUDGE, TRAIN, CONVERT, SERVE, ABOUT = "Make", "Judge", "Train", "Convert", "Serve", "About"
 """Groups of commands in `postgen --help`."""
@@ -39,7 +41,13 @@ made within 120 s, in none of three runs; with 1000 they were in all three, 7 to
 
 def app(**words: Any) -> Any:
     """Run the command line as it is now: plug-ins that were registered before this call have their options."""
-    return build()(**words)
+    return _commands(known_plug_ins())(**words)
+
+
+@lru_cache(maxsize=1)
+def _commands(rows: tuple[PlugIn, ...]) -> Any:
+    """Return what parses and runs, for a table of plug-ins: made once, which takes as long as most calls."""
+    return typer.main.get_command(build())
 
 
 def build() -> typer.Typer:

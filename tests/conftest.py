@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -16,6 +17,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Models this small gain nothing from threads, and threads that wait for a busy core cost them ten times their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise the compiler starts processes that import torch, to compile side by side what is one kernel here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector need not look through a million objects of it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

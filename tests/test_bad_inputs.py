@@ -1,6 +1,6 @@
 """The matrix of bad inputs: each is one clear line and leaves nothing behind, and its right neighbours are taken.
 
-It has some thousand rows, most of them made from the options and settings that there are, and takes about 40 seconds.
+It has some thousand rows, most of them made from the options and settings that there are.
 """
 
 import pytest

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from postgen.request import GenerateConfig
 from postgen.worldweaver.adapter import save_adapter
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.widen import widen_transformer
+from tests.children import Child
 
 SMALL = ["--size", "32x32", "--steps", "6", "--fps", "8", "--guidance", "1"]
 
@@ -74,14 +73,11 @@ def test_whoever_is_killed_loses_the_chunk_in_flight(cli: Any, tiny_wan: Path, t
     whole = begun(request_of(tiny_wan), tmp_path / "whole.mp4")
     whole.make(lambda done, total: None)
     words = ["generate", "a ball", "--long", "5", "-o", "cut.mp4", "--model", str(tiny_wan), *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "postgen", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Child("postgen", words, folder=tmp_path)
     state, ends = tmp_path / "cut.state" / "state.json", time.monotonic() + 120
-    while not state.is_file() and process.poll() is None and time.monotonic() < ends:
+    while not state.is_file() and process.code is None and time.monotonic() < ends:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.kill() == -signal.SIGKILL, process.said()
     assert state.is_file()
     assert 1 <= probe(tmp_path / "cut.mp4").frames < 41
     done = cli("generate", "--continue", tmp_path / "cut.state")

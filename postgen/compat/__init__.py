@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the diffusers model inside DDP, FSDP, DeepSpeed, `torch.compile` and peft wrappers."""
-    from accelerate.utils import extract_model_from_parallel
+    inner = module
+    # Every wrapper has one of them. accelerate looks through all submodules of a model, at every call of a plug-in.
+    if hasattr(module, "module") or hasattr(module, "_orig_mod"):
+        from accelerate.utils import extract_model_from_parallel
 
-    inner: nn.Module = extract_model_from_parallel(module, keep_fp32_wrapper=True)
+        inner = extract_model_from_parallel(module, keep_fp32_wrapper=True)
     inner = getattr(inner, "_orig_mod", inner)
     get_base = getattr(inner, "get_base_model", None)
     return get_base() if callable(get_base) else inner

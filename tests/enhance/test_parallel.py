@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import torch
 
 import postgen
 from tests.families.tiny_models import TinyModel, tiny_model
+from tests.training.pair import run_pair
 
 CONFIG = postgen.EnhanceAVideoConfig(relative_weight=0.4)
 
@@ -28,12 +30,12 @@ def model(name: str) -> TinyModel:
     return tiny
 
 
-def rank_main(rank: int, folder: Path, degree: str) -> None:
+def rank_main(degree: str, folder: Path) -> None:
     """One of two processes: what each model predicts with its tokens split, or the message it ends with."""
     from diffusers import ContextParallelConfig
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     results: dict[str, Any] = {}
     for name in FAMILIES:
         tiny = model(name)
@@ -45,20 +47,30 @@ def rank_main(rank: int, folder: Path, degree: str) -> None:
             results[name] = {"prediction": tiny(), "gains": handle.stats()}
         except postgen.UserError as error:
             results[name] = {"error": str(error)}
-    torch.save(results, folder / f"{rank}.pt")
+    torch.save(results, folder / f"{degree}-{torch.distributed.get_rank()}.pt")
     # Who leaves while the other's threads still read from it aborts, rarely, on a busy machine.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
+JOBS = [partial(rank_main, degree) for degree in ("ulysses_degree", "ring_degree")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes found, with each way to split."""
+    found = tmp_path_factory.mktemp("pair")
+    run_pair("tests.enhance.test_parallel:JOBS", found)
+    return found
+
+
 def both_ranks(folder: Path, degree: str) -> list[dict[str, Any]]:
-    torch.multiprocessing.spawn(rank_main, args=(folder, degree), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{degree}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.slow
-def test_ulysses_gives_what_one_process_gives(tmp_path: Path) -> None:
-    ranks = both_ranks(tmp_path, "ulysses_degree")
+def test_ulysses_gives_what_one_process_gives(folder: Path) -> None:
+    ranks = both_ranks(folder, "ulysses_degree")
     for name in FAMILIES:
         tiny = model(name)
         off = tiny()
@@ -72,7 +84,7 @@ def test_ulysses_gives_what_one_process_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ring_attention_is_refused(tmp_path: Path) -> None:
-    for rank in both_ranks(tmp_path, "ring_degree"):
+def test_ring_attention_is_refused(folder: Path) -> None:
+    for rank in both_ranks(folder, "ring_degree"):
         for name in FAMILIES:
             assert "does not work with ring attention (ring_degree=2): use ulysses_degree" in rank[name]["error"]

@@ -244,7 +244,8 @@ def test_lora_that_reads_the_weight(wan: TinyModel) -> None:
     refused(other, "DoRA in it")
 
 
-def test_compiled(wan: TinyModel) -> None:
+def test_compiled() -> None:
+    wan = tiny_model("Wan", layers=1)
     model = wan.transformer
     before = wan()
     wan.transformer = torch.compile(model, backend="eager")  # type: ignore[assignment]

@@ -20,7 +20,7 @@ def test_no_graph_more_than_without(name: str) -> None:
     expected = plain()
     fused = copy.deepcopy(plain)
     handle = postgen.apply_fused_ops(fused.transformer)
-    without = compile_blocks(plain)
+    without = compile_blocks(plain, "eager")
     plain()
     torch._dynamo.reset()
     counter = compile_blocks(fused)

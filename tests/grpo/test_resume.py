@@ -1,14 +1,10 @@
 """Killed at any point and resumed, a run ends with bitwise the weights of one that was not."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,9 +12,9 @@ import yaml
 from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.train import main
 from postgen.training import checkpoint
+from tests.children import Child
 from tests.grpo.toy import SETTINGS, grpo
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 STEPS = 9
 # Two updates per rollout, and checkpoints after odd numbers of updates: in the middle of rollouts too.
@@ -47,9 +43,7 @@ def recipe(folder, **changes):
 
 
 def start(path, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "postgen.train", str(path), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Child("postgen.train", (path, *words))
 
 
 def parts(folder, step=STEPS):
@@ -75,7 +69,7 @@ def test_grpo_resumes_exactly_after_a_kill_at_each_point(straight, tmp_path):
     paths = {point: recipe(tmp_path / point) for point in points}
     killed = {point: start(paths[point], "--kill_at", point, "--kill_step", str(points[point])) for point in points}
     for point, process in killed.items():
-        assert process.wait(timeout=120) == -signal.SIGKILL, process.stderr.read().decode()
+        assert process.wait(120) == -signal.SIGKILL, process.said()
         left = [found.name for found in checkpoint.find(tmp_path / point / "run")]
         expected = ["checkpoint-3"] if points[point] <= 6 and point != "rollout" else ["checkpoint-3", "checkpoint-6"]
         assert left == expected, point
@@ -87,7 +81,7 @@ def test_grpo_resumes_exactly_after_a_kill_at_each_point(straight, tmp_path):
 
 @pytest.mark.slow
 def test_grpo_resumes_exactly_after_kills_at_random_moments(straight, tmp_path):
-    steps = 150
+    steps = 90
     changes = {"max_steps": steps, "save_steps": 7, "eval_steps": 20}
     assert main([str(recipe(tmp_path / "straight", **changes))]) == 0
     path, chance = recipe(tmp_path / "killed", **changes), random.Random(0)
@@ -103,11 +97,10 @@ def test_grpo_resumes_exactly_after_kills_at_random_moments(straight, tmp_path):
     # Every other one is killed after it has saved, so that the run goes on however slow the machine is.
     for progress in (logged, saved) * 2:
         process, seen = start(path, "--resume", "auto"), progress()
-        while process.poll() is None and progress() == seen:
+        while process.code is None and progress() == seen:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+        time.sleep(chance.uniform(0, 0.2))
+        assert process.kill() == -signal.SIGKILL, process.said()
     assert main([str(path), "--resume"]) == 0
     assert parts(tmp_path / "killed", steps) == parts(tmp_path / "straight", steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,55 +25,60 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_WIDE", triton_launch.Launch(tokens=16, programs=4))
 
 
-def backward(module: Any, *tensors: Tensor, given: naive.Terms) -> naive.Gradients:
-    """The gradients of a forward pass by the same module; the first tensor is the gradient of the result."""
-    gradient, of_state, of_key_sum, *qkv = tensors
-    _, state, key_sum = module.linear_attention(*qkv, given)
-    found: naive.Gradients = module.linear_attention_backward(
-        gradient, of_state, of_key_sum, *qkv, state, key_sum, given
-    )
-    return found
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "bound"),
-    [*((case, torch.float32, 1e-5) for case in CASES), ("plain", torch.float16, 6e-4), ("all", torch.float16, 6e-4)],
-)
-def test_equals_the_reference(case: str, dtype: torch.dtype, bound: float) -> None:
-    q, k, v = inputs(SHAPE, dtype=dtype)
-    given = terms(case, SHAPE, GRID)
-    with poisoned_memory():
-        out, *sums = triton.linear_attention(q, k, v, given)
-    expected, *exact_sums = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
-    assert out.dtype == dtype
-    assert worst_head(out, expected) < bound
-    for found, exact in zip(sums, exact_sums, strict=True):
-        assert found.dtype == torch.float32
-        assert relative_error(found, exact) < 1e-5
-    if dtype == torch.float32 and case == "plain":
-        assert worst_head(off_mean(out, v), off_mean(expected, v)) < 1e-4
+def both(
+    module: Any, of_results: Sequence[Tensor | None], qkv: Sequence[Tensor], given: naive.Terms
+) -> tuple[Tensor, list[Tensor], naive.Gradients]:
+    """Return the result, the two sums, and the gradients of what was given: one pass in each direction."""
+    out, *sums = module.linear_attention(*qkv, given)
+    return out, sums, module.linear_attention_backward(*of_results, *qkv, *sums, given)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_those_of_the_reference(case: str) -> None:
+def test_results_and_gradients_equal_those_of_the_reference(case: str) -> None:
     given = terms(case, SHAPE, GRID)
     generator = torch.Generator().manual_seed(3)
     batch, _, heads, channels = SHAPE
     of_state = torch.randn(batch, heads, channels, channels, generator=generator) / 100
-    tensors = (
-        torch.randn(SHAPE, generator=generator) + 0.3,
-        of_state,
-        of_state[..., 0].clone(),
-        *inputs(SHAPE),
-    )
+    of_results = (torch.randn(SHAPE, generator=generator) + 0.3, of_state, of_state[..., 0].clone())
+    qkv = inputs(SHAPE)
     with poisoned_memory():
-        found = backward(triton, *tensors, given=given)
-    exact = backward(naive, *(x.double() for x in tensors), given=in_float64(given))
+        out, sums, found = both(triton, of_results, qkv, given)
+    expected, exact_sums, exact = in_double(of_results, qkv, given)
+    assert_equal(out, sums, expected, exact_sums, 1e-5)
+    if case == "plain":
+        v = qkv[2]
+        assert worst_head(off_mean(out, v), off_mean(expected, v)) < 1e-4
     for field in fields(found):
-        x, expected = getattr(found, field.name), getattr(exact, field.name)
-        assert (x is None) == (expected is None)
+        x, y = getattr(found, field.name), getattr(exact, field.name)
+        assert (x is None) == (y is None)
         if x is not None:
-            assert relative_error(x, expected) < 2e-5, field.name
+            assert relative_error(x, y) < 2e-5, field.name
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_float16(case: str) -> None:
+    q, k, v = inputs(SHAPE, dtype=torch.float16)
+    given = terms(case, SHAPE, GRID)
+    with poisoned_memory():
+        out, *sums = triton.linear_attention(q, k, v, given)
+    assert out.dtype == torch.float16
+    expected, *exact_sums = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
+    assert_equal(out, sums, expected, exact_sums, 6e-4)
+
+
+def in_double(
+    of_results: Sequence[Tensor | None], qkv: Sequence[Tensor], given: naive.Terms
+) -> tuple[Tensor, list[Tensor], naive.Gradients]:
+    """What the formulas give in float64."""
+    of_exact = [None if x is None else x.double() for x in of_results]
+    return both(naive, of_exact, [x.double() for x in qkv], in_float64(given))
+
+
+def assert_equal(out: Tensor, sums: list[Tensor], expected: Tensor, exact_sums: list[Tensor], bound: float) -> None:
+    assert worst_head(out, expected) < bound
+    for found, exact in zip(sums, exact_sums, strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, exact) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -97,11 +103,8 @@ def test_tiles_that_are_copied_whole(
     given = terms(case, shape, GRID)
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     with poisoned_memory():
-        out, *sums = triton.linear_attention(q, k, v, given)
-        found = backward(triton, gradient, None, None, q, k, v, given=given)
-    doubled = [x.double() for x in (gradient, q, k, v)]
-    expected, *exact_sums = naive.linear_attention(*doubled[1:], in_float64(given))
-    exact = backward(naive, doubled[0], None, None, *doubled[1:], given=in_float64(given))
+        out, sums, found = both(triton, (gradient, None, None), (q, k, v), given)
+    expected, exact_sums, exact = in_double((gradient, None, None), (q, k, v), given)
     assert worst_head(out, expected) < bound
     assert all(relative_error(x, y) < 1e-5 for x, y in zip(sums, exact_sums, strict=True))
     for name in ("query", "key", "value"):
@@ -144,10 +147,8 @@ def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) 
     gradient = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     given = naive.Terms(eps=1e-3)
     with poisoned_memory():
-        out, *_ = triton.linear_attention(q, k, v, given)
-        found = backward(triton, gradient, None, None, q, k, v, given=given)
-    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), given)
-    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=given)
+        out, _, found = both(triton, (gradient, None, None), (q, k, v), given)
+    expected, _, exact = in_double((gradient, None, None), (q, k, v), given)
     assert worst_head(out, expected) < 1e-5
     for name in ("query", "key", "value"):
         x, y = getattr(found, name).double(), getattr(exact, name)
@@ -162,11 +163,8 @@ def test_wide_heads_are_computed_in_parts(case: str) -> None:
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     given = terms(case, shape, GRID)
     with poisoned_memory():
-        out, *_ = triton.linear_attention(q, k, v, given)
-        found = backward(triton, gradient, None, None, q, k, v, given=given)
-    exact_given = in_float64(given)
-    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), exact_given)
-    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=exact_given)
+        out, _, found = both(triton, (gradient, None, None), (q, k, v), given)
+    expected, _, exact = in_double((gradient, None, None), (q, k, v), given)
     assert worst_head(out, expected) < 1e-5
     for field in fields(found):
         x, y = getattr(found, field.name), getattr(exact, field.name)
@@ -200,10 +198,8 @@ def test_convolutions_of_any_size_on_any_grid(
     }
     given = naive.Terms(grid=grid, eps=1e-3, key_lengths=lengths, **filters)
     with poisoned_memory():
-        out, *_ = triton.linear_attention(q, k, v, given)
-        found = backward(triton, gradient, None, None, q, k, v, given=given)
-    expected, *_ = naive.linear_attention(q.double(), k.double(), v.double(), in_float64(given))
-    exact = backward(naive, gradient.double(), None, None, *(x.double() for x in (q, k, v)), given=in_float64(given))
+        out, _, found = both(triton, (gradient, None, None), (q, k, v), given)
+    expected, _, exact = in_double((gradient, None, None), (q, k, v), given)
     assert worst_head(out, expected) < 1e-5
     assert relative_error(found.value, exact.value) < 2e-5
     for name in ("conv_space", "conv_time"):
@@ -219,10 +215,10 @@ def test_lengths_may_lie_apart(lengths: Tensor, space: Tensor | None) -> None:
     apart, together = (
         naive.Terms(grid=GRID, conv_space=space, key_lengths=each) for each in (lengths, lengths.contiguous())
     )
-    results = [triton.linear_attention(q, k, v, given) for given in (apart, together)]
-    results += [
-        [x for x in (found.query, found.key, found.value, found.conv_space) if x is not None]
-        for found in (backward(triton, gradient, None, None, q, k, v, given=given) for given in (apart, together))
-    ]
-    for x, y in (*zip(*results[:2], strict=True), *zip(*results[2:], strict=True)):
+    results = []
+    for given in (apart, together):
+        out, sums, found = both(triton, (gradient, None, None), (q, k, v), given)
+        gradients = (found.query, found.key, found.value, found.conv_space)
+        results.append([out, *sums, *(x for x in gradients if x is not None)])
+    for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)

@@ -11,23 +11,26 @@ import pytest
 
 HERE = Path(__file__).parent
 
-
-LONG = "convolutions or lengths or wide"
-"""Tests of linear attention that take half of its time."""
-PARTS = {path.stem.removeprefix("interpreted_"): (path.name, "") for path in HERE.glob("interpreted_*.py")}
-PARTS["linear_attention"] = (PARTS["linear_attention"][0], f"not ({LONG})")
-PARTS["linear_attention, the long half"] = (PARTS["linear_attention"][0], LONG)
-"""Name -> file, and which of its tests."""
+FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+LONGEST = "interpreted_linear_attention.py"
+PARTS = {"linear_attention": [LONGEST], "the others": [name for name in FILES if name != LONGEST]}
+"""Name -> files of one process: two that take as long as each other, since a start takes longer than most files."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", sorted(PARTS, reverse=True))
+@pytest.mark.parametrize("part", PARTS)
 def test_kernels_in_the_interpreter(part: str) -> None:
     pytest.importorskip("triton")
-    file, which = PARTS[part]
-    words = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", str(HERE / file), "-k", which]
+    words = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        *(str(HERE / each) for each in PARTS[part]),
+    ]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
+        [sys.executable, "-m", "pytest", *words, *(HERE / name for name in PARTS[part])],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ from postgen.lit.attention_transfer import attention_tasks, grid_of, trained_ten
 from postgen.reconstruct import RecordsConfig, Share, collect
 from postgen.reconstruct.task import Call
 from postgen.training.run_folder import RunLock
+from tests.children import run
 from tests.lit.distil import PICTURES, VIDEO, conversion, prompts, teacher, transferred
 from tests.reconstruct.toy import PROMPTS, settings
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Softmax(nn.Module):
@@ -98,10 +95,9 @@ def test_killed_and_a_few_blocks_at_a_time(tmp_path: Path) -> None:
     """However the work is cut up, the weights are the same, bit by bit."""
     straight, _ = transferred(tmp_path / "straight")
     expected = straight.transformer.state_dict()
-    command = [sys.executable, "-m", "tests.lit.distil", str(tmp_path / "killed")]
-    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert ended.returncode == -signal.SIGKILL
     folder = tmp_path / "killed"
+    code, said = run("tests.lit.distil", folder)
+    assert code == -signal.SIGKILL, said
     assert not (folder / "run" / "transformer").exists()
     with pytest.raises(UserError, match=r"holds an earlier run of blocks\.0\.attn1"):
         transferred(folder / "run", where=folder / "records")

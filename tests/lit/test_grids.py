@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgen.lit import ChunkOptions, LiTConfig, LitOptions, MhlaOptions, WindowOptions, convert
+from postgen.lit import ChunkOptions, LiTConfig, LitOptions, MhlaOptions, WindowOptions, convert, layers_of
 from postgen.lit.options import LINEAR_TYPES
 from tests.families.tiny_models import TinyModel, tiny_model
 
@@ -29,7 +29,8 @@ def test_two_grids() -> None:
 
 def test_compiled_on_several_grids() -> None:
     """The grid is that of the call, not of the one that was computed, or compiled, before."""
-    tiny = converted("lit")
+    tiny = converted("lit", layers=1, first_block=True)
+    assert layers_of(tiny.transformer)
     model: Any = tiny.transformer
     x = tiny.arguments["hidden_states"]
     sizes = [x, x.transpose(3, 4)]
@@ -42,11 +43,11 @@ def test_compiled_on_several_grids() -> None:
     torch.compiler.reset()
 
 
-def converted(kind: str) -> TinyModel:
-    tiny = tiny_model("Wan", batch=2)
+def converted(kind: str, *, layers: int = 2, **more: Any) -> TinyModel:
+    tiny = tiny_model("Wan", batch=2, layers=layers)
     config = LiTConfig(
         layers=f"all:{kind}", grid=(4, 2, 3), lit=LitOptions(conv_init="default"), mhla=MhlaOptions(blocks=(1, 2, 1)),
-        chunk=ChunkOptions(frames=1), window=WindowOptions(radius=0),
+        chunk=ChunkOptions(frames=1), window=WindowOptions(radius=0), **more,
     )  # fmt: skip
     convert(tiny.transformer, config)
     return tiny

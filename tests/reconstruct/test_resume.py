@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ import torch
 from postgen.errors import UserError
 from postgen.reconstruct import Share, read_report, reconstruct
 from postgen.training import Reason, checkpoint
+from tests import children
 from tests.reconstruct.killed import POINTS
 from tests.reconstruct.toy import pipeline, records_of, settings, tasks
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("blocks.0", "blocks.1")
 
 
@@ -54,8 +52,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_killed_at_each_point(straight: Straight, tmp_path: Path) -> None:
     (tmp_path / "records").symlink_to(straight.folder / "records")
-    command = [sys.executable, "-m", "tests.reconstruct.killed", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    code, said = children.run("tests.reconstruct.killed", tmp_path)
+    assert code == 0, said
     for point, (name, step) in POINTS.items():
         run = tmp_path / point
         left = [path.name for path in checkpoint.find(run / "blocks" / name)]

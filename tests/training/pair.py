@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.faults_two_gpus import free_ports
+from tests.children import Child
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run_pair(jobs: str, folder: Path, seconds: int = 300) -> None:
+def run_pair(jobs: str, folder: Path, seconds: float = 300) -> None:
     """Run the functions of a list `package.module:NAME` in two processes, each with `folder`."""
-    command = [sys.executable, "-m", "tests.training.pair", jobs, str(folder)]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "PORTS": " ".join(map(str, free_ports(16)))}
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    pair = [
+        Child("tests.training.pair", (jobs, folder), {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
-    told = []
-    try:
-        told = [process.communicate(timeout=seconds)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in told)
+    end = time.monotonic() + seconds
+    # One that has failed leaves the other waiting.
+    while time.monotonic() < end and any(each.code is None for each in pair) and not any(each.code for each in pair):
+        time.sleep(0.05)
+    codes = [each.code for each in pair]
+    for each in pair:
+        each.kill()
+    assert codes == [0, 0], f"{codes}\n" + "\n".join(each.said()[-3000:] for each in pair)
 
 
 def main(jobs: str, folder: str) -> None:
@@ -38,10 +33,20 @@ def main(jobs: str, folder: str) -> None:
     from accelerate.state import AcceleratorState
 
     module, _, name = jobs.partition(":")
-    for job, port in zip(getattr(importlib.import_module(module), name), os.environ["PORTS"].split(), strict=False):
-        os.environ["MASTER_PORT"] = port
+    for number, job in enumerate(getattr(importlib.import_module(module), name)):
+        os.environ["MASTER_PORT"] = _port(Path(folder) / f"port-{number}")
         job(Path(folder))
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _port(note: Path) -> str:
+    """The first process says where the two meet when they do: a port that is free now may not stay so for long."""
+    if os.environ["RANK"] == "0":
+        note.with_suffix(".new").write_text(str(free_ports(1)[0]))
+        note.with_suffix(".new").rename(note)
+    while not note.exists():
+        time.sleep(0.01)
+    return note.read_text()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
 """Checkpoints: exact resume, whole or absent, only for the model that wrote them."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +11,9 @@ from safetensors.torch import load_file
 from postgen.errors import UserError
 from postgen.train import main
 from postgen.training import checkpoint
+from tests import children
 from tests.training.tiny import TinyConfig, TinyTrainer
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "rank-0.safetensors", "rank-0.json")
 SETTINGS = {
     "max_steps": 14,
@@ -57,16 +53,12 @@ def recipe(folder, **settings):
     return path
 
 
-def launch(*words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path):
     straight = make(tmp_path / "straight")
     straight.train()
     path = recipe(tmp_path, signal_at=8)
-    assert launch("postgen.train", str(path)).returncode == -signal.SIGKILL
+    code, said = children.run("postgen.train", path)
+    assert code == -signal.SIGKILL, said
     run = tmp_path / "run"
     assert [found.name for found in checkpoint.find(run)] == ["checkpoint-5"]
     assert main([str(path), "--resume", "--signal_at", "0"]) == 0

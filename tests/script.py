@@ -1,0 +1,5 @@
+"""Runs Python code that is given as a word, in a fork of `tests.children`."""
+
+import sys
+
+exec(compile(sys.argv[1], "<script>", "exec"), {"__name__": "__main__"})
