@@ -6,6 +6,7 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,17 +42,15 @@ class _Here(threading.local):
         return _Here, ()
 
 
-class _Choice(threading.local):
-    """How a layer is prepared in the call under way in this thread.
+@dataclass(eq=False, slots=True)
+class Plan:
+    """What settings do to each layer."""
 
-    A layer does not look itself up by its name: compiled blocks would be compiled once for every name.
-    """
-
-    def __init__(self) -> None:
-        self.preparation: Preparation | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Choice, ()
+    layers: dict[str, Preparation | None]
+    """None: it stays exact."""
+    number: int = -1
+    """Among the plans of the transformer, as long as some call may read it. A layer looks up what it does by this
+    number: by its own name, compiled blocks would be compiled for every name."""
 
 
 class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
@@ -63,13 +62,14 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         tokens = video_tokens_of(model)
         self.here, self._progress = _Here(), progress
         self.calls_sdpa = tokens.attention_call == "sdpa"
+        self._plans: list[dict[str, Preparation | None]] = []
         self.layers = {name: FP8Layer(self) for name in tokens.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._note = ""
         super().__init__(model, config)
 
-    def prepare(self, model: nn.Module, config: FP8AttentionConfig) -> dict[str, Preparation | None]:
-        """Return the preparation of each layer; None where it stays exact.
+    def prepare(self, model: nn.Module, config: FP8AttentionConfig) -> Plan:
+        """Return the preparation of each layer.
 
         Raises:
             UserError: a pattern that no layer matches, or layers that this machine cannot compute.
@@ -88,10 +88,12 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             device = next(model.parameters()).device
             for channels in {head_channels(model.get_submodule(name)) for name in found} or {None}:
                 check_available(device, channels or 128)
-        return found
+        return Plan(found)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
         """Put the wrappers on the processors, whoever is enabled, or take them off."""
+        for each in live:
+            self._number(each.prepared)
         stack = processor_stack(model)
         on = NAME in stack.wrappers
         if live and not on:
@@ -100,14 +102,19 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         elif on and not live:
             stack.pop(NAME)
 
+    def _number(self, plan: Plan) -> None:
+        if plan.layers not in self._plans:
+            for name, layer in self.layers.items():
+                layer.choices = (*layer.choices, plan.layers[name])
+            self._plans.append(plan.layers)
+        plan.number = self._plans.index(plan.layers)
+
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out which step comes."""
         super().before_forward(model, args, kwargs)
         now = self.now
         config = now.config
         self.here.exact = False
-        for name, layer in self.layers.items():
-            layer.choice.preparation = now.prepared[name] if now.enabled else None
         if not now.enabled or not (config.first_exact or config.last_exact):
             return
         try:
@@ -126,7 +133,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
 
     def counts(self) -> dict[str, int]:
         """Return in how many layers it is on, how many stay exact, and how many outputs a guard found not finite."""
-        plan = self.setting.prepared.values()
+        plan = self.setting.prepared.layers.values()
         exact = sum(each is None for each in plan)
         return {"fp8": len(plan) - exact, "exact": exact, "not_finite": not_finite()}
 
@@ -148,11 +155,14 @@ class FP8Layer:
     """The wrapper of one module's processor; `around` is pushed on the processor stack."""
 
     def __init__(self, whole: FP8Attention) -> None:
-        self._whole, self.choice = whole, _Choice()
+        self._whole = whole
+        self.choices: tuple[Preparation | None, ...] = ()
+        """By the number of the plan."""
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the processor; its attention is computed here where step and layer say so."""
-        if self._whole.here.exact or self.choice.preparation is None:
+        now = self._whole.now
+        if not now.enabled or self._whole.here.exact or self.choices[now.prepared.number] is None:
             return inner(attention, *args, **kwargs)
         if self._whole.calls_sdpa:
             with divert_sdpa(self.attend), divert_dispatched(self.attend):
@@ -180,7 +190,7 @@ class FP8Layer:
                 warn_once(f"attention stays exact, not FP8: {reason}")
             return None
         return attention_fp8(
-            query, key, value, scale=scale, preparation=self.choice.preparation, key_lengths=key_lengths,
+            query, key, value, scale=scale, preparation=self.choices[now.prepared.number], key_lengths=key_lengths,
             simulate=now.config.simulate, guard=now.config.debug,
         )  # fmt: skip
 
