@@ -289,9 +289,7 @@ def _kept(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Tensor]:
 
     state, layers = dict(model.state_dict()), layers_of(model)
     if any(f".{_WRAPPED}." in name for name in state):
-        raise UserError(
-            "a LoRA is attached, which an adapter does not hold: take it off (delete_adapters), or merge it"
-        )
+        raise UserError("a LoRA is attached, which an adapter does not hold: take it off (unload_lora)")
     if any(value.is_meta for value in state.values()):
         raise UserError("weights are offloaded, so there is nothing to save: switch offloading off before")
     replaced = {f"{module}.{name}" for module, layer in layers.items() for name in layer.before}
