@@ -15,7 +15,7 @@ from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
 from postgen.families.linear import replace_linears, replaced_linears
 from postgen.families.own_format import erase_note, read_note, write_note
-from postgen.lit.adapter import put_back
+from postgen.lit.adapter import check_weights, put_back
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
 from postgen.lit.layers import LitLayer, Shape, make_layer
@@ -114,13 +114,16 @@ def revert(transformer: nn.Module) -> None:
     layer: of it the mark is taken off.
 
     Raises:
-        UserError: it is not converted, or somebody holds a projection that began anew.
+        UserError: it is not converted, somebody holds a projection that began anew or a layer that would go, or
+            weights that an adapter had replaced cannot be put back: a LoRA is merged into them, they are fused or
+            offloaded. Nothing is changed then.
     """
     model: Any = the_transformer(transformer)
     if NAME not in installed(model).plug_ins and read_note(model.config, LOADER) is not None:
         erase_note(model)
         return
     conversion = conversion_of(model)
+    _check_free(model, conversion)
     _end_anew(model, conversion)
     conversion.uninstall(model)
     for each in conversion.converted:
@@ -262,6 +265,14 @@ def _weight(module: Any) -> torch.Tensor:
     layer = module.to_qkv if getattr(module, "fused_projections", False) else module.to_q
     weight: torch.Tensor = getattr(layer, "base_layer", layer).weight
     return weight
+
+
+def _check_free(model: nn.Module, conversion: Conversion) -> None:
+    for owner, handle in replaced_linears(model).items():
+        if owner != NAME and (held := [name for name in handle.modules if f".{CHILD}." in name]):
+            raise UserError(f"cannot revert: {owner} has replaced {held[0]}. Take {owner} off before")
+    layers = {each.module: getattr(model.get_submodule(each.module), CHILD) for each in conversion.converted}
+    check_weights(model, [f"{module}.{name}" for module, layer in layers.items() for name in layer.before], "revert")
 
 
 def _end_anew(model: nn.Module, conversion: Conversion) -> None:

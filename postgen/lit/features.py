@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +196,26 @@ class GridConvolution(nn.Module):
             grid: of them.
             added: whether to x itself, which is what is left without weights.
         """
+        out: Tensor = self("space", x, grid, added)
+        return out
+
+    def forward(self, part: str, *args: Any) -> Any:
+        """Do one part of the work.
+
+        Every part is a call of the module: offloading brings weights for the time of a call, and whoever reads them
+        outside of one gets memory without values.
+        """
+        return {"space": self._in_space, "time": self._in_time, "weights": self._weights}[part](*args)
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return those within frames (H * D, side, side) and along time (H * D, length), for a kernel."""
+        out: tuple[Tensor | None, Tensor | None] = self("weights")
+        return out
+
+    def _weights(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.space, self.time
+
+    def _in_space(self, x: Tensor, grid: Grid, added: bool) -> Tensor:
         if self.space is None:
             return x if added else x.new_zeros(())
         if takes(x):
@@ -214,6 +234,10 @@ class GridConvolution(nn.Module):
             before: (B, taps_before * S, H, D), the frames before them, of a causal convolution in a stream.
             added: as of `in_space`.
         """
+        out: Tensor = self("time", x, grid, before, added)
+        return out
+
+    def _in_time(self, x: Tensor, grid: Grid, before: Tensor | None, added: bool) -> Tensor:
         if self.time is None:
             return x if added else x.new_zeros(())
         if not self.causal and takes(x):

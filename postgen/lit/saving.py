@@ -57,7 +57,7 @@ def save(transformer: nn.Module, folder: str | Path) -> None:
     if any(_WRAPPED in f".{name}" for name in model.state_dict()):
         raise UserError(
             "a LoRA is attached, whose names of weights `load` could not read: save it by itself (save_lora_adapter)"
-            " and take it off (delete_adapters), or merge it (fuse_lora, then unload_lora)"
+            " and take it off (unload_lora), or merge it before that (fuse_lora)"
         )
     try:
         _write(model, place)

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from postgen.assets import embedded_lit, embedded_model
 from postgen.errors import UserError
+from postgen.families.linear import replace_linears
 from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
 from postgen.lit.adapter import FORMAT, read_adapter
+from postgen.lit.options import LINEAR_TYPES
 from tests.lit.distil import PICTURES, VIDEO, teacher
 
 CONFIG = LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0))
@@ -87,6 +91,84 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_adapter(student, tmp_path / "a.safetensors")  # in bfloat16
 
 
+def test_weights_that_somebody_else_holds_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    def lora(model: Any) -> None:
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+
+    student, base, file = teacher("Wan")[0].transformer, teacher("Wan")[0].transformer, tmp_path / "a.safetensors"
+    trained(student, CONFIG)
+    save_adapter(student, file, base=torch.compile(base), dtype=torch.float32)  # type: ignore[arg-type]
+    with safe_open(file, "pt") as found:
+        assert torch.equal(found.get_tensor("blocks.1.attn1.to_v.weight"), student.blocks[1].attn1.to_v.weight)
+    with pytest.raises(UserError, match="base is another model, with another"):
+        save_adapter(student, file, base=teacher("LTX")[0])
+    lora(base)
+    with pytest.raises(UserError, match=r"a LoRA is around blocks\.1\.attn1\.to_v\.weight"):
+        apply_adapter(base, file)
+    base.unload_lora()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    apply_adapter(base, file)
+    again = tmp_path / "again.safetensors"
+    save_adapter(base, again, dtype=torch.float32)  # without a base it keeps what the first one replaced
+    assert load_file(again).keys() == load_file(file).keys()
+    lora(base)
+    with pytest.raises(UserError, match="a LoRA is attached"):
+        save_adapter(base, again)
+    base.fuse_lora()
+    with pytest.raises(UserError, match=r"cannot revert: a LoRA is merged into blocks\.1\.attn1\.to_v\.weight"):
+        revert(base)
+    base.unfuse_lora()
+    base.unload_lora()
+    base.fuse_qkv_projections()
+    with pytest.raises(UserError, match=r"cannot revert: blocks\.1\.attn1\.to_v\.weight is fused"):
+        revert(base)
+    base.unfuse_qkv_projections()
+    handle = replace_linears(base, lambda name, linear: nn.Identity(), owner="x", pattern=r".*\.postgen_lit\.mix")
+    with pytest.raises(UserError, match=r"cannot revert: x has replaced blocks\.1\.attn1\.postgen_lit\.mix"):
+        revert(base)
+    handle.remove()
+    revert(base)
+    after = base.state_dict()
+    for name, value in before.items():
+        exact = name.startswith("blocks.1.attn1.")  # merging a LoRA and taking it out again rounds elsewhere
+        torch.testing.assert_close(after[name], value, **({"rtol": 0, "atol": 0} if exact else {}))
+
+
+def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path: Path) -> None:
+    student, base, file = teacher("Wan")[0].transformer, teacher("Wan")[0].transformer, tmp_path / "a.safetensors"
+    trained(student, CONFIG)
+    with torch.no_grad():
+        next(iter(layers_of(student).values())).norm.fill_(1e6)
+    save_adapter(student, file)
+    with pytest.raises(UserError, match=r"torch\.float16 does not hold: load the model"):
+        apply_adapter(base.half(), file)
+    with torch.no_grad():
+        next(iter(layers_of(student).values())).norm.fill_(float("nan"))
+    with pytest.raises(UserError, match="values that are not finite: nothing was saved"):
+        save_adapter(student, file)
+
+
+@pytest.mark.parametrize("kind", LINEAR_TYPES)
+def test_layers_read_their_weights_while_they_are_called(kind: str, tmp_path: Path) -> None:
+    """Offloading layer by layer brings the weights of a module for the time of its call."""
+    pipe, _ = teacher("Wan")
+    model = pipe.transformer
+    mhla = MhlaOptions(blocks=(1, 2, 2), conv_space=3)
+    trained(model, LiTConfig(layers=f"1:{kind}", window=WindowOptions(radius=0), grid=(3, 2, 2), mhla=mhla))
+    torch.manual_seed(2)
+    call = {"hidden_states": torch.randn(1, model.config.in_channels, 3, 4, 4), "timestep": torch.tensor([500])}
+    call["encoder_hidden_states"] = torch.randn(1, 5, model.config.text_dim)
+    with torch.no_grad():
+        wanted = model(**call).sample
+        cpu_offload(model, torch.device("cpu"))
+        assert torch.equal(model(**call).sample, wanted)
+    if kind == "lit":
+        with pytest.raises(UserError, match="weights are offloaded"):
+            save_adapter(model, tmp_path / "a.safetensors")
+
+
 def changed(path: Path, out: Path, said: dict[str, str] | None = None, **tensors: Any) -> Path:
     """Write an adapter again, with other metadata or tensors; None leaves a tensor out."""
     with safe_open(path, "pt") as file:
@@ -120,10 +202,12 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
         tmp_path / "cut.safetensors": "cut.safetensors cannot be read",
         changed(good, tmp_path / "k.safetensors", {"transformer": "X"}): "is for a X, this model has a WanTransf",
         changed(good, tmp_path / "b.safetensors", {"base": json.dumps(base)}): "its num_layers is 3, here it is 2",
-        changed(good, tmp_path / "c.safetensors", {"config": "[1"}): "is damaged: what it says of itself",
+        changed(good, tmp_path / "c.safetensors", {"config": "[" * 9999}): "is damaged: what it says of itself",
+        changed(good, tmp_path / "l.safetensors", {"config": "[]"}): "is damaged: what it says of itself",
         changed(good, tmp_path / "m.safetensors", **{first: None}): f"is damaged: it lacks {first}",
         changed(good, tmp_path / "n.safetensors", **{first: nothing * float("nan")}): "values that are not finite",
         changed(good, tmp_path / "s.safetensors", **{first: nothing}): "is no weight of this conversion",
+        changed(good, tmp_path / "o.safetensors", **{"proj_out.bias": nothing}): "holds proj_out.bias, which is of no",
     }
     words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
     for path, text in wrong.items():
@@ -141,7 +225,13 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
     assert both.code == 0, both.err
     assert (tmp_path / "both-b.gif").read_bytes() == (tmp_path / "yes.gif").read_bytes()
     assert (tmp_path / "both-a.gif").read_bytes() != (tmp_path / "yes.gif").read_bytes()
-    # Layers that are bound to another grid are refused before weights are read.
+
+
+def test_adapters_of_other_grids_are_refused_before_weights_are_read(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    from postgen.families.loading import inspect_model, load_pipeline
+
+    words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
+    good = tmp_path / "bound.safetensors"
     bound = load_pipeline(inspect_model(tiny_wan), device="cpu").transformer
     mhla = MhlaOptions(blocks=(1, 2, 2), interpolate=False)
     convert(bound, LiTConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))

@@ -64,7 +64,7 @@ class Lit(LitLayer):
             return self.stream(tokens, None)[0]
         table = self._separable.table(tokens.rope, tokens.grid, self.options.merge_heads)
         if tokens.rope is None or table is not None:
-            conv = (None, None) if text is not None else (self.conv.space, self.conv.time)
+            conv = (None, None) if text is not None else self.conv.weights()
             out, _, key_sum = linear_attention_with_state(
                 query,
                 key,
