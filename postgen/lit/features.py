@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,7 +206,12 @@ class GridConvolution(nn.Module):
         Every part is a call of the module: offloading brings weights for the time of a call, and whoever reads them
         outside of one gets memory without values.
         """
-        return {"space": self._in_space, "time": self._in_time, "weights": self._weights}[part](*args)
+        parts: dict[str, Callable[..., Any]] = {
+            "space": self._in_space,
+            "time": self._in_time,
+            "weights": self._weights,
+        }
+        return parts[part](*args)
 
     def weights(self) -> tuple[Tensor | None, Tensor | None]:
         """Return those within frames (H * D, side, side) and along time (H * D, length), for a kernel."""

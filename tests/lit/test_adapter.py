@@ -231,15 +231,28 @@ def test_adapters_of_other_grids_are_refused_before_weights_are_read(cli: Any, t
     from postgen.families.loading import inspect_model, load_pipeline
 
     words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
-    good = tmp_path / "bound.safetensors"
     bound = load_pipeline(inspect_model(tiny_wan), device="cpu").transformer
     mhla = MhlaOptions(blocks=(1, 2, 2), interpolate=False)
     convert(bound, LiTConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))
     save_adapter(bound, tmp_path / "bound.safetensors")
     other = cli("generate", *words, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "no.gif")
     assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err
-    long = cli("generate", *words, "--long", 2, "--lit", good, "-o", tmp_path / "long.mp4")
+    long = cli("generate", *words, "--long", 2, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "long.mp4")
     assert (long.code, "--lit does not go with a long video" in long.err) == (2, True), long.err
+
+
+def test_a_converted_model_takes_no_adapter_and_makes_no_video_first(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
+    from postgen.families.loading import inspect_model, load_pipeline
+
+    pipe = load_pipeline(inspect_model(tiny_wan), device="cpu")
+    convert(pipe.transformer, CONFIG)
+    pipe.save_pretrained(tmp_path / "half")
+    save_adapter(pipe.transformer, tmp_path / "good.safetensors")
+    words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
+    lit = ("--lit", tmp_path / "good.safetensors")
+    done = cli("compare", *words, "--vs", tmp_path / "half", *lit, "-o", tmp_path / "no.gif")
+    assert (done.code, "is converted already" in done.err, "Traceback" in done.err) == (2, True, False), done.err
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_the_adapter_of_the_embedded_model_is_shipped_or_missed_in_one_line(cli: Any, tmp_path: Path) -> None:
