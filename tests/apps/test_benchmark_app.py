@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import app, app_paths, app_uploads, app_wheel
+from benchmarks import app, app_paths, app_uploads, app_wheel, docs_tables
 from benchmarks.app_jobs import FEW, JOBS, Ended, Wanted, lost, planned, unexpected, without_places, wrong_with
 from benchmarks.app_tries import Places, tries
 from benchmarks.gates import read_result
@@ -179,5 +179,5 @@ def test_what_a_server_said_names_no_place(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_numbers_of_the_result() -> None:
-    lines = "\n".join(app.markdown(read_result("app")))
-    assert f"<!-- table: app -->\n{lines}\n<!-- end -->" in app.PAGE.read_text(encoding="utf-8")
+    page = app.PAGE.read_text(encoding="utf-8")
+    assert docs_tables.filled(page, {"app": app.markdown(read_result("app"))}) == page

@@ -80,10 +80,16 @@ def too_wide(page: Any) -> int:
     return int(page.evaluate(_WIDER))
 
 
-def heard(page: Any, act: Callable[[], Any]) -> str:
-    """Do something that the page answers with a message, and return that."""
+def heard(page: Any, act: Callable[[], Any], saying: str = "") -> str:
+    """Do something that the page answers with a message, and return the last one.
+
+    Args:
+        page: of the app.
+        act: what is done.
+        saying: words of the message; a player has messages of its own, earlier or later.
+    """
     act()
-    toast = page.locator(".toast-body").last
+    toast = page.locator(".toast-body").filter(has_text=saying).last
     toast.wait_for()
     return str(toast.inner_text())
 

@@ -106,7 +106,7 @@ def test_clips_that_are_refused(page: Any, tmp_path: Path) -> None:
     tab(page, "Rewards")
     for name, line in (("long.mp4", "the clip takes 6.0 seconds, and at most 4 are allowed"), ("broken.mp4", "clip")):
         told = heard(
-            page, lambda name=name: page.locator("#score-clip input[type=file]").set_input_files(tmp_path / name)
+            page, lambda name=name: page.locator("#score-clip input[type=file]").set_input_files(tmp_path / name), line
         )
         assert line in told
         assert "/tmp" not in told
