@@ -155,10 +155,10 @@ def milliseconds(call: Callable[[], Any], device: str, repeats: int = REPEATS) -
     """Return the median time of a call."""
     times = []
     for _ in range(repeats + 2):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[2:])
 
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for case in CASES[: 1 if options.quick else None]:
         rows += measure(case)
-        _free("cuda")
+        free("cuda")
     psnr = {device: fused_psnr(device) for device in ("cpu", "cuda")}
     told = {"repeats": REPEATS, "flash_attn_4": flash_attention_4()}
     payload = {**told, "rows": rows, "psnr": psnr, "gates": gates(rows, psnr)}
@@ -238,12 +238,14 @@ def _first(output: Any) -> Tensor:
     return found.clone()
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Wait for what was launched."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
+    """Forget compiled code and memory of a model that is gone."""
     torch.compiler.reset()
     gc.collect()
     if device == "cuda":

@@ -11,7 +11,6 @@ Forms of a step of more than `LONG` seconds, all but stock and the exact kernels
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 import postgen
-from benchmarks.fused_step import Case, built, cogvideox, flash_attention_4, wan
+from benchmarks.fused_step import Case, built, cogvideox, flash_attention_4, free, wait, wan
 from benchmarks.gates import RESULTS, gate, read_result, write_result
 from postgen.families import layout_of
 from postgen.kernels.attention_fp8 import graphs
@@ -148,17 +147,12 @@ def timed(call: Callable[[], Any], device: str, repeats: int) -> float:
     """Return the median milliseconds of a call that has run once: of two calls where these take more than `LONG`."""
     times: list[float] = []
     while len(times) < (2 if times and times[0] > LONG else repeats):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -208,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = {row["model"]: row for row in _before(options.output)} if options.only else {}
     for case in cases:
         rows[case.name] = step_row(case, device)
-        _free(device)
+        free(device)
         ordered = [rows[each.name] for each in CASES if each.name in rows]
         told = {"flash_attn_4": flash_attention_4(), "steps": ordered, "gates": gates(ordered)}
         print(write_result(options.output, told))
@@ -218,13 +212,6 @@ def main(argv: list[str] | None = None) -> int:
 def _before(output: str) -> list[dict[str, Any]]:
     there = (Path(output) if output.endswith(".json") else RESULTS / f"{output}.json").is_file()
     return list(read_result(output)["steps"]) if there else []
-
-
-def _free(device: str) -> None:
-    torch.compiler.reset()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
