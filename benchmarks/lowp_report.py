@@ -44,7 +44,8 @@ def results() -> dict[str, Result]:
 def joined(found: Mapping[str, Result]) -> list[Gate]:
     """Return the gates of attention and those of `JOINED`; None of what was not measured."""
     own = [each for each in found["lowp_attention"]["gates"] if each["name"] not in JOINED]
-    others = {each["name"]: each["value"] for name in NAMES[2:] for each in found.get(name, {}).get("gates", ())}
+    files = [result for name, result in found.items() if name != "lowp_attention"]
+    others = {each["name"]: each["value"] for result in files for each in result["gates"]}
     return own + [gate(name, others.get(name), op, target) for name, (op, target) in JOINED.items()]
 
 
@@ -54,7 +55,7 @@ def attention(found: Mapping[str, Result]) -> Iterator[str]:
     more = {row["shape"]: row for row in found.get("lowp_attention_without_fa4", {}).get("rows", ())}
     there = [name for name in KERNELS if any(name in row["ms"] for row in (*rows.values(), *more.values()))]
     heads = ["", "FP8", "of it rounding", *(KERNELS[name] for name in there), "TFLOP/s of FP8", "faster than the best"]
-    yield from table(heads, [_attention_row(row, more.get(shape, {}), there) for shape, row in rows.items()])
+    yield from _table(heads, [_attention_row(row, more.get(shape, {}), there) for shape, row in rows.items()])
 
 
 def _attention_row(row: Result, more: Result, there: Sequence[str]) -> list[str]:
@@ -71,7 +72,7 @@ def errors(found: Mapping[str, Result]) -> Iterator[str]:
     kinds = list(rows[0]["errors"]) if rows else []
     others = [name for name in KERNELS if rows and all(name in row["errors"][kind] for row in rows for kind in kinds)]
     heads = ["", *(f"{kind} (worst head)" for kind in kinds), *(f"{KERNELS[name]}, normal" for name in others)]
-    yield from table(heads, [_error_row(row, kinds, others) for row in rows])
+    yield from _table(heads, [_error_row(row, kinds, others) for row in rows])
 
 
 def _error_row(row: Result, kinds: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -109,7 +110,7 @@ def layers(found: Mapping[str, Result]) -> Iterator[str]:
         ]
         for row in found.get("lowp_linears", {}).get("layers", ())
     ]
-    yield from table(heads, rows)
+    yield from _table(heads, rows)
 
 
 def steps(found: Mapping[str, Result]) -> Iterator[str]:
@@ -126,7 +127,7 @@ def steps(found: Mapping[str, Result]) -> Iterator[str]:
         ]
         for row in found.get("lowp_steps", {}).get("steps", ())
     ]
-    yield from table(heads, rows)
+    yield from _table(heads, rows)
 
 
 def judged(found: Mapping[str, Result]) -> Iterator[str]:
@@ -140,7 +141,11 @@ def judged(found: Mapping[str, Result]) -> Iterator[str]:
         ]
         for row in found.get("lowp_judge", {}).get("rows", ())
     ]
-    yield from table(heads, rows)
+    yield from _table(heads, rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield from table(heads, rows) if rows else [docs_tables.NOTHING]
 
 
 def write_pages(found: Mapping[str, Result], folder: Path = PAGES) -> None:

@@ -34,8 +34,9 @@ class FP8LinearConfig:
     exact: str | None = None
     """Layers whose name this pattern matches in full are left as they are."""
     min_features: int = 2048
-    """Layers of fewer input or output channels stay exact on a GPU: FP8 gains nothing there (at the 1,536 of Wan 1.3B
-    it took as long or up to twice as long on an H200). Not heard with `emulate`."""
+    """Layers of fewer input or output channels stay exact in a model that is on a GPU when this is applied: FP8 gains
+    nothing there (with the 1,536 channels of Wan 1.3B it took as long or up to twice as long on an H200). Ignored
+    with `emulate`."""
     emulate: bool = False
     """Compute the same rounding where there is no FP8 matrix product, without a word about it: slower than without."""
 

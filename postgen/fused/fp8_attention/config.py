@@ -31,7 +31,7 @@ class FP8AttentionConfig:
     layers, the usual one for layers that none matches."""
     min_tokens: int = 16384
     """Self-attention of fewer tokens stays exact: there FP8 gains nothing (measured on an H200: 4 % at 17,776 tokens,
-    and twice the time at 4,992). Not heard with `simulate`; of a report that has times it is 0."""
+    and twice the time at 4,992). Ignored with `simulate`; 0 in the settings of a report that has times."""
     simulate: bool = False
     """Compute what cuDNN would in plain torch, on any device: slow, and only for its numbers."""
     debug: bool = False

@@ -56,7 +56,7 @@ class FP8AttentionReport:
         preparations = {re.escape(row.layer): row.preparation for row in self.rows}
         found: dict[str, Any] = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
         if self.rows and all(row.fp8_ms is not None for row in self.rows):
-            found["min_tokens"] = 0  # what gains nothing is among the exact layers
+            found["min_tokens"] = 0  # layers that are no faster are exact already
         return FP8AttentionConfig(**{**found, **changes})
 
     def table(self) -> str:

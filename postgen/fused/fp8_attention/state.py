@@ -49,8 +49,8 @@ class Plan:
     layers: dict[str, Preparation | None]
     """None: it stays exact."""
     number: int = -1
-    """Among the plans of the transformer, as long as some call may read it. A layer looks up what it does by this
-    number: by its own name, compiled blocks would be compiled for every name."""
+    """Place among the plans that this transformer has had. Layers look up their preparation by it and not by their
+    names: code that reads a name is compiled again for every block."""
 
 
 class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
@@ -142,6 +142,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         config, counts = self.config, self.counts()
         how = "simulated" if config.simulate else CUDNN_FP8.name
         parts = [f"{how} in {counts['fp8']} of {len(self.layers)} layers"]
+        if config.min_tokens and not config.simulate:
+            parts.append(f"from {config.min_tokens} tokens on")
         if config.first_exact or config.last_exact:
             parts.append(f"first {config.first_exact} and last {config.last_exact} steps exact")
         if config.debug:
