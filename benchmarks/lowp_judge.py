@@ -5,7 +5,8 @@
 Clip i is from prompt i and seed i in every mode; `exact` is the model as it is, which the others are compared with.
 Half the prompts are of one body, half of two. Differences of the judge's score have 95 % bootstrap intervals over
 prompts; PSNR is of a mode's clip against the exact one. Where a kernel is missing, the rounding is emulated. Writes
-`results/lowp_judge.json` with the gate `judge_drop`: the upper end of the interval of the drop, the worst mode.
+`results/lowp_judge.json`, again after every 64 clips of each mode, with the gate `judge_drop`: the upper end of the
+interval of the drop, the worst mode.
 `MODES` takes further modes, a function from a pipeline to a context manager each.
 """
 
@@ -81,8 +82,8 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 
 def measure(
     pipe: Any, specs: Sequence[Spec], how: Defaults, modes: Mapping[str, Mode], workers: int
-) -> dict[str, dict[str, Tensor]]:
-    """Return numbers of every clip by mode: the judge's score, motion, and PSNR to the exact clip."""
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Yield numbers of every clip so far by mode: the judge's score, motion, and PSNR to the exact clip."""
     found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in modes}
     for low in range(0, len(specs), AT_ONCE):
         part = specs[low : low + AT_ONCE]
@@ -98,7 +99,7 @@ def measure(
             }
             for measure_name, values in numbers.items():
                 found[name].setdefault(measure_name, []).append(values.double())
-    return {name: {key: torch.cat(values) for key, values in rows.items()} for name, rows in found.items()}
+        yield {name: {key: torch.cat(values) for key, values in rows.items()} for name, rows in found.items()}
 
 
 def rows_of(numbers: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
@@ -139,12 +140,18 @@ def main(argv: list[str] | None = None, modes: Mapping[str, Mode] = MODES) -> in
     chosen = {name: modes[name] for name in dict.fromkeys(["exact", *options.modes])}
     pipe = load(folder, options.device)
     workers = judging(options.workers, options.device)
-    numbers = measure(pipe, scenes(options.prompts // 2, how.frames), how, chosen, workers)
-    rows = rows_of(numbers)
+    half = options.prompts // 2
+    specs = scenes(half, how.frames)
+    # In turns, so that what an interrupted run leaves has as many of two bodies as of one.
+    specs = [each for pair in zip(specs[:half], specs[half:], strict=True) for each in pair]
+    for numbers in measure(pipe, specs, how, chosen, workers):
+        rows = rows_of(numbers)
+        done = len(numbers["exact"]["score"])
+        settings = {"prompts": done, **dataclasses.asdict(how)}
+        place = write_result(options.output, {"settings": settings, "rows": rows, "gates": gates(rows)})
+        print(f"{done} of {options.prompts} prompts are in {place}", flush=True)
     for row in rows:
         print(row, flush=True)
-    settings = {"prompts": options.prompts, **dataclasses.asdict(how)}
-    print(write_result(options.output, {"settings": settings, "rows": rows, "gates": gates(rows)}))
     return 0
 
 

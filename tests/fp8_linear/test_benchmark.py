@@ -111,7 +111,8 @@ def test_the_judge_compares_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowp_judge, "clips_of", clips_of)
     modes = {"exact": lambda _: nullcontext(), "same": lambda _: nullcontext(), "noisy": lambda _: nullcontext(0.1)}
     how: Any = None
-    exact, same, noisy = lowp_judge.rows_of(lowp_judge.measure(None, specs, how, modes, 0))
+    *_, numbers = lowp_judge.measure(None, specs, how, modes, 0)
+    exact, same, noisy = lowp_judge.rows_of(numbers)
     assert (exact["mode"], same["drop"], same["psnr"]) == ("exact", {"value": 0, "low": 0, "high": 0}, 100)
     assert 19 < noisy["psnr"] < 24
     assert noisy["lowest_psnr"] <= noisy["psnr"]
