@@ -30,7 +30,7 @@ KERNELS = {
     "cudnn": "cuDNN, bfloat16",
     "fa4": "FlashAttention-4",
     "xformers": "xformers",
-    "sage": "SageAttention 1",
+    "sageattention": "SageAttention 1",
 }
 FORMS = {"fp8_linears": "FP8 linear layers", "fp8_attention": "FP8 attention", "fp8_both": "both"}
 PAGES = RESULTS.parent.parent / "docs"
@@ -60,7 +60,7 @@ def attention(found: Mapping[str, Result]) -> Iterator[str]:
 
 def _attention_row(row: Result, more: Result, there: Sequence[str]) -> list[str]:
     times = {**more.get("ms", {}), **row["ms"]}
-    exact = min(times[name] for name in there if name in times and name != "sage")
+    exact = min(times[name] for name in there if name in times and name != "sageattention")
     cells = [digits(times[name]) if name in times else "" for name in there]
     speed = [digits(row["tflop_per_s"]["cudnn_fp8"]), f"{exact / times['cudnn_fp8']:.2f}"]
     return [row["shape"], digits(times["cudnn_fp8"]), digits(row["rounding_ms"]), *cells, *speed]
