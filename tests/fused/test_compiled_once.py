@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import postgen
+from postgen.families import layout_of
 from tests.families.tiny_models import tiny_model
 
 PLUG_INS: dict[str, tuple[Callable[[Any], Any], int]] = {
@@ -46,3 +47,20 @@ def test_a_kind_of_layer_is_compiled_once(name: str) -> None:
     finally:
         torch.compiler.reset()
     assert len(compiled) == kinds
+
+
+def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> None:
+    """Fused reading splits heads by `Tensor.unflatten`, which torch.compile cannot trace inside a function mode."""
+    model = tiny_model("CogVideoX 1.0", layers=1)
+    postgen.apply_fused_ops(model.transformer)
+    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
+    postgen.apply_fp8_attention(model.transformer, config)
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            plain = model()
+            for block in layout_of(model.transformer).block_modules(model.transformer).values():
+                block.compile(fullgraph=True, backend="eager")
+            torch.testing.assert_close(model(), plain)
+    finally:
+        torch.compiler.reset()

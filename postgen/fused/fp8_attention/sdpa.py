@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -33,4 +34,5 @@ class divert_sdpa(TorchFunctionMode):
                 out = self.attend(*tensors, call.get("attn_mask"), call.get("scale"), None)
                 if out is not None:
                     return out.transpose(1, 2)
-        return function(*args, **kwargs)
+        # The method calls `super()`, which torch.compile cannot trace inside a mode; the function it can.
+        return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)
