@@ -1,7 +1,6 @@
 """Commands that need one another, several side by side on each GPU, until all are done or a deadline has come.
 
-A job is done when its mark is there, which is written after its command has ended well: whatever was interrupted is
-begun again by the next call, and goes on by itself where its command knows how to.
+Whatever was interrupted is begun again by the next call, and goes on by itself where its command knows how to.
 """
 
 from __future__ import annotations
@@ -14,33 +13,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LOOK = 0.2
+"""Seconds between two looks at the processes."""
 _GRACE = 45.0
-"""Seconds that commands have to save what they did, after the deadline."""
 TICK = 30.0
 """Seconds between two calls of `tick`."""
+_THREADS = "2"
+"""Of each command on the CPU, where the environment does not say how many."""
+Running = tuple["Job", str, subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One command."""
+    """One command. Whether it is done is said by its mark or by its check; it has one of them."""
 
     name: str
     command: tuple[str, ...]
-    mark: Path
-    """Is there when it is done."""
     log: Path
-    """What it prints; a later try adds to it."""
+    """What it prints."""
+    mark: Path | None = None
+    """A file that is written here after the command has ended well."""
+    check: Callable[[], bool] | None = None
+    """Whether what the command itself leaves behind is there."""
     needs: tuple[str, ...] = ()
     """Names of jobs that must be done before."""
     prepare: Callable[[], None] | None = None
     """Called in this process before the command starts."""
-    marked: bool = True
-    """Whether the mark is written here; False where the command itself writes that file last."""
+    keep_log: bool = True
+    """Whether a later try adds to the log; otherwise it replaces it."""
+
+    def __post_init__(self) -> None:
+        assert (self.mark is None) != (self.check is None), f"{self.name} needs a mark or a check"
 
     @property
     def done(self) -> bool:
         """Whether it has run to its end."""
-        return self.mark.exists()
+        if self.check is not None:
+            return self.check()
+        return self.mark is not None and self.mark.exists()
 
 
 def wanted(jobs: Mapping[str, Job], goals: Sequence[str]) -> list[Job]:
@@ -58,97 +67,129 @@ def wanted(jobs: Mapping[str, Job], goals: Sequence[str]) -> list[Job]:
     return [job for name, job in jobs.items() if name in found]
 
 
+def places_on(gpus: Sequence[str], each: int) -> list[str]:
+    """Return the places of `run_jobs` for `each` commands at a time on every GPU; no GPU is the CPU."""
+    return [gpu for _ in range(each) for gpu in (gpus or [""])]
+
+
 def run_jobs(
     jobs: Sequence[Job],
     places: Sequence[str],
     *,
     seconds: float = 0.0,
     tick: Callable[[], None] = lambda: None,
+    every: float = TICK,
     environment: Mapping[str, str] | None = None,
+    grace: float = _GRACE,
+    go_on: bool = True,
 ) -> dict[str, str]:
     """Run jobs, earlier ones first, as soon as what they need is done.
 
     Args:
         jobs: what they need is among them, or done.
-        places: a GPU for each command that may run at a time; "" is the CPU.
+        places: a GPU for each command that may run at a time; "" leaves what it sees as it is.
         seconds: after which what runs is told to stop (SIGTERM), and nothing is begun; 0 is no limit.
-        tick: called now and then.
+        tick: called now and then, and at the end, also of an interrupted call.
+        every: seconds between two calls of `tick`.
         environment: added to that of the commands.
+        grace: seconds that commands have to save what they did, once they are told to stop.
+        go_on: whether others still begin after one has failed.
 
     Returns:
         The names of jobs that are not done, and why: "failed", "needs NAME", "stopped", "not begun".
     """
     waiting, free = list(jobs), list(places)
-    running: list[tuple[Job, str, subprocess.Popen[bytes]]] = []
+    running: list[Running] = []
     left: dict[str, str] = {}
     began = ticked = time.monotonic()
     try:
         while waiting or running:
             if seconds and time.monotonic() - began > seconds:
                 break
-            for job, place, process in [each for each in running if each[2].poll() is not None]:
-                running.remove((job, place, process))
-                free.append(place)
-                _ended(job, process.returncode, left)
-            for job in list(waiting):
-                if lost := [name for name in job.needs if name in left]:
-                    left[job.name] = f"needs {lost[0]}"
-                    waiting.remove(job)
-                elif free and not _open(job, waiting, running):
-                    waiting.remove(job)
-                    place = free.pop(0)
-                    running.append((job, place, _started(job, place, environment or {})))
-            if time.monotonic() - ticked > TICK:
+            for each in [each for each in running if each[2].poll() is not None]:
+                running.remove(each)
+                free.append(each[1])
+                _ended(each[0], each[2].returncode, left)
+            while free and (go_on or not left) and (job := _next(waiting, running, left)) is not None:
+                place = free.pop(0)
+                print(f"{time.monotonic() - began:5.0f} s: {job.name} begins on {_named(place)}", flush=True)
+                running.append((job, place, _started(job, place, environment or {})))
+            if not running:
+                break  # nothing else can begin
+            if time.monotonic() - ticked > every:
                 tick()
                 ticked = time.monotonic()
             time.sleep(_LOOK)
     finally:
-        left |= _stopped(running)
+        left |= _stopped(running, grace)
         left |= {job.name: "not begun" for job in waiting}
         tick()
     return left
 
 
-def _open(job: Job, waiting: Sequence[Job], running: Sequence[tuple[Job, str, subprocess.Popen[bytes]]]) -> bool:
-    """Whether something that a job needs is still to be done."""
+def told(left: Mapping[str, str]) -> list[str]:
+    """Print what `run_jobs` has not done, and return the names of what failed."""
+    for name, why in left.items():
+        if why != "failed":
+            print(f"{name}: not done", flush=True)
+    return [name for name, why in left.items() if why == "failed"]
+
+
+def _next(waiting: list[Job], running: Sequence[Running], left: dict[str, str]) -> Job | None:
+    """Take the first job that may begin from those that wait; those that need what is lost are lost too."""
+    while lost := [(job, name) for job in waiting for name in job.needs if name in left]:
+        job, name = lost[0]
+        left[job.name] = f"needs {name}"
+        waiting.remove(job)
     todo = {each.name for each in waiting} | {each.name for each, *_ in running}
-    return bool(todo & set(job.needs))
+    found = next((job for job in waiting if not todo & {*job.needs}), None)
+    if found is not None:
+        waiting.remove(found)
+    return found
+
+
+def _named(place: str) -> str:
+    return f"GPU {place}" if place else "the CPU"
 
 
 def _started(job: Job, place: str, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
     if job.prepare is not None:
         job.prepare()
-    environment = {**os.environ, **more}
+    environment = {"OMP_NUM_THREADS": _THREADS, **os.environ, **more}
     if place:
         environment["CUDA_VISIBLE_DEVICES"] = place
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
+    with job.log.open("ab" if job.keep_log else "wb") as log:
         return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def _ended(job: Job, code: int, left: dict[str, str]) -> None:
-    if code == 0 and job.marked:
+def _mark(job: Job, code: int) -> None:
+    if code == 0 and job.mark is not None:
         job.mark.parent.mkdir(parents=True, exist_ok=True)
         job.mark.touch()
+
+
+def _ended(job: Job, code: int, left: dict[str, str]) -> None:
+    _mark(job, code)
     if not job.done:
         left[job.name] = "failed"
-    print(f"{job.name}: {'done' if job.done else f'failed with exit code {code}, see {job.log}'}", flush=True)
+    print(f"{job.name}: {'done' if job.done else f'failed, see {job.log} (exit code {code})'}", flush=True)
 
 
-def _stopped(running: Sequence[tuple[Job, str, subprocess.Popen[bytes]]]) -> dict[str, str]:
-    """Stop what runs, and return it."""
+def _stopped(running: Sequence[Running], grace: float) -> dict[str, str]:
+    """Stop what runs, and return what is not done."""
     for *_, process in running:
         process.terminate()
-    end, left = time.monotonic() + _GRACE, {}
+    end, left = time.monotonic() + grace, {}
     for job, _, process in running:
         try:
             process.wait(max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        found: dict[str, str] = {}
-        if process.returncode == 0:
-            _ended(job, 0, found)
-        if not job.done:
+        _mark(job, process.returncode)
+        if job.done:
+            print(f"{job.name}: done", flush=True)
+        else:
             left[job.name] = "stopped"
     return left

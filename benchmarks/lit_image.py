@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import lit_image_report
-from benchmarks.job_queue import Job, run_jobs, wanted
+from benchmarks.job_queue import Job, places_on, run_jobs, wanted
 from benchmarks.lit_image_arms import ARMS, FULL, SHORT, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
 from postgen.errors import UserError
 from postgen.files import replacing
@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> dict[str, str]:
     names = [TRUTH, *names_of(arms, options.seeds)]
     jobs = all_jobs(names, options.out, size)
     todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
-    places = [gpu for _ in range(options.each) for gpu in (options.gpus or [""])]
+    places = places_on(options.gpus, options.each)
     results = options.results or options.out
 
     def tick() -> None:

@@ -154,14 +154,13 @@ def _training(name: str, out: Path, size: Size) -> Job:
 def _measuring(name: str, out: Path, size: Size, needs: tuple[str, ...]) -> Job:
     words = ("--out", str(out), "--classes", str(size.classes), "--per_class", str(size.per_class))
     more = ("--draws", str(size.draws), "--size", str(settings_of("teacher.0", out, size)["size"]))
-    mark = out / ("reference.safetensors" if name == "reference" else f"measured/{name}.json")
+    place = out / ("reference.safetensors" if name == "reference" else f"measured/{name}.json")
     return Job(
         name=name if name == "reference" else f"measure {name}",
         command=(sys.executable, "-m", "benchmarks.lit_image_measure", name, *words, *more),
-        mark=mark,
+        check=place.exists,
         log=out / "logs" / f"measure-{name}.log",
         needs=needs,
-        marked=False,
     )
 
 

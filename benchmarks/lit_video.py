@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import lit_video_report
-from benchmarks.lit_video_arms import ARMS, GROUPS, TYPES, Job, jobs_of, read_results, table, winner_of
+from benchmarks.job_queue import places_on, run_jobs, told
+from benchmarks.lit_video_arms import ARMS, GROUPS, TYPES, jobs_of, read_results, table, winner_of
 from benchmarks.lit_video_files import pack, unpack
 from benchmarks.lit_video_job import SIZES, add_options
-from benchmarks.side_by_side import run_all, started
 from postgen import world
 from postgen.errors import UserError
 from postgen.files import replacing
@@ -39,6 +38,8 @@ BODIES = {False: (0.75, 0.25, 0.0), True: (0.4, 0.5, 0.1)}
 """Shares of scenes with one, two and three bodies, by whether two bodies are measured."""
 EVERY = 60.0
 """Seconds between two writings of `--back`."""
+GRACE = 30.0
+"""Seconds that jobs have to end once `--seconds` are over: trainers end their step and save."""
 TINY = {"prompts": 3, "max_steps": 2, "batch": 2, "transfer_steps": 2, "transfer_prompts": 4, "steps": 2}
 TINY |= {"size": 32, "frames": 17, "train_prompts": 6}
 
@@ -70,26 +71,20 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
     jobs = jobs_of(options.group, winner, options.out, words)
     if options.types:
         jobs = [job for job in jobs if job.name.count(".") < 2 or {*options.types} & {*job.name.split(".")}]
-    begun = last = time.monotonic()
 
-    def tick() -> None:
-        nonlocal last
-        if options.back is not None and time.monotonic() - last >= EVERY:
+    def keep() -> None:
+        if options.back is not None:
             pack(options.out, options.back)
-            last = time.monotonic()
 
-    def start(job: Job, gpu: str) -> object:
-        print(
-            f"{time.monotonic() - begun:5.0f} s: {job.name} begins on {f'GPU {gpu}' if gpu else 'the CPU'}", flush=True
-        )
-        return started([sys.executable, "-m", "benchmarks.lit_video_job", job.name, *job.words], job.log, gpu)
-
-    until = None if options.seconds is None else begun + options.seconds
-    more = {"ready": lambda job: job.ready, "until": until, "tick": tick, "go_on": True}
-    failed = run_all(jobs, options.gpus, options.each, start, **more)  # type: ignore[arg-type]
-    if options.back is not None:
-        pack(options.out, options.back)
-    return failed
+    left = run_jobs(
+        [job.queued() for job in jobs if not job.done],
+        places_on(options.gpus, options.each),
+        seconds=options.seconds,
+        tick=keep,
+        every=EVERY,
+        grace=GRACE,
+    )
+    return told(left)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     add("--winner_from", type=Path, metavar="OUT", help="folder whose results name the winner (default: --out)")
     add("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none is the CPU")
     add("--each", type=int, default=4, help="jobs at a time on a GPU (default: 4)")
-    add("--seconds", type=float, help="end after so many")
+    add("--seconds", type=float, default=0.0, help="end after so many; 0 is no limit")
     add("--train_prompts", type=int, default=PROMPTS, help=f"prompts of stage 2 (default: {PROMPTS})")
     add("--tiny", action="store_true", help="two steps of everything: shows that it runs, and nothing else")
     add("--back", type=Path, metavar="FOLDER", help="keep what there is in parts of less than 16 MiB here")

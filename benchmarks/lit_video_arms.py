@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import job_queue
 from benchmarks.lit_models import KINDS, THREE_QUARTERS, density
 from benchmarks.lit_models import PLANS as TIMED
 from postgen.errors import UserError
@@ -114,18 +116,24 @@ class Job:
         """Whether it trains a student."""
         return self.name.count(".") == 2 and not self.name.startswith("s1.")
 
-    def needs(self) -> list[Job]:
-        """Jobs that must be done before."""
-        if not self.is_student:
-            return []
-        kind, arm, seed = self.parts
-        names = ["teacher", f"s1.{kind}.{seed}", *([f"latents.{seed}"] if ARMS[arm].s2 else [])]
-        return [dataclasses.replace(self, name=name) for name in names]
-
     @property
-    def ready(self) -> bool:
-        """Whether it may begin."""
-        return all(job.done for job in self.needs())
+    def needs(self) -> tuple[str, ...]:
+        """Names of jobs that must be done before."""
+        if not self.is_student:
+            return ()
+        kind, arm, seed = self.parts
+        return ("teacher", f"s1.{kind}.{seed}", *([f"latents.{seed}"] if ARMS[arm].s2 else []))
+
+    def queued(self) -> job_queue.Job:
+        """Return its command."""
+        return job_queue.Job(
+            name=self.name,
+            command=(sys.executable, "-m", "benchmarks.lit_video_job", self.name, *self.words),
+            check=lambda: self.done,
+            log=self.log,
+            needs=self.needs,
+            keep_log=False,
+        )
 
 
 def jobs_of(group: str, winner: str, out: Path, words: Sequence[str]) -> list[Job]:

@@ -11,13 +11,13 @@ left alone, others begin anew. One run renders and encodes the clips (OUT/pool) 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.side_by_side import run_all, started
+from benchmarks.job_queue import Job, places_on, run_jobs, told
 
 ARMS: dict[str, tuple[str, str]] = {
     "a": (
@@ -41,6 +41,8 @@ ARMS: dict[str, tuple[str, str]] = {
 }
 """What each arm is, and its settings on top of the recipe."""
 RECIPE = "recipes/worldweaver-tiny.yaml"
+GRACE = 30.0
+"""Seconds that runs have to end their step and save, once they are told to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,11 @@ class Run:
         """Whether it has run to its end: an interrupted run exports too, and says so."""
         return self.log.is_file() and "what was trained is in" in self.log.read_text(encoding="utf-8")
 
+    def job(self, more: Sequence[str]) -> Job:
+        """Return what trains it; its log begins anew, as it says what is done."""
+        command = tuple(self.command(more))
+        return Job(name=self.name, command=command, log=self.log, check=lambda: self.done, keep_log=False)
+
     def command(self, more: Sequence[str]) -> list[str]:
         """Return the words that train it; later ones replace earlier ones."""
         where = ["--output_dir", str(self.folder), "--pool_dir", str(self.out / "pool"), "--seed", str(self.seed)]
@@ -90,12 +97,11 @@ def train(runs: Sequence[Run], gpus: Sequence[str], each: int, more: Sequence[st
     if not waiting:
         return []
     waiting[0].out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    if len(waiting) > 1:
-        failed = _render(max(waiting, key=_needs), gpus, more)
-    if failed:
+    words = [*more] if any(gpus) else [*more, "--device", "cpu"]
+    if len(waiting) > 1 and (failed := _render(max(waiting, key=_needs), gpus, words)):
         return failed
-    return run_all(waiting, gpus, each, lambda run, place: _started(run, place, more))
+    jobs = [run.job(words) for run in waiting]
+    return told(run_jobs(jobs, places_on(gpus, each), grace=GRACE, go_on=False))
 
 
 def _needs(run: Run) -> int:
@@ -107,20 +113,12 @@ def _needs(run: Run) -> int:
 def _render(run: Run, gpus: Sequence[str], more: Sequence[str]) -> list[str]:
     """Let a run of one step render the clips, those of placed memory too where an arm needs them."""
     first = Run(arm=run.arm, seed=run.seed, out=run.out / "pool-run")
-    first.out.mkdir(exist_ok=True)
     words = [*more, "--pool_dir", str(run.out / "pool"), "--max_steps", "1", "--eval_steps", "0"]
-    process = _started(first, next(iter(gpus), ""), words)
-    try:
-        process.wait()
-    finally:
-        process.terminate()
-    if not first.done:
+    job = dataclasses.replace(first.job(words), name="pool")
+    failed = told(run_jobs([job], places_on(gpus, 1)[:1], grace=GRACE))
+    if failed:
         print(f"the clips could not be rendered, see {first.log}", flush=True)
-    return [] if first.done else ["pool"]
-
-
-def _started(run: Run, gpu: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
-    return started(run.command(more if gpu else [*more, "--device", "cpu"]), run.log, gpu)
+    return failed
 
 
 def table() -> str:

@@ -1,30 +1,39 @@
-"""Commands that need one another: order, what failed, what a deadline stops, and going on afterwards."""
+"""Commands that need one another: order, what failed, what a deadline or Ctrl-C stops, and going on afterwards."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from benchmarks.job_queue import Job, run_jobs, wanted
+import pytest
+
+from benchmarks.job_queue import Job, places_on, run_jobs, told, wanted
+
+SAVES = "import signal; signal.signal(15, lambda *_: (open(f + '/kept', 'w').close(), os._exit(143))); "
+DEAF = "import signal; signal.signal(15, signal.SIG_IGN); "
+SLEEPS = "open(f + '/begun', 'w').close(); time.sleep(60)"
 
 
-def job(folder: Path, name: str, code: str, *needs: str, marked: bool = True) -> Job:
-    """A command of Python that knows the folder as `f`."""
+def job(folder: Path, name: str, code: str, *needs: str, checked: bool = False, **more: Any) -> Job:
+    """A command of Python that knows the folder as `f`; where it is checked it is done when a file of its name is."""
     words = (sys.executable, "-S", "-c", f"import os, time; f = {str(folder)!r}; {code}")
-    mark = folder / "done" / name if marked else folder / name
-    return Job(name=name, command=words, mark=mark, log=folder / f"{name}.log", needs=needs, marked=marked)
+    done: dict[str, Any] = {"check": (folder / name).exists} if checked else {"mark": folder / "done" / name}
+    return Job(name=name, command=words, log=folder / f"{name}.log", needs=needs, **done, **more)
 
 
 def adds(name: str) -> str:
     return f"open(f + '/order', 'a').write('{name} ' + os.environ.get('CUDA_VISIBLE_DEVICES', '-') + '\\n')"
 
 
-def test_order_places_and_failures(tmp_path: Path) -> None:
+def test_order_places_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is needed comes first; of what failed nothing that needs it is begun, the rest is."""
     jobs = {
         each.name: each
         for each in (
+            job(tmp_path, "grandchild", adds("grandchild"), "orphan"),
             job(tmp_path, "child", adds("child"), "base"),
             job(tmp_path, "orphan", adds("orphan"), "broken"),
             job(tmp_path, "broken", "raise SystemExit(7)"),
@@ -32,27 +41,90 @@ def test_order_places_and_failures(tmp_path: Path) -> None:
             job(tmp_path, "unasked", adds("unasked")),
         )
     }
-    left = run_jobs(wanted(jobs, ["child", "orphan"]), ["3"])
-    assert left == {"broken": "failed", "orphan": "needs broken"}
+    left = run_jobs(wanted(jobs, ["child", "grandchild"]), ["3"])
+    assert left == {"broken": "failed", "orphan": "needs broken", "grandchild": "needs orphan"}
     assert (tmp_path / "order").read_text().split() == ["base", "3", "child", "3"]
+    assert told(left) == ["broken"]
+    said = capsys.readouterr().out
+    assert f"broken: failed, see {tmp_path / 'broken.log'} (exit code 7)\n" in said
+    assert "s: base begins on GPU 3\n" in said
+    assert "base: done\n" in said
+    assert "orphan: not done\n" in said
+    assert "broken: not done\n" not in said
     # A second call does what failed again and leaves alone what is done.
     assert [each.name for each in wanted(jobs, ["child", "orphan"])] == ["orphan", "broken"]
     assert [each.name for each in wanted(jobs, ["child"])] == []
 
 
-def test_a_deadline_and_what_comes_after_it(tmp_path: Path) -> None:
-    """What runs is told to stop and may save; the next call goes on; a mark that the command writes is enough."""
-    saves = "import signal; signal.signal(15, lambda *_: (open(f + '/kept', 'w').close(), os._exit(143)));"
-    slow = job(tmp_path, "slow", f"{saves} os.path.exists(f + '/kept') or time.sleep(60)")
-    later = job(tmp_path, "later", "open(f + '/later', 'w').close()", "slow", marked=False)
+def test_a_failure_keeps_others_from_beginning_where_that_is_asked(tmp_path: Path) -> None:
+    """What runs already goes on to its end; jobs that wait for one another are not waited for."""
+    jobs = [job(tmp_path, "broken", "raise SystemExit(7)"), job(tmp_path, "beside", "time.sleep(0.6)")]
+    jobs.append(job(tmp_path, "later", adds("later")))
+    assert run_jobs(jobs, ["", ""], go_on=False) == {"broken": "failed", "later": "not begun"}
+    assert jobs[1].done
+    ring = [job(tmp_path, "hen", adds("hen"), "egg"), job(tmp_path, "egg", adds("egg"), "hen")]
+    assert run_jobs(ring, [""]) == {"hen": "not begun", "egg": "not begun"}
+    assert not (tmp_path / "order").exists()
+
+
+def test_a_deadline_and_what_comes_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What runs is told to stop and may save; the next call goes on; what the command itself leaves is enough."""
+    slow = job(tmp_path, "slow", f"{SAVES} os.path.exists(f + '/kept') or time.sleep(60)")
+    later = job(tmp_path, "later", "open(f + '/later', 'w').close()", "slow", checked=True)
     ticks: list[float] = []
     began = time.monotonic()
     left = run_jobs([slow, later], [""], seconds=1.5, tick=lambda: ticks.append(time.monotonic()))
     assert time.monotonic() - began < 30
     assert left == {"slow": "stopped", "later": "not begun"}
-    assert ticks
+    assert told(left) == []
+    assert "slow: not done\nlater: not done\n" in capsys.readouterr().out
+    assert len(ticks) == 1  # at the end
     assert (tmp_path / "kept").exists()
     assert not slow.done
     assert run_jobs([slow, later], ["", ""]) == {}
     assert slow.done
     assert later.done
+
+
+def test_what_ends_well_or_not_at_all_after_a_deadline(tmp_path: Path) -> None:
+    """One that has come to its end while it was told to stop is done; one that does not heed it is killed."""
+    ends = f"import signal; signal.signal(15, lambda *_: os._exit(0)); {SLEEPS}"
+    jobs = [job(tmp_path, "ends", ends), job(tmp_path, "deaf", DEAF + SLEEPS.replace("begun", "deaf-begun"))]
+    jobs.append(job(tmp_path, "early", ends.replace("begun", "early-begun"), checked=True))
+    began = time.monotonic()
+    left = run_jobs(jobs, places_on([], 3), seconds=1.5, grace=1.0)
+    assert left == {"deaf": "stopped", "early": "stopped"}
+    assert 2.5 <= time.monotonic() - began < 30
+    assert jobs[0].done
+
+
+def test_an_interrupt_stops_what_runs(tmp_path: Path) -> None:
+    """Ctrl-C ends the call: its commands may save, what there is is collected."""
+    ticks: list[float] = []
+
+    def tick() -> None:
+        ticks.append(time.monotonic())
+        if (tmp_path / "begun").exists() and not (tmp_path / "kept").exists():
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job(tmp_path, "slow", SAVES + SLEEPS)], [""], tick=tick, every=0.0)
+    assert (tmp_path / "kept").exists()
+    assert len(ticks) > 1
+
+
+def test_logs_threads_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log is gone on with or begun anew; a command has two threads unless somebody says otherwise."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shown = "print(os.environ['OMP_NUM_THREADS'], os.environ.get('MINE'))"
+    kept, anew = job(tmp_path, "kept", shown), job(tmp_path, "anew", shown, keep_log=False)
+    assert run_jobs([kept, anew], ["", ""]) == {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert run_jobs([kept, anew], ["", ""], environment={"MINE": "1"}) == {}
+    assert kept.log.read_text() == "2 None\n5 1\n"
+    assert anew.log.read_text() == "5 1\n"
+    assert run_jobs([kept], [""], environment={"OMP_NUM_THREADS": "3"}) == {}
+    assert kept.log.read_text().endswith("3 None\n")
+    assert places_on(["0", "1"], 2) == ["0", "1", "0", "1"]
+    assert places_on([], 2) == ["", ""]
+    assert run_jobs([anew], []) == {"anew": "not begun"}

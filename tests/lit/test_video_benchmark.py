@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import docs_tables, lit_video, lit_video_report, side_by_side
+from benchmarks import docs_tables, lit_video, lit_video_report
 from benchmarks.gates import read_result
+from benchmarks.job_queue import wanted
 from benchmarks.lit_models import KINDS, PLANS
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_video_arms import (
@@ -36,7 +33,6 @@ from benchmarks.lit_video_files import LARGEST, pack, unpack
 from benchmarks.lit_video_job import Work, whole
 from benchmarks.lit_video_job import main as do
 from benchmarks.lit_video_measure import Measured, compared
-from benchmarks.side_by_side import run_all
 from postgen.errors import UserError
 from postgen.families import Grid
 from postgen.lit import CostTable, Scores, apply_adapter, convert, layers_of
@@ -53,7 +49,7 @@ def test_jobs_of_the_whole_experiment(tmp_path: Path) -> None:
         names = [job.name for job in jobs]
         assert len({*names}) == len(names)
         for place, job in enumerate(jobs):
-            assert {each.name for each in job.needs()} <= {*names[:place]}
+            assert {*job.needs} <= {*names[:place]}
             assert not job.done
         students |= {job.name for job in jobs if job.is_student}
     assert len(students) <= 30
@@ -64,52 +60,19 @@ def test_jobs_of_the_whole_experiment(tmp_path: Path) -> None:
     assert [job.name for job in jobs_of("embedded", "delta_r0", tmp_path, [])][-1] == f"{SHARED}.half.0"
 
 
-def test_a_job_begins_when_what_it_needs_is_there(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in jobs_of("types", "", tmp_path, [])}
-    job = jobs["lit.half.0"]
+def test_a_job_is_wanted_until_all_that_others_need_of_it_is_there(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in jobs_of("types", "", tmp_path, ["--tiny"])}
+    queued = {name: job.queued() for name, job in jobs.items()}
+    assert queued["lit.half.0"].command[1:] == ("-m", "benchmarks.lit_video_job", "lit.half.0", "--tiny")
+    needed = ["teacher", "latents.0", "s1.lit.0", "lit.half.0"]
     (tmp_path / "jobs").mkdir()
-    for name in ("teacher", "s1.lit.0", "latents.0"):
-        assert not job.ready
+    for place, name in enumerate(needed):
+        assert [job.name for job in wanted(queued, ["lit.half.0"])] == needed[place:]
         jobs[name].result.write_text("{}")
-        assert not jobs[name].done  # its clips, its latents, its layers are not there
+        assert jobs[name].done == jobs[name].is_student  # its clips, its latents, its layers are not there
         jobs[name].lasting.mkdir(parents=True)
         assert jobs[name].done
-    assert job.ready
-    assert not jobs["mhla.half.0"].ready
-
-
-@dataclasses.dataclass
-class Sleep:
-    name: str
-    out: Path
-    code: str
-
-    @property
-    def log(self) -> Path:
-        return self.out / f"{self.name}.log"
-
-    @property
-    def done(self) -> bool:
-        return (self.out / f"{self.name}.done").exists()
-
-
-def test_runs_side_by_side_end_in_time_and_name_those_that_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(side_by_side, "LOOK", 0.05)
-
-    def start(run: Sleep, gpu: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-S", "-c", run.code, str(tmp_path)])
-
-    touch = "import pathlib, sys; pathlib.Path(sys.argv[1], 'a.done').touch()"
-    runs = [Sleep("a", tmp_path, touch), Sleep("b", tmp_path, "raise SystemExit(3)")]
-    runs.append(Sleep("c", tmp_path, "import time; time.sleep(600)"))
-    ready = lambda run: run.name != "c" or runs[0].done  # noqa: E731
-    begun = time.monotonic()
-    assert run_all(runs, [], 2, start, ready=ready, until=begun + 2.5, go_on=True) == ["b"]
-    assert time.monotonic() - begun < 60
-    said = capsys.readouterr().out
-    assert ("a: done" in said, "b: failed" in said, "c: not done" in said) == (True, True, True)
+    assert "s1.mhla.0" in [job.name for job in wanted(queued, ["mhla.half.0"])]
 
 
 def test_pairs_of_types_and_their_names() -> None:

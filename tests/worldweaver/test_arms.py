@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,42 @@ def test_the_page_has_the_arms() -> None:
     assert table() in page.read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that says what it is asked for, and that it has been done, unless the words say `broken`."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *broken*) exit 2;; esac\necho what was trained is in x\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.usefixtures("python")
+def test_clips_are_rendered_before_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a run of one step of the arm that needs most of them; a run that is done is left alone."""
+    words = ["--arms", "a", "e", "j", "--gpus", "--each", "2", "--out", str(tmp_path / "out")]
+    assert main([*words, "--", "--max_steps", "7"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": done")]
+    assert (said[0], sorted(said[1:])) == ("pool: done", ["a.0: done", "e.0: done", "j.0: done"])
+    rendered = (tmp_path / "out" / "pool-run" / "j.0.log").read_text(encoding="utf-8")
+    assert rendered.startswith(f"-m postgen train {RECIPE} --output_dir {tmp_path / 'out' / 'pool-run' / 'j.0'} ")
+    assert f"--max_steps 7 --device cpu --pool_dir {tmp_path / 'out' / 'pool'} --max_steps 1" in rendered
+    log = (tmp_path / "out" / "a.0.log").read_text(encoding="utf-8")
+    assert log.splitlines()[0].endswith("--max_steps 7 --device cpu")
+    (tmp_path / "out" / "e.0.log").write_text("interrupted")
+    assert main([*words, "--", "--max_steps", "9"]) == 0
+    assert (tmp_path / "out" / "a.0.log").read_text(encoding="utf-8") == log
+    assert (tmp_path / "out" / "e.0.log").read_text(encoding="utf-8").startswith("-m postgen train")
+    assert capsys.readouterr().out.count("begins on the CPU") == 1  # no clips are rendered for one run
+
+
+@pytest.mark.usefixtures("python")
 def test_a_run_that_fails_ends_the_others_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arms", "e", "--gpus", "--out", str(tmp_path), "--", "--max_steps", "-3"]) == 1
+    assert main(["--arms", "e", "--gpus", "--out", str(tmp_path), "--", "--broken", "1"]) == 1
     assert f"e.0: failed, see {tmp_path / 'e.0.log'}" in capsys.readouterr().out
-    assert "max_steps" in (tmp_path / "e.0.log").read_text(encoding="utf-8")
+    assert "broken" in (tmp_path / "e.0.log").read_text(encoding="utf-8")
+    assert main(["--arms", "a", "e", "--gpus", "--out", str(tmp_path / "two"), "--", "--broken", "1"]) == 1
+    assert f"the clips could not be rendered, see {tmp_path}/two/pool-run/e.0.log" in capsys.readouterr().out
+    assert not (tmp_path / "two" / "a.0.log").exists()
     run = Run(arm="e", seed=1, out=tmp_path)
     run.log.write_text("step 3: what was trained is in x")
     assert run.done
