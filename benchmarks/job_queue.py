@@ -1,6 +1,8 @@
 """Commands that need one another, several side by side on each GPU, until all are done or a deadline has come.
 
-Whatever was interrupted is begun again by the next call, and goes on by itself where its command knows how to.
+A later call starts interrupted commands again; a command that saves checkpoints then resumes by itself. A job that
+fails stops no other job. Whatever ends the queue, a signal too, first sends SIGTERM to the running commands, so that
+they save what they have.
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from postgen.errors import named_error
+from postgen.interrupts import held
 
 _LOOK = 0.2
 """Seconds between two looks at the processes."""
@@ -89,7 +95,8 @@ def run_jobs(
         jobs: what they need is among them, or done.
         places: a GPU for each command that may run at a time; "" leaves what it sees as it is.
         seconds: after which what runs is told to stop (SIGTERM), and nothing is begun; 0 is no limit.
-        tick: called now and then, and at the end, also of an interrupted call.
+        tick: called now and then, and at the end, also of an interrupted call; an error of an earlier call than the
+            last is printed and raised no further.
         every: seconds between two calls of `tick`.
         environment: added to that of the commands.
         grace: seconds that commands have to save what they did, once they are told to stop.
@@ -106,24 +113,21 @@ def run_jobs(
         while waiting or running:
             if seconds and time.monotonic() - began > seconds:
                 break
-            for each in [each for each in running if each[2].poll() is not None]:
-                running.remove(each)
-                free.append(each[1])
-                _ended(each[0], each[2].returncode, left)
+            _see_ends(running, free, left)
             while free and (go_on or not left) and (job := _next(waiting, running, left)) is not None:
-                place = free.pop(0)
-                print(f"{time.monotonic() - began:5.0f} s: {job.name} begins on {_named(place)}", flush=True)
-                running.append((job, place, _started(job, place, environment or {})))
+                print(f"{time.monotonic() - began:5.0f} s: {job.name} begins on {_named(free[0])}", flush=True)
+                _begin(job, free, running, left, environment or {})
             if not running:
                 break  # nothing else can begin
             if time.monotonic() - ticked > every:
-                tick()
+                _try(tick)
                 ticked = time.monotonic()
             time.sleep(_LOOK)
     finally:
-        left |= _stopped(running, grace)
-        left |= {job.name: "not begun" for job in waiting}
-        tick()
+        with held():  # a second signal does not cut short what the first one began
+            left |= _stopped(running, grace)
+            left |= {job.name: "not begun" for job in waiting}
+            tick()
     return left
 
 
@@ -148,25 +152,62 @@ def _next(waiting: list[Job], running: Sequence[Running], left: dict[str, str]) 
     return found
 
 
+def _see_ends(running: list[Running], free: list[str], left: dict[str, str]) -> None:
+    """Mark what has ended, and free its places."""
+    for each in [each for each in running if each[2].poll() is not None]:
+        with held():  # a job that has ended is marked, or still counts as running
+            running.remove(each)
+            free.append(each[1])
+            _ended(each[0], each[2].returncode, left)
+
+
+def _begin(job: Job, free: list[str], running: list[Running], left: dict[str, str], more: Mapping[str, str]) -> None:
+    """Start a job in the first free place. A job that cannot start counts as failed; the others go on."""
+    try:
+        if job.prepare is not None:
+            job.prepare()
+        with held():  # a command that was started always counts as running
+            running.append((job, free[0], _started(job, free[0], more)))
+            free.pop(0)
+    except Exception as error:  # of this job alone, whatever it is
+        print(f"{job.name}: cannot begin, {named_error(error)}", flush=True)
+        left[job.name] = "failed"
+
+
 def _named(place: str) -> str:
     return f"GPU {place}" if place else "the CPU"
 
 
 def _started(job: Job, place: str, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    if job.prepare is not None:
-        job.prepare()
     environment = {"OMP_NUM_THREADS": _THREADS, **os.environ, **more}
     if place:
         environment["CUDA_VISIBLE_DEVICES"] = place
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab" if job.keep_log else "wb") as log:
-        return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        # In a process group of its own: Ctrl-C, and what `timeout` sends to a group, then reach a command once, from
+        # here. A second signal would end a training at once, without a checkpoint.
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            process_group=0,
+        )
+
+
+def _try(tick: Callable[[], None]) -> None:
+    try:
+        tick()
+    except Exception as error:  # a disk that is full for a while stops nothing that runs
+        print(f"the results cannot be written now, {named_error(error)}", flush=True)
 
 
 def _mark(job: Job, code: int) -> None:
     if code == 0 and job.mark is not None:
-        job.mark.parent.mkdir(parents=True, exist_ok=True)
-        job.mark.touch()
+        with suppress(OSError):  # the disk is full: the next call runs the job again, which finds nothing left to do
+            job.mark.parent.mkdir(parents=True, exist_ok=True)
+            job.mark.touch()
 
 
 def _ended(job: Job, code: int, left: dict[str, str]) -> None:

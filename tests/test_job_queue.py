@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +131,70 @@ def test_logs_threads_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert places_on(["0", "1"], 2) == ["0", "1", "0", "1"]
     assert places_on([], 2) == ["", ""]
     assert run_jobs([anew], []) == {"anew": "not begun"}
+
+
+def test_what_cannot_begin_and_what_cannot_be_written(tmp_path: Path) -> None:
+    """Neither a job that cannot be prepared, nor a look that fails on the way, stops the others."""
+
+    def broken() -> None:
+        raise RuntimeError("no room")
+
+    odd = replace(job(tmp_path, "odd", "pass"), prepare=broken)
+    lost = replace(job(tmp_path, "lost", "pass"), command=(str(tmp_path / "no-such-program"),))
+    long = job(tmp_path, "long", "time.sleep(0.6)")
+    jobs = [odd, lost, job(tmp_path, "child", "pass", "odd"), long]
+    looks: list[int] = []
+
+    def tick() -> None:
+        looks.append(1)
+        if not long.done:
+            broken()
+
+    left = run_jobs(jobs, [""], tick=tick, every=0.1)
+    assert left == {"odd": "failed", "lost": "failed", "child": "needs odd"}
+    assert long.done
+    assert len(looks) > 1
+
+
+@pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to a whole group, SIGTERM to one process: a command gets one signal, and may save."""
+    command = f"""if True:
+        import signal, time
+        came, f = [], {str(tmp_path)!r}
+        for number in (2, 15):
+            signal.signal(number, lambda *_: came.append(1))
+        open(f + "/on", "w").close()
+        while not came:
+            time.sleep(0.05)
+        time.sleep(1)
+        open(f + "/got", "w").write(str(len(came)))
+        raise SystemExit(143)
+    """
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from benchmarks.job_queue import Job, run_jobs
+        from postgen.interrupts import stoppable
+        f = Path({str(tmp_path)!r})
+        words = (sys.executable, "-S", "-c", {command!r})
+        job = Job(name="slow", command=words, mark=f / "mark", log=f / "log")
+        with stoppable() as stop:
+            try:
+                run_jobs([job], [""], tick=(f / "looked").touch)
+            except KeyboardInterrupt:
+                stop.end()
+                raise SystemExit(stop.code)
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (tmp_path / "on").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    time.sleep(0.3)
+    if process.poll() is None:
+        os.kill(process.pid, number)  # a second one ends nothing before it has saved
+    assert process.wait(20) == 128 + number
+    assert (tmp_path / "got").read_text() == "1"
+    assert (tmp_path / "looked").exists()
+    assert not (tmp_path / "mark").exists()

@@ -30,6 +30,8 @@ from .pixels import pixel_autoencoder
 from .stills import FRAMES, labels, pool_of
 from .variance import variance_bound
 
+TIMESTEPS = 1000
+"""Of the noise, as published."""
 CLASSES = 1000
 """Rows of the table of classes: diffusers' pipeline takes 1000 for no class. The first 576 are in use."""
 
@@ -41,6 +43,9 @@ class ClassToImageConfig(TrainingConfig):
     Raises:
         UserError: a value outside its range.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "cuda_graphs")
+    """The stills are the same wherever they are kept, and so is what is drawn; graphs change numbers by rounding."""
 
     size: int = 64
     """Height and width of the pictures in pixels, a multiple of `patch`, at least 32."""
@@ -75,13 +80,13 @@ class ClassToImageConfig(TrainingConfig):
     """Replay forward and backward passes as CUDA graphs; one GPU, gradient_accumulation_steps 1."""
 
     eval_pictures: int = 64
-    """Stills that evaluation samples and judges; 0 samples none."""
+    """Stills that evaluation samples and judges; 0 where nothing is evaluated."""
 
     eval_num_inference_steps: int = 50
-    """Sampler steps of evaluation, also the default of the exported model."""
+    """Sampler steps of evaluation, also the default of the exported model; 2 to 1000."""
 
     eval_guidance_scale: float = 1.0
-    """Guidance of evaluation, also the default of the exported model; up to 1 is none."""
+    """Guidance of evaluation, also the default of the exported model; up to 1 is none, more needs `class_dropout`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +100,12 @@ class ClassToImageConfig(TrainingConfig):
         self.require(0 <= self.class_dropout < 1, "class_dropout", "in [0,1)")
         self.require(self.variance_weight >= 0, "variance_weight", "at least 0")
         self.require(self.eval_pictures >= 0, "eval_pictures", "at least 0")
-        self.require(self.eval_num_inference_steps >= 2, "eval_num_inference_steps", "at least 2")
+        evaluates = self.eval_steps or self.eval_on_start or self.evaluate_only
+        self.require(not evaluates or self.eval_pictures > 0, "eval_pictures", "at least 1 to evaluate")
+        self.require_in((2, TIMESTEPS), "eval_num_inference_steps")
+        guided = self.eval_guidance_scale > 1
+        self.require(not guided or self.class_dropout > 0, "class_dropout", "above 0 with eval_guidance_scale above 1")
+        self.require(self.pool_dir != "", "pool_dir", "the name of a folder, or left out")
         if self.cuda_graphs:
             alone = self.gradient_accumulation_steps == 1
             self.require(alone, "gradient_accumulation_steps", "1 with cuda_graphs, whose gradients cannot add up")
@@ -117,7 +127,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         self.pipe.vae.to(self.device)
         self.denoiser = DiTDenoiser(self.pipe)
         self.bars = self.pipe.scheduler.alphas_cumprod.to(self.device)
-        folder = None if args.pool_dir is None else Path(args.pool_dir)
+        folder = None if args.pool_dir is None else Path(args.pool_dir).expanduser()
         self.latents, self.classes = pool_of(folder, args.pool_pictures, args.size, self.device)
         self.predict: Callable[..., Tensor] = self._predict
         if args.cuda_graphs:
@@ -207,7 +217,12 @@ def make_pipeline(transformer: Any) -> Any:
 
     names = dict(enumerate(labels()))
     scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing"
+        num_train_timesteps=TIMESTEPS,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        timestep_spacing="trailing",
     )
     pipe: Any = DiTPipeline(transformer, pixel_autoencoder(), scheduler, names)
     pipe.register_to_config(id2label={str(number): name for number, name in names.items()})  # which saves them

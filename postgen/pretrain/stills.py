@@ -22,6 +22,8 @@ from postgen.errors import UserError
 from postgen.files import replacing
 from postgen.prompt_rows import read_prompts
 from postgen.tensor_files import read_tensors
+from postgen.training.logging import say
+from postgen.training.run_folder import RunLock
 from postgen.world import Spec
 from postgen.world.plan import Wish, arrange
 from postgen.world.processes import spread
@@ -88,20 +90,22 @@ def render_stills(numbers: Sequence[int], size: int, device: torch.device | str)
 def pool_of(folder: Path | None, count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return stills from number 0 on and their classes, from a folder where it has them; else they are written there.
 
+    Of several processes one renders, and the others wait for it.
+
     Args:
         folder: where they are kept; None keeps none.
         count, size: how many, and their height and width.
         device: where they are rendered and returned.
 
     Raises:
-        UserError: the folder holds others.
+        UserError: the folder holds others, or cannot be written.
     """
     classes = torch.arange(count, device=device) % len(labels())
     if folder is None:
         return render_stills(range(count), size, device), classes
+    if not _there(folder):
+        _make(folder, count, size, device)
     place = folder / LATENTS
-    if not (place.is_file() and (folder / PROMPTS).is_file()):
-        _write(folder, render_stills(range(count), size, device))
     kept = read_tensors(place, f"pool_dir: {place} cannot be read").get("latents")
     rows = read_prompts(folder / PROMPTS, "pool_dir:")
     wanted = [labels()[number % len(labels())] for number in range(count)]
@@ -111,13 +115,35 @@ def pool_of(folder: Path | None, count: int, size: int, device: torch.device) ->
     return kept.to(device), classes
 
 
+def _there(folder: Path) -> bool:
+    return (folder / LATENTS).is_file() and (folder / PROMPTS).is_file()
+
+
+def _make(folder: Path, count: int, size: int, device: torch.device) -> None:
+    """Render the stills of a folder, unless somebody else has done so in the meantime."""
+    lock = RunLock(folder, ".stills.lock", "pool_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.wait(say, "renders the same stills")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        if not _there(folder):
+            _write(folder, render_stills(range(count), size, device))
+    finally:
+        lock.release()
+
+
 def _write(folder: Path, latents: Tensor) -> None:
     texts = (json.dumps({"prompt": labels()[number % len(labels())]}) for number in range(len(latents)))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / PROMPTS) as part:
             part.write_text("\n".join(texts) + "\n", encoding="utf-8")
         with replacing(folder / LATENTS) as part:
             save_file({"latents": latents.cpu().contiguous()}, part)
     except OSError as error:
-        raise UserError(f"pool_dir {folder} cannot be written: {error.strerror}. Name another folder") from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"pool_dir {folder} cannot be written: {error.strerror}. Name another folder")

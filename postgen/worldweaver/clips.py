@@ -76,6 +76,7 @@ class ClipsConfig(Part):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(self.width is None or self.width >= 1, "width", "at least 1")
         self.require(self.eval_clips >= 0, "eval_clips", "at least 0")
+        self.require(self.pool_dir != "", "pool_dir", "the name of a folder, or left out")
         for name in ("start_caption", "caption_dropout"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         world = self.train_dataset is None

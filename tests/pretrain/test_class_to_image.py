@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from postgen.families import denoiser_for
 from postgen.lit import LiTConfig, LitOptions, convert, layers_of
 from postgen.pretrain.class_to_image import ClassToImageConfig, ClassToImageTrainer, judged, new_dit, sample_pictures
 from postgen.pretrain.pixels import pixel_autoencoder
-from postgen.pretrain.stills import labels, render_stills, still
+from postgen.pretrain.stills import labels, pool_of, render_stills, still
 from postgen.pretrain.variance import variance_bound
 from postgen.train import main
 from postgen.training import load_recipe
+from postgen.training.run_folder import RunLock
 from postgen.world.parse import read
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -149,6 +153,35 @@ def test_stills_are_rendered_once(run: Path, tmp_path: Path) -> None:
         ).train()
 
 
+def test_one_process_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another one renders at the moment is waited for, and read."""
+    made, folder, device = tmp_path / "made", tmp_path / "pool", torch.device("cpu")
+    stills, _ = pool_of(made, 3, 32, device)
+    folder.mkdir()
+
+    def fails(*given: Any) -> None:
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr("postgen.pretrain.stills.render_stills", fails)
+    with ThreadPoolExecutor(1) as pool, RunLock(folder, ".stills.lock", "pool_dir"):
+        waits = pool.submit(pool_of, folder, 3, 32, device)
+        time.sleep(0.2)
+        assert not waits.done()
+        for name in ("prompts.jsonl", "latents.safetensors"):
+            shutil.copy(made / name, folder)
+    assert torch.equal(waits.result()[0], stills)
+
+
+def test_a_run_goes_on_with_its_stills_elsewhere(run: Path, tmp_path: Path) -> None:
+    """Where stills are kept is no other run, and neither are a picture more or other sampler steps of evaluation."""
+    shutil.copytree(run / "run", tmp_path / "run")
+    shutil.copytree(run / "pool", tmp_path / "stills")
+    words = ["--output_dir", str(tmp_path / "run"), "--pool_dir", str(tmp_path / "stills"), "--eval_pictures", "1"]
+    assert main([str(run / "recipe.yaml"), *words, "--max_steps", "61", "--resume"]) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 61
+
+
 @pytest.mark.parametrize("inherit", ["all", "output"])
 def test_what_a_student_inherits(inherit: str) -> None:
     """Every weight, or every one but queries, keys and values; without linear blocks it is the teacher, bit by bit."""
@@ -182,6 +215,11 @@ def test_recipes_and_refusals(tmp_path: Path) -> None:
     for changes, said in (
         ({"size": 30, "patch": 8}, "a multiple of patch"),
         ({"class_dropout": 1.0}, "class_dropout"),
+        ({"class_dropout": 0.0, "eval_guidance_scale": 2.0}, "class_dropout is 0.0, it must be above 0 with"),
+        ({"eval_num_inference_steps": 1001}, "at most 1,000"),
+        ({"eval_pictures": 0, "eval_steps": 5}, "at least 1 to evaluate"),
+        ({"eval_pictures": 0, "evaluate_only": True}, "at least 1 to evaluate"),
+        ({"pool_dir": ""}, "the name of a folder"),
         ({"cuda_graphs": True, "gradient_accumulation_steps": 2}, "1 with cuda_graphs"),
     ):
         with pytest.raises(UserError, match=said):

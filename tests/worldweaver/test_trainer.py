@@ -345,6 +345,7 @@ def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch
         ({"init_from": "x"}, "an adapter is trained from its base"),
         ({"lora_path": "x"}, "merge it into the model before it is widened"),
         ({"eval_steps": 1}, "eval_clips is 0, it must be at least 1 to evaluate"),
+        ({"pool_dir": ""}, "the name of a folder, or left out"),
         ({"depth_model": "x"}, "the world has exact depth"),
         ({"train_dataset": "x", "memory_policy": "camera"}, "another one than camera"),
         ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have none"),
