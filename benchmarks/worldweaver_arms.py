@@ -2,10 +2,12 @@
 
     python -m benchmarks.worldweaver_arms --arms a d e --seeds 0 1 2 --gpus 0 1 --out runs/arms -- --max_steps 1500
 
-What follows `--` goes to every run, on top of the arm's own settings and `recipes/worldweaver-tiny.yaml`. A run is in
-OUT/ARM.SEED, its log beside it in OUT/ARM.SEED.log, what it trained in OUT/ARM.SEED/export. Runs that are done are
-left alone, others begin anew. One run renders and encodes the clips (OUT/pool) before the others, which find them.
-`benchmarks.worldweaver` measures what comes out; `--table` prints the arms.
+The words after `--` are settings of every run, on top of the arm's own settings and `recipes/worldweaver-tiny.yaml`. A
+run writes to OUT/ARM.SEED, its log is OUT/ARM.SEED.log, and OUT/ARM.SEED/export holds the adapter. One run renders and
+encodes the clips (OUT/pool) before the others start, and the others read them. `--seconds` ends the call in time: runs
+save a checkpoint, and the same command given again resumes them and skips the runs that are done. The exit code is 0
+once all runs are done, 1 where a run failed, 3 where the same command has to be given again.
+`benchmarks.worldweaver` measures the adapters; `--table` prints the arms.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.job_queue import Job, places_on, run_jobs, told
+from benchmarks.job_queue import Job, places_on, run_jobs
+from postgen.interrupts import stoppable
 
 ARMS: dict[str, tuple[str, str]] = {
     "a": (
@@ -68,57 +72,61 @@ class Run:
         """What it prints."""
         return self.out / f"{self.name}.log"
 
-    @property
-    def done(self) -> bool:
-        """Whether it has run to its end: an interrupted run exports too, and says so."""
-        return self.log.is_file() and "what was trained is in" in self.log.read_text(encoding="utf-8")
-
     def job(self, more: Sequence[str]) -> Job:
-        """Return what trains it; its log begins anew, as it says what is done."""
-        command = tuple(self.command(more))
-        return Job(name=self.name, command=command, log=self.log, check=lambda: self.done, keep_log=False)
+        """Return the training as a job. Its mark OUT/ARM.SEED.done is there once the run has reached its last step."""
+        mark = self.out / f"{self.name}.done"
+        return Job(name=self.name, command=tuple(self.command(more)), log=self.log, mark=mark)
 
     def command(self, more: Sequence[str]) -> list[str]:
-        """Return the words that train it; later ones replace earlier ones."""
+        """Return the command line of the training; later words replace earlier ones."""
         where = ["--output_dir", str(self.folder), "--pool_dir", str(self.out / "pool"), "--seed", str(self.seed)]
-        return [sys.executable, "-m", "postgen", "train", RECIPE, *where, *ARMS[self.arm][1].split(), *more]
+        words = [RECIPE, *where, *ARMS[self.arm][1].split(), *more, "--resume_from_checkpoint", "auto"]
+        return [sys.executable, "-m", "postgen", "train", *words]
 
 
-def train(runs: Sequence[Run], gpus: Sequence[str], each: int, more: Sequence[str]) -> list[str]:
-    """Train what is not done yet, and return the names of runs that failed.
+def train(
+    runs: Sequence[Run], gpus: Sequence[str], each: int, more: Sequence[str], seconds: float = 0.0
+) -> dict[str, str]:
+    """Train the runs that are not done yet.
 
     Args:
-        runs: which; the first of them renders the clips.
+        runs: the runs, in the order in which they start.
         gpus: numbers of GPUs; none means the CPU.
-        each: runs at a time on one.
-        more: settings of all.
+        each: runs at a time on one GPU.
+        more: settings of all runs.
+        seconds: after this time the runs save a checkpoint and end; 0 is no limit.
+
+    Returns:
+        The names of runs that are not done, and why, as `run_jobs` says it.
     """
-    waiting = [run for run in runs if not run.done]
-    if not waiting:
-        return []
-    waiting[0].out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     words = [*more] if any(gpus) else [*more, "--device", "cpu"]
-    if len(waiting) > 1 and (failed := _render(max(waiting, key=_needs), gpus, words)):
-        return failed
-    jobs = [run.job(words) for run in waiting]
-    return told(run_jobs(jobs, places_on(gpus, each), grace=GRACE, go_on=False))
+    jobs = [job for run in runs if not (job := run.job(words)).done]
+    if len(jobs) > 1:
+        first = _rendering(max(runs, key=_needs), words)
+        left = {} if first.done else run_jobs([first], places_on(gpus, 1)[:1], seconds=seconds, grace=GRACE)
+        if "failed" in left.values():
+            print(f"the clips could not be rendered, see {first.log}", flush=True)
+        if left:
+            return left
+    limit = max(1.0, seconds - (time.monotonic() - began)) if seconds else 0.0
+    return run_jobs(jobs, places_on(gpus, each), seconds=limit, grace=GRACE, go_on=False)
 
 
 def _needs(run: Run) -> int:
-    """How much a run asks of the clips: RGB, depth, where cameras stand."""
+    """How much of the clips a run needs: RGB, depth, camera poses."""
     words = ARMS[run.arm][1]
     return 2 if "--placed_memory true" in words else 0 if "--aux []" in words else 1
 
 
-def _render(run: Run, gpus: Sequence[str], more: Sequence[str]) -> list[str]:
-    """Let a run of one step render the clips, those of placed memory too where an arm needs them."""
+def _rendering(run: Run, more: Sequence[str]) -> Job:
+    """Return a run of one step, which renders the clips, and what placed memory reads of them where an arm needs it.
+
+    Clips of other settings that it did not render are rendered by the first run that needs them.
+    """
     first = Run(arm=run.arm, seed=run.seed, out=run.out / "pool-run")
     words = [*more, "--pool_dir", str(run.out / "pool"), "--max_steps", "1", "--eval_steps", "0"]
-    job = dataclasses.replace(first.job(words), name="pool")
-    failed = told(run_jobs([job], places_on(gpus, 1)[:1], grace=GRACE))
-    if failed:
-        print(f"the clips could not be rendered, see {first.log}", flush=True)
-    return failed
+    return dataclasses.replace(first.job(words), name="pool")
 
 
 def table() -> str:
@@ -128,7 +136,7 @@ def table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is asked for."""
+    """Train the arms that the command line names."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,13 +145,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none trains on the CPU")
     parser.add_argument("--each", type=int, default=4, help="runs at a time on a GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/arms"))
+    parser.add_argument("--seconds", type=float, default=0.0, help="after which runs save and end; 0 is no limit")
     parser.add_argument("--table", action="store_true", help="print the arms; nothing is trained")
     options = parser.parse_args(words)
     if options.table:
         print(table())
         return 0
     runs = [Run(arm=arm, seed=seed, out=options.out) for seed in options.seeds for arm in options.arms]
-    return 1 if train(runs, options.gpus, options.each, more) else 0
+    with stoppable() as stop:
+        try:
+            left = train(runs, options.gpus, options.each, more, options.seconds)
+        except KeyboardInterrupt:
+            stop.end()
+            return stop.code
+    for name, why in left.items():
+        print(f"{name}: {why}")
+    return 1 if "failed" in left.values() else 3 if left else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.worldweaver_arms import ARMS, RECIPE, Run, main, table, train
+from benchmarks.worldweaver_arms import ARMS, RECIPE, Run, main, table
 from postgen.training.recipe import load_recipe
 
 
@@ -26,9 +26,12 @@ def test_the_page_has_the_arms() -> None:
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreter that says what it is asked for, and that it has been done, unless the words say `broken`."""
+    """An interpreter that prints its arguments. It fails at the word `broken`, and waits for a signal at `long`."""
     script = tmp_path / "python"
-    script.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *broken*) exit 2;; esac\necho what was trained is in x\n')
+    script.write_text(
+        '#!/bin/sh\necho "$@"\ncase "$*" in *broken*) exit 2;; *max_steps\\ 1\\ *) exit 0;; esac\n'
+        'case "$*" in *long*) trap "echo saved; exit 143" TERM; while :; do sleep 0.1; done;; esac\n'
+    )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
 
@@ -44,12 +47,28 @@ def test_clips_are_rendered_before_the_runs(tmp_path: Path, capsys: pytest.Captu
     assert rendered.startswith(f"-m postgen train {RECIPE} --output_dir {tmp_path / 'out' / 'pool-run' / 'j.0'} ")
     assert f"--max_steps 7 --device cpu --pool_dir {tmp_path / 'out' / 'pool'} --max_steps 1" in rendered
     log = (tmp_path / "out" / "a.0.log").read_text(encoding="utf-8")
-    assert log.splitlines()[0].endswith("--max_steps 7 --device cpu")
-    (tmp_path / "out" / "e.0.log").write_text("interrupted")
-    assert main([*words, "--", "--max_steps", "9"]) == 0
-    assert (tmp_path / "out" / "a.0.log").read_text(encoding="utf-8") == log
-    assert (tmp_path / "out" / "e.0.log").read_text(encoding="utf-8").startswith("-m postgen train")
-    assert capsys.readouterr().out.count("begins on the CPU") == 1  # no clips are rendered for one run
+    assert log.splitlines()[0].endswith("--max_steps 7 --device cpu --resume_from_checkpoint auto")
+    (tmp_path / "out" / "e.0.done").unlink()
+    (tmp_path / "out" / "a.0.done").unlink()
+    assert main([*words, "--", "--max_steps", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("begins on the CPU") == 2  # the clips are there, and one run is done
+
+
+@pytest.mark.usefixtures("python")
+def test_a_call_ends_in_time_and_the_next_one_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is told to stop may save its checkpoint, does not count as done, and is resumed."""
+    words = ["--arms", "a", "e", "--gpus", "--each", "1", "--out", str(tmp_path / "out")]
+    assert main([*words, "--seconds", "2", "--", "--long", "1"]) == 3
+    assert capsys.readouterr().out.splitlines()[-2:] == ["a.0: stopped", "e.0: not begun"]
+    log = tmp_path / "out" / "a.0.log"
+    assert log.read_text(encoding="utf-8").endswith("saved\n")
+    assert main([*words, "--", "--max_steps", "7"]) == 0
+    assert (
+        log.read_text(encoding="utf-8")
+        .splitlines()[-1]
+        .endswith("--max_steps 7 --device cpu --resume_from_checkpoint auto")
+    )
 
 
 @pytest.mark.usefixtures("python")
@@ -60,7 +79,3 @@ def test_a_run_that_fails_ends_the_others_and_is_named(tmp_path: Path, capsys: p
     assert main(["--arms", "a", "e", "--gpus", "--out", str(tmp_path / "two"), "--", "--broken", "1"]) == 1
     assert f"the clips could not be rendered, see {tmp_path}/two/pool-run/e.0.log" in capsys.readouterr().out
     assert not (tmp_path / "two" / "a.0.log").exists()
-    run = Run(arm="e", seed=1, out=tmp_path)
-    run.log.write_text("step 3: what was trained is in x")
-    assert run.done
-    assert not train([run], [], 1, [])
