@@ -48,8 +48,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gates import Gate, gate, largest, write_result
+from benchmarks.gates import RESULTS, Gate, amend_result, gate, largest, write_result
 from benchmarks.worldweaver_systems import MODELS, SYSTEMS, TINY, Bench, Row
+from postgen.files import replacing
 
 ORDER = (
     ("1.3b", "worldweaver"),
@@ -111,10 +112,23 @@ def _away(interval: Sequence[float]) -> float:
     return max(0.0, low, -high)
 
 
-def joined(files: Sequence[Path]) -> list[Row]:
-    """Return the rows of several results; of rows of the same name the last counts."""
-    found = {(row["model"], row["system"]): row for file in files for row in json.loads(file.read_text())["rows"]}
-    return list(found.values())
+def join(first: Path, others: Sequence[Path], output: str) -> None:
+    """Write the rows of several results as one; of rows of the same name the last one counts.
+
+    The result keeps date, device and versions of the first file; rows of the other files have their own, under
+    `remeasured`.
+    """
+    whole = json.loads(first.read_text(encoding="utf-8"))
+    target = Path(output) if output.endswith(".json") else RESULTS / f"{output}.json"
+    with replacing(target) as part:
+        part.write_text(json.dumps(whole), encoding="utf-8")
+    found = {(row["model"], row["system"]): row for row in whole["rows"]}
+    for file in others:
+        more = json.loads(file.read_text(encoding="utf-8"))
+        found |= {(row["model"], row["system"]): row for row in more["rows"]}
+        names = ["/".join((row["model"], row["system"])) for row in more["rows"]]
+        rows = list(found.values())
+        amend_result(output, {"rows": rows}, {}, gates(rows), stamp=more, parts=names)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,8 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", default="worldweaver_speed")
     options = parser.parse_args(argv)
     if options.join:
-        found = joined(options.join)
-        write_result(options.output, {"rows": found, "gates": gates(found)})
+        join(options.join[0], options.join[1:], options.output)
         return 0
     asked: list[Any] = [row for row in ORDER if {row[0], "/".join(row)} & {*options.only}]
     if options.device == "cpu":

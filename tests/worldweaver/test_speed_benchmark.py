@@ -51,10 +51,13 @@ def test_gates_take_the_worse_size_and_join_keeps_the_last_row(tmp_path: Path) -
     assert [each["value"] for each in worldweaver_speed.gates(found + more)] == [1.5, 0.01, 0.02]
     assert worldweaver_speed.gates([])[0]["value"] is None
     for name, part in {"a": found, "b": [row("1.3b", "worldweaver", 4.0)]}.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": part}))
+        stamp = {"date": name, "device": f"GPU {name}", "versions": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**stamp, "rows": part, "gates": []}))
     out = tmp_path / "out.json"
     assert not worldweaver_speed.main(["--join", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "-o", str(out)])
-    assert json.loads(out.read_text())["gates"][0]["value"] == 2.0
+    whole = json.loads(out.read_text())
+    assert whole["gates"][0]["value"] == 2.0
+    assert (whole["device"], whole["remeasured"]["1.3b/worldweaver"]["device"]) == ("GPU a", "GPU b")
 
 
 @torch.no_grad()
