@@ -49,7 +49,7 @@ JUDGE = {
     "pool_clips": 4,
     "per_device_train_batch_size": 4,
     "layers": 1,
-    "eval_clips": 4,
+    "eval_clips": 2,
     "max_steps": 4,
     "eval_steps": 4,
     "save_steps": 2,

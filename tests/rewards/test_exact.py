@@ -54,9 +54,8 @@ def test_world_scores_true_clips_and_swapped_ones(mixed):
     clips = list(frames.rgb_BF3HW)
     reward = get_reward("world")
     assert mean(reward([""] * 6, clips, spec=specs)) > 0.9
-    assert reward([simple_caption(s) for s in specs], clips) == reward(
-        [""] * 6, clips, spec=[s.to_dict() for s in specs]
-    )
+    captions, told = [simple_caption(s) for s in specs[:2]], [s.to_dict() for s in specs[:2]]
+    assert reward(captions, clips[:2]) == reward(["", ""], clips[:2], spec=told)
     noise = torch.rand(clips[0].shape, generator=torch.Generator().manual_seed(0))
     assert reward([""], [noise], spec=specs[:1])[0] < 0.2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from postgen.worldweaver.world_clips import latent_ends
 SETTINGS = {"frames": 25, "given": 5, "size": 48, "first": 0, "worlds": 3, "batch": 3, "guidance": None}
 
 
+@cache
+def worlds() -> tuple[list[world.Spec], world.Frames]:
+    """Those of all arms, rendered once."""
+    specs = [world.sample_long(seed) for seed in range(3)]
+    return specs, world.render(specs, num_frames=25, size=48)
+
+
 def rows(fade: float, slope: float) -> list[dict[str, Any]]:
     """Measures of true clips that fade, and errors of their latents that rise."""
-    specs = [world.sample_long(seed) for seed in range(3)]
-    truth = world.render(specs, num_frames=25, size=48)
+    specs, truth = worlds()
     ends, found = latent_ends(25, 7), []
     for number, spec in enumerate(specs):
         true = true_clip(spec, truth, number)
