@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families.attached import CHANGING, AttachedPlugIn
 from postgen.families.installed import installed, transformers_of
 from postgen.families.replaced import watch_replacements
@@ -85,7 +85,7 @@ class PlugInHandle(Generic[C, A]):
         """
         made: C = cls.config_class() if config is None else config
         if not isinstance(made, cls.config_class):
-            raise UserError(f"the settings are {made!r}, they must be a {cls.config_class.__name__}")
+            raise UserError(f"the settings are {shown(made)}, they must be a {cls.config_class.__name__}")
         return made
 
     @classmethod
