@@ -21,7 +21,7 @@ from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
 from postgen.kernels.attention import naive as exact
 from postgen.kernels.attention.backends import CUDNN_FP8, Call
-from postgen.kernels.attention.ops import attention, router
+from postgen.kernels.attention.ops import as_autocast, attention, router
 from postgen.kernels.attention.router import milliseconds
 from postgen.kernels.attention_fp8 import naive
 from postgen.kernels.attention_fp8.ops import attention_fp8
@@ -127,7 +127,10 @@ class _Probe:
     ) -> None:
         if mask is None and query.shape[1:3] == key.shape[1:3]:
             given = query.shape[-1] ** -0.5 if scale is None else scale
-            self._found.take(self._layer, self._step(), query, key, value, given, lengths)
+            step = self._step()
+            query, key, value = as_autocast(query, key, value)
+            with torch.autocast(query.device.type, enabled=False):
+                self._found.take(self._layer, step, query, key, value, given, lengths)
 
 
 def calibrate_fp8_attention(

@@ -23,7 +23,7 @@ from postgen.fused.fp8_attention.available import check_available, head_channels
 from postgen.fused.fp8_attention.config import FP8AttentionConfig
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
 from postgen.kernels.attention.backends import CUDNN_FP8, Call
-from postgen.kernels.attention.ops import router
+from postgen.kernels.attention.ops import as_autocast, router
 from postgen.kernels.attention_fp8.ops import attention_fp8, not_finite
 from postgen.kernels.attention_fp8.preparation import Preparation
 from postgen.kernels.dispatch import warn_once
@@ -219,6 +219,7 @@ class FP8Layer:
         """Return self-attention in E4M3, or None for what is left to whoever computed it before."""
         if query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
             return None
+        query, key, value = as_autocast(query, key, value)
         now = self._whole.now
         if query.shape[1] < now.config.min_tokens and not now.config.simulate:
             return None
