@@ -244,7 +244,7 @@ def test_plans_of_settings_that_are_gone_are_forgotten() -> None:
                     found = tiny()
                 assert torch.equal(first.setdefault((one, other), found), found)
                 assert len(plug_in._plans) <= _MOST_PLANS
-    assert {len(layer.choices) for layer in plug_in.layers.values()} == {len(plug_in._plans)}
+    assert {len(layer.choices) for layer in plug_in.layers.values()} == {_MOST_PLANS}
     assert len({tuple(each.flatten()[:8].tolist()) for each in first.values()}) > _MOST_PLANS
     assert torch.equal(tiny(), usual)
     handle.remove()

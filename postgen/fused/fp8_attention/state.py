@@ -113,7 +113,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             free = [number for number in range(len(self._plans)) if number not in used]
             place = free[0] if len(self._plans) >= _MOST_PLANS and free else len(self._plans)
             for name, layer in self.layers.items():
-                # A new one: other threads read the old one meanwhile, at other places.
+                # Other threads read the old one meanwhile, at other places.
                 layer.choices = (*layer.choices[:place], plan.layers[name], *layer.choices[place + 1 :])
             self._plans[place : place + 1] = [plan.layers]
         plan.number = self._plans.index(plan.layers)
@@ -193,7 +193,8 @@ class FP8Layer:
 
     def __init__(self, whole: FP8Attention, name: str) -> None:
         self._whole, self._name = whole, name
-        self.choices: tuple[Preparation | None, ...] = ()
+        # Of one length from the beginning: code is compiled for it, and anew for another.
+        self.choices: tuple[Preparation | None, ...] = (None,) * _MOST_PLANS
         """By the number of the plan."""
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
