@@ -27,6 +27,8 @@ from postgen.fused.fp8_attention.state import _MOST_PLANS, FP8Attention
 from postgen.kernels.attention_fp8.preparation import CANDIDATES, Preparation
 from postgen.kernels.dispatch import TOLD
 from tests.families.tiny_models import TinyModel, tiny_model
+from tests.pipelines import more  # noqa: F401  it enters its builders
+from tests.pipelines.parts import TINY
 from tests.pipelines.wan_like import wan_image
 
 ALWAYS = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
@@ -135,6 +137,7 @@ def test_reports_that_are_no_files(tmp_path: Path) -> None:
         ({"call": {"prompt": "x"}}, "call cannot have prompt: prompts= of calibration says it"),
         ({"call": {"num_inference_steps": 9}}, "call cannot have num_inference_steps: steps="),
         ({"call": {"generator": None}}, "call cannot have generator: seed="),
+        ({"call": {"fp8_attention": True}}, "call cannot have fp8_attention: exact attention is what is measured"),
         ({"call": {"hight": 32}}, "a call of WanPipeline has no 'hight': leave it out of call. Did you mean 'height'"),
     ],
 )
@@ -159,6 +162,31 @@ def test_calibration_of_a_pipeline_whose_first_argument_is_an_image() -> None:
     given = {name: value for name, value in call.items() if name not in ("prompt", "num_inference_steps")}
     report = calibrate_fp8_attention(made, ["a ball"], steps=1, call=given)
     assert [row.layer for row in report.rows] == ["blocks.0.attn1", "blocks.1.attn1"]
+
+
+def test_calibration_of_a_pipeline_that_counts_its_steps_otherwise() -> None:
+    from diffusers import HeliosPyramidPipeline
+
+    components, call = TINY["HeliosPyramidPipeline"]()
+    made = HeliosPyramidPipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    report = calibrate_fp8_attention(made, [call.pop("prompt")], call=call)
+    assert report.steps == 1 + max(row.step for row in report.rows) == 1
+
+
+def test_calibration_where_all_calls_have_a_mask() -> None:
+    from diffusers import HunyuanVideoPipeline
+
+    components, call = TINY["HunyuanVideoPipeline"]()
+    made = HunyuanVideoPipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    prompt, steps = call.pop("prompt"), call.pop("num_inference_steps")
+    with pytest.raises(
+        postgen.UserError, match=r"without a mask was seen.*apply_fused_ops before reads the text mask"
+    ):
+        calibrate_fp8_attention(made, prompt, steps=steps, call=call)
+    postgen.apply_fused_ops(made)
+    assert len(calibrate_fp8_attention(made, prompt, steps=steps, call=call).rows) == 4 * steps
 
 
 def stopped(pipe: Any, how: type[BaseException]) -> None:

@@ -33,8 +33,13 @@ _QUERIES = 256
 
 
 _MOST_STEPS = 1000
-_OWN = {"prompt": "prompts", "num_inference_steps": "steps", "generator": "seed"}
-"""Arguments of a pipeline that calibration itself gives, and its own that says them."""
+_OWN = {
+    "prompt": "prompts= of calibration says it",
+    "num_inference_steps": "steps= of calibration says it",
+    "generator": "seed= of calibration says it",
+    "fp8_attention": "exact attention is what is measured",
+}
+"""Arguments of a pipeline that calibration itself gives, and why."""
 
 
 class Measurements:
@@ -153,7 +158,8 @@ def calibrate_fp8_attention(
     Args:
         pipe: a diffusers video pipeline.
         prompts: what it makes; the worst counts.
-        steps: steps of each call, `num_inference_steps`; all are measured.
+        steps: steps of each call, `num_inference_steps`; all are measured. Pipelines that have no such argument (that
+            of Helios Pyramid, of LTX-2 DFR) make the steps that `call` says.
         call: other arguments of the pipeline: height, width, num_frames as they will be used.
         max_error: layers whose relative error is larger at any step stay exact.
         slack: of the candidates, the first whose error is at most so many times the least is chosen.
@@ -174,15 +180,21 @@ def calibrate_fp8_attention(
     _check(pipe, texts, steps, max_error, slack, candidates)
     _check_call(pipe, {} if call is None else call, seed)
     found, progress = Measurements(candidates), progress_of(pipe)
+    counts = "num_inference_steps" in inspect.signature(pipe.__call__).parameters
     with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
         for prompt in texts:
             generator = torch.Generator().manual_seed(seed)
             # By name: the first argument of a pipeline may be an image.
             words = {"prompt": prompt, "num_inference_steps": steps, "generator": generator}
+            if not counts:
+                del words["num_inference_steps"]
             pipe(**{"output_type": "latent", **(call or {}), **words})
     if not found.errors:
-        raise UserError("no self-attention call without a mask was seen: there is nothing that FP8 attention could do")
-    return found.report(max_error, slack, steps)
+        raise UserError(
+            "no self-attention call without a mask was seen: there is nothing that FP8 attention could do."
+            " postgen.apply_fused_ops before reads the text mask of HunyuanVideo as key lengths"
+        )
+    return found.report(max_error, slack, steps if counts else 1 + max(step for _, step in found.errors))
 
 
 @contextmanager
@@ -231,7 +243,7 @@ def _check_call(pipe: Any, call: Any, seed: Any) -> None:
     if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
         raise UserError(f"call must be arguments of the pipeline by their names, got {shown(call)}")
     if own := sorted(_OWN.keys() & call.keys()):
-        raise UserError(f"call cannot have {own[0]}: {_OWN[own[0]]}= of calibration says it")
+        raise UserError(f"call cannot have {own[0]}: {_OWN[own[0]]}")
     known = inspect.signature(pipe.__call__).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
     if not takes_any and (unknown := sorted(call.keys() - known.keys())):
