@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from postgen.errors import UserError, first_line, is_number, is_whole, shown
-from postgen.files import replacing
+from postgen.files import check_place, replacing
 from postgen.fused.fp8_attention.config import FP8AttentionConfig
 from postgen.reading import parse_json, read_text
 
@@ -55,7 +55,14 @@ class FP8AttentionReport:
         return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
 
     def config(self, **changes: Any) -> FP8AttentionConfig:
-        """Return the settings that follow, with some fields changed."""
+        """Return the settings that follow, with some fields changed.
+
+        Raises:
+            UserError: an unknown field, or a wrong value.
+        """
+        known = [each.name for each in fields(FP8AttentionConfig)]
+        if unknown := sorted(changes.keys() - known):
+            raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
         preparations = {re.escape(row.layer): row.preparation for row in self.rows}
         found: dict[str, Any] = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
         if self.rows and all(row.fp8_ms is not None for row in self.rows):
@@ -76,6 +83,9 @@ class FP8AttentionReport:
         Raises:
             UserError: the place cannot be written.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"the report is written to a file: give its path, not {shown(path)}")
+        check_place(Path(path), folder=False)
         try:
             with replacing(Path(path)) as part:
                 part.write_text(json.dumps(asdict(self), indent=1, allow_nan=True) + "\n", encoding="utf-8")
