@@ -127,7 +127,7 @@ def test_reports_that_are_no_files(tmp_path: Path) -> None:
 def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
     report = FP8AttentionReport(rows=(ROW,), max_error=0.1, steps=1)
     for place in ("", tmp_path, str(tmp_path / "a\0"), tmp_path / ("x" * 300), 3, None):
-        with pytest.raises(postgen.UserError, match="cannot write|is written to a file"):
+        with pytest.raises(postgen.UserError, match=r"cannot write|is written to a file"):
             report.save(place)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     with pytest.raises(postgen.UserError, match=r"unknown settings simulated\. Known: first_exact"):
