@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable
 from typing import cast
@@ -30,7 +31,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes out no number of more than 4300 digits, and no deep nesting
         return f"a {type(value).__name__} that is too large to show"
-    return cut(text)
+    return cut(text if "\n" not in text else " ".join(text.split()))
 
 
 def is_number(value: object) -> bool:
@@ -86,6 +87,21 @@ def check_text(name: str, text: str) -> None:
         raise UserError(
             f"{name} is no text in UTF-8: character {error.start + 1} is {text[error.start]!r}, which is none"
         ) from error
+
+
+def why_no_pattern(value: object) -> str | None:
+    """Return why a value is no regular expression that names can be held against; None: it is one.
+
+    >>> why_no_pattern(r"blocks[.]0[.].*"), why_no_pattern(b"blocks")
+    (None, 'a text is needed')
+    """
+    if not isinstance(value, str):
+        return "a text is needed"
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        return first_line(error)
+    return None
 
 
 def cut(text: str, most: int = _MOST) -> str:

@@ -67,7 +67,7 @@ def attention(
     Raises:
         ValueError: shapes that do not belong together, an unknown backend, lengths on the CPU out of range.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     _check(query, key, value, key_lengths)
     if backend is not None and backend not in _BY_NAME:
         raise ValueError(f"unknown attention backend {backend!r}. Known: {', '.join(_BY_NAME)}")
@@ -85,6 +85,40 @@ def attention(
 def backend_names() -> tuple[str, ...]:
     """Return the names that `attention` takes as `backend`."""
     return tuple(_BY_NAME)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for torch's own attention."""
+    device = tensors[0].device.type
+    # Where shapes are asked for and no numbers, torch knows of no autocast.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def check_lengths(key_lengths: Tensor, query: Tensor) -> None:
+    """Hold key lengths to what `attention` takes; not yet to a range, of which a GPU would have to be waited for.
+
+    Raises:
+        ValueError: their shape, dtype or device.
+    """
+    batch = query.shape[0]
+    if key_lengths.shape != (batch,) or key_lengths.dtype not in (torch.int32, torch.int64):
+        given = f"{tuple(key_lengths.shape)} {key_lengths.dtype}"
+        raise ValueError(f"key_lengths must be ({batch},) int32 or int64, got {given}")
+    if key_lengths.device not in (torch.device("cpu"), query.device):
+        raise ValueError(f"key_lengths must be on the CPU or on {query.device}, not on {key_lengths.device}")
+
+
+def check_range(lengths: list[int], keys: int) -> None:
+    """Hold key lengths to the keys that there are.
+
+    Raises:
+        ValueError: one is below 1 or above.
+    """
+    if not all(1 <= length <= keys for length in lengths):
+        raise ValueError(f"key_lengths must be from 1 to {keys}, the keys there are, got {lengths}")
 
 
 @functools.cache
@@ -109,7 +143,7 @@ def _attention(
     if lengths is None:
         out, lse = _run(call, backend)
         return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
-    _check_range(lengths, key.shape[1])
+    check_range(lengths, key.shape[1])
     if len(set(lengths)) == 1:
         out, lse = _run(_first_keys(call, slice(None), lengths[0]), backend)
     else:
@@ -155,7 +189,7 @@ def _differentiable(call: Call, name: str | None) -> Result:
     tracing = torch.compiler.is_compiling()
     if call.key_lengths is not None:
         if call.key_lengths.device.type == "cpu" and not tracing:
-            _check_range(call.key_lengths.tolist(), call.key.shape[1])
+            check_range(call.key_lengths.tolist(), call.key.shape[1])
         call = call._replace(key_lengths=call.key_lengths.to(call.query.device, torch.int32))
     if name is not None and not _BY_NAME[name].differentiable:
         if not tracing:
@@ -165,16 +199,6 @@ def _differentiable(call: Call, name: str | None) -> Result:
         return (MATH if call.lse else SDPA).run(call)
     # What is traced is never tried: that takes numbers.
     return _BY_NAME[name].run(call) if tracing else router().run(call, name)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast does for torch's own attention."""
-    device = tensors[0].device.type
-    # Where shapes are asked for and no numbers, torch knows of no autocast.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> None:
@@ -190,15 +214,5 @@ def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
         raise ValueError("query, key and value must have one dtype and one device")
     if query.dtype not in TOLERANCE:
         raise ValueError(f"attention takes float16, bfloat16, float32 and float64, not {query.dtype}")
-    if key_lengths is None:
-        return
-    if key_lengths.shape != (batch,) or key_lengths.dtype not in (torch.int32, torch.int64):
-        given = f"{tuple(key_lengths.shape)} {key_lengths.dtype}"
-        raise ValueError(f"key_lengths must be ({batch},) int32 or int64, got {given}")
-    if key_lengths.device not in (torch.device("cpu"), query.device):
-        raise ValueError(f"key_lengths must be on the CPU or on {query.device}, not on {key_lengths.device}")
-
-
-def _check_range(lengths: list[int], keys: int) -> None:
-    if not all(1 <= length <= keys for length in lengths):
-        raise ValueError(f"key_lengths must be from 1 to {keys}, the keys there are, got {lengths}")
+    if key_lengths is not None:
+        check_lengths(key_lengths, query)

@@ -175,8 +175,12 @@ _GRAPHS: dict[Shape, tuple[Any, int]] = {}
 
 
 def _built(shape: Shape) -> tuple[Any, int]:
-    if shape in _GRAPHS:
-        return _GRAPHS[shape]
+    # Building uses the handle too, and another thread may build the same.
+    with _handles().lock:
+        return _GRAPHS[shape] if shape in _GRAPHS else _build(shape)
+
+
+def _build(shape: Shape) -> tuple[Any, int]:
     graph = _graph(shape)
     front_end = import_module("cudnn")
     graph.validate()
@@ -194,12 +198,10 @@ def _built(shape: Shape) -> tuple[Any, int]:
 def _graph(shape: Shape) -> Any:
     front_end = import_module("cudnn")
     kinds = front_end.data_type
-    handles = _handles()
-    with handles.lock:
-        graph = front_end.pygraph(
-            io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
-            handle=handles.on_current_stream(shape.device),
-        )  # fmt: skip
+    graph = front_end.pygraph(
+        io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
+        handle=_handles().on_current_stream(shape.device),
+    )  # fmt: skip
 
     def rows(number: int, tokens: int) -> Any:
         dim, stride = _layout(shape, tokens)

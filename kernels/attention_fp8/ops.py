@@ -6,14 +6,13 @@ numbers are not those of the inputs' format.
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, library
 
 from postgen.kernels.attention.backends import Call
-from postgen.kernels.attention.ops import attention, router
+from postgen.kernels.attention.ops import as_autocast, attention, check_lengths, check_range, router
 from postgen.kernels.attention_fp8 import graphs, naive
 from postgen.kernels.attention_fp8.preparation import Change, Channels, Plan, Preparation, planned, rotation
 from postgen.kernels.dispatch import DTYPES, THERE, warn_once
@@ -47,7 +46,9 @@ def attention_fp8(
     simulate: bool = False,
     guard: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), in the dtype of the query, computed in E4M3.
+    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), computed in E4M3.
+
+    It has the dtype of the query, or that of autocast, which is heeded as by torch's own attention.
 
     Where cuDNN cannot compute it, exact attention does, with one warning that says why. There is no gradient: inputs
     that ask for one get exact attention, with one warning too.
@@ -65,9 +66,12 @@ def attention_fp8(
             (`not_finite`) and warned of once.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, lengths on the CPU out of range.
     """
+    query, key, value = as_autocast(query, key, value)
     _check(query, key, value)
+    if key_lengths is not None:
+        check_lengths(key_lengths, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     text = str(Preparation() if preparation is None else preparation)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
@@ -150,20 +154,35 @@ def _attention_fp8(
     simulate: bool,
     guard: bool,
 ) -> tuple[Tensor, Tensor]:
-    exact = functools.partial(attention, query, key, value, scale=scale, key_lengths=key_lengths)
-    lse: Tensor | None
-    if simulate:
-        given = Preparation.parsed(preparation)
-        out, lse = naive.attention_fp8(query, key, value, scale=scale, preparation=given, key_lengths=key_lengths)
-    else:
-        lengths = None if key_lengths is None else key_lengths.to(query.device, torch.int32).contiguous()
-        # It tries a kernel before it trusts it, and says why exact attention computes where it does not.
-        out, lse = router().run(Call(query, key, value, scale, lengths, return_lse, preparation), NAME)
-    if guard and not _recording(query) and not bool(out.isfinite().all()):
-        _guarded["not_finite"] += 1
-        warn_once("FP8 attention gave numbers that are not finite: exact attention computes such calls again")
-        out, lse = exact(return_lse=True) if return_lse else (exact(), None)
+    if key_lengths is not None and key_lengths.device.type == "cpu":
+        check_range(key_lengths.tolist(), key.shape[1])
+    # Autocast would round to sixteen bits what is computed in float32 here.
+    with torch.autocast(query.device.type, enabled=False):
+        call = Call(query, key, value, scale, key_lengths, return_lse, preparation)
+        out, lse = _simulated(call) if simulate else _routed(call)
+        if guard and not _recording(query) and not bool(out.isfinite().all()):
+            _guarded["not_finite"] += 1
+            warn_once("FP8 attention gave numbers that are not finite: exact attention computes such calls again")
+            out, lse = _exact(call)
     return out.contiguous(), query.new_empty(0) if lse is None or not return_lse else lse.contiguous()
+
+
+def _simulated(call: Call) -> tuple[Tensor, Tensor | None]:
+    given = None if call.preparation is None else Preparation.parsed(call.preparation)
+    return naive.attention_fp8(*call[:3], scale=call.scale, preparation=given, key_lengths=call.key_lengths)
+
+
+def _routed(call: Call) -> tuple[Tensor, Tensor | None]:
+    lengths = call.key_lengths
+    lengths = None if lengths is None else lengths.to(call.query.device, torch.int32).contiguous()
+    # It tries a kernel before it trusts it, and says why exact attention computes where it does not.
+    return router().run(call._replace(key_lengths=lengths), NAME)
+
+
+def _exact(call: Call) -> tuple[Tensor, Tensor | None]:
+    if call.lse:
+        return attention(*call[:3], scale=call.scale, key_lengths=call.key_lengths, return_lse=True)
+    return attention(*call[:3], scale=call.scale, key_lengths=call.key_lengths), None
 
 
 @_attention_fp8.register_fake

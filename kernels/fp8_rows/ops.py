@@ -1,7 +1,7 @@
 """Rows in E4M3 and linear layers of them as torch custom operations.
 
 Quantisation is a Triton kernel on a GPU with FP8 (compute capability 8.9 and more), the product is torch's own scaled
-one there, with fast accumulation. Elsewhere both are the same rounding in plain torch: exact, and slow.
+one there, with sums in float32. Elsewhere both are the same rounding in plain torch: exact, and slow.
 Shapes as in `naive.py`.
 """
 

@@ -178,6 +178,16 @@ def module_hooks(module: nn.Module, *, itself: bool) -> str | None:
     return f"the diffusers hook {moving[0]}" if moving else None
 
 
+def hooked_device(module: nn.Module) -> torch.device | None:
+    """Return the device that a hook of accelerate brings a module to when it is called (offloading); None: no hook."""
+    import torch
+
+    hook = getattr(module, "_hf_hook", None)
+    places = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    place = next((place for place in places if place is not None), None)
+    return None if place is None else torch.device(place)
+
+
 def lora_base_problem(module: nn.Module) -> str | None:
     """Say why the layer inside a peft wrapper cannot be replaced; None: it can, or there is no wrapper."""
     from peft.tuners.lora import LoraLayer

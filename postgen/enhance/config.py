@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from postgen.errors import UserError, first_line, is_number, shown
+from postgen.errors import UserError, is_number, shown, why_no_pattern
 from postgen.families import Grid
 
 FrameCount = int | Callable[[Mapping[str, Any]], int | Grid]
@@ -130,10 +129,8 @@ def enhance_setting(text: str | None) -> float | str:
 
 
 def _check_pattern(key: object) -> None:
-    try:
-        re.compile(cast(str, key))
-    except (re.error, TypeError) as error:
-        raise UserError(f"weight names layers by patterns, and {shown(key)} is none: {first_line(error)}") from None
+    if reason := why_no_pattern(key):
+        raise UserError(f"weight names layers by patterns, and {shown(key)} is none: {reason}")
 
 
 def _is_weight(value: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -194,6 +194,21 @@ class AttachedPlugIn(Generic[C]):
             raise
         for setting in own:
             setting.open = False
+
+    def snapshot(self) -> Callable[[nn.Module], None]:
+        """Return what brings it back to how it stands now, for changes of several transformers of which one fails."""
+        setting, standing = self.setting, (self._applied, self._usual.enabled, [*self._calls])
+        before = setting.config, setting.prepared, setting.enabled
+        usable = [each for each in self._calls if each.open]
+
+        def bring_back(model: nn.Module) -> None:
+            self._applied, self._usual.enabled, self._calls = standing
+            setting.config, setting.prepared, setting.enabled = before
+            for each in usable:
+                each.open = True
+            self._changed(model)
+
+        return bring_back
 
     def open_block(self, model: nn.Module, made: AttachedPlugIn[C] | None) -> Setting[C]:
         """Begin a block of calls with settings of their own.

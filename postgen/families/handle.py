@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families.attached import CHANGING, AttachedPlugIn
 from postgen.families.installed import installed, transformers_of
 from postgen.families.replaced import watch_replacements
@@ -85,7 +85,7 @@ class PlugInHandle(Generic[C, A]):
         """
         made: C = cls.config_class() if config is None else config
         if not isinstance(made, cls.config_class):
-            raise UserError(f"the settings are {made!r}, they must be a {cls.config_class.__name__}")
+            raise UserError(f"the settings are {shown(made)}, they must be a {cls.config_class.__name__}")
         return made
 
     @classmethod
@@ -162,15 +162,16 @@ class PlugInHandle(Generic[C, A]):
             off = [(model, part) for model, part in self._on if not part.enabled]
             for model, part in off:
                 part.check(model, part.config)
-            for model, part in off:
-                part.configure(model, part.config)  # layers may have come or gone since
-                part.enable(model)
+            _each(off, _enable)
 
     def disable(self) -> None:
-        """Give the stock model back, bit by bit, until `enable`."""
+        """Give the stock model back, bit by bit, until `enable`.
+
+        Raises:
+            UserError: it was removed, or cannot be taken off one of the transformers; nothing changes.
+        """
         with CHANGING:
-            for model, part in self._on:
-                part.disable(model)
+            _each(self._on, lambda model, part: part.disable(model))
 
     def update(self, config: C | None = None, **changes: Any) -> None:
         """Change the settings.
@@ -191,8 +192,7 @@ class PlugInHandle(Generic[C, A]):
             new: Any = dataclasses.replace(given, **self.completed(changes))
             for model, part in on:
                 part.check(model, new)
-            for model, part in on:
-                part.configure(model, new)
+            _each(on, lambda model, part: part.configure(model, new))
 
     def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Return the changes with those that follow from them: fields that exclude each other, say."""
@@ -202,12 +202,26 @@ class PlugInHandle(Generic[C, A]):
         """Take it off: the model is as before, bit by bit.
 
         Raises:
-            UserError: it was removed already.
+            UserError: it was removed already, or cannot be taken off one of the transformers; nothing changes then.
         """
         with CHANGING:
-            for model, part in self._on:
-                part.remove(model)
+            _each(self._on, lambda model, part: part.remove(model))
             self._parts = {}
+
+
+def _each(parts: Sequence[tuple[nn.Module, A]], change: Callable[[nn.Module, A], None]) -> None:
+    """Change what stands on every transformer of a pipeline; where one refuses, on none."""
+    with ExitStack() as undo:
+        for model, part in parts:
+            bring_back = part.snapshot()
+            change(model, part)
+            undo.callback(bring_back, model)
+        undo.pop_all()
+
+
+def _enable(model: nn.Module, part: AttachedPlugIn[Any]) -> None:
+    part.configure(model, part.config)  # layers may have come or gone since
+    part.enable(model)
 
 
 def is_off(setting: Any) -> bool:

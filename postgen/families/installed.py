@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from postgen.compat import module_hooks, unwrap
+from postgen.compat import hooked_device, module_hooks, unwrap
 from postgen.errors import UserError
 from postgen.families.processors import ProcessorStack
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -48,6 +49,22 @@ def moved_by(module: nn.Module) -> str | None:
     """Name the hook of accelerate that brings a module to another device for each call (offloading); None: none."""
     hook = module_hooks(module, itself=True)
     return hook if hook is not None and hook.startswith("accelerate") else None
+
+
+def computes_on(model: nn.Module, inputs: Iterable[Any] = ()) -> torch.device:
+    """Return the device that a model computes on, which offloading keeps its weights away from between calls.
+
+    Args:
+        model: with parameters.
+        inputs: arguments of the call under way, if there is one: of offloaded groups of layers nothing else tells it.
+    """
+    import torch
+
+    place = hooked_device(model)
+    if place is not None:
+        return place
+    places = (next(model.parameters()).device, *(each.device for each in inputs if isinstance(each, torch.Tensor)))
+    return next((place for place in places if place.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def processor_stack(transformer: nn.Module) -> ProcessorStack:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from postgen.compat import module_hooks, unwrap
-from postgen.errors import UserError
+from postgen.errors import UserError, shown, why_no_pattern
 from postgen.families.calls import block_names
 from postgen.families.installed import installed
 from postgen.families.linear_checks import check_layers, check_wrappers
@@ -91,6 +91,8 @@ class _Replaced:
     originals: dict[str, nn.Linear]
     replacements: dict[str, nn.Module]
     kept: Originals
+    shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters that a replacement took over from its layer, by the layer's name: they are one object in both."""
     visible: bool = True
     """Whether `postgen.summary` shows it; a plug-in that says more about its layers does so itself."""
 
@@ -149,7 +151,7 @@ class LinearsHandle:
             )
         _check_removal(self._model, record, places)
         for name, new in going.items():
-            _put_back(places[name], record.originals.pop(name), new)
+            _put_back(places[name], record.originals.pop(name), new, record.shared.pop(name))
             del record.replacements[name]
         if not record.replacements:
             del installed(self._model).plug_ins[_key(record.owner)]
@@ -211,7 +213,7 @@ def replace_linears(
     if _key(owner) in plug_ins:
         raise UserError(f"{owner} has replaced linear layers of this model already: remove them first")
     check_wrappers(model)
-    record = _Replaced(owner, {}, {}, originals, shown)
+    record = _Replaced(owner, {}, {}, originals, visible=shown)
     plug_ins[_key(owner)] = record
     try:
         _fill(inner, record, make, roles, pattern)
@@ -239,10 +241,9 @@ def _module(model: Any) -> nn.Module:
 
 def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -> Callable[[str], bool]:
     if pattern is not None:
-        try:
-            full = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        if reason := why_no_pattern(pattern):
+            raise UserError(f"pattern {shown(pattern)} is no regular expression: {reason}")
+        full = re.compile(pattern)
         return lambda name: full.fullmatch(name) is not None
     wanted = {roles} if isinstance(roles, str) else set(roles)
     if unknown := wanted.difference(get_args(Role)):
@@ -291,12 +292,16 @@ def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear:
     if record.kept == "dropped":
         return
     record.originals[name] = linear
+    taken = dict(new.named_parameters(recurse=False))
+    record.shared[name] = tuple(key for key, each in linear.named_parameters() if taken.get(key) is each)
     # A wrapper may go on using the layer itself.
     if record.kept == "cpu" and not any(part is linear.weight for part in new.parameters()):
         linear.to("cpu")
 
 
-def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module) -> None:
+def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module, shared: tuple[str, ...]) -> None:
+    for key in shared:  # perhaps other objects by now: load_state_dict(assign=True)
+        setattr(original, key, getattr(new, key))
     device = next((tensor.device for tensor in (*new.parameters(), *new.buffers())), original.weight.device)
     if original.weight.device != device:
         original.to(device)
@@ -320,11 +325,11 @@ def _check_removal(model: nn.Module, record: _Replaced, places: Mapping[str, tup
     fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
     copied = {id(inside) for module in fused for inside in module.modules()}
     for name in places:
-        new, original = record.replacements[name], record.originals[name]
+        new = record.replacements[name]
         # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one: unless both
         # have one weight.
         merged = getattr(places[name][0], "merged", False) and places[name][1] == "base_layer"
-        if merged and getattr(new, "weight", None) is not original.weight:
+        if merged and "weight" not in record.shared[name]:
             raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before taking that off")
         if id(new) in copied:
             raise UserError(

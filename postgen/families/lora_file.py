@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError, is_number, shown
+from postgen.errors import UserError, is_number, shown, why_no_pattern
 from postgen.reading import parse_json, read_json
 from postgen.tensor_files import opened, read_tensors
 
@@ -155,19 +155,10 @@ def _numbers(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
         patterns = settings.get(name) or {}
         numbers += (
             [(f"{name} of {key}", v) for key, v in patterns.items()]
-            if isinstance(patterns, dict) and all(map(_is_pattern, patterns))
+            if isinstance(patterns, dict) and not any(map(why_no_pattern, patterns))
             else [(name, patterns)]
         )
     return numbers
-
-
-def _is_pattern(text: str) -> bool:
-    """Whether peft can look for a text in names of layers."""
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
 
 
 def _note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

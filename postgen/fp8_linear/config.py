@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from postgen.errors import UserError, first_line, shown
+from postgen.errors import UserError, shown, why_no_pattern
 
 PARTS = ("attention", "cross_attention", "feed_forward", "feed_forward_out")
 """What `--fp8-linears` can name; `FP8LinearConfig` says what they are."""
@@ -34,9 +33,8 @@ class FP8LinearConfig:
     exact: str | None = None
     """Layers whose name this pattern matches in full are left as they are."""
     min_features: int = 2048
-    """Layers of fewer input or output channels stay exact in a model that is on a GPU when this is applied: FP8 gains
-    nothing there (with the 1,536 channels of Wan 1.3B it took as long or up to twice as long on an H200). Ignored
-    with `emulate`."""
+    """Layers of fewer input or output channels stay exact in a model that computes on a GPU: FP8 gains nothing there
+    (with the 1,536 channels of Wan 1.3B it took as long or up to twice as long on an H200). Ignored with `emulate`."""
     emulate: bool = False
     """Compute the same rounding where there is no FP8 matrix product, without a word about it: slower than without."""
 
@@ -50,8 +48,8 @@ class FP8LinearConfig:
                 raise UserError(f"{name} must be a whole number of at least 0, below 2**31, got {shown(value)}")
         if not any(getattr(self, name) for name in PARTS):
             raise UserError(f"no layer is left for FP8: set some of {', '.join(PARTS)}")
-        if self.exact is not None:
-            _check_pattern(self.exact)
+        if self.exact is not None and (reason := why_no_pattern(self.exact)):
+            raise UserError(f"exact must be a pattern of layer names, got {shown(self.exact)}: {reason}")
 
 
 def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
@@ -73,10 +71,3 @@ def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
             f"fp8_linears must be auto, off or some of {', '.join(PARTS)} with commas between, got {shown(text)}"
         )
     return FP8LinearConfig(**{part: part in names for part in PARTS})  # type: ignore[arg-type]
-
-
-def _check_pattern(pattern: object) -> None:
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise UserError(f"exact must be a pattern of layer names, got {shown(pattern)}: {first_line(error)}") from None

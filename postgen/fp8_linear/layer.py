@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from postgen.fp8_linear.samples import sample_of
 from postgen.fp8_linear.sharing import quantized
 from postgen.kernels.fp8 import E4M3
 from postgen.kernels.fp8_rows.naive import quantize_rows
@@ -44,19 +45,19 @@ class FP8Linear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.place, self.wanted, self.shared = place, wanted, shared
-        # Triton has no E4M3 on other GPUs, so a compiler must not try.
-        self.inline = not linear.weight.is_cuda or why_not_fp8(linear.weight.device) is None
+        self.inline = may_be_inline(linear.weight.device)
         codes, scales = self._rounded()
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
-        self._of = self._weight_now(())
+        self._of = self._weight_now((), sample_of(self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the dtype of the input, or in that of mixed precision."""
         if self.wanted is not None and not self.wanted(self):
             return super().forward(input)
         device, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(device):
+        # As torch itself, which leaves float64 alone.
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         codes, scale = quantized(input, dtype, shared=self.shared, inline=self.inline)
         weight, weight_scale = self.codes.view(E4M3), self.scales.view(torch.float32)
@@ -67,13 +68,15 @@ class FP8Linear(nn.Linear):
         plain: Tensor = rows_matmul(codes, scale, weight, weight_scale, self.bias, dtype)
         return plain
 
-    def refresh(self, merged: tuple[str, ...] = ()) -> None:
+    def refresh(self, merged: tuple[str, ...] = (), sample: bytes | None = None) -> None:
         """Round the weight again if it changed since: loaded anew, or with LoRA fused into it.
 
         Args:
-            merged: names of the adapters that are fused into it; peft writes past the version of a tensor.
+            merged: names of the adapters that are fused into it.
+            sample: of the weight as it is now (`samples.samples_of`): peft writes past the version of a tensor. None
+                goes without.
         """
-        now = self._weight_now(merged)
+        now = self._weight_now(merged, self._of[2] if sample is None else sample)
         if now == self._of or self.weight.is_meta:
             return
         # In place: compiled code and CUDA graphs know the memory.
@@ -82,11 +85,20 @@ class FP8Linear(nn.Linear):
         self.scales.copy_(scales)
         self._of = now
 
+    # Tensors that are made in inference mode could not be written into outside of it, nor kept for a gradient.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        codes, scales = quantize_rows(self.weight)
+        # What diffusers stores in eight bits (`enable_layerwise_casting`) has no arithmetic of its own.
+        weight = self.weight.float() if self.weight.element_size() == 1 else self.weight
+        codes, scales = quantize_rows(weight)
         return codes.view(torch.uint8), scales.view(torch.int32)
 
-    def _weight_now(self, merged: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    def _weight_now(self, merged: tuple[str, ...], sample: bytes) -> tuple[int, tuple[str, ...], bytes]:
         # Tensors of inference mode have no version.
-        return 0 if self.weight.is_inference() else self.weight._version, merged
+        return 0 if self.weight.is_inference() else self.weight._version, merged, sample
+
+
+def may_be_inline(device: torch.device) -> bool:
+    """Whether a compiler may fuse the rounding on a device: Triton has no E4M3 on GPUs without FP8."""
+    return device.type != "cuda" or why_not_fp8(device) is None

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 OWNER = "fp8_linears"
 """Among those who replace linear layers; also the name of the plug-in."""
 
-_FEW_TOKENS = re.compile(r"context|txt|text|audio|\badd_|to_add_out")
+_FEW_TOKENS = re.compile(r"context|txt|text|audio|\bav_|\badd_|to_add_out")
+_ADDED = re.compile(r"\bpostgen_")
+"""Layers that a method of ours gave the model: gates of linear attention, say."""
 _KEY_OR_VALUE = re.compile(r"(to_)?(k|v|kv|key|value)(_proj)?")
 _QUERY_KEY_VALUE = re.compile(r"(to_)?(q|k|v|query|key|value)(_proj)?")
 _AFTER_ACTIVATION = re.compile(r".*\.(net\.2|proj_out|out_layer|linear_2|fc2|w2|down_proj)")
@@ -34,6 +36,8 @@ class Plan:
     """Name of a layer -> its part, one of `PARTS`."""
     left: Mapping[str, str]
     """Layers that settings ask for and the product cannot take -> their shape in words."""
+    least: int = 0
+    """Layers of fewer input or output channels were left."""
 
     def counts(self) -> dict[str, int]:
         """Return how many layers of each part are taken, and how many are left for their shape."""
@@ -95,7 +99,7 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
                 f"{narrow} have fewer than {least} inputs or outputs and would be no faster; min_features=0 takes them"
             )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")
-    return Plan(layers=layers, left=left)
+    return Plan(layers=layers, left=left, least=least)
 
 
 def shares_input(name: str, part: str) -> bool:
@@ -113,7 +117,7 @@ class _Parts:
     def of(self, name: str) -> str | None:
         """Return the part of a layer; None: it serves few tokens, or neither attention nor feed-forward."""
         role = role_of(name)
-        if role not in ("attention", "feed_forward") or _FEW_TOKENS.search(name):
+        if role not in ("attention", "feed_forward") or _FEW_TOKENS.search(name) or _ADDED.search(name):
             return None
         if role == "feed_forward":
             return "feed_forward_out" if _AFTER_ACTIVATION.fullmatch(name) else "feed_forward"

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from postgen.errors import UserError
-from postgen.families.attached import AttachedPlugIn, Setting
+from postgen.families.attached import CHANGING, AttachedPlugIn, Setting
+from postgen.families.installed import computes_on
 from postgen.families.linear import replace_linears, replaced_linears
 from postgen.fp8_linear.config import FP8LinearConfig
-from postgen.fp8_linear.layer import FP8Linear
+from postgen.fp8_linear.layer import FP8Linear, may_be_inline
 from postgen.fp8_linear.policy import OWNER, Plan, plan_for, shares_input
+from postgen.fp8_linear.samples import samples_of
 from postgen.kernels.dispatch import warn_once
 from postgen.kernels.fp8_rows.ops import why_not_fp8
 
@@ -41,11 +43,10 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             UserError: an unknown transformer, a layer that another owner replaced, nothing to take, or a GPU without
                 FP8.
         """
-        device = next(model.parameters()).device
-        on_gpu = device.type == "cuda"
-        if on_gpu:
+        device = computes_on(model)
+        if device.type == "cuda":
             _check_device(device, config)
-        return plan_for(model, config, config.min_features if on_gpu and not config.emulate else 0)
+        return plan_for(model, config, _least(device, config))
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8LinearConfig]]) -> None:
         """Put layers in place that any of the settings wants, and the others back.
@@ -97,11 +98,29 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
         super().before_forward(model, args, kwargs)
         if torch.compiler.is_compiling() or not self.now.enabled:
             return
+        device = computes_on(model, (*args, *kwargs.values()))
+        _check_device(device, self.now.config)
+        if self.now.prepared.least < _least(device, self.now.config):
+            self._leave_narrow(model, device)
         layers = self._layers(model)
-        _check_device(next(iter(layers.values())).codes.device, self.now.config)
+        inline = may_be_inline(device)
+        samples = samples_of({name: layer.weight for name, layer in layers.items()})
         for name, layer in layers.items():
+            if layer.inline != inline:
+                layer.inline = inline
             there = model.get_submodule(name)
-            layer.refresh(() if there is layer else tuple(getattr(there, "merged_adapters", ())))
+            layer.refresh(() if there is layer else tuple(getattr(there, "merged_adapters", ())), samples.get(name))
+
+    def _leave_narrow(self, model: nn.Module, device: torch.device) -> None:
+        """Plan anew for a model that was elsewhere when its settings were made, and came to a GPU since."""
+        now = self.now
+        with CHANGING:
+            now.prepared = plan_for(model, now.config, _least(device, now.config))
+            try:
+                self._changed(model)
+            except UserError:
+                # Offloading holds the layers: they stay, and compute what the stock ones do.
+                self._mixed = True
 
     def _layers(self, model: nn.Module) -> dict[str, FP8Linear]:
         standing = replaced_linears(model).get(OWNER)
@@ -117,6 +136,11 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             name, shape = next(iter(plan.left.items()))
             parts.append(f"{left} left, whose channels 16 does not divide ({name}: {shape})")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+
+def _least(device: torch.device, config: FP8LinearConfig) -> int:
+    """Return how many channels a layer must have on a device: the rounding must not take longer than it saves."""
+    return config.min_features if device.type == "cuda" and not config.emulate else 0
 
 
 def _check_device(device: torch.device, config: FP8LinearConfig) -> None:

@@ -15,7 +15,7 @@ from postgen.errors import UserError
 from postgen.families.installed import installed
 from postgen.families.linear import find_linears, replace_linears, replaced_linears
 from tests.families.tiny_models import TinyModel, tiny_model
-from tests.families.toy_linears import Double, Inside, copied, double, inside
+from tests.families.toy_linears import Double, Inside, copied, double, inside, sharing
 
 FAMILIES = ["Wan", "CogVideoX 1.5", "HunyuanVideo", "LTX", "Mochi", "Latte"]
 
@@ -179,6 +179,22 @@ def test_where_the_old_layers_wait(wan: TinyModel) -> None:
     assert not installed(wan.transformer).plug_ins["linear layers (fp8)"].originals
     with pytest.raises(UserError, match="fp8 dropped"):
         dropped.remove()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_parameters_that_were_taken_over_come_back_as_they_are_then(copies: bool, wan: TinyModel) -> None:
+    """Perhaps other objects by then; those of a new layer that has its own are not handed over."""
+    replace_linears(wan.transformer, sharing, owner="half", roles=["attention"])
+    replace_linears(wan.transformer, copied, owner="own", roles=["feed_forward"])
+    if copies:
+        wan.transformer = pickle.loads(pickle.dumps(copy.deepcopy(wan.transformer)))
+    loaded = {name: value + 1 for name, value in wan.transformer.state_dict().items()}
+    wan.transformer.load_state_dict(loaded, assign=True)
+    for handle in replaced_linears(wan.transformer).values():
+        handle.remove()
+    found = wan.transformer.state_dict()
+    assert found.keys() == loaded.keys()
+    assert all(torch.equal(found[name], loaded[name]) == (".ffn." not in name) for name in found)
 
 
 def lora(model: Any, **changes: Any) -> None:

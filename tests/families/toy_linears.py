@@ -33,6 +33,21 @@ class Copied(nn.Linear):
     """A linear layer that peft can adapt, like that of most quantisation libraries."""
 
 
+class Sharing(nn.Linear):
+    """Half of a linear layer's output, with the parameters of that layer themselves."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
+def sharing(name: str, linear: nn.Linear) -> nn.Module:
+    return Sharing(linear)
+
+
 def inside(name: str, linear: nn.Linear) -> nn.Module:
     return Inside(linear)
 

@@ -62,6 +62,31 @@ def test_the_default_policy(name: str) -> None:
     assert not plan.left
 
 
+def test_layers_of_few_tokens_of_sound() -> None:
+    """Of the two attentions between video and sound, that whose queries are the sound's is not taken."""
+    taken = plan_for(tiny_model("Kandinsky 6").transformer, FP8LinearConfig()).layers
+    assert {f"visual_transformer_blocks.0.va_cross_attention.{name}" for name in ("to_query", "out_layer")} < set(
+        taken
+    )
+    assert not any("av_cross_attention" in name for name in taken)
+
+
+def test_layers_that_a_conversion_added() -> None:
+    """Gates of linear attention are neither queries nor keys; in either order the same layers are taken."""
+    from postgen.lit import convert, revert
+
+    model = tiny_model("Wan").transformer
+    stock = plan_for(model, FP8LinearConfig()).layers
+    known = set(find_linears(model))
+    convert(model)
+    assert any("postgen_lit" in name for name in set(find_linears(model)) - known)
+    handle = postgen.apply_fp8_linears(model)
+    assert plan_for(model, FP8LinearConfig()).layers == stock
+    assert handle.stats() == {"": {"attention": 8, "cross_attention": 4, "feed_forward": 2, "feed_forward_out": 2}}
+    revert(model)
+    handle.remove()
+
+
 def test_settings_spare_layers() -> None:
     model = tiny_model("Wan", layers=3).transformer
     every = plan_for(model, FP8LinearConfig()).layers
@@ -133,6 +158,8 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
         (dict.fromkeys(PARTS, False), "no layer is left for FP8: set some of attention, cross_attention"),
         ({"exact": "blocks.("}, r"exact must be a pattern of layer names, got 'blocks.\('"),
         ({"exact": 3}, "exact must be a pattern"),
+        ({"exact": b"x"}, "exact must be a pattern of layer names, got b'x': a text is needed"),
+        ({"exact": "a{" + "9" * 30 + "}"}, "exact must be a pattern .*: the repetition number is too large"),
     ],
 )
 def test_wrong_settings(words: dict[str, Any], message: str) -> None:

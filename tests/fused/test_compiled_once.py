@@ -64,3 +64,27 @@ def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> Non
             torch.testing.assert_close(model(), plain)
     finally:
         torch.compiler.reset()
+
+
+def test_settings_of_attention_that_come_back_are_not_compiled_again() -> None:
+    """Else users who switch between settings come to torch's limit of compilations."""
+    from postgen.fused.fp8_attention import fp8_attention_for_call
+
+    model, compiled = tiny_model("Wan", layers=2), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in model.transformer.blocks:  # type: ignore[union-attr]
+        block.compile(fullgraph=True, backend=backend)
+    counts = []
+    for _ in range(2):
+        for preparation in ("plain", "key_mean", "key_mean+rotation"):
+            config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation=preparation)
+            with fp8_attention_for_call(model.transformer, config):
+                model()
+            counts.append(len(compiled))
+    assert counts == [1, 2, 3, 3, 3, 3]
+    torch.compiler.reset()

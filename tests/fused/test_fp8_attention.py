@@ -134,6 +134,19 @@ def test_other_families(name: str) -> None:
         assert relative_error(tiny(), stock) < 0.1
 
 
+@pytest.mark.parametrize("name", ["AnyFlow", "Cosmos", "Wan"])
+def test_mixed_precision(name: str) -> None:
+    """Norms leave queries and keys in float32, and values are in sixteen bits."""
+    tiny = tiny_model(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = tiny()
+        apply_fp8_attention(tiny.transformer, ALWAYS)
+        assert calls(tiny) == tiny.attention_layers
+        found = tiny()
+    assert found.dtype == stock.dtype
+    assert 0 < relative_error(found.float(), stock.float()) < 0.02
+
+
 def test_under_fused_operations_and_enhance_a_video(wan: TinyModel) -> None:
     stock = wan()
     apply_fp8_attention(wan.transformer, ALWAYS)

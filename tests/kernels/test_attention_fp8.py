@@ -196,6 +196,40 @@ def test_compiled_whole() -> None:
     torch.library.opcheck(torch.ops.postgen.attention_fp8.default, (*tensors, 0.1, None, "plain", True, True, False))
 
 
+@pytest.mark.parametrize("simulate", [False, True])
+def test_mixed_precision_is_heeded_as_by_attention(simulate: bool) -> None:
+    """Of queries and keys that a norm left in float32, too; only what goes in is rounded, no sum."""
+    query, key, value = (x.float() for x in drawn("normal", 96, 2, 64))
+    half = [x.bfloat16() for x in (query, key, value)]
+    TOLD.add("attention runs on sdpa, not on cudnn_fp8: needs a CUDA GPU")
+    expected = attention_fp8(*half, simulate=simulate)
+    for given in ((query, key, value), (query, key, half[2])):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, like = attention_fp8(*given, simulate=simulate), attention(*given)
+        assert found.dtype == like.dtype == torch.bfloat16
+        assert torch.equal(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_fp8(*(x.double() for x in half), simulate=simulate).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([0], "from 1 to 20, the keys there are"),
+        ([21], "from 1 to 20, the keys there are"),
+        ([3, 4], r"\(1,\) int32 or int64"),
+        ([3.0], r"\(1,\) int32 or int64"),
+    ],
+)
+def test_wrong_lengths_are_refused_as_by_attention(lengths: list[float], message: str) -> None:
+    tensors, given = drawn("normal", 20, 2, 16), torch.tensor(lengths)
+    with pytest.raises(ValueError, match=f"key_lengths must be {message}"):
+        attention(*tensors, key_lengths=given)
+    for simulate in (False, True):
+        with pytest.raises(ValueError, match=f"key_lengths must be {message}"):
+            attention_fp8(*tensors, key_lengths=given, simulate=simulate)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

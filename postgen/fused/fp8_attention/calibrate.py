@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError, is_number, shown
+from postgen.errors import UserError, did_you_mean, is_number, is_whole, shown
 from postgen.families import video_tokens_of
 from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
 from postgen.families.installed import processor_stack, transformers_of
@@ -20,7 +21,7 @@ from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
 from postgen.kernels.attention import naive as exact
 from postgen.kernels.attention.backends import CUDNN_FP8, Call
-from postgen.kernels.attention.ops import attention, router
+from postgen.kernels.attention.ops import as_autocast, attention, router
 from postgen.kernels.attention.router import milliseconds
 from postgen.kernels.attention_fp8 import naive
 from postgen.kernels.attention_fp8.ops import attention_fp8
@@ -29,6 +30,16 @@ from postgen.kernels.attention_fp8.preparation import CANDIDATES, Preparation
 _NAME = "fp8_attention_calibration"
 _QUERIES = 256
 """Queries of a call whose outputs are compared, spread evenly; keys are all."""
+
+
+_MOST_STEPS = 1000
+_OWN = {
+    "prompt": "prompts= of calibration says it",
+    "num_inference_steps": "steps= of calibration says it",
+    "generator": "seed= of calibration says it",
+    "fp8_attention": "exact attention is what is measured",
+}
+"""Arguments of a pipeline that calibration itself gives, and why."""
 
 
 class Measurements:
@@ -121,7 +132,10 @@ class _Probe:
     ) -> None:
         if mask is None and query.shape[1:3] == key.shape[1:3]:
             given = query.shape[-1] ** -0.5 if scale is None else scale
-            self._found.take(self._layer, self._step(), query, key, value, given, lengths)
+            step = self._step()
+            query, key, value = as_autocast(query, key, value)
+            with torch.autocast(query.device.type, enabled=False):
+                self._found.take(self._layer, step, query, key, value, given, lengths)
 
 
 def calibrate_fp8_attention(
@@ -144,7 +158,8 @@ def calibrate_fp8_attention(
     Args:
         pipe: a diffusers video pipeline.
         prompts: what it makes; the worst counts.
-        steps: steps of each call, `num_inference_steps`; all are measured.
+        steps: steps of each call, `num_inference_steps`; all are measured. Pipelines that have no such argument (that
+            of Helios Pyramid, of LTX-2 DFR) make the steps that `call` says.
         call: other arguments of the pipeline: height, width, num_frames as they will be used.
         max_error: layers whose relative error is larger at any step stay exact.
         slack: of the candidates, the first whose error is at most so many times the least is chosen.
@@ -161,19 +176,25 @@ def calibrate_fp8_attention(
         report.save("fp8_attention.json")
         apply_fp8_attention(pipe, report.config())
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(pipe, prompts, steps, max_error, slack, candidates)
+    texts, candidates = _listed(prompts), _listed(candidates)
+    _check(pipe, texts, steps, max_error, slack, candidates)
+    _check_call(pipe, {} if call is None else call, seed)
     found, progress = Measurements(candidates), progress_of(pipe)
+    counts = "num_inference_steps" in inspect.signature(pipe.__call__).parameters
     with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
-        for prompt in prompts:
+        for prompt in texts:
             generator = torch.Generator().manual_seed(seed)
-            pipe(
-                prompt,
-                **{"output_type": "latent", **(call or {}), "num_inference_steps": steps, "generator": generator},
-            )
+            # By name: the first argument of a pipeline may be an image.
+            words = {"prompt": prompt, "num_inference_steps": steps, "generator": generator}
+            if not counts:
+                del words["num_inference_steps"]
+            pipe(**{"output_type": "latent", **(call or {}), **words})
     if not found.errors:
-        raise UserError("no self-attention call without a mask was seen: there is nothing that FP8 attention could do")
-    return found.report(max_error, slack, steps)
+        raise UserError(
+            "no self-attention call without a mask was seen: there is nothing that FP8 attention could do."
+            " postgen.apply_fused_ops before reads the text mask of HunyuanVideo as key lengths"
+        )
+    return found.report(max_error, slack, steps if counts else 1 + max(step for _, step in found.errors))
 
 
 @contextmanager
@@ -206,16 +227,35 @@ def _check(
 ) -> None:
     if "" in transformers_of(pipe):
         raise UserError("calibration calls the pipeline: give the pipeline, not its transformer")
-    if not prompts:
-        raise UserError("calibration needs a prompt: give one or more")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise UserError(f"steps must be a whole number of at least 1, got {shown(steps)}")
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise UserError(f"calibration needs a prompt: give one text or more, got {shown(prompts)}")
+    if not is_whole(steps, 1, _MOST_STEPS):
+        raise UserError(f"steps must be a whole number from 1 to {_MOST_STEPS:,}, got {shown(steps)}")
     if not is_number(max_error) or not max_error > 0:
         raise UserError(f"max_error must be a number above 0, got {shown(max_error)}")
     if not is_number(slack) or not slack >= 1:
         raise UserError(f"slack must be a number of at least 1, got {shown(slack)}")
     if not candidates or not all(isinstance(each, Preparation) for each in candidates):
         raise UserError("candidates must be preparations of postgen.kernels.attention_fp8.preparation, one or more")
+
+
+def _check_call(pipe: Any, call: Any, seed: Any) -> None:
+    if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
+        raise UserError(f"call must be arguments of the pipeline by their names, got {shown(call)}")
+    if own := sorted(_OWN.keys() & call.keys()):
+        raise UserError(f"call cannot have {own[0]}: {_OWN[own[0]]}")
+    known = inspect.signature(pipe.__call__).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    if not takes_any and (unknown := sorted(call.keys() - known.keys())):
+        near = did_you_mean(unknown[0], known)
+        raise UserError(f"a call of {type(pipe).__name__} has no {shown(unknown[0])}: leave it out of call.{near}")
+    if not is_whole(seed, 0, 2**63 - 1):
+        raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {shown(seed)}")
+
+
+def _listed(given: Any) -> list[Any]:
+    """Return texts or candidates that may come from a generator as a list; what is neither is refused later."""
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
 
 
 def _errors(out: Tensor, expected: Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgen.errors import UserError, first_line, shown
+from postgen.errors import UserError, cut_words, shown, why_no_pattern
 
 USUAL = "key_mean+balance+rotation+value_mean"
 """The preparation where none is named: `str(postgen.kernels.attention_fp8.preparation.Preparation())`."""
@@ -48,11 +48,18 @@ class FP8AttentionConfig:
         layers: object = self.exact_layers
         if not isinstance(layers, tuple | list) or not all(isinstance(each, str) for each in layers):
             raise UserError(f"exact_layers must be patterns of layers, got {shown(self.exact_layers)}")
-        named = self.preparation if isinstance(self.preparation, Mapping) else {}
+        given: object = self.preparation
+        if not isinstance(given, str | Mapping):
+            raise UserError(f"preparation must be a text, or one for each pattern of layers, got {shown(given)}")
+        named = dict(given) if isinstance(given, Mapping) else {}
         for pattern in (*self.exact_layers, *named):
-            _check_pattern(pattern)
-        for text in named.values() if named else [self.preparation]:
+            if reason := why_no_pattern(pattern):
+                raise UserError(f"{shown(pattern)} is no pattern of layers: {reason}")
+        for text in (given,) if isinstance(given, str) else named.values():
             _check_preparation(text)
+        # What is changed by its owner later on would not be checked.
+        object.__setattr__(self, "exact_layers", tuple(self.exact_layers))
+        object.__setattr__(self, "preparation", given if isinstance(given, str) else named)
 
     def of_layer(self, name: str) -> str | None:
         """Return the preparation of a layer; None: it stays exact."""
@@ -95,17 +102,12 @@ def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:
     return config
 
 
-def _check_pattern(pattern: object) -> None:
-    try:
-        re.compile(str(pattern))
-    except re.error as error:
-        raise UserError(f"{shown(pattern)} is no pattern of layers: {first_line(error)}") from None
-
-
 def _check_preparation(text: object) -> None:
     from postgen.kernels.attention_fp8.preparation import Preparation
 
+    if not isinstance(text, str):
+        raise UserError(f"a preparation must be a text, as str() gives of one, got {shown(text)}")
     try:
-        Preparation.parsed(str(text))
+        Preparation.parsed(text)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(cut_words(str(error))) from None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from postgen.errors import UserError, first_line
-from postgen.files import replacing
+from postgen.errors import UserError, first_line, is_number, is_whole, shown
+from postgen.files import check_place, replacing
 from postgen.fused.fp8_attention.config import FP8AttentionConfig
+from postgen.reading import parse_json, read_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +55,14 @@ class FP8AttentionReport:
         return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
 
     def config(self, **changes: Any) -> FP8AttentionConfig:
-        """Return the settings that follow, with some fields changed."""
+        """Return the settings that follow, with some fields changed.
+
+        Raises:
+            UserError: an unknown field, or a wrong value.
+        """
+        known = [each.name for each in fields(FP8AttentionConfig)]
+        if unknown := sorted(changes.keys() - known):
+            raise UserError(f"unknown settings {', '.join(unknown)}. Known: {', '.join(known)}")
         preparations = {re.escape(row.layer): row.preparation for row in self.rows}
         found: dict[str, Any] = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
         if self.rows and all(row.fp8_ms is not None for row in self.rows):
@@ -73,6 +83,9 @@ class FP8AttentionReport:
         Raises:
             UserError: the place cannot be written.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"the report is written to a file: give its path, not {shown(path)}")
+        check_place(Path(path), folder=False)
         try:
             with replacing(Path(path)) as part:
                 part.write_text(json.dumps(asdict(self), indent=1, allow_nan=True) + "\n", encoding="utf-8")
@@ -86,34 +99,49 @@ class FP8AttentionReport:
         Raises:
             UserError: there is no such file, or it is no report.
         """
+        none = f"{path} is no report of FP8 attention"
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"{none}: give the path of a file")
+        found = parse_json(read_text(path, f"the report {path} cannot be read"), none)
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(_row(each) for each in found["rows"])
-            limit, steps = float(found["max_error"]), int(found["steps"])
-        except OSError as error:
-            raise UserError(f"the report {path} cannot be read: {first_line(error)}") from error
+            report = cls(rows=rows, max_error=_number(found["max_error"], 0.0), steps=_whole(found["steps"], 1))
+            if not rows or not 0 < report.max_error < math.inf:
+                raise ValueError("it has no rows, or its max_error is no number above 0")
+            report.config()  # unknown preparations
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is no report of FP8 attention ({first_line(error)}): make one with calibrate_fp8_attention"
-            ) from error
-        report = cls(rows=rows, max_error=limit, steps=steps)
-        report.config()  # unknown preparations
+            raise UserError(f"{none} ({first_line(error)}): make one with calibrate_fp8_attention") from error
         return report
 
 
 def _row(values: Any) -> ReportRow:
-    unknown = set(values) ^ {each.name for each in fields(ReportRow)}
-    if unknown:
-        raise ValueError(f"fields {', '.join(sorted(unknown))}")
+    known = [each.name for each in fields(ReportRow)]
+    if not isinstance(values, dict) or values.keys() ^ known:
+        raise ValueError(f"a row has other fields than {', '.join(known)}")
+    if not all(isinstance(values[name], str) and values[name] for name in ("layer", "preparation")):
+        raise ValueError("layer and preparation must be texts")
+    times = {name: None if values[name] is None else _number(values[name], 0.0) for name in ("exact_ms", "fp8_ms")}
     return ReportRow(
-        layer=str(values["layer"]),
-        step=int(values["step"]),
-        error=float(values["error"]),
-        worst_head=float(values["worst_head"]),
-        preparation=str(values["preparation"]),
-        exact_ms=None if values["exact_ms"] is None else float(values["exact_ms"]),
-        fp8_ms=None if values["fp8_ms"] is None else float(values["fp8_ms"]),
+        layer=values["layer"],
+        step=_whole(values["step"], 0),
+        error=_number(values["error"], 0.0),
+        worst_head=_number(values["worst_head"], 0.0),
+        preparation=values["preparation"],
+        **times,
     )
+
+
+def _number(value: Any, least: float) -> float:
+    """Return a number, which may be infinite or none: calibration writes what it measured."""
+    if not (isinstance(value, float) or is_number(value)) or value < least:
+        raise ValueError(f"a number of at least {least:g} is needed, got {shown(value)}")
+    return float(value)
+
+
+def _whole(value: Any, least: int) -> int:
+    if not is_whole(value, least):
+        raise ValueError(f"a whole number of at least {least} is needed, got {shown(value)}")
+    return int(value)
 
 
 def _cells(row: ReportRow, exact: bool) -> tuple[str, ...]:

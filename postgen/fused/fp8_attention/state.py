@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,15 @@ from postgen.fused.fp8_attention.available import check_available, head_channels
 from postgen.fused.fp8_attention.config import FP8AttentionConfig
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
 from postgen.kernels.attention.backends import CUDNN_FP8, Call
-from postgen.kernels.attention.ops import router
+from postgen.kernels.attention.ops import as_autocast, router
 from postgen.kernels.attention_fp8.ops import attention_fp8, not_finite
 from postgen.kernels.attention_fp8.preparation import Preparation
 from postgen.kernels.dispatch import warn_once
 
 NAME = "fp8_attention"
 """Name on the processor stack and among the plug-ins of a transformer."""
+_MOST_PLANS = 16
+"""Of settings that nobody calls with any more so many stay known, so that compiled code of them is found again."""
 
 
 class _Here(threading.local):
@@ -63,9 +66,11 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         self.here, self._progress = _Here(), progress
         self.calls_sdpa = tokens.attention_call == "sdpa"
         self._plans: list[dict[str, Preparation | None]] = []
-        self.layers = {name: FP8Layer(self) for name in tokens.attention_modules(model)}
+        self.layers = {name: FP8Layer(self, name) for name in tokens.attention_modules(model)}
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._note = ""
+        self._left: dict[str, str] = {}
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         super().__init__(model, config)
 
     def prepare(self, model: nn.Module, config: FP8AttentionConfig) -> Plan:
@@ -92,8 +97,9 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
         """Put the wrappers on the processors, whoever is enabled, or take them off."""
+        self._forget()
         for each in live:
-            self._number(each.prepared)
+            self._number(each.prepared, {each.prepared.number for each in live})
         stack = processor_stack(model)
         on = NAME in stack.wrappers
         if live and not on:
@@ -102,12 +108,25 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         elif on and not live:
             stack.pop(NAME)
 
-    def _number(self, plan: Plan) -> None:
+    def _number(self, plan: Plan, used: set[int]) -> None:
         if plan.layers not in self._plans:
+            free = [number for number in range(len(self._plans)) if number not in used]
+            place = free[0] if len(self._plans) >= _MOST_PLANS and free else len(self._plans)
             for name, layer in self.layers.items():
-                layer.choices = (*layer.choices, plan.layers[name])
-            self._plans.append(plan.layers)
+                # Other threads read the old one meanwhile, at other places.
+                layer.choices = (*layer.choices[:place], plan.layers[name], *layer.choices[place + 1 :])
+            self._plans[place : place + 1] = [plan.layers]
         plan.number = self._plans.index(plan.layers)
+
+    def tell_left(self, name: str, reason: str) -> None:
+        """Take down why a layer stays exact in this call, and warn of it once."""
+        self._left[name] = reason
+        warn_once(f"attention stays exact, not FP8: {reason}")
+
+    def _forget(self) -> None:
+        """Forget what was said of calls with other settings."""
+        self._note = ""
+        self._left.clear()
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out which step comes."""
@@ -115,7 +134,12 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         now = self.now
         config = now.config
         self.here.exact = False
-        if not now.enabled or not (config.first_exact or config.last_exact):
+        if not torch.compiler.is_compiling():
+            self._model = weakref.ref(model)  # a copy has none yet
+        if not now.enabled:
+            return
+        if not (config.first_exact or config.last_exact):
+            self._forget()
             return
         try:
             step, steps = self._progress.step({**dict(zip(self._parameters, args, strict=False)), **kwargs}, model)
@@ -126,6 +150,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             return
         self.here.exact = config.exact_step(step, steps)
         self._note = ""
+        if not self.here.exact:
+            self._left.clear()
         if config.first_exact + config.last_exact >= steps:
             self._note = f"all of the {steps} steps stay exact"
             if not torch.compiler.is_compiling():
@@ -133,8 +159,11 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
 
     def counts(self) -> dict[str, int]:
         """Return in how many layers it is on, how many stay exact, and how many outputs a guard found not finite."""
-        plan = self.setting.prepared.layers.values()
-        exact = sum(each is None for each in plan)
+        model = None if self._model is None else self._model()
+        # Layers may have become others since the settings were made.
+        changed = () if model is None else processor_stack(model).changed_layers
+        plan = self.setting.prepared.layers
+        exact = sum(each is None or name in changed for name, each in plan.items())
         return {"fp8": len(plan) - exact, "exact": exact, "not_finite": not_finite()}
 
     def describe(self) -> str:
@@ -150,15 +179,22 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             parts.append(f"guarded, {counts['not_finite']} outputs not finite")
         if self._note:
             parts.append(f"note: {self._note}")
+        if self._left:
+            reasons = "; ".join(dict.fromkeys(self._left.values()))
+            parts.append(f"note: {len(self._left)} layers stayed exact in the last call: {reasons}")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_model": None}
 
 
 class FP8Layer:
     """The wrapper of one module's processor; `around` is pushed on the processor stack."""
 
-    def __init__(self, whole: FP8Attention) -> None:
-        self._whole = whole
-        self.choices: tuple[Preparation | None, ...] = ()
+    def __init__(self, whole: FP8Attention, name: str) -> None:
+        self._whole, self._name = whole, name
+        # Of one length from the beginning: code is compiled for it, and anew for another.
+        self.choices: tuple[Preparation | None, ...] = (None,) * _MOST_PLANS
         """By the number of the plan."""
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,12 +220,13 @@ class FP8Layer:
         """Return self-attention in E4M3, or None for what is left to whoever computed it before."""
         if query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
             return None
+        query, key, value = as_autocast(query, key, value)
         now = self._whole.now
         if query.shape[1] < now.config.min_tokens and not now.config.simulate:
             return None
         if (reason := self._refusal(query, key, value, mask, scale, key_lengths)) is not None:
             if not torch.compiler.is_compiling():
-                warn_once(f"attention stays exact, not FP8: {reason}")
+                self._whole.tell_left(self._name, reason)
             return None
         return attention_fp8(
             query, key, value, scale=scale, preparation=self.choices[now.prepared.number], key_lengths=key_lengths,

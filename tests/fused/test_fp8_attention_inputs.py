@@ -1,0 +1,288 @@
+"""FP8 attention: what is given to it is looked at first, and what it says of itself is so."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import postgen
+from postgen.families.installed import installed
+from postgen.fused.fp8_attention import (
+    FP8AttentionConfig,
+    FP8AttentionReport,
+    apply_fp8_attention,
+    calibrate_fp8_attention,
+    fp8_attention_for_call,
+)
+from postgen.fused.fp8_attention.config import USUAL
+from postgen.fused.fp8_attention.report import ReportRow
+from postgen.fused.fp8_attention.state import _MOST_PLANS, FP8Attention
+from postgen.kernels.attention_fp8.preparation import CANDIDATES, Preparation
+from postgen.kernels.dispatch import TOLD
+from tests.families.tiny_models import TinyModel, tiny_model
+from tests.pipelines import more  # noqa: F401  it enters its builders
+from tests.pipelines.parts import TINY
+from tests.pipelines.wan_like import wan_image
+
+ALWAYS = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
+SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_wan: Path) -> Any:
+    from diffusers import WanPipeline
+
+    made = WanPipeline.from_pretrained(tiny_wan)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preparation": Preparation()}, "preparation must be a text, or one for each pattern of layers, got Prep"),
+        ({"preparation": None}, "preparation must be a text"),
+        ({"preparation": {".*": Preparation()}}, r"a preparation must be a text, as str\(\) gives of one, got Prep"),
+        ({"preparation": {3: "plain"}}, "3 is no pattern of layers: a text is needed"),
+        ({"preparation": {b"x": "plain"}}, "b'x' is no pattern of layers"),
+        ({"preparation": "x" * 10**5}, r"unknown preparation 'x{30,40}\.\.\.x+'\. \(100003 characters\) Known: plain"),
+        ({"exact_layers": ("a{" + "9" * 30 + "}",)}, "the repetition number is too large"),
+        ({"exact_layers": ("(" * 5000 + ")" * 5000,)}, "is no pattern of layers: maximum recursion depth"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(postgen.UserError, match=message):
+        FP8AttentionConfig(**settings)
+
+
+def test_settings_are_their_own() -> None:
+    layers, named = ["a"], {"b": "plain"}
+    config = FP8AttentionConfig(exact_layers=layers, preparation=named)  # type: ignore[arg-type]
+    layers.append("(")
+    named["("] = "no"
+    assert (config.exact_layers, config.preparation) == (("a",), {"b": "plain"})
+    assert FP8AttentionConfig(preparation={}).of_layer("any") == USUAL
+
+
+ROW = ReportRow(layer="blocks.0.attn1", step=0, error=0.01, worst_head=0.02, preparation=USUAL)
+GOOD = asdict(FP8AttentionReport(rows=(ROW,), max_error=0.1, steps=1))
+WRONG_ROWS = [
+    {"step": float("inf")},
+    {"step": 1.5},
+    {"step": -1},
+    {"error": -0.1},
+    {"error": True},
+    {"error": "0.1"},
+    {"error": 10**400},
+    {"worst_head": None},
+    {"layer": None},
+    {"layer": ""},
+    {"preparation": 3},
+    {"preparation": "x" * 10**5},
+    {"fp8_ms": -1},
+    {"more": 1},
+]
+WRONG_REPORTS = [
+    *({"rows": rows} for rows in ([], {}, None, "abc", [[]], [3])),
+    *({"max_error": limit} for limit in (0, -1, float("nan"), float("inf"), "0.1", None)),
+    *({"steps": steps} for steps in (0, float("inf"), 1.5, True, None)),
+]
+
+
+def damaged(folder: Path, text: str) -> str:
+    (folder / "r.json").write_text(text)
+    with pytest.raises(postgen.UserError, match="is no report of FP8 attention") as told:
+        FP8AttentionReport.load(folder / "r.json")
+    return str(told.value)
+
+
+def test_damaged_reports(tmp_path: Path) -> None:
+    texts = ["", "3", "null", "[" * 10**5, json.dumps(GOOD)[:-9], '{"rows": ' + "9" * 5000 + "}"]
+    texts += [json.dumps({**GOOD, **change}) for change in WRONG_REPORTS]
+    texts += [json.dumps({**GOOD, "rows": [{**GOOD["rows"][0], **change}]}) for change in WRONG_ROWS]
+    for text in texts:
+        message = damaged(tmp_path, text)
+        assert "\n" not in message
+        assert len(message) < 500 + len(str(tmp_path))
+    (tmp_path / "r.json").write_text("\ufeff" + json.dumps(GOOD))
+    assert FP8AttentionReport.load(tmp_path / "r.json").rows == (ROW,)
+
+
+def test_reports_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for place in (tmp_path, tmp_path / "pipe.json", "a\0.json", tmp_path / "none.json"):
+        with pytest.raises(postgen.UserError, match="cannot be read"):
+            FP8AttentionReport.load(place)
+    with pytest.raises(postgen.UserError, match="3 is no report of FP8 attention: give the path of a file"):
+        FP8AttentionReport.load(3)  # type: ignore[arg-type]
+
+
+def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
+    report = FP8AttentionReport(rows=(ROW,), max_error=0.1, steps=1)
+    for place in ("", tmp_path, str(tmp_path / "a\0"), tmp_path / ("x" * 300), 3, None):
+        with pytest.raises(postgen.UserError, match=r"cannot write|is written to a file"):
+            report.save(place)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(postgen.UserError, match=r"unknown settings simulated\. Known: first_exact"):
+        report.config(simulated=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"prompts": None}, r"needs a prompt: give one text or more, got \[None\]"),
+        ({"prompts": [3]}, "needs a prompt"),
+        ({"steps": 2**40}, "steps must be a whole number from 1 to 1,000"),
+        ({"seed": "x"}, "seed must be a whole number from 0"),
+        ({"seed": 2**70}, "seed must be a whole number from 0"),
+        ({"call": "x"}, "call must be arguments of the pipeline by their names, got 'x'"),
+        ({"call": {3: 3}}, "call must be arguments"),
+        ({"call": {"prompt": "x"}}, "call cannot have prompt: prompts= of calibration says it"),
+        ({"call": {"num_inference_steps": 9}}, "call cannot have num_inference_steps: steps="),
+        ({"call": {"generator": None}}, "call cannot have generator: seed="),
+        ({"call": {"fp8_attention": True}}, "call cannot have fp8_attention: exact attention is what is measured"),
+        ({"call": {"hight": 32}}, "a call of WanPipeline has no 'hight': leave it out of call. Did you mean 'height'"),
+    ],
+)
+def test_calibration_looks_at_its_arguments(pipe: Any, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(postgen.UserError, match=message):
+        calibrate_fp8_attention(pipe, **{"prompts": ["a ball"], **words})  # type: ignore[arg-type]
+    assert not installed(pipe.transformer).plug_ins
+
+
+def test_calibration_takes_what_can_be_read_once(pipe: Any) -> None:
+    prompts, candidates = (text for text in ("a ball",)), (each for each in CANDIDATES[:2])
+    report = calibrate_fp8_attention(pipe, prompts, steps=1, call=SIZE, candidates=candidates)  # type: ignore[arg-type]
+    assert {row.preparation for row in report.rows} <= {str(each) for each in CANDIDATES[:2]}
+
+
+def test_calibration_of_a_pipeline_whose_first_argument_is_an_image() -> None:
+    from diffusers import WanImageToVideoPipeline
+
+    components, call = wan_image()
+    made = WanImageToVideoPipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    given = {name: value for name, value in call.items() if name not in ("prompt", "num_inference_steps")}
+    report = calibrate_fp8_attention(made, ["a ball"], steps=1, call=given)
+    assert [row.layer for row in report.rows] == ["blocks.0.attn1", "blocks.1.attn1"]
+
+
+def test_calibration_of_a_pipeline_that_counts_its_steps_otherwise() -> None:
+    from diffusers import HeliosPyramidPipeline
+
+    components, call = TINY["HeliosPyramidPipeline"]()
+    made = HeliosPyramidPipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    report = calibrate_fp8_attention(made, [call.pop("prompt")], call=call)
+    assert report.steps == 1 + max(row.step for row in report.rows) == 1
+
+
+def test_calibration_where_all_calls_have_a_mask() -> None:
+    from diffusers import HunyuanVideoPipeline
+
+    components, call = TINY["HunyuanVideoPipeline"]()
+    made = HunyuanVideoPipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    prompt, steps = call.pop("prompt"), call.pop("num_inference_steps")
+    with pytest.raises(
+        postgen.UserError, match=r"without a mask was seen.*apply_fused_ops before reads the text mask"
+    ):
+        calibrate_fp8_attention(made, prompt, steps=steps, call=call)
+    postgen.apply_fused_ops(made)
+    assert len(calibrate_fp8_attention(made, prompt, steps=steps, call=call).rows) == 4 * steps
+
+
+def stopped(pipe: Any, how: type[BaseException]) -> None:
+    def stop(*_: Any) -> Any:
+        raise how
+
+    with pytest.raises(how):
+        calibrate_fp8_attention(pipe, ["a ball"], steps=2, call={**SIZE, "callback_on_step_end": stop})
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, ZeroDivisionError])
+def test_calibration_that_is_stopped_leaves_nothing(pipe: Any, how: type[BaseException]) -> None:
+    model = pipe.transformer
+    processors = dict(model.attn_processors)
+    stopped(pipe, how)
+    assert not installed(model).plug_ins
+    assert model.attn_processors == processors
+    assert not [each for each in model.modules() if each._forward_pre_hooks or each._forward_hooks]
+
+
+def test_the_summary_forgets_what_is_no_longer_so(pipe: Any) -> None:
+    handle = apply_fp8_attention(pipe, FP8AttentionConfig(simulate=True))
+
+    def make(steps: int) -> str:
+        pipe("a ball", **SIZE, num_inference_steps=steps, output_type="latent")
+        return str(postgen.summary(pipe))
+
+    try:
+        TOLD.clear()
+        with pytest.warns(UserWarning, match="all of the 2 steps stay exact"):
+            assert "note: all of the 2 steps stay exact" in make(2)
+        handle.update(first_exact=0, last_exact=0)
+        assert "note" not in str(postgen.summary(pipe))
+        assert "note" not in make(2)
+    finally:
+        handle.remove()
+
+
+def test_the_summary_says_which_calls_stay_exact() -> None:
+    tiny = tiny_model("HunyuanVideo")
+    handle = apply_fp8_attention(tiny.transformer, ALWAYS)
+    TOLD.clear()
+    with pytest.warns(UserWarning, match="stays exact, not FP8: its calls have a mask"):
+        tiny()
+    text = "simulated in 4 of 4 layers, note: 4 layers stayed exact in the last call: its calls have a mask"
+    assert text in str(postgen.summary(tiny.transformer))
+    postgen.apply_fused_ops(tiny.transformer)  # which read the mask as key lengths
+    tiny()
+    assert "note" not in str(postgen.summary(tiny.transformer)).split("fp8_attention", 1)[1].splitlines()[0]
+    handle.remove()
+
+
+def test_layers_that_are_converted_afterwards_count_as_exact() -> None:
+    from postgen.lit import convert, revert
+
+    tiny = tiny_model("Wan")
+    handle = apply_fp8_attention(tiny.transformer, ALWAYS)
+    convert(tiny.transformer)
+    assert {name: handle.stats()[""][name] for name in ("fp8", "exact")} == {"fp8": 1, "exact": 1}
+    assert "simulated in 1 of 2 layers" in str(postgen.summary(tiny.transformer))
+    other = TinyModel(**{**vars(tiny), "transformer": copy.deepcopy(tiny.transformer)})
+    other()
+    assert "simulated in 1 of 2 layers" in str(postgen.summary(other.transformer))
+    revert(tiny.transformer)
+    assert "simulated in 2 of 2 layers" in str(postgen.summary(tiny.transformer))
+    handle.remove()
+
+
+def test_plans_of_settings_that_are_gone_are_forgotten() -> None:
+    """And a setting computes as it did, whatever came between."""
+    tiny = tiny_model("Wan")
+    handle = apply_fp8_attention(tiny.transformer, ALWAYS)
+    usual = tiny()
+    plug_in: FP8Attention = installed(tiny.transformer).plug_ins["fp8_attention"]
+    texts = [str(each) for each in CANDIDATES]
+    first: dict[tuple[str, str], torch.Tensor] = {}
+    for _ in range(2):
+        for one in texts:
+            for other in texts:
+                names = {"blocks.0.attn1": one, "blocks.1.attn1": other}
+                config = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation=names)
+                with fp8_attention_for_call(tiny.transformer, config):
+                    found = tiny()
+                assert torch.equal(first.setdefault((one, other), found), found)
+                assert len(plug_in._plans) <= _MOST_PLANS
+    assert {len(layer.choices) for layer in plug_in.layers.values()} == {_MOST_PLANS}
+    assert len({tuple(each.flatten()[:8].tolist()) for each in first.values()}) > _MOST_PLANS
+    assert torch.equal(tiny(), usual)
+    handle.remove()
