@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = options.out / "measured" / f"{options.name}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     found = {
-        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class")},
+        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class", "draws")},
         **{"device": hardware(), "versions": versions(), **said},
         "seconds": {"sampled": round(sampled, 1), "all": round(time.perf_counter() - began, 1)},
         **{"fd": value, "fd_draws": draws, "rows": rows},

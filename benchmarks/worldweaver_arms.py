@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.side_by_side import run_all, started
+from benchmarks.command import ended
+from benchmarks.side_by_side import GRACE, end_all, run_all, started
 
 ARMS: dict[str, tuple[str, str]] = {
     "a": (
@@ -69,11 +70,13 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it has run to its end: an interrupted run exports too, and says so."""
-        return self.log.is_file() and "what was trained is in" in self.log.read_text(encoding="utf-8")
+        said = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
+        return "what was trained is in" in said and "interrupted after step" not in said
 
     def command(self, more: Sequence[str]) -> list[str]:
         """Return the words that train it; later ones replace earlier ones."""
         where = ["--output_dir", str(self.folder), "--pool_dir", str(self.out / "pool"), "--seed", str(self.seed)]
+        where += ["--resume_from_checkpoint", "auto"]
         return [sys.executable, "-m", "postgen", "train", RECIPE, *where, *ARMS[self.arm][1].split(), *more]
 
 
@@ -113,7 +116,7 @@ def _render(run: Run, gpus: Sequence[str], more: Sequence[str]) -> list[str]:
     try:
         process.wait()
     finally:
-        process.terminate()
+        end_all([process], GRACE)
     if not first.done:
         print(f"the clips could not be rendered, see {first.log}", flush=True)
     return [] if first.done else ["pool"]
@@ -145,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table())
         return 0
     runs = [Run(arm=arm, seed=seed, out=options.out) for seed in options.seeds for arm in options.arms]
-    return 1 if train(runs, options.gpus, options.each, more) else 0
+    work = lambda: 1 if train(runs, options.gpus, options.each, more) else 0  # noqa: E731
+    return ended("benchmarks.worldweaver_arms", work)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import job_queue
+from benchmarks.command import ended
 from benchmarks.job_queue import Job, run_jobs, wanted
+from postgen.errors import UserError
 
 
 def job(folder: Path, name: str, code: str, *needs: str, marked: bool = True) -> Job:
@@ -108,17 +110,12 @@ def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: P
     code = f"""if True:
         import sys
         from pathlib import Path
+        from benchmarks.command import ended
         from benchmarks.job_queue import Job, run_jobs
-        from postgen.interrupts import stoppable
         f = Path({str(tmp_path)!r})
         words = (sys.executable, "-S", "-c", {command!r})
         job = Job(name="slow", command=words, mark=f / "mark", log=f / "log")
-        with stoppable() as stop:
-            try:
-                run_jobs([job], [""], tick=(f / "looked").touch)
-            except KeyboardInterrupt:
-                stop.end()
-                raise SystemExit(stop.code)
+        raise SystemExit(ended("x", lambda: len(run_jobs([job], [""], tick=(f / "looked").touch))))
     """
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     while not (tmp_path / "on").exists():
@@ -132,3 +129,25 @@ def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: P
     assert (tmp_path / "got").read_text() == "1"
     assert (tmp_path / "looked").exists()
     assert not (tmp_path / "mark").exists()
+
+
+def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line after wrong input, and after a signal or what a library made of it; a defect keeps its traceback."""
+
+    def wrong() -> int:
+        raise UserError("no such thing")
+
+    def stopped() -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("a library failed") from None
+        return 0
+
+    def broken() -> int:
+        raise RuntimeError("a defect")
+
+    assert (ended("x", lambda: 3), ended("x", wrong), ended("x", stopped)) == (3, 2, 143)
+    assert capsys.readouterr().err == "x: no such thing\nx: stopped; the same command goes on\n"
+    with pytest.raises(RuntimeError, match="a defect"):
+        ended("x", broken)
