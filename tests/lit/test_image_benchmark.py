@@ -111,6 +111,14 @@ def test_distances() -> None:
     assert classes_of(4, 2) == [0, 0, 144, 144, 288, 288, 432, 432]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [("lit.7", "lit.7/export: train lit.7 first"), ("truth.0 --classes 577", "--classes must be")]
+)
+def test_what_cannot_be_measured(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_image_measure.main([*words.split(), "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def made(fd: float, right: list[int], **more: Any) -> dict[str, Any]:
     """A run of 4 pictures as `lit_image_measure` writes it."""
     aspects = ("all_right", "count", "colour", "shape", "event", "score")
