@@ -24,7 +24,7 @@ from postgen.pretrain.pixels import pixel_autoencoder
 from postgen.pretrain.stills import labels, pool_of, render_stills, still
 from postgen.pretrain.variance import variance_bound
 from postgen.train import main
-from postgen.training import load_recipe
+from postgen.training import TrainingConfig, load_recipe
 from postgen.training.run_folder import RunLock
 from postgen.world.parse import read
 
@@ -245,6 +245,9 @@ def test_recipes_and_refusals(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             ClassToImageConfig(output_dir=str(tmp_path), **changes)
     given = {key: value for key, value in TINY.items() if key != "method"}
+    for args in (None, given, TrainingConfig(output_dir="x")):
+        with pytest.raises(UserError, match="ClassToImageTrainer needs args, a ClassToImageConfig, got"):
+            ClassToImageTrainer(args)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cuda_graphs needs one GPU"):
         ClassToImageTrainer(
             ClassToImageConfig.from_dict({**given, "output_dir": str(tmp_path), "cuda_graphs": True})
