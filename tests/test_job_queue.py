@@ -67,6 +67,16 @@ def test_a_deadline_and_what_comes_after_it(tmp_path: Path) -> None:
     assert later.done
 
 
+def test_the_environment_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads sleep while they wait, unless somebody says how; what is given comes last."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    show = "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], flush=True)"
+    assert run_jobs([job(tmp_path, "a", show)], [""], environment={"OMP_NUM_THREADS": "3"}) == {}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert run_jobs([job(tmp_path, "b", show)], [""], environment={"OMP_NUM_THREADS": "1"}) == {}
+    assert [(tmp_path / f"{name}.log").read_text() for name in "ab"] == ["passive 3\n", "active 1\n"]
+
+
 def test_what_cannot_begin_and_what_cannot_be_written(tmp_path: Path) -> None:
     """Neither a job that cannot be prepared, nor a look that fails on the way, stops the others."""
 
