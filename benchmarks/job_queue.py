@@ -7,6 +7,7 @@ it, and whatever ends the queue, a signal too, tells what runs to save what it d
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.side_by_side import end_all, started
 from postgen.errors import named_error
 from postgen.interrupts import held
 
@@ -133,7 +133,7 @@ def _begin(
                 if job.prepare is not None:
                     job.prepare()
                 with held():  # what was started is known to run
-                    running.append((job, free[0], started(job.command, job.log, free[0], add=True, more=more)))
+                    running.append((job, free[0], _started(job, free[0], more)))
                     free.pop(0)
             except Exception as error:  # of this job alone, whatever it is
                 print(f"{job.name}: cannot begin, {named_error(error)}", flush=True)
@@ -144,6 +144,24 @@ def _open(job: Job, waiting: Sequence[Job], running: Sequence[Running]) -> bool:
     """Whether something that a job needs is still to be done."""
     todo = {each.name for each in waiting} | {each.name for each, *_ in running}
     return bool(todo & set(job.needs))
+
+
+def _started(job: Job, place: str, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **more}
+    if place:
+        environment["CUDA_VISIBLE_DEVICES"] = place
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        # In a group of its own: Ctrl-C, and what `timeout` sends to a group, come once, from here. A second signal
+        # would end a training at once, without a checkpoint.
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            process_group=0,
+        )
 
 
 def _try(tick: Callable[[], None]) -> None:
@@ -165,9 +183,15 @@ def _ended(job: Job, code: int, left: dict[str, str]) -> None:
 
 def _stopped(running: Sequence[Running]) -> dict[str, str]:
     """Stop what runs, and return it."""
-    end_all([process for *_, process in running], _GRACE)
-    left = {}
+    for *_, process in running:
+        process.terminate()
+    end, left = time.monotonic() + _GRACE, {}
     for job, _, process in running:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         found: dict[str, str] = {}
         if process.returncode == 0:
             _ended(job, 0, found)

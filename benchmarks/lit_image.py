@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,7 +56,9 @@ def train(options: argparse.Namespace) -> dict[str, str]:
     with lock_of(options.out):
         check_folder(options.out, results, jobs, size)
         todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
-        environment = {"OMP_NUM_THREADS": str(options.threads)}
+        # Threads that spin while others wait for a core made a measurement of 10 s one of minutes on a busy machine.
+        waits = os.environ.get("OMP_WAIT_POLICY", "passive")
+        environment = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": waits}
         return run_jobs(todo, places, seconds=options.seconds, tick=tick, environment=environment)
 
 

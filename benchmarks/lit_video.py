@@ -21,11 +21,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from benchmarks import lit_video_report
-from benchmarks.command import ended
 from benchmarks.lit_video_arms import ARMS, GROUPS, TYPES, Job, jobs_of, read_results, table, winner_of
 from benchmarks.lit_video_files import pack, unpack
 from benchmarks.lit_video_job import SIZES, add_options
@@ -131,29 +129,30 @@ def job_words(options: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, pack or report."""
-    return ended("benchmarks.lit_video", partial(_do, parser().parse_args(argv)))
-
-
-def _do(options: argparse.Namespace) -> int:
-    if options.tiny:
-        vars(options).update(TINY)
-    if not options.gpus:
-        options.device = "cpu"
-    if options.table:
-        print(table())
-    elif options.pack is not None or options.unpack is not None:
-        if options.unpack is not None:
-            unpack(options.unpack, options.out)
-        elif options.back is None:
-            raise UserError("--pack needs --back, a folder for the parts")
+    options = parser().parse_args(argv)
+    try:
+        if options.tiny:
+            vars(options).update(TINY)
+        if not options.gpus:
+            options.device = "cpu"
+        if options.table:
+            print(table())
+        elif options.pack is not None or options.unpack is not None:
+            if options.unpack is not None:
+                unpack(options.unpack, options.out)
+            elif options.back is None:
+                raise UserError("--pack needs --back, a folder for the parts")
+            else:
+                print(*pack(options.pack, options.back), sep="\n")
+        elif options.report:
+            lit_video_report.write(options.out, options.embedded, options.output, docs=options.docs)
+        elif options.group is None:
+            raise UserError(f"say what to do: --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack")
         else:
-            print(*pack(options.pack, options.back), sep="\n")
-    elif options.report:
-        lit_video_report.write(options.out, options.embedded, options.output, docs=options.docs)
-    elif options.group is None:
-        raise UserError(f"say what to do: --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack")
-    else:
-        return 1 if run(options, job_words(options)) else 0
+            return 1 if run(options, job_words(options)) else 0
+    except UserError as error:
+        print(f"benchmarks.lit_video: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -6,11 +6,9 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-from postgen.interrupts import held
 
 LOOK = 1.0
 """Seconds between two looks at the processes."""
@@ -42,54 +40,13 @@ def always(run: Any) -> bool:
     return True
 
 
-def started(
-    words: Sequence[str], log: Path, gpu: str, *, add: bool = False, more: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
-    """Start a process in a group of its own.
-
-    Ctrl-C, and what `timeout` sends to a group, then come to it once, from whoever ends it: a second signal would end
-    a training at once, without a checkpoint.
-
-    Args:
-        words: its command.
-        log: what it prints.
-        gpu: the one that it sees; "" leaves what it sees as it is.
-        add: to the log, instead of beginning it anew.
-        more: added to its environment.
-    """
-    # Threads that spin while others wait for a core made a measurement of 10 s one of minutes on a busy machine.
-    environment = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **os.environ, **(more or {})}
+def started(words: Sequence[str], log: Path, gpu: str) -> subprocess.Popen[bytes]:
+    """Start a process that sees one GPU; "" leaves what it sees as it is."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab" if add else "wb") as output:
-        return subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            process_group=0,
-        )
-
-
-def end_all(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """Tell processes to end, and wait until they have; a second signal does not cut that short.
-
-    Args:
-        processes: any; those that have ended are left alone.
-        grace: seconds that they have to save what they did; then they are killed.
-    """
-    with held():
-        for process in processes:
-            process.terminate()
-        ends = time.monotonic() + grace
-        for process in processes:
-            try:
-                process.wait(max(0.1, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with log.open("wb") as output:
+        return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def run_all(
@@ -122,10 +79,9 @@ def run_all(
     try:
         while (waiting or running) and (until is None or time.monotonic() < until):
             while places and (go_on or not failed) and (found := next(filter(ready, waiting), None)) is not None:
-                with held():  # what was started is known to run
-                    waiting.remove(found)
-                    place = places.popleft()
-                    running.append((found, place, start(found, place)))
+                waiting.remove(found)
+                place = places.popleft()
+                running.append((found, place, start(found, place)))
             for run, place, process in [each for each in running if each[2].poll() is not None]:
                 places.append(place)
                 print(f"{run.name}: {'done' if run.done else f'failed, see {run.log}'}", flush=True)
@@ -137,7 +93,15 @@ def run_all(
                 tick()
             time.sleep(LOOK)
     finally:
-        end_all([process for *_, process in running], GRACE)
+        for *_, process in running:
+            process.terminate()
+        ends = time.monotonic() + GRACE
+        for *_, process in running:
+            try:
+                process.wait(max(0.1, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     for run in [*(each[0] for each in running), *waiting]:
         print(f"{run.name}: not done", flush=True)
     return failed

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import job_queue
-from benchmarks.command import ended
 from benchmarks.job_queue import Job, run_jobs, wanted
-from postgen.errors import UserError
 
 
 def job(folder: Path, name: str, code: str, *needs: str, marked: bool = True) -> Job:
@@ -67,16 +65,6 @@ def test_a_deadline_and_what_comes_after_it(tmp_path: Path) -> None:
     assert later.done
 
 
-def test_the_environment_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads sleep while they wait, unless somebody says how; what is given comes last."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    show = "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'], flush=True)"
-    assert run_jobs([job(tmp_path, "a", show)], [""], environment={"OMP_NUM_THREADS": "3"}) == {}
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert run_jobs([job(tmp_path, "b", show)], [""], environment={"OMP_NUM_THREADS": "1"}) == {}
-    assert [(tmp_path / f"{name}.log").read_text() for name in "ab"] == ["passive 3\n", "active 1\n"]
-
-
 def test_what_cannot_begin_and_what_cannot_be_written(tmp_path: Path) -> None:
     """Neither a job that cannot be prepared, nor a look that fails on the way, stops the others."""
 
@@ -120,12 +108,17 @@ def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: P
     code = f"""if True:
         import sys
         from pathlib import Path
-        from benchmarks.command import ended
         from benchmarks.job_queue import Job, run_jobs
+        from postgen.interrupts import stoppable
         f = Path({str(tmp_path)!r})
         words = (sys.executable, "-S", "-c", {command!r})
         job = Job(name="slow", command=words, mark=f / "mark", log=f / "log")
-        raise SystemExit(ended("x", lambda: len(run_jobs([job], [""], tick=(f / "looked").touch))))
+        with stoppable() as stop:
+            try:
+                run_jobs([job], [""], tick=(f / "looked").touch)
+            except KeyboardInterrupt:
+                stop.end()
+                raise SystemExit(stop.code)
     """
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     while not (tmp_path / "on").exists():
@@ -139,25 +132,3 @@ def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: P
     assert (tmp_path / "got").read_text() == "1"
     assert (tmp_path / "looked").exists()
     assert not (tmp_path / "mark").exists()
-
-
-def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line after wrong input, and after a signal or what a library made of it; a defect keeps its traceback."""
-
-    def wrong() -> int:
-        raise UserError("no such thing")
-
-    def stopped() -> int:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise RuntimeError("a library failed") from None
-        return 0
-
-    def broken() -> int:
-        raise RuntimeError("a defect")
-
-    assert (ended("x", lambda: 3), ended("x", wrong), ended("x", stopped)) == (3, 2, 143)
-    assert capsys.readouterr().err == "x: no such thing\nx: stopped; the same command goes on\n"
-    with pytest.raises(RuntimeError, match="a defect"):
-        ended("x", broken)
