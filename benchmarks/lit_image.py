@@ -15,38 +15,63 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import lit_image_report
+from benchmarks.command import ended
 from benchmarks.job_queue import Job, places_on, run_jobs, wanted
 from benchmarks.lit_image_arms import ARMS, FULL, SHORT, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
-from postgen.errors import UserError
+from benchmarks.lit_image_folder import all_measured, check_folder, lock_of
+from postgen.errors import UserError, check_number, shown
 from postgen.files import replacing
 
 
 def train(options: argparse.Namespace) -> dict[str, str]:
-    """Run what is not done, and return what is left and why."""
+    """Run what is not done, and return what is left and why.
+
+    Raises:
+        UserError: options that mean nothing, another command in the folder, or another experiment.
+    """
+    _check_options(options)
+    options.out = options.out.absolute()  # recipes name it: another spelling would be another run
     size = TINY if options.tiny else SHORT if options.short else FULL
     if options.no_graphs:
         size = replace(size, teacher={**size.teacher, "cuda_graphs": False})
     arms = [*(options.arms or [TEACHER, *ARMS, YOUNG])]
     names = [TRUTH, *names_of(arms, options.seeds)]
     jobs = all_jobs(names, options.out, size)
-    todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
     places = places_on(options.gpus, options.each)
     results = options.results or options.out
 
     def tick() -> None:
         collect(options.out, results, jobs)
 
-    return run_jobs(
-        todo, places, seconds=options.seconds, tick=tick, environment={"OMP_NUM_THREADS": str(options.threads)}
-    )
+    with lock_of(options.out):
+        check_folder(options.out, results, jobs, size)
+        todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
+        # Threads that spin while others wait for a core made a measurement of 10 s one of minutes on a busy machine.
+        waits = os.environ.get("OMP_WAIT_POLICY", "passive")
+        environment = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": waits}
+        return run_jobs(todo, places, seconds=options.seconds, tick=tick, environment=environment)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name, least in (("each", 1), ("threads", 1), ("seconds", 0)):
+        check_number(f"--{name}", getattr(options, name), least)
+    for seed in options.seeds:
+        check_number("--seeds", seed, 0, 2**31 - 1)
+    for name in ("gpus", "seeds", "arms"):
+        if len(set(given := getattr(options, name) or [])) < len(given):
+            raise UserError(f"--{name} names one twice: {' '.join(map(str, given))}")
+    if odd := [gpu for gpu in options.gpus if "," in gpu or not gpu.strip()]:
+        raise UserError(f"--gpus is {shown(odd[0])}: give numbers one by one, as --gpus 0 1, or none for the CPU")
 
 
 def _ordered(jobs: Sequence[Job]) -> list[Job]:
@@ -63,11 +88,9 @@ def _ordered(jobs: Sequence[Job]) -> list[Job]:
 def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
     """Write what there is."""
     results.mkdir(parents=True, exist_ok=True)
-    measured = {
-        place.stem: json.loads(place.read_text(encoding="utf-8"))
-        for place in sorted((out / "measured").glob("*.json"))
-    }
-    lines = {name: _metrics(out / "runs" / name / "metrics.jsonl") for name in jobs}
+    measured = all_measured(out)
+    # Of all runs that are there, whichever of them this call is about.
+    lines = {place.parent.name: _metrics(place) for place in sorted((out / "runs").glob("*/metrics.jsonl"))}
     losses = {name: rows[-1] for name, told in lines.items() if (rows := [row for row in told if "loss" in row])}
     judged = {name: rows for name, told in lines.items() if (rows := [row for row in told if "eval_score" in row])}
     state = {name: "done" if job.done else "not done" for name, job in jobs.items()}
@@ -101,7 +124,10 @@ def table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is asked for; exit code 1 where something failed, 3 where something is left for another call."""
+    """Do what is asked for; exit code 1 where something failed, 3 where something is left for another call.
+
+    Others are 2 after wrong input, and 130, 143 or 129 after a signal, when all that runs has saved what it did.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/lit-image"), help="folder of the experiment")
     parser.add_argument("--results", type=Path, help="folder for what is to be kept; OUT by default")
@@ -112,26 +138,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of each command on the CPU")
     parser.add_argument("--no_graphs", action="store_true", help="train the teachers without CUDA graphs")
     parser.add_argument("--seconds", type=float, default=0.0, help="after which everything is saved; 0 is no limit")
-    parser.add_argument("--tiny", action="store_true", help="a try on a CPU")
-    parser.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
+    tries = parser.add_mutually_exclusive_group()
+    tries.add_argument("--tiny", action="store_true", help="a try on a CPU")
+    tries.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
     parser.add_argument("--report", action="store_true", help="write the result of RESULTS/measures.json")
     parser.add_argument("--docs", action="store_true", help="with --report: write the table and the sheet of the docs")
     parser.add_argument("-o", "--output", default="lit", help="with --report: name of the result, or a path .json")
     parser.add_argument("--table", action="store_true", help="print the arms")
     options = parser.parse_args(argv)
-    try:
-        if options.table:
-            print(table())
-        elif options.report:
-            lit_image_report.report(options.results or options.out, options.output, docs=options.docs)
-        else:
-            left = train(options)
-            for name, why in left.items():
-                print(f"{name}: {why}")
-            return 1 if "failed" in left.values() else 3 if left else 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return ended("benchmarks.lit_image", partial(_do, options))
+
+
+def _do(options: argparse.Namespace) -> int:
+    if options.docs and not options.report:
+        raise UserError("--docs is for --report: give both")
+    if options.table:
+        print(table())
+    elif options.report:
+        lit_image_report.report(options.results or options.out, options.output, docs=options.docs)
+    else:
+        left = train(options)
+        for name, why in left.items():
+            print(f"{name}: {why}")
+        return 1 if "failed" in left.values() else 3 if left else 0
     return 0
 
 

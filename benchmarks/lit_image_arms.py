@@ -165,7 +165,7 @@ def _measuring(name: str, out: Path, size: Size, needs: tuple[str, ...]) -> Job:
 
 
 def settings_of(name: str, out: Path, size: Size) -> dict[str, Any]:
-    """Return the recipe of a run."""
+    """Return the settings of a run, those of its conversion among them."""
     arm, seed = name.split(".")
     common = {"output_dir": str(out / "runs" / name), "seed": int(seed)}
     teacher = {**_read("tiny-dit"), **size.teacher, "pool_dir": str(out / "pool"), **common}
@@ -182,16 +182,21 @@ def settings_of(name: str, out: Path, size: Size) -> dict[str, Any]:
     return found
 
 
+def recipe_of(name: str, out: Path, size: Size) -> dict[str, Any]:
+    """Return the recipe of a run as it is written: one with weights of its own names a converted transformer."""
+    settings, arm = settings_of(name, out, size), name.split(".")[0]
+    if arm in ARMS and ARMS[arm].start:
+        del settings["conversion"]
+        settings["student"] = str(out / "starts" / name)
+    return settings
+
+
 def prepare(name: str, out: Path, size: Size) -> None:
     """Write the recipe of a run, and the converted transformer that it begins with where that is not its teacher."""
-    settings = settings_of(name, out, size)
-    arm, seed = name.split(".")
-    if arm in ARMS and (start := ARMS[arm].start):
-        folder = out / "starts" / name
-        settings["student"] = str(folder)
-        conversion = settings.pop("conversion")
-        if not (folder / "config.json").is_file():
-            _convert(start, int(seed), conversion, out, size, folder)
+    settings, (arm, seed) = recipe_of(name, out, size), name.split(".")
+    folder = out / "starts" / name
+    if "student" in settings and not (folder / "config.json").is_file():
+        _convert(ARMS[arm].start, int(seed), settings_of(name, out, size)["conversion"], out, size, folder)
     place = out / "recipes" / f"{name}.yaml"
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as part:

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.command import ended
 from benchmarks.gates import device as hardware
 from benchmarks.lit_image_arms import ARMS, TRUTH
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.files import replacing
 from postgen.info import versions
 from postgen.metrics.frechet import Gaussian, frechet_distance
@@ -97,7 +99,11 @@ def judged(pictures_N3HW: Tensor, wanted: Sequence[int], workers: int) -> dict[s
 
 
 def pictures_of(name: str, options: argparse.Namespace, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """Draw the pictures of a run; also say what it is."""
+    """Draw the pictures of a run; also say what it is.
+
+    Raises:
+        UserError: it was not trained yet.
+    """
     from diffusers import DiTPipeline
 
     from postgen.families import denoiser_for
@@ -108,6 +114,8 @@ def pictures_of(name: str, options: argparse.Namespace, device: torch.device) ->
         first = UNSEEN + 576 * options.per_class
         return true_stills(first, wanted, options.per_class, options.size, device), {}
     export, student = options.out / "runs" / name / "export", name.split(".")[0] in ARMS
+    if not export.is_dir():
+        raise UserError(f"there is no {export}: train {name} first, with benchmarks.lit_image")
     base, words = export, {}
     if student:
         base = Path(json.loads((export / "base.json").read_text(encoding="utf-8"))["base"])
@@ -143,7 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per_class", type=int, default=4)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
+    return ended("benchmarks.lit_image_measure", partial(_measure, parser.parse_args(argv)))
+
+
+def _measure(options: argparse.Namespace) -> int:
+    for name, least, most in (
+        ("size", 32, 1024),
+        ("classes", 1, len(labels())),
+        ("per_class", 1, 64),
+        ("draws", 1, 10_000),
+    ):
+        check_number(f"--{name}", getattr(options, name), least, most)
     device, began = torch.device(options.device), time.perf_counter()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -165,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = options.out / "measured" / f"{options.name}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     found = {
-        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class")},
+        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class", "draws")},
         **{"device": hardware(), "versions": versions(), **said},
         "seconds": {"sampled": round(sampled, 1), "all": round(time.perf_counter() - began, 1)},
         **{"fd": value, "fd_draws": draws, "rows": rows},

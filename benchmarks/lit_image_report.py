@@ -7,7 +7,6 @@ alike. What is a guideline's number, and when it holds, was written down before 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from benchmarks import docs_tables
 from benchmarks.gates import RESULTS
 from benchmarks.lit_image_arms import ARMS, TEACHERS
+from benchmarks.lit_image_folder import is_whole, read_measures
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_tables import table
 from benchmarks.worldweaver_along import rounded
@@ -170,19 +170,33 @@ def verdict(difference: Mapping[str, float] | None) -> str:
 def report(results: Path, output: str | Path, *, docs: bool) -> None:
     """Write the part of the result of `results/measures.json`, and the page of it.
 
+    Args:
+        results: folder of what was collected.
+        output: name of the result, or a path that ends in .json.
+        docs: whether the page and its sheet are written too.
+
     Raises:
-        UserError: no such file, or nothing in it.
+        UserError: no such file, a damaged one, nothing in it; no sheet for the page; a try, which only has a place in
+            a file of its own.
     """
-    place = results / "measures.json"
+    place, drawn = results / "measures.json", results / "sheet.webp"
     if not place.is_file():
         raise UserError(f"there is no {place}: run benchmarks.lit_image first")
-    section = section_of(json.loads(place.read_text(encoding="utf-8")))
+    section = section_of(read_measures(place))
+    settings = section["settings"]
+    if not is_whole(settings["classes"], settings["per_class"]) and (docs or Path(output).suffix != ".json"):
+        raise UserError(
+            f"{place} is of a try, {settings['per_class']} pictures of {settings['classes']} classes: write it apart,"
+            " with -o PATH.json and without --docs"
+        )
+    if docs and not drawn.is_file():
+        raise UserError(f"there is no {drawn}, which the page shows: run benchmarks.lit_image again, which draws it")
     print(f"written to {put_section('image', section, path=output)}")
     if docs:
-        docs_tables.write(PAGE, docs_tables.of_result({"image": section}, TABLES))
         SHEET.parent.mkdir(parents=True, exist_ok=True)
         with replacing(SHEET) as part:
-            part.write_bytes((results / "sheet.webp").read_bytes())
+            part.write_bytes(drawn.read_bytes())
+        docs_tables.write(PAGE, docs_tables.of_result({"image": section}, TABLES))
 
 
 def _cell(found: Mapping[str, float] | None, digits: int, *, signed: bool = False) -> str:
@@ -204,6 +218,7 @@ def image_table(result: Mapping[str, Any]) -> Iterator[str]:
         whole = [_cell(arm["fd"], 2), _cell(arm["all_right"], 3), _cell(less, 3, signed=True)]
         rows.append([f"{NAMES[name]} (`{name}`)", str(len(arm["seeds"])), *whole, *shares])
     yield from table(heads, rows)
+    yield from ("", f"![The same classes from the same noise, a row for each arm]({SHEET.relative_to(DOCS)})")
 
 
 def guideline_table(result: Mapping[str, Any]) -> Iterator[str]:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number, shown
 from postgen.families.pipeline_denoiser import PipelineDenoiser
+
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class AlphaBarDenoiser(PipelineDenoiser):
@@ -28,12 +30,17 @@ class AlphaBarDenoiser(PipelineDenoiser):
         self._table = torch.cat([final.cpu(), self.schedule.alphas_cumprod.double().cpu()])
 
     def check_scheduler(self) -> None:
-        """Refuse a scheduler of flows."""
+        """Refuse a scheduler of flows, and one that predicts nothing known."""
         config = self.pipe.scheduler.config
         if "prediction_type" not in config or config.get("use_flow_sigmas", False):
             raise UserError(
                 f"{type(self.pipe.scheduler).__name__} has no alpha-bars: {type(self.pipe).__name__} needs DDIM's, "
                 "or another scheduler of the same betas"
+            )
+        if config["prediction_type"] not in _PREDICTIONS:
+            raise UserError(
+                f"prediction_type of {type(self.pipe.scheduler).__name__} is {shown(config['prediction_type'])}:"
+                f" {', '.join(_PREDICTIONS)} are known"
             )
 
     def alpha_bar_scheduler(self) -> Any:
@@ -48,8 +55,13 @@ class AlphaBarDenoiser(PipelineDenoiser):
         return self._table.to(sigma.device)[place]
 
     def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
-        """Return the (num_steps + 1,) noise levels of the schedule, float64, the last one 0."""
+        """Return the (num_steps + 1,) noise levels of the schedule, float64, the last one 0.
+
+        Raises:
+            UserError: more steps than the scheduler has timesteps.
+        """
         scheduler = copy.deepcopy(self.schedule)
+        check_number("num_inference_steps", num_steps, 1, scheduler.config.num_train_timesteps)
         scheduler.set_timesteps(num_steps)
         times = scheduler.timesteps.double()
         sigmas = torch.cat([(times + 1) / self.timestep_scale, times.new_zeros(1)])

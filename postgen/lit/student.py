@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.families.own_format import without_note
 from postgen.lit.config import LiTConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import conversion_of, convert, layers_of
@@ -59,7 +61,7 @@ def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dic
     """Return the conversion and the weights of a folder that `postgen.lit.save` wrote.
 
     Raises:
-        UserError: as `load`, or it was converted from a model with other layers than the teacher.
+        UserError: as `load`, or it was converted from a model with other layers or settings than the teacher.
     """
     made = load(folder)
     tensors = dict(made.state_dict())
@@ -68,7 +70,18 @@ def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dic
     theirs = {name: value.shape for name, value in teacher.state_dict().items() if name not in fresh}
     if type(made) is not type(teacher) or kept != theirs:
         raise UserError(f"{folder} was converted from another model than the teacher, a {type(teacher).__name__}")
+    # Weights of the same shapes do not tell: heads are parts of one matrix, and positions may be no weights.
+    own, other = _settings(made), _settings(teacher)
+    if changed := [name for name in other if own.get(name) != other[name]]:
+        told = ", ".join(f"{name} {own.get(name)} and not {other[name]}" for name in changed)
+        raise UserError(f"{folder} was converted from a model with other settings than the teacher: {told}")
     return conversion_of(made).config, tensors
+
+
+def _settings(model: Any) -> dict[str, str]:
+    """Return what makes a network, as JSON has it: files have no tuples, and our note is none of its settings."""
+    config = without_note(model.config)
+    return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
 
 @torch.no_grad()

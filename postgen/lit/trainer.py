@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from postgen.errors import UserError, shown
+from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
 from postgen.families.exports import write_note
 from postgen.lit.adapter import ADAPTER, save_adapter
@@ -79,8 +79,6 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         eval_dataset: str | Iterable[Mapping[str, Any]] | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
-        if not isinstance(args, LitTrainingConfig):
-            raise UserError(f"LitTrainer needs args, a LitTrainingConfig, got {shown(args)}")
         super().__init__(args, callbacks)
         self.source = args.model if model is None else model
         given = args.train_dataset if train_dataset is None else train_dataset

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from transformers import TrainerCallback, get_scheduler
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.files import replacing
 
 from . import checkpoint, resume, rng, weights
@@ -74,10 +74,12 @@ class Trainer(TrainerHooks[C]):
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        UserError: the device is absent, or launched in a way that it cannot be (`postgen.training.launch`).
+        UserError: another configuration, or the device is absent or launched in a way that it cannot be (`launch`).
     """
 
     def __init__(self, args: C, callbacks: Iterable[TrainerCallback] = ()) -> None:
+        if not isinstance(args, self.config_class):
+            raise UserError(f"{type(self).__name__} needs args, a {self.config_class.__name__}, got {shown(args)}")
         check_launch(args)
         self.args = args
         self.global_step = 0

@@ -255,3 +255,14 @@ def test_denoiser_schedules_need_the_right_scheduler():
     stable.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(UserError, match="has no alpha-bars"):
         denoiser_for(stable)
+
+
+def test_a_schedule_has_no_more_steps_than_there_are_timesteps():
+    stable = tiny_pipeline("Stable Diffusion")[0]
+    known = stable.scheduler.config.num_train_timesteps
+    assert len(denoiser_for(stable).sigmas(known)) == known + 1
+    with pytest.raises(UserError, match=f"num_inference_steps must be at least 1 and at most {known:,}, got"):
+        denoiser_for(stable).sigmas(known + 1)
+    stable.scheduler.register_to_config(prediction_type="noise")
+    with pytest.raises(UserError, match="'noise': epsilon, sample, v_prediction are known"):
+        denoiser_for(stable)

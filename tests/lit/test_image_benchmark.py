@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import lit_image, lit_image_measure
 from benchmarks.docs_tables import filled, of_result
@@ -25,6 +28,7 @@ from benchmarks.lit_image_arms import (
     prepare,
     settings_of,
 )
+from benchmarks.lit_image_folder import check_folder, lock_of
 from benchmarks.lit_image_measure import classes_of, distances
 from benchmarks.lit_image_report import PAGE, TABLES, section_of
 from benchmarks.lit_sections import put_section
@@ -67,7 +71,7 @@ def test_every_arm_is_a_recipe(size: Any, tmp_path: Path) -> None:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny experiment, every command in this process."""
     folder = tmp_path_factory.mktemp("lit-image")
-    words = ["--out", str(folder), "--size", "32", "--classes", "4", "--per_class", "1", "--draws", "4"]
+    words = ["--out", str(folder), "--size", "32", "--classes", "4", "--per_class", "1", "--draws", "5"]
     assert lit_image_measure.main(["reference", *words]) == 0
     for name in ("teacher.0", "inherit_none.0"):
         prepare(name, folder, TINY)
@@ -107,11 +111,19 @@ def test_distances() -> None:
     assert classes_of(4, 2) == [0, 0, 144, 144, 288, 288, 432, 432]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [("lit.7", "lit.7/export: train lit.7 first"), ("truth.0 --classes 577", "--classes must be")]
+)
+def test_what_cannot_be_measured(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_image_measure.main([*words.split(), "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def made(fd: float, right: list[int], **more: Any) -> dict[str, Any]:
     """A run of 4 pictures as `lit_image_measure` writes it."""
     aspects = ("all_right", "count", "colour", "shape", "event", "score")
     return {
-        **{"settings": {"size": 32, "classes": 4, "per_class": 1}, "device": "x", "versions": {}},
+        **{"settings": {"size": 32, "classes": 4, "per_class": 1, "draws": 5}, "device": "x", "versions": {}},
         **{"fd": fd, "fd_draws": [fd + 1, fd + 1.1, fd + 0.9], "rows": dict.fromkeys(aspects, right), **more},
     }
 
@@ -146,6 +158,85 @@ def test_the_report(tmp_path: Path) -> None:
     assert "LiT: 2 heads" in page
     assert not any(math.isnan(arm["all_right"]["value"]) for arm in section["arms"].values())
     assert lit_image.main(["--report", "--results", str(tmp_path / "none")]) == 2
+
+
+def test_a_report_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A try has no place in the results and on the page; what is damaged or missing is said in one line."""
+    words = ["--report", "--results", str(tmp_path)]
+    apart = [*words, "-o", str(tmp_path / "x.json")]
+    place = tmp_path / "measures.json"
+    told = {"measured": {"lit.0": made(5, [1, 1, 0, 1])}, "losses": {}, "judged": {}}
+    whole = made(5, [1] * 2304, settings={"size": 64, "classes": 576, "per_class": 4, "draws": 200})
+    for given, asked, said in (
+        (json.dumps(told), words, "is of a try, 1 pictures of 4 classes"),
+        (json.dumps(told), [*apart, "--docs"], "is of a try"),
+        (json.dumps({**told, "measured": {"lit.0": whole}}), [*apart, "--docs"], "sheet.webp, which the page shows"),
+        ('{"measured": ', apart, "cannot be read, remove it"),
+        ("[]", apart, "holds []"),
+        (json.dumps({"measured": {}}), apart, "is no file of measures"),
+        (json.dumps({**told, "measured": {"lit.0": {}}}), apart, "is no file of measures"),
+        (json.dumps({**told, "measured": {}}), apart, "nothing was measured yet"),
+    ):
+        place.write_text(given)
+        assert lit_image.main(asked) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert len(err.splitlines()) == 1
+    assert lit_image.main(["--docs"]) == 2
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_folder_of_another_experiment(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs, measures and references of another size are neither taken for this one's nor overwritten."""
+    everything = [*names_of([*TEACHERS, *ARMS], [0]), TRUTH]
+    check_folder(out, out, everything, TINY)
+    check_folder(out, out, everything, replace(TINY, teacher={**TINY.teacher, "cuda_graphs": True}))
+    for size, said in (
+        (SHORT, r"teacher\.0 with other settings \(bf16: False -> True"),
+        (replace(TINY, student={**TINY.student, "max_steps": 3}), r"inherit_none\.0 with other settings \(max_steps"),
+        (replace(TINY, draws=6), r"has measures of inherit_none\.0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_folder(out, out, everything, size)
+    reference = tmp_path / "one" / "reference.safetensors"
+    reference.parent.mkdir()
+    save_file({"features": torch.zeros(3, 320)}, reference)
+    with pytest.raises(UserError, match="is of 3 stills, this size takes 4"):
+        check_folder(reference.parent, tmp_path, [], TINY)
+    shutil.copy(out / "measures.json", tmp_path)
+    with pytest.raises(UserError, match=r"has inherit_none\.0, teacher\.0, truth\.0, which are not in"):
+        check_folder(tmp_path / "two", tmp_path, [], TINY)
+    (tmp_path / "two" / "measured").mkdir(parents=True)
+    (tmp_path / "two" / "measured" / "lit.0.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lit\.0\.json is no measurement: remove it"):
+        check_folder(tmp_path / "two", tmp_path / "three", [], TINY)
+    with lock_of(out):
+        assert lit_image.main(["--out", str(out), "--tiny", "--gpus"]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+
+
+def test_nothing_of_other_arms_is_dropped(out: Path, tmp_path: Path) -> None:
+    """A call about a few arms collects what there is of all."""
+    lit_image.collect(out, tmp_path, all_jobs([TRUTH, "teacher.0"], out, TINY))
+    assert json.loads((tmp_path / "measures.json").read_text()) == json.loads((out / "measures.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--each 0", "--each must be at least 1"),
+        ("--threads -1", "--threads must be at least 1"),
+        ("--seconds nan", "--seconds must be at least 0"),
+        ("--seeds -1", "--seeds must be at least 0"),
+        ("--seeds 0 0", "--seeds names one twice: 0 0"),
+        ("--arms lit lit", "--arms names one twice"),
+        ("--gpus 0,1", "give numbers one by one"),
+    ],
+)
+def test_options_that_mean_nothing(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit_image.main(["--tiny", "--out", str(tmp_path / "out"), *words.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_lists_the_arms() -> None:

@@ -17,13 +17,14 @@ from torch.distributions import Normal, kl_divergence
 
 from postgen.errors import UserError
 from postgen.families import denoiser_for
-from postgen.lit import LiTConfig, LitOptions, convert, layers_of
+from postgen.lit import LiTConfig, LitOptions, convert, layers_of, save
+from postgen.lit.student import read_student
 from postgen.pretrain.class_to_image import ClassToImageConfig, ClassToImageTrainer, judged, new_dit, sample_pictures
 from postgen.pretrain.pixels import pixel_autoencoder
 from postgen.pretrain.stills import labels, pool_of, render_stills, still
 from postgen.pretrain.variance import variance_bound
 from postgen.train import main
-from postgen.training import load_recipe
+from postgen.training import TrainingConfig, load_recipe
 from postgen.training.run_folder import RunLock
 from postgen.world.parse import read
 
@@ -208,6 +209,25 @@ def test_what_a_student_inherits(inherit: str) -> None:
     assert all(layer.options.merge_heads == 2 for layer in layers_of(linear).values())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 2}, "from another model than the teacher"),
+        ({"num_heads": 4, "head_dim": 8}, "num_attention_heads 4 and not 2, attention_head_dim 8 and not 16"),
+        ({"size": 64}, "sample_size 64 and not 32"),
+    ],
+)
+def test_a_student_of_another_teacher(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Its weights may have the shapes of this teacher's, and mean something else."""
+    given = {key: value for key, value in TINY.items() if key != "method"} | {"output_dir": "x"}
+    student, teacher = (new_dit(ClassToImageConfig.from_dict({**given, **more})) for more in (changes, {}))
+    options = LitOptions(merge_heads=2, conv_time=0)
+    convert(student, LiTConfig(layers="all:lit", first_block=True, inherit="output", lit=options))
+    save(student, tmp_path / "student")
+    with pytest.raises(UserError, match=said):
+        read_student(tmp_path / "student", teacher)
+
+
 def test_recipes_and_refusals(tmp_path: Path) -> None:
     trainer, config = load_recipe(RECIPES / "tiny-dit.yaml")
     assert trainer is ClassToImageTrainer
@@ -225,6 +245,9 @@ def test_recipes_and_refusals(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             ClassToImageConfig(output_dir=str(tmp_path), **changes)
     given = {key: value for key, value in TINY.items() if key != "method"}
+    for args in (None, given, TrainingConfig(output_dir="x")):
+        with pytest.raises(UserError, match="ClassToImageTrainer needs args, a ClassToImageConfig, got"):
+            ClassToImageTrainer(args)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cuda_graphs needs one GPU"):
         ClassToImageTrainer(
             ClassToImageConfig.from_dict({**given, "output_dir": str(tmp_path), "cuda_graphs": True})
