@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command import ended
 from benchmarks.job_queue import Job, places_on, run_jobs
-from postgen.interrupts import stoppable
 
 ARMS: dict[str, tuple[str, str]] = {
     "a": (
@@ -152,15 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table())
         return 0
     runs = [Run(arm=arm, seed=seed, out=options.out) for seed in options.seeds for arm in options.arms]
-    with stoppable() as stop:
-        try:
-            left = train(runs, options.gpus, options.each, more, options.seconds)
-        except KeyboardInterrupt:
-            stop.end()
-            return stop.code
-    for name, why in left.items():
-        print(f"{name}: {why}")
-    return 1 if "failed" in left.values() else 3 if left else 0
+
+    def work() -> int:
+        left = train(runs, options.gpus, options.each, more, options.seconds)
+        for name, why in left.items():
+            print(f"{name}: {why}")
+        return 1 if "failed" in left.values() else 3 if left else 0
+
+    return ended("benchmarks.worldweaver_arms", work, "the same command resumes the runs")
 
 
 if __name__ == "__main__":
