@@ -28,9 +28,10 @@ _NAMES = {int: "whole number", float: "number", str: "text", bool: "true, false"
 _SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 _TOP = """# Settings of recipes
 
-Every key of every training method, with its type and default. `python -m benchmarks.docs_keys` makes this page of the dataclasses; a test
-compares. A recipe is YAML with `method:` and any of these keys ([recipes](commands.md#recipes)); the same keys follow
-`postgen train RECIPE` as `--key value`, which is stronger than the recipe.
+Every key of every training method, with its type and default. `python -m benchmarks.docs_keys` makes this page of
+the dataclasses; a test compares. A recipe is YAML with `method:` and any of these keys
+([recipes](commands.md#recipes)); the same keys follow `postgen train RECIPE` as `--key value`, which is stronger than
+the recipe.
 
 | Type | In a recipe | On the command line |
 |---|---|---|
@@ -38,17 +39,19 @@ compares. A recipe is YAML with `method:` and any of these keys ([recipes](comma
 | true, false | `bf16: true` | `--bf16 true`, `--bf16 false` |
 | text | `output_dir: runs/a` | `--output_dir runs/a` |
 | one of several words | `sde_type: exact` | `--sde_type exact` |
-| a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`: the values one after the other, without brackets or commas |
+| a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`: one after the other, no brackets, no commas |
 | an empty list | `reward_funcs: []` | `--reward_funcs []` |
 | what may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
 | a mapping | `widths: {a: 1}` | in a recipe only |
 
-A part (a heading below with a word in backticks) may be written nested: `lora: {r: 32}` is `lora_r: 32`. On the command line keys are always flat. A key that
-nobody knows is refused with the nearest known one. Meanings are cut to a sentence: the whole of each is in the [API reference](api/index.md).
-`postgen train RECIPE --dry-run` checks all settings and trains nothing.
+A part (a heading below with a word in backticks) may be written nested: `lora: {r: 32}` is `lora_r: 32`. On the
+command line keys are always flat. An unknown key is refused, and the nearest known one is named. Meanings are cut to a
+sentence: the whole of each is in the API reference of the site.
 
-To resume, give every override again: `--resume` compares the settings with those of the checkpoint and refuses a difference that would change what is
-learned. *Free* keys may differ; *shared out* ones may when the product over all processes stays the same; others need to be named in `allow_changed`.
+To resume, give every override again: `--resume` compares the settings with those of the checkpoint and refuses a
+difference that would change what is learned. *Free* keys may differ. *Shared out* ones may differ in another number of
+processes, as long as a batch stays the same; others must be named in `allow_changed`:
+[more](faq.md#how-do-i-resume-a-run).
 """
 
 
@@ -74,7 +77,7 @@ def page() -> str:
         lines += _table(having, usual[part])
     for method, kind in kinds.items():
         lines += ["", f"## Method `{method}`", "", *_own_defaults(kind, usual), ""]
-        own = {name: kind for name in parts_of(kind)["method"]}
+        own = dict.fromkeys(parts_of(kind)["method"], kind)
         lines += _table(own, {name: _default(kind, name) for name in own})
     return "\n".join(lines) + "\n"
 
@@ -87,7 +90,9 @@ def _own_defaults(kind: type[Part], usual: dict[str, dict[str, str]]) -> Iterato
         for name in names
         if part != "method" and (value := _default(kind, name)) != usual[part][name]
     ]
-    yield f"`{kind.__name__}`." + (f" Defaults that differ from those of its parts: {', '.join(told)}." if told else "")
+    yield f"`{kind.__name__}`." + (
+        f" Defaults that differ from those of its parts: {', '.join(told)}." if told else ""
+    )
 
 
 def _base(kind: type[Part], name: str) -> type[Part]:
@@ -153,9 +158,9 @@ def _docstrings(kind: type) -> dict[str, str]:
     assert isinstance(node, ast.ClassDef)
     found = {}
     for field, below in zip(node.body, node.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[field.target.id] = below.value.value
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = text
     return found
 
 

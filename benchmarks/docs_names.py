@@ -1,7 +1,7 @@
 """The public names of postgen, read off the sources without importing them.
 
-Public is what a package lists in `__all__`, the trainers of `postgen.training.METHODS`, and what the README, CONTRIBUTING.md and
-the pages of docs/ name: `from postgen.x import y`, or `postgen.x.y` in a sentence.
+Public is what a package lists in `__all__`, the trainers of `postgen.training.METHODS` with their configurations, and
+what README.md, CONTRIBUTING.md and the pages of docs/ name: `from postgen.x import y`, or `postgen.x.y` in a sentence.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def public_names() -> list[Public]:
     for package in packages():
         for name in exported(package):
             _add(found, f"{package}.{name}")
-    for name in (*_trainers(), *_named_by_pages()):
+    for name in (*trainers(), *configurations(), *_named_by_pages()):
         _add(found, name)
     return sorted(found.values(), key=lambda each: (each.package, each.name.lower()))
 
@@ -50,7 +50,7 @@ def public_names() -> list[Public]:
 def packages() -> list[str]:
     """Return the packages of postgen that are one level deep, itself first."""
     folders = sorted(path.parent.name for path in (ROOT / "postgen").glob("*/__init__.py"))
-    return ["postgen", *(f"postgen.{name}" for name in folders), "postgen.kernels"]
+    return ["postgen", *(f"postgen.{name}" for name in sorted([*folders, "kernels"]))]
 
 
 def docstring_of(module: str) -> str:
@@ -62,7 +62,7 @@ def docstring_of(module: str) -> str:
 def _add(found: dict[str, Public], name: str) -> None:
     """Add a name under the place where it is defined, once; the shortest way to import it stays."""
     home = _home(name)
-    if home is None or name.rpartition(".")[2].startswith("_") and not name.endswith("__version__"):
+    if home is None or (name.rpartition(".")[2].startswith("_") and not name.endswith("__version__")):
         return
     if home in found and (len(found[home].name), found[home].name) <= (len(name), name):
         return
@@ -138,25 +138,40 @@ def _imports(module: str) -> dict[str, str]:
 def exported(package: str) -> list[str]:
     """Return the names of `__all__`. Where that is made of a table, its names are imported for type checkers."""
     place = _definitions(package).get("__all__") if _file(package) else None
-    if place is None or (value := place[0].value if isinstance(place[0], ast.Assign | ast.AnnAssign) else None) is None:
+    if (
+        place is None
+        or (value := place[0].value if isinstance(place[0], ast.Assign | ast.AnnAssign) else None) is None
+    ):
         return []
     names = [node.value for node in ast.walk(value) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     plain = isinstance(value, ast.List) and all(isinstance(each, ast.Constant) for each in value.elts)
     return names if plain else [*names, *_imports(package)]
 
 
-def _trainers() -> Iterator[str]:
-    """Yield the trainers of the training methods, and their configurations."""
+def trainers() -> dict[str, str]:
+    """Return where the trainer of each method is defined -> the method, of `postgen.training.METHODS`."""
     methods = _definitions("postgen.training.recipe")["METHODS"][0]
     assert isinstance(methods, ast.Assign)
-    for place in ast.literal_eval(methods.value).values():
-        module, _, name = place.partition(":")
-        yield f"{module}.{name}"
+    return {place.replace(":", "."): method for method, place in ast.literal_eval(methods.value).items()}
+
+
+def configurations() -> dict[str, str]:
+    """Return where the configuration of each method is defined -> the method."""
+    found = {}
+    for place, method in trainers().items():
+        module, _, name = place.rpartition(".")
         trainer = _definitions(module)[name][0]
         for node in trainer.body if isinstance(trainer, ast.ClassDef) else ():
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "config_class":
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and node.target.id == "config_class"
+            ):
                 assert isinstance(node.value, ast.Name)
-                yield f"{module}.{node.value.id}"
+                home = _home(f"{module}.{node.value.id}")
+                assert home is not None
+                found[home] = method
+    return found
 
 
 def _named_by_pages() -> Iterator[str]:

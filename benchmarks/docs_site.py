@@ -1,7 +1,7 @@
 """What `mkdocs build` adds to the pages of docs/: the API reference, and files of the repository that pages link to.
 
-A hook of mkdocs.yml. On GitHub the links work as they stand; on the site, files outside docs/ become pages (sources, recipes)
-or copies (results, pictures), and a folder of a package becomes its page of the API reference.
+A hook of mkdocs.yml. On GitHub the links work as they stand; on the site, files outside docs/ become pages (sources,
+recipes) or copies (results, pictures), and a folder of a package becomes its page of the API reference.
 """
 
 from __future__ import annotations
@@ -16,24 +16,36 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-from benchmarks.docs_names import ROOT, Public, docstring_of, exported, packages, public_names
+from benchmarks.docs_names import ROOT, Public, configurations, docstring_of, exported, packages, public_names
 
 _LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
 _DOCTEST = re.compile(r'^( +)>>> .*\n(?:\1(?!""")\S.*\n)*', re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".txt": "text"}
 _FOLDER = "repository"
+_WIDE = ("paper_index.md",)
+"""Pages of one wide table, which gets the place of the table of contents."""
 _HIDDEN = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
 _parsed: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @event_priority(100)
 def on_config(config: Any) -> Any:
-    """Show mkdocstrings a tree in which every folder is a package, before it reads its settings."""
+    """Show mkdocstrings a tree in which every folder is a package, and put the API reference into the navigation."""
     folder = tempfile.TemporaryDirectory()
     _parsed.append(folder)
     _packages_of(ROOT / "postgen", Path(folder.name) / "postgen")
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [folder.name]
+    pages = {"Overview": "api/index.md"} | {_title(page): uri for uri, page in reference() if uri != "api/index.md"}
+    for section in config.nav:
+        for name, entries in section.items():
+            if "api/index.md" in entries:
+                section[name] = [each for each in entries if each != "api/index.md"]
+                section[name].append({"API reference": [{title: uri} for title, uri in pages.items()]})
     return config
+
+
+def _title(page: str) -> str:
+    return page.partition("\n")[0].removeprefix("# ")
 
 
 def _packages_of(source: Path, target: Path) -> None:
@@ -70,6 +82,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links to files outside docs/ into links to what stands for them on the site."""
     place = page.file.src_uri
+    if place in _WIDE:
+        page.meta["hide"] = ["toc"]
     if place.startswith(f"{_FOLDER}/") and not place.endswith(".py.md"):
         return _relinked(markdown, place, ROOT / PurePosixPath(place).relative_to(_FOLDER).parent)
     return _relinked(markdown, place, ROOT / "docs" / PurePosixPath(place).parent)
@@ -153,13 +167,17 @@ def _index(names: list[Public]) -> str:
 
 
 _INTRODUCTION = (
-    "Made of the docstrings when the site is built. It has the names that a package exports, the trainers with their settings, "
-    "and whatever else a page of this documentation names. All else may change without notice."
+    "Made of the docstrings when the site is built. It has the names that a package exports, the trainers with their "
+    "settings, and whatever else a page of this documentation names. All else may change without notice."
 )
 
 
 def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
     lines = [f"# {package}", "", docstring_of(package), ""]
+    methods = configurations()
+    if known := [method for home, method in methods.items() if any(each.home == home for each in here)]:
+        links = ", ".join(f"[`{method}`](../configuration.md#method-{method})" for method in known)
+        lines += [f"All settings of recipes, those of shared parts too: {links}.", ""]
     if package == "postgen":
         pages = {each.name: each for each in names}
         lines += ["| Import | Described in |", "|---|---|"]
@@ -167,6 +185,8 @@ def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
             if name in pages and (at := pages[name]).package != package:
                 lines.append(f"| `{name}` | [{at.package}]({api_uri(at.package).removeprefix('api/')}#{at.home}) |")
     for each in here:
-        heading = f"      heading: {each.name}\n      toc_label: {each.name.rpartition('.')[2]}"
-        lines += ["", f"::: {each.home}", f"    options:\n{heading}"]
+        lines += ["", f"::: {each.home}", "    options:", f"      heading: {each.name}"]
+        lines.append(f"      toc_label: {each.name.rpartition('.')[2]}")
+        if each.home in methods:  # a hundred fields, most of them of its parts
+            lines.append("      show_signature: false")
     return "\n".join(lines) + "\n"
