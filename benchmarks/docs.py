@@ -21,11 +21,7 @@ from benchmarks.docs_links import broken_in_repository, broken_on_site
 from benchmarks.docs_names import ROOT, public_names
 from benchmarks.gates import RESULTS, gate, write_result
 
-PAPERS = (
-    *("2502.07508", "2505.07818", "2501.12976", "2508.15720", "2604.25427", "2505.12082", "2404.06773", "2308.13137"),
-    *("2407.11062", "2602.04163", "2510.25602", "2505.14302", "2311.10126", "2109.04186", "2305.17997", "2203.03821"),
-    *("2205.11397", "2402.16880", "2201.12826", "2212.12977", "2510.24824", "2604.24763"),
-)
+PAPERS = tuple(line.split()[0] for line in (Path(__file__).parent / "data" / "papers.txt").read_text().splitlines())
 """arXiv numbers of the papers that the project is about."""
 _ROW = re.compile(r"^\| \[(\d{4}\.\d{5})\]", re.MULTILINE)
 

@@ -37,14 +37,14 @@ class Public:
 
 
 def public_names() -> list[Public]:
-    """Return all public names, by package and then by name."""
+    """Return all public names, by package; first those that a package exports itself, then those of its modules."""
     found: dict[str, Public] = {}
     for package in packages():
         for name in exported(package):
             _add(found, f"{package}.{name}")
     for name in (*trainers(), *configurations(), *_named_by_pages()):
         _add(found, name)
-    return sorted(found.values(), key=lambda each: (each.package, each.name.lower()))
+    return sorted(found.values(), key=lambda each: (each.package, each.name.count("."), each.name.lower()))
 
 
 def packages() -> list[str]:

@@ -161,7 +161,12 @@ def _index(names: list[Public]) -> str:
     for package in packages():
         count = sum(each.package == package for each in names)
         if count or package == "postgen":
-            told = docstring_of(package).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+            told = (
+                (docstring_of(package) or _NO_DOCSTRING[package])
+                .partition("\n\n")[0]
+                .replace("\n", " ")
+                .replace("|", "\\|")
+            )
             rows.append(f"| [`{package}`]({api_uri(package).removeprefix('api/')}) | {told} |")
     return "\n".join(("# API reference", "", _INTRODUCTION, "", "| Package | |", "|---|---|", *rows, ""))
 
@@ -172,8 +177,12 @@ _INTRODUCTION = (
 )
 
 
+_NO_DOCSTRING = {"postgen.kernels": "Operations of the GPU, each in a folder with its plain version, `naive.py`."}
+"""What stands for the docstring of a folder that is no package."""
+
+
 def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
-    lines = [f"# {package}", "", docstring_of(package), ""]
+    lines = [f"# {package}", "", docstring_of(package) or _NO_DOCSTRING[package], ""]
     methods = configurations()
     if known := [method for home, method in methods.items() if any(each.home == home for each in here)]:
         links = ", ".join(f"[`{method}`](../configuration.md#method-{method})" for method in known)
@@ -187,6 +196,8 @@ def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
     for each in here:
         lines += ["", f"::: {each.home}", "    options:", f"      heading: {each.name}"]
         lines.append(f"      toc_label: {each.name.rpartition('.')[2]}")
+        if each.name.rpartition(".")[2].isupper():  # a table, often of pages
+            lines.append("      show_attribute_values: false")
         if each.home in methods:  # a hundred fields, most of them of its parts
             lines.append("      show_signature: false")
     return "\n".join(lines) + "\n"
