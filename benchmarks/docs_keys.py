@@ -39,7 +39,7 @@ the recipe.
 | true, false | `bf16: true` | `--bf16 true`, `--bf16 false` |
 | text | `output_dir: runs/a` | `--output_dir runs/a` |
 | one of several words | `sde_type: exact` | `--sde_type exact` |
-| a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`: one after the other, no brackets, no commas |
+| a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`, `--sde_window_range '[0, 3]'` |
 | an empty list | `reward_funcs: []` | `--reward_funcs []` |
 | what may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
 | a mapping | `widths: {a: 1}` | in a recipe only |
