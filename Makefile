@@ -14,7 +14,7 @@ CODE := postgen pipelines rewards kernels apps benchmarks tests
 # Through the environment, so that a prompt may hold quotes.
 export PROMPT OUT
 
-.PHONY: help install generate test test-lowest style check bench clean
+.PHONY: help install generate test test-lowest style check docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,7 +26,7 @@ install: $(STAMP)  ## create .venv and install postgen into it, editable
 $(STAMP): pyproject.toml constraints.txt requirements-assets.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,rewards,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,kernels,rewards,demo,dev,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-assets.txt
 	touch $(STAMP)
 
@@ -59,8 +59,13 @@ check: $(STAMP)  ## lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The variable silences a notice of the theme about another program.
+docs: $(STAMP)  ## build the documentation site into site/; a warning, a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The site is site/index.html"
+
 bench: $(STAMP)  ## recompute the gates of every benchmark result
 	$(BIN)/python -m benchmarks.gates
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) site .mypy_cache .pytest_cache .ruff_cache

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from postgen.video import write_video as write_video
 
 __version__ = "0.1.0"
+"""Version of the package."""
 
 _HOMES = {
     "DanceGRPOConfig": "postgen.grpo.trainer",

@@ -175,3 +175,13 @@ def test_worldweaver_pipeline(ran: tuple[dict[str, Any], str]) -> None:
     names, _ = ran
     assert [clip.shape[1] for clip in names["rest"]] == [4, 4]
     assert names["video"].shape == (1, 9, 96, 96, 3)
+
+
+@pytest.mark.parametrize("ran", ["faq.md"], indirect=True)
+def test_faq(ran: tuple[dict[str, Any], str]) -> None:
+    """The page's own assertions are what its answers say."""
+    names, printed = ran
+    assert "attention auto in 8 layers" in printed
+    assert "TFLOP a pass" in printed
+    assert names["seconds"] > 0
+    assert names["out"].shape == (1, 64, 2, 16)

@@ -41,6 +41,7 @@ RECOMMENDED = {
 """By transformer class; a class that is not here gets `OTHERS`."""
 
 OTHERS = Recommendation(weight=2.0, frames=20, source="no source: weaker than every official value")
+"""For every other transformer class."""
 
 
 def recommended_weight(transformer: str) -> Recommendation:

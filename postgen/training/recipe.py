@@ -14,6 +14,7 @@ from postgen.own_code import own_function
 from postgen.reading import read_text
 from postgen.shipped import recipe_file
 
+from .bracketed import without_brackets
 from .config import TrainingConfig
 from .nested import check_key, flat
 
@@ -67,7 +68,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
     for each in env.values():
         _check_env(each, str(path))
     values = _beside(trainer.config_class, flat(trainer.config_class, values, str(path)), path)
-    overrides = _emptied(trainer.config_class, values, overrides)
+    lists = {name for name, hint in get_type_hints(trainer.config_class).items() if get_origin(hint) is list}
+    overrides = _emptied(trainer.config_class, values, without_brackets(overrides, lists))
     for word in overrides:
         if word.startswith("--"):
             check_key(_key(word), [*known, *(f"no_{key}" for key in known)], "the command line")

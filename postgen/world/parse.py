@@ -58,7 +58,7 @@ _LOOSE: tuple[tuple[str, str], ...] = (
 def parse(prompt: str) -> Spec | None:
     """Read a prompt as a scene with a fixed layout, or None when it names no body of the world.
 
-    A body is "[number] [size] colour shape"; what follows it up to the next one that is not its partner says what it
+    A body is `[number] [size] colour shape`; what follows it up to the next one that is not its partner says what it
     does. Without a known verb it stays. When the wishes cannot be laid out together (more than three bodies, say),
     None as well.
 

@@ -51,6 +51,26 @@ def test_a_list_is_emptied_on_the_command_line(recipe, words, trackers):
 
 
 @pytest.mark.parametrize(
+    ("words", "trackers"),
+    [
+        (["--report_to", "[wandb, trackio]"], ["wandb", "trackio"]),
+        (["--report_to", "[wandb,", "trackio]"], ["wandb", "trackio"]),
+        (["--report-to=[wandb]", "--width", "7"], ["wandb"]),
+        (["--report_to", "[]", "--report_to", "[wandb]"], ["wandb"]),
+        (["--report_to", "[none]"], []),
+    ],
+)
+def test_a_list_may_stand_in_brackets_on_the_command_line(recipe, words, trackers):
+    assert load_recipe(recipe(), words)[1].report_to == trackers
+
+
+@pytest.mark.parametrize("words", [["[wandb, [trackio]]"], ["[wandb"], ["[yes]"], ["[wandb: 1]"]])
+def test_what_is_no_list_of_words_in_brackets_is_taken_as_it_is(recipe, words):
+    with pytest.raises(UserError, match=r"unknown tracker '\["):
+        load_recipe(recipe(), ["--report_to", *words])
+
+
+@pytest.mark.parametrize(
     ("words", "where"),
     [(["--resume_from_checkpoint", "null"], None), (["--resume_from_checkpoint=null"], None), ([], "latest")],
 )

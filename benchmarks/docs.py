@@ -1,0 +1,84 @@
+"""The gates of the documentation: broken links, public names with a docstring, papers of the index, blocks that run.
+
+python -m benchmarks.docs  # a minute on a CPU; builds the site in a folder of its own and writes docs.json
+
+`code_blocks_run` is read from docs_blocks.json. Where that is not there it is None, which misses the gate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.docs_links import broken_in_repository, broken_on_site
+from benchmarks.docs_names import ROOT, public_names
+from benchmarks.gates import RESULTS, gate, write_result
+
+PAPERS = tuple(line.split()[0] for line in (Path(__file__).parent / "data" / "papers.txt").read_text().splitlines())
+"""arXiv numbers of the papers that the project is about."""
+_ROW = re.compile(r"^\| \[(\d{4}\.\d{5})\]", re.MULTILINE)
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        warnings = build(Path(folder))
+        seconds = time.monotonic() - began
+        links = [*broken_on_site(Path(folder)), *broken_in_repository()]
+        pages = len(list(Path(folder).rglob("*.html")))
+    names = public_names()
+    bare = [each.name for each in names if not each.documented]
+    rows = set(_ROW.findall((ROOT / "docs" / "paper_index.md").read_text(encoding="utf-8")))
+    payload = {
+        "site": {"pages": pages, "seconds": round(seconds, 1), "warnings": warnings},
+        "broken": links,
+        "public_names": {"count": len(names), "without_docstring": bare},
+        "papers": {"missing": [number for number in PAPERS if number not in rows]},
+        "gates": [
+            gate("code_blocks_run", blocks_run(), ">=", 0.8),
+            gate("broken_links", len(links) + len(warnings), "==", 0),
+            gate("public_names_documented", 1 - len(bare) / len(names), "==", 1.0),
+            gate("papers_in_index", sum(number in rows for number in PAPERS), "==", 22),
+        ],
+    }
+    print(write_result("docs", payload))
+
+
+def build(folder: Path) -> list[str]:
+    """Build the site and return the warnings.
+
+    Args:
+        folder: where to.
+
+    Raises:
+        RuntimeError: it cannot be built.
+    """
+    command = [sys.executable, "-m", "mkdocs", "build", "--no-strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the site cannot be built: {done.stderr[-2000:]}")
+    return [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+
+
+def blocks_run() -> float | None:
+    """Return the share of code blocks that were run, as `docs_blocks.json` says; None without it."""
+    path = RESULTS / "docs_blocks.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    gates = {each["name"]: each["value"] for each in found.get("gates", ())}
+    value = gates.get("code_blocks_run", found.get("code_blocks_run"))
+    return None if value is None else float(value)
+
+
+if __name__ == "__main__":
+    main()
