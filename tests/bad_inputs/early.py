@@ -89,7 +89,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("generate", "a", "--long", "2", "-o", "x.gif", "--model", "{wan}"): "give the format mp4 or frames, not gif",
     ("generate", "a", "--long", "2", "--model", "{hunyuan}"): "does not support long videos",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--frames", "5"): "--frames cannot be used with a long video",
-    ("generate", "a", "--long", "2", "--model", "{wan}", "--enhance", "1"): "a plug-in cannot be used with a long video",
+    ("generate", "a", "--long", "2", "--model", "{wan}", "--enhance", "1"): "a plug-in cannot be used with a long",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--depth"): "--depth needs an adapter",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--adapter", "./absent"): "is no WorldWeaver adapter",
     ("generate", "a", "--long", "2", "--prompts", "0:b"): "give frames in rising order",
