@@ -1,14 +1,15 @@
-"""Long rollouts of trained arms of WorldWeaver on worlds whose future is known, and how they drift.
+"""Measure the drift of long WorldWeaver rollouts on scenes of the world, whose future frames are known.
 
     python -m benchmarks.worldweaver --arms a=runs/ww-a/export d=runs/ww-d/export --worlds 128 --out out/worldweaver
 
-Every arm is given the first frames of a scene that no training has seen, with their exact depth where it knows depth,
-and captions of what happens from now on; it goes on to 161 frames. Each clip is measured against the scene
-(`postgen.metrics.drift`), and latents of RGB and depth against those of the scene, frame by frame: does depth drift
-less? OUT/ARM.json has a row for each world; an arm that has one is not run again, and a run that was interrupted goes
-on (`benchmarks.worldweaver_jobs`). Seeds of training are NAME.0, NAME.1, ... `sliding=`, `sliding_pixels=` and
-`ceiling=` need no folder (`benchmarks.worldweaver_baselines`). A table compares with the first arm; with `--report`
-as the first word the files become `results/worldweaver.json` (`benchmarks.worldweaver_report`).
+Every arm (a trained model) receives the first frames of a scene that no training has used, with exact depth if the arm
+has depth, and captions of what happens from there on. It continues the video to 161 frames. Each clip is compared with
+the scene (`postgen.metrics.drift`). The latents of RGB and of depth are also compared with those of the scene, frame
+by frame, to find out whether depth drifts less. OUT/ARM.json has a row for each scene. An arm with a complete file is
+not run again, and an interrupted run continues (`benchmarks.worldweaver_jobs`). Training seeds of an arm are named
+NAME.0, NAME.1, ... The arms `sliding=`, `sliding_pixels=` and `ceiling=` need no folder
+(`benchmarks.worldweaver_baselines`). The printed table compares each arm with the first. With `--report` as the first
+word, the command writes the files to `results/worldweaver.json` (`benchmarks.worldweaver_report`).
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.world_clips import latent_ends
 
 SHOWN = ("score", "permanence.after_absence", "permanence.always", "motion.total", "revisit.memory.gap_db", "seam")
-"""Numbers of the table."""
+"""Numbers in the printed table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """A trained model with what it was trained for."""
+    """A trained model with the settings of its training."""
 
     name: str
     model: WorldWeaverModel
@@ -63,13 +64,13 @@ class Arm:
 
     @property
     def unknown(self) -> tuple[Modality, ...]:
-        """Modalities that its memory does not show."""
+        """Modalities that its memory does not include."""
         return () if self.settings["depth_in_memory"] else self.model.modalities[1:]
 
 
 @dataclass(slots=True)
 class Made:
-    """Clips of one arm."""
+    """Generated clips of one arm."""
 
     frames: Tensor
     """(B, F, 3, H, W) in [0, 1]."""
@@ -78,13 +79,13 @@ class Made:
     latents: Tensor
     """(B, M * C, T, h, w)."""
     seconds: float
-    """Of the rollout, without decoding."""
+    """Time of the rollout, without decoding."""
 
 
 def load_arm(
     name: str, folder: Path | str, device: torch.device, pipe: Any = None, guidance: float | None = None
 ) -> Arm:
-    """Return an arm: the embedded model, or another pipeline, with an adapter."""
+    """Load an arm: the embedded model, or another pipeline, with an adapter."""
     made = load_model(embedded_model() if pipe is None else pipe, ModelConfig(), device)[0]
     loaded = load_adapter(made, folder)
     model = WorldWeaverModel(denoiser_for(made), loaded.embedder)
@@ -93,7 +94,7 @@ def load_arm(
 
 
 def bank_of(arm: Arm) -> MemoryBank:
-    """Return its empty memory."""
+    """Return an empty memory bank with the settings of an arm."""
     told = arm.settings
     long, short = told["history_sizes"]
     return MemoryBank(
@@ -109,7 +110,7 @@ def bank_of(arm: Arm) -> MemoryBank:
 
 
 def placed_of(arm: Arm, poses: Poses, limits: DisparityRange, begin: Tensor) -> PlacedRollout | None:
-    """Return the placed memory of an arm that was trained with it, with what it is given."""
+    """Return the placed memory of an arm, with the given latents stored; None: the arm has no placed memory."""
     told = arm.settings
     if not told.get("placed_memory", False):
         return None
@@ -121,9 +122,9 @@ def placed_of(arm: Arm, poses: Poses, limits: DisparityRange, begin: Tensor) -> 
 
 @torch.no_grad()
 def given_latents(arm: Arm, truth: world.Frames, count: int, seen: int | None = None) -> tuple[Tensor, DisparityRange]:
-    """Return the latents (B, M * C, n, h, w) of the first frames of scenes, and the range of their disparity.
+    """Return the latents (B, M * C, n, h, w) of the first `count` frames of scenes, and their disparity range.
 
-    The range is that of the first `seen` frames where that is given: rollouts keep that of what they were given.
+    With `seen`, the range is that of the first `seen` frames, as a rollout keeps the range of its given frames.
     """
     limits = DisparityRange.of(truth.disparity_BFHW[:, : seen or count])
     parts = [arm.model.encode(truth.rgb_BF3HW[:, :count])]
@@ -146,15 +147,15 @@ def make_clips(
     captions: str = "along",
     first: int = 0,
 ) -> Made:
-    """Let an arm go on from the first frames of scenes, to their length.
+    """Generate the continuation of the first frames of scenes, to the length of the scenes.
 
     Args:
-        arm: what makes them.
+        arm: the model.
         specs: the scenes.
-        truth: their render with geometry.
-        given: frames that it is given.
-        seed: of the noise.
-        captions: what it is told, one of `worldweaver_captions.KINDS`.
+        truth: a render of the scenes with geometry.
+        given: number of given frames.
+        seed: seed of the noise.
+        captions: kind of captions, one of `worldweaver_captions.KINDS`.
         first: frame of the scenes at which `truth` begins.
     """
     model, told = arm.model, arm.settings
@@ -198,7 +199,7 @@ def make_clips(
 
 
 def latent_errors(arm: Arm, made: Made, true: Tensor) -> list[dict[str, list[float]]]:
-    """Return for each clip the squared error of every latent frame, by modality, in shares of the true variance."""
+    """Return for each clip and modality the squared error of every latent frame, divided by the true variance."""
     rows: list[dict[str, list[float]]] = [{} for _ in range(len(true))]
     for name, expected in arm.model.split(true).items():
         found = arm.model.split(made.latents)[name]
@@ -211,15 +212,15 @@ def latent_errors(arm: Arm, made: Made, true: Tensor) -> list[dict[str, list[flo
 def measured(
     arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, made: Made, given: int, true: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """Return the numbers of each clip, and some of them along time.
+    """Return the measures of each clip, and some of them over time.
 
     Args:
-        arm: what made them.
-        specs: their scenes.
-        truth: the render of these.
+        arm: the model that generated the clips.
+        specs: the scenes.
+        truth: a render of the scenes.
         made: the clips.
-        given: frames that the arm was given.
-        true: latents (B, M * C, T, h, w) of the render; None makes them.
+        given: number of given frames.
+        true: latents (B, M * C, T, h, w) of the render; None: encode them here.
     """
     total = truth.rgb_BF3HW.shape[1]
     ends = latent_ends(total, made.latents.shape[2])
@@ -227,13 +228,13 @@ def measured(
     first = len([end for end in ends if end < given])
     borders = [ends[place - 1] + 1 for place in range(first, len(ends), size)]
     groups = arm.settings["num_inference_steps"] // arm.settings["ar_step"]
-    # What the network sees beside long memory: short memory and the groups in flight.
+    # Frames that the network sees beside long memory: short memory and the groups in flight.
     window = (arm.settings["history_sizes"][1] + groups * size) * (ends[-1] // max(1, len(ends) - 1))
     true = given_latents(arm, truth, total, given)[0] if true is None else true
     errors, rows = latent_errors(arm, made, true), []
     for number, spec in enumerate(specs):
         depth = None if made.disparity is None else made.disparity[number]
-        # Ground and disparity of a render are computed when they are asked for, of all its scenes.
+        # The render computes texels and disparity lazily for all its scenes, so take out one scene first.
         clip = true_clip(spec, one_scene(truth, number))
         report = measure_drift(made.frames[number], clip, disparity=depth, borders=borders, window=window)
         lines = along(made.frames[number], clip, report, ends)
@@ -243,16 +244,16 @@ def measured(
 
 
 def one_scene(truth: world.Frames, number: int) -> world.Frames:
-    """Return a render of several scenes as that of one of them."""
+    """Return one scene of a render of several scenes."""
     each = {field.name: getattr(truth, field.name) for field in fields(truth)}
     return world.Frames(**{name: None if what is None else what[number : number + 1] for name, what in each.items()})
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return lines that compare every arm with the first, number by number, with 95 % intervals."""
+    """Return a table that compares every arm with the first arm, number by number, with 95 % intervals."""
     if not found:
         return ""
-    # Only what is shown: an interval costs some milliseconds, and there are hundreds of numbers.
+    # Only the numbers of the table: an interval takes some milliseconds, and there are hundreds of numbers.
     kept = {name: [_shown(row) for row in rows] for name, rows in found.items()}
     (first, base), *others = kept.items()
     pair = max((len(f"{name} - {first}") for name in kept), default=0)
@@ -274,7 +275,7 @@ def _shown(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is asked for."""
+    """Run the command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--report"]:
         from benchmarks.worldweaver_report import main as report
@@ -282,19 +283,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arms", nargs="+", required=True, metavar="NAME=FOLDER", help="adapters, the first to compare"
+        "--arms",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="adapters; the others are compared to the first",
     )
     parser.add_argument("--out", type=Path, default=Path("out/worldweaver"))
     parser.add_argument("--worlds", type=int, default=128)
-    parser.add_argument("--first", type=int, default=500_000, help="seed of the first world, below those of training")
+    parser.add_argument("--first", type=int, default=500_000, help="seed of the first scene, below training seeds")
     parser.add_argument("--frames", type=int, default=161)
-    parser.add_argument("--given", type=int, default=17, help="frames that an arm is given")
+    parser.add_argument("--given", type=int, default=17, help="number of given frames")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--captions", choices=KINDS, default="along", help="what models are told: now, or at first")
-    parser.add_argument("--guidance", type=float, help="instead of what the adapter says")
+    parser.add_argument("--captions", choices=KINDS, default="along", help="captions along the scene, or of its start")
+    parser.add_argument("--guidance", type=float, help="guidance scale, instead of the adapter's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes; several commands may share --out too")
+    parser.add_argument("--workers", type=int, default=1, help="processes; several commands may also share --out")
     options = parser.parse_args(words)
     from benchmarks.worldweaver_jobs import run
 

@@ -1,6 +1,6 @@
-"""How a long clip fares along time, and numbers written short.
+"""Measures of a long clip over time, and rounding of written numbers.
 
-A line has a number for each latent frame, over the frames that it stands for, so that 1,000 frames are 250 numbers.
+A line (time series) has one number per latent frame, averaged over its video frames: 1,000 frames become 250 numbers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from postgen.metrics.drift import DriftReport, TrueClip
 from postgen.metrics.likeness import psnr
 
 LINES = ("psnr", "presence", "motion", "saturation", "depth")
-"""Background PSNR in dB; share of bodies in their places; motion over the true one; saturation less the true one;
-relative error of depth."""
+"""Background PSNR in dB; share of bodies in their places; motion divided by true motion; saturation minus true
+saturation; relative error of depth."""
 DIGITS = 5
-"""Of every number that is written."""
+"""Significant digits of every written number."""
 
 
 def along(frames: Tensor, true: TrueClip, report: DriftReport, ends: Sequence[int]) -> dict[str, list[float | None]]:
-    """Return the lines of a clip; None where a latent's frames have no number.
+    """Return the lines of a clip by name; None where the frames of a latent frame have no value.
 
     Args:
         frames: (F, 3, H, W) in [0, 1].
-        true: what they should be.
-        report: its measures.
-        ends: last frame of each latent (`latent_ends`).
+        true: the true clip.
+        report: the drift measures of the clip.
+        ends: last video frame of each latent frame (`latent_ends`).
     """
     saturation = appearance(frames)["saturation"] - appearance(true.frames)["saturation"]
     bodies = report.permanence.present_FJ.double()
@@ -48,7 +48,7 @@ def along(frames: Tensor, true: TrueClip, report: DriftReport, ends: Sequence[in
 
 
 def _changes(frames: Tensor) -> Tensor:
-    """Mean difference of each frame from the one before; the first has none."""
+    """Return the mean absolute difference of each frame from the frame before; NaN for the first frame."""
     rows = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).double().cpu()
     return torch.cat([rows.new_full((1,), math.nan), rows])
 
@@ -60,7 +60,7 @@ def _binned(line: Tensor, ends: Sequence[int]) -> list[float | None]:
 
 
 def rounded(value: Any) -> Any:
-    """Return nested dicts and lists with their numbers to `DIGITS` digits.
+    """Round the numbers in nested dictionaries and lists to `DIGITS` significant digits.
 
     >>> rounded({"a": [0.123456789, 12345678.9, None, True, 7]})
     {'a': [0.12346, 12346000.0, None, True, 7]}

@@ -1,10 +1,11 @@
-"""What arms are held against that needs no adapter: the embedded model as it is, and its autoencoder.
+"""Baselines that need no adapter: the embedded model without changes, and its autoencoder.
 
-`sliding`: windows of the length that the model was trained with, 9 latents, of which the first N are the last N of the
-window before, at level 0; the model was trained with a level for each latent. Clean latents go on as they are, as in
-diffusers' SkyReels-V2 with diffusion forcing. `sliding_pixels`: the same, but the last 4 N - 3 frames are decoded and
-encoded again, so that a window begins with a latent of one frame, as all clips of training do: what one does with
-diffusers' own pipelines of Wan. `ceiling`: the true clip after the autoencoder, which is the best that any can do.
+- `sliding`: windows of 9 latent frames, the length with which the model was trained. The first N latent frames of a
+  window are the last N of the window before, at noise level 0; the model was trained with a noise level for each
+  latent frame. Clean latents stay as they are, as in diffusers' SkyReels-V2 with diffusion forcing.
+- `sliding_pixels`: the same, but the last 4 N - 3 video frames are decoded and encoded again, so that a window begins
+  with a latent frame of a single video frame, like all training clips. Users of diffusers' Wan pipelines do this.
+- `ceiling`: the true clip, encoded and decoded by the autoencoder. No model can be better.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.widen import widened
 
 KINDS = ("sliding", "sliding_pixels", "ceiling")
-"""Names of arms without a folder."""
+"""Names of arms that need no folder."""
 WINDOW = 9
-"""Latents that the embedded model was trained with."""
+"""Number of latent frames with which the embedded model was trained."""
 CONTEXT = 5
-"""N: latents of the 17 frames that arms are given."""
+"""N: number of latent frames of the 17 given video frames."""
 
 
 def kind_of(name: str) -> str | None:
-    """Return which of `KINDS` an arm's name says; None is an arm with an adapter.
+    """Return the kind (one of `KINDS`) from the name of an arm; None: an arm with an adapter.
 
     >>> kind_of("sliding"), kind_of("sliding-1"), kind_of("sliding_pixels.0"), kind_of("e.0")
     ('sliding', 'sliding', 'sliding_pixels', None)
@@ -50,20 +51,20 @@ def stock_arm(
 
     Args:
         kind: one of `KINDS`.
-        device: where to.
-        pipe: instead of the embedded model.
-        steps: of a window.
-        context: N, 1 to 8; None is 5.
+        device: device of the model.
+        pipe: pipeline to use instead of the embedded model.
+        steps: denoising steps of a window.
+        context: N, 1 to 8; None: 5.
 
     Raises:
-        UserError: a context that leaves nothing to make.
+        UserError: a context outside 1 to 8.
     """
     shown = CONTEXT if context is None else context
     check_number("context", shown, 1, WINDOW - 1, whole=True)
     made, defaults = load_model(embedded_model() if pipe is None else pipe, ModelConfig(), device)
     widened(made, ("rgb",))
     with torch.random.fork_rng(devices=[]):
-        # Its last layer is zero: it adds nothing.
+        # The last layer of the untrained embedder is zero, so it does not change the model.
         model = WorldWeaverModel(denoiser_for(made), LevelEmbedder.for_transformer(made).eval())
     told = {
         "causal_block_size": WINDOW - shown,
@@ -91,10 +92,10 @@ def stock_clips(
     seed: int = 0,
     captions: str = "along",
 ) -> Made:
-    """Return the clips of an arm of `stock_arm`; arguments as of `make_clips`.
+    """Generate the clips of an arm from `stock_arm`. The arguments are those of `make_clips`.
 
     Raises:
-        UserError: a kind that there is not.
+        UserError: an unknown kind.
     """
     if kind == "sliding":
         return make_clips(arm, specs, truth, given=given, seed=seed, captions=captions)
@@ -104,13 +105,13 @@ def stock_clips(
         latents = given_latents(arm, truth, truth.rgb_BF3HW.shape[1])[0]
         with torch.no_grad():
             return Made(frames=arm.model.decode(latents), disparity=None, latents=latents, seconds=0.0)
-    raise UserError(f"an arm without a folder is one of {', '.join(KINDS)}, got {kind}")
+    raise UserError(f"an arm without a folder must be one of {', '.join(KINDS)}, got {kind}")
 
 
 def _encoded_again(
     arm: Arm, specs: Sequence[world.Spec], truth: world.Frames, given: int, seed: int, captions: str
 ) -> Made:
-    """Window after window, each a video of its own that begins with the last frames of the one before."""
+    """Generate window after window. Each window is a separate video that begins with the last frames before it."""
     shown, total, seconds = arm.settings["history_sizes"][1], truth.rgb_BF3HW.shape[1], 0.0
     frames = truth.rgb_BF3HW[:, :given]
     while frames.shape[1] < total:
@@ -121,7 +122,7 @@ def _encoded_again(
         window.rgb_BF3HW = torch.cat([frames[:, done - context :], window.rgb_BF3HW[:, context:]], 1)
         first = done - context
         made = make_clips(arm, specs, window, given=context, seed=seed + done, captions=captions, first=first)
-        # Of given frames the autoencoder's round trip, as of all arms; what was handed out stays.
+        # Given frames are replaced by their reconstruction, as in all arms. Frames of earlier windows stay.
         fresh = 0 if done == given else context
         frames = torch.cat([frames[:, : done - context + fresh], made.frames[:, fresh:]], 1)
         seconds += made.seconds
@@ -130,7 +131,7 @@ def _encoded_again(
 
 
 def _window(truth: world.Frames, start: int, stop: int) -> world.Frames:
-    """Return some frames of a render, as far as rollouts look at them."""
+    """Return some frames of a render, with the fields that rollouts use."""
     parts = {"rgb_BF3HW", "pose_BF34", "depth_BFHW", "ids_BFHW"}
     cut = {name: getattr(truth, name)[:, start:stop] for name in parts}
     return dataclasses.replace(truth, **cut, flow_BF2HW=None)

@@ -1,8 +1,9 @@
-"""What the models of long rollouts are told, and when.
+"""Captions for long rollouts, and the frames from which they apply.
 
-A scene's camera and bodies turn where nothing that was given shows it. Told the caption of the first frame alone, a
-model cannot know when, and every comparison with the true frames would measure its luck. So captions say what a scene
-does from a frame on (`along`), as half of the windows of training do; `start` says that of the first frame throughout.
+The camera and the bodies of a scene change direction without any sign in the given frames. With only the caption of
+the first frame, a model cannot know when this happens, and a comparison with the true frames would measure luck.
+Therefore captions describe the scene from a frame on (`along`), as for half of the training windows. With `start` the
+caption of the first frame applies to the whole video.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def schedule(
     size: int,
     groups: int,
 ) -> list[tuple[int, list[str]]]:
-    """Return (latent frame, a caption of each scene) in rising order, for `Rollout.start`.
+    """Return (latent frame, a caption for each scene) in rising order, for `Rollout.start`.
 
-    In training a window is told what is true from its oldest group on. A rollout tells a prompt from the shift on
-    whose newest group begins there, so entries come as many groups later.
+    In training the caption of a window describes the scene from the window's oldest group on. In a rollout a prompt
+    takes effect at the shift in which its group joins as the newest. Entries are therefore delayed by the groups in
+    flight.
 
     Args:
         kind: one of `KINDS`.
         specs: the scenes.
-        frames: of the scene, those that the rollout is about.
-        latents: how many latent frames they are.
-        given: latent frames that are known.
+        frames: frames of the scene that the rollout covers.
+        latents: number of latent frames of the rollout.
+        given: number of given latent frames.
         size: latent frames of a group.
-        groups: in flight.
+        groups: groups in flight.
     """
     if kind == "start":
         return [(0, [world.caption_at(spec, 0) for spec in specs])]
@@ -53,6 +55,6 @@ def schedule(
 
 
 def encoded(denoiser: Denoiser, told: Sequence[tuple[int, list[str]]], *, guided: bool) -> list[tuple[int, Condition]]:
-    """Encode a schedule."""
+    """Encode the prompts of a schedule."""
     found: list[tuple[int, Any]] = [(start, denoiser.encode_prompt(texts, guidance=guided)) for start, texts in told]
     return found

@@ -1,11 +1,11 @@
-"""Long videos of the embedded model on a CPU: seconds of 20 s of video, flat cost a chunk, resuming to the bit.
+"""Long videos of the embedded model on a CPU: time for 20 s of video, constant cost per chunk, bitwise resume.
 
     python -m benchmarks.worldweaver_cpu --adapter FOLDER --out out/worldweaver/cpu
 
-Writes OUT/cpu.json, which `benchmarks.worldweaver_report --cpu` reads, and leaves the video beside it. The 20 s are
-those of `postgen generate "..." --long 20`, from the start of the process to its end, on two cores. Then a stream
-without end: a chunk counts once the memory bank is full, from when on nothing should grow. One state of it is saved,
-loaded again, and what comes out of it is compared with what came out of the stream.
+The benchmark writes OUT/cpu.json for `benchmarks.worldweaver_report --cpu`, and the video beside it. First it times
+`postgen generate "..." --long 20` on two cores, from the start of the process to its end. Then it runs a stream
+without end. Chunks count once the memory bank is full, because from then on the cost should not grow. It also saves a
+state of the stream, loads it, and compares the chunks of the resumed stream with those of the first stream.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from postgen.pipelines.worldweaver import WorldWeaverPipeline
 PROMPT = "a red ball rolls left and a blue cube stays still"
 SECONDS, CORES = 20, 2
 CAPACITY = 64
-"""Frames that a memory bank stores: until then it grows."""
+"""Number of frames that a memory bank stores. The bank grows up to this number."""
 AGAIN = 4
-"""Chunks that are made a second time, from the saved state."""
+"""Number of chunks that are generated a second time, from the saved state."""
 
 
 def timed(adapter: Path, out: Path) -> float:
-    """Return the seconds that the command takes on two cores.
+    """Return the time in seconds of the command on two cores.
 
     Raises:
-        UserError: it failed.
+        UserError: the command failed.
     """
     words = [PROMPT, "--long", str(SECONDS), "-o", str(out / "video.mp4"), "--adapter", str(adapter)]
     cores = sorted(os.sched_getaffinity(0))[:CORES] if hasattr(os, "sched_getaffinity") else None
@@ -56,12 +56,14 @@ def timed(adapter: Path, out: Path) -> float:
     before = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", start, told, "generate", *words], env=environment, check=False)
     if done.returncode:
-        raise UserError(f"postgen generate {' '.join(words)} ended with code {done.returncode}")
+        raise UserError(
+            f"postgen generate {' '.join(words)} failed with exit code {done.returncode}: see its messages above"
+        )
     return time.perf_counter() - before
 
 
 def resident() -> int | None:
-    """Return the bytes of this process that are in memory; None where the system does not say."""
+    """Return the resident memory of this process in bytes; None: the system does not report it."""
     place = Path("/proc/self/statm")
     return int(place.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if place.is_file() else None
 
@@ -80,7 +82,7 @@ def loaded(adapter: Path) -> Any:
 
 
 def streamed(pipe: Any, chunks: int, out: Path, size: int) -> dict[str, Any]:
-    """Return cost a chunk and whether a resumed stream is the same."""
+    """Run a stream, and return its cost per chunk and whether a resumed stream is identical."""
     words = {"height": size, "width": size, "output_type": "pt", "return_depth": True}
     stream = pipe.stream(PROMPT, generator=torch.Generator().manual_seed(0), **words)
     skip, kept = _full(chunks), []
@@ -110,7 +112,7 @@ def streamed(pipe: Any, chunks: int, out: Path, size: int) -> dict[str, Any]:
 
 
 def _full(chunks: int) -> int:
-    """Chunks that are left out: until the bank is full, and a few in which the window fills."""
+    """Return the number of first chunks to skip: until the bank is full, and a few while the window fills."""
     return CAPACITY + 8 if chunks >= CAPACITY + 24 else 8
 
 
@@ -123,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("out/worldweaver/cpu"))
-    parser.add_argument("--chunks", type=int, default=128, help="of the stream, from 16 on")
+    parser.add_argument("--chunks", type=int, default=128, help="number of chunks of the stream, from 16 on")
     parser.add_argument("--size", type=int, default=128, help="height and width of the stream")
-    parser.add_argument("--no-command", action="store_true", help="leave the 20 s out")
+    parser.add_argument("--no-command", action="store_true", help="skip the 20 s of the command")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(CORES)

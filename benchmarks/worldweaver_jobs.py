@@ -1,9 +1,9 @@
-"""Arms and parts of the worlds as jobs, which any number of processes share through the folder that they write to.
+"""Run arms on parts of the scenes as jobs, which any number of processes share through their output folder.
 
-A job is an arm on `batch` worlds. It is locked while a process is at it (the lock goes with the process), and its file
-OUT/parts/ARM.FIRST.json is there when it is done, so whoever comes later takes another. Processes begin at different
-parts of the worlds, each of which is rendered once by a process that stays with it, for all arms. Whoever finds all
-parts of an arm done puts them together as OUT/ARM.json.
+A job is one arm on `batch` scenes. A process locks a job while it runs (the lock ends with the process) and writes
+OUT/parts/ARM.FIRST.json at the end. Other processes skip jobs that are locked or complete. Processes begin at
+different parts of the scenes. A process renders a part once and then runs all arms on it. The process that finds all
+parts of an arm complete joins them to OUT/ARM.json.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from postgen.info import versions
 from postgen.training.run_folder import RunLock
 
 SHARED = ("frames", "given", "size", "first", "worlds", "batch", "captions", "guidance")
-"""Options that all arms of a folder have in common."""
+"""Options that must be the same for all arms in a folder."""
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what all files of a folder must agree in."""
+    """Return the settings that must be the same for all files in a folder."""
     return {name: getattr(options, name) for name in SHARED}
 
 
 @dataclasses.dataclass(slots=True)
 class Part:
-    """Some of the worlds, rendered, with what arms share of them."""
+    """Some of the scenes with their render, and their true latents, which several arms share."""
 
     seeds: Sequence[int]
     specs: Sequence[world.Spec]
@@ -52,15 +52,15 @@ class Part:
 
     @classmethod
     def of(cls, low: int, options: argparse.Namespace, device: torch.device) -> Part:
-        """Draw and render those from `low` on."""
+        """Draw and render the scenes from `low` on."""
         count = min(options.batch, options.worlds - low)
         seeds = range(options.first + low, options.first + low + count)
         specs = [world.sample_long(seed, num_frames=options.frames) for seed in seeds]
         return cls(seeds, specs, world.render(specs, num_frames=options.frames, size=options.size, device=device))
 
     def latents(self, arm: Arm, given: int) -> Tensor:
-        """Return the true latents in an arm's modalities; those of one arm serve all that have the same."""
-        # An adapter may scale the latents of a modality.
+        """Return the true latents for the modalities and scale of an arm. Arms with the same ones share them."""
+        # The key contains the scale, because an adapter may scale the latents of a modality.
         key = json.dumps([arm.model.modalities, arm.settings.get("latent_scale")])
         if key not in self._latents:
             self._latents[key] = given_latents(arm, self.truth, self.truth.rgb_BF3HW.shape[1], given)[0]
@@ -69,40 +69,40 @@ class Part:
 
 @dataclasses.dataclass(slots=True)
 class Loaded:
-    """An arm as it was asked for."""
+    """A loaded arm."""
 
     arm: Arm
     kind: str | None
-    """One of `KINDS`; None is an adapter."""
+    """One of `KINDS`; None: an arm with an adapter."""
     adapter_mb: float | None
-    """All files of the folder, in 10^6 bytes."""
+    """Size of all files of the adapter in 10^6 bytes."""
 
     @classmethod
     def of(cls, name: str, word: str, options: argparse.Namespace, device: torch.device) -> Loaded:
-        """Load it.
+        """Load an arm.
 
         Raises:
-            UserError: neither a folder nor the name of an arm that needs none, or a context that is no number.
+            UserError: an arm without folder that is not one of `KINDS`, or a context that is not a number.
         """
         kind = kind_of(name)
         if kind is None:
             if not word:
-                raise UserError(f"arm {name} needs a folder: NAME=FOLDER; without one there are {', '.join(KINDS)}")
+                raise UserError(f"arm {name} needs a folder: give NAME=FOLDER; only {', '.join(KINDS)} need no folder")
             arm = load_arm(name, word, device, guidance=options.guidance)
             _merge(arm)
             files = [path for path in Path(word).rglob("*") if path.is_file()]
             return cls(arm, None, sum(path.stat().st_size for path in files) / 1e6)
         if word and not word.isdigit():
-            raise UserError(f"{name}={word}: the arm takes a number of latents, or nothing")
+            raise UserError(f"{name}={word}: give a number of latent frames, or nothing, after the =")
         arm = stock_arm(kind, device, context=int(word) if word else None)
         guidance = arm.guidance if options.guidance is None else options.guidance
         return cls(dataclasses.replace(arm, name=name, guidance=guidance), kind, None)
 
     def rows(self, part: Part, low: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-        """Make its clips of a part, measure them, and keep pictures of the first worlds.
+        """Generate and measure the clips of a part, and write pictures of the first scenes.
 
         Returns:
-            What `measured` gives for each world, and its seed as `world_seed`; files of before there was one lack it.
+            The result of `measured` for each scene, with its seed as `world_seed`. Files of older versions lack it.
         """
         given, words = options.given, {"seed": low, "captions": options.captions}
         if self.kind is None:
@@ -116,7 +116,7 @@ class Loaded:
 
 
 def _merge(arm: Arm) -> None:
-    """Merge a LoRA: what it adds is the same, and a call of the network launches half as many kernels."""
+    """Merge the LoRA of an arm: the result is the same, and a forward pass launches half as many kernels."""
     pipe: Any = getattr(arm.model.denoiser, "pipe", None)
     if getattr(arm.model.transformer, "peft_config", None):
         pipe.fuse_lora()
@@ -124,14 +124,14 @@ def _merge(arm: Arm) -> None:
 
 
 def run(words: Sequence[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Do all jobs that nobody else does, and return the rows of the arms that are complete.
+    """Run all jobs that no other process runs, and return the rows of the complete arms.
 
     Args:
         words: NAME=FOLDER of each arm.
-        options: of the benchmark.
+        options: options of the benchmark.
 
     Raises:
-        UserError: files of other settings in the folder, an arm that cannot be loaded, or a process that failed.
+        UserError: files with other settings in the folder, an arm that cannot be loaded, or a process that failed.
     """
     arms = dict(word.partition("=")[::2] for word in words)
     for name in arms:
@@ -148,7 +148,7 @@ def run(words: Sequence[str], options: argparse.Namespace) -> dict[str, list[dic
         for process in processes:
             process.join()
         if failed := sum(process.exitcode != 0 for process in processes):
-            raise UserError(f"{failed} of {len(processes)} processes failed: see above; what is done is kept")
+            raise UserError(f"{failed} of {len(processes)} processes failed: see above; complete jobs are kept")
     else:
         work(arms, options, 0)
     found = {name: _joined(name, options) for name in arms}
@@ -156,12 +156,12 @@ def run(words: Sequence[str], options: argparse.Namespace) -> dict[str, list[dic
 
 
 def work(arms: Mapping[str, str], options: argparse.Namespace, number: int) -> None:
-    """Do jobs until none is left, those of the own part first.
+    """Run jobs until none is left, beginning with the jobs of the process's own part.
 
     Args:
-        arms: name to folder.
-        options: of the benchmark.
-        number: of the process among `options.workers`.
+        arms: name of an arm -> folder.
+        options: options of the benchmark.
+        number: rank of the process among `options.workers`.
     """
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -184,12 +184,12 @@ def work(arms: Mapping[str, str], options: argparse.Namespace, number: int) -> N
                 rows = loaded[name].rows(part, low, options)
                 _write(place, loaded[name], rows, options)
                 seconds = time.perf_counter() - clock
-                print(f"{name}: worlds {low} to {low + len(rows) - 1} in {seconds:.1f} s", flush=True)
+                print(f"{name}: scenes {low} to {low + len(rows) - 1} in {seconds:.1f} s", flush=True)
 
 
 @contextmanager
 def _claimed(options: argparse.Namespace, name: str, low: int) -> Iterator[Path | None]:
-    """Yield where a job's rows go while nobody else can do it; None if it is done or somebody is at it."""
+    """Lock a job and yield the file for its rows; yield None if the job is complete or another process runs it."""
     place = options.out / "parts" / f"{name}.{low:05d}.json"
     done = [options.out / f"{name}.json", place]
     lock = RunLock(place.parent, f"{place.stem}.lock", "--out")
@@ -227,14 +227,14 @@ def _put(place: Path, payload: Mapping[str, Any]) -> None:
 
 
 def _joined(name: str, options: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Return the rows of an arm, whose parts are put together where they all are there; None where they are not."""
+    """Return the rows of an arm, joining its parts if all are complete; None: some parts are missing."""
     place = options.out / f"{name}.json"
     if (whole := read_arm(place, settings_of(options))) is None:
         lows = range(0, options.worlds, options.batch)
         found = [read_arm(options.out / "parts" / f"{name}.{low:05d}.json", settings_of(options)) for low in lows]
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
-            print(f"{name}: {len(parts)} of {len(found)} parts are done, others are at the rest")
+            print(f"{name}: {len(parts)} of {len(found)} parts are complete, other processes run the others")
             return None
         whole = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
         _put(place, whole)
@@ -243,20 +243,20 @@ def _joined(name: str, options: argparse.Namespace) -> list[dict[str, Any]] | No
 
 
 def read_arm(place: Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return the file of an arm or of a part of it; None if there is none.
+    """Return the file of an arm or of one of its parts; None: there is no file.
 
     Args:
-        place: the file.
-        settings: what it must have been measured with; None takes any.
+        place: path of the file.
+        settings: settings that the file must have; None: accept any.
 
     Raises:
-        UserError: other settings.
+        UserError: the file has other settings.
     """
     if not place.is_file():
         return None
     found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     if settings is not None and found["settings"] != dict(settings):
         raise UserError(
-            f"{place} was measured with {found['settings']}, not with {dict(settings)}: take another --out"
+            f"{place} was measured with {found['settings']}, not with {dict(settings)}: give another --out"
         )
     return found

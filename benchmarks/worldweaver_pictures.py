@@ -1,7 +1,7 @@
-"""Pictures of long rollouts: what each arm keeps of its first worlds, sheets along time, and lines of its measures.
+"""Pictures of long rollouts: strips of the first scenes for each arm, contact sheets, films, and plots over time.
 
-OUT/sheets/ARM.png has a row for each of the first worlds, its frames at every 20th time, and ARM.depth.png the depth;
-truth.png is the render. OUT/films/ARM.WORLD.webp moves: true clip, what the arm made, its depth.
+OUT/sheets/ARM.png has a row of frames for each of the first scenes, every 20th frame. ARM.depth.png has the depth, and
+truth.png the render. OUT/films/ARM.WORLD.webp is an animation of the true clip, the generated clip and its depth.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from postgen.world.spec import FPS
 from postgen.worldweaver.depth import DisparityRange
 
 WORLDS, FILMS, EVERY = 4, 2, 20
-"""Worlds in sheets, worlds of which there is a film, and frames from a column to the next."""
+"""Number of scenes in sheets, number of scenes with a film, and frames between two columns."""
 FILM_BYTES, FILM_FRAMES = 1_500_000, 161
-"""Most of a film."""
+"""Largest size of a film in bytes."""
 _QUALITIES = (80, 65, 50, 35, 20)
 _GAP, _LINE, _LEFT = 4, 16, 110
 
 
 def keep_pictures(out: Path, name: str, frames: Tensor, disparity: Tensor | None, truth: world.Frames) -> None:
-    """Write the strips and films of an arm, and those of the truth where they are not there.
+    """Write the strips and films of an arm, and those of the true clips if they are missing.
 
     Args:
         out: folder of the benchmark.
-        name: of the arm.
+        name: name of the arm.
         frames: (B, F, 3, H, W) in [0, 1].
-        disparity: (B, F, H, W), if the arm makes depth.
+        disparity: (B, F, H, W), if the arm has depth.
         truth: the render.
     """
     limits = DisparityRange.of(truth.disparity_BFHW)
@@ -51,16 +51,16 @@ def keep_pictures(out: Path, name: str, frames: Tensor, disparity: Tensor | None
             _save(_picture(torch.cat(strips, -2)), sheets / f"{key}.png", "PNG")
     shown = [clips[key] for key in ("truth", name, f"{name}.depth") if key in clips]
     titles = ["the world", "made", "its depth"][: len(shown)]
-    # Ours stands in the README, at twice the size.
+    # The film of our arm is shown in the README, at twice the size.
     scale = 2 if name.split(".")[0] == OURS else 1
     for number in range(min(FILMS, len(frames))):
         film([clip[number, :FILM_FRAMES] for clip in shown], titles, films / f"{name}.{number}.webp", scale)
 
 
 def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, scale: int = 1, most: int = FILM_BYTES) -> int:
-    """Write clips (F, 3, H, W) in [0, 1] beside each other as a moving WebP; return its bytes.
+    """Write clips (F, 3, H, W) in [0, 1] side by side as an animated WebP, and return its size in bytes.
 
-    Quality is lowered until it has at most `most` bytes, as far as it goes.
+    The quality is lowered until the file has at most `most` bytes; at the lowest quality it may be larger.
     """
     moments = []
     for parts in zip(*clips, strict=True):
@@ -81,14 +81,14 @@ def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, scale: in
 
 
 def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Sequence[int] = (0, 1)) -> None:
-    """Draw what arms make of some worlds along time, one row each below the truth.
+    """Draw the clips of some scenes over time, with one row per arm below the true clip.
 
     Args:
         out: folder of the benchmark.
-        names: of arms, and of depths (`e.depth`); those without a strip are left out.
-        target: the PNG.
-        frames: of the clips.
-        worlds: numbers of worlds; those without a row are left out.
+        names: names of arms, and of depth strips (`e.depth`); names without a strip are skipped.
+        target: path of the PNG.
+        frames: number of frames of the clips.
+        worlds: numbers of the scenes; scenes without a row in the strips are skipped.
     """
     places = {name: out / "sheets" / f"{name}.png" for name in ("truth", *names)}
     strips = {name: Image.open(place).convert("RGB") for name, place in places.items() if place.is_file()}
@@ -115,23 +115,23 @@ def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Se
 PLOTS = {
     "psnr": "background, dB",
     "presence": "bodies in place",
-    "motion": "motion over the true one",
-    "saturation": "saturation less the true one",
+    "motion": "motion / true motion",
+    "saturation": "saturation - true saturation",
     "depth": "relative error of depth",
     "rgb": "error of RGB latents",
     "latent depth": "error of depth latents",
 }
-"""Line -> what stands above its plot."""
+"""Line -> title of its plot."""
 COLOURS = ((30, 110, 60), (200, 80, 60), (70, 110, 200), (170, 130, 30), (130, 80, 170), (90, 90, 90))
 
 
 def plots(lines: Mapping[str, Mapping[str, Sequence[Mapping[str, Any] | None]]], seconds: float, target: Path) -> None:
-    """Draw measures along time, a plot for each and in it a line with its interval for each arm.
+    """Draw measures over time: one plot for each measure, with a line and an interval for each arm.
 
     Args:
-        lines: by measure and arm, an interval {value, low, high} for each latent frame, or None.
-        seconds: from one latent frame to the next.
-        target: the PNG.
+        lines: for each measure and arm, an interval {value, low, high} or None for each latent frame.
+        seconds: time between two latent frames.
+        target: path of the PNG.
     """
     size, columns = (460, 210), 2
     shown = [name for name in PLOTS if lines.get(name)]
@@ -174,7 +174,7 @@ def _plot(
 
 
 def _picture(frame: Tensor) -> Image.Image:
-    """Of (3, H, W) in [0, 1]."""
+    """Convert a frame (3, H, W) in [0, 1]."""
     pixels = (frame.float().clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu()
     return Image.fromarray(pixels.numpy())
 

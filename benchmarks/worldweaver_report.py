@@ -1,10 +1,10 @@
-"""Evidence of long rollouts: `results/worldweaver.json`, tables of the documentation, pictures along time.
+"""Write the results of long rollouts: `results/worldweaver.json`, tables of the documentation, pictures over time.
 
     python -m benchmarks.worldweaver --report OUT --long OUT_LONG --cpu OUT/cpu/cpu.json --docs
 
-OUT holds the files of `benchmarks.worldweaver`, OUT_LONG those of 1,000 frames, the file of `--cpu` is of
-`benchmarks.worldweaver_cpu`; speed is read from `results/worldweaver_speed.json`. What is not there is a gate that is
-missed. Which arm is ours was written down before anything was measured: e, three groups in flight, depth in memory.
+OUT has the files of `benchmarks.worldweaver`, OUT_LONG those of 1,000 frames. The file of `--cpu` is from
+`benchmarks.worldweaver_cpu`. Speed is read from `results/worldweaver_speed.json`. A missing file makes its gates fail.
+Which arm is ours was fixed before anything was measured: e, three groups in flight, depth in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from postgen.world.spec import FPS
 
 CHUNK_AR = "a"
 BASES = (CHUNK_AR, "sliding", "sliding_pixels", "d")
-"""What arms are compared with."""
+"""Arms with which other arms are compared."""
 NUMBERS = (
     *("score", "contrast.sharpness.excess_size", "contrast.saturation.excess_size", "colour.delta_e.last"),
     *("permanence.after_absence", "permanence.always", "permanence.last", "background.psnr.first"),
@@ -34,16 +34,16 @@ NUMBERS = (
     *("motion.most", "seam", "depth.abs_rel.last", "depth.abs_rel.slope", "object_depth.last"),
     *("latent.rgb.slope", "latent.rgb.last", "latent.depth.slope", "latent.depth.last"),
 )
-"""Numbers of every arm."""
+"""Numbers that are reported for every arm."""
 SHOWN = ("truth", CHUNK_AR, "d", OURS, f"{OURS}.depth", "placed", "sliding", "sliding_pixels")
-"""Rows of the sheet, as far as they are there; of several seeds the first."""
+"""Rows of the contact sheet, if they exist; of several seeds the first."""
 PLOTTED = (OURS, CHUNK_AR, "d", "placed", "sliding", "sliding_pixels")
 THESIS = (("c", "c"), ("d", "d"), (OURS, OURS), ("d", CHUNK_AR), (OURS, CHUNK_AR))
-"""(arm whose depth, arm whose RGB)."""
+"""Pairs of (arm whose depth is used, arm whose RGB is used)."""
 
 
 def arms_of(found: Mapping[str, Runs]) -> dict[str, Any]:
-    """Return what each arm was told, and its numbers with intervals."""
+    """Return the settings of each arm, and its numbers with intervals."""
     rows: dict[str, Any] = {}
     for name, runs in found.items():
         numbers = {number: row for number in NUMBERS if (row := pooled(runs, number)) is not None}
@@ -62,7 +62,7 @@ def arms_of(found: Mapping[str, Runs]) -> dict[str, Any]:
 
 
 def against(found: Mapping[str, Runs]) -> dict[str, Any]:
-    """Return every arm against chunk after chunk, and those that matter against each of `BASES`, number by number."""
+    """Return the comparison of every arm with chunk-by-chunk generation, and of the main arms with each of `BASES`."""
     rows: dict[str, Any] = {}
     for base in BASES:
         for name, runs in found.items():
@@ -74,10 +74,10 @@ def against(found: Mapping[str, Runs]) -> dict[str, Any]:
 
 
 def thesis(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
-    """Return whether latents of depth drift less than those of RGB.
+    """Return whether latents of depth drift less than latents of RGB.
 
-    For each pair of `THESIS` the slope, per 100 latents, and the end of the squared error in shares of the true
-    variance, and their difference, depth less RGB, paired by world.
+    For each pair of `THESIS`: the slope (per 100 latent frames) and the end of the squared error divided by the true
+    variance, and the difference of depth and RGB, paired by scene.
     """
     rows = []
     for depth, rgb in THESIS:
@@ -92,7 +92,7 @@ def thesis(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
 
 
 def _number(found: Mapping[str, Any], *path: str) -> float | None:
-    """A number of nested dicts; None where a part is missing."""
+    """Return a number from nested dictionaries; None: a key is missing."""
     value: Any = found
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -100,7 +100,7 @@ def _number(found: Mapping[str, Any], *path: str) -> float | None:
 
 
 def unexplained(low: float, high: float) -> float:
-    """Return how far the interval of a slope is from 0: what noise does not explain of it.
+    """Return the distance of a slope's interval from 0: the part of the slope that noise does not explain.
 
     >>> unexplained(-1.0, 2.0), unexplained(0.5, 2.0)
     (0.0, 0.5)
@@ -109,10 +109,10 @@ def unexplained(low: float, high: float) -> float:
 
 
 def slopes(speed: Mapping[str, Any], cpu: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the unexplained slope of seconds and of bytes a chunk, the larger one of a GPU and a CPU.
+    """Return the unexplained slope of seconds and of bytes per chunk, the larger one of a GPU and a CPU.
 
-    On the GPU it is 1.3B at 480p, latents out, of `worldweaver_speed.json`, and the allocator's peak; on the CPU the
-    embedded model, and the bytes of the process. None where one of the two was not measured.
+    The GPU values are for Wan 1.3B at 480p with latent output, from `worldweaver_speed.json`, with the peak of the
+    allocator. The CPU values are for the embedded model, with the memory of the process. None: one of them is missing.
     """
     chosen = {"model": "1.3b", "system": "worldweaver", "output": "latent"}
     own: Mapping[str, Any] = next((row for row in speed.get("rows", ()) if chosen.items() <= row.items()), {})
@@ -126,7 +126,7 @@ def slopes(speed: Mapping[str, Any], cpu: Mapping[str, Any]) -> dict[str, float 
 def gates_of(
     arms: Mapping[str, Any], bases: Mapping[str, Any], speed: Mapping[str, Any], cpu: Mapping[str, Any]
 ) -> list[Gate]:
-    """Return the gates; None of what was not measured."""
+    """Return the gates. The value of a gate that was not measured is None."""
     own, other = arms.get(OURS, {}), bases.get(CHUNK_AR, {}).get(OURS, {})
     numbers, back = own.get("numbers", {}), "permanence.after_absence"
     motion, flat = _number(numbers, "motion.total", "value"), slopes(speed, cpu)
@@ -134,7 +134,7 @@ def gates_of(
     return [
         gate("drift_vs_chunk_ar", _number(other, "score", "ratio", "high"), "<=", 0.8),
         gate("permanence_gain", _number(other, back, "difference", "value"), ">=", 0.1),
-        # Above 0; a gate knows no ">".
+        # The target is "above 0", but gates have no operator ">".
         gate("permanence_gain_lower_end", _number(other, back, "difference", "low"), ">=", 1e-6),
         gate("motion_ratio", motion, ">=", 0.8),
         gate("motion_ratio", motion, "<=", 1.2),
@@ -170,7 +170,7 @@ def result(
 
 
 def pictures(found: Mapping[str, Runs], out: Path, target: Path) -> Iterator[Path]:
-    """Draw the sheet and the lines along time, and yield where they are."""
+    """Draw the contact sheet and the plots over time, and yield their paths."""
     first = {
         name: name if list(runs.files) == ["0"] else f"{name}.{next(iter(runs.files))}" for name, runs in found.items()
     }
@@ -188,7 +188,7 @@ def pictures(found: Mapping[str, Runs], out: Path, target: Path) -> Iterator[Pat
 
 
 def _read(place: Path | None) -> dict[str, Any]:
-    """A JSON file; empty where there is none."""
+    """Read a JSON file; return an empty dictionary if there is no file."""
     if place is None or not place.is_file():
         return {}
     found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def _read(place: Path | None) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the result, and what else is asked for."""
+    """Write the result file, and optionally tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("out/worldweaver"))
     parser.add_argument("--long", type=Path, help="folder of the clips of 1,000 frames")
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--speed", type=Path, default=RESULTS / "worldweaver_speed.json")
     parser.add_argument("-o", "--output", default="worldweaver", help="name or path of the result")
     parser.add_argument("--docs", action="store_true", help=f"write the tables into {PAGE.name}")
-    parser.add_argument("--images", type=Path, help="folder for the pictures (docs/images, say)")
+    parser.add_argument("--images", type=Path, help="folder for the pictures, for example docs/images")
     options = parser.parse_args(argv)
     try:
         found, longer = read_runs(options.out), read_runs(options.long) if options.long else {}

@@ -1,28 +1,33 @@
-"""Seconds and memory of long videos, chunk by chunk, at the shapes of Wan 1.3B and 14B, with random weights.
+"""Time and memory of long videos, chunk by chunk, at the shapes of Wan 1.3B and 14B, with random weights.
 
-`python -m benchmarks.worldweaver_speed` needs a GPU and writes `results/worldweaver_speed.json`, again after every
-row, those of the gates first. `--only 1.3b 14b/worldweaver` takes a size or a row, `--join A.json B.json` makes one
-result of several, `--profile` adds the kernels of a call of ours, `--device cpu` runs everything tiny and is there to
-try the benchmark.
+`python -m benchmarks.worldweaver_speed` needs a GPU. It writes `results/worldweaver_speed.json` after every row, the
+rows of the gates first. `--only 1.3b 14b/worldweaver` selects a size or a row, `--join A.json B.json` joins several
+results, and `--profile` adds the kernels of one forward pass of ours. `--device cpu` runs everything with tiny models,
+to test the benchmark itself.
 
-All rows: 480 x 832, 6 steps, no guidance, bfloat16, random encodings of 512 tokens, eager, diffusers' native attention
-backend, which is torch's SDPA; what torch chose is `attention` in each row. Latents come out, but for the last row,
-which decodes RGB and depth in float32. Ours is K = 3 groups of F = 3 latent frames behind 4 + 2 of memory, with depth:
-a window of 15. SkyReels-V2 with diffusion forcing (`ar_step=0`) has the same widths and windows of 97 frames, 25
-latents, 17 frames of them history; `skyreels_v2_same_window` has equal steps and equal context, windows of 15 latents
-of which 6 are history. Helios has the same widths, FramePack is as it is, 13B; both make 9 latents behind 19 that are
-packed. Weights are random, and nothing is said about quality.
+All rows: 480 x 832, 6 steps, no guidance, bfloat16, random encodings of 512 tokens, eager mode, and diffusers' native
+attention backend, which is torch's SDPA. `attention` in each row is the kernel that torch chose. All rows except the
+last have latents as output; the last row decodes RGB and depth in float32.
 
-`seconds_per_latent` is of a long video, for each new latent frame: chunks once the window is full, windows after the
-first. A window of the systems of diffusers is six times its mean step, the first step left out, as all steps of all
-windows have the same shapes: so 14B runs one of them. `network_seconds_per_latent` is the part inside the network.
+- Ours has K = 3 groups of F = 3 latent frames behind 4 + 2 latent frames of memory, with depth: a window of 15.
+- SkyReels-V2 with diffusion forcing (`ar_step=0`) has the same widths. Its windows have 97 frames (25 latent frames),
+  17 of them history. `skyreels_v2_same_window` has equal steps and context: windows of 15 latent frames, 6 of them
+  history.
+- Helios has the same widths. FramePack has its own size, 13B. Both generate 9 latent frames behind 19 packed ones.
 
-`time_slope` is what the trend over chunks, once window and memory are full, adds over the run: how far the 95 %
-interval stays away from 0. Seconds are counted in those of the same matrix products after every chunk, since a GPU
-that gets warm gets slower; up to 0.5 % is noise. `memory_slope` is likewise of the peak bytes, and exact.
+Weights are random, so the benchmark does not measure quality.
 
-Expected on an H200, of FLOPs (500 TFLOP/s, attention 560) and bytes (3.8 TB/s); what the first alone say stands as
-`expected_seconds_per_call` in each row. The last column is the row with its start:
+`seconds_per_latent` is the time per new latent frame of a long video: over chunks once the window is full, and over
+windows after the first. For the systems of diffusers, the time of a window is six times its mean step without the
+first step, because all steps of all windows have the same shapes; therefore 14B runs a single window.
+`network_seconds_per_latent` is the part inside the network.
+
+`time_slope` is the increase of the trend over chunks during the run, once window and memory are full: the distance of
+its 95 % interval from 0. Times are divided by the time of fixed matrix products after every chunk, because a GPU gets
+slower as it warms up. Values up to 0.5 % are noise. `memory_slope` is the same for peak bytes, and exact.
+
+Expected values on an H200 from FLOPs (500 TFLOP/s, attention 560) and bytes (3.8 TB/s) follow. The value from FLOPs
+alone is `expected_seconds_per_call` in each row. The last column is the time of the row including its start:
 
     row                           tokens  PFLOP  calls/latent  s/call  s/latent  / SkyReels-V2  seconds
     1.3b worldweaver               23400   0.16  2/3            0.37    0.25     0.94            55
@@ -64,11 +69,11 @@ ORDER = (
     ("1.3b", "worldweaver_decoded"),
 )
 CHUNKS = {"1.3b": 60, "14b": 50, "tiny": 56}
-"""Of ours. Window and memory bank fill in the first 25."""
+"""Number of chunks of ours. Window and memory bank are full after the first 25."""
 
 
 def rows(asked: Sequence[tuple[str, str]], place: str, chunks: int | None, profile: bool) -> Iterator[Row]:
-    """Yield the rows; what does not fit into memory says so."""
+    """Yield the rows. A row that does not fit into memory has an entry `error`."""
     for size, name in asked:
         model = TINY if size == TINY.name else MODELS[size]
         bench = Bench(model, place, CHUNKS[size] if chunks is None else chunks, profile)
@@ -87,7 +92,7 @@ def rows(asked: Sequence[tuple[str, str]], place: str, chunks: int | None, profi
 
 
 def gates(found: list[Row]) -> list[Gate]:
-    """Return the gates of the rows that there are: the largest number of both sizes."""
+    """Return the gates for the rows that exist: the largest value of both sizes."""
     by_name = {(row["model"], row["system"]): row for row in found if "seconds_per_latent" in row}
     own = [row for (_, system), row in by_name.items() if system == "worldweaver"]
     ratios = [
@@ -107,7 +112,7 @@ def gates(found: list[Row]) -> list[Gate]:
 
 
 def _away(interval: Sequence[float]) -> float:
-    """Return how far an interval, low, value and high, stays away from 0."""
+    """Return the distance of an interval (low, value, high) from 0."""
     low, _, high = interval
     return max(0.0, low, -high)
 
@@ -136,10 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*MODELS, *("/".join(row) for row in ORDER)]
     parser.add_argument("--only", nargs="+", choices=names, default=list(MODELS), metavar="SIZE[/ROW]")
-    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="results to make one of")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="results to join into one")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--chunks", type=int, help=f"of ours; {CHUNKS} if nothing is said")
-    parser.add_argument("--profile", action="store_true", help="add the kernels of one call of ours")
+    parser.add_argument("--chunks", type=int, help=f"number of chunks of ours, default {CHUNKS}")
+    parser.add_argument("--profile", action="store_true", help="add the kernels of one forward pass of ours")
     parser.add_argument("-o", "--output", default="worldweaver_speed")
     options = parser.parse_args(argv)
     if options.join:

@@ -1,8 +1,8 @@
-"""Numbers of arms over worlds and seeds of training: means, differences, ratios, with 95 % intervals.
+"""Statistics of arms over scenes and training seeds: means, differences and ratios with 95 % intervals.
 
-Rows are paired by world. An interval is of draws of worlds, the same for both arms, and of the seeds of each arm
-(percentile bootstrap); of an arm that was trained once it is over worlds alone, and `seeds` says so. With three seeds
-the draws are of few values, so the mean of every seed stands beside the interval.
+Rows are paired by scene. An interval is a percentile bootstrap that resamples scenes (the same for both arms) and the
+training seeds of each arm. For an arm with a single training seed it resamples scenes only, which `seeds` shows. Three
+seeds are few values to resample, so the mean of every seed is reported beside the interval.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """All seeds of an arm."""
+    """All training seeds of an arm."""
 
     name: str
     files: Mapping[str, Mapping[str, Any]]
-    """By the number of the seed as its file says it, "0" where that says none."""
+    """Seed number -> file of the seed; "0" if a file has no seed."""
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -40,13 +40,13 @@ class Runs:
         return next(iter(self.files.values()))
 
     def values(self, number: str) -> Tensor:
-        """Return a number of every seed and world, (S, N), NaN where it is not known."""
+        """Return a number for every seed and scene, (S, N), NaN where missing."""
         known = latents_given(self.first["settings"], self.first["rows"][0])
         rows = [[value_of(row, number, known) for row in file["rows"]] for file in self.files.values()]
         return torch.tensor(rows, dtype=torch.float64)
 
     def line(self, name: str) -> Tensor:
-        """Return a line along time of every seed and world, (S, N, T), NaN where it is not known."""
+        """Return a line over time for every seed and scene, (S, N, T), NaN where missing."""
         rows = [[_line(row, name) for row in file["rows"]] for file in self.files.values()]
         if any(line is None for each in rows for line in each):
             return torch.empty(len(rows), len(rows[0]), 0)
@@ -57,10 +57,10 @@ class Runs:
 
 
 def read_runs(folder: Path) -> dict[str, Runs]:
-    """Return the arms of a folder, with their seeds.
+    """Read the arms of a folder, with their seeds.
 
     Raises:
-        UserError: no arm, a damaged file, or files of other settings or of other numbers of clips.
+        UserError: no arm, a damaged file, or files with different settings or numbers of clips.
     """
     found: dict[str, dict[str, Any]] = {}
     for place in sorted(folder.glob("*.json")):
@@ -68,36 +68,37 @@ def read_runs(folder: Path) -> dict[str, Runs]:
         try:
             file = json.loads(place.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{place} is damaged: remove it and measure that arm again") from error
+            raise UserError(f"{place} is damaged: delete it and measure that arm again") from error
         if "rows" in file and "settings" in file:
             found.setdefault(name, {})[seed or "0"] = file
     files = [file for arm in found.values() for file in arm.values()]
     if not files:
         raise UserError(f"{folder} has no arms: run benchmarks.worldweaver with --out {folder} first")
     if any(file["settings"] != files[0]["settings"] for file in files):
-        raise UserError(f"arms in {folder} were measured with different settings: measure them in one folder each")
+        raise UserError(f"arms in {folder} were measured with different settings: use one folder for each setting")
     counts = {len(file["rows"]) for file in files}
     if len(counts) > 1 or 0 in counts:
-        raise UserError(f"arms in {folder} have {sorted(counts)} clips: rows are paired, measure as many of each")
+        raise UserError(f"arms in {folder} have {sorted(counts)} clips: measure the same number of clips for each arm")
     return {name: Runs(name, arm) for name, arm in found.items()}
 
 
 def latents_given(settings: Mapping[str, Any], row: Row) -> int:
-    """Return how many latent frames an arm was given."""
+    """Return the number of latent frames that an arm was given."""
     latents = len(row["latent_error"]["rgb"])
     return (settings["given"] - 1) * (latents - 1) // max(1, settings["frames"] - 1) + 1
 
 
 def value_of(row: Row, number: str, known: int = 0) -> float:
-    """Return a number of a row by its path, NaN where there is none.
+    """Return a number of a row by its path, NaN if it is missing.
 
-    Beside those of `DriftReport.to_dict`: `latent.MODALITY.slope`, per 100 latents from the first that was made on,
-    and `latent.MODALITY.last`, the mean over the last 15 %; `X.excess_size` is the size of `X.excess`.
+    Additional paths beside those of `DriftReport.to_dict` are `latent.MODALITY.slope` (per 100 latent frames, from the
+    first generated one on), `latent.MODALITY.last` (mean over the last 15 %), and `X.excess_size` (absolute value of
+    `X.excess`).
 
     Args:
-        row: of a clip.
-        number: its path.
-        known: latent frames that were given.
+        row: row of a clip.
+        number: path of the number.
+        known: number of given latent frames.
     """
     if number.startswith("latent."):
         _, modality, what = number.split(".")
@@ -120,15 +121,15 @@ def _line(row: Row, name: str) -> Sequence[float | None] | None:
 
 
 def interval(a: Tensor, b: Tensor | None = None, *, ratio: bool = False, seed: int = 0) -> dict[str, float] | None:
-    """Return the mean of `a`, of `a - b`, or of `a` over that of `b`, with its interval.
+    """Return the mean of `a`, of `a - b`, or the ratio of the means of `a` and `b`, with its interval.
 
     Args:
-        a, b: (S, N) and (S', N), NaN where a number is not known: such worlds are left out of both.
-        ratio: of means instead of a difference.
-        seed: of the draws.
+        a, b: (S, N) and (S', N), NaN where a number is missing; such scenes are ignored in both.
+        ratio: return the ratio of means instead of the difference.
+        seed: seed of the bootstrap.
 
     Returns:
-        value, low, high; None of fewer than two worlds, or a ratio over means that are not above 0.
+        value, low, high. None for fewer than two scenes, and for a ratio of means that are not above 0.
     """
     known = a.isfinite().all(0) if b is None else a.isfinite().all(0) & b.isfinite().all(0)
     if int(known.sum()) < 2:
@@ -149,7 +150,7 @@ def interval(a: Tensor, b: Tensor | None = None, *, ratio: bool = False, seed: i
 
 
 def _drawn(a: Tensor, worlds: Tensor, generator: torch.Generator) -> Tensor:
-    """Means of draws of seeds and worlds, (draws,)."""
+    """Return the means of resampled seeds and scenes, (draws,)."""
     seeds = torch.randint(len(a), (DRAWS, len(a)), generator=generator)
     shares = torch.zeros(DRAWS, len(a), dtype=a.dtype).scatter_add_(
         1, seeds, torch.full(seeds.shape, 1 / len(a), dtype=a.dtype)
@@ -158,7 +159,7 @@ def _drawn(a: Tensor, worlds: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pooled(runs: Runs, number: str) -> dict[str, Any] | None:
-    """Return the mean of a number with its interval, the worlds that have it, and the mean of each seed."""
+    """Return the mean of a number with its interval, the number of scenes that have it, and the mean of each seed."""
     values = runs.values(number)
     found = interval(values)
     if found is None:
@@ -168,7 +169,7 @@ def pooled(runs: Runs, number: str) -> dict[str, Any] | None:
 
 
 def compared(a: Runs, b: Runs, number: str) -> dict[str, Any] | None:
-    """Return a number of an arm against another one: the difference and the ratio of means."""
+    """Return the difference and the ratio of the means of a number between two arms."""
     left, right = a.values(number), b.values(number)
     difference = interval(left, right)
     if difference is None:
@@ -178,7 +179,7 @@ def compared(a: Runs, b: Runs, number: str) -> dict[str, Any] | None:
 
 
 def bands(runs: Runs, name: str) -> list[dict[str, float] | None]:
-    """Return a line along time: means over worlds of the means over seeds, and 1.96 standard errors to both sides."""
+    """Return a line over time: means over scenes of the means over seeds, plus and minus 1.96 standard errors."""
     line = runs.line(name).nanmean(0)
     found: list[dict[str, float] | None] = []
     for column in line.unbind(1) if line.dim() == 2 else ():

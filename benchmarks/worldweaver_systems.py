@@ -1,4 +1,4 @@
-"""Long videos with random weights, timed: WorldWeaver and three systems of diffusers, for `worldweaver_speed`."""
+"""Time long videos with random weights: WorldWeaver and three systems of diffusers, for `worldweaver_speed`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Row = dict[str, Any]
 STEPS, TOKENS = 6, 512
 GROUPS, FRAMES = 3, 3
 FILLING = GROUPS + 2
-"""First chunks in which the window fills."""
+"""Number of first chunks in which the window fills."""
 KEPT = -(-CAPACITY // FRAMES) + GROUPS
-"""First chunks in which the memory bank fills; they and those of the window are left out of trends."""
+"""Number of first chunks in which the memory bank fills. Trends ignore these chunks and those of the window."""
 MATRIX, ATTENTION = 500e12, 560e12
-"""FLOP/s that an H200 was seen to reach at these shapes, for what a call is expected to take at least."""
+"""FLOP/s that an H200 reached at these shapes, to estimate the shortest time of a forward pass."""
 
 
 class Model(NamedTuple):
-    """A transformer of Wan's kind, and the clip that it makes."""
+    """A transformer of Wan's architecture, and the size of its clip."""
 
     name: str
     config: dict[str, Any]
     windows: int = 1
-    """That the systems of diffusers make; all cost the same."""
+    """Number of windows that the systems of diffusers run; all windows cost the same."""
     height: int = 480
     width: int = 832
 
@@ -47,13 +47,13 @@ TINY = Model("tiny", {"num_layers": 1, "num_attention_heads": 2, "attention_head
 
 
 class Bench:
-    """What all rows of a model share.
+    """Common settings of all rows of a model.
 
     Args:
         model: widths and sizes.
         place: device.
-        chunks: of ours.
-        profile: whether one call of ours is profiled.
+        chunks: number of chunks of ours.
+        profile: whether to profile one forward pass of ours.
     """
 
     def __init__(self, model: Model, place: str, chunks: int, profile: bool = False) -> None:
@@ -72,16 +72,16 @@ class Bench:
         self._matrix = torch.randn(side, side, device=self.place, dtype=torch.bfloat16)
 
     def transformer(self, kind: str, **more: Any) -> Any:
-        """Build a transformer of the model's widths."""
+        """Build a transformer with the widths of the model."""
         return self.built(kind, {**self.model.config, "text_dim": self.text.shape[-1], **more})
 
     def vae(self, whole: bool = False) -> Any:
-        """Build Wan's autoencoder in float32; a thin one for rows that do not time it."""
+        """Build Wan's autoencoder in float32; a thin one for rows that do not time decoding."""
         thin = self.tiny or not whole
         return self.built("AutoencoderKLWan", {"z_dim": 16, **({"base_dim": 8} if thin else {})}, torch.float32)
 
     def built(self, kind: str, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-        """Build a part with random weights on the device, in the number types that `from_pretrained` gives it."""
+        """Build a component with random weights on the device, with the dtypes that `from_pretrained` would set."""
         import diffusers
 
         torch.manual_seed(0)
@@ -94,13 +94,13 @@ class Bench:
         return made.eval().requires_grad_(False)
 
     def synchronized(self) -> float:
-        """Return the time once all that was asked for is done."""
+        """Return the current time after all queued work of the device is complete."""
         if self.place.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def peak(self) -> int | None:
-        """Return the most bytes since the last call; None on a CPU, where nobody counts them."""
+        """Return the peak memory in bytes since the last call; None on a CPU, which has no allocator statistics."""
         if self.place.type != "cuda":
             return None
         found = torch.cuda.max_memory_allocated()
@@ -108,7 +108,7 @@ class Bench:
         return found
 
     def yardstick(self) -> float:
-        """Return the seconds of matrix products that are always the same: how fast the device is just now."""
+        """Return the time of fixed matrix products in seconds, which shows the current speed of the device."""
         before = self.synchronized()
         for _ in range(30):
             torch.mm(self._matrix, self._matrix)
@@ -116,7 +116,7 @@ class Bench:
 
 
 class Watch:
-    """Looks at every call of a network: when it began and ended; of one that is asked for, what it computes."""
+    """Times every forward pass of a network, and counts what one selected forward pass computes."""
 
     def __init__(self, bench: Bench, network: Any) -> None:
         self.bench, self.network = bench, network
@@ -127,7 +127,7 @@ class Watch:
         network.register_forward_hook(lambda *_: self.stops.append(bench.synchronized()))
 
     def look(self, profile: bool = False) -> None:
-        """Count what the next call computes; that call takes longer."""
+        """Count the operations of the next forward pass; that pass takes longer."""
         forward = self.network.forward
 
         def counted(*args: Any, **words: Any) -> Any:
@@ -142,7 +142,7 @@ class Watch:
 
 
 class _profiled:
-    """The kernels that take longest, in milliseconds."""
+    """Context manager that records the kernels with the longest times, in milliseconds."""
 
     def __init__(self, into: Row) -> None:
         self.into = into
@@ -163,7 +163,7 @@ class _profiled:
 
 
 def _computed(flops: dict[Any, int]) -> Row:
-    """Return FLOPs of a call, what computed attention, and the seconds that the call should take at least."""
+    """Return the FLOPs of a forward pass, its attention kernel, and its shortest expected time in seconds."""
     attention = {str(op): count for op, count in flops.items() if "attention" in str(op)}
     whole, attended = sum(flops.values()), sum(attention.values())
     return {
@@ -184,12 +184,13 @@ def ours(bench: Bench, *, decoded: bool = False) -> Row:
     words = {"causal_block_size": FRAMES, "ar_step": STEPS // GROUPS, "output_type": "pt" if decoded else "latent"}
     stream = pipe.stream(generator=torch.Generator().manual_seed(0), return_depth=True, **bench.call, **words)
     watch, count = Watch(bench, network), 2 * FILLING if decoded else bench.chunks
+    # Time every chunk of the stream; profile one forward pass with a full window.
     seconds: list[float] = []
     peaks: list[int | None] = []
     yards: list[float] = []
     inside: list[float] = []
     for number in range(count):
-        if number in (2, 3):  # of a full window
+        if number in (2, 3):  # chunks with a full window
             watch.look(profile=number == 3 and bench.profile)
         bench.peak()
         calls, before = len(watch.starts), bench.synchronized()
@@ -216,7 +217,7 @@ def ours(bench: Bench, *, decoded: bool = False) -> Row:
 
 def _trends(seconds: list[float], yards: list[float], peaks: list[Any]) -> Row:
     """Return the trends over chunks once window and memory are full."""
-    # A GPU that gets warm gets slower, and what is asked is whether chunks cost more.
+    # A GPU gets slower as it warms up, so times are divided by those of the fixed matrix products.
     of_yard = [each / yard for each, yard in zip(seconds, yards, strict=True)]
     skip = KEPT if len(seconds) >= KEPT + 16 else FILLING
     row = {"settled_chunks": len(seconds) - skip, "seconds": seconds, "yardstick_seconds": yards}
@@ -238,7 +239,7 @@ def _mean(values: list[float]) -> float:
 
 
 def skyreels(bench: Bench, window: tuple[int, int] = (97, 17)) -> Row:
-    """Time diffusion forcing of diffusers: windows of so many frames, so many of them history."""
+    """Time diffusion forcing in diffusers; `window` is (frames of a window, frames of history)."""
     from diffusers import SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
@@ -252,12 +253,12 @@ def skyreels(bench: Bench, window: tuple[int, int] = (97, 17)) -> Row:
 
 
 def skyreels_same_window(bench: Bench) -> Row:
-    """The same with our window: 15 latent frames, 6 of them memory."""
+    """Time diffusion forcing with a window like ours: 15 latent frames, 6 of them memory."""
     return skyreels(bench, (57, 21))
 
 
 def helios(bench: Bench) -> Row:
-    """Time Helios of diffusers: nine latent frames a chunk."""
+    """Time Helios in diffusers: nine latent frames per chunk."""
     from diffusers import HeliosPipeline, HeliosScheduler
 
     more: Row = {"rope_dim": (8, 8, 8)} if bench.tiny else {}
@@ -268,7 +269,7 @@ def helios(bench: Bench) -> Row:
 
 
 def framepack(bench: Bench) -> Row:
-    """Time FramePack of diffusers: nine latent frames a window. There is one size of it, 13B."""
+    """Time FramePack in diffusers: nine latent frames per window. It exists in a single size, 13B."""
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoFramepackPipeline
     from PIL import Image
 
@@ -281,7 +282,7 @@ def framepack(bench: Bench) -> Row:
     network = bench.built("HunyuanVideoFramepackTransformer3DModel", config)
     vae = bench.built("AutoencoderKLHunyuanVideo", thin, torch.float32)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    # The picture's encoding is random too, as many tokens as its encoder gives.
+    # The encoding of the picture is random too, with as many tokens as the image encoder returns.
     picture = torch.randn(1, 729, wide, device=bench.place, dtype=torch.bfloat16)
     pipe: Any = HunyuanVideoFramepackPipeline(None, None, network, vae, scheduler, None, None, None, None)
     pipe.encode_image = lambda image, device: picture
@@ -295,15 +296,15 @@ def framepack(bench: Bench) -> Row:
 
 
 def _windows(bench: Bench, pipe: Any, frames: int, new: int, **words: Any) -> Row:
-    """Time a call that returns everything at once, by the steps of its windows; the first step is warm-up.
+    """Time a call that returns the whole video at once, from the steps of its windows. The first step is warm-up.
 
-    All windows have the same shapes, so a window takes `STEPS` times the mean step.
+    All windows have the same shapes, so the time of a window is `STEPS` times the mean step.
 
     Args:
         bench: device and sizes.
         pipe: the pipeline.
-        frames: of the video.
-        new: latent frames that a window adds to a long video.
+        frames: number of frames of the video.
+        new: number of latent frames that a window adds to a long video.
         words: further arguments of the call.
     """
     pipe.set_progress_bar_config(disable=True)
@@ -315,8 +316,8 @@ def _windows(bench: Bench, pipe: Any, frames: int, new: int, **words: Any) -> Ro
     pipe(**call, generator=torch.Generator().manual_seed(0))
     calls = len(watch.starts)
     if calls != STEPS * bench.model.windows:
-        raise RuntimeError(f"{calls} calls of the network, {STEPS * bench.model.windows} were expected")
-    # Between two windows some systems decode.
+        raise RuntimeError(f"got {calls} forward passes, expected {STEPS * bench.model.windows}")
+    # Some systems decode between two windows.
     step = _mean([watch.starts[n + 1] - watch.starts[n] for n in range(1, calls - 1) if (n + 1) % STEPS])
     inside = _mean([stop - start for start, stop in zip(watch.starts[1:], watch.stops[1:], strict=True)])
     row: Row = {

@@ -1,7 +1,7 @@
-"""Tables of `docs/worldweaver_results.md`, of `results/worldweaver.json`; nothing is measured.
+"""Write the tables of `docs/worldweaver_results.md` from `results/worldweaver.json`. Nothing is measured.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `python -m benchmarks.worldweaver_tables` writes them
-anew from the result that is there.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`. `python -m benchmarks.worldweaver_tables` replaces the
+tables by those of the current result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = {
     "sliding_pixels": "stock model, sliding window of frames",
     "ceiling": "autoencoder's round trip of the truth",
 }
-"""What the page calls the arms, in its order; others come last, under their own names."""
+"""Names of the arms in the page, in their order; other arms come last, under their own names."""
 COLUMNS = {
     "score": "start-end contrast",
     "colour.delta_e.last": "colour, dE",
@@ -54,9 +54,9 @@ FEWER = (
 )
 """Columns of the tables of differences."""
 OURS = "e"
-"""Which arm is ours; this was written down before anything was measured."""
+"""Our arm. It was fixed before anything was measured."""
 COMPARED = ("d", OURS, "placed")
-"""Arms that these are of."""
+"""Arms with which the table of differences compares."""
 
 
 def _short(value: float | None) -> str:
@@ -64,7 +64,7 @@ def _short(value: float | None) -> str:
 
 
 def _spread(row: Mapping[str, Any] | None) -> str:
-    """A difference with its interval."""
+    """Format a difference with its interval."""
     return "" if row is None else f"{row['value']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
 
 
@@ -73,7 +73,7 @@ def _arms(arms: Mapping[str, Any]) -> list[str]:
 
 
 def arms(part: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the table of means of all arms."""
+    """Yield the table of the means of all arms."""
 
     def cells(name: str) -> Iterator[str]:
         row = part["arms"][name]
@@ -86,7 +86,7 @@ def arms(part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def seeds(part: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the table of the means of each seed, of the arms that have several."""
+    """Yield the table of the means of each seed, for arms with several seeds."""
     rows = []
     for name in _arms(part["arms"]):
         row = part["arms"][name]
@@ -153,7 +153,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
 
 
 def filled(text: str, result: Mapping[str, Any] | None) -> str:
-    """Return the page with its tables written anew; None says that nothing was measured."""
+    """Return the page with new tables; a result of None means that nothing was measured."""
     return docs_tables.filled(text, docs_tables.of_result(result, TABLES))
 
 

@@ -1,4 +1,4 @@
-"""WorldWeaver: long videos, streamed chunk by chunk, of RGB and depth (arXiv:2508.15720)."""
+"""WorldWeaver: generate long videos of RGB and depth, streamed chunk by chunk (arXiv:2508.15720)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from postgen.worldweaver.told import Prompt
 from postgen.worldweaver.widen import transformer_of, widened
 
 BASES = ("LTXPipeline", "SkyReelsV2Pipeline", "WanPipeline")
-"""Pipelines whose networks take a noise level for each frame."""
+"""Base pipelines whose networks take a noise level for each frame."""
 SCALAR_BASES = ("CogVideoXPipeline",)
-"""Those that take one for the clip, and need `mean_level`."""
+"""Base pipelines whose networks take one noise level for the clip; they need `mean_level`."""
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 NUM_FRAMES = 81
-"""Of a call that says nothing."""
+"""Default number of frames of a call."""
 
 StepCallback = Callable[["WorldWeaverPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 GroupCallback = Callable[["WorldWeaverPipeline", WorldWeaverChunk], None]
@@ -48,33 +48,33 @@ GroupCallback = Callable[["WorldWeaverPipeline", WorldWeaverChunk], None]
 
 @dataclass
 class WorldWeaverPipelineOutput(BaseOutput):
-    """A whole video."""
+    """Output of a call: a whole video."""
 
     frames: Any
-    """As of `WorldWeaverChunk`, of all chunks."""
+    """As in `WorldWeaverChunk`, concatenated over all chunks."""
     depth: Any = None
-    """Likewise."""
+    """As in `WorldWeaverChunk`, concatenated over all chunks; None if depth was not requested."""
     state: RolloutState | None = None
-    """From which the video goes on."""
+    """State from which the video can be continued."""
 
 
 class WorldWeaverPipeline(DiffusionPipeline):
-    """Makes long videos group by group, at constant memory and time per group, and hands them out as they are made.
+    """Generates long videos group by group and streams them. Memory use and time per group are constant.
 
-    Made of a pipeline that is loaded by `from_pipe`, or of a folder that `save_pretrained` wrote by `from_pretrained`.
+    Create it from a loaded pipeline with `from_pipe`, or from a folder of `save_pretrained` with `from_pretrained`.
 
     Args:
-        transformer: widened, or stock for RGB alone.
-        level_embedder: for as many modalities as the transformer has.
-        vae: of the base model, as the following.
-        text_encoder: ...
-        tokenizer: ...
-        scheduler: ...
-        base_pipeline: name of the diffusers class whose model this is, one of `BASES` or `SCALAR_BASES`.
-        base_settings: what that class is told beside its components.
+        transformer: widened, or stock for RGB only.
+        level_embedder: `LevelEmbedder` with the same number of modalities as the transformer.
+        vae: of the base model.
+        text_encoder: of the base model.
+        tokenizer: of the base model.
+        scheduler: of the base model.
+        base_pipeline: name of the diffusers class of the base model, one of `BASES` or `SCALAR_BASES`.
+        base_settings: constructor arguments of that class beside its components.
         mean_level: for a network that takes one noise level for the clip, see `WorldWeaverModel`.
-        defaults: of the call, by the names of `postgen.worldweaver.plan.DEFAULTS` and `TRAINED`.
-        latent_scale: of each modality, see `WorldWeaverModel`; None is that of the transformer.
+        defaults: default arguments of a call, by the names of `postgen.worldweaver.plan.DEFAULTS` and `TRAINED`.
+        latent_scale: scale factor of each modality, see `WorldWeaverModel`; None: the scale of the transformer.
     """
 
     _callback_tensor_inputs = ("latents", "clean")
@@ -119,19 +119,19 @@ class WorldWeaverPipeline(DiffusionPipeline):
         aux: Sequence[Modality] = ("depth",),
         mean_level: bool = False,
     ) -> Self:
-        """Make one of a pipeline that is loaded, sharing its components; its transformer is widened in place.
+        """Create the pipeline from a loaded base pipeline. Components are shared; the transformer is widened in place.
 
         Args:
-            pipeline: one of `BASES`; it makes no videos by itself any more, unless aux is empty or
-                `postgen.worldweaver.widen.narrow_transformer` is called.
-            adapter: folder of `save_adapter`; its settings are the defaults of the call. None: a transformer that is
-                widened is taken as it is, with the level embedder and the settings of the adapter that is in it; a
-                stock one is widened untrained.
-            aux: what an untrained one gets beside RGB; () leaves it as it is, a model of RGB alone.
+            pipeline: a pipeline of a class in `BASES`. It can no longer generate videos itself, unless aux is empty or
+                until `postgen.worldweaver.widen.narrow_transformer` is called.
+            adapter: folder of `save_adapter`. Its settings become the defaults of a call. None: a widened transformer
+                keeps its level embedder and the settings of its loaded adapter; a stock transformer is widened and
+                is untrained.
+            aux: modalities to add to a stock transformer without adapter; () keeps RGB only.
             mean_level: see the class.
 
         Raises:
-            UserError: a pipeline of another class, or as `load_adapter` and `widen_transformer`.
+            UserError: a pipeline of another class, or an error of `load_adapter` or `widen_transformer`.
         """
         name = _base_of(pipeline, mean_level)
         loaded = carried_adapter(pipeline, tuple(aux)) if adapter is None else load_adapter(pipeline, Path(adapter))
@@ -149,32 +149,32 @@ class WorldWeaverPipeline(DiffusionPipeline):
         )
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> None:
-        """Save the pipeline as any of diffusers.
+        """Save the pipeline like any diffusers pipeline.
 
         Raises:
-            UserError: the transformer has a LoRA, which no folder of a model carries.
+            UserError: the transformer has a LoRA, which the folder of a model cannot store.
         """
         if names := [*(getattr(self.transformer, "peft_config", None) or {})]:
             raise UserError(
-                f"the transformer has the LoRA {', '.join(names)}, which a saved model does not have: keep the adapter"
-                " and the base model, or merge it first (transformer.fuse_lora, then unload_lora)"
+                f"the transformer has the LoRA {', '.join(names)}, which a saved model cannot store: keep the adapter"
+                " and the base model, or merge the LoRA first (transformer.fuse_lora, then unload_lora)"
             )
         super().save_pretrained(save_directory, *args, **options)
 
     @property
     def model(self) -> WorldWeaverModel:
-        """The network with its level embedder, as rollouts and training call it; made of the components as they are.
+        """The model with its level embedder, for rollouts and training, made from the current components.
 
         Raises:
-            UserError: components that do not belong together.
+            UserError: the components do not match.
         """
         return self._model(None)
 
     def load_state(self, folder: str | PathLike[str]) -> RolloutState:
-        """Read a state that `state.save` wrote, onto the device of this pipeline.
+        """Load a state that `state.save` wrote to the device of this pipeline.
 
         Raises:
-            UserError: there is none, it is damaged, or of another model.
+            UserError: there is no state, or it is damaged or of another model.
         """
         return RolloutState.load(Path(folder), model=identity_of(self.model), device=self.transformer.device)
 
@@ -210,45 +210,48 @@ class WorldWeaverPipeline(DiffusionPipeline):
         callback_on_group_end: GroupCallback | None = None,
         max_sequence_length: int | None = None,
     ) -> Iterator[WorldWeaverChunk]:
-        """Yield a video chunk by chunk, as it is made; what is wrong with the arguments is said at once.
+        """Yield a video chunk by chunk while it is generated. Arguments are checked at once.
 
         Args:
-            prompt: a text, one for each of B videos, or a schedule [(frame, text), ...] in frames of the video.
-            negative_prompt: what the video should not show; needs guidance.
-            image: first frame of the video, resized to it; one for all, or B.
-            video: beginning of the video, which is encoded once; its frames come out first.
-            depth: distances of the image or video, (H, W), (F, H, W) or (B, F, H, W); None is not known.
-            height: pixels, 480 if nothing is said.
-            width: pixels, 832.
-            num_frames: of the whole video; None has no end, or that of the state.
-            num_inference_steps: N steps of each frame, 30.
-            guidance_scale: of classifier-free guidance, 5; up to 1 is none.
-            causal_block_size: F, latent frames of a group, 3.
-            ar_step: S, steps by which a group is behind the one before, 10; 0 makes one group after the other.
-            overlap_history: frames of short memory, instead of the second of history_sizes.
-            base_num_frames: frames of the window, memory and groups in flight: what is left is long memory.
-            history_sizes: latent frames of long and short memory, (4, 2).
-            keep_first_frame: whether the first latent frame always is in the long memory, True.
-            addnoise_condition: noise on the RGB of long memory, of 1000: 120.
-            memory_policy: which frames are long memory: a name or a policy of `postgen.worldweaver.selection`.
-            flow_shift: shift of the noise levels; None is the scheduler's.
-            generator: of the noise, one or B; one for several videos seeds one for each.
-            prompt_embeds: (B, L, D) instead of a prompt.
-            negative_prompt_embeds: (B, L, D), with guidance.
+            prompt: a text, a list of B texts, or a schedule [(frame, text), ...] with frames of the video.
+            negative_prompt: negative prompt; needs guidance.
+            image: first frame of the video, resized to the size of the video; one for all videos, or B.
+            video: beginning of the video. It is encoded once, and its frames are the first frames of the output.
+            depth: distances of the image or video, (H, W), (F, H, W) or (B, F, H, W); None: unknown.
+            height: height in pixels, default 480.
+            width: width in pixels, default 832.
+            num_frames: frames of the whole video; None: no end, or the end of the state.
+            num_inference_steps: N, denoising steps of each frame, default 30.
+            guidance_scale: scale of classifier-free guidance, default 5; up to 1 disables guidance.
+            causal_block_size: F, latent frames of a group, default 3.
+            ar_step: S, lag in steps between a group and the group before it, default 10; 0 generates one group after
+                the other.
+            overlap_history: frames of short memory, instead of the second number of history_sizes.
+            base_num_frames: frames of the whole window (memory and groups in flight). What short memory and the
+                groups in flight leave is long memory, instead of the first number of history_sizes.
+            history_sizes: latent frames of long and short memory, default (4, 2).
+            keep_first_frame: whether the first latent frame is always in long memory, default True.
+            addnoise_condition: noise level of RGB in long memory, times 1000, default 120.
+            memory_policy: policy that selects long memory: a name or a policy of `postgen.worldweaver.selection`.
+            flow_shift: shift of the noise levels; None: the shift of the scheduler.
+            generator: generator of the noise, one or B. A single generator seeds one for each of several videos.
+            prompt_embeds: (B, L, D) encodings instead of a prompt.
+            negative_prompt_embeds: (B, L, D) encodings; required with prompt_embeds and guidance.
             output_type: np, pt, pil or latent.
-            return_depth: whether chunks have their depth.
-            state: go on from it, in place: with its sizes, steps and memory. Prompts, guidance, num_frames and
-                generators may be others from here on; what frames come out must be as before.
-            callback_on_step_end: called as (pipe, number of the call, timesteps (T,) of those in flight, tensors),
-                may return other "latents".
-            callback_on_step_end_tensor_inputs: of "latents" and "clean", (B, M * C, T, h, w).
-            callback_on_group_end: called as (pipe, chunk) with every chunk before it is yielded.
-            max_sequence_length: tokens of a prompt; None is the model's.
+            return_depth: whether chunks contain depth.
+            state: state from which to continue, updated in place. Its sizes, steps and memory settings stay. Prompts,
+                guidance, num_frames and generators can be changed; output_type and return_depth must need the same
+                decoders as before.
+            callback_on_step_end: called with (pipe, number of the forward pass, timesteps (T,) of the frames in
+                flight, tensors); may return other "latents".
+            callback_on_step_end_tensor_inputs: list of "latents" and "clean", each (B, M * C, T, h, w).
+            callback_on_group_end: called with (pipe, chunk) for every chunk before it is yielded.
+            max_sequence_length: tokens of a prompt; None: the default of the base model.
 
         Raises:
-            UserError: arguments that are wrong, or contradict each other or the state.
+            UserError: wrong arguments, or arguments that contradict each other or the state.
         """
-        said = dict(locals())  # every argument by its name
+        said = dict(locals())  # all arguments by name
         check_callbacks(said, self._callback_tensor_inputs)
         with torch.no_grad():
             model = self._model(max_sequence_length)
@@ -288,13 +291,13 @@ class WorldWeaverPipeline(DiffusionPipeline):
         callback_on_group_end: GroupCallback | None = None,
         max_sequence_length: int | None = None,
     ) -> WorldWeaverPipelineOutput | tuple[Any, ...]:
-        """Make a whole video: all chunks of `stream`, to the bit.
+        """Generate a whole video. The result equals all chunks of `stream`, bit by bit.
 
-        Args are those of `stream`, and return_dict, False for a tuple (frames, depth). num_frames is 81 if nothing is
-        said; of a state, what is still to come is returned.
+        The arguments are those of `stream` and return_dict; with return_dict=False the result is a tuple (frames,
+        depth). num_frames is 81 by default. With a state, only the remaining frames are returned.
 
         Raises:
-            UserError: as `stream`, or a state without end.
+            UserError: as in `stream`, or a state without end and no num_frames.
         """
         said = {name: value for name, value in locals().items() if name not in ("self", "return_dict", "__class__")}
         if state is None:
@@ -303,7 +306,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
             raise UserError("the video of this state has no end: give num_frames, or use stream")
         chunks = list(self.stream(**said))
         if not chunks:
-            raise UserError("the video of this state is finished: give a larger num_frames")
+            raise UserError("the video of this state is complete: give a larger num_frames")
         frames = collected([chunk.frames for chunk in chunks], output_type)
         seen = collected([chunk.depth for chunk in chunks], output_type) if return_depth else None
         if not return_dict:
@@ -331,7 +334,7 @@ class WorldWeaverPipeline(DiffusionPipeline):
 
             chunks = session.chunks(after)
             while True:
-                # Not around the yield: gradients are the caller's, and a stream may be left where Python ends.
+                # no_grad must not span the yield: the caller's gradient mode would change while a stream is suspended.
                 with torch.no_grad():
                     chunk = next(chunks, None)
                     if chunk is None:
@@ -348,11 +351,11 @@ class WorldWeaverPipeline(DiffusionPipeline):
         if max_sequence_length is not None:
             check_number("max_sequence_length", max_sequence_length, 1, 2**16, whole=True)
             denoiser.max_sequence_length = max_sequence_length
-        # A transformer of a folder does not say what its channels are, the embedder beside it does.
-        sizes = self.transformer.config  # of text-to-video: what is more than the latents is placed memory
+        # A transformer from a folder has no record of its modalities; the config of the level embedder has it.
+        sizes = self.transformer.config  # text-to-video: inputs beyond the latents are placed memory
         placed = sizes["in_channels"] > (sizes["out_channels"] or sizes["in_channels"])
         wide = widened(self.transformer, MODALITIES[: self.level_embedder.config["modalities"]], placed=placed)
-        if wide.embedder is not self.level_embedder:  # of a folder: another pipeline of this transformer takes it too
+        if wide.embedder is not self.level_embedder:  # loaded from a folder: record it for other pipelines too
             wide.driven_by(self.level_embedder, self.config["defaults"])
         own = {name: self.config[name] for name in ("mean_level", "latent_scale")}
         return WorldWeaverModel(denoiser, self.level_embedder, **own)
@@ -366,18 +369,18 @@ def _base_class(name: str) -> Any:
 
 
 def _base_of(pipeline: Any, mean_level: bool) -> str:
-    """Return the class of a base pipeline, as diffusers names it; nothing is changed yet."""
+    """Return the class name of a base pipeline after checking it; nothing is changed."""
     name = type(pipeline).__name__
     if name not in (*BASES, *SCALAR_BASES):
         raise UserError(
-            f"{name} is no base of WorldWeaver: load the model as one of {', '.join(BASES)}; with mean_level=True also"
-            f" {', '.join(SCALAR_BASES)}. A first frame is given to the call, as image"
+            f"{name} cannot be the base of WorldWeaver: load the model as one of {', '.join(BASES)}, or with"
+            f" mean_level=True as {', '.join(SCALAR_BASES)}. Give a first frame as the argument image of the call"
         )
-    transformer_of(pipeline)  # refuses two experts
+    transformer_of(pipeline)  # raises for two experts
     if mean_level != (name in SCALAR_BASES):
         raise UserError(
-            f"{name} takes one noise level for a whole clip: give mean_level=True, and see what it costs"
+            f"{name} takes one noise level for a whole clip: give mean_level=True (see the docs for its limits)"
             if name in SCALAR_BASES
-            else f"{name} takes a noise level for each frame: leave mean_level out"
+            else f"{name} takes a noise level for each frame: omit mean_level"
         )
     return name

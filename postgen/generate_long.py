@@ -1,7 +1,7 @@
-"""Make long videos and write them as they are made: what stands behind `postgen generate --long` and `--stream`.
+"""Generate long videos and write them chunk by chunk: the implementation of `postgen generate --long` and `--stream`.
 
-A state stands beside the video and is saved after every chunk, so whoever is killed loses the chunk in flight. It
-holds the request too, with which another process goes on.
+The rollout state is saved beside the video after every chunk, so a process that is killed loses only the chunk in
+flight. The state contains the request too, so another process can continue the video.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ from postgen.worldweaver.state import RolloutState
 from postgen.worldweaver.widen import two_experts
 
 EMBEDDED_STEPS = 15
-"""Denoising steps of the embedded model in a long video: 20 s are then made in 90 s by two CPU cores."""
+"""Denoising steps of the embedded model in a long video. With 15, two CPU cores make 20 s of video in 90 s."""
 _GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
-"""Groups in flight where the adapter says nothing."""
+"""Default number of groups in flight, without an adapter."""
 _ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
 Report = Callable[[int, int | None], None]
-"""Called after each chunk with the frames that are made, and those of the whole video; None: it has no end."""
+"""Callback after each chunk: number of frames so far, and number of frames of the whole video (None: no end)."""
 Call = Callable[[], None]
-"""Called after each call of the network; what it raises ends the work where the last chunk ended."""
+"""Callback after each forward pass. An exception that it raises stops the video after the last complete chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongRequest:
-    """A long video, as it was asked for."""
+    """The request for a long video."""
 
     config: GenerateConfig
-    """Its `num_frames` is not used; `image` is the first frame."""
+    """Settings of generation. `num_frames` is not used; `image` is the first frame."""
     schedule: tuple[tuple[int, str], ...]
-    """(frame, text), from frame 0 on."""
+    """Prompt schedule of (frame, text), beginning at frame 0."""
     seconds: float | None
-    """Length at least, above 0; None has no end."""
+    """Minimum length in seconds, above 0; None: no end."""
     adapter: str | None
-    """Folder of an adapter; None is the embedded one for the embedded model, else there is none."""
+    """Folder of an adapter; None: the embedded adapter for the embedded model, and no adapter for other models."""
     depth: bool
-    """Whether depth is written too, beside the video."""
+    """Whether to write a depth video beside the video."""
 
     @property
     def adapter_folder(self) -> Path | None:
-        """Where the adapter is."""
+        """Folder of the adapter to use; None: no adapter."""
         if self.adapter is not None:
             return Path(self.adapter).expanduser()
         return embedded_adapter() if self.config.model is None else None
 
 
 def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int, str], ...]:
-    """Return a schedule of prompts.
+    """Parse a prompt schedule.
 
     Args:
-        entries: texts "FRAME:PROMPT", or the name of a file with one in each line; empty lines and such that begin
-            with # are left out.
-        prompt: the prompt from frame 0 on, where the entries do not say it.
+        entries: texts "FRAME:PROMPT", or a single path of a file with one entry per line. Empty lines and lines that
+            begin with # are ignored.
+        prompt: the prompt from frame 0 on, if the entries do not have it.
 
     Raises:
-        UserError: an entry or a file that is none, frames that do not rise, or no prompt for frame 0.
+        UserError: an entry or a file that cannot be parsed, frames that do not rise, or no prompt for frame 0.
     """
     lines = list(entries)
     if len(lines) == 1 and not _ENTRY.fullmatch(lines[0]):
@@ -89,30 +89,30 @@ def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int
     for line in lines:
         match = _ENTRY.fullmatch(line)
         if match is None:
-            raise UserError(f"an entry of the prompt schedule is FRAME:PROMPT, got {shown(line)}")
+            raise UserError(f"an entry of the prompt schedule must be FRAME:PROMPT, got {shown(line)}")
         found.append((int(match[1]), match[2]))
     if not found or found[0][0] != 0:
-        raise UserError("there is no prompt for frame 0: give one, or begin the schedule with 0:")
+        raise UserError("there is no prompt for frame 0: give a prompt, or begin the schedule with 0:")
     for (before, _), (after, _) in pairwise(found):
         if after <= before:
-            raise UserError(f"the prompt schedule goes from frame {before} to {after}: frames must rise")
+            raise UserError(f"the prompt schedule goes from frame {before} to {after}: give frames in rising order")
     return tuple(found)
 
 
 def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
-    """Check everything that can be checked before the weights are read.
+    """Check everything that can be checked before the weights are loaded.
 
     Args:
-        request: what was asked for.
-        begins: whether the first frame is still to be read.
+        request: the request.
+        begins: whether the video begins, so that the image of its first frame must be readable.
 
     Raises:
-        UserError: what is wrong, in one line.
+        UserError: a setting or a model that does not fit.
     """
     config = request.config
     facts = inspect_model(config.model if config.model is not None else embedded_model())
     if facts.pipeline not in BASES:
-        raise UserError(f"{facts.pipeline} makes no long videos here: use a model of {', '.join(BASES)}")
+        raise UserError(f"{facts.pipeline} does not support long videos: use a model of {', '.join(BASES)}")
     if facts.experts:
         raise UserError(two_experts(facts.pipeline))
     for wrong, name in (
@@ -122,28 +122,28 @@ def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
         (config.num_frames is not None, "--frames"),
     ):
         if wrong:
-            raise UserError(f"{name} does not go with a long video: leave it out")
+            raise UserError(f"{name} cannot be used with a long video: omit it")
     if begins and config.image is not None:
         read_picture(config.image)
     folder = request.adapter_folder
     if folder is not None and not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no adapter of WorldWeaver: there is no {CONFIG} in it")
+        raise UserError(f"{folder} is no WorldWeaver adapter: the file {CONFIG} is missing")
     if folder is None and request.depth:
-        raise UserError("there is no depth without an adapter: name one with --adapter, or leave --depth out")
+        raise UserError("--depth needs an adapter: give one with --adapter, or omit --depth")
     return prepare(dataclasses.replace(config, image=None))
 
 
 def places_of(output: Path, format: str | None, request: LongRequest) -> Places:
-    """Name the files of a long video, and see that they can be written.
+    """Return the output files of a long video, and check that they can be written.
 
     Raises:
-        UserError: a format that cannot grow, or a place that cannot be written.
+        UserError: a format that cannot be extended, or a file that cannot be written.
     """
     if not output.suffix and format is None:
         format = "mp4"
     written, kind = output_paths(output, format)
     if kind not in GROWING:
-        raise UserError(f"a long video is written as it is made, as {' or '.join(GROWING)}, not as {kind}")
+        raise UserError(f"a long video is written chunk by chunk: give the format {' or '.join(GROWING)}, not {kind}")
     base = written.sheet.with_suffix("")
     depth = base.with_name(f"{base.name}-depth{written.video.suffix}")
     places = Places(
@@ -157,15 +157,15 @@ def places_of(output: Path, format: str | None, request: LongRequest) -> Places:
 
 
 def load_long(request: LongRequest, job: Job) -> Any:
-    """Load the pipeline of a request.
+    """Load the pipeline for a request.
 
     Raises:
-        UserError: it cannot be loaded, or the adapter does not fit.
+        UserError: the pipeline cannot be loaded, or the adapter does not fit the model.
     """
     pipe = load(job)
     made: Any = WorldWeaverPipeline.from_pipe(pipe, request.adapter_folder, aux=())
     if request.adapter_folder is not None and getattr(pipe.transformer, "peft_config", None):
-        # Merged, its LoRA costs nothing: half of the time of the embedded model's layers otherwise.
+        # Merge the LoRA: unmerged it takes half of the time of the embedded model's layers.
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     made.set_progress_bar_config(disable=True)
@@ -173,15 +173,15 @@ def load_long(request: LongRequest, job: Job) -> Any:
 
 
 class LongVideo:
-    """A long video under way: its pipeline, its files, and where it stands.
+    """A long video during generation: its pipeline, its files and its state.
 
     Args:
         pipe: from `load_long`.
-        request: what was asked for.
+        request: the request.
         job: from `prepare_long`.
         places: from `places_of`.
-        state: of an earlier process, to go on from; None begins.
-        source: where its files are, if they are to stay as they are; None: at `places`.
+        state: state of an earlier process from which to continue; None: begin a new video.
+        source: files of the earlier process, if they must not be changed; None: they are at `places`.
     """
 
     def __init__(
@@ -199,21 +199,22 @@ class LongVideo:
 
     @property
     def seconds(self) -> float:
-        """Of the video that is written."""
+        """Length in seconds of the video written so far."""
         return self.files.frames / self.rate
 
     def make(self, report: Report, *, on_call: Call | None = None, **changes: Any) -> None:
-        """Make the video to its end, if it has one; the state is saved after every chunk.
+        """Generate the video to its end, if it has one. The state is saved after every chunk.
 
-        Of a video that is finished and lacks its contact sheet, nothing is made.
+        If the video is complete and only its contact sheet is missing, nothing is generated.
 
         Args:
             report: see `Report`.
             on_call: see `Call`.
-            changes: of a call that goes on from a state: prompt, negative_prompt, guidance_scale, generator.
+            changes: changed settings for a continued video: prompt, negative_prompt, guidance_scale, generator.
 
         Raises:
-            UserError: what the pipeline or the disk refuses, a video that is finished, or at which another process is.
+            UserError: an error of the pipeline or the disk, a video that is already complete, or a video that another
+                process is writing.
         """
         with self.files.alone():
             self._make(report, on_call, **changes)
@@ -238,20 +239,20 @@ class LongVideo:
             self.files.take(chunk, self._note())
             report(self.files.frames, frames)
         if self.files.frames == before and (self.places.sheet.exists() or not self.files.saved):
-            raise UserError(f"this video is finished, it is {self.seconds:.1f} s long: give a larger --long")
+            raise UserError(f"this video is complete with {self.seconds:.1f} s: give a larger --long")
 
     def write_sheet(self) -> None:
-        """Draw the contact sheet of what there is."""
+        """Write the contact sheet of the video so far."""
         title = f"{self.request.schedule[0][1]} (seed {self.request.config.seed})"
         contact_sheet(Footage(self.places.video), self.places.sheet, title=title)
 
     def standing(self) -> str:
-        """Say what there is and how it goes on, for a process that is stopped."""
+        """Return a message for the user of a stopped process: what was written, and how to continue."""
         if not self.files.saved:
-            return "nothing of the video was made yet, and no half-written file was left"
+            return "no part of the video was finished, and no half-written file was left"
         there = f"{self.files.frames} frames ({self.seconds:.1f} s) are in {self.places.video}"
         made = there if self.files.frames else "no frame is finished yet"
-        return f"{made}; to go on: postgen generate --continue {self.places.state}"
+        return f"{made}; to continue: postgen generate --continue {self.places.state}"
 
     def _first_call(self) -> dict[str, Any]:
         config, job, adapter = self.request.config, self.job, self.pipe.config["defaults"] or {}
@@ -269,7 +270,7 @@ class LongVideo:
         return {**words, "prompt": list(self.request.schedule)}
 
     def _frames(self) -> int | None:
-        """Return the frames of the whole video: as many as the seconds need, in whole latent frames."""
+        """Return the number of frames of the whole video: the requested seconds, rounded up to whole latent frames."""
         if self.request.seconds is None:
             return None
         model = self.pipe.model
@@ -284,12 +285,12 @@ class LongVideo:
         if frames < least:
             raise UserError(
                 f"--long {self.request.seconds:g} is too short: {least} frames ({least / self.rate:.1f} s) are "
-                "made or under way, give as much"
+                "finished or in flight, give at least that length"
             )
         return frames
 
     def _note(self) -> dict[str, Any]:
-        """What another process must know, as JSON has it."""
+        """Return the request as JSON values, for the process that continues the video."""
         adapter = self.request.adapter
         return {
             "settings": portable(self.request.config),
@@ -303,10 +304,10 @@ class LongVideo:
 
 
 def read_request(folder: Path) -> tuple[LongRequest, Places]:
-    """Return what a state of `postgen generate` was asked for, and its files, which stand beside it.
+    """Return the request and the files of a video from a state of `postgen generate`. The files are beside the state.
 
     Raises:
-        UserError: there is no state, it is damaged, or a program made it.
+        UserError: there is no state, the state is damaged, or a Python program made it.
     """
     if folder.is_file():
         beside = folder.with_suffix(".state")
@@ -314,7 +315,7 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
         raise UserError(f"{folder} is a file: --continue takes the folder of the state, {hint}")
     note = RolloutState.load(folder).model.get(REQUEST)
     if not isinstance(note, dict):
-        raise UserError(f"the state in {folder} was not made by postgen generate: go on from it in Python")
+        raise UserError(f"the state in {folder} was not made by postgen generate: continue it in Python")
     settings = dict(note["settings"])
     settings["lora"] = tuple(settings["lora"])
     request = LongRequest(
@@ -328,13 +329,13 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
 
 
 def _steps(job: Job, config: GenerateConfig) -> int:
-    """Return the steps where nobody says how many: a multiple of the groups in flight."""
+    """Return the default number of steps: a multiple of the groups in flight."""
     steps = EMBEDDED_STEPS if config.model is None else job.config.num_inference_steps or 1
     return math.ceil(steps / _GROUPS) * _GROUPS
 
 
 def _block(job: Job) -> int:
-    """Return the latent frames of a group, so many that the window is no longer than the clips of the model."""
+    """Return the latent frames of a group such that the window is not longer than the clips of the base model."""
     time = (job.facts.multiples or (1, 1, 4))[2]
     clip: int = ((job.facts.default("num_frames") or 81) - 1) // max(1, time) + 1
     most: int = DEFAULTS["causal_block_size"]

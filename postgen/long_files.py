@@ -1,7 +1,7 @@
-"""The files of a long video that is made by the command line: the video, its depth, and the state beside them.
+"""Files of a long video that the command line generates: the video, its depth, and the rollout state beside them.
 
-Whatever ends the work, even a full disk, leaves a video that ends where the state goes on, or neither of the two.
-Killed, a process may leave a chunk more in the video than in the state; the next one cuts it off.
+If generation stops for any reason, even a full disk, the video ends where the state continues, or neither exists. A
+killed process may leave one chunk in the video that the state does not include; the next process removes that chunk.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from postgen.worldweaver.chunks import WorldWeaverChunk
 from postgen.worldweaver.state import RolloutState
 
 REQUEST = "request"
-"""What `RolloutState.model` calls the request."""
+"""Key of the request in `RolloutState.model`."""
 _MARKS = ("written.video", "written.depth")
 WHOLE_UP_TO = 2**28
-"""Bytes of what decoders remember that are saved after every chunk. More are left out (in Wan at 480 x 832 they are
-3.8 GB, for depth as much again): whoever goes on decodes the last latents once more, and gets the same frames. Fewer
-are saved sooner than they are made again: in the embedded model at 128 x 128 it is 13 MB against some seconds."""
+"""Largest size in bytes of the decoder caches that are saved after every chunk. Larger caches are omitted (Wan at
+480 x 832 has 3.8 GB, and as much again for depth); a process that continues then decodes the last latents again and
+returns the same frames. Smaller caches are faster to save than to rebuild: the embedded model at 128 x 128 has 13 MB,
+and would need some seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """Files of a long video."""
+    """Paths of the files of a long video."""
 
     video: Path
     depth: Path
-    """Of the depth; written with `--depth` alone."""
+    """Depth video; written only with `--depth`."""
     sheet: Path
     state: Path
-    """Folder of the state."""
+    """Folder of the rollout state."""
     kind: str
-    """mp4 or frames."""
+    """Format of the video: mp4 or frames."""
 
 
 class LongFiles:
     """Writes a long video chunk by chunk.
 
     Args:
-        places: where to.
+        places: paths to write.
         rate: frames per second.
-        depth: whether the depth is written too.
-        state: of an earlier process, to go on from; None begins.
-        source: where its files are, if they are to stay as they are; None: at the places. Once there is a chunk more,
-            they are copied.
+        depth: whether to write the depth video too.
+        state: state of an earlier process from which to continue; None: begin a new video.
+        source: files of the earlier process, if they must not be changed; None: they are at `places`. The files are
+            copied when the first new chunk arrives.
 
     Raises:
-        UserError: a place that cannot be written, or videos that are not those of the state.
+        UserError: a path that cannot be written, or videos that do not match the state.
     """
 
     def __init__(
@@ -79,19 +80,19 @@ class LongFiles:
             if mark[0]:
                 check_mark(path, mark)
         self.saved = state is not None and source is None
-        """Whether there is a state to go on from."""
+        """Whether there is a saved state from which to continue."""
 
     @property
     def frames(self) -> int:
-        """Frames of the video that the state knows of."""
+        """Number of frames of the video that the state includes."""
         return self._marks[0][0]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes away while the block works on the files.
+        """Context manager that locks the files against other processes.
 
         Raises:
-            UserError: another one is at them, or the place cannot be written.
+            UserError: another process holds the lock, or the folder cannot be written.
         """
         folder = self.places.state
         made, lock = not folder.exists(), FolderLock(folder, setting="state")
@@ -110,14 +111,14 @@ class LongFiles:
             lock.release()
 
     def take(self, chunk: WorldWeaverChunk, note: dict[str, Any]) -> None:
-        """Write a chunk, and then the state that begins behind it: all of it, or nothing.
+        """Write a chunk and then the state after it. Either both are written or neither.
 
         Args:
             chunk: with frames and depth as tensors.
-            note: the request, as JSON has it.
+            note: the request as JSON values.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the disk reports an error.
         """
         state = chunk.state
         clips = [chunk.frames[0]]
@@ -127,7 +128,7 @@ class LongFiles:
             if not self._videos:
                 self._open()
             for video, clip in zip(self._videos, clips, strict=True):
-                if len(clip):  # an autoencoder that looks ahead gives the first frames later
+                if len(clip):  # empty while an autoencoder that looks ahead has not decoded the first frames
                     video.append(clip)
             marks = [video.mark for video in self._videos]
             state.extra |= {name: torch.tensor(mark) for name, mark in zip(_MARKS, marks, strict=False)}
@@ -139,7 +140,7 @@ class LongFiles:
         except BaseException as error:
             self._cut()
             if isinstance(error, OSError):
-                more = f"; with room for it: postgen generate --continue {self.places.state}" if self.saved else ""
+                more = f"; after freeing space: postgen generate --continue {self.places.state}" if self.saved else ""
                 raise UserError(f"cannot write {self.places.state}: {error.strerror or error}{more}") from error
             raise
 
@@ -148,14 +149,14 @@ class LongFiles:
         return [self.places.video, self.places.depth][: len(self._marks)]
 
     def _open(self) -> None:
-        """Open the videos; copies first, where those of the state are to stay."""
+        """Open the videos. If the source files must stay unchanged, copy them first."""
         for number, (path, mark) in enumerate(zip(self._paths, self._marks, strict=True)):
             if self._sources and mark[0]:
                 copy_video(self._sources[number], path, mark)
             self._videos.append(GrowingVideo(path, fps=self._rate, format=self.places.kind, mark=mark))
 
     def _cut(self) -> None:
-        """Take away what no state knows of."""
+        """Remove frames that no saved state includes."""
         for video, mark in zip(self._videos, self._marks, strict=False):
             if not self.saved or video.frames != mark[0]:
                 video.cut(mark if self.saved else (0, 0, 0))
@@ -167,5 +168,5 @@ def _marks_of(state: RolloutState | None, *, depth: bool) -> list[tuple[int, int
         return [(0, 0, 0) for _ in names]
     found = [state.extra[name].tolist() for name in names]
     if any(len(mark) != 3 for mark in found):
-        raise UserError("the state is of an older version of postgen, which kept less of the video: begin it again")
+        raise UserError("the state is of an older version of postgen and lacks data of the video: begin a new video")
     return [(frames, size, known) for frames, size, known in found]

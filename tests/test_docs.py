@@ -147,7 +147,7 @@ def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
 def test_worldweaver(ran: tuple[dict[str, Any], str]) -> None:
     names, printed = ran
     assert torch.equal(names["rgb"], names["depth"])
-    assert "worldweaver: rgb + depth, 16 channels each; noise levels: each frame's of RGB as" in printed
+    assert "worldweaver: rgb + depth, 16 channels each; noise levels: RGB level of each frame as" in printed
     assert names["loaded"].settings == {"ar_step": 7}
     assert names["pipe"].transformer.config.in_channels == 32
 

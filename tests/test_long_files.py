@@ -65,7 +65,7 @@ def test_ctrl_c_before_the_state_is_saved(
         done = long("a ball", "--long", "4")
     assert done.code == 130
     if chunk == 1:
-        assert "nothing of the video was made yet" in done.err
+        assert "no part of the video was finished" in done.err
         assert names(tmp_path) == []
         return
     assert f"{probe(tmp_path / 'a.mp4').frames} frames" in done.err
@@ -139,7 +139,7 @@ def test_what_the_state_holds_need_not_be_there(long: Any, tmp_path: Path) -> No
     (tmp_path / "a.png").unlink()
     assert long("--continue", tmp_path / "a.state").code == 0
     assert (tmp_path / "a.png").is_file()
-    assert "is finished" in long("--continue", tmp_path / "a.state").err
+    assert "is complete" in long("--continue", tmp_path / "a.state").err
     assert long("--continue", tmp_path / "a.state", "--long", "2").code == 0
 
 
@@ -198,4 +198,4 @@ def test_an_autoencoder_that_looks_ahead_gives_its_frames_later(cli: Any, tmp_pa
     done = cli("generate", "a ball", "--long", "4", "--depth", "--adapter", tmp_path / "adapter", *words)
     assert done.code == 0, done.err
     assert probe(tmp_path / "a.mp4").frames == probe(tmp_path / "a-depth.mp4").frames == 33
-    assert "give flow_shift, or an adapter with it" in cli("generate", "a ball", "--long", "4", *words).err
+    assert "give flow_shift, or load an adapter" in cli("generate", "a ball", "--long", "4", *words).err

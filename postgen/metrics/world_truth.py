@@ -1,4 +1,4 @@
-"""The true clip of a scene of the synthetic world: the only place where measures of drift meet it."""
+"""Make the true clip for drift measures from a scene of the synthetic world."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from postgen.world.spec import COLOURS
 
 
 def true_clip(spec: Spec, frames: Frames, row: int = 0) -> TrueClip:
-    """Return what `measure_drift` compares a generated clip of a scene with.
+    """Return the true clip of a scene for `measure_drift`.
 
-    The palette holds the scene's colours in the order of its bodies, then the others that the world has.
+    The palette holds the colours of the scene's bodies in their order, then the other colours of the world.
 
     Args:
         spec: the scene.
-        frames: its render with geometry, or several that were rendered together.
-        row: which of them.
+        frames: a render with geometry, of the scene or of several scenes.
+        row: position of the scene in the render.
 
     Raises:
-        UserError: frames without geometry, or two bodies of one colour: measures could not tell them apart.
+        UserError: frames without geometry, or two bodies of the same colour, which the measures cannot distinguish.
     """
     colours = [body.colour for body in spec.bodies]
     if len(set(colours)) < len(colours):
-        raise UserError(f"bodies of a scene whose drift is measured need different colours, got {', '.join(colours)}")
+        raise UserError(f"drift measures need bodies of different colours: the scene has {', '.join(colours)}")
     if frames.ids_BFHW is None:
-        raise UserError("These frames hold no geometry: render them with geometry=True.")
+        raise UserError("the frames have no geometry: render them with geometry=True")
     colours += [name for name in COLOURS if name not in colours]
     return TrueClip(
         frames=frames.rgb_BF3HW[row],

@@ -1,8 +1,8 @@
-"""A trained model as a folder of few megabytes: the two layers that were widened, the level embedder, and its LoRA.
+"""Save and load a trained model as a small folder: the two widened layers, the level embedder and the LoRA.
 
-worldweaver.json               modalities, the base model, settings of whoever trained it
-worldweaver.safetensors        first and last layer, whole (their RGB part is trained too), and the level embedder
-pytorch_lora_weights.safetensors   the LoRA, if there is one, as diffusers writes it
+worldweaver.json                   modalities, fingerprint of the base model, settings of the trainer
+worldweaver.safetensors            the whole first and last layer (their RGB part is trained too), the level embedder
+pytorch_lora_weights.safetensors   the LoRA in the format of diffusers, if there is one
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _FIELDS = {"modalities": list, "placed": bool, "base": dict, "level_embedder": d
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedAdapter:
-    """What an adapter brings beside the weights that it puts into the transformer."""
+    """Contents of an adapter that are not weights of the transformer."""
 
     embedder: LevelEmbedder
     modalities: tuple[Modality, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    """As they were given to `save_adapter`, and `latent_scale` where the model has one."""
+    """The settings that were given to `save_adapter`, and also `latent_scale` if the model has one."""
 
 
 def save_adapter(
@@ -61,32 +61,35 @@ def save_adapter(
     settings: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what was trained; an old folder goes only when the new one is complete.
+    """Write the trained weights to a folder. An existing folder is replaced only when the new one is complete.
 
     Args:
-        target: a pipeline with a widened transformer; a bare transformer will do where it has no LoRA.
-        folder: where to.
-        embedder: the level embedder; None takes the pipeline's component `level_embedder`.
-        lora: name of the adapter of peft; None takes the only one that there is.
-        weights: complete weights to write instead of those in the modules (averages, gathered shards), by component,
-            "transformer" and "level_embedder", and by parameter.
-        settings: JSON to keep beside them.
-        dtype: to write in; None keeps what there is.
+        target: a pipeline with a widened transformer, or a widened transformer without LoRA.
+        folder: folder to write.
+        embedder: the level embedder; None: the component `level_embedder` of the pipeline.
+        lora: name of the PEFT adapter; None: the only LoRA on the transformer.
+        weights: complete weights to write instead of those in the modules (EMA weights, gathered shards), by
+            component ("transformer" or "level_embedder") and parameter name.
+        settings: JSON values to save with the weights.
+        dtype: dtype to write; None: the dtype of each tensor.
 
     Raises:
-        UserError: the transformer is not widened, there is no embedder or not one LoRA, the folder cannot be written.
+        UserError: the transformer is not widened, there is no level embedder, the LoRA is ambiguous, or the folder
+            cannot be written.
     """
     place = Path(folder)
     check_place(place, folder=True)
     model, wide = transformer_of(target), widened(target)
     embedder = embedder if embedder is not None else getattr(target, EMBEDDER, None)
     if embedder is None:
-        raise UserError("no level embedder: give it, or a pipeline that has it as its component level_embedder")
+        raise UserError("no level embedder: give embedder, or a pipeline with the component level_embedder")
     adapter = _lora_name(target, model, lora)
     given = weights or {}
+    # Weights: the two layers and the level embedder.
     tensors = _layers(model, wide, given.get("transformer", {}))
     tensors |= {f"{EMBEDDER}.{name}": value for name, value in given.get(EMBEDDER, embedder.state_dict()).items()}
     tensors = {name: _written(value, dtype) for name, value in tensors.items()}
+    # Description: what is needed to check the base model and to rebuild the embedder.
     said = dict(settings or {})
     if wide.latent_scale is not None:
         said[SCALE] = list(wide.latent_scale)
@@ -109,21 +112,23 @@ def save_adapter(
 
 
 def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
-    """Put a trained model's layers and LoRA into its base, which is widened for it; where it fails, nothing changes.
+    """Load an adapter into its base model. A stock transformer is widened first. An error leaves the model unchanged.
 
-    A pipeline that has a component `level_embedder` gets the embedder there as well.
+    If the pipeline has a component `level_embedder`, that component is replaced by the embedder of the adapter.
 
     Args:
-        target: a pipeline, or a transformer for an adapter without LoRA: stock, or widened with the same modalities.
-        folder: that `save_adapter` wrote.
+        target: a pipeline, or a transformer for an adapter without LoRA. The transformer is stock, or widened with the
+            same modalities.
+        folder: folder that `save_adapter` wrote.
 
     Raises:
-        UserError: it is no adapter, damaged, or of another model; a LoRA is there already.
+        UserError: the folder is no adapter, is damaged, or belongs to another model; or the transformer already has
+            a LoRA.
     """
     place, model = Path(folder).expanduser(), transformer_of(target)
     note = _read_note(place)
     modalities = tuple(note["modalities"])
-    # Adapters from before there was one are of a scale of 1.
+    # Adapters of older versions have no scale. Their scale is 1.
     scale = note["settings"].get(SCALE)
     if scale is not None:
         scale = checked_scale(scale, len(modalities), f"the adapter {place} is damaged: {SCALE}")
@@ -132,7 +137,10 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
     fresh = there is None or not (there.aux or there.placed)
     wide = None if fresh else widened(model, modalities)
     if wide is not None and wide.placed != note["placed"]:
-        raise UserError(f"the adapter {place} is of a model {'with' if note['placed'] else 'without'} placed memory")
+        raise UserError(
+            f"the adapter {place} is for a model {'with' if note['placed'] else 'without'} placed memory: widen the"
+            f" transformer with placed={note['placed']}"
+        )
     Base.from_json(note["base"], place).check(model, wide, place)
     _check_lora(target, model, note, place)
     tensors = read_tensors(place / LAYERS, f"the adapter {place} cannot be read")
@@ -160,14 +168,14 @@ def load_adapter(target: Any, folder: str | Path) -> LoadedAdapter:
 
 
 def carried_adapter(target: Any, aux: Sequence[Modality] = ("depth",)) -> LoadedAdapter:
-    """Return what a transformer carries beside its weights: the adapter that is in it, or an untrained level embedder.
+    """Return the adapter that a transformer carries, or else an untrained level embedder.
 
     Args:
-        target: a pipeline, or a transformer. One that is stock is widened.
-        aux: with what; () leaves it as it is, a model of RGB alone.
+        target: a pipeline, or a transformer. A stock transformer is widened.
+        aux: modalities to add to a stock transformer; () keeps RGB only.
 
     Raises:
-        UserError: as `widen_transformer`.
+        UserError: as in `widen_transformer`.
     """
     model = transformer_of(target)
     stock = NAME not in installed(model).plug_ins
@@ -176,9 +184,9 @@ def carried_adapter(target: Any, aux: Sequence[Modality] = ("depth",)) -> Loaded
     wide = widened(model, MODALITIES[:1] if stock and not aux else None)
     embedder: Any = wide.embedder
     if embedder is None:
-        # The same everywhere, so that a state knows the model again in another process.
+        # A fixed seed: every process makes the same embedder, so that a state recognises the model.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # of the CPU alone: those of GPUs are not put back
+            torch.default_generator.manual_seed(0)  # seeds only the CPU; fork_rng does not restore GPU generators
             embedder = LevelEmbedder.for_transformer(model)
         wide.driven_by(embedder)
     embedder.to(next(model.parameters()).device)
@@ -186,7 +194,7 @@ def carried_adapter(target: Any, aux: Sequence[Modality] = ("depth",)) -> Loaded
 
 
 def _parts(model: nn.Module, wide: Widened) -> dict[str, nn.Parameter]:
-    """The parameters of the first and last layer, by name in the transformer."""
+    """Return the parameters of the first and last layer by their names in the transformer."""
     names = (wide.widths.first, wide.widths.last)
     return {f"{name}.{own}": value for name in names for own, value in model.get_submodule(name).named_parameters()}
 
@@ -204,28 +212,33 @@ def _component(target: Any, model: nn.Module) -> str:
 
 
 def _lora_name(target: Any, model: Any, name: str | None) -> str | None:
-    """Which LoRA is written; None: there is none."""
+    """Return the name of the LoRA to write; None: there is no LoRA."""
     names = [*(getattr(model, "peft_config", None) or {})]
     if name is not None and name not in names:
-        raise UserError(f"there is no LoRA {name!r} on the transformer. There are: {', '.join(names) or 'none'}")
+        raise UserError(f"the transformer has no LoRA {name!r}: choose from {', '.join(names) or 'none'}")
     if name is None and len(names) > 1:
-        raise UserError(f"the transformer has the LoRAs {', '.join(names)}: say which one belongs to it, as lora=")
+        raise UserError(
+            f"the transformer has several LoRAs ({', '.join(names)}): give the name of the trained one as lora="
+        )
     if names and isinstance(target, nn.Module):
-        raise UserError("the transformer has a LoRA, which its pipeline writes: give the pipeline")
+        raise UserError("the transformer has a LoRA, which only a pipeline can write: give the pipeline")
     return name or next(iter(names), None)
 
 
 def _read_note(place: Path) -> dict[str, Any]:
     if not (place / CONFIG).is_file():
-        raise UserError(f"{place} is no adapter of WorldWeaver: there is no {CONFIG} in it")
+        raise UserError(f"{place} is no WorldWeaver adapter: the file {CONFIG} is missing")
     note = read_json(place / CONFIG, f"{place / CONFIG} cannot be read")
     if not isinstance(note, dict) or note.keys() != _FIELDS.keys():
         raise UserError(f"{place / CONFIG} must have {', '.join(_FIELDS)}: write the adapter with save_adapter")
     for name, kind in _FIELDS.items():
         if not isinstance(note[name], kind):
-            raise UserError(f"{place / CONFIG}: {name} is {shown(note[name])}, it must be a {kind.__name__}")
+            raise UserError(f"{place / CONFIG}: {name} must be a {kind.__name__}, got {shown(note[name])}")
     if note["modalities"] not in [list(MODALITIES[:count]) for count in (1, 2, 3)]:
-        raise UserError(f"{place / CONFIG}: modalities are {shown(note['modalities'])}, of {', '.join(MODALITIES)}")
+        raise UserError(
+            f"{place / CONFIG}: modalities must be the first of {', '.join(MODALITIES)}, got"
+            f" {shown(note['modalities'])}"
+        )
     return note
 
 
@@ -233,15 +246,16 @@ def _check_lora(target: Any, model: Any, note: dict[str, Any], place: Path) -> N
     if not note["lora"]:
         return
     if isinstance(target, nn.Module):
-        raise UserError(f"the adapter {place} has a LoRA, which a pipeline loads: give the pipeline")
+        raise UserError(f"the adapter {place} has a LoRA, which only a pipeline can load: give the pipeline")
     if names := [*(getattr(model, "peft_config", None) or {})]:
         raise UserError(
-            f"the adapter {place} has a LoRA, and {', '.join(names)} is on the transformer: load the adapter first"
+            f"the adapter {place} has a LoRA, but the transformer already has {', '.join(names)}: load the adapter"
+            " before other LoRAs"
         )
 
 
 def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, modalities: int) -> LevelEmbedder:
-    """Build the level embedder of an adapter, and take its tensors out of the others."""
+    """Build the level embedder of an adapter, and remove its tensors from `tensors`."""
     said = f"the adapter {place} is damaged"
     state = {
         name.removeprefix(_OF_EMBEDDER): value for name, value in tensors.items() if name.startswith(_OF_EMBEDDER)
@@ -249,7 +263,7 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
     for name in state:
         del tensors[_OF_EMBEDDER + name]
     known = {"width", "modalities", "frequencies", "hidden"}
-    # Adapters from before there was a skip, or what refines, have none.
+    # Configs of older versions have no `skip` and no `refine`.
     skip, refine = config.get("skip", False), {name: config.get(name, 0) for name in ("refine", "channels")}
     sizes = {name: value for name, value in config.items() if name != "skip" and name not in refine}
     fits = sizes.keys() == known and all(type(value) is int and 0 < value <= 2**16 for value in sizes.values())
@@ -259,9 +273,11 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
         or type(skip) is not bool
         or (refine["refine"] and not (skip and modalities > 1 and refine["channels"]))
     ):
-        raise UserError(f"{said}: its level embedder is {shown(config)}, it must have {', '.join(sorted(known))}")
+        raise UserError(f"{said}: the level embedder config is {shown(config)}, it needs {', '.join(sorted(known))}")
     if config["modalities"] != modalities:
-        raise UserError(f"{said}: a level embedder of {config['modalities']} modalities, the adapter has {modalities}")
+        raise UserError(
+            f"{said}: the level embedder has {config['modalities']} modalities, the adapter has {modalities}"
+        )
     embedder: LevelEmbedder = LevelEmbedder(**config)
     _check_tensors(state, dict(embedder.named_parameters()), place)
     embedder.load_state_dict(state)
@@ -269,12 +285,14 @@ def _embedder(config: dict[str, Any], tensors: dict[str, Tensor], place: Path, m
 
 
 def _check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: Path) -> None:
-    """Refuse tensors that are missing, left over, of another shape, or not finite."""
+    """Check that no tensor is missing, unknown, of another shape or not finite."""
     said = f"the adapter {place} is damaged"
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise UserError(f"{said}: {odd[0]} is {'unknown' if odd[0] in found else 'missing'}")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
-            raise UserError(f"{said}: {name} is {tuple(tensor.shape)}, the layer takes {tuple(wanted[name].shape)}")
+            raise UserError(
+                f"{said}: {name} has shape {tuple(tensor.shape)}, the layer needs {tuple(wanted[name].shape)}"
+            )
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{said}: {name} has values that are no finite numbers")
+            raise UserError(f"{said}: {name} has values that are not finite")

@@ -1,4 +1,4 @@
-"""Know the model again that an adapter was trained on."""
+"""Identify the base model of an adapter, so that an adapter is not loaded into a different model."""
 
 from __future__ import annotations
 
@@ -15,76 +15,82 @@ from postgen.errors import UserError, is_number, shown
 from postgen.worldweaver.widen import Widened, stock_channels
 
 _MATRICES, _VALUES = 8, 4
-"""How many matrices are looked at, and at how many values of each."""
+"""Number of matrices that are sampled, and number of values that are sampled from each matrix."""
 _NEAR = 0.01
-"""Relative difference that other number types make at most: bfloat16 keeps 8 bits."""
+"""Allowed relative difference between sampled values. It covers a change of dtype: bfloat16 keeps 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
-    """A transformer before it was widened: what its config says, and some of its weights."""
+    """Fingerprint of a transformer before widening: its config and a sample of its weights."""
 
     transformer: str
     """Class name."""
     config: dict[str, Any]
-    """As JSON has it."""
+    """Config of the stock model, with values that JSON can represent."""
     weights: dict[str, list[float]]
-    """Values at fixed places of matrices that widening leaves alone, by parameter."""
+    """Parameter name -> values at fixed positions. Only matrices that widening does not change are sampled."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
+        """Return a dictionary of JSON values that `from_json` reads."""
         return {"transformer": self.transformer, "config": self.config, "weights": self.weights}
 
     @classmethod
     def from_json(cls, note: dict[str, Any], place: Path) -> Base:
-        """Read it.
+        """Read a dictionary that `to_json` returned.
+
+        Args:
+            note: the dictionary.
+            place: folder of the adapter, for the error message.
 
         Raises:
-            UserError: it is something else.
+            UserError: an entry is missing or has the wrong type.
         """
         kind, config, weights = (note.get(name) for name in ("transformer", "config", "weights"))
         if not (isinstance(kind, str) and isinstance(config, dict) and isinstance(weights, dict) and weights):
-            raise UserError(f"the adapter {place} is damaged: what it says of its base model is {shown(note)}")
+            raise UserError(f"the adapter {place} is damaged: its description of the base model is {shown(note)}")
         for name, values in weights.items():
             if not isinstance(values, list) or not values or not all(map(is_number, values)):
-                raise UserError(f"the adapter {place} is damaged: of its base model's {name} it says {shown(values)}")
+                raise UserError(
+                    f"the adapter {place} is damaged: its values of {name} of the base model are {shown(values)}"
+                )
         return cls(transformer=kind, config=config, weights=weights)
 
     def check(self, model: nn.Module, wide: Widened | None, place: Path) -> None:
-        """Refuse another model.
+        """Check that a transformer is the base model that the adapter was trained on.
 
         Args:
             model: the transformer.
-            wide: how it is widened; None: it is not.
-            place: of the adapter, for the error.
+            wide: how the transformer is widened; None: the transformer is not widened.
+            place: folder of the adapter, for the error message.
 
         Raises:
-            UserError: it is of another class or config, or has other weights.
+            UserError: the transformer has another class, another config or other weights.
         """
         said = f"the adapter {place} was trained on another model"
         kind, config = type(model).__name__, _config(model, wide)
         if kind != self.transformer:
-            raise UserError(f"{said}: a {self.transformer}, this is a {kind}")
-        # Another diffusers may know an entry more.
+            raise UserError(f"{said}: on a {self.transformer}, but the given transformer is a {kind}")
+        # Another version of diffusers may have additional config entries, so only common entries are compared.
         for name in sorted(self.config.keys() & config.keys()):
             its, here = self.config[name], config[name]
             if its != here:
-                raise UserError(f"{said}: its {name} is {shown(its)}, that of this one is {shown(here)}")
+                raise UserError(f"{said}: {name} of its base is {shown(its)}, {name} of this model is {shown(here)}")
         matrices = _matrices(model)
         for name, values in self.weights.items():
             here = _sample(matrices[name]) if name in matrices else []
             pairs = zip(values, here, strict=False)
             if len(values) != len(here) or not all(math.isclose(a, b, rel_tol=_NEAR, abs_tol=1e-5) for a, b in pairs):
-                raise UserError(f"{said}: a {kind} of the same size whose {name} has other values")
+                raise UserError(f"{said}: on a {kind} of the same size with other values of {name}")
 
 
 def base_of(model: nn.Module, wide: Widened) -> Base:
-    """Look at a widened transformer, leaving out what widening changed.
+    """Return the fingerprint of a widened transformer, without the parts that widening changes.
 
     Raises:
-        UserError: its weights are not in memory.
+        UserError: the weights are offloaded.
     """
-    # The layers that are widened are trained as a whole.
+    # The first and last layer are widened and trained as a whole, so their values do not identify the base.
     skipped = (f"{wide.widths.first}.", f"{wide.widths.last}.")
     matrices = {name: value for name, value in _matrices(model).items() if not name.startswith(skipped)}
     names = sorted(matrices)
@@ -94,7 +100,7 @@ def base_of(model: nn.Module, wide: Widened) -> Base:
 
 
 def _config(model: Any, wide: Widened | None) -> dict[str, Any]:
-    """What the config of the stock model says, as JSON has it."""
+    """Return the config of the stock model with values that JSON can represent."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     if wide is not None:
         config |= wide.before or stock_channels(wide, config)
@@ -105,7 +111,7 @@ def _config(model: Any, wide: Widened | None) -> dict[str, Any]:
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Matrices and kernels of a model by name, without those of a LoRA on it."""
+    """Return the matrices and convolution kernels of a model by name, without the matrices of a LoRA."""
     named = ((name.replace(".base_layer.", "."), value) for name, value in model.named_parameters())
     return {name: value for name, value in named if "lora_" not in name and value.dim() > 1 and value.numel()}
 
@@ -118,7 +124,7 @@ def _sample(weight: Tensor) -> list[float]:
 
 
 def _spread(count: int, wanted: int) -> Iterable[int]:
-    """Return up to so many places among a count, evenly."""
+    """Return up to `wanted` evenly spaced positions below `count`."""
     return (
         sorted({(2 * each + 1) * count // (2 * wanted) for each in range(wanted)}) if count > wanted else range(count)
     )

@@ -1,4 +1,4 @@
-"""Finished groups as frames: decoded piece by piece, exactly where the autoencoder allows, and handed out."""
+"""Decode finished groups to frames piece by piece. Decoding is exact where the autoencoder allows it."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _COUNT = f"{DECODER}frames"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldWeaverChunk:
-    """What of a long video is finished by a group, in the form that `output_type` asks for."""
+    """The finished part of a long video after one group, in the format of `output_type`."""
 
     frames: Any
     """np: (B, F, H, W, 3) float32 in [0, 1]; pt: (B, F, 3, H, W); pil: B lists of F pictures; latent: as `latents`,
-    of RGB alone."""
+    RGB only."""
     depth: Any
-    """Pictures of disparity, near is bright: np and pt (B, F, H, W) in [0, 1], pil as above, latent: the latents of
-    depth. None where it was not asked for."""
+    """Disparity images, near is bright. np and pt: (B, F, H, W) in [0, 1]; pil: as above; latent: depth latents. None
+    if depth was not requested."""
     latents: Tensor
-    """(B, M * C, f, h, w) float32 of the group, clean: modalities one after the other."""
+    """(B, M * C, f, h, w) float32 clean latents of the group; the channels of the modalities are concatenated."""
     start_frame: int
-    """Number of the first of `frames` in the video."""
+    """Index in the video of the first of `frames`."""
     state: RolloutState
-    """From which the video goes on after this chunk: `save` it, or `branch` it, before the next chunk is asked for."""
+    """State after this chunk, from which the video continues. Save or branch it before you request the next chunk."""
 
 
 class ChunkDecoder:
-    """Decodes the groups of one video; what it remembers stands in `RolloutState.extra` between two of them.
+    """Decodes the groups of one video. `RolloutState.extra` holds the decoder caches between two groups.
 
     Args:
         model: the model.
-        depth: whether depth is decoded too.
-        output_type: one of `OUTPUTS`; latent decodes nothing.
-        time: frames of a latent frame.
-        num_latents: of the whole video, where it has an end.
+        depth: whether to decode depth too.
+        output_type: one of `OUTPUTS`; with "latent" nothing is decoded.
+        time: number of video frames of a latent frame.
+        num_latents: number of latent frames of the whole video; None: the video has no end.
 
     Raises:
-        UserError: an unknown output type, a model without depth, or an autoencoder that is not decoded in pieces.
+        UserError: an unknown output type, a model without depth, or an autoencoder that cannot decode in pieces.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class ChunkDecoder:
         if output_type not in OUTPUTS:
             raise UserError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
         if depth and "depth" not in model.modalities:
-            raise UserError("this model has no depth: widen it with aux=('depth',), or leave return_depth out")
+            raise UserError(
+                "this model has no depth: load a model that was widened with aux=('depth',), or omit return_depth"
+            )
         self.model, self.output_type, self.time = model, output_type, time
         self.modalities: tuple[Modality, ...] = ("rgb", "depth") if depth else ("rgb",)
         pipe: Any = getattr(model.denoiser, "pipe", None)
@@ -67,18 +69,18 @@ class ChunkDecoder:
         self.decoders: dict[Modality, StreamingDecoder] = {}
         if output_type != "latent":
             self.decoders = {
-                # What looks ahead is decoded in windows that are blended: there is no other way to stream it.
+                # A decoder that looks ahead needs blended windows: there is no other way to stream such a decoder.
                 name: StreamingDecoder(self.vae, num_latents=num_latents, windows=True)
                 for name in self.modalities
             }
         self.count = 0
-        """Frames that were handed out."""
+        """Number of frames that were returned so far."""
         self.reach = next((decoder.reach for decoder in self.decoders.values()), None)
         self.pieces: list[Tensor] = []
-        """The last latents that were decoded, (B, M * C, t, h, w): of these a decoder can remember the same again."""
+        """The last decoded latents, (B, M * C, t, h, w) each. A decoder can rebuild its cache from them."""
 
     def push(self, latents: Tensor, *, last: bool) -> dict[Modality, Tensor]:
-        """Decode the next latents (B, M * C, f, h, w); all modalities, or none if it fails."""
+        """Decode the next latents (B, M * C, f, h, w). If one modality fails, no decoder advances."""
         before = {name: decoder.state_dict() for name, decoder in self.decoders.items()}
         parts = self.model.split(latents)
         try:
@@ -94,7 +96,7 @@ class ChunkDecoder:
         return clips
 
     def chunk(self, latents: Tensor, clips: Mapping[Modality, Tensor], state: RolloutState) -> WorldWeaverChunk:
-        """Make a chunk of what `push` gave."""
+        """Return the chunk for latents and for the clips that `push` decoded from them."""
         start = self.count
         parts = self.model.split(latents) if self.output_type == "latent" else clips
         frames = parts["rgb"]
@@ -111,7 +113,7 @@ class ChunkDecoder:
         )
 
     def remembered(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `RolloutState.extra` is to be after the last push: the rest of it stays."""
+        """Return the new `RolloutState.extra` after the last push. Entries that are not of decoders stay."""
         kept = {name: value for name, value in extra.items() if not name.startswith(DECODER)}
         for name, decoder in self.decoders.items():
             kept |= {f"{DECODER}{name}.{key}": value for key, value in decoder.state_dict().items()}
@@ -121,28 +123,29 @@ class ChunkDecoder:
         return {**kept, _COUNT: torch.tensor(self.count)}
 
     def resume(self, state: RolloutState, end: int | None) -> None:
-        """Go on where a state stands.
+        """Continue decoding at a state.
 
         Args:
-            state: whose `extra` has what was remembered.
-            end: latent frames of the whole video from here on; None: it has no end.
+            state: state whose `extra` has the decoder caches.
+            end: new number of latent frames of the whole video; None: the video has no end.
 
         Raises:
-            UserError: it was made without this output, or with another autoencoder, or for a video that had to end.
+            UserError: the state was made without this modality, with another autoencoder, or for a video with
+                another end where the autoencoder depends on the end.
         """
         if self.reach is not None and LATENTS in state.extra:
             kept = state.extra[LATENTS]
-            # Older states do not say it.
+            # States of older versions have no lengths of pieces.
             self.pieces = list(kept.split(state.extra.get(PIECES, torch.tensor([kept.shape[2]])).tolist(), 2))
         for name, decoder in self.decoders.items():
             prefix = f"{DECODER}{name}."
             own = {key.removeprefix(prefix): value for key, value in state.extra.items() if key.startswith(prefix)}
             if not own and state.finished:
                 raise UserError(
-                    f"the state was made without frames of {name}, which cannot begin in the middle: ask for what was"
-                    " asked for before"
+                    f"the state was made without decoding {name}, and a decoder cannot start in the middle of a video:"
+                    " request the same output as before"
                 )
-            if own.keys() == {*COUNTS}:  # of `RolloutState.light`
+            if own.keys() == {*COUNTS}:  # a state from `RolloutState.light`
                 parts = [self.model.split(piece)[name] for piece in self.pieces]
                 decoder.prime(own, [self._latents(self.model.unscaled(part, name)) for part in parts])
             elif own:
@@ -152,7 +155,7 @@ class ChunkDecoder:
             self.count = int(state.extra[_COUNT])
 
     def _keep(self, latents: Tensor) -> None:
-        """Remember what was decoded, as far back as decoders look."""
+        """Remember the decoded latents, as far back as the decoders depend on them."""
         if self.reach is None:
             return
         pieces, count = [*self.pieces, latents.clone()], 0
@@ -164,17 +167,17 @@ class ChunkDecoder:
         self.pieces = pieces
 
     def _check_end(self, decoder: StreamingDecoder, state: RolloutState, end: int | None) -> None:
-        """Refuse to go on past an end that the autoencoder has been told of."""
+        """Check that the video does not continue past an end that the autoencoder depended on."""
         more = end is None or end > state.finished
         if (decoder.finished and more) or decoder.num_latents not in (None, end):
             raise UserError(
-                f"{type(self.vae).__name__} decodes towards the end of a video, which was to be after latent frame"
-                f" {state.end}: such a video does not become another length, begin one that is as long as it should be"
+                f"{type(self.vae).__name__} depends on the length of the video, which was to end after latent frame"
+                f" {state.end}: the length cannot be changed; begin a new video of the desired length"
             )
 
     def _decoded(self, decoder: StreamingDecoder, latents: Tensor, last: bool) -> Tensor:
         clip = decoder.push(self._latents(latents))
-        # An exact decoder holds nothing back, and so can go on where a video was to end.
+        # An exact decoder has no pending frames, so finish() is needed only for blended windows.
         return torch.cat([clip, decoder.finish()], 1) if last and decoder.way.kind == "windows" else clip
 
     def _latents(self, latents: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ class ChunkDecoder:
 
 
 def collected(parts: Sequence[Any], output_type: str) -> Any:
-    """Put the frames, or the depth, of all chunks together."""
+    """Concatenate the frames, or the depth images, of all chunks."""
     if output_type == "np":
         return np.concatenate(parts, axis=1)
     if output_type == "pil":
@@ -194,7 +197,7 @@ def collected(parts: Sequence[Any], output_type: str) -> Any:
 
 
 def _output(clips: Tensor, output_type: str) -> Any:
-    """Turn clips (B, F, 3, H, W), or depth (B, F, H, W), into what was asked for."""
+    """Convert clips (B, F, 3, H, W), or depth (B, F, H, W), to the format of `output_type`."""
     if output_type in ("pt", "latent"):
         return clips
     array = clips.movedim(2, -1) if clips.dim() == 5 else clips

@@ -1,4 +1,4 @@
-"""Encoded clips of all modalities that windows are cut from, and how they are encoded."""
+"""Encode clips in all modalities, and store them as the pool from which training windows are cut."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .levels import Modality
 from .model import WorldWeaverModel
 
 CORRUPTED = "corrupted"
-"""Name of RGB with wrong colours among the latents of clips."""
+"""Name of the RGB latents with wrong colours."""
 PLACED = "placed"
-"""Name of their sights, which placed memory is read by."""
+"""Name of the sights for placed memory."""
 
 
 @dataclass(kw_only=True)
 class ClipsConfig(Part):
-    """Which clips windows are cut from.
+    """Settings of the clips from which training windows are cut.
 
     Raises:
         UserError: a value outside its range.
@@ -35,40 +35,40 @@ class ClipsConfig(Part):
     files: ClassVar[tuple[str, ...]] = ("train_dataset", "eval_dataset")
 
     train_dataset: str | None = None
-    """Rows (JSONL and what else prompts may be) with `prompt`, `video`, a file or a folder of frames, and perhaps
-    `depth`; none renders scenes of the world."""
+    """Dataset of rows (JSONL or another format of prompts) with `prompt`, `video` (a file or a folder of frames), and
+    optionally `depth`. none: render scenes of the world."""
 
     eval_dataset: str | None = None
-    """The same for clips on which the loss is measured; none takes other scenes of the world than training has."""
+    """Dataset of clips for the evaluation loss, in the same format. none: evaluate on other scenes of the world."""
 
     depth_model: str | None = None
-    """A depth estimator of transformers, for rows without `depth`."""
+    """Depth estimator of transformers for rows without `depth`."""
 
     num_frames: int = 161
-    """Frames of a clip, as many as memory reaches back and a window needs. Longer videos are cut, shorter refused."""
+    """Number of frames of a clip, enough for memory and a window. Longer videos are cut; shorter ones are an error."""
 
     height: int = 128
-    """Of the clips in pixels; videos are resized."""
+    """Height of the clips in pixels; videos are resized."""
 
     width: int | None = None
-    """The same; none is as much as the height, as scenes of the world have it."""
+    """Width of the clips in pixels; none: equal to the height, as scenes of the world are square."""
 
     pool_clips: int = 2048
-    """Scenes that each process renders and encodes before the first step."""
+    """Number of scenes that each process renders and encodes before the first step."""
 
     eval_clips: int = 0
-    """Scenes on which the loss is measured."""
+    """Number of scenes for the evaluation loss."""
 
     pool_dir: str | None = None
-    """Folder where encoded scenes or videos are kept, for other runs with the same ones; none keeps them in memory
-    only. Of a user's videos each process encodes a share, which the others read there."""
+    """Folder in which encoded scenes or videos are kept for later runs. none: they are kept in memory only. Each
+    process encodes a share of a user's videos, and the other processes read them from this folder."""
 
     start_caption: float = 0.5
-    """Share of windows that are told what the scene's first frame shows, as a rollout with one prompt is; the others
-    are told what bodies and camera do from the window on. A user's video has one prompt."""
+    """Share of windows with the caption of the scene's first frame, as in a rollout with one prompt. The others have a
+    caption of what bodies and camera do from the window on. A user's video has a single prompt."""
 
     caption_dropout: float = 0.1
-    """Share of windows with an empty text."""
+    """Share of windows with an empty prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,62 +80,62 @@ class ClipsConfig(Part):
         for name in ("start_caption", "caption_dropout"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         world = self.train_dataset is None
-        self.require(not world or self.depth_model is None, "depth_model", "left out: the world has exact depth")
+        self.require(not world or self.depth_model is None, "depth_model", "omitted: the world has exact depth")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width in pixels."""
         return self.height, self.width or self.height
 
 
 @dataclass(slots=True)
 class ClipPool:
-    """N encoded clips of T latent frames."""
+    """A pool of N encoded clips with T latent frames."""
 
     latents: dict[Modality, Tensor]
-    """(N, C, T, h, w) float16 of each modality, not scaled."""
+    """(N, C, T, h, w) float16 of each modality, without the latent scale."""
     corrupted: Tensor | None
-    """(N, C, T, h, w) the RGB of clips with wrong colours."""
+    """(N, C, T, h, w) RGB latents of clips with wrong colours."""
     poses: Tensor | None
-    """(N, T, 3, 4) cameras on the CPU, each that of the last frame of its latent."""
+    """(N, T, 3, 4) cameras on the CPU. The camera of a latent frame is that of its last video frame."""
     texts: Tensor
-    """(N, T) int64 on the CPU: number of the text that is true from a latent frame on."""
+    """(N, T) int64 on the CPU: for each latent frame the number of the text that describes the clip from there on."""
     sights: Tensor | None = None
-    """(N, T, P, 3, h, w) float32 of the P frames from each frame on, see `placed_clips`."""
+    """(N, T, P, 3, h, w) float32 sights of the P frames from each frame on, see `placed_clips`."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def joint(self, rows: Tensor, device: torch.device) -> Tensor:
-        """Return (B, M * C, T, h, w) of the clips with these numbers, which are on the CPU; not scaled."""
+        """Return (B, M * C, T, h, w) latents of the clips `rows` (on the CPU), without the latent scale."""
         return torch.cat([_picked(each, rows, device) for each in self.latents.values()], 1)
 
     def wrong(self, rows: Tensor, device: torch.device) -> Tensor | None:
-        """Return (B, C, T, h, w), the corrupted RGB of them."""
+        """Return the corrupted RGB latents of the clips `rows`, (B, C, T, h, w)."""
         return None if self.corrupted is None else _picked(self.corrupted, rows, device)
 
     def seen(self, rows: Tensor, device: torch.device) -> Tensor | None:
-        """Return (B, T, P, 3, h, w), the sights of them."""
+        """Return the sights of the clips `rows`, (B, T, P, 3, h, w)."""
         return None if self.sights is None else _picked(self.sights, rows, device)
 
 
 @dataclass(slots=True)
 class ClipBatch:
-    """Some of the clips."""
+    """A batch of clips."""
 
     latents: Tensor
-    """(B, M * C, T, h, w) of all modalities."""
+    """(B, M * C, T, h, w) latents of all modalities."""
     wrong: Tensor | None
-    """(B, C, T, h, w) their corrupted RGB."""
+    """(B, C, T, h, w) corrupted RGB latents."""
     poses: Tensor | None
     """(B, T, 3, 4) cameras."""
     texts: list[int]
-    """Numbers of what is said of them."""
+    """Numbers of the texts of the clips."""
     sights: Tensor | None = None
-    """(B, T, P, 3, h, w), as of `ClipPool`."""
+    """(B, T, P, 3, h, w), as in `ClipPool`."""
 
     def put(self, frames: Tensor, start: int) -> None:
-        """Write frames (B, M * C, F, h, w) over those from a latent frame on, in memory of their own."""
+        """Replace the frames from latent frame `start` on by frames (B, M * C, F, h, w), in place."""
         stop = start + frames.shape[2]
         self.latents[:, :, start:stop] = frames
         if self.wrong is not None:
@@ -157,15 +157,15 @@ def encoded(
     *,
     bf16: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the float16 latents of some clips by name, not scaled.
+    """Encode clips to float16 latents by name, without the latent scale.
 
     Args:
-        model: encodes them.
+        model: encodes the clips.
         names: modalities, and `corrupted` for RGB with wrong colours.
         rgb: (B, F, 3, H, W) in [0, 1].
-        disparity: (B, F, H, W), where depth is wanted.
-        flow: (B, F - 1, 2, H, W), where flow is.
-        noise: on the CPU, says how the corrupted ones are.
+        disparity: (B, F, H, W), required for depth.
+        flow: (B, F - 1, 2, H, W), required for flow.
+        noise: CPU generator for the corruption.
         bf16: encode in bfloat16; pictures are made in float32 in any case.
     """
 
@@ -182,12 +182,12 @@ def encoded(
     for name in names:
         clip = picture(name)
         with torch.autocast(rgb.device.type, torch.bfloat16, enabled=bf16):
-            # As the autoencoder gives them, all as RGB, so that kept ones serve any scale.
+            # Encode every modality as "rgb", whose scale is 1, so that stored latents do not depend on the scale.
             found[name] = model.encode(clip).to(torch.float16)
     return found
 
 
 def in_parts(count: int, size: int) -> Iterator[slice]:
-    """Yield slices of so many things, a few at a time."""
+    """Yield slices that cover `count` items, `size` at a time."""
     for low in range(0, count, size):
         yield slice(low, min(low + size, count))

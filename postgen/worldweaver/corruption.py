@@ -1,7 +1,8 @@
-"""Clips with the errors that a long rollout gathers: blur, and colours that are too strong or too weak.
+"""Corrupt clips with errors that accumulate in a long rollout: blur and wrong colour saturation.
 
-Memory is corrupted so in training, before it is encoded, and so the model learns not to trust its colours. Helios
-(arXiv:2603.04379) does so with noise, down-sampling and saturation of 0.3 to 1.7; depth is never touched.
+In training, memory clips are corrupted before they are encoded, so that the model learns not to rely on the colours of
+its memory. Helios (arXiv:2603.04379) uses noise, down-sampling and saturation factors of 0.3 to 1.7. Depth is never
+corrupted.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 SATURATION = (0.3, 1.7)
-"""Least and greatest factor of the distance of colours from grey."""
+"""Smallest and largest saturation factor (the factor on the distance of a colour from grey)."""
 BLUR = 0.02
-"""Greatest standard deviation of the blur, in picture heights."""
+"""Largest standard deviation of the blur, in picture heights."""
 
 
 def corrupted(clips: Tensor, generator: torch.Generator) -> Tensor:
-    """Return clips (B, F, 3, H, W) in [0, 1] blurred and with another saturation, one draw for each clip.
+    """Return clips (B, F, 3, H, W) with blur and another saturation, drawn once for each clip.
 
     Args:
         clips: float32 in [0, 1].
-        generator: on the CPU.
+        generator: CPU generator.
     """
     draw = torch.rand(len(clips), 2, generator=generator).tolist()
     low, high = SATURATION
@@ -34,7 +35,7 @@ def corrupted(clips: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def blurred(pictures: Tensor, deviation: float) -> Tensor:
-    """Return pictures (F, 3, H, W) with a Gaussian blur of so many pixels; edges are repeated."""
+    """Apply a Gaussian blur to pictures (F, 3, H, W). `deviation` is in pixels; edge pixels are repeated."""
     reach = min(int(3 * deviation + 0.5), min(pictures.shape[-2:]) - 1)
     if reach < 1:
         return pictures

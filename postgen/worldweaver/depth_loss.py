@@ -1,38 +1,38 @@
-"""Losses of disparity, known itself or up to a scale and shift: of values, of outlines, and of changes in time."""
+"""Losses on disparity, either known or up to a scale and shift: on values, on gradients, and on changes in time."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 _LEAST = 1e-3
-"""Least mean deviation, in 1/m, so that a flat map is not blown up."""
+"""Lower bound of the mean absolute deviation in 1/m, so that a flat map is not amplified."""
 _SCALES = 4
 
 
 def normalised(disparity_BFHW: Tensor) -> Tensor:
-    """Return each clip minus its median over its mean absolute deviation (arXiv:1907.01341, section 5).
+    """Subtract the median of each clip and divide by its mean absolute deviation (arXiv:1907.01341, section 5).
 
-    The two are of the whole clip and not of a frame: frames that do not agree cost.
+    Median and deviation are of the whole clip, not of a frame, so frames with inconsistent scales increase the loss.
     """
     centred = disparity_BFHW - _median(disparity_BFHW.detach())
     return centred / _deviation(centred)
 
 
 def affine_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
-    """Return the difference of the normalised maps, which no scale above 0 and no shift of an estimate changes."""
+    """Return the difference of the normalised maps. A scale above 0 and a shift of the estimate do not change it."""
     return normalised(estimate_BFHW) - normalised(true_BFHW)
 
 
 def known_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
-    """Return the difference itself, in units of each true map's mean absolute deviation."""
+    """Return the difference of the maps, divided by the mean absolute deviation of each true map."""
     return (estimate_BFHW - true_BFHW) / _deviation(true_BFHW - _median(true_BFHW))
 
 
 def difference_losses(difference_BFHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three losses of such a difference: its mean size, its slopes and its changes.
+    """Return three losses of a difference map: mean absolute value, spatial gradients, and changes in time.
 
-    The slopes are those of four scales (arXiv:1907.01341, section 5), for outlines that lie where they are; the
-    changes those from a frame to the next (arXiv:2501.12375), 0 for one frame.
+    The gradient loss covers four scales (arXiv:1907.01341, section 5) and keeps outlines in place. The loss of changes
+    is over consecutive frames (arXiv:2501.12375) and is 0 for a single frame.
     """
     slope = difference_BFHW.new_zeros(())
     for k in range(_SCALES):
@@ -44,7 +44,7 @@ def difference_losses(difference_BFHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative_loss(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
-    """Return the mean of |estimate - true| / (true + 0.05), both in 1/m: far things count nearly as near ones."""
+    """Return the mean of |estimate - true| / (true + 0.05), both in 1/m. Distant objects count nearly as near ones."""
     if not len(true_BFHW):
         return estimate_BFHW.new_zeros(())
     return ((estimate_BFHW - true_BFHW).abs() / (true_BFHW + 0.05)).mean()

@@ -1,8 +1,8 @@
-"""`WorldDepthNet`, a small network from frames to disparity, and `WorldDepth`, the source of depth made of it.
+"""`WorldDepthNet`, a small network from frames to disparity, and `WorldDepth`, the depth source that uses it.
 
-A U-Net of ConvNeXt blocks (arXiv:2201.03545) on each frame; at the coarser levels every place also sees the two frames
-before, so that depth does not flicker, and never a later one, so that a clip may grow. Trained by the method
-`world_depth`. Suffixes: B clips, F frames, N pictures (B * F), C channels.
+The network is a U-Net of ConvNeXt blocks (arXiv:2201.03545) on each frame. At the coarser levels every position also
+sees the two preceding frames, so that depth does not flicker. It never sees later frames, so a clip can be extended.
+Method `world_depth` trains the network. Suffixes: B clips, F frames, N pictures (B * F), C channels.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from postgen.errors import UserError, cut, first_line
 ASSET = "world-depth"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _UNIT = 0.1
-"""What the last layer's 1 means, in 1/m: the world's bodies stand at 5 to 12 m."""
+"""Disparity in 1/m for an output of 1 of the last layer. Objects of the world are 5 to 12 m away."""
 _PAST = 2
-"""Frames before its own that one `CausalMix` sees."""
+"""Number of preceding frames that one `CausalMix` sees."""
 
 
 class ConvBlock(nn.Module):
-    """A ConvNeXt block: depthwise 7x7, then two layers on each place."""
+    """A ConvNeXt block: a depthwise 7x7 convolution, then two linear layers at each position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ConvBlock(nn.Module):
         self.narrow = nn.Linear(3 * channels, channels)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the same shape."""
+        """Return a tensor of the same shape."""
         z = self.norm(self.around(x_NCHW).movedim(1, -1))
         y: Tensor = self.narrow(functional.gelu(self.wide(z)))
         return x_NCHW + y.movedim(-1, 1)
@@ -52,7 +52,7 @@ def _normed(norm: nn.Module, x_NCHW: Tensor) -> Tensor:
 
 
 class CausalMix(nn.Module):
-    """Each place also sees itself in the two frames before; before the first frame stands the first frame."""
+    """Mixes each position with itself in the two preceding frames. Copies of the first frame stand before it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class CausalMix(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x_NCHW: Tensor, frames: int) -> Tensor:
-        """Return the same shape; N is a multiple of `frames`."""
+        """Return a tensor of the same shape; N is a multiple of `frames`."""
         y = self.norm(x_NCHW.movedim(1, -1)).unflatten(0, (-1, frames))
         y = torch.cat((*[y[:, :1]] * _PAST, y), 1)
         mixed = sum(self.taps[k] * y[:, k : k + frames] for k in range(_PAST + 1))
@@ -72,14 +72,14 @@ class CausalMix(nn.Module):
 
 
 class WorldDepthNet(ModelMixin, ConfigMixin):
-    """Frames to disparity: 1/Z in 1/m for the world's own camera, up to a scale and shift for other pictures.
+    """Predicts disparity of frames: 1/Z in 1/m for the camera of `postgen.world`, up to scale and shift otherwise.
 
-    A picture of another angle of view gives the disparity of the world's camera that would see the same picture, as
-    in Metric3D (arXiv:2307.10984): half the angle doubles it.
+    For a picture with another angle of view, the network returns the disparity for a world camera that would see the
+    same picture, as in Metric3D (arXiv:2307.10984): half the angle of view doubles the disparity.
 
     Args:
-        channels: of the levels at 1/2, 1/4, 1/8, ... of the picture's size.
-        blocks: ConvNeXt blocks of each level on the way down; on the way up each has one.
+        channels: channels of the levels at 1/2, 1/4, 1/8, ... of the picture's size.
+        blocks: number of ConvNeXt blocks of each level of the encoder; each level of the decoder has one.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -91,7 +91,7 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(channels))
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(channels))
         self.up = nn.ModuleList(ConvBlock(c) for c in channels[:-1])
-        # At half the size a pixel moves too much between two frames to be the same place.
+        # No mixing at half size: there objects move too far between two frames for a position to be the same place.
         self.mix_down = nn.ModuleList(CausalMix(c) for c in channels[1:])
         self.mix_up = nn.ModuleList(CausalMix(c) for c in channels[1:-1])
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
@@ -101,16 +101,16 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
 
     @property
     def multiple(self) -> int:
-        """What height and width are padded to."""
+        """Height and width are padded to a multiple of this number."""
         return int(2 ** len(self.config["channels"]))
 
     @property
     def history(self) -> int:
-        """Frames before its own that a frame's disparity depends on."""
+        """Number of preceding frames on which the disparity of a frame depends."""
         return _PAST * (len(self.mix_down) + len(self.mix_up))
 
     def forward(self, clips_BF3HW: Tensor) -> Tensor:
-        """Return (B,F,H,W), float32, for clips in [0,1] of any size; the network is meant for 64 to 192 px."""
+        """Return disparity (B,F,H,W), float32, of clips in [0,1] of any size. The network is made for 64 to 192 px."""
         frames, height, width = clips_BF3HW.shape[1], *clips_BF3HW.shape[-2:]
         x = 2 * clips_BF3HW.flatten(0, 1) - 1
         rows = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)
@@ -136,17 +136,19 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
 
 
 class WorldDepth:
-    """Disparity of frames by `WorldDepthNet`, exact in pieces: long clips take no more memory.
+    """Computes the disparity of frames with `WorldDepthNet`, in pieces, so that memory use does not grow with length.
+
+    The result is exactly that of the whole clip.
 
     Args:
-        model: folder that `WorldDepthNet.save_pretrained` wrote; None is the one that is shipped.
-        device: where it runs.
-        largest: longer side in pixels at which the network looks, at least 32; larger frames are shrunk to it, and
-            their disparity enlarged again.
-        piece: frames of one forward, at least 1.
+        model: folder that `WorldDepthNet.save_pretrained` wrote; None: the shipped network.
+        device: device of the network.
+        largest: longer side in pixels at which the network runs, at least 32. Larger frames are downsampled, and
+            their disparity is upsampled.
+        piece: number of frames per forward pass, at least 1.
 
     Raises:
-        UserError: no network there, or a setting below its bound.
+        UserError: the folder has no network, or a setting is below its bound.
     """
 
     def __init__(
@@ -164,13 +166,13 @@ class WorldDepth:
 
     @torch.no_grad()
     def __call__(self, frames: Any) -> Tensor:
-        """Return disparity (T,H,W), float32, on the network's device.
+        """Return disparity (T,H,W), float32, on the device of the network.
 
         Args:
             frames: (T,H,W,3) or (T,3,H,W), float in [0,1] or uint8; a tensor or an array.
 
         Raises:
-            UserError: another shape or type.
+            UserError: a wrong shape or dtype.
         """
         clip = self._clip(frames)
         height, width = clip.shape[-2:]
@@ -191,7 +193,7 @@ class WorldDepth:
         given = torch.as_tensor(frames)
         last = given.ndim == 4 and given.shape[-1] == 3
         if given.ndim != 4 or not len(given) or not (last or given.shape[1] == 3) or min(given.shape) < 1:
-            raise UserError(f"frames have the shape {tuple(given.shape)}: give (T,H,W,3) or (T,3,H,W), T at least 1")
+            raise UserError(f"frames have shape {tuple(given.shape)}: give (T,H,W,3) or (T,3,H,W), T at least 1")
         if not (given.is_floating_point() or given.dtype == torch.uint8):
             raise UserError(f"frames are {given.dtype}: give uint8, or a float type with values in [0,1]")
         device = next(self.net.parameters()).device
@@ -200,10 +202,10 @@ class WorldDepth:
 
 
 def depth_folder(model: str | Path | None = None) -> Path:
-    """Return the folder of a network: the given one, or the one that is shipped.
+    """Return the folder of a network: the given one, or the shipped one.
 
     Raises:
-        UserError: it holds none.
+        UserError: the folder has no network.
     """
     folder = Path(model) if model is not None else Path(assets.__file__).resolve().parent / ASSET
     if not (folder / WEIGHTS).is_file():
@@ -214,17 +216,17 @@ def depth_folder(model: str | Path | None = None) -> Path:
 
 
 def load_depth_net(model: str | Path | None = None) -> WorldDepthNet:
-    """Return the network of a folder in float32, or the one that is shipped.
+    """Load a network from a folder in float32; None: the shipped network.
 
     Raises:
-        UserError: as `depth_folder`, or what the folder holds is damaged or of another network.
+        UserError: as in `depth_folder`, or the folder is damaged or has another network.
     """
     folder = depth_folder(model)
     try:
         net, told = WorldDepthNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"{folder} holds no depth network: {cut(first_line(error), 200)}") from error
-    # diffusers would leave these at random, or unread, with a warning.
+    # diffusers only warns about missing weights (which it leaves random) and about unexpected weights.
     if odd := [*told["missing_keys"], *told["unexpected_keys"]]:
         raise UserError(f"{folder} holds no depth network: {odd[0]} and {len(odd) - 1} more weights do not fit")
     return cast(WorldDepthNet, net)

@@ -1,10 +1,9 @@
-"""Rooms full of solids in patterns and photos, rendered with exact disparity: what a depth network needs besides the
-world to know real pictures.
+"""Render random rooms with exact disparity, so that a depth network trained on the world also handles real pictures.
 
-Spheres, boxes and cylinders of `postgen.world.raycast`, stretched and turned by linear maps, on a floor between walls,
-under cameras of any height, angle of view and motion. In the way of domain randomisation (arXiv:1703.06907): too much
-variety for anything but depth to be the same. Suffixes: B rooms, F frames, M pictures (B * F), P rays, G groups of
-solids with one linear map, K solids of a group.
+A room has spheres, boxes and cylinders of `postgen.world.raycast`, stretched and rotated by linear maps, on a floor
+between walls. Surfaces wear patterns and photos. The camera has any height, angle of view and motion. The variety is a
+form of domain randomisation (arXiv:1703.06907): only depth is consistent across rooms. Suffixes: B rooms, F frames,
+M pictures (B * F), P rays, G groups of solids with one linear map, K solids of a group.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from .depth_textures import Textures
 _GROUPS, _SOLIDS = 6, 3
 _PLANES = 5
 _SURFACES = _PLANES + _GROUPS * _SOLIDS
-"""Floor, three walls, ceiling, solids."""
+"""Number of surfaces: floor, three walls, ceiling, solids."""
 _FARTHEST = 5e4
-"""Metres beyond which a plane is not there."""
+"""Distance in metres beyond which a plane counts as absent."""
 _AT_ONCE = 24_000_000
-"""(ray, solid) pairs of one pass on a CPU, for its caches."""
+"""Number of (ray, solid) pairs per pass on a CPU, chosen for its caches."""
 
 
 @dataclass(slots=True)
 class _Room:
-    """What B rooms hold; all random numbers are drawn on the host, so that a room does not depend on the device."""
+    """Parameters of B rooms. All random numbers are drawn on the CPU, so that rooms are equal on every device."""
 
     eye_BF3: Tensor
     look_BF33: Tensor
@@ -52,7 +51,7 @@ class _Room:
 
 
 class _Draw:
-    """Random numbers of one generator."""
+    """Draws random numbers from one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -78,17 +77,17 @@ def rooms(
     """Draw and render rooms.
 
     Args:
-        count, frames, size: rooms, frames of each, height and width in pixels.
-        textures: what surfaces may wear.
-        generator: of the host.
-        device: where to render.
+        count, frames, size: number of rooms, frames of each room, height and width in pixels.
+        textures: textures for the surfaces.
+        generator: CPU generator.
+        device: device on which to render.
 
     Returns:
-        Pictures (B,F,3,H,W) uint8 and disparity (B,F,H,W) float16 in 1/m; 0 where nothing stands.
+        Pictures (B,F,3,H,W) uint8, and disparity (B,F,H,W) float16 in 1/m, 0 where there is no surface.
     """
     room = _draw(_Draw(generator), count, frames, len(textures))
     each = frames * (2 * size) ** 2 * _GROUPS * _SOLIDS
-    # On a GPU few launches, on a CPU what its caches hold.
+    # Large passes on a GPU (few kernel launches), small passes on a CPU (cache size).
     step = max(1, (_AT_ONCE if torch.device(device).type == "cpu" else 20 * _AT_ONCE) // each)
     parts = []
     for low in range(0, count, step):
@@ -132,7 +131,7 @@ def _draw(draw: _Draw, count: int, frames: int, textures: int) -> _Room:
 
 
 def _camera(draw: _Draw, count: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Eyes (B,F,3) and rotations to right, down, forward (B,F,3,3); half of the cameras move."""
+    """Return camera positions (B,F,3) and rotations to right, down, forward (B,F,3,3). Half of the cameras move."""
     time = torch.arange(frames).float()[None]
     moves = draw.happens(0.5, count, 1).float()
     eye = torch.zeros(count, frames, 3)
@@ -151,7 +150,7 @@ def _camera(draw: _Draw, count: int, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def _maps(draw: _Draw, count: int) -> tuple[Tensor, Tensor]:
-    """Linear maps (B,G,3,3) from the room to where solids are round and upright, and which keep the vertical."""
+    """Return linear maps (B,G,3,3) to the space in which solids are round, and whether the maps keep the vertical."""
     upright = draw.happens(0.65, count, _GROUPS)
     turn = torch.linalg.qr(draw.normal(1.0, count, _GROUPS, 3, 3)).Q
     angle = draw.within(0, 2 * math.pi, count, _GROUPS)
@@ -165,7 +164,7 @@ def _maps(draw: _Draw, count: int) -> tuple[Tensor, Tensor]:
 def _places(
     draw: _Draw, maps: Tensor, upright: Tensor, radius: Tensor, shape: Tensor, focal: Tensor, depth: Tensor
 ) -> Tensor:
-    """Centres (B,G,K,3) in the room: in view, most on the floor."""
+    """Return centres (B,G,K,3) of the solids in the room. Centres are in view; most solids stand on the floor."""
     many = radius.shape
     far = depth.view(-1, 1, 1) * draw.within(0.25, 1.0, *many)
     side = draw.within(-1.1, 1.1, *many) * far / focal.view(-1, 1, 1)
@@ -176,7 +175,10 @@ def _places(
 
 
 def _planes(draw: _Draw, count: int, depth: Tensor) -> Tensor:
-    """Floor, back wall, left, right, ceiling, some not there: unit normal into the room and offset (B,5,4)."""
+    """Return floor, back wall, left wall, right wall and ceiling as unit normal into the room and offset (B,5,4).
+
+    Some planes are absent: they are placed beyond `_FARTHEST`.
+    """
     turn = draw.within(-0.5, 0.5, count)
     zero, one = torch.zeros(count), torch.ones(count)
     back = torch.stack((turn.sin(), -turn.cos(), zero), -1)
@@ -197,7 +199,7 @@ def _planes(draw: _Draw, count: int, depth: Tensor) -> Tensor:
 
 
 def _solids(room: _Room, group: int) -> Solids:
-    """The solids of a group in its own space, a row per picture."""
+    """Return the solids of a group in the space of its linear map, one row per picture."""
     frames = room.eye_BF3.shape[1]
     shape = room.shape_BGK[:, group].repeat_interleave(frames, 0)
     centre = (room.centres_BFGK3[:, :, group] @ room.maps_BG33[:, None, group].mT).flatten(0, 1)
@@ -208,7 +210,7 @@ def _solids(room: _Room, group: int) -> Solids:
 
 
 def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Scalar product of vectors that are given as three tensors each."""
+    """Return the scalar product of vectors that are given as three component tensors each."""
     return first[0] * second[0] + first[1] * second[1] + first[2] * second[2]
 
 
@@ -218,7 +220,7 @@ def _mapped(matrix_M33: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tens
 
 
 class _Hits:
-    """First hits of rays: depth, surface, normal in the room and place on the surface."""
+    """First hits of rays: depth, surface number, normal in the room, and texture coordinates on the surface."""
 
     def __init__(self, room: _Room, origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], *, shaded: bool) -> None:
         frames = room.eye_BF3.shape[1]
@@ -269,14 +271,14 @@ class _Hits:
         u = torch.where(first, local[1], local[0])
         v = torch.where(~first & top, local[1], local[2])
         self.place = [torch.where(closer, new, old) for new, old in zip((u, v), self.place, strict=True)]
-        # Normals go by the transposed map.
+        # Normals transform with the transposed map.
         turned = torch.stack(_mapped(matrix.mT, own))
         turned = turned / turned.norm(dim=0).clamp_min(1e-6)
         self.normal = [torch.where(closer, turned[i], self.normal[i]) for i in range(3)]
 
 
 def _render(room: _Room, size: int, textures: Textures | None) -> tuple[Tensor, Tensor]:
-    """Pictures (M,3,size,size), empty without textures, and disparity (M,size,size)."""
+    """Return pictures (M,3,size,size), empty if `textures` is None, and disparity (M,size,size)."""
     frames = room.eye_BF3.shape[1]
     steps = (torch.arange(size, device=room.focal_B.device) + 0.5) * (2.0 / size) - 1.0
     v, u = torch.meshgrid(steps, steps, indexing="ij")
@@ -295,7 +297,7 @@ def _render(room: _Room, size: int, textures: Textures | None) -> tuple[Tensor, 
 def _shade(
     room: _Room, hits: _Hits, origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], textures: Textures, size: int
 ) -> Tensor:
-    """RGB (M,3,P): patterned surfaces under one light with hard shadows, some rooms in a haze."""
+    """Return RGB (M,3,P): textured surfaces under one light with hard shadows, and haze in some rooms."""
     frames = room.eye_BF3.shape[1]
     surface = hits.surface.clamp_min(0)
 
@@ -304,7 +306,7 @@ def _shade(
 
     focal = room.focal_B.repeat_interleave(frames)[:, None]
     scale = of_surface(room.scale_BS)
-    # Pixels of a texture that one pixel of the picture covers; at a slant more.
+    # Length on the surface that one pixel of the picture covers; larger at a grazing angle.
     facing = _dot(hits.normal, ray).abs().clamp_min(0.15)
     covered = scale * hits.t.clamp_max(_FARTHEST) * 2 / (focal * size * facing)
     worn = textures.look_up(of_surface(room.texture_BS), hits.place[0] * scale, hits.place[1] * scale, covered)

@@ -1,4 +1,4 @@
-"""Where the depth of given frames comes from: the world's own, or an estimator of transformers."""
+"""Depth sources for given frames: exact depth of a world scene, or a depth estimator of transformers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from postgen.world import Spec, render
 from .depth import disparity_of
 
 METRIC = {"depth_pro": True, "dpt": False, "glpn": True, "zoedepth": True}
-"""Kind of transformers' model -> whether it gives distances; False is disparity up to scale and shift."""
+"""Model type in transformers -> whether the model predicts distances (else disparity up to scale and shift)."""
 
 
 class DepthSource(Protocol):
-    """Gives the disparity of a clip."""
+    """A callable that returns the disparity of a clip."""
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Return (T, H, W) float32 disparity, near is large, of frames (T, H, W, 3) in [0, 1]."""
+        """Return disparity (T, H, W) float32, large where near, of frames (T, H, W, 3) in [0, 1]."""
 
 
 class ExactDepth:
-    """The disparity of a scene of `postgen.world`, 1 / metres and 0 at the backdrop, of frames that it rendered.
+    """Exact disparity of a scene of `postgen.world`, for frames rendered from it: 1 / metres, 0 at the backdrop.
 
     Args:
         spec: the scene.
@@ -36,37 +36,37 @@ class ExactDepth:
         self.spec = spec
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Return the disparity of the scene's first frames.
+        """Return the disparity of the first frames of the scene.
 
         Args:
-            frames: (T, H, W, 3) in [0, 1], as `render` gives them; of these only length and size are read.
+            frames: (T, H, W, 3) in [0, 1] from `render`; only their number and size are used.
 
         Raises:
-            UserError: pictures that are not square, as the world's are.
+            UserError: frames that are not square, because `render` makes square frames.
         """
         count, height, width = _sizes(frames)
         if height != width:
-            raise UserError(f"frames of {height} x {width} are none of the world, whose pictures are square")
+            raise UserError(f"frames are {height} x {width}, but frames of the world are square: give rendered frames")
         depth = render([self.spec], num_frames=count, size=height, supersample=1, device=frames.device).depth_BFHW
         assert depth is not None
         return disparity_of(depth[0])
 
 
 class TransformersDepth:
-    """A depth estimator of transformers, as Depth Anything, DPT, ZoeDepth or DepthPro.
+    """A depth estimator of transformers, for example Depth Anything, DPT, ZoeDepth or DepthPro.
 
-    It is asked for `predicted_depth`, frame by frame, never for the picture, which is scaled to each frame. What an
-    estimator gives still flickers, so scale and shift follow from frame to frame (`align_scales`).
+    The source uses `predicted_depth` of each frame and not the depth picture, because the picture is normalised per
+    frame. The estimates still flicker, so `align_scales` aligns scale and shift from frame to frame.
 
     Args:
-        model: folder or Hub id, with its image processor.
-        metric: whether it gives distances; False is disparity. None asks the model's configuration.
-        align: whether the frames are aligned.
-        device: where it runs.
-        dtype: in which.
+        model: folder or Hub id of the model with its image processor.
+        metric: whether the model predicts distances (else disparity); None: use the model's configuration.
+        align: whether to align the frames.
+        device: device of the model.
+        dtype: dtype of the model.
 
     Raises:
-        UserError: a model that cannot be loaded, or of which nobody knows whether it is metric.
+        UserError: a model that cannot be loaded, or a model for which `metric` is required.
     """
 
     def __init__(
@@ -90,18 +90,18 @@ class TransformersDepth:
         kind = getattr(config, "depth_estimation_type", None)
         found = METRIC.get(config.model_type) if kind is None else kind == "metric"
         if metric is None and found is None:
-            raise UserError(f"whether {config.model_type} gives distances is not known: give metric=True or False")
+            raise UserError(f"it is unknown whether {config.model_type} predicts distances: give metric=True or False")
         self.metric, self.align = found if metric is None else metric, align
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> Tensor:
-        """Return the disparity of a clip.
+        """Return the disparity of a clip, (T, H, W).
 
         Args:
             frames: (T, H, W, 3) in [0, 1].
 
         Raises:
-            UserError: another shape.
+            UserError: a wrong shape.
         """
         from PIL import Image
 
@@ -117,24 +117,27 @@ class TransformersDepth:
 
 
 def align_scales(disparity: Tensor, frames: Tensor, *, still: float = 0.02, least: float = 0.02) -> Tensor:
-    """Return disparity whose frames have the scale and shift of the first, by the pixels that stand still.
+    """Align scale and shift of the disparity of all frames to the first frame, using pixels that do not move.
 
-    Frame t is scaled and shifted so that its still pixels have the mean and the spread that they have in frame t - 1.
-    That is the least-squares line which treats both frames alike; a regression of one on the other would shrink the
-    scale a little with every frame. A frame with too few still pixels, or whose depth there says nothing, goes as the
-    one before it.
+    Frame t is scaled and shifted so that its still pixels have the same mean and standard deviation as in frame t - 1.
+    This line treats both frames symmetrically; a regression of one frame on the other would reduce the scale a little
+    with every frame. A frame keeps the scale and shift of the frame before if it has too few still pixels, or if
+    their disparity is constant or not positively correlated.
 
     Args:
         disparity: (T, H, W).
         frames: (T, H, W, 3) in [0, 1].
-        still: mean change of the three colours up to which a pixel stands still.
-        least: share of the pixels that must.
+        still: largest mean change of the three colour channels of a still pixel.
+        least: smallest share of still pixels in a frame.
 
     Raises:
-        UserError: shapes that do not fit, or numbers out of range.
+        UserError: shapes that do not match, or numbers out of range.
     """
     if disparity.shape != frames.shape[:3] or _sizes(frames)[0] < 1:
-        raise UserError(f"disparity of shape {tuple(disparity.shape)} for frames of {tuple(frames.shape)}")
+        raise UserError(
+            f"disparity has shape {tuple(disparity.shape)} and frames have {tuple(frames.shape)}: give (T, H, W) and"
+            " (T, H, W, 3)"
+        )
     check_number("still", still, 0, 1)
     check_number("least", least, 0, 1)
     aligned = disparity.double().clone()
@@ -153,6 +156,6 @@ def align_scales(disparity: Tensor, frames: Tensor, *, still: float = 0.02, leas
 
 def _sizes(frames: Tensor) -> tuple[int, int, int]:
     if frames.dim() != 4 or frames.shape[3] != 3:
-        raise UserError(f"frames of shape {tuple(frames.shape)}: give (frames, height, width, 3)")
+        raise UserError(f"frames have shape {tuple(frames.shape)}: give (frames, height, width, 3)")
     count, height, width, _ = frames.shape
     return count, height, width

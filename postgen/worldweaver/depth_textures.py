@@ -1,4 +1,4 @@
-"""Patterns and photos as one table that pixels are looked up in, prefiltered so that nothing far away flickers."""
+"""Textures from patterns and photos in one lookup table, with mipmaps so that distant surfaces do not flicker."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PATTERNS = ("noise", "stripes", "checks", "spots")
 
 
 class Textures:
-    """Square textures (N,3,128,128) in [0,1]; a length of 1 is half of one, and beyond they are mirrored.
+    """Square textures (N,3,128,128) in [0,1]. A texture is 2 units long, and repeats mirrored beyond its edges.
 
-    Each is kept at six resolutions, each half as fine as the one before (mipmaps).
+    The table holds each texture at six resolutions, each half as fine as the one before (mipmaps).
     """
 
     def __init__(self, pictures_N3HW: Tensor) -> None:
@@ -34,12 +34,12 @@ class Textures:
         return self.table.shape[1] // (_LEVELS * _SIZE * _SIZE)
 
     def to(self, device: torch.device | str) -> Textures:
-        """Move the table."""
+        """Move the table to a device, and return this object."""
         self.table = self.table.to(device)
         return self
 
     def look_up(self, number: Tensor, u: Tensor, v: Tensor, covered: Tensor) -> Tensor:
-        """Return colours (3, ...) for the textures `number` at lengths (u, v), each pixel covering this length."""
+        """Return colours (3, ...) of textures `number` at coordinates (u, v), for pixels that cover this length."""
         level = (covered * (_SIZE / 2)).clamp(1, 2 ** (_LEVELS - 1)).log2().round().long()
         column, row = _mirrored(u), _mirrored(v)
         index = ((number * _LEVELS + level) * _SIZE + row) * _SIZE + column
@@ -52,25 +52,27 @@ def _mirrored(length: Tensor) -> Tensor:
 
 
 def make_textures(count: int, photos: str | Path | None, generator: torch.Generator) -> Textures:
-    """Draw as many patterns, and where a folder is given as many cuts out of its pictures.
+    """Draw `count` patterns. If a folder of photos is given, also cut `count` squares from its pictures.
 
     Raises:
-        UserError: the folder holds no picture.
+        UserError: the folder has no pictures.
     """
     made = torch.stack([_pattern(_PATTERNS[k % len(_PATTERNS)], generator) for k in range(count)])
     if photos is None:
         return Textures(made)
     files = sorted(path for path in Path(photos).iterdir() if path.suffix.lower() in PICTURES)
     if not files:
-        raise UserError(f"{photos} holds no picture ({', '.join(PICTURES)}): give a folder of pictures, or none")
-    # Copied: what numpy shows of a picture of PIL may not be written to, and torch warns of that.
+        raise UserError(
+            f"{photos} has no pictures ({', '.join(PICTURES)}): give another folder for photos, or omit photos"
+        )
+    # np.array copies: the array of a PIL picture is read-only, and torch warns about read-only arrays.
     pictures = [torch.from_numpy(np.array(read_picture(path))).movedim(-1, 0).float() / 255 for path in files]
     cuts = [_cut(pictures[k % len(pictures)], generator) for k in range(count)]
     return Textures(torch.cat((made, torch.stack(cuts))))
 
 
 def _cut(picture_3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """A square of at least a third of the picture, in the table's size."""
+    """Cut a random square of at least a third of the shorter side, and resize it to the size of the table."""
     height, width = picture_3HW.shape[1:]
     part, down, right = torch.rand(3, generator=generator).tolist()
     side = max(8, int(min(height, width) * (1 / 3 + 2 / 3 * part)))
@@ -80,7 +82,7 @@ def _cut(picture_3HW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _pattern(kind: str, generator: torch.Generator) -> Tensor:
-    """A pattern of two colours (3,128,128)."""
+    """Draw a pattern of two colours, (3,128,128)."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)

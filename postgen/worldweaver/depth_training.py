@@ -1,7 +1,8 @@
-"""Method `world_depth`: trains `WorldDepthNet` on renders of the world and of rooms, both with exact disparity.
+"""Method `world_depth`: train `WorldDepthNet` on renders of the world and of rooms, both with exact disparity.
 
-Values, outlines and changes in time: of rooms up to one scale and shift a clip, as in MiDaS (arXiv:1907.01341), of the
-world, whose camera is known, of 1/Z itself, so that a drift of depth stays visible over a long video.
+The losses are on values, gradients and changes in time. For rooms they ignore one scale and shift per clip, as in
+MiDaS (arXiv:1907.01341). For the world, whose camera is known, they are on 1/Z itself, so that a network trained this
+way shows a drift of depth in a long video.
 """
 
 from __future__ import annotations
@@ -32,62 +33,62 @@ from .depth_views import photographed, seen
 
 _POOL_FRAMES = 17
 FARTHEST = 40.0
-"""Metres up to which depth is judged: beyond, a pixel of floor is metres deep."""
+"""Largest depth in metres at which errors are evaluated. Beyond it a pixel of floor spans several metres."""
 
 
 @dataclass(kw_only=True)
 class WorldDepthConfig(TrainingConfig):
-    """Settings of the method.
+    """Configuration of the method.
 
     Raises:
-        UserError: a value outside its range, or a folder that is not there.
+        UserError: a value outside its range, or a missing folder.
     """
 
     sizes: list[int] = field(default_factory=lambda: [64, 96, 128, 160])
-    """Heights and widths in pixels, one of them a step."""
+    """Heights and widths in pixels; each step draws one of them."""
 
     frames: int = 5
-    """Frames of a sample, in a row."""
+    """Number of consecutive frames of a sample."""
 
     pool_size: int = 128
     """Height and width at which scenes and rooms are rendered."""
 
     pool_clips: int = 2048
-    """Scenes of the world that are rendered and kept on the device (1.4 MB of 17 frames at 128 px)."""
+    """Number of world scenes that are rendered and kept on the device (1.4 MB of 17 frames at 128 px)."""
 
     room_clips: int = 4096
-    """Rooms that are rendered and kept on the device (0.4 MB of 5 frames at 128 px)."""
+    """Number of rooms that are rendered and kept on the device (0.4 MB of 5 frames at 128 px)."""
 
     per_device_train_batch_size: int = 8
-    """Samples of a step and process, of the world and of rooms."""
+    """Samples per step and process, world scenes and rooms together."""
 
     room_share: float = 0.5
-    """Part of the samples that are of rooms."""
+    """Share of the samples that are rooms."""
 
     textures: int = 64
-    """Patterns that a room's surfaces wear, and as many cuts of the photos."""
+    """Number of patterns for the surfaces of rooms, and number of cuts from `photos`."""
 
     photos: str | None = None
-    """Folder of pictures that a room's surfaces also wear; none takes patterns alone."""
+    """Folder of pictures for the surfaces of rooms; None: patterns only."""
 
     pipeline: str | None = None
-    """Folder of a diffusers pipeline of the world, or `embedded`, whose autoencoder softens renders. None softens
-    none."""
+    """Folder of a diffusers pipeline of the world, or `embedded`. Its autoencoder reconstructs some of the renders, so
+    that the network sees decoder artefacts. None: no reconstructions."""
 
     reconstructions: int = 1024
-    """Scenes of the pool that also pass through that autoencoder."""
+    """Number of scenes of the pool that are also reconstructed by that autoencoder."""
 
     outline_weight: float = 0.5
-    """Weight of the loss of gradients beside that of values."""
+    """Weight of the loss on gradients."""
 
     steady_weight: float = 0.5
-    """Weight of the loss of changes from a frame to the next."""
+    """Weight of the loss on changes between consecutive frames."""
 
     relative_weight: float = 0.5
-    """Weight of the loss of 1/Z over itself, on the world alone, for what is far."""
+    """Weight of the relative loss on 1/Z, on world scenes only, for distant objects."""
 
     eval_clips: int = 64
-    """Unseen scenes of held-out combinations, for the errors of the evaluation."""
+    """Number of unseen scenes with held-out combinations, for the evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +102,7 @@ class WorldDepthConfig(TrainingConfig):
         for name in ("outline_weight", "steady_weight", "relative_weight"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         both, batch = 0 < self.room_share < 1, self.per_device_train_batch_size
-        said = f"0, 1, or such that of {batch} samples some are of rooms and some are not"
+        said = f"0, 1, or a share with which {batch} samples include both rooms and scenes"
         self.require(not both or 0 < self.in_rooms < batch, "room_share", said)
         self.require(self.photos is None or Path(self.photos).is_dir(), "photos", "a folder")
         if self.pipeline is not None:
@@ -109,33 +110,33 @@ class WorldDepthConfig(TrainingConfig):
 
     @property
     def in_rooms(self) -> int:
-        """Samples of a micro-batch that are of rooms."""
+        """Number of rooms in a micro-batch."""
         return round(self.per_device_train_batch_size * self.room_share)
 
 
 @dataclass(slots=True)
 class Takes:
-    """Clips (B,F,3,H,W) uint8 and their disparity (B,F,H,W) float16 in 1/m, 0 where nothing stands."""
+    """Clips (B,F,3,H,W) uint8 and their disparity (B,F,H,W) float16 in 1/m, 0 where there is no surface."""
 
     rgb: Tensor
     disparity: Tensor
 
 
 class WorldDepthTrainer(Trainer[WorldDepthConfig]):
-    """Trains the network; exports the folder that `WorldDepth` reads."""
+    """Trains the network, and exports a folder that `WorldDepth` loads."""
 
     config_class: ClassVar[type[TrainingConfig]] = WorldDepthConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """A network with random weights; also renders scenes and rooms.
+        """Return a network with random weights. Also render the scenes and rooms.
 
         Raises:
-            UserError: `pipeline` is a folder of something else.
+            UserError: `pipeline` is not the folder of a diffusers pipeline.
         """
         args = self.args
         if args.pipeline is not None and not (model_folder(args.pipeline) / "model_index.json").is_file():
             raise UserError(
-                f"pipeline {args.pipeline} is no folder of a diffusers pipeline: it has no model_index.json"
+                f"pipeline {args.pipeline} is not the folder of a diffusers pipeline: model_index.json is missing"
             )
         own = self.accelerator.process_index
         specs = specs_of(FIRST_TRAINING_SEED + own * 10_000_000, args.pool_clips, _POOL_FRAMES)
@@ -146,11 +147,11 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         self.softened = self._softened()
         self.unseen = render_scenes(specs_of(0, args.eval_clips, _POOL_FRAMES, "held_out"), 96, self.device)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
+            torch.cuda.empty_cache()  # return the temporary memory of rendering to other processes on the GPU
         return {"net": WorldDepthNet()}
 
     def _softened(self) -> Tensor | None:
-        """The pool's first clips through the pipeline's autoencoder and back, uint8."""
+        """Reconstruct the first clips of the pool with the autoencoder of the pipeline, uint8; None: not requested."""
         args = self.args
         if args.pipeline is None or not args.reconstructions:
             return None
@@ -161,7 +162,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         return torch.cat([reconstructed(denoiser, part) for part in parts])
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of some scenes and some rooms at one size; metrics: its parts."""
+        """Return the loss on some scenes and some rooms at one size; the metrics are the parts of the loss."""
         args, size = self.args, random.choice(self.args.sizes)
         count = args.per_device_train_batch_size - args.in_rooms
         drawn = ((self._of_world, count), (self._of_rooms, args.in_rooms))
@@ -169,7 +170,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         rgb, true = (torch.cat(column) for column in zip(*parts, strict=True))
         with self.accelerator.autocast():
             estimate = self.models["net"](rgb)
-        # Where only shape counts the scale is free, and it would wander off if it were so for the world too.
+        # Rooms have a free scale. World scenes have the known scale, which keeps the scale of the network fixed.
         known = known_difference(estimate[:count], true[:count])
         value, outline, steady = difference_losses(
             torch.cat((known, affine_difference(estimate[count:], true[count:])))
@@ -182,7 +183,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         return torch.randint(len(takes), (count,), generator=self.generator, device=self.device)
 
     def _of_world(self, count: int, size: int) -> tuple[Tensor, Tensor]:
-        """Frames in a row of scenes; of those that there is a reconstruction of, every third time that."""
+        """Draw consecutive frames of scenes. A third of the scenes with a reconstruction use the reconstruction."""
         rows = self._rows(self.scenes.rgb, count)
         start = random.randrange(_POOL_FRAMES - self.args.frames + 1)
         window = slice(start, start + self.args.frames)
@@ -200,7 +201,7 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         return photographed(pictures, 0.8, self.generator), disparity
 
     def evaluate(self) -> dict[str, float]:
-        """Errors on unseen scenes at 96 px, see `postgen.metrics.disparity`."""
+        """Return errors on unseen scenes at 96 px, see `postgen.metrics.disparity`."""
         net: Any = self.unwrap("net")
         found = []
         for rgb, disparity in zip(self.unseen.rgb, self.unseen.disparity.float(), strict=True):
@@ -210,13 +211,13 @@ class WorldDepthTrainer(Trainer[WorldDepthConfig]):
         return {name: sum(getattr(errors, name) for errors in found) / len(found) for name in names}
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """A diffusers folder in half precision."""
+        """Write a diffusers folder in half precision."""
         net: Any = copy.deepcopy(self.unwrap("net"))
         net.half().save_pretrained(folder)
 
 
 def render_scenes(specs: Sequence[world.Spec], size: int, device: torch.device | str) -> Takes:
-    """Render scenes with their disparity, as many frames as they were planned for."""
+    """Render all planned frames of scenes, with disparity."""
     step = 64 if torch.device(device).type == "cpu" else 512
     rgb, disparity = [], []
     for low in range(0, len(specs), step):
@@ -229,6 +230,6 @@ def render_scenes(specs: Sequence[world.Spec], size: int, device: torch.device |
 
 @torch.no_grad()
 def reconstructed(denoiser: Denoiser, clips_BF3HW: Tensor) -> Tensor:
-    """Clips (uint8) through the autoencoder of a denoiser's pipeline and back, uint8."""
+    """Encode and decode clips (uint8) with the autoencoder of a denoiser's pipeline; returns uint8."""
     clips = denoiser.decode(denoiser.encode_video(clips_BF3HW.float() / 255))
     return (clips * 255).round().to(clips_BF3HW)

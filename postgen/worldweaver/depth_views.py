@@ -1,6 +1,6 @@
-"""Views of clips with disparity: cut out and enlarged, mirrored, and as a camera would have taken them.
+"""Augment clips with disparity: crop and zoom, mirror, and imitate the look of camera footage.
 
-Suffixes: B clips, F frames; pictures uint8 or float in [0,1], disparity in 1/m.
+Suffixes: B clips, F frames. Pictures are uint8 or float in [0,1]; disparity is in 1/m.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ _LARGEST_ZOOM = 1.8
 
 
 class Chance:
-    """Random numbers on a device, one column per clip."""
+    """Draws random numbers on a device, one row per clip."""
 
     def __init__(self, clips: int, generator: torch.Generator) -> None:
         self.clips, self.generator = clips, generator
 
     def within(self, low: float, high: float, *more: int) -> Tensor:
-        """Uniform numbers (B, *more)."""
+        """Return uniform numbers (B, *more)."""
         size = (self.clips, *more)
         return low + (high - low) * torch.rand(size, generator=self.generator, device=self.generator.device)
 
     def normal(self, spread: float, *more: int) -> Tensor:
-        """Normal numbers (B, *more)."""
+        """Return normal numbers (B, *more) with mean 0."""
         size = (self.clips, *more)
         return spread * torch.randn(size, generator=self.generator, device=self.generator.device)
 
 
 def seen(rgb_BF3HW: Tensor, disparity_BFHW: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut a square out of half of the clips, mirror half, and bring all to one size.
+    """Crop half of the clips to a square, mirror half of the clips, and resize all to one size.
 
-    What is enlarged looks as much nearer, so its disparity grows by the same factor (arXiv:2307.10984).
+    An enlarged object looks nearer by the zoom factor, so disparity is multiplied by it (arXiv:2307.10984).
 
     Returns:
         Pictures (B,F,3,size,size), float in [0,1], and disparity (B,F,size,size), float.
@@ -51,7 +51,7 @@ def seen(rgb_BF3HW: Tensor, disparity_BFHW: Tensor, size: int, generator: torch.
 
     pictures = rgb_BF3HW.flatten(0, 1).float()
     pictures = pictures / 255 if rgb_BF3HW.dtype == torch.uint8 else pictures
-    # Four places of each pixel: a smaller picture is no subset of a larger one's pixels.
+    # Sample each pixel at four positions, because single samples would alias in a smaller picture.
     fine = functional.grid_sample(pictures, grid(2 * size), padding_mode="border", align_corners=False)
     maps = disparity_BFHW.flatten(0, 1)[:, None].float()
     near = functional.grid_sample(maps, grid(size), mode="nearest", padding_mode="border", align_corners=False)
@@ -60,7 +60,7 @@ def seen(rgb_BF3HW: Tensor, disparity_BFHW: Tensor, size: int, generator: torch.
 
 
 def photographed(rgb_BF3HW: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Change colours, contrast and sharpness of a share of the clips, each as a whole, and add noise."""
+    """Change colours, contrast and sharpness of a share of the clips and add noise, with one setting for each clip."""
     frames, height, width = rgb_BF3HW.shape[1], *rgb_BF3HW.shape[-2:]
     chance = Chance(len(rgb_BF3HW), generator)
 

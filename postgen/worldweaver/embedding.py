@@ -1,8 +1,9 @@
-"""Tell a transformer the noise level of every modality of a latent frame, and the frame's part in the window.
+"""Condition a transformer on the noise level of each modality and on the role of each latent frame.
 
-Its own timestep says the level of RGB alone (of the whole clip, where a family takes no more). What is missing comes
-in behind the layer that makes tokens of latents: a small network turns levels and role of a frame into a vector, which
-is added to each of the frame's tokens. Its last layer begins with zeros, so at first nothing changes.
+The transformer's own timestep carries only the noise level of RGB (of the whole clip in families that take a single
+timestep). The level embedder adds the rest: a small network turns the levels and the role of a frame into a vector,
+and a hook behind the patch embedding adds the vector to each token of the frame. The last layer of the network is
+initialised with zeros, so an untrained embedder changes nothing.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ from postgen.worldweaver.widen import Widened, transformer_of, widened
 
 
 class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have a config_name, as in diffusers
-    """Vector for every latent frame of a window, from its levels and its role.
+    """Computes a vector for every latent frame of a window from its noise levels and its role.
 
-    Saved as a component of a pipeline, `level_embedder`. `for_transformer` makes one that fits.
+    It is saved as the component `level_embedder` of a pipeline. `for_transformer` creates one that fits a transformer.
 
     Args:
         width: features of a token of the transformer.
-        modalities: number of levels of a frame, 1 to 3.
-        frequencies: sines, and as many cosines, of each level.
+        modalities: number of noise levels of a frame, 1 to 3.
+        frequencies: number of sines, and of cosines, for each noise level.
         hidden: width between the two layers.
-        skip: whether the transformer's outputs of depth and flow are what to add to a linear guess from their noisy
-            latents (`postgen.worldweaver.skip`). It is here since this is what is saved of a trained model beside its
-            weights.
-        refine: width of the convolutions that add to these outputs what the cells of the noisy latents say
-            (`postgen.worldweaver.refine`), for the same reason; 0 is none. It needs `skip` and 2 or 3 modalities.
-        channels: of the latents of one modality, where there is `refine`.
+        skip: whether the transformer's depth and flow outputs are corrections to a linear guess from their noisy
+            latents (`postgen.worldweaver.skip`). The option is stored here because the config of the embedder is
+            saved with a trained model.
+        refine: width of convolutions that add a correction from the noisy latents to these outputs
+            (`postgen.worldweaver.refine`); 0: no convolutions. It is stored here for the same reason. It needs `skip`
+            and 2 or 3 modalities.
+        channels: channels of the latents of one modality; required with `refine`.
 
     Raises:
-        UserError: a number of modalities outside its range; `refine` below 0, or without what it needs.
+        UserError: `modalities` or `refine` out of range, or `refine` without the options that it needs.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -64,8 +66,8 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
         check_number("refine", refine, 0, 1024, whole=True)
         if refine and not (skip and modalities > 1 and channels > 0):
             raise UserError(
-                f"refine={refine} with skip={skip}, modalities={modalities} and channels={channels}: it adds to the"
-                " guess of skip=True, of 2 or 3 modalities with the channels of the latents"
+                f"refine={refine} with skip={skip}, modalities={modalities} and channels={channels}: refine needs"
+                " skip=True, 2 or 3 modalities, and the channels of the latents"
             )
         self.inner = nn.Linear(2 * frequencies * modalities + len(Role), hidden)
         self.outer = nn.Linear(hidden, width)
@@ -75,14 +77,14 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
 
     @classmethod
     def for_transformer(cls, target: Any, **settings: Any) -> LevelEmbedder:
-        """Make one for a widened transformer, on its device, in float32.
+        """Create a level embedder for a widened transformer, on its device, in float32.
 
         Args:
             target: the transformer, or a pipeline with it.
             settings: `frequencies`, `hidden`, `skip` and `refine`.
 
         Raises:
-            UserError: it is not widened, or settings that `LevelEmbedder` refuses.
+            UserError: the transformer is not widened, or `LevelEmbedder` rejects the settings.
         """
         model, wide = transformer_of(target), widened(target)
         first: Any = model.get_submodule(wide.widths.first)
@@ -101,9 +103,9 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
         sigma: Tensor = levels.sigma.to(self.device, torch.float32)
         if sigma.shape[2] != self.config["modalities"]:
             raise UserError(
-                f"levels of {sigma.shape[2]} modalities, the level embedder was made for {self.config['modalities']}"
+                f"levels have {sigma.shape[2]} modalities, the level embedder needs {self.config['modalities']}"
             )
-        # As timesteps of diffusers are: a level of 1 is 1000.
+        # Scaled as timesteps in diffusers: a noise level of 1 is timestep 1000.
         waves = get_timestep_embedding(sigma.flatten() * 1000, 2 * self.config["frequencies"])
         roles = one_hot(levels.role.to(self.device), len(Role)).float().expand(len(sigma), -1, -1)
         told = torch.cat([waves.view(*sigma.shape[:2], -1), roles], dim=2).to(self.dtype)
@@ -112,16 +114,16 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
 
     @contextmanager
     def on(self, target: Any, levels: FrameLevels, wrapped: nn.Module | None = None) -> Iterator[None]:
-        """While open, calls of a transformer in this thread are told the levels.
+        """Context manager: while open, forward passes of a transformer in this thread receive the levels.
 
         Args:
-            target: the widened transformer, which may be wrapped, or a pipeline with it.
-            levels: of the latent frames of these calls.
-            wrapped: what to call for the vectors instead of the module itself, such as DDP around it.
+            target: the widened transformer (may be wrapped), or a pipeline with it.
+            levels: noise levels and roles of the latent frames in these forward passes.
+            wrapped: module to call instead of this module, for example a DDP wrapper around it.
 
         Raises:
-            UserError: it is not widened; latent frames of one token with different levels; in a call, latents of
-                another batch or length.
+            UserError: the transformer is not widened; latent frames that share a token have different levels; or, in
+                a forward pass, latents of another batch size or length.
         """
         model, wide = transformer_of(target), widened(target)
         patch = _patch_in_time(model, wide)
@@ -140,7 +142,7 @@ class LevelEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both have
 
 
 def _patch_in_time(model: Any, wide: Widened) -> int:
-    """Latent frames in a token: those of its convolution, else what the config says."""
+    """Return the number of latent frames in a token, from the convolution or else from the config."""
     first: Any = model.get_submodule(wide.widths.first)
     if isinstance(first, nn.Conv3d):
         return int(first.kernel_size[0])
@@ -149,20 +151,24 @@ def _patch_in_time(model: Any, wide: Widened) -> int:
 
 
 def _per_token_frame(levels: FrameLevels, patch: int) -> FrameLevels:
-    """Levels of the frames of tokens, of which several latent frames may be one."""
+    """Return one level and role per token frame, where a token may span several latent frames."""
     if patch == 1:
         return levels
     if levels.sigma.shape[1] % patch:
-        raise UserError(f"{levels.sigma.shape[1]} latent frames, {patch} of which are one token: give a multiple")
+        raise UserError(
+            f"{levels.sigma.shape[1]} latent frames cannot be divided into tokens of {patch} frames: give a multiple"
+        )
     sigma, role = levels.sigma.unflatten(1, (-1, patch)), levels.role.unflatten(0, (-1, patch))
     if (sigma != sigma[:, :, :1]).any() or (role != role[:, :1]).any():
-        raise UserError(f"{patch} latent frames in a row are one token here: give them the same levels and role")
+        raise UserError(f"{patch} latent frames share one token in this model: give them equal levels and roles")
     return FrameLevels(sigma=sigma[:, :, 0], role=role[:, 0])
 
 
 def _spread(vectors: Tensor, tokens: Tensor, layer: nn.Module) -> Tensor:
-    """Bring (B, T, width) to what a layer gave: of a convolution (B, width, T, h, w) or, of one picture at a time,
-    (B * T, width, h, w); of a linear one (B, T * h * w, width). Frames come one after the other in every family.
+    """Expand vectors (B, T, width) to the shape of the output of the patch embedding.
+
+    The output is (B, width, T, h, w) for a 3-D convolution, (B * T, width, h, w) for a 2-D convolution on single
+    pictures, and (B, T * h * w, width) for a linear layer. Frames are in temporal order in every family.
     """
     batch, frames, _ = vectors.shape
     if isinstance(layer, nn.Conv3d):
@@ -175,7 +181,7 @@ def _spread(vectors: Tensor, tokens: Tensor, layer: nn.Module) -> Tensor:
         found = vectors.repeat_interleave(max(1, length // frames), dim=1)
     if not fits:
         raise UserError(
-            f"levels of {batch} rows of {frames} token frames do not fit tokens of shape {tuple(tokens.shape)}: give"
-            " one for each latent frame of the call"
+            f"levels of {batch} rows with {frames} token frames do not fit tokens of shape {tuple(tokens.shape)}: give"
+            " one level for each latent frame of the forward pass"
         )
     return found

@@ -1,4 +1,4 @@
-"""What every latent frame of a window is: its noise level in each modality, and its part in the window."""
+"""Noise level of each modality and role of each latent frame in a window."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from postgen.errors import UserError
 
 Modality = Literal["rgb", "depth", "flow"]
 MODALITIES: tuple[Modality, ...] = ("rgb", "depth", "flow")
-"""In their order on the channels: RGB first, so that pretrained weights keep their place."""
+"""Order of the modalities on the channel axis. RGB comes first, so that pretrained weights keep their channels."""
 
 
 class Role(IntEnum):
-    """Part of a latent frame in a window, in the order of the window."""
+    """Role of a latent frame. The roles are in the order in which their frames stand in a window."""
 
     LONG = 0
-    """Memory of long ago: RGB at a low noise level, depth clean."""
+    """Long memory: selected frames of the past, with RGB at a low noise level and clean depth."""
     SHORT = 1
-    """Memory of just before: clean."""
+    """Short memory: the clean frames just before the frames in flight."""
     PREDICT = 2
-    """A frame that is being made."""
+    """A frame in flight, which the model predicts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,38 +33,39 @@ class FrameLevels:
     """Noise levels and roles of the T latent frames of a window.
 
     Raises:
-        UserError: shapes that do not fit each other, or a number of modalities other than 1 to 3.
+        UserError: the shapes do not match, or the number of modalities is not 1 to 3.
     """
 
     sigma: Tensor
-    """(B, T, M) float32 in [0, 1]: level of each frame and modality, modalities in the order of `MODALITIES`."""
+    """(B, T, M) float32 in [0, 1]: noise level of each frame and modality, modalities in the order of `MODALITIES`."""
     role: Tensor
     """(T,) int64, values of `Role`."""
 
     def __post_init__(self) -> None:
         if self.sigma.dim() != 3 or not 1 <= self.sigma.shape[2] <= len(MODALITIES):
             raise UserError(
-                f"levels of shape {tuple(self.sigma.shape)}: give (batch, latent frames, modalities), with"
+                f"levels have shape {tuple(self.sigma.shape)}: give (batch, latent frames, modalities), with"
                 f" 1 to {len(MODALITIES)} modalities"
             )
         if self.role.shape != self.sigma.shape[1:2]:
             raise UserError(
-                f"{tuple(self.role.shape)} roles beside {self.sigma.shape[1]} latent frames: give one for each frame"
+                f"role has shape {tuple(self.role.shape)} for {self.sigma.shape[1]} latent frames: give one role per"
+                " frame"
             )
 
     @property
     def rgb(self) -> Tensor:
-        """(B, T) level of the RGB channels: what the transformer's timestep says."""
+        """(B, T) noise level of RGB, which is also the transformer's timestep."""
         return self.sigma[..., 0]
 
     @property
     def predicted(self) -> Tensor:
-        """(T,) bool: frames that are being made, not memory."""
+        """(T,) bool: True for frames in flight, False for memory frames."""
         return self.role == Role.PREDICT
 
     @staticmethod
     def join(parts: Sequence[FrameLevels]) -> FrameLevels:
-        """Return the frames of several, one after the other."""
+        """Concatenate several windows along the frame axis."""
         return FrameLevels(
             sigma=torch.cat([part.sigma for part in parts], dim=1), role=torch.cat([part.role for part in parts])
         )

@@ -1,8 +1,9 @@
-"""The memory bank: clean latent frames of the past, a fixed number of which stand in front of those in the making.
+"""The memory bank: clean latent frames of the past, from which a fixed number is put in front of the frames in flight.
 
-Long memory keeps its depth clean and has noise on its RGB, which hides the errors that colour has gathered; short
-memory, the frames just before, is clean in everything (WorldWeaver, arXiv:2508.15720). The first frames of the video
-may be a sink, part of the long memory for good. What is shown never grows with the video, nor does what is stored.
+Long memory has clean depth and noise on its RGB; the noise hides colour errors that accumulate over the video. Short
+memory, the frames just before the frames in flight, is clean in every modality (WorldWeaver, arXiv:2508.15720). The
+first frames of the video may be a sink, which is always part of long memory. The number of selected frames and the
+number of stored frames do not grow with the length of the video.
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ from .levels import MODALITIES, FrameLevels, Modality, Role
 from .selection import Candidates, Policy, Query, StoredFrame, check_needs, policy_of, policy_state, spacing_loss
 
 AlphaBar = Callable[[Tensor], Tensor]
-"""Alpha-bar of noise levels, `Denoiser.alpha_bar`, for models that are no flow."""
+"""Function from noise levels to alpha-bar, `Denoiser.alpha_bar`, for models that are not flow models."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryWindow:
-    """The T frames that are shown: sink, long memory from old to new, short memory."""
+    """The T selected frames in this order: sink, long memory from old to new, short memory."""
 
     z: Tensor
-    """(B, M * C, T, h, w) float32 latents, with their noise."""
+    """(B, M * C, T, h, w) float32 latents, with noise."""
     levels: FrameLevels
-    """How much of it."""
+    """Noise level of each frame and modality."""
     frame_index: Tensor
-    """(B, T) int64, which frame of the video each is."""
+    """(B, T) int64 index in the video of each frame."""
 
 
 class MemoryBank:
-    """Clean latent frames, of which `select` shows `long + short`.
+    """Stores clean latent frames, from which `select` chooses `long + short`.
 
     Args:
-        long: frames of long memory that are shown, the sink among them.
-        short: frames of short memory.
-        sink: first frames of the video that always are in the long memory.
-        capacity: frames that are stored at most.
-        policy: name of a policy of long memory, or the policy itself.
-        mem_noise: noise level of the RGB of long memory.
-        flow_noise: noise level of its optical flow, if there is one.
-        modalities: M, of the latents.
-        hidden: modalities that are never shown: pure noise stands in their place.
-        device: where frames are stored; None is where they come from.
-        dtype: in which they are stored, also as "bfloat16"; None is theirs.
+        long: number of selected frames of long memory, including the sink.
+        short: number of frames of short memory.
+        sink: number of first frames of the video that are always in long memory.
+        capacity: largest number of stored frames.
+        policy: selection policy of long memory, or its name.
+        mem_noise: noise level of RGB in long memory.
+        flow_noise: noise level of optical flow in long memory, if the model has flow.
+        modalities: M, number of modalities in the latents.
+        hidden: modalities that are replaced by pure noise in every selected frame.
+        device: device of the stored frames; None: the device of the added frames.
+        dtype: dtype of the stored frames, or its name such as "bfloat16"; None: the dtype of the added frames.
 
     Raises:
         UserError: numbers out of range, a sink longer than long memory, or a capacity below `long + short`.
@@ -94,27 +95,28 @@ class MemoryBank:
 
     @property
     def frame_index(self) -> tuple[int, ...]:
-        """Numbers of the stored frames, old to new."""
+        """Indices in the video of the stored frames, old to new."""
         return tuple(frame.index for frame in self._frames)
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Seed the noise of each row; without it, row b has a seed made of its number b."""
+        """Seed the noise generator of each row. Without this call, row b has a seed derived from b."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def reset(self) -> None:
-        """Forget every frame, the selection and the seeds."""
+        """Delete all frames, the selection and the seeds."""
         self.generators, self._frames, self._selected = [], [], set()
 
     def check_rows(self, rows: int, *, posed: bool, unknown: Collection[Modality] = ()) -> None:
-        """See before anything is made that a video can be remembered to its end.
+        """Check before a rollout that the bank can serve it to the end of the video.
 
         Args:
             rows: B.
-            posed: whether frames come with their cameras.
-            unknown: modalities that some of the frames to choose from do not have.
+            posed: whether frames have cameras.
+            unknown: modalities that some of the stored frames do not have.
 
         Raises:
-            UserError: the policy needs what there will not be, or the capacity cannot hold what the rows select.
+            UserError: the policy needs depth or cameras that the frames do not have, or the capacity is too small for
+                the selections of all rows.
         """
         self._check_capacity(rows)
         depthless = self.modalities < 2 or "depth" in {*unknown, *self.hidden}
@@ -124,18 +126,21 @@ class MemoryBank:
     def add(
         self, z: Tensor, start_frame: int, *, poses: Tensor | None = None, unknown: Collection[Modality] = ()
     ) -> None:
-        """Store finished frames; those that no longer fit go, but never the sink, the short memory, or what
-        is selected of the long one.
+        """Store finished frames.
+
+        If the capacity is exceeded, other frames are dropped, but never the sink, the short memory, or the current
+        selection of long memory.
 
         Args:
             z: (B, M * C, F, h, w) clean latents.
-            start_frame: number of the first of them in the video, in latent frames.
-            poses: (B, F, 3, 4) their cameras, see `StoredFrame.pose`.
-            unknown: modalities whose latents are none, as the depth of a given picture: pure noise is shown for them.
+            start_frame: index in the video of the first of the frames, in latent frames.
+            poses: (B, F, 3, 4) cameras of the frames, see `StoredFrame.pose`.
+            unknown: modalities that the frames do not have, for example the depth of a given picture. `select`
+                returns pure noise for these modalities.
 
         Raises:
-            UserError: frames that are no later than those stored, other sizes than theirs, RGB that is unknown, or a
-                batch whose selections the capacity cannot hold.
+            UserError: frames that are not later than the stored frames, latents of another size, unknown RGB, or a
+                batch whose selections exceed the capacity.
         """
         if not self.long + self.short:
             return
@@ -143,7 +148,7 @@ class MemoryBank:
         noise = {*unknown, *self.hidden}
         known = tuple(modality not in noise for modality in MODALITIES[: self.modalities])
         for place in range(z.shape[2]):
-            # A copy: a view would keep the latents of the whole group.
+            # Clone: a view would keep the latents of the whole group in memory.
             frame = z[:, :, place].detach().clone().to(device=self.device, dtype=self.dtype)
             pose = None if poses is None else poses[:, place].detach().clone().to(self.device)
             self._frames.append(StoredFrame(start_frame + place, frame, pose, known))
@@ -157,15 +162,15 @@ class MemoryBank:
         device: torch.device | str | None = None,
         alpha_bar: AlphaBar | None = None,
     ) -> MemoryWindow | None:
-        """Return what is shown for the next shift, with new noise on it: call it once a shift, not once a step.
+        """Return the memory window for the next shift, with new noise. Call it once per shift, not once per step.
 
-        `long + short` frames as soon as there are as many, all of them before, and None of an empty bank. Every row
-        draws its noise from a generator of its own, so that it does not depend on the rows beside it.
+        The window has `long + short` frames, or all stored frames while there are fewer. An empty bank returns None.
+        Every row draws its noise from its own generator, so its noise does not depend on the other rows.
 
         Args:
-            query: what is going to be made.
-            device: where the window is wanted; None is where the frames are.
-            alpha_bar: for models that are no flow.
+            query: description of the frames to generate.
+            device: device of the window; None: the device of the stored frames.
+            alpha_bar: required for models that are not flow models.
         """
         if not self._frames:
             return None
@@ -181,7 +186,7 @@ class MemoryBank:
         return MemoryWindow(z=self._noised(clean, levels, alpha_bar), levels=levels, frame_index=index)
 
     def _order(self, query: Query) -> Tensor:
-        """Return (1, T) or (B, T) which of the stored frames are shown."""
+        """Return the positions of the selected frames among the stored ones, (1, T) or (B, T)."""
         total = len(self._frames)
         if total <= self.long + self.short:
             return torch.arange(total)[None]
@@ -222,17 +227,17 @@ class MemoryBank:
             bar = torch.where(sigma > 0, alpha_bar(sigma).to(sigma), 1.0)
             a, b = bar.sqrt(), (1 - bar).sqrt()
         a, b = (self._wide(factor, clean) for factor in (a, b))
-        # To the bit: 1 z + 0 e is z.
+        # Exact where the level is 0: 1 z + 0 e is z, bit by bit.
         noised: Tensor = a * clean + b * noise
         return noised
 
     def _wide(self, factor: Tensor, like: Tensor) -> Tensor:
-        """Return (B, T, M) as (B, M * C, T, 1, 1)."""
+        """Expand factors (B, T, M) to (B, M * C, T, 1, 1)."""
         each = like.shape[1] // self.modalities
         return factor.to(like.dtype).movedim(2, 1).repeat_interleave(each, 1)[..., None, None]
 
     def _evict(self) -> None:
-        """Drop the frame whose loss leaves the ages spaced most evenly by their logarithm."""
+        """Drop the frame whose removal leaves the logarithms of the ages most evenly spaced."""
         newest = self._frames[-1].index
         total = len(self._frames)
         losses = []
@@ -246,44 +251,51 @@ class MemoryBank:
     def _check(self, z: Tensor, start_frame: int, poses: Tensor | None, unknown: Collection[Modality]) -> None:
         if z.dim() != 5 or z.shape[1] % self.modalities or not z.shape[2]:
             raise UserError(
-                f"latents of shape {tuple(z.shape)} for the memory: give (batch, channels of {self.modalities}"
-                " modalities, frames, height, width), at least one frame"
+                f"latents for the memory have shape {tuple(z.shape)}: give (batch, channels of {self.modalities}"
+                " modalities, frames, height, width) with at least one frame"
             )
         self._check_modalities("unknown", unknown, self.modalities)
         if poses is not None and poses.shape != (z.shape[0], z.shape[2], 3, 4):
-            raise UserError(f"poses of shape {tuple(poses.shape)}: give ({z.shape[0]}, {z.shape[2]}, 3, 4)")
+            raise UserError(f"poses have shape {tuple(poses.shape)}: give ({z.shape[0]}, {z.shape[2]}, 3, 4)")
         last = self._frames[-1] if self._frames else None
         if start_frame < 0 or (last and start_frame <= last.index):
             newest = last.index if last else -1
-            raise UserError(f"frames from {start_frame} on for a memory up to frame {newest}: add them in their order")
+            raise UserError(
+                f"frames from {start_frame} on cannot be added after frame {newest} of the memory: add them in order"
+            )
         if last and z[:, :, 0].shape != last.z.shape:
-            raise UserError(f"a frame of shape {tuple(z[:, :, 0].shape)} for a memory of {tuple(last.z.shape)}")
+            raise UserError(
+                f"frames have shape {tuple(z[:, :, 0].shape)}, stored frames have {tuple(last.z.shape)}: add frames of"
+                " the same shape"
+            )
         self._check_capacity(len(z))
 
     def _check_capacity(self, rows: int) -> None:
         choices = (self.long - self.sink) * (rows if self.policy.per_row else 1)
-        # The frame that is added counts, and one must be left to go.
+        # The new frame is stored before a frame is dropped, so one stored frame must be free to drop.
         if (least := self.sink + choices + max(1, self.short)) > self.capacity:
             raise UserError(
-                f"a memory of {self.capacity} frames cannot hold what {rows} rows select, up to {least}:"
-                " raise capacity"
+                f"a memory of {self.capacity} frames cannot hold the selections of {rows} rows, which may need"
+                f" {least}: raise capacity"
             )
 
     @staticmethod
     def _check_modalities(what: str, names: Collection[str], count: int) -> None:
         if wrong := [name for name in names if name == "rgb" or name not in MODALITIES[:count]]:
-            raise UserError(f"{what} modalities {wrong}: of {count} all but rgb may be")
+            raise UserError(
+                f"{what} modalities {wrong} are not allowed: choose from {', '.join(MODALITIES[1:count]) or 'none'}"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes a bank like this one, as JSON has it: `MemoryBank(**settings)`; without the device."""
+        """Constructor arguments as JSON values, without the device: `MemoryBank(**settings)` makes an equal bank."""
         names = ("long", "short", "sink", "capacity", "mem_noise", "flow_noise", "modalities")
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         told = {"policy": policy_state(self.policy), "dtype": dtype, "hidden": list(self.hidden)}
         return {name: getattr(self, name) for name in names} | told
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything: `settings`, JSON values, and tensors by name."""
+        """Return the full state: `settings` and other JSON values, and tensors by name."""
         place = None if self.device is None else str(self.device)
         state: dict[str, Any] = {"settings": self.settings, "device": place, "selected": sorted(self._selected)}
         if self.generators:
@@ -299,22 +311,22 @@ class MemoryBank:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; tensors are copied.
+        """Restore a state from `state_dict`; tensors are copied.
 
         Raises:
-            UserError: it is of a bank with other settings; the first that differs is named.
+            UserError: the state is of a bank with other settings. The message names the first difference.
         """
         for name, own in self.settings.items():
             if state["settings"].get(name) != own:
                 raise UserError(
-                    f"a memory with {name}={shown(state['settings'].get(name))} does not fit one with"
-                    f" {name}={shown(own)}: make it with the same"
+                    f"a state with {name}={shown(state['settings'].get(name))} does not fit a memory bank with"
+                    f" {name}={shown(own)}: create the bank with the same value"
                 )
         self.reset()
         self._selected = set(state["selected"])
         for row in state.get("generators", ()):
             generator = torch.Generator()
-            generator.set_state(row.cpu().clone())  # of a view it reads from the beginning of its storage
+            generator.set_state(row.cpu().clone())  # clone: for a view, set_state reads the storage from its beginning
             self.generators.append(generator)
         posed = dict(zip(state.get("posed", torch.empty(0)).tolist(), state.get("poses", ()), strict=True))
         if "index" in state:

@@ -1,10 +1,11 @@
-"""Placed memory for training: sights of whole clips, before the first step.
+"""Compute the sights of placed memory for whole training clips before the first step.
 
-For every latent frame at which a window may begin, `PlacedMemory` has stored all frames before it and none after, as
-in a rollout, and is asked where the next frames find their cells. So a step of training only gathers latents.
+For every latent frame at which a window may begin, `PlacedMemory` holds all earlier frames and no later ones, as in a
+rollout. Its sight of the following frames is stored, so a training step only needs to gather latents.
 
-A rollout has no exact depth, only what its own latents decode to. So these sights are made of depth that went through
-the autoencoder too, cut where its picture is black or white, and disturbed: each clip by a smooth field of its own.
+A rollout has no exact depth but only the depth that its own latents decode to. Therefore the sights use depth that was
+encoded and decoded by the autoencoder, without values near black or white, and disturbed by a smooth random field for
+each clip.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from .model import WorldWeaverModel
 from .placed import PlacedMemory
 
 _FIELD = 4
-"""Values of the disturbance along an edge of the picture."""
+"""Number of random values of the field along an edge of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placing:
-    """What is asked for of clips."""
+    """Settings of the sights of clips."""
 
     ahead: int
-    """Coming frames that are looked at."""
+    """Number of coming frames in each sight."""
     warp: bool = True
-    """As of `PlacedMemory`."""
+    """As in `PlacedMemory`."""
     depth_noise: float = 0.1
-    """The logarithm of depth is off by a field whose standard deviation is drawn from 0 to this for each clip."""
+    """Largest standard deviation of the field that is added to the logarithm of depth. Each clip draws its own from 0
+    to this value."""
 
     @property
     def told(self) -> list[object]:
-        """What kept sights depend on, beside the clips."""
+        """Settings on which stored sights depend, in addition to the clips."""
         return [self.ahead, self.warp, self.depth_noise]
 
     @torch.no_grad()
@@ -49,13 +51,13 @@ class Placing:
         """Return the sights of clips, see `sights_of`.
 
         Args:
-            model: decodes.
-            latents: (B, C, T, h, w) of depth, not scaled.
-            limits: of their disparity.
-            poses: (B, T, 3, 4) cameras of the latents.
-            seeds: of the disturbance of each clip.
+            model: decodes the depth latents.
+            latents: (B, C, T, h, w) depth latents without the latent scale.
+            limits: disparity range of the clips.
+            poses: (B, T, 3, 4) cameras of the latent frames.
+            seeds: seed of the disturbance of each clip.
         """
-        # As the autoencoder gave them: those of RGB are not scaled.
+        # Decode as "rgb", because the scale of RGB is 1 and these depth latents are not scaled.
         picture = model.decode(latents.float(), "rgb")
         step = (picture.shape[1] - 1) // max(1, latents.shape[2] - 1)
         depth = limits.distance(picture[:, :: max(1, step)])
@@ -64,14 +66,14 @@ class Placing:
 
 
 def sights_of(depth: Tensor, poses: Tensor, grid: tuple[int, int], ahead: int, *, warp: bool = True) -> Tensor:
-    """Return the sights (B, T, P, 3, h, w) of P coming frames from every frame of clips on, which is not stored yet.
+    """Return the sights (B, T, P, 3, h, w) of the P frames from each frame on, given all earlier frames.
 
     Args:
-        depth: (B, T, H, W) distances of the last pixel frame of each latent frame, infinite where there is none.
+        depth: (B, T, H, W) distances of the last pixel frame of each latent frame, infinite where unknown.
         poses: (B, T, 3, 4) cameras.
-        grid: h and w, cells of a latent frame.
+        grid: (h, w), number of cells of a latent frame.
         ahead: P.
-        warp: as of `PlacedMemory`.
+        warp: as in `PlacedMemory`.
     """
     rows, total = depth.shape[:2]
     found = torch.zeros(rows, total, ahead, 3, *grid, device=depth.device)
@@ -87,7 +89,7 @@ def sights_of(depth: Tensor, poses: Tensor, grid: tuple[int, int], ahead: int, *
 
 
 def disturbed(depth: Tensor, most: float, seeds: Sequence[int]) -> Tensor:
-    """Return depth (B, T, H, W) times exp(a f): f is smooth, half of it stays in time; a is from 0 to `most`."""
+    """Multiply depth (B, T, H, W) by exp(a f): f is a smooth field, half constant in time, a is from [0, most]."""
     rows = []
     for clip, seed in zip(depth, seeds, strict=True):
         chance = torch.Generator().manual_seed(seed_of(seed, "window"))

@@ -1,11 +1,11 @@
-"""Placed memory of a rollout: what is finished is stored with the depth that it decodes to.
+"""Placed memory in a rollout: finished groups are stored with the depth that their latents decode to.
 
     placed = PlacedRollout(model, poses, limits, mem_noise=0.12)
     run = Rollout(model, schedule, segments, extras=placed.extras)
-    placed.store(given, 0)                                  # latents that the video begins with
+    placed.store(given, 0)                                  # latents at the beginning of the video, if given
     for group in run.groups(state, on_group=placed.on_group): ...
 
-Nothing but the model's own depth and the cameras are looked at. `state_dict` goes into `RolloutState.extra`.
+Only the model's own depth and the cameras are used. Keep `state_dict` in `RolloutState.extra`.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ _PREFIX = "placed.decoder."
 
 
 def check_streams(vae: Any) -> None:
-    """Refuse an autoencoder whose depth would not be known as soon as a group is finished.
+    """Check that an autoencoder can decode the depth of a group as soon as the group is finished.
 
     Raises:
-        UserError: it looks ahead.
+        UserError: the decoder looks ahead.
     """
     if (kind := way_of(vae).kind) != "exact":
         raise UserError(
-            f"placed memory needs the depth of a group as soon as it is finished, and {type(vae).__name__} is decoded"
-            f" in {kind}: leave placed_memory out"
+            f"placed memory needs the depth of a group as soon as the group is finished, but {type(vae).__name__} is"
+            f" decoded in {kind}: omit placed_memory"
         )
 
 
 class PlacedRollout:
-    """What a rollout with placed memory is told, and where its groups go.
+    """Connects placed memory to a rollout.
 
     Args:
-        model: with inputs for placed memory, and depth.
-        poses: cameras by latent frame.
-        limits: of the disparity, for each row.
-        mem_noise: noise level of the RGB that is placed.
-        warp: as of `PlacedMemory`.
-        seeds: likewise.
+        model: model with depth and with inputs for placed memory.
+        poses: returns the cameras of latent frames.
+        limits: disparity range of each row.
+        mem_noise: noise level of the placed RGB.
+        warp: as in `PlacedMemory`.
+        seeds: as in `PlacedMemory`.
 
     Raises:
-        UserError: a model without these inputs, without depth, or with an autoencoder that looks ahead.
+        UserError: a model without these inputs, without depth, or with a decoder that looks ahead.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class PlacedRollout:
         seeds: Sequence[int] | None = None,
     ) -> None:
         if not model.shown or "depth" not in model.modalities:
-            raise UserError("the model has no inputs for placed memory, or no depth: train it with placed_memory")
+            raise UserError(
+                "the model has no inputs for placed memory, or no depth: train it with placed_memory: true"
+            )
         self.model, self.poses, self.limits = model, poses, limits
         pipe: Any = getattr(model.denoiser, "pipe", None)
         self.vae = pipe.vae
@@ -77,25 +79,25 @@ class PlacedRollout:
         self.memory = PlacedMemory(mem_noise=mem_noise, modalities=len(model.modalities), warp=warp, seeds=seeds)
 
     def extras(self, start: int, stop: int) -> Condition:
-        """Return what the frames in flight are told: `Rollout(extras=...)`."""
+        """Return the condition of the frames in flight, for `Rollout(extras=...)`."""
         seen = self.memory.read(self.poses(start, stop), start)
         return {} if seen is None else {"placed": seen}
 
     def on_group(self, group: Group) -> None:
-        """Store a finished group: `Rollout.groups(on_group=...)`."""
+        """Store a finished group, for `Rollout.groups(on_group=...)`."""
         self.store(group.latents, group.start_frame)
 
     @torch.no_grad()
     def store(self, latents: Tensor, start: int) -> None:
-        """Store clean latents (B, M * C, f, h, w) of the frames from a number on, with the depth that they decode to.
+        """Store clean latents (B, M * C, f, h, w) from frame `start` on, with the depth that they decode to.
 
-        All frames must come, in their order; if it fails, nothing is stored, and the same may come again.
+        Store all frames of a video in order. If an error occurs, nothing is stored, and the call can be repeated.
         """
         count, before = latents.shape[2], self.decoder.state_dict()
         poses = self.poses(start, start + count)
         depth = self.model.unscaled(self.model.split(latents)["depth"], "depth")
         picture = self.decoder.push(denormalised(self.vae, depth.to(self.vae.device, self.vae.dtype)))
-        # The first latent of the video stands for one frame, others for as many: the last of them is looked at.
+        # Take the last picture of each latent frame. The first latent frame of a video is a single picture.
         step = picture.shape[1] // count if start else (picture.shape[1] - 1) // max(1, count - 1)
         ends = picture[:, (picture.shape[1] - 1) % max(1, step) :: max(1, step)]
         try:
@@ -105,12 +107,12 @@ class PlacedRollout:
             raise
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is stored, and what the decoder remembers, by name for `RolloutState.extra`."""
+        """Return the stored frames and the decoder cache as named tensors for `RolloutState.extra`."""
         kept = {f"{_PREFIX}{name}": value for name, value in self.decoder.state_dict().items()}
         return self.memory.state_dict() | kept
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; other names are left alone."""
+        """Restore the state from `state_dict`. Other entries are ignored."""
         self.memory.load_state_dict(state)
         own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
         if own:

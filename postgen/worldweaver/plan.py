@@ -1,7 +1,7 @@
-"""What a long video is asked to be: the settings of a call, filled in and checked before anything is computed.
+"""Fill in and check the settings of a long video before anything is computed.
 
-Frames of settings are those of the video (pixels); what follows from them counts latent frames, of which the first
-stands for one frame and each other one for as many as the autoencoder puts together.
+Settings count frames of the video (pixel frames). The plan counts latent frames. The first latent frame stands for
+one video frame; each later one stands for as many video frames as the autoencoder compresses into one.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ DEFAULTS: dict[str, Any] = {
     "memory_policy": "logspace",
     "flow_shift": None,
 }
-"""What holds where neither the call nor the adapter says anything."""
+"""Values of settings that neither the call nor the adapter sets."""
 TRAINED: dict[str, Any] = {"flow_noise": 0.5, "depth_in_memory": True}
-"""What only an adapter says, as `method: worldweaver` writes it: the noise level of the flow of long memory, and
-whether memory shows depth and flow at all."""
+"""Settings that only an adapter sets, under the names that `method: worldweaver` writes: the noise level of the flow
+in long memory, and whether memory frames include depth and flow."""
 CAPACITY = 64
-"""Latent frames that are stored, of which the memory is chosen."""
+"""Number of latent frames in the memory bank, from which the policy selects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A checked rollout."""
+    """The checked settings of a rollout."""
 
     height: int
     """Pixels."""
@@ -60,21 +60,21 @@ class Plan:
     """F, latent frames of a group."""
     guidance: float
     long: int
-    """Frames of long memory, the sink among them."""
+    """Latent frames of long memory, including the sink (the first frame of the video)."""
     short: int
     sink: int
     mem_noise: float
-    """Noise level of the RGB of long memory."""
+    """Noise level of RGB in long memory."""
     flow_noise: float
-    """Noise level of its flow."""
+    """Noise level of flow in long memory."""
     shows_depth: bool
-    """Whether memory shows more than RGB."""
+    """Whether memory frames include depth and flow beside RGB."""
     policy: str | Policy
     shift: float | None
-    """Of the noise levels; None is the scheduler's."""
+    """Shift of the noise levels; None: the shift of the scheduler."""
 
     def bank(self, modalities: int) -> MemoryBank:
-        """Return an empty memory."""
+        """Return an empty memory bank with these settings."""
         capacity = max(CAPACITY, self.long + max(1, self.short) + 1)
         return MemoryBank(
             self.long,
@@ -93,13 +93,16 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
     """Fill in and check the settings of a call.
 
     Args:
-        given: by the names of `DEFAULTS`, and `overlap_history` and `base_num_frames`; None is not said.
-        settings: of the adapter, by the names of `DEFAULTS` and `TRAINED`; what it does not say is as there.
-        time: frames of a latent frame.
+        given: settings of the call, by the names of `DEFAULTS` and also `overlap_history` and `base_num_frames`;
+            None: not set.
+        settings: settings of the adapter, by the names of `DEFAULTS` and `TRAINED`. Missing settings have the values
+            of `DEFAULTS` and `TRAINED`.
+        time: number of video frames of a latent frame.
 
     Raises:
         UserError: a number out of its range, or settings that contradict each other.
     """
+    # Precedence: the call, then the adapter, then the defaults.
     own = {name: settings[name] for name in DEFAULTS if settings.get(name) is not None}
     trained = TRAINED | {name: settings[name] for name in TRAINED if settings.get(name) is not None}
     usual = DEFAULTS | own
@@ -132,27 +135,27 @@ def plan_of(given: Mapping[str, Any], settings: Mapping[str, Any], time: int) ->
 
 
 def check_switch(name: str, value: object) -> None:
-    """Hold a setting to True and False.
+    """Check that a setting is True or False.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither.
     """
     if not isinstance(value, bool):
         raise UserError(f"{name} must be True or False, got {shown(value)}")
 
 
 def rollout_of(model: WorldWeaverModel, plan: Plan, device: torch.device) -> Rollout:
-    """Return the rollout of a plan.
+    """Return the rollout for a plan.
 
     Raises:
-        UserError: the noise levels of the scheduler depend on the size, and the plan has no shift.
+        UserError: the noise levels of the scheduler depend on the size of the clip, and the plan has no shift.
     """
     schedule = _schedule(model, plan, device)
     return Rollout(model, schedule, plan.segments, frames=plan.frames, guidance=plan.guidance, alpha_bar=_bars(model))
 
 
 def rollout_again(model: WorldWeaverModel, state: RolloutState, guidance: float, device: torch.device) -> Rollout:
-    """Return a rollout with which a state goes on."""
+    """Return a rollout that continues from a state, with the noise levels and segments of the state."""
     bars, sigmas = _bars(model), state.sigmas.to(device)
     kind = model.denoiser.prediction_type
     schedule = Schedule(sigmas, kind, None if bars is None else bars(sigmas.float()).double())
@@ -160,20 +163,23 @@ def rollout_again(model: WorldWeaverModel, state: RolloutState, guidance: float,
 
 
 def frames_of_latent(model: WorldWeaverModel, height: int, width: int) -> int:
-    """Return the frames that a latent frame, but for the first, stands for.
+    """Return the number of video frames for which each latent frame after the first stands.
 
     Raises:
-        UserError: a size that the model cannot make, or a network that takes several latent frames as one token.
+        UserError: a size that the model does not support, or a network that merges several latent frames into a token.
     """
     denoiser: Any = model.denoiser
     if (patch := denoiser.patch[0]) != 1:
-        raise UserError(f"{patch} latent frames in a row are one token of this model: groups cannot be cut there")
+        raise UserError(
+            f"this model merges {patch} latent frames into one token: a rollout needs a model with a temporal patch"
+            " size of 1"
+        )
     step = denoiser.multiples[2]
     return int(step // (model.latent_shape(1 + step, height, width)[1] - 1))
 
 
 def identity_of(model: WorldWeaverModel) -> dict[str, Any]:
-    """Return what a state says of its model: names, and a number for some of the values of every weight."""
+    """Return the identity of a model for a state: class and modality names, and a hash of sampled weight values."""
     pipe: Any = getattr(model.denoiser, "pipe", None)
     digest = hashlib.sha256()
     for module in (model.transformer, model.embedder, pipe.vae):
@@ -200,26 +206,27 @@ def _segments(asked: Mapping[str, Any], usual: Mapping[str, Any], said: bool) ->
     check_number("num_inference_steps", steps, 2, whole=True)
     if said:
         return Segments.staggered(steps, asked["ar_step"])
-    # As many groups in flight as with the usual numbers: that is what was trained.
+    # Keep the number of groups in flight of the usual settings, because the model was trained with that number.
     lag = usual["ar_step"]
     check_number("ar_step", lag, 0, whole=True)
     check_number("num_inference_steps", usual["num_inference_steps"], 2, whole=True)
     groups = math.ceil(usual["num_inference_steps"] / lag) if lag else 1
     if steps < groups:
         raise UserError(
-            f"num_inference_steps={steps} for {groups} groups in flight: give at least {groups}, or ar_step"
+            f"num_inference_steps={steps} is less than {groups} groups in flight: give at least {groups}, or set"
+            " ar_step"
         )
     return Segments.of(steps, groups)
 
 
 def _history(said: Mapping[str, Any], usual: Mapping[str, Any], flying: int, time: int) -> tuple[int, int]:
-    """Return the frames of long and short memory."""
+    """Return the number of latent frames in long and in short memory."""
     names = [name for name in ("overlap_history", "base_num_frames") if name in said]
     if names and "history_sizes" in said:
-        raise UserError(f"history_sizes and {names[0]} say the same: give one of them")
+        raise UserError(f"history_sizes and {names[0]} set the same value: give one of them")
     sizes = said.get("history_sizes", usual["history_sizes"])
     if not isinstance(sizes, list | tuple) or len(sizes) != 2:
-        raise UserError(f"history_sizes must be two numbers, of long and of short memory, got {shown(sizes)}")
+        raise UserError(f"history_sizes must be two numbers (long memory, short memory), got {shown(sizes)}")
     long, short = sizes
     check_number("history_sizes", long, 0, whole=True)
     check_number("history_sizes", short, 0, whole=True)
@@ -233,8 +240,8 @@ def _history(said: Mapping[str, Any], usual: Mapping[str, Any], flying: int, tim
         if long < 0:
             least = (flying + short - 1) * time + 1
             raise UserError(
-                f"base_num_frames={said['base_num_frames']} is a window of {window} latent frames, and {flying} are in"
-                f" flight behind {short} of short memory: give at least {least}"
+                f"base_num_frames={said['base_num_frames']} is a window of {window} latent frames, but {flying} frames"
+                f" in flight and {short} frames of short memory must fit into the window: give at least {least}"
             )
     return long, short
 
@@ -244,7 +251,9 @@ def _schedule(model: WorldWeaverModel, plan: Plan, device: torch.device) -> Sche
     steps, shift = plan.segments.steps, plan.shift
     if denoiser.prediction_type != "flow":
         if shift is not None:
-            raise UserError(f"flow_shift is for flow models, this predicts {denoiser.prediction_type}: leave it out")
+            raise UserError(
+                f"flow_shift applies to flow models only, and this model predicts {denoiser.prediction_type}: omit it"
+            )
         schedule = schedule_of(denoiser, steps)
         return Schedule(schedule.sigmas.to(device), schedule.prediction_type, schedule.alpha_bars)
     config = denoiser.pipe.scheduler.config
@@ -252,7 +261,8 @@ def _schedule(model: WorldWeaverModel, plan: Plan, device: torch.device) -> Sche
         shift = config.get("flow_shift", config.get("shift"))
     if shift is None:
         raise UserError(
-            "the noise levels of this scheduler depend on the size of a clip: give flow_shift, or an adapter with it"
+            "the noise levels of this scheduler depend on the size of a clip: give flow_shift, or load an adapter that"
+            " has it"
         )
     return linspace_schedule(denoiser, steps, float(shift), device)
 

@@ -1,4 +1,4 @@
-"""Files of `pool_dir`: encoded clips that are kept for other processes and other runs."""
+"""Files in `pool_dir`: encoded clips that other processes and later runs reuse."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from postgen.training.run_folder import RunLock
 from .model import WorldWeaverModel
 
 _STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-"""Settings of an autoencoder that latents depend on, and that are no weights."""
+"""Config entries of an autoencoder on which latents depend, beside its weights."""
 
 
 def encoder_key(model: WorldWeaverModel, *, bf16: bool) -> list[Any]:
-    """Return what latents depend on beside the clip, as JSON has it."""
+    """Return JSON values that identify the encoder: weights digest, statistics and precision."""
     pipe: Any = getattr(model.denoiser, "pipe", None)
     said = [weights_digest(pipe.vae), *(pipe.vae.config.get(name) for name in _STATISTICS)]
     return [*said, "bfloat16"] if bf16 else said
 
 
 def lock_of(place: Path) -> RunLock:
-    """Return the lock of whoever makes a file, whose folder is made.
+    """Return the lock for writing a file, and create the folder of the file.
 
     Raises:
         UserError: the folder cannot be written.
@@ -41,23 +41,23 @@ def lock_of(place: Path) -> RunLock:
 
 
 def unwritable(place: Path, error: OSError) -> UserError:
-    """Return what is said of a folder that cannot be written."""
-    return UserError(f"pool_dir {place.parent} cannot be written: {error.strerror}. Name another folder")
+    """Return the error for a folder that cannot be written."""
+    return UserError(f"pool_dir {place.parent} cannot be written: {error.strerror}. Give another folder")
 
 
 def read_latents(place: Path) -> Tensor:
-    """Return what `write_latents` wrote.
+    """Read latents that `write_latents` wrote.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     tensors = read_tensors(place, f"pool_dir: {place} cannot be read")
     if "latents" not in tensors:
-        raise UserError(f"pool_dir: {place} holds no latents: remove it")
+        raise UserError(f"pool_dir: {place} has no latents: delete the file")
     return tensors["latents"]
 
 
 def write_latents(place: Path, latents: Tensor) -> None:
-    """Write a file that is whole or not there."""
+    """Write latents to a file atomically: the file is complete or does not exist."""
     with replacing(place) as part:
         save_file({"latents": latents.cpu().contiguous()}, part)

@@ -1,8 +1,8 @@
-"""Which stored frames are shown: the policies of the memory bank.
+"""Policies of the memory bank, which choose the stored frames for long memory.
 
-A policy is a frozen dataclass with a `name` and one method, `choose`. `register_policy` makes another one known by its
-name, so that a state that was saved with it can be loaded. Of a video without end a bank keeps log-spaced frames
-(`spacing_loss` says which one goes), whatever the policy.
+A policy is a frozen dataclass with a `name` and one method, `choose`. `register_policy` registers a policy under its
+name, so that states that were saved with the policy can be loaded. The policy does not affect which frames are stored:
+for a video without end the bank keeps frames whose ages are evenly spaced on a logarithmic scale (`spacing_loss`).
 """
 
 from __future__ import annotations
@@ -18,78 +18,81 @@ from torch.nn import functional
 
 from postgen.errors import UserError, check_number, did_you_mean, first_line, shown
 
-_NO_DEPTH = "depth_sim compares depth latents, and frames of this memory have none: take logspace"
-_NO_POSES = "the policy camera needs the camera of every frame: give poses to the rollout, or take logspace"
+_NO_DEPTH = "depth_sim compares depth latents, but frames of this memory have no depth: choose logspace"
+_NO_POSES = "the policy camera needs the camera of every frame: give poses to the rollout, or choose logspace"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFrame:
-    """One latent frame of the past, clean."""
+    """A clean latent frame of the past."""
 
     index: int
-    """Its number in the video, in latent frames."""
+    """Index in the video, in latent frames."""
     z: Tensor
-    """(B, M * C, h, w) latents, modalities one after the other."""
+    """(B, M * C, h, w) latents; the channels of the modalities are concatenated."""
     pose: Tensor | None
-    """(B, 3, 4) camera at its last pixel frame: world-to-camera rotation (right, down, forward), position."""
+    """(B, 3, 4) camera of its last pixel frame: world-to-camera rotation (right, down, forward) and position."""
     known: tuple[bool, ...]
-    """Of each modality, whether it is there at all."""
+    """For each modality, whether the frame has it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
-    """What a policy may know of the frames that are going to be made."""
+    """Description of the frames to generate, for a policy."""
 
     group: int = 1
     """Latent frames of a group."""
     poses: Tensor | None = None
-    """(B, T, 3, 4) their cameras, as `StoredFrame.pose`."""
+    """(B, T, 3, 4) cameras of the frames to generate, in the format of `StoredFrame.pose`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """What is chosen from."""
+    """The frames from which a policy chooses."""
 
     frames: Sequence[StoredFrame]
-    """Old to new, without sink and short memory."""
+    """Old to new, without the sink and the short memory."""
     recent: Sequence[StoredFrame]
-    """The short memory; the newest candidate where there is none."""
+    """Frames of short memory; without short memory, the newest candidate."""
     modalities: int
-    """M."""
+    """M, number of modalities."""
 
     @property
     def ages(self) -> list[int]:
-        """Latent frames from each candidate to the first frame of the short memory, at least 1."""
+        """Age of each candidate: latent frames to the first frame of short memory, at least 1."""
         first = self.recent[0].index
         return [max(1, first - frame.index) for frame in self.frames]
 
     def relative_ages(self) -> Tensor:
-        """(n,) float32 ages as shares of the greatest."""
+        """Return the ages divided by the greatest age, (n,) float32."""
         ages = torch.tensor(self.ages, dtype=torch.float32)
         return ages / ages.max()
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """A rule for long memory. One that cannot do without depth or cameras says so: `needs`, "depth" or "poses"."""
+    """A selection policy for long memory.
+
+    A policy that needs depth or cameras has the class attribute `needs`, "depth" or "poses".
+    """
 
     name: ClassVar[str]
-    """By which it is asked for."""
+    """Name in options and in saved states."""
     per_row: ClassVar[bool]
-    """Whether rows of a batch may get different frames."""
+    """Whether the rows of a batch may get different frames."""
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return (1, count) or (B, count) different positions in `candidates.frames`, in any order.
+        """Return different positions in `candidates.frames`, (1, count) or (B, count), in any order.
 
         Args:
             candidates: at least `count` frames.
-            count: how many are wanted.
-            query: what is going to be made.
+            count: number of frames to choose.
+            query: description of the frames to generate.
         """
 
 
 def _nearest(count: int, targets: Sequence[float], distance: Callable[[int, float], float]) -> Tensor:
-    """Return for each target the nearest of `count` things that no earlier target has taken; the newest of equals."""
+    """Return for each target the nearest of `count` items that is still free; of equally near items, the newest."""
     left = list(range(count))
     chosen = []
     for target in targets:
@@ -107,23 +110,24 @@ class Recent:
     per_row: ClassVar[bool] = False
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return the newest."""
+        """Return the newest `count` frames."""
         total = len(candidates.frames)
         return torch.arange(total - count, total)[None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogSpace:
-    """Frames about 1, 2, 4, 8, ... groups old: much of the near past, a little of the far one.
+    """Frames about 1, 2, 4, 8, ... groups old: many of the near past, few of the distant past.
 
-    FramePack (arXiv:2504.12626) gives older frames fewer tokens in such a row; here the row says which frames.
+    FramePack (arXiv:2504.12626) gives older frames fewer tokens in such a geometric series. Here the series determines
+    which frames are chosen.
     """
 
     name: ClassVar[str] = "logspace"
     per_row: ClassVar[bool] = False
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return the frames whose ages are nearest by their logarithm."""
+        """Return the frames whose ages are nearest to the targets on a logarithmic scale."""
         ages = candidates.ages
         targets = [math.log(query.group * 2.0**power) for power in range(count)]
         return _nearest(len(ages), targets, lambda place, target: abs(math.log(ages[place]) - target))
@@ -131,13 +135,13 @@ class LogSpace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Uniform:
-    """Frames at equal distances over all of the past that is stored."""
+    """Frames at equal distances over the stored past."""
 
     name: ClassVar[str] = "uniform"
     per_row: ClassVar[bool] = False
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return the frames nearest to `count` equal parts of the past; of one frame the middle."""
+        """Return the frames nearest to `count` equally spaced positions; a single frame from the middle."""
         indices = [frame.index for frame in candidates.frames]
         first, last = indices[0], indices[-1]
         steps = [(place + 0.5) / count if count == 1 else place / (count - 1) for place in range(count)]
@@ -147,10 +151,11 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DepthSimilarity:
-    """Frames whose depth looks like that of the short memory: places that are seen again.
+    """Frames whose depth resembles that of short memory, which finds places that the camera sees again.
 
-    Depth drifts less than colour, so it is what is compared: cosine of the depth latents, averaged over a grid of
-    cells, less a share of the relative age. Frames near a chosen one in time come last.
+    The policy compares depth because depth drifts less than colour. The score of a frame is the cosine similarity of
+    the depth latents, averaged over a grid of cells, minus `age_weight` times the relative age. Frames that are close
+    in time to a chosen frame are chosen last.
     """
 
     name: ClassVar[str] = "depth_sim"
@@ -158,11 +163,11 @@ class DepthSimilarity:
     needs: ClassVar[str] = "depth"
 
     cells: int = 8
-    """Cells of the grid, in each direction."""
+    """Number of cells of the grid in each direction."""
     age_weight: float = 0.2
-    """What the oldest candidate loses."""
+    """Amount subtracted from the score of the oldest candidate."""
     apart: int | None = None
-    """Latent frames between two choices; None is a group."""
+    """Smallest distance between two chosen frames, in latent frames; None: the length of a group."""
 
     def __post_init__(self) -> None:
         check_number("cells", self.cells, 1, whole=True)
@@ -171,10 +176,10 @@ class DepthSimilarity:
             check_number("apart", self.apart, 0, whole=True)
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return the best for each row, one after the other.
+        """Choose greedily the frames with the best scores, for each row.
 
         Raises:
-            UserError: latents without depth, or frames whose depth is unknown.
+            UserError: latents without depth, or frames with unknown depth.
         """
         frames = (*candidates.frames, *candidates.recent)
         if candidates.modalities < 2 or not all(frame.known[1] for frame in frames):
@@ -190,12 +195,12 @@ class DepthSimilarity:
             best = score.argmax(1, keepdim=True)
             chosen.append(best)
             near = (indices - indices[best]).abs() < apart
-            # A near one may still be taken, after all others: no cosine and age differ by so much.
+            # Subtract 8, more than any difference of scores, so that close frames come after all others.
             score = torch.where(near, score - 8, score).scatter(1, best, -torch.inf)
         return torch.cat(chosen, 1)
 
     def _pooled(self, candidates: Candidates, frames: Sequence[StoredFrame]) -> Tensor:
-        """Return (n, B, features) of length 1."""
+        """Return pooled depth features (n, B, features), normalised to length 1."""
         channels = frames[0].z.shape[1] // candidates.modalities
         depth = torch.stack([frame.z[:, channels : 2 * channels] for frame in frames]).float()
         cells = min(self.cells, depth.shape[-2]), min(self.cells, depth.shape[-1])
@@ -205,10 +210,11 @@ class DepthSimilarity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CameraOverlap:
-    """Frames that saw most of what is going to be seen, chosen one after the other (WorldMem, arXiv:2504.12369).
+    """Frames that saw most of the coming view, chosen greedily (WorldMem, arXiv:2504.12369).
 
-    Points in the view of the coming frames are counted; the frame that saw most of them, less a share of its relative
-    age, is taken, and what it saw counts no more. WorldMem draws its points, these stand on a grid.
+    The policy places points in the view of the coming frames. It chooses the frame that saw the largest share of the
+    points, minus `age_weight` times its relative age, and then removes the points that this frame saw. WorldMem draws
+    points at random; here the points are on a grid.
     """
 
     name: ClassVar[str] = "camera"
@@ -216,15 +222,15 @@ class CameraOverlap:
     needs: ClassVar[str] = "poses"
 
     focal: float = 2.77
-    """Focal length in half picture heights; the world's own."""
+    """Focal length in units of half the picture height; the default is that of `postgen.world`."""
     aspect: float = 1.0
-    """Width of the picture in heights."""
+    """Width of the picture divided by its height."""
     near: float = 2.0
-    """Where the view begins, in metres along the optical axis."""
+    """Distance at which the view begins, in metres along the optical axis."""
     far: float = 16.0
-    """Where it ends."""
+    """Distance at which the view ends, in metres along the optical axis."""
     age_weight: float = 0.2
-    """What the oldest candidate loses."""
+    """Amount subtracted from the score of the oldest candidate."""
 
     def __post_init__(self) -> None:
         for name in ("focal", "aspect", "near"):
@@ -233,10 +239,10 @@ class CameraOverlap:
         check_number("age_weight", self.age_weight, 0, 2)
 
     def choose(self, candidates: Candidates, count: int, query: Query) -> Tensor:
-        """Return the best for each row, one after the other.
+        """Choose greedily the frames with the best scores, for each row.
 
         Raises:
-            UserError: a frame, or the query, without a camera.
+            UserError: a stored frame or the query has no camera.
         """
         poses = [frame.pose for frame in candidates.frames if frame.pose is not None]
         if query.poses is None or len(poses) != len(candidates.frames):
@@ -257,14 +263,14 @@ class CameraOverlap:
         return torch.cat(chosen, 1)
 
     def _grid(self) -> Tensor:
-        """Return (3, P) points of the view in the camera's own axes."""
+        """Return (3, P) points of the view in camera coordinates."""
         side = (torch.arange(8, dtype=torch.float64) + 0.5) / 4 - 1
         depth = torch.logspace(math.log10(self.near), math.log10(self.far), 6, dtype=torch.float64)[1:-1]
         z, v, u = torch.meshgrid(depth, side, side * self.aspect, indexing="ij")
         return torch.stack([u * z / self.focal, v * z / self.focal, z]).flatten(1)
 
     def _sees(self, pose: Tensor, points: Tensor) -> Tensor:
-        """Return (B, P) which of the points (B, P, 3) a camera (B, 3, 4) has in view."""
+        """Return (B, P) bool: whether a camera (B, 3, 4) has each point of (B, P, 3) in view."""
         rotation, position = pose.split((3, 1), -1)
         x, y, z = (rotation @ (points.mT - position)).unbind(1)
         inside = (self.focal * x.abs() <= self.aspect * z) & (self.focal * y.abs() <= z)
@@ -279,25 +285,25 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def register_policy(policy: type[Policy]) -> None:
-    """Make a policy known by its name.
+    """Register a policy under its name.
 
     Raises:
-        UserError: another one has that name.
+        UserError: another policy has that name.
     """
     if POLICIES.setdefault(policy.name, policy) is not policy:
-        raise UserError(f"a policy {policy.name!r} is there already: give yours another name")
+        raise UserError(f"a policy {policy.name!r} is already registered: choose another name")
 
 
 def policy_of(given: str | Policy | Mapping[str, Any]) -> Policy:
-    """Return a policy by its name, by what `policy_state` says of it, or as it is.
+    """Return a policy from its name, from the result of `policy_state`, or from the policy itself.
 
     Raises:
-        UserError: names those that are known.
+        UserError: an unknown name or wrong settings; the message lists the known names.
     """
     if isinstance(given, Policy) and not isinstance(given, type):
         return given
     if not isinstance(given, str | Mapping):
-        raise UserError(f"memory policy {shown(given)}: give a policy, or a name of {', '.join(POLICIES)}")
+        raise UserError(f"memory policy {shown(given)} is not valid: give a policy, or one of {', '.join(POLICIES)}")
     settings = {"name": given} if isinstance(given, str) else dict(given)
     name = settings.pop("name", None)
     if name not in POLICIES:
@@ -310,10 +316,10 @@ def policy_of(given: str | Policy | Mapping[str, Any]) -> Policy:
 
 
 def check_needs(policy: Policy, *, posed: bool, depth: bool) -> None:
-    """Refuse a policy that needs what frames will not have.
+    """Check that frames will have what a policy needs.
 
     Raises:
-        UserError: it needs cameras or depth latents, and there are none.
+        UserError: the policy needs cameras or depth latents, and the frames have none.
     """
     needs = getattr(policy, "needs", None)
     if needs == "depth" and not depth:
@@ -323,24 +329,24 @@ def check_needs(policy: Policy, *, posed: bool, depth: bool) -> None:
 
 
 def policy_state(policy: Policy) -> dict[str, Any]:
-    """Return the name and settings of a policy, as JSON has them.
+    """Return the name and settings of a policy as JSON values.
 
     Raises:
-        UserError: the policy is not registered, so that it could not be made again.
+        UserError: the policy is not registered, so a saved state could not restore it.
     """
     if POLICIES.get(policy.name) is not type(policy):
-        raise UserError(f"{type(policy).__name__} is not registered: call register_policy before a state is saved")
+        raise UserError(f"{type(policy).__name__} is not registered: call register_policy before saving a state")
     settings: dict[str, Any] = asdict(policy)  # type: ignore[call-overload]  # a policy is a dataclass
     return {"name": policy.name, **settings}
 
 
 def spacing_loss(older: int, newer: int) -> float:
-    """Return the gap in the logarithm of the age that is left when the frame between two is dropped.
+    """Return the gap between the logarithms of two ages if the frame between them is dropped.
 
-    The frame with the smallest one is evicted, so that what stays is spaced evenly by the logarithm of its age.
+    The bank drops the frame with the smallest gap, so that the other ages stay evenly spaced on a logarithmic scale.
 
     Args:
-        older: age of the neighbour before it, in latent frames.
-        newer: age of the neighbour after it, at least 1.
+        older: age of the preceding neighbour, in latent frames.
+        newer: age of the following neighbour, at least 1.
     """
     return math.log(older / newer)

@@ -1,7 +1,7 @@
-"""Depth of given frames from a trained model itself: RGB clean, depth from noise.
+"""Estimate the depth of given frames with a trained model: RGB is clean, depth is sampled from noise.
 
-Training shows the model windows whose RGB has no noise and whose depth has some, so it can be asked for the depth of a
-video that it did not make, and a picture that a user gives needs no estimator.
+Training includes windows with clean RGB and noisy depth, so the model can predict the depth of a video that it did not
+generate. A given picture then needs no separate depth estimator.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .levels import FrameLevels, Role
 from .model import WorldWeaverModel
 
 _LONGEST = 64
-"""Frames of a latent at most."""
+"""Largest number of video frames of a latent frame."""
 
 
 class SelfDepth:
-    """A `DepthSource`: what a model says that the depth of a clip is.
+    """A `DepthSource` that predicts depth with a trained model.
 
-    Long clips are made in windows, one after the other; the newest frames of the one before stand in front as short
-    memory, so that the scale goes on. What is returned has the range of the model's pictures, [0, 1], near is large.
+    Long clips are processed in consecutive windows. The newest frames of each window are the short memory of the next
+    window, so that the scale stays the same. The result has the range of the model's pictures: [0, 1], near is large.
 
     Args:
-        model: trained, with depth.
-        prompt: what the clip shows; the empty text is one that training knows.
-        window: latent frames of a window at most, those that training had in flight.
-        memory: frames of the window before that the next one sees.
-        steps: calls of the network for each window.
-        shift: of the noise levels.
-        seed: of the noise.
+        model: trained model with depth.
+        prompt: prompt of the clip. Training includes the empty prompt.
+        window: largest number of latent frames of a window. Use the number of frames in flight during training.
+        memory: number of frames of the preceding window that the next window sees.
+        steps: forward passes per window.
+        shift: shift of the noise levels.
+        seed: seed of the noise.
 
     Raises:
         UserError: a model without depth, or numbers out of range.
@@ -53,7 +53,7 @@ class SelfDepth:
         seed: int = 0,
     ) -> None:
         if "depth" not in model.modalities:
-            raise UserError(f"a model of {', '.join(model.modalities)} says nothing of depth: give one with depth")
+            raise UserError(f"the model has no depth, only {', '.join(model.modalities)}: give a model with depth")
         check_number("window", window, 1, whole=True)
         check_number("memory", memory, 0, whole=True)
         check_number("steps", steps, 2, whole=True)
@@ -66,20 +66,20 @@ class SelfDepth:
         """Return the disparity of a clip, (T, H, W) float32 in [0, 1].
 
         Args:
-            frames: (T, H, W, 3) in [0, 1]; of a length that the autoencoder does not take, the last is repeated.
+            frames: (T, H, W, 3) in [0, 1]. The last frame is repeated up to a length that the autoencoder takes.
 
         Raises:
-            UserError: another shape, or a size that the model cannot make.
+            UserError: a wrong shape, or a size that the model does not support.
         """
         if frames.dim() != 4 or frames.shape[3] != 3 or not len(frames):
-            raise UserError(f"frames of shape {tuple(frames.shape)}: give (frames, height, width, 3)")
+            raise UserError(f"frames have shape {tuple(frames.shape)}: give (frames, height, width, 3)")
         clip = self._whole(frames.movedim(-1, 1))
         depth = self.latents(self.model.encode(clip[None]))
         return self.model.decode(depth, "depth")[0, : len(frames)].mean(1).to(frames.device)
 
     @torch.no_grad()
     def latents(self, rgb: Tensor) -> Tensor:
-        """Return the depth latents (B, C, T, h, w), scaled as the model's are, of clean RGB latents of that shape."""
+        """Return the scaled depth latents (B, C, T, h, w) for clean RGB latents of the same shape."""
         condition = self.model.denoiser.encode_prompt([self.prompt] * len(rgb), guidance=False)
         depth = torch.zeros_like(rgb)
         for number, start in enumerate(range(0, rgb.shape[2], self.window)):
@@ -91,11 +91,11 @@ class SelfDepth:
         return depth
 
     def _walk(self, rgb: Tensor, before: Tensor, noise: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Take the depth of a window from noise to clean, behind the frames of memory, whose depth is known."""
+        """Sample the depth of a window from noise, with memory frames of known depth in front."""
         known, count, channels = before.shape[2], rgb.shape[2], rgb.shape[1]
         role = torch.tensor([int(Role.SHORT)] * known + [int(Role.PREDICT)] * (count - known), device=rgb.device)
         x = noise[:, :channels, known:]
-        # Flow is not asked for: it is noise throughout, as in windows without it.
+        # Flow is pure noise in every step, as in training windows without flow.
         more = noise[:, channels:]
         for now, after in pairwise(self.schedule.sigmas.tolist()):
             sigma = torch.zeros(len(rgb), count, len(self.model.modalities), device=rgb.device)
@@ -106,13 +106,13 @@ class SelfDepth:
         return x
 
     def _noise(self, rgb: Tensor, window: int) -> Tensor:
-        """Return noise for all that is not RGB in a window."""
+        """Return noise for all modalities but RGB in a window."""
         shape = ((len(self.model.modalities) - 1) * rgb.shape[1], *rgb.shape[2:])
         seeds = [seed_of(self.seed, "initial", row, window) for row in range(len(rgb))]
         return normal(shape, seeds, rgb.device)
 
     def _whole(self, clip: Tensor) -> Tensor:
-        """Return frames (F, 3, H, W) in a number that the model takes, the last one repeated."""
+        """Repeat the last frame until the model takes the number of frames (F, 3, H, W)."""
         more = next((more for more in range(_LONGEST) if self._takes(len(clip) + more, clip)), 0)
         return torch.cat([clip, clip[-1:].expand(more, -1, -1, -1)])
 

@@ -1,4 +1,4 @@
-"""A long video under way: a rollout, its state, and the decoder of what is finished."""
+"""A session of long-video generation: a rollout, its state, and the decoder of finished groups."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from postgen.worldweaver.state import Prompts, RolloutState
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What is to come out."""
+    """The requested output."""
 
     num_frames: int | None
-    """Of the whole video, what was given and what is there already included; None: `begin` sets no end, `resume` keeps
-    that of the state."""
+    """Number of frames of the whole video, including given and finished frames. None: `begin` sets no end, `resume`
+    keeps the end of the state."""
     output_type: str
     depth: bool
 
 
 class Session:
-    """One long video (or a batch of them). Made by `begin` or `resume`, read by `chunks`."""
+    """Generates one long video, or a batch of them. Create it with `begin` or `resume`; iterate over `chunks`."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Session:
         given: Given | None,
         device: torch.device,
     ) -> Session:
-        """Return a video of which nothing is made yet.
+        """Return a session for a new video.
 
         Raises:
-            UserError: sizes that the model cannot make, a video that is shorter than what it begins with, or as
-                `Rollout.start` and `ChunkDecoder`.
+            UserError: a size that the model does not support, a video that is not longer than its given beginning, or
+                an error of `Rollout.start` or `ChunkDecoder`.
         """
         height, width, count = plan.height, plan.width, wanted.num_frames
         time = frames_of_latent(model, height, width)
@@ -68,7 +68,7 @@ class Session:
         total = None if count is None else latents
         begins = 0 if given is None else given.latents.shape[2]
         if total is not None and total <= begins:
-            raise UserError(f"num_frames={count} is no longer than what the video begins with: give more")
+            raise UserError(f"num_frames={count} is not more than the given image or video has: give a larger number")
         decoder = ChunkDecoder(model, depth=wanted.depth, output_type=wanted.output_type, time=time, num_latents=total)
         rollout = rollout_of(model, plan, device)
         state = rollout.start(
@@ -95,10 +95,11 @@ class Session:
         guidance: float,
         device: torch.device,
     ) -> Session:
-        """Return a video that goes on from a state, which is used in place.
+        """Return a session that continues from a state. The session updates the state in place.
 
         Raises:
-            UserError: an end that is behind, or as `ChunkDecoder.resume` and `RolloutState.tell`.
+            UserError: `num_frames` is less than the frames in flight need, or an error of `ChunkDecoder.resume` or
+                `RolloutState.tell`.
         """
         size = state.model["height"], state.model["width"]
         time = frames_of_latent(model, *size)
@@ -108,18 +109,18 @@ class Session:
             if end < state.next_frame:
                 least = (state.next_frame - 1) * time + 1
                 raise UserError(
-                    f"num_frames={wanted.num_frames}: frames up to {least} are in the making, give as many"
+                    f"num_frames={wanted.num_frames} ends before the frames in flight: give at least {least}"
                 )
         decoder = ChunkDecoder(model, depth=wanted.depth, output_type=wanted.output_type, time=time, num_latents=end)
         decoder.resume(state, end)
         rollout = rollout_again(model, state, guidance, device)
-        state.tell(prompts)  # the last thing that can fail: the state changes as a whole or not at all
+        state.tell(prompts)  # the last statement that can fail, so an error leaves the state unchanged
         state.end, state.model["guidance"], state.generators = end, guidance, list(generators)
         return cls(model, rollout, state, decoder)
 
     @property
     def calls(self) -> int | None:
-        """Calls of the network that are to come; None where there is no end."""
+        """Number of remaining forward passes; None: the video has no end."""
         if self.state.end is None:
             return None
         groups, shifts = self.rollout.segments.groups, 0
@@ -135,7 +136,7 @@ class Session:
         return shifts * self.rollout.segments.length
 
     def chunks(self, on_step: OnStep | None = None) -> Generator[WorldWeaverChunk, None, None]:
-        """Yield what is finished, what was given first; see `WorldWeaverChunk.state`."""
+        """Yield chunks of finished frames, beginning with the given frames; see `WorldWeaverChunk.state`."""
         state, decoder = self.state, self.decoder
         if self.given is not None:
             latents = self.given.latents
@@ -145,7 +146,7 @@ class Session:
         made: list[WorldWeaverChunk] = []
 
         def decode(group: Group) -> dict[str, Tensor]:
-            # Before the group leaves the state: if this fails or is interrupted, it comes again.
+            # Decoding runs before the group leaves the state, so a failed or interrupted group is decoded again.
             stop = group.start_frame + group.latents.shape[2]
             clips = decoder.push(group.latents, last=stop == state.end)
             made[:] = [decoder.chunk(group.latents, clips, state)]
@@ -157,7 +158,7 @@ class Session:
             yield made.pop()
 
     def _next(self, groups: Iterator[Group]) -> Group | None:
-        # Most of a prompt is padding: a quarter of the time of a small network on a CPU.
+        # Most tokens of a prompt are padding: without merging, a small network spends a quarter of its time on them.
         with merged_padding(self.model.transformer):
             return next(groups, None)
 
@@ -166,27 +167,30 @@ class Session:
         return self.state.calls, self.state.finished
 
     def _here(self) -> bool:
-        """See that nobody else has gone on with the state: what the decoder remembers would not fit it any more.
+        """Check that no other session has advanced the state, because the decoder caches would not match the state.
 
         Raises:
-            UserError: somebody has.
+            UserError: another session has advanced the state.
         """
         if self._standing != self._place:
-            raise UserError("the state has gone on in another stream: give each stream one of its own, state.branch()")
+            raise UserError("another stream has advanced this state: give each stream its own copy, state.branch()")
         return True
 
     def _decode_given(self, latents: Tensor) -> dict[Modality, Tensor]:
-        """Decode in pieces as long as a group, so that memory does not follow from their number."""
+        """Decode in pieces of one group, so that memory use does not grow with the number of given frames."""
         parts = [self.decoder.push(part, last=False) for part in latents.split(self.rollout.frames, 2)]
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
 def check_state(model: WorldWeaverModel, state: RolloutState) -> None:
-    """Refuse a state of another model.
+    """Check that a state belongs to a model.
 
     Raises:
-        UserError: it is; the first difference is named.
+        UserError: the state is of another model. The message names the first difference.
     """
     for name, own in identity_of(model).items():
         if (found := state.model.get(name)) != own:
-            raise UserError(f"the state is of a model with {name} {shown(found)}, this one has {shown(own)}")
+            raise UserError(
+                f"the state is of a model with {name} {shown(found)}, the current model has {name} {shown(own)}: load"
+                " the model that the state was made with"
+            )

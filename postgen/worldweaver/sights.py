@@ -1,7 +1,8 @@
-"""Where coming frames find their cells in stored ones: what placed memory is read by, in rollouts and in training.
+"""Read placed memory: find the cells of coming frames in stored frames, in rollouts and in training.
 
-A sight is a tensor (B, T, 3, h, w) float32 of T coming frames: for each cell of a frame the number of the stored frame
-that shows it, -1 where none does, and its row and column there, in cells and fractions of them.
+A sight is a tensor (B, T, 3, h, w) float32 for T coming frames. For each cell of a coming frame it holds the number of
+the stored frame that shows the cell (-1: no stored frame shows it), and the row and the column in that stored frame,
+in cells and fractions of cells.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from torch import Tensor
 
 
 def gathered(latents: Tensor, sight: Tensor) -> Tensor:
-    """Return what is seen, (B, C + 1, T, h, w) float32: latents, bilinear between cells, and last the mask.
+    """Gather the latents at the positions of a sight, (B, C + 1, T, h, w) float32; the last channel is the mask.
 
-    Beyond the edge of a frame the edge goes on. What no frame shows is 0.
+    Latents are interpolated bilinearly between cells. Positions beyond the edge of a frame have the value at the edge.
+    Cells that no stored frame shows are 0.
 
     Args:
-        latents: (B, C, n, h, w) of stored frames.
-        sight: (B, T, 3, h, w) whose frames are numbered as they stand there.
+        latents: (B, C, n, h, w) of the stored frames.
+        sight: (B, T, 3, h, w) whose frame numbers are positions in `latents`.
     """
     channels, height, width = latents.shape[1], *latents.shape[-2:]
     source, rows, columns = sight.flatten(3).transpose(1, 2).flatten(2).unbind(1)  # (B, T * h * w)
@@ -40,11 +42,11 @@ def gathered(latents: Tensor, sight: Tensor) -> Tensor:
 
 
 def with_noise(seen: Tensor, level: Tensor | float, noise: Tensor) -> Tensor:
-    """Put noise on the RGB of what is seen, where something is: (1 - level) z + level e.
+    """Add noise to the RGB channels of known cells: (1 - level) z + level e.
 
     Args:
-        seen: (B, M * C + 1, T, h, w), the mask last.
-        level: noise level, or (B, 1, 1, 1, 1) of each row.
+        seen: (B, M * C + 1, T, h, w) from `gathered`; the mask is the last channel.
+        level: noise level, or (B, 1, 1, 1, 1) with one level per row.
         noise: (B, C, T, h, w).
     """
     channels = noise.shape[1]
@@ -53,13 +55,13 @@ def with_noise(seen: Tensor, level: Tensor | float, noise: Tensor) -> Tensor:
 
 
 def snapped(positions: Tensor) -> Tensor:
-    """Return positions in cells, those next to a whole number as that: the same view gives the same bits."""
+    """Round positions that are within 1e-6 of a whole number, so that an equal view returns equal bits."""
     whole = positions.round()
     return torch.where((positions - whole).abs() < 1e-6, whole, positions)
 
 
 def rounded(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the number of the nearest cell of a grid, and whether the position lies in the grid."""
+    """Return the index of the nearest cell in a grid, and whether the position lies in the grid."""
     y, x = rows.round().long(), columns.round().long()
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     return y.clamp(0, height - 1) * width + x.clamp(0, width - 1), inside

@@ -1,9 +1,10 @@
-"""What a flow's velocity of depth and flow is before a network has learned anything: read off their own noisy latents.
+"""Skip connection that adds a linear guess of the velocity of depth and flow to the network's output.
 
-A velocity is noise minus data, so whoever predicts it must hand on the noise of every latent. A trained network does
-that for RGB with most of its width; to learn it for a second modality takes thousands of steps, in which depth comes
-out as the right shapes under a layer of noise. So the network only says what to add to the best linear guess, which
-hands the noise on by itself (the skip connection of Karras et al., arXiv:2206.00364, equation 7, for a flow).
+The velocity of a flow model is noise minus data, so the network must pass the noise of every latent to its output. A
+pretrained network uses most of its width for this task for RGB. It needs thousands of steps to learn the task for a
+second modality, and until then depth has correct shapes under a layer of noise. With the skip connection the network
+predicts only a correction to the best linear guess, and the linear guess passes the noise on (the skip connection of
+Karras et al., arXiv:2206.00364, equation 7, for a flow model).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 
 
 def with_skip(added: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-    """Return velocities of latents whose data have a variance of about 1, which `WorldWeaverModel.latent_scale` makes.
+    """Return velocities for latents whose clean data have a variance of about 1 (see `WorldWeaverModel.latent_scale`).
 
-    With z = (1 - s) x + s e and v = e - x, the best linear guess of v is k z, k = (2 s - 1) / d, and what is left has
-    variance c^2 = 1 / d, where d = (1 - s)^2 + s^2.
+    With z = (1 - s) x + s e and v = e - x, the best linear guess of v is k z with k = (2 s - 1) / d, and its residual
+    has variance c^2 = 1 / d, where d = (1 - s)^2 + s^2.
 
     Args:
-        added: (B, C, T, h, w) the network's output, in units of c.
+        added: (B, C, T, h, w) output of the network, the correction in units of c.
         z: (B, C, T, h, w) noisy latents.
         sigma: (B, T) noise levels s from 0 to 1.
     """

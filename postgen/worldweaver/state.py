@@ -1,7 +1,8 @@
-"""Where a rollout stands, between two shifts: kept, copied, written to a folder and read again.
+"""State of a rollout between two shifts. It can be copied, saved to a folder and loaded.
 
-A folder has `state.json` and one file of tensors, which it names with its digest. A save writes a new file of tensors
-and then replaces `state.json` in one step, so whoever is killed at any moment leaves the old state or the new one.
+A folder has `state.json` and one file of tensors. `state.json` contains the name and the digest of the tensor file.
+A save writes a new tensor file and then replaces `state.json` in one atomic step. A process that is killed at any
+moment therefore leaves either the old state or the new state.
 """
 
 from __future__ import annotations
@@ -34,121 +35,131 @@ FORMAT = 1
 HEAD = "state.json"
 _TENSORS = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 _LATER = 3600
-"""Seconds after which nobody is still writing a file."""
+"""Age of a temporary file in seconds after which no process can still be writing it."""
 DECODER = "decoder."
-"""Begins the names in `RolloutState.extra` of what decoders remember: `decoder.rgb.cache.0`."""
+"""Prefix of the entries in `RolloutState.extra` that belong to decoders, for example `decoder.rgb.cache.0`."""
 COUNTS = ("autoencoder", "counts", "size")
-"""What of a decoder is always kept."""
+"""Entries of a decoder that every saved state keeps."""
 LATENTS = f"{DECODER}latents"
-"""The last latents that were decoded, for decoders that lost the rest."""
+"""Entry with the last decoded latents. A decoder rebuilds its cache from them if the cache was not saved."""
 REACH = f"{DECODER}reach"
-"""How many of them it takes to remember the same again."""
+"""Entry with the number of latent frames that a decoder needs to rebuild its cache."""
 PIECES = f"{DECODER}pieces"
-"""Lengths of the pieces in which they were decoded."""
+"""Entry with the lengths of the pieces in which the last latents were decoded."""
 Prompts = Sequence[tuple[int, Condition]]
-"""(start_frame, encoded prompt of B rows), rising: from which latent frame on it is told."""
+"""(start_frame, encoded prompt of B rows), rising: the latent frame from which each prompt applies."""
 
 
 @dataclass(slots=True)
 class Flying:
-    """A group in the making."""
+    """A group in flight: a group that is not yet clean."""
 
     start_frame: int
-    """Number of its first latent frame in the video."""
+    """Index in the video of its first latent frame."""
     age: int
-    """Segments that it has behind it."""
+    """Number of segments that the group has completed."""
     z: Tensor
     """(B, M * C, f, h, w) float32 latents."""
 
 
 @dataclass(slots=True, kw_only=True)
 class RolloutState:
-    """Everything that a rollout needs to go on. It changes with each shift; between two groups it can be saved."""
+    """Everything that a rollout needs to continue.
+
+    The rollout updates the state in each shift. The state can be saved between two groups.
+    """
 
     segments: Segments
     frames: int
     """F, latent frames of a group."""
     sigmas: Tensor
-    """(N + 1,) float64, the schedule's levels."""
+    """(N + 1,) float64 noise levels of the schedule."""
     shape: tuple[int, ...]
     """(M * C, h, w) of a latent frame."""
     bank: MemoryBank
     generators: list[torch.Generator]
-    """One for each row: of the initial noise."""
+    """One generator for each row, for the initial noise."""
     prompts: Prompts
     model: dict[str, Any] = field(default_factory=dict)
-    """What the caller says of its model, as JSON has it; `load` compares it."""
+    """Description of the model by the caller, JSON values. `load` compares it with the current model."""
     next_frame: int = 0
-    """Latent frame at which the next group begins."""
+    """Latent frame at which the next group of noise begins."""
     end: int | None = None
-    """Latent frame at which the video ends; None is never."""
+    """Latent frame at which the video ends; None: the video has no end."""
     calls: int = 0
-    """Calls of the network so far."""
+    """Number of forward passes so far."""
     flight: list[Flying] = field(default_factory=list)
-    """Groups in the making, oldest first."""
+    """Groups in flight, oldest first."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """What the caller wants to keep beside it, as the range of disparity or what its decoder remembers."""
+    """Further tensors of the caller, for example the disparity range or the cache of a decoder."""
 
     def __repr__(self) -> str:
-        """Say where it is; its tensors are pages."""
+        """Return a one-line summary; the tensors would fill pages."""
         end = "no end" if self.end is None else f"{self.end} to come in all"
         done = f"{self.finished} latent frames finished, {len(self.flight)} groups in the making, {end}"
         return f"RolloutState({self.rows} videos, {done})"
 
     @property
     def rows(self) -> int:
-        """B."""
+        """B, number of videos."""
         return len(self.generators)
 
     @property
     def finished(self) -> int:
-        """Latent frames that are finished, those that were given included: where the next group that comes out is."""
+        """Number of finished latent frames, given frames included; also the start of the next finished group."""
         return self.flight[0].start_frame if self.flight else self.next_frame
 
     def extend(self, num_latents: int | None) -> None:
-        """Let the video go on: so many latent frames longer, or without end for None.
+        """Make the video longer.
 
-        Groups that are pushed before the window has drained go on as if the end had never been there; after that the
-        window fills anew.
+        Groups that are added before the window has drained continue as if the video had no end before. After the
+        window has drained it fills again.
+
+        Args:
+            num_latents: number of additional latent frames; None: the video has no end.
 
         Raises:
-            UserError: fewer than 1, or a video that has no end.
+            UserError: `num_latents` below 1, or a number for a video without end.
         """
         if num_latents is None:
             self.end = None
             return
         check_number("num_latents", num_latents, 1, whole=True)
         if self.end is None:
-            raise UserError("a video without end cannot be longer: set state.end")
+            raise UserError("a video without end cannot be extended: set state.end to give it an end")
         self.end += num_latents
 
     def tell(self, prompts: Prompts) -> None:
-        """Take another prompt schedule, from the next shift on.
+        """Replace the prompt schedule, from the next shift on.
 
         Raises:
-            UserError: no prompt for the next frame, frames that do not rise, or encodings of another number of rows.
+            UserError: no prompt for the next frame, start frames that do not rise, or a wrong number of rows.
         """
         starts = [start for start, _ in prompts]
         if not starts or starts[0] > self.next_frame:
             begins = f"begins at latent frame {starts[0]}" if starts else "is empty"
             raise UserError(f"the prompt schedule {begins}: give a prompt for frame {self.next_frame}")
         if any(later <= earlier for earlier, later in pairwise(starts)):
-            raise UserError(f"the prompt schedule has frames {starts}: they must rise")
+            raise UserError(f"the prompt schedule has start frames {starts}: give start frames in rising order")
         for start, condition in prompts:
             for name, value in condition.items():
                 if len(value) != self.rows:
                     raise UserError(
-                        f"the prompt from frame {start} on has {len(value)} rows of {name!r} for {self.rows} videos"
+                        f"the prompt from frame {start} on has {len(value)} rows of {name!r}: give {self.rows} rows,"
+                        " one for each video"
                     )
         self.prompts = list(prompts)
 
     def branch(self, generators: Sequence[torch.Generator] | None = None) -> RolloutState:
-        """Return a copy that goes on by itself: the same future, or with other generators another one.
+        """Return an independent copy from which the rollout continues.
 
-        What is in flight stays; new generators make the groups after it.
+        Groups in flight stay the same. Without `generators` the copy has the same future as this state.
+
+        Args:
+            generators: one generator for each row, for the noise of later groups; None: copies of the current ones.
 
         Raises:
-            UserError: another number of generators than rows.
+            UserError: a wrong number of generators.
         """
         twin = RolloutState.from_state_dict(self.state_dict())
         if generators is not None:
@@ -159,7 +170,7 @@ class RolloutState:
 
     @property
     def decoder_bytes(self) -> int:
-        """What `light` leaves out; 0: nothing, or what cannot be made again."""
+        """Size in bytes of the decoder caches that `light` omits; 0: no caches, or caches that cannot be rebuilt."""
         left = [value for name, value in self.extra.items() if _remembered(name)]
         pushed = [int(value[0]) for name, value in self.extra.items() if name.endswith(f".{COUNTS[1]}")]
         if not left or LATENTS not in self.extra or REACH not in self.extra:
@@ -168,21 +179,23 @@ class RolloutState:
         return sum(value.numel() * value.element_size() for value in left) if known else 0
 
     def light(self) -> RolloutState:
-        """Return it without what decoders remember, which at 480 x 832 is nearly all of it: to be saved.
+        """Return the state without the decoder caches, to save disk space. At 480 x 832 nearly all bytes are caches.
 
-        Whoever goes on decodes the last latents again, as many as what is remembered follows from: the frames are
-        those of the whole state. Everything else is shared.
+        A rollout that resumes from the light state decodes the last latents again to rebuild the caches. The frames
+        are those of the full state. The light state shares all other tensors with this state.
 
         Raises:
-            UserError: what a decoder remembers cannot be made again of the latents that are kept.
+            UserError: the caches cannot be rebuilt from the latents in the state.
         """
         left = {name for name in self.extra if _remembered(name)}
         if left and not self.decoder_bytes:
-            raise UserError("the decoder of this state cannot begin in the middle of a video: save the whole state")
+            raise UserError(
+                "the decoder of this state cannot rebuild its cache in the middle of a video: save the full state"
+            )
         return replace(self, extra={name: value for name, value in self.extra.items() if name not in left})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `head`, JSON values, and `tensors` by name; tensors are copies."""
+        """Return a dictionary with `head` (JSON values) and `tensors` (copies, by name)."""
         bank = self.bank.state_dict()
         tensors = {"sigmas": self.sigmas}
         tensors |= {f"flight.{n}": group.z for n, group in enumerate(self.flight)}
@@ -209,7 +222,12 @@ class RolloutState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device | str | None = None) -> RolloutState:
-        """Return the state that `state_dict` described, its tensors on a device, or where they are."""
+        """Return the state that `state_dict` described.
+
+        Args:
+            state: from `state_dict`.
+            device: of the tensors; None: the device of each tensor in `state`.
+        """
         head, tensors = state["head"], {name: value.to(device) for name, value in state["tensors"].items()}
         place = head["bank"]["device"]
         bank = MemoryBank(**head["bank"]["settings"], device=device if place not in (None, "cpu") else place)
@@ -238,24 +256,24 @@ class RolloutState:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the state that `state_dict` described."""
+        """Replace the contents of this state by those that `state_dict` described."""
         other = RolloutState.from_state_dict(state, self.sigmas.device)
         for each in fields(self):
             setattr(self, each.name, getattr(other, each.name))
 
     def save(self, folder: str | Path) -> None:
-        """Write the state to a folder; a state that is there is replaced in one step.
+        """Write the state to a folder. An existing state is replaced in one atomic step.
 
         Raises:
-            UserError: a memory policy that is not registered.
-            OSError: the place cannot be written.
+            UserError: the memory policy is not registered.
+            OSError: the folder cannot be written.
         """
         from safetensors.torch import save
 
         folder, state = Path(folder), self.state_dict()
         data = save({name: value.to("cpu").contiguous() for name, value in state["tensors"].items()})
         digest = _digest(data)
-        # Its name follows from what it holds, so that no save touches the file that state.json names now.
+        # The file name contains the digest, so a save never overwrites the file that the old state.json names.
         tensors = folder / f"state-{digest[:16]}.safetensors"
         with replacing(tensors) as part:
             part.write_bytes(data)
@@ -284,15 +302,15 @@ class RolloutState:
     def load(
         cls, folder: str | Path, *, model: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
     ) -> RolloutState:
-        """Read a state that `save` wrote.
+        """Load a state that `save` wrote.
 
         Args:
-            folder: where it is.
-            model: what it must say of its model; None takes any.
-            device: of its tensors.
+            folder: folder of the state.
+            model: required description of the model; None: accept any model.
+            device: of the tensors.
 
         Raises:
-            UserError: there is none, it is damaged, of another format, or of another model.
+            UserError: there is no state, or the state is damaged, of another format, or of another model.
         """
         folder = Path(folder)
         while True:
@@ -300,7 +318,7 @@ class RolloutState:
             try:
                 return cls._loaded(folder, head, model or {}, device)
             except UserError:
-                # Whoever goes on with the video replaces its state: another one may stand there by now.
+                # Another process that continues the video may have replaced the state during the read: try again.
                 if read_json(folder / HEAD, f"{folder} holds no state of a rollout") == head:
                     raise
 
@@ -308,39 +326,42 @@ class RolloutState:
     def _loaded(cls, folder: Path, head: Any, model: Mapping[str, Any], device: torch.device | str) -> RolloutState:
         head = dict(head) if isinstance(head, dict) else head
         if not isinstance(head, dict) or "format" not in head:
-            raise UserError(f"{folder} holds no state of a rollout: {HEAD} does not say what it is")
+            raise UserError(f"{folder} holds no state of a rollout: {HEAD} has no entry 'format'")
         if head["format"] != FORMAT:
             made = head.get("versions")
             made = (
                 ", ".join(f"{name} {value}" for name, value in made.items()) if isinstance(made, dict) else shown(made)
             )
-            raise UserError(f"{folder} has state format {shown(head['format'])} ({made}): this version reads {FORMAT}")
+            raise UserError(
+                f"the state in {folder} has format {shown(head['format'])} ({made}): this version reads {FORMAT}"
+            )
         digest = head.pop("digest", None)
         if digest != _digest(json.dumps(head, sort_keys=True).encode()):
-            raise UserError(f"the state in {folder} is damaged: {HEAD} is not as it was written")
+            raise UserError(f"the state in {folder} is damaged: the digest of {HEAD} does not match its contents")
         for name, own in model.items():
-            own = json.loads(json.dumps(own))  # a tuple comes back as a list
+            own = json.loads(json.dumps(own))  # JSON turns a tuple into a list
             if (found := head["state"]["model"].get(name)) != own:
                 raise UserError(
-                    f"the state in {folder} is of a model with {name} {shown(found)}, this one has {shown(own)}"
+                    f"the state in {folder} is of a model with {name} {shown(found)}, the current model has"
+                    f" {name} {shown(own)}: load the model that the state was made with"
                 )
         file = folder / head["file"]
         said = f"the state in {folder} is damaged: {file.name}"
         check_readable(file, said)
         if _digest(file.read_bytes()) != head["tensors"]:
-            raise UserError(f"{said} is not as it was written")
+            raise UserError(f"{said} does not match its digest")
         tensors = read_tensors(file, said)
         return cls.from_state_dict({"head": head["state"], "tensors": tensors}, device)
 
 
 def _remembered(name: str) -> bool:
-    """Whether an entry of `extra` is what a decoder remembers, and no count: `decoder.rgb.cache.0`."""
+    """Return whether an entry of `extra` is part of a decoder cache, for example `decoder.rgb.cache.0`."""
     parts = name.split(".", 2)
     return name.startswith(DECODER) and len(parts) == 3 and parts[2] not in COUNTS
 
 
 def _named(folder: Path) -> Path | None:
-    """Return the file of tensors that the state in a folder names; None: there is no state, or a damaged one."""
+    """Return the tensor file that the state in a folder names; None: there is no state, or it is damaged."""
     with suppress(UserError, OSError, TypeError, KeyError):
         name = read_json(folder / HEAD, "")["file"]
         return folder / name if _TENSORS.fullmatch(name) else None
@@ -348,7 +369,7 @@ def _named(folder: Path) -> Path | None:
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """Return what processes left that were killed; what is younger may be the work of one that is alive."""
+    """Return files that killed processes left. Younger files may belong to a process that is still writing."""
     found = []
     for file in (*folder.glob("state-*.safetensors"), *folder.glob(".state*.part")):
         with suppress(OSError):
@@ -363,7 +384,7 @@ def _digest(data: bytes) -> str:
 
 def _generator(kind: str, state: Tensor) -> torch.Generator:
     if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"the state has random numbers of {kind}, which is not here: go on where there is a GPU")
+        raise UserError(f"the state has random number generators on {kind}: resume it on a machine with a CUDA GPU")
     generator = torch.Generator(kind)
     generator.set_state(state.cpu().clone())
     return generator

@@ -1,4 +1,4 @@
-"""Prompts of a long video: one, or a schedule of them, each from a frame on."""
+"""Prompts of a long video: a single prompt, or a schedule of prompts with start frames."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from postgen.families.registry import layout_of
 from postgen.worldweaver.state import Prompts
 
 Prompt = str | Sequence[str] | Sequence[tuple[int, str | Sequence[str]]]
-"""A text; one for each of B videos; or (frame, text or B texts) in rising order, frames of the video."""
+"""A text; a list of B texts; or (frame, text or B texts) in rising order, with frames of the video."""
 
 
 def timed(prompt: Prompt) -> list[tuple[int, list[str]]]:
-    """Return a prompt as (frame, B texts), B the same everywhere.
+    """Return a prompt as a list of (frame, B texts), with the same B in every entry.
 
     Raises:
-        UserError: it is none, empty, does not begin with frame 0, or its frames do not rise.
+        UserError: a wrong type, an empty prompt, a schedule that does not begin with frame 0, or frames that do not
+            rise.
     """
     if not isinstance(prompt, str | list | tuple):
-        raise UserError(f"the prompt is a text, texts, or a schedule [(frame, text), ...], got {shown(prompt)}")
+        raise UserError(f"the prompt must be a text, texts, or a schedule [(frame, text), ...], got {shown(prompt)}")
     entries: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not entries:
         raise UserError("the prompt schedule is empty: give a text, or (0, text) as its first entry")
@@ -32,17 +33,22 @@ def timed(prompt: Prompt) -> list[tuple[int, list[str]]]:
     told: list[tuple[int, list[str]]] = []
     for entry in entries:
         if not isinstance(entry, tuple | list) or len(entry) != 2 or type(entry[0]) is not int:
-            raise UserError(f"an entry of the prompt schedule is (frame, text), got {shown(entry)}")
+            raise UserError(f"an entry of the prompt schedule must be (frame, text), got {shown(entry)}")
         frame, text = entry
         texts = _texts(f"the prompt from frame {frame} on", text)
         if told and frame <= told[-1][0]:
-            raise UserError(f"the prompt schedule goes from frame {told[-1][0]} to {frame}: frames must rise")
+            raise UserError(
+                f"the prompt schedule goes from frame {told[-1][0]} to {frame}: give frames in rising order"
+            )
         told.append((frame, texts))
     if told[0][0] != 0:
         raise UserError(f"the prompt schedule begins at frame {told[0][0]}: give a prompt for frame 0")
     rows = max(len(texts) for _, texts in told)
     if wrong := [frame for frame, texts in told if len(texts) not in (1, rows)]:
-        raise UserError(f"the prompt from frame {wrong[0]} on is not one text, nor {rows} as elsewhere")
+        raise UserError(
+            f"the prompt from frame {wrong[0]} on has a wrong number of texts: give one text, or {rows} texts as in"
+            " other entries"
+        )
     return [(frame, texts * rows if len(texts) == 1 else texts) for frame, texts in told]
 
 
@@ -50,52 +56,57 @@ def encoded(
     denoiser: Any, told: Sequence[tuple[int, list[str]]], negative: str | Sequence[str] | None, *, guided: bool,
     time: int
 ) -> Prompts:  # fmt: skip
-    """Encode a schedule; each of its texts once.
+    """Encode the texts of a schedule.
 
     Args:
         denoiser: the model.
-        told: from `timed`.
-        negative: what no video should show: a text, or one for each.
-        guided: whether the negative prompt is wanted.
-        time: frames of a latent frame.
+        told: schedule from `timed`.
+        negative: negative prompt: a text, or one text for each video.
+        guided: whether guidance is enabled, so that a negative prompt is used.
+        time: number of video frames of a latent frame.
 
     Raises:
-        UserError: another number of negative prompts, two prompts that begin within one latent frame, or a pipeline
-            without text encoder, or with that of another model.
+        UserError: a wrong number of negative prompts, a negative prompt without guidance, two prompts that begin in
+            the same latent frame, or a pipeline without a text encoder or with the text encoder of another model.
     """
     rows = len(told[0][1])
     if denoiser.pipe.text_encoder is None or denoiser.pipe.tokenizer is None:
-        raise UserError("the pipeline has no text encoder: give prompt_embeds, or load it with one")
+        raise UserError("the pipeline has no text encoder: give prompt_embeds, or load the pipeline with text encoder")
     negatives = None if negative is None else _texts("the negative prompt", negative)
     negatives = negatives * rows if isinstance(negative, str) and negatives else negatives
     if negatives is not None and not guided:
-        raise UserError("a negative prompt needs guidance_scale above 1: change one of the two")
+        raise UserError("negative_prompt needs guidance_scale above 1: raise guidance_scale, or omit negative_prompt")
     prompts: list[tuple[int, Condition]] = []
     for frame, texts in told:
         begins = latent_of(frame, time)
         if prompts and begins == prompts[-1][0]:
-            raise UserError(f"the prompt from frame {frame} on begins in the latent frame of the one before: later")
+            raise UserError(
+                f"the prompt from frame {frame} on begins in the same latent frame as the prompt before it: give a"
+                " later frame"
+            )
         condition = denoiser.encode_prompt(texts, negatives, guidance=guided)
-        _check_width(denoiser, f"what {type(denoiser.pipe.text_encoder).__name__} says", condition["prompt"])
+        _check_width(denoiser, f"the output of {type(denoiser.pipe.text_encoder).__name__}", condition["prompt"])
         prompts.append((begins, condition))
     return prompts
 
 
 def embedded(denoiser: Any, positive: Tensor, negative: Tensor | None, *, guided: bool) -> Prompts:
-    """Take encodings (B, L, D) instead of texts.
+    """Return a schedule with one prompt, given as encodings (B, L, D) instead of texts.
 
     Raises:
-        UserError: no encodings, or those of another text encoder; the model's encodings are more than one tensor;
-            guidance without a negative one, or the reverse.
+        UserError: a tensor of wrong shape or with values that are not finite; a width that the model does not take;
+            a model whose encoding is more than one tensor; guidance without a negative encoding, or the reverse.
     """
     given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
     for name, value in given.items():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         fits = isinstance(value, Tensor) and value.dim() == 3 and value.numel() > 0 and bool(value.isfinite().all())
         if value is not None and not fits:
-            raise UserError(f"{name} is {shape}: give a tensor (videos, tokens, features) of finite numbers")
+            raise UserError(f"{name} is {shape}: give a finite tensor of shape (videos, tokens, features)")
     if denoiser.per_row:
-        raise UserError(f"{type(denoiser.pipe).__name__} encodes a prompt as more than one tensor: give the text")
+        raise UserError(
+            f"{type(denoiser.pipe).__name__} encodes a prompt as more than one tensor: give prompt as a text"
+        )
     for name, value in given.items():
         if value is not None:
             _check_width(denoiser, name, value)
@@ -106,7 +117,7 @@ def embedded(denoiser: Any, positive: Tensor, negative: Tensor | None, *, guided
 
 
 def _check_width(denoiser: Any, what: str, encoding: Tensor) -> None:
-    """Refuse encodings (B, L, D) of another width than the network takes."""
+    """Check that encodings (B, L, D) have the width that the network takes."""
     call = layout_of(denoiser.model).call
     if call is None or call.text_width is None:
         return
@@ -127,7 +138,7 @@ def _texts(what: str, given: Any) -> list[str]:
 
 
 def latent_of(frame: int, time: int) -> int:
-    """Return the first latent frame that begins at a frame of the video or later.
+    """Return the first latent frame that begins at the given video frame or later.
 
     >>> [latent_of(frame, 4) for frame in (0, 1, 2, 5, 6)]
     [0, 1, 2, 2, 3]

@@ -1,7 +1,7 @@
-"""Method `worldweaver`: a trained video model learns depth, noise levels of its own for every frame, and memory.
+"""Method `worldweaver`: fine-tune a video model to depth, a noise level for every frame, and memory.
 
-Flow matching on windows (`postgen.worldweaver.windows`) of clips that are encoded before the first step. WorldWeaver
-(arXiv:2508.15720) publishes neither code nor settings: the recipe is ours.
+The trainer runs flow matching on windows (`postgen.worldweaver.windows`) of clips that are encoded before the first
+step. WorldWeaver (arXiv:2508.15720) publishes neither code nor settings, so the recipe is our own.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ _MODEL = "worldweaver"
 
 
 class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
-    """Fine-tuning of a text-to-video model to windows of several modalities with memory.
+    """Fine-tunes a text-to-video model on windows of several modalities with memory.
 
     Args:
         args: the configuration.
-        model: pipeline, folder or hub id of the base; None is `args.model`, and the embedded model without it.
-        callbacks: `transformers.TrainerCallback`s.
+        model: pipeline, folder or Hub id of the base model; None: `args.model`, or the embedded model without it.
+        callbacks: list of `transformers.TrainerCallback`.
 
     Raises:
-        UserError: a model that cannot be widened or is no flow, clips that are too short, no depth for them.
+        UserError: a model that cannot be widened or is not a flow model, clips that are too short, or clips without
+            depth.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = WorldWeaverConfig
@@ -67,7 +68,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     # Set-up.
 
     def build(self) -> Mapping[str, nn.Module]:
-        """Load the base and widen it, render or read the clips, encode clips and texts."""
+        """Load and widen the base model, render or read the clips, and encode clips and texts."""
         args = self.args
         self.pipe, defaults = load_model(self.source, args, self.device)
         self.guidance = None if defaults is None else defaults.guidance_scale
@@ -75,7 +76,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         self._check_model()
         loss = WindowLoss(self.denoiser, self._widened(), args.loss_weights)
         self._model = loss.model
-        # Before clips are made: what cannot be trained is said at once.
+        # Check the settings before the clips are made, because making them takes long.
         shape = self._model.latent_shape(args.num_frames, *args.size)
         cpu = torch.device("cpu")
         schedule = chosen_schedule("linspace", self.denoiser, self.pipe, args.num_inference_steps, shape, cpu)
@@ -87,35 +88,35 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     def _check_model(self) -> None:
         if self.denoiser.prediction_type != "flow":
             raise UserError(
-                f"{type(self.pipe).__name__} predicts {self.denoiser.prediction_type}: method worldweaver trains"
-                " models of flows (Wan, LTX, SkyReels-V2, HunyuanVideo)"
+                f"{type(self.pipe).__name__} predicts {self.denoiser.prediction_type}: method worldweaver needs a flow"
+                " model (Wan, LTX, SkyReels-V2, HunyuanVideo)"
             )
         if getattr(self.denoiser, "takes_image", False):
             raise UserError(
-                f"{type(self.pipe).__name__} makes videos of pictures, and windows have none: give one that makes them"
-                " of text"
+                f"{type(self.pipe).__name__} is an image-to-video model, but windows have no image condition: give a"
+                " text-to-video model"
             )
         weights = transformer_of(self.pipe).parameters()
         kinds = {parameter.dtype for parameter in weights} & {torch.float16, torch.bfloat16}
         if self.sharded:
-            raise UserError("method worldweaver trains whole weights in each process: leave fully_shard and FSDP out")
+            raise UserError("method worldweaver needs the whole weights in each process: omit fully_shard and FSDP")
         if torch.float16 in kinds and self.args.use_peft:
-            # Autocast to bfloat16 knows float32 and bfloat16 alone.
+            # Autocast to bfloat16 supports weights in float32 and bfloat16 only.
             raise UserError(
-                "the model's weights are torch.float16, and trained ones are float32: set dtype: float32, or"
+                "the model's weights are torch.float16, but trained weights are float32: set dtype: float32, or"
                 " dtype: bfloat16 with bf16: true"
             )
         if kinds and not self.args.bf16:
             raise UserError(
-                f"the model's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
-                " or dtype: float32"
+                f"the model's weights are {', '.join(map(str, kinds))}, but trained weights are float32: set"
+                " bf16: true or dtype: float32"
             )
 
     def _widened(self) -> LevelEmbedder:
-        """Give the transformer its new channels and adapters; return its level embedder."""
+        """Widen the transformer, add the LoRA, and return the level embedder."""
         args, model = self.args, transformer_of(self.pipe)
         if args.aux:
-            # With the skip connection zeros are the linear guess, a better start than what RGB has.
+            # "zero": with the skip connection zero outputs are the linear guess, a better start than the RGB rows.
             widen_transformer(self.pipe, tuple(args.modalities[1:]), "zero", placed=args.placed_memory)
         wide: Widened = widened(self.pipe, args.modalities)
         add_adapters(self.pipe, self.denoiser, args)
@@ -162,7 +163,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         return found
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what is new and what is adapted, each with its rate."""
+        """Return the parameter groups of the new layers and of the adapted weights, each with its learning rate."""
         args = self.args
         new: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -174,9 +175,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
     # Steps.
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Cut a window out of some clips and compare what the network says of it.
+        """Draw a window from some clips and return its loss.
 
-        All processes have the same layout, so that none waits for another. Metrics: `<modality>_loss`.
+        All processes use the same layout in a step, so that none waits for another. Metrics: `<modality>_loss`.
         """
         args, micro = self.args, self._micro
         self._micro += 1
@@ -207,7 +208,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         return told if window.placed is None else {**told, "placed": window.placed.noised(generator)}
 
     def _batch(self, pool: ClipPool, layout: Layout, rows: torch.Generator, count: int) -> ClipBatch:
-        """Draw some clips, and what is said of them."""
+        """Draw some clips of a pool, with their texts."""
         clips = torch.randint(len(pool), (count,), generator=rows)
         draw = torch.rand(count, 2, generator=rows)
         later = (draw[:, 0] >= self.args.start_caption).long() * layout.start
@@ -223,9 +224,9 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
 
     @torch.no_grad()
     def _remember_own(self, layout: Layout, batch: ClipBatch, rows: torch.Generator) -> None:
-        """Put what the model makes of the group before the window in its place: one shift of a rollout.
+        """Replace the latents of the group before the window by those that the model generates in one rollout shift.
 
-        Nothing changes where there is no such group, or where memory was given, as in windows that fill.
+        Nothing changes if there is no such group, or in windows that fill, whose memory is given to the rollout.
         """
         args, windows = self.args, self.windows
         size, start = args.causal_block_size, layout.start - args.causal_block_size
@@ -242,16 +243,17 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
             after = windows.at(before, batch.latents, (step + 1) / steps, level, batch.poses, batch.sights)
             velocity, _ = network(z, window.levels, told)
             change = (after.levels.sigma - window.levels.sigma)[:, None, :, :1, None]
-            # Memory has the same level before and after, so it stays.
+            # Memory has the same level before and after the step, so its latents do not change.
             z, window = z + change * velocity, after
         memory = z.shape[2] - len(layout.ages) * size
         own = z[:, :, memory : memory + size].to(batch.latents.dtype)
         batch.put(own, start)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the mean loss and its terms on held-out clips, at windows that are the same each time.
+        """Return the mean loss and its terms on held-out clips, with the same windows in every evaluation.
 
-        The term of a modality is a mean over the windows in which it counts, and is left out if there are none.
+        The term of a modality is a mean over the windows in which the modality counts. Without such windows it is
+        omitted.
         """
         if self.eval_pool is None:
             return {}
@@ -268,22 +270,22 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
                 found.setdefault(name, []).append(torch.as_tensor(loss if name == "loss" else terms[name]))
         return {name: float(torch.stack(values).mean()) for name, values in found.items()}
 
-    # What is kept.
+    # Checkpoints and export.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many micro-batches were taken, the scale that was measured, and whether there is a skip."""
+        """Return the number of micro-batches so far, the measured latent scale, and whether there is a skip."""
         skip = self._model.embedder.config["skip"]
         return {"micro": self._micro, "latent_scale": list(self._model.latent_scale), "skip": skip}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state."""
         self._micro = int(state["micro"])
         self._model.embedder.register_to_config(skip=state.get("skip", False))  # type: ignore[no-untyped-call]
-        if self.args.latent_scale is None:  # runs from before there was one had a scale of 1
+        if self.args.latent_scale is None:  # checkpoints of older versions have no entry; their scale is 1
             self._model.latent_scale = state.get("latent_scale", [1.0] * len(self._model.modalities))
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the adapter that `postgen.worldweaver.adapter.load_adapter` reads; of all weights the base too."""
+        """Write the adapter for `load_adapter`. If all weights are trained, also write the base model."""
         own = weights[_MODEL]
         parts = {
             name: {key.removeprefix(f"{name}."): value for key, value in own.items() if key.startswith(f"{name}.")}

@@ -1,4 +1,4 @@
-"""Videos of a user with their depth, read and encoded; processes share the work through `pool_dir`."""
+"""Read and encode a user's videos with their depth. Processes share the work through `pool_dir`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .pool_files import encoder_key, lock_of, read_latents, unwritable, write_la
 from .texts import Texts
 
 _BLOCKS, _BLOCK = 16, 2**16
-"""Of a file so many pieces of so many bytes are looked at, evenly spaced; all of it up to their sum."""
+"""Number and size in bytes of the evenly spaced pieces of a file that are hashed. Small files are hashed whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Video:
-    """A row that was looked at."""
+    """A checked row of the dataset."""
 
     where: str
     path: str
@@ -55,51 +55,52 @@ def video_pool(
     part: int = 0,
     parts: int = 1,
 ) -> ClipPool:
-    """Read and encode a user's videos; they are kept on the CPU.
+    """Read and encode a user's videos. The latents are kept on the CPU.
 
-    With `config.pool_dir` there is a file for each clip and modality, named after what it depends on. A process makes
-    those of its own share of the rows that are missing, then what nobody else is at, and reads the rest.
+    With `config.pool_dir` there is a file for each clip and modality, named by a hash of everything that it depends
+    on. A process encodes the missing clips of its own share, then missing clips that no other process is encoding,
+    and reads all other clips from their files.
 
     Args:
-        config: their length and size, the depth estimator, and where encoded clips are kept.
-        model: encodes them, and says which modalities there are.
-        texts: get the prompts.
-        source: rows, or where they are.
-        name: what messages call them.
-        wrong: whether corrupted ones are wanted.
+        config: length and size of the clips, the depth estimator, and the folder for encoded clips.
+        model: encodes the clips and determines the modalities.
+        texts: receives the prompts.
+        source: the rows, or the path of a dataset.
+        name: name of the dataset in error messages.
+        wrong: whether to make corrupted RGB.
         bf16: encode in bfloat16.
-        depth_source: instead of `config.depth_model`, and not with `pool_dir`.
-        part: number of the process.
-        parts: processes that call this with the same rows.
+        depth_source: depth source to use instead of `config.depth_model`; not allowed with `pool_dir`.
+        part: rank of the process.
+        parts: number of processes that call this function with the same rows.
 
     Raises:
-        UserError: a row without video, one that is too short, or depth that is nowhere; a model of flow; a `pool_dir`
+        UserError: a row without video, a video that is too short, or missing depth; a model with flow; a `pool_dir`
             that cannot be written or read.
     """
     if "flow" in model.modalities:
-        raise UserError(f"{name}: videos have no optical flow here, only the world has: leave flow out of aux")
+        raise UserError(f"{name}: videos have no optical flow, only scenes of the world have: omit flow from aux")
     if config.pool_dir is not None and depth_source is not None:
-        raise UserError("what depth_source says is not kept in pool_dir: name depth_model, or leave pool_dir out")
+        raise UserError("pool_dir cannot be used with depth_source: give depth_model instead, or omit pool_dir")
     rows = Prompts(source, name, seed=0, shuffle=False).rows
     wants = "depth" in model.modalities
     none = wants and depth_source is None and config.depth_model is None
     videos = [_checked(row, f"row {number} of {name}", wants, none) for number, row in enumerate(rows)]
 
-    @cache  # loaded where a row needs it
+    @cache  # loads the estimator only if a row needs it
     def estimator() -> DepthSource:
         return depth_source or TransformersDepth(str(config.depth_model), device=model.transformer.device)
 
     names = [*model.modalities, *([CORRUPTED] if wrong else [])]
     made = _Encoder(config, model, names, estimator, bf16)
     if config.pool_dir is None and parts > 1 and part == 0:
-        say(f"{name}: each of {parts} processes encodes all {len(rows)} videos; with pool_dir they share the work")
+        say(f"{name}: each of {parts} processes encodes all {len(rows)} videos; set pool_dir to share the work")
     if config.pool_dir is not None:
         made.share(videos, part, parts)
     latents: dict[str, Tensor] = {}
     bar = tqdm(videos, desc=f"{name}: {len(rows)} videos", disable=part != 0 or len(rows) < 4, leave=False)
     for number, video in enumerate(bar):
         for key, value in made.clip(video).items():
-            # In their place at once: a list that is joined at the end would be held twice.
+            # Write into one tensor: concatenating a list at the end would need twice the memory.
             latents.setdefault(key, value.new_empty(len(rows), *value.shape[1:]))[number] = value[0]
     texts.add(row["prompt"] for row in rows)
     frames = latents["rgb"].shape[2]
@@ -108,7 +109,7 @@ def video_pool(
 
 
 class _Encoder:
-    """Makes the latents of a clip, or reads them."""
+    """Encodes clips, or reads their latents from files."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class _Encoder:
         self._content = cache(_content)
 
     def share(self, videos: Sequence[_Video], part: int, parts: int) -> None:
-        """Make the own share of the files that are missing, then those that no other process is at."""
+        """Encode the missing clips of the own share, then missing clips that no other process is encoding."""
         own = videos[part::parts]
         for video in tqdm(own, desc=f"encoding {len(own)} videos", disable=part != 0 or len(own) < 4, leave=False):
             self._make(video)
@@ -141,7 +142,7 @@ class _Encoder:
         return {name: read_latents(place) for name, place in self.files(video).items()}
 
     def files(self, video: _Video) -> dict[str, Path]:
-        """Return where the latents of a clip are kept."""
+        """Return the files for the latents of a clip by name."""
         if video not in self._files:
             assert self.config.pool_dir is not None
             said: list[Any] = [self._content(video.path, video.where), *self.told]
@@ -162,7 +163,7 @@ class _Encoder:
         return ["model", self._content(model, "depth_model") if Path(model).is_dir() else model]
 
     def _make(self, video: _Video, *, wait: bool = True) -> None:
-        """See that the files of a clip are there; without waiting, only where no other process is at them."""
+        """Write the missing files of a clip. With `wait=False` skip a clip that another process is encoding."""
         files = self.files(video)
         if all(place.is_file() for place in files.values()):
             return
@@ -178,11 +179,11 @@ class _Encoder:
         except OSError as error:
             raise unwritable(rgb, error) from error
         try:
-            # Another process may have made them in the meantime.
+            # Another process may have written the files before this process got the lock.
             missing = [name for name, place in files.items() if not place.is_file()]
             for name, value in self._encoded(video, missing).items() if missing else ():
                 write_latents(files[name], value)
-            # There is nothing left to lock. Whoever waits finds the files.
+            # The lock file is no longer needed: a process that waits for it will find the files.
             (lock.folder / f".{rgb.stem}.lock").unlink(missing_ok=True)
         finally:
             lock.release()
@@ -190,26 +191,26 @@ class _Encoder:
     def _encoded(self, video: _Video, names: Sequence[str]) -> dict[str, Tensor]:
         rgb = _clip(video, self.config)
         disparity = _disparity(video, rgb, self.estimator)[None] if "depth" in names else None
-        # Of the video, not of its place: in another process, or beside other rows, it is spoilt in the same way.
+        # Seed with the content of the video, so that its corruption is the same in every process and dataset.
         noise = torch.Generator().manual_seed(int(self._content(video.path, video.where)[:15], 16))
         found = encoded(self.model, names, rgb[None], disparity, None, noise, bf16=self.bf16)
         return {name: value.cpu() for name, value in found.items()}
 
 
 def _checked(row: Row, where: str, wants: bool, none: bool) -> _Video:
-    """Look at a row before any video is read."""
+    """Check a row before any video is read."""
     path, depth = row.get("video"), row.get("depth") if wants else None
     if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: video is {shown(path)}, it must name a file or a folder of frames")
+        raise UserError(f"{where}: video must be the path of a file or of a folder of frames, got {shown(path)}")
     if depth is None and none:
-        raise UserError(f"{where} has no depth: give a column depth, or depth_model")
+        raise UserError(f"{where} has no depth: add a column depth, or set depth_model")
     if depth is not None and (not isinstance(depth, str) or not depth):
-        raise UserError(f"{where}: depth is {shown(depth)}, it must name a file or a folder of pictures")
+        raise UserError(f"{where}: depth must be the path of a file or of a folder of pictures, got {shown(depth)}")
     return _Video(where=where, path=path, depth=depth)
 
 
 def _content(path: str, where: str) -> str:
-    """Return a short digest of what is in a file, or in those of a folder: sizes, and bytes evenly spaced."""
+    """Return a short digest of a file, or of all files in a folder, from their sizes and sampled pieces."""
     place, said = Path(path), hashlib.sha256()
     try:
         for file in sorted(each for each in place.rglob("*") if each.is_file()) if place.is_dir() else [place]:
@@ -225,7 +226,7 @@ def _content(path: str, where: str) -> str:
 
 
 def _clip(video: _Video, config: ClipsConfig) -> Tensor:
-    """Return (F, 3, H, W) of a video; of its own size only a few frames are held at a time."""
+    """Read and resize a video, (F, 3, H, W). Only a few frames are held at their original size at a time."""
     found = torch.empty(config.num_frames, 3, *config.size)
     done = 0
     for frames in iter_video(video.path, count=config.num_frames):
@@ -235,14 +236,14 @@ def _clip(video: _Video, config: ClipsConfig) -> Tensor:
 
 
 def _disparity(video: _Video, rgb: Tensor, estimator: Callable[[], DepthSource]) -> Tensor:
-    """Return (F, H, W) of a video: what its row names, else what the estimator says."""
+    """Return the disparity of a video (F, H, W): from the file of its row, or else from the estimator."""
     if video.depth is None:
-        return _finite(estimator()(rgb.movedim(1, -1)), f"{video.where}: the depth that was estimated")
+        return _finite(estimator()(rgb.movedim(1, -1)), f"{video.where}: the estimated depth")
     where = f"{video.where}: {video.depth}"
     if Path(video.depth).suffix == ".safetensors":
         tensors = read_tensors(Path(video.depth), f"{video.where}: depth {video.depth} cannot be read")
         if "disparity" not in tensors or tensors["disparity"].dim() != 3 or not tensors["disparity"].numel():
-            raise UserError(f"{where} has no tensor disparity (frames, height, width)")
+            raise UserError(f"{where} needs a tensor named disparity of shape (frames, height, width)")
         parts = [tensors["disparity"][: len(rgb)].float()]
     else:
         parts = [frames.mean(1) for frames in iter_video(video.depth, count=len(rgb))]
@@ -259,7 +260,9 @@ def _finite(disparity: Tensor, where: str) -> Tensor:
 
 def _cut(frames: Tensor, count: int, where: str) -> Tensor:
     if len(frames) < count:
-        raise UserError(f"{where} has {len(frames)} frames, num_frames is {count}: take longer videos or less frames")
+        raise UserError(
+            f"{where} has {len(frames)} frames but num_frames is {count}: give longer videos or lower num_frames"
+        )
     return frames[:count]
 
 

@@ -1,9 +1,9 @@
-"""Give a trained transformer channels for depth and flow beside those of RGB, and take them away again.
+"""Add channels for depth and flow to a trained transformer, and remove them again.
 
-The weights of RGB stay where they are. Columns of the new inputs are zero, so RGB comes out as before whatever the
-others are given; rows of the new outputs are a copy of those of RGB (as VideoJAM, arXiv:2502.02492, widens a model, in
-the channels and without more tokens). The result is a plain model of its class with larger `in_channels` and
-`out_channels`.
+The RGB weights are not changed. The weight columns of the new inputs are zero, so the RGB output is the same as before
+for any values of the new inputs. The weight rows of the new outputs are copies of the RGB rows. VideoJAM
+(arXiv:2502.02492) widens a model in the same way: in the channels, without additional tokens. The result is a plain
+model of the same class with larger `in_channels` and `out_channels`.
 """
 
 from __future__ import annotations
@@ -30,50 +30,51 @@ _FIELDS = ("in_channels", "out_channels")
 
 @dataclass(slots=True, eq=False)
 class Widened:
-    """What a transformer with channels of several modalities carries."""
+    """Record of a transformer with channels of several modalities."""
 
     modalities: tuple[Modality, ...]
-    """RGB first."""
+    """Modalities, RGB first."""
     channels: int
-    """Of each modality."""
+    """Number of latent channels of each modality."""
     widths: Widths
-    """Of the widened transformer."""
+    """First and last layer of the widened transformer, and their channel positions."""
     placed: bool = False
-    """Whether there are inputs for memory that is placed: a latent of each modality, and a mask."""
+    """Whether there are inputs for placed memory: a latent of each modality, and a mask."""
     before: dict[str, int | None] | None = None
-    """`in_channels` and `out_channels` as they stood in the config before; None: not known, it was loaded widened."""
-    told: str = "not driven yet"
-    """How its network is told the noise levels of the frames."""
+    """`in_channels` and `out_channels` of the config before widening; None: unknown, because the transformer was
+    loaded widened."""
+    told: str = "not set yet"
+    """How the network receives the noise levels of the frames, for the summary."""
     latent_scale: Scale | None = None
-    """What the latents of each modality are multiplied by before the network sees them; None is 1."""
+    """Factor by which the latents of each modality are multiplied for the network; None: 1 for all."""
     embedder: nn.Module | None = None
-    """The level embedder that tells it the levels: of the adapter that is in it, or of the last `WorldWeaverModel`."""
+    """The level embedder: of the loaded adapter, or of the last `WorldWeaverModel`."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that came with that embedder's adapter."""
+    """Settings of the adapter that the embedder came with."""
 
     def driven_by(self, embedder: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
-        """Remember a level embedder; without settings it keeps those that it has."""
+        """Set the level embedder. `settings=None` keeps the settings if the embedder stays the same."""
         if settings is not None or embedder is not self.embedder:
             self.settings = dict(settings or {})
         self.embedder = embedder
 
     @property
     def scale(self) -> Scale:
-        """`latent_scale` as numbers."""
+        """`latent_scale` with None replaced by ones."""
         return self.latent_scale or (1.0,) * len(self.modalities)
 
     @property
     def aux(self) -> int:
-        """Channels that are not of RGB."""
+        """Number of channels of modalities other than RGB."""
         return self.channels * (len(self.modalities) - 1)
 
     @property
     def shown(self) -> int:
-        """Channels of placed memory, which are inputs alone."""
+        """Number of channels of placed memory, which are inputs only."""
         return self.channels * len(self.modalities) + 1 if self.placed else 0
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return a one-line description of the modalities and settings."""
         memory = ", and placed memory" if self.placed else ""
         names = " + ".join(scale_words(self.modalities, self.scale))
         return f"{names}, {self.channels} channels each{memory}; noise levels: {self.told}"
@@ -88,43 +89,46 @@ def widen_transformer(
     placed: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Give a transformer inputs and outputs for further modalities, in place; its config is updated.
+    """Add inputs and outputs for further modalities to a transformer, in place. The config is updated.
 
-    Inputs of a new modality come behind all that there are (36 in Wan image-to-video), outputs behind those of RGB.
+    Inputs of a new modality follow all existing inputs (36 in Wan image-to-video). Outputs of a new modality follow
+    the RGB outputs.
 
     Args:
-        target: a transformer, or a pipeline with one.
-        aux: ("depth",) or ("depth", "flow"); with `placed` also none.
-        init_out: rows of the new outputs: "copy" of those of RGB, or "zero". Rows that are zero keep the new inputs
-            from getting gradients of the new outputs in the first step.
-        aux_scale: what the copies are multiplied by.
-        placed: whether to add inputs for memory that is placed in the coming frames: as many channels as the latents
-            of all modalities have, and a mask, behind all others.
-        arguments: of a small forward, for a class of which postgen does not know how it is called.
+        target: a transformer, or a pipeline with one transformer.
+        aux: ("depth",) or ("depth", "flow"); with `placed` also ().
+        init_out: initialisation of the rows of the new outputs: "copy" copies the RGB rows, "zero" sets them to zero.
+            With "zero" the new inputs receive no gradients from the new outputs in the first step.
+        aux_scale: factor on the copied rows.
+        placed: whether to add inputs for placed memory: as many channels as the latents of all modalities, and a mask,
+            behind all other inputs.
+        arguments: arguments of a small forward pass, for a class whose call postgen does not know.
 
     Returns:
         The transformer.
 
     Raises:
-        UserError: two experts; widened already; a class or layer that cannot be widened, with the reason.
+        UserError: two experts; a transformer that is already widened; or a class or layer that cannot be widened, with
+            the reason.
     """
     model, modalities = transformer_of(target), (MODALITIES[0], *aux)
     _check_settings(aux, init_out, aux_scale, placed)
     there: Widened | None = installed(model).plug_ins.get(NAME)
     if there is not None and (there.aux or there.placed):
-        raise UserError(f"this {type(model).__name__} is widened already: narrow_transformer undoes it")
+        raise UserError(f"this {type(model).__name__} is already widened: call narrow_transformer first")
     channels = _channels(model)
     old = find_widths(model, arguments)
     _check_layers(model, old)
     before = {field: model.config[field] for field in _FIELDS}
     made = Widened(modalities, channels, old, placed, before)
-    # None stands for as many outputs as inputs, which placed memory ends.
+    # out_channels=None means as many outputs as inputs, which does not hold with inputs for placed memory.
     outputs = None if before["out_channels"] is None and not placed else channels + made.aux
     grown = {"in_channels": before["in_channels"] + made.aux + made.shown, "out_channels": outputs}
     _check_class(model, old, grown)
     more = None if arguments is None else _with_channels(model, arguments, made.aux + made.shown)
     parts = _weights(model, old)
     with _undone(model, parts, before):
+        # Replace the parameters of both layers by larger ones, then fill them.
         resize(model, old, len(old.columns) + made.aux + made.shown, len(old.rows) + made.aux, grown)
         made.widths = find_widths(model, more)
         _fill(model, parts, old, made.widths)
@@ -141,25 +145,25 @@ def narrow_transformer(
     placed: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Take the channels of all modalities but RGB away, in place: the stock model, bit for bit where not trained.
+    """Remove the channels of all modalities but RGB, in place. Untrained weights equal the stock weights bit by bit.
 
     Args:
-        target: a transformer, or a pipeline with one.
-        aux: what there is beside RGB, for a transformer that was loaded widened.
-        placed: whether it has inputs for placed memory, of such a transformer.
+        target: a transformer, or a pipeline with one transformer.
+        aux: modalities beside RGB; required for a transformer that was loaded widened.
+        placed: whether a transformer that was loaded widened has inputs for placed memory.
         arguments: as for `widen_transformer`, of the stock model.
 
     Returns:
         The transformer.
 
     Raises:
-        UserError: it is not widened, or it is not known with what.
+        UserError: the transformer is not widened, or its modalities are unknown.
     """
     model = transformer_of(target)
     modalities = None if aux is None else (MODALITIES[0], *aux)
     wide = widened(model, modalities, placed=placed, arguments=arguments)
     if not (wide.aux or wide.placed):
-        raise UserError(f"this {type(model).__name__} has channels of RGB alone: there is nothing to take away")
+        raise UserError(f"this {type(model).__name__} has only RGB channels: there is nothing to remove")
     old = wide.widths
     _check_layers(model, old)
     inputs, outputs = len(old.columns) - wide.aux - wide.shown, len(old.rows) - wide.aux
@@ -175,7 +179,7 @@ def narrow_transformer(
 
 
 def forget_widening(model: Any) -> None:
-    """Take off what there is: channels, and the record of a model of RGB alone."""
+    """Remove all additional channels, and the record of an RGB-only model."""
     found: Widened | None = installed(model).plug_ins.get(NAME)
     if found is not None and (found.aux or found.placed):
         narrow_transformer(model)
@@ -184,7 +188,7 @@ def forget_widening(model: Any) -> None:
 
 
 def stock_channels(wide: Widened, config: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return `in_channels` and `out_channels` without those that were added, where a config has them."""
+    """Return `in_channels` and `out_channels` of a config without the added channels; None stays None."""
     less = {"in_channels": wide.aux + wide.shown, "out_channels": wide.aux}
     return {field: None if config[field] is None else config[field] - count for field, count in less.items()}
 
@@ -196,49 +200,55 @@ def widened(
     placed: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Widened:
-    """Return what a widened transformer carries; one that was loaded from a folder is looked at.
+    """Return the record of a widened transformer. For a transformer that was loaded widened, a record is made.
 
-    With ("rgb",) a stock transformer counts as one of a single modality.
+    With modalities=("rgb",) a stock transformer counts as a transformer with a single modality.
 
     Args:
-        target: a transformer, or a pipeline with one.
-        modalities: that it has, RGB first; needed where it was loaded.
-        placed: whether it has inputs for placed memory; heard where it was loaded.
+        target: a transformer, or a pipeline with one transformer.
+        modalities: modalities of the transformer, RGB first; required for a transformer that was loaded widened.
+        placed: whether it has inputs for placed memory; used only for a transformer that was loaded widened.
         arguments: as for `widen_transformer`, of the stock model.
 
     Raises:
-        UserError: it is not widened, or with other modalities.
+        UserError: the transformer is not widened, or has other modalities.
     """
     model = transformer_of(target)
     found: Widened | None = installed(model).plug_ins.get(NAME)
     if found is None:
         if modalities is None:
             raise UserError(
-                f"this {type(model).__name__} is not widened: call widen_transformer; of one that was loaded widened"
-                " say with what, as aux=('depth',)"
+                f"this {type(model).__name__} is not widened: call widen_transformer; for a transformer that was"
+                " loaded widened give the modalities, as aux=('depth',)"
             )
         if modalities[:1] != MODALITIES[:1] or tuple(modalities[1:]) not in ((), *AUX):
             raise UserError(f"modalities must be the first ones of {', '.join(MODALITIES)}, got {shown(modalities)}")
         outputs = _channels(model)
         if outputs % len(modalities):
-            raise UserError(f"{outputs} output channels are not those of {len(modalities)} modalities")
+            raise UserError(
+                f"{outputs} output channels cannot be divided into {len(modalities)} modalities: give the modalities"
+                " of this transformer"
+            )
         channels = outputs // len(modalities)
         more = outputs - channels + (outputs + 1 if placed else 0)
         call = None if arguments is None else _with_channels(model, arguments, more)
         found = Widened(tuple(modalities), channels, find_widths(model, call), placed)
         if len(found.widths.columns) < outputs + found.shown:
-            raise UserError(f"this {type(model).__name__} has no inputs for placed memory: leave placed out")
+            raise UserError(f"this {type(model).__name__} has no inputs for placed memory: omit placed")
         installed(model).plug_ins[NAME] = found
     elif modalities is not None and modalities != found.modalities:
-        raise UserError(f"this transformer has {', '.join(found.modalities)}, asked was for {', '.join(modalities)}")
+        raise UserError(
+            f"this transformer has {', '.join(found.modalities)}, but {', '.join(modalities)} is requested: give the"
+            " modalities of this transformer"
+        )
     return found
 
 
 def transformer_of(target: Any) -> Any:
-    """Return the transformer of a pipeline, or the transformer itself, without what is wrapped around it.
+    """Return the transformer of a pipeline, or the transformer itself, without wrappers.
 
     Raises:
-        UserError: two experts.
+        UserError: the pipeline has two experts.
     """
     found = transformers_of(target)
     config: Mapping[str, Any] = {} if "" in found else getattr(target, "config", {})
@@ -248,10 +258,10 @@ def transformer_of(target: Any) -> Any:
 
 
 def two_experts(pipeline: str) -> str:
-    """Return why a pipeline of two experts is refused."""
+    """Return the error message for a pipeline with two experts."""
     return (
-        f"{pipeline} has two experts, one for high and one for low noise (Wan2.2-A14B): a window holds frames of both,"
-        " and one network sees it whole. Use a model of one network (Wan2.1, Wan2.2-TI2V-5B)"
+        f"{pipeline} has two experts, one for high and one for low noise (Wan2.2-A14B), but a window has frames of"
+        " high and low noise and needs one network: use a model with one network (Wan2.1, Wan2.2-TI2V-5B)"
     )
 
 
@@ -262,11 +272,11 @@ def _check_settings(aux: Sequence[Modality], init_out: str, aux_scale: float, pl
         raise UserError(f"init_out must be 'copy' or 'zero', got {shown(init_out)}")
     check_number("aux_scale", aux_scale, -1000, 1000)
     if init_out == "zero" and aux_scale != 1:
-        raise UserError(f"aux_scale={aux_scale:g} scales copied rows: use init_out='copy' with it")
+        raise UserError(f"aux_scale={aux_scale:g} applies to copied rows: give init_out='copy', or omit aux_scale")
 
 
 def _channels(model: Any) -> int:
-    """Output channels, which are those of the latents; further inputs are conditions."""
+    """Return the number of output channels, which equals the latent channels; further inputs are conditions."""
     layout_of(model)
     config, kind = model.config, type(model).__name__
     if not isinstance(config.get("in_channels"), int) or "out_channels" not in config:
@@ -284,13 +294,13 @@ def _check_layers(model: nn.Module, widths: Widths) -> None:
         layer = model.get_submodule(name)
         if type(layer) not in (nn.Linear, nn.Conv2d, nn.Conv3d):
             raise UserError(
-                f"{name} is a {type(layer).__name__}, which cannot be given other channels: take a LoRA or another"
-                " number format off this layer first"
+                f"{name} is a {type(layer).__name__} and cannot be widened: remove the LoRA or the quantisation from"
+                " this layer first"
             )
 
 
 def _check_class(model: Any, widths: Widths, config: dict[str, Any]) -> None:
-    """See that the class, built with more channels, has the same other weights: or it could not be loaded again."""
+    """Check that the class with more channels has the same other weights, so that it can be saved and loaded."""
     from accelerate import init_empty_weights
 
     kind = type(model).__name__
@@ -298,15 +308,17 @@ def _check_class(model: Any, widths: Widths, config: dict[str, Any]) -> None:
         with init_empty_weights():
             own = {name: value for name, value in model.config.items() if not name.startswith("_")}
             built = type(model).from_config({**own, **config})
-    except Exception as error:  # a class checks its numbers as it likes
-        raise UserError(f"{kind} cannot be widened, it is not made with more channels: {first_line(error)}") from error
+    except Exception as error:  # a model class may raise any exception for its config
+        raise UserError(
+            f"{kind} cannot be widened, because it cannot be created with more channels: {first_line(error)}"
+        ) from error
     may = {f"{widths.first}.weight", f"{widths.last}.weight", f"{widths.last}.bias"}
     there = {name.replace(".base_layer.", "."): weight.shape for name, weight in model.state_dict().items()}
     for name, weight in built.state_dict().items():
         if name in there and name not in may and weight.shape != there[name]:
             raise UserError(
-                f"{kind} cannot be widened: {name} depends on the number of channels too, and takes something else"
-                " than the latents"
+                f"{kind} cannot be widened: {name} also depends on the number of channels, but its input is not the"
+                " latents"
             )
 
 
@@ -318,7 +330,7 @@ def _with_channels(model: Any, arguments: Mapping[str, Any], more: int) -> dict[
 
 
 def _weights(model: nn.Module, widths: Widths) -> dict[str, Any]:
-    """The layers and their parameters as they are, for filling the new ones and for undoing."""
+    """Return the two layers and their current parameters, to fill the new parameters or to undo the change."""
     first: Any = model.get_submodule(widths.first)
     last: Any = model.get_submodule(widths.last)
     parts = {"first": first, "last": last, "first.weight": first.weight, "last.weight": last.weight}
@@ -327,7 +339,7 @@ def _weights(model: nn.Module, widths: Widths) -> dict[str, Any]:
 
 @contextmanager
 def _undone(model: Any, parts: dict[str, Any], config: dict[str, Any]) -> Iterator[None]:
-    """Leave the model as it was where the block fails."""
+    """Context manager that restores the model if the block raises."""
     first, last = parts["first"], parts["last"]
     sizes = inputs_of(first), last.out_features
     try:
@@ -341,7 +353,7 @@ def _undone(model: Any, parts: dict[str, Any], config: dict[str, Any]) -> Iterat
 
 
 def _copy(model: nn.Module, parts: dict[str, Any], old: Widths, made: Widened, scale: float) -> None:
-    """Give the outputs of every further modality the rows of RGB."""
+    """Copy the RGB rows, times a scale, to the outputs of every further modality."""
     last: Any = model.get_submodule(made.widths.last)
     copies = made.widths.rows[made.channels :].unflatten(0, (-1, made.channels))
     for name in ("weight", "bias"):
@@ -350,7 +362,7 @@ def _copy(model: nn.Module, parts: dict[str, Any], old: Widths, made: Widened, s
 
 
 def _fill(model: nn.Module, parts: dict[str, Any], old: Widths, new: Widths) -> None:
-    """Copy what both have: channels from the first on, at each place of the patch."""
+    """Copy the channels that both sizes have, at each position of the patch."""
     first: Any = model.get_submodule(new.first)
     last: Any = model.get_submodule(new.last)
     inputs, outputs = (min(len(a), len(b)) for a, b in ((old.columns, new.columns), (old.rows, new.rows)))

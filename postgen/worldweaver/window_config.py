@@ -1,4 +1,4 @@
-"""What a window holds, in training and in rollouts, and how often training shows which kind."""
+"""Settings of windows, in training and in rollouts, and the shares of the kinds of training windows."""
 
 from __future__ import annotations
 
@@ -17,91 +17,91 @@ from .widen import AUX
 
 @dataclass(kw_only=True)
 class WindowConfig(Part):
-    """What a window holds, in training and in rollouts, and how often training shows which kind.
+    """Settings of windows, in training and in rollouts, and the shares of the kinds of training windows.
 
     Raises:
-        UserError: a value outside its range, or two that do not go together.
+        UserError: a value outside its range, or values that contradict each other.
     """
 
     part: ClassVar[str] = "window"
 
     aux: list[str] = field(default_factory=lambda: ["depth"])
-    """Modalities beside RGB: [], [depth] or [depth, flow]."""
+    """Modalities in addition to RGB: [], [depth] or [depth, flow]."""
 
     causal_block_size: int = 3
     """F, latent frames of a group."""
 
     groups: int = 3
-    """K, groups in flight; 1 is one chunk after the other."""
+    """K, number of groups in flight; with 1, groups are generated one after the other."""
 
     num_inference_steps: int = 30
-    """N, steps of a rollout from noise to clean, a multiple of `groups`."""
+    """N, number of steps of a rollout from noise to clean, a multiple of `groups`."""
 
     history_sizes: list[int] = field(default_factory=lambda: [4, 2])
-    """Frames of long and of short memory."""
+    """Number of latent frames of long and of short memory."""
 
     keep_first_frame: bool = True
     """Whether the first frame of the video is always in long memory."""
 
     memory_policy: str = "logspace"
-    """How long memory is chosen, a key of `postgen.worldweaver.selection.POLICIES`."""
+    """Selection policy of long memory, a key of `postgen.worldweaver.selection.POLICIES`."""
 
     mem_noise: float = 0.12
-    """Noise level of the RGB of long memory in rollouts, which the adapter says."""
+    """Noise level of RGB in long memory during rollouts. It is saved with the adapter."""
 
     mem_noise_max: float = 0.3
-    """In training that level is drawn from 0 to this, for each row."""
+    """Largest noise level of RGB in long memory during training. Each row draws its level from 0 to this value."""
 
     flow_noise: float = 0.5
-    """Noise level of the flow of long memory."""
+    """Noise level of flow in long memory."""
 
     short_noise_max: float = 0.05
-    """The RGB of short memory has a level up to this in half of the rows; in rollouts it is clean."""
+    """Largest noise level of RGB in short memory, in half of the training rows. In rollouts short memory is clean."""
 
     depth_in_memory: bool = True
-    """False shows noise in the place of the depth and flow of memory."""
+    """Whether memory includes depth and flow. If false, noise replaces them."""
 
     fill_share: float = 0.1
-    """Windows with groups in the segments of most noise only, as at the beginning of a rollout."""
+    """Share of windows that fill: their groups are in the segments with the most noise, as at the start of a video."""
 
     drain_share: float = 0.1
-    """Windows with groups in the segments of least noise only, as at the end."""
+    """Share of windows that drain: their groups are in the segments with the least noise, as at the end of a video."""
 
     no_memory_share: float = 0.1
-    """Windows at the beginning of the clip, without memory, of those that do not fill."""
+    """Share of windows at the start of the clip, without memory. Windows that fill have their own share."""
 
     first_frame_share: float = 0.1
-    """Windows whose memory is the first frame, of those that do not fill."""
+    """Share of windows whose memory is the first frame only. Windows that fill have their own share."""
 
     independent_share: float = 0.25
-    """Rows whose groups have a phase each; 1 is diffusion forcing."""
+    """Share of rows in which each group has its own phase; 1 is diffusion forcing."""
 
     split_share: float = 0.1
-    """Rows whose depth and flow have other levels than RGB."""
+    """Share of rows in which depth and flow have other noise levels than RGB."""
 
     drop_share: float = 0.1
-    """Rows without depth and flow: noise, and no loss."""
+    """Share of rows without depth and flow: pure noise, and no loss on them."""
 
     corrupt_share: float = 0.3
-    """Rows whose memory is blurred and has wrong colours."""
+    """Share of rows whose memory is blurred and has wrong colours."""
 
     placed_memory: bool = False
-    """Whether the network is shown what of the past it will see, placed by depth and camera (`placed`)."""
+    """Whether the network receives placed memory: past latents, placed by depth and camera (`placed`)."""
 
     placed_warp: bool = True
-    """False shows the stored frame that shows most of it, as it is: what placing is compared with."""
+    """False: use the stored frame that shows most of the coming frame, without warping (a baseline)."""
 
     placed_depth_noise: float = 0.1
-    """Greatest error of the depth that memory is placed by in training, in shares, see `placed_clips`."""
+    """Largest relative error of the depth with which memory is placed in training, see `placed_clips`."""
 
     placed_drop_share: float = 0.2
-    """Rows without placed memory."""
+    """Share of rows without placed memory."""
 
     placed_holes: float = 0.5
-    """Share of the placed cells that is left out of a row, in blocks, is drawn from 0 to this."""
+    """Largest share of placed cells that are removed in blocks. Each row draws its share from 0 to this value."""
 
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25])
-    """Of RGB, depth and flow."""
+    """Loss weights of RGB, depth and flow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,10 +137,10 @@ class WindowConfig(Part):
         self._check_depth()
 
     def _check_depth(self) -> None:
-        """Refuse settings of depth where there is none."""
+        """Check settings that need depth or placed memory."""
         self.require(bool(self.aux) or self.depth_in_memory, "depth_in_memory", "true with aux: []")
         needs = self.memory_policy != "depth_sim" or (self.aux and self.depth_in_memory)
-        self.require(bool(needs), "memory_policy", "another one than depth_sim without depth in memory")
+        self.require(bool(needs), "memory_policy", "another policy than depth_sim without depth in memory")
         needs = bool(self.aux) and self.depth_in_memory
         self.require(needs or not self.placed_memory, "placed_memory", "false without depth in memory")
         self.require(
@@ -150,7 +150,7 @@ class WindowConfig(Part):
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """RGB and what is beside it."""
+        """RGB and the modalities of `aux`."""
         return MODALITIES[: 1 + len(self.aux)]
 
     @property
@@ -159,7 +159,7 @@ class WindowConfig(Part):
         return Segments(steps=self.num_inference_steps, groups=self.groups)
 
     def bank(self) -> MemoryBank:
-        """Return the empty memory of a rollout."""
+        """Return an empty memory bank for a rollout with these settings."""
         long, short = self.history_sizes
         return MemoryBank(
             long,
@@ -172,14 +172,14 @@ class WindowConfig(Part):
         )
 
     def placing(self) -> Placing | None:
-        """Return which sights of clips training needs for placed memory."""
+        """Return the settings of the sights that training needs; None: no placed memory."""
         if not self.placed_memory:
             return None
         ahead = self.groups * self.causal_block_size
         return Placing(ahead=ahead, warp=self.placed_warp, depth_noise=self.placed_depth_noise)
 
     def rollout_settings(self) -> dict[str, object]:
-        """Return what whoever uses the adapter must know, by the names of the arguments of the pipeline."""
+        """Return the settings that a rollout with the adapter needs, by the argument names of the pipeline."""
         names = ["causal_block_size", "num_inference_steps", "history_sizes", "keep_first_frame", "memory_policy"]
         names += ["flow_noise", "depth_in_memory", "placed_memory", "placed_warp"]
         return {name: getattr(self, name) for name in names} | {

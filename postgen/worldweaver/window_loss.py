@@ -1,4 +1,4 @@
-"""The loss of windows: flow matching on the frames that are made, each modality with its weight; none on memory."""
+"""Loss of windows: weighted flow matching for each modality on the frames in flight. Memory frames have no loss."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from .model import WorldWeaverModel
 def window_loss(
     prediction: Tensor, target: Tensor, counted: Tensor, weights: Sequence[float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return sum_m lambda_m mean |v_m - v*_m|^2, and the means; a modality of which nothing counts adds 0.
+    """Return the loss sum_m lambda_m mean |v_m - v*_m|^2 and its means by modality.
+
+    A modality that counts in no frame adds 0.
 
     Args:
-        prediction: (B, M * C, T, h, w); of the T frames the last P are read.
-        target: (B, M * C, P, h, w).
+        prediction: (B, M * C, T, h, w); only the last P of the T frames are used.
+        target: (B, M * C, P, h, w) velocities.
         counted: (B, P, M) bool.
-        weights: lambda, at least M.
+        weights: lambda, at least M values.
     """
     modalities, frames = counted.shape[2], target.shape[2]
     difference = prediction[:, :, -frames:].float() - target
@@ -36,25 +38,25 @@ def window_loss(
 
 
 class WindowLoss(nn.Module):
-    """A widened transformer with its level embedder; `forward` is one call of the network.
+    """A widened transformer with its level embedder; `forward` is one forward pass with loss.
 
     Args:
         denoiser: of a pipeline with one transformer.
-        embedder: of its noise levels.
-        weights: of RGB, depth and flow.
+        embedder: the level embedder.
+        weights: loss weights of RGB, depth and flow.
     """
 
     def __init__(self, denoiser: Denoiser, embedder: LevelEmbedder, weights: Sequence[float]) -> None:
         super().__init__()
         self.weights = list(weights)
-        # Not a module: its parts are registered below, under the names that an adapter has.
+        # In a dict, so that it is not a submodule: its parts are registered below, under the names of an adapter.
         self._model = {"model": WorldWeaverModel(denoiser, embedder, mean_level=not denoiser.per_frame)}
         self.transformer: nn.Module = self._model["model"].transformer
         self.level_embedder = embedder
 
     @property
     def model(self) -> WorldWeaverModel:
-        """What rollouts call."""
+        """The model for rollouts."""
         return self._model["model"]
 
     def forward(
@@ -65,13 +67,13 @@ class WindowLoss(nn.Module):
         target: Tensor | None = None,
         counted: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its terms; the prediction and nothing where there is no target.
+        """Return the loss and its terms; without a target return the prediction and an empty dictionary.
 
         Args:
             z: (B, M * C, T, h, w) noisy latents.
-            levels: of the T frames.
-            condition: of the B rows.
-            target, counted: as for `window_loss`.
+            levels: noise levels and roles of the T frames.
+            condition: condition of the B rows.
+            target, counted: as in `window_loss`.
         """
         prediction = self.model.predict(z, levels, condition)
         if target is None or counted is None:

@@ -1,12 +1,15 @@
-"""Windows that training shows the network: memory and groups in flight, at noise levels that a rollout visits.
+"""Draw training windows: memory frames and groups in flight, at the noise levels of a rollout.
 
-A window is cut out of a clip at a latent frame, where memory ends and groups begin. What a micro-batch shares, so that
-its rows have equal shapes, is its `Layout`: which groups are in flight, and where. Memory is chosen by the bank of the
-rollout with its policy, so training sees the frames that a rollout would be shown there.
+A window is cut from a clip at a latent frame at which memory ends and the groups in flight begin. The rows of a
+micro-batch share a `Layout` (which groups are in flight, and where), so that they have equal shapes. Memory frames are
+selected by the memory bank with the policy of the rollout, so training uses the same frames as a rollout would.
 
-Levels of the groups are tied by one phase, as `segments` draws them. Some rows differ: groups with a phase each
-(diffusion forcing, arXiv:2407.01392); levels of depth and flow that are not those of RGB, half of them with clean RGB,
-so that the model gives the depth of a given video; depth and flow that are not there at all.
+The noise levels of the groups follow from one phase, see `segments`. Some rows are different:
+
+- each group has its own phase (diffusion forcing, arXiv:2407.01392);
+- depth and flow have other noise levels than RGB; in half of these rows RGB is clean, so that the model learns to
+  predict the depth of a given video;
+- depth and flow are missing.
 """
 
 from __future__ import annotations
@@ -28,39 +31,39 @@ from .sights import gathered, with_noise
 from .window_config import WindowConfig
 
 _FILL = (0.5, 0.25)
-"""Shares of windows that fill with no memory, and with one frame: a video begins from nothing, from a picture, or from
-a video. In the others these shares are settings."""
+"""Shares of windows without memory, and with a single frame of memory, among the windows that fill: a video begins
+from text, from a picture, or from a video. For other windows these shares are settings."""
 _UNKNOWN = 0.5
-"""Share of first frames without depth and flow, as a picture that a user gives."""
+"""Share of first frames without depth and flow, like a picture that a user gives."""
 _STILL = 0.5
-"""Share of clean RGB among the rows whose depth has levels of its own."""
+"""Share of rows with clean RGB, among the rows whose depth has its own noise levels."""
 _BLOCKS = 4
-"""Blocks along an edge of a frame of which some are holes in placed memory."""
+"""Number of blocks along an edge of a frame. Some of the blocks become holes in placed memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What the rows of a micro-batch share."""
+    """The common layout of the rows of a micro-batch."""
 
     ages: tuple[int, ...]
-    """Of the groups in flight, oldest first."""
+    """Ages of the groups in flight, oldest first."""
     start: int
-    """Latent frame of the clip at which the oldest begins; all before it is the past."""
+    """Latent frame of the clip at which the oldest group begins; all earlier frames are the past."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Memory that is placed in the frames of a window."""
+    """Placed memory of the frames of a window."""
 
     clean: Tensor
-    """(B, M * C + 1, P, h, w), the mask last."""
+    """(B, M * C + 1, P, h, w) clean latents; the mask is the last channel."""
     level: Tensor
-    """(B,) noise level of its RGB."""
+    """(B,) noise level of RGB."""
     modalities: int
     """M."""
 
     def noised(self, generator: torch.Generator) -> Tensor:
-        """Return it as the network is told, with noise on its RGB."""
+        """Return the input for the network, with noise on RGB."""
         channels = (self.clean.shape[1] - 1) // self.modalities
         shape = (len(self.clean), channels, *self.clean.shape[2:])
         noise = torch.randn(shape, generator=generator, device=self.clean.device)
@@ -69,39 +72,40 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """B rows of T latent frames, memory in front."""
+    """B rows of T latent frames; memory frames come first."""
 
     clean: Tensor
-    """(B, M * C, T, h, w) float32 latents, without noise."""
+    """(B, M * C, T, h, w) float32 clean latents."""
     levels: FrameLevels
-    """Of the noise that is put on them."""
+    """Noise levels that `noised` uses, and roles."""
     counted: Tensor
-    """(B, P, M) bool: which of the P frames in flight count in the loss, by modality."""
+    """(B, P, M) bool: which of the P frames in flight count in the loss, for each modality."""
     placed: Placed | None = None
-    """What of the past is placed in the frames in flight; None is nothing."""
+    """Placed memory of the frames in flight; None: no placed memory."""
 
     def noised(self, noise: Tensor) -> Tensor:
-        """Return the latents with noise of their levels, (1 - sigma) z + sigma e."""
+        """Return the latents with noise at their levels, (1 - sigma) z + sigma e."""
         each = self.clean.shape[1] // self.levels.sigma.shape[2]
         sigma = self.levels.sigma.movedim(2, 1).repeat_interleave(each, 1)[..., None, None]
         return (1 - sigma) * self.clean + sigma * noise
 
     def target(self, noise: Tensor) -> Tensor:
-        """Return (B, M * C, P, h, w), the velocity of the frames in flight."""
+        """Return the velocity of the frames in flight, (B, M * C, P, h, w)."""
         count = self.counted.shape[1]
         return (noise - self.clean)[:, :, -count:]
 
 
 class Windows:
-    """Draws windows.
+    """Draws training windows.
 
     Args:
-        config: their kinds.
-        schedule: noise levels of a rollout of a flow, on the CPU.
+        config: settings of the windows.
+        schedule: noise levels of a rollout of a flow model, on the CPU.
         frames: latent frames of a clip.
 
     Raises:
-        UserError: a schedule of another number of steps, or clips too short for a window with one frame before it.
+        UserError: a schedule with another number of steps, or clips that are too short for a window with one frame of
+            memory.
     """
 
     def __init__(self, config: WindowConfig, schedule: Schedule, frames: int) -> None:
@@ -114,12 +118,12 @@ class Windows:
         if frames < least:
             raise UserError(
                 f"clips of {frames} latent frames are too short for {config.groups} groups of"
-                f" {config.causal_block_size} and a memory: give clips of {least} or more"
+                f" {config.causal_block_size} and memory: give clips of {least} or more latent frames"
             )
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layout(self, generator: torch.Generator) -> Layout:
-        """Draw a layout; `generator` is on the CPU."""
+        """Draw a layout; `generator` is a CPU generator."""
         config = self.config
         ages = self.segments.draw_ages(generator, config.fill_share, config.drain_share)
         latest = self.frames - len(ages) * config.causal_block_size
@@ -143,18 +147,19 @@ class Windows:
         poses: Tensor | None = None,
         sights: Tensor | None = None,
     ) -> Window:
-        """Return a window of each clip.
+        """Return a window for each clip.
 
         Args:
-            layout: where.
+            layout: groups in flight, and where the window begins.
             latents: (B, M * C, T, h, w) of the clips.
-            generator: on the CPU, of the levels.
-            corrupted: (B, C, T, h, w) RGB with wrong colours, for memory.
-            poses: (B, T, 3, 4) cameras, for policies that look at them.
+            generator: CPU generator of the noise levels.
+            corrupted: (B, C, T, h, w) RGB with wrong colours, for memory frames.
+            poses: (B, T, 3, 4) cameras, for policies that need cameras.
             sights: (B, T, P, 3, h, w) of the clips, for placed memory (`placed_clips.sights_of`).
         """
         rows, made = len(latents), len(layout.ages) * self.config.causal_block_size
         draw = torch.rand(rows, 6, generator=generator)
+        # Noise levels of the frames in flight, and memory frames with their levels.
         sigma, counted = self._levels(layout, draw, generator)
         index, role = self.remembered(layout, latents, poses)
         told = self._memory_levels(role, draw)
@@ -163,6 +168,7 @@ class Windows:
             dark = dark | (draw[:, 4] < _UNKNOWN)
         told[dark, :, 1:] = 1
         levels = FrameLevels(sigma=torch.cat([told, sigma], 1), role=torch.cat([role, _roles(made)]))
+        # Some rows see corrupted RGB in their memory.
         seen = latents
         if corrupted is not None and len(role):
             wrong = to_device(draw[:, 5] < self.config.corrupt_share, latents.device)[:, None, None, None, None]
@@ -189,15 +195,15 @@ class Windows:
         poses: Tensor | None,
         sights: Tensor | None = None,
     ) -> Window:
-        """Return the window that a rollout has at a phase of its shift, with these clean latents in it.
+        """Return the window of a rollout at a phase of its shift, with the given clean latents.
 
         Args:
-            layout: where.
+            layout: groups in flight, and where the window begins.
             latents: as for `draw`.
-            phase: share of the segments that is done, the same for all groups.
-            mem_noise: (B,) levels of the RGB of long memory, on the CPU.
+            phase: completed share of the segments, the same for all groups.
+            mem_noise: (B,) noise levels of RGB in long memory, on the CPU.
             poses: as for `draw`.
-            sights: likewise.
+            sights: as for `draw`.
         """
         rows, count = len(latents), len(layout.ages)
         level = self.segments.levels(
@@ -216,19 +222,19 @@ class Windows:
         )
 
     def remembered(self, layout: Layout, latents: Tensor, poses: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what the bank shows there: (1, m) or (B, m) frames of the clip, and their roles (m,), on the CPU."""
+        """Return the selected memory: frame numbers in the clip (1, m) or (B, m), and roles (m,), on the CPU."""
         if not layout.start or not self.memory:
             return torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         if self.policy.per_row:
             return self._asked(latents[:, :, : layout.start], layout, poses)
-        # What is the same for all rows depends on the numbers of the frames alone.
+        # Such a policy depends only on the frame numbers, so its choice is cached for each start.
         if layout.start not in self._chosen:
             stand_in = torch.zeros(1, len(self.config.modalities), layout.start, 1, 1)
             self._chosen[layout.start] = self._asked(stand_in, layout, None)
         return self._chosen[layout.start]
 
     def _placed(self, layout: Layout, latents: Tensor, sights: Tensor | None, level: Tensor) -> Placed | None:
-        """Return what a rollout is told there: of the frames before the window alone."""
+        """Return the placed memory of a rollout at this layout, which sees only the frames before the window."""
         if sights is None or not layout.start:
             return None
         made = len(layout.ages) * self.config.causal_block_size
@@ -236,7 +242,7 @@ class Windows:
         return Placed(clean, to_device(level, latents.device), len(self.config.modalities))
 
     def _kept(self, dark: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Return (B, 1, 1, h, w): 1 where placed memory stays, 0 in holes and in rows that have none."""
+        """Return a mask (B, 1, 1, h, w): 0 in holes of placed memory and in rows without placed memory, else 1."""
         config, rows = self.config, len(dark)
         share = torch.rand(rows, generator=generator) * config.placed_holes
         blocks = torch.rand(rows, 1, _BLOCKS, _BLOCKS, generator=generator) >= share.view(-1, 1, 1, 1)
@@ -254,7 +260,7 @@ class Windows:
         return shown.frame_index, shown.levels.role.cpu()
 
     def _levels(self, layout: Layout, draw: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return levels (B, P, M) of the frames in flight, and which of them count."""
+        """Return the noise levels (B, P, M) of the frames in flight, and which of them count in the loss."""
         config, rows, count = self.config, len(draw), len(layout.ages)
         phase = self.segments.draw_phase(rows, layout.ages, generator, config.independent_share)
         sigma = self._spread(self.segments.levels(self.schedule, layout.ages, phase).float())
@@ -265,18 +271,18 @@ class Windows:
         split = ~dropped & (kind < config.drop_share + config.split_share)
         if not config.aux:
             return sigma, torch.ones_like(sigma, dtype=torch.bool)
-        # A given video is clean, and all of its depth has one level.
+        # With clean RGB (a given video) all depth frames have the same level, as in `SelfDepth`.
         other = torch.where(still[:, None], other[:, :1], other)
         alone = self._spread(whole.levels(self.schedule, (0,) * count, other).float())
         sigma[split, :, 1:] = alone[split, :, 1:]
         sigma[split & still, :, 0] = 0
         sigma[dropped, :, 1:] = 1
-        counted = sigma > 0  # without noise there is nothing to predict it from
+        counted = sigma > 0  # a clean latent has no noise, so its velocity cannot be predicted
         counted[dropped, :, 1:] = False
         return sigma, counted
 
     def _spread(self, level: Tensor) -> Tensor:
-        """Return (B, K * F, M) of levels of groups (B, K)."""
+        """Expand the levels of groups (B, K) to frames and modalities, (B, K * F, M)."""
         level = level.repeat_interleave(self.config.causal_block_size, 1)
         return level[..., None].repeat(1, 1, len(self.config.modalities))
 
@@ -286,7 +292,7 @@ class Windows:
         return self._told(role, draw[:, 3] * config.mem_noise_max, short)
 
     def _told(self, role: Tensor, long: Tensor, short: Tensor) -> Tensor:
-        """Return (B, m, M) levels of memory, of RGB levels (B,) of its two parts."""
+        """Return the noise levels of memory (B, m, M) for RGB levels (B,) of long and of short memory."""
         config = self.config
         is_long = role == Role.LONG
         told = torch.zeros(len(long), len(role), len(config.modalities))
@@ -307,6 +313,6 @@ def _roles(count: int) -> Tensor:
 
 
 def _taken(latents: Tensor, index: Tensor) -> Tensor:
-    """Return the frames (B, m) of latents (B, c, T, h, w)."""
+    """Take the frames (B, m) from latents (B, c, T, h, w)."""
     places = to_device(index, latents.device)[:, None, :, None, None]
     return latents.take_along_dim(places.expand(len(latents), latents.shape[1], -1, *latents.shape[3:]), 2)

@@ -1,4 +1,4 @@
-"""Long scenes of the world, rendered with exact depth, flow and cameras, and encoded."""
+"""Render long scenes of the world with exact depth, flow and cameras, and encode them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .pool_files import encoder_key, lock_of, read_latents, unwritable, write_la
 from .texts import Texts
 
 _CHUNK = 64
-"""Scenes that a process draws at a time."""
+"""Number of scenes that a process draws at a time."""
 _RENDERED = {"cpu": 2, "cuda": 32}
-"""Clips that are rendered and encoded together."""
+"""Number of clips that are rendered and encoded together, by device type."""
 
 
 def world_pool(
@@ -46,31 +46,34 @@ def world_pool(
     placing: Placing | None = None,
     bf16: bool = False,
 ) -> ClipPool:
-    """Render and encode scenes; their latents are kept on the model's device.
+    """Render and encode scenes. The latents are kept on the device of the model.
 
     Args:
-        config: how many, how long, how large.
-        model: encodes them, and says which modalities there are.
-        texts: get the captions.
-        part: number of the process: each has scenes of its own.
-        evaluation: `config.eval_clips` scenes that are never trained on.
-        wrong: whether corrupted ones are wanted.
-        cameras: whether poses are.
-        placing: whether sights are, and which.
+        config: number, length and size of the scenes.
+        model: encodes the clips and determines the modalities.
+        texts: receives the captions.
+        part: rank of the process; each process has its own scenes.
+        evaluation: make `config.eval_clips` scenes that training never uses.
+        wrong: whether to make corrupted RGB.
+        cameras: whether to return poses.
+        placing: settings of the sights; None: no sights.
         bf16: encode in bfloat16.
 
     Raises:
-        UserError: a width that is not the height, kept latents that cannot be read, or no place for them.
+        UserError: a width that differs from the height, stored latents that cannot be read, or a `pool_dir` that
+            cannot be written.
     """
     if config.size[0] != config.size[1]:
-        raise UserError(f"width {config.width} with height {config.height}: scenes of the world are square")
+        raise UserError(
+            f"width {config.width} with height {config.height}: scenes of the world are square, omit width"
+        )
     count = config.eval_clips if evaluation else config.pool_clips
     first = 0 if evaluation else FIRST_TRAINING_SEED + part * count
     specs = long_specs(range(first, first + count), config.num_frames)
     names = [*model.modalities, *([CORRUPTED] if wrong else []), *([PLACED] if placing else [])]
     places = _places(config, model, range(first, first + count), names, placing, bf16)
     with _alone(places):
-        # Another run may have made them in the meantime.
+        # Another run may have written the files while this run waited for the lock.
         found = {name: read_latents(place) for name, place in places.items() if place.is_file()}
         if missing := [name for name in names if name not in found]:
             found |= _rendered(specs, first, config, model, missing, placing, bf16)
@@ -89,7 +92,7 @@ def world_pool(
 
 
 def long_specs(seeds: range, num_frames: int) -> list[world.Spec]:
-    """Draw `world.sample_long` scenes of these seeds; large numbers by several processes."""
+    """Draw scenes of `world.sample_long` for the seeds; several processes draw a large number."""
     parts = [seeds[each] for each in in_parts(len(seeds), _CHUNK)]
     draw = partial(_specs, num_frames=num_frames)
     return [spec for each in spread(draw, parts, "draws scenes") for spec in each]
@@ -100,7 +103,7 @@ def _specs(seeds: range, num_frames: int) -> list[world.Spec]:
 
 
 def latent_ends(num_frames: int, latents: int) -> list[int]:
-    """Return the last pixel frame of each latent: of the first it is frame 0, of the others every k-th."""
+    """Return the last video frame of each latent frame: 0 for the first, then every k-th frame."""
     step = (num_frames - 1) // max(1, latents - 1)
     return [step * place for place in range(latents)]
 
@@ -115,7 +118,7 @@ def _rendered(
     bf16: bool,
 ) -> dict[str, Tensor]:
     device = model.transformer.device
-    # All scenes at once: the physics of one takes as many calls as that of thousands.
+    # Simulate all scenes at once: one scene takes as many calls as thousands of scenes.
     motion = Simulation(specs, "cpu").run(config.num_frames)
     geometry, noise = bool({"depth", "flow", PLACED} & {*names}), torch.Generator().manual_seed(first)
     pictures = [name for name in names if name != PLACED]
@@ -134,11 +137,11 @@ def _rendered(
         part = encoded(model, pictures, frames.rgb_BF3HW, disparity, frames.flow_BF2HW, noise, bf16=bf16)
         if placing is not None and PLACED in names:
             assert disparity is not None
-            if (depth := part.get("depth")) is None:  # it was kept, and is not read for this
+            if (depth := part.get("depth")) is None:  # depth came from pool_dir, but sights need it here
                 depth = encoded(model, ["depth"], frames.rgb_BF3HW, disparity, None, noise, bf16=bf16)["depth"]
             ends = latent_ends(config.num_frames, depth.shape[2])
             limits, poses = DisparityRange.of(disparity), frames.pose_BF34[:, ends]
-            # Seeds of the scenes: processes have others, and so other disturbances.
+            # Seed with the scene numbers, so that every scene has its own disturbance in every process.
             part[PLACED] = placing.sights(model, depth, limits, poses, range(first + span.start, first + span.stop))
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -159,8 +162,8 @@ def _poses(specs: Sequence[world.Spec], num_frames: int, latents: int) -> Tensor
 
 
 def _texts(specs: Sequence[world.Spec], num_frames: int, latents: int, texts: Texts) -> Tensor:
-    """Say each scene in one wording throughout, from each latent frame on."""
-    # What a latent shows begins with the frame behind the end of the one before.
+    """Caption each scene from each latent frame on. A scene keeps the same wording in all its captions."""
+    # The first video frame of a latent frame follows the last video frame of the latent frame before.
     firsts = [0, *(end + 1 for end in latent_ends(num_frames, latents)[:-1])]
     told = [[world.caption_at(spec, frame, number) for frame in firsts] for number, spec in enumerate(specs)]
     texts.add(text for line in told for text in line)
@@ -175,7 +178,7 @@ def _places(
     placing: Placing | None,
     bf16: bool,
 ) -> dict[str, Path]:
-    """Say where the latents of scenes are kept; nowhere without a folder."""
+    """Return the file for each kind of latents; empty without `pool_dir`."""
     if config.pool_dir is None:
         return {}
     said: list[Any] = [seeds.start, len(seeds), config.num_frames, config.height, *encoder_key(model, bf16=bf16)]
@@ -187,12 +190,12 @@ def _places(
 
 @contextmanager
 def _alone(places: Mapping[str, Path]) -> Iterator[None]:
-    """Inside, no other run makes the same scenes, where they are kept and some are missing."""
+    """Context manager that locks the files of the scenes against other runs if some of them are missing."""
     if not places or all(place.is_file() for place in places.values()):
         yield
         return
     rgb = places["rgb"]
-    # Scenes that are the same have the same RGB, whatever else a run wants of them.
+    # Lock the RGB file: equal scenes share it, whatever other latents a run needs.
     lock = lock_of(rgb)
     try:
         lock.wait(say, "renders the same scenes")

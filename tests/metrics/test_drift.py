@@ -249,26 +249,26 @@ def test_what_does_not_belong_together_is_refused(true: TrueClip) -> None:
     assert true.poses is not None
     disparity, poses = true.disparity, true.poses
     for call, text in (
-        (lambda: measure_drift(frames[:9], true), "but the true clip is"),
-        (lambda: measure_drift(frames, replace(true, disparity=None), disparity=disparity), "without a true one"),
+        (lambda: measure_drift(frames[:9], true), "the true clip has"),
+        (lambda: measure_drift(frames, replace(true, disparity=None), disparity=disparity), "needs a true disparity"),
         (lambda: measure_drift(broken, true), "no finite numbers"),
         (lambda: drift.colour_drift(frames, frames, true.ids), "background must be bool"),
-        (lambda: drift.colour_drift(frames, frames, still[:3]), "do not belong together"),
-        (lambda: drift.colour_drift(frames, frames, still & False), "there is none"),
+        (lambda: drift.colour_drift(frames, frames, still[:3]), "give \\(F, 3, H, W\\) for both clips"),
+        (lambda: drift.colour_drift(frames, frames, still & False), "found none"),
         (lambda: drift.background_psnr(frames, frames, still, texels=frames), "texels must be"),
-        (lambda: drift.revisit_consistency(frames, frames, still, poses[:3]), "3 poses of 40 frames"),
-        (lambda: drift.detect(frames, torch.rand(3)), "a palette must be"),
-        (lambda: drift.detect(frames, true.palette, others=torch.rand(3)), "others must be"),
-        (lambda: drift.object_permanence(kinds[:3], true.ids), "must both be"),
+        (lambda: drift.revisit_consistency(frames, frames, still, poses[:3]), "3 poses for 40 frames"),
+        (lambda: drift.detect(frames, torch.rand(3)), "palette has shape"),
+        (lambda: drift.detect(frames, true.palette, others=torch.rand(3)), "others has shape"),
+        (lambda: drift.object_permanence(kinds[:3], true.ids), "for both"),
         (lambda: drift.object_permanence(kinds, true.ids, least=0), "least=0"),
-        (lambda: drift.depth_drift(disparity[0], disparity), "must both be"),
+        (lambda: drift.depth_drift(disparity[0], disparity), "for both"),
         (lambda: drift.depth_drift(disparity / 0, disparity), "must be finite"),
-        (lambda: drift.depth_drift(disparity, disparity * 0), "no pixel of the start"),
-        (lambda: drift.motion_ratio(frames, frames, parts=40), "at most one part a pair"),
-        (lambda: drift.seam_ratio(frames, []), "some of 1 to 39"),
-        (lambda: drift.seam_ratio(frames, [40]), "some of 1 to 39"),
-        (lambda: drift.seam_ratio(frames, [4], frames[:9]), "different forms"),
-        (lambda: drift.start_end(torch.rand(4), torch.rand(5)), "one a frame in both"),
+        (lambda: drift.depth_drift(disparity, disparity * 0), "no pixel at the start"),
+        (lambda: drift.motion_ratio(frames, frames, parts=40), "at most one part per pair"),
+        (lambda: drift.seam_ratio(frames, []), "some but not all of 1 to 39"),
+        (lambda: drift.seam_ratio(frames, [40]), "some but not all of 1 to 39"),
+        (lambda: drift.seam_ratio(frames, [4], frames[:9]), "give equal shapes"),
+        (lambda: drift.start_end(torch.rand(4), torch.rand(5)), "one value per frame"),
         (lambda: appearance(frames[..., :2]), "at least 3 pixels"),
     ):
         with pytest.raises(UserError, match=text):
@@ -288,7 +288,7 @@ def test_the_truth_of_a_rendered_world_does_not_drift() -> None:
     assert report.object_depth.last < 0.05
     with pytest.raises(UserError, match="Unknown background 'lava'"):
         world.ground_shades("lava")
-    with pytest.raises(UserError, match="need different colours"):
+    with pytest.raises(UserError, match="need bodies of different colours"):
         true_clip(replace(spec, bodies=spec.bodies[:1] * 2), out)
-    with pytest.raises(UserError, match="hold no geometry"):
+    with pytest.raises(UserError, match="have no geometry"):
         true_clip(spec, replace(out, ids_BFHW=None))

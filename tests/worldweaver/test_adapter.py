@@ -172,14 +172,14 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no note": (lambda folder: (folder / "worldweaver.json").unlink(), "is no adapter of WorldWeaver: there is no"),
+    "no note": (lambda folder: (folder / "worldweaver.json").unlink(), "is no WorldWeaver adapter: the file"),
     "half a note": (cut("worldweaver.json"), "worldweaver.json cannot be read: "),
     "an entry more": (changed_note(more=1), "worldweaver.json must have modalities, placed, base"),
-    "a base that is none": (changed_note(base={}), "is damaged: what it says of its base model is {}"),
-    "modalities": (changed_note(modalities=["rgb", "sound"]), r"modalities are \['rgb', 'sound'\]"),
-    "fewer modalities": (changed_note(modalities=["rgb"]), "a level embedder of 2 modalities, the adapter has 1"),
-    "no number": (changed_note(lora="yes"), "lora is 'yes', it must be a bool"),
-    "embedder": (changed_note(level_embedder={"width": -1}), r"its level embedder is \{'width': -1\}"),
+    "a base that is none": (changed_note(base={}), "is damaged: its description of the base model is {}"),
+    "modalities": (changed_note(modalities=["rgb", "sound"]), r"modalities must be .* got \['rgb', 'sound'\]"),
+    "fewer modalities": (changed_note(modalities=["rgb"]), "the level embedder has 2 modalities, the adapter has 1"),
+    "no number": (changed_note(lora="yes"), "lora must be a bool, got 'yes'"),
+    "embedder": (changed_note(level_embedder={"width": -1}), r"the level embedder config is \{'width': -1\}"),
     "half the layers": (cut("worldweaver.safetensors"), "the adapter .* cannot be read: "),
     "half the LoRA": (cut("pytorch_lora_weights.safetensors"), "cannot read the LoRA "),
     "no LoRA": (lambda folder: (folder / "pytorch_lora_weights.safetensors").unlink(), "cannot read the LoRA "),
@@ -191,11 +191,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another shape": (
         changed_tensors(lambda each: each.update({"proj_out.bias": torch.zeros(3)})),
-        r"proj_out.bias is \(3,\), the layer takes \(32,\)",
+        r"proj_out.bias has shape \(3,\), the layer needs \(32,\)",
     ),
     "not finite": (
         changed_tensors(lambda each: each["level_embedder.outer.bias"].fill_(float("inf"))),
-        "outer.bias has values that are no finite numbers",
+        "outer.bias has values that are not finite",
     ),
 }
 
@@ -232,14 +232,17 @@ def test_other_models_are_refused(written: tuple[Path, Tensor], tiny_lora: Path)
     for target, message in (
         (
             stock(seed=1),
-            "was trained on another model: a WanTransformer3DModel of the same size whose .* other values",
+            "was trained on another model: on a WanTransformer3DModel of the same size with other values",
         ),
-        (stock(in_channels=12), "was trained on another model: its in_channels is 4, that of this one is 12"),
-        (tiny_pipeline("SkyReels-V2")[0], "a WanTransformer3DModel, this is a SkyReelsV2Transformer3DModel"),
-        (wide, "this transformer has rgb, depth, flow, asked was for rgb, depth"),
-        (with_memory, "is of a model without placed memory"),
-        (with_lora, "has a LoRA, and .* is on the transformer: load the adapter first"),
-        (stock().transformer, "has a LoRA, which a pipeline loads: give the pipeline"),
+        (stock(in_channels=12), "another model: in_channels of its base is 4, in_channels of this model is 12"),
+        (
+            tiny_pipeline("SkyReels-V2")[0],
+            "on a WanTransformer3DModel, but .* is a SkyReelsV2Transformer3DModel",
+        ),
+        (wide, "this transformer has rgb, depth, flow, but rgb, depth is requested"),
+        (with_memory, "is for a model without placed memory"),
+        (with_lora, "has a LoRA, but the transformer already has .*: load the adapter before other LoRAs"),
+        (stock().transformer, "has a LoRA, which only a pipeline can load: give the pipeline"),
     ):
         with pytest.raises(UserError, match=message):
             load_adapter(target, folder)
@@ -252,9 +255,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     calls: tuple[tuple[Any, dict[str, Any], str], ...] = (
         (stock(), {"embedder": embedder}, "is not widened"),
-        (pipe, {}, "no level embedder: give it, or a pipeline that has it"),
-        (pipe, {"embedder": embedder, "lora": "style"}, "there is no LoRA 'style' .* There are: default"),
-        (pipe.transformer, {"embedder": embedder}, "the transformer has a LoRA, which its pipeline writes"),
+        (pipe, {}, "no level embedder: give embedder, or a pipeline with"),
+        (pipe, {"embedder": embedder, "lora": "style"}, "the transformer has no LoRA 'style': choose from default"),
+        (pipe.transformer, {"embedder": embedder}, "the transformer has a LoRA, which only a pipeline can write"),
     )
     for target, settings, message in calls:
         with pytest.raises(UserError, match=message):
@@ -262,7 +265,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is a file, give the name of a folder"):
         save_adapter(pipe, tmp_path / "file", embedder)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v"]), adapter_name="style")
-    with pytest.raises(UserError, match="has the LoRAs default, style: say which one belongs to it"):
+    with pytest.raises(UserError, match=r"has several LoRAs \(default, style\): give the name"):
         save_adapter(pipe, tmp_path / "out", embedder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

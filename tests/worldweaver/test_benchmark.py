@@ -110,4 +110,4 @@ def test_jobs_are_shared_through_the_folder(tmp_path: Path, capsys: pytest.Captu
     assert max(whole["rows"][0]["latent_error"]["rgb"]) == 0
     assert (tmp_path / "films" / "ceiling.0.webp").is_file()
     assert main([*words, "--given", "9"]) == 2
-    assert "take another --out" in capsys.readouterr().err
+    assert "give another --out" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_depth_of_the_world_is_exact(scene):
     assert found.shape == (5, 24, 24)
     assert torch.equal(found, disparity_of(frames.depth_BFHW[0]))
     assert (found[:, 0] == 0).any()  # the backdrop
-    with pytest.raises(UserError, match="24 x 23 are none of the world"):
+    with pytest.raises(UserError, match="24 x 23, but frames of the world are square"):
         ExactDepth(spec)(torch.zeros(5, 24, 23, 3))
 
 
@@ -124,7 +124,7 @@ def test_a_frame_in_which_nothing_stands_still_goes_as_the_one_before():
     rgb[2] = 1
     found = align_scales(torch.stack([base, 2 * base + 1, 2 * base + 5]), rgb)
     torch.testing.assert_close(found, torch.stack([base, base, base + 2]))
-    with pytest.raises(UserError, match=r"disparity of shape \(2, 8, 8\) for frames of \(3, 8, 8, 3\)"):
+    with pytest.raises(UserError, match=r"disparity has shape \(2, 8, 8\) and frames have \(3, 8, 8, 3\)"):
         align_scales(torch.zeros(2, 8, 8), rgb)
 
 
@@ -190,14 +190,14 @@ def test_an_estimator_of_distances_says_so(tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"depth must be above 0 everywhere, got -1\.0"):
+    with pytest.raises(UserError, match=r"depth must be above 0 everywhere, but its minimum is -1\.0"):
         disparity_of(torch.tensor([1.0, -1.0]))
-    with pytest.raises(UserError, match=r"disparity of shape \(3, 4, 4\): give \(clips, frames, height, width\)"):
+    with pytest.raises(UserError, match=r"disparity has shape \(3, 4, 4\): give \(clips, frames, height, width\)"):
         DisparityRange.of(torch.zeros(3, 4, 4))
     with pytest.raises(UserError, match="not finite"):
         DisparityRange.of(torch.full((1, 1, 2, 2), torch.inf))
     limits = DisparityRange.of(torch.rand(2, 1, 4, 4))
-    with pytest.raises(UserError, match="a range of 2 clips for 1"):
+    with pytest.raises(UserError, match="the range is of 2 clips, but 1 clips are given"):
         limits.picture(torch.rand(1, 1, 4, 4))
     with pytest.raises(UserError, match=r"give \(clips, frames, 3, height, width\)"):
         limits.disparity(torch.rand(2, 1, 1, 4, 4))

@@ -107,7 +107,7 @@ def test_textures_are_looked_up_where_they_are():
 
 
 def test_photos_of_a_folder_are_worn(tmp_path):
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="has no pictures"):
         make_textures(2, tmp_path, seeded())
     Image.new("RGB", (40, 30), (51, 102, 204)).save(tmp_path / "plain.png")
     worn = make_textures(2, tmp_path, seeded())
@@ -183,7 +183,7 @@ def test_shipped_recipe_is_read():
         ({"frames": 18}, r"frames.*1\.\.17"),
         ({"room_share": 1.5}, r"room_share.*0\.\.1"),
         ({"photos": "nowhere"}, "photos.*a folder"),
-        ({"per_device_train_batch_size": 1}, "room_share is 0.5.* of 1 samples some are of rooms and some are not"),
+        ({"per_device_train_batch_size": 1}, "room_share is 0.5.* with which 1 samples include both rooms and scenes"),
         ({"eval_clips": 0}, "eval_clips.*at least 1"),
         ({"steady_weight": -1.0}, "steady_weight.*at least 0"),
     ],
@@ -200,7 +200,7 @@ def test_scenes_alone_and_rooms_alone(tmp_path, share):
     words = {key: value for key, value in TINY.items() if key != "method"} | {"room_share": share, "max_steps": 1}
     words |= {"output_dir": str(tmp_path / "run"), "eval_steps": 0}
     WorldDepthTrainer(WorldDepthConfig(**words)).train()
-    with pytest.raises(UserError, match=f"pipeline {tmp_path} is no folder of a diffusers pipeline"):
+    with pytest.raises(UserError, match=f"pipeline {tmp_path} is not the folder of a diffusers pipeline"):
         WorldDepthTrainer(
             WorldDepthConfig(**{**words, "output_dir": str(tmp_path), "pipeline": str(tmp_path)})
         ).train()

@@ -59,9 +59,9 @@ def test_into_the_network_and_out_again() -> None:
     assert WorldWeaverModel(model.denoiser, model.embedder).latent_scale == (1, 0.46)
     assert "rgb + depth x 0.46, 4 channels each" in str(postgen.summary(model.denoiser.pipe))
     for wrong in ([1.0], [0.5, 1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, "x"]):
-        with pytest.raises(UserError, match="give 2 numbers above 0, the first of RGB and 1"):
+        with pytest.raises(UserError, match="give 2 numbers above 0; the first is for RGB and must be 1"):
             WorldWeaverModel(model.denoiser, model.embedder, latent_scale=wrong)
-    with pytest.raises(UserError, match="this model has rgb, depth, and no flow"):
+    with pytest.raises(UserError, match="this model has no modality flow: choose from rgb, depth"):
         model.encode(clips, "flow")
 
 
@@ -76,7 +76,7 @@ def test_it_is_measured_in_two_digits() -> None:
     assert other == (1, 0.045, 3)
     sums = {name: torch.cat([each, each]) for name, each in latents.items()}
     assert measured_scale(latents, lambda own: 2 * own) == measured_scale(sums)
-    with pytest.raises(UserError, match="all the same or not finite"):
+    with pytest.raises(UserError, match="all equal or not finite"):
         measured_scale({"rgb": rgb, "depth": 0 * rgb + far})
 
 
@@ -102,7 +102,7 @@ def test_a_pipeline_keeps_it_and_states_of_another_are_refused(tmp_path: Path) -
     assert pipe.load_state(tmp_path / "state").end == made.state.end
     expected.state.save(tmp_path / "other")
     for one, place in ((plain, "state"), (pipe, "other")):
-        with pytest.raises(UserError, match=r"with modalities \['rgb', 'depth.*, this one has \['rgb', 'depth"):
+        with pytest.raises(UserError, match=r"with modalities \['rgb', 'depth.* model has modalities \['rgb', 'depth"):
             one.load_state(tmp_path / place)
 
 

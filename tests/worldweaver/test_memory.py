@@ -155,9 +155,9 @@ def test_hidden_modalities_are_noise_in_a_window_and_part_of_the_state():
     again = MemoryBank(**bank.settings)
     again.load_state_dict(bank.state_dict())
     assert again.hidden == ("depth",)
-    with pytest.raises(UserError, match=r"a memory with hidden=\['depth'\] does not fit one with hidden=\[\]"):
+    with pytest.raises(UserError, match=r"with hidden=\['depth'\] does not fit a memory bank with hidden=\[\]"):
         MemoryBank(2, 2, mem_noise=0.0).load_state_dict(bank.state_dict())
-    with pytest.raises(UserError, match=r"hidden modalities \['flow'\]: of 2 all but rgb may be"):
+    with pytest.raises(UserError, match=r"hidden modalities \['flow'\] are not allowed: choose from depth"):
         MemoryBank(hidden=["flow"])
 
 
@@ -213,7 +213,7 @@ def test_a_state_is_taken_up(policy):
     assert torch.equal(first.z, second.z)
     assert torch.equal(first.frame_index, second.frame_index)
     assert bank.state_dict()["selected"] == other.state_dict()["selected"]
-    with pytest.raises(UserError, match=r"a memory with mem_noise=0.2 does not fit one with mem_noise=0.12"):
+    with pytest.raises(UserError, match=r"a state with mem_noise=0.2 does not fit a memory bank with mem_noise=0.12"):
         MemoryBank(**{**words, "mem_noise": 0.12}).load_state_dict(bank.state_dict())
 
 
@@ -234,7 +234,7 @@ def test_policies_of_others():
     try:
         register_policy(Oldest)
         assert MemoryBank(**bank.settings).policy == Oldest()
-        with pytest.raises(UserError, match="a policy 'oldest' is there already"):
+        with pytest.raises(UserError, match="a policy 'oldest' is already registered"):
             register_policy(type("Other", (Oldest,), {}))
     finally:
         POLICIES.pop("oldest", None)
@@ -253,16 +253,18 @@ def test_what_does_not_fit_is_refused():
             MemoryBank(**words)
     bank = MemoryBank()
     bank.add(clean(2), 4)
-    with pytest.raises(UserError, match="frames from 5 on for a memory up to frame 5"):
+    with pytest.raises(UserError, match="frames from 5 on cannot be added after frame 5"):
         bank.add(clean(1), 5)
-    with pytest.raises(UserError, match=r"a frame of shape \(1, 4, 3, 3\) for a memory of \(1, 4, 2, 3\)"):
+    with pytest.raises(UserError, match=r"frames have shape \(1, 4, 3, 3\), stored frames have \(1, 4, 2, 3\)"):
         bank.add(clean(1, shape=(4, 3, 3)), 6)
     with pytest.raises(UserError, match=r"channels of 2 modalities"):
         bank.add(clean(1, shape=(5, 2, 3)), 6)
     with pytest.raises(UserError, match=r"unknown modalities \['rgb'\]"):
         bank.add(clean(1), 6, unknown=["rgb"])
-    with pytest.raises(UserError, match=r"poses of shape \(1, 2, 3, 4\): give \(1, 1, 3, 4\)"):
+    with pytest.raises(UserError, match=r"poses have shape \(1, 2, 3, 4\): give \(1, 1, 3, 4\)"):
         bank.add(clean(1), 6, poses=turned([0.0, 1.0]))
-    with pytest.raises(UserError, match="a memory of 12 frames cannot hold what 4 rows select, up to 15"):
+    with pytest.raises(
+        UserError, match="a memory of 12 frames cannot hold the selections of 4 rows, which may need 15"
+    ):
         MemoryBank(capacity=12, policy="depth_sim").add(clean(1, rows=4), 0)
     MemoryBank(capacity=12).add(clean(1, rows=4), 0)

@@ -120,7 +120,7 @@ def test_placed_memory_is_an_input_of_the_last_frames(name: str) -> None:
     assert not torch.allclose(told, unknown, atol=1e-3)
     assert torch.equal(model.split(unknown)["rgb"], point.stock[1.0])
     point.condition = {**condition, "placed": memory[:, :8]}
-    with pytest.raises(UserError, match=r"placed memory of shape \(2, 8, 2, 4, 6\): give \(2, 9, at most 4, 4, 6\)"):
+    with pytest.raises(UserError, match=r"placed memory has shape \(2, 8, 2, 4, 6\): give \(2, 9, at most 4, 4, 6\)"):
         point.predict(point.sigma)
 
 
@@ -137,9 +137,7 @@ def test_shapes_and_the_autoencoder_are_those_of_one_modality(point: Point) -> N
 
 def test_summary_says_how_levels_are_told(point: Point) -> None:
     said = str(postgen.summary(point.pipe))
-    told = (
-        "the mean of the frames that are made, as one timestep" if point.mean_level else "each frame's of RGB as its"
-    )
+    told = "mean RGB level of the frames in flight as one" if point.mean_level else "RGB level of each frame as its"
     assert f"worldweaver: rgb + depth, 4 channels each; noise levels: {told}" in said
 
 
@@ -157,15 +155,17 @@ def test_other_models_are_refused(wan: Point) -> None:
     embedder = wan.model.embedder
     for pipe, message in (
         (two_experts(), "two experts"),
-        (MAKERS["Wan"](), "4 output channels are not those of 3 modalities"),
-        (tiny_pipeline("FLUX")[0], "a model of pictures has no frames"),
-        (wan.pipe, "this transformer has rgb, depth, asked was for rgb, depth, flow"),
+        (MAKERS["Wan"](), "4 output channels cannot be divided into 3 modalities"),
+        (tiny_pipeline("FLUX")[0], "an image model has no frames"),
+        (wan.pipe, "this transformer has rgb, depth, but rgb, depth, flow is requested"),
     ):
         with pytest.raises(UserError, match=message):
             WorldWeaverModel(denoiser_for(pipe), LevelEmbedder(width=24, modalities=3))
-    with pytest.raises(UserError, match="takes a noise level for each frame: leave mean_level out"):
+    with pytest.raises(UserError, match="takes a noise level for each frame: omit mean_level"):
         WorldWeaverModel(wan.denoiser, embedder, mean_level=True)
-    with pytest.raises(UserError, match="gives 12 numbers, the tokens have 24: it belongs to another model"):
+    with pytest.raises(
+        UserError, match="has width 12, the tokens have width 24: the embedder belongs to another model"
+    ):
         WorldWeaverModel(wan.denoiser, LevelEmbedder(width=12))
     with pytest.raises(UserError, match="modalities must be 1 to 3, got 4"):
         LevelEmbedder(width=12, modalities=4)
@@ -178,9 +178,9 @@ def test_wrong_windows_are_one_line(wan: Point) -> None:
             wan.z, FrameLevels(sigma=sigma, role=ROLES), {**wan.condition, "placed": wan.z.new_zeros(2, 9, 2, 4, 6)}
         )
     for z, levels, message in (
-        (wan.z[:, :4], sigma, r"latents of shape \(2, 4, 4, 4, 6\): give \(batch, 8, latent frames"),
-        (wan.z[:, :, :3], sigma, r"levels of shape \(2, 4, 2\) for .* give \(2, 3, 2\)"),
-        (wan.z, sigma[..., :1], r"levels of shape \(2, 4, 1\) for .* give \(2, 4, 2\)"),
+        (wan.z[:, :4], sigma, r"latents have shape \(2, 4, 4, 4, 6\): give \(batch, 8, latent frames"),
+        (wan.z[:, :, :3], sigma, r"levels have shape \(2, 4, 2\) for .* give \(2, 3, 2\)"),
+        (wan.z, sigma[..., :1], r"levels have shape \(2, 4, 1\) for .* give \(2, 4, 2\)"),
     ):
         with pytest.raises(UserError, match=message):
             wan.model.predict(z, FrameLevels(sigma=levels, role=ROLES), wan.condition)
@@ -231,7 +231,7 @@ def test_a_frame_is_told_of_itself_alone(name: str) -> None:
         torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
     if patch > 1:
         sigma[:, 1] += 0.1
-        with pytest.raises(UserError, match="2 latent frames in a row are one token here"):
+        with pytest.raises(UserError, match="2 latent frames share one token"):
             embedder.on(model, FrameLevels(sigma=sigma, role=role)).__enter__()
 
 
@@ -257,7 +257,7 @@ def test_calls_of_other_threads_and_other_windows(wan: Point) -> None:
         thread.join()
         assert torch.equal(elsewhere[0], plain)
         assert not torch.equal(run(wan.pipe, hidden_states=wan.z, **call), plain)
-        with pytest.raises(UserError, match="levels of 2 rows of 4 token frames do not fit tokens of shape"):
+        with pytest.raises(UserError, match="levels of 2 rows with 4 token frames do not fit tokens of shape"):
             run(wan.pipe, hidden_states=wan.z[:, :, :3], **call)
     assert torch.equal(run(wan.pipe, hidden_states=wan.z, **call), plain)
 
@@ -286,7 +286,7 @@ def test_the_embedder_is_saved_and_trained_like_any_component(wan: Point, tmp_pa
     loaded = LevelEmbedder.from_pretrained(tmp_path)
     levels = FrameLevels(sigma=wan.sigma, role=ROLES)
     assert torch.equal(loaded(levels), embedder(levels))
-    with pytest.raises(UserError, match="levels of 1 modalities, the level embedder was made for 2"):
+    with pytest.raises(UserError, match="levels have 1 modalities, the level embedder needs 2"):
         embedder(FrameLevels(sigma=wan.sigma[..., :1], role=ROLES))
 
 

@@ -99,7 +99,7 @@ def test_a_state_that_cannot_be_light_says_so(pipe: Any) -> None:
         ).state,
     ):
         assert other.decoder_bytes == 0
-        with pytest.raises(UserError, match="cannot begin in the middle of a video: save the whole state"):
+        with pytest.raises(UserError, match="cannot rebuild its cache in the middle of a video: save the full state"):
             other.light()
 
 
@@ -234,7 +234,7 @@ def test_a_finished_video_goes_on(pipe: Any) -> None:
     made = pipe(TEXT, generator=seeded(), num_frames=17, guidance_scale=1.0, **SMALL)
     more = pipe("a cube", state=made.state, num_frames=33, generator=seeded(8), output_type="pt")
     assert more.frames.shape[1] == 16
-    with pytest.raises(UserError, match="is finished: give a larger num_frames"):
+    with pytest.raises(UserError, match="is complete: give a larger num_frames"):
         pipe(state=more.state, output_type="pt")
 
 
@@ -323,7 +323,7 @@ def test_an_adapter_brings_its_defaults(tmp_path: Path) -> None:
     assert (made.state.segments.groups, made.state.segments.length, made.state.frames) == (2, 3, 1)
     assert torch.equal(made.frames, trained(TEXT, generator=seeded(), **words, **settings_of(settings)).frames)
     base.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(UserError, match="has the LoRA default, which a saved model does not have"):
+    with pytest.raises(UserError, match="has the LoRA default, which a saved model cannot store"):
         pipe.save_pretrained(tmp_path / "model")
 
 

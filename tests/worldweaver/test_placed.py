@@ -211,14 +211,14 @@ def test_what_does_not_fit_is_refused():
     bank = memory()
     with pytest.raises(UserError, match=r"give \(batch, channels, frames, h, w\) and \(batch, frames, H, W\)"):
         bank.add(latents(), wall()[0], pose(), 0)
-    with pytest.raises(UserError, match=r"depth of \(25, 24\) pixels for \(6, 6\) cells"):
+    with pytest.raises(UserError, match=r"depth has \(25, 24\) pixels for \(6, 6\) cells"):
         bank.add(latents(), torch.ones(1, 1, 25, 24), pose(), 0)
-    with pytest.raises(UserError, match=r"poses of shape \(1, 2, 3, 4\): give \(1, 1, 3, 4\)"):
+    with pytest.raises(UserError, match=r"poses have shape \(1, 2, 3, 4\): give \(1, 1, 3, 4\)"):
         bank.add(latents(), wall(), pose().expand(1, 2, 3, 4), 0)
     with pytest.raises(UserError, match="2 seeds for 1 rows"):
         memory(seeds=[1, 2]).add(latents(), wall(), pose(), 0)
     bank.add(latents(), wall(), pose(), 0)
-    with pytest.raises(UserError, match=r"poses of shape \(3, 4\): give \(1, frames, 3, 4\)"):
+    with pytest.raises(UserError, match=r"poses have shape \(3, 4\): give \(1, frames, 3, 4\)"):
         bank.read(pose()[0, 0], 0)
 
 

@@ -191,10 +191,10 @@ def test_it_is_saved_in_the_adapter_and_old_ones_have_none(tmp_path: Path) -> No
     right = json.loads(path.read_text())
     for wrong in ({"refine": -1}, {"refine": True}, {"channels": 0}, {"skip": False}, {"refine": 2**20}):
         path.write_text(json.dumps({**right, "level_embedder": {**right["level_embedder"], **wrong}}))
-        with pytest.raises(UserError, match="new is damaged: its level embedder is"):
+        with pytest.raises(UserError, match="new is damaged: the level embedder config is"):
             load_adapter(point.pipe, tmp_path / "new")
     path.write_text(json.dumps({**right, "level_embedder": {**right["level_embedder"], "refine": 7}}))
-    with pytest.raises(UserError, match="the layer takes"):
+    with pytest.raises(UserError, match="the layer needs"):
         load_adapter(point.pipe, tmp_path / "new")
 
 
@@ -208,7 +208,7 @@ def test_what_it_cannot_be_made_for() -> None:
         settings(refine=-1)
     point = Point()
     other = LevelEmbedder(point.embedder.config["width"], 2, skip=True, refine=6, channels=5)
-    with pytest.raises(UserError, match="refines latents of 5 channels, the model's have 4"):
+    with pytest.raises(UserError, match="refines latents of 5 channels, the model has latents of 4"):
         point.of(other)
 
 

@@ -131,7 +131,7 @@ def test_epsilon_models_step_by_ddim():
     made = Rollout(oracle, steps, Segments(steps=6, groups=3), frames=2, alpha_bar=alpha_bar)
     oracle.state = begun(made, num_latents=10)
     torch.testing.assert_close(video(made, oracle.state), truth, rtol=0, atol=2e-6)
-    with pytest.raises(UserError, match="alpha_bar is for all but flows"):
+    with pytest.raises(UserError, match="give alpha_bar for every model but a flow model"):
         Rollout(oracle, steps, Segments(steps=6, groups=3))
 
 
@@ -168,7 +168,7 @@ def test_callbacks_see_every_call_and_may_change_the_latents():
     assert torch.equal(seen[5].clean[:, :, :2], seen[5].latents[:, :, :2])
     zeroed = video(made, begun(made, num_latents=6), on_step=lambda step: torch.zeros_like(step.latents))
     assert not zeroed.any()
-    with pytest.raises(UserError, match=r"on_step returned latents of shape \(1,\): give \(1, 4, 2, 2, 3\)"):
+    with pytest.raises(UserError, match=r"on_step returned latents of shape \(1,\): return shape \(1, 4, 2, 2, 3\)"):
         video(made, begun(made, num_latents=6), on_step=lambda step: torch.zeros(1))
 
 
@@ -251,23 +251,23 @@ def test_what_does_not_fit_is_refused():
         begun(made, prompts=[])
     with pytest.raises(UserError, match="begins at latent frame 2: give a prompt for frame 0"):
         begun(made, prompts=[(2, prompt())])
-    with pytest.raises(UserError, match=r"frames \[0, 4, 4\]: they must rise"):
+    with pytest.raises(UserError, match=r"start frames \[0, 4, 4\]"):
         begun(made, prompts=[(0, prompt()), (4, prompt()), (4, prompt())])
-    with pytest.raises(UserError, match="2 rows of 'prompt' for 1 videos"):
+    with pytest.raises(UserError, match="2 rows of 'prompt': give 1 rows"):
         begun(made, prompts=[(0, prompt(rows=2))])
-    with pytest.raises(UserError, match="no generators"):
+    with pytest.raises(UserError, match="no generators given"):
         begun(made, generators=[])
     with pytest.raises(UserError, match="num_latents must be at least 1"):
         begun(made, num_latents=0)
-    with pytest.raises(UserError, match="5 channels are not 2 modalities"):
+    with pytest.raises(UserError, match="5 channels cannot be divided into 2 modalities"):
         begun(made, shape=(5, 2, 3))
-    with pytest.raises(UserError, match=r"given latents of shape \(1, 4, 1, 2, 2\): give \(1, 4, frames, 2, 3\)"):
+    with pytest.raises(UserError, match=r"given latents have shape \(1, 4, 1, 2, 2\): give \(1, 4, frames, 2, 3\)"):
         begun(made, given=clean(1, shape=(4, 2, 2)))
     with pytest.raises(UserError, match="given frames need a memory"):
         begun(made, given=clean(1), bank=MemoryBank(0, 0, 0))
     used = MemoryBank()
     used.add(clean(1), 0)
-    with pytest.raises(UserError, match="a memory with 1 frames for a new rollout"):
+    with pytest.raises(UserError, match="the memory bank holds 1 frames"):
         begun(made, bank=used)
 
 

@@ -42,9 +42,9 @@ def test_fill_and_drain():
 
 
 def test_steps_are_raised_and_told():
-    with pytest.warns(UserWarning, match="28 steps do not fill 3 equal segments: 30 are taken"):
+    with pytest.warns(UserWarning, match="28 steps cannot be divided into 3 equal segments: 30 steps are used"):
         assert Segments.of(28, 3) == Segments(steps=30, groups=3)
-    with pytest.warns(UserWarning, match="30 steps do not fill 5 equal segments: 35 are taken"):
+    with pytest.warns(UserWarning, match="30 steps cannot be divided into 5 equal segments: 35 steps are used"):
         assert Segments.staggered(30, 7) == Segments(steps=35, groups=5)
     assert Segments.staggered(30, 10) == Segments.of(30, 3)
     # Synchronous: one group at a time.
@@ -97,7 +97,7 @@ def test_what_is_impossible_is_refused():
         ({"steps": 1, "groups": 1}, "steps must be at least 2"),
         ({"steps": 6, "groups": 0}, "groups must be at least 1 and at most 6"),
         ({"steps": 6, "groups": 7}, "groups must be at least 1 and at most 6"),
-        ({"steps": 7, "groups": 3}, "7 steps are not to be had in 3 equal segments: take a multiple of 3"),
+        ({"steps": 7, "groups": 3}, "7 steps cannot be divided into 3 equal segments: give a multiple of 3"),
     ):
         with pytest.raises(UserError, match=message):
             Segments(**words)
@@ -106,9 +106,9 @@ def test_what_is_impossible_is_refused():
     with pytest.raises(UserError, match="ar_step must be at least 0 and at most 4"):
         Segments.staggered(4, 5)
     segments = Segments(steps=6, groups=3)
-    with pytest.raises(UserError, match="a schedule of 5 steps for segments of 6"):
+    with pytest.raises(UserError, match="the schedule has 5 steps and the segments have 6"):
         segments.levels(schedule(5), (0,), torch.zeros(1, 1))
-    with pytest.raises(UserError, match=r"phases of shape \(1, 2\): give \(batch, 1\) from 0 to 1"):
+    with pytest.raises(UserError, match=r"phase has shape \(1, 2\): give \(batch, 1\), one value from 0 to 1"):
         segments.levels(schedule(6), (0,), torch.zeros(1, 2))
     with pytest.raises(UserError, match="drain must be at least 0"):
         segments.draw_ages(torch.Generator(), 0.7, 0.5)

@@ -66,5 +66,5 @@ def test_depth_starts_as_the_guess_and_rgb_as_it_was(pipe, tmp_path):
 def test_only_flows_have_it():
     pipe = tiny_pipeline("CogVideoX")[0]
     widen_transformer(pipe, ("depth",))
-    with pytest.raises(UserError, match="level embedder is of a flow, the model predicts v"):
+    with pytest.raises(UserError, match="level embedder has skip=True, which needs a flow model"):
         WorldWeaverModel(denoiser_for(pipe), LevelEmbedder.for_transformer(pipe, skip=True), mean_level=True)

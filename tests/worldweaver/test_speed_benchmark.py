@@ -65,5 +65,5 @@ def test_windows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(TINY._replace(windows=1), "cpu", 16)
     assert skyreels(bench)["calls_per_latent"] == STEPS / 3
     monkeypatch.setitem(bench.call, "num_inference_steps", STEPS - 1)
-    with pytest.raises(RuntimeError, match="5 calls of the network, 6 were expected"):
+    with pytest.raises(RuntimeError, match="got 5 forward passes, expected 6"):
         skyreels(bench)

@@ -189,7 +189,7 @@ def test_scenes_are_encoded_once(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert same(state_of(first), state_of(second))
     save_file({"other": torch.zeros(1)}, kept[0])
-    with pytest.raises(UserError, match="holds no latents: remove it"):
+    with pytest.raises(UserError, match="has no latents: delete the file"):
         trained(tmp_path / "c", **values)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"pool_dir .*file cannot be written: File exists"):
@@ -263,15 +263,15 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
     pool = video_pool(run.args, model, run.texts, bare, "rows", wrong=False, depth_source=bright)
     assert not torch.equal(pool.latents["depth"], run.pool.latents["depth"])
     for other, said in (
-        (bare, "row 0 of rows has no depth: give a column depth, or depth_model"),
-        ([{"prompt": "x"}], "row 0 of rows: video is None, it must name"),
-        ([{**rows[0], "depth": str(tmp_path / "0")}, rows[1] | {"depth": 3}], "row 1 of rows: depth is 3"),
+        (bare, "row 0 of rows has no depth: add a column depth, or set depth_model"),
+        ([{"prompt": "x"}], "row 0 of rows: video must be .* got None"),
+        ([{**rows[0], "depth": str(tmp_path / "0")}, rows[1] | {"depth": 3}], "row 1 of rows: depth must be .* got 3"),
     ):
         with pytest.raises(UserError, match=said):
             video_pool(settings(num_frames=29), model, run.texts, other, "rows", wrong=False)
     with pytest.raises(UserError, match="absent cannot be loaded, name a folder or a Hub id"):
         video_pool(run.args, model, run.texts, bare, "rows", wrong=False)
-    with pytest.raises(UserError, match="29 frames, num_frames is 33: take longer videos"):
+    with pytest.raises(UserError, match="29 frames but num_frames is 33: give longer videos"):
         video_pool(settings(num_frames=33), model, run.texts, rows, "rows", wrong=False)
 
 
@@ -332,7 +332,7 @@ def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch
     assert not levels.rgb.any()
     assert levels.sigma[0, :, 1].tolist() == [0, 1, 1]
     assert (levels.sigma[..., 2] == 1).all()
-    with pytest.raises(UserError, match="a model of rgb says nothing of depth"):
+    with pytest.raises(UserError, match="the model has no depth, only rgb"):
         SelfDepth(model_of_rgb())
 
 
@@ -341,14 +341,14 @@ def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch
     [
         ({"learning_rate_new": 0.0}, "learning_rate_new is 0.0, it must be above 0"),
         ({"own_share": 2.0}, "own_share is 2.0, it must be from 0 to 1"),
-        ({"fully_shard": True}, "the adapter is written of whole weights"),
+        ({"fully_shard": True}, "the adapter is written from whole weights"),
         ({"init_from": "x"}, "an adapter is trained from its base"),
-        ({"lora_path": "x"}, "merge it into the model before it is widened"),
+        ({"lora_path": "x"}, "merge the LoRA into the model before training"),
         ({"eval_steps": 1}, "eval_clips is 0, it must be at least 1 to evaluate"),
         ({"pool_dir": ""}, "the name of a folder, or left out"),
         ({"depth_model": "x"}, "the world has exact depth"),
-        ({"train_dataset": "x", "memory_policy": "camera"}, "another one than camera"),
-        ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have none"),
+        ({"train_dataset": "x", "memory_policy": "camera"}, "another policy than camera"),
+        ({"train_dataset": "x", "aux": ["depth", "flow"]}, "without flow: videos have no flow"),
         ({"train_dataset": "x", "eval_steps": 1}, "eval_dataset is None, it must be given to evaluate"),
     ],
 )
@@ -359,7 +359,7 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
 
 def test_models_that_are_refused(tmp_path: Path) -> None:
     run = WorldWeaverTrainer(settings(tmp_path), tiny_pipeline("CogVideoX")[0])
-    with pytest.raises(UserError, match="predicts v_prediction: method worldweaver trains models of flows"):
+    with pytest.raises(UserError, match="predicts v_prediction: method worldweaver needs a flow model"):
         run.train()
     run = WorldWeaverTrainer(settings(tmp_path, width=32), MAKERS["Wan"]())
     with pytest.raises(UserError, match="width 32 with height 16: scenes of the world are square"):
@@ -370,7 +370,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     pipe = MAKERS["Wan"]()
     pipe.transformer.to(torch.bfloat16)
     run = WorldWeaverTrainer(settings(tmp_path), pipe)
-    with pytest.raises(UserError, match=r"are torch\.bfloat16, and trained ones are float32: set bf16"):
+    with pytest.raises(UserError, match=r"are torch\.bfloat16, but trained weights are float32: set bf16"):
         run.train()
 
 

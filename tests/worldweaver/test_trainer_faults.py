@@ -51,8 +51,8 @@ def half_precision() -> Any:
         (MAKERS["Wan"], {"num_frames": 9}, "clips of 3 latent frames are too short"),
         (MAKERS["Wan"], {"num_frames": 30}, r"must be 4n\+1, got 30"),
         (MAKERS["LTX"], {"num_frames": 33, "height": 32, "width": 32}, "give flow_shift"),
-        (MAKERS["Wan image-to-video"], {}, "makes videos of pictures, and windows have none"),
-        (half_precision, {"bf16": True}, r"are torch\.float16, and trained ones are float32: set dtype: float32"),
+        (MAKERS["Wan image-to-video"], {}, "is an image-to-video model, but windows have no image condition"),
+        (half_precision, {"bf16": True}, r"are torch\.float16, but trained weights are float32: set dtype: float32"),
     ],
 )
 def test_it_is_said_before_clips_are_made(make: Any, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_depth_that_is_none(tmp_path: Path) -> None:
     save_file({"disparity": depth}, tmp_path / "nan.safetensors")
     row = {"prompt": "x", "video": str(tmp_path / "clip")}
     for more, said in (
-        ({"depth": ""}, "row 0 of rows: depth is ''"),
-        ({"depth": str(tmp_path / "empty.safetensors")}, "row 0 of rows: .* has no tensor disparity"),
+        ({"depth": ""}, "row 0 of rows: depth must be .* got ''"),
+        ({"depth": str(tmp_path / "empty.safetensors")}, "row 0 of rows: .* needs a tensor named disparity"),
         ({"depth": str(tmp_path / "nan.safetensors")}, "row 0 of rows: .*nan.safetensors has values that are not fin"),
-        ({}, "row 0 of rows: the depth that was estimated has values that are not finite"),
+        ({}, "row 0 of rows: the estimated depth has values that are not finite"),
     ):
         with pytest.raises(UserError, match=said):
             video_pool(args, model, texts, [row | more], "rows", wrong=False, depth_source=lambda frames: depth)
@@ -122,7 +122,7 @@ def test_a_depth_estimator_that_is_not_there(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"aux": ["depth", "flow"], "num_frames": 1}, "num_frames is 1, it must be at least 2 with flow"),
-        ({"aux": [], "train_dataset": "x", "depth_model": "y"}, "depth_model is 'y', it must be left out with aux"),
+        ({"aux": [], "train_dataset": "x", "depth_model": "y"}, "depth_model is 'y', it must be omitted with aux"),
         ({"train_dataset": "x", "eval_clips": 2}, "eval_clips is 2, it must be 0 with train_dataset"),
     ],
 )

@@ -95,7 +95,11 @@ def test_a_pool_that_cannot_be_is_one_line(model: WorldWeaverModel, rows: Any, t
     (tmp_path / "file").write_text("")
     for folder, words, said in (
         (tmp_path / "file", {}, "file cannot be written"),
-        (tmp_path / "pool", {"depth_source": lambda frames: frames.mean(-1)}, "name depth_model, or leave pool_dir"),
+        (
+            tmp_path / "pool",
+            {"depth_source": lambda frames: frames.mean(-1)},
+            "give depth_model instead, or omit pool_dir",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             pool(model, rows, folder, **words)

@@ -92,7 +92,7 @@ def test_placed_memory_has_inputs_and_no_outputs(aux: tuple[Any, ...], tmp_path:
     narrow_transformer(model)
     assert config_of(loaded) == config_of(model) == config
     assert torch.equal(tiny(), stock)
-    with pytest.raises(UserError, match="has no inputs for placed memory: leave placed out"):
+    with pytest.raises(UserError, match="has no inputs for placed memory: omit placed"):
         widened(loaded, ("rgb",), placed=True)
 
 
@@ -147,9 +147,9 @@ def test_what_was_trained_is_sliced() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("HunyuanVideo Framepack", r"clean_x_embedder.proj.weight depends on the number of channels too"),
-        ("Helios", r"patch_short.weight depends on the number of channels too"),
-        ("WanAnimate", r"it is not made with more channels: in_channels should be 2 \* latent_channels \+ 4"),
+        ("HunyuanVideo Framepack", r"clean_x_embedder.proj.weight also depends on the number of channels"),
+        ("Helios", r"patch_short.weight also depends on the number of channels"),
+        ("WanAnimate", r"it cannot be created with more channels: in_channels should be 2 \* latent_channels \+ 4"),
         ("Kandinsky 5", "its config has no in_channels and out_channels"),
         ("LTX-2", "the output of LTX2VideoTransformer3DModel is more than the rows"),
         ("DiT", "it has 10 outputs for 5 inputs, so it also predicts a variance"),
@@ -199,7 +199,7 @@ def test_wrong_calls_are_one_line() -> None:
     for settings, message in (
         ({"aux": ("flow",)}, r"aux must be \('depth',\) or \('depth', 'flow'\), got \('flow',\)"),
         ({"init_out": "ones"}, "init_out must be 'copy' or 'zero', got 'ones'"),
-        ({"init_out": "zero", "aux_scale": 2.0}, "aux_scale=2 scales copied rows"),
+        ({"init_out": "zero", "aux_scale": 2.0}, "aux_scale=2 applies to copied rows"),
         ({"aux_scale": float("nan")}, "aux_scale must be at least"),
     ):
         with pytest.raises(UserError, match=message):
@@ -207,11 +207,11 @@ def test_wrong_calls_are_one_line() -> None:
     with pytest.raises(UserError, match="is not widened: call widen_transformer"):
         narrow_transformer(model)
     widen_transformer(model)
-    with pytest.raises(UserError, match="is widened already: narrow_transformer undoes it"):
+    with pytest.raises(UserError, match="is already widened: call narrow_transformer first"):
         widen_transformer(model)
-    with pytest.raises(UserError, match="this transformer has rgb, depth, asked was for rgb, depth, flow"):
+    with pytest.raises(UserError, match="this transformer has rgb, depth, but rgb, depth, flow is requested"):
         widened(model, ("rgb", "depth", "flow"))
-    assert "worldweaver: rgb + depth, 5 channels each; noise levels: not driven yet" in str(postgen.summary(model))
+    assert "worldweaver: rgb + depth, 5 channels each; noise levels: not set yet" in str(postgen.summary(model))
     narrow_transformer(model)
     assert "nothing is on" in str(postgen.summary(model))
     for layer in ("proj_out", "patch_embedding"):

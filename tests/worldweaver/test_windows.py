@@ -215,8 +215,8 @@ def test_weights_and_counts_of_the_loss() -> None:
         ({"split_share": 1.5}, "split_share is 1.5, it must be from 0 to 1"),
         ({"loss_weights": [0.0, 1.0, 1.0]}, "RGB above 0"),
         ({"aux": [], "depth_in_memory": False}, "depth_in_memory is False, it must be true with aux"),
-        ({"aux": [], "memory_policy": "depth_sim"}, "another one than depth_sim"),
-        ({"depth_in_memory": False, "memory_policy": "depth_sim"}, "another one than depth_sim"),
+        ({"aux": [], "memory_policy": "depth_sim"}, "another policy than depth_sim"),
+        ({"depth_in_memory": False, "memory_policy": "depth_sim"}, "another policy than depth_sim"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
@@ -226,5 +226,5 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
 
 def test_clips_that_are_too_short() -> None:
     assert windows(7)
-    with pytest.raises(UserError, match="clips of 6 latent frames are too short for 3 groups of 2 and a memory"):
+    with pytest.raises(UserError, match="clips of 6 latent frames are too short for 3 groups of 2 and memory"):
         windows(6)

@@ -1,6 +1,7 @@
-"""How a long clip drifts from what it should be: exact measures where the true clip is known.
+"""Measures of drift: how a long clip departs from the true clip. They are exact where the true clip is known.
 
-They know no model and no world, only tensors. docs/drift.md says what each number means and which a frozen video wins.
+The measures use tensors only, no model and no world. docs/drift.md explains each number, and lists which numbers a
+frozen video would win.
 """
 
 from .background import (

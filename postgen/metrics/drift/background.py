@@ -1,4 +1,4 @@
-"""What happens to the part of a long clip that stands still: its colour, its likeness to the truth, its revisits."""
+"""Measures on the static background of a long clip: colour drift, PSNR against the true clip, and revisits."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from postgen.metrics.likeness import PSNR_CAP, psnr, ssim
 from .start_end import SHARE, StartEnd, ends, start_end
 
 _AT_ONCE = 128
-"""Frames that are measured together: what is in memory does not grow with the clip."""
+"""Number of frames that are processed together, so that memory use does not grow with the clip."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColourDrift:
-    """How the colour of the background moves away."""
+    """Drift of the background colour."""
 
     delta_e: StartEnd
-    """Distance (CIE 1976) of the mean CIELAB colour of the background from that of the true clip, per frame."""
+    """Distance (CIE 1976) of the mean CIELAB background colour from that of the true clip, per frame."""
     lab_F3: Tensor
-    """Mean CIELAB colour of the background per frame, NaN where there is none."""
+    """Mean CIELAB background colour per frame, NaN for a frame without background."""
     wasserstein: tuple[float, float, float]
-    """Distance between the distributions of L, a and b over the background of the start and of the end."""
+    """Distance between the distributions of L, a and b over the background at the start and at the end."""
     true_wasserstein: tuple[float, float, float]
-    """The same of the true clip: a camera that moves shows other ground."""
+    """The same distance in the true clip. It is not 0 if a moving camera shows other ground."""
 
 
 def colour_drift(frames: Tensor, true: Tensor, background: Tensor, share: float = SHARE) -> ColourDrift:
-    """Return how the background's colour drifts (CIELAB, so that 2.3 is about the least that an eye sees).
+    """Return the drift of the background colour in CIELAB, where 2.3 is about the smallest visible difference.
 
     Args:
         frames: (F, 3, H, W) in [0, 1].
-        true: (F, 3, H, W), what they should be.
+        true: (F, 3, H, W), the true clip.
         background: bool (F, H, W), pixels of the true clip that show no body.
-        share: of the frames that start and end are.
+        share: share of the frames that count as start, and as end.
 
     Raises:
-        UserError: forms that do not belong together, or no background in the start or in the end.
+        UserError: shapes that do not match, or no background at the start or at the end.
     """
     _check(frames, true, background)
     means = [
@@ -53,7 +53,7 @@ def colour_drift(frames: Tensor, true: Tensor, background: Tensor, share: float 
     for clip in (frames, true):
         samples = [lab(clip[part]).movedim(1, -1)[background[part]] for part in ends(len(clip), share)]
         if not all(len(sample) for sample in samples):
-            raise UserError("colour drift needs background in the start and in the end of the clip, there is none")
+            raise UserError("colour drift needs background pixels at the start and at the end of the clip: found none")
         light, green_red, blue_yellow = (wasserstein(samples[0][:, c], samples[1][:, c]) for c in range(3))
         spread.append((light, green_red, blue_yellow))
     shift = delta_e(means[0], means[1], dim=1)
@@ -66,16 +66,16 @@ def _mean_lab(frames: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class BackgroundPSNR:
-    """How well the background keeps to the truth, in dB (at most 100)."""
+    """PSNR of the background against the true clip, in dB (at most 100)."""
 
     psnr: StartEnd
-    """Per frame. `change` is PSNR of the end less PSNR of the start."""
+    """PSNR per frame. `change` is the PSNR of the end minus the PSNR of the start."""
     texel_first: float
-    """PSNR of the ground put together from all frames of the start, place by place; NaN without texels."""
+    """PSNR of the ground at the start, averaged place by place over all frames of the start; NaN without texels."""
     texel_last: float
-    """The same of the end."""
+    """The same for the end."""
     ceiling_gap: float
-    """`psnr.last` below that of the ceiling's frames; NaN without a ceiling."""
+    """PSNR of the ceiling's frames at the end minus `psnr.last`; NaN without a ceiling."""
 
 
 def background_psnr(
@@ -88,19 +88,19 @@ def background_psnr(
     ceiling: Tensor | None = None,
     share: float = SHARE,
 ) -> BackgroundPSNR:
-    """Return the PSNR over the true background, per frame and put together on the ground.
+    """Return the PSNR over the true background, per frame and averaged on the ground.
 
-    The texel form averages what all frames of a part show of a place, so that noise of single frames goes and what is
-    left is a wrong ground.
+    The texel form averages all pixels that show the same place on the ground in a part of the clip. The noise of
+    single frames averages out, so the remaining error is a wrong ground.
 
     Args:
         frames, true, background, share: as in `colour_drift`.
-        texels: (F, 2, H, W), place of each pixel on the ground, NaN where there is none.
-        cell: side of a place, in the unit of `texels`.
-        ceiling: (F, 3, H, W), the true clip after the autoencoder's round trip: what a model can reach at best.
+        texels: (F, 2, H, W), position of each pixel on the ground, NaN where there is none.
+        cell: edge of a place, in the unit of `texels`.
+        ceiling: (F, 3, H, W), the true clip encoded and decoded by the autoencoder: the best that a model can reach.
 
     Raises:
-        UserError: forms that do not belong together, or a cell that is not above 0.
+        UserError: shapes that do not match, or a cell that is not above 0.
     """
     _check(frames, true, background)
     rows = _masked_psnr(frames, true, background)
@@ -137,20 +137,20 @@ def _texel_psnr(frames: Tensor, true: Tensor, background: Tensor, texels: Tensor
 
 @dataclass(frozen=True, slots=True)
 class Revisits:
-    """Pairs of frames with the same pose of the camera; NaN where there is no pair."""
+    """Pairs of frames with the same camera pose; NaN where there is no pair."""
 
     pairs: int
     psnr: float
-    """Between the two generated frames, mean in dB."""
+    """Mean PSNR in dB between the two generated frames."""
     ssim: float
-    """Between the two generated frames."""
+    """Mean SSIM between the two generated frames."""
     gap_db: float
-    """PSNR of the first visit against the truth less that of the second, mean in dB: what coming back costs."""
+    """Mean in dB of the PSNR of the first visit against the true clip minus that of the second: the loss on return."""
 
 
 @dataclass(frozen=True, slots=True)
 class RevisitConsistency:
-    """Revisits all together, those whose first visit the model still saw, and those that only a memory can hold."""
+    """All revisits, those whose first visit is in the model's context, and those that need memory."""
 
     all: Revisits
     context: Revisits
@@ -168,22 +168,25 @@ def revisit_consistency(
     most: int = 256,
     tolerance: float = 2e-3,
 ) -> RevisitConsistency:
-    """Return how alike frames are that are seen from the same place, over background that both show.
+    """Return the similarity of frames with the same camera pose, over background that both frames show.
 
     Args:
         frames, true, background: as in `colour_drift`.
-        poses: (F, ...), of the camera; equal bits are the same pose.
-        gap: frames from the first visit to the second at least.
-        window: frames back that the model sees besides its memory. A pair that is no farther apart is "context".
-        most: pairs that are measured of each kind, evenly out of all.
-        tolerance: largest difference of the true colours of a pixel that counts: shadows move.
+        poses: (F, ...) camera poses; bitwise equal values are the same pose.
+        gap: smallest number of frames between the two visits.
+        window: number of past frames that the model sees without its memory. A pair within it counts as "context".
+        most: largest number of pairs of each kind; they are evenly spaced among all pairs.
+        tolerance: largest difference of the true colours of a pixel that counts, because shadows move.
 
     Raises:
-        UserError: forms that do not belong together, or a gap or number of pairs below 1.
+        UserError: shapes that do not match, or a gap or number of pairs below 1.
     """
     _check(frames, true, background)
     if len(poses) != len(frames) or min(gap, most) < 1 or window < 0:
-        raise UserError(f"{len(poses)} poses of {len(frames)} frames, {gap=}, {most=}, {window=}")
+        raise UserError(
+            f"{len(poses)} poses for {len(frames)} frames, {gap=}, {most=}, {window=}: give one pose per frame, gap"
+            " and most from 1 on, window from 0 on"
+        )
     place = poses.reshape(len(poses), -1).unique(dim=0, return_inverse=True)[1]
     number = torch.arange(len(frames), device=place.device)
     first, second = torch.nonzero((place[:, None] == place) & (number - number[:, None] >= gap), as_tuple=True)
@@ -200,7 +203,7 @@ def revisit_consistency(
 def _pairs(
     frames: Tensor, true: Tensor, background: Tensor, first: Tensor, second: Tensor, tolerance: float
 ) -> Tensor:
-    """PSNR, SSIM and gap of each pair: (3, N)."""
+    """Return PSNR, SSIM and gap of each pair, (3, N)."""
     columns = [frames.new_zeros(3, 0, dtype=torch.float64)]
     for low in range(0, len(first), _AT_ONCE // 4):
         a, b = first[low : low + _AT_ONCE // 4], second[low : low + _AT_ONCE // 4]
@@ -223,8 +226,8 @@ def _check(frames: Tensor, true: Tensor, background: Tensor) -> None:
     check_frames(true, 2, "true frames")
     if frames.shape != true.shape or background.shape != (len(frames), *frames.shape[-2:]):
         raise UserError(
-            f"frames {tuple(frames.shape)}, true frames {tuple(true.shape)} and background {tuple(background.shape)}"
-            " do not belong together: (F, 3, H, W) twice and (F, H, W)"
+            f"frames have shape {tuple(frames.shape)}, true frames {tuple(true.shape)} and background"
+            f" {tuple(background.shape)}: give (F, 3, H, W) for both clips and (F, H, W)"
         )
     if background.dtype != torch.bool:
         raise UserError(f"background must be bool, got {background.dtype}")

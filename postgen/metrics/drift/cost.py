@@ -1,4 +1,4 @@
-"""Whether a chunk costs the same however late it is."""
+"""Test whether the cost of a chunk stays the same over a long video."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from postgen.metrics.bootstrap import Interval, bootstrap
 
 @dataclass(frozen=True, slots=True)
 class Flatness:
-    """Trend of a cost over chunks."""
+    """Trend of a cost over chunks, in the unit of the values."""
 
     slope: Interval
-    """Per chunk, in the unit of the values."""
+    """Slope per chunk, in the unit of the values."""
     growth: Interval
-    """What the trend adds from the first chunk to the last, over the mean."""
+    """Increase of the trend from the first chunk to the last, divided by the mean."""
     flat: bool
-    """Whether the interval of the slope holds 0."""
+    """Whether the interval of the slope includes 0."""
 
 
 def flat_cost(values: Sequence[float], *, skip: int = 0, block: int | None = None, seed: int = 0) -> Flatness:
-    """Return the least-squares slope of seconds, or bytes, a chunk, with a 95 % interval from blocks of chunks.
+    """Return the least-squares slope of the cost per chunk (seconds or bytes), with a 95 % block-bootstrap interval.
 
-    Blocks of neighbours are drawn together, so that noise which lasts for some chunks does not look like more evidence
-    than it is (block bootstrap, Kuensch 1989). "Flat" means no trend above this noise: give `growth` beside it, which
-    says how large a trend could hide there.
+    Blocks of consecutive chunks are resampled together, so that noise that lasts for several chunks does not count as
+    more evidence than it is (block bootstrap, Kuensch 1989). "Flat" means that there is no trend above this noise.
+    Report `growth` with it: it shows how large a trend could be hidden by the noise.
 
     Args:
-        values: one a chunk, in order.
-        skip: first chunks that are left out: warm-up, and windows that fill.
-        block: chunks of a block; None: the cube root of their number. Left-over first chunks are dropped.
-        seed: of the draws.
+        values: one cost per chunk, in order.
+        skip: number of first chunks to ignore: warm-up, and chunks while the window fills.
+        block: chunks of a block; None: the cube root of their number. First chunks that fill no block are dropped.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: fewer than 8 chunks or 4 blocks, or values that are no finite numbers.
+        UserError: fewer than 8 chunks or 4 blocks, or values that are not finite numbers.
 
     >>> flat_cost([2.0] * 50).flat, flat_cost([2.0 + 0.01 * i for i in range(50)]).flat
     (True, False)
@@ -47,7 +47,7 @@ def flat_cost(values: Sequence[float], *, skip: int = 0, block: int | None = Non
     row = torch.tensor(values[skip:], dtype=torch.float64)
     width = round(len(row) ** (1 / 3)) if block is None else block
     if len(row) < 8 or width < 1 or len(row) // width < 4:
-        raise UserError(f"{len(row)} chunks in blocks of {width}: a trend needs at least 8 chunks and 4 blocks")
+        raise UserError(f"{len(row)} chunks in blocks of {width}: give at least 8 chunks and 4 blocks")
     row = row[len(row) % width :]
     place = torch.arange(len(row), dtype=torch.float64)
     table = torch.cat((place.unflatten(0, (-1, width)), row.unflatten(0, (-1, width))), 1)
@@ -58,10 +58,10 @@ def flat_cost(values: Sequence[float], *, skip: int = 0, block: int | None = Non
 
 
 def _slope(rows: Tensor) -> Tensor:
-    """Slope of draws of blocks (..., N, places and values); 0 of a draw of one block of one chunk."""
+    """Return the slope of resampled blocks (..., N, positions and values); 0 if all samples are the same chunk."""
     place, value = (part.flatten(-2) for part in rows.chunk(2, dim=-1))
     place = place - place.mean(-1, keepdim=True)
-    # Around the mean: of equal values nothing but 0 is left, not even rounding.
+    # Subtract the first value before the mean: equal values then give exactly 0, without rounding errors.
     value = value - value[..., :1]
     value = value - value.mean(-1, keepdim=True)
     return (place * value).sum(-1) / place.square().sum(-1).clamp_min(1e-12)

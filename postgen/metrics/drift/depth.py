@@ -1,4 +1,4 @@
-"""Whether depth that a model makes beside its frames keeps its scale and its shape over a long clip."""
+"""Measures on generated depth: whether it keeps its scale and shape over a long clip."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from .start_end import SHARE, StartEnd, ends, start_end
 
 @dataclass(frozen=True, slots=True)
 class DepthDrift:
-    """Error of depth after one scale and one shift for the whole clip, fitted on its start alone."""
+    """Depth error after one scale and one shift for the whole clip, which are fitted on its start only."""
 
     abs_rel: StartEnd
-    """Mean |depth - true| / true, per frame. Its slope is how fast the error grows."""
+    """Mean |depth - true| / true per frame. Its slope is the growth of the error."""
     delta: StartEnd
-    """Share of pixels whose depth is within a factor of 1.25 of the truth, per frame."""
+    """Share of pixels whose depth is within a factor of 1.25 of the true depth, per frame."""
     scale: float
     shift: float
-    """True disparity is about scale * disparity + shift."""
+    """True disparity is approximately scale * disparity + shift."""
     depth_FHW: Tensor
-    """The aligned depth."""
+    """Aligned depth."""
     abs_rel_F: Tensor
-    """The error of every frame, NaN where nothing counts."""
+    """Error of every frame, NaN where no pixel counts."""
 
 
 def depth_drift(
     disparity: Tensor, true_disparity: Tensor, *, farthest: float | None = None, share: float = SHARE
 ) -> DepthDrift:
-    """Return how the error of depth grows. A scale that is wrong but stays is fitted away, one that drifts is not.
+    """Return the growth of the depth error. A wrong but constant scale is fitted and does not count; a drift counts.
 
-    A pixel counts where the true disparity is above 0. Aligned disparity is kept above half the least true one that
-    counts, so that no depth is infinite.
+    A pixel counts where the true disparity is above 0. Aligned disparity is clamped to at least half the smallest true
+    disparity that counts, so that no depth is infinite.
 
     Args:
-        disparity: (F, H, W), that of the model, in any scale and with any shift.
+        disparity: (F, H, W), predicted by the model, with any scale and shift.
         true_disparity: (F, H, W), 1 / depth, 0 where there is no depth.
         farthest: true depth beyond which pixels do not count; None: all count.
-        share: of the frames that start and end are.
+        share: share of the frames that count as start, and as end.
 
     Raises:
-        UserError: forms that do not belong together, numbers that are not finite, or no pixel in the start.
+        UserError: shapes that do not match, values that are not finite, or no pixel that counts at the start.
     """
     if disparity.shape != true_disparity.shape or disparity.dim() != 3:
         raise UserError(
-            f"disparity {tuple(disparity.shape)} and the true one {tuple(true_disparity.shape)} must both be (F, H, W)"
+            f"disparity has shape {tuple(disparity.shape)} and the true one {tuple(true_disparity.shape)}: give"
+            " (F, H, W) for both"
         )
     if not (disparity.isfinite().all() and true_disparity.isfinite().all()):
         raise UserError("disparity must be finite: give 0 where there is no depth")
@@ -56,10 +57,10 @@ def depth_drift(
     valid = true > 0 if farthest is None else true >= 1 / farthest
     first, _ = ends(len(disparity), share)
     if not valid[first].any():
-        raise UserError("no pixel of the start has a true depth that counts: its scale cannot be fitted")
+        raise UserError("no pixel at the start has a true depth that counts, so the scale cannot be fitted")
     x, y = disparity[first][valid[first]], true[first][valid[first]]
     spread = (x - x.mean()).square().sum()
-    # A depth without any shape explains nothing: its best scale is 0.
+    # Constant predicted depth is not correlated with the truth: its best scale is 0.
     scale = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 1e-12 * len(x) else spread.new_tensor(0.0)
     shift = y.mean() - scale * x.mean()
     depth = 1 / (scale * disparity + shift).clamp_min(0.5 * true[valid].min())
@@ -71,16 +72,16 @@ def depth_drift(
 
 
 def object_depth_error(depth: Tensor, true_disparity: Tensor, kinds: Tensor, ids: Tensor) -> Tensor:
-    """Return whether the depth agrees with what the frames show, (F,): the mean over bodies found by colour.
+    """Return whether depth and frames agree, (F,): the mean depth error over bodies that are found by colour.
 
-    Of each body, the median depth over the pixels that have its colour is compared with the true depth that this body
-    has at that time, |depth - true| / true. NaN where no body is found.
+    For each body, the median depth over the pixels with its colour is compared with the true depth of this body in
+    that frame, |depth - true| / true. NaN where no body is found.
 
     Args:
         depth: (F, H, W), aligned (`DepthDrift.depth_FHW`).
         true_disparity: (F, H, W).
-        kinds: int (F, H, W), body of each pixel by its colour or -1 (`detect`).
-        ids: int (F, H, W), true body of each pixel plus 1, 0 for none.
+        kinds: int (F, H, W), body of each pixel by its colour, or -1 (`detect`).
+        ids: int (F, H, W), true body of each pixel plus 1; 0 for none.
     """
     rows = []
     for frame in range(len(depth)):

@@ -1,4 +1,4 @@
-"""Whether bodies are there in the frames in which they should be, above all after they were gone."""
+"""Measures on bodies: whether they are visible in the frames in which they should be, above all after an absence."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Permanence:
-    """Shares over (frame, body), or over frames; NaN where there is none to count."""
+    """Shares of (frame, body) pairs, or of frames; NaN where nothing counts."""
 
     after_absence: float
-    """Present where it should be, of the frames in which a body is seen after it was seen and then gone."""
+    """Share of bodies present in their place, over frames in which a body is visible again after an absence."""
     after_absence_anywhere: float
-    """The same wherever it is: some piece of its colour has half to twice its size."""
+    """The same at any place: some component of its colour has half to twice its area."""
     always: float
-    """Present where it should be, of all frames in which a body is seen."""
+    """Share of bodies present in their place, over all frames in which a body is visible."""
     always_anywhere: float
-    """The same wherever it is."""
+    """The same at any place."""
     wrong_count: float
-    """Frames with more or fewer pieces of some colour than there should be."""
+    """Share of frames with more or fewer components of some colour than in the true clip."""
     spurious: float
-    """Pieces too many, per frame."""
+    """Number of surplus components per frame."""
     swapped: float
-    """Of all frames in which a body is seen: most of its place has the colour of another one."""
+    """Share of frames, over all frames in which a body is visible, in which most of its place has another colour."""
     last: float
     """`always` over the last part of the clip."""
     returns: int
-    """Pairs that `after_absence` is a share of."""
+    """Number of pairs that `after_absence` is a share of."""
     present_FJ: Tensor
-    """1 where a body is present in its place, 0 where it should be, NaN where it is not to be seen."""
+    """1 where a body is present in its place, 0 where it is missing, NaN where it is not visible in the true clip."""
 
 
 def detect(frames: Tensor, palette: Tensor, threshold: float = 20.0, *, others: Tensor | None = None) -> Tensor:
-    """Return the row of the palette that each pixel has the colour of, or -1, int64 (F, H, W).
+    """Return the palette row whose colour each pixel has, or -1, int64 (F, H, W).
 
-    That is the row with the nearest shade (CIELAB, CIE 1976), if it is nearer than `threshold` and than all `others`.
+    The row is that of the nearest shade (CIELAB, CIE 1976), if the shade is nearer than `threshold` and nearer than
+    all `others`.
 
     Args:
         frames: (F, 3, H, W) in [0, 1].
-        palette: (C, 3) or, where light changes how bodies look, (C, S, 3) with S shades of each.
-        threshold: distance from which on a colour is none of them.
-        others: (N, 3), colours that are no body's: those of a ground whose shadows are near to a dark shade.
+        palette: (C, 3), or (C, S, 3) with S shades of each colour if light changes how bodies look.
+        threshold: distance from which a pixel matches no row.
+        others: (N, 3) colours of no body, for example of ground whose shadows are similar to a dark shade.
 
     Raises:
-        UserError: another form.
+        UserError: a wrong shape.
     """
     check_frames(frames, 1, "frames")
     if palette.dim() not in (2, 3) or palette.shape[-1] != 3 or not palette.numel():
-        raise UserError(f"a palette must be (C, 3) or (C, S, 3), got {tuple(palette.shape)}")
+        raise UserError(f"palette has shape {tuple(palette.shape)}: give (C, 3) or (C, S, 3)")
     shades = palette if palette.dim() == 3 else palette[:, None]
     table = lab(shades.to(frames), dim=-1)
     if others is not None and (others.dim() != 2 or others.shape[-1] != 3):
-        raise UserError(f"others must be (N, 3), got {tuple(others.shape)}")
+        raise UserError(f"others has shape {tuple(others.shape)}: give (N, 3)")
     ground = None if others is None else lab(others.to(frames), dim=-1)
     kinds = []
     for low in range(0, len(frames), _AT_ONCE):
@@ -75,9 +76,9 @@ def detect(frames: Tensor, palette: Tensor, threshold: float = 20.0, *, others: 
 
 
 def _distance(pixels: Tensor, table: Tensor) -> Tensor:
-    """From each of (N, 3) colours to the nearest shade of each row of (C, S, 3): (N, C)."""
+    """Return the distance of each of (N, 3) colours to the nearest shade of each row of (C, S, 3), (N, C)."""
     shades = table.flatten(0, 1)
-    # One product instead of a difference a shade: within 0.05 of a distance, where colours are 20 apart.
+    # One matrix product instead of a difference per shade. Its error is below 0.05; colours are 20 apart.
     square = pixels.square().sum(1, keepdim=True) + shades.square().sum(1) - 2 * pixels @ shades.T
     nearest: Tensor = square.unflatten(1, table.shape[:2]).amin(2)
     return nearest.clamp_min(0).sqrt()
@@ -86,26 +87,28 @@ def _distance(pixels: Tensor, table: Tensor) -> Tensor:
 def object_permanence(
     kinds: Tensor, ids: Tensor, *, gap: int = 8, least: float = 0.002, overlap: float = 0.3, share: float = 0.15
 ) -> Permanence:
-    """Return whether bodies are present, by the pieces that hang together (4 neighbours) of their colours.
+    """Return whether bodies are present, from connected components (4 neighbours) of their colours.
 
-    A body is present in its place where one piece of its colour has an intersection over union with the true mask of
-    `overlap` at least; anywhere, where one has 0.5 to 2 times the true area.
+    A body is present in its place if one component of its colour has an intersection over union of at least `overlap`
+    with the true mask. It is present anywhere if one component has 0.5 to 2 times the true area.
 
     Args:
-        kinds: int64 (F, H, W), colour of each pixel or -1 (`detect`).
-        ids: int (F, H, W), true body of each pixel plus 1, 0 for none; body j has the colour of row j of the palette.
-        gap: frames that a body is not seen before its return counts.
-        least: part of the picture from which on a body is seen, or a piece counts as one.
-        overlap: see above.
-        share: of the frames that `Permanence.last` is over.
+        kinds: int64 (F, H, W), colour of each pixel, or -1 (`detect`).
+        ids: int (F, H, W), true body of each pixel plus 1; 0 for none. Body j has the colour of palette row j.
+        gap: smallest number of frames without a body before its return counts.
+        least: smallest share of the picture for a body to count as visible, and for a component to count.
+        overlap: smallest intersection over union, see above.
+        share: share of the frames that count for `Permanence.last`.
 
     Raises:
-        UserError: forms that do not belong together, or a number outside its range.
+        UserError: shapes that do not match, or a number outside its range.
     """
     if kinds.shape != ids.shape or kinds.dim() != 3 or not len(kinds):
-        raise UserError(f"kinds {tuple(kinds.shape)} and ids {tuple(ids.shape)} must both be (F, H, W)")
+        raise UserError(f"kinds has shape {tuple(kinds.shape)} and ids {tuple(ids.shape)}: give (F, H, W) for both")
     if gap < 1 or not 0 < least < 1 or not 0 < overlap <= 1 or not 0 < share <= 1:
-        raise UserError(f"{gap=}, {least=}, {overlap=}, {share=}: from 1 on, within (0, 1), and (0, 1] twice")
+        raise UserError(
+            f"{gap=}, {least=}, {overlap=}, {share=}: give gap from 1 on, least in (0, 1), the others in (0, 1]"
+        )
     bodies = int(ids.max())
     parts = [_measure(kinds[low : low + _AT_ONCE], ids[low : low + _AT_ONCE].long(), bodies, least, overlap)
              for low in range(0, len(kinds), _AT_ONCE)]  # fmt: skip
@@ -132,7 +135,7 @@ def _share(what: Tensor, where: Tensor) -> float:
 
 
 def _after_absence(seen_FJ: Tensor, gap: int) -> Tensor:
-    """Where a body is seen, after it was seen and then not seen for `gap` frames in a row."""
+    """Return where a body is visible after it was visible and then not visible for `gap` consecutive frames."""
     columns = []
     for column in seen_FJ.T.tolist():
         run, known, returned, row = 0, False, False, []
@@ -145,7 +148,7 @@ def _after_absence(seen_FJ: Tensor, gap: int) -> Tensor:
 
 
 def _measure(kinds: Tensor, ids: Tensor, bodies: int, least: float, overlap: float) -> tuple[Tensor, ...]:
-    """Of some frames: (F, J) seen, in place, anywhere, swapped; (F,) pieces too many, whether a count is wrong."""
+    """Return for some frames: visible, in place, anywhere, swapped (F, J); surplus components, wrong count (F,)."""
     pixels = kinds[0].numel()
     rows: list[Tensor] = []
     kind, true = kinds.flatten(1), ids.flatten(1)
@@ -159,7 +162,7 @@ def _measure(kinds: Tensor, ids: Tensor, bodies: int, least: float, overlap: flo
         here = (shared / (of_colour + size - shared).clamp_min(1)).amax(1) >= overlap
         near = (of_colour >= 0.5 * size) & (of_colour <= 2 * size) & (of_colour > 0)
         wrong = mask & (kind >= 0) & (kind != body)
-        # Half of the place in one other colour: with several others it is a stain, not a swap.
+        # Most of the place must have a single other colour: several other colours are an artefact and not a swap.
         other = torch.stack([(wrong & (kind == k)).sum(1) for k in range(int(kind.max()) + 1 or 1)]).amax(0)
         seen = size[:, 0] >= least * pixels
         rows.append(torch.stack((seen, here, near.any(1), 2 * other > size[:, 0]), 1))
@@ -167,7 +170,7 @@ def _measure(kinds: Tensor, ids: Tensor, bodies: int, least: float, overlap: flo
     extra, lacking = torch.zeros(len(kinds)), torch.zeros(len(kinds))
     for colour in range(max(bodies, int(kind.max()) + 1)):
         found = _count(area, piece, kind == colour, least * pixels)
-        # A true piece of about the least size may be found or not.
+        # A true component near the smallest size may be found or not, so it must not count as an error.
         most = _count(true_area, true_piece, true == colour + 1, 0.5 * least * pixels)
         fewest = _count(true_area, true_piece, true == colour + 1, 2 * least * pixels)
         extra += (found - most).clamp_min(0).cpu()
@@ -176,7 +179,7 @@ def _measure(kinds: Tensor, ids: Tensor, bodies: int, least: float, overlap: flo
 
 
 def _areas(piece: Tensor, mask: Tensor) -> Tensor:
-    """Pixels of a mask in each piece, at the number of the piece: (F, P)."""
+    """Return the number of pixels of a mask in each component, (F, P), by the number of the component."""
     zeros = torch.zeros(piece.shape, device=piece.device)
     return zeros.scatter_add_(1, piece.clamp_min(0), (mask & (piece >= 0)).float())
 

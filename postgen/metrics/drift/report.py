@@ -1,4 +1,4 @@
-"""All measures of drift of one clip together, and two systems compared over many clips."""
+"""All drift measures of one clip in a report, and the comparison of two systems over many clips."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ from .permanence import Permanence, detect, object_permanence
 from .start_end import SHARE, StartEnd, start_end, start_end_contrast
 
 _DERIVED = ("change", "contrast", "least", "most")
-"""Properties that the JSON form holds too."""
+"""Properties that the JSON form also contains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrueClip:
-    """What a clip should be: tensors of one clip, from any world whose future is known.
+    """The true clip: tensors of one clip, from any world whose future is known.
 
-    `frames` (F, 3, H, W) in [0, 1]. `ids` int (F, H, W): 0 for what stands still, j + 1 for body j. `palette` (C, 3)
-    or (C, S, 3) in [0, 1]: colour of body j in row j, in S shades; rows beyond the bodies are colours that none has.
-    `others` (N, 3): colours of what is no body (`detect`).
-    `poses` (F, ...), of the camera: equal bits are the same pose. `disparity` (F, H, W), 1 / depth, 0 where there is
-    none. `texels` (F, 2, H, W), place of each pixel on the ground, NaN where there is none. `decoded` (F, 3, H, W):
-    the frames after the autoencoder's round trip.
+    - `frames`: (F, 3, H, W) in [0, 1].
+    - `ids`: int (F, H, W), 0 for static pixels, j + 1 for body j.
+    - `palette`: (C, 3) or (C, S, 3) in [0, 1], colour of body j in row j, in S shades. Further rows are colours that
+      no body has.
+    - `others`: (N, 3), colours of pixels that show no body (`detect`).
+    - `poses`: (F, ...) camera poses; bitwise equal values are the same pose.
+    - `disparity`: (F, H, W), 1 / depth, 0 where there is no depth.
+    - `texels`: (F, 2, H, W), position of each pixel on the ground, NaN where there is none.
+    - `decoded`: (F, 3, H, W), the frames encoded and decoded by the autoencoder.
     """
 
     frames: Tensor
@@ -55,13 +58,13 @@ class TrueClip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriftReport:
-    """Measures of one clip. None: what they need was not given, or the clip has none of it."""
+    """Measures of one clip. None: an input of the measure is missing, or the clip has nothing to measure."""
 
     frames: int
     contrast: dict[str, StartEnd]
     """By measure: sharpness, colourfulness, saturation, luma_std, background_psnr, and depth_abs_rel with depth."""
     score: float
-    """Mean over the first four measures of |excess| over the true clip's mean: start-end contrast in one number."""
+    """Start-end contrast in one number: mean over the first four measures of |excess| / mean of the true clip."""
     colour: ColourDrift
     permanence: Permanence
     background: BackgroundPSNR
@@ -70,10 +73,10 @@ class DriftReport:
     seam: float | None
     depth: DepthDrift | None
     object_depth: StartEnd | None
-    """Disagreement of depth and frames about bodies (`object_depth_error`)."""
+    """Disagreement between depth and frames on bodies (`object_depth_error`)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: numbers in nested dicts, no tensors; None for what is not known."""
+        """Return the JSON form: numbers in nested dictionaries, no tensors; None for missing numbers."""
         found: dict[str, Any] = _plain(self)
         return found
 
@@ -92,28 +95,30 @@ def measure_drift(
     share: float = SHARE,
     parts: int = 7,
 ) -> DriftReport:
-    """Measure how a long clip drifts away from what it should be.
+    """Measure how a long clip drifts away from the true clip.
 
     Args:
         frames: (F, 3, H, W) in [0, 1].
-        true: what they should be; what it lacks is not measured.
-        disparity: (F, H, W), depth that the model made, in any scale; needs `true.disparity`.
+        true: the true clip. Measures whose input is missing are None.
+        disparity: (F, H, W), predicted by the model, in any scale; needs `true.disparity`.
         borders: numbers of the first frames of chunks, for the seam ratio.
-        window: frames back that the model sees besides its memory (`revisit_consistency`).
-        gap: frames that a body is gone before its return counts (`object_permanence`).
+        window: number of past frames that the model sees without its memory (`revisit_consistency`).
+        gap: frames of absence of a body before its return counts (`object_permanence`).
         revisit_gap: frames between two visits of a pose (`revisit_consistency`).
-        farthest: depth from which on pixels do not count (`depth_drift`).
-        threshold: of colours (`detect`).
-        share: of the frames that start and end are.
-        parts: of the clip, for the motion ratio.
+        farthest: depth beyond which pixels do not count (`depth_drift`).
+        threshold: colour distance (`detect`).
+        share: share of the frames that count as start, and as end.
+        parts: parts of the clip for the motion ratio.
 
     Raises:
-        UserError: forms that do not belong together, depth without a true one, or no background in start or end.
+        UserError: shapes that do not match, disparity without a true disparity, or no background at the start or end.
     """
     if frames.shape != true.frames.shape:
-        raise UserError(f"frames {tuple(frames.shape)}, but the true clip is {tuple(true.frames.shape)}")
+        raise UserError(
+            f"frames have shape {tuple(frames.shape)}, the true clip has {tuple(true.frames.shape)}: give equal shapes"
+        )
     if disparity is not None and true.disparity is None:
-        raise UserError("disparity without a true one: give TrueClip(disparity=...) too")
+        raise UserError("disparity needs a true disparity: give TrueClip(disparity=...)")
     still = true.ids == 0
     colour = colour_drift(frames, true.frames, still, share)
     background = background_psnr(frames, true.frames, still, texels=true.texels, ceiling=true.decoded, share=share)
@@ -147,17 +152,17 @@ def measure_drift(
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One number of two systems over the same clips."""
+    """One number of two systems on the same clips."""
 
     clips: int
-    """Clips of which both have the number; the others are left out."""
+    """Number of clips for which both systems have the number; other clips are ignored."""
     a: float
     b: float
-    """Means."""
+    """Means of system a and system b."""
     difference: Interval
     """Mean of a - b, with its 95 % interval over clips."""
     ratio: Interval | None
-    """Mean of a over mean of b, likewise; None where b has values that are not above 0."""
+    """Mean of a divided by mean of b, with its 95 % interval; None if b has values that are not above 0."""
 
 
 def compare_drift(
@@ -167,18 +172,18 @@ def compare_drift(
 
     Args:
         a, b: `DriftReport.to_dict` of each clip, in the same order.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
-        By path with dots ("permanence.after_absence", "contrast.sharpness.excess_size"), every number that both have
-        on at least two clips. Beside each "excess" and "excess_slope" stands its size ("excess_size"): signs of single
-        clips cancel in means, drifts do not.
+        Every number that both systems have on at least two clips, by its dotted path ("permanence.after_absence",
+        "contrast.sharpness.excess_size"). For each "excess" and "excess_slope" there is also the absolute value
+        ("excess_size"), because opposite signs of single clips cancel in a mean although both clips drift.
 
     Raises:
         UserError: different numbers of clips, or fewer than 2.
     """
     if len(a) != len(b) or len(a) < 2:
-        raise UserError(f"two systems are compared on the same clips, 2 or more: got {len(a)} and {len(b)}")
+        raise UserError(f"got {len(a)} and {len(b)} clips: give the same 2 or more clips for both systems")
     left, right = ([_numbers(row) for row in rows] for rows in (a, b))
     found = {}
     for name in dict.fromkeys(name for row in left for name in row):
@@ -196,7 +201,7 @@ def _compared(pairs: Tensor, seed: int) -> Compared:
 
 
 def _numbers(row: Mapping[str, Any], path: str = "") -> dict[str, float]:
-    """Numbers of nested dicts by path."""
+    """Return the numbers of nested dictionaries by dotted path."""
     found: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
@@ -209,7 +214,7 @@ def _numbers(row: Mapping[str, Any], path: str = "") -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """Without tensors, and None instead of numbers that are not finite."""
+    """Return a value without tensors, and with None for numbers that are not finite."""
     if is_dataclass(value):
         names = [field.name for field in fields(value)] + [name for name in _DERIVED if hasattr(value, name)]
         value = {name: getattr(value, name) for name in names}

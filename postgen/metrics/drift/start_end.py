@@ -1,4 +1,4 @@
-"""The first and the last part of a long clip, and the trend between them."""
+"""Compare the first and the last part of a long clip, and compute the trend between them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from postgen.errors import UserError
 
 SHARE = 0.15
-"""Part of a clip's frames that its start and its end are (FramePack, arXiv:2504.12626)."""
+"""Share of a clip's frames that counts as its start, and as its end (FramePack, arXiv:2504.12626)."""
 
 
 def ends(frames: int, share: float = SHARE) -> tuple[slice, slice]:
-    """Return the frames of the start and of the end of a clip, one at least.
+    """Return the frames of the start and of the end of a clip, at least one frame each.
 
     Raises:
         UserError: a share outside (0, 0.5], or fewer than 2 frames.
@@ -25,14 +25,14 @@ def ends(frames: int, share: float = SHARE) -> tuple[slice, slice]:
     (slice(0, 24, None), slice(137, 161, None))
     """
     if not 0 < share <= 0.5 or frames < 2:
-        raise UserError(f"{frames} frames with share={share}: at least 2 frames and a share in (0, 0.5]")
+        raise UserError(f"{frames} frames with share={share}: give at least 2 frames and a share in (0, 0.5]")
     count = max(1, int(share * frames))
     return slice(0, count), slice(frames - count, frames)
 
 
 @dataclass(frozen=True, slots=True)
 class StartEnd:
-    """A measure of every frame, in short. Frames without a value (NaN) do not count."""
+    """Summary of a measure of every frame. Frames without a value (NaN) do not count."""
 
     first: float
     """Mean over the start."""
@@ -41,9 +41,9 @@ class StartEnd:
     slope: float
     """Least-squares slope over all frames, per 100 frames."""
     excess: float
-    """`change` less that of the true clip; without one, `change`."""
+    """`change` minus that of the true clip; without a true clip, `change`."""
     excess_slope: float
-    """The same of `slope`."""
+    """`slope` minus that of the true clip; without a true clip, `slope`."""
 
     @property
     def change(self) -> float:
@@ -57,18 +57,20 @@ class StartEnd:
 
 
 def start_end(values: Tensor, true: Tensor | None = None, share: float = SHARE) -> StartEnd:
-    """Return the start, the end and the slope of a measure of every frame, and what of it the true clip does not have.
+    """Return the start, the end and the slope of a measure of every frame, and the excess over the true clip.
 
     Args:
         values: (F,), NaN where a frame has no value.
         true: (F,), the same measure of the true clip.
-        share: of the frames that start and end are.
+        share: share of the frames that count as start, and as end.
     """
     own = _summary(values, share)
     if true is None:
         return StartEnd(*own, own[1] - own[0], own[2])
     if true.shape != values.shape:
-        raise UserError(f"{tuple(values.shape)} values and {tuple(true.shape)} true ones: one a frame in both")
+        raise UserError(
+            f"values have shape {tuple(values.shape)} and true values {tuple(true.shape)}: give one value per frame"
+        )
     other = _summary(true, share)
     return StartEnd(*own, own[1] - own[0] - (other[1] - other[0]), own[2] - other[2])
 
@@ -76,7 +78,7 @@ def start_end(values: Tensor, true: Tensor | None = None, share: float = SHARE) 
 def start_end_contrast(
     values: Mapping[str, Tensor], true: Mapping[str, Tensor] | None = None, share: float = SHARE
 ) -> dict[str, StartEnd]:
-    """Return `start_end` of several measures by name; a measure that `true` lacks is taken as constant in truth."""
+    """Return `start_end` of several measures by name. A measure that `true` lacks counts as constant in truth."""
     return {name: start_end(row, (true or {}).get(name), share) for name, row in values.items()}
 
 
@@ -87,7 +89,7 @@ def _summary(values: Tensor, share: float) -> tuple[float, float, float]:
 
 
 def slope(values: Tensor, places: Tensor | None = None) -> float:
-    """Return the least-squares slope of values (N,) over their places (N,), by default 0..N-1; NaN of fewer than 2.
+    """Return the least-squares slope of values (N,) over positions (N,), default 0..N-1; NaN for fewer than 2 values.
 
     >>> slope(torch.tensor([1.0, 3.0, float("nan"), 7.0]))
     2.0
