@@ -89,7 +89,7 @@ def test_grpo_dry_run_is_a_flag(tmp_path, capsys, cli):
     [
         ({"num_generation": 4}, "Unknown key 'num_generation'"),
         ({"num_generations": 1}, "num_generations is 1"),
-        ({"num_generations": 5}, "must be a multiple of the 5 of a prompt"),
+        ({"num_generations": 5}, "must be a multiple of 5, the samples of a prompt"),
         ({"lora_target_modules": ["nothing"], "use_peft": True}, "'nothing' matches no layer of ToyModel"),
     ],
 )
