@@ -86,10 +86,10 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"reward": "wrold"}, "wrold"),
         (
             {"beta": 0.1, "init_from": "."},
-            "init_from with beta above 0: the reference would be the model before",
+            "init_from with beta above 0: the reference policy would not have the weights",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
-        ({"fully_shard": True}, "fully_shard cuts the model over processes, and there is one"),
+        ({"fully_shard": True}, "fully_shard shards the model over processes, but there is only one"),
         ({"height": None}, "height is not given, and PointPipeline has no default"),
     ],
 )
@@ -314,7 +314,7 @@ def test_grpo_disk_full_while_saving_leaves_no_half_checkpoint(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = grpo(tmp_path, max_steps=3, save_steps=1, callbacks=[Full()])
     try:
-        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written.*go on from the last checkpoint"):
+        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written.*continue from the last checkpoint"):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
