@@ -132,8 +132,8 @@ def _use(card: Card) -> list[str]:
             ),
         ]
     option = "--lora" if card.lora else "--model"
-    told = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", told, ""]
+    hint = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", hint, ""]
 
 
 def _class_of(module: Any) -> str:

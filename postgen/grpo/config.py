@@ -40,7 +40,7 @@ class RewardConfig(Part):
     rewards rise, the policy exploits the trained rewards (reward hacking)."""
 
     reward_device: str | None = None
-    """Device of rewards that have a network. With none, each reward stays on its own device."""
+    """Device of rewards that have a network. With None, each reward stays on its own device."""
 
     offload_reward: bool = False
     """Move the networks of rewards to `reward_device` only for the time of a call."""
@@ -74,10 +74,10 @@ class EvaluationConfig(Part):
     """Samples of each evaluated row. With 2 or more, their diversity is measured."""
 
     eval_num_inference_steps: int | None = None
-    """Steps of the deterministic sampler in evaluation; none uses `num_inference_steps`."""
+    """Steps of the deterministic sampler in evaluation. None uses `num_inference_steps`."""
 
     eval_guidance_scale: float | None = None
-    """Guidance scale in evaluation; none uses `guidance_scale`."""
+    """Guidance scale in evaluation. None uses `guidance_scale`."""
 
     eval_grid: int = 9
     """Number of clips in the grid that each evaluation writes to `samples/`, with fixed seeds; 0 writes none."""

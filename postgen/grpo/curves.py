@@ -122,11 +122,11 @@ class Curves:
         before = self._file, self._position
         with self.metrics.open("rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._position:  # another run has begun
+            if found.st_ino != self._file or found.st_size < self._position:  # the file was replaced or truncated by a new run
                 self._clear(found.st_ino)
             file.seek(self._position)
             for line in file:
-                if not line.endswith(b"\n"):  # half written: the run goes on, or was killed
+                if not line.endswith(b"\n"):  # incomplete: the run is still writing it, or was killed
                     break
                 self._position += len(line)
                 if (row := metrics_row(line)) is not None:

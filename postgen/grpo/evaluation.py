@@ -126,6 +126,15 @@ class Evaluator:
         )
 
     def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> tuple[Rows, dict[str, float], list[Tensor]]:
+        """Draw and score the samples of some prompts.
+
+        Args:
+            rows: prompt rows of this batch. `Sample.prompt` below is an index into this list.
+            numbers: position of each row among the held-out rows; seeds depend on it, and not on the batch.
+
+        Returns:
+            Metrics of each sample, metrics of the batch from the rewards, and the clips.
+        """
         count = self.args.num_generations_eval
         samples = [
             Sample(

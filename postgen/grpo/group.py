@@ -191,7 +191,7 @@ class GroupTrainer(KeptState[G]):
             keep_all=args.precompute_prompt_embeds,
             device=self.device,
         )
-        if args.precompute_prompt_embeds:
+        if args.precompute_prompt_embeds:  # afterwards the text encoders are not needed on the device
             self.embeddings.encode(
                 row for part in (self.prompts, self.eval_prompts) if part is not None for row in part.rows
             )

@@ -202,10 +202,12 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         seeds = [seed_of(args.seed, "forward", update, number, buffer.samples[row]) for row in rows.tolist()]
         index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
         levels = schedule.levels(index, index + 1)
+        # Noised samples, and the optimality of each sample.
         (a, b), _ = levels.mix()
         noise = normal(clean.shape[1:], seeds, self.device)
         x = wide(a, clean) * clean + wide(b, noise) * noise
         optimality = (advantages / args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+        # Predictions of the old, the reference and the new policy.
         with torch.no_grad(), self.meter.rollout(self.sampler.passes * len(rows)), self.old.swapped_in():
             old = self.sampler.predict(x, index, condition)
         reference = self._reference(x, index, condition) if args.beta else None

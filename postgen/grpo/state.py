@@ -108,18 +108,18 @@ def _check_same(before: Batches, now: Batches) -> None:
     old, size = (each.processes * each.per_device * each.accumulation for each in (before, now))
     if (size, now.updates) == (old, before.updates):
         return
-    told = (
+    difference = (
         f"the checkpoint's run has {old} samples per update and {before.updates} updates per rollout, this run has "
         f"{size} and {now.updates}. "
     )
     at_once = now.per_device * now.processes
     if old % at_once:
         raise UserError(
-            f"{told}Choose per_device_train_batch_size and gradient_accumulation_steps so that their product times "
-            f"{now.processes} is {old}, or start {counted(before.processes)}"
+            f"{difference}Choose per_device_train_batch_size and gradient_accumulation_steps so that their product "
+            f"times {now.processes} is {old}, or start {counted(before.processes)}"
         )
     steps = old // at_once
     raise UserError(
-        f"{told}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and no "
-        f"generation_batch_size), or start {counted(before.processes)}"
+        f"{difference}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and "
+        f"no generation_batch_size), or start {counted(before.processes)}"
     )

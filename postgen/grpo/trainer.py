@@ -174,17 +174,20 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         reference = self._reference(x, index, condition) if args.beta else None
         with self.meter.training(self.sampler.passes * len(rows)):
             prediction = self.sampler.predict(x, index, condition)
+        # Ratio of the new to the old probability of the step, and its clipped loss.
         step = self.sampler.step(x, prediction, index)
         log_prob = step.log_prob(y, args.log_prob_reduction)
         old_mean = None if paths.means is None else paths.means[rows, offset]
         ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)
+        # Weight of the step.
         weight = self.weights[index].float()
         if args.ratio_norm:
             schedule = self.sampler.schedule
             weight = weight / (schedule.sigmas[index] - schedule.sigmas[index + 1]).float()
         loss, metrics = (found.loss * weight).mean(), found.metrics()
+        # Divergence from the reference policy.
         if reference is not None:
             kl = gaussian_kl(step, self.sampler.step(x, reference, index))
             kl = kl if args.kl_type == "mean" else velocity_kl(prediction, reference)

@@ -235,12 +235,12 @@ class Sampler:
             owners.setdefault((sample.initial, sample.prompt, sample.start), []).append(row)
         starts = [start for _, _, start in owners]
         x = self.noise([initial for initial, _, _ in owners])
-        told = conditions([prompt for _, prompt, _ in owners]) if max(starts) else {}
-        x = yield from self.walk(x, _prefix(starts), told, list(map(tuple, owners.values())))
+        condition = conditions([prompt for _, prompt, _ in owners]) if max(starts) else {}
+        x = yield from self.walk(x, _prefix(starts), condition, list(map(tuple, owners.values())))
         index = {key: row for row, key in enumerate(owners)}
         x = x[self._index([index[sample.initial, sample.prompt, sample.start] for sample in rows])]
-        told = conditions([sample.prompt for sample in rows])
-        yield from self.walk(x, [*self._window(rows), *self._tail(rows)], told, [(row,) for row in order])
+        condition = conditions([sample.prompt for sample in rows])
+        yield from self.walk(x, [*self._window(rows), *self._tail(rows)], condition, [(row,) for row in order])
 
     @torch.no_grad()
     def walk(
@@ -265,12 +265,12 @@ class Sampler:
         names = [(row,) for row in range(len(x))] if samples is None else samples
         solver = Multistep()
         for move in moves:
-            part, told = x[move.rows], {name: value[move.rows] for name, value in condition.items()}
+            part, part_condition = x[move.rows], {name: value[move.rows] for name, value in condition.items()}
             start, stop = self._index(move.start), self._index(move.stop)
             _check_move(move, len(part), start, stop)
             levels = self.schedule.levels(start, stop)
             with self.meter.rollout(self.passes * len(part)):
-                prediction = self.predict(part, start, told)
+                prediction = self.predict(part, start, part_condition)
             step = self._transition(part, prediction, levels, stochastic=move.seeds is not None)
             if move.seeds is not None:
                 after = step.sample(self.noise(move.seeds))

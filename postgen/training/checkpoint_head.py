@@ -83,8 +83,8 @@ def check_contents(folder: Path, head: Head) -> None:
     Raises:
         DamagedCheckpoint: a file differs from the one that the run wrote.
     """
-    for name, said in head.contents.items():
-        if contents_of(folder / name) != said:
+    for name, digest in head.contents.items():
+        if contents_of(folder / name) != digest:
             raise _damaged(folder, f"{name} is not the file that the run wrote")
 
 

@@ -58,8 +58,8 @@ def compiled(args: TrainingConfig) -> Iterator[None]:
         with config.patch(skip_nnmodule_hook_guards=False):
             yield
     except TorchDynamoException as error:
-        said = first_line(getattr(error, "inner_exception", error))
+        reason = first_line(getattr(error, "inner_exception", error))
         raise UserError(
-            f"torch_compile: {args.torch_compile_backend} cannot compile the blocks here: {said}. Install"
+            f"torch_compile: {args.torch_compile_backend} cannot compile the blocks here: {reason}. Install"
             " its compiler (inductor: Triton on a GPU, a C++ compiler on a CPU), or set torch_compile: false"
         ) from error

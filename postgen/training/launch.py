@@ -52,9 +52,9 @@ def check_launch(args: TrainingConfig) -> None:
             of several; the device is absent, or launcher and configuration name different devices; or `init_from` is
             not a folder.
     """
-    for name, told in _OTHERS.items():
+    for name, message in _OTHERS.items():
         if _asked(name):
-            raise UserError(told)
+            raise UserError(message)
     if args.init_from is not None and not Path(args.init_from).is_dir():
         raise UserError(f"init_from: {args.init_from} is not a folder. Give a folder with safetensors weights.")
     _check_numbers(args)

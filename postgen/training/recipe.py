@@ -170,8 +170,10 @@ class _Loader(yaml.SafeLoader):
         """Parse an integer. Refuse 1:30 and 010, which YAML 1.1 reads as 90 and 8, contrary to what users expect."""
         text = str(self.construct_scalar(node)).lstrip("+-")
         if ":" in text or (text.startswith("0") and text[1:].replace("_", "").isdigit()):
-            told = f"YAML reads {text} in base {60 if ':' in text else 8}: write a decimal number, or put it in quotes"
-            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+            message = (
+                f"YAML reads {text} in base {60 if ':' in text else 8}: write a decimal number, or put it in quotes"
+            )
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return int(super().construct_yaml_int(node))
 
 

@@ -99,9 +99,9 @@ def check_settings(
         name for name in changed if name not in may and not name.startswith("eval_") and not config.evaluate_only
     ]
     if refused:
-        told = ", ".join(f"{name}: {changed[name]}" for name in refused)
+        listed = ", ".join(f"{name}: {changed[name]}" for name in refused)
         raise UserError(
-            f"{folder} was written with other settings: {told}. These settings change what is learned: use the old"
+            f"{folder} was written with other settings: {listed}. These settings change what is learned: use the old"
             f" values, or allow the new ones with --allow_changed {' '.join(refused)}"
         )
     return changed
@@ -116,10 +116,10 @@ def announce(folder: Path, step: int, changed: Mapping[str, str], config: Traini
         changed: return value of `check_settings`.
         config: configuration of this run.
     """
-    told = [f"{name}: {values}" for name, values in changed.items()]
+    listed = [f"{name}: {values}" for name, values in changed.items()]
     if "max_steps" in changed and config.lr_scheduler_type in ("linear", "cosine"):
-        told.append(f"the learning rate now follows the {config.lr_scheduler_type} schedule of the new length")
-    say(f"resumed from {folder}" + (f"; changed settings: {', '.join(told)}" if told else ""))
+        listed.append(f"the learning rate now follows the {config.lr_scheduler_type} schedule of the new length")
+    say(f"resumed from {folder}" + (f"; changed settings: {', '.join(listed)}" if listed else ""))
     if step >= config.max_steps and not config.evaluate_only:
         say(
             f"the checkpoint is at step {step} and max_steps is {config.max_steps}: nothing is left to train, raise"

@@ -149,7 +149,7 @@ class Trainer(TrainerHooks[C]):
     @contextmanager
     def _own_folder(self) -> Iterator[None]:
         """Create and lock the folder of the run, so that no other run writes to it."""
-        lock, said = RunLock(self.args.folder), ""
+        lock, problem = RunLock(self.args.folder), ""
         try:
             if self.accelerator.is_main_process:
                 if not self.args.folder.exists():  # check first: an impossible resume must not create a folder
@@ -157,17 +157,17 @@ class Trainer(TrainerHooks[C]):
                 self.args.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except OSError as error:
-            said = f"output_dir {self.args.folder} cannot be created: {error}."
+            problem = f"output_dir {self.args.folder} cannot be created: {error}."
         except UserError as error:
-            said = str(error)
+            problem = str(error)
         try:
-            if told := self._said_by_any(said):
-                raise UserError(told)
+            if problem := self._first_error(problem):
+                raise UserError(problem)
             yield
         finally:
             lock.release()
 
-    def _said_by_any(self, text: str) -> str:
+    def _first_error(self, text: str) -> str:
         """Return the first non-empty text of all processes, by rank; every process must call this."""
         return next(filter(None, gather_object([text])), "")
 
@@ -187,6 +187,7 @@ class Trainer(TrainerHooks[C]):
             raise UserError("Nothing to train: no parameter of the models requires a gradient.")
         if self.args.init_from and not sources:
             weights.initialise(self._raw, Path(self.args.init_from))
+        # Compile, then move, wrap or shard the models.
         for name in self._raw if self.args.torch_compile else ():
             compile_blocks(self.compiled_blocks(name), self.args)
         for name, module in self._raw.items():
@@ -195,6 +196,7 @@ class Trainer(TrainerHooks[C]):
         self._trained = trained_parameters(self._raw)
         self.on_models_ready()
         self._parts = self._build_parts()
+        # Separate random streams per process from here on, or those of the checkpoint.
         set_seed(self.args.seed, device_specific=True)
         self.generator.manual_seed(rng.stream_seed(self.args.seed, self.accelerator.process_index))
         if sources:
@@ -359,7 +361,7 @@ class Trainer(TrainerHooks[C]):
                 self._restore(folder)
             except DamagedCheckpoint as error:
                 problem = str(error)
-            if problem := self._said_by_any(problem):
+            if problem := self._first_error(problem):
                 damaged[folder] = problem
                 continue
             if self.accelerator.is_main_process and not self.args.evaluate_only:
