@@ -122,7 +122,7 @@ class Curves:
         before = self._file, self._position
         with self.metrics.open("rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._position:  # the file was replaced or truncated by a new run
+            if found.st_ino != self._file or found.st_size < self._position:  # a new run has replaced the file
                 self._clear(found.st_ino)
             file.seek(self._position)
             for line in file:
