@@ -9,19 +9,20 @@ from postgen.interrupts import Stop, stoppable
 
 USAGE = """usage: postgen train RECIPE [--key value ...] [--resume [auto]] [--dry-run]
 
-  RECIPE         a name that `postgen recipes` lists, or a file: YAML with 'method:' and the fields of that method's
+  RECIPE         a name that `postgen recipes` lists, or a YAML file with 'method:' and the fields of the method's
                  configuration, flat or nested by part
-  --key value    replaces a value of the recipe; the values of a list follow one another: --key 0 2
-  --resume       go on from the newest checkpoint of output_dir; --resume auto begins where there is none,
-                 --resume runs/x/checkpoint-50 goes on from that one
-  --dry-run      load the model, print what the run would need and cost, and end (dancegrpo, diffusion_nft)
+  --key value    replace a value of the recipe; give the values of a list one after the other: --key 0 2
+  --resume       continue from the newest checkpoint in output_dir; --resume auto starts a new run if there is none,
+                 --resume runs/x/checkpoint-50 continues from that checkpoint
+  --dry-run      load the model, print an estimate of memory and cost, and exit (dancegrpo, diffusion_nft)
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe named by `argv` (default: the command line) and return the exit code.
 
-    0 done, 2 wrong input (one line on stderr), 130 interrupted (by SIGTERM 143) after saving a checkpoint.
+    Exit codes: 0 done, 1 the loss is not finite, 2 wrong input (one line on stderr), 130 interrupted after saving a
+    checkpoint (143 for SIGTERM, 129 for SIGHUP).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
@@ -32,13 +33,13 @@ def main(argv: list[str] | None = None) -> int:
             return _run(words)
         except UserError as error:
             return tell_error(error) or 2
-        except FloatingPointError as error:  # it has diverged, which is no defect of ours
+        except FloatingPointError as error:  # training has diverged, which is not a bug of postgen: no traceback
             tell(f"postgen: error: {error}")
             return 1
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, Exception) and not stop.number:
                 raise
-            # An interrupt, or what became of one inside a library.
+            # An interrupt, or an exception that a library raised because of the interrupt.
             stop.end()
             discard_unfinished()
             print("interrupted before a checkpoint could be written", file=sys.stderr)
@@ -56,17 +57,19 @@ def _run(words: list[str]) -> int:
     trainer_class, config = load_recipe(recipes[0], overrides)
     if "--dry-run" in words:
         if not hasattr(config, "dry_run"):
-            raise UserError(f"--dry-run: method {config.method!r} gives no estimate, dancegrpo and diffusion_nft do.")
+            raise UserError(
+                f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo and diffusion_nft have one."
+            )
         trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
     result = trainer_class.from_config(config).train()
     if result.reason is not Reason.INTERRUPTED:
         return 0
-    print(f"interrupted after step {result.global_step}; go on with --resume", file=sys.stderr)
+    print(f"interrupted after step {result.global_step}; continue with --resume", file=sys.stderr)
     return Stop(result.signal).code
 
 
 def _spelt_out(words: list[str]) -> list[str]:
-    """Return the words with `--resume [WHICH]` as the setting that it stands for."""
+    """Return the words with `--resume [WHICH]` replaced by the setting `--resume_from_checkpoint`."""
     found: list[str] = []
     for word, after in zip(words, [*words[1:], "--"], strict=False):
         if word.startswith("--resume="):

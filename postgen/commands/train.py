@@ -1,25 +1,25 @@
-"""`postgen train`: hands its arguments to `postgen.train`, which `accelerate launch -m postgen.train` runs as well."""
+"""`postgen train`: passes its arguments to `postgen.train`, which `accelerate launch -m postgen.train` also runs."""
 
 from typing import Annotated
 
 import typer
 
-# Everything after the command belongs to the recipe, options that we do not know included.
+# All words after the command belong to the recipe, including options that typer does not know.
 SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def train(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE", help="Recipe, a name or a file, and values that replace its own."),
+        typer.Argument(metavar="RECIPE", help="Recipe (a name or a file), and values that replace its own."),
     ],
 ) -> None:
-    """Run a training recipe: one that `postgen recipes` lists, by its name, or a file.
+    """Run a training recipe: the name of one that `postgen recipes` lists, or a file.
 
-    `--key value` replaces a value of it (`--key 0 2` a list), --resume goes on (`--resume auto`: or begins),
-    --dry-run only estimates.
+    `--key value` replaces a value of the recipe (`--key 0 2` for a list). --resume continues from the newest
+    checkpoint (`--resume auto` starts a new run if there is none). --dry-run only estimates memory and cost.
     """
     from postgen.train import main
 
-    # It has printed what there is to say, so its code goes out as it is.
+    # `main` has already printed its messages, so only the exit code is passed on.
     raise SystemExit(main(arguments))

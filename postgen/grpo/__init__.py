@@ -1,1 +1,1 @@
-"""DanceGRPO and its relatives: post-training of any diffusers image or video pipeline by rewards."""
+"""Reward-driven post-training (DanceGRPO, DiffusionNFT) of any diffusers pipeline that has a denoiser."""

@@ -1,14 +1,14 @@
-"""Rewards of groups of samples become advantages: how much better a sample is than the others of its prompt.
+"""Advantages: how much better the rewards of a sample are than those of the other samples of its prompt.
 
-Rows are ordered prompt by prompt, `group` rows each. A reward that is missing (NaN) takes no part in any mean or
-standard deviation; a row without any reward gets 0. Standard deviations are unbiased, as in torch and TRL.
+Rows are ordered prompt by prompt, with `group` rows for each prompt. Means and standard deviations leave out missing
+rewards (NaN). A row without any reward gets advantage 0. Standard deviations are unbiased, as in torch and TRL.
 
     sum_of_advantages   sum_k w_k (r_k - mean_group r_k) / (std r_k + eps)          DanceGRPO, arXiv:2505.07818, Alg. 1
     sum_then_normalize  r = sum_k w_k r_k, then (r - mean_group r) / (std r + eps)                TRL's GRPOTrainer
     normalize_then_sum  z-score of each reward in its group, weighted sum, then a z-score over the batch      TRL, GDPO
 
-A group whose rewards are all the same says nothing: rounding errors would pass for differences, so that it is given
-exactly 0 and counted.
+A group whose rewards are all equal carries no signal. Division by its standard deviation would amplify rounding
+errors, so the group gets exactly 0 and is counted in the metric `frac_reward_zero_std`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Aggregation = Literal["sum_of_advantages", "sum_then_normalize", "normalize_then
 Scale = Literal["group", "batch", "none"]
 
 _FLOOR = 1e-6
-"""Spread of a group relative to its largest value below which it counts as none: a few roundings of float32."""
+"""A group has no spread if its std is below this share of its largest absolute reward (a few float32 roundings)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +31,16 @@ class Advantages:
     """Advantages of N samples in N / group groups."""
 
     values: Tensor
-    """(N,) float32, clipped: what the policy learns from."""
+    """(N,) float32, clipped. The loss uses these."""
     unclipped: Tensor
-    """(N,) float32, what best-of-N ranks by."""
+    """(N,) float32, before clipping. Best-of-N ranks samples by these."""
     rewards: Tensor
-    """(N,) weighted sum of the rewards; NaN for a row without any."""
+    """(N,) weighted sum of the rewards; NaN for a row without any reward."""
     zero_std: Tensor
-    """(N / group,) whether a group has no spread in any reward."""
+    """(N / group,) bool, true where a group has no spread in any reward."""
 
     def metrics(self) -> dict[str, float]:
-        """Return means for the log, under TRL's names."""
+        """Return mean rewards and advantages for the log, under TRL's metric names."""
         known = self.rewards[~self.rewards.isnan()]
         return {
             "reward": known.mean().item() if len(known) else float("nan"),
@@ -61,23 +61,23 @@ def compute_advantages(
     clip: float = 5.0,
     eps: float = 1e-4,
 ) -> Advantages:
-    """Turn rewards into advantages.
+    """Compute the advantages of N samples from their K rewards.
 
     Args:
         rewards: (N, K), NaN where a reward is missing.
         weights: (K,) weight of each reward.
-        group: rows of one prompt.
-        aggregation: how several rewards become one number.
-        scale: what the difference to the group's mean is divided by: the std of the group, of the whole batch, or
-            nothing. Without effect for `normalize_then_sum`, as in TRL.
-        clip: advantages are kept in [-clip, clip].
+        group: number of rows (samples) of one prompt, at least 2.
+        aggregation: how the K rewards of a sample are combined; the module docstring has the formulas.
+        scale: divisor of the difference from the group's mean: the std of the group, the std of the whole batch, or
+            none. It has no effect for `normalize_then_sum`, as in TRL.
+        clip: advantages are clipped to [-clip, clip].
         eps: added to the standard deviation.
 
     Raises:
-        ValueError: rows that are no whole number of groups.
+        ValueError: N is not a multiple of `group`, or `group` is below 2.
     """
     if group < 2 or len(rewards) % group:
-        raise ValueError(f"{len(rewards)} rewards are no groups of {group}; a group has at least 2 rows")
+        raise ValueError(f"{len(rewards)} rows cannot be split into groups of {group}; a group has at least 2 rows")
     rewards, weights = rewards.double(), weights.double()
     unscored = rewards.isnan().all(1)
     total = _weighted_sum(rewards, weights)
@@ -95,15 +95,15 @@ def compute_advantages(
 
 
 def best_and_worst(scores: Tensor, group: int, keep: int) -> Tensor:
-    """Return the rows to train on: of each group the ceil(keep / 2) highest and the floor(keep / 2) lowest scores.
+    """Select the rows to train on: in each group the ceil(keep / 2) highest and the floor(keep / 2) lowest scores.
 
     Args:
         scores: (N,) unclipped advantages, prompt by prompt.
-        group: rows of one prompt.
-        keep: rows kept of each group; all of them when it is the whole group.
+        group: number of rows of one prompt.
+        keep: number of rows to keep in each group; all rows are kept if it is at least `group`.
 
     Returns:
-        (N / group * keep,) row numbers, rising within each group.
+        (N / group * keep,) row numbers into `scores`, rising within each group.
     """
     rows = torch.arange(len(scores), device=scores.device).view(-1, group)
     if keep >= group:
@@ -115,18 +115,18 @@ def best_and_worst(scores: Tensor, group: int, keep: int) -> Tensor:
 
 
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    """Sum over rewards; NaN only where all are."""
+    """Return the (N,) weighted sums of (N, K) values. NaN counts as 0; a row of NaN only gives NaN."""
     total = (values.nan_to_num(0.0) * weights).sum(1)
     return total.masked_fill(values.isnan().all(1), float("nan"))
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
-    """(N, K) to (N / group, group, K)."""
+    """Reshape (N, K) to (N / group, group, K)."""
     return values.view(-1, group, values.shape[1])
 
 
 def _spread(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unbiased std over each group, (P, 1, K), and whether it is more than rounding; NaN counts as none."""
+    """Return the unbiased std of each group, (P, 1, K), and whether it exceeds rounding errors; NaN is left out."""
     known = ~groups.isnan()
     count = known.sum(1, keepdim=True)
     centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
@@ -136,7 +136,7 @@ def _spread(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardized(values: Tensor, group: int, scale: Scale, eps: float) -> Tensor:
-    """Difference of (N, K) to its group's mean, over the chosen std; 0 in a group without spread."""
+    """Subtract the group's mean from (N, K) values and divide by the chosen std; 0 in a group without spread."""
     groups = _grouped(values, group)
     std, spread = _spread(groups)
     centred = (groups - groups.nanmean(1, keepdim=True)) * spread

@@ -1,4 +1,4 @@
-"""Which samples a process draws and trains on: the same updates however many processes share them."""
+"""Which samples a process draws and trains on. The updates do not depend on the number of processes."""
 
 from dataclasses import dataclass
 
@@ -10,34 +10,42 @@ from .numbers import PromptNumber, SampleNumber
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batches:
-    """A rollout cut into updates, and each update into the parts of the processes.
+    """Division of a rollout into updates (optimiser steps), and of each update into one part per process.
 
-    The samples of a rollout are numbered prompt by prompt, `group` each. An update takes the next of them, and each
-    process an equal part in a row, so that groups may span processes, and two processes do what one does with twice
-    the accumulation. When only some samples of a prompt are kept, a part holds whole prompts instead.
+    Samples of a rollout are numbered prompt by prompt, `group` samples for each prompt. An update trains on the next
+    samples in this order. Each process gets an equal, contiguous part of an update, so a group may span processes.
+    Two processes therefore make the same updates as one process with twice the accumulation. With best-of-N
+    (`kept` < `group`) each part holds whole prompts.
     """
 
     processes: int
+    """Number of processes of the run."""
     rank: int
+    """Rank of this process, from 0."""
     per_device: int
-    """Samples of a micro-batch."""
+    """Samples in a micro-batch of one process."""
     accumulation: int
-    """Micro-batches of an update."""
+    """Micro-batches of one process in an update."""
     updates: int
-    """Updates of one pass over a rollout."""
+    """Updates in one pass over a rollout."""
     iterations: int
-    """Passes over a rollout."""
+    """Passes over a rollout (`num_iterations`)."""
     group: int
-    """Samples of a prompt."""
+    """Samples drawn for each prompt (`num_generations`)."""
     kept: int
-    """Samples of a prompt that are trained on."""
+    """Samples of each prompt that are trained on (`best_of_n`, or all)."""
 
     @classmethod
     def of(cls, args: GroupConfig, processes: int, rank: int) -> "Batches":
-        """Return the batches of a configuration.
+        """Return the batches that a configuration describes.
+
+        Args:
+            args: the configuration.
+            processes: number of processes of the run.
+            rank: rank of this process.
 
         Raises:
-            UserError: something does not divide; the message says by how much.
+            UserError: sizes do not divide; the message names the settings and the required multiple.
         """
         group, kept = args.num_generations, args.kept
         per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -54,13 +62,14 @@ class Batches:
             steps = size * kept // (group * at_once)
         if steps % accumulation:
             raise UserError(
-                f"a rollout has {steps} micro-batches (steps_per_generation), they must be a multiple of "
+                f"a rollout has {steps} micro-batches (steps_per_generation): this must be a multiple of "
                 f"gradient_accumulation_steps ({accumulation})."
             )
         if steps * at_once % kept:
             raise UserError(
                 f"a rollout trains on {steps * at_once} samples (per_device_train_batch_size {per_device} x "
-                f"{processes} processes x {steps} steps), they must be a multiple of the {kept} of a prompt."
+                f"{processes} processes x {steps} micro-batches): this must be a multiple of {kept}, the samples of a "
+                "prompt that are trained on (best_of_n, else num_generations)."
             )
         if kept < group and accumulation * per_device % kept:
             raise UserError(
@@ -81,31 +90,31 @@ class Batches:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a process in one pass over a rollout."""
+        """Number of micro-batches of a process in one pass over a rollout."""
         return self.updates * self.accumulation
 
     @property
     def per_rollout(self) -> int:
-        """Micro-batches of a process between two rollouts."""
+        """Number of micro-batches of a process between two rollouts (all passes over one)."""
         return self.micro_batches * self.iterations
 
     @property
     def samples(self) -> int:
-        """Samples of a rollout over all processes."""
+        """Number of samples in a rollout, over all processes."""
         return self.micro_batches * self.per_device * self.processes * self.group // self.kept
 
     @property
     def prompts(self) -> int:
-        """Prompts of a rollout."""
+        """Number of prompts in a rollout, over all processes."""
         return self.samples // self.group
 
     @property
     def part(self) -> int:
-        """Samples that a process draws for an update, in a row."""
+        """Number of consecutive samples that a process draws for an update."""
         return self.accumulation * self.per_device * self.group // self.kept
 
     def prompt_of(self, sample: SampleNumber) -> PromptNumber:
-        """Return the prompt of a sample."""
+        """Return the number of the prompt that a sample belongs to, within the same rollout."""
         return PromptNumber(sample // self.group)
 
     def mine(self) -> list[SampleNumber]:

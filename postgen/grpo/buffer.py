@@ -1,4 +1,4 @@
-"""The samples of a rollout that a process trains on, and their form in a checkpoint."""
+"""The buffer: the samples of a rollout that a process trains on, and their form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from .numbers import PromptNumber, RolloutNumber, SampleNumber
 
 @dataclass(slots=True)
 class Buffer:
-    """The samples of a rollout that this process trains on, in the order of its micro-batches."""
+    """The n samples of a rollout that this process trains on, in the order of its micro-batches.
+
+    A buffer row, 0 to n - 1, indexes `paths`, `advantages`, `prompts` and `samples` alike.
+    """
 
     number: RolloutNumber
+    """Number of the rollout in the run."""
     paths: Trajectories
+    """Latents and log-probabilities, n rows."""
     advantages: Tensor
-    """(n,)"""
+    """(n,) clipped advantages."""
     prompts: list[PromptNumber]
-    """Of each sample."""
+    """Prompt number of each row."""
     samples: list[SampleNumber]
+    """Sample number of each row."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: tensors and JSON values under flat names."""
+        """Return the buffer as tensors and JSON values under flat names, for a checkpoint."""
         paths = self.paths
         state: dict[str, Any] = {"number": self.number, "prompts": self.prompts, "samples": self.samples}
         state |= {f"buffer.{name}": getattr(paths, name) for name in ("clean", "start", "states", "log_probs")}
@@ -36,7 +42,7 @@ class Buffer:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Buffer | None:
-        """Return the buffer of a checkpoint, or None where it has none."""
+        """Return the buffer that a checkpoint holds, on a device; None if the checkpoint holds no buffer."""
         if "number" not in state:
             return None
         held = {key.removeprefix("buffer."): value for key, value in state.items() if key.startswith("buffer.")}

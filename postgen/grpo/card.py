@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained on what, the curves, samples before and after."""
+"""The model card of a run: model, data, rewards and settings, curves, and samples before and after training."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ from .curves import Curves
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """What a card tells of a run."""
+    """The facts of a run that its model card shows."""
 
     source: Any
-    """The model that was trained: a folder, a hub id, a pipeline, or None for the embedded model."""
+    """The base model: a folder, a hub id, a pipeline, or None for the embedded model."""
     pipeline: str
-    """Class of its pipeline."""
+    """Class name of the base model's pipeline."""
     trainer: str
-    """Class of the trainer."""
+    """Class name of the trainer."""
     method: str
     """Name of the method; empty for a trainer made in Python."""
     step: int
-    """Updates done."""
+    """Number of updates (optimiser steps) done."""
     lora: bool
-    """Whether adapters were trained, and not all weights."""
+    """True if LoRA adapters were trained, false if all weights were."""
     modules: Mapping[str, Any]
     """The trained networks by component name."""
     rewards: Sequence[tuple[str, float]]
-    """Names and weights."""
+    """Name and weight of each reward."""
     prompts: int
-    """Rows of prompts."""
+    """Number of rows in the training prompts."""
     train_dataset: str | None
-    """Where they come from; None for rows given in Python."""
+    """Source of the training prompts; None for rows given in Python."""
     settings: Mapping[str, Any]
-    """The configuration."""
+    """The configuration as plain values."""
 
 
 def write_card(card: Card, curves: Curves, run: Path, folder: Path) -> None:
-    """Write `README.md` into an export, with `curves.png`, and sheets before and after where there are samples.
+    """Write the model card `README.md` and its pictures into an export.
+
+    The pictures are `curves.png`, and the contact sheets `before.png` and `after.png` if the run wrote samples.
 
     Args:
-        card: what there is to tell.
-        curves: of the run.
+        card: facts of the run.
+        curves: metrics of the run over its steps.
         run: folder of the run.
-        folder: of the export.
+        folder: folder of the export, which must exist.
     """
     drawn = curves.draw(folder / "curves.png")
     sheets = sorted((run / "samples").glob("step-*.png"))
@@ -100,7 +102,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
 
 
 def _command() -> str:
-    """Return the words that started this process, so that a shell takes them again."""
+    """Return the command line of this process, quoted for a shell."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:
         return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]])
@@ -108,7 +110,7 @@ def _command() -> str:
 
 
 def _base(source: Any) -> tuple[str, bool]:
-    """Return the name of the model that was trained, and whether it looks like one of the hub."""
+    """Return the name of the base model, and whether that name looks like a hub id."""
     if source is None:
         return "the embedded model of postgen", False
     if isinstance(source, str | Path):
@@ -130,10 +132,10 @@ def _use(card: Card) -> list[str]:
             ),
         ]
     option = "--lora" if card.lora else "--model"
-    told = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", told, ""]
+    hint = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
+    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", hint, ""]
 
 
 def _class_of(module: Any) -> str:
-    # A sharded model's class is made up by torch.
+    # `fully_shard` replaces the class of a module, so the name of the diffusers class is read from the config.
     return str(module.config.get("_class_name", type(module).__name__))

@@ -1,4 +1,4 @@
-"""Configuration of `DanceGRPOTrainer` and its parts, under TRL's names where the meaning is the same."""
+"""Configuration of `DanceGRPOTrainer` and its parts. Fields have TRL's names where the meaning is the same."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -20,32 +20,34 @@ WindowPer = Literal["rollout", "prompt", "sample"]
 
 @dataclass(kw_only=True)
 class RewardConfig(Part):
-    """What samples are scored by.
+    """Rewards that score the samples.
 
     Raises:
-        UserError: weights that do not fit the rewards.
+        UserError: the number of weights differs from the number of rewards, or a value is outside its range.
     """
 
     part: ClassVar[str] = "reward"
     may_change: ClassVar[tuple[str, ...]] = ("offload_reward", "reward_patience")
 
     reward_funcs: list[str] = field(default_factory=list)
-    """Names of rewards, or functions of your own: `package.module.function`, `file.py:function`."""
+    """Names of rewards, or your own functions: `package.module.function`, `file.py:function`."""
 
     reward_weights: list[float] = field(default_factory=list)
-    """A weight for each reward; empty is 1 for all."""
+    """Weight of each reward. An empty list gives every reward weight 1."""
 
     eval_reward_funcs: list[str] = field(default_factory=list)
-    """Rewards that are only ever measured, never trained on: what they lose while the others rise is hacked."""
+    """Held-out ("gold") rewards: evaluation measures them, training never uses them. If they fall while the trained
+    rewards rise, the policy exploits the trained rewards (reward hacking)."""
 
     reward_device: str | None = None
-    """Where rewards with a network compute; none leaves each where it is."""
+    """Device of rewards that have a network. With None, each reward stays on its own device."""
 
     offload_reward: bool = False
-    """Bring them there only for the call."""
+    """Move the networks of rewards to `reward_device` only for the time of a call."""
 
     reward_patience: int = 3
-    """Rollouts in a row in which a reward with a weight scores no sample, after which the run stops; 0 is never."""
+    """The run stops when a reward with a non-zero weight scores no sample in this many rollouts in a row; 0 disables
+    the check."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,35 +58,36 @@ class RewardConfig(Part):
 
 @dataclass(kw_only=True)
 class EvaluationConfig(Part):
-    """What an evaluation draws and shows, and what follows from reward hacking.
+    """Samples and pictures of an evaluation, and the reaction to reward hacking.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     part: ClassVar[str] = "eval"
     may_change: ClassVar[tuple[str, ...]] = ("num_generations_eval", "hacking_patience", "on_hacking")
 
     eval_prompts: int = 64
-    """Rows of `eval_dataset` that are evaluated, from the first on."""
+    """Number of rows of `eval_dataset` to evaluate, starting with the first row."""
 
     num_generations_eval: int = 1
-    """Samples of each of them; with 2 or more their diversity is measured."""
+    """Samples of each evaluated row. With 2 or more, their diversity is measured."""
 
     eval_num_inference_steps: int | None = None
-    """Steps of the deterministic sampler in evaluation; none is `num_inference_steps`."""
+    """Steps of the deterministic sampler in evaluation. None uses `num_inference_steps`."""
 
     eval_guidance_scale: float | None = None
-    """Guidance in evaluation; none is `guidance_scale`."""
+    """Guidance scale in evaluation. None uses `guidance_scale`."""
 
     eval_grid: int = 9
-    """Clips of the fixed-seed grid that each evaluation writes to `samples/`; 0 writes none."""
+    """Number of clips in the grid that each evaluation writes to `samples/`, with fixed seeds; 0 writes none."""
 
     hacking_patience: int = 2
-    """Evaluations in a row with a rising reward and a falling gold reward that count as reward hacking; 0 never."""
+    """Reward hacking is reported when, in this many evaluations in a row, the reward rises and the first reward of
+    `eval_reward_funcs` falls; 0 disables the check."""
 
     on_hacking: Literal["flag", "stop"] = "flag"
-    """What follows: a warning and the metric `eval_hacking`, or the end of the run as well."""
+    """Reaction to reward hacking: "flag" warns and logs the metric `eval_hacking`; "stop" also ends the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,62 +103,65 @@ class EvaluationConfig(Part):
 class GroupConfig(
     EvaluationConfig, RewardConfig, SamplingConfig, PromptsConfig, AdapterConfig, ModelConfig, TrainingConfig
 ):
-    """Groups of samples, their rewards and advantages: what every trainer of the family shares.
+    """Settings that DanceGRPO and DiffusionNFT share: groups of samples, rewards, advantages, batches.
 
     Raises:
-        UserError: a value outside its range, or groups that do not fit into batches.
+        UserError: a value is outside its range, or two settings exclude each other.
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("log_completions", "num_completions_to_log", "dry_run")
     share_out: ClassVar[tuple[str, ...]] = ("steps_per_generation", "generation_batch_size")
 
     learning_rate: float = 1e-5
-    """Peak learning rate of AdamW. DanceGRPO: 1e-5 for all weights, 3e-4 for LoRA."""
+    """Peak learning rate of AdamW. DanceGRPO uses 1e-5 for all weights and 3e-4 for LoRA."""
 
     weight_decay: float = 1e-4
-    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
+    """AdamW's decoupled weight decay. It applies only to parameters with at least two dimensions."""
 
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
 
     share_initial_noise: bool = True
-    """All samples of a prompt start from one noise. Without it rewards are hacked more easily, says DanceGRPO."""
+    """All samples of a prompt start from the same noise. According to DanceGRPO, reward hacking is more likely without
+    it."""
 
     num_generations: int = 12
-    """Samples of each prompt, at least 2."""
+    """Samples drawn for each prompt (the group size), at least 2."""
 
     steps_per_generation: int | None = None
-    """Micro-batches that a process trains on per rollout; none is `gradient_accumulation_steps`, one update."""
+    """Micro-batches of a process per rollout. None uses `gradient_accumulation_steps`: one update per rollout."""
 
     generation_batch_size: int | None = None
-    """Samples of a rollout over all processes, instead of `steps_per_generation`."""
+    """Samples of a rollout over all processes; an alternative to `steps_per_generation`."""
 
     num_iterations: int = 1
-    """Times that a rollout is trained on."""
+    """Number of passes over each rollout."""
 
     best_of_n: int | None = None
-    """Train only on so many samples of each prompt, the best and the worst half; none is all."""
+    """Train on this many samples of each prompt only: half of them the best, half the worst. None trains on all."""
 
     scale_rewards: Scale = "group"
-    """Std that a reward's difference to its group's mean is divided by: of the group, of the batch, or none."""
+    """Divisor of a reward's difference from the mean of its group: the std of the group, the std of the batch, or
+    none."""
 
     multi_objective_aggregation: Aggregation = "sum_of_advantages"
-    """How several rewards become one advantage; the other two have TRL's meaning."""
+    """How several rewards are combined into one advantage. `sum_of_advantages` is DanceGRPO's way; the other two
+    values have the same meaning as in TRL."""
 
     advantage_clip: float = 5.0
-    """Advantages are kept in [-advantage_clip, advantage_clip]."""
+    """Advantages are clipped to [-advantage_clip, advantage_clip]."""
 
     advantage_eps: float = 1e-4
-    """Added to the std."""
+    """Added to the std that divides the rewards."""
 
     log_completions: bool = False
     """Write a table of each logged rollout and some of its clips to `completions/`."""
 
     num_completions_to_log: int = 4
-    """Clips of it."""
+    """Number of clips that `log_completions` writes for each rollout."""
 
     dry_run: bool = False
-    """Load the model, print an estimate of memory and cost, then end."""
+    """Load the model, print an estimate of memory and cost, and exit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,76 +180,82 @@ class GroupConfig(
 
     @property
     def rollout_batch(self) -> int:
-        """Samples that a process draws at a time."""
+        """Number of samples that a process draws in one batch."""
         return self.rollout_batch_size or self.per_device_train_batch_size
 
     @property
     def kept(self) -> int:
-        """Samples of a prompt that are trained on."""
+        """Number of samples of each prompt that are trained on."""
         return self.best_of_n or self.num_generations
 
 
 @dataclass(kw_only=True)
 class DanceGRPOConfig(GroupConfig):
-    """Settings of `DanceGRPOTrainer`. The defaults are DanceGRPO's (arXiv:2505.07818, Table 6), but for LoRA.
+    """Settings of `DanceGRPOTrainer`. The defaults are those of DanceGRPO (arXiv:2505.07818, Table 6), except LoRA.
 
     Raises:
-        UserError: a value outside its range, or values that contradict each other.
+        UserError: a value is outside its range, or values contradict each other.
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("check_on_policy_ratio", "max_ratio_error")
 
     sde_type: Kind = "dance"
-    """Transition of the stochastic steps: dance, flow, exact, cps; ddim for models that are no flow."""
+    """Transition of the stochastic steps: dance, flow, exact or cps for flow models, ddim for other models."""
 
     noise_level: float | None = None
-    """Strength of the noise; none is the published one of `sde_type`."""
+    """Strength of the noise. None uses the published strength of `sde_type`."""
 
     sde_window_size: int | None = None
-    """Stochastic steps in a row; only they are trained. None is all steps but the last."""
+    """Number of consecutive stochastic steps (the window). Only these steps are trained. None: all steps but the
+    last."""
 
     sde_window_range: list[int] = field(default_factory=list)
-    """First step, and the one after the last, that the window may cover; empty is the first half, or as many as it
-    needs."""
+    """[first, stop]: the window lies within the steps from `first` to `stop` - 1. Empty: the first half of the steps,
+    or as many of the first steps as the window needs."""
 
     sde_window_strategy: Strategy = "random"
-    """Where the window lies: at the start of the range, moving on every `sde_window_interval` rollouts, or random."""
+    """Position of the window: "fixed" at the start of the range, "progressive" (it moves by one step every
+    `sde_window_interval` rollouts), or "random"."""
 
     sde_window_interval: int = 25
-    """Rollouts between two moves of the progressive window, by one step each."""
+    """Rollouts between two moves of the progressive window."""
 
     sde_window_per: WindowPer = "prompt"
-    """What draws its own random window. Advantages compare like with like only if a prompt's samples share it."""
+    """Scope of a random window: one for each rollout, each prompt or each sample. Advantages compare samples fairly
+    only if the samples of a prompt share a window."""
 
     timestep_fraction: float = 0.6
-    """Share of the stochastic steps of a sample that it is trained on, chosen at random."""
+    """Share of a sample's stochastic steps that are trained, in (0, 1]. The steps are chosen at random."""
 
     epsilon: float = 1e-4
-    """The ratio is clipped at 1 - epsilon."""
+    """Lower clip of the probability ratio, at 1 - epsilon."""
 
     epsilon_high: float | None = None
-    """And at 1 + epsilon_high; none is `epsilon`."""
+    """Upper clip of the probability ratio, at 1 + epsilon_high. None uses `epsilon`."""
 
     beta: float = 0.0
-    """Weight of the divergence from the reference policy: adapters off, or the weights at the start."""
+    """Weight of the divergence from the reference policy. The reference is the model with adapters disabled, or the
+    weights at the start of training."""
 
     kl_type: Literal["mean", "velocity"] = "mean"
-    """That divergence: KL of the two transitions per latent value, or mean square of the predictions' difference."""
+    """Divergence that `beta` weights: "mean" is the KL of the two transitions per latent value, "velocity" the mean
+    square difference of the two predictions."""
 
     ratio_norm: bool = False
-    """GRPO-Guard's normalisation of the ratio (arXiv:2510.22319); wants `epsilon` 2e-6 to 4e-6."""
+    """Use GRPO-Guard's normalisation of the ratio (arXiv:2510.22319). It needs `epsilon` of 2e-6 to 4e-6."""
 
     step_weighting: Weighting = "none"
-    """Weights of the steps' losses: none, std, or inv_grad, which lets all steps learn equally."""
+    """Weight of each step's loss: "none", "std" (proportional to its noise) or "inv_grad", which gives all steps the
+    same gradient scale."""
 
     log_prob_reduction: Reduction = "mean"
-    """Over the values of a latent. `epsilon` is meant for the mean."""
+    """Reduction of the log-probability over the values of a latent. The default `epsilon` fits "mean"."""
 
     check_on_policy_ratio: Literal["warn", "raise", "off"] = "warn"
-    """What follows when the ratio of a policy that has not changed yet is not 1."""
+    """Reaction if the ratio is not 1 before the first update after a rollout, while the policy is unchanged."""
 
     max_ratio_error: float = 1e-5
-    """Largest difference of log-probabilities that counts as none."""
+    """Largest absolute difference of log-probabilities that `check_on_policy_ratio` accepts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,18 +273,20 @@ class DanceGRPOConfig(GroupConfig):
         if self.sde_window_range:
             first, stop = (*self.sde_window_range, -1)[:2]
             fits = len(self.sde_window_range) == 2 and first >= 0 and first + (size or 1) <= stop <= last
-            self.require(fits, "sde_window_range", f"[first, stop] that hold the window within 0..{last}")
+            allowed = f"[first, stop] with 0 <= first < stop <= {last} and room for sde_window_size"
+            self.require(fits, "sde_window_range", allowed)
         if self.ratio_norm:
-            self.require(self.sde_type != "cps", "sde_type", "another than cps with ratio_norm, which needs its std")
+            allowed = "another than cps with ratio_norm: the log-probability of cps is not divided by a variance"
+            self.require(self.sde_type != "cps", "sde_type", allowed)
 
     @property
     def noise(self) -> float:
-        """Strength of the noise."""
+        """Strength of the noise: `noise_level`, or the published strength of `sde_type`."""
         return NOISE_LEVEL[self.sde_type] if self.noise_level is None else self.noise_level
 
     @property
     def window(self) -> tuple[int, int, int]:
-        """(size, first, stop): stochastic steps, and the range that they lie in."""
+        """(size, first, stop): the number of stochastic steps, and the range of steps that they lie in."""
         last = self.num_inference_steps - 1
         size = self.sde_window_size or (last if not self.sde_window_range else 0)
         if self.sde_window_range:

@@ -1,4 +1,4 @@
-"""What a run would cost, before it is started: memory and passes through the denoiser."""
+"""Estimate of the cost of a run before it starts: memory and passes through the denoiser."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ from .batches import Batches
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What a method does with one sample; passes are rows through the denoiser, those of guidance counted."""
+    """Work of a method for one sample. A pass is one row through the denoiser; guidance doubles the passes."""
 
     rollout: float
-    """Forward passes of its rollout."""
+    """Forward passes of the rollout of one sample."""
     trained: float
-    """Passes with gradients in one iteration over it."""
+    """Passes with gradients for one sample in one iteration."""
     beside: int
-    """Forward passes of other policies, the old one or the reference, for each of those."""
+    """Forward passes of other policies (old policy, reference) for each pass with gradients."""
     latents: int
-    """Latents that are kept of it."""
+    """Number of latents kept for each sample of a rollout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A run as far as its cost goes."""
+    """The quantities of a run that determine its cost."""
 
     batches: Batches
+    """Sizes of rollouts, updates and micro-batches."""
     work: Work
+    """Passes and latents per sample."""
     weights: int
     """Bytes of the pipeline's weights."""
     trained: int
-    """Trained parameters."""
+    """Number of trained parameters."""
     copies: int
-    """Copies of the trained parameters: their average, and what stands in for other policies."""
+    """Copies of the trained parameters that are kept: moving average, old policy, reference."""
     latent: int
-    """Numbers in the latents of a sample."""
+    """Number of values in the latents of one sample."""
     clip: int
-    """Numbers in a clip."""
+    """Number of values in one clip."""
     backward: float
-    """Forward passes that a backward pass costs, see `Meter`."""
+    """Cost of a backward pass in forward passes, see `Meter`."""
     max_steps: int
-    """Updates."""
+    """Updates (optimiser steps) of the run."""
 
 
 def estimate(plan: Plan) -> dict[str, float]:
-    """Return bytes (of one process) and forward-equivalents (of all), names as in the report.
+    """Return the estimated cost of a run by name: bytes of one process, and forward-equivalents of all processes.
 
-    Activations are not estimated: they depend on the model's code and on checkpointing.
+    A forward-equivalent is the cost of one forward pass. The memory of activations is not estimated, because it
+    depends on the model's code and on gradient checkpointing.
     """
     batches, work = plan.batches, plan.work
     here = batches.samples // batches.processes
@@ -61,7 +64,7 @@ def estimate(plan: Plan) -> dict[str, float]:
     updates = batches.updates * batches.iterations
     return {
         "bytes/weights": float(plan.weights),
-        # Gradient, two moments of AdamW, and the copies, all float32.
+        # Gradients, two moments of AdamW, and the copies, all in float32.
         "bytes/training": float(plan.trained * 4 * (3 + plan.copies)),
         "bytes/rollout": float(here * plan.latent * 4 * work.latents),
         "bytes/clips": float(here * plan.clip * 4),
@@ -83,7 +86,7 @@ def report(plan: Plan, numbers: Mapping[str, float]) -> str:
             f"{name:28s} {value / giga:10.3f} GiB" if name.startswith("bytes") else f"{name:28s} {value:10.4g}"
             for name, value in numbers.items()
         ),
-        "not counted: activations, caches of kernels, rewards with networks of their own",
+        "not counted: activations, caches of kernels, the networks of rewards",
     ]
     if torch.cuda.is_available():
         lines.append(f"{'free GPU memory':28s} {torch.cuda.mem_get_info()[0] / giga:10.3f} GiB")
@@ -91,11 +94,11 @@ def report(plan: Plan, numbers: Mapping[str, float]) -> str:
 
 
 def bytes_of(components: Iterable[Any]) -> int:
-    """Return the bytes of the parameters of those components that are modules."""
+    """Return the number of bytes of all parameters in the components that are modules; others are skipped."""
     modules = [component for component in components if isinstance(component, nn.Module)]
     return sum(parameter.numel() * parameter.element_size() for part in modules for parameter in part.parameters())
 
 
 def trained_in(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters of some modules are trained."""
+    """Return the number of trained parameters (`requires_grad`) in some modules."""
     return sum(parameter.numel() for part in modules for parameter in part.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Curves of runs as a picture, drawn with what is installed anyway."""
+"""Curves of a run's metrics as a picture, drawn with Pillow so that no plotting library is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from postgen.training.logging import metrics_row
 Points = Sequence[tuple[float, float]]
 
 PIECES = 512
-"""Pieces of a long curve; a plot is fewer points wide."""
+"""Default number of pieces of a long curve, more than the width of a plot in pixels."""
 
 _SHOWN = ("reward", "eval_reward", "ratio/mean", "diversity/latent_pairwise")
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 640, 230, 40, 180
@@ -24,13 +24,14 @@ _COLOURS = ((30, 90, 200), (210, 80, 30), (30, 140, 70), (140, 60, 170))
 
 
 class Curve:
-    """A curve of any length in bounded memory, for a picture.
+    """A curve of any length in bounded memory, for drawing.
 
-    Up to `pieces` points it is kept as it is. Of a longer one the lowest and the highest point of each of at most as
-    many pieces of equally many points are kept, and its two ends: drawn, it looks the same.
+    A curve of at most `pieces` points keeps all of them. A longer curve is divided into at most `pieces` pieces with
+    equally many points. Only the lowest and the highest point of each piece are kept, and the two ends of the curve.
+    The drawn curve looks the same.
 
     Args:
-        pieces: an even number of at least 2.
+        pieces: maximum number of pieces, an even number of at least 2.
     """
 
     def __init__(self, pieces: int = PIECES) -> None:
@@ -39,12 +40,13 @@ class Curve:
         self._ends: list[tuple[float, float]] = []
 
     def add(self, x: float, y: float) -> None:
-        """Add a point; `x` rises."""
+        """Append a point; `x` must be larger than that of the point before."""
         point = x, y
         self._ends = [*self._ends[:1], point]
         if self._count % self._every:
             self._pieces[-1] = _extremes([*self._pieces[-1], point])
         else:
+            # A new piece begins. If there are too many, neighbouring pieces are merged in pairs.
             if len(self._pieces) == self._most:
                 self._every *= 2
                 pairs = zip(self._pieces[::2], self._pieces[1::2], strict=True)
@@ -53,12 +55,12 @@ class Curve:
         self._count += 1
 
     def points(self) -> list[tuple[float, float]]:
-        """Return what is kept, from left to right."""
+        """Return the kept points, ordered by x."""
         return sorted({*self._ends, *(point for piece in self._pieces for point in piece)})
 
 
 def thinned(points: Points, pieces: int) -> list[tuple[float, float]]:
-    """Return a curve as `Curve` keeps it: at most 2 * `pieces` points and the two ends."""
+    """Return the points of a curve that `Curve` keeps: at most 2 * `pieces` points and the two ends."""
     curve = Curve(pieces)
     for x, y in points:
         curve.add(x, y)
@@ -74,18 +76,18 @@ def _height(point: tuple[float, float]) -> float:
 
 
 def is_reward(name: str) -> bool:
-    """Whether a metric belongs on the picture of a run: rewards, the policy's ratio, diversity."""
+    """Return whether the picture of a run shows this metric: rewards, the policy's ratio, diversity."""
     return name in _SHOWN or (name.startswith(("eval_rewards/", "eval_gold/")) and name.endswith("/mean"))
 
 
 class Curves:
-    """Metrics of a run over its steps, read off `metrics.jsonl` as it grows.
+    """Metrics of a run over its steps, read from `metrics.jsonl` while the file grows.
 
-    Each line is read once, so drawing costs the same at the end of a long run as at its beginning.
+    Each line is read once, so the cost of drawing does not grow with the length of the run.
 
     Args:
-        metrics: the file, which may not be there yet.
-        wanted: which metrics are kept, by their names.
+        metrics: path of `metrics.jsonl`; the file need not exist yet.
+        wanted: predicate on the name of a metric; metrics for which it is false are dropped.
     """
 
     def __init__(self, metrics: Path, wanted: Callable[[str], bool] = is_reward) -> None:
@@ -96,16 +98,16 @@ class Curves:
         self._file, self._position = file, 0
         self._found: dict[str, Curve] = {}
         self.step = 0
-        """Of the last line; 0 without any."""
+        """Step of the last line that was read; 0 before any line."""
         self.newest: dict[str, float | None] = {}
-        """The last value of each metric; None of one that was no number then."""
+        """Last value of each metric; None if that value was not a number."""
 
     def points(self) -> dict[str, list[tuple[float, float]]]:
-        """Return the points of each curve as far as they were read, from left to right."""
+        """Return the points of each curve that were read so far, ordered by step."""
         return {name: curve.points() for name, curve in self._found.items()}
 
     def draw(self, target: Path) -> list[str]:
-        """Draw a plot for each curve of at least two points; return the names of those drawn."""
+        """Draw one plot for each curve with at least two points, and return the names of the drawn curves."""
         self.read_on()
         points = self.points()
         plots = {name: ("step", {"": line}) for name, line in points.items() if len(line) > 1}
@@ -114,17 +116,17 @@ class Curves:
         return list(plots)
 
     def read_on(self) -> bool:
-        """Read the lines that are new; a last one that is half written waits. Return whether there were any."""
+        """Read the new lines of the file, except an incomplete last line. Return whether anything changed."""
         if not self.metrics.is_file():
             return False
         before = self._file, self._position
         with self.metrics.open("rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._position:  # another run has begun
+            if found.st_ino != self._file or found.st_size < self._position:  # a new run has replaced the file
                 self._clear(found.st_ino)
             file.seek(self._position)
             for line in file:
-                if not line.endswith(b"\n"):  # half written: the run goes on, or was killed
+                if not line.endswith(b"\n"):  # incomplete: the run is still writing it, or was killed
                     break
                 self._position += len(line)
                 if (row := metrics_row(line)) is not None:
@@ -143,20 +145,20 @@ class Curves:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; none when there is no such file.
+    """Return the rows of a `metrics.jsonl`; an empty list if the file does not exist.
 
-    The last line may be half written: the run goes on, or was killed. Damaged lines are left out.
+    Damaged lines are skipped, and so is an incomplete last line of a run that still writes or was killed.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return [row for line in lines if line.endswith(b"\n") and (row := metrics_row(line)) is not None]
 
 
 def draw_plots(plots: Mapping[str, tuple[str, Mapping[str, Points]]], target: Path) -> None:
-    """Draw plots in two columns as a PNG.
+    """Draw plots in two columns and write them as a PNG.
 
     Args:
-        plots: title -> what stands across, and lines by label, each a list of (x, y) with rising x.
-        target: the file.
+        plots: title -> (label of the x axis, lines by label); a line is a list of (x, y) with rising x.
+        target: path of the PNG.
     """
     columns = min(2, len(plots))
     sheet = Image.new("RGB", (columns * _WIDTH, -(-len(plots) // columns) * _HEIGHT), "white")

@@ -1,4 +1,4 @@
-"""Evaluation: deterministic samples of held-out prompts with fixed noise, scored and measured."""
+"""Evaluation: deterministic samples of held-out prompts with fixed noise are scored and measured."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ if TYPE_CHECKING:
     from postgen.rewards import RewardResult
 
 Rows = list[dict[str, float]]
-"""One dict of numbers per sample; a missing reward is absent."""
+"""One dict of metrics per sample; a reward without a score has no key."""
 
 Decode = Callable[[Tensor], list[Tensor]]
-"""Latents -> clips."""
+"""Latents (B, ...) -> B clips (F, 3, H, W) in [0, 1]."""
 
 Score = Callable[[Sequence[Row], Sequence[Tensor], Tensor], "RewardResult"]
-"""Rows, clips and their latents -> rewards."""
+"""Prompt rows, clips and their latents -> rewards."""
 
 Gold = Callable[[Sequence[Row], Sequence[Tensor]], "RewardResult"]
-"""Rows and clips -> held-out rewards."""
+"""Prompt rows and clips -> held-out rewards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     means: dict[str, float]
-    """Over the samples of all processes."""
+    """Means of the metrics over the samples of all processes."""
     clips: list[Tensor]
-    """The first sample of some prompts of this process, to be shown."""
+    """The first sample of some prompts of this process, for the grid in `samples/`."""
     prompts: list[str]
-    """Their prompts."""
+    """The prompt of each clip."""
 
 
 def evaluation_sampler(
     denoiser: Denoiser, steps: int, guidance: float, size: dict[str, int], device: torch.device
 ) -> Sampler:
-    """Return a sampler with the pipeline's own noise levels and Euler's steps (for models with alpha-bar: DDIM's).
+    """Return a deterministic sampler with the pipeline's noise levels and Euler steps (DDIM steps with alpha-bars).
 
     Args:
-        denoiser: what is evaluated.
-        steps: their number.
+        denoiser: the policy to evaluate.
+        steps: number of sampling steps.
         guidance: scale of classifier-free guidance.
-        size: `num_frames`, `height` and `width`.
-        device: of the latents.
+        size: `num_frames`, `height` and `width` of a clip.
+        device: device of the latents.
     """
     schedule = schedule_of(denoiser, steps, denoiser.latent_shape(**size))
     how = Sampling(kind="ode", guidance=guidance, size=size)
-    # A meter of its own: what evaluation costs is no cost of training.
+    # The sampler has its own meter, because the reported cost of training leaves out evaluations.
     return Sampler(denoiser, schedule, how, Meter(device), device)
 
 
@@ -70,15 +70,15 @@ class Evaluator:
     """Draws and scores samples of held-out prompts.
 
     Args:
-        args: how many samples.
-        sampler: draws them; one without stochastic steps.
-        embeddings: conditions of rows.
-        meter: of the training, whose cost so far is reported.
-        seed: of the run.
-        batch: samples that are drawn at a time.
-        decode: makes clips of latents.
-        score: the rewards that are trained on.
-        gold: held-out rewards.
+        args: numbers of prompts and samples.
+        sampler: a sampler without stochastic steps.
+        embeddings: encodes the prompt rows.
+        meter: the meter of the training; its totals are reported with each evaluation.
+        seed: seed of the run.
+        batch: number of samples drawn together.
+        decode: decodes latents into clips.
+        score: computes the rewards that training uses.
+        gold: computes the held-out rewards; None if there are none.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Evaluator:
         self.decode, self.score, self.gold = decode, score, gold
 
     def run(self, rows: Sequence[Row], rank: int = 0, processes: int = 1) -> Evaluation:
-        """Evaluate the first rows; every process calls this and draws its share of them.
+        """Evaluate the first `eval_prompts` rows; every process must call this and draws its share of them.
 
         Args:
-            rows: held-out prompts.
-            rank: of this process.
-            processes: how many share the rows.
+            rows: all held-out prompt rows.
+            rank: rank of this process.
+            processes: number of processes that share the rows.
         """
         args = self.args
         chosen = rows[: args.eval_prompts]
@@ -126,6 +126,15 @@ class Evaluator:
         )
 
     def _batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> tuple[Rows, dict[str, float], list[Tensor]]:
+        """Draw and score the samples of some prompts.
+
+        Args:
+            rows: prompt rows of this batch. `Sample.prompt` below is an index into this list.
+            numbers: position of each row among the held-out rows; seeds depend on it, and not on the batch.
+
+        Returns:
+            Metrics of each sample, metrics of the batch from the rewards, and the clips.
+        """
         count = self.args.num_generations_eval
         samples = [
             Sample(
@@ -158,7 +167,11 @@ class Evaluator:
 
 
 def combined(parts: list[tuple[Rows, list[tuple[dict[str, float], int]], dict[str, float]]]) -> dict[str, float]:
-    """Return means over the samples of all processes, and the sums of what these have spent on training."""
+    """Return the metrics' means over the samples of all processes, and the sums of the processes' training costs.
+
+    Args:
+        parts: for each process its samples, its batch metrics with their sample counts, and the totals of its meter.
+    """
     rows = [row for found, _, _ in parts for row in found]
     names = dict.fromkeys(name for row in rows for name in row)
     means = {name: _mean([row[name] for row in rows if name in row]) for name in names}

@@ -1,4 +1,4 @@
-"""What the trainers of the family share: rollouts of groups, their rewards and advantages, evaluation, the state."""
+"""Base of the reward trainers: rollouts of groups, their rewards and advantages, evaluation, export."""
 
 from __future__ import annotations
 
@@ -45,21 +45,23 @@ Metrics = dict[str, float | Tensor]
 
 
 class GroupTrainer(KeptState[G]):
-    """Rolls groups of samples out, scores them and hands micro-batches with advantages to `learn`.
+    """Draws rollouts of groups of samples, scores them, and passes micro-batches with advantages to `learn`.
+
+    Arguments that are None or empty are taken from `args`.
 
     Args:
-        model: a diffusers folder, a hub id, or a pipeline. What is not given, here and below, is taken from `args`.
-        reward_funcs: what `postgen.rewards.get_reward` takes, one or several.
+        model: a diffusers folder, a hub id, or a pipeline.
+        reward_funcs: one or several rewards, as `postgen.rewards.get_reward` takes them.
         args: the configuration.
-        train_dataset: prompts, as in the configuration or as rows.
-        eval_dataset: held-out prompts.
-        peft_config: a `peft.LoraConfig`, instead of the one that `args` describes.
+        train_dataset: training prompts: a source as in the configuration, or rows.
+        eval_dataset: held-out prompts, of the same kinds.
+        peft_config: a `peft.LoraConfig`; None uses the one that `args` describes.
         callbacks: `transformers.TrainerCallback`s.
-        eval_reward_funcs: gold rewards, only ever measured.
+        eval_reward_funcs: held-out (gold) rewards, which are only measured.
 
     Raises:
-        UserError: no prompts or rewards, batches that do not divide, an unknown reward, sizes that the model
-            cannot make.
+        UserError: there are no prompts or rewards, batch sizes do not divide, a reward is unknown, or the model cannot
+            make clips of the given sizes.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = GroupConfig
@@ -90,7 +92,10 @@ class GroupTrainer(KeptState[G]):
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
         elif self.gold is not None or args.evaluate_only or args.eval_steps or args.eval_on_start:
-            raise UserError("eval_reward_funcs, eval_steps and the like need held-out prompts: give eval_dataset")
+            raise UserError(
+                "eval_reward_funcs, eval_steps, eval_on_start and evaluate_only need held-out prompts:"
+                " give eval_dataset"
+            )
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
         check_data(args, self.source, self.prompts, self.eval_prompts, here=True)
@@ -107,31 +112,31 @@ class GroupTrainer(KeptState[G]):
 
     @classmethod
     def from_config(cls, args: G) -> Self:
-        """Return the trainer of a recipe."""
+        """Return the trainer of a recipe, which has only its configuration."""
         return cls(args=args)
 
-    # Hooks of the family.
+    # Hooks that DanceGRPO and DiffusionNFT implement.
 
     @abstractmethod
     def sampling(self) -> Sampling:
-        """Return how rollouts are drawn."""
+        """Return the settings with which rollouts are drawn."""
 
     @abstractmethod
     def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
-        """Return the first stochastic step of a sample."""
+        """Return the step index of the first stochastic step of a sample."""
 
     @abstractmethod
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
-        """Return loss and metrics of some rows of `self.buffer`, as `training_step` does.
+        """Return loss and metrics of a micro-batch, as `training_step` does.
 
         Args:
-            rows: (B,) row numbers.
-            first_update: whether the policy is still the one that drew them.
+            rows: (B,) rows of `self.buffer`.
+            first_update: whether the policy has not changed since it drew these samples.
         """
 
     @abstractmethod
     def work(self) -> Work:
-        """Return what the method does with one sample; called after `prepare`."""
+        """Return the work of the method for one sample; called after `prepare`."""
 
     @property
     def shares_rollout_window(self) -> bool:
@@ -140,29 +145,29 @@ class GroupTrainer(KeptState[G]):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss asks for the model as it was before training."""
+        """Whether the loss needs the reference policy, the model before training."""
         return False
 
     @property
     def copies(self) -> int:
-        """Copies of the trained weights that are kept beside them."""
+        """Number of copies of the trained weights that are kept (average, reference), for the cost estimate."""
         return int(self.args.ema_decay > 0) + int(self.needs_reference and self.policy.copies_reference)
 
     def prepare(self) -> None:
-        """Do something once the models stand, before the first rollout and before a checkpoint is read."""
+        """Set up the method once the models are loaded, before a checkpoint is read and before the first rollout."""
 
     @contextmanager
     def rollout_policy(self) -> Iterator[None]:
-        """Inside, rollouts are drawn; a method may put other weights in."""
+        """Enclose the drawing of a rollout; a method may swap other weights in."""
         yield
 
     def before_rollout(self) -> None:
-        """Do something between two rollouts."""
+        """Act before a rollout is drawn, for example update an old policy."""
 
-    # The trainer's hooks.
+    # Hooks of `Trainer`.
 
     def train(self) -> TrainResult:
-        """Run as `Trainer.train`; `dry_run` prints an estimate instead, `evaluate_only` the numbers it found."""
+        """Run `Trainer.train`. `dry_run` prints a cost estimate instead; `evaluate_only` also prints the metrics."""
         if self.args.dry_run:
             return self._dry_run()
         result = super().train()
@@ -171,7 +176,7 @@ class GroupTrainer(KeptState[G]):
         return result
 
     def build(self) -> Mapping[str, nn.Module]:
-        """Load the model, add adapters, encode prompts."""
+        """Load the model, add adapters, encode prompts, make sampler and evaluator; return the trained modules."""
         args = self.args
         check_data(args, self.source, self.prompts, self.eval_prompts)
         self.policy: Policy = load_policy(self.source, args, args, self.device, self._peft_config)
@@ -186,7 +191,7 @@ class GroupTrainer(KeptState[G]):
             keep_all=args.precompute_prompt_embeds,
             device=self.device,
         )
-        if args.precompute_prompt_embeds:
+        if args.precompute_prompt_embeds:  # afterwards the text encoders are not needed on the device
             self.embeddings.encode(
                 row for part in (self.prompts, self.eval_prompts) if part is not None for row in part.rows
             )
@@ -214,12 +219,12 @@ class GroupTrainer(KeptState[G]):
         return self.policy.modules
 
     def on_models_ready(self) -> None:
-        """Keep a copy of the weights as the reference, where one is needed."""
+        """Keep a copy of the weights as the reference policy, if the loss needs one."""
         if self.needs_reference:
             self.policy.keep_reference()
 
     def training_step(self) -> tuple[Tensor, Metrics]:
-        """Train on the next micro-batch, after a new rollout where the last one is used up."""
+        """Compute the loss of the next micro-batch. Draws a new rollout first if the last one is used up."""
         position = self.micro % self.batches.per_rollout
         metrics = self._new_rollout() if position == 0 else {}
         size = self.batches.per_device
@@ -231,7 +236,7 @@ class GroupTrainer(KeptState[G]):
         return loss, {**metrics, **found}
 
     def evaluate(self) -> dict[str, float]:
-        """Score deterministic samples of the held-out prompts; nothing without any."""
+        """Score deterministic samples of the held-out prompts; an empty dict if there are no held-out prompts."""
         if self.eval_prompts is None:
             return {}
         args, process = self.args, self.accelerator
@@ -245,7 +250,7 @@ class GroupTrainer(KeptState[G]):
         return found.means | watched
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the LoRA or the trained models, and a model card."""
+        """Write the LoRA or the trained models, and a model card, into an export folder."""
         args, policy = self.args, self.policy
         policy.save(folder, weights)
         card = Card(
@@ -264,46 +269,49 @@ class GroupTrainer(KeptState[G]):
         write_card(card, self.curves, args.folder, folder)
 
     def backward(self, loss: Tensor) -> None:
-        """Add gradients, and the time that takes."""
+        """Run the backward pass, and add its time to the meter."""
         with self.meter.time("transformer_seconds"):
             super().backward(loss)
 
     # A rollout.
 
     def row_of(self, rollout: RolloutNumber, prompt: PromptNumber) -> Row:
-        """Return the row of a prompt of a rollout."""
+        """Return the prompt row (columns of the data set) of a prompt of a rollout."""
         return self.prompts.at(rollout * self.batches.prompts + prompt)
 
     def conditions(self, rollout: RolloutNumber) -> Conditions:
-        """Return the function from prompt numbers of a rollout to their stacked conditions."""
+        """Return a function from the prompt numbers of a rollout to their stacked conditions."""
         return self.embeddings.table(lambda prompt: self.row_of(rollout, PromptNumber(prompt)))
 
     def _new_rollout(self) -> Metrics:
-        """Draw, score and select the samples of the next rollout."""
+        """Draw and score the samples of the next rollout, put those to train on into the buffer, return metrics."""
         for module in self.policy.modules.values():
             module.eval()  # no dropout, neither here nor in training passes
         self.before_rollout()
         number = RolloutNumber(self.micro // self.batches.per_rollout)
+        # `drawn` holds the sample numbers of this process; samples, paths, rows and clips are in the same order.
         before, drawn = self.meter.read(), self.batches.mine()
-        samples = [self._sample(number, index) for index in drawn]
+        samples = [self._sample(number, sample) for sample in drawn]
         with self.meter.time("rollout_seconds"):
             paths = self.draw(number, samples)
-        rows = [self.row_of(number, self.batches.prompt_of(index)) for index in drawn]
+        rows = [self.row_of(number, self.batches.prompt_of(sample)) for sample in drawn]
         clips = self.decode(paths.clean)
         with self.meter.time("reward_seconds"):
             result = self.score(rows, clips, paths.clean)
+        # Rewards, advantages and `chosen` are in the order of sample numbers, over all processes.
         everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
         self.scoring.check_alive(everyone, self.global_step + 1)
         advantages = self.advantages(everyone)
         chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
-        row_of = {index: row for row, index in enumerate(drawn)}
-        mine = [SampleNumber(index) for index in chosen if index in row_of]
-        picked = torch.tensor([row_of[index] for index in mine], device=self.device)
+        row_of = {sample: row for row, sample in enumerate(drawn)}
+        mine = [SampleNumber(sample) for sample in chosen if sample in row_of]
+        picked = torch.tensor([row_of[sample] for sample in mine], device=self.device)
         own = advantages.values[torch.tensor(mine)].to(self.device)
-        self.buffer = Buffer(number, paths.rows(picked), own, [self.batches.prompt_of(index) for index in mine], mine)
+        prompts = [self.batches.prompt_of(sample) for sample in mine]
+        self.buffer = Buffer(number, paths.rows(picked), own, prompts, mine)
         args = self.args
         if args.log_completions and self.accelerator.is_main_process and self.global_step % args.logging_steps == 0:
-            values = [advantages.values[index].item() for index in drawn]
+            values = [advantages.values[sample].item() for sample in drawn]
             log = CompletionLog(args.folder / "completions", args.num_completions_to_log, self.fps)
             log.write(self.global_step, rows, clips, result, values)
         spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
@@ -312,23 +320,23 @@ class GroupTrainer(KeptState[G]):
         return metrics
 
     def draw(self, number: RolloutNumber, samples: Sequence[Sample]) -> Trajectories:
-        """Draw the samples of rollout `number`."""
+        """Draw the given samples of rollout `number`; the rows of the result are in their order."""
         with self._networks(wrapped=False), self.rollout_policy():
             return self.sampler.draw(samples, self.conditions(number), self.args.rollout_batch)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Tensor]:
-        """Turn latents into clips (F,3,H,W) in [0,1]."""
+        """Decode latents (n, ...) into n clips (F, 3, H, W) in [0, 1]."""
         size = self.args.decode_batch_size or self.args.rollout_batch
         with self.meter.time("decode_seconds"):
             return [clip for part in latents.split(size) for clip in self.policy.denoiser.decode(part)]
 
     def score(self, rows: Sequence[Row], clips: Sequence[Tensor], latents: Tensor) -> RewardResult:
-        """Call the rewards on samples of this process."""
+        """Compute the rewards of samples of this process, given their prompt rows, clips and clean latents."""
         return self.scoring.score(rows, clips, latents, fps=self.fps)
 
     def advantages(self, rewards: Tensor) -> Advantages:
-        """Turn the rewards (N, K) of a whole rollout into advantages."""
+        """Compute advantages from the rewards (N, K) of a whole rollout, in the order of sample numbers."""
         args = self.args
         return compute_advantages(
             rewards,
@@ -340,33 +348,36 @@ class GroupTrainer(KeptState[G]):
             eps=args.advantage_eps,
         )
 
-    def _sample(self, number: RolloutNumber, index: SampleNumber) -> Sample:
-        prompt, seed = self.batches.prompt_of(index), self.args.seed
+    def _sample(self, number: RolloutNumber, sample: SampleNumber) -> Sample:
+        prompt, seed = self.batches.prompt_of(sample), self.args.seed
         shared = self.args.share_initial_noise
-        initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, index + 1)
+        initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, sample + 1)
         return Sample(
-            index=index,
+            index=sample,
             prompt=prompt,
             initial=seed_of(seed, *initial),
-            step_seed=lambda step: seed_of(seed, "step", number, index, step),
-            start=self.window_start(number, prompt, index),
+            step_seed=lambda step: seed_of(seed, "step", number, sample, step),
+            start=self.window_start(number, prompt, sample),
         )
 
     # Networks.
 
     @contextmanager
     def _networks(self, *, wrapped: bool) -> Iterator[None]:
-        """Let the denoiser call the networks that average gradients, or those inside, whose calls may be unequal."""
+        """Choose which networks the denoiser calls: the prepared models, or the modules without gradient averaging.
+
+        Processes must call prepared (`wrapped`) models equally often.
+        """
         table = self.policy.denoiser.transformers
-        for name in self.policy.modules.keys() & self.models.keys():  # the models stand only once they are prepared
+        for name in self.policy.modules.keys() & self.models.keys():  # `models` is empty before they are prepared
             table[name] = self.models[name] if wrapped else self.unaveraged(name)
-        # In TF32 a convolution rounds by its batch size, and the policy's ratio would show that instead of learning.
+        # TF32 convolutions round differently for different batch sizes, which would move the ratio away from 1.
         cudnn = torch.backends.cudnn
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
             yield
 
     def _dry_run(self) -> TrainResult:
-        """Load the model, print what the run would cost, and return without training."""
+        """Load the model, print the cost estimate of the run, and return without training."""
         modules = self.build()
         plan = Plan(
             batches=self.batches,

@@ -1,4 +1,4 @@
-"""What tells a broken or a cheating run: rewards unable to score, a ratio that is not 1, rewards that part ways."""
+"""Checks for broken runs and reward hacking: rewards that cannot score, a ratio that is not 1, diverging rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from .batches import Batches
 
 
 def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | None) -> None:
-    """Find out before anything is drawn whether rewards get the columns that they need, if there is anything to score.
+    """Check before the first rollout that the prompt rows have the columns that rewards need.
+
+    Args:
+        runners: rewards; None is skipped.
+        prompts: the rows to score; with None nothing is checked.
 
     Raises:
         UserError: a reward needs a column that no row has.
@@ -26,42 +30,47 @@ def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | Non
 
 
 def check_groups(runner: RewardRunner, batches: Batches) -> None:
-    """Refuse rewards that compare the samples of a prompt where a process has only some of them.
+    """Check that each process has whole groups if a reward compares the samples of a prompt (`groupwise`).
 
     Raises:
-        UserError: such a reward, and groups that span processes.
+        UserError: a reward is groupwise, and groups span processes.
     """
     names = [reward.name for reward in runner.rewards if reward.groupwise]
     if names and batches.processes > 1 and batches.part % batches.group:
         raise UserError(
-            f"the reward {names[0]} looks at all samples of a prompt, but groups span processes: make "
+            f"the reward {names[0]} compares all samples of a prompt, but groups span processes: make "
             f"per_device_train_batch_size x gradient_accumulation_steps ({batches.part}) a multiple of "
             f"num_generations ({batches.group})"
         )
 
 
 def check_equal_calls(processes: int, evaluated: int, *, one_window: bool) -> None:
-    """Refuse what calls the network in some processes more often than in others, where its weights are cut.
+    """Check that all processes call a sharded network equally often; otherwise the run would deadlock.
 
     Args:
-        processes: how many share the work.
-        evaluated: prompts of an evaluation.
+        processes: number of processes that share the work.
+        evaluated: number of prompts in an evaluation.
         one_window: whether all samples of a rollout take the same steps through the network.
 
     Raises:
-        UserError: they would wait for one another.
+        UserError: some processes would make more forward passes than others.
     """
     if not one_window:
-        raise UserError("sharded training needs sde_window_per: rollout, or processes would wait for one another")
+        raise UserError(
+            "sharded training needs sde_window_per: rollout, because all processes must call the network equally often"
+        )
     if evaluated % processes:
-        raise UserError(f"sharded training needs eval_prompts that {processes} processes share equally")
+        raise UserError(
+            f"sharded training shares the {evaluated} prompts of an evaluation equally over {processes} processes: "
+            f"set eval_prompts to a multiple of {processes}"
+        )
 
 
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
-    """Load the networks of rewards and ask their servers now, so that no run fails at its first evaluation.
+    """Load the networks of rewards and contact their servers, so that a run does not fail at its first evaluation.
 
     Raises:
-        UserError: weights that cannot be found, or a server that cannot be reached.
+        UserError: weights are missing, or a server cannot be reached.
     """
     for runner in runners:
         if runner is None:
@@ -72,14 +81,15 @@ def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
 
 
 class RatioCheck:
-    """Before the first update after a rollout the policy is the one that drew it: every log-ratio must be 0.
+    """Check that every log-ratio is 0 before the first update after a rollout, while the policy is unchanged.
 
-    It is not when sampling and training differ in anything: guidance, precision of latents, timesteps, dropout,
-    attention backend, padding of prompts. Training would then follow that difference.
+    A log-ratio other than 0 means that sampling and training compute different predictions: guidance, precision of
+    latents, timesteps, dropout, attention backend or padding of prompts differ. Training would then learn from this
+    difference instead of the rewards.
 
     Args:
-        mode: what to do about it.
-        limit: largest log-ratio that counts as 0.
+        mode: reaction to a log-ratio above `limit`: a warning, an error, or none.
+        limit: largest absolute log-ratio that is accepted.
     """
 
     def __init__(self, mode: Literal["warn", "raise", "off"], limit: float) -> None:
@@ -87,16 +97,16 @@ class RatioCheck:
         self.warned = False
 
     def __call__(self, worst: float) -> None:
-        """Look at the largest log-ratio of a batch.
+        """Check the largest absolute log-ratio of an update.
 
         Raises:
-            UserError: it is not 0, and `mode` is "raise".
+            UserError: `worst` exceeds the limit, and `mode` is "raise".
         """
         if self.mode == "off" or worst <= self.limit:
             return
         text = (
             f"the policy has not changed since the rollout, but its log-probabilities differ by {worst:.3g} (allowed: "
-            f"{self.limit:g}): sampling and training do not compute the same. Set rollout_batch_size to "
+            f"{self.limit:g}): sampling and training compute different predictions. Set rollout_batch_size to "
             "per_device_train_batch_size, use float32, or raise max_ratio_error"
         )
         if self.mode == "raise":
@@ -107,35 +117,36 @@ class RatioCheck:
 
 
 class HackingGuard:
-    """Compares the trained reward with a gold reward from evaluation to evaluation.
+    """Detects reward hacking: the trained reward rises over several evaluations while a held-out gold reward falls.
 
     Args:
-        patience: evaluations in a row with a trained reward above the last and a gold reward below the last that count
-            as hacking; 0 never.
+        patience: number of evaluations in a row, each with a higher trained reward and a lower gold reward than the
+            evaluation before, that count as hacking; 0 disables the detection.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self.last: tuple[float, float] | None = None
-        """Means of the last evaluation: reward, gold reward."""
+        """Means of the last evaluation: (reward, gold reward)."""
         self.parted = 0
+        """Number of evaluations in a row in which the reward rose and the gold reward fell."""
 
     def see(self, reward: float, gold: float) -> bool:
-        """Take the means of an evaluation; return whether the rewards have parted for long enough."""
+        """Record the mean rewards of an evaluation, and return whether they count as reward hacking."""
         if self.last is not None:
             self.parted = self.parted + 1 if reward > self.last[0] and gold < self.last[1] else 0
         self.last = reward, gold
         return bool(self.patience) and self.parted >= self.patience
 
     def watch(self, means: Mapping[str, float], gold: str) -> dict[str, float]:
-        """Look at the means of an evaluation and warn of reward hacking.
+        """Record the means of an evaluation, and warn if they show reward hacking.
 
         Args:
-            means: of the evaluation.
+            means: mean metrics of the evaluation.
             gold: name of the gold reward.
 
         Returns:
-            The metric `hacking`, or nothing where one of the two rewards has no mean.
+            {"hacking": 0.0 or 1.0}; an empty dict if one of the two rewards has no mean.
         """
         reward, other = means.get("reward"), means.get(f"gold/{gold}/mean")
         if reward is None or other is None:
@@ -143,18 +154,23 @@ class HackingGuard:
         hacked = self.see(reward, other)
         if hacked:
             warnings.warn(
-                f"reward hacking? Over {self.parted} evaluations the reward rose to {reward:.4g} "
+                f"possible reward hacking: over {self.parted} evaluations the reward rose to {reward:.4g} "
                 f"while {gold} fell to {other:.4g}",
                 stacklevel=2,
             )
         return {"hacking": float(hacked)}
 
     def state(self) -> dict[str, object]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint, as JSON values."""
         return {"history": [] if self.last is None else [list(self.last)], "parted": self.parted}
 
     def load(self, history: list[list[float]], parted: int) -> None:
-        """Take it back. Checkpoints hold a list of pairs, of which the last counts."""
+        """Restore the state of a checkpoint.
+
+        Args:
+            history: pairs (reward, gold reward) of evaluations; only the last one is used.
+            parted: the counter `self.parted`.
+        """
         self.last, self.parted = None, parted
         for reward, gold in history[-1:]:
             self.last = reward, gold

@@ -1,4 +1,4 @@
-"""What a run shows: a table and clips of its rollouts, and a grid of samples at every evaluation."""
+"""Samples that a run writes to disk: a table and clips of its rollouts, and a grid of samples at every evaluation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from postgen.video import NoFFmpegError, contact_sheet, write_video
 
 
 class CompletionLog:
-    """Writes `step-N.jsonl`, a row per sample of the first process, and clips of the first of them.
+    """Writes the rollouts of the first process: `step-N.jsonl` with one row per sample, and the first few clips.
 
     Args:
-        folder: where to.
-        clips: how many of a rollout.
-        fps: frames per second.
+        folder: folder of the files.
+        clips: number of clips to write for each rollout.
+        fps: frames per second of the clips.
     """
 
     def __init__(self, folder: Path, clips: int, fps: float) -> None:
@@ -38,7 +38,15 @@ class CompletionLog:
         result: RewardResult,
         advantages: Sequence[float],
     ) -> None:
-        """Write a rollout."""
+        """Write the samples of one rollout; all sequences have one entry per sample, in the same order.
+
+        Args:
+            step: optimiser steps done before the rollout.
+            rows: prompt rows.
+            clips: clips (F, 3, H, W) in [0, 1].
+            result: rewards.
+            advantages: clipped advantages.
+        """
         lines = []
         for number, row in enumerate(rows):
             scores = {name: _number(result.values[number, k].item()) for k, name in enumerate(result.names)}
@@ -51,7 +59,10 @@ class CompletionLog:
 
 
 def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> None:
-    """Write `step-N.mp4`, the clips side by side (not of pictures, nor without ffmpeg), and `step-N.png`, a sheet."""
+    """Write samples of an evaluation: `step-N.mp4` with the clips side by side, and `step-N.png`, a contact sheet.
+
+    The video is left out if the clips have a single frame, or if there is no ffmpeg.
+    """
     if not clips:
         return
     shown = [_displayable(clip) for clip in clips]
@@ -73,14 +84,14 @@ def write_samples(folder: Path, step: int, clips: Sequence[Tensor], prompts: Seq
 
 
 def write_clip(path: Path, clip: Tensor, fps: float) -> None:
-    """Write a clip as `path`.mp4; a picture, and without ffmpeg any clip, as the sheet `path`.png."""
+    """Write a clip as `path`.mp4. A single frame, or any clip if there is no ffmpeg, becomes the sheet `path`.png."""
     clip = _displayable(clip)
     if len(clip) == 1 or not _video_written(path.with_suffix(".mp4"), clip, fps):
         contact_sheet(clip, path.with_suffix(".png"), columns=min(len(clip), 6))
 
 
 def _video_written(path: Path, clip: Tensor, fps: float) -> bool:
-    """Write a video; where there is no ffmpeg, say so once and return False: a run does not end for its pictures."""
+    """Write a video. Without ffmpeg, warn once and return False, because missing videos must not end a run."""
     try:
         write_video(path, clip, fps=fps)
     except NoFFmpegError as error:
@@ -95,7 +106,7 @@ def _say_once(text: str) -> None:
 
 
 def tiled(clips: Sequence[Tensor], columns: int) -> Tensor:
-    """Return clips (F,3,H,W) of one size as one clip, row by row; missing clips are black."""
+    """Tile clips (F, 3, H, W) of equal size into one clip, row by row; empty places in the last row are black."""
     blank = torch.zeros_like(clips[0])
     padded = [*clips, *[blank] * (-len(clips) % columns)]
     rows = [torch.cat(padded[low : low + columns], dim=3) for low in range(0, len(padded), columns)]

@@ -1,4 +1,4 @@
-"""Policy losses of one step: the clipped probability ratio, its normalisation, and the divergence from a reference."""
+"""Policy losses of one sampling step: clipped probability ratio, its normalisation, divergence from a reference."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from postgen.sampling.transition import Reduction, Transition, reduced
 
 @dataclass(slots=True)
 class StepLoss:
-    """Loss and statistics of one step, one entry a row; nothing is read from the device."""
+    """Loss and statistics of one sampling step, one entry per row. All values stay on the device."""
 
     loss: Tensor
-    """(B,) to be minimised."""
+    """(B,) loss to minimise."""
     ratio: Tensor
-    """(B,) probability ratio as it was clipped."""
+    """(B,) probability ratio before clipping, normalised if `log_ratio` normalises it."""
     low: Tensor
-    """(B,) 1 where the ratio fell below its clip and the advantage is negative."""
+    """(B,) 1 where the ratio is below the lower clip and the advantage is negative, else 0."""
     high: Tensor
-    """(B,) 1 where it rose above and the advantage is positive."""
+    """(B,) 1 where the ratio is above the upper clip and the advantage is positive, else 0."""
     approx_kl: Tensor
-    """(B,) estimate of the KL from the policy that drew the samples: ratio - 1 - log ratio."""
+    """(B,) estimate of the KL divergence from the policy that drew the samples: ratio - 1 - log ratio."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return means for the log, under TRL's names."""
+        """Return mean values for the log, under TRL's metric names."""
         ratio = self.ratio.detach()
         return {
             "policy_loss": self.loss.detach().mean(),
@@ -49,16 +49,17 @@ def log_ratio(
     old_mean: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Return (B,) log-ratios of the new policy to the one that drew the samples.
+    """Return the (B,) log-ratios of the new policy to the policy that drew the samples.
 
     Args:
-        step: the transition under the new policy.
-        log_prob: of the sample under it.
-        old_log_prob: of the sample under the policy that drew it.
-        old_mean: mean of that policy's transition; normalises the ratio as GRPO-Guard does (arXiv:2510.22319, eq. 8).
-            The log-ratio of a moved mean is negative on average, so that the upper clip would never act; this
-            centres it and gives every step the same spread.
-        reduction: that of the log-probabilities.
+        step: transition under the new policy.
+        log_prob: (B,) log-probability of the drawn next latents under the new policy.
+        old_log_prob: (B,) log-probability of the same latents under the policy that drew them.
+        old_mean: (B, ...) mean of the transition under the policy that drew the samples. If given, the ratio is
+            normalised as in GRPO-Guard (arXiv:2510.22319, eq. 8). Without normalisation the log-ratio is negative on
+            average once the mean moves, so the upper clip would never act. The normalisation centres the log-ratio and
+            gives every step the same spread.
+        reduction: reduction that both log-probabilities were computed with.
     """
     plain = log_prob - old_log_prob
     if old_mean is None:
@@ -69,7 +70,7 @@ def log_ratio(
 
 
 def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: float) -> StepLoss:
-    """Return PPO's clipped loss max(-A r, -A clip(r, 1 - low, 1 + high)) of each row (arXiv:1707.06347, eq. 7)."""
+    """Compute PPO's clipped loss max(-A r, -A clip(r, 1 - low, 1 + high)) for each row (arXiv:1707.06347, eq. 7)."""
     ratio = log_ratio_B.exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     loss = torch.maximum(-advantage_B * ratio, -advantage_B * clipped)
@@ -80,15 +81,15 @@ def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: flo
 
 
 def gaussian_kl(step: Transition, reference: Transition) -> Tensor:
-    """Return (B,) KL of two transitions of equal std, the mean over latent values.
+    """Return the (B,) KL divergences of two transitions of equal std, averaged over latent values.
 
-    It is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's image recipes divide by 2 g^2, which
-    is smaller by the length of the step: their beta times that length is ours.
+    The KL is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's image recipes divide by 2 g^2
+    instead, and std^2 = g^2 D for a step of length D. The same loss therefore needs beta = (their beta) * D here.
     """
     difference = (step.mean - reference.mean).square().flatten(1).mean(1)
     return difference / (2 * step.std.to(difference.dtype).square())
 
 
 def velocity_kl(prediction: Tensor, reference: Tensor) -> Tensor:
-    """Return (B,) mean square of the difference of two predictions."""
+    """Return the (B,) mean square differences of two predictions (B, ...)."""
     return (prediction - reference).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Numbers of clips that move when a reward is hacked: brightness, sharpness, motion, diversity of latents."""
+"""Statistics of clips that reveal reward hacking: brightness, sharpness, motion, diversity of latents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def clip_statistics(clip: Tensor) -> dict[str, float]:
-    """Return statistics of a clip (F,3,H,W) in [0,1].
+    """Return brightness, sharpness and motion of a clip (F, 3, H, W) in [0, 1].
 
-    `brightness` is the mean; `sharpness` the rms of the discrete Laplacian, which grids and noise raise and blur
-    lowers; `motion` the mean absolute difference of neighbouring frames, 0 for a picture and for a frozen clip.
+    `brightness` is the mean value. `sharpness` is the rms of the discrete Laplacian: grid artefacts and noise raise
+    it, blur lowers it. `motion` is the mean absolute difference of neighbouring frames, 0 for a picture or a frozen
+    clip.
     """
     centre, edges = clip[..., 1:-1, 1:-1], [clip[..., :-2, 1:-1], clip[..., 2:, 1:-1]]
     edges += [clip[..., 1:-1, :-2], clip[..., 1:-1, 2:]]
@@ -25,11 +26,14 @@ def clip_statistics(clip: Tensor) -> dict[str, float]:
 
 
 def diversity(latents: Tensor, prompts: Sequence[int]) -> float:
-    """Return how diverse samples are: the mean rms distance of two latents (N, ...) of one prompt.
+    """Return the diversity of samples: the mean rms distance between the latents of two samples of one prompt.
 
     Args:
-        latents: the samples.
-        prompts: number of each sample's prompt; those that occur once are left out.
+        latents: (N, ...) latents of the samples.
+        prompts: prompt number of each of the N samples. Prompts with a single sample are left out.
+
+    Returns:
+        The diversity; 0 if no prompt has two samples.
     """
     flat, owner = latents.flatten(1).float(), torch.tensor(prompts)
     means = []

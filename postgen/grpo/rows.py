@@ -1,4 +1,4 @@
-"""Rows of prompts against the model and the rewards: what is wrong with one is found before anything is drawn."""
+"""Checks of the prompt rows against the model and the rewards, before anything is drawn."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .config import GroupConfig
 
 
 def check_data(args: GroupConfig, source: Any, *sets: Prompts | None, here: bool = False) -> None:
-    """Hold the sizes of clips, the columns of every row and every picture to what the model and rewards take.
+    """Check the sizes of clips, the LoRA to continue from, and the columns and images of every prompt row.
 
     Args:
-        args: sizes of clips, and the LoRA to go on from.
-        source: the model: a folder, a hub id, a pipeline, or None for the embedded one.
-        sets: prompts; None is passed over.
-        here: leave alone what a model on the hub takes.
+        args: the configuration.
+        source: the model: a folder, a hub id, a pipeline, or None for the embedded model.
+        sets: sets of prompts; None is skipped.
+        here: do not contact the hub; checks that need a hub model's files are then left out.
 
     Raises:
-        UserError: sizes that the model cannot make, or names the first row that is wrong: a column under a name that
-            rewards are given, a text that is none, a picture that cannot be read, that the model does not take, or
-            that it needs and that is absent.
+        UserError: the model cannot make clips of these sizes, the LoRA cannot be read, or a row is wrong. The message
+            names the first wrong row. A row is wrong if a column has a name reserved for arguments of rewards, if its
+            negative prompt is not a text, or if its image cannot be read, is not supported by the model, or is missing
+            for a model that needs one.
     """
     args.check_size(source, here=here)
     if args.lora_path is not None:
@@ -51,7 +52,9 @@ def check_data(args: GroupConfig, source: Any, *sets: Prompts | None, here: bool
 
 def _check_columns(row: Row, where: str) -> None:
     if taken := sorted(RESERVED & row.keys()):
-        raise UserError(f"{where} has a column {taken[0]!r}, a name that rewards are given: name it otherwise")
+        raise UserError(
+            f"{where} has a column {taken[0]!r}, which is the name of an argument of rewards: rename the column"
+        )
     negative = row.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: its negative_prompt is {shown(negative)}, it must be a text")
@@ -62,11 +65,11 @@ def _check_image(image: Any, where: str, use: tuple[str, bool, bool] | None, see
     if image is None:
         if needs:
             raise UserError(
-                f"{where} has no image, which {name} starts from: give every row one, or use another model"
+                f"{where} has no image, but {name} needs a first frame: give every row an image, or use another model"
             )
         return
     if not takes:
-        raise UserError(f"{where} has an image, and {name} takes text only: leave it out, or use another model")
+        raise UserError(f"{where} has an image, but {name} takes text only: remove the image, or use another model")
     if isinstance(image, str | Path):
         if str(image) not in seen:
             seen.add(str(image))
@@ -78,11 +81,14 @@ def _check_image(image: Any, where: str, use: tuple[str, bool, bool] | None, see
         if image.ndim != 3 or image.shape[0] != 3:
             raise UserError(f"{where}: its image has the shape {tuple(image.shape)}, it must be (3, H, W)")
     elif not hasattr(image, "convert"):
-        raise UserError(f"{where}: its image is {shown(image)}, it must be the name of a file, or a picture")
+        raise UserError(f"{where}: its image is {shown(image)}, it must be a file name, a PIL image or a tensor")
 
 
 def _images(source: Any, here: bool) -> tuple[str, bool, bool] | None:
-    """Return the pipeline class, and whether it takes and needs a picture; None where that is not known yet."""
+    """Return (class name of the pipeline, whether it takes an image, whether it needs one).
+
+    The result is None for a hub id with `here`, because the model's files may not be on this machine yet.
+    """
     if source is not None and not isinstance(source, str | Path):
         if not hasattr(source, "to"):
             raise UserError(f"the model is {shown(source)}, it must be a folder, a hub id or a diffusers pipeline")

@@ -1,4 +1,4 @@
-"""The rewards of a run: those that are trained on, and held-out ones that are only ever measured."""
+"""The rewards of a run: rewards that training uses, and held-out (gold) rewards that are only measured."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Rewards = RewardLike | Sequence[RewardLike]
 
 
 class Scoring:
-    """Calls rewards with what they may want to know of a sample and of the run.
+    """Calls the rewards of a run with prompts, clips, the columns of the prompt rows and the state of the run.
 
     Args:
         args: names of rewards, their weights and devices.
-        rewards: instead of those named in `args`.
-        gold: instead of the held-out ones named there.
-        state: of the run, for rewards that look at its step.
+        rewards: rewards to train on; empty uses those named in `args`.
+        gold: held-out rewards; empty uses those named in `args`.
+        state: state of the run, for rewards that depend on the step.
 
     Raises:
-        UserError: there is no reward to train on, or an unknown one.
+        UserError: there is no reward to train on, a reward is unknown, or its device does not exist.
     """
 
     def __init__(self, args: RewardConfig, rewards: Rewards, gold: Rewards, state: TrainerState) -> None:
@@ -45,37 +45,46 @@ class Scoring:
                 raise UserError(f"reward_device: {error}") from None
         rewards, gold = rewards or args.reward_funcs, gold or args.eval_reward_funcs
         if not rewards:
-            raise UserError("there is no reward: give reward_funcs, names or functions")
+            raise UserError("there is no reward: give reward_funcs, names of rewards or functions")
         self.runner = self._runner(rewards, args.reward_weights or None)
         self.gold = self._runner(gold, None) if gold else None
         self._dead = dict.fromkeys(self.runner.names, 0)
 
     def score(self, rows: Sequence[Row], clips: Sequence[Tensor], latents: Tensor, *, fps: float) -> RewardResult:
-        """Return the rewards of samples of this process."""
+        """Compute the rewards of samples of this process.
+
+        Args:
+            rows: prompt row of each sample.
+            clips: clips (F, 3, H, W) in [0, 1].
+            latents: (n, ...) clean latents of the clips.
+            fps: frames per second of the clips.
+        """
         return self._call(self.runner, rows, clips, fps=fps, latents=latents)
 
     def score_gold(self, rows: Sequence[Row], clips: Sequence[Tensor], *, fps: float) -> RewardResult:
-        """Return the held-out rewards of samples of this process."""
+        """Compute the held-out rewards of samples of this process; the arguments are those of `score`."""
         assert self.gold is not None
         return self._call(self.gold, rows, clips, fps=fps)
 
     def check_alive(self, values: Tensor, step: int) -> None:
-        """End a run that would go on without one of its rewards.
+        """Stop the run if one of its rewards has scored no sample in `reward_patience` rollouts in a row.
+
+        The count starts at 0 when a run starts or resumes.
 
         Args:
-            values: (N, K) of all processes, NaN where there is no score. Rollouts are counted from the start of this
-                process: a run that is resumed begins anew.
-            step: of the run, for the message.
+            values: (N, K) rewards of all processes in this rollout, NaN where there is no score.
+            step: step of the run, for the message.
 
         Raises:
-            AllRewardsFailed: a reward with a weight has scored nothing in `reward_patience` rollouts in a row.
+            AllRewardsFailed: a reward with a non-zero weight has scored no sample for too long.
         """
         for name, weight, column in zip(self.runner.names, self.runner.weights, values.T, strict=True):
             self._dead[name] = self._dead[name] + 1 if weight and bool(column.isnan().all()) else 0
             if self.args.reward_patience and self._dead[name] >= self.args.reward_patience:
                 raise AllRewardsFailed(
                     f"the reward {name} has scored no sample in {self._dead[name]} rollouts up to step {step}: the"
-                    " warnings above say why. Mend it, take it out, or set reward_patience (0 goes on without it)"
+                    " warnings above say why. Repair the reward, remove it from reward_funcs, or raise reward_patience"
+                    " (0 continues without the reward)"
                 )
 
     def _call(self, runner: RewardRunner, rows: Sequence[Row], clips: Sequence[Tensor], **more: Any) -> RewardResult:
@@ -87,13 +96,16 @@ class Scoring:
 
 
 def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: int) -> Tensor:
-    """Return the rewards of all processes in the order of the samples, (total, K), on the CPU.
+    """Gather the rewards of all processes in the order of sample numbers; every process must call this.
 
     Args:
-        values: (n, K) of this process.
-        indices: numbers of its samples.
-        total: samples of all processes.
-        step: of the run, for the message.
+        values: (n, K) rewards of this process, NaN where there is no score.
+        indices: sample number of each row of `values`.
+        total: number of samples of all processes.
+        step: step of the run, for the message.
+
+    Returns:
+        (total, K) rewards on the CPU; row i belongs to sample number i.
 
     Raises:
         AllRewardsFailed: no sample of any process has a reward.
@@ -109,11 +121,11 @@ def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: 
 
 
 def reward_metrics(result: RewardResult, spent: Mapping[str, float]) -> dict[str, float]:
-    """Return means, spreads and failures of each reward under TRL's names, and what a rollout has cost.
+    """Return mean, std and failures of each reward under TRL's metric names, and the cost of a rollout.
 
     Args:
-        result: of this process.
-        spent: passes and seconds of the rollout, by the names of `Meter`.
+        result: rewards of this process.
+        spent: passes and seconds of the rollout, under the names of `Meter`.
     """
     found: dict[str, float] = {**result.metrics}
     for name in result.names:

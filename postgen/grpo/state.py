@@ -1,4 +1,4 @@
-"""What trainers of the family keep beside weights, and how other processes than those that kept it share it out."""
+"""State of the reward trainers besides weights, and its redistribution over another number of processes."""
 
 from __future__ import annotations
 
@@ -22,46 +22,55 @@ G = TypeVar("G", bound=GroupConfig)
 
 
 class KeptState(Trainer[G]):
-    """A trainer whose position, costs and samples stand in checkpoints."""
+    """Base of the reward trainers: saves position, costs, hacking guard and unfinished rollout in checkpoints."""
 
     batches: Batches
+    """Division of rollouts over updates and processes."""
     micro: int
-    """Micro-batches done."""
+    """Micro-batches that this process has done in the run."""
     buffer: Buffer | None
+    """Samples of the last rollout; None before the first."""
     meter: Meter
+    """Passes and seconds of the run."""
     hacking: HackingGuard
+    """Detector of reward hacking."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, what the run has cost, and the rollout if it is not used up."""
+        """Return position, costs, state of the hacking guard, and the buffer if its rollout is not used up."""
         state: dict[str, Any] = {"micro": self.micro, "cost": self.meter.read(), **self.hacking.state()}
         if self.buffer is not None and self.micro % self.batches.per_rollout:
             state |= self.buffer.state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore what `state_dict` returned."""
         self.micro = int(state["micro"])
         self.meter.load(state["cost"])
         self.hacking.load(state["history"], state["parted"])
         self.buffer = Buffer.of(state, self.device)
 
     def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
-        """Share out what they kept: all draws follow from the numbers of samples."""
+        """Redistribute the states of another number of processes.
+
+        This is possible because all random draws depend on sample numbers and not on the process.
+        """
         return shared_anew(states, before, self.args, self.batches)
 
 
 def shared_anew(
     states: Sequence[Mapping[str, Any]], before: Mapping[str, Any], args: GroupConfig, batches: Batches
 ) -> dict[str, Any]:
-    """Return the state of this process out of those that another number of processes kept.
+    """Build the state of this process from the states of another number of processes.
 
     Args:
-        states: of each of those processes.
-        before: the settings of that run.
-        args, batches: of this one.
+        states: state of each process that wrote the checkpoint.
+        before: settings of the run that wrote the checkpoint.
+        args: configuration of this run.
+        batches: batches of this run and process.
 
     Raises:
-        UserError: an update or a rollout has another number of samples than before; the message says what to set.
+        UserError: the number of samples per update, or of updates per rollout, differs from the checkpoint's run; the
+            message says what to set.
     """
     shares = {name: before[name] for name in args.named_in("share_out")}
     old = Batches.of(dataclasses.replace(args, **shares), len(states), 0)
@@ -71,15 +80,16 @@ def shared_anew(
     found = {
         **{name: states[0][name] for name in ("history", "parted")},
         "micro": states[0]["micro"] // old.accumulation * batches.accumulation,
-        # Each has done the same part of the work.
+        # The log sums the costs of all processes, so each process takes an equal share.
         "cost": {name: sum(cost.get(name, 0.0) for cost in costs) / batches.processes for name in spent},
     }
     return found | (_samples(states, batches) if "number" in states[0] else {})
 
 
 def _samples(states: Sequence[Mapping[str, Any]], batches: Batches) -> dict[str, Any]:
-    """Return the samples that this process trains on, of all of a rollout that is not used up."""
+    """Return the buffer state of this process, collected from the buffers of all processes of the checkpoint."""
     mine = set(batches.mine())
+    # (sample number, rank that holds it, row in the buffer of that rank), in the order of sample numbers.
     order = sorted(
         (sample, rank, row)
         for rank, state in enumerate(states)
@@ -98,15 +108,18 @@ def _check_same(before: Batches, now: Batches) -> None:
     old, size = (each.processes * each.per_device * each.accumulation for each in (before, now))
     if (size, now.updates) == (old, before.updates):
         return
-    told = f"an update had {old} samples and a rollout {before.updates} updates, here {size} and {now.updates}. "
+    difference = (
+        f"the checkpoint's run has {old} samples per update and {before.updates} updates per rollout, this run has "
+        f"{size} and {now.updates}. "
+    )
     at_once = now.per_device * now.processes
     if old % at_once:
         raise UserError(
-            f"{told}Choose per_device_train_batch_size and gradient_accumulation_steps so that their product times "
-            f"{now.processes} is {old}, or start {counted(before.processes)}"
+            f"{difference}Choose per_device_train_batch_size and gradient_accumulation_steps so that their product "
+            f"times {now.processes} is {old}, or start {counted(before.processes)}"
         )
     steps = old // at_once
     raise UserError(
-        f"{told}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and no "
-        f"generation_batch_size), or start {counted(before.processes)}"
+        f"{difference}Set gradient_accumulation_steps {steps} and steps_per_generation {steps * before.updates} (and "
+        f"no generation_batch_size), or start {counted(before.processes)}"
     )

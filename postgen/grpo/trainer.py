@@ -1,13 +1,14 @@
-"""DanceGRPO (arXiv:2505.07818, Algorithm 1) and what made it cheaper since.
+"""DanceGRPO (arXiv:2505.07818, Algorithm 1) and later methods that make it cheaper.
 
-A prompt's samples are drawn with a stochastic sampler, scored, compared with one another, and the policy is moved to
-make the transitions of the better ones more probable: for each trained transition x -> y,
+A stochastic sampler draws several samples of each prompt. Rewards score the samples, and each sample is compared with
+the others of its prompt. The loss makes the transitions of better samples more probable. For a trained transition
+x -> y of a sample with advantage A it is
 
     r = p_new(y|x) / p_old(y|x)      loss = max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon_high))
 
-Differences from the published code: groups may span processes; best-of-N is per prompt; a group without spread gets
-exactly 0; LoRA by default. The cheaper family (window of few stochastic steps, fast solver, shared prefix, weighted
-steps, normalised ratio) is described at the fields of `DanceGRPOConfig`.
+Differences from the published code: groups may span processes; best-of-N selects samples per prompt; a group without
+spread in its rewards gets advantage 0 exactly; LoRA is the default. The fields of `DanceGRPOConfig` describe the
+cheaper variants: a window of few stochastic steps, a fast solver, a shared prefix, step weights, a normalised ratio.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .window import Window
 
 
 class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
-    """Policy gradient on the stochastic steps of rollouts. See `GroupTrainer` for the arguments.
+    """Trainer of DanceGRPO: policy gradient on the stochastic steps of rollouts. `GroupTrainer` has the arguments.
 
     >>> from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
     >>> args = DanceGRPOConfig(output_dir="runs/grpo", num_generations=4, per_device_train_batch_size=4)
@@ -48,14 +49,14 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     config_class: ClassVar[type[TrainingConfig]] = DanceGRPOConfig
 
     def prepare(self) -> None:
-        """Fix the window and the weights of its steps."""
+        """Set up the window and the loss weights of its steps, and warn if steps add too much noise."""
         args, schedule = self.args, self.sampler.schedule
         check_kind(args.sde_type, schedule.prediction_type)
         self.window = Window.of(args)
         if broken := overshooting(args.sde_type, schedule, args.noise, self.window.steps):
             warnings.warn(
-                f"steps {broken} of the {schedule.steps} add several times the noise of the level on which they end: "
-                "samples break. Lower noise_level, end sde_window_range earlier, or set sigma_schedule: linspace",
+                f"steps {broken} of the {schedule.steps} add several times the noise of the level on which they end, "
+                "which ruins samples. Lower noise_level, end sde_window_range earlier, or set sigma_schedule linspace",
                 stacklevel=2,
             )
         self.weights = step_weights(
@@ -70,7 +71,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         self._worst = torch.zeros((), device=self.device)
 
     def sampling(self) -> Sampling:
-        """Return how rollouts are drawn."""
+        """Return the settings of rollouts: a window of stochastic steps, deterministic steps around it."""
         args = self.args
         return Sampling(
             kind=args.sde_type,
@@ -85,22 +86,22 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         )
 
     def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
-        """Return the first stochastic step of a sample."""
+        """Return the step index of the first stochastic step of a sample."""
         index = {"rollout": (), "prompt": (prompt,), "sample": (prompt, sample)}[self.args.sde_window_per]
         return self.window.start(rollout, *index)
 
     @property
     def shares_rollout_window(self) -> bool:
-        """Whether all samples of a rollout have one window."""
+        """Whether all samples of a rollout have the same window."""
         return self.args.sde_window_per == "rollout" or not self.args.sde_window_size
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the divergence from the reference policy has a weight."""
+        """Whether the loss contains the divergence from the reference policy (`beta` above 0)."""
         return self.args.beta > 0
 
     def work(self) -> Work:
-        """Return the passes of a sample whose window lies in the middle of its range."""
+        """Return the passes for one sample, assuming that its window lies in the middle of its range."""
         args, window, sampler = self.args, self.window, self.sampler
         middle = (window.first + window.stop - window.size) // 2
         shared = args.share_initial_noise and args.sde_window_per != "sample"
@@ -114,9 +115,17 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         )
 
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
-        """Go through the trained steps of some samples; all but the last are passed back here."""
+        """Compute the losses of the trained steps of B samples.
+
+        This method runs the backward pass of all steps but the last, whose loss it returns.
+
+        Args:
+            rows: (B,) rows of the buffer.
+            first_update: whether the policy has not changed since it drew these samples; the ratio is then checked.
+        """
         assert self.buffer is not None
         buffer, count = self.buffer, self.window.kept
+        # (B, kept): steps to train, as offsets from the start of each sample's window.
         offsets = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
         parts, differences = [], []
@@ -136,7 +145,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         return loss, {**means, "loss": means["policy_loss"], "nfe/train": float(self.sampler.passes * count)}
 
     def _check_ratio(self, difference: Tensor) -> Metrics:
-        """Keep the largest log-ratio of a first update; with its last micro-batch look at it and log it."""
+        """Track the largest log-ratio of a first update; check and log it with the update's last micro-batch."""
         self._worst = torch.maximum(self._worst, difference)
         if self.micro % self.batches.per_rollout < self.batches.accumulation - 1:
             return {}
@@ -148,25 +157,37 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     def _transition_loss(
         self, buffer: Buffer, rows: Tensor, offset: Tensor, condition: Any
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the loss of one trained step of each row, `offset` steps into its window, metrics, and the largest
-        log-ratio."""
+        """Compute the loss of one trained step of each of B samples.
+
+        Args:
+            buffer: the buffer.
+            rows: (B,) rows of the buffer.
+            offset: (B,) steps to train, as offsets from the start of each sample's window.
+            condition: condition of the B samples.
+
+        Returns:
+            The mean loss, metrics, and the largest absolute difference of new and old log-probabilities.
+        """
         args, paths = self.args, buffer.paths
-        index = paths.start[rows] + offset
+        index = paths.start[rows] + offset  # step indices into the schedule
         x, y, old = paths.states[rows, offset], paths.states[rows, offset + 1], paths.log_probs[rows, offset]
         reference = self._reference(x, index, condition) if args.beta else None
         with self.meter.training(self.sampler.passes * len(rows)):
             prediction = self.sampler.predict(x, index, condition)
+        # Ratio of the new to the old probability of the step, and its clipped loss.
         step = self.sampler.step(x, prediction, index)
         log_prob = step.log_prob(y, args.log_prob_reduction)
         old_mean = None if paths.means is None else paths.means[rows, offset]
         ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)
+        # Weight of the step.
         weight = self.weights[index].float()
         if args.ratio_norm:
             schedule = self.sampler.schedule
             weight = weight / (schedule.sigmas[index] - schedule.sigmas[index + 1]).float()
         loss, metrics = (found.loss * weight).mean(), found.metrics()
+        # Divergence from the reference policy.
         if reference is not None:
             kl = gaussian_kl(step, self.sampler.step(x, reference, index))
             kl = kl if args.kl_type == "mean" else velocity_kl(prediction, reference)

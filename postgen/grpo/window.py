@@ -1,4 +1,4 @@
-"""Which steps of a rollout are stochastic, and which of those a sample is trained on."""
+"""The window: which steps of a rollout are stochastic, and which of them are trained."""
 
 from dataclasses import dataclass
 
@@ -13,24 +13,30 @@ from .numbers import RolloutNumber, SampleNumber
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """`size` stochastic steps in a row, anywhere in [first, stop). Everything follows from the run's seed.
+    """A window of `size` consecutive stochastic steps within [first, stop). All draws depend on the run's seed only.
 
-    The moving window is MixGRPO's (arXiv:2507.21802); one step drawn per prompt is the iso-temporal grouping of
-    arXiv:2604.25427 and Flash-GRPO (arXiv:2605.15980).
+    The moving window is from MixGRPO (arXiv:2507.21802). A window of one step, drawn for each prompt, is the
+    iso-temporal grouping of arXiv:2604.25427 and Flash-GRPO (arXiv:2605.15980).
     """
 
     size: int
+    """Number of stochastic steps of a sample."""
     first: int
+    """First step that may be stochastic."""
     stop: int
+    """The step after the last one that may be stochastic."""
     strategy: Strategy
+    """Position of the window, see `DanceGRPOConfig.sde_window_strategy`."""
     interval: int
+    """Rollouts between two moves of the progressive window."""
     kept: int
-    """Steps of the window that a sample is trained on."""
+    """Number of steps of the window that are trained for each sample."""
     seed: int
+    """Seed of the run."""
 
     @classmethod
     def of(cls, args: DanceGRPOConfig) -> "Window":
-        """Return the window that a configuration asks for."""
+        """Return the window that a configuration describes."""
         size, first, stop = args.window
         kept = max(1, int(args.timestep_fraction * size))
         return cls(
@@ -45,15 +51,16 @@ class Window:
 
     @property
     def steps(self) -> range:
-        """Steps that may be stochastic."""
+        """Indices of the steps that may be stochastic."""
         return range(self.first, self.stop)
 
     def start(self, rollout: RolloutNumber, *index: int) -> int:
-        """Return the first stochastic step.
+        """Return the index of the first stochastic step.
 
         Args:
             rollout: number of the rollout.
-            index: of the prompt or sample that draws its own, nothing for one window per rollout.
+            index: numbers that a random window depends on besides the rollout: none for one window per rollout, the
+                prompt number for one per prompt, prompt number and sample number for one per sample.
         """
         positions = self.stop - self.first - self.size + 1
         if self.strategy == "fixed" or positions == 1:
@@ -63,7 +70,7 @@ class Window:
         return self.first + seed_of(self.seed, "window", rollout, *index) % positions
 
     def trained(self, rollout: RolloutNumber, sample: SampleNumber) -> Tensor:
-        """Return (kept,) steps of the window, counted from its start, in the order they are trained."""
+        """Return the (kept,) steps to train for a sample, in training order, as offsets from the window's start."""
         if self.kept == self.size:
             return torch.arange(self.size)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "kept", rollout, sample))

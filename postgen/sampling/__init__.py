@@ -1,6 +1,14 @@
-"""One sampler for whatever is trained, calibrated or long.
+"""The sampling loop for training, calibration and long videos; users generate with diffusers' pipelines instead.
 
-`schedule` has the noise levels, `transition` a step as a Gaussian, `solver` faster deterministic steps, `seeds` random
-numbers by name, `conditions` the encoded prompts, `meter` the cost, `config` the part of a configuration, and
-`sampler` the one loop, which yields its states. `docs/sampling.md` has examples.
+    schedule    noise levels
+    transition  a sampling step as a Gaussian with mean, std and log-probability
+    solver      higher-order deterministic steps
+    seeds       random numbers that depend on names and not on order
+    conditions  encoded prompts
+    meter       cost in passes and seconds
+    config      the sampling part of a configuration
+    sampler     the loop, which yields a state after each step
+    clean       estimate of the clean latents in the middle of a diffusers pipeline call
+
+`docs/sampling.md` has examples.
 """

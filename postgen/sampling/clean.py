@@ -1,4 +1,4 @@
-"""The clean estimate of a pipeline that is under way: what its network thinks the finished latents are."""
+"""Estimate of the clean latents in the middle of a diffusers pipeline call, as its network predicts them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _TO_CLEAN = ("dpmsolver++", "sde-dpmsolver++")
 
 
 def clean_estimate(scheduler: Any, before: Tensor | None, after: Tensor, step: int) -> Tensor | None:
-    """Return the clean estimate on which a scheduler's step was based, from the latents around it.
+    """Return the estimate of the clean latents that a scheduler's step used, from the latents around the step.
 
-    Solvers that keep their estimates are asked for the last one. A deterministic first-order step keeps the noise: of
-    x = a clean + b noise before and after it follows clean = (b0 x1 - b1 x0) / (b0 a1 - b1 a0), guidance included.
+    Multistep solvers keep their estimates, and the last one is returned. A deterministic first-order step does not
+    change the noise estimate. From x0 = a0 clean + b0 noise before the step and x1 = a1 clean + b1 noise after it
+    follows clean = (b0 x1 - b1 x0) / (b0 a1 - b1 a0). The estimate includes guidance.
 
     Args:
-        scheduler: of the pipeline, in the middle of its call.
-        before: latents before the step; None where they are not known, as of the first step.
-        after: latents after it, shape and dtype alike.
-        step: its index, from 0.
+        scheduler: the pipeline's scheduler, in the middle of a call.
+        before: latents before the step; None if they are unknown, for example at the first step.
+        after: latents after the step, of the same shape and dtype.
+        step: index of the step, from 0.
 
     Returns:
-        Latents like `after`, in its dtype; None for a step that adds noise, a scheduler that is not known here, or
-        where `before` is missing and needed.
+        Latents of the shape and dtype of `after`. None if the step adds noise, if this function does not support the
+        scheduler, or if `before` is needed but None.
     """
     if _keeps_estimates(scheduler):
         kept = scheduler.model_outputs[-1]
@@ -40,12 +41,12 @@ def clean_estimate(scheduler: Any, before: Tensor | None, after: Tensor, step: i
 
 
 def estimates_clean(scheduler: Any) -> bool:
-    """Whether `clean_estimate` knows a scheduler."""
+    """Return whether `clean_estimate` supports a scheduler."""
     return _keeps_estimates(scheduler) or _kind(scheduler) is not None
 
 
 def _keeps_estimates(scheduler: Any) -> bool:
-    """Whether a solver keeps estimates of the clean latents as its `model_outputs` (UniPC, DPM-Solver++)."""
+    """Return whether a solver's `model_outputs` are estimates of the clean latents (UniPC, DPM-Solver++)."""
     if not hasattr(scheduler, "model_outputs"):
         return False
     config = scheduler.config
@@ -62,7 +63,7 @@ def _kind(scheduler: Any) -> str | None:
 
 
 def _levels(scheduler: Any, step: int) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """Return (a, b) of x = a clean + b noise before and after a step."""
+    """Return the factors (a, b) of x = a clean + b noise before and after a step; None for unknown schedulers."""
     kind = _kind(scheduler)
     if kind is None:
         return None

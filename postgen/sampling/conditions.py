@@ -1,4 +1,4 @@
-"""Encoded prompts. Each row is encoded by itself, so that its encoding does not depend on its neighbours."""
+"""Encoded prompts. Each prompt row is encoded alone, so that its encoding does not depend on other rows."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from postgen.families import Condition, Denoiser
 from postgen.video import read_picture, rgb_picture
 
 Row = dict[str, Any]
-"""One row of prompts: `prompt`, perhaps `negative_prompt` and `image`, and any further columns."""
+"""One prompt row: `prompt`, optionally `negative_prompt` and `image`, and any further columns."""
 
 Conditions = Callable[[Sequence[int]], Condition]
-"""Prompt numbers -> their conditions, stacked."""
+"""B prompt numbers -> their conditions, stacked to batch size B."""
 
 _KEPT = 1024
-"""Encodings that are kept for later when not all of them are."""
+"""Number of most recently used encodings that stay cached if `keep_all` is false."""
 
 
 class Embeddings:
-    """Conditions of rows, computed once.
+    """Cache of the encoded prompt rows (conditions).
 
     Args:
-        denoiser: encodes them.
+        denoiser: encodes prompts and images.
         size: `num_frames`, `height` and `width`, for first frames.
-        guidance: whether the negative prompt is wanted.
-        negative_prompt: of rows without one.
-        keep_all: whether none is ever forgotten.
-        device: where they are used.
+        guidance: whether to encode the negative prompt as well.
+        negative_prompt: negative prompt of rows without their own.
+        keep_all: whether to keep all encodings; otherwise the most recently used 1024.
+        device: device of the encodings.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Embeddings:
         self._known: OrderedDict[tuple[str, str, str], dict[str, Tensor]] = OrderedDict()
 
     def encode(self, rows: Iterable[Row]) -> None:
-        """Encode rows now instead of when they are first asked for."""
+        """Encode rows in advance."""
         for row in rows:
             self.of(row)
 
     def table(self, row_of: Callable[[int], Row]) -> Conditions:
-        """Return a function from row numbers to their stacked conditions."""
+        """Return a function from numbers to their stacked conditions; `row_of` maps a number to its prompt row."""
 
         def stacked(numbers: Sequence[int]) -> Condition:
             found = [self.of(row_of(number)) for number in numbers]
@@ -66,11 +66,12 @@ class Embeddings:
 
     @torch.no_grad()
     def of(self, row: Row) -> dict[str, Tensor]:
-        """Return the condition of a row, batch size 1."""
+        """Return the condition of a prompt row, with batch size 1."""
         negative = row.get("negative_prompt")
         negative = self.negative_prompt if negative is None else str(negative)
         image = row.get("image")
-        # By identity, as rows live as long as the run: the text form of a tensor is shortened, two may print alike.
+        # The key of an image object is its id, because rows live as long as the run. `str(tensor)` is abbreviated, so
+        # two different images could have the same text.
         picture_key = str(image) if image is None or isinstance(image, str | Path) else f"object {id(image)}"
         key = row["prompt"], negative if self.guidance else "", picture_key
         if key in self._known:
@@ -87,10 +88,18 @@ class Embeddings:
 
 
 def load_image(image: Any, height: int, width: int) -> Tensor:
-    """Return a picture (3, H, W) in [0, 1] from a file name, a PIL picture or a tensor of that form, resized.
+    """Load and resize an image.
+
+    Args:
+        image: a file name, a PIL image, or a tensor (3, H', W') in [0, 1].
+        height: height H of the result in pixels.
+        width: width W of the result in pixels.
+
+    Returns:
+        (3, H, W) float32 in [0, 1].
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read as an image.
     """
     if isinstance(image, Tensor):
         if tuple(image.shape[-2:]) == (height, width):

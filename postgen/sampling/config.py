@@ -1,4 +1,4 @@
-"""The part of a configuration that says what is drawn and how."""
+"""The sampling part of a configuration: sizes of clips, steps, guidance, solver, batch sizes."""
 
 import inspect
 from dataclasses import dataclass
@@ -22,49 +22,51 @@ _SIZES = ("num_frames", "height", "width")
 
 @dataclass(kw_only=True)
 class SamplingConfig(Part):
-    """Sizes of clips, steps, guidance, solver, batches.
+    """Settings of the sampler: sizes of clips, steps, guidance, solver, batch sizes.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     part: ClassVar[str] = "sampling"
 
     height: int | None = None
-    """Pixels; none takes the model's default, as for `width` and `num_frames`."""
+    """Height of a clip in pixels. None uses the model's default, as for `width` and `num_frames`."""
 
     width: int | None = None
-    """Pixels."""
+    """Width of a clip in pixels."""
 
     num_frames: int | None = None
-    """Frames of a clip, 1 for image models."""
+    """Number of frames of a clip; 1 for image models."""
 
     fps: float | None = None
-    """Frames per second that rewards are told and videos are written with; none takes the model's default."""
+    """Frames per second, for rewards and for written videos. None uses the model's default."""
 
     num_inference_steps: int = 16
-    """Steps of a rollout."""
+    """Number of sampling steps of a rollout."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance in rollouts and in training passes alike; up to 1 is off, which halves the cost."""
+    """Scale of classifier-free guidance, both in rollouts and in training passes. Values up to 1 disable guidance,
+    which halves the cost."""
 
     negative_prompt: str = ""
-    """Text of the unconditional pass for rows without one of their own."""
+    """Negative prompt of rows without their own."""
 
     sigma_schedule: SigmaSchedule = "pipeline"
-    """Noise levels of a rollout: the pipeline's, or for flow models `linspace`, equal steps from 1 to 0, shifted."""
+    """Noise levels of a rollout: those of the pipeline's scheduler, or for flow models `linspace`: equal steps from 1
+    to 0, then shifted."""
 
     rollout_solver: Solver = "euler"
-    """How the steps after the stochastic ones are taken; dpm++ is DPM-Solver++ (2M)."""
+    """Solver of the deterministic steps after the stochastic ones. "dpm++" is DPM-Solver++ (2M)."""
 
     rollout_solver_fraction: float = 1.0
-    """Share of the steps after the stochastic ones that are taken, on a coarser grid, in (0, 1]."""
+    """Share in (0, 1] of the steps after the stochastic ones that the solver takes, on a coarser grid."""
 
     rollout_batch_size: int | None = None
-    """Samples that a process draws at a time; none is `per_device_train_batch_size`."""
+    """Number of samples that a process draws together. None uses `per_device_train_batch_size`."""
 
     decode_batch_size: int | None = None
-    """Samples that are decoded at a time; none is as many as are drawn at a time."""
+    """Number of samples that are decoded together. None uses the number of samples that are drawn together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,14 +79,15 @@ class SamplingConfig(Part):
         self.require(0 < self.rollout_solver_fraction <= 1, "rollout_solver_fraction", "in (0, 1]")
 
     def check_size(self, source: Any, *, here: bool = False) -> None:
-        """Refuse sizes that a model cannot make, by the rules of `postgen generate`; no weights are read.
+        """Check that a model can make clips of these sizes, by the rules of `postgen generate`. Reads no weights.
 
         Args:
             source: a folder, a hub id, a pipeline, or None for the embedded model.
-            here: leave alone what is on the hub.
+            here: do not contact the hub; a hub id is then not checked.
 
         Raises:
-            UserError: names the nearest sizes that are allowed; or there is no such model.
+            UserError: the model cannot make these sizes (the message names the nearest allowed ones), or the model
+                does not exist.
         """
         if source is None or isinstance(source, str | Path):
             folder = embedded_model() if source is None else source
@@ -99,14 +102,14 @@ class SamplingConfig(Part):
             check_size(frames, height, width, *steps)
 
     def clip_size(self, pipe: Any, defaults: Defaults) -> dict[str, int]:
-        """Return `num_frames`, `height` and `width` of what is made.
+        """Return `num_frames`, `height` and `width` of a clip: configured sizes, else the model's defaults.
 
         Args:
-            pipe: the pipeline; without an argument `num_frames` it makes pictures.
-            defaults: what the model's folder says about sizes.
+            pipe: the pipeline. If its call has no argument `num_frames`, it makes images, and `num_frames` is 1.
+            defaults: default sizes from the model's folder.
 
         Raises:
-            UserError: neither the configuration nor the model gives one of them.
+            UserError: a size is neither configured nor has a default.
         """
         takes = inspect.signature(type(pipe).__call__).parameters
         found = {}

@@ -1,4 +1,4 @@
-"""What a run costs: rows that went through the denoiser, and seconds in it and elsewhere."""
+"""Cost of a run: number of rows through the denoiser, and seconds in the denoiser, decoder and rewards."""
 
 import time
 from collections.abc import Iterator
@@ -7,15 +7,17 @@ from contextlib import contextmanager
 import torch
 
 _OPEN = 4096
-"""Times on a GPU that may wait to be read: of some meters nobody reads them."""
+"""Maximum number of unread pairs of CUDA events. The meter then reads them itself; some meters have no reader."""
 
 
 class Meter:
-    """Counts and times. On a GPU the times are taken by events and read later, so that nothing waits for them.
+    """Counts passes and measures times. On a GPU, CUDA events are recorded and read later, without synchronisation.
+
+    A pass is one row through the denoiser; guidance takes two passes.
 
     Args:
-        device: where the work is done.
-        backward: forward passes that a backward pass costs: 2, with recomputed activations 3.
+        device: device of the computations.
+        backward: cost of a backward pass in forward passes: 2, or 3 with gradient checkpointing.
     """
 
     def __init__(self, device: torch.device, backward: float = 2.0) -> None:
@@ -25,21 +27,24 @@ class Meter:
 
     @contextmanager
     def rollout(self, rows: int) -> Iterator[None]:
-        """Count and time forward passes of so many rows (the two of guidance are two)."""
+        """Count `rows` forward passes without gradients, and time the enclosed code as transformer time."""
         self.totals["forwards"] += rows
         with self.time("transformer_seconds"):
             yield
 
     @contextmanager
     def training(self, rows: int) -> Iterator[None]:
-        """Count forward and backward passes of so many rows, and time the forward ones; `time` takes the others."""
+        """Count `rows` forward and backward passes, and time the enclosed forward passes.
+
+        The caller times the backward passes with `time("transformer_seconds")`.
+        """
         self.totals["trained"] += rows
         with self.time("transformer_seconds"):
             yield
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Add the seconds inside to the total of this name."""
+        """Add the seconds of the enclosed code to the total `name`."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -55,11 +60,11 @@ class Meter:
 
     @property
     def forward_equivalents(self) -> float:
-        """Rows through the denoiser in units of one forward pass."""
+        """Cost of all passes in units of one forward pass."""
         return self.totals["forwards"] + (1 + self.backward) * self.totals["trained"]
 
     def read(self) -> dict[str, float]:
-        """Return all totals since the run began; waits for the device."""
+        """Return all totals since the start of the run. Synchronises with the device."""
         if self._open:
             torch.cuda.synchronize(self.device)
         for name, begin, end in self._open:
@@ -68,5 +73,5 @@ class Meter:
         return {**self.totals, "forward_equivalents": self.forward_equivalents}
 
     def load(self, totals: dict[str, float]) -> None:
-        """Go on from the totals of a checkpoint."""
+        """Set the totals to those of a checkpoint."""
         self.totals = {name: value for name, value in totals.items() if name != "forward_equivalents"}

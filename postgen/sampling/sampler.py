@@ -1,11 +1,12 @@
-"""Samples drawn step by step, some steps stochastic, with what training needs of them.
+"""The sampling loop: deterministic and stochastic steps, with the latents and log-probabilities that training needs.
 
-The steps before the window are deterministic and, with a shared initial noise, the same for all samples of a prompt:
-they are taken once. The steps after it are deterministic too, on a coarser grid and with a faster solver if wanted.
-The last step always is: it ends in the clean latents that the network predicts there, which are what is decoded.
+The window is a run of consecutive stochastic steps. The steps before it are deterministic, and samples of a prompt
+with the same initial noise share them, so they are taken once. The steps after the window are deterministic,
+optionally on a coarser grid and with a faster solver. The last step is always deterministic. It ends in the clean
+latents that the network predicts there, and these are decoded.
 
-There is one loop, `Sampler.walk`, a generator of states. `states` gives it the steps of samples, `draw` collects what
-`states` yields. Noise levels per frame, or steps that no `Sample` describes, go to `walk` directly.
+`Sampler.walk` is the loop, a generator of states. `Sampler.states` passes the steps of samples to `walk`, and
+`Sampler.draw` collects the states. Callers with noise levels per frame, or with other steps, call `walk` directly.
 """
 
 from __future__ import annotations
@@ -29,86 +30,86 @@ from .transition import Kind, Reduction, Transition, transition
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One sample to draw."""
+    """A sample to draw."""
 
     index: int
-    """Its number in the whole rollout, over all processes."""
+    """Number of the sample in the whole rollout, over all processes."""
     prompt: int
-    """Number of its prompt, as the conditions know it."""
+    """Number of its prompt; the `Conditions` function receives this number."""
     initial: int
-    """Seed of its initial noise; equal for the samples of a prompt that share it."""
+    """Seed of its initial noise; samples with the same seed share the noise."""
     step_seed: Callable[[int], int]
-    """Step -> seed of that step's noise."""
+    """Step index -> seed of the noise of that step."""
     start: int
-    """Its first stochastic step."""
+    """Step index of its first stochastic step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """A step that some rows take together: one call of the network."""
+    """A step that n rows of the latents take together, with one call of the network."""
 
     rows: slice
-    """Which rows of the latents, as `slice(low, high)`."""
+    """The n rows, as `slice(low, high)`."""
     start: Sequence[int] | Tensor
-    """(n,) step indices where they stand, or (n, T), one for each latent frame."""
+    """(n,) step indices before the step, or (n, T), one for each latent frame."""
     stop: Sequence[int] | Tensor
-    """Step indices where they go, of the same shape; a frame whose index stays the same waits."""
+    """(n,) or (n, T) step indices after the step; a frame with equal indices does not change."""
     seeds: Sequence[int] | None = None
-    """Seeds of the noise of a stochastic step, a row each; none is a deterministic step."""
+    """n seeds of the noise of a stochastic step; None for a deterministic step."""
     multistep: bool = False
-    """Whether a deterministic step is DPM-Solver++'s instead of Euler's. Its rows must begin with the first row."""
+    """Use DPM-Solver++ instead of Euler for a deterministic step. `rows` must then begin with the first row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """A step that has been taken, n rows."""
+    """Result of one step of n rows."""
 
     samples: tuple[tuple[int, ...], ...]
-    """Of each row, the samples that it belongs to, by position: several where they begin alike."""
+    """For each row the positions (in the list of samples) of its samples; several if they share their first steps."""
     start: Tensor
     """(n,) or (n, T) step indices before the step."""
     stop: Tensor
-    """Step indices after it."""
+    """(n,) or (n, T) step indices after the step."""
     levels: Levels
-    """The noise levels there; `levels.s` is what the network was told."""
+    """Noise levels before and after the step; the network received `levels.s`."""
     x: Tensor
-    """(n, ...) latents before the step, float32: what the network was shown."""
+    """(n, ...) latents before the step, float32, the input of the network."""
     prediction: Tensor
-    """(n, ...) what it answered."""
+    """(n, ...) prediction of the network."""
     transition: Transition
     """The step as a Gaussian; `transition.clean` is the estimate of the clean latents."""
     after: Tensor
     """(n, ...) latents after the step."""
     stochastic: bool
-    """Whether noise was added."""
+    """Whether the step added noise."""
 
 
 @dataclass(slots=True)
 class Trajectories:
-    """What is left of drawn samples, n rows. Latents are float32."""
+    """The latents and log-probabilities that are kept of n drawn samples. Latents are float32."""
 
     clean: Tensor
-    """(n, ...) finished latents."""
+    """(n, ...) clean latents at the end."""
     start: Tensor
-    """(n,) first stochastic step."""
+    """(n,) step index of the first stochastic step."""
     states: Tensor
-    """(n, w + 1, ...) latents before, between and after the w stochastic steps; (n, 0) without any."""
+    """(n, w + 1, ...) latents before, between and after the w stochastic steps; (n, 0) if w is 0."""
     log_probs: Tensor
-    """(n, w) of the stochastic steps under the policy that drew them."""
+    """(n, w) log-probabilities of the stochastic steps under the policy that drew them."""
     means: Tensor | None = None
-    """(n, w, ...) means of their transitions, if they are wanted."""
+    """(n, w, ...) means of the stochastic transitions; None unless `Sampling.keep_means`."""
     kept: Tensor | None = None
-    """(n, k, ...) latents on reaching the k steps that were asked for, if any were."""
+    """(n, k, ...) latents at the k step indices `keep` of `Sampler.draw`; None without them."""
 
     def rows(self, rows: Tensor) -> Trajectories:
-        """Return some of the rows."""
+        """Return the trajectories of some rows, (m,) row indices."""
         means = None if self.means is None else self.means[rows]
         kept = None if self.kept is None else self.kept[rows]
         return Trajectories(self.clean[rows], self.start[rows], self.states[rows], self.log_probs[rows], means, kept)
 
     @staticmethod
     def join(parts: Sequence[Trajectories]) -> Trajectories:
-        """Return the rows of several, in their order."""
+        """Concatenate the rows of several trajectories, in order."""
         means = [part.means for part in parts if part.means is not None]
         kept = [part.kept for part in parts if part.kept is not None]
         return Trajectories(
@@ -123,37 +124,37 @@ class Trajectories:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How samples are drawn."""
+    """Settings of a `Sampler`."""
 
     kind: Kind = "ode"
-    """Transition of the stochastic steps, one of `transition.KINDS`; without such steps it does not matter."""
+    """Transition of the stochastic steps, one of `transition.KINDS`; no effect without stochastic steps."""
     noise: float = 0.0
-    """Strength of their noise."""
+    """Strength of the noise of stochastic steps."""
     window: int = 0
-    """Stochastic steps; with 0 everything is deterministic."""
+    """Number of stochastic steps of a sample; with 0 all steps are deterministic."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance."""
+    """Scale of classifier-free guidance; values up to 1 disable guidance."""
     solver: Solver = "euler"
-    """Of the steps after the window."""
+    """Solver of the steps after the window."""
     fraction: float = 1.0
-    """Share of those that are taken."""
+    """Share in (0, 1] of the steps after the window that are taken, on a coarser grid."""
     reduction: Reduction = "mean"
-    """Of log-probabilities."""
+    """Reduction of log-probabilities over latent values."""
     keep_means: bool = False
-    """Whether training needs the means of the transitions."""
+    """Whether trajectories keep the means of the stochastic transitions."""
     size: dict[str, int] = field(default_factory=dict)
-    """`num_frames`, `height` and `width`, as `Denoiser.latent_shape` takes them."""
+    """`num_frames`, `height` and `width`, the arguments of `Denoiser.latent_shape`."""
 
 
 class Sampler:
-    """Draws samples with a denoiser and scores transitions with it again: one function for both.
+    """Draws samples with a denoiser; training calls the same `predict` and `step` to compute log-probabilities again.
 
     Args:
         denoiser: the policy.
         schedule: noise levels of the steps.
-        sampling: how to draw.
-        meter: counts and times the passes through the network; None is one of its own.
-        device: where latents live.
+        sampling: settings.
+        meter: counts and times the passes through the network; None creates a new meter.
+        device: device of the latents.
     """
 
     def __init__(
@@ -170,15 +171,12 @@ class Sampler:
         self.passes = 2 if sampling.guidance > 1 else 1
 
     def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
-        """Return the network's prediction at step indices (B,), or (B, T) where the model takes levels per frame."""
+        """Return the prediction (B, ...) for latents `x` at step indices `start`, (B,) or per latent frame (B, T)."""
         sigma = self.schedule.sigmas[start].to(torch.float32)
         return self.denoiser.predict(x, sigma, condition, self.how.guidance)
 
     def step(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor | None = None) -> Transition:
-        """Return the step from indices `start`: stochastic to the next index, or the ode's to `stop`.
-
-        Sampling and training both come here.
-        """
+        """Return the step from step indices `start`: stochastic to the next index, or deterministic to `stop`."""
         levels = self.schedule.levels(start, start + 1 if stop is None else stop)
         return self._transition(x, prediction, levels, stochastic=stop is None)
 
@@ -186,22 +184,22 @@ class Sampler:
     def draw(
         self, samples: Sequence[Sample], conditions: Conditions, batch: int, *, keep: Sequence[int] = ()
     ) -> Trajectories:
-        """Draw samples, up to `batch` at a time, wherever their windows lie.
+        """Draw samples, whose windows may differ, and return their trajectories in the order of `samples`.
 
         Args:
-            samples: which ones.
-            conditions: of their prompts.
-            batch: samples drawn together.
-            keep: step indices whose latents are kept as `Trajectories.kept`, in this order: 0 is the initial noise,
-                the number of steps the clean latents.
+            samples: the samples to draw.
+            conditions: returns the conditions of prompt numbers.
+            batch: maximum number of samples drawn together.
+            keep: step indices whose latents `Trajectories.kept` returns, in this order. Index 0 is the initial noise,
+                the number of steps is the clean latents.
 
         Raises:
-            UserError: no samples, a batch of none, or a step of `keep` that a sample does not reach, as on a coarser
-                grid.
+            UserError: there are no samples, `batch` is below 1, or a sample does not reach a step of `keep`, for
+                example because of a coarser grid.
         """
         if not samples or batch < 1:
             raise UserError(
-                f"there is nothing to draw: {len(samples)} samples, {batch} at a time; give at least 1 each"
+                f"there is nothing to draw: {len(samples)} samples, batch {batch}; both must be at least 1"
             )
         self._check_keep(samples, keep)
         order = sorted(range(len(samples)), key=lambda row: samples[row].start)
@@ -212,35 +210,37 @@ class Sampler:
 
     @torch.no_grad()
     def states(self, samples: Sequence[Sample], conditions: Conditions) -> Iterator[State]:
-        """Draw samples in one batch and yield every step that is taken.
+        """Draw samples in one batch and yield the state of every step.
 
-        Equal beginnings are drawn once: such a row belongs to several samples. The last state is that of all samples,
-        and its `after` are their clean latents, in the order of their windows (`State.samples` names them).
+        Steps that samples share before their windows are taken once; such a row belongs to several samples. The last
+        state has all samples. Its `after` are their clean latents, ordered by the start of their windows, and
+        `State.samples` names the sample of each row.
 
         Args:
-            samples: which ones, in any order.
-            conditions: of their prompts.
+            samples: the samples to draw, in any order.
+            conditions: returns the conditions of prompt numbers.
 
         Raises:
-            ValueError: a window that reaches the last step.
+            ValueError: a window contains the last step.
         """
         if not samples:
             return
         order = sorted(range(len(samples)), key=lambda row: samples[row].start)
         rows = [samples[row] for row in order]
         if rows and rows[-1].start + self.how.window >= self.schedule.steps:
-            raise ValueError(f"the last of {self.schedule.steps} steps has no noise, a window ends after it")
+            raise ValueError(f"the last of {self.schedule.steps} steps has no noise: a window must end before it")
+        # `owners` maps each distinct beginning (seed, prompt, first stochastic step) to the samples that share it.
         owners: dict[tuple[int, int, int], list[int]] = {}
         for row, sample in zip(order, rows, strict=True):
             owners.setdefault((sample.initial, sample.prompt, sample.start), []).append(row)
         starts = [start for _, _, start in owners]
         x = self.noise([initial for initial, _, _ in owners])
-        told = conditions([prompt for _, prompt, _ in owners]) if max(starts) else {}
-        x = yield from self.walk(x, _prefix(starts), told, list(map(tuple, owners.values())))
+        condition = conditions([prompt for _, prompt, _ in owners]) if max(starts) else {}
+        x = yield from self.walk(x, _prefix(starts), condition, list(map(tuple, owners.values())))
         index = {key: row for row, key in enumerate(owners)}
         x = x[self._index([index[sample.initial, sample.prompt, sample.start] for sample in rows])]
-        told = conditions([sample.prompt for sample in rows])
-        yield from self.walk(x, [*self._window(rows), *self._tail(rows)], told, [(row,) for row in order])
+        condition = conditions([sample.prompt for sample in rows])
+        yield from self.walk(x, [*self._window(rows), *self._tail(rows)], condition, [(row,) for row in order])
 
     @torch.no_grad()
     def walk(
@@ -250,26 +250,27 @@ class Sampler:
         condition: Condition,
         samples: Sequence[tuple[int, ...]] | None = None,
     ) -> Generator[State, None, Tensor]:
-        """Take steps one after the other, yield each, and return the latents at the end.
+        """Take steps one after the other, yield the state of each, and return the latents (B, ...) at the end.
 
         Args:
-            x: (B, ...) latents at the beginning, float32.
+            x: (B, ...) initial latents, float32.
             moves: the steps.
-            condition: of the B rows.
-            samples: what `State.samples` says of each row; none is the number of the row.
+            condition: condition of the B rows.
+            samples: value of `State.samples` for each row; None uses the index of the row.
 
         Raises:
-            UserError: a move with another number of rows, indices or seeds, or a `multistep` without the first row.
+            UserError: a move has different numbers of rows, indices and seeds, or a `multistep` move does not begin
+                with the first row.
         """
         names = [(row,) for row in range(len(x))] if samples is None else samples
         solver = Multistep()
         for move in moves:
-            part, told = x[move.rows], {name: value[move.rows] for name, value in condition.items()}
+            part, part_condition = x[move.rows], {name: value[move.rows] for name, value in condition.items()}
             start, stop = self._index(move.start), self._index(move.stop)
             _check_move(move, len(part), start, stop)
             levels = self.schedule.levels(start, stop)
             with self.meter.rollout(self.passes * len(part)):
-                prediction = self.predict(part, start, told)
+                prediction = self.predict(part, start, part_condition)
             step = self._transition(part, prediction, levels, stochastic=move.seeds is not None)
             if move.seeds is not None:
                 after = step.sample(self.noise(move.seeds))
@@ -291,7 +292,7 @@ class Sampler:
         return x
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Return initial or step noise, a row for each seed."""
+        """Return standard normal noise of the latents' shape, one row for each seed."""
         return normal(self.denoiser.latent_shape(**self.how.size), seeds, self.device)
 
     def _transition(self, x: Tensor, prediction: Tensor, levels: Levels, *, stochastic: bool) -> Transition:
@@ -299,7 +300,7 @@ class Sampler:
         return transition(kind, x, prediction, levels, self.how.noise, self.schedule.prediction_type)
 
     def _window(self, samples: Sequence[Sample]) -> Iterator[Move]:
-        """Return the stochastic steps, which all samples take together, wherever they stand."""
+        """Yield the stochastic steps; all samples take them together, at the step indices of their own windows."""
         for offset in range(self.how.window):
             now = [sample.start + offset for sample in samples]
             seeds = [sample.step_seed(step) for sample, step in zip(samples, now, strict=True)]
@@ -310,7 +311,10 @@ class Sampler:
         return coarser(sample.start + self.how.window, self.schedule.steps, self.how.fraction)
 
     def _tail(self, samples: Sequence[Sample]) -> Iterator[Move]:
-        """Return the steps after the windows; the first rows have the most, the others join them."""
+        """Yield the steps after the windows; `samples` is sorted, so the first rows have the most steps left.
+
+        Later rows join when they have as many steps left as the first row.
+        """
         grids = [self._grid(sample) for sample in samples]
         for left in range(len(grids[0]) - 1, 0, -1):
             count = sum(len(grid) > left for grid in grids)
@@ -323,12 +327,12 @@ class Sampler:
             reached = {*range(sample.start + self.how.window), *self._grid(sample)}
             if missing := [step for step in keep if step not in reached]:
                 raise UserError(
-                    f"keep names steps {missing}, which are not taken: choose from {sorted(reached)}, or take all "
-                    "steps after the window (a fraction of 1)"
+                    f"keep has steps {missing}, which the sampler does not take: choose from {sorted(reached)}, or "
+                    "take all steps after the window (fraction 1)"
                 )
 
     def _collect(self, samples: Sequence[Sample], conditions: Conditions, keep: Sequence[int]) -> Trajectories:
-        """Draw samples that are in the order of their windows."""
+        """Draw samples, ordered by the start of their windows, in one batch."""
         states: list[Tensor] = []
         log_probs: list[Tensor] = []
         means: list[Tensor] = []
@@ -356,21 +360,26 @@ class Sampler:
 
 
 def _check_move(move: Move, rows: int, start: Tensor, stop: Tensor) -> None:
-    """Refuse what broadcasting would take, one seed for several rows for instance, and a history of other rows."""
+    """Check the sizes of a move: tensor broadcasting would accept, for example, one seed for several rows.
+
+    A multistep move must begin with the first row, because the solver keeps the history of rows from the first on.
+    """
     seeds = rows if move.seeds is None else len(move.seeds)
     if not rows or start.shape != stop.shape or start.shape[:1] != (rows,) or seeds != rows:
         raise UserError(
             f"a move of {rows} rows has start {tuple(start.shape)}, stop {tuple(stop.shape)} and {seeds} seeds:"
-            " give one of each for each of its rows, at least one"
+            " give at least one row, and one start, stop and seed for each row"
         )
     if move.rows.step not in (None, 1):
-        raise UserError(f"the rows of a move stand side by side, got {move.rows}")
+        raise UserError(f"the rows of a move must be consecutive, got {move.rows}: use a slice with step 1")
     if move.multistep and move.rows.start:
-        raise UserError(f"the rows of a multistep move begin with the first, got {move.rows}: walk the others alone")
+        raise UserError(
+            f"a multistep move must begin with the first row, got {move.rows}: call walk separately for these rows"
+        )
 
 
 def _prefix(starts: Sequence[int]) -> Iterator[Move]:
-    """Return the deterministic steps to the windows; `starts` are in order, so that the first rows end first."""
+    """Yield the deterministic steps before the windows; `starts` is sorted, so the first rows end first."""
     for index in range(max(starts)):
         done = sum(start <= index for start in starts)
         left = len(starts) - done
@@ -378,7 +387,7 @@ def _prefix(starts: Sequence[int]) -> Iterator[Move]:
 
 
 def _keep(state: State, kept: Sequence[dict[int, Tensor]], wanted: Sequence[int]) -> None:
-    """Note the latents of the wanted steps, by sample: before the step, and after the last one."""
+    """Store the latents of a state in `kept` (step index -> latents, for each sample), for wanted step indices."""
     for steps, latents in ((state.start, state.x), (state.stop, state.after)):
         for row, step in enumerate(steps.tolist()):
             for sample in state.samples[row] if step in wanted else ():

@@ -1,4 +1,4 @@
-"""Random numbers by name instead of by order: each sample draws the same whatever process or batch it is in."""
+"""Random numbers that depend on names instead of order: a sample draws the same numbers in any process or batch."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ _STREAMS = ("order", "initial", "step", "window", "kept", "eval", "forward")
 
 
 def seed_of(seed: int, stream: str, *index: int) -> int:
-    """Return the seed of one thing of a run.
+    """Return the seed for one purpose in a run, in [0, 2^63).
 
     Args:
-        seed: of the run.
-        stream: what kind of thing.
-        index: which one: rollout, prompt, sample, step.
+        seed: seed of the run.
+        stream: purpose of the random numbers, one of `_STREAMS`.
+        index: numbers that identify the draw, such as rollout, prompt, sample and step.
 
     >>> seed_of(1, "step", 0, 5) == seed_of(1, "step", 0, 5)
     True
@@ -27,11 +27,11 @@ def seed_of(seed: int, stream: str, *index: int) -> int:
 
 
 class Shuffled:
-    """The endless order of `count` things: every one once, then every one again in another order.
+    """An endless random order of `count` items: all items once, then all items once more in another order, and so on.
 
     Args:
-        count: how many.
-        seed: of the order.
+        count: number of items.
+        seed: seed of the order.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -39,7 +39,7 @@ class Shuffled:
         self._turn: tuple[int, list[int]] = (-1, [])
 
     def at(self, position: int) -> int:
-        """Return which one stands at a position, from 0 on."""
+        """Return the item, 0 to count - 1, at a position, counted from 0."""
         turn, index = divmod(position, self.count)
         if self._turn[0] != turn:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", turn))
@@ -48,7 +48,7 @@ class Shuffled:
 
 
 def normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Return standard normal rows (len(seeds), *shape), float32; a row depends on its own seed alone."""
+    """Return standard normal noise (len(seeds), *shape), float32; each row depends on its own seed only."""
     generator = torch.Generator(device)
     rows = [torch.randn(*shape, generator=generator.manual_seed(seed), device=device) for seed in seeds]
     return torch.stack(rows)

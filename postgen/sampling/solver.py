@@ -1,4 +1,4 @@
-"""Deterministic solvers: DPM-Solver++ (2M), arXiv:2211.01095, Algorithm 2, and coarser grids of steps."""
+"""Deterministic solvers: DPM-Solver++ (2M) (arXiv:2211.01095, Algorithm 2), and coarser grids of steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .schedule import Levels
 from .transition import wide
 
 Solver = Literal["euler", "dpm++"]
-"""Of deterministic steps: Euler's (for models with alpha-bar DDIM's), or DPM-Solver++ (2M)."""
+"""Solver of deterministic steps: "euler" (DDIM for models with alpha-bars), or "dpm++", DPM-Solver++ (2M)."""
 
 
 class Multistep:
-    """DPM-Solver++ (2M): second order from the second step on; the step to 0 is of first order, as in diffusers.
+    """DPM-Solver++ (2M): second order from the second step on, first order for the step to 0, as in diffusers.
 
-    One object serves one run of steps and starts without a history. Rows may be added behind the others on the way:
-    their first step is of first order. With noise levels per frame every frame has an order of its own.
+    An object keeps the history of one sequence of steps. Rows may be appended during the sequence; the first step of a
+    new row is of first order. With noise levels per frame, each frame has its own order.
     """
 
     def __init__(self) -> None:
@@ -28,9 +28,9 @@ class Multistep:
         """Return the latents after a step.
 
         Args:
-            x: (B, ...) latents before it.
-            clean: what the network thinks the clean latents are.
-            levels: where the step begins and ends, (B,) or (B, T).
+            x: (B, ...) latents before the step.
+            clean: (B, ...) the network's estimate of the clean latents.
+            levels: noise levels before and after the step, (B,) or (B, T).
         """
         (a, b), (a_after, b_after) = levels.mix()
         signal, axis = (a / b).log(), levels.frame_axis
@@ -38,12 +38,12 @@ class Multistep:
         if self._before is not None and bool((b_after > 0).any()):
             earlier, signal_before = self._before
             known = len(earlier)
-            # New rows have nothing to differ from: a step of first order.
+            # New rows have no history: with `earlier` = `clean` their step is of first order.
             earlier = torch.cat([earlier, clean[known:]])
             signal_before = torch.cat([signal_before, signal[known:] - 1])
             ratio = (signal - signal_before) / ((a_after / b_after).log() - signal)
             factor = 0.5 / ratio
-            # First order too for levels that reach 0, and for frames that have not moved since the last step.
+            # Steps to level 0, and frames whose level did not change in the last step, are of first order as well.
             factor = torch.where((b_after > 0) & factor.isfinite(), factor, 0)
             estimate = clean + wide(factor, clean, axis) * (clean - earlier)
         self._before = clean, signal
@@ -52,7 +52,7 @@ class Multistep:
 
 
 def coarser(start: int, stop: int, fraction: float) -> list[int]:
-    """Return step indices from `start` to `stop`, about `fraction` of the steps between them, at least one.
+    """Return step indices from `start` to `stop` that take about `fraction` of the steps between them, at least one.
 
     >>> coarser(4, 12, 0.5)
     [4, 6, 8, 10, 12]

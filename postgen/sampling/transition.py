@@ -1,7 +1,7 @@
 """Transitions: one step x -> y of a diffusion sampler as a Gaussian with a density.
 
-All published flow SDEs are one formula. With s the noise level, s' the next one, D = s - s' > 0, v = noise - clean the
-prediction, e = x + (1 - s) v the noise that x contains, x0 = x - s v the clean latents:
+All published flow SDEs have the form (K1). s is the noise level, s' the next one, D = s - s' > 0, v = noise - clean
+the prediction, e = x + (1 - s) v the noise in x, x0 = x - s v the clean latents, z standard normal noise:
 
     mean = x - D (v + g^2 / (2 s) e)     std = g sqrt(D)     y = mean + std z                                     (K1)
     log p(y|x) = reduce(-(y - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)                                      (K2)
@@ -11,14 +11,14 @@ prediction, e = x + (1 - s) v the noise that x contains, x0 = x - s v the clean 
     exact  std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2 over the step; SAGE, arXiv:2603.21872
     cps    std = s' sin(a pi / 2), y = (1 - s') x0 + sqrt(s'^2 - std^2) e + std z; arXiv:2509.05952
     ddim   for models with alpha-bar A: std = a sqrt((1 - A') / (1 - A) (1 - A / A')); arXiv:2010.02502, eq. 12 and 16
-    ode    no noise: Euler's step, for models with alpha-bar the ddim step with a = 0
+    ode    no noise: Euler step; for models with alpha-bars the ddim step with a = 0
 
-`flow` and `exact` have a pole at s = 1: there 1 - s is not taken smaller than 1 minus the second noise level, and
-`exact`, whose integral diverges, is `flow`. Sampling and training call the same function, so that the probability
-ratio of an unchanged policy is 1.
+`a` is the strength of the noise. `flow` and `exact` have a pole at s = 1. Near it, the formulas use 1 minus the second
+noise level as the smallest value of 1 - s, and `exact`, whose integral diverges, uses the formula of `flow`. Sampling
+and training call the same function, so the probability ratio of an unchanged policy is 1.
 
-Noise levels are one a row, (B,), or one a row and latent frame, (B, T); "per level" below is either. A frame that is
-clean before and after a step (s = s' = 0) is left as it is, bit by bit.
+Noise levels are given per row, (B,), or per row and latent frame, (B, T); "per level" in this file means either shape.
+A frame that is clean before and after a step (s = s' = 0) is returned unchanged, bit by bit.
 """
 
 from __future__ import annotations
@@ -39,17 +39,25 @@ from .schedule import Levels, Schedule
 Kind = Literal["dance", "flow", "exact", "cps", "ddim", "ode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOISE_LEVEL: dict[Kind, float] = {"dance": 0.3, "flow": 0.7, "exact": 0.7, "cps": 0.8, "ddim": 1.0, "ode": 0.0}
-"""The published strength `a` of each kind."""
+"""Published strength `a` of the noise of each kind."""
 
 Reduction = Literal["mean", "sum", "sqrt"]
+"""Reduction of log-probabilities over the n values of a latent: mean, sum, or sum divided by sqrt(n)."""
 Weighting = Literal["none", "std", "inv_grad"]
+"""Loss weights of the steps, see `step_weights`."""
 
 
 def overshooting(kind: Kind, schedule: Schedule, noise_level: float, steps: Sequence[int]) -> list[int]:
-    """Return those steps that add noise of more than four times the level on which they end.
+    """Return the step indices whose added noise has a std of more than four times the noise level after the step.
 
-    The network is then told of a fraction of the noise that is there. Twice the level did no harm to clips of
-    the embedded model, 50 times broke them.
+    At the next step the network receives a noise level that is only a fraction of the noise in the latents. For the
+    embedded model, twice the level did no harm to clips, and 50 times the level ruined them.
+
+    Args:
+        kind: kind of the transition.
+        schedule: the noise levels.
+        noise_level: strength a of the noise.
+        steps: step indices to check.
     """
     index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
     levels = schedule.levels(index, index + 1)
@@ -64,27 +72,27 @@ class Transition:
     """A step as a Gaussian over the next latents."""
 
     mean: Tensor
-    """(B, ...)"""
+    """(B, ...) mean of the next latents."""
     std: Tensor
-    """(B,) or (B, T), 0 for a step without noise."""
+    """(B,) or (B, T) standard deviation, 0 for a step without noise."""
     clean: Tensor
     """(B, ...) estimate of the clean latents."""
     slope: Tensor
-    """(B,) or (B, T) derivative of the mean by the prediction, at most 0 for a flow."""
+    """(B,) or (B, T) derivative of the mean by the prediction, at most 0 for flow models."""
     has_scale: bool
-    """Whether the log-probability divides by the variance: all kinds but `cps`."""
+    """Whether the log-probability contains the variance; false for `cps` only."""
     frame_axis: int | None = None
-    """Axis of the latents along which T runs."""
+    """Axis of the latents with the T latent frames."""
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return the next latents for standard normal noise."""
+        """Return the next latents (B, ...) for standard normal noise of that shape."""
         return self.mean + wide(self.std, self.mean, self.frame_axis) * noise
 
     def log_prob(self, y: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Return (B,) log-probabilities (K2), reduced over all other dimensions.
+        """Return the (B,) log-probabilities (K2) of next latents `y`, reduced over all other dimensions.
 
-        `cps` leaves out 1 / (2 std^2) and the constants, as published. With levels per frame the frames without noise
-        have no density and take no part, neither in a sum nor in a mean.
+        For `cps` the factor 1 / (2 std^2) and the constants are left out, as published. With noise levels per frame,
+        frames without noise have no density and are left out of sums and means.
         """
         square = (y - self.mean).square()
         counted = None
@@ -98,20 +106,20 @@ class Transition:
         return reduced(values, reduction, counted)
 
     def gradient_scale(self) -> Tensor:
-        """Return, per level, the factor of the noise z in the gradient of the summed log-probability by prediction.
+        """Return, per level, the factor of z in the gradient of the summed log-probability by the prediction.
 
-        It weights the steps of a rollout implicitly: c_t of arXiv:2605.15980.
+        This factor weights the steps of a rollout implicitly. It is c_t in arXiv:2605.15980.
         """
         return self.slope.abs() / self.std if self.has_scale else 2 * self.std * self.slope.abs()
 
 
 def reduced(values: Tensor, reduction: Reduction, counted: Tensor | None = None) -> Tensor:
-    """Reduce (B, ...) to (B,): the mean, the sum, or the sum over the root of the number of values.
+    """Reduce (B, ...) to (B,): the mean, the sum, or the sum divided by the square root of the number of values.
 
     Args:
-        values: what is reduced.
-        reduction: how.
-        counted: (B, ...) which values take part; none is all. A row without any gives 0.
+        values: (B, ...) values.
+        reduction: "mean", "sum" or "sqrt".
+        counted: (B, ...) bool mask of the values to include; None includes all. A row without included values gives 0.
     """
     if counted is not None:
         total = torch.where(counted, values, 0).flatten(1).sum(1)
@@ -124,7 +132,7 @@ def reduced(values: Tensor, reduction: Reduction, counted: Tensor | None = None)
 
 
 def split(x: Tensor, prediction: Tensor, levels: Levels, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
-    """Return the clean latents and the noise that a prediction sees in x."""
+    """Return the clean latents and the noise, both (B, ...), that a prediction for the latents `x` implies."""
     (clean, noise), _ = levels.mix()
     axis = levels.frame_axis
     a, b = wide(clean, x, axis), wide(noise, x, axis)
@@ -134,7 +142,7 @@ def split(x: Tensor, prediction: Tensor, levels: Levels, prediction_type: Predic
         return (x - b * prediction) / a, prediction
     if prediction_type == "v_prediction":
         return a * x - b * prediction, a * prediction + b * x
-    # Where nothing is noise, x is the clean latents, whatever is predicted.
+    # Prediction of the clean latents. At noise level 0, x itself is clean, whatever the network predicts.
     return torch.where(b > 0, prediction, x), (x - a * prediction) / torch.where(b > 0, b, 1)
 
 
@@ -149,16 +157,16 @@ def transition(
     """Return the Gaussian of one step of every row.
 
     Args:
-        kind: which of the formulas at the top of this file.
-        x: (B, ...) latents, float32 or float64: in half precision the ratio of an unchanged policy would not be 1.
-        prediction: the network's output for x, of the same shape; it is brought to the dtype of x.
-        levels: where the step begins and ends, (B,), or (B, T) for noise levels per frame.
+        kind: formula of the step, see the module docstring.
+        x: (B, ...) latents, float32 or float64. In half precision the ratio of an unchanged policy would not be 1.
+        prediction: (B, ...) prediction of the network for x; converted to the dtype of x.
+        levels: noise levels before and after the step, (B,), or (B, T) for noise levels per frame.
         noise_level: strength a of the noise, see `NOISE_LEVEL`.
-        prediction_type: meaning of `prediction`.
+        prediction_type: what the network predicts.
 
     Raises:
-        ValueError: latents in half precision, or levels per frame that do not fit the latents.
-        UserError: a kind that is not for this model.
+        ValueError: the latents have half precision, or levels per frame do not fit the latents.
+        UserError: the kind does not fit the prediction type.
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"latents must be float32 or float64, got {x.dtype}")
@@ -175,10 +183,10 @@ def transition(
 
 
 def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
-    """Check that a kind of transition is for such a model.
+    """Check that a kind of transition fits a prediction type.
 
     Raises:
-        UserError: names those that are.
+        UserError: the kind does not fit; the message names the kinds that do.
     """
     allowed = [k for k in KINDS if (k != "ddim" if prediction_type == "flow" else k in ("ddim", "ode"))]
     if kind not in allowed:
@@ -187,7 +195,7 @@ def check_kind(kind: Kind, prediction_type: PredictionType) -> None:
 
 
 def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
-    """Return std^2 = g^2 D of the kinds that follow (K1), float64, per level."""
+    """Return the variance std^2 = g^2 D per level, float64, of the kinds that follow (K1)."""
     s, delta = levels.s, levels.s - levels.after
     if kind == "ode":
         return torch.zeros_like(s)
@@ -204,14 +212,14 @@ def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
 def _mixed(
     kind: Kind, clean: Tensor, noise: Tensor, levels: Levels, a: float, prediction_type: PredictionType
 ) -> Transition:
-    """Return a step that mixes clean latents and noise anew: cps, ddim, and the ode of models with alpha-bar."""
+    """Return a step that mixes the estimates of clean latents and noise: cps, ddim, and ode with alpha-bars."""
     (clean_before, noise_before), (clean_after, noise_after) = levels.mix()
     if kind == "cps":
         std = levels.after * math.sin(a * math.pi / 2)
     elif kind == "ode":
         std = torch.zeros_like(levels.s)
     else:
-        # 1 - A / A' in factors of the latents, where A' may be 1 and A may be 0.
+        # 1 - A / A', written with the factors sqrt(A) and sqrt(A'): A may be 0, and A' may be 1.
         std = a * (noise_after / _divisor(noise_before)) * (1 - (clean_before / clean_after).square()).sqrt()
     kept = (noise_after.square() - std.square()).clamp_min(0).sqrt()
     axis = levels.frame_axis
@@ -221,7 +229,7 @@ def _mixed(
 
 
 def _slopes(clean: Tensor, noise: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of the clean latents and of the noise by the prediction."""
+    """Return the derivatives of the clean latents and of the noise (`split`) by the prediction, per level."""
     if prediction_type in ("flow", "v_prediction"):
         return -noise, clean
     if prediction_type == "epsilon":
@@ -232,14 +240,17 @@ def _slopes(clean: Tensor, noise: Tensor, prediction_type: PredictionType) -> tu
 def step_weights(
     kind: Kind, schedule: Schedule, noise_level: float, weighting: Weighting, steps: Sequence[int], *, guard: bool
 ) -> Tensor:
-    """Return the (S,) weight of each step's loss, with mean 1 over `steps` and 0 elsewhere.
+    """Return the (S,) loss weights of the steps, with mean 1 over `steps` and 0 elsewhere.
 
     Args:
-        kind, schedule, noise_level: the rollout.
-        weighting: `none`; `std`, in proportion to the noise (TempFlow-GRPO, arXiv:2508.04324); `inv_grad`, inversely
-            to `Transition.gradient_scale` (Flash-GRPO, arXiv:2605.15980), so that all steps learn equally.
-        steps: those that may be trained.
-        guard: whether the log-ratio is normalised (`loss.log_ratio`), which rescales the gradient by std / D already.
+        kind: kind of the stochastic transitions.
+        schedule: noise levels of the S steps.
+        noise_level: strength a of the noise.
+        weighting: "none": equal weights. "std": proportional to the std of the noise (TempFlow-GRPO,
+            arXiv:2508.04324). "inv_grad": inversely proportional to `Transition.gradient_scale` (Flash-GRPO,
+            arXiv:2605.15980), which gives all steps the same gradient scale.
+        steps: step indices that may be trained.
+        guard: whether the log-ratio is normalised (GRPO-Guard), which rescales the gradient by std / D.
     """
     index = torch.as_tensor(list(steps), device=schedule.sigmas.device)
     levels = schedule.levels(index, index + 1)
@@ -257,15 +268,15 @@ def step_weights(
 
 
 def wide(values: Tensor, like: Tensor, frame_axis: int | None = None) -> Tensor:
-    """Give values per level the dimensions and the dtype of latents, so that they can be multiplied.
+    """Reshape values per level so that they broadcast with latents, and convert them to the latents' dtype.
 
     Args:
         values: (B,), or (B, T) for T latent frames.
         like: (B, ...) latents.
-        frame_axis: the axis of `like` with the T frames; (B,) does not need it.
+        frame_axis: axis of `like` with the T latent frames; needed for (B, T) only.
 
     Raises:
-        ValueError: (B, T) without a frame axis, or with another number of frames than the latents have.
+        ValueError: values (B, T) without a frame axis, or with a T that differs from the frames of the latents.
     """
     shape = [-1, *[1] * (like.dim() - 1)]
     if values.dim() > 1:
@@ -279,5 +290,5 @@ def wide(values: Tensor, like: Tensor, frame_axis: int | None = None) -> Tensor:
 
 
 def _divisor(values: Tensor) -> Tensor:
-    """Return levels to divide by: 1 in place of the 0 of clean frames, whose numerators are 0 as well."""
+    """Replace 0 by 1 in levels that are divisors. Level 0 means a clean frame, whose numerator is 0 as well."""
     return torch.where(values > 0, values, 1)

@@ -1,6 +1,6 @@
-"""What every trainer shares: configuration, loop, checkpoints, averaged weights, logs, recipes.
+"""The parts that all trainers share: configuration, training loop, checkpoints, averaged weights, logs, recipes.
 
-Nothing heavy is imported before it is used: the app reads logs and checkpoints of runs and trains nothing.
+Public names are imported on first use. The app reads logs and checkpoints without training, and must start quickly.
 """
 
 from importlib import import_module
@@ -29,7 +29,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from its module, once."""
+    """Import a public name from its module on first access."""
     if name not in _HOMES:
         raise AttributeError(f"module 'postgen.training' has no attribute {name!r}")
     value = getattr(import_module(f"postgen.training.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Calls `transformers.TrainerCallback`s with the state and control objects they know."""
+"""Runs `transformers.TrainerCallback`s with a `TrainerState` and a `TrainerControl`."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,18 +9,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from .config import TrainingConfig
 
 KEPT = 1000
-"""Lines of training, and as many of evaluations, that `state.log_history` holds."""
+"""Maximum number of training lines, and of evaluation lines, in `state.log_history`."""
 
 
 class Callbacks:
-    """Callbacks of a run with their shared `state` and `control`.
+    """The callbacks of a run with their shared `state` and `control`.
 
-    Events: on_train_begin, on_step_begin, on_step_end, on_log, on_evaluate, on_save, on_train_end. The flags that
-    callbacks set in `control` (should_training_stop, should_save, should_evaluate, should_log) are honoured after each
-    step. `args` is our configuration, which carries the names of `TrainingArguments`.
+    Events: on_train_begin, on_step_begin, on_step_end, on_log, on_evaluate, on_save, on_train_end. After each step the
+    trainer honours the flags that callbacks set in `control`: should_training_stop, should_save, should_evaluate,
+    should_log. Callbacks receive our configuration as `args`; its fields have the names of `TrainingArguments`.
 
-    `state.log_history` holds the newest `KEPT` lines of training and as many of evaluations, in their order, so that
-    a long run needs no more memory than a short one. `metrics.jsonl` holds all of them.
+    `state.log_history` holds the newest `KEPT` training lines and the newest `KEPT` evaluation lines, in order, so the
+    memory of a run does not grow with its length. `metrics.jsonl` holds all lines.
+
+    Args:
+        callbacks: callback objects or classes.
+        args: the configuration.
+        is_main: whether this is the main process.
     """
 
     def __init__(self, callbacks: Iterable[TrainerCallback], args: TrainingConfig, *, is_main: bool) -> None:
@@ -40,14 +45,14 @@ class Callbacks:
         )
 
     def at(self, step: int) -> None:
-        """Tell `state` which step it is; the whole run counts as one epoch."""
+        """Set the step and the epoch of `state`; the whole run is one epoch."""
         self.state.global_step = step
         self.state.epoch = step / self.args.max_steps
 
     def remember(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a line to `state.log_history`; the oldest of its kind goes where there are too many."""
+        """Append a line to `state.log_history`; above `KEPT` lines of its kind, remove the oldest of this kind."""
         history, kind = self.state.log_history, _evaluates(values)
-        if self._lines.total() != len(history):  # a callback has cut it, or taken another
+        if self._lines.total() != len(history):  # a callback has changed or replaced the list
             self._lines = Counter(map(_evaluates, history))
         history.append({"step": step, **values})
         self._lines[kind] += 1
@@ -56,12 +61,12 @@ class Callbacks:
             self._lines[kind] -= 1
 
     def call(self, event: str, **extra: Any) -> None:
-        """Call `event` on every callback; one that returns a control object replaces the shared one."""
+        """Call `event` on every callback. A control object that a callback returns replaces the shared one."""
         for callback in self.callbacks:
             self.control = getattr(callback, event)(self.args, self.state, self.control, **extra) or self.control
 
     def take(self, flag: str) -> bool:
-        """Return a flag of `control` and lower it."""
+        """Return the value of a flag of `control`, and reset the flag to False."""
         raised = bool(getattr(self.control, flag))
         setattr(self.control, flag, False)
         return raised

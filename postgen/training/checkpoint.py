@@ -1,12 +1,12 @@
-"""Checkpoints: folders `checkpoint-N` that are complete or absent, tensors as safetensors, everything else as JSON.
+"""Checkpoints: folders `checkpoint-N`, either complete or absent, with tensors as safetensors and the rest as JSON.
 
 checkpoint-N/
-  state.json               step, settings, names of the files with their sizes and what is in them; written last
+  state.json               step, settings, and name, size and digest of each other file; written last
   weights.safetensors      trained parameters and buffers
-  ema.safetensors          their moving average, when there is one
-  copies.safetensors       other policies, `<copy>|<parameter>`, when there are any
+  ema.safetensors          moving average of the parameters; empty without one
+  copies.safetensors       other policies, `<copy>|<parameter>`; only if the method keeps any
   optimizer.safetensors    moments, `<parameter>|<moment>`
-  rank-R.safetensors/json  random states and the method's own state, one pair per process
+  rank-R.safetensors/json  random states and the method's own state, one pair of files per process
 """
 
 import json
@@ -35,7 +35,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """Everything a run needs to go on as if it had not stopped."""
+    """The complete state of a run, from which it can resume exactly."""
 
     step: int
     """Optimiser steps done."""
@@ -44,33 +44,33 @@ class Snapshot:
     """Trained parameters and buffers by `<model>.<name>`."""
 
     ema: dict[str, Tensor] = field(default_factory=dict)
-    """Averages under the names of the parameters; empty without an average."""
+    """Moving averages by parameter name; empty if the run keeps no average."""
 
     copies: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the weights that the method keeps, by `<copy>|<parameter>`."""
 
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """Moments by `<parameter>|<moment>`."""
+    """Tensors of the optimiser's state by `<parameter>|<moment>`."""
 
     ranks: list[dict[str, Any]] = field(default_factory=list)
-    """For each process: random states and method state, JSON values and tensors under flat names."""
+    """For each process its random states and method state: JSON values and tensors under flat names."""
 
     meta: dict[str, Any] = field(default_factory=dict)
-    """JSON values: configuration, number of averages, what the optimiser keeps beside moments, versions."""
+    """JSON values: configuration, update count of the average, other state of the optimiser, seconds, versions."""
 
 
 def write(output_dir: Path, snapshot: Snapshot) -> Path:
-    """Write `checkpoint-<step>` in `output_dir`, under a temporary name first, and return its path.
+    """Write `checkpoint-<step>` into `output_dir` under a temporary name, rename it, and return its path.
 
     Raises:
-        UserError: it cannot be written; nothing of it is left, and earlier checkpoints are as they were.
+        UserError: the checkpoint cannot be written. Nothing of it remains, and earlier checkpoints are unchanged.
     """
     target = output_dir / f"checkpoint-{snapshot.step}"
     try:
         _write(target, snapshot)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{target} cannot be written: {error}. Make room, then go on from the last checkpoint with --resume."
+            f"{target} cannot be written: {error}. Make room, then continue from the last checkpoint with --resume."
         ) from error
     return target
 
@@ -98,12 +98,12 @@ def _write(target: Path, snapshot: Snapshot) -> None:
 
 
 def read(folder: Path) -> Snapshot:
-    """Read a checkpoint, tensors on the CPU.
+    """Read a checkpoint, with tensors on the CPU.
 
     Raises:
-        DamagedCheckpoint: the folder is no complete checkpoint, its files are not those that the run wrote, or its
-            tensors hold NaN.
-        UserError: it has the format of another version.
+        DamagedCheckpoint: the folder is not a complete checkpoint, its files differ from those that the run wrote, or
+            its tensors contain NaN.
+        UserError: the checkpoint has the format of another version.
     """
     head = read_head(folder)
     try:
@@ -120,7 +120,7 @@ def read(folder: Path) -> Snapshot:
         raise DamagedCheckpoint(f"{folder} is damaged: {first_line(error)}") from error
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            # Infinity may be meant: in the buffer of a mask, in what an optimiser keeps.
+            # Infinity is allowed: masks in buffers and states of optimisers may contain it.
             if tensor.dtype in _FLOATS and bool(tensor.isnan().any()):
                 raise DamagedCheckpoint(f"{folder} is damaged: {name} in {group}.safetensors holds NaN")
     for rank, state in enumerate(ranks):
@@ -132,23 +132,23 @@ def read(folder: Path) -> Snapshot:
 def _json(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no names with values")
+        raise ValueError(f"{path} is not a JSON object")
     return found
 
 
 def _wrong_rank(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with the state of a process; nothing where all is well."""
+    """Return what is wrong with the state of a process; an empty text if it is valid."""
     averages = state.get("averages")
     sums, counts = (averages.get(key) if isinstance(averages, dict) else None for key in ("sums", "counts"))
     if not isinstance(sums, dict) or not isinstance(counts, dict) or sums.keys() != counts.keys():
         return "has no averages of metrics"
     if not all(isinstance(value, int | float) for value in [*sums.values(), *counts.values()]):
-        return "has averages of metrics that are no numbers"
+        return "has averages of metrics that are not numbers"
     return rng.wrong({name.removeprefix("rng."): value for name, value in state.items() if name.startswith("rng.")})
 
 
 def named(output_dir: Path) -> list[Path]:
-    """Return what is called as a checkpoint in the folder of a run, whole or not, the oldest first."""
+    """Return all folders of a run that are named like a checkpoint, complete or not, ordered by step."""
     found = {
         int(match[1]): path
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
@@ -158,47 +158,54 @@ def named(output_dir: Path) -> list[Path]:
 
 
 def find(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, ordered by step."""
     return [path for path in named(output_dir) if _is_complete(path)]
 
 
 def to_resume(output_dir: Path, wanted: str | None) -> list[Path]:
-    """Return the checkpoints that a run in `output_dir` may go on from, the best first.
+    """Return the checkpoints that a run in `output_dir` may resume, in the order in which to try them.
 
     Args:
         output_dir: folder of the run.
-        wanted: None for a new run; "latest" for the newest, and for those before it where that is damaged; "auto" for
-            the same where there are any, and a new run where there are none; a folder.
+        wanted: None for a new run. "latest" for all checkpoints, newest first, so that an older one is used if the
+            newest is damaged. "auto" for the same, or a new run if there are no checkpoints. Or a checkpoint folder.
+
+    Returns:
+        Folders, which need not be complete checkpoints; an empty list for a new run.
 
     Raises:
-        UserError: the folder holds checkpoints that this run would mix with its own, or none for "latest".
+        UserError: a new run would mix with the checkpoints in the folder, "latest" finds no checkpoint, or the named
+            checkpoint is followed by a newer one.
     """
     found = named(output_dir)
     if wanted == "latest" and not found:
         raise UserError(
-            f"output_dir {output_dir} holds no checkpoint to resume. Leave --resume out to begin a run there, or give"
-            " --resume auto, which begins one where there is none."
+            f"output_dir {output_dir} holds no checkpoint to resume. Omit --resume to start a new run, or use"
+            " --resume auto, which starts a new run if there is no checkpoint."
         )
     if wanted in ("latest", "auto"):
         return found[::-1]
     if wanted is None:
         if found:
             raise UserError(
-                f"{output_dir} holds the checkpoints of an earlier run. Resume it (--resume), or name another "
+                f"{output_dir} holds the checkpoints of an earlier run. Resume it (--resume), or choose another "
                 "output_dir."
             )
         return []
     source = Path(wanted)
-    # Kept, the later ones would pass for newer than what this run writes.
+    # Later checkpoints that stay in the folder would look newer than those that this run writes.
     if source in found[:-1]:
-        raise UserError(f"{found[-1]} is newer than {source.name}: remove what follows it, or copy it elsewhere.")
+        raise UserError(
+            f"{found[-1]} is newer than {source.name}: remove the checkpoints after {source.name}, or copy"
+            f" {source.name} to another folder."
+        )
     return [source]
 
 
 def prune(output_dir: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None keeps all."""
+    """Remove all complete checkpoints but the newest `keep`; None keeps all."""
     for path in find(output_dir)[: -keep if keep else 0]:
-        # Renamed first: killed half-way through the removal, no half checkpoint is left under a good name.
+        # Renamed first, so that a kill during the removal leaves no incomplete folder under a checkpoint's name.
         gone = path.with_name(f".{path.name}.gone.part")
         with held():
             path.rename(gone)
@@ -208,7 +215,8 @@ def prune(output_dir: Path, keep: int | None) -> None:
 def sweep(output_dir: Path) -> None:
     """Remove the temporary files and folders that a killed run left behind."""
     for path in output_dir.glob(".export.*.old"):
-        # Killed between stepping aside and being replaced, the old export is the only one.
+        # If the run was killed after moving the old export away and before moving the new one in place, the old
+        # export is the only one.
         if (output_dir / "export").exists():
             _remove(path)
         else:
@@ -225,25 +233,32 @@ def _remove(path: Path) -> None:
 
 
 def check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], location: str) -> None:
-    """Compare names and shapes of tensors.
+    """Compare the names and shapes of tensors.
+
+    Args:
+        found: tensors of a file or checkpoint.
+        wanted: tensors of the model.
+        location: the origin of `found`, for the message.
 
     Raises:
-        UserError: something is missing, unknown or of another shape; the message names the first of each kind.
+        UserError: tensors are missing, unknown or have another shape; the message names the first of each kind.
     """
     missing = [name for name in wanted if name not in found]
     unknown = [name for name in found if name not in wanted]
     shapes = [
-        f"{name} is {tuple(found[name].shape)} there and {tuple(wanted[name].shape)} here"
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
         if name in found and found[name].shape != wanted[name].shape
     ]
     parts = [
         *([f"{len(missing)} missing, first {missing[0]}"] if missing else ()),
         *([f"{len(unknown)} unknown, first {unknown[0]}"] if unknown else ()),
-        *([f"{len(shapes)} of another shape, first {shapes[0]}"] if shapes else ()),
+        *([f"{len(shapes)} with another shape, first {shapes[0]}"] if shapes else ()),
     ]
     if parts:
-        raise UserError(f"{location} does not fit this model: {'; '.join(parts)}. Use the recipe that made it.")
+        raise UserError(
+            f"{location} does not fit this model: {'; '.join(parts)}. Use the recipe of the run that wrote it."
+        )
 
 
 def _is_complete(folder: Path) -> bool:

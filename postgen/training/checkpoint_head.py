@@ -1,4 +1,4 @@
-"""What `state.json` of a checkpoint says, and whether the files beside it are those that the run wrote."""
+"""`state.json` of a checkpoint, and the check that the other files are those that the run wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not those that a run wrote. An earlier one may do."""
+    """A checkpoint is incomplete or damaged. An earlier checkpoint may be usable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +29,35 @@ class Head:
     step: int
     """Optimiser steps done."""
     ranks: int
-    """Processes of the run."""
+    """Number of processes of the run."""
     files: Mapping[str, int]
-    """Names of the other files, and their bytes."""
+    """Size in bytes of each other file, by name."""
     contents: Mapping[str, str]
-    """Names of the other files, and what `contents_of` says of them; empty of checkpoints before it."""
+    """Digest (`contents_of`) of each other file, by name; empty for checkpoints of versions without digests."""
     meta: dict[str, Any]
     """See `Snapshot.meta`."""
 
 
 def read_head(folder: Path) -> Head:
-    """Return what a checkpoint says of itself.
+    """Read and check `state.json` of a checkpoint, and check the sizes of the other files.
 
     Raises:
-        DamagedCheckpoint: it cannot be read, something is missing or of another type, or the files beside it have
-            other sizes.
-        UserError: it has the format of another version.
+        DamagedCheckpoint: `state.json` cannot be read, an entry is missing or has a wrong type, or a file is missing
+            or has another size.
+        UserError: the checkpoint has the format of another version.
     """
     try:
         head = json.loads((folder / "state.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
-            f"{folder} is no complete checkpoint: state.json cannot be read: {_reason(error)}"
+            f"{folder} is not a complete checkpoint: state.json cannot be read: {_reason(error)}"
         ) from error
     if not isinstance(head, dict) or not _is_count(head.get("format")):
-        raise _damaged(folder, "state.json does not say what it is")
+        raise _damaged(folder, "state.json has no format number")
     if head["format"] != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {head['format']}, this version reads {FORMAT}.")
+        raise UserError(
+            f"{folder} has checkpoint format {head['format']}, this version of postgen reads format {FORMAT}."
+        )
     _check(folder, head)
     found = Head(
         step=head["step"],
@@ -71,26 +73,26 @@ def read_head(folder: Path) -> Head:
             raise _damaged(folder, f"{name} cannot be read: {_reason(error)}") from error
         if there != size:
             has = "is missing" if there is None else f"has {there} bytes"
-            raise _damaged(folder, f"{name} {has}, {size} were written")
+            raise _damaged(folder, f"{name} {has}, the run wrote {size} bytes")
     return found
 
 
 def check_contents(folder: Path, head: Head) -> None:
-    """Compare the files of a checkpoint with what the run said of them; tensors are not read.
+    """Compare the files of a checkpoint with the digests in its head. Values of tensors are not read.
 
     Raises:
-        DamagedCheckpoint: one of them is another file.
+        DamagedCheckpoint: a file differs from the one that the run wrote.
     """
-    for name, said in head.contents.items():
-        if contents_of(folder / name) != said:
+    for name, digest in head.contents.items():
+        if contents_of(folder / name) != digest:
             raise _damaged(folder, f"{name} is not the file that the run wrote")
 
 
 def contents_of(path: Path) -> str:
-    """Return a digest of a JSON file, or of names, types and shapes in a safetensors file, whose tensors are not read.
+    """Return the SHA-256 digest of a JSON file, or of names, dtypes and shapes of the tensors in a safetensors file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the safetensors file cannot be read.
     """
     if path.suffix == ".json":
         text = path.read_bytes()
@@ -124,15 +126,15 @@ def _check(folder: Path, head: Mapping[str, Any]) -> None:
             or not all(isinstance(group, dict) for group in kept.get("groups", [])),
         }
     if names := [name for name, bad in wrong.items() if bad]:
-        raise _damaged(folder, f"state.json has no {names[0]} that a run writes")
+        raise _damaged(folder, f"state.json has no valid {names[0]}")
     needed = ["weights.safetensors", "ema.safetensors", "optimizer.safetensors"]
     needed += [f"rank-{rank}.{kind}" for rank in range(head["ranks"]) for kind in ("json", "safetensors")]
     if absent := [name for name in needed if name not in head["files"]]:
-        raise _damaged(folder, f"state.json names no {absent[0]}")
+        raise _damaged(folder, f"state.json does not list {absent[0]}")
 
 
 def _plain(names: Mapping[str, Any]) -> bool:
-    """Whether these are names of files in the folder itself."""
+    """Return whether all names are plain file names without a path."""
     return all(Path(name).name == name and name != ".." for name in names)
 
 

@@ -1,6 +1,6 @@
-"""`torch_compile`: the repeated blocks of a trained network are compiled, one by one, and share their code.
+"""`torch_compile`: the repeated blocks of a trained network are compiled one by one, and share the compiled code.
 
-A block is compiled in place (`nn.Module.compile`): names of weights, checkpoints, exports and copies stay as they are.
+Blocks are compiled in place (`nn.Module.compile`), so the names in state dicts, checkpoints and exports do not change.
 """
 
 from __future__ import annotations
@@ -17,28 +17,34 @@ from .config import TrainingConfig
 
 
 def compile_blocks(blocks: Sequence[nn.Module], args: TrainingConfig) -> None:
-    """Compile modules as the configuration says; each at its first call, for all shapes.
+    """Set modules up for compilation at their first call, with dynamic shapes.
+
+    Args:
+        blocks: the modules.
+        args: names the backend of `torch.compile`.
 
     Raises:
-        UserError: no such backend of `torch.compile` here.
+        UserError: torch does not have this backend here.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if args.torch_compile_backend not in known:
         raise UserError(
-            f"torch_compile_backend is {args.torch_compile_backend!r}, torch has {', '.join(known)} here: name one of"
-            " these"
+            f"torch_compile_backend is {args.torch_compile_backend!r}, but torch has {', '.join(known)} here: choose"
+            " one of these"
         )
     for block in blocks:
-        # Windows, lengths and sizes change from step to step: compiled once for all, not once for each.
+        # Windows, text lengths and sizes change between steps. Dynamic shapes avoid a compilation for each of them.
         block.compile(backend=args.torch_compile_backend, dynamic=True)
 
 
 @contextmanager
 def compiled(args: TrainingConfig) -> Iterator[None]:
-    """Inside, compiled blocks notice hooks that come and go, and a compiler that fails is told in one line.
+    """Run the enclosed code so that compiled blocks respect changed hooks, and compiler errors become one line.
+
+    Without `torch_compile` this context does nothing.
 
     Raises:
-        UserError: torch cannot compile a block, because it has no compiler or the block does what it does not know.
+        UserError: torch cannot compile a block: a compiler is missing, or the block uses unsupported operations.
     """
     if not args.torch_compile:
         yield
@@ -47,12 +53,13 @@ def compiled(args: TrainingConfig) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        # A plug-in may listen to a block for one call; torch would go on with what it compiled without it.
+        # A plug-in may add a hook to a block for one call. By default torch would not notice the hook, and would run
+        # the code that it compiled without it.
         with config.patch(skip_nnmodule_hook_guards=False):
             yield
     except TorchDynamoException as error:
-        said = first_line(getattr(error, "inner_exception", error))
+        reason = first_line(getattr(error, "inner_exception", error))
         raise UserError(
-            f"torch_compile: {args.torch_compile_backend} cannot compile the blocks here: {said}. Install"
-            " what it needs (inductor: Triton on a GPU, a C++ compiler on a CPU), or leave torch_compile out"
+            f"torch_compile: {args.torch_compile_backend} cannot compile the blocks here: {reason}. Install"
+            " its compiler (inductor: Triton on a GPU, a C++ compiler on a CPU), or set torch_compile: false"
         ) from error

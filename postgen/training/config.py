@@ -1,4 +1,4 @@
-"""Settings of every run, under the names of `transformers.TrainingArguments` where the meaning is the same."""
+"""Settings of every training run, named as in `transformers.TrainingArguments` where the meaning is the same."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,12 +16,13 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 @dataclass(kw_only=True)
 class TrainingConfig(UpdatesConfig):
-    """What every run has. A method's configuration inherits from it and from the other parts that it needs.
+    """Settings that every run has. The configuration of a method inherits from it, and from the other parts it needs.
 
-    All fields are keywords of one flat dataclass. A recipe, and `from_dict`, may nest those of a part under its name.
+    The configuration is one flat dataclass with keyword-only fields. In a recipe and in `from_dict` the fields of a
+    part may be nested under the name of the part.
 
     Raises:
-        UserError: a value has the wrong type or lies outside its range.
+        UserError: a value has the wrong type or is outside its range.
     """
 
     part: ClassVar[str] = "training"
@@ -39,56 +40,57 @@ class TrainingConfig(UpdatesConfig):
     """Name of the training method, a key of `postgen.training.METHODS` or `package.module:Class`."""
 
     init_from: str | None = None
-    """Folder with safetensors weights to start from: an export, a diffusers folder or a checkpoint. Weights alone."""
+    """Folder with safetensors weights to start from: an export, a diffusers folder or a checkpoint. Only the weights
+    are loaded."""
 
     resume_from_checkpoint: str | None = None
-    """A `checkpoint-N` folder; "latest" (in YAML also true): the newest one of `output_dir`, which must hold one;
-    "auto": the newest one, or a new run where there is none."""
+    """Checkpoint to resume: a `checkpoint-N` folder; "latest" (in YAML also true) for the newest one in `output_dir`,
+    an error if there is none; "auto" for the newest one, or a new run if there is none."""
 
     allow_changed: list[str] = field(default_factory=list)
-    """Settings that change what is learned and yet may differ from those of the checkpoint that is resumed; otherwise
-    such a resume is refused. Those that change nothing of it (`Part.may_change`) need not be named."""
+    """Settings that may differ from the resumed checkpoint although they change what is learned; other differences of
+    this kind are an error. Settings in `Part.may_change` may always differ."""
 
     max_seconds: float = 0.0
-    """Stop after the first step that ends this many seconds after `train` began; 0 is no limit. The run then saves a
-    checkpoint and exports, which takes more time; several processes agree on it every 10 steps."""
+    """Stop after the first step that ends this many seconds after `train` began; 0 sets no limit. The run then saves a
+    checkpoint and exports, which takes additional time. Several processes check the limit every 10 steps."""
 
     per_device_train_batch_size: int = 1
-    """Samples that one process draws for one micro-batch."""
+    """Number of samples in a micro-batch of one process."""
 
     fully_shard: bool = False
-    """Cut weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), on GPUs or CPUs."""
+    """Shard weights, gradients and moments over the processes with torch's `fully_shard` (FSDP2), on GPUs or CPUs."""
 
     torch_compile: bool = False
-    """Compile the repeated blocks of the networks with `torch.compile`, each at its first call, for all shapes. The
-    first steps take minutes; numbers differ by rounding."""
+    """Compile the repeated blocks of the networks with `torch.compile`, at their first call and with dynamic shapes.
+    The first steps take minutes. Results differ by rounding."""
 
     torch_compile_backend: str = "inductor"
-    """What compiles them, a name that `torch.compiler.list_backends` has."""
+    """Backend of `torch_compile`, a name in `torch.compiler.list_backends`."""
 
     eval_steps: int = 0
-    """Evaluate every so many steps; 0 never."""
+    """Evaluate every `eval_steps` steps; 0 disables evaluation during training."""
 
     eval_on_start: bool = False
     """Evaluate before the first step."""
 
     evaluate_only: bool = False
-    """Evaluate the weights (of `init_from`, or of the checkpoint that is resumed) and end; nothing is trained."""
+    """Evaluate the weights of `init_from`, or of the resumed checkpoint, and exit without training."""
 
     save_steps: int = 500
-    """Write a checkpoint every so many steps; 0 only at the end. One is always written at the end."""
+    """Write a checkpoint every `save_steps` steps; with 0 only at the end. The end of a run always writes one."""
 
     save_seconds: float = 0.0
-    """Write a checkpoint and export also every so many seconds; 0 never."""
+    """Additionally write a checkpoint and an export every `save_seconds` seconds; 0 disables this."""
 
     save_total_limit: int | None = 2
-    """Checkpoints to keep; none keeps all."""
+    """Number of checkpoints to keep; None (or 0) keeps all."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers beside `metrics.jsonl`: tensorboard, trackio, wandb; "none" for no other."""
+    """Trackers besides `metrics.jsonl`: tensorboard, trackio, wandb; "none" for no tracker."""
 
     def __post_init__(self) -> None:
-        # Words that a recipe may use instead of a value; types and ranges are checked afterwards.
+        # Replace the words that a recipe may use instead of a value, before types and ranges are checked.
         self.report_to = _names(self.report_to)
         self.resume_from_checkpoint = _resume(self.resume_from_checkpoint)
         if is_number(self.save_total_limit) and self.save_total_limit == 0:
@@ -115,10 +117,10 @@ class TrainingConfig(UpdatesConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the configuration that a recipe with these values describes, flat or nested by part.
+        """Return the configuration with the values of a recipe, flat or nested by part.
 
         Raises:
-            UserError: no mapping, an unknown key, one that is given twice or is missing, or a value that does not fit.
+            UserError: `values` is not a mapping, a key is unknown, given twice or missing, or a value is invalid.
         """
         if not isinstance(values, Mapping):
             raise UserError(f"the settings are {shown(values)}, they must be a mapping of names to values.")

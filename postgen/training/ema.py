@@ -1,4 +1,4 @@
-"""Moving average of the trained weights: diffusers' `EMAModel`, by name, with a cheap swap on the device."""
+"""Moving average of the trained weights: diffusers' `EMAModel` with named tensors and a swap on the device."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from .swap import StandIn
 
 
 class Ema(StandIn):
-    """Average of trained weights; one for all of them, kept beside them in float32.
+    """Moving average of all trained weights, kept in float32 on the same device.
 
     Args:
-        models: by name, as they are trained.
-        decay: highest decay, in (0, 1).
-        warmup: the slower ramp of the decay, see `TrainingConfig.ema_warmup`.
+        models: prepared or raw models by name, on their device and sharded if training shards them.
+        decay: maximum decay, in (0, 1).
+        warmup: ramp of the decay, see `UpdatesConfig.ema_warmup`.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], decay: float, warmup: bool) -> None:
-        # Imports transformers and peft: only a run that averages pays for it.
+        # This import loads transformers and peft, so it happens only in runs that keep an average.
         from diffusers.training_utils import EMAModel
 
         super().__init__(models)
@@ -30,14 +30,14 @@ class Ema(StandIn):
 
     @property
     def steps(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return int(self._model.optimization_step)
 
     def update(self) -> None:
-        """Take the weights of this step into the average; no transfer to the host."""
+        """Update the average with the weights of this step, without a transfer to the host."""
         self._model.step(self._parameters)
 
     def resume(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take averages and number of updates from a checkpoint; names and shapes must be the same."""
+        """Restore averages and number of updates from a checkpoint; names and shapes must match."""
         self.load(tensors)
         self._model.optimization_step = steps

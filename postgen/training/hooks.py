@@ -1,4 +1,4 @@
-"""What a method says to the trainer, and what it may ask of it."""
+"""Hooks that a training method overrides, and helpers that it may call."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 class TrainerHooks(ABC, Generic[C]):
-    """The hooks of a method with their defaults. A method inherits from `Trainer`, which documents them."""
+    """The hooks of a training method with their defaults. A method inherits from `Trainer`, which lists them."""
 
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
 
     args: C
     """The configuration, an instance of `config_class`."""
     accelerator: Accelerator
-    """Processes, autocast, trackers."""
+    """The accelerator of this trainer: processes, autocast, trackers."""
     device: torch.device
-    """Where this process computes."""
+    """Device of this process."""
     generator: torch.Generator
-    """On the device, seeded for this process, kept in checkpoints."""
+    """Random generator on the device, seeded for this process, saved in checkpoints."""
     global_step: int
     """Optimiser steps done."""
     models: dict[str, nn.Module]
-    """What `build` returned, prepared by accelerate: calls that carry gradients go through these."""
+    """Modules that `build` returned, prepared by accelerate. Forward passes with gradients must call these."""
     sharded: bool
-    """Whether the models hold only parts of their weights."""
+    """Whether the weights of the models are sharded over processes."""
     callbacks: Callbacks
-    """The callbacks with the state and control that they share."""
+    """The callbacks with their shared state and control."""
     _raw: dict[str, nn.Module]
     _trained: dict[str, nn.Parameter]
 
-    # What a method says.
+    # Hooks that a method overrides.
 
     @abstractmethod
     def build(self) -> Mapping[str, nn.Module]:
@@ -58,115 +58,128 @@ class TrainerHooks(ABC, Generic[C]):
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Draw one micro-batch with `self.generator`; return its mean loss and metrics (numbers or scalar tensors).
 
-        Reading a tensor here (`item`, `float`) makes every step wait for the device: return it instead.
-        A method with several backward passes calls `self.backward` inside `self.no_sync()` for all but the last,
-        whose loss it returns.
+        Return tensors as they are: a tensor that is read on the host (`item`, `float`) makes every step wait for the
+        device. A method with several backward passes calls `self.backward` inside `self.no_sync()` for all but the
+        last one, and returns the loss of the last one.
         """
 
     @abstractmethod
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the result of the run into the empty `folder`; called on the first process, average swapped in.
+        """Write the result of the run into the empty `folder`, on the first process, with the average swapped in.
 
         Args:
-            folder: where to.
-            weights: all weights of each model by their names in its `state_dict`, whole, averaged where there is an
-                average. Those of a model that is cut over the processes are copies on the CPU, and `uncut` makes a
-                model of them; else they share its memory, and what is to outlive this call must be copied.
+            folder: the folder to write into.
+            weights: the state dict of each model, with whole tensors, averaged if the run keeps an average. For a
+                sharded model the tensors are copies on the CPU, and `uncut` builds a model from them. Otherwise they
+                share memory with the model; copy them if they must outlive this call.
         """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimiser's groups. By default biases and gains (fewer than two dimensions) do not decay."""
+        """Return the optimiser's parameter groups. By default biases and gains (under two dimensions) do not decay."""
         return decay_groups(self.trained().values())
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return the optimiser of these groups: AdamW by the configuration, or any other.
+        """Return the optimiser for these parameter groups; by default AdamW with the configured settings.
 
-        Its rate follows the schedule, and what it keeps is saved and resumed, as `OptimizerState` says.
+        The learning rate follows the schedule. Checkpoints save the optimiser's state, see `OptimizerState`.
         """
         return adamw(groups, self.args, self.device)
 
     def shard_blocks(self, name: str) -> Sequence[nn.Module]:
-        """Return the modules inside a model that are cut, gathered and let go one by one, where weights are sharded.
+        """Return the modules inside a model that FSDP shards, gathers and frees one by one.
 
-        What lies outside of them is one more piece; without any the model is one piece. By default the repeated blocks
-        of all networks inside it, as `postgen.families` or their own classes name them. They must be called in the
-        forward pass of the model, not only their parts.
+        All other weights of the model form one more unit. An empty sequence makes the whole model one unit. The
+        default is the repeated blocks of all networks inside the model, as `postgen.families` or the networks' classes
+        name them. The forward pass of the model must call these modules themselves, and not only their parts.
+
+        Args:
+            name: name of the model.
 
         Raises:
-            UserError: no blocks are known inside it.
+            UserError: no blocks are known inside the model.
         """
         return repeated_blocks(self.unwrap(name), name)
 
     def compiled_blocks(self, name: str) -> Sequence[nn.Module]:
-        """Return the modules inside a model that `torch_compile` compiles one by one: by default as `shard_blocks`.
+        """Return the modules inside a model that `torch_compile` compiles; by default its repeated blocks.
+
+        Args:
+            name: name of the model.
 
         Raises:
-            UserError: no blocks are known inside it.
+            UserError: no blocks are known inside the model.
         """
         if found := blocks_inside(model := self.unwrap(name)):
             return found
         raise UserError(
-            f"torch_compile: no repeated blocks are known in {name}, a {type(model).__name__}: leave it out; a trainer"
-            " of your own can name the modules in its compiled_blocks"
+            f"torch_compile: no repeated blocks are known in {name}, a {type(model).__name__}: set torch_compile:"
+            " false; a trainer of your own can name the modules in its compiled_blocks"
         )
 
     def on_models_ready(self) -> None:
-        """Do something once the models are on their devices, cut where they are to be, with their first weights.
+        """Act once the models are on their devices, sharded if configured, with their initial weights.
 
-        A checkpoint is read afterwards. Here copies of the weights are made.
+        A method makes its copies of the weights here. A checkpoint is read afterwards.
         """
 
     def on_optimizer_step(self) -> None:
-        """Do something after each optimiser step and update of the average; `global_step` counts the step already."""
+        """Act after each optimiser step and update of the average; `global_step` already counts this step."""
 
     def evaluate(self) -> dict[str, float]:
-        """Return numbers to log as `eval_<name>`; called on every process, averaged over them, average swapped in."""
+        """Return metrics to log as `eval_<name>`.
+
+        Every process calls this method with the average swapped in; the log has the mean over the processes.
+        """
         return {}
 
     def weight_copies(self) -> Mapping[str, WeightsCopy]:
-        """Return the copies of the trained weights that change during the run, for checkpoints to hold, by name."""
+        """Return the copies of the trained weights, by name, that change during the run; checkpoints save them."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's own state in this process (a data cursor, ...): JSON values, whole tensors.
+        """Return the method's own state in this process, such as a position in the data, for checkpoints.
 
-        Both under flat names.
+        Values are JSON values and whole (not sharded) tensors under flat names.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned in this process; tensors come on the CPU."""
+        """Restore what `state_dict` returned in this process; tensors are on the CPU."""
 
     def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what `load_state_dict` takes in this process, where another number of processes wrote a checkpoint.
+        """Return the state for `load_state_dict` in this process if another number of processes wrote the checkpoint.
 
-        By default that is refused: what they drew from their own random streams, one more or fewer would not draw.
+        The default raises an error: each process draws data from its own random stream, so another number of processes
+        would draw other data.
 
         Args:
-            states: of each of those processes, as `state_dict` returned it.
-            before: the settings of that run.
+            states: return value of `state_dict` in each process of the checkpoint.
+            before: settings of the run that wrote the checkpoint.
 
         Raises:
-            UserError: the run cannot go on so; the message says what to do.
+            UserError: the run cannot resume with this number of processes; the message says what to do.
         """
         raise UserError(
-            f"{type(self).__name__} draws its data in each process, so that it would be another run. Start "
-            f"{counted(len(states))}, or take the weights alone with init_from"
+            f"{type(self).__name__} draws its data in each process, so another number of processes would be another "
+            f"run. Start {counted(len(states))}, or load the weights only with init_from"
         )
 
-    # What a method may ask.
+    # Helpers that a method may call.
 
     def unwrap(self, name: str) -> nn.Module:
-        """Return the module that `build` gave for `name`."""
+        """Return the module that `build` returned under `name`, without accelerate's wrappers."""
         return self._raw[name]
 
     def unaveraged(self, name: str) -> nn.Module:
-        """Return a model for calls without gradients, which processes need not make equally often unless it is cut."""
+        """Return a model for forward passes without gradients.
+
+        Processes may call the returned module a different number of times, unless the model is sharded.
+        """
         model = self.models[name]
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def progress(self) -> float:
-        """Return the share of `max_steps` that is done, in [0, 1]."""
+        """Return the fraction of `max_steps` that is done, in [0, 1]."""
         return min(1.0, self.global_step / self.args.max_steps)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -174,5 +187,5 @@ class TrainerHooks(ABC, Generic[C]):
         return dict(self._trained)
 
     def request_stop(self) -> None:
-        """End the run after this step, as a callback may."""
+        """Stop the run after this step, like a callback that sets `should_training_stop`."""
         self.callbacks.control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""What a run tells: metrics averaged on the device, `metrics.jsonl`, trackers, a progress bar."""
+"""Logging of a run: metrics averaged on the device, `metrics.jsonl`, trackers, progress bar."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from postgen.files import replacing
 
 
 class Sums(TypedDict):
-    """State of an average in progress: sums and counts by name."""
+    """State of an `Averages` object: sum and count of each metric."""
 
     sums: dict[str, float]
     counts: dict[str, int]
 
 
 class Averages:
-    """Means of metrics between two log lines. Adding never reads a tensor, so the device is not waited for."""
+    """Means of metrics between two log lines. `add` keeps tensors on the device, so it does not synchronise."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float | Tensor] = {}
@@ -38,7 +38,7 @@ class Averages:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def state(self) -> Sums:
-        """Return sums and counts as plain numbers. Waits for the device, once."""
+        """Return sums and counts as plain numbers. Synchronises with the device once."""
         names = [name for name, value in self._sums.items() if isinstance(value, Tensor)]
         read = torch.stack([torch.as_tensor(self._sums[name]) for name in names]).tolist() if names else []
         plain = dict(zip(names, read, strict=True))
@@ -48,16 +48,16 @@ class Averages:
         }
 
     def load(self, state: Sums) -> None:
-        """Go on from the state of a checkpoint."""
+        """Set sums and counts to those of a checkpoint."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
     def clear(self) -> None:
-        """Start again."""
+        """Remove all sums and counts."""
         self._sums, self._counts = {}, {}
 
 
 def merged_means(parts: list[Sums]) -> dict[str, float]:
-    """Return the means over the processes' sums; a metric that only some of them have is averaged over those."""
+    """Return the mean of each metric over all processes; processes without a metric are left out of its mean."""
     names = dict.fromkeys(name for part in parts for name in part["sums"])
     return {
         name: math.fsum(part["sums"].get(name, 0.0) for part in parts)
@@ -70,8 +70,9 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object per line, each with `step`.
 
     Args:
-        path: the file; created when missing.
-        resumed_step: lines of later steps are dropped, since the run will write them again. 0 starts a new file.
+        path: path of the file; created if missing.
+        resumed_step: step that the run resumes from. Lines of later steps are removed, because the run writes them
+            again. 0 starts a new file.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -82,7 +83,7 @@ class MetricsFile:
                     file.write(text.rstrip(b"\n") + b"\n")
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line. Numbers that JSON lacks (nan, inf) are written as null."""
+        """Append one line. Values that JSON does not support (nan, inf) are written as null."""
         clean = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -92,16 +93,16 @@ class MetricsFile:
 
 
 def metrics_row(line: str | bytes) -> dict[str, Any] | None:
-    """Return what a line of `metrics.jsonl` says; None of one that was cut off by a kill, or damaged by the disk."""
+    """Return a line of `metrics.jsonl` as a dict; None if the line is incomplete or damaged."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # letters that are none, too
+    except (ValueError, RecursionError):  # ValueError includes invalid UTF-8
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the whole lines with what they say, one at a time."""
+    """Yield each valid line of a `metrics.jsonl` with its content."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -111,42 +112,49 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 class Progress:
-    """Bar on the first process: loss, learning rate, seconds per step, peak memory."""
+    """Progress bar of the first process, with loss, learning rate, seconds per step and peak memory.
+
+    Args:
+        step: steps that are already done.
+        max_steps: steps of the run.
+        shown: whether to show the bar.
+        name: label of the bar.
+    """
 
     def __init__(self, *, step: int, max_steps: int, shown: bool, name: str = "train") -> None:
         self._bar = tqdm(total=max_steps, initial=step, disable=not shown, dynamic_ncols=True, desc=name)
 
     def step(self) -> None:
-        """One step is done."""
+        """Advance the bar by one step."""
         self._bar.update(1)
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """Show the newest numbers."""
+        """Show the newest metrics next to the bar."""
         labels = {"loss": "loss", "learning_rate": "lr", "step_time": "s/step", "memory/peak_gb": "GB"}
         self._bar.set_postfix({label: f"{metrics[name]:.3g}" for name, label in labels.items() if name in metrics})
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar in its current state."""
         self._bar.close()
 
 
 def say(text: str) -> None:
-    """Write a line for the user to stderr without tearing a progress bar."""
+    """Write a line to stderr without breaking the progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
 class StepTimer:
-    """Seconds per step since the last reading."""
+    """Measures the mean seconds per step between two readings."""
 
     def __init__(self) -> None:
         self._since, self._steps = time.monotonic(), 0
 
     def step(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self._steps += 1
 
     def read(self) -> float:
-        """Return the mean and start again; 0 when no step was done."""
+        """Return the mean seconds per step since the last reading, and start a new measurement; 0 without steps."""
         now = time.monotonic()
         mean = (now - self._since) / self._steps if self._steps else 0.0
         self._since, self._steps = now, 0
@@ -154,11 +162,14 @@ class StepTimer:
 
 
 def available_trackers(names: list[str]) -> list[str]:
-    """Return those of `names` that are installed; one warning names the others."""
+    """Return the trackers of `names` that are installed; one warning lists the others."""
     from accelerate.tracking import get_available_trackers
 
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     if absent := [name for name in names if name not in installed]:
-        text = f"not installed, so not reported to: {', '.join(absent)} (metrics.jsonl is written; report_to: none)"
+        text = (
+            f"trackers that are not installed are skipped: {', '.join(absent)}. Metrics are in metrics.jsonl; set "
+            "report_to: none to avoid this warning"
+        )
         warnings.warn(text, stacklevel=2)
     return [name for name in names if name in installed]

@@ -1,4 +1,4 @@
-"""LoRA adapters that are trained: their configuration, and how they are put into a denoiser's networks."""
+"""Trained LoRA adapters: their configuration, and how they are added to the networks of a denoiser."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from postgen.families.lora_file import CHANGES_MODEL
 from postgen.settings import Part
 
 _MOST = 65536
-"""Rank and alpha: more than the width of any layer."""
+"""Upper bound of rank and alpha, above the width of any layer."""
 
 
 @dataclass(kw_only=True)
 class AdapterConfig(Part):
-    """Which LoRA adapters are trained.
+    """Settings of the trained LoRA adapters.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     part: ClassVar[str] = "lora"
 
     use_peft: bool = True
-    """Train LoRA adapters; without it all weights of the denoiser."""
+    """Train LoRA adapters (true) or all weights of the denoiser (false)."""
 
     lora_r: int = 32
-    """Rank."""
+    """Rank of the adapters."""
 
     lora_alpha: int = 64
-    """The update is scaled by lora_alpha / lora_r."""
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_r."""
 
     lora_target_modules: list[str] = field(default_factory=list)
-    """Endings of layer names; empty takes those of the model's attention."""
+    """Suffixes of the names of adapted layers. An empty list uses the layers of the model's attention."""
 
     lora_path: str | None = None
-    """A LoRA to go on from, under any keys, or the folder of a run; its rank and layers hold, and it is what is
-    trained, with `use_peft: false` too."""
+    """LoRA to continue training from: a file in any supported format, or the folder of a run. Training keeps its rank
+    and layers, and trains it even with `use_peft: false`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,27 +50,27 @@ class AdapterConfig(Part):
 
 
 def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_config: Any = None) -> str | None:
-    """Put adapters into the networks of a denoiser, in float32 and ready to be trained.
+    """Add trainable float32 adapters to the networks of a denoiser.
 
     Args:
         pipe: the pipeline of the denoiser.
-        denoiser: names the networks, and the layers that are adapted by default.
-        config: which adapters.
-        peft_config: a `peft.LoraConfig` instead of the one that `config` describes.
+        denoiser: names the networks, and the layers to adapt by default.
+        config: settings of the adapters.
+        peft_config: a `peft.LoraConfig` that replaces the settings in `config`.
 
     Returns:
-        The name of the adapters, or None when the configuration wants none.
+        The name of the adapters; None if the configuration has no adapters.
 
     Raises:
-        UserError: two sources of adapters, a file that does not fit, layers that do not exist, or a beginning that
-            changes other weights.
+        UserError: both `lora_path` and `peft_config` are given, the LoRA file does not fit, a target layer does not
+            exist, or the initialisation of the adapters changes other weights.
     """
     if config.lora_path and peft_config is not None:
-        raise UserError("peft_config with lora_path: that LoRA has its own rank and layers, leave one of them out")
+        raise UserError("peft_config with lora_path: the LoRA has its own rank and layers, remove one of the two")
     if CHANGES_MODEL.fullmatch(began := str(getattr(peft_config, "init_lora_weights", None))):
         raise UserError(
-            f"peft_config has init_lora_weights {began}, which changes the model too, and that would not be written:"
-            ' use True or "gaussian"'
+            f"peft_config has init_lora_weights {began}, which also changes the model's weights, and exports do not"
+            ' contain these: use True or "gaussian"'
         )
     networks: dict[str, Any] = dict(denoiser.transformers)
     if config.lora_path:
@@ -94,19 +94,22 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
 
 
 def _go_on_from(pipe: Any, path: str, networks: dict[str, Any]) -> None:
-    """Load a LoRA of which nothing would be missing from what training writes."""
+    """Load a LoRA to continue from, and check that it adapts exactly the networks that are trained and exported."""
     if (scale := parse_lora(path).scale) != 1:
-        raise UserError(f"lora_path {path}: training goes on from a LoRA as it is, leave the scale {scale:g} out")
+        raise UserError(f"lora_path {path}: training continues from a LoRA at scale 1, remove the scale {scale:g}")
     check_lora(path)
     load_loras(pipe, [path], adapters_only=True)
     adapted = {name for name, part in pipe.components.items() if "lora0" in getattr(part, "peft_config", {})}
     if missing := sorted(set(networks) - adapted):
         raise UserError(
-            f"lora_path {path} has no LoRA for {', '.join(missing)}, which is trained too: give a folder with one for"
-            f" each of {', '.join(networks)}"
+            f"lora_path {path} has no LoRA for {', '.join(missing)}, but training needs one: give a folder with a LoRA"
+            f" for each of {', '.join(networks)}"
         )
     if others := sorted(adapted - set(networks)):
-        raise UserError(f"lora_path {path} changes {', '.join(others)}, which is not trained and would not be written")
+        raise UserError(
+            f"lora_path {path} changes {', '.join(others)}, which training does not train or export: give a LoRA for "
+            f"{', '.join(networks)} only"
+        )
 
 
 def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:
@@ -123,14 +126,13 @@ def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:
 def _check_takes_adapters(module: nn.Module) -> None:
     if not hasattr(module, "add_adapter"):
         raise UserError(
-            f"{type(module).__name__} takes no LoRA in diffusers, which could not load it either: train all weights,"
-            " use_peft: false"
+            f"diffusers does not support LoRA for {type(module).__name__}: train all weights with use_peft: false"
         )
 
 
 def _check_targets(module: nn.Module, targets: Any) -> None:
     if not isinstance(targets, list | tuple | set):
-        return  # a pattern: peft itself refuses one that matches nothing
+        return  # a regular expression; peft itself raises an error if it matches no layer
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)]
     for target in sorted(targets):
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -1,4 +1,4 @@
-"""Modules in eval mode for a while."""
+"""Temporary eval mode of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, modules and all that is in them are in eval mode; afterwards each is in the mode that it had."""
+    """Put modules and their submodules into eval mode; on exit, restore the previous mode of each."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for part, _ in modes:

@@ -1,7 +1,8 @@
-"""Nested spellings of a configuration: `lora: {r: 32}` for `lora_r: 32`.
+"""Nested form of a configuration: `lora: {r: 32}` for `lora_r: 32`.
 
-A part (`postgen.settings.Part`) may be written as a mapping under its name. Its keys are its fields, with or without
-the name of the part before them; what no part owns belongs to the method: `method: {name: dancegrpo, epsilon: 1e-4}`.
+A part (`postgen.settings.Part`) may be written as a mapping under its name. The keys of the mapping are the fields of
+the part, with or without the prefix `<part>_`. Fields that no other part owns belong to the part `method`:
+`method: {name: dancegrpo, epsilon: 1e-4}`.
 """
 
 import difflib
@@ -14,28 +15,28 @@ from postgen.settings import Part
 
 
 def parts_of(config_class: type[Part]) -> dict[str, list[str]]:
-    """Return the parts of a configuration with their fields; `method` has those that no named part owns."""
+    """Return the field names of each part of a configuration; `method` has the fields that no named part owns."""
     found: dict[str, list[str]] = {}
     for base in reversed(config_class.__mro__):
         if (name := vars(base).get("part")) and issubclass(base, Part):
             inherited = {item.name for parent in base.__bases__ if issubclass(parent, Part) for item in fields(parent)}
             own = [item.name for item in fields(base) if item.name not in {*inherited, "method"}]
-            found[name] = [*found.get(name, ()), *own]  # a part may be declared in several classes
+            found[name] = [*found.get(name, ()), *own]  # several classes may declare fields of one part
     owned = {"method", *(name for names in found.values() for name in names)}
     found["method"] = [item.name for item in fields(config_class) if item.name not in owned]
     return found
 
 
 def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Return values under the names of the fields.
+    """Convert nested values to flat ones, by field name.
 
     Args:
-        config_class: the configuration.
-        values: by field, or by part and field.
-        origin: what messages call the source of the values.
+        config_class: class of the configuration.
+        values: values by field name, or by part and field name.
+        origin: name of the source of the values, for messages.
 
     Raises:
-        UserError: an unknown key or part, a part that is no mapping, or a key that is given twice.
+        UserError: a key or part is unknown, a part is not a mapping, or a key is given twice.
     """
     parts = parts_of(config_class)
     known = [item.name for item in fields(config_class)]
@@ -48,7 +49,7 @@ def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> di
         elif key in parts:
             some = ", ".join(parts[key][:3])
             raise UserError(
-                f"{key} in {origin} is {shown(value)}, it must be a mapping with keys of this part ({some}, ...)."
+                f"{key} in {origin} is {shown(value)}, it must be a mapping with the keys of this part ({some}, ...)."
             )
         elif isinstance(value, Mapping):
             raise UserError(
@@ -60,23 +61,24 @@ def flat(config_class: type[Part], values: Mapping[str, Any], origin: str) -> di
 
 
 def check_key(key: str, known: Iterable[str], origin: str) -> None:
-    """Check that a key is one of those that are known.
+    """Check that a key is known.
 
     Raises:
-        UserError: names the nearest known one.
+        UserError: the key is unknown; the message suggests the most similar known key.
     """
     known = list(known)
     if key in known:
         return
     plain = key.strip().lower()
-    spellings = (plain.replace(".", "_"), plain.rpartition(".")[2])  # lora.r, sampling.guidance_scale
+    # For dotted keys, such as lora.r or sampling.guidance_scale, suggest lora_r and guidance_scale.
+    spellings = (plain.replace(".", "_"), plain.rpartition(".")[2])
     near = [name for name in spellings if name in known] or difflib.get_close_matches(plain, known, n=1, cutoff=0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"Unknown key {shown(key)} in {origin}.{hint}")
 
 
 def _fields(part: str, values: Mapping[str, Any], parts: Mapping[str, list[str]], origin: str) -> dict[str, Any]:
-    """Return the values of one part under the names of its fields."""
+    """Return the values of one part by field name."""
     own = parts[part]
     names = {name.removeprefix(f"{part}_"): name for name in own} | {name: name for name in own}
     if part == "method":
@@ -93,5 +95,5 @@ def _fields(part: str, values: Mapping[str, Any], parts: Mapping[str, list[str]]
 def _add(found: dict[str, Any], values: Mapping[str, Any], origin: str) -> None:
     for name, value in values.items():
         if name in found:
-            raise UserError(f"{name} is given twice in {origin}: keep one of the two spellings.")
+            raise UserError(f"{name} is given twice in {origin}: keep one of the two.")
         found[name] = value

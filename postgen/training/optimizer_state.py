@@ -1,4 +1,4 @@
-"""What an optimiser keeps from step to step, by the names of the parameters, into a checkpoint and back."""
+"""Saves and restores the state of an optimiser, by parameter name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .sharding import cut_like
 class OptimizerState:
     """State of any `torch.optim.Optimizer` over named parameters.
 
-    An optimiser may keep tensors and JSON values for each parameter, and change JSON values of its groups (a count, an
-    estimate of the rate). Everything is saved but what a run configures anew: the values that a group began with.
+    An optimiser may keep tensors and JSON values for each parameter, and may change JSON values of its parameter
+    groups, such as a step count. All of these are saved. Group values that have not changed since the start are not
+    saved, because each run configures them anew.
 
     Args:
-        optimizer: the optimiser itself, without accelerate's wrapper, and before its first step.
-        parameters: by name; all that the optimiser holds.
+        optimizer: the optimiser without accelerate's wrapper, before its first step.
+        parameters: all parameters of the optimiser, by name.
 
     Raises:
-        RuntimeError: it holds something else.
+        RuntimeError: the optimiser has a parameter that is not in `parameters`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -36,7 +37,7 @@ class OptimizerState:
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if any(parameter not in self._names for parameter in held):
             raise RuntimeError(
-                f"{self._kind} holds tensors that are no trained parameters of the models that build() returned"
+                f"{self._kind} has tensors that are not trained parameters of the models that build() returned"
             )
         self._order = [self._names[parameter] for parameter in held]
         self._began = [_settings(group) for group in optimizer.param_groups]
@@ -46,11 +47,11 @@ class OptimizerState:
         return type(self.optimizer).__name__
 
     def check(self) -> None:
-        """Look after a step whether all of it can be saved.
+        """Check, after a step, that the whole state can be saved.
 
         Raises:
-            UserError: something that is neither a tensor nor a JSON value, or parts of cut weights in a form of its
-                own.
+            UserError: a value is neither a tensor nor a JSON value, or a tensor of a sharded parameter is not sharded
+                like the parameter.
         """
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
@@ -59,18 +60,20 @@ class OptimizerState:
                     cut = isinstance(parameter, DTensor) and value.dim() > 0
                     if cut and not (isinstance(value, DTensor) and value.shape == parameter.shape):
                         raise UserError(
-                            f"{place} in a form of its own, which cannot be gathered from cut weights: train without "
-                            "fully_shard and FSDP, or with another optimiser."
+                            f"{place}, but not sharded like the parameter, so a checkpoint cannot store it: train "
+                            "without fully_shard and FSDP, or use another optimiser."
                         )
                 elif not _is_json(value):
-                    raise UserError(f"{place} as a {type(value).__name__}, which no checkpoint can hold: use another.")
+                    raise UserError(
+                        f"{place} as a {type(value).__name__}, which a checkpoint cannot store: use another optimiser."
+                    )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return moments by `<parameter>|<moment>`, cut as they are."""
+        """Return the state's tensors by `<parameter>|<moment>`, sharded as in the optimiser."""
         return {name: value for name, value in self._items() if isinstance(value, Tensor)}
 
     def values(self) -> dict[str, Any]:
-        """Return JSON values: those of parameters under the names of moments, and the changed ones of each group."""
+        """Return the state's JSON values: those of parameters by `<parameter>|<key>`, and changed values of groups."""
         groups = zip(self.optimizer.param_groups, self._began, strict=True)
         return {
             "kind": self._kind,
@@ -83,16 +86,16 @@ class OptimizerState:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], location: str = "it") -> None:
-        """Take back what `tensors` and `values` returned.
+        """Restore what `tensors` and `values` returned.
 
         Args:
-            tensors: by `<parameter>|<moment>`.
-            values: the rest.
-            location: what they come from, for errors.
+            tensors: whole tensors by `<parameter>|<moment>`.
+            values: the return value of `values`.
+            location: the origin of the state, for messages.
 
         Raises:
-            UserError: they are of another optimiser, or of one with other groups.
-            DamagedCheckpoint: they are of other parameters, or no such values.
+            UserError: the state belongs to another class of optimiser, or to other parameter groups.
+            DamagedCheckpoint: the state belongs to other parameters, or has values of wrong types.
         """
         groups = values.get("groups", [{}] * len(self.optimizer.param_groups))
         if values.get("kind", self._kind) != self._kind or len(groups) != len(self.optimizer.param_groups):
@@ -116,7 +119,7 @@ class OptimizerState:
     def _check_kept(self, kept: Mapping[str, Any], groups: list[Mapping[str, Any]], place: str) -> None:
         for name in kept:
             if name.rpartition("|")[0] not in self._parameters:
-                raise DamagedCheckpoint(f"{place} is of other parameters than this model's, as {name}")
+                raise DamagedCheckpoint(f"{place} belongs to parameters that this model does not have, such as {name}")
         for group, changed in zip(self.optimizer.param_groups, groups, strict=True):
             for key, value in changed.items():
                 kinds = [_kind(one) for one in (value, group.get(key, value))]
@@ -131,7 +134,7 @@ class OptimizerState:
         ]
 
     def _undo_casts(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give moments their own number type back: torch loads them in that of their parameter."""
+        """Restore the dtype of saved tensors, because `load_state_dict` casts them to the dtype of their parameter."""
         for name, kept in saved.items():
             state = self.optimizer.state[self._parameters[name]]
             for key, value in kept.items():
@@ -143,12 +146,12 @@ _ABSENT = object()
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON values of a group but for its rate, which follows the schedule."""
+    """Return the JSON values of a parameter group, without the learning rate, which follows the schedule."""
     return {key: value for key, value in group.items() if key not in ("params", "lr") and _is_json(value)}
 
 
 def _kind(value: Any) -> Any:
-    """Return what is equal for values of which one can stand for the other; JSON knows lists alone."""
+    """Return a key that is equal for interchangeable values: numbers, or lists and tuples of the same length."""
     if isinstance(value, list | tuple):
         return len(value)
     return float if isinstance(value, int | float) else type(value)

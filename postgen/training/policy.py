@@ -1,4 +1,4 @@
-"""The model that is trained: loaded, frozen but for adapters (or not at all), with its reference, and saved."""
+"""The trained model (policy): loading, freezing, adapters, the reference policy, export."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from .swap import WeightsCopy
 
 @dataclass(kw_only=True)
 class ModelConfig(Part):
-    """Which model is trained, and how it is loaded and run.
+    """Settings of the trained model: its source, and how it is loaded and run.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     part: ClassVar[str] = "model"
     may_change: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
 
     model: str | None = None
-    """A diffusers folder or hub id; none is the embedded model."""
+    """A diffusers folder or hub id. None uses the embedded model."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the frozen weights. Trained weights are float32 in any case."""
+    """Dtype of the frozen weights. Trained weights are always float32."""
 
     flow_shift: float | None = None
-    """Shift of the noise levels; none keeps the scheduler's."""
+    """Shift of the noise levels, above 0. None keeps the scheduler's shift."""
 
     max_sequence_length: int | None = None
-    """Tokens of a prompt; none is the pipeline's default."""
+    """Number of tokens of a prompt. None uses the pipeline's default."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,17 +63,17 @@ class ModelConfig(Part):
 
 
 class Policy:
-    """A pipeline with the parameters that are trained.
+    """A pipeline with trained parameters: adapters, or all weights of the denoiser.
 
     Args:
-        pipe: a pipeline, already on its device; its components are used in place.
-        model: how it is run.
-        lora: which adapters are added; without any, all weights of the denoiser are trained.
-        peft_config: a `peft.LoraConfig`; none takes the one that `lora` describes.
-        defaults: what the model's folder says about sizes and playback rate; none takes the family's rate.
+        pipe: a pipeline on its device; its components are modified in place.
+        model: settings of the model.
+        lora: settings of the adapters; without adapters, all weights of the denoiser are trained.
+        peft_config: a `peft.LoraConfig` that replaces the settings in `lora`.
+        defaults: default sizes and frame rate from the model's folder; None uses the defaults of the family.
 
     Raises:
-        UserError: no denoiser for it, or LoRA layers that it does not have.
+        UserError: there is no denoiser for the pipeline, or `add_adapters` refuses the adapters.
     """
 
     def __init__(
@@ -90,35 +90,36 @@ class Policy:
         self.modules: dict[str, Any] = dict(self.denoiser.transformers)
         self._start: WeightsCopy | None = None
         self.adapter = add_adapters(pipe, self.denoiser, lora, peft_config)
-        # Adapters of a file are part of the model that training starts from.
+        # With lora_path the loaded adapters belong to the starting model, so disabling them would not give the
+        # reference.
         self._switches_off = self.adapter is not None and not lora.lora_path
         if self.adapter is None:
             for module in self.modules.values():
-                # In half precision most updates of a usual learning rate would be rounded away.
+                # In half precision, rounding would cancel most updates at usual learning rates.
                 module.requires_grad_(True).float()
         for module in self.modules.values():
             if model.gradient_checkpointing:
                 module.enable_gradient_checkpointing()
 
     def rate(self, fps: float | None) -> float:
-        """Return the frames per second of clips, the model's where none are given, and tell a network that takes them.
+        """Return the frames per second of clips, and set the frame rate of denoisers that use one.
 
         Args:
-            fps: from the user.
+            fps: the configured rate; None uses the model's default.
         """
         rate = float(fps or self.defaults.fps)
-        if hasattr(self.denoiser, "frame_rate"):  # LTX: positions in time are seconds
+        if hasattr(self.denoiser, "frame_rate"):  # LTX encodes the time of a frame in seconds
             self.denoiser.frame_rate = rate
         return rate
 
     @property
     def copies_reference(self) -> bool:
-        """Whether the reference is a copy of the trained weights, because switching adapters off would not give it."""
+        """Whether the reference policy is a copy of the weights; otherwise it is the model with adapters disabled."""
         return not self._switches_off
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the model is what it was before training: adapters off, or, with all weights trained, a copy."""
+        """Turn the model into the reference policy for the enclosed code: disable adapters, or swap the copy in."""
         with ExitStack() as stack:
             if not self._switches_off:
                 if self._start is None:
@@ -131,37 +132,38 @@ class Policy:
             yield
 
     def park_text_encoders(self) -> None:
-        """Move the text encoders to the CPU: all prompts are encoded."""
+        """Move the text encoders to the CPU. Call this after all prompts are encoded."""
         park_text_encoders(self.pipe)
 
     def check_reference(self, init_from: str | None) -> None:
-        """Check that the weights which training starts from are those of the reference.
+        """Check that the reference policy has the weights from which training starts.
 
         Args:
-            init_from: where other weights are about to be taken from (`TrainingConfig.init_from`).
+            init_from: `TrainingConfig.init_from`, the folder whose weights replace those of the model.
 
         Raises:
-            UserError: the weights are about to be replaced.
+            UserError: `init_from` would replace weights that the reference policy copies.
         """
         if self.copies_reference and init_from:
             raise UserError(
-                "init_from with beta above 0: the reference would be the model before it. Name a folder "
-                "of a pipeline with those weights as model (or their LoRA as lora_path), or set beta to 0"
+                "init_from with beta above 0: the reference policy would not have the weights of init_from. Give a "
+                "pipeline folder with these weights as model (or their LoRA as lora_path), or set beta to 0"
             )
 
     def keep_reference(self) -> None:
-        """Remember the weights as they are, on their device and cut where they are, if a copy is needed."""
+        """Copy the current weights as the reference policy, if it needs a copy, sharded like the weights."""
         if self.copies_reference:
             self._start = WeightsCopy(self.modules)
 
     def save(self, folder: Path, weights: Weights) -> None:
-        """Write LoRA files that `pipe.load_lora_weights` reads, or the trained models in diffusers' form.
+        """Write LoRA files for `pipe.load_lora_weights`, or models in diffusers' format if all weights are trained.
 
-        The latter with a note of the model around them, so that `postgen generate --model` takes the folder.
+        In the second case a file `base.json` names the pipeline of the models, so that `postgen generate --model`
+        accepts the folder.
 
         Args:
-            folder: an existing folder. Of two experts each gets its own sub-folder.
-            weights: all weights of each model, as a trainer's `export` is given them.
+            folder: an existing folder. With two networks (experts), each gets its own sub-folder.
+            weights: state dict of each model, as `TrainerHooks.export` receives them.
         """
         if self.adapter is None:
             write_note(folder, self.pipe, list(self.modules))
@@ -177,48 +179,51 @@ class Policy:
 def load_policy(
     source: Any, model: ModelConfig, lora: AdapterConfig, device: torch.device, peft_config: Any = None
 ) -> Policy:
-    """Return the policy of a model.
+    """Load a model and return its policy.
 
     Args:
         source: a folder, a hub id, a pipeline, or None for the embedded model.
-        model: how it is loaded and run.
-        lora: which adapters are added.
-        device: where it is trained.
-        peft_config: instead of the one that `lora` describes.
+        model: settings of the model.
+        lora: settings of the adapters.
+        device: device of the training.
+        peft_config: a `peft.LoraConfig` that replaces the settings in `lora`.
 
     Raises:
-        UserError: it cannot be loaded, or as `Policy`.
+        UserError: the model cannot be loaded, or `Policy` refuses it.
     """
     pipe, defaults = load_model(source, model, device)
     return Policy(pipe, model, lora, peft_config, defaults)
 
 
 def load_model(source: Any, model: ModelConfig, device: torch.device) -> tuple[Any, Defaults | None]:
-    """Return a pipeline on its device, and what its folder says of sizes and rate; None where there is no folder.
+    """Load a pipeline, and the default sizes and frame rate from its folder.
 
     Args:
         source: a folder, a hub id, a pipeline, or None for the embedded model.
-        model: its number type.
-        device: where to.
+        model: settings of the model; only the dtype is used here.
+        device: device of the pipeline.
+
+    Returns:
+        The pipeline, and its defaults; the defaults are None if `source` is a pipeline.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
     if source is not None and not isinstance(source, str | Path):
         return source.to(device), None
     facts = inspect_model(source if source is not None else embedded_model(), images=True)
     with quiet_libraries():
-        where = str(device) if device.type == "cuda" else device.type  # accelerate speaks of cpu:0
+        where = str(device) if device.type == "cuda" else device.type  # accelerate may name the CPU cpu:0
         pipe = load_pipeline(facts, dtype=model.dtype, device=where)
     pipe.set_progress_bar_config(disable=True)
     return pipe, facts.defaults
 
 
 def frozen(pipe: Any, model: ModelConfig) -> Denoiser:
-    """Freeze all weights of a pipeline, in evaluation mode, and return its denoiser, set up as a configuration says.
+    """Freeze all weights of a pipeline, put it into eval mode, and return its denoiser with the configured settings.
 
     Raises:
-        UserError: no denoiser for it.
+        UserError: there is no denoiser for the pipeline.
     """
     denoiser = denoiser_for(pipe)
     if model.flow_shift is not None:
@@ -231,7 +236,7 @@ def frozen(pipe: Any, model: ModelConfig) -> Denoiser:
 
 
 def park_text_encoders(pipe: Any) -> None:
-    """Move the text encoders of a pipeline to the CPU: all prompts are encoded."""
+    """Move the text encoders of a pipeline to the CPU. Call this after all prompts are encoded."""
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             part.to("cpu")

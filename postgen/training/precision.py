@@ -1,4 +1,4 @@
-"""The precision of one trainer: accelerate keeps one for a whole process, so bfloat16's autocast is entered here."""
+"""Mixed precision per trainer. accelerate has one precision per process, so this module enters autocast itself."""
 
 from __future__ import annotations
 
@@ -17,45 +17,50 @@ from postgen.errors import UserError
 
 
 class OwnPrecision(Accelerator):  # type: ignore[misc]
-    """accelerate's `Accelerator` with a precision of its own, whatever others of the process have.
+    """An `Accelerator` whose precision does not depend on other accelerators of the process.
 
-    Models that it prepares, and what stands inside `autocast`, compute as with accelerate's `mixed_precision="bf16"`,
-    to the bit: weights stay as they are, and outputs are float32. A module that several accelerators prepare computes
-    as the last of them says.
+    With `bf16`, prepared models and code inside `autocast` compute bitwise the same as with accelerate's
+    `mixed_precision="bf16"`: weights keep their dtype, and outputs are float32. If several accelerators prepare a
+    module, the last one determines its precision.
 
     Args:
-        bf16: bfloat16, or no mixed precision.
-        settings: those of `Accelerator`, without `mixed_precision`.
+        bf16: use bfloat16 autocast; otherwise no mixed precision.
+        settings: arguments of `Accelerator`, without `mixed_precision`.
 
     Raises:
-        UserError: a device without bfloat16.
-        ValueError: the process has had an accelerator of fp16, fp8 or another device.
+        UserError: the device does not support bfloat16.
+        ValueError: the process already has an accelerator with fp16, fp8 or another device.
     """
 
     def __init__(self, *, bf16: bool, **settings: Any) -> None:
         self.bf16 = bf16
-        # All accelerators of a process share a state, which takes one precision only: this one asks for none of it.
+        # All accelerators of a process share a state that allows one precision only. This accelerator requests no
+        # mixed precision from it, or leaves a "bf16" that another accelerator has set.
         beside = is_initialized() and AcceleratorState().mixed_precision == "bf16"
         super().__init__(mixed_precision=None if beside else "no", **settings)
         self.native_amp = False
         if bf16 and self.device.type not in ("cpu", "xpu", "hpu") and not is_bf16_available(ignore_tpu=True):
-            raise UserError(f"bf16 is true, but {self.device} has no bfloat16: set bf16: false")
+            raise UserError(f"bf16 is true, but {self.device} does not support bfloat16: set bf16: false")
 
     @property
     def mixed_precision(self) -> str:
-        """What models compute in: "bf16" or "no"."""
+        """The precision of prepared models: "bf16" or "no"."""
         return "bf16" if self.bf16 else "no"
 
     @contextmanager
     def autocast(self, autocast_handler: Any = None) -> Iterator[None]:
-        """Inside, computations are in this precision; the handler is accelerate's `AutocastKwargs`."""
+        """Run the enclosed code in this precision.
+
+        Args:
+            autocast_handler: settings of autocast, accelerate's `AutocastKwargs`.
+        """
         with self._autocast(autocast_handler):
             yield
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        """Bring a model to its device, and let it compute in this precision and average its gradients."""
+        """Move a model to the device, and wrap it so that it computes in this precision and averages gradients."""
         _take_off(model)
         if self.bf16:
             _put_on(model, self._autocast())
@@ -69,16 +74,17 @@ class OwnPrecision(Accelerator):  # type: ignore[misc]
 
 
 def _put_on(model: nn.Module, autocast: Any) -> None:
-    """Let the forward passes of a module run inside a context, with outputs in float32."""
+    """Wrap the forward method of a module so that it runs inside `autocast` and returns float32 outputs."""
     plain = getattr(model.forward, "__func__", model.forward)
     wrapped = convert_outputs_to_fp32(autocast(plain))
-    # With itself, so that a wrapper around it, which takes over its attributes, is not mistaken for it.
+    # The attribute also stores the wrapper itself: another wrapper around this one copies its attributes, and
+    # `_take_off` must not mistake that one for this.
     wrapped.postgen_plain = wrapped, plain
     _set_forward(model, wrapped)
 
 
 def _take_off(model: nn.Module) -> None:
-    """Undo `_put_on`; nothing happens where somebody has put more around it, or nobody this."""
+    """Undo `_put_on`. Nothing happens if the forward method is not wrapped, or has another wrapper around it."""
     function = getattr(model.forward, "__func__", model.forward)
     wrapped, plain = getattr(function, "postgen_plain", (None, function))
     if wrapped is function:
@@ -86,7 +92,7 @@ def _take_off(model: nn.Module) -> None:
 
 
 def _set_forward(model: nn.Module, function: Callable[..., Any]) -> None:
-    # A method, where it was one, so that a deep copy of the module calls its own.
+    # A bound method stays a bound method, so that a deep copy of the module calls the copy and not the original.
     bound = isinstance(model.forward, MethodType)
     if function is getattr(type(model), "forward", None):
         del model.forward

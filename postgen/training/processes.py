@@ -1,4 +1,4 @@
-"""Several processes of one run: that they hold the same weights, and how they leave their group."""
+"""Several processes of one run: check of equal weights, and the end of the process group."""
 
 import torch
 from accelerate import Accelerator
@@ -8,37 +8,38 @@ from postgen.errors import UserError
 
 
 def check_equal(checksum: float) -> None:
-    """Compare a checksum of the trained weights over all processes; every process calls this.
+    """Check that all processes have the same checksum of the trained weights; every process must call this.
 
     Raises:
-        RuntimeError: the processes train different weights: each would waste what the others learn.
+        RuntimeError: the weights differ, so the processes do not average their gradients.
     """
     sums = gather_object([checksum])
     if any(other != sums[0] for other in sums):
         raise RuntimeError(
-            "the processes hold different weights: passes that carry gradients must go through self.models[name], "
-            "not through unwrap(name), so that gradients are averaged"
+            "the processes hold different weights: forward passes with gradients must call self.models[name], not "
+            "unwrap(name), so that gradients are averaged"
         )
 
 
 def check_group(accelerator: Accelerator) -> None:
-    """Look whether processes that are to train together can still speak with each other.
+    """Check that the process group of a run still exists.
 
     Raises:
-        UserError: their group has ended, with an earlier run of theirs.
+        UserError: an earlier run of the same processes has ended the group.
     """
     if accelerator.num_processes > 1 and not torch.distributed.is_initialized():
         raise UserError(
             f"the group of these {accelerator.num_processes} processes has ended with an earlier run: several "
-            "processes train one run, start them again for the next"
+            "processes can train one run only, start them again for the next run"
         )
 
 
 def leave_group(accelerator: Accelerator) -> None:
-    """End the group of processes; without one, nothing happens. The caller has let go of the prepared models before.
+    """Destroy the process group, if there is one. The caller must drop its references to the prepared models first.
 
-    The wrappers that average gradients hold the group too. Freed after it, they would take it down while they hold
-    Python's lock, and wait for gloo's thread, which may need that lock to free its last work: the process would hang.
+    The DDP wrappers hold the group as well. If they were freed after this call, they would destroy the group while
+    they hold Python's GIL, and would wait for gloo's thread. That thread may need the GIL to finish, so the process
+    would hang.
     """
     if accelerator.num_processes > 1:
         accelerator.free_memory()
@@ -46,7 +47,7 @@ def leave_group(accelerator: Accelerator) -> None:
 
 
 def counted(processes: int) -> str:
-    """Say how many processes there are.
+    """Return a number of processes as text.
 
     >>> counted(1), counted(2)
     ('1 process', '2 processes')

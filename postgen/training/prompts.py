@@ -1,4 +1,4 @@
-"""Prompts: rows of a JSONL file, of a data set or of a function, and the order they are taken in."""
+"""Prompts: rows from a file, a data set or a function, and the order in which training uses them."""
 
 from __future__ import annotations
 
@@ -15,51 +15,50 @@ from postgen.sampling.seeds import Shuffled
 from postgen.settings import Part
 
 _OWN = ("prompt", "negative_prompt", "image")
-"""Columns that sampling reads; the others are handed on."""
+"""Columns that sampling uses; rewards receive all others."""
 
 
 @dataclass(kw_only=True)
 class PromptsConfig(Part):
-    """Where prompts come from."""
+    """Sources of the training and held-out prompts."""
 
     part: ClassVar[str] = "prompts"
     files: ClassVar[tuple[str, ...]] = ("train_dataset", "eval_dataset")
 
     train_dataset: str | None = None
-    """File of prompts (JSONL, JSON, CSV, TSV, text) with a column `prompt`, a name or folder for
-    `datasets.load_dataset` (its split `train`; another one as `org/name:test`), or `package.module:function`. Further
-    columns (`negative_prompt`, `image`, anything a reward takes) are handed on."""
+    """Source of the training prompts: a file (JSONL, JSON, CSV, TSV, text), a name or folder for
+    `datasets.load_dataset` (split `train`; another split as `org/name:test`), or `package.module:function`. A column
+    `prompt` is required. `negative_prompt` and `image` are optional; rewards receive all other columns."""
 
     eval_dataset: str | None = None
-    """The same for held-out prompts; none evaluates nothing."""
+    """Source of the held-out prompts, of the same kinds. None disables evaluation."""
 
     shuffle_dataset: bool = True
-    """Draw prompts in a new random order in each pass over them."""
+    """Use the prompts in a new random order in each pass over them."""
 
     precompute_prompt_embeds: bool = False
     """Encode all prompts before training, keep the encodings, and move the text encoders to the CPU."""
 
 
 class Prompts:
-    """Rows with a `prompt`, in a random order that follows from the seed.
+    """Prompt rows in an endless order, random by seed or as given.
 
     Args:
-        source: a file of prompts, a name for `datasets.load_dataset` (the split "train", another one as
-            `org/name:test`), `package.module:function`, or rows.
-        name: what messages call it.
-        seed: of the order.
+        source: a source as in `PromptsConfig.train_dataset`, or rows.
+        name: name of the source in messages.
+        seed: seed of the order.
         shuffle: whether the order is random.
 
     Raises:
-        UserError: it cannot be read, is empty, or a row has no prompt.
+        UserError: the source cannot be read or is empty, or a row has no prompt.
     """
 
     def __init__(self, source: str | Iterable[Mapping[str, Any]], name: str, *, seed: int, shuffle: bool) -> None:
         self.name, self.seed, self.shuffle = name, seed, shuffle
         rows = _read(source, name)
         if not rows:
-            raise UserError(f"{name} has no rows: give prompts, one JSON object a line")
-        # A batch of rows that all lack a column must not lack it for the rewards.
+            raise UserError(f"{name} has no rows: give prompts, one JSON object per line")
+        # Every row gets all columns, with None for missing values, so that a batch of rows always has every column.
         absent = dict.fromkeys(key for row in rows for key in row)
         self.rows = [{**absent, **row} for row in rows]
         self._order = Shuffled(len(rows), seed)
@@ -68,12 +67,12 @@ class Prompts:
         return len(self.rows)
 
     def at(self, position: int) -> Row:
-        """Return the row at a position of the endless order: every row once, then every row again in another order."""
+        """Return the row at a position, from 0, of the endless order: all rows, then all rows in another order, ..."""
         return self.rows[self._order.at(position) if self.shuffle else position % len(self.rows)]
 
 
 def columns(rows: Iterable[Row]) -> dict[str, Any]:
-    """Return the columns that rewards get: all but the prompt, the negative prompt and the image."""
+    """Return the columns that rewards receive, as lists: all but `prompt`, `negative_prompt` and `image`."""
     rows = list(rows)
     names = dict.fromkeys(key for row in rows for key in row if key not in _OWN)
     return {name: [row.get(name) for row in rows] for name in names}
@@ -91,7 +90,7 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
 
 
 def _made(source: str, name: str) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a function or of a data set."""
+    """Return the rows from a function or a data set."""
     if ":" in source and names_own_code(source):
         function = own_function(source, name)
         if not callable(function):
@@ -118,6 +117,6 @@ def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             location or split, split=split if location else "train"
         )
-    except Exception as error:  # the hub and the readers raise all kinds
+    except Exception as error:  # `datasets` and the hub raise many kinds of exceptions
         raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     return rows

@@ -1,4 +1,4 @@
-"""Recipes: YAML with `method:`, flat or nested by part, and `--key value` words, become a trainer and its settings."""
+"""Recipes: YAML with `method:` (flat or nested by part) and `--key value` options become a trainer configuration."""
 
 import dataclasses
 import difflib
@@ -36,32 +36,33 @@ METHODS = {
 """Method name -> `package.module:Class` of its trainer."""
 
 _LARGEST = 2**20
-"""Bytes of a recipe."""
+"""Maximum size of a recipe in bytes."""
 _DEEPEST, _MOST = 20, 10_000
-"""How often values may be nested, and how many a key may have."""
+"""Maximum depth of nested values, and maximum number of values of a key."""
 _WORD = 400
-"""Characters of a word in a message: more than most paths."""
+"""Maximum number of characters of a word in a message, more than most paths have."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["type[Trainer[Any]]", TrainingConfig]:
     """Return the trainer class of a recipe and its checked configuration.
 
     Args:
-        path: a YAML file with `method:` and fields of the method's configuration, which may be nested by part (see
-            `postgen.training.nested`); `env:` sets environment variables. Or the name of a recipe that is shipped
-            (`postgen.shipped`). Files that it names (`Part.files`) are looked for beside it first, then from the
-            current folder on.
-        overrides: `["--key", "value", ...]`, stronger than the file; files from the current folder on.
+        path: a YAML file, or the name of a shipped recipe (`postgen.shipped`). The file has `method:` and fields of
+            the method's configuration, flat or nested by part (`postgen.training.nested`); `env:` sets environment
+            variables. Relative file names in fields of `Part.files` refer to the recipe's folder first, then to the
+            current folder.
+        overrides: `["--key", "value", ...]`, which replace values of the file. Relative file names refer to the
+            current folder.
 
     Raises:
-        UserError: the file cannot be read, the method or a key is unknown, a value does not fit.
+        UserError: the file cannot be read, the method or a key is unknown, or a value is invalid.
     """
     overrides = list(overrides or ())
     path = recipe_file(path)
     values = _read(path)
     method = _last_value(overrides, "method") or _method_of(values)
     if not isinstance(method, str) or not method:
-        raise UserError(f"{path} names no method. Add a line 'method: NAME', one of: {', '.join(METHODS)}.")
+        raise UserError(f"{path} names no method. Add a line 'method: NAME' with one of: {', '.join(METHODS)}.")
     trainer = find_method(method)
     known = [item.name for item in dataclasses.fields(trainer.config_class)]
     env = {"env": values.pop("env")} if "env" in values else {}
@@ -77,10 +78,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> tuple["
 
 
 def find_method(method: str) -> "type[Trainer[Any]]":
-    """Return the trainer class for a name in `METHODS`, or a `package.module:Class` or `file.py:Class`.
+    """Return the trainer class for a name in `METHODS`, `package.module:Class` or `file.py:Class`.
 
     Raises:
-        UserError: nobody knows it, or it cannot be imported.
+        UserError: the name is unknown, or the class cannot be imported or is not a trainer.
     """
     location = METHODS.get(method, method)
     if ":" not in location:
@@ -93,7 +94,7 @@ def find_method(method: str) -> "type[Trainer[Any]]":
 
     found = own_function(location, "method")
     if not (isinstance(found, type) and issubclass(found, Trainer)):
-        raise UserError(f"method {method!r} is no subclass of postgen.training.Trainer.")
+        raise UserError(f"method {method!r} is not a subclass of postgen.training.Trainer.")
     return found
 
 
@@ -102,14 +103,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"Recipe {path} is no valid YAML: {' '.join(str(error).split())}.") from error
+        raise UserError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError:
         raise UserError(
-            f"Recipe {path}: its values are nested too deeply, parts and lists are all there is."
+            f"Recipe {path}: its values are nested too deeply; a recipe has only keys, parts and lists."
         ) from None
     except (ValueError, OverflowError) as error:
-        # A tag, or the form of a number or date, and a value that is none of its kind.
-        raise UserError(f"Recipe {path} is no valid YAML: {cut(first_line(error), 200)}.") from error
+        # A value looks like, or has the tag of, a number or date, but is not a valid one.
+        raise UserError(f"Recipe {path} is not valid YAML: {cut(first_line(error), 200)}.") from error
     if not isinstance(values, dict):
         raise UserError(f"Recipe {path} must be a list of 'key: value' lines.")
     _check_small(values, path)
@@ -121,16 +122,18 @@ def _check_env(env: Any, path: str) -> None:
         raise UserError(f"env in {path} is {shown(env)}, it must be a mapping of environment variables.")
     for name, value in env.items():
         if not isinstance(name, str) or not name or {"=", "\0"} & set(name):
-            raise UserError(f"env in {path} has the name {shown(name)}, it must be one of an environment variable.")
+            raise UserError(
+                f"env in {path} has the name {shown(name)}, it must be a valid name of an environment variable."
+            )
         if not isinstance(value, str | int | float) or "\0" in str(value):
             raise UserError(f"env in {path}: {name} is {shown(value)}, it must be a text or a number.")
 
 
 def _check_small(values: dict[Any, Any], path: Path) -> None:
-    """Refuse what aliases make endless, or so large that no setting can mean it.
+    """Check the size of values. YAML aliases can make a value infinite or extremely large.
 
     Raises:
-        UserError: a value that holds itself, is nested more than `_DEEPEST` times, or has more than `_MOST` parts.
+        UserError: a value contains itself, is nested more than `_DEEPEST` times, or has more than `_MOST` elements.
     """
     sizes: dict[int, int] = {}
 
@@ -138,7 +141,7 @@ def _check_small(values: dict[Any, Any], path: Path) -> None:
         if not isinstance(value, dict | list | set | tuple):
             return 1
         if id(value) in above or len(above) > _DEEPEST:
-            raise UserError(f"Recipe {path}: a value holds itself or is nested too deeply.")
+            raise UserError(f"Recipe {path}: a value contains itself or is nested more than {_DEEPEST} times.")
         if id(value) not in sizes:
             inner = list(value.values()) if isinstance(value, dict) else list(value)
             sizes[id(value)] = 1 + sum(size(each, (*above, id(value))) for each in inner)
@@ -150,12 +153,15 @@ def _check_small(values: dict[Any, Any], path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys: the settings of a part that is written twice would be lost."""
+    """A YAML loader that refuses duplicate keys and integers in other bases.
+
+    PyYAML keeps only the last of two equal keys, so the first settings of a part that is written twice would be lost.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            # A merged mapping ("<<") may be overridden.
+            # Keys may override those of a merged mapping ("<<").
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
@@ -163,11 +169,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """YAML 1.1 reads 1:30 as 90 and 010 as 8; neither is what a person means who writes it."""
+        """Parse an integer. Refuse 1:30 and 010, which YAML 1.1 reads as 90 and 8, contrary to what users expect."""
         text = str(self.construct_scalar(node)).lstrip("+-")
         if ":" in text or (text.startswith("0") and text[1:].replace("_", "").isdigit()):
-            told = f"{text} would be read to the base {60 if ':' in text else 8}: write a plain number, or quotes"
-            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+            message = (
+                f"YAML reads {text} in base {60 if ':' in text else 8}: write a decimal number, or put it in quotes"
+            )
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return int(super().construct_yaml_int(node))
 
 
@@ -180,9 +188,10 @@ def _method_of(values: dict[str, Any]) -> Any:
 
 
 def _beside(config_class: type[TrainingConfig], values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the values, with the whole place of files that lie beside the recipe.
+    """Return the values, with paths of files next to the recipe made independent of the recipe's folder.
 
-    From the current folder on where they lie in it, so that a run can be moved with the folder that it lies in.
+    A path is relative to the current folder if the file lies inside it, so that a run can be moved together with this
+    folder. Otherwise the path is absolute.
     """
     found = dict(values)
     for name in config_class.named_in("files"):
@@ -197,9 +206,9 @@ def _key(word: str) -> str:
 
 
 def _emptied(config_class: type[TrainingConfig], values: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Put what the command line empties (`--key []` a list, `--key null` what may be none) into `values`.
+    """Apply `--key []` (empty list) and `--key null` (None) of the command line to `values`; return the other words.
 
-    The parser knows no spelling of either. Returns the other words.
+    TrlParser has no syntax for an empty list or None.
     """
     hints = get_type_hints(config_class)
     spelt = {name: "[]" for name, hint in hints.items() if get_origin(hint) is list}
@@ -239,7 +248,7 @@ def _parse(
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            # "argument --key/--other-key: what is wrong"
+            # argparse's messages have the form "argument --key/--other-key: problem".
             named = message.removeprefix("argument ").partition("/")[0].partition(":")[0]
             given = any(word.startswith("--") and f"--{_key(word)}" == named for word in overrides)
             raise UserError(f"{'The command line' if given else path}: {cut_words(message, _WORD)}.")
@@ -248,13 +257,13 @@ def _parse(
     config: TrainingConfig
     try:
         with tempfile.TemporaryDirectory() as folder:
-            # The parser reads files, and knows no parts.
+            # The parser reads a file, and does not support nested parts: write the flat values to one.
             file = Path(folder) / path.name
             file.write_text(yaml.safe_dump(values), encoding="utf-8")
             (config,) = parser.parse_args_and_config(["--config", str(file), *overrides])
     except UserError:
         raise
     except ValueError as error:
-        # A word that is neither a key nor a value.
+        # The parser found a word that is neither a key nor a value.
         raise UserError(f"{path}: {error}. Settings are given as --key value.") from error
     return config

@@ -1,4 +1,4 @@
-"""Random states of one process: python, numpy, torch on CPU and on its GPU, and the trainer's own generator."""
+"""Random states of a process: Python, NumPy, torch on the CPU and on its GPU, and the trainer's generator."""
 
 import random
 from collections.abc import Iterator
@@ -13,9 +13,10 @@ State = dict[str, Any]
 
 
 def stream_seed(seed: int, rank: int) -> int:
-    """Return the seed of the data stream of process `rank`: far from `seed` itself, which seeds the weights.
+    """Return the seed of the data stream of process `rank`.
 
-    Equal seeds would give equal numbers to the first weights and to the first batch.
+    The result differs from `seed`, which initialises the weights. With equal seeds, the first weights and the first
+    batch would use the same random numbers.
     """
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -38,7 +39,7 @@ def capture(generator: torch.Generator) -> State:
 
 
 def wrong(state: State) -> str:
-    """Return what is wrong with a state of `capture`; nothing where it can be restored."""
+    """Return what is wrong with a state from `capture`; an empty text if the state can be restored."""
     try:
         version, gauss = state["python"]
         random.Random().setstate((version, tuple(state["python_words"].tolist()), gauss))
@@ -49,16 +50,16 @@ def wrong(state: State) -> str:
         if "cuda" not in state:
             torch.Generator().set_state(state["generator"])
         elif any(state[key].dtype != torch.uint8 for key in ("generator", "cuda")):
-            return "has random states of a GPU that are no bytes"
+            return "has random states of a GPU that are not bytes"
     except KeyError as error:
         return f"has no random state {error}"
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        return f"has random states that are none: {error}"
+        return f"has invalid random states: {error}"
     return ""
 
 
 def restore(state: State, generator: torch.Generator) -> None:
-    """Set all random states of this process. A state of another kind of device leaves this device's as it is."""
+    """Set all random states of this process. States from another kind of device are not applied to this device."""
     version, gauss = state["python"]
     random.setstate((version, tuple(state["python_words"].tolist()), gauss))
     name, position, has_gauss, cached = state["numpy"]
@@ -73,7 +74,7 @@ def restore(state: State, generator: torch.Generator) -> None:
 
 @contextmanager
 def preserved(generator: torch.Generator) -> Iterator[None]:
-    """Leave every random state as it was: what runs inside does not change the training that follows."""
+    """Restore every random state on exit, so that the enclosed code does not change the training that follows."""
     state = capture(generator)
     try:
         yield

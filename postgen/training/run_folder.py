@@ -1,4 +1,4 @@
-"""The folder of a run: that one process at a time writes there, and what is said where it cannot be written."""
+"""The folder of a run: a lock, so that one run at a time writes to it, and errors about files in it."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from postgen.locks import FolderLock
 from .logging import say
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What stops every file from being written, wherever in the program that shows."""
+"""Errors that affect all files (full or read-only disk), so they are reported even for files outside the folder."""
 
 
 class RunLock(FolderLock):
-    """`FolderLock` of a run, whose processes tell the terminal in one voice."""
+    """A `FolderLock` of a run that prints its warnings without breaking the progress bar."""
 
     def warn(self, message: str) -> None:
-        """Say something that does not stop the run."""
+        """Print a warning; the run continues."""
         say(f"postgen: warning: {message}")
 
 
 @contextmanager
 def written(folder: Path, what: str = "the run") -> Iterator[None]:
-    """Turn what keeps files of a run from being written (a full disk, a folder in a file's place) into one line.
+    """Turn errors about files of a run that cannot be written into a `UserError`.
 
     Args:
-        folder: of the run.
-        what: what was to be written.
+        folder: folder of the run.
+        what: description of what is written, for the message.
 
     Raises:
-        UserError: instead of an error of the file system that says the disk is full or read-only, or that is about a
-            file in `folder`. Any other goes on as it is.
+        UserError: the disk is full or read-only, or a file in `folder` cannot be written. Other errors pass through
+            unchanged.
     """
     usual = threading.excepthook
-    # TensorBoard writes in a thread, and raises once more where it is called next.
+    # TensorBoard's writer thread would print a traceback; its next call raises the same error again.
     threading.excepthook = lambda failed: None if _is_full(failed.exc_value) else usual(failed)
     try:
         yield
@@ -49,8 +49,8 @@ def written(folder: Path, what: str = "the run") -> Iterator[None]:
         if isinstance(error, OSError) and not _is_full(error) and not _inside(error, folder):
             raise
         raise UserError(
-            f"{what} in {folder} cannot be written: {first_line(error)}. Make room or clear the place, then go on from"
-            " the last checkpoint with --resume."
+            f"{what} in {folder} cannot be written: {first_line(error)}. Make room, or remove what is in the way, then"
+            " continue from the last checkpoint with --resume."
         ) from error
     finally:
         threading.excepthook = usual

@@ -1,4 +1,4 @@
-"""The log of one run: averages of all processes to `metrics.jsonl`, the trackers and the progress bar."""
+"""The log of a run: means of metrics over all processes, for `metrics.jsonl`, trackers and progress bar."""
 
 import time
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from .logging import Averages, MetricsFile, Progress, StepTimer, Sums, merged_me
 
 
 class RunLog:
-    """Collects metrics without waiting for the device, and writes them when asked.
+    """Collects metrics without synchronising with the device, and writes their means.
 
     Args:
-        args: the configuration; it is saved beside the metrics as `config.yaml`.
-        accelerator: its trackers get every line too.
+        args: the configuration; also written to `config.yaml` in the folder of the run.
+        accelerator: its trackers receive every line as well.
     """
 
     def __init__(self, args: TrainingConfig, accelerator: Accelerator) -> None:
@@ -31,18 +31,18 @@ class RunLog:
         self.newest: dict[str, float] = {}
 
     def restore(self, averages: Sums, seconds: float) -> None:
-        """Go on from a checkpoint: averages in progress, and seconds that the run took so far."""
+        """Restore the averages in progress and the seconds of the run so far, from a checkpoint."""
         self._averages.load(averages)
         self._seconds_before = seconds
 
     def open(self, step: int) -> None:
-        """Start files, trackers and bar after `step` steps; lines of later steps are dropped from the file."""
+        """Open files, trackers and progress bar at `step`; lines of later steps are removed from `metrics.jsonl`."""
         args, main = self._args, self._accelerator.is_main_process
         self._timer = StepTimer()
         self._progress = Progress(step=step, max_steps=args.max_steps, shown=main and not args.disable_tqdm)
         if main:
             path = args.folder / "config.yaml"
-            if not (args.evaluate_only and path.exists()):  # a run keeps its own
+            if not (args.evaluate_only and path.exists()):  # an evaluation keeps the configuration of the run
                 with replacing(path) as part:
                     part.write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
             self._file = MetricsFile(args.folder / "metrics.jsonl", step)
@@ -53,8 +53,8 @@ class RunLog:
     def add(self, loss: Tensor, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Add the loss and metrics of a micro-batch of step `step`."""
         self._averages.add({"loss": loss, **metrics})
-        # Remembers the first bad step on the device: it is read, and raised, with the next log line. A fill, because
-        # torch.where would copy the number to the device and wait for it.
+        # The first step with a loss that is not finite is kept on the device, and read with the next log line.
+        # masked_fill_ is used because torch.where would copy `step` to the device and wait for it.
         fine = torch.isfinite(loss.detach()).reshape(()) | (self._first_bad >= 0)
         self._first_bad.masked_fill_(~fine, step)
 
@@ -69,14 +69,14 @@ class RunLog:
         return self._averages.state()
 
     def seconds(self) -> float:
-        """Return the seconds of the run so far, those before a resume included."""
+        """Return the seconds of the run so far, including the time before a resume."""
         return self._seconds_before + time.monotonic() - self._began
 
     def check_finite(self) -> None:
-        """Raise when a loss was not finite in any process.
+        """Check that all losses so far were finite in all processes; every process must call this.
 
         Raises:
-            FloatingPointError: it names the first such step.
+            FloatingPointError: a loss was not finite; the message names the step.
         """
         bad = max(gather_object([int(self._first_bad)]))
         if bad >= 0:
@@ -86,7 +86,7 @@ class RunLog:
             )
 
     def training_means(self, learning_rate: float) -> dict[str, float]:
-        """Return the means since the last call over all processes, with rate, times and memory; start again."""
+        """Return the means over all processes since the last call, with learning rate, times and memory."""
         self.check_finite()
         means = merged_means(gather_object([self._averages.state()]))
         self._averages.clear()
@@ -98,7 +98,7 @@ class RunLog:
         return means
 
     def evaluation_means(self, own: Mapping[str, float]) -> dict[str, float]:
-        """Return the means over the processes' evaluations, under `eval_<name>`."""
+        """Return the means of evaluation metrics over all processes, under `eval_<name>`."""
         means = merged_means(gather_object([{"sums": dict(own), "counts": dict.fromkeys(own, 1)}]))
         return {f"eval_{name}": value for name, value in means.items()}
 
@@ -110,7 +110,7 @@ class RunLog:
         self._accelerator.log(dict(values), step=step)
 
     def pause(self) -> None:
-        """Leave the time since the last log line out of the seconds per step: something else than training ran."""
+        """Exclude the time since the last log line from the seconds per step, for example after an evaluation."""
         self._timer.read()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a run that training changes (modules, optimiser, schedule, average), into a checkpoint and back."""
+"""Saves and restores what training changes: modules, optimiser, learning rate schedule, average, copies of weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,45 +17,45 @@ from .sharding import cut_like, gathered, whole
 from .swap import WeightsCopy, trained_parameters
 
 Weights = dict[str, dict[str, Tensor]]
-"""Tensors by model and by the name in its `state_dict`, each of them whole."""
+"""State dict of each model, by model name, with whole (not sharded) tensors."""
 
 
 @dataclass(kw_only=True)
 class RunState:
-    """What changes from step to step and is equal in every process."""
+    """State that changes from step to step and is the same in every process."""
 
     modules: Mapping[str, nn.Module]
     """Trained modules by name, without accelerate's wrappers."""
 
     optimizer: torch.optim.Optimizer
-    """The optimiser itself, without accelerate's wrapper."""
+    """The optimiser without accelerate's wrapper."""
 
     scheduler: torch.optim.lr_scheduler.LambdaLR
     """Schedule of the learning rate."""
 
     ema: Ema | None
-    """Average of the trained weights."""
+    """Moving average of the trained weights; None if the run keeps none."""
 
     copies: Mapping[str, WeightsCopy] = field(default_factory=dict)
     """Copies of the trained weights that the method keeps."""
 
     def __post_init__(self) -> None:
-        """Name the trained parameters once: walking the modules at each step would cost time."""
+        """Collect the trained parameters once, because walking through the modules at each step would cost time."""
         self.named = trained_parameters(self.modules)
         self.parameters = list(self.named.values())
         self.optimizer_state = OptimizerState(self.optimizer, self.named)
 
     @torch.no_grad()
     def snapshot(self, step: int, ranks: list[dict[str, Any]], meta: Mapping[str, Any], *, keep: bool) -> Snapshot:
-        """Return the state after `step` steps with the parts that the caller collected; whole tensors are not copied.
+        """Return a snapshot of the state. Tensors that are not sharded are not copied.
 
         With sharded weights every process must call this.
 
         Args:
             step: optimiser steps done.
-            ranks: what each process keeps for itself.
-            meta: JSON values.
-            keep: whether this process writes it; that of another one has no tensors.
+            ranks: each process's own state.
+            meta: JSON values to add to those of this state.
+            keep: whether this process writes the snapshot; otherwise the snapshot has no tensors.
         """
         return Snapshot(
             step=step,
@@ -73,16 +73,20 @@ class RunState:
 
     @torch.no_grad()
     def checksum(self) -> float:
-        """Return a number that two processes share when their trained weights are equal. Waits for the device."""
+        """Return a checksum of the trained weights, to compare between processes. Synchronises with the device."""
         return float(torch.stack([whole(parameter.double().abs().sum()) for parameter in self.parameters]).sum())
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot, location: str) -> None:
-        """Take the values of a checkpoint. Learning rate, decay and the like stay as this run was configured.
+        """Restore the values of a checkpoint. Learning rate, weight decay and the like stay as configured in this run.
+
+        Args:
+            snapshot: the checkpoint.
+            location: name of the checkpoint, for messages.
 
         Raises:
-            UserError: names or shapes differ, or only one of the two keeps an average. The message names `location`.
-            DamagedCheckpoint: the weights fit, but the average, or what the optimiser keeps, belongs to others.
+            UserError: names or shapes of weights differ, or only one of checkpoint and run keeps an average.
+            DamagedCheckpoint: the weights fit, but the average or the optimiser state belongs to other weights.
         """
         tensors = self._tensors()
         check_names(snapshot.weights, tensors, location)
@@ -106,11 +110,14 @@ class RunState:
 
     @torch.no_grad()
     def whole_weights(self, *, keep: bool) -> Weights:
-        """Return all weights by model and name as `sharding.gathered` does; with cut ones every process calls this."""
+        """Return the state dict of each model with whole tensors, see `sharding.gathered`.
+
+        With sharded weights every process must call this.
+        """
         return {name: gathered(module.state_dict(), keep=keep) for name, module in self.modules.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return trained parameters, and buffers that belong to the state."""
+        """Return the trained parameters, and the buffers in the state dicts, by `<model>.<name>`."""
         found: dict[str, Tensor] = dict(self.named)
         for name, module in self.modules.items():
             parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}

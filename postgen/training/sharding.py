@@ -1,7 +1,7 @@
-"""Parameters, gradients and moments cut over the processes: torch's `fully_shard` (FSDP2), on GPUs and on CPUs alike.
+"""Sharding of parameters, gradients and moments over processes with torch's `fully_shard` (FSDP2), on GPUs and CPUs.
 
-Either the recipe asks for it, or `accelerate launch` does with its FSDP plug-in, which then does the cutting. On a CPU
-that plug-in falls back to plain data parallelism without a word; here nothing does.
+Either the recipe enables sharding, or `accelerate launch` does with its FSDP plug-in, which then shards the model. On
+CPUs accelerate's plug-in silently falls back to data parallelism; this module never does.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from postgen.families import blocks_of
 from postgen.families.own_format import empty_noted
 
 Blocks = Callable[[], Sequence[nn.Module]]
-"""The modules inside a model that are cut one by one; asked for only where it is cut."""
+"""Returns the modules inside a model that are sharded one by one; called only if the model is sharded."""
 
 
 def repeated_blocks(module: nn.Module, name: str) -> list[nn.Module]:
-    """Return the repeated blocks of all networks inside a module, by their rows in `families` or their own classes.
+    """Return the repeated blocks of all networks inside a module.
+
+    The blocks are those of the network's row in `postgen.families`, or those that its own class names.
 
     Args:
-        module: a network, or a module around one or several.
-        name: what messages call it.
+        module: a network, or a module that contains one or several networks.
+        name: name of the module in messages.
 
     Raises:
-        UserError: no block is known inside.
+        UserError: no repeated blocks are known inside the module.
     """
     if found := blocks_inside(module):
         return found
     raise UserError(
-        f"{name}, a {type(module).__name__}, cannot be cut over the processes: no repeated blocks are known inside. "
-        "Train it whole in each of them, without fully_shard and FSDP; a trainer of your own can name the modules in "
-        "its shard_blocks"
+        f"{name}, a {type(module).__name__}, cannot be sharded: no repeated blocks are known inside. Train without "
+        "fully_shard and FSDP; a trainer of your own can name the modules in its shard_blocks"
     )
 
 
 def blocks_inside(module: nn.Module) -> list[nn.Module]:
-    """Return what `repeated_blocks` does, or nothing where no block is known."""
+    """Return the same blocks as `repeated_blocks`; an empty list if no blocks are known."""
     try:
         return [block.module for block in blocks_of(module)]
     except UserError:
@@ -55,16 +56,16 @@ def blocks_inside(module: nn.Module) -> list[nn.Module]:
 
 
 def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks: Blocks) -> nn.Module:
-    """Bring a module to its device and let processes average its gradients.
+    """Move a module to its device, and wrap or shard it so that processes average its gradients.
 
     Args:
-        module: in training mode.
-        accelerator: says how many processes there are, and whether FSDP2 was asked for at the launch.
-        fully: cut it over them in place, each of its blocks and then the rest; else each has all of it.
-        blocks: its blocks.
+        module: the module, in training mode.
+        accelerator: has the number of processes, and whether the launcher enabled FSDP2.
+        fully: shard the module in place: each of its blocks, then the rest. Otherwise each process has all weights.
+        blocks: returns the blocks of the module.
 
     Raises:
-        UserError: it is to be cut, and there is one process only, or no blocks are known.
+        UserError: the module is to be sharded, but there is only one process, or no blocks are known.
     """
     if accelerator.is_fsdp2:
         return _prepare_fsdp2(module, accelerator, blocks)
@@ -75,12 +76,14 @@ def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks:
     from torch.distributed.fsdp import fully_shard
 
     if not torch.distributed.is_initialized():
-        raise UserError("fully_shard cuts the model over processes, and there is one: start it with accelerate launch")
-    # Only the device and bfloat16's autocast; the wrapper for evaluation averages no gradients.
+        raise UserError(
+            "fully_shard shards the model over processes, but there is only one: start several with accelerate launch"
+        )
+    # accelerate only moves the model and enters autocast. With evaluation_mode it adds no DDP wrapper.
     prepared: nn.Module = accelerator.prepare_model(module, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     chosen = set(blocks()) - {prepared}
-    # From the inside out: what is cut already belongs no more to the module around it.
+    # From the innermost modules outwards: FSDP leaves weights that are already sharded out of the enclosing module.
     for part in reversed(list(prepared.modules())):
         if part in chosen:
             fully_shard(part, mesh=mesh)
@@ -89,9 +92,9 @@ def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks:
 
 
 def _prepare_fsdp2(module: nn.Module, accelerator: Accelerator, blocks: Blocks) -> nn.Module:
-    """Let accelerate cut a module as its plug-in says, at our blocks where that does not name classes itself."""
+    """Shard a module with accelerate's FSDP2 plug-in, at our blocks unless the plug-in names the classes of blocks."""
     plugin = accelerator.state.fsdp_plugin
-    # bfloat16 is autocast's here; FSDP's own would round timesteps too.
+    # autocast handles bfloat16. FSDP's mixed precision would also round timesteps.
     plugin.mixed_precision_policy = None
     named = plugin.transformer_cls_names_to_wrap
     if named is None and plugin.auto_wrap_policy is not None:
@@ -104,18 +107,18 @@ def _prepare_fsdp2(module: nn.Module, accelerator: Accelerator, blocks: Blocks) 
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all processes, each of which must call this; a plain one as it is."""
+    """Return the whole tensor of a sharded tensor; every process must call this. Other tensors are returned as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return tensors by name with the parts of all processes, each of which must call this.
+    """Gather whole tensors from all processes; every process must call this.
 
-    Those that were cut come on the CPU, one after another; plain ones share their memory with what is returned.
+    Sharded tensors are gathered one after another and moved to the CPU. Other tensors are not copied.
 
     Args:
-        tensors: plain or cut.
-        keep: whether this process wants them; the others only give their parts, and get nothing.
+        tensors: tensors by name, sharded or not.
+        keep: whether this process keeps the result; otherwise it only sends its shards, and the result is empty.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -126,12 +129,13 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def uncut(module: Any, weights: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """Return a cut diffusers or transformers model as one of its own class on the CPU; one that is whole as it is.
+    """Return a sharded diffusers or transformers model as a whole model on the CPU; return other models as is.
 
     Args:
-        module: the model, which may be a part of what is trained; `fully_shard` gives modules classes of its own.
-        weights: all weights of what is trained, whole, by their names in its `state_dict`.
-        prefix: what stands before the names of this model there, with a dot at the end.
+        module: the model, which may be a submodule of a trained module. `fully_shard` replaces the classes of modules;
+            the result has the original class.
+        weights: state dict of the trained module, with whole tensors.
+        prefix: prefix of this model's names in `weights`, with a dot at the end; empty for the trained module itself.
     """
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module
@@ -139,7 +143,7 @@ def uncut(module: Any, weights: Mapping[str, Tensor], prefix: str = "") -> Any:
 
     kinds: Iterable[Any] = type(module).__mro__
     kind = next(parent for parent in kinds if not issubclass(parent, FSDPModule))
-    # A network whose structure we changed is not what its class makes of its config.
+    # The config of a network whose structure postgen has changed does not describe it; `empty_noted` builds these.
     made = empty_noted({**module.config, "_class_name": kind.__name__}) if isinstance(module.config, dict) else None
     if made is None:
         with torch.device("meta"):
@@ -147,22 +151,22 @@ def uncut(module: Any, weights: Mapping[str, Tensor], prefix: str = "") -> Any:
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     made.load_state_dict(own, assign=True)
     for name, buffer in module.named_buffers():
-        # Those that no file holds; FSDP cuts no buffers.
+        # State dicts leave out some buffers. FSDP does not shard buffers, so they are copied from the module.
         owner, _, key = name.rpartition(".")
         setattr(made.get_submodule(owner), key, buffer.cpu())
     return made
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a sharded tensor, or a whole one, without its graph and sharing its memory."""
+    """Return the shard of this process, or a tensor that is not sharded, detached and without a copy."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def drop_gathered(models: Iterable[nn.Module]) -> None:
-    """Let go of what FSDP has gathered and kept for the next pass, so that it gathers anew; others stay as they are.
+    """Free the weights that FSDP has gathered for the next forward pass, so that FSDP gathers them again.
 
-    Afterwards the models show the parameters that are cut, not the gathered ones.
+    Afterwards `parameters()` of these models returns the sharded parameters. Models without FSDP do not change.
     """
     if torch.distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule
@@ -173,7 +177,7 @@ def drop_gathered(models: Iterable[nn.Module]) -> None:
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor, cut as `like` is; nothing changes where that is whole."""
+    """Shard a whole tensor like the tensor `like`. If `like` is not sharded, the tensor is returned as is."""
     if not isinstance(like, DTensor) or tensor.dim() == 0:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
@@ -181,7 +185,10 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def no_sync(models: Mapping[str, nn.Module], accelerator: Accelerator) -> Iterator[None]:
-    """Inside, backward passes do not average gradients over processes: the next pass outside does, for all."""
+    """Skip the averaging of gradients over processes in enclosed backward passes.
+
+    The next backward pass outside averages the accumulated gradients.
+    """
     sharded = [model for model in models.values() if hasattr(model, "set_requires_gradient_sync")]
     with ExitStack() as stack:
         for model in models.values():

@@ -34,13 +34,13 @@ class TrainResult:
     """The last logged metrics."""
 
     signal: int = 0
-    """Number of the signal that this process got; 0 for none."""
+    """Number of the signal that this process received; 0 for none."""
 
 
 class Signals:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP is only noted; the second acts as usual.
+    """Context that only records the first SIGINT, SIGTERM or SIGHUP; a second signal has its usual effect.
 
-    Outside the main thread signals cannot be caught: then nothing is changed. A SIGHUP that the process ignores
+    Outside the main thread signals cannot be caught, and the context does nothing. A SIGHUP that the process ignores
     (nohup) stays ignored.
     """
 
@@ -50,11 +50,11 @@ class Signals:
 
     @property
     def received(self) -> bool:
-        """Whether one came."""
+        """Whether a signal was received."""
         return bool(self.number)
 
     def __enter__(self) -> "Signals":
-        """Take over the signals."""
+        """Install the signal handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
@@ -64,13 +64,13 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Restore the previous signal handlers."""
         self._give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
         self._give_back()
-        # Written past the streams, which the interrupted code may be in the middle of using.
+        # Written to the file descriptor, because the interrupted code may be in the middle of using sys.stderr.
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
     def _give_back(self) -> None:

@@ -1,4 +1,4 @@
-"""Other values in the place of trained weights: their average, an older policy, the weights before training."""
+"""Swaps other values into the trained weights: their moving average, an old policy, or the weights before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sharding import cut_like, drop_gathered, local
 
 
 def trained_parameters(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient by `<model>.<parameter>`."""
+    """Return the parameters with `requires_grad`, by `<model>.<parameter>`."""
     return {
         f"{name}.{key}": parameter
         for name, model in models.items()
@@ -22,18 +22,19 @@ def trained_parameters(models: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 
 
 class StandIn:
-    """Values that can take the place of the trained weights of some models, cut over the processes as these are.
+    """Values that can replace the trained weights of some models for a while; sharded like the weights.
 
-    Values are copied into the memory of the weights and nothing is bound anew, because FSDP, optimisers and recorded
-    graphs hold on to that memory. With cut weights each process copies its own parts, and what FSDP has gathered
-    before is dropped: it leaves the outermost part whole between two passes, and would go on with the values of then.
+    The values are copied into the memory of the weights. Tensors are not rebound, because FSDP, optimisers and CUDA
+    graphs keep references to this memory. With sharded weights each process copies its own shards. FSDP keeps the
+    outermost unit gathered between two passes, so the gathered weights are freed first; otherwise the next pass would
+    use the old values.
 
     Args:
-        models: by name, as they are trained: on their device and, where they are, cut.
+        models: trained models by name, on their device and sharded if training shards them.
     """
 
     values: Sequence[Tensor]
-    """One for each trained weight, in their order; a subclass sets them."""
+    """One tensor for each trained weight, in the same order; a subclass sets them."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         self._models = list(models.values())
@@ -43,10 +44,10 @@ class StandIn:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the values into the models; afterwards the trained weights stand there again, bit by bit."""
+        """Swap the values into the models; on exit, restore the trained weights bit by bit."""
         trained = [local(parameter).clone() for parameter in self._parameters]
         try:
-            # Stopped half-way, it is undone too.
+            # Inside `try`, so that an interrupted write is undone as well.
             self._write(self.values)
             yield
         finally:
@@ -58,20 +59,20 @@ class StandIn:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take whole values of the same names and shapes."""
+        """Set the values from whole (not sharded) tensors with the same names and shapes."""
         for name, value in self.tensors().items():
             value.copy_(cut_like(tensors[name], value))
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
         drop_gathered(self._models)
-        # The local parts are asked for each time: FSDP may move them in its first pass.
+        # The local shards are looked up each time, because FSDP may move them in its first forward pass.
         targets = [local(parameter) for parameter in self._parameters]
         torch._foreach_copy_(targets, [local(value) for value in values])
 
 
 class WeightsCopy(StandIn):
-    """A copy of the trained weights as they are now."""
+    """A copy of the trained weights at the time of its creation."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         super().__init__(models)

@@ -1,4 +1,4 @@
-"""Small tokenizers of a model's own: trained on its captions, in pieces or whole words."""
+"""Small tokenizers for models trained from scratch, made from their captions: byte-level BPE or whole words."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 MAX_SEQUENCE_LENGTH = 512
-"""Most tokens of a text, as many as `WanPipeline.encode_prompt` pads to by default."""
+"""Maximum number of tokens of a text; `WanPipeline.encode_prompt` pads to this length by default."""
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 640) -> Any:
-    """A fast BPE tokenizer with byte fallback through byte-level pieces: lower-cases, knows every string.
+    """Train a fast byte-level BPE tokenizer. It lower-cases texts and can encode every string.
 
     Args:
-        captions: texts to learn the merges from.
-        vocabulary: most pieces to keep, at least 300 (256 bytes and the special tokens are always there).
+        captions: texts from which the merges are learnt.
+        vocabulary: maximum size of the vocabulary, at least 300 (it always contains 256 bytes and the special tokens).
 
     Returns:
         A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
@@ -46,7 +46,7 @@ def _normalizer() -> Any:
 
 
 def _finished(tokenizer: Any) -> Any:
-    """Wrap for transformers what lower-cases and ends every text in </s>."""
+    """Add lower-casing and a final </s> to a tokenizer, and wrap it for transformers."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -63,10 +63,12 @@ def _finished(tokenizer: Any) -> Any:
 
 
 def word_tokenizer(words: Iterable[str]) -> Any:
-    """A fast tokenizer of whole words and , ; . - that lower-cases; every other word is <unk>.
+    """Make a fast tokenizer of whole words and the punctuation marks , ; . - that lower-cases texts.
+
+    Words outside the vocabulary become <unk>.
 
     Args:
-        words: what it knows, lower case.
+        words: the vocabulary, in lower case.
 
     Returns:
         A `PreTrainedTokenizerFast` with <pad> (0), </s> (1, appended to every text) and <unk> (2).
@@ -84,12 +86,12 @@ def word_tokenizer(words: Iterable[str]) -> Any:
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words of a prompt that the tokenizer does not know, in order, each once; punctuation does not count.
+    """Return the words of a prompt that the tokenizer encodes as unknown, in order and without repetition.
 
-    A tokenizer of pieces knows every string, whatever its model was trained on, so it has none.
+    Punctuation is left out. A byte-level BPE tokenizer encodes every string, so its list is always empty.
 
     Args:
-        tokenizer: a fast one with an unknown token.
+        tokenizer: a fast tokenizer with an unknown token.
         prompt: any text.
     """
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
@@ -99,6 +101,6 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
 
 
 def tokenize(tokenizer: Any, captions: list[str], length: int) -> Tensor:
-    """Token ids (N, length) int16, padded with 0; a longer caption is cut and still ends in </s>."""
+    """Return token ids (N, length), int16, of N captions, padded with 0. Longer captions are cut and end in </s>."""
     encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=length)["input_ids"]
     return torch.tensor(encoded, dtype=torch.int16)

@@ -1,4 +1,4 @@
-"""The one training loop of every method: accelerate, optimiser, averaged weights, checkpoints, logs, callbacks."""
+"""The training loop of all methods: accelerate, optimiser, averaged weights, checkpoints, logs, callbacks."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -34,22 +34,22 @@ from .swap import trained_parameters
 from .warning_log import kept_warnings
 
 _AGREE_EVERY = 10
-"""Steps between two agreements of several processes about stopping; one process looks after every step."""
+"""Steps between two checks of several processes whether to stop; a single process checks after every step."""
 
 
 class Trainer(TrainerHooks[C]):
-    """Base of all trainers: a subclass says what is trained, how a micro-batch is computed, what is exported.
+    """Base class of all trainers. A subclass defines the trained modules, the loss of a micro-batch, and the export.
 
-    Hooks: `build`, `training_step`, `export`; optionally `parameter_groups`, `build_optimizer`, `shard_blocks`,
-    `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`, `state_dict`,
-    `load_state_dict`, `state_of_others`. Attributes for them: `args`, `accelerator`, `device`, `global_step`,
-    `generator`, `models`, `sharded` (see `TrainerHooks`). Trainers of one process may differ in precision; several
-    processes train one run.
+    Required hooks: `build`, `training_step`, `export`. Optional hooks: `parameter_groups`, `build_optimizer`,
+    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`,
+    `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`, `accelerator`, `device`,
+    `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in one process may have
+    different precisions; several processes can train one run only.
 
-    Several processes average the gradients of calls `self.models[name](...)` and of no others: DDP and FSDP see the
-    `forward` of what `build` returned, not that of a part of it, and not another method. A loss that needs more than
-    one such call, or several networks, is therefore computed in the `forward` of a module around them, which returns
-    it. Frozen networks may stand in that module; what is exported is taken out of it.
+    With several processes, gradients are averaged only for calls `self.models[name](...)`: DDP and FSDP wrap the
+    `forward` of the modules that `build` returned, but neither their submodules nor other methods. If a loss needs
+    several networks or more than one such call, compute it in the `forward` of a module that contains the networks.
+    Frozen networks may be part of this module; `export` takes the trained networks out of it.
 
         class Distillation(nn.Module):
             def __init__(self, student, teacher):
@@ -67,14 +67,15 @@ class Trainer(TrainerHooks[C]):
         def training_step(self):
             return self.models["distillation"](*self.batch()), {}
 
-    Sharded weights of such a module are cut at the blocks of the networks inside it, see `shard_blocks`.
+    Such a module is sharded at the blocks of the networks inside it, see `shard_blocks`.
 
     Args:
         args: the configuration, an instance of `config_class`.
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        UserError: another configuration, or the device is absent or launched in a way that it cannot be (`launch`).
+        UserError: a configuration of another method, an absent device, or unsupported options of `accelerate launch`
+            (`postgen.training.launch`).
     """
 
     def __init__(self, args: C, callbacks: Iterable[TrainerCallback] = ()) -> None:
@@ -99,22 +100,22 @@ class Trainer(TrainerHooks[C]):
 
     @classmethod
     def from_config(cls, args: C) -> Self:
-        """Return the trainer of a recipe, which has nothing but its configuration."""
+        """Return the trainer of a recipe, which has only its configuration."""
         return cls(args)
 
-    # What a training step may use.
+    # Helpers for `training_step`.
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch, or of a part of its loss."""
+        """Run the backward pass of a micro-batch's loss, or of a part of it, and accumulate the gradients."""
         self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, backward passes do not average gradients over processes: the next pass outside does, for all."""
+        """Skip gradient averaging in enclosed backward passes; the next one outside averages all gradients."""
         return no_sync(self.models, self.accelerator)
 
     @contextmanager
     def for_inference(self) -> Iterator[None]:
-        """Inside: averaged weights, eval mode, no gradients. Random states are as before afterwards."""
+        """Use averaged weights, eval mode and no gradients in the enclosed code; restore random states on exit."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(rng.preserved(self.generator))
@@ -126,12 +127,12 @@ class Trainer(TrainerHooks[C]):
     # The run.
 
     def train(self) -> TrainResult:
-        """Run until `max_steps`, the deadline, a callback or a signal; save a checkpoint and export at the end.
+        """Train until `max_steps`, the deadline, a callback's stop or a signal; then save a checkpoint and export.
 
         Raises:
-            UserError: weights or a checkpoint do not fit, the output folder holds another run, or several processes
-                have trained one already.
-            FloatingPointError: the loss was not finite; nothing is saved after such a step.
+            UserError: weights or a checkpoint do not fit, the output folder holds another run, or the same several
+                processes have already trained a run.
+            FloatingPointError: a loss was not finite; nothing is saved after such a step.
         """
         check_group(self.accelerator)
         self._began = time.monotonic()
@@ -143,38 +144,38 @@ class Trainer(TrainerHooks[C]):
                     result = self._loop()
             finally:
                 self.close()
-        # Not after an error: the other processes would fail first, and their errors hide this one.
+        # Skipped after an error: leaving the group would make the other processes fail, and hide the first error.
         self.models = dict(self._raw)
         leave_group(self.accelerator)
         return result
 
     @contextmanager
     def _own_folder(self) -> Iterator[None]:
-        """Inside, no other run writes to the folder of this one."""
-        lock, said = RunLock(self.args.folder), ""
+        """Create and lock the folder of the run, so that no other run writes to it."""
+        lock, problem = RunLock(self.args.folder), ""
         try:
             if self.accelerator.is_main_process:
-                if not self.args.folder.exists():  # a resume that cannot be leaves no folder behind
+                if not self.args.folder.exists():  # check first: an impossible resume must not create a folder
                     checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
                 self.args.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except OSError as error:
-            said = f"output_dir {self.args.folder} cannot be made: {error}."
+            problem = f"output_dir {self.args.folder} cannot be created: {error}."
         except UserError as error:
-            said = str(error)
+            problem = str(error)
         try:
-            if told := self._said_by_any(said):
-                raise UserError(told)
+            if problem := self._first_error(problem):
+                raise UserError(problem)
             yield
         finally:
             lock.release()
 
-    def _said_by_any(self, text: str) -> str:
-        """Return the first text that is not empty of all processes; every process calls this."""
+    def _first_error(self, text: str) -> str:
+        """Return the first non-empty text of all processes, by rank; every process must call this."""
         return next(filter(None, gather_object([text])), "")
 
     def close(self) -> None:
-        """Close trackers and the progress bar; a method may let go of more. Called at the end, after an error too."""
+        """Close trackers and progress bar; a method may free more resources. Called at the end and after errors."""
         self.log.close()
 
     def _setup(self) -> None:
@@ -182,13 +183,14 @@ class Trainer(TrainerHooks[C]):
         resume.check_first(sources, self.args, self.accelerator.num_processes)
         if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
             say(f"{self.args.folder} holds no checkpoint: a new run begins")
-        # The same weights in every process; afterwards each process has its own streams.
+        # The same seed in every process gives the same initial weights. Each process gets its own streams below.
         set_seed(self.args.seed)
         self._raw = dict(self.build())
         if not trained_parameters(self._raw):
             raise UserError("Nothing to train: no parameter of the models requires a gradient.")
         if self.args.init_from and not sources:
             weights.initialise(self._raw, Path(self.args.init_from))
+        # Compile, then move, wrap or shard the models.
         for name in self._raw if self.args.torch_compile else ():
             compile_blocks(self.compiled_blocks(name), self.args)
         for name, module in self._raw.items():
@@ -197,6 +199,7 @@ class Trainer(TrainerHooks[C]):
         self._trained = trained_parameters(self._raw)
         self.on_models_ready()
         self._parts = self._build_parts()
+        # Separate random streams per process from here on, or those of the checkpoint.
         set_seed(self.args.seed, device_specific=True)
         self.generator.manual_seed(rng.stream_seed(self.args.seed, self.accelerator.process_index))
         if sources:
@@ -211,7 +214,7 @@ class Trainer(TrainerHooks[C]):
         args = self.args
         optimizer = self.build_optimizer(self.parameter_groups())
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        # Not prepared: accelerate would step it once per process.
+        # accelerate does not prepare the scheduler, because it would step the scheduler once per process.
         scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer=optimizer,
@@ -236,7 +239,7 @@ class Trainer(TrainerHooks[C]):
             self._step()
             self._event("on_step_end")
             self._after_step()
-            # After the last step there is nothing to go on with.
+            # After the last step the reason is DONE, even if a stop was requested.
             if self.global_step < args.max_steps and (stop := self._stop_reason()) is not None:
                 reason = stop
                 break
@@ -244,22 +247,22 @@ class Trainer(TrainerHooks[C]):
             self._save()
         self._export()
         if self.accelerator.is_main_process:
-            trained = "what was trained" if self.global_step > began_at else "nothing was trained now, what was before"
-            say(f"step {self.global_step}: {trained} is in {args.folder / 'export'}")
+            new = "" if self.global_step > began_at else " (no step was trained in this call)"
+            say(f"step {self.global_step}: the trained model is in {args.folder / 'export'}{new}")
         self._event("on_train_end")
         return TrainResult(
             global_step=self.global_step, reason=reason, metrics=self.log.newest, signal=self._signals.number
         )
 
     def _step(self) -> None:
-        """One optimiser step: forward and backward of each micro-batch, clipping, update, schedule, average."""
+        """Make one optimiser step: forward and backward passes, clipping, update, schedule, moving average."""
         count = self.args.gradient_accumulation_steps
         for micro_batch in range(count):
             with self.no_sync() if micro_batch < count - 1 else nullcontext():
                 loss, metrics = self.training_step()
                 self.backward(loss)
             self.log.add(loss, metrics, self.global_step + 1)
-        # An infinite limit leaves the gradients alone and still gives their norm.
+        # With an infinite limit, gradients are not clipped, but their norm is still returned for the log.
         limit = self.args.max_grad_norm or float("inf")
         norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, limit))
         self.optimizer.step()
@@ -297,7 +300,7 @@ class Trainer(TrainerHooks[C]):
         return None
 
     def _agree(self, wish: bool) -> bool:
-        """Return whether any process wishes it; several processes ask each other only now and then."""
+        """Return whether `wish` is true in any process; several processes check only every `_AGREE_EVERY` steps."""
         if self.accelerator.num_processes == 1:
             return wish
         if self.global_step % _AGREE_EVERY:
@@ -338,7 +341,7 @@ class Trainer(TrainerHooks[C]):
         check_equal(self._parts.checksum())
         own = {
             **{f"rng.{name}": value for name, value in rng.capture(self.generator).items()},
-            # On a device, each tensor would come to the first process on that of the process that it comes from.
+            # Moved to the CPU, because gathered tensors would stay on the GPUs of the processes that sent them.
             **{f"method.{name}": resume.on_host(value) for name, value in self.state_dict().items()},
             "averages": self.log.averages(),
         }
@@ -353,7 +356,7 @@ class Trainer(TrainerHooks[C]):
         self._event("on_save")
 
     def _resume(self, folders: list[Path]) -> None:
-        """Go on from the first of these checkpoints that is sound; those before it are put aside."""
+        """Resume the first undamaged checkpoint in the list, and rename the damaged ones before it."""
         damaged: dict[Path, str] = {}
         for folder in folders:
             problem = ""
@@ -361,7 +364,7 @@ class Trainer(TrainerHooks[C]):
                 self._restore(folder)
             except DamagedCheckpoint as error:
                 problem = str(error)
-            if problem := self._said_by_any(problem):
+            if problem := self._first_error(problem):
                 damaged[folder] = problem
                 continue
             if self.accelerator.is_main_process and not self.args.evaluate_only:
@@ -385,7 +388,7 @@ class Trainer(TrainerHooks[C]):
             raise UserError(f"{folder} was written by {counted(len(ranks))}, this run has {count}: {error}") from error
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise resume.not_of(folder, rank, type(self).__name__, error) from error
-        if rank < len(ranks):  # further ones begin the streams of their own
+        if rank < len(ranks):  # additional processes keep their freshly seeded streams
             rng.restore(resume.section(ranks[rank], "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""From the host to the device without a wait: a plain `.to` lets the host stand until all queued work is done."""
+"""Asynchronous copies from host to device. A plain `.to` blocks the host until the GPU finishes all queued work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; from the CPU to a GPU through pinned memory, in the order of the device's work.
+    """Return a tensor on a device. A copy from the CPU to a GPU uses pinned memory and does not block the host.
 
-    The tensor may be changed afterwards: its values are taken at once.
+    The caller may change the original tensor afterwards, because its values are copied to pinned memory at once.
     """
     if tensor.device.type == "cpu" and device.type == "cuda":
-        # torch frees pinned memory for reuse only when the copies out of it are done.
+        # torch reuses this pinned memory only after the copies from it have finished.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

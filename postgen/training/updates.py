@@ -1,4 +1,4 @@
-"""How weights are updated: the settings that everything which trains has, and the optimiser that they describe."""
+"""Updates of weights: the settings that every training has, and the optimiser that they describe."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from postgen.settings import Part
 
 @dataclass(kw_only=True)
 class UpdatesConfig(Part):
-    """Steps, rates, optimiser, average, precision; the names are those of `transformers.TrainingArguments`.
+    """Settings of steps, learning rate, optimiser, average and precision, named as in `TrainingArguments`.
 
     Raises:
-        UserError: a value has the wrong type or lies outside its range.
+        UserError: a value has the wrong type or is outside its range.
     """
 
     part: ClassVar[str] = "training"
     may_change: ClassVar[tuple[str, ...]] = ("logging_steps", "disable_tqdm")
 
     max_steps: int = 1000
-    """Optimiser steps of the whole run, those before a resume included. At least 1."""
+    """Number of optimiser steps of the whole run, including steps before a resume. At least 1."""
 
     gradient_accumulation_steps: int = 1
-    """Micro-batches whose mean gradient makes one optimiser step."""
+    """Number of micro-batches per optimiser step; their gradients are averaged."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW, above 0."""
@@ -37,10 +37,10 @@ class UpdatesConfig(Part):
     """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
 
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0; without effect for "constant", where it must be 0."""
+    """Steps of linear warm-up from 0. Must be 0 for "constant"."""
 
     weight_decay: float = 0.0
-    """AdamW's decoupled decay, on parameters with at least two dimensions only."""
+    """AdamW's decoupled weight decay. It applies only to parameters with at least two dimensions."""
 
     adam_beta1: float = 0.9
     """Decay of the first moment, in [0, 1)."""
@@ -49,28 +49,30 @@ class UpdatesConfig(Part):
     """Decay of the second moment, in [0, 1)."""
 
     adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    """Gradients are clipped to this global norm; 0 disables clipping."""
 
     ema_decay: float = 0.0
-    """Highest decay of the moving average of the trained weights, in [0, 1); 0 keeps none. Evaluated and exported."""
+    """Maximum decay of the moving average of the trained weights, in [0, 1); 0 keeps no average. Evaluations and
+    exports use the average."""
 
     ema_warmup: bool = False
-    """Decay of the n-th update: with True 1-(1+n)^(-2/3), with False (1+n)/(10+n), never above `ema_decay`."""
+    """Ramp of the decay. At the n-th update the decay is 1-(1+n)^(-2/3) with True and (1+n)/(10+n) with False, but
+    never above `ema_decay`."""
 
     bf16: bool = False
-    """Run the models' forward passes under bfloat16 autocast; weights stay as they are."""
+    """Run forward passes under bfloat16 autocast. Weights keep their dtype."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; "auto" takes what accelerate finds."""
+    """Device of the training; "auto" uses the device that accelerate chooses."""
 
     seed: int = 42
-    """Seed of everything random; each process derives its own streams from it. At least 0."""
+    """Seed of all random numbers, at least 0. Each process derives its own streams from it."""
 
     logging_steps: int = 10
-    """Metrics are averaged over this many steps and written. Numbers leave the device only then."""
+    """Write metrics every `logging_steps` steps, averaged over these steps. The device is read only then."""
 
     disable_tqdm: bool = False
     """Show no progress bar."""
@@ -94,11 +96,11 @@ class UpdatesConfig(Part):
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], **settings: Any) -> list[dict[str, Any]]:
-    """Return groups of an optimiser: biases and gains (fewer than two dimensions) do not decay.
+    """Return parameter groups for an optimiser; biases and gains (under two dimensions) get weight decay 0.
 
     Args:
-        parameters: the trained ones.
-        settings: of both groups, a rate for instance.
+        parameters: the trained parameters.
+        settings: further settings of both groups, such as a learning rate.
     """
     trained = list(parameters)
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
@@ -108,8 +110,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], **settings: Any) -> list[di
 
 
 def adamw(groups: list[dict[str, Any]], args: UpdatesConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW of these groups by the configuration."""
-    # Fused needs a GPU; foreach is its equal elsewhere.
+    """Return AdamW for these parameter groups, with the configured settings."""
+    # The fused implementation is used on GPUs, the foreach implementation elsewhere.
     kind = {"fused": True} if device.type == "cuda" else {"foreach": True}
     return torch.optim.AdamW(
         groups,

@@ -1,4 +1,4 @@
-"""The warnings of a run, kept beside its metrics: a terminal that is closed takes its own with it."""
+"""The warnings of a run, written to a file in its folder, so that they survive the terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any, TextIO
 from postgen.errors import cut_words
 
 NAME = "warnings.jsonl"
-"""One JSON object a line: `time` (UTC), `step`, `kind`, `text`. A run that goes on appends to it."""
+"""Name of the file. Each line is a JSON object with `time` (UTC), `step`, `kind`, `text`. A resumed run appends."""
 _MOST = 1000
-"""Lines that one call of `train` adds: what warns at every step shall not fill a disk."""
+"""Maximum number of lines per call of `train`, so that a warning at every step does not fill the disk."""
 
 
 @contextmanager
 def kept_warnings(folder: Path, step: Callable[[], int], *, main: bool) -> Iterator[None]:
-    """Inside, each warning that is shown is also written to `warnings.jsonl` in a run's folder.
+    """Write each warning that the enclosed code shows also to `warnings.jsonl` in a run's folder.
 
     Args:
-        folder: of the run.
-        step: returns the step that the run is at.
-        main: whether this is the process that writes; the others only show theirs.
+        folder: folder of the run.
+        step: returns the current step.
+        main: whether this process writes the file; other processes only show their warnings.
     """
     if not main:
         yield
@@ -46,7 +46,7 @@ def kept_warnings(folder: Path, step: Callable[[], int], *, main: bool) -> Itera
             left -= 1
             _append(folder / NAME, {"step": step(), "kind": category.__name__, "text": cut_words(str(message), 200)})
 
-    # Assigned, and not by catch_warnings: that would also show again what was shown before.
+    # Assigned directly, because `warnings.catch_warnings` would also reset which warnings were already shown.
     warnings.showwarning = keep
     try:
         yield
@@ -56,5 +56,6 @@ def kept_warnings(folder: Path, step: Callable[[], int], *, main: bool) -> Itera
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk is told of by what must be written
+    # A full disk is ignored here; the next checkpoint reports it.
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **row}) + "\n")

@@ -1,4 +1,4 @@
-"""Weights to start from: an export, a diffusers folder, or a checkpoint of another run."""
+"""`init_from`: initial weights from an export, a diffusers folder, or a checkpoint of another run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,26 +12,34 @@ from postgen.tensor_files import read_tensors
 from .checkpoint import find
 
 _LORAS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""Of diffusers and of peft."""
+"""File names of LoRA weights: of diffusers and of peft."""
 
 
 def initialise(models: Mapping[str, torch.nn.Module], folder: Path) -> None:
-    """Load weights alone into `models`.
+    """Load weights, and no other state, from a folder into models.
 
-    `folder` may be a checkpoint (its averaged weights are taken when it has them), the folder of a run (its newest
-    checkpoint), a folder with one sub-folder of safetensors per model name (an export, a diffusers pipeline), or, for
-    a single model, the folder with its safetensors files. A model without a sub-folder that is a module around others
-    takes theirs. Every trained parameter must be found; tensors that are not
-    trained may be absent.
+    `folder` may be:
+
+    - a checkpoint; its averaged weights are used if it has them,
+    - the folder of a run; its newest checkpoint is used,
+    - a folder with one sub-folder of safetensors files per model name (an export, a diffusers pipeline),
+    - for a single model, the folder with its safetensors files.
+
+    If a model has no sub-folder, the sub-folders named like its child modules are used. Every trained parameter must
+    be found; other tensors may be absent.
+
+    Args:
+        models: models by name.
+        folder: the folder.
 
     Raises:
-        UserError: nothing is found there, names or shapes differ, or weights are NaN.
+        UserError: the folder has no weights, names or shapes differ, or weights contain NaN.
     """
     if not folder.is_dir():
-        raise UserError(f"init_from: {folder} is no folder. Give one with safetensors weights.")
+        raise UserError(f"init_from: {folder} is not a folder. Give a folder with safetensors weights.")
     newest = find(folder)
     if not newest and any((folder / name).is_file() for name in _LORAS):
-        raise UserError(f"init_from: {folder} holds a LoRA and no whole network. Go on from it with lora_path.")
+        raise UserError(f"init_from: {folder} holds a LoRA and no whole network. Continue from it with lora_path.")
     found = _from_checkpoint(newest[-1] if newest else folder)
     for name, model in models.items():
         tensors = _part(found, name) if found else _from_folder(folder, name, model, alone=len(models) == 1)
@@ -75,7 +83,7 @@ def _load(model: torch.nn.Module, tensors: Mapping[str, Tensor], location: str) 
         *(f"{name} is missing" for name in trained if name not in tensors),
         *(f"{name} is unknown" for name in tensors if name not in own),
         *(
-            f"{name} is {tuple(tensors[name].shape)} there and {tuple(value.shape)} here"
+            f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
             for name, value in own.items()
             if name in tensors and tensors[name].shape != value.shape
         ),

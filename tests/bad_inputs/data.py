@@ -278,7 +278,7 @@ def _training() -> Iterator[Row]:
         ("train", "--max_steps", "3"): "The recipe comes first",
         ("train", ""): "cannot be read|folder",
         ("train", "r.yaml", "--resume", "--max_stepz", "3"): "Did you mean",
-        ("train", "r.yaml", "--dry-run", "--method", "world_judge"): "gives no estimate|Unknown key",
+        ("train", "r.yaml", "--dry-run", "--method", "world_judge"): "has no cost estimate|Unknown key",
     }.items():
         yield Row(name=" ".join(words), words=words, files=_files([{"prompt": "a"}]), says=says)
 

@@ -73,7 +73,7 @@ WHOLE: dict[str, tuple[Content, str]] = {
     "method of a list": ("method: [dancegrpo]\noutput_dir: x\n", "names no method"),
     "method of a date": ("method: 2026-01-01\noutput_dir: x\n", "names no method"),
     "near method": ("method: dance_grpo\noutput_dir: x\n", "Did you mean 'dancegrpo'"),
-    "method of another program": ("method: sys:exit\noutput_dir: x\n", "no subclass of"),
+    "method of another program": ("method: sys:exit\noutput_dir: x\n", "not a subclass of"),
     "method nowhere": ("method: nobody.here:Trainer\noutput_dir: x\n", "cannot be imported"),
     "no output_dir": ("method: dancegrpo\n", "output_dir"),
     "empty output_dir": ("method: dancegrpo\noutput_dir: ''\n", "output_dir"),

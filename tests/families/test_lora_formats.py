@@ -196,8 +196,8 @@ def test_training_refuses_what_it_would_not_write(pipe: Any, tmp_path: Path) -> 
     cases.save(pipe, tmp_path, cases.trained(pipe))
     pipe.unload_lora_weights()
     for target, path, said in (
-        (pipe, f"{tmp_path}:0.5", "training goes on from a LoRA as it is, leave the scale 0.5 out"),
-        (two, f"transformer={tmp_path}", "has no LoRA for transformer_2, which is trained too"),
+        (pipe, f"{tmp_path}:0.5", "training continues from a LoRA at scale 1, remove the scale 0.5"),
+        (two, f"transformer={tmp_path}", "has no LoRA for transformer_2, but training needs one"),
     ):
         with pytest.raises(UserError, match=said):
             add_adapters(target, cases.denoiser_for(target), AdapterConfig(lora_path=path))

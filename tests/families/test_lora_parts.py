@@ -93,7 +93,7 @@ def test_what_would_be_lost_or_mean_something_else_is_refused(tmp_path: Path, wh
 def test_training_does_not_begin_by_changing_the_model() -> None:
     pipe: Any = cases.wan()
     config = LoraConfig(r=2, init_lora_weights="olora", target_modules=["to_q"])
-    with pytest.raises(UserError, match="has init_lora_weights olora, which changes the model too"):
+    with pytest.raises(UserError, match="has init_lora_weights olora, which also changes the model"):
         add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(), config)
 
 

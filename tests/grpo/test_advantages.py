@@ -140,7 +140,7 @@ def test_grpo_advantage_best_of_n():
 
 
 def test_grpo_advantage_refuses_broken_groups():
-    with pytest.raises(ValueError, match="7 rewards are no groups of 3"):
+    with pytest.raises(ValueError, match="7 rows cannot be split into groups of 3"):
         compute_advantages(torch.zeros(7, 1), torch.ones(1), 3)
     with pytest.raises(ValueError, match="at least 2 rows"):
         compute_advantages(torch.zeros(7, 1), torch.ones(1), 1)

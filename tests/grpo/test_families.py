@@ -56,7 +56,7 @@ def test_grpo_trains_all_weights_of(name, tmp_path):
     assert lines(run)[0]["grad_norm"] > 0
     assert (tmp_path / "run" / "export" / "transformer" / "config.json").is_file()
     args = DanceGRPOConfig(output_dir=str(tmp_path / "lora"), num_generations=2, per_device_train_batch_size=2, **size)
-    with pytest.raises(UserError, match=r"takes no LoRA in diffusers.*use_peft: false"):
+    with pytest.raises(UserError, match=r"diffusers does not support LoRA for.*use_peft: false"):
         DanceGRPOTrainer(pipe, near, args, rows).train()
 
 

@@ -35,11 +35,11 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("single", "Run on one GPU"),
-        ("ddp", "Run on two H200 of one host"),
-        ("fsdp2", "Run on two H200 of one host"),
-        ("ddp_cpu", "Run on no GPU"),
-        ("zero3", "Run on no GPU"),
+        ("single", "Tested on one GPU"),
+        ("ddp", "Tested on two H200 of one host"),
+        ("fsdp2", "Tested on two H200 of one host"),
+        ("ddp_cpu", "Not tested on a GPU"),
+        ("zero3", "Not tested on a GPU"),
     ],
 )
 def test_grpo_accelerate_files_say_on_how_many_gpus_they_ran(name, said):
@@ -81,7 +81,7 @@ def test_grpo_dry_run_is_a_flag(tmp_path, capsys, cli):
     other = recipe(tmp_path, method="tests.training.tiny:WitnessTrainer")
     Path(other).write_text(f"method: tests.training.tiny:WitnessTrainer\noutput_dir: {tmp_path}/run\n")
     assert main([other, "--dry-run"]) == 2
-    assert "--dry-run: method 'tests.training.tiny:WitnessTrainer' gives no estimate" in capsys.readouterr().err
+    assert "--dry-run: method 'tests.training.tiny:WitnessTrainer' has no cost estimate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_grpo_dry_run_is_a_flag(tmp_path, capsys, cli):
     [
         ({"num_generation": 4}, "Unknown key 'num_generation'"),
         ({"num_generations": 1}, "num_generations is 1"),
-        ({"num_generations": 5}, "must be a multiple of the 5 of a prompt"),
+        ({"num_generations": 5}, "must be a multiple of 5, the samples of a prompt"),
         ({"lora_target_modules": ["nothing"], "use_peft": True}, "'nothing' matches no layer of ToyModel"),
     ],
 )

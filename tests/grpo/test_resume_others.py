@@ -70,9 +70,9 @@ def test_a_second_run_of_several_processes_is_refused(folder):
 def test_another_global_batch_is_told_what_to_set(folder):
     text = told(folder, "another-batch")
     assert text.endswith(
-        "checkpoint-3 was written by 1 process, this run has 2: an update had 8 samples and a rollout 2 updates, here "
-        "16 and 2. Set gradient_accumulation_steps 1 and steps_per_generation 2 (and no generation_batch_size), or "
-        "start 1 process"
+        "checkpoint-3 was written by 1 process, this run has 2: the checkpoint's run has 8 samples per update and 2 "
+        "updates per rollout, this run has 16 and 2. Set gradient_accumulation_steps 1 and steps_per_generation 2 "
+        "(and no generation_batch_size), or start 1 process"
     )
     assert "\n" not in text
 

@@ -64,7 +64,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
     ("changes", "message"),
     [
         ({"num_generations": 1}, "num_generations is 1, it must be at least 2"),
-        ({"num_generations": 5}, r"trains on 16 samples .*, they must be a multiple of the 5 of a prompt"),
+        ({"num_generations": 5}, r"trains on 16 samples .*: this must be a multiple of 5, the samples"),
         ({"generation_batch_size": 20}, "generation_batch_size is 20: it must be a multiple of num_generations 8"),
         ({"generation_batch_size": 24}, "its 24 samples to train on must be a multiple of 16"),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "must be a multiple of gradient_accumulation"),
@@ -72,7 +72,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"steps_per_generation": 1, "generation_batch_size": 16}, "left out when steps_per_generation"),
         ({"best_of_n": 9}, "best_of_n is 9, it must be in 2..num_generations"),
         ({"sde_window_size": 8}, "sde_window_size is 8, it must be in 1..7: the last step has no noise"),
-        ({"sde_window_range": [3, 9]}, "hold the window within 0..7"),
+        ({"sde_window_range": [3, 9]}, "must be .first, stop. with 0 <= first < stop <= 7"),
         ({"sde_type": "ode"}, "a transition with noise"),
         ({"sde_type": "cps", "ratio_norm": True}, "another than cps with ratio_norm"),
         ({"sde_type": "ddim"}, "'ddim' is not for a model that predicts flow"),
@@ -86,10 +86,10 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"reward": "wrold"}, "wrold"),
         (
             {"beta": 0.1, "init_from": "."},
-            "init_from with beta above 0: the reference would be the model before",
+            "init_from with beta above 0: the reference policy would not have the weights",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
-        ({"fully_shard": True}, "fully_shard cuts the model over processes, and there is one"),
+        ({"fully_shard": True}, "fully_shard shards the model over processes, but there is only one"),
         ({"height": None}, "height is not given, and PointPipeline has no default"),
     ],
 )
@@ -165,7 +165,7 @@ def test_grpo_rewards_that_cannot_score_are_found_before_the_first_update(tmp_pa
 
     with pytest.raises(UserError, match="the reward gold needs the column 'target', the data has number"):
         grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=gold)
-    with pytest.raises(UserError, match="eval_reward_funcs, eval_steps and the like need held-out prompts"):
+    with pytest.raises(UserError, match="eval_on_start and evaluate_only need held-out prompts"):
         grpo(tmp_path, eval_reward_funcs=near)
     name = f"clip_score(model={tmp_path / 'nowhere'})"
     with pytest.raises(UserError, match="nowhere"):
@@ -182,7 +182,7 @@ def test_grpo_groupwise_rewards_want_whole_groups(tmp_path):
     check_groups(runner, Batches.of(settings(tmp_path), 2, 0))
     split = settings(tmp_path, per_device_train_batch_size=4)
     check_groups(RewardRunner(near), Batches.of(split, 2, 0))
-    with pytest.raises(UserError, match=r"spread looks at all samples .* \(4\) a multiple of num_generations \(8\)"):
+    with pytest.raises(UserError, match=r"spread compares all samples .* \(4\) a multiple of num_generations \(8\)"):
         check_groups(runner, Batches.of(split, 2, 0))
 
 
@@ -314,7 +314,7 @@ def test_grpo_disk_full_while_saving_leaves_no_half_checkpoint(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = grpo(tmp_path, max_steps=3, save_steps=1, callbacks=[Full()])
     try:
-        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written.*go on from the last checkpoint"):
+        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written.*continue from the last checkpoint"):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

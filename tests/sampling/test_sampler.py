@@ -193,7 +193,8 @@ def test_sampler_keeps_states_of_deterministic_samples():
 def test_sampler_refuses_steps_that_are_not_taken():
     drawn = sampler(window=2, fraction=0.5)
     with pytest.raises(
-        UserError, match=r"keep names steps \[5, 9\], which are not taken: choose from \[0, 1, 2, 3, 4, 6, 8\]"
+        UserError,
+        match=r"keep has steps \[5, 9\], which the sampler does not take: choose from \[0, 1, 2, 3, 4, 6, 8",
     ):
         drawn.draw(samples(), conditions, 6, keep=[0, 5, 9])
     with pytest.raises(ValueError, match="the last of 8 steps has no noise"):
@@ -208,7 +209,7 @@ def test_sampler_refuses_moves_that_do_not_fit():
         ({"rows": two, "start": [0], "stop": [1]}, r"2 rows has start \(1,\), stop \(1,\)"),
         ({"rows": two, "start": [0, 0], "stop": [1]}, r"start \(2,\), stop \(1,\)"),
         ({"rows": slice(4, 6), "start": [], "stop": []}, "a move of 0 rows"),
-        ({"rows": slice(0, 4, 2), "start": [0, 0], "stop": [1, 1]}, "stand side by side"),
+        ({"rows": slice(0, 4, 2), "start": [0, 0], "stop": [1, 1]}, "must be consecutive"),
         ({"rows": slice(2, 4), "start": [0, 0], "stop": [1, 1], "multistep": True}, "begin with the first"),
     ):
         with pytest.raises(UserError, match=message):

@@ -71,7 +71,7 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path):
 
 def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
     make(tmp_path).train()
-    assert f"step 14: what was trained is in {tmp_path / 'export'}" in capsys.readouterr().err
+    assert f"step 14: the trained model is in {tmp_path / 'export'}\n" in capsys.readouterr().err
     before, lines = parts(tmp_path / "checkpoint-14"), metrics(tmp_path)
     result = make(tmp_path, resume_from_checkpoint="latest").train()
     assert result.global_step == 14
@@ -79,9 +79,8 @@ def test_a_finished_run_resumes_to_nothing(tmp_path, capsys):
     assert metrics(tmp_path) == lines
     said = capsys.readouterr().err
     assert "resumed from" in said
-    assert "it is at step 14: nothing is left to do up to max_steps 14, raise max_steps to train on" in said
-    assert f"step 14: nothing was trained now, what was before is in {tmp_path / 'export'}" in said
-    assert "what was trained" not in said
+    assert "at step 14 and max_steps is 14: nothing is left to train, raise max_steps to continue" in said
+    assert f"step 14: the trained model is in {tmp_path / 'export'} (no step was trained in this call)" in said
 
 
 def test_settings_of_the_resumed_run_count(tmp_path, capsys):
@@ -103,7 +102,7 @@ def test_settings_that_change_what_is_learned_are_refused_before_the_model_is_ma
     )
     run.build = lambda: pytest.fail("a model was made")
     with pytest.raises(
-        UserError, match=r"checkpoint-5 was made with other settings: gradient_accumulation_steps: 2 -> 1"
+        UserError, match=r"checkpoint-5 was written with other settings: gradient_accumulation_steps: 2 -> 1"
     ):
         run.train()
     with pytest.raises(UserError, match=r"allow the new ones with --allow_changed gradient_accumulation_steps seed$"):
@@ -114,7 +113,7 @@ def test_settings_that_change_what_is_learned_are_refused_before_the_model_is_ma
     make(tmp_path, resume_from_checkpoint="latest", seed=7, evaluate_only=True).train()
     capsys.readouterr()
     make(tmp_path, resume_from_checkpoint="latest", max_steps=6).train()
-    assert "max_steps: 5 -> 6, the learning rate is from here on that of a cosine run" in capsys.readouterr().err
+    assert "max_steps: 5 -> 6, the learning rate now follows the cosine schedule" in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path, capsys):
@@ -124,7 +123,7 @@ def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path, capsys):
     assert head["meta"]["config"].pop("adam_beta1") == 0.9
     path.write_text(json.dumps(head))
     make(tmp_path, resume_from_checkpoint="latest", max_steps=5).train()
-    assert "changed since" not in capsys.readouterr().err
+    assert "changed settings" not in capsys.readouterr().err
     with pytest.raises(UserError, match=r"other settings: adam_beta1: 0.9 -> 0.5\. "):
         make(tmp_path, resume_from_checkpoint="latest", adam_beta1=0.5).train()
 
@@ -134,7 +133,7 @@ def test_nothing_to_resume_is_an_error_unless_it_may_begin(tmp_path, capsys, the
     folder = tmp_path / "run"
     if there:
         folder.mkdir()
-    with pytest.raises(UserError, match=r"run holds no checkpoint to resume. Leave --resume out"):
+    with pytest.raises(UserError, match=r"run holds no checkpoint to resume. Omit --resume"):
         make(folder, resume_from_checkpoint="latest", max_steps=2).train()
     assert folder.exists() == there
     run = make(folder, resume_from_checkpoint="auto", max_steps=2)
@@ -199,7 +198,7 @@ def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
     run.train()
     assert len(run.history) == 2
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
-    with pytest.raises(UserError, match="checkpoint-12 is no complete checkpoint"):
+    with pytest.raises(UserError, match="checkpoint-12 is not a complete checkpoint"):
         make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12")).train()
 
 
@@ -230,7 +229,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 9}, r"does not fit this model: .*net.0.weight is \(8, 4\) there and \(9, 4\) here"),
+        ({"width": 9}, r"does not fit this model: .*net.0.weight has shape \(8, 4\) instead of \(9, 4\)"),
         ({"frozen": True, "width": 9}, "does not fit this model"),
         ({"ema_decay": 0.0}, "has averaged weights: set ema_decay"),
     ],
@@ -267,13 +266,13 @@ def test_init_from_takes_weights_alone(tmp_path, place):
 def test_init_from_that_does_not_fit(tmp_path):
     make(tmp_path / "first", max_steps=1).train()
     export = str(tmp_path / "first" / "export")
-    with pytest.raises(UserError, match=r"does not fit: .*0.weight is \(8, 4\) there and \(5, 4\) here"):
+    with pytest.raises(UserError, match=r"does not fit: .*0.weight has shape \(8, 4\) instead of \(5, 4\)"):
         make(tmp_path / "second", init_from=export, width=5).train()
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         make(tmp_path / "third", init_from=str(tmp_path / "nowhere")).train()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \*.safetensors in"):
         make(tmp_path / "fourth", init_from=str(tmp_path / "empty")).train()
     (tmp_path / "empty" / "pytorch_lora_weights.safetensors").touch()
-    with pytest.raises(UserError, match=r"holds a LoRA and no whole network\. Go on from it with lora_path"):
+    with pytest.raises(UserError, match=r"holds a LoRA and no whole network\. Continue from it with lora_path"):
         make(tmp_path / "fifth", init_from=str(tmp_path / "empty")).train()

@@ -107,9 +107,11 @@ def broken(graph: Any, inputs: Any) -> Any:
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     if "broken" not in torch.compiler.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(broken, name="broken")
-    with pytest.raises(UserError, match=r"no repeated blocks are known in net, a Sequential: leave it out"):
+    with pytest.raises(
+        UserError, match=r"no repeated blocks are known in net, a Sequential: set torch_compile: false"
+    ):
         run(tmp_path / "a", TinyTrainer, **AOT)
-    with pytest.raises(UserError, match=r"torch_compile_backend is 'inductr', torch has .*inductor"):
+    with pytest.raises(UserError, match=r"torch_compile_backend is 'inductr', but torch has .*inductor"):
         run(tmp_path / "b", torch_compile=True, torch_compile_backend="inductr")
     with pytest.raises(UserError, match="broken cannot compile the blocks here: no compiler on this machine"):
         run(tmp_path / "c", torch_compile=True, torch_compile_backend="broken")

@@ -40,16 +40,16 @@ def launched(monkeypatch, *words):
     ("words", "settings", "message"),
     [
         (["--mixed_precision", "bf16"], {}, "set bf16: true in the recipe (--bf16 true)"),
-        (["--mixed_precision", "fp16"], {}, "there is bfloat16 only, bf16: true in the recipe"),
-        (["--mixed_precision", "fp16"], {"bf16": True}, "bf16 decides, which is true"),
-        (["--dynamo_backend", "inductor"], {}, "dynamo_backend inductor, but the recipe decides what is compiled"),
+        (["--mixed_precision", "fp16"], {}, "only bfloat16 is supported, with bf16: true in the recipe"),
+        (["--mixed_precision", "fp16"], {"bf16": True}, "its bf16 is true"),
+        (["--dynamo_backend", "inductor"], {}, "dynamo_backend inductor, but the recipe decides about compilation"),
         (
             ["--cpu", "--num_processes", "2"],
             {},
-            "accelerate launch has started one: for one process unset MASTER_ADDR",
+            "accelerate launch has started only one: for one process unset MASTER_ADDR",
         ),
         (["--num_processes", "2"], {}, "use --config_file recipes/accelerate/ddp_cpu.yaml"),
-        (["--cpu"], {"device": "cuda"}, "accelerate launch says --cpu, device is cuda"),
+        (["--cpu"], {"device": "cuda"}, "accelerate launch has --cpu, but device is cuda"),
     ],
 )
 def test_what_is_not_heeded_is_refused(tmp_path, monkeypatch, words, settings, message):
@@ -96,20 +96,20 @@ def test_what_agrees_is_heeded(tmp_path, monkeypatch, fresh, words, settings):
 
 def test_another_device_than_the_recipes_is_told(tmp_path, monkeypatch, fresh):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
-    with pytest.raises(UserError, match="device is cpu, but accelerate was told meta"):
+    with pytest.raises(UserError, match="device is cpu, but accelerate uses meta"):
         make_accelerator(config(tmp_path, device="cpu"))
 
 
 def test_processes_that_did_not_come_together_are_told(tmp_path, monkeypatch, fresh):
     make_accelerator(config(tmp_path, device="cpu"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were asked for"):
+    with pytest.raises(UserError, match="asks for 2 processes"):
         make_accelerator(config(tmp_path, device="cpu"))
 
 
 def test_a_process_that_has_a_number_is_one_of_several(tmp_path, monkeypatch):
     launched(monkeypatch, "--cpu", "--num_processes", "2")
-    with pytest.raises(UserError, match="has started one"):
+    with pytest.raises(UserError, match="has started only one"):
         check_launch(config(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_launch(config(tmp_path))

@@ -83,7 +83,7 @@ def test_a_method_has_only_its_parts(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora": {"r": 3}, "lora_r": 3}, "lora_r is given twice in here: keep one of the two spellings"),
+        ({"lora": {"r": 3}, "lora_r": 3}, "lora_r is given twice in here: keep one of the two"),
         ({"lora_r": 3, "lora": {"r": 3}}, "lora_r is given twice in here"),
         ({"lora": {"r": 3, "lora_r": 3}}, "lora_r is given twice in here"),
         ({"lora": {"rr": 3}}, "Unknown key 'rr' in the part lora of here. Did you mean 'r'?"),
@@ -91,7 +91,7 @@ def test_a_method_has_only_its_parts(tmp_path):
         ({"sampling": {"guidance": 3.0}}, "'guidance' in the part sampling .* Did you mean 'guidance_scale'"),
         ({"method": {"lora_r": 3}}, "Unknown key 'lora_r' in the part method of here: it is a key of the part lora."),
         ({"lorra": {"r": 3}}, "DanceGRPOConfig has no part 'lorra' .*: its parts are training, model, lora"),
-        ({"lora": 32}, r"lora in here is 32, it must be a mapping with keys of this part \(use_peft, lora_r"),
+        ({"lora": 32}, r"lora in here is 32, it must be a mapping with the keys of this part \(use_peft, lora_r"),
         ({"sampling": ["height"]}, r"sampling in here is \['height'\], it must be a mapping"),
         ({"guidance_scal": 3}, "Unknown key 'guidance_scal' in here. Did you mean 'guidance_scale'?"),
     ],

@@ -80,7 +80,7 @@ def test_what_no_checkpoint_can_hold_is_told_after_the_first_step(tmp_path):
 
     run.build_optimizer = keeping
     with pytest.raises(
-        UserError, match=r"Counting keeps 'generator' of net.0.weight as a Generator, which no checkpo"
+        UserError, match=r"Counting keeps 'generator' of net.0.weight as a Generator, which a checkpoint"
     ):
         run.train()
     assert run.global_step == 0
@@ -89,5 +89,5 @@ def test_what_no_checkpoint_can_hold_is_told_after_the_first_step(tmp_path):
 def test_an_optimiser_of_other_tensors_is_refused(tmp_path):
     run = make(tmp_path, "sgd")
     run.build_optimizer = lambda groups: torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
-    with pytest.raises(RuntimeError, match="SGD holds tensors that are no trained parameters"):
+    with pytest.raises(RuntimeError, match="SGD has tensors that are not trained parameters"):
         run.train()

@@ -148,6 +148,6 @@ def test_what_accelerate_keeps_for_a_whole_process_is_refused(tmp_path, monkeypa
     if now.get("device"):
         monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     Accelerator(**before)
-    with pytest.raises(UserError, match="another device, fp16 or fp8 before, and accelerate keeps that") as caught:
+    with pytest.raises(UserError, match="another device, fp16 or fp8, and accelerate uses the same") as caught:
         make_accelerator(TinyConfig(output_dir=str(tmp_path), report_to=[], **now))
     assert "\n" not in str(caught.value)

@@ -103,7 +103,7 @@ def test_the_saved_config_is_a_recipe(recipe, tmp_path):
         ({"device": "tpu"}, [], "device is 'tpu'. Allowed: auto, cpu, cuda"),
         ({"method": "autoencodr"}, [], "Unknown method 'autoencodr'. Did you mean 'autoencoder'.*text_to_video"),
         ({"method": "no.such:Thing"}, [], "cannot be imported: No module named 'no'"),
-        ({"method": "tests.training.tiny:TinyConfig"}, [], "is no subclass of postgen.training.Trainer"),
+        ({"method": "tests.training.tiny:TinyConfig"}, [], "is not a subclass of postgen.training.Trainer"),
         ({"method": ""}, [], "names no method"),
     ],
 )
@@ -116,7 +116,7 @@ def test_mistakes(recipe, values, words, message):
     ("text", "message"),
     [
         ("- a list", "must be a list of 'key: value' lines"),
-        ("a: [", "is no valid YAML"),
+        ("a: [", "is not valid YAML"),
         ("max_steps: 3", "names no method"),
     ],
 )
@@ -176,7 +176,7 @@ def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code
         assert main([str(path)]) == code
     finally:
         signal.signal(number, before)
-    assert "interrupted after step 3; go on with --resume" in capsys.readouterr().err
+    assert "interrupted after step 3; continue with --resume" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_one_line(recipe, capsys):

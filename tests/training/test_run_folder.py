@@ -130,20 +130,26 @@ DAMAGES = {
     "state binary": (holding("state.json", b"\xff\xfe{"), "state.json cannot be read"),
     "state nested": (holding("state.json", b"[" * 100_000), "state.json cannot be read"),
     "state empty": (holding("state.json", b""), "state.json cannot be read"),
-    "state a list": (holding("state.json", b"[]"), "state.json does not say what it is"),
+    "state a list": (holding("state.json", b"[]"), "state.json has no format number"),
     "state a folder": (a_folder("state.json"), "state.json cannot be read"),
-    "step below 0": (saying(step=-7), "has no step that a run writes"),
-    "step of another": (saying(step=12), "has no step that a run writes"),
-    "step a text": (saying(step="10"), "has no step that a run writes"),
-    "no processes": (saying(ranks=0), "has no ranks that a run writes"),
-    "no meta": (saying(meta=None), "has no meta that a run writes"),
-    "seconds a text": (meta(seconds="x"), "has no meta.seconds that a run writes"),
-    "optimiser's groups": (meta(optimizer={"groups": "ab"}), "has no meta.optimizer that a run writes"),
+    "step below 0": (saying(step=-7), "has no valid step"),
+    "step of another": (saying(step=12), "has no valid step"),
+    "step a text": (saying(step="10"), "has no valid step"),
+    "no processes": (saying(ranks=0), "has no valid ranks"),
+    "no meta": (saying(meta=None), "has no valid meta"),
+    "seconds a text": (meta(seconds="x"), "has no valid meta.seconds"),
+    "optimiser's groups": (meta(optimizer={"groups": "ab"}), "has no valid meta.optimizer"),
     "optimiser's values": (meta(optimizer={"groups": [{"betas": "x"}, {}]}), "its optimiser state has betas 'x'"),
-    "optimiser's names": (meta(optimizer={"parameters": {"x|y": 1}, "groups": [{}, {}]}), "of other parameters"),
-    "a file elsewhere": (lambda folder: noted(folder, contents={"../x": ""}), "has no contents that a run writes"),
-    "a file in its place": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "no complete checkpoint"),
-    "nothing in it": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no complete checkpoint"),
+    "optimiser's names": (
+        meta(optimizer={"parameters": {"x|y": 1}, "groups": [{}, {}]}),
+        "parameters that this model does not have",
+    ),
+    "a file elsewhere": (lambda folder: noted(folder, contents={"../x": ""}), "has no valid contents"),
+    "a file in its place": (
+        lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+        "not a complete checkpoint",
+    ),
+    "nothing in it": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "not a complete checkpoint"),
 }
 
 
@@ -156,7 +162,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs, run, capsys, kin
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
     assert message in said[0]
-    assert "it is kept as checkpoint-10.damaged, and an earlier checkpoint is taken" in said[0]
+    assert "it is renamed to checkpoint-10.damaged, and the run resumes an earlier checkpoint" in said[0]
     assert (len(trainer.history), (run / "checkpoint-10.damaged").exists()) == (7, True)
 
 
@@ -200,14 +206,16 @@ def test_a_checkpoint_before_digests_is_read_and_checked(run):
 def test_a_checkpoint_of_another_method_is_no_damage(run):
     config = json.loads((run / "checkpoint-10" / "state.json").read_text())["meta"]["config"]
     meta(config={**config, "method": "dancegrpo"})(run / "checkpoint-10")
-    with pytest.raises(UserError, match=r"written by method dancegrpo, this run is text_to_video: take its weights"):
+    with pytest.raises(
+        UserError, match=r"written by method dancegrpo, but this run has method text_to_video: load its weights"
+    ):
         resumed(run, method="text_to_video")
 
 
 def test_state_that_the_trainer_cannot_take_is_damage(run):
     trainer = make(run, max_steps=12, resume_from_checkpoint=str(run / "checkpoint-10"))
     trainer.load_state_dict = lambda state: state["tail"]
-    with pytest.raises(UserError, match=r"rank-0 does not hold what TinyTrainer keeps there \(KeyError: 'tail'\)"):
+    with pytest.raises(UserError, match=r"rank-0 does not hold the state of TinyTrainer \(KeyError: 'tail'\)"):
         trainer.train()
 
 

@@ -26,9 +26,9 @@ def test_a_network_without_a_row_is_cut_at_what_its_class_keeps_whole():
 
 
 def test_a_model_without_known_blocks_is_refused(tmp_path):
-    with pytest.raises(UserError, match="net, a Sequential, cannot be cut over the processes: no repeated blocks"):
+    with pytest.raises(UserError, match="net, a Sequential, cannot be sharded: no repeated blocks"):
         repeated_blocks(nn.Sequential(nn.Linear(2, 2)), "net")
-    with pytest.raises(UserError, match="fully_shard cuts the model over processes, and there is one"):
+    with pytest.raises(UserError, match="fully_shard shards the model over processes, but there is only one"):
         TinyTrainer(TinyConfig(output_dir=str(tmp_path), device="cpu", fully_shard=True, report_to=[])).train()
 
 

@@ -264,20 +264,20 @@ def test_a_missing_tracker_is_named_once():
 
     if "wandb" in {str(getattr(name, "value", name)) for name in get_available_trackers()}:
         pytest.skip("needs wandb to be absent")
-    with pytest.warns(UserWarning, match="not reported to: wandb"):
+    with pytest.warns(UserWarning, match="not installed are skipped: wandb"):
         assert available_trackers(["wandb"]) == []
 
 
 def test_absent_cuda_is_a_clear_error(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    with pytest.raises(UserError, match="device is cuda, but torch sees no CUDA device"):
+    with pytest.raises(UserError, match="device is cuda, but torch finds no CUDA device"):
         TinyTrainer(TinyConfig(output_dir=str(tmp_path), device="cuda"))
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir .*file/run cannot be made"):
+    with pytest.raises(UserError, match=r"output_dir .*file/run cannot be created"):
         TinyTrainer(TinyConfig(output_dir=str(tmp_path / "file" / "run"), report_to=[], device="cpu")).train()
 
 
