@@ -148,7 +148,7 @@ def test_trajectories_and_finished_latents(tmp_path: Path) -> None:
             torch.testing.assert_close(x[0], drawn.at(prompt, step + 1), rtol=1e-4, atol=1e-4)
     (tmp_path / "c").mkdir()
     (tmp_path / "b" / "latents").rename(tmp_path / "c" / "latents")
-    with pytest.raises(UserError, match="holds latents of other kept"):
+    with pytest.raises(UserError, match="holds latents of a run with other settings \\(kept\\)"):
         distilled(tmp_path / "c", max_steps=1)
 
 
