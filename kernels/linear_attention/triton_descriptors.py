@@ -25,9 +25,9 @@ def described(how: Launch, *tensors: Tensor) -> tuple[list[Any], Launch]:
     """Return the tensors of a pass, each (B, N, H, D), as descriptors, and the launch to use.
 
     A descriptor is (B, N, width); the width spans from the first channel of the first head to the last channel of the
-    last head. Reads beyond the tokens of a sample give
-    0, and writes beyond them are dropped. If the launch uses no descriptors, or one of the tensors cannot have one,
-    all tensors are returned unchanged, with the launch for tiles that threads load.
+    last head. Reads beyond the tokens of a sample give 0, and writes beyond them are dropped. If the launch uses no
+    descriptors, or one of the tensors cannot have one, all tensors are returned unchanged, with the launch for tiles
+    that threads load.
     """
     if not how.described or not all(_fits(each) for each in tensors):
         return list(tensors), how.by_threads

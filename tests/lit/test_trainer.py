@@ -224,7 +224,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"conversion": {"layer": "all:lit"}}, "LiTConfig has no setting layer"),
-        ({"conversion": "all:lit"}, "must be a mapping of settings of LiTConfig"),
+        ({"conversion": "all:lit"}, "must be a mapping of LiTConfig settings"),
         ({"student": "x", "conversion": {"layers": "all:lit"}}, "left out with student"),
         ({"task_weight": 0.0, "output_weight": 0.0, "variance_weight": 0.0}, "above 0, or another weight"),
         ({"states": "trajectory"}, "task_weight is 1.0, it must be 0 with states"),
@@ -265,7 +265,7 @@ def test_refused(tmp_path: Path) -> None:
             distilled(tmp_path / "run", **changes)
     pipe, _ = teacher("Wan")
     pipe.transformer.to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"are torch\.bfloat16, and trained ones are float32: set bf16"):
+    with pytest.raises(UserError, match=r"are torch\.bfloat16, but trained weights are float32: set bf16"):
         distilled(tmp_path / "run", pipe=pipe)
 
 
