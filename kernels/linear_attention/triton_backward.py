@@ -74,8 +74,7 @@ def grad_queries(
         x = take(query, sample, start, head * query_h, row, query_n, query_d, tokens, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
         q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
-        # One rounding serves both products. The output does not change when all keys are scaled, so the gradients
-        # along this direction must cancel; they do only if both products use the same rounded numbers.
+        # Both products use the same rounded numbers, so gradients along a scaling of all keys cancel, as they must.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), CHAINED, PRECISION)
         if table is not None:

@@ -88,8 +88,7 @@ def sum_keys(
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is None and (NORM or not RELU):
-            # Round before the sum, so that numerator and divisor use the same numbers and errors common to all tokens
-            # cancel.
+            # Numerator and divisor use the same rounded numbers, so errors that all tokens share cancel.
             k = k.to(DOT).to(tl.float32)
         if scales is None:
             key_sum += fold(k, BLOCK_N, BLOCK_D)
