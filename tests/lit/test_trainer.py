@@ -258,7 +258,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path) -> None:
     for changes, said in (
         ({"conversion": {"layers": "1:window_delta"}, "train": "new"}, "softmax on 3 latent frames"),
-        ({"conversion": conversion("Wan", inherit="output"), "train": "new", "use_peft": True}, "initialises them anew"),
+        (
+            {"conversion": conversion("Wan", inherit="output"), "train": "new", "use_peft": True},
+            "initialises them anew",
+        ),
         ({"student": str(tmp_path)}, r"has no config\.json"),
     ):
         with pytest.raises(UserError, match=said):
