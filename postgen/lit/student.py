@@ -86,7 +86,7 @@ def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dic
 
 
 def _settings(model: Any) -> dict[str, str]:
-    """Return the config of a network as JSON texts, without the entry of the conversion. JSON has no tuples, like files."""
+    """Return the config of a network as JSON texts, which have no tuples, without the entry of the conversion."""
     config = without_note(model.config)
     return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
