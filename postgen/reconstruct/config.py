@@ -80,7 +80,7 @@ class RecordsConfig(Part):
 class ReconstructConfig(UpdatesConfig):
     """Settings of `reconstruct`: how the student of every block is trained.
 
-    `max_steps` counts the optimizer steps of each block. One micro-batch is one record, so a step takes
+    `max_steps` counts the optimiser steps of each block. One micro-batch is one record, so a step takes
     `gradient_accumulation_steps` records. `learning_rate` applies to inherited parameters.
 
     Raises:

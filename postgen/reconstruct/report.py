@@ -33,7 +33,7 @@ class BlockResult:
     l1_after: float
     """Relative L1 error after training, of the EMA weights if there is an EMA."""
     steps: int
-    """Number of optimizer steps."""
+    """Number of optimiser steps."""
     parameters: int
     """Number of trained parameters."""
     new: int
