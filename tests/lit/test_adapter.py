@@ -238,7 +238,7 @@ def test_adapters_of_other_grids_are_refused_before_weights_are_read(cli: Any, t
     other = cli("generate", *words, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "no.gif")
     assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err
     long = cli("generate", *words, "--long", 2, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "long.mp4")
-    assert (long.code, "--lit does not go with a long video" in long.err) == (2, True), long.err
+    assert (long.code, "--lit cannot be used with a long video" in long.err) == (2, True), long.err
 
 
 def test_a_converted_model_takes_no_adapter_and_makes_no_video_first(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
