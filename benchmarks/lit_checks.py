@@ -1,4 +1,4 @@
-"""What is right or wrong in `python -m benchmarks.lit_speed`: families, memory of streams, resumed training."""
+"""Pass/fail checks of `python -m benchmarks.lit_speed`: model families, memory of streams, resumed training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from postgen.lit.tokens import Tokens
 from postgen.reconstruct import ReconstructTask, Records, reconstruct
 
 FAMILIES = ("DiT", "PixArt", "Flux", "Stable Diffusion 3", "Wan", "HunyuanVideo", "CogVideoX 1.5", "LTX")
-"""By their names among the tiny models of the tests."""
+"""Names of model families, as in the tiny models of the tests."""
 STREAMS: dict[str, Any] = {
     "lit": LitOptions(causal=True, center_keys=False),
     "chunk": ChunkOptions(causal=True),
@@ -30,15 +30,15 @@ STREAMS: dict[str, Any] = {
     "window_linear": WindowOptions(causal=True, radius=2),
 }
 PIECE = 3
-"""Frames that a stream is given at once: a chunk of `chunk`."""
+"""Frames per piece of a stream; equals a chunk of the layer type `chunk`."""
 PIECES = 8
-"""Of the short stream; the long one has four times as many."""
+"""Pieces of the short stream; the long stream has four times as many."""
 KILLED_AT = 9
-"""Step in which the run is ended, after its first checkpoint at the fifth."""
+"""Step in which the run is killed; its first checkpoint is after the fifth step."""
 
 
 def rows(device: str) -> Iterator[dict[str, Any]]:
-    """Run every check; each is a row with its value and what it stands on."""
+    """Run every check and yield one row for each, with its value and details."""
     families = {name: family_converts(name) for name in FAMILIES}
     yield {
         "part": "check",
@@ -61,10 +61,10 @@ def rows(device: str) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def family_converts(name: str) -> str:
-    """Convert a tiny model of a family, save, load and revert it; return what is wrong, nothing where all is right."""
+    """Convert, save, load and revert a tiny model of a family; return the failures as a text, empty for none."""
     from tests.families.tiny_models import TinyModel, tiny_model
 
-    # Two clips: products of a single row round by where the weights lie in memory.
+    # Two clips, because products with a single row round differently with the alignment of the weights in memory.
     tiny = tiny_model(name, batch=2)
     stock = tiny()
     report = convert(tiny.transformer, LiTConfig(layers="all:lit"))
@@ -87,16 +87,16 @@ def family_converts(name: str) -> str:
 
 
 def stream_memory(kind: str, device: str) -> dict[str, dict[str, int]]:
-    """Return the largest state, and on a GPU the largest memory, of a short stream and of one four times as long.
+    """Return the largest state, and on a GPU the peak memory, of a short stream and of one four times as long.
 
-    On a GPU a layer of Wan 1.3B at 480p in bfloat16, on a CPU a tiny one in float32.
+    On a GPU the layer has the size of Wan 1.3B at 480p in bfloat16, on a CPU it is a tiny one in float32.
     """
     cuda = device == "cuda"
     shape = Shape(heads=12, channels=128, hidden=1536) if cuda else Shape(heads=2, channels=8, hidden=16)
     grid = Grid(frames=PIECE, height=30, width=52) if cuda else Grid(frames=PIECE, height=2, width=3)
     torch.manual_seed(0)
     layer = make_layer(kind, shape, STREAMS[kind]).to(device, torch.bfloat16 if cuda else torch.float32)
-    _largest(layer, shape, grid, PIECES)  # what libraries take once
+    _largest(layer, shape, grid, PIECES)  # warm-up: libraries allocate memory once
     return {
         "short": _largest(layer, shape, grid, PIECES),
         "long": _largest(layer, shape, grid, 4 * PIECES),
@@ -130,14 +130,15 @@ def _piece(shape: Shape, grid: Grid, place: dict[str, Any]) -> Tokens:
 
 
 def resumes_to_the_same(folder: Path, *, start: str = "spawn") -> bool:
-    """Whether stage 1 of a tiny model that is ended by signal 9 and resumed gives the weights of one that is not.
+    """Whether an attention transfer that is killed by signal 9 and resumed ends with the weights of an uninterrupted
+    one.
 
     Args:
-        folder: for records and runs.
-        start: how the process begins that is ended.
+        folder: folder for records and runs.
+        start: start method of the process that is killed.
 
     Raises:
-        RuntimeError: the process ended otherwise.
+        RuntimeError: the process ended in another way.
     """
     from tests.reconstruct.toy import records_of, settings
 
@@ -160,7 +161,7 @@ def resumes_to_the_same(folder: Path, *, start: str = "spawn") -> bool:
 
 
 def _stage_one() -> tuple[Any, dict[str, int], ReconstructTask]:
-    """A tiny Wan, its clip, and the task of a new layer in its last block."""
+    """Return a tiny Wan pipeline, the size of its clip, and the task of a new layer in its last block."""
     from tests.reconstruct.toy import PROMPTS, pipeline
 
     torch.manual_seed(0)
@@ -182,7 +183,7 @@ def _until_killed(folder: Path) -> None:
     def run(*words: Any) -> Any:
         nonlocal calls
         calls += 1
-        # One held-out call before, and so many a step.
+        # There is one held-out call before training, then `gradient_accumulation_steps` calls per step.
         if calls == 1 + KILLED_AT * given.gradient_accumulation_steps:
             os.kill(os.getpid(), signal.SIGKILL)
         return task.run(*words)

@@ -23,11 +23,12 @@ from postgen.lit.layers.base import LitLayer
 from postgen.lit.layers.window import WindowLayer
 
 CHANNELS = 128
-"""Of a head of Wan."""
+"""Channels per head of Wan."""
 SECONDS = 3000
-"""Milliseconds from which on calls are long enough to be timed twice only."""
+"""Calls that take longer than this number of milliseconds are timed only twice."""
 ROUTED_TOKENS = 75_600
-"""Longest clip at which the router compares backends by itself: at four times that it would take minutes."""
+"""Longest clip for which the router itself compares attention backends. With four times as many tokens the comparison
+would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,13 @@ class Model:
     layers: int
 
     def case(self, grid: Grid, layers: int) -> Case:
-        """Return the transformer, with so many blocks, and a call of it; a token is 2 x 2 latents."""
+        """Return the configuration and a call of the transformer with `layers` blocks; a token is 2 x 2 latents."""
         return wan(self.name, self.heads, self.ffn, layers, (grid.frames, 2 * grid.height, 2 * grid.width))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A clip by its pixels, and its tokens."""
+    """A clip: its name, such as "720p 81f", and the grid of its tokens."""
 
     name: str
     grid: Grid
@@ -57,7 +58,7 @@ def clip(side: str, frames: int) -> Clip:
 
     Args:
         side: 480p or 720p.
-        frames: of tokens; four times as many in pixels, but for the first.
+        frames: latent frames; the clip has 4 frames - 3 frames of pixels.
     """
     height, width = {"480p": (30, 52), "720p": (45, 80)}[side]
     return Clip(name=f"{side} {4 * frames - 3}f", grid=Grid(frames=frames, height=height, width=width))
@@ -80,11 +81,11 @@ class Kind:
         """Return the conversion of some blocks.
 
         Args:
-            where: as `LiTConfig.layers`, with `{}` for the type.
-            grid: of the clip.
+            where: a text for `LiTConfig.layers`, with `{}` in place of the type.
+            grid: the token grid of the clip.
         """
         shape = (grid.frames, grid.height, grid.width)
-        # On clips of two rows the default blocks of mhla are larger than the grid.
+        # The default of mhla, 4 x 4 blocks, does not fit into a grid with fewer than 4 rows or columns.
         blocks = (1, min(4, grid.height), min(4, grid.width))
         mhla = MhlaOptions(blocks=blocks)
         window = WindowOptions(radius=self.radius)
@@ -102,17 +103,18 @@ KINDS = {
     "window_delta radius 0": Kind(kind="window_delta", radius=0),
     "window_linear radius 0": Kind(kind="window_linear", radius=0),
 }
-"""Those that gates look at first: a run that is cut loses the others."""
+"""Layer types to measure. The types for gates come first, because an interrupted run loses the later ones."""
 HALF, THREE_QUARTERS, SEVEN_EIGHTHS = "every 2nd:{}", "all:{},every 4th:softmax", "all:{},every 8th:softmax"
 
 
 class Plan(NamedTuple):
-    """Blocks of a model that are converted."""
+    """Which blocks of a model are converted to which layer type."""
 
     name: str
     kind: str
-    """Of `KINDS`."""
+    """Key of `KINDS`."""
     where: str
+    """Text for `LiTConfig.layers`, with `{}` in place of the type."""
 
 
 PLANS = (
@@ -145,27 +147,27 @@ class Built:
             self.transformer = built(getattr(diffusers, case.kind), case.config)
             self.arguments = case.arguments()
         if device == "cuda":
-            torch.cuda.empty_cache()  # of the float32 that it was made in
+            torch.cuda.empty_cache()  # frees the float32 weights of the construction
         self.backend = "auto" if grid.tokens <= ROUTED_TOKENS else best_backend(model, device)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its blocks."""
+        """The blocks of the transformer, in running order."""
         return [block.module for block in blocks_of(self.transformer)]
 
     def step(self) -> Any:
-        """Call it."""
+        """Run one forward pass of the transformer."""
         return self.transformer(**self.arguments, return_dict=False)[0]
 
     @contextmanager
     def side(self, config: LiTConfig | None) -> Iterator[FusedOpsHandle]:
-        """Convert it, or not, with the same fused operations on both sides; afterwards it is stock again.
+        """Convert the transformer, or leave it stock for None, and apply fused operations; undo both at the end.
 
-        Softmax takes the router's fastest backend on both. Without `fused`, norms, rotations and modulation are
-        diffusers' own on both.
+        Both sides of a comparison use the same fused operations and the router's fastest softmax backend. Without
+        `fused`, both use the norms, rotary embeddings and modulation of diffusers.
         """
         if config is not None:
-            with torch.device(self.device):  # new layers are large, and drawn where they will be
+            with torch.device(self.device):  # new layers are large, so create them on the device
                 convert(self.transformer, config)
         try:
             handle = postgen.apply_fused_ops(
@@ -181,7 +183,10 @@ class Built:
                 revert(self.transformer)
 
     def calls(self) -> dict[str, Callable[[], Any]]:
-        """Return the second block, and its self-attention, as a step calls them: the first is never converted."""
+        """Return calls of the second block and of its self-attention with the inputs of a step.
+
+        The first block is never converted.
+        """
         block: Any = self.blocks[1]
         parts = {"block": block, "layer": block.attn1}
         seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -204,35 +209,41 @@ class Built:
         return {name: call(name) for name in parts}
 
     def softmax_alone(self) -> Callable[[], Any]:
-        """Return softmax attention without projections, norms and rotation, on the backend of `side`."""
+        """Return a call of softmax attention without projections, norms and rotary embedding, on the same backend."""
         query, key, value = drawn(self.model, self.grid.tokens, self.device)
         backend = None if self.backend == "auto" else self.backend
         return lambda: attention(query, key, value, backend=backend)
 
 
 def drawn(model: Model, tokens: int, device: str) -> Sequence[torch.Tensor]:
-    """Draw queries, keys and values."""
+    """Return random queries, keys and values, each (1, tokens, heads, channels), in bfloat16."""
     shape = (1, tokens, model.heads, CHANNELS)
     return [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(3)]
 
 
 def best_backend(model: Model, device: str) -> str:
-    """Return the router's choice at the longest clip that it times."""
+    """Return the router's choice of backend for a clip of `ROUTED_TOKENS` tokens."""
     query, key, value = drawn(model, ROUTED_TOKENS, device)
     return router().choose(Call(query, key, value, CHANNELS**-0.5, None, False)).name
 
 
 class Timing(NamedTuple):
-    """Of one call."""
+    """Time and memory of one call."""
 
     milliseconds: float
-    """Median."""
+    """Median time."""
     peak_gib: float | None
-    """Largest memory, weights included; None on a CPU."""
+    """Peak memory with the weights; None on a CPU."""
 
 
 def timed(call: Callable[[], Any], device: str, repeats: int) -> Timing:
-    """Time a call after one that is not timed; on a GPU by events, on its own stream. Seconds are timed twice."""
+    """Time a call after one warm-up call, on a GPU with CUDA events.
+
+    Args:
+        call: the function to time.
+        device: cpu or cuda.
+        repeats: number of timed calls; 2 if a call takes more than `SECONDS` milliseconds.
+    """
     call()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -257,7 +268,7 @@ def _milliseconds(call: Callable[[], Any], device: str) -> float:
 
 
 def density(layer: LitLayer, grid: Grid) -> float | None:
-    """Return the share of (query, key) pairs that a window layer computes by softmax; None: it is another type."""
+    """Return the share of (query, key) pairs that a window layer computes by softmax; None for other types."""
     if not isinstance(layer, WindowLayer):
         return None
     frames = grid.frames

@@ -1,9 +1,9 @@
-"""Parts of converted layers on a GPU, as plain torch and as kernels: `python -m benchmarks.lit_parts`.
+"""Parts of converted layers on a GPU, in plain torch and with the kernels: `python -m benchmarks.lit_parts`.
 
-Prints a line for each part of a window layer of Wan 14B at 720p (`--model "Wan 1.3B"` for the other): milliseconds of
-both, and the relative difference of what they give. Then whole layers, then other launches of the memory's kernels.
-About a minute on an H200. `-o lit_parts` writes all of it as a result too, again after every line; `--device cpu` runs
-a tiny model and is there to try it.
+Prints a line for each part of a window layer of Wan 14B at 720p (`--model "Wan 1.3B"` for the other model): the
+milliseconds of both, and the relative difference of their results. Whole layers follow, then other launch parameters
+of the memory's kernels. Takes about a minute on an H200. `-o lit_parts` also writes a result file, after every line.
+`--device cpu` runs a tiny model, only to try the benchmark.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LAUNCHES = {
     "scans": [(32, 8, 2), (16, 8, 2)],
     "reads": [(32, 8, 2), (64, 8, 2), (64, 8, 1)],
 }
-"""Tokens of a tile, warps, stages."""
+"""Kernel -> launch parameters to time: tokens per tile, warps, stages."""
 
 Row = dict[str, Any]
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Run layers without the kernels; those of linear and softmax attention stay."""
+    """Run layers in plain torch, except that linear and softmax attention keep their kernels."""
     with ExitStack() as stack:
         for module in (features, window):
             stack.enter_context(mock.patch.object(module, "takes", return_value=False))
@@ -49,7 +49,7 @@ def plain() -> Iterator[None]:
 
 
 class Parts:
-    """A window layer, and what it is called with."""
+    """A window layer and its inputs."""
 
     def __init__(self, model: Model, grid: Grid, device: str) -> None:
         self.model, self.grid, self.device = model, grid, device
@@ -65,7 +65,7 @@ class Parts:
         self.reading = Reading(streams=(stream,))
 
     def tokens(self) -> tokens.Tokens:
-        """Return them as a call brings them."""
+        """Return the inputs as a layer receives them in a call."""
         return tokens.Tokens(self.reading, self.grid, self.hidden)
 
     def rows(self) -> Iterator[Row]:
@@ -87,7 +87,7 @@ class Parts:
         yield compared("rotation of features", lambda: features.rotate_both(*pair, self.rope))
 
     def other_launches(self) -> Iterator[Row]:
-        """Time the kernels of the memory, each alone, with other launches."""
+        """Time each kernel of the memory alone, with the launch parameters of `LAUNCHES`."""
         from postgen.kernels.frame_memory import triton
 
         writes = self.layer._writes(self.key, self.value, self.hidden, self.grid.frames)
@@ -103,12 +103,12 @@ class Parts:
                     yield self.alone(f"{name}, {numbers}", calls[name])
 
     def alone(self, part: str, call: Callable[[], Any]) -> Row:
-        """Time a call."""
+        """Time a call of a kernel."""
         return {"part": part, "kernels_ms": timed(call, self.device, REPEATS).milliseconds}
 
 
 def compare(part: str, call: Callable[[], Any], device: str) -> Row:
-    """Time a call with and without the kernels, and compare what they give."""
+    """Time a call with and without the kernels, and compare the results."""
     new, found = timed(call, device, REPEATS).milliseconds, flat(call())
     with plain():
         old, expected = timed(call, device, REPEATS).milliseconds, flat(call())
@@ -118,7 +118,7 @@ def compare(part: str, call: Callable[[], Any], device: str) -> Row:
 
 
 def line(row: Row) -> str:
-    """Return a row as it is printed."""
+    """Return a row as a line of text."""
     part, new, old = row["part"], row["kernels_ms"], row.get("plain_ms")
     if old is None:
         return f"{part:34} {new:8.3f} ms"
@@ -127,7 +127,7 @@ def line(row: Row) -> str:
 
 
 def flat(result: Any) -> list[Tensor]:
-    """Return the tensors of a result."""
+    """Return the tensors of a (nested) result as a flat list."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, memory.Writes):
@@ -136,7 +136,7 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def random(layer: Any) -> Any:
-    """Move all weights: a new layer reads its memory with zeros."""
+    """Add noise to all weights, because a new layer multiplies the reads of its memory by zeros."""
     for parameter in layer.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     return layer
@@ -158,7 +158,7 @@ def whole(model: Model, grid: Grid, device: str) -> Iterator[Row]:
 
 @torch.no_grad()
 def rows(model: Model, grid: Grid, device: str) -> Iterator[Row]:
-    """Time parts, whole layers and, on a GPU, other launches."""
+    """Time parts, whole layers and, on a GPU, other launch parameters."""
     parts = Parts(model, grid, device)
     yield from parts.rows()
     if device == "cuda":
@@ -169,16 +169,16 @@ def rows(model: Model, grid: Grid, device: str) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time, print and write."""
+    """Run the benchmark, print its rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lit_parts", description=__doc__.splitlines()[0])
     models = {model.name: model for model in (LARGE, SMALL)}
     parser.add_argument("--model", choices=[*models], default=LARGE.name)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("-o", "--output", metavar="RESULT", help="name or path of a result file; without it none")
+    parser.add_argument("-o", "--output", metavar="RESULT", help="name or path of a result file (default: no file)")
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
     if on_cpu and options.output and not options.output.endswith(".json"):
-        print("a CPU is no place for results: name another file with -o FILE.json", file=sys.stderr)
+        print("a CPU run must not replace the measured results: name another file with -o FILE.json", file=sys.stderr)
         return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.lit_parts needs a GPU: torch sees none", file=sys.stderr)

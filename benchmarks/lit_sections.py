@@ -1,4 +1,4 @@
-"""`results/lit.json` has a part for images and one for video, measured apart: each is written without the other."""
+"""Write one part of `results/lit.json`, which has separately measured parts for images and for video."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ _STAMPS = ("date", "device", "versions")
 
 
 def put_section(name: str, section: Mapping[str, Any], gates: Iterable[Gate] = (), path: str | Path = "lit") -> Path:
-    """Write one part of the result; the other parts and their gates stay.
+    """Write one part of the result. The other parts and their gates stay.
 
-    The stamp of the file is of the last writing: a part says in itself where it was measured.
+    Date, device and versions of the file are those of the last writing, so each part also contains where it was
+    measured.
 
     Args:
-        name: of the part.
-        section: its content.
-        gates: of this part, in the place of those of the same names.
-        path: as for `write_result`.
+        name: name of the part.
+        section: content of the part.
+        gates: gates of the part; they replace gates of the same names.
+        path: see `write_result`.
     """
     target = Path(path) if Path(path).suffix == ".json" else RESULTS / f"{path}.json"
     old = read_result(path) if target.is_file() else {}

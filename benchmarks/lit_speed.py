@@ -1,20 +1,20 @@
-"""Converted transformers against stock ones: a layer, a block and a whole step of Wan 1.3B and 14B, random weights.
+"""Speed of converted and stock transformers: a layer, a block and a whole step of Wan 1.3B and 14B, random weights.
 
-`python -m benchmarks.lit_speed` needs a GPU and writes `results/lit_speed.json`, again after every row, so that a run
-that is cut keeps its rows. `--only` takes some parts, and `--join A.json B.json` makes one result of several; of rows
-of the same name the last counts. `--device cpu` runs the checks and a tiny model and is there to try the benchmark.
+`python -m benchmarks.lit_speed` needs a GPU. It writes `results/lit_speed.json` after every row, so an interrupted run
+keeps its rows. `--only` selects parts, and `--join A.json B.json` combines several results; if rows have the same
+name, the last one is used. `--device cpu` runs the checks and a tiny model, only to try the benchmark.
 
-Expected on an H200, in minutes: checks 1, curve 1, 1.3b 1, 14b-480p 2, 14b-720p 4, 1.3b-long 2, 14b-302k 3,
-14b-500k 5; `--quick` (checks, curve, 1.3b at 480p) 3. No run but the whole one takes more than ten minutes. Rows that
-gates look at come first in each part; `--kinds` leaves layer types out.
+Expected minutes on an H200: checks 1, curve 1, 1.3b 1, 14b-480p 2, 14b-720p 4, 1.3b-long 2, 14b-302k 3, 14b-500k 5;
+`--quick` (checks, curve, 1.3b at 480p) 3. Only the complete run takes more than ten minutes. In each part, the rows
+for gates come first; `--kinds` selects layer types.
 
-Both sides of a row run in one process, on the same weights and inputs, eager (`torch.compile` would take longer than
-the benchmark), with the fused operations on both sides or, with `--plain`, on neither. Softmax takes the router's best
-backend on both. Steps of clips up to 81 frames are whole steps; those of longer clips are added up of measured blocks
-and of what a step of two blocks takes beside its blocks, and say so. The ceiling is what a step would gain if
-converted attention took no time: 1 / (1 - attention share x converted share), where the attention share is the time
-of softmax attention alone, without projections, norms and rotation. The density of a window layer is the share of
-(query, key) pairs that its softmax computes; that of a plan counts the blocks that stay softmax too, as 1.
+Both sides of a row run in one process, on the same weights and inputs, in eager mode (`torch.compile` would take
+longer than the benchmark). Both sides use the fused operations, or with `--plain` neither does, and both use the
+router's best softmax backend. For clips up to 81 frames whole steps are measured. For longer clips, the time of a step
+is the sum of measured blocks and of the rest of a step with two blocks, and the row says so. The ceiling is the gain
+of a step if the converted attention took no time: 1 / (1 - attention share x converted share). The attention share is
+the time of softmax attention alone, without projections, norms and rotary embedding. The density of a window layer is
+the share of (query, key) pairs that its softmax computes. The density of a plan also counts softmax blocks, with 1.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ from postgen.lit.pattern import types_of_blocks
 
 Row = dict[str, Any]
 REPEATS, LONG_REPEATS = 3, 2
-"""Timed calls, after one that is not; of clips longer than 81 frames the second number."""
+"""Numbers of timed calls, after one warm-up call: for clips up to 81 frames, and for longer clips."""
 CURVE = (3, 6, 11)
-"""Frames of tokens at 480p, beside the 21 and 84 of other parts, for where linear attention begins to win."""
+"""Latent frames at 480p, besides the 21 and 84 of other parts, to find where linear attention becomes faster."""
 WHOLE, ADDED_UP = "whole step", "added up of measured blocks and the rest of a step of two blocks"
 NO_MEMORY = "out of memory"
 DENSEST = 0.35
-"""Of all pairs of all blocks, those that stay softmax included, a plan of the gate may compute at most so many by
-softmax: its windows alone are sparser still, so that the gate holds whichever of the two is meant."""
+"""Largest share of pairs that a plan for the gate may compute by softmax, over all blocks including softmax blocks.
+The share of its window layers alone is even smaller, so the gate holds for both readings."""
 
 
 class Part(NamedTuple):
-    """What `--only` can choose."""
+    """A part of the benchmark, which `--only` can select."""
 
     model: Model
     clips: tuple[Clip, ...]
     plans: bool
-    """Whether there are steps beside layers and blocks."""
+    """Whether to measure steps, in addition to layers and blocks."""
     whole: bool
-    """Whether steps are whole."""
+    """Whether to measure whole steps; False adds up measured blocks."""
 
 
 PARTS = {
@@ -93,27 +93,27 @@ ON_CPU = ("checks", "tiny")
 
 @torch.no_grad()
 def rows_of(part: Part, device: str, *, fused: bool, kinds: Sequence[str] | None = None) -> Iterator[Row]:
-    """Measure every clip of a part, with some layer types of `KINDS` or all."""
+    """Measure every clip of a part, with the given layer types of `KINDS` or with all."""
     for each in part.clips:
         fits = True
         try:
             yield from clip_rows(part, each, device, fused=fused, kinds=[*KINDS] if kinds is None else kinds)
         except torch.OutOfMemoryError:
-            fits = False  # what the error holds is let go of first
+            fits = False  # leave the handler first, because the exception keeps tensors alive
         release(device)
         if not fits:
             yield {"part": "layer", "model": part.model.name, "clip": each.name, "fused": fused, "failed": NO_MEMORY}
 
 
 def release(device: str) -> None:
-    """Give memory back that nobody holds."""
+    """Free unused GPU memory."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool, kinds: Sequence[str]) -> Iterator[Row]:
-    """Measure softmax, then each layer type in one block and its plans."""
+    """Measure softmax, then for each layer type one converted block and the plans with this type."""
     model, grid = part.model, chosen.grid
     repeats = REPEATS if grid.frames <= 21 else LONG_REPEATS
     name = {"model": model.name, "clip": chosen.name, "tokens": grid.tokens, "fused": fused}
@@ -134,7 +134,7 @@ def clip_rows(part: Part, chosen: Clip, device: str, *, fused: bool, kinds: Sequ
         with suppress(torch.OutOfMemoryError), here.side(KINDS[kind].config("1:{}", grid)):
             set_grid(here.transformer, grid)
             (layer,) = layers_of(here.transformer).values()
-            if layer.covers(grid):  # softmax of the base
+            if layer.covers(grid):  # the layer would run the stock softmax
                 row = None
             else:
                 found = {what: timed(call, device, repeats) for what, call in calls.items()}
@@ -160,7 +160,7 @@ def stock_row(part: Part, name: Row, step: Timing, soft: Row) -> Row:
 def layer_row(
     name: Row, kind: str, found: Mapping[str, Timing], soft: Mapping[str, Timing], dense: float | None
 ) -> Row:
-    """Return the row of a layer type: its self-attention, projections included, and its block."""
+    """Return the row of a layer type: times of its self-attention, with projections, and of its block."""
     row: Row = {"part": "layer", **name, "kind": kind, "peak_gib": found["block"].peak_gib, "density": dense}
     for what, timing in found.items():
         row[f"{what}_ms"] = timing.milliseconds
@@ -169,7 +169,7 @@ def layer_row(
 
 
 def plan_row(part: Part, here: Built, plan: Plan, layer_of: Mapping[str, Row], stock: Row, repeats: int) -> Row:
-    """Return the row of a plan: a whole step where the part has them, else added up of blocks and the rest."""
+    """Return the row of a plan: a measured whole step if the part has them, else the sum of blocks and the rest."""
     config = KINDS[plan.kind].config(plan.where, here.grid)
     blocks = part.model.layers
     converted = len(converted_blocks(config, blocks))
@@ -198,23 +198,24 @@ def densities(windows: float | None, converted: float) -> Row:
 
 
 def against_ceiling(stock: Row, milliseconds: float, converted: float) -> Row:
-    """Return what a step gains, and Amdahl's limit of it."""
+    """Return the time and speed-up of a step, and the limit of the speed-up by Amdahl's law."""
     ceiling = 1 / max(1e-9, 1 - stock["attention_share"] * converted)
     gain = stock["ms"] / milliseconds
     return {"ms": milliseconds, "speed_up": gain, "ceiling": ceiling, "over_ceiling": gain / ceiling}
 
 
 def converted_blocks(config: LiTConfig, blocks: int) -> list[int]:
-    """Return the blocks of a model that a config converts."""
+    """Return the indices of the blocks that a config converts."""
     kinds = types_of_blocks(config.layers, blocks, first_block=config.first_block)
     return [block for block, kind in enumerate(kinds) if kind != "softmax"]
 
 
 def crossings(rows: Sequence[Row]) -> list[Row]:
-    """Return the tokens from which each layer type wins over softmax: where the measured curves at 480p cross.
+    """Return the number of tokens from which each layer type is faster than softmax, from the measurements at 480p.
 
-    Between two measured clips both curves are straight lines in logarithms. `at_most`: it wins at every clip that was
-    measured, so the crossing is not above the first; tokens None: it never wins.
+    Between two measured clips the speed-up is interpolated linearly in logarithms. `at_most` means that the type is
+    faster for every measured clip, so the crossing is at or below the first one. Tokens None means that it is never
+    faster.
     """
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in (row for row in rows if "layer_speed_up" in row):
@@ -227,7 +228,7 @@ def crossings(rows: Sequence[Row]) -> list[Row]:
 
 
 def crossing(points: Sequence[tuple[int, float]]) -> Row:
-    """Return from how many tokens on the speed-ups (tokens, speed-up), ascending, are above 1."""
+    """Return the number of tokens from which the speed-up is above 1, for points (tokens, speed-up) in order."""
     slower = [place for place, (_, gain) in enumerate(points) if gain <= 1]
     if not slower:
         return {"tokens": points[0][0], "at_most": True}
@@ -239,7 +240,7 @@ def crossing(points: Sequence[tuple[int, float]]) -> Row:
 
 
 def gates(rows: Sequence[Row]) -> list[Gate]:
-    """Return the gates; those of steps look at whole steps alone."""
+    """Return the gates. Gates of steps use only whole steps."""
     steps = [row for row in rows if row["part"] == "step" and row["how"] == WHOLE and row["ms"]]
     at_720p = [row for row in steps if row["clip"] == "720p 81f"]
 
@@ -264,23 +265,23 @@ def gates(rows: Sequence[Row]) -> list[Gate]:
 
 
 def name_of(row: Row) -> tuple[Any, ...]:
-    """Return what tells a row from others."""
+    """Return the values that identify a row."""
     return tuple(row.get(key) for key in ("part", "check", "model", "clip", "kind", "plan", "fused"))
 
 
 def payload(rows: Sequence[Row], **more: Any) -> dict[str, Any]:
-    """Return what stands in the result file; of rows of one name the last counts."""
+    """Return the content of the result file. If several rows have the same name, the last one is used."""
     kept = [*{name_of(row): row for row in rows}.values()]
-    # Gates and crossings are of fused steps, unless there are no others.
+    # Gates and crossings use rows with fused operations if there are any, else the plain rows.
     chosen = [row for row in kept if row.get("fused", True)] if any(row.get("fused") for row in kept) else kept
     return {**more, "repeats": REPEATS, "rows": kept, "crossings": crossings(chosen), "gates": gates(chosen)}
 
 
 def joined(paths: Sequence[str]) -> dict[str, Any]:
-    """Return the payload of several results together.
+    """Return the combined payload of several result files.
 
     Raises:
-        ValueError: a file that is not there, or is no result of this benchmark.
+        ValueError: a file cannot be read, or is not a result of this benchmark.
     """
     rows, stamps = [], []
     for path in paths:
@@ -292,12 +293,12 @@ def joined(paths: Sequence[str]) -> dict[str, Any]:
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result that benchmarks.lit_speed has measured: {error!r}") from error
+            raise ValueError(f"{path} is not a result file of benchmarks.lit_speed: {error!r}") from error
     return payload(rows, measured=stamps)
 
 
 def run(parts: Sequence[str], device: str, output: str, *, fused: bool, kinds: Sequence[str] | None = None) -> Path:
-    """Measure some parts, of layer types some or all; the result is written after every row."""
+    """Measure the given parts with the given layer types, or with all; write the result after every row."""
     found: list[Row] = []
     for name in parts:
         checks = name == "checks"
@@ -311,23 +312,23 @@ def run(parts: Sequence[str], device: str, output: str, *, fused: bool, kinds: S
 
 
 def chosen_parts(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return the parts that the options ask for.
+    """Return the parts that the options select.
 
     Raises:
-        ValueError: it says what does not go.
+        ValueError: an unknown part or layer type, or an option that the device does not support.
     """
     known = ("checks", *PARTS)
     if strange := [name for name in options.only or () if name not in known]:
-        raise ValueError(f"--only {', '.join(strange)}: there is {', '.join(known)}")
+        raise ValueError(f"--only has unknown parts {', '.join(strange)}. Known: {', '.join(known)}")
     if strange := [name for name in options.kinds or () if not any(kind.startswith(name) for kind in KINDS)]:
-        raise ValueError(f"--kinds {', '.join(strange)}: there is {', '.join(KINDS)}")
+        raise ValueError(f"--kinds has unknown layer types {', '.join(strange)}. Known: {', '.join(KINDS)}")
     if options.device == "cpu":
         if options.quick:
-            raise ValueError(f"--quick needs a GPU; on a CPU there is {', '.join(ON_CPU)}")
+            raise ValueError(f"--quick needs a GPU; the CPU supports {', '.join(ON_CPU)}")
         if large := [name for name in options.only or () if name not in ON_CPU]:
-            raise ValueError(f"--only {', '.join(large)} needs a GPU; on a CPU there is {', '.join(ON_CPU)}")
+            raise ValueError(f"--only {', '.join(large)} needs a GPU; the CPU supports {', '.join(ON_CPU)}")
         if not options.output.endswith(".json"):
-            raise ValueError("a CPU is no place for results: name another file with -o FILE.json")
+            raise ValueError("a CPU run must not replace the measured results: name another file with -o FILE.json")
     everything = ON_CPU if options.device == "cpu" else tuple(name for name in known if name != "tiny")
     return tuple(options.only or (QUICK if options.quick else everything))
 
@@ -336,18 +337,18 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lit_speed", description=__doc__.splitlines()[0])
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
-    part.add_argument("--only", nargs="+", metavar="PART", help=f"some of checks, {', '.join(PARTS)}")
-    part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
-    parser.add_argument("--kinds", nargs="+", metavar="TYPE", help=f"layer types that begin so, of {', '.join(KINDS)}")
-    parser.add_argument("--plain", action="store_true", help="fused norms, rotations and modulation on neither side")
+    part.add_argument("--quick", action="store_true", help=f"measure {', '.join(QUICK)} only")
+    part.add_argument("--only", nargs="+", metavar="PART", help=f"parts to measure, of checks, {', '.join(PARTS)}")
+    part.add_argument("--join", nargs="+", metavar="JSON", help="combine these result files; measure nothing")
+    parser.add_argument("--kinds", nargs="+", metavar="TYPE", help=f"beginnings of layer types, of {', '.join(KINDS)}")
+    parser.add_argument("--plain", action="store_true", help="no fused norms, rotary embeddings and modulation")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("-o", "--output", default="lit_speed", help="name or path of the result file")
     options = parser.parse_args(argv)
     try:
         if options.join:
             if options.plain or options.kinds or options.device != "cuda":
-                raise ValueError("--join measures nothing: leave --plain, --kinds and --device out")
+                raise ValueError("--join measures nothing, so leave --plain, --kinds and --device out")
             print(write_result(options.output, joined(options.join)))
             return 0
         parts = chosen_parts(options)
@@ -358,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.lit_speed needs a GPU: torch sees none", file=sys.stderr)
         return 2
     print(device())
-    # In the order of the table, whose first are those of the gates.
+    # In the order of `KINDS`, which has the types for gates first.
     kinds = [kind for kind in KINDS if options.kinds is None or kind.startswith(tuple(options.kinds))]
     print(run(parts, options.device, options.output, fused=not options.plain, kinds=kinds))
     return 0

@@ -1,5 +1,7 @@
-"""The tables of docs/lit.md about time and memory: `python -m benchmarks.lit_tables` prints them, from the results of
-`benchmarks.lit_speed` and `benchmarks.lit_parts`. Nothing is measured."""
+"""Print the tables of docs/lit.md about time and memory: `python -m benchmarks.lit_tables`.
+
+They are made from the results of `benchmarks.lit_speed` and `benchmarks.lit_parts`; nothing is measured.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ CLIP = "720p 81f"
 
 
 def digits(number: float) -> str:
-    """Return a number with three digits, or all of those before the point.
+    """Return a number with three significant digits, or as a whole number from 100 on.
 
     >>> digits(11145.8), digits(26.16), digits(0.34)
     ('11,146', '26.2', '0.340')
@@ -31,19 +33,19 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def named(kind: str) -> str:
-    """Return a layer type, with its options, as pages write it."""
+    """Return a layer type, with its options, in the notation of the docs pages."""
     name, _, options = kind.partition(" ")
     name = name if name == "softmax" else f"`{name}`"
     return f"{name}, {options}" if options else name
 
 
 def share(dense: float | None) -> str:
-    """Return a share of pairs; None is of types that compute none of theirs by softmax in a window."""
+    """Return a share of pairs as text; empty for None, which stands for types without a window."""
     return "" if dense is None else f"{dense:.3f}"
 
 
 def planned(row: Row) -> str:
-    """Return the plan of a step as pages write it."""
+    """Return the plan of a step in the notation of the docs pages."""
     if row["plan"] == "softmax":
         return "softmax"
     if row["plan"].startswith("half "):
@@ -93,7 +95,7 @@ def steps(rows: Sequence[Row], model: Model) -> Iterator[str]:
 
 
 def lengths(rows: Sequence[Row], model: Model) -> Iterator[str]:
-    """Yield the table of how many times as fast steps are, along the number of tokens."""
+    """Yield the table of speed-ups of steps for each number of tokens."""
     of = [row for row in rows if row["part"] == "step" and row["model"] == model.name]
     clips = sorted({(row["tokens"], row["clip"]) for row in of})
     stock = {row["clip"]: row for row in of if row["plan"] == "softmax"}
@@ -109,7 +111,7 @@ def lengths(rows: Sequence[Row], model: Model) -> Iterator[str]:
 
 
 def crossings(found: Sequence[Row]) -> Iterator[str]:
-    """Yield the table of the tokens from which on a layer is faster than that of softmax."""
+    """Yield the table of the numbers of tokens from which a layer is faster than softmax."""
     models, kinds = (dict.fromkeys(row[name] for row in found) for name in ("model", "kind"))
     of = {(row["model"], row["kind"]): row for row in found}
 
@@ -136,7 +138,7 @@ def parts(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def tables() -> Iterator[str]:
-    """Yield the lines of all tables, with empty ones between."""
+    """Yield the lines of all tables, with empty lines between them."""
     result = read_result("lit_speed")
     rows = result["rows"]
     whole = (layers(rows), steps(rows, LARGE), steps(rows, SMALL))
@@ -147,7 +149,7 @@ def tables() -> Iterator[str]:
 
 
 def main() -> None:
-    """Print them."""
+    """Print all tables."""
     print("\n".join(tables()))
 
 

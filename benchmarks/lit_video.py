@@ -1,4 +1,4 @@
-"""Hybrid linear attention on video models that anyone can train: teacher, students, measures, report.
+"""Quality of hybrid linear attention on video models that anyone can train: teacher, students, measures, report.
 
     torchrun --nproc_per_node 2 -m postgen.train recipes/tiny-wan-fine.yaml          # the teacher
     python -m benchmarks.lit_video --group types --gpus 0 1                          # layer types, one seed
@@ -6,10 +6,10 @@
     python -m benchmarks.lit_video --group embedded --model embedded --two --out runs/lit-embedded --gpus 0 1
     python -m benchmarks.lit_video --report --embedded runs/lit-embedded --docs
 
-Jobs (`benchmarks.lit_video_arms`) run several side by side on each GPU, those that others need first; a job that is
-done is left alone, so a command that is given again goes on. `--seconds` ends it in time; `--back FOLDER` keeps what
-there is in a few small files, anew every minute and at the end, and `--unpack FOLDER` puts them back. The rules of
-the experiment are in docs/lit_video.md. On a CPU, small:
+Several jobs (`benchmarks.lit_video_arms`) run at the same time on each GPU; jobs that others need run first. Finished
+jobs are skipped, so a repeated command continues where it stopped. `--seconds` limits the time. `--back FOLDER` saves
+the results so far to a few small files, every minute and at the end, and `--unpack FOLDER` restores them. The rules of
+the experiment are in docs/lit_video.md. A small run on a CPU:
 
     python -m benchmarks.lit_video --group types --model embedded --gpus --types delta_r0 --tiny --out runs/try
 """
@@ -33,23 +33,23 @@ from postgen.files import replacing
 from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
 
 PROMPTS = 2048
-"""Prompts that students are trained on."""
+"""Number of prompts for the training of students."""
 BODIES = {False: (0.75, 0.25, 0.0), True: (0.4, 0.5, 0.1)}
 """Shares of scenes with one, two and three bodies, by whether two bodies are measured."""
 EVERY = 60.0
-"""Seconds between two writings of `--back`."""
+"""Seconds between two saves of `--back`."""
 GRACE = 30.0
-"""Seconds that jobs have to end once `--seconds` are over: trainers end their step and save."""
+"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
 TINY = {"prompts": 3, "max_steps": 2, "batch": 2, "transfer_steps": 2, "transfer_prompts": 4, "steps": 2}
 TINY |= {"size": 32, "frames": 17, "train_prompts": 6}
 
 
 def write_prompts(path: Path, count: int, *, two: bool) -> None:
-    """Write prompts of scenes of the training split, the plainest wordings; a file that is there stays."""
+    """Write prompts for scenes of the training split, in the plainest wording; an existing file stays."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Seeds that no pool of the teacher's training has.
+    # Seeds that the pools of the teacher's training do not use.
     scenes = draw_scenes(FIRST_TRAINING_SEED + 90_000_000, count, 33, bodies=BODIES[two])
     lines = [json.dumps({"prompt": world.simple_caption(scene.spec)}) for scene in scenes]
     with replacing(path) as part:
@@ -57,7 +57,7 @@ def write_prompts(path: Path, count: int, *, two: bool) -> None:
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """Run the jobs of a group; return those that failed."""
+    """Run the jobs of a group and return the names of the failed ones."""
     write_prompts(options.out / "prompts.jsonl", options.train_prompts, two=options.two)
     (options.out / "jobs").mkdir(exist_ok=True)
     winner = options.winner
@@ -93,27 +93,27 @@ def parser() -> argparse.ArgumentParser:
     add_options(made)
     add = made.add_argument
     add("--group", choices=GROUPS, help="jobs to run")
-    add("--types", nargs="+", choices=[*TYPES], metavar="TYPE", help=f"some layer types only: {', '.join(TYPES)}")
-    add("--winner", default="auto", help="layer type of the groups winner and embedded (default: by the rule)")
-    add("--winner_from", type=Path, metavar="OUT", help="folder whose results name the winner (default: --out)")
-    add("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none is the CPU")
-    add("--each", type=int, default=4, help="jobs at a time on a GPU (default: 4)")
-    add("--seconds", type=float, default=0.0, help="end after so many; 0 is no limit")
-    add("--train_prompts", type=int, default=PROMPTS, help=f"prompts of stage 2 (default: {PROMPTS})")
-    add("--tiny", action="store_true", help="two steps of everything: shows that it runs, and nothing else")
-    add("--back", type=Path, metavar="FOLDER", help="keep what there is in parts of less than 16 MiB here")
-    add("--pack", type=Path, metavar="FOLDER", help="only write --back, of this folder")
-    add("--unpack", type=Path, metavar="FOLDER", help="only put the parts of this folder into --out")
-    add("--table", action="store_true", help="print the arms")
+    add("--types", nargs="+", choices=[*TYPES], metavar="TYPE", help=f"run only these layer types: {', '.join(TYPES)}")
+    add("--winner", default="auto", help="layer type of the groups winner and embedded (default: chosen by the rule)")
+    add("--winner_from", type=Path, metavar="OUT", help="folder whose results decide the winner (default: --out)")
+    add("--gpus", nargs="*", default=["0"], help="indices of the GPUs; no index for the CPU")
+    add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
+    add("--seconds", type=float, default=0.0, help="end after this number of seconds; 0 for no limit")
+    add("--train_prompts", type=int, default=PROMPTS, help=f"number of prompts of stage 2 (default: {PROMPTS})")
+    add("--tiny", action="store_true", help="two steps of everything, only to show that the benchmark runs")
+    add("--back", type=Path, metavar="FOLDER", help="save the results so far here, in files of less than 16 MiB")
+    add("--pack", type=Path, metavar="FOLDER", help="only save this folder to --back")
+    add("--unpack", type=Path, metavar="FOLDER", help="only restore the saved files of this folder to --out")
+    add("--table", action="store_true", help="print the table of arms")
     add("--report", action="store_true", help="write the video part of results/lit.json")
     add("--embedded", type=Path, metavar="OUT", help="with --report: folder of the group embedded")
-    add("--docs", action="store_true", help="with --report: write the tables of docs/lit_video.md")
+    add("--docs", action="store_true", help="with --report: also write the tables of docs/lit_video.md")
     add("-o", "--output", default="lit", help="with --report: name or path of the result file")
     return made
 
 
 def job_words(options: argparse.Namespace) -> list[str]:
-    """Return the options that every job gets."""
+    """Return the command-line options that every job receives."""
     words = ["--model", str(options.model), "--out", str(options.out), "--device", options.device]
     for name in ("prompts", "max_steps", "batch", "transfer_steps", "transfer_prompts"):
         words += [f"--{name}", str(getattr(options, name))]
@@ -123,7 +123,7 @@ def job_words(options: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, pack or report."""
+    """Run jobs, save or restore results, or write the report."""
     options = parser().parse_args(argv)
     try:
         if options.tiny:
@@ -136,13 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.unpack is not None:
                 unpack(options.unpack, options.out)
             elif options.back is None:
-                raise UserError("--pack needs --back, a folder for the parts")
+                raise UserError("--pack needs --back, the folder for the saved files")
             else:
                 print(*pack(options.pack, options.back), sep="\n")
         elif options.report:
             lit_video_report.write(options.out, options.embedded, options.output, docs=options.docs)
         elif options.group is None:
-            raise UserError(f"say what to do: --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack")
+            raise UserError(
+                f"nothing to do: give one of --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack"
+            )
         else:
             return 1 if run(options, job_words(options)) else 0
     except UserError as error:

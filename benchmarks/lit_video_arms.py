@@ -1,8 +1,8 @@
 """Layer types, arms and jobs of `python -m benchmarks.lit_video`.
 
-A job is one process. `teacher` makes the teacher's clips, `latents.SEED` draws what students are trained on,
-`s1.TYPE.SEED` trains layers of one type in every block by attention transfer and scores them, `TYPE.ARM.SEED` trains a
-student and measures it. Which blocks a student converts is `postgen.lit.plan`'s choice by those scores.
+Each job is one process. `teacher` generates the teacher's clips. `latents.SEED` samples the latents for the training
+of students. `s1.TYPE.SEED` trains layers of one type in every block by attention transfer and scores them.
+`TYPE.ARM.SEED` trains a student and measures it; `postgen.lit.plan` chooses the blocks of the student by these scores.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ TYPES = {
     "chunk": "chunk",
     "anchor": "anchor",
 }
-"""Short name of a layer type -> its name among the `KINDS` that `lit_speed.json` has times of."""
+"""Short name of a layer type -> its name in `lit_models.KINDS`, under which `lit_speed.json` has its times."""
 SHARED = "delta_r0_shared"
-"""`delta_r0` with one factor a channel behind its memory instead of a matrix: what fits into a small adapter."""
+"""`delta_r0` with one factor per channel after its memory instead of a matrix, to fit into a small adapter."""
 DENSEST = 0.35
-"""The shown plan may compute at most so many of all pairs by softmax, those of softmax blocks included."""
+"""Largest share of all pairs that the shown plan may compute by softmax, including softmax blocks."""
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """How many blocks are converted, and which stages train them."""
+    """An arm of the experiment: the share of converted blocks, and the stages that train them."""
 
     what: str
-    """For tables."""
+    """Description for tables."""
     share: float
-    """Of the blocks."""
+    """Share of the blocks that are converted, 0 to 1."""
     s1: bool = True
-    """Whether layers begin with what attention transfer trained."""
+    """Whether the layers start from the weights of attention transfer (stage 1)."""
     s2: bool = True
-    """Whether they are trained end to end."""
+    """Whether the student is trained end to end (stage 2)."""
     train: str = "attention"
-    """What stage 2 trains, as `LitTrainingConfig.train`."""
+    """Trained weights in stage 2, see `LitTrainingConfig.train`."""
     seeds: tuple[int, ...] = (0,)
-    """That the experiment has."""
+    """Training seeds of the experiment."""
 
 
 ARMS = {
@@ -70,9 +70,9 @@ ARMS = {
     "half-new": Arm(what="half, S2 trains the new layers alone", share=0.5, train="new"),
     "all": Arm(what="all blocks, the first one too, S1 and S2", share=1.0),
 }
-"""All of them but `all` leave block 0 as it is."""
+"""All arms. Only `all` converts block 0."""
 ALL_LINEAR = ("lit", "mhla")
-"""Types of which models are all linear."""
+"""Layer types for which the arm `all` is measured, a model whose attention is all linear."""
 GROUPS = ("teacher", "types", "winner", "embedded")
 
 
@@ -83,49 +83,49 @@ class Job:
     name: str
     out: Path
     words: tuple[str, ...] = ()
-    """That its process gets."""
+    """Command-line options of its process."""
 
     @property
     def parts(self) -> tuple[str, str, int]:
-        """Layer type, arm and seed of a student; arm is empty for a transfer."""
+        """Layer type, arm and seed of a student; the arm is empty for an attention transfer."""
         kind, arm, seed = self.name.split(".")
         return (arm, "", int(seed)) if kind == "s1" else (kind, arm, int(seed))
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File of its printed output."""
         return self.out / "jobs" / f"{self.name}.log"
 
     @property
     def result(self) -> Path:
-        """What it found; there when it is done."""
+        """Result file, which exists when the job is finished."""
         return self.out / "jobs" / f"{self.name}.json"
 
     @property
     def lasting(self) -> Path:
-        """What other jobs read of it, besides the result."""
+        """Folder of its other output, which other jobs read."""
         return self.out / ("work" if self.name.count(".") == 2 else "drawn") / self.name
 
     @property
     def done(self) -> bool:
-        """Whether it has run to its end, and what others read of it is there: clips and latents are not carried."""
+        """Whether the job is finished and its output for other jobs exists; packed results lack clips and latents."""
         return self.result.is_file() and (self.is_student or self.lasting.exists())
 
     @property
     def is_student(self) -> bool:
-        """Whether it trains a student."""
+        """Whether the job trains a student."""
         return self.name.count(".") == 2 and not self.name.startswith("s1.")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of jobs that must be done before."""
+        """Names of the jobs that must be finished before this one."""
         if not self.is_student:
             return ()
         kind, arm, seed = self.parts
         return ("teacher", f"s1.{kind}.{seed}", *([f"latents.{seed}"] if ARMS[arm].s2 else []))
 
     def queued(self) -> job_queue.Job:
-        """Return its command."""
+        """Return the job with its command, for the queue."""
         return job_queue.Job(
             name=self.name,
             command=(sys.executable, "-m", "benchmarks.lit_video_job", self.name, *self.words),
@@ -137,18 +137,21 @@ class Job:
 
 
 def jobs_of(group: str, winner: str, out: Path, words: Sequence[str]) -> list[Job]:
-    """Return the jobs of a group, those that others need first.
+    """Return the jobs of a group. Jobs that others need come first.
 
     Raises:
-        UserError: a group or layer type that there is not.
+        UserError: an unknown group or layer type.
     """
     if group == "teacher":
         return [Job(name="teacher", out=out, words=tuple(words))]
     if group not in GROUPS or (group != "types" and winner not in (*TYPES, SHARED)):
-        raise UserError(f"no group {group} of {winner}: groups are {', '.join(GROUPS)}, types {', '.join(TYPES)}")
+        raise UserError(
+            f"unknown group {group!r} or layer type {winner!r}: groups are {', '.join(GROUPS)}, layer types are"
+            f" {', '.join(TYPES)}"
+        )
     students = [*_students(group, winner)]
     transfers = dict.fromkeys(f"s1.{name.split('.')[0]}.{name.split('.')[2]}" for name in students)
-    # A transfer takes longest; students of the first ones begin while the last ones run.
+    # Transfers take longest. Students of the first transfers start while the last transfers run.
     drawn = dict.fromkeys(f"latents.{name.split('.')[2]}" for name in students)
     return [Job(name=name, out=out, words=tuple(words)) for name in ("teacher", *drawn, *transfers, *students)]
 
@@ -162,12 +165,19 @@ def _students(group: str, winner: str) -> Iterator[str]:
             yield from (f"{winner}.{name}.{seed}" for seed in arm.seeds if name != "all")
     else:
         yield f"{winner}.half-new.0"
-        # What stage 2 changes of the base's projections takes more of an adapter than new layers do.
+        # Trained projections of the base model take more space in an adapter than new layers.
         yield f"{SHARED if winner == 'delta_r0' else winner}.half.0"
 
 
 def conversion(kind: str, layers: str | tuple[str, ...], grid: Grid, seed: int) -> LiTConfig:
-    """Return the conversion of some blocks to a type of `TYPES`, block 0 included where `layers` says so."""
+    """Return the conversion of some blocks to a type of `TYPES`.
+
+    Args:
+        kind: key of `TYPES`, or `SHARED`.
+        layers: "all" for every block including block 0, or the layer type of each block.
+        grid: the token grid of the clip.
+        seed: seed of the new layers.
+    """
     name = TYPES[kind.removesuffix("_shared")]
     config = KINDS[name].config("all:{}", grid)
     window = dataclasses.replace(config.window, output="shared" if kind == SHARED else "full")
@@ -177,9 +187,9 @@ def conversion(kind: str, layers: str | tuple[str, ...], grid: Grid, seed: int) 
 
 
 def chosen_blocks(scores: Scores, costs: CostTable, share: float) -> tuple[str, ...]:
-    """Return the types of a model's blocks of which a share is converted, those with the least sum of errors.
+    """Return the layer type of each block, with the given share of blocks converted and the least sum of errors.
 
-    Costs count blocks here: at the size of a tiny model FLOPs say little.
+    The cost of a plan is the number of softmax blocks, because FLOPs mean little at the size of a tiny model.
     """
     (kind, errors), *_ = scores.errors.items()
     count = len(errors)
@@ -202,22 +212,23 @@ def softmax_pairs(layer: LitLayer, grid: Grid) -> float:
 
 
 def plan_density(layers: Mapping[str, LitLayer], blocks: int, grid: Grid) -> float:
-    """Return the share of pairs of all blocks that softmax computes; blocks that stay softmax count 1."""
+    """Return the share of pairs that softmax computes, over all blocks; softmax blocks count 1."""
     found = [softmax_pairs(layer, grid) for layer in layers.values()]
     return (sum(found) + blocks - len(found)) / blocks
 
 
 def timed_plan(kind: str, share: float) -> str | None:
-    """Return the name that `lit_speed.json` has for a type in a share of the blocks; None where it times none such."""
+    """Return the name of the plan in `lit_speed.json` for a type and a share of blocks; None without such a plan."""
     where = {0.5: "every 2nd:{}", 0.75: THREE_QUARTERS}.get(share)
     return next((each.name for each in TIMED if (each.kind, each.where) == (TYPES.get(kind), where)), None)
 
 
 def winner_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the layer type that the second group goes on with: the rule was written down before any run.
+    """Return the layer type for the second group. The rule was written down before any run.
 
-    Of the types whose plan of three quarters keeps to `DENSEST`, the one with most clips right at half of the blocks;
-    among equals the one with the higher PSNR.
+    Candidates are the types whose plan of three quarters computes at most the share `DENSEST` of pairs by softmax. The
+    winner has the most right clips at half of the blocks; if several have the same number, the one with the higher
+    PSNR.
 
     Raises:
         UserError: no type was measured at half of the blocks.
@@ -229,18 +240,18 @@ def winner_of(results: Sequence[Mapping[str, Any]]) -> str:
         if kind in TYPES and (arm, seed) == ("half", "0") and dense <= DENSEST:
             found.append((row["right"].count("1"), row["psnr"]["value"], kind))
     if not found:
-        raise UserError("no layer type was measured at half of the blocks: run --group types first")
+        raise UserError("no layer type has been measured at half of the blocks: run --group types first")
     return max(found)[2]
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """Return what the students of a folder have found."""
+    """Return the results of the students in a folder."""
     files = sorted((out / "jobs").glob("*.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.stem.count(".") == 2
             and not file.stem.startswith("s1.")]  # fmt: skip
 
 
 def table() -> str:
-    """Return the arms as a table of the documentation."""
+    """Return the arms as a Markdown table."""
     rows = [f"| `{name}` | {arm.what} | {', '.join(map(str, arm.seeds))} |" for name, arm in ARMS.items()]
     return "\n".join(["| Arm | | Seeds |", "|---|---|---|", *rows])

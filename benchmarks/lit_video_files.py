@@ -1,7 +1,7 @@
-"""What a run leaves, as a few files of a bounded size, and back: to go on elsewhere.
+"""Pack the results of a run into a few files of limited size, and unpack them to continue on another machine.
 
-Kept are results, logs, pictures, scores and adapters of a folder of runs, or the export of a teacher without its
-autoencoder, which is the embedded model's.
+From a folder of jobs the results, logs, pictures, scores and adapters are packed. From the export of a teacher
+everything is packed except its autoencoder, which is that of the embedded model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from postgen.errors import UserError
 from postgen.files import replacing
 
 LARGEST = 15 * 2**20
-"""Bytes of a part, with room for what tar adds below 16 MiB."""
+"""Largest content of a part in bytes; with the overhead of tar a part stays below 16 MiB."""
 MOST = 4
-"""Parts."""
+"""Largest number of parts."""
 TAIL = 20_000
-"""Bytes of the end of a log."""
+"""Bytes that are kept from the end of a log."""
 
 
 def kept_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that are kept, those that must not be lost first."""
+    """Yield the files of a folder to pack, the most important ones first."""
     if (folder / "model_index.json").is_file():
         yield from sorted(
             path for path in folder.rglob("*") if path.is_file() and "vae" not in path.relative_to(folder).parts
@@ -39,10 +39,17 @@ def kept_files(folder: Path) -> Iterator[Path]:
 
 
 def pack(folder: Path, back: Path) -> list[Path]:
-    """Write `part-N.tar.gz` with what is kept of a folder; what does not fit into all parts is left out.
+    """Write the files of a folder to `part-N.tar.gz`. Files that do not fit into the parts are left out.
+
+    Args:
+        folder: a folder of jobs, or the export of a teacher.
+        back: the folder for the parts.
+
+    Returns:
+        The written parts.
 
     Raises:
-        UserError: there is nothing to keep, or a file is larger than a part.
+        UserError: there is nothing to pack, or a file is larger than a part.
     """
     parts: list[list[tuple[str, bytes]]] = [[]]
     room = LARGEST
@@ -50,7 +57,7 @@ def pack(folder: Path, back: Path) -> list[Path]:
         content = path.read_bytes()
         content = content[-TAIL:] if path.suffix == ".log" else content
         if len(content) > LARGEST:
-            raise UserError(f"{path} has {len(content):,} bytes, a part takes {LARGEST:,}")
+            raise UserError(f"{path} has {len(content):,} bytes, but a part can hold only {LARGEST:,}")
         if len(content) + 1024 > room:
             if len(parts) == MOST:
                 continue
@@ -59,7 +66,7 @@ def pack(folder: Path, back: Path) -> list[Path]:
         parts[-1].append((path.relative_to(folder).as_posix(), content))
         room -= len(content) + 1024
     if not parts[0]:
-        raise UserError(f"{folder} holds nothing that is kept: give a folder of jobs, or an export")
+        raise UserError(f"{folder} has no files to pack: give a folder of jobs, or the export of a teacher")
     back.mkdir(parents=True, exist_ok=True)
     written = []
     for number, files in enumerate(parts):
@@ -74,14 +81,14 @@ def pack(folder: Path, back: Path) -> list[Path]:
 
 
 def unpack(back: Path, folder: Path) -> None:
-    """Put the parts of a folder together; a pipeline gets the embedded model's autoencoder.
+    """Extract the parts in `back` to `folder`; add the autoencoder of the embedded model to a pipeline.
 
     Raises:
-        UserError: there are no parts.
+        UserError: `back` has no parts.
     """
     parts = sorted(back.glob("part-*.tar.gz"))
     if not parts:
-        raise UserError(f"there is no part-*.tar.gz in {back}")
+        raise UserError(f"there is no part-*.tar.gz in {back}: give a folder that --back wrote")
     for part in parts:
         with tarfile.open(part) as archive:
             archive.extractall(folder, filter="data")

@@ -1,4 +1,4 @@
-"""One job of `python -m benchmarks.lit_video`, in a process of its own (`benchmarks.lit_video_arms` says which)."""
+"""Run one job of `python -m benchmarks.lit_video` in its own process; see `benchmarks.lit_video_arms` for the jobs."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ from postgen.training.prompts import Prompts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "lit-tiny-wan.yaml"
 SIZES = ("steps", "size", "frames")
-"""Options that change how clips are made."""
+"""Options that change the generation of clips."""
 SCORED = 8
-"""Prompts whose trajectories score the layers."""
+"""Number of prompts on whose trajectories the layers are scored."""
 
 
 class Work:
-    """What a job has at hand: the teacher and its size."""
+    """A job with the teacher, the sizes and the prompts that it needs."""
 
     def __init__(self, job: Job, options: argparse.Namespace) -> None:
         self.job, self.options = job, options
@@ -76,17 +76,17 @@ class Work:
         return load(self.folder, self.options.device)
 
     def group(self, name: str) -> Any:
-        """Return the prompts that are measured."""
+        """Return a group of prompts for the measurement."""
         return group_of(name, self.options.prompts, self.how)
 
     def groups(self) -> tuple[str, ...]:
-        """Return what is measured: two bodies beside one only where the teacher was made for both."""
+        """Return the names of the measured groups: one body, and with --two also two bodies."""
         return ("one", "two") if self.options.two else ("one",)
 
     def training(self, **more: Any) -> LitTrainingConfig:
-        """Return stage 2: the recipe of the embedded model's student with what is ours, then with what was asked."""
+        """Return the settings of stage 2: those of `RECIPE`, changed for this experiment, then changed by `more`."""
         values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-        # Stage 1 is a job of its own.
+        # Stage 1 is a separate job.
         for name in ("conversion", "levels_per_prompt", "held_out_prompts", "eval_dataset"):
             values.pop(name)
         values = {name: value for name, value in values.items() if not name.startswith("transfer_")}
@@ -100,7 +100,7 @@ class Work:
         return LitTrainingConfig.from_dict({**values, **more})
 
     def teacher_job(self) -> dict[str, Any]:
-        """Make and judge the teacher's clips."""
+        """Generate and judge the teacher's clips."""
         pipe, found = self.teacher(), {}
         for name in self.groups():
             found[name] = measure_teacher(pipe, self.group(name), self.how, self.job.lasting / name).as_json()
@@ -109,7 +109,7 @@ class Work:
         return {"measured": found}
 
     def latents_job(self) -> dict[str, Any]:
-        """Draw the latents that all students of the folder are trained on."""
+        """Sample the latents for the training of all students of the folder."""
         seed, run = int(self.job.name.split(".")[1]), self.job.out / "work" / self.job.name
         whole(self.training(conversion={"layers": "1:lit"}, max_steps=1, output_dir=str(run), seed=seed))
         self.job.lasting.parent.mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ class Work:
         return {"latents": len(self.rows)}
 
     def transfer_job(self) -> dict[str, Any]:
-        """Stage 1: layers of a type in every block by themselves; then their scores."""
+        """Run stage 1, attention transfer of layers of one type in every block; then score the layers."""
         (kind, _, seed), options = self.job.parts, self.options
         pipe = self.teacher()
         stock = copy.deepcopy(pipe.transformer)
@@ -147,7 +147,7 @@ class Work:
         rows = self.rows[: options.transfer_prompts]
         report = transfer(pipe, config, rows, records=records, train=train, blocks_at_a_time=4)
         if report.unfinished:
-            raise SystemExit("the transfer was ended before its last block")
+            raise SystemExit("the attention transfer was interrupted before its last block: run the command again")
         size = save_adapter(pipe.transformer, self.job.lasting / "adapter.safetensors")
         student, pipe.transformer = pipe.transformer, stock
         texts, kinds = [row["prompt"] for row in self.rows[-SCORED:]], [report_kind(config)]
@@ -165,7 +165,7 @@ class Work:
         }
 
     def student_job(self) -> dict[str, Any]:
-        """Convert the chosen blocks, train them as the arm says, and measure."""
+        """Convert the chosen blocks, train them with the stages of the arm, and measure the student."""
         kind, name, seed = self.job.parts
         arm, pipe = ARMS[name], self.teacher()
         grid = grid_of(denoiser_for(pipe), self.rows[0], self.size)
@@ -201,20 +201,20 @@ class Work:
         }
 
     def trained(self, pipe: Any, what: str, seed: int) -> Any:
-        """Train a student end to end; return a pipeline with what was exported."""
+        """Train a student end to end; return a pipeline with the exported student."""
         begin, run = self.job.lasting / "begin", self.job.lasting / "run"
         save(pipe.transformer, begin)
         run.mkdir(parents=True, exist_ok=True)
         drawn = self.job.out / "drawn" / f"latents.{seed}"
         (run / "latents").unlink(missing_ok=True)
-        (run / "latents").symlink_to(drawn.resolve())  # the run finds its latents drawn
+        (run / "latents").symlink_to(drawn.resolve())  # so the run does not sample the latents again
         whole(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed))
         pipe = self.teacher()
         apply_adapter(pipe.transformer, run / "export")
         return pipe
 
     def measured(self, pipe: Any) -> dict[str, Any]:
-        """Return the numbers of a student beside those of the teacher."""
+        """Measure a student and return its numbers together with those of the teacher."""
         teacher = dataclasses.replace(self.job, name="teacher")
         theirs = json.loads(teacher.result.read_text(encoding="utf-8"))["measured"]
         found: dict[str, Any] = {"measured": {}, "teacher": {}}
@@ -228,7 +228,7 @@ class Work:
         return found | {"right": found["measured"]["one"]["right"], "psnr": found["one"]["psnr"]}
 
     def __call__(self) -> None:
-        """Do the job and write its result."""
+        """Run the job and write its result."""
         name, begun = self.job.name, time.monotonic()
         kinds = {"teacher": self.teacher_job, "latents": self.latents_job, "s1": self.transfer_job}
         work = kinds.get(name.split(".")[0], self.student_job)
@@ -240,9 +240,9 @@ class Work:
 
 
 def whole(args: LitTrainingConfig) -> None:
-    """Train to the end: a run that is told to stop saves and returns, and its student is not to be measured."""
+    """Train to the end. An interrupted run saves and returns; the job must then end, and not measure the student."""
     if LitTrainer(args).train().reason is not Reason.DONE:
-        raise SystemExit("the training was ended before its last step")
+        raise SystemExit("the training was interrupted before its last step: run the command again")
 
 
 def report_kind(config: LiTConfig) -> str:
@@ -251,25 +251,25 @@ def report_kind(config: LiTConfig) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all jobs of a folder have in common."""
+    """Add the command-line options that all jobs of a folder share."""
     add = parser.add_argument
-    add("--model", default="runs/tiny-wan-fine/export", help="folder of the teacher; embedded is the embedded model")
+    add("--model", default="runs/tiny-wan-fine/export", help="folder of the teacher, or embedded (the embedded model)")
     add("--out", type=Path, default=Path("runs/lit-video"))
-    add("--prompts", type=int, default=1024, help="prompts that are measured (default: 1024)")
-    add("--two", action="store_true", help="measure prompts of two bodies too")
+    add("--prompts", type=int, default=1024, help="number of prompts for the measurement (default: 1024)")
+    add("--two", action="store_true", help="also measure prompts of two bodies")
     add("--max_steps", type=int, default=400, help="steps of stage 2 (default: 400)")
-    add("--batch", type=int, default=32, help="clips of a step of stage 2 (default: 32)")
-    add("--transfer_steps", type=int, default=300, help="steps of each block in stage 1 (default: 300)")
+    add("--batch", type=int, default=32, help="clips per step of stage 2 (default: 32)")
+    add("--transfer_steps", type=int, default=300, help="steps per block in stage 1 (default: 300)")
     add("--transfer_prompts", type=int, default=72, help="prompts of stage 1, a ninth of them held out (default: 72)")
     for name, what in zip(SIZES, ("sampling steps", "pixels of a side", "frames"), strict=True):
-        add(f"--{name}", type=int, help=f"{what} (default: as the model's folder says)")
+        add(f"--{name}", type=int, help=f"{what} (default: the value of the model's folder)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one job."""
+    """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="of the job")
+    parser.add_argument("name", help="name of the job")
     add_options(parser)
     options = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")

@@ -1,6 +1,7 @@
-"""Clips of a teacher and its students for `python -m benchmarks.lit_video`: made, judged, compared in pairs.
+"""Generate, judge and compare the clips of a teacher and its students, for `python -m benchmarks.lit_video`.
 
-Clip i has prompt i and seed first + i on both sides; the teacher's are kept as bytes until the students are measured.
+Clip i has prompt i and seed `FIRST_SEED` + i for teacher and student. The teacher's clips are stored as bytes for the
+comparison with students.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ from postgen.metrics.video_measures import motion
 from postgen.world.check import Report, check_batch
 
 AT_ONCE = 32
-"""Clips that are made and judged together: several processes share a GPU."""
+"""Clips that are generated and judged together; small, because several processes share a GPU."""
 FIRST_SEED = 30_000
-"""Number of the first scene, and seed of its noise: below the seeds of training, and none that other benchmarks of
-the embedded model take."""
+"""Number of the first scene, and seed of its noise. It is below the seeds of the training, and other benchmarks of the
+embedded model do not use these seeds."""
 PICTURED, FRAMES_SHOWN = 3, 9
-"""Clips of a sheet, and frames of each along time."""
+"""Number of clips on a sheet, and of frames per clip."""
 MEASURES = ("right", "score", "motion", "psnr")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Measured:
-    """Numbers of every clip of a model."""
+    """Measurements of a model, one value per clip."""
 
     right: list[bool] = dataclasses.field(default_factory=list)
-    """Whether the judge calls it wholly right."""
+    """Whether the judge finds the clip wholly right."""
     score: list[float] = dataclasses.field(default_factory=list)
-    """Of the judge."""
+    """Score of the judge."""
     motion: list[float] = dataclasses.field(default_factory=list)
-    """Pixels a frame."""
+    """Motion in pixels per frame."""
     psnr: list[float] = dataclasses.field(default_factory=list)
-    """Decibels from the teacher's clip; empty for the teacher."""
+    """PSNR to the teacher's clip in decibels; empty for the teacher."""
 
     def add(self, clips: Tensor, reports: Sequence[Report], teacher: Tensor | None) -> None:
-        """Append what is found in clips (B,F,3,H,W)."""
+        """Measure clips, (B,F,3,H,W), and append the values."""
         self.right += [report.all_right for report in reports]
         self.score += [float(report.score) for report in reports]
         self.motion += motion(clips).tolist()
@@ -58,7 +59,7 @@ class Measured:
             self.psnr += psnr(clips, teacher).tolist()
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the measurements as values for JSON."""
         return {
             "right": "".join("01"[value] for value in self.right),
             **{name: [round(value, 5) for value in getattr(self, name)] for name in MEASURES[1:]},
@@ -66,18 +67,18 @@ class Measured:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Measured:
-        """Return what `as_json` gave."""
+        """Create measurements from the values that `as_json` returned."""
         right = [letter == "1" for letter in row["right"]]
         return cls(right=right, **{name: list(row[name]) for name in MEASURES[1:]})
 
 
 def group_of(name: str, count: int, how: Defaults) -> Group:
-    """Return the prompts: `one` or `two` bodies."""
+    """Return a group of `count` prompts; `name` is `one` or `two`, the number of bodies."""
     return build(name, count, FIRST_SEED, how)
 
 
 def made(pipe: Any, group: Group, how: Defaults) -> Iterator[tuple[slice, Tensor]]:
-    """Yield clips (B,F,3,H,W) in [0,1] of a group."""
+    """Generate the clips of a group; yield their rows in the group and the clips, (B,F,3,H,W) in [0,1]."""
     for low in range(0, len(group.prompts), AT_ONCE):
         rows = slice(low, low + AT_ONCE)
         job = Job(
@@ -90,7 +91,7 @@ def made(pipe: Any, group: Group, how: Defaults) -> Iterator[tuple[slice, Tensor
 
 
 def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path) -> Measured:
-    """Measure a teacher and keep its clips in a folder, as bytes."""
+    """Measure a teacher and store its clips in a folder, as bytes."""
     found, workers = Measured(), judging(2, pipe.device.type)
     folder.mkdir(parents=True, exist_ok=True)
     for rows, clips in made(pipe, group, how):
@@ -104,12 +105,12 @@ def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path) -> Mea
 def measure_student(
     pipe: Any, group: Group, how: Defaults, folder: Path, picture: Path | None = None, name: str = "student"
 ) -> Measured:
-    """Measure a student against the teacher's clips in a folder, and draw the first ones beside these."""
+    """Measure a student against the teacher's clips in a folder; draw the first clips of both as a sheet."""
     found, workers = Measured(), judging(2, pipe.device.type)
     for rows, clips in made(pipe, group, how):
         theirs = load_file(_file(folder, rows))["clips"]
         reports = check_batch(clips, group.asked[rows], workers=workers if pipe.device.type == "cuda" else 0)
-        # Both as bytes: the teacher's are kept so.
+        # PSNR of bytes on both sides, because the teacher's clips are stored as bytes.
         ours = bytes_of(clips)
         found.add(clips, reports, None)
         found.psnr += psnr(ours.to(clips.device).float() / 255, theirs.to(clips.device).float() / 255).tolist()
@@ -123,11 +124,12 @@ def measure_student(
 
 
 def compared(students: Sequence[Measured], teachers: Sequence[Measured]) -> dict[str, Any]:
-    """Return numbers of an arm against the teacher, paired by prompt and seed; several seeds are averaged by prompt.
+    """Return the numbers of an arm against the teacher, paired by prompt; training seeds are averaged per prompt
+    first.
 
     Args:
-        students: one for each seed of the training.
-        teachers: the teacher as each of them was measured against.
+        students: measurements of the students, one for each training seed.
+        teachers: measurements of the teacher, one for each student.
     """
     pairs = list(zip(students, teachers, strict=True))
     mine = torch.stack([_tensor(student.right) for student, _ in pairs]).mean(0)
@@ -144,7 +146,7 @@ def compared(students: Sequence[Measured], teachers: Sequence[Measured]) -> dict
         "by_seed": [float(_tensor(student.right).mean()) for student, _ in pairs],
         "drop": dataclasses.asdict(bootstrap(theirs - mine)),
         "score_drop": dataclasses.asdict(bootstrap(scores)),
-        # Of a teacher whose clips stand still there is none.
+        # The ratio is not finite if the teacher's clips do not move.
         "motion_ratio": ratio if all(map(math.isfinite, ratio.values())) else None,
         "psnr": dataclasses.asdict(bootstrap(decibels)),
     }

@@ -1,6 +1,6 @@
 """The video part of `results/lit.json`, its gates, and the tables of docs/lit_video.md.
 
-python -m benchmarks.lit_video_report     # writes the tables anew from the result that is there
+python -m benchmarks.lit_video_report     # writes the tables again from the existing result
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PICTURES = {
     " blocks converted, same prompt and seed, nine frames along time",
     "lit_embedded": "Three clips of the embedded model, each above the clip with its adapter, same prompt and seed",
 }
-"""Sheets of the page, `images/NAME.webp`, and what they show."""
+"""Sheets of the page, `images/NAME.webp` -> their description."""
 SECTION = "video"
 SHOWN = "three_quarters"
-"""Arm whose density and motion the gates read."""
+"""Arm whose density and motion the gates use."""
 _KEPT = ("layers", "share", "layer_density", "plan_density", "timed_as", "adapter_bytes", "device")
 
 
 def arms_of(rows: Sequence[Mapping[str, Any]], group: str = "one") -> dict[str, dict[str, Any]]:
-    """Return the numbers of every arm, `TYPE.ARM`, its seeds together."""
+    """Return the numbers of every arm, `TYPE.ARM`, over all its seeds."""
     seeds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if group in row["measured"]:
@@ -53,14 +53,14 @@ def arms_of(rows: Sequence[Mapping[str, Any]], group: str = "one") -> dict[str, 
 
 
 def section_of(out: Path, embedded: Path | None) -> dict[str, Any]:
-    """Return the video part: what was measured, and no more.
+    """Return the video part of the result, with everything that has been measured so far.
 
     Raises:
-        UserError: nothing was.
+        UserError: nothing has been measured.
     """
     rows = read_results(out)
     if not rows and embedded is None:
-        raise UserError(f"{out} holds no results of students: run --group types first")
+        raise UserError(f"{out} has no results of students: run --group types first")
     section: dict[str, Any] = {"arms": arms_of(rows)}
     if any(row["job"].split(".")[1] == "half" for row in rows):
         section["winner"] = winner_of(rows)
@@ -74,7 +74,7 @@ def section_of(out: Path, embedded: Path | None) -> dict[str, Any]:
 
 
 def gates_of(section: Mapping[str, Any]) -> list[Gate]:
-    """Return the gates of what was measured; those of the rest are not there yet."""
+    """Return the gates for the measured values; gates of values that are not measured yet are left out."""
     rows: list[Gate] = []
     arms, winner = section["arms"], section.get("winner")
 
@@ -96,19 +96,19 @@ def gates_of(section: Mapping[str, Any]) -> list[Gate]:
 
 
 def _whole(arm: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
-    """An arm once all of its seeds are there."""
+    """Return an arm if all of its seeds are measured, else None."""
     return arm if arm is not None and arm["seeds"] == len(ARMS[name].seeds) else None
 
 
 def shipped(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the numbers of the embedded model's student that is shipped: of those of at most 3 MB the least drop."""
+    """Return the numbers of the embedded model's student to ship: the least drop among adapters of at most 3 MB."""
     arms = section.get("embedded", {}).get("one", {})
     small = [arm for arm in arms.values() if arm["adapter_bytes"] <= 3e6] or [*arms.values()]
     return min(small, key=lambda arm: arm["drop"]["value"], default=None)
 
 
 def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
-    """Write the part, and the tables where they are asked for."""
+    """Write the video part of the result, and with `docs` also the tables and pictures of the page."""
     section = section_of(out, embedded)
     found = gates_of(section)
     print(put_section(SECTION, section, found, output))
@@ -124,7 +124,7 @@ def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
 
 
 def draw(sheets: Mapping[str, Path], folder: Path) -> None:
-    """Write sheets of clips, as far as they are there, as small pictures of the documentation."""
+    """Write the existing sheets of clips as small pictures for the documentation."""
     for name, sheet in sheets.items():
         if sheet.is_file():
             with replacing(folder / f"{name}.webp") as part, Image.open(sheet) as picture:
@@ -159,7 +159,7 @@ HEADS = ("seeds", "teacher right", "student right", "drop", "PSNR, dB", "motion"
 
 
 def types(section: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the table of layer types at half of the blocks, and of models that are all linear."""
+    """Yield the table of layer types at half of the blocks, and of models whose attention is all linear."""
     rows = [
         [f"{TYPES[kind]}, {ARMS[arm].what}", *_cells(section["arms"][f"{kind}.{arm}"])]
         for arm in ("half", "all")
@@ -190,7 +190,7 @@ def _timed(arm: Mapping[str, Any]) -> str:
 
 
 def blocks(section: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which blocks were chosen, by arm and seed."""
+    """Yield the table of chosen blocks, by arm and seed."""
     rows = []
     for name, arm in section["arms"].items():
         for seed, layers in enumerate(arm["layers_by_seed"]):
@@ -225,7 +225,7 @@ def gates(section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def sheets(section: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the pictures that are there."""
+    """Yield links to the existing pictures."""
     del section
     rows = [f"![{text}](images/{name}.webp)" for name, text in PICTURES.items() if (IMAGES / f"{name}.webp").is_file()]
     yield "\n\n".join(rows) if rows else docs_tables.NOTHING

@@ -106,7 +106,7 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
     refused("twin is another model than .*: a WanImageToVideoPipeline with a WanTr", twin)
     bound = LiTConfig(layers="1:mhla", grid=(3, 1, 2), mhla=MhlaOptions(blocks=(1, 1, 2), interpolate=False))
     fixed = converted(tiny_wan, tmp_path / "fixed", bound)
-    refused(r"fixed/transformer: this mhla layer is made for a grid of \(3, 1, 2\) tokens, got \(2, 1, 2\)", fixed,
+    refused(r"fixed/transformer: this mhla layer is made for a grid of \(3, 1, 2\) tokens .* got \(2, 1, 2\)", fixed,
             num_frames=5)  # fmt: skip
 
 

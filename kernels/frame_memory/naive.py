@@ -1,22 +1,25 @@
-"""What frames write into a linear memory, and what their tokens read from one: the reference (arXiv:2609.20744).
+"""Reference of the frame-wise linear memory: the writes of frames, the memories and the reads of tokens
+(arXiv:2609.20744).
 
-Of the tokens s of frame f, with k~ = silu(k) / |silu(k)|, v~ = silu(v) and b = sigmoid(strength) of a head:
+For the tokens s of frame f, with k~ = silu(k) / |silu(k)|, v~ = silu(v) and b = sigmoid(strength) of one head:
 
     A_f = sum_s b_s k~_s k~_s^T,   B_f = sum_s b_s v~_s k~_s^T
 
-The memory that frame t reads is what the frames before its window and those after it left, from both ends of the clip,
-faded over the window; with c_f the decay of a frame and I_f = (I + A_f)^-1, or I where there is no A:
+P_f is the memory that all frames up to f have written, and Q_f is the same with time reversed. c_f is the decay of a
+frame, and I_f = (I + A_f)^-1, or the identity without A. Frame t reads the memory M_t: the frames before its window
+(`low` to `high` - 1) from P and the frames after it from Q, both decayed over the window:
 
     P_f = (P_{f-1} diag(c_f) + B_f) I_f,   M_t = P_{low-1} diag(c_low .. c_t) + Q_high diag(c_t .. c_{high-1})
 
-Q is P with time reversed. A token with the query q reads its frame's memory, normed over the channels of a head and
-gated by channel:
+A token with the query q reads the memory of its frame. The result is normalised over the channels of a head and gated
+per channel:
 
     y = sigmoid(gate) weight RMSNorm(M q~)
 
-What softmax gave near a token and what it read are added, the former weighed by head: 2 sigmoid(g) near + far.
+`gated_sum` adds the output of softmax in the window (near), gated per head, and the read (far):
+2 sigmoid(g) near + far.
 
-Shapes: B samples, F frames of S tokens, H heads of D channels. Everything is in float32 (float64 for float64).
+Shapes: B samples, F frames of S tokens, H heads of D channels. All computations are in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -29,16 +32,16 @@ from torch import Tensor
 
 
 def exact(x: Tensor) -> Tensor:
-    """Return float32, or float64 as it is."""
+    """Return x in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Return A and B, (B, F, H, D, D) each, as exact as `exact` makes keys; of B the channels of values come first.
+    """Return A and B, each (B, F, H, D, D), in the dtype of `exact`. In B the value channels come first.
 
     Args:
         key: (B, F S, H, D).
-        value: as `key`.
+        value: (B, F S, H, D).
         strength: (B, F S, H), before the sigmoid.
         frames: F.
     """
@@ -53,11 +56,11 @@ def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, c
     """Return the memory that each frame reads, (B, F, H, D, D).
 
     Args:
-        inverse: I_f, (B, F, H, D, D); None is the identity.
-        content: B_f, as `inverse`.
-        log_decay: log(c_f), (B, F, H, D), not positive.
-        chunk: frames that share a window.
-        radius: chunks before and after the own one that are in it.
+        inverse: I_f, (B, F, H, D, D); None for the identity.
+        content: B_f, (B, F, H, D, D).
+        log_decay: log(c_f), (B, F, H, D), at most 0.
+        chunk: frames per chunk; the frames of a chunk share one window.
+        radius: chunks before and after a chunk that belong to its window.
     """
     frames, found = content.shape[1], []
     fade = log_decay.exp()[..., None, :]
@@ -78,12 +81,12 @@ def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, c
 
 
 def frame_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """Return what the tokens read, (B, F S, H, D) in the dtype of the queries.
+    """Return the normalised and gated reads of the tokens, (B, F S, H, D), in the dtype of the queries.
 
     Args:
         query: (B, F S, H, D).
-        memory: (B, F, H, D of values, D of keys).
-        weight: (D,), of the norm.
+        memory: M, (B, F, H, D of values, D of keys).
+        weight: weight of the RMSNorm, (D,).
         gate: (B, F S, H, D), before the sigmoid.
         eps: added to the mean square.
     """

@@ -1,6 +1,7 @@
-"""Sums, scans and reads of a frame-wise linear memory as torch custom operations: kernels on a GPU, no gradient.
+"""Custom operations of the frame-wise linear memory: Triton kernels on a GPU, plain torch elsewhere, no gradients.
 
-Shapes as in `naive.py`. In plain torch autocast is off: it would do the products in half precision.
+See `naive.py` for formulas and shapes. The plain torch path switches autocast off, which would compute the products in
+half precision.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from postgen.kernels.dispatch import check_devices, for_triton, uses_triton
 from postgen.kernels.frame_memory import naive
 
 MAX_CHANNELS = 128
-"""The widest head whose two sums live in the registers of a program."""
+"""Largest number of channels per head for which a program can hold both sums in registers."""
 
 
 def frame_sums(
@@ -21,15 +22,15 @@ def frame_sums(
     """Return A = sum b k~ k~^T and B = sum b v~ k~^T of every frame, (B, F, H, D, D) in float32 (float64 for float64).
 
     Args:
-        key: (B, F S, H, D), any strides; k~ is its silu, of length 1.
-        value: as `key`, any dtype; v~ is its silu, the first channels of B.
+        key: (B, F S, H, D), any strides; k~ is silu(key), scaled to unit length.
+        value: (B, F S, H, D), any strides and dtype; v~ is silu(value). In B the value channels come first.
         strength: (B, F S, H), any dtype; b is its sigmoid.
         frames: F.
-        gram: whether A is wanted; None otherwise.
+        gram: whether to compute A; if False, the first result is None.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes, dtypes or devices do not fit together.
+        RuntimeError: backward was called; the operation has no gradient.
     """
     grams, contents = _frame_sums(key, value, strength, frames, gram)
     return (grams if gram else None), contents
@@ -59,18 +60,21 @@ def _(key: Tensor, value: Tensor, strength: Tensor, frames: int, gram: bool) -> 
 
 @library.custom_op("postgen::frame_memories", mutates_args=())
 def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, chunk: int, radius: int) -> Tensor:
-    """Return the memory that each frame reads: of the frames before its window and after it, faded over the window.
+    """Return the memory that each frame reads, (B, F, H, D, D): the frames outside its window, decayed over the
+    window.
+
+    All tensors are float32, or all are float64.
 
     Args:
-        inverse: (I + A)^-1 of every frame, (B, F, H, D, D), float32 or float64 as all; None: there is no A.
+        inverse: (I + A)^-1 of every frame, (B, F, H, D, D); None without A.
         content: B of every frame, (B, F, H, D, D).
-        log_decay: logarithms of what is kept over a frame, (B, F, H, D).
-        chunk: frames that share a window, from 1 on.
-        radius: chunks before and after the own one that are in it, from 0 on.
+        log_decay: logarithm of the decay of every frame, (B, F, H, D).
+        chunk: frames per chunk, at least 1; the frames of a chunk share one window.
+        radius: chunks before and after a chunk that belong to its window, at least 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes, dtypes or devices do not fit together.
+        RuntimeError: backward was called; the operation has no gradient.
     """
     _check_memories(inverse, content, log_decay, chunk, radius)
     if uses_triton("frame_memories", content, obstacle=_obstacle(content)):
@@ -90,18 +94,18 @@ def _(inverse: Tensor | None, content: Tensor, log_decay: Tensor, chunk: int, ra
 
 @library.custom_op("postgen::frame_reads", mutates_args=())
 def frame_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """Return sigmoid(gate) weight RMSNorm(M q~) of every token, (B, F S, H, D) in the dtype of the queries.
+    """Return sigmoid(gate) weight RMSNorm(M q~) of every token, (B, F S, H, D), in the dtype of the queries.
 
     Args:
-        query: (B, F S, H, D), any strides; q~ is its silu, of length 1.
-        memory: M, (B, F, H, D, D), of the values' channels first.
-        weight: (D,), of the norm over the channels of a head.
-        gate: (B, F S, H, D), any strides and dtype.
+        query: (B, F S, H, D), any strides; q~ is silu(query), scaled to unit length.
+        memory: M, (B, F, H, D, D); the value channels come first.
+        weight: weight of the RMSNorm over the channels of a head, (D,).
+        gate: (B, F S, H, D), before the sigmoid, any strides and dtype.
         eps: added to the mean square.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes, dtypes or devices do not fit together.
+        RuntimeError: backward was called; the operation has no gradient.
     """
     _check_reads(query, memory, weight, gate)
     if uses_triton("frame_reads", query, memory, weight, gate, obstacle=_obstacle(query)):
@@ -124,12 +128,12 @@ def gated_sum(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         near: (B, N, H, D), any strides.
-        far: as `near`, any dtype.
-        gate: (B, N, H), any strides and dtype.
+        far: (B, N, H, D), any strides and dtype.
+        gate: (B, N, H), before the sigmoid, any strides and dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes, dtypes or devices do not fit together.
+        RuntimeError: backward was called; the operation has no gradient.
     """
     _check_sum(near, far, gate)
     if uses_triton("gated_sum", near, far, gate, obstacle=_obstacle(near)):
@@ -146,13 +150,13 @@ def _(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Say whether the kernels take such tokens (B, N, H, D), and no gradient is asked for; there is no warning."""
+    """Whether the kernels can compute these tensors, (B, N, H, D), and gradients are off. This check never warns."""
     return not torch.is_grad_enabled() and for_triton(*tensors) and _obstacle(tensors[0]) is None
 
 
 def _obstacle(x: Tensor) -> str | None:
     channels = x.shape[-1]
-    return f"heads of {channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+    return f"heads have {channels} channels, at most {MAX_CHANNELS} are supported" if channels > MAX_CHANNELS else None
 
 
 def _neighbours(x: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def _neighbours(x: Tensor) -> Tensor:
 def _check_floating(**tensors: Tensor) -> None:
     if not all(x.is_floating_point() for x in tensors.values()):
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise ValueError(f"all must be floating-point, got {dtypes}")
+        raise ValueError(f"all tensors must be floating-point, got {dtypes}")
 
 
 def _check_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> None:
@@ -171,7 +175,7 @@ def _check_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int) -> No
         shapes = ", ".join(f"{tuple(x.shape)}" for x in (key, value, strength))
         raise ValueError(f"key and value must be (B, N, H, D) and not empty, strength (B, N, H), got {shapes}")
     if frames < 1 or key.shape[1] % frames:
-        raise ValueError(f"{key.shape[1]} tokens are not {frames} frames")
+        raise ValueError(f"the number of tokens, {key.shape[1]}, must be a multiple of frames, {frames}")
     _check_floating(key=key, value=value, strength=strength)
 
 
@@ -185,7 +189,10 @@ def _check_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor) ->
     there = tuple(memory.shape)
     fits = len(there) == 5 and there == (batch, there[1], heads, channels, channels)
     if not fits or there[1] == 0 or tokens % there[1]:
-        raise ValueError(f"memory must be (B, F, H, D, D) of the frames of query {tuple(query.shape)}, got {there}")
+        raise ValueError(
+            f"memory must be (B, F, H, D, D), with F frames that divide the tokens of query {tuple(query.shape)}, got"
+            f" {there}"
+        )
     if tuple(weight.shape) != (channels,):
         raise ValueError(f"weight must be ({channels},), got {tuple(weight.shape)}")
     _check_floating(query=query, memory=memory, weight=weight, gate=gate)
@@ -210,6 +217,6 @@ def _check_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, 
             f"content and inverse must be (B, F, H, D, D) and not empty, log_decay (B, F, H, D), got {shapes}"
         )
     if {x.dtype for x in given} not in ({torch.float32}, {torch.float64}):
-        raise ValueError(f"all must be float32, or float64, got {', '.join(str(x.dtype) for x in given)}")
+        raise ValueError(f"all tensors must be float32, or all float64, got {', '.join(str(x.dtype) for x in given)}")
     if chunk < 1 or radius < 0:
-        raise ValueError(f"chunk counts from 1 on and radius from 0 on, got {chunk} and {radius}")
+        raise ValueError(f"chunk must be at least 1 and radius at least 0, got {chunk} and {radius}")

@@ -1,7 +1,8 @@
-"""The sums of a frame and the reads of its memory: tokens are read once, activated in registers and multiplied.
+"""Triton kernels of the frame-wise memory. Each kernel loads its tokens once and activates them in registers.
 
-Products take each number as the sum of two 16-bit ones: the solve that follows a sum, and what differs among diffuse
-reads, ask for more than the eight bits of one.
+Matrix products split each float32 number into the sum of two 16-bit numbers. The eight bits of a single bfloat16
+number are not precise enough for the solve that follows the sums, nor for the small differences between the reads of
+tokens.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 
 SPLITS = 4
-"""Programs that share the reads of a frame; fixed, so that results depend on no device."""
+"""Programs that share the reads of a frame. It is fixed, so that results do not depend on the device."""
 _NUMBERS = 2048
-"""Numbers that a program of a sum has in hand."""
+"""Numbers of each tensor that one program of `gated_sum` processes."""
 
 
 class Launch(NamedTuple):
-    """How a kernel is run."""
+    """The launch parameters of a kernel."""
 
     tokens: int
-    """A tile, of scans rows of the memory; a power of 2, at least 16."""
+    """Tokens per tile (rows of the memory for scans); a power of 2, at least 16."""
     warps: int
+    """Warps per program."""
     stages: int
-    """Tiles under way at once."""
+    """Pipeline stages: tiles that are in flight at the same time."""
 
 
 LAUNCHES = {"sums": Launch(64, 8, 2), "reads": Launch(32, 8, 2), "scans": Launch(32, 8, 2)}
-"""A benchmark may put others here."""
+"""Launch parameters by kernel. Benchmarks may replace them."""
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _silu(x):
 
 @triton.jit
 def _unit(x):
-    """silu(x) over its length along the channels, as torch's `normalize`."""
+    """Return silu(x) scaled to unit length along the channels, with the lower bound of torch's `normalize`."""
     x = _silu(x.to(tl.float32))
     return x / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
 
@@ -53,7 +55,7 @@ def _sum_frames(
     key_b, key_n, key_h, value_b, value_n, value_h, strength_b, strength_n, strength_h, places,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TERM: tl.constexpr,
 ):  # fmt: skip
-    """Write A, unless `grams` is None, and B of one frame of one head."""
+    """Write B of one frame and head, and A unless `grams` is None."""
     head, frame, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first = frame * places
     key += sample * key_b + first * key_n + head * key_h
@@ -68,7 +70,7 @@ def _sum_frames(
         k = tl.load(key + row[:, None] * key_n + d[None, :], mask=inside, other=0.0)
         v = tl.load(value + row[:, None] * value_n + d[None, :], mask=inside, other=0.0)
         b = tl.load(strength + row * strength_n, mask=row < places, other=0.0).to(tl.float32)
-        # Half of b on each side: one pair of terms of the keys serves both sums.
+        # sqrt(b) goes into both factors, so that the same 16-bit terms of the keys serve both sums.
         root = tl.sqrt(1.0 / (1.0 + tl.exp(-b)))[:, None]
         u = _unit(k) * root
         p = _silu(v.to(tl.float32)) * root
@@ -77,7 +79,7 @@ def _sum_frames(
         p_high = p.to(TERM)
         p_low = (p - p_high.to(tl.float32)).to(TERM)
         if grams is not None:
-            # Half of A: its transpose is the other half, so A is as symmetric as the solve wants it.
+            # This sums half of A; below, the transpose adds the other half. A is then exactly symmetric for the solve.
             turned = tl.trans(u_high)
             gram = tl.dot(turned, (u_high.to(tl.float32) * 0.5).to(TERM), gram)
             gram = tl.dot(turned, u_low, gram)
@@ -100,7 +102,7 @@ def _read_frames(
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TERM: tl.constexpr,
 ):  # fmt: skip
-    """Write what some tokens of one frame read in one head."""
+    """Write the reads of some tokens of one frame in one head."""
     head, sample = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     frame, split = (tl.program_id(1) // SPLITS).to(tl.int64), tl.program_id(1) % SPLITS
     frames = tl.num_programs(1) // SPLITS
@@ -131,7 +133,7 @@ def _scan_frames(
     inverse, content, log_decay, states, frames,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TERM: tl.constexpr,
 ):  # fmt: skip
-    """Write what a scan holds before each frame and after the last one, some rows of it; odd ones run backward."""
+    """Write some rows of the memory before each frame and after the last one; scans with odd numbers run backward."""
     head, scan = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     sample, back = scan // 2, scan % 2
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,12 +167,12 @@ def _gather_frames(
     states, log_decay, out, frames, chunk, radius,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the memory that one frame reads, some rows of it."""
+    """Write some rows of the memory that one frame reads."""
     PARTS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     head, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     heads = tl.num_programs(0) // PARTS
     frame, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    # In 64 bits: states of many short frames are more than 2^31 numbers.
+    # 64-bit integers, because the states of many frames can hold more than 2^31 numbers.
     low = tl.maximum(0, (frame // chunk - radius) * chunk).to(tl.int64)
     high = tl.minimum(frames, (frame // chunk + radius + 1) * chunk).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -197,7 +199,7 @@ def _gated_sum(
     near, far, gate, out, near_b, near_n, near_h, far_b, far_n, far_h, gate_b, gate_n, gate_h, rows, tokens,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write some rows: heads of tokens, one after the other."""
+    """Write some rows of 2 sigmoid(gate) near + far. A row is one head of one token."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     head, token, sample = row % HEADS, row // HEADS % tokens, row // HEADS // tokens
     there = row < rows
@@ -213,7 +215,7 @@ def _gated_sum(
 
 
 def frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int, gram: bool) -> tuple[Tensor | None, Tensor]:
-    """Compute `naive.frame_sums`; `ops.py` has checked the shapes. Tokens of any strides, nothing is copied."""
+    """Compute `naive.frame_sums`; `ops.py` has checked the shapes. Tokens may have any strides and are not copied."""
     batch, tokens, heads, channels = key.shape
     contents = torch.empty(batch, frames, heads, channels, channels, dtype=torch.float32, device=key.device)
     grams = torch.empty_like(contents) if gram else None
@@ -226,7 +228,7 @@ def frame_sums(key: Tensor, value: Tensor, strength: Tensor, frames: int, gram: 
 
 
 def frame_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """Compute `naive.frame_reads`; queries and gates of any strides."""
+    """Compute `naive.frame_reads`. Queries and gates may have any strides."""
     batch, tokens, heads, channels = query.shape
     frames = memory.shape[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -241,7 +243,7 @@ def frame_reads(query: Tensor, memory: Tensor, weight: Tensor, gate: Tensor, eps
 
 
 def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, chunk: int, radius: int) -> Tensor:
-    """Compute `naive.frame_memories` of contiguous float32."""
+    """Compute `naive.frame_memories` for contiguous float32 tensors."""
     batch, frames, heads, channels = log_decay.shape
     states = content.new_empty(batch, 2, frames + 1, heads, channels, channels)
     out = torch.empty_like(content)
@@ -255,7 +257,7 @@ def frame_memories(inverse: Tensor | None, content: Tensor, log_decay: Tensor, c
 
 
 def gated_sum(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
-    """Compute `naive.gated_sum`; tensors of any strides."""
+    """Compute `naive.gated_sum`. Tensors may have any strides."""
     batch, tokens, heads, channels = near.shape
     out = torch.empty(near.shape, dtype=near.dtype, device=near.device)
     block_d = int(triton.next_power_of_2(channels))
@@ -270,8 +272,8 @@ def gated_sum(near: Tensor, far: Tensor, gate: Tensor) -> Tensor:
 
 
 def constants(name: str, channels: int) -> dict[str, Any]:
-    """Return the constants of a kernel, and how it is run."""
-    # The interpreter multiplies no bfloat16.
+    """Return the compile-time constants and launch parameters of a kernel."""
+    # Triton's interpreter has no products of bfloat16.
     term = tl.float16 if triton.knobs.runtime.interpret else tl.bfloat16
     block_d = max(16, int(triton.next_power_of_2(channels)))
     how = LAUNCHES[name]

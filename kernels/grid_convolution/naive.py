@@ -1,12 +1,13 @@
-"""Depth-wise convolutions of tokens in their grid: the reference, and the formulas of its gradients.
+"""Reference of the depth-wise convolutions of tokens in their grid, and of their gradients.
 
-A frame is convolved in itself, by a square; and along time, over the same place of neighbouring frames. Both are added
-up, and with `added` the tokens themselves are:
+One convolution works within each frame with a square kernel, another one along time at the same place of neighbouring
+frames. The result is their sum; with `added`, x itself is added too:
 
     y_n = (x_n) + sum_d w_space(d) x_{n + d} + sum_t w_time(t) x_{n + t frames}
 
-Zeros lie outside the grid. Tokens are (B, T h w, H, D) and run over columns first; each channel of each head has its
-own weights, (H * D, s, s) and (H * D, t), s and t odd. In float32 (float64 for float64), rounded once.
+The padding outside the grid is zero. Tokens are (B, T h w, H, D), with the columns as the fastest axis. Each channel
+of each head has its own weights, (H * D, s, s) and (H * D, t), s and t odd. Sums are in float32 (float64 for float64)
+and rounded once.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from postgen.kernels.linear_attention.naive import Terms, convolve, convolve_bac
 def grid_convolution(
     x: Tensor, space: Tensor | None, time: Tensor | None, grid: tuple[int, int, int], added: bool
 ) -> Tensor:
-    """Return the convolutions in the dtype of x.
+    """Return the sum of the convolutions, in the dtype of x.
 
     Args:
-        x: (B, T h w, H, D).
-        space: (H * D, s, s); None for none.
-        time: (H * D, t); None for none.
+        x: tokens, (B, T h w, H, D).
+        space: weights within a frame, (H * D, s, s); None for none.
+        time: weights along time, (H * D, t); None for none.
         grid: T, h and w.
-        added: whether x itself is added.
+        added: whether to add x.
     """
     full = exact(x)
     out = convolve(full, Terms(grid=grid, conv_space=space, conv_time=time))

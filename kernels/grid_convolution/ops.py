@@ -1,6 +1,7 @@
-"""`grid_convolution` as a torch custom operation with a gradient: a kernel on a GPU, plain torch elsewhere.
+"""`grid_convolution` as a custom operation with gradients: a Triton kernel on a GPU, plain torch elsewhere.
 
-Shapes as in `naive.py`. In plain torch autocast is off: it would convolve in half precision.
+See `naive.py` for formulas and shapes. The plain torch path switches autocast off, which would convolve in half
+precision.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from postgen.kernels.dispatch import check_devices, for_triton, uses_triton
 from postgen.kernels.grid_convolution import naive
 
 MAX_CHANNELS = 256
-"""The widest head that the kernel takes."""
+"""Largest number of channels per head that the kernel supports."""
 
 
 def grid_convolution(
     x: Tensor, space: Tensor | None, time: Tensor | None, grid: Sequence[int], *, added: bool = False
 ) -> Tensor:
-    """Return depth-wise convolutions of tokens within their frames and along time, added up; contiguous.
+    """Return the sum of the depth-wise convolutions of tokens within frames and along time, contiguous.
+
+    At least one of `space` and `time` is required.
 
     Args:
-        x: (B, T h w, H, D), any strides.
-        space: (H * D, s, s), s odd, any dtype; None for none.
-        time: (H * D, t), t odd, any dtype; None for none; one of the two is there.
+        x: tokens, (B, T h w, H, D), any strides.
+        space: weights within a frame, (H * D, s, s), s odd, any dtype; None for none.
+        time: weights along time, (H * D, t), t odd, any dtype; None for none.
         grid: T, h and w.
-        added: whether x itself is added, which costs nothing.
+        added: whether to add x, which takes no extra time.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices do not fit together.
     """
     out: Tensor = _grid_convolution(x, space, time, list(grid), added)
     return out
@@ -54,7 +57,16 @@ def _grid_convolution(x: Tensor, space: Tensor | None, time: Tensor | None, grid
 def grid_convolution_backward(
     gradient: Tensor, x: Tensor, space: Tensor | None, time: Tensor | None, grid: list[int], added: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x and of both weights, given that of the result; those of None are empty."""
+    """Return the gradients of x, `space` and `time`; the gradient of a weight that is None is an empty tensor.
+
+    Args:
+        gradient: gradient of the result, (B, T h w, H, D).
+        x: see `grid_convolution`, as all other arguments.
+        space: weights within a frame, or None.
+        time: weights along time, or None.
+        grid: T, h and w.
+        added: whether x was added.
+    """
     triple, gradient = (grid[0], grid[1], grid[2]), gradient.to(x.dtype)
     if _on_kernel(x):
         from postgen.kernels.grid_convolution import triton
@@ -69,7 +81,7 @@ def grid_convolution_backward(
 
 
 def takes(x: Tensor) -> bool:
-    """Say whether the kernel convolves this tensor; there is no warning where it does not."""
+    """Whether the kernel can convolve this tensor. This check never warns."""
     return for_triton(x) and _obstacle(x) is None
 
 
@@ -104,7 +116,7 @@ _grid_convolution.register_autograd(_backward, setup_context=_keep)
 def _obstacle(x: Tensor) -> str | None:
     channels = x.shape[-1]
     odd = channels > MAX_CHANNELS or channels % 2
-    return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit" if odd else None
+    return f"heads have {channels} channels, even numbers up to {MAX_CHANNELS} are supported" if odd else None
 
 
 def _on_kernel(x: Tensor) -> bool:
@@ -116,9 +128,12 @@ def _check(x: Tensor, space: Tensor | None, time: Tensor | None, grid: Sequence[
     if x.dim() != 4 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point, (B, N, H, D) and not empty, got {tuple(x.shape)} of {x.dtype}")
     if len(grid) != 3 or min(grid) < 1 or math.prod(grid) != x.shape[1]:
-        raise ValueError(f"grid must be frames, rows and columns of the {x.shape[1]} tokens, got {tuple(grid)}")
+        raise ValueError(
+            f"grid must be frames, rows and columns whose product is the number of tokens, {x.shape[1]}, got"
+            f" {tuple(grid)}"
+        )
     if space is None and time is None:
-        raise ValueError("there is nothing to convolve with: give space, time or both")
+        raise ValueError("both space and time are None: pass the weights of at least one convolution")
     width = x.shape[2] * x.shape[3]
     for name, weight, sides in (("space", space, 2), ("time", time, 1)):
         if weight is None:

@@ -1,6 +1,6 @@
-"""The convolutions of a grid by the kernels of linear attention, which has one among its terms.
+"""Grid convolutions with the convolution kernel of linear attention, called without queries.
 
-The tokens themselves are one more tap at the centre, of weight 1: what is added costs nothing.
+`added` adds 1 to the weight at the centre of the kernel, so adding x takes no extra time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ Grid = tuple[int, int, int]
 
 
 def grid_convolution(x: Tensor, space: Tensor | None, time: Tensor | None, grid: Grid, added: bool) -> Tensor:
-    """Compute `naive.grid_convolution`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
-    # Without queries that kernel transposes, which turns the weights around: so they are given turned around.
+    """Compute `naive.grid_convolution`; `ops.py` has checked the shapes. x may have any strides and is not copied."""
+    # Without queries the kernel computes the transposed convolution, which flips the weights. Flipping them here
+    # first gives the plain convolution.
     turned = [None if weight is None else weight.flip(tuple(range(1, weight.dim()))) for weight in (space, time)]
     return _transposed(x, turned[0], turned[1], grid, added)
 
@@ -33,6 +34,7 @@ def grid_convolution_backward(
 
 
 def _transposed(x: Tensor, space: Tensor | None, time: Tensor | None, grid: Grid, added: bool) -> Tensor:
+    """Return the transposed convolutions of x, plus x itself if `added`."""
     space, time = (None if weight is None else weight.float() for weight in (space, time))
     if added and space is not None:
         space = space.clone()

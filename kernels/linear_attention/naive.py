@@ -1,15 +1,16 @@
-"""Linear attention over all tokens of a clip: the reference, and the formulas of its gradients.
+"""Reference of linear attention over all tokens of a clip, and of its gradients.
 
-With phi a positive feature map (LiT, arXiv:2501.12976; SANA-Video, arXiv:2509.24695) and R_i the rotation of token i:
+With a positive feature map phi (LiT, arXiv:2501.12976; SANA-Video, arXiv:2509.24695) and the rotary embedding R_i of
+token i:
 
     S = sum_j R_j phi(k_j) v_j^T,   k' = sum_j phi(k_j),   o_i = (R_i phi(q_i))^T S / (phi(q_i) . k' + eps)
 
-The numerator is rotated and the divisor is not: rotated features may be negative, and a sum of them may cross zero.
-A query without any positive feature gets 0. Nothing is causal; the state (S, k') may be carried from one chunk of a
-stream to the next. A depth-wise convolution of the values is added to the result (LiT, guideline 1).
+The numerator is rotated and the divisor is not, because rotated features may be negative and their sum may cross zero.
+If all features of a query are zero, its result is 0. Attention is not causal, but the state (S, k') can be carried
+from one chunk of a stream to the next. Optionally a depth-wise convolution of the values is added (LiT, guideline 1).
 
-Shapes: B samples, N queries, M keys, H heads, D channels a head; a grid of T frames, h rows and w columns of tokens.
-Text may stand before and after the grid (joint attention): its rotation is the identity, its convolution is 0.
+Shapes: B samples, N queries, M keys, H heads of D channels; a grid of T frames, h rows and w columns of tokens. Text
+tokens may precede and follow the grid (joint attention). They are not rotated, and their convolution is 0.
 """
 
 from __future__ import annotations
@@ -24,64 +25,66 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """What linear attention may do beside its two products; the defaults do nothing."""
+    """Options of linear attention. With the defaults it computes the formula above without rotation."""
 
     feature_map: str = "relu"
     """"relu", or "elu" for elu(x) + 1."""
     eps: float = 1e-15
-    """Added to the divisor."""
+    """Small number that is added to the divisor."""
     grid: tuple[int, int, int] | None = None
-    """Frames, rows and columns of the video's tokens, which run over columns first."""
+    """Frames, rows and columns of the video tokens; columns are the fastest axis."""
     text_first: int = 0
-    """Tokens of text before those of the video: neither turned nor convolved, otherwise like them; needs `grid`."""
+    """Number of text tokens before the video tokens. Text tokens are neither rotated nor convolved; needs `grid`."""
     text_last: int = 0
-    """The same after them."""
+    """Number of text tokens after the video tokens; needs `grid`."""
     rope: Tensor | None = None
-    """(T + h + w, D / 2, 2) of `rope_table`; needs `grid` and `rope_pairs`."""
+    """Rotary table from `rope_table`, (T + h + w, D / 2, 2); needs `grid` and `rope_pairs`."""
     rope_pairs: tuple[int, int, int] | None = None
-    """How many pairs of channels turn with the frame, the row and the column; D / 2 in all."""
+    """Numbers of channel pairs that are rotated by the frame, the row and the column; they sum to D / 2."""
     qk_norm: str | None = None
-    """None, "rms_norm" over the channels of a head, or "rms_norm_across_heads" (diffusers' names)."""
+    """None, "rms_norm" over the channels of a head, or "rms_norm_across_heads" (the names of diffusers)."""
     norm_eps: float = 1e-6
-    """Added to the mean square."""
+    """Small number that is added to the mean square."""
     query_weight: Tensor | None = None
-    """(D,) or, across heads, (H * D,)."""
+    """Weight of the query norm, (D,), or (H * D,) across heads."""
     key_weight: Tensor | None = None
-    """As `query_weight`."""
+    """Weight of the key norm, (D,), or (H * D,) across heads."""
     conv_space: Tensor | None = None
-    """(H * D, s, s) or (D, s, s), s odd: weights of a depth-wise convolution within each frame; needs `grid`."""
+    """Weights of a depth-wise convolution within each frame, (H * D, s, s) or (D, s, s), s odd; needs `grid`."""
     conv_time: Tensor | None = None
-    """(H * D, s) or (D, s), s odd: the same along time, added to it."""
+    """Weights of a depth-wise convolution along time, (H * D, s) or (D, s), s odd; the two are summed."""
     key_lengths: Tensor | None = None
-    """(B,) integers: keys and values from there on do not exist."""
+    """Number of valid keys per sample, (B,), integers; later keys and values are ignored."""
     state: Tensor | None = None
-    """(B, H, D, D): what S starts from."""
+    """Initial value of S, (B, H, D, D)."""
     key_sum: Tensor | None = None
-    """(B, H, D): what k' starts from."""
+    """Initial value of k', (B, H, D)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gradients:
-    """Gradients of what `linear_attention` takes; None where nothing was given. Those of norms are not in here."""
+    """Gradients of the inputs of `linear_attention`, except the norm weights. None for inputs that are None."""
 
     query: Tensor
-    """After its norm, like `key`: `rms_norm_backward` goes on from there; not rounded where there is a norm."""
+    """Gradient of the query after its norm, like `key`; `rms_norm_backward` continues from it. With a norm it is not
+    rounded to the dtype of the query."""
     key: Tensor
     value: Tensor
     conv_space: Tensor | None
     conv_time: Tensor | None
     state: Tensor
-    """Of the state that was given and of what was added to it alike."""
+    """Gradient of S. The initial state and the sum over the keys have the same gradient."""
     key_sum: Tensor
+    """Gradient of k'."""
 
 
 def rope_table(frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pack the angles of a separable rotary embedding as `Terms.rope` wants them: (T + h + w, D / 2, 2).
+    """Pack the angles of a separable rotary embedding into the table of `Terms.rope`, (T + h + w, D / 2, 2).
 
     Args:
-        frames: (T, pairs), the angle by which a frame turns each of the first pairs of channels.
-        rows: (h, pairs), for the pairs after them.
-        columns: (w, pairs), for the last pairs.
+        frames: angles of the first channel pairs for each frame, (T, pairs).
+        rows: angles of the next channel pairs for each row, (h, pairs).
+        columns: angles of the last channel pairs for each column, (w, pairs).
     """
     axes = [frames, rows, columns]
     table = torch.zeros(sum(len(axis) for axis in axes), sum(axis.shape[1] for axis in axes), dtype=frames.dtype)
@@ -99,7 +102,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) ->
         query: (B, N, H, D).
         key: (B, M, H, D).
         value: (B, M, H, D).
-        terms: what else to do.
+        terms: the options.
     """
     q = feature(rms_norm(exact(query), terms.query_weight, terms), terms.feature_map)
     k, v = _existing_features(key, value, terms)
@@ -125,10 +128,21 @@ def linear_attention_backward(
     key_sum: Tensor,
     terms: Terms,
 ) -> Gradients:
-    """Return the gradients, given those of the three results; `state` and `key_sum` are results.
+    """Return the gradients of the inputs.
 
-    With z the divisor, n = g S^T and p = (R q . n) / z^2: dq = R^-1 n / z - p k',  dS = sum R q g^T / z,
+    With the divisor z, n = g S^T and p = (R q . n) / z^2: dq = R^-1 n / z - p k',  dS = sum R q g^T / z,
     dk' = -sum p q,  dk = R^-1 (v dS^T) + dk',  dv = R k dS.
+
+    Args:
+        gradient: g, the gradient of the output, (B, N, H, D).
+        of_state: gradient of the returned S; None for 0.
+        of_key_sum: gradient of the returned k'; None for 0.
+        query: input of the forward pass.
+        key: input of the forward pass.
+        value: input of the forward pass.
+        state: S, result of the forward pass.
+        key_sum: k', result of the forward pass.
+        terms: the options of the forward pass.
     """
     g = exact(gradient)
     q_normed = rms_norm(exact(query), terms.query_weight, terms)
@@ -160,7 +174,7 @@ def linear_attention_backward(
 
 
 def exact(x: Tensor) -> Tensor:
-    """Return float32, or float64 as it is."""
+    """Return x in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -170,12 +184,12 @@ def feature(x: Tensor, feature_map: str) -> Tensor:
 
 
 def slope(x: Tensor, feature_map: str) -> Tensor:
-    """Return the derivative of phi at x; 0 at the kink."""
+    """Return the derivative of phi at x; for ReLU it is 0 at x = 0."""
     return (x > 0).to(x.dtype) if feature_map == "relu" else x.clamp(max=0).exp()
 
 
 def existing(key: Tensor, terms: Terms) -> Tensor:
-    """Say which keys exist and are not beyond the lengths, (B or 1, M, 1, 1)."""
+    """Return a mask of the keys within `key_lengths`, (B or 1, M, 1, 1)."""
     token = torch.arange(key.shape[1], device=key.device)[None, :, None, None]
     if terms.key_lengths is None:
         return torch.ones_like(token, dtype=torch.bool)
@@ -183,7 +197,10 @@ def existing(key: Tensor, terms: Terms) -> Tensor:
 
 
 def rotate(x: Tensor, terms: Terms, *, back: bool = False) -> Tensor:
-    """Turn each pair of neighbouring channels by its angle (the convention of Wan in diffusers)."""
+    """Rotate each pair of neighbouring channels by its angle (the convention of Wan in diffusers).
+
+    `back` rotates by the negative angle.
+    """
     if terms.rope is None or terms.grid is None or terms.rope_pairs is None:
         return x
     before, x, after = by_kind(x, terms)
@@ -199,18 +216,18 @@ def rotate(x: Tensor, terms: Terms, *, back: bool = False) -> Tensor:
 
 
 def by_kind(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the text before the video, the video and the text after it: views of x, (B, tokens, ...)."""
+    """Split x, (B, tokens, ...), into views of the text before the video, the video, and the text after it."""
     before, video, after = x.split((terms.text_first, x.shape[1] - text_tokens(terms), terms.text_last), dim=1)
     return before, video, after
 
 
 def text_tokens(terms: Terms) -> int:
-    """Return how many tokens are text."""
+    """Return the number of text tokens."""
     return terms.text_first + terms.text_last
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
-    """Return x over its root mean square, times the weight; x is (B, N, H, D)."""
+    """Return the RMSNorm of x, (B, N, H, D): x divided by its root mean square, times the weight."""
     if terms.qk_norm is None:
         return x
     normed = x * _reciprocal_rms(x, terms)
@@ -220,9 +237,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor | None, terms: Terms
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x and of the weight, given that of `rms_norm`.
+    """Return the gradients of x and of the weight for a gradient of the result of `rms_norm`.
 
-    With n = x r the normed x: dx = r (dn - n mean(dn n)).
+    With the normalised n = x r: dx = r (dn - n mean(dn n)).
     """
     if terms.qk_norm is None:
         return gradient, None
@@ -238,7 +255,7 @@ def rms_norm_backward(
 
 
 def convolve(value: Tensor, terms: Terms) -> Tensor:
-    """Return the sum of the two depth-wise convolutions of the values (B, N, H, D), 0 outside the grid; text has 0."""
+    """Return the sum of both depth-wise convolutions of the values, (B, N, H, D), with zero padding; 0 for text."""
     value = by_kind(value, terms)[1]
     out = torch.zeros_like(value)
     if terms.conv_space is not None:
@@ -252,7 +269,10 @@ def convolve(value: Tensor, terms: Terms) -> Tensor:
 
 
 def convolve_backward(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the values and of both weights, given that of `convolve`; without weights 0."""
+    """Return the gradients of the values and of both weights for a gradient of the result of `convolve`.
+
+    Without any weights the gradient of the values is 0.
+    """
     gradient, value = by_kind(gradient, terms)[1], by_kind(value, terms)[1]
     of_value, of_space, of_time = torch.zeros_like(value), None, None
     if terms.conv_space is not None:
@@ -269,12 +289,12 @@ def convolve_backward(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Te
 
 
 def _with_text(video: Tensor, terms: Terms) -> Tensor:
-    """Return zeros of text around what the video has."""
+    """Pad the result of the video tokens with zeros for the text tokens."""
     return F.pad(video, (0, 0, 0, 0, terms.text_first, terms.text_last)) if text_tokens(terms) else video
 
 
 def _existing_features(key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Return phi of the normed keys, and the values; 0 beyond the lengths, whatever is stored there."""
+    """Return phi of the normalised keys, and the values; 0 beyond `key_lengths`, even if NaN is stored there."""
     there = existing(key, terms)
     k = feature(rms_norm(exact(key), terms.key_weight, terms), terms.feature_map)
     return k.where(there, 0), exact(value).where(there, 0)
@@ -293,13 +313,13 @@ def _by_head(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _depth_wise(weight: Tensor, value: Tensor) -> Tensor:
-    """Return weights for every channel, (H * D, 1, rows, columns)."""
+    """Return the weights repeated for every channel of every head, (H * D, 1, rows, columns)."""
     heads, channels = value.shape[2:]
     return weight.to(value.dtype)[:, None].repeat(heads * channels // len(weight), 1, 1, 1)
 
 
 def _summed(filters: Tensor, weight: Tensor) -> Tensor:
-    """Add up the gradients of heads that share their weights."""
+    """Sum the gradients over heads that share their weights."""
     return filters.reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
 
 

@@ -1,7 +1,7 @@
-"""`linear_attention` as a torch custom operation with a gradient: kernels on a GPU, plain torch elsewhere.
+"""`linear_attention` as a custom operation with gradients: Triton kernels on a GPU, plain torch elsewhere.
 
-Shapes as in `naive.py`. The gradient of the two products, the feature map, the rotation and the convolution is an
-operation too; that of the RMSNorms is its formula in plain torch, which torch.compile fuses.
+See `naive.py` for formulas and shapes. One more custom operation computes the gradients of the products, feature map,
+rotary embedding and convolution. The gradient of the RMSNorms is plain torch, which torch.compile fuses.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from postgen.kernels.linear_attention.naive import Terms, rope_table
 __all__ = ["linear_attention", "linear_attention_backward", "linear_attention_with_state", "rope_table"]
 
 MAX_CHANNELS = 256
-"""The widest head that the kernels take."""
+"""Largest number of channels per head that the kernels support."""
 WHOLE_CHANNELS = 128
-"""The widest head whose S lives in the registers of a program; of wider ones each program computes a part."""
+"""Largest number of channels per head for which one program holds S in registers. For wider heads each program
+computes a part of S."""
 SHARED_MEMORY = {64: 99 * 1024, MAX_CHANNELS: 163 * 1024}
-"""Heads up to so many channels -> bytes that a program of the largest kernel may take."""
+"""Largest number of channels -> bytes of shared memory that a program of the largest kernel needs."""
 _TENSORS = (
     "query_weight", "key_weight", "conv_space", "conv_time", "rope", "key_lengths", "state", "key_sum"
 )  # fmt: skip
-"""Fields of `Terms`, in the order in which the operations take them."""
+"""Tensor fields of `Terms`, in the order of the operations' arguments."""
 NORMS = (None, "rms_norm", "rms_norm_across_heads")
 FEATURE_MAPS = ("relu", "elu")
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> Tensor:
-    """Return linear attention of all queries to all keys, (B, N, H, D) in the dtype of the queries, contiguous.
+    """Return linear attention of all queries over all keys, (B, N, H, D) in the dtype of the queries, contiguous.
 
-    Sums are in float32 (float64 for float64 inputs), whatever the inputs' dtype.
+    Sums are in float32 for every dtype of the inputs, except that float64 inputs use float64.
 
     Args:
-        query: (B, N, H, D), any strides: views of a fused projection are not copied.
+        query: (B, N, H, D), any strides; views of a fused projection are not copied.
         key: (B, M, H, D), any strides.
         value: (B, M, H, D), any strides.
         **terms: the fields of `naive.Terms`: feature map, rotary embedding, norms, convolutions, lengths, state.
 
     Raises:
-        ValueError: shapes, names, dtypes or devices that do not belong together, or a `rope` that asks for a gradient.
-        TypeError: a term that does not exist.
+        ValueError: shapes, names, dtypes or devices do not fit together, or `rope` requires a gradient.
+        TypeError: an unknown option.
     """
     return linear_attention_with_state(query, key, value, **terms)[0]
 
@@ -55,13 +56,14 @@ def linear_attention_with_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `linear_attention`, and the sums S (B, H, D, D) and k' (B, H, D) for the next chunk of a stream.
 
-    Given back as `state` and `key_sum`, a chunk's queries see its own keys and those of all chunks before. Positions
-    must go on from chunk to chunk (`rope` takes any rows of the tables); the convolution in time sees its chunk only.
+    Pass the sums as `state` and `key_sum` with the next chunk. The queries of a chunk then attend to the keys of this
+    chunk and of all earlier chunks. Positions must continue from chunk to chunk: give `rope` the table of the chunk's
+    positions. The convolution along time reads the tokens of its chunk only.
     """
     chosen = Terms(**terms)
     _check_triples(chosen)
     if torch.is_grad_enabled() and chosen.rope is not None and chosen.rope.requires_grad:
-        raise ValueError("rope requires a gradient, and linear attention gives none for it: detach() it")
+        raise ValueError("rope requires a gradient, but linear attention has no gradient for rope: pass rope.detach()")
     out, state, key_sum = _forward(*_arguments(query, key, value, chosen))
     return out, state, key_sum
 
@@ -93,7 +95,7 @@ def _forward(
         from postgen.kernels.linear_attention import triton
 
         return triton.linear_attention(query, key, value, terms)
-    # Autocast would do the products in half precision.
+    # Autocast would compute the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
         out, total, total_key = naive.linear_attention(query, key, value, terms)
     return out.contiguous(), total.contiguous(), total_key.contiguous()
@@ -121,10 +123,10 @@ def linear_attention_backward(
     grid: list[int],
     rope_pairs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value, the convolutions' weights, state and key_sum.
+    """Return the gradients of query, key, value, conv_space, conv_time, state and key_sum, for autograd.
 
-    What autograd calls; `total` and `total_key` are the sums that the forward pass returned. Gradients of weights that
-    are None are empty; those of query and key are before the gradient of their norm.
+    `total` and `total_key` are the sums that the forward pass returned. The gradient of a weight that is None is an
+    empty tensor. The gradients of query and key are those after their norm.
     """
     tensors = (query_weight, key_weight, conv_space, conv_time, rope, key_lengths, None, None)
     terms = _terms(tensors, feature_map, qk_norm, epsilons, grid, rope_pairs)
@@ -191,7 +193,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(
     ctx: Any, gradient: Tensor | None, of_state: Tensor | None, of_key_sum: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
+    saved = ctx.saved_tensors  # read only once, because gradient checkpointing allows a single read
     _, _, query, key, _, query_weight, key_weight, space, time, rope, lengths = saved
     gradient = torch.zeros_like(query) if gradient is None else gradient
     of_query, of_key, of_value, of_space, of_time, of_total, of_total_key = linear_attention_backward(
@@ -219,7 +221,7 @@ def _terms(
     grid: Sequence[int],
     rope_pairs: Sequence[int],
 ) -> Terms:
-    """Return what a custom operation took apart: it knows tensors, numbers, strings and lists."""
+    """Rebuild `Terms` from the arguments of a custom operation, which are tensors, numbers, texts and lists."""
     return Terms(
         **dict(zip(_TENSORS, tensors, strict=True)),
         feature_map=feature_map,
@@ -234,7 +236,7 @@ def _terms(
 
 
 def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Any, ...]:
-    """Return what `_forward` takes."""
+    """Return the arguments of `_forward`."""
     return (
         query,
         key,
@@ -243,7 +245,7 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple
         terms.feature_map,
         terms.qk_norm or "",
         [terms.eps, terms.norm_eps],
-        # One list, so that the operations keep their signature.
+        # In one list with the grid, so that the operations keep their signature.
         [*terms.grid, terms.text_first, terms.text_last] if terms.grid else [],
         list(terms.rope_pairs or ()),
     )
@@ -266,21 +268,22 @@ def _on_kernel(operation: str, query: Tensor, *others: Tensor) -> bool:
 
 
 def _obstacle(query: Tensor, *others: Tensor) -> str | None:
-    """Return what keeps the kernels from computing this, beside what `dispatch` looks at."""
+    """Return why the kernels cannot compute this call, beyond the checks of `dispatch`; None if they can."""
     channels = query.shape[-1]
     if channels > MAX_CHANNELS or channels % 2:
-        return f"heads of {channels} channels; even numbers up to {MAX_CHANNELS} fit"
+        return f"heads have {channels} channels, even numbers up to {MAX_CHANNELS} are supported"
     if channels > WHOLE_CHANNELS and query.dtype != torch.bfloat16:
         return (
-            f"heads of {channels} channels in {query.dtype}; those of more than {WHOLE_CHANNELS} fit in bfloat16 only"
+            f"heads have {channels} channels in {query.dtype}, more than {WHOLE_CHANNELS} are supported in bfloat16"
+            " only"
         )
     if any(each.dtype != query.dtype for each in others):
         return "queries, keys, values and gradients differ in dtype"
     needed = min(size for most, size in SHARED_MEMORY.items() if channels <= most)
-    # ROCm does not say; its GPUs have 64 KiB.
+    # ROCm has no such property; its GPUs have 64 KiB.
     there = getattr(torch.cuda.get_device_properties(query.device), "shared_memory_per_block_optin", 64 * 1024)
     if there < needed:
-        return f"heads of {channels} channels need {needed} bytes of shared memory, this GPU has {there} for a program"
+        return f"heads of {channels} channels need {needed} bytes of shared memory per program, this GPU has {there}"
     return None
 
 
@@ -290,14 +293,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
         raise ValueError(f"query, key and value must be (B, tokens, H, D) and not empty, got {shapes}")
     batch, _, heads, channels = query.shape
     if key.shape != value.shape or key.shape != (batch, key.shape[1], heads, channels):
-        raise ValueError(f"query, key and value may differ in the queries' number only, got {shapes}")
+        raise ValueError(
+            f"query, key and value must have one shape, except that the number of queries may differ, got {shapes}"
+        )
     dtypes = [x.dtype for x in (query, key, value)]
     if not all(dtype.is_floating_point for dtype in dtypes) or (torch.float64 in dtypes and len(set(dtypes)) > 1):
-        raise ValueError(f"query, key and value must be floating-point, float64 all or none, got {dtypes}")
+        raise ValueError(f"query, key and value must be floating-point, and all or none float64, got {dtypes}")
     if terms.feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map is {terms.feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+        raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {terms.feature_map!r}")
     if terms.qk_norm not in NORMS:
-        raise ValueError(f"qk_norm is {terms.qk_norm!r}; known: {', '.join(map(str, NORMS))}")
+        raise ValueError(f"qk_norm must be one of {', '.join(map(str, NORMS))}, got {terms.qk_norm!r}")
     _check_grid(query, key, terms)
     across = terms.qk_norm == "rms_norm_across_heads"
     expected: dict[str, tuple[int, ...]] = {
@@ -310,47 +315,49 @@ def _check(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
     for name, shape in expected.items():
         tensor = getattr(terms, name)
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape} for {shapes}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have the shape {shape} for query, key and value {shapes}, got {tuple(tensor.shape)}"
+            )
     if terms.key_lengths is not None and terms.key_lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"key_lengths must be int32 or int64, got {terms.key_lengths.dtype}")
     if (terms.state is None) != (terms.key_sum is None):
-        raise ValueError("state and key_sum belong together: give both or none")
+        raise ValueError("state and key_sum belong together: pass both or neither")
     if terms.qk_norm is None and (terms.query_weight is not None or terms.key_weight is not None):
         raise ValueError(f"query_weight and key_weight need qk_norm, one of {', '.join(map(str, NORMS[1:]))}")
 
 
 def _check_triples(terms: Terms) -> None:
-    """Refuse what is no number for each of frames, rows and columns, before it becomes lists of an operation."""
+    """Check `grid`, `rope_pairs` and the text lengths before they become lists of a custom operation."""
     for name, least in (("grid", 1), ("rope_pairs", 0)):
         numbers = getattr(terms, name)
         if numbers is not None and (len(numbers) != 3 or min(numbers) < least):
-            raise ValueError(f"{name} must be three numbers from {least} on: frames, rows, columns; got {numbers}")
+            raise ValueError(f"{name} must be three numbers of at least {least}: frames, rows, columns; got {numbers}")
     if min(terms.text_first, terms.text_last) < 0:
-        raise ValueError(f"text_first and text_last count tokens, got {terms.text_first} and {terms.text_last}")
+        raise ValueError(f"text_first and text_last must be at least 0, got {terms.text_first} and {terms.text_last}")
     if terms.grid is None and naive.text_tokens(terms):
-        raise ValueError("text_first and text_last say what is no video: give the grid of the video beside them")
+        raise ValueError("text_first and text_last need the grid of the video tokens: pass grid")
 
 
 def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
-    """Refuse rotary tables and convolutions that do not belong to the grid."""
+    """Refuse rotary tables and convolution weights that do not fit the grid."""
     asks = [name for name in ("rope", "conv_space", "conv_time") if getattr(terms, name) is not None]
     if not asks:
         return
     if terms.grid is None:
-        raise ValueError(f"{asks[0]} needs the grid: frames, rows and columns of the tokens")
+        raise ValueError(f"{asks[0]} needs the grid of the tokens: pass grid=(frames, rows, columns)")
     frames, rows, columns = terms.grid
     channels, text = query.shape[-1], naive.text_tokens(terms)
     tokens = frames * rows * columns + text
     if query.shape[1] != tokens or key.shape[1] != tokens:
         raise ValueError(
-            f"a grid of {terms.grid} has {tokens - text} tokens, and {text} are text (text_first, text_last): "
-            f"{tokens}, got {query.shape[1]} and {key.shape[1]}"
+            f"query and key must have {tokens} tokens, {tokens - text} of the grid {terms.grid} and {text} of text "
+            f"(text_first, text_last), got {query.shape[1]} and {key.shape[1]}"
         )
     if terms.rope is not None:
         size = (frames + rows + columns, channels // 2, 2)
         if terms.rope.shape != size or sum(terms.rope_pairs or ()) != channels // 2 or channels % 2:
             raise ValueError(
-                f"rope must be {size} and rope_pairs three numbers that add up to {channels // 2}, "
+                f"rope must have the shape {size} and rope_pairs must be three numbers that sum to {channels // 2}, "
                 f"got {tuple(terms.rope.shape)} and {terms.rope_pairs}"
             )
     filters = [(each, sides) for each, sides in ((terms.conv_space, 2), (terms.conv_time, 1)) if each is not None]
@@ -359,6 +366,6 @@ def _check_grid(query: Tensor, key: Tensor, terms: Terms) -> None:
     )
     if filters and not (square and {len(each) for each, _ in filters} in ({channels}, {channels * query.shape[2]})):
         raise ValueError(
-            f"conv_space and conv_time must be (C, s, s) and (C, s), s odd, C in both {channels} or "
+            f"conv_space and conv_time must be (C, s, s) and (C, s), with s odd and the same C, {channels} or "
             f"{channels * query.shape[2]}, got {', '.join(str(tuple(each.shape)) for each, _ in filters)}"
         )

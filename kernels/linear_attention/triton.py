@@ -1,7 +1,8 @@
-"""Linear attention as GPU kernels: two passes over memory, keys and values first, then queries and results.
+"""Linear attention with Triton kernels, in two passes: the first reads keys and values, the second reads queries and
+writes results.
 
-Here is what is launched, and in what shape; `triton_launch.py` says how the tokens are cut. The kernels are in
-`triton_forward.py`, `triton_backward.py` and, for a second pass with a convolution, `triton_convolution.py`.
+This file launches the kernels. `triton_launch.py` divides the tokens among programs. The kernels are in
+`triton_forward.py` and `triton_backward.py`, and in `triton_convolution.py` for a second pass with a convolution.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from postgen.kernels.linear_attention.triton_sums import Sums, contiguous, head_
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Any strides, nothing is copied."""
+    """Compute `naive.linear_attention`; `ops.py` has checked the shapes. Tensors with any strides are not copied."""
     with launching_on(query):
         table = rope_rows(terms, query, block_d(query.shape[-1]))
         sums = _sum_keys(key, value, terms, table)
@@ -44,7 +45,7 @@ def linear_attention_backward(
     key_sum: Tensor,
     terms: Terms,
 ) -> Gradients:
-    """Compute `naive.linear_attention_backward`; the gradients of normed queries and keys are float32."""
+    """Compute `naive.linear_attention_backward`. With a norm, the gradients of queries and keys are float32."""
     with launching_on(query):
         table = rope_rows(terms, query, block_d(query.shape[-1]))
         of_query, scales = _of_queries(gradient, query, Sums(state, key_sum), terms, table)
@@ -77,12 +78,15 @@ def _sums(
     terms: Terms,
     table: Tensor | None,
 ) -> Sums:
-    """Return the sums of R x y^T and of x by split; with scales, y is scaled and x weighs as they say."""
+    """Return the sums of R x y^T and of x for each split of the tokens.
+
+    `scales` are None, or a scale of y and a weight of x for each token, (B, H, N) each.
+    """
     batch, tokens, heads, channels = x.shape
     how = launch(name if table is None else f"turned_{name}", x)
     parts, tiles = splits(tokens, heads, how)
     found = partial_sums(x, parts)
-    # Beyond a length a sample has tokens that must not be read.
+    # Tokens beyond `lengths` must not be read (they may be NaN), which a descriptor cannot mask.
     (x_tiles, y_tiles), how = ([x, y], how.by_threads) if lengths is not None else described(how, x, y)
     sum_keys[(heads * parts_of(channels), parts, batch)](
         x_tiles,
@@ -108,7 +112,7 @@ def _sums(
 
 
 def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, out: Tensor) -> None:
-    """Write the attention of queries to `out`, whose samples may lie apart."""
+    """Write the attention of queries to `out`. Only the sample stride of `out` may differ from a contiguous tensor."""
     batch, tokens, heads, channels = query.shape
     how = launch("queries" if table is None else "turned_queries", query)
     parts, tiles = splits(tokens, heads, how)
@@ -137,7 +141,11 @@ def _read_state(query: Tensor, sums: Sums, terms: Terms, table: Tensor | None, o
 def _convolve(
     x: Tensor, query: Tensor | None, sums: Sums | None, terms: Terms, table: Tensor | None, out: Tensor
 ) -> None:
-    """Write the convolutions of the values and the attention of the queries; without queries, transposes of x."""
+    """Write to `out` the convolutions of x plus the attention of the queries.
+
+    Without queries, write the transposed convolutions of x, which the backward pass needs. Text tokens have no
+    convolution.
+    """
     for text in (slice(0, terms.text_first), slice(x.shape[1] - terms.text_last, x.shape[1])):
         if text.start < text.stop and query is None:
             out[:, text] = 0
@@ -150,19 +158,20 @@ def _convolve(
 def _of_queries(
     gradient: Tensor, query: Tensor, given: Sums, terms: Terms, table: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the gradients of queries, and what the sums of the gradient need of every query."""
+    """Return the gradients of the queries, and for each query the scale and weight for `_sums_of_queries`."""
     batch, tokens, heads, channels = query.shape
     of_query = _new_gradient(query, terms)
     how = launch("grad_queries" if table is None else "turned_grad_queries", query)
     parts, tiles = splits(tokens, heads, how)
     scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device)
     shares = scales.new_empty(parts_of(channels), batch, heads, tokens)
-    # The saved sums in the terms of a product.
+    # Split the saved sums into the 16-bit terms of the matrix products.
     sums = join(
         Sums(given.matrix[:, :, None].contiguous(), given.vector[:, :, None].contiguous()), dot=dot_type(query)
     )
 
     def go(found: Tensor | None, written: Tensor | None) -> None:
+        # `found` are the summed weights of a second launch, `written` is the gradient to write; None skips either.
         asked = [gradient, query] if written is None else [gradient, query, written]
         tiles_of, run = described(how, *asked)
         grad_queries[(heads * parts_of(channels), parts, batch)](
@@ -189,6 +198,7 @@ def _of_queries(
             **constants(query, run, terms),
         )
 
+    # If several programs share a head, a first launch computes the shares of the weights, a second one uses their sum.
     go(None, of_query if len(shares) == 1 else None)
     weights = shares[0]
     if len(shares) > 1:
@@ -205,7 +215,7 @@ def _sums_of_queries(
     terms: Terms,
     table: Tensor | None,
 ) -> Sums:
-    """Return the gradients of S and k'."""
+    """Return the gradients of S and k', including the gradients of the returned sums (`first`)."""
     return join(_sums(query, gradient, terms.query_weight, None, scales, "grad_sums", terms, table), *first)
 
 
@@ -219,7 +229,8 @@ def _grad_keys(
         _convolve(gradient, None, None, terms, None, of_value)
     how = launch("grad_keys" if table is None else "turned_grad_keys", key)
     parts, tiles = splits(tokens, heads, how)
-    # What the tiles are beyond a length must not be read, and the convolution's part of a gradient is read again.
+    # Descriptors do not work here with `key_lengths`, because tokens beyond them must not be read, nor with a
+    # convolution, because its part of the gradient of the values is read back.
     plain = terms.key_lengths is not None or convolves(terms)
     tensors = [key, value, of_key, of_value]
     given, how = (tensors, how.by_threads) if plain else described(how, *tensors)
@@ -248,5 +259,5 @@ def _grad_keys(
 
 
 def _new_gradient(x: Tensor, terms: Terms) -> Tensor:
-    """Return room for a gradient, in float32 where that of a norm follows."""
+    """Return an empty tensor for a gradient, in float32 if the gradient of a norm follows."""
     return torch.empty(x.shape, dtype=x.dtype if terms.qk_norm is None else torch.float32, device=x.device)

@@ -1,7 +1,7 @@
-"""The kernels of linear attention's gradient: queries first, which sum the gradient of S, then keys and values.
+"""Kernels of the gradient of linear attention: `grad_queries` for queries, `grad_keys` for keys and values.
 
-The first reads queries and gradients and needs no results: with g the gradient of o and z the divisor,
-g . o = (R q . S g) / z, and the gradient of q needs S g anyway. The second has the shape of `read_state`.
+`grad_queries` needs the gradient g of the output o, but not o itself: with the divisor z, g . o = (R q . S g) / z, and
+the gradient of q contains S g anyway. `grad_keys` has the structure of `read_state`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def grad_queries(
     COLUMNS: tl.constexpr, TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one range of normed queries, and what `sum_keys` needs for those of S and k', (B, H, N).
+    """Write the gradients of one range of normalised queries, and two values per query for the gradients of S and k'.
 
-    That is one over the divisors, by which gradients are scaled, and the weights -p of queries in the gradient of k'.
-    Each part of a wide head knows its share of p only: without `d_query` it writes that, (parts, B, H, N), and the
-    next launch is given the sum of the shares as `found`.
+    The values are inputs of `sum_keys`: `inverses`, (B, H, N), one over the divisors, which scales the gradients; and
+    `weights`, -p, the weights of queries in the gradient of k'. For wide heads each program computes one part of the
+    channels and knows only its share of p. Without `d_query`, a launch writes these shares, (parts, B, H, N), and the
+    next launch receives their sum as `found`.
     """
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
@@ -73,7 +74,7 @@ def grad_queries(
         x = take(query, sample, start, head * query_h, row, query_n, query_d, tokens, CHANNELS, BLOCK_D, WHOLE)
         x = normed(x, rstd, weight, start, row, tokens, norm_eps, NORM, CHANNELS, BLOCK_D)
         q, inverse = with_divisor(x, key_sum, table, start, row, tokens, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
-        # Rounded once for both products: scaling all keys changes nothing, and so their gradients cancel.
+        # Both products use the same rounded numbers, so gradients along a scaling of all keys cancel, as they must.
         g = (g.to(tl.float32) * inverse[:, None]).to(DOT)
         n = times_state(g, high, low, existence(start, row, tokens), CHAINED, PRECISION)
         if table is not None:
@@ -81,7 +82,7 @@ def grad_queries(
             a, b = angles(table, first, start + BLOCK_N, row, tokens, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_E)
         inside = start + row < tokens
         if found is None:
-            # Turned back, n meets the query as it was: the same product as before.
+            # n is rotated back, so its product with the unrotated query equals R q . S g.
             p = tl.sum(columns_of(q, part, BLOCK_N, BLOCK_D, BLOCK_E) * n, axis=1) * inverse
             tl.store(weights + start + row, -p, mask=inside)
             tl.store(inverses + which * tokens + start + row, inverse, mask=inside & (part == 0))
@@ -95,7 +96,7 @@ def grad_queries(
 
 @triton.jit
 def columns_of_terms(terms, which, part, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr):
-    """Return BLOCK_E columns of a transposed state as the sum of two 16-bit terms, as `join_splits` wrote them."""
+    """Return BLOCK_E columns of the transposed state as two 16-bit terms, in the format of `join_splits`."""
     COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
     r = tl.arange(0, BLOCK_D)[:, None]
     c = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
@@ -115,9 +116,9 @@ def grad_keys(
     TEXT: tl.constexpr, ADDS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one range of normed keys and of values; 0 beyond the lengths.
+    """Write the gradients of one range of normalised keys and of values; 0 beyond `lengths`.
 
-    With ADDS, `d_value` holds the gradient of the values through the convolutions, and the rest is added to it.
+    With ADDS, `d_value` already holds the gradient through the convolutions, and the kernel adds the rest.
     """
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
@@ -165,9 +166,10 @@ def grad_keys(
 def rows_and_columns(
     d_states, which, part, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr
 ):
-    """Return BLOCK_E rows of a gradient of S in two terms, the second transposed, and as many columns in one.
+    """Return BLOCK_E rows of a gradient of S as two 16-bit terms, the second transposed, and BLOCK_E columns as one.
 
-    All keys meet the same rounding of the rows, which a sum over them keeps while the rest cancels.
+    The rows need two terms: their rounding error is the same for all keys, so it remains in a sum over the keys while
+    other errors cancel.
     """
     rows = fetch_block(d_states, which, part * BLOCK_E, 0, CHANNELS, BLOCK_E, BLOCK_D)
     high = rows.to(DOT)

@@ -1,12 +1,13 @@
-"""The depth-wise convolutions of linear attention: a kernel that walks down the rows of frames.
+"""The depth-wise convolutions of linear attention: a kernel that goes down the rows of frames.
 
-Tokens are cut into strips, STRIP columns of one frame. A program takes some strips of one head and goes through their
-rows. Each row is loaded once, STRIP columns and those that the filter sees beside them, and added to the SPACE rows of
-results that it is a part of, which wait in registers; the highest of them is then complete. The queries of that row
-meet the state in the same step, so that results are written once.
+Tokens are divided into strips; a strip is STRIP neighbouring columns of one frame. A program processes some strips of
+one head, row by row. It loads each row once: the STRIP columns and the neighbours within reach of the filter. It adds
+the row to the SPACE rows of results to which the row contributes. These partial sums stay in registers, and the
+topmost one is then complete. In the same step the queries of this row are multiplied with the state, so that every
+result is written only once.
 
-A tensor here is one column of all strips, (strips, channels), and a row is a tuple of such tensors: a neighbour is
-another element of the tuple, and no thread has to ask another one for it.
+A tensor here holds one column of all strips, (strips, channels), and a row is a tuple of such tensors. A neighbouring
+column is another element of the tuple, so threads need not exchange data.
 """
 
 # Triton adds tuples, but does not unpack them.
@@ -40,11 +41,12 @@ def convolve_rows(
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of both convolutions of x and, if there are queries, of their attention.
+    """Write the sum of both convolutions of x, plus the attention of the queries if there are queries.
 
-    A block is BLOCK_E channels of BLOCK_N // STRIP strips, and a head has `blocks` of each part of its channels. The
-    first `whole` programs take a block, of the others `bands` share one. SIGN -1 transposes the convolutions. Their
-    weights lie tap by tap, TAPS numbers apart; without `space`, SPACE is 1.
+    A block holds BLOCK_E channels of BLOCK_N // STRIP strips. A head has `blocks` blocks for each part of its
+    channels. Each of the first `whole` programs processes one block. For the other blocks, `bands` programs share a
+    block, and each processes a band of its rows. SIGN -1 transposes the convolutions. The weights are stored tap by
+    tap, with a stride of TAPS numbers. Without `space`, SPACE is 1.
     """
     sample, head, part, block, top, bottom = share_of(
         tl.program_id(0), blocks, whole, bands, band, HEADS, BLOCK_D // BLOCK_E, ROWS
@@ -60,7 +62,7 @@ def convolve_rows(
     real, frame, column, token = strips_of(block, STRIP, STRIPS, GROUPS, FRAMES, ROWS, COLUMNS)
     x += sample * x_b + head.to(tl.int64) * x_h + token.to(tl.int64) * X_N + e * X_D
     out += sample * out_b + head * CHANNELS + token.to(tl.int64) * (HEADS * CHANNELS) + e
-    # A tile of weights, whose rows are the same, has the layout of the others.
+    # The weights are the same for all strips. Adding zeros of the strips' shape gives them the layout of other tiles.
     taps = head * taps_h + e + tl.zeros_like(token)
     if space is not None:
         space += taps
@@ -96,7 +98,7 @@ def walk(
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Go down the rows of a band: only read what lies above it, then write, then write what sees no more rows."""
+    """Go down the rows of a band: first only read (`approach`), then read and write, then write the last rows."""
     STRIPS: tl.constexpr = BLOCK_N // STRIP
     REACH: tl.constexpr = SPACE // 2
     none = blank(STRIPS, STRIP, BLOCK_E)
@@ -114,7 +116,7 @@ def walk(
         middle = slide(
             sums, seen, frame, space, time, e, SIGN, SPACE, TIME, TAPS, STRIP, FRAMES, CHANNELS, REACH, REACH + 1
         )
-        # A row ahead, and not before the product of matrices, whose fence waits for what is being loaded.
+        # Load the next row here, and not before the matrix product, whose fence would wait for the loads.
         ahead = look(
             x, frame, column, e, tl.minimum(line + 1, last - 1), token, length, lengths, x_frame,
             SIGN, SPACE, TIME, STRIP, X_N, FRAMES, ROWS, COLUMNS, CHANNELS,
@@ -126,7 +128,7 @@ def walk(
         sums = upper + middle + lower
         put_columns(out, line - REACH, real, column, e, sums, answer, STRIP, HEADS, COLUMNS, CHANNELS)
         seen = ahead
-    # No row of x is left that these see.
+    # The last rows of results: all rows of x within their reach are already added.
     last = tl.maximum(last, top + REACH)
     for step in range(0, bottom + REACH - last):
         line = last + step
@@ -145,7 +147,7 @@ def approach(
     X_N: tl.constexpr, BLOCK_E: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Read the rows of x above the first that completes a sum of the band: return the sums and that row."""
+    """Add up the rows of x before the row that completes the first result; return the partial sums and that row."""
     REACH: tl.constexpr = SPACE // 2
     sums = blank(STRIPS, SPACE * STRIP, BLOCK_E)
     first = tl.maximum(top - REACH, 0)
@@ -171,11 +173,13 @@ def strips_of(
     block, STRIP: tl.constexpr, STRIPS: tl.constexpr, GROUPS: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return which strips of a block exist, their frames and first columns, and those columns' tokens in row 0."""
+    """Return for the strips of a block: whether each exists, its frame, its first column, and this column's token in
+    row 0."""
     strip = block * STRIPS + tl.arange(0, STRIPS)[:, None]
     real = strip < FRAMES * GROUPS
     strip = tl.minimum(strip, FRAMES * GROUPS - 1)
-    # One frame after another: what a strip reads of the next frame, the next strip has just read.
+    # Neighbouring strips are from neighbouring frames: the rows that a strip reads from the next frame are those that
+    # the next strip reads too, so they are in the cache.
     frame, column = strip % FRAMES, strip // FRAMES * STRIP
     return real, frame, column, frame * (ROWS * COLUMNS) + column
 
@@ -185,7 +189,7 @@ def tokens_of_queries(
     block, row, STRIP: tl.constexpr, STRIPS: tl.constexpr, GROUPS: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return the tokens of a tile of queries in the first row: those of x, strip by strip."""
+    """Return the token indices of a tile of queries in the first row, in the order of the strips of x."""
     strip = block * STRIPS + row // STRIP
     column = strip // FRAMES * STRIP + row % STRIP
     there = (strip < FRAMES * GROUPS) & (column < COLUMNS)
@@ -194,7 +198,7 @@ def tokens_of_queries(
 
 @triton.jit
 def blank(STRIPS: tl.constexpr, COUNT: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return so many columns of zeros."""
+    """Return a row of COUNT columns of zeros."""
     columns = ()
     for _ in tl.static_range(0, COUNT):
         columns = columns + (tl.zeros((STRIPS, BLOCK_E), dtype=tl.float32),)
@@ -208,7 +212,7 @@ def attend(
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the attention of one row's queries, column by column."""
+    """Return the attention of the queries of one row as a tuple of columns; `none` without queries."""
     columns = none
     if query is not None:
         tokens = FRAMES * ROWS * COLUMNS
@@ -233,9 +237,9 @@ def look(
     SIGN: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, STRIP: tl.constexpr, X_N: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return one row of x: the columns that the filter sees, then those of other frames, tap by tap."""
+    """Load one row of x: the columns within reach of the filter, then the columns of other frames, tap by tap."""
     here = x + line.to(tl.int64) * (COLUMNS * X_N)
-    # How many columns and tokens there are to the right of the first column of a strip.
+    # Numbers of columns and of tokens from the first column of a strip on.
     beyond = COLUMNS - column
     left = length - token - line * COLUMNS
     seen = ()
@@ -245,7 +249,7 @@ def look(
         )  # fmt: skip
     for tap in tl.static_range(0, TIME):
         if tap != TIME // 2:
-            # Instead of a frame that does not exist, the same one: its weight is 0.
+            # Frames outside the clip are replaced by the strip's own frame; their weight is 0.
             other = tl.where(exists(frame, tap, SIGN, TIME, FRAMES), SIGN * (tap - TIME // 2), 0)
             there = here + other.to(tl.int64) * x_frame
             for c in tl.static_range(0, STRIP):
@@ -260,7 +264,7 @@ def look(
 
 @triton.jit
 def exists(frame, tap: tl.constexpr, SIGN: tl.constexpr, TIME: tl.constexpr, FRAMES: tl.constexpr):
-    """Say for which strips there is the frame that a tap of the convolution in time looks at."""
+    """Return for which strips the frame of a tap of the convolution along time is inside the clip."""
     other = frame + SIGN * (tap - TIME // 2)
     return (other >= 0) & (other < FRAMES)
 
@@ -270,9 +274,9 @@ def beside(
     here, column, beyond, left, e, lengths,
     dw: tl.constexpr, STRIP: tl.constexpr, X_N: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return what lies dw columns beside the first column of every strip; 0 outside the row and beyond the length."""
+    """Load the column at distance dw from the first column of every strip; 0 outside the row and beyond `lengths`."""
     inside = e < CHANNELS
-    # Only what may be otherwise is compared: it would be for every row and column.
+    # Compile-time conditions leave out comparisons that are always true, because they would run for every column.
     if dw < 0:
         inside = inside & (column >= -dw)
     if dw >= STRIP or COLUMNS % STRIP > 0:
@@ -288,7 +292,7 @@ def slide(
     TAPS: tl.constexpr, STRIP: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
     FROM: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Go down by one row, to the one that was seen: return the sums of some of the rows that see it, from above."""
+    """Go down by one row: add the loaded row `seen` (None below x), return the sums FROM to TO - 1 from the top."""
     REACH: tl.constexpr = SPACE // 2
     wide = ()
     if seen is not None:
@@ -304,7 +308,7 @@ def slide(
                 start = tl.zeros_like(sums[c])
             row = row + (start,)
         if seen is not None:
-            # The row that is seen lies REACH - m rows below these sums.
+            # The loaded row is REACH - m rows below the result row of these sums.
             for j in tl.static_range(0, SPACE):
                 w = tap_of(
                     space, time, e, (REACH + SIGN * (REACH - m)) * SPACE + REACH + SIGN * (j - REACH),
@@ -322,7 +326,7 @@ def slide(
 
 @triton.jit
 def weighted(row, values, w, FIRST: tl.constexpr, STRIP: tl.constexpr):
-    """Add one tap to a row."""
+    """Return a row plus STRIP columns of `values`, from FIRST on, times the weights w of one tap."""
     added = ()
     for c in tl.static_range(0, STRIP):
         added = added + (row[c] + values[FIRST + c].to(tl.float32) * w,)
@@ -334,7 +338,7 @@ def tap_of(
     space, time, e, tap: tl.constexpr, SPACE: tl.constexpr, TIME: tl.constexpr, TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights of one tap of a row; both convolutions have one at the centre."""
+    """Return the weights of one tap within a frame; the centre also includes the centre of the convolution in time."""
     if space is None:
         w = tl.load(time + TIME // 2 * TAPS, mask=e < CHANNELS, other=0.0)
     else:
@@ -349,7 +353,7 @@ def put_columns(
     out, line, real, column, e, columns, answer, STRIP: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the highest row of sums."""
+    """Write the topmost row of sums, which is complete, plus the attention of this row."""
     here = out + line.to(tl.int64) * (COLUMNS * HEADS * CHANNELS)
     for c in tl.static_range(0, STRIP):
         inside = real & (e < CHANNELS)
@@ -360,7 +364,7 @@ def put_columns(
 
 @triton.jit
 def apart(tile, STRIP: tl.constexpr, STRIPS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return the columns of all strips, given the transpose of the tile of their tokens, strip by strip."""
+    """Split the transposed tile of tokens, (BLOCK_E, STRIPS * STRIP), into a tuple of STRIP columns of all strips."""
     tl.static_assert(STRIP <= 16)
     columns = (tl.permute(tl.reshape(tile, (BLOCK_E, STRIPS, STRIP)), (1, 0, 2)),)
     if STRIP > 1:
@@ -379,7 +383,7 @@ def apart(tile, STRIP: tl.constexpr, STRIPS: tl.constexpr, BLOCK_E: tl.constexpr
 
 @triton.jit
 def halves(tensors, HALF: tl.constexpr, STRIPS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Cut tensors of 2 * HALF columns into those of the even and then those of the odd ones."""
+    """Split each tensor of 2 * HALF columns into even and odd columns; return all even parts, then all odd parts."""
     even = ()
     odd = ()
     for i in tl.static_range(0, len(tensors)):

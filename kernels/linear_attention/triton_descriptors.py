@@ -1,7 +1,7 @@
-"""Tiles that Hopper's copy engine moves whole: which tensors it takes, and their descriptors.
+"""Tensor descriptors for Hopper's copy engine (TMA), and the check of which tensors can have one.
 
-A tile that threads load goes through addresses and masks of every thread; one that is described by a tensor map is
-asked for by one thread and arrives in shared memory by itself.
+Without a descriptor, every thread computes addresses and masks to load a tile. With a descriptor, one thread requests
+the whole tile, and the copy engine writes it to shared memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from postgen.kernels.linear_attention.triton_launch import Launch, block_d, block_e
 
 _BYTES = 16
-"""What addresses and strides must be multiples of."""
+"""Addresses and strides must be multiples of this number of bytes."""
 _HOPPER = 9
-"""Major compute capability of the GPUs whose launches ask for descriptors."""
+"""Major compute capability of the GPUs on which launches use descriptors."""
 
 
 def described(how: Launch, *tensors: Tensor) -> tuple[list[Any], Launch]:
-    """Return a pass's tensors, (B, N, H, D), as descriptors, all of them or none, and the launch that goes with it.
+    """Return the tensors of a pass, each (B, N, H, D), as descriptors, and the launch to use.
 
-    A descriptor is (B, N, from the first channel of the first head to the last of the last), so that what a tile has
-    beyond the tokens of a sample is read as 0 and not written. Where the launch asks for none, or one of the tensors
-    cannot be described, they stay what they are.
+    A descriptor is (B, N, width); the width spans from the first channel of the first head to the last channel of the
+    last head. Reads beyond the tokens of a sample give 0, and writes beyond them are dropped. If the launch uses no
+    descriptors, or one of the tensors cannot have one, all tensors are returned unchanged, with the launch for tiles
+    that threads load.
     """
     if not how.described or not all(_fits(each) for each in tensors):
         return list(tensors), how.by_threads
@@ -39,7 +40,7 @@ def _fits(x: Tensor) -> bool:
     steps = (token,) if batch == 1 else (token, sample)
     return (
         _has_engine(x)
-        # A tile has all channels of its head, and none of the next one's.
+        # A tile must hold all channels of its head, and no channel of the next head.
         and block_d(channels) == block_e(channels) == channels
         and channel == 1
         and 0 <= (heads - 1) * head <= token - channels
@@ -59,6 +60,6 @@ def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:
     batch, tokens, heads, channels = x.shape
     sample, token, head, _ = x.stride()
     width = (heads - 1) * head + channels
-    # The step of a single sample may be any number, and is never taken.
+    # With a single sample the sample stride is never used and may have any value, so set a valid one.
     strides = [tokens * token if batch == 1 else sample, token, 1]
     return TensorDescriptor(x, [batch, tokens, width], strides, [1, tile, channels])

@@ -1,7 +1,8 @@
-"""The gradient of the convolutions' weights: one walk down the rows of frames, in the strips of the convolution.
+"""The gradient of the convolution weights: a kernel that goes down the rows of frames, strip by strip.
 
-A program reads each row of the values once, and keeps the rows of gradients that see it: SPACE rows of STRIP columns.
-Their products are summed tap by tap in registers. Every program writes its sums, which are added in a fixed order.
+The strips are those of `triton_convolution.py`. A program loads each row of the values once. It keeps the SPACE rows
+of gradients to which this row contributes, STRIP columns each, and sums the products per tap in registers. Every
+program writes its sums, and the sums of all programs are added in a fixed order.
 """
 
 # Triton adds tuples, but does not unpack them.
@@ -25,9 +26,9 @@ def sum_filters(
     X_D: tl.constexpr, BLOCK_E: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of one band of a block of strips: (B, blocks * bands, taps, H, D), those of space first.
+    """Write the sums of one band of a block of strips, (B, blocks * bands, taps, H, D), with the taps of space first.
 
-    Without a convolution in space SPACE is 1, and that tap is what the centre of the one in time would be.
+    Without a convolution in space, SPACE is 1, and its only tap is the centre of the convolution along time.
     """
     sample, head, part, block, top, bottom = share_of(
         tl.program_id(0), blocks, 0, bands, band, HEADS, BLOCK_D // BLOCK_E, ROWS
@@ -60,7 +61,7 @@ def sum_filters(
     )  # fmt: skip
     for step in tl.range(0, last - first, num_stages=1):
         line = first + step
-        # A row ahead: it is loaded while this one is multiplied.
+        # Load the next row while this one is multiplied.
         below = of_row(gradient, line + REACH + 1, top, bottom, real, column, e, gradient_n, STRIP, COLUMNS, CHANNELS)
         ahead = look(
             x, frame, column, e, tl.minimum(line + 1, last - 1), token, length, lengths, x_frame,
@@ -79,7 +80,7 @@ def of_row(
     gradient, line, top, bottom, real, column, e, gradient_n,
     STRIP: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return one row of gradients, column by column; 0 outside the band."""
+    """Load one row of gradients as a tuple of columns; 0 outside the band."""
     inside = real & (e < CHANNELS) & (line >= top) & (line < bottom)
     here = gradient + line.to(tl.int64) * COLUMNS * gradient_n
     row = ()
@@ -93,7 +94,7 @@ def of_row(
 
 @triton.jit
 def shifted(window, below, SPACE: tl.constexpr, STRIP: tl.constexpr):
-    """Return the window a row further down."""
+    """Move the window down by one row: drop the topmost row and append `below`."""
     moved = ()
     for i in tl.static_range(STRIP, SPACE * STRIP):
         moved = moved + (window[i],)
@@ -102,7 +103,10 @@ def shifted(window, below, SPACE: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def with_row(sums, window, seen, SPACE: tl.constexpr, TIME: tl.constexpr, STRIP: tl.constexpr):
-    """Add the products of one row of values; row i of the filter sees it from row SPACE - 1 - i of the window."""
+    """Add the products of one row of values to the sums.
+
+    Through row i of the filter, this row of values contributes to row SPACE - 1 - i of the window of gradients.
+    """
     REACH: tl.constexpr = SPACE // 2
     wide = ()
     for j in tl.static_range(0, STRIP + SPACE - 1):
@@ -118,7 +122,7 @@ def with_row(sums, window, seen, SPACE: tl.constexpr, TIME: tl.constexpr, STRIP:
         total = sums[SPACE * SPACE + tap]
         if tap != TIME // 2:
             for c in tl.static_range(0, STRIP):
-                # After the row itself, `look` has the same columns of every other frame.
+                # In the result of `look`, the columns of other frames follow the columns of the row itself.
                 value = seen[STRIP + SPACE - 1 + (tap - (tap > TIME // 2)) * STRIP + c]
                 total += window[REACH * STRIP + c].to(tl.float32) * value.to(tl.float32)
         added = added + (total,)
@@ -130,13 +134,13 @@ def put_taps(
     filters, frame, e, sums,
     SPACE: tl.constexpr, TIME: tl.constexpr, HEADS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of all strips, tap by tap."""
+    """Sum over the strips and write the result of each tap."""
     for tap in tl.static_range(0, SPACE * SPACE + TIME):
         total = sums[tap]
         if tap >= SPACE * SPACE:
             if tap - SPACE * SPACE == TIME // 2:
                 total = sums[SPACE * SPACE // 2]
             else:
-                # Of a frame that does not exist, `look` has read the same one.
+                # Drop frames outside the clip, for which `look` loaded the strip's own frame.
                 total = tl.where(exists(frame, tap - SPACE * SPACE, 1, TIME, FRAMES), total, 0.0)
         tl.store(filters + tap * HEADS * CHANNELS, tl.sum(total, axis=0)[None, :], mask=e < CHANNELS)

@@ -1,10 +1,10 @@
-"""The kernels of linear attention: sum the keys, join the sums, read with the queries.
+"""The forward kernels of linear attention: sum over the keys, join the sums, and read the state with the queries.
 
-Tokens are summed in splits that programs of their own take. Each writes what it found, and the sums are added in a
-fixed order: no atomics, so equal inputs give equal bits.
+Programs sum over splits of the tokens. Each program writes its sums, and the sums are added in a fixed order without
+atomics, so equal inputs give bitwise equal results.
 
-Attention is diffuse: nearly all of S = sum R k v^T comes from the mean value, and rounded to 16 bits it would have few
-left for the rest. So the products take it as the sum of two 16-bit numbers.
+Attention is diffuse: most of S = sum R k v^T comes from the mean value. If S were rounded to 16 bits, few bits would
+remain for the differences between tokens. The products therefore use S as the sum of two 16-bit numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def token_rstd(
     x, rstd, x_b, x_n, x_h, x_d, norm_eps,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write 1 / RMS of every token over all its heads, (B, N)."""
+    """Write 1 / RMS of every token over all its heads to `rstd`, (B, N)."""
     token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
@@ -58,9 +58,10 @@ def sum_keys(
     TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums over one split of tokens: R k v^T into `matrices`, k into `vectors`.
+    """Write the sums over one split of tokens: R k v^T to `matrices`, k to `vectors`.
 
-    With `scales` and `weights`, (B, H, N), every v is scaled and every k weighs so much: sums of a gradient.
+    The backward pass gives `scales` and `weights`, (B, H, N): a factor for every v, and a factor for every k in the
+    sum of k.
     """
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     end = end_of(lengths, sample, tokens)
@@ -76,7 +77,7 @@ def sum_keys(
     key_sum = tl.zeros((16, BLOCK_D), dtype=tl.float32)
     row = tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * tiles * BLOCK_N
-    # Small loads and those of angles are a tile ahead, in registers: what a product needs goes through shared memory.
+    # Angles and other small loads are loaded one tile ahead, in registers. Operands of products use shared memory.
     if table is not None:
         a, b = angles(table, first, start, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
     if scales is not None:
@@ -87,7 +88,7 @@ def sum_keys(
         k = normed(k, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
         k = feature(k, start, row, end, RELU, CHANNELS, BLOCK_D)
         if table is None and (NORM or not RELU):
-            # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
+            # Numerator and divisor use the same rounded numbers, so errors that all tokens share cancel.
             k = k.to(DOT).to(tl.float32)
         if scales is None:
             key_sum += fold(k, BLOCK_N, BLOCK_D)
@@ -99,7 +100,7 @@ def sum_keys(
         if table is not None:
             k = turn(k, a, b, False, BLOCK_N, BLOCK_D)
             a, b = angles(table, first, start + BLOCK_N, row, end, FRAMES, ROWS, COLUMNS, TEXT, BLOCK_D, BLOCK_D)
-        # S^T, so that the operand which must be transposed is the one that no thread touches.
+        # Compute S^T, so that the transposed operand is v, which goes from memory to the product without a thread.
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
         start += BLOCK_N
 
@@ -113,10 +114,10 @@ def join_splits(
     CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits, BLOCK_R rows of a matrix and numbers of a vector a program.
+    """Add up the sums of the splits and the initial values; each program computes BLOCK_R rows.
 
-    `terms` gets the transpose of the matrix as `read_state` multiplies it, BLOCK_D rows and columns: in float32, or as
-    two matrices of 16 bits whose sum it is.
+    If `terms` is given, it receives the transposed matrix in the form for `read_state`, padded to BLOCK_D rows and
+    columns: one float32 matrix, or two 16-bit matrices whose sum it is.
     """
     which = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -154,7 +155,7 @@ def read_state(
     TEXT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of one range of queries, where there is no convolution."""
+    """Write the attention of one range of queries, for calls or tokens without a convolution."""
     head, part, sample, heads = place_of(BLOCK_D, BLOCK_E)
     which = sample * heads + head
     query = of_head(query, sample, head, query_b, query_h, 0, WHOLE)

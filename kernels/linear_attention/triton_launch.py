@@ -1,4 +1,4 @@
-"""How the passes of linear attention are cut into programs, and the constants that their kernels share."""
+"""Launch parameters of the kernels of linear attention: division into programs, and shared compile-time constants."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ from postgen.kernels.linear_attention.naive import Terms, text_tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """How one pass over the tokens is cut and run."""
+    """Launch parameters of one pass over the tokens."""
 
     tokens: int = 64
-    """A tile; a multiple of 16, a power of 2."""
+    """Tokens per tile; a power of 2, at least 16."""
     warps: int = 8
+    """Warps per program."""
     stages: int = 2
-    """Tiles under way at once."""
+    """Pipeline stages: tiles that are in flight at the same time."""
     programs: int = 0
-    """Programs a sample, about; 0 fills the processors of an H100 two to four times, as evenly as heads allow.
+    """Approximate number of programs per sample. 0 fills the processors of an H100 two to four times, as evenly as the
+    number of heads allows.
 
-    Of the convolution: programs that run at once; 0 is one on each processor of an H100.
+    For convolutions: number of programs that run at the same time; 0 for one on each processor of an H100.
     """
     described: bool = False
-    """Whether tiles are copied whole where they can be, see `triton_descriptors.py`."""
+    """Whether to copy whole tiles with tensor descriptors where possible, see `triton_descriptors.py`."""
     loaded: tuple[int, int] | None = None
-    """Warps and stages where they cannot be; none is the same. Tiles and programs stay, so bits do."""
+    """Warps and stages if descriptors are not possible; None for the same values. Tiles and programs stay the same, so
+    the results are bitwise equal."""
     strip: int = 4
-    """Of the convolution: columns that a thread has of one row; a power of 2, at most 16 and `tokens`."""
+    """For convolutions: columns per strip, of which a thread holds one row; a power of 2, at most 16 and `tokens`."""
     channels: int = 128
-    """Of the convolution: channels of a head that a program takes, at most; a power of 2, at least 16."""
+    """For convolutions: largest number of channels of a head per program; a power of 2, at least 16."""
     stacked: bool = False
-    """Of the convolution: whether both 16-bit terms of the state are one matrix of twice as many rows."""
+    """For convolutions: whether both 16-bit terms of the state are stacked into one matrix of twice as many rows."""
     reserved: int = 0
-    """Of the convolution: percent of the on-chip memory for tiles, the first cache has the rest; 0 is no wish."""
+    """For convolutions: percent of the on-chip memory that is shared memory, the rest is L1 cache; 0 keeps the setting
+    of Triton (`triton_cache.py`)."""
 
     @property
     def by_threads(self) -> Launch:
-        """The launch of the same programs whose tiles are loaded by their threads."""
+        """The launch parameters of the same programs without tensor descriptors: threads load the tiles."""
         warps, stages = self.loaded or (self.warps, self.stages)
         return replace(self, warps=warps, stages=stages, described=False)
 
     @property
     def rows_for_all_warps(self) -> bool:
-        """Whether a tile has the 16 rows that a product gives a warp, for each of them."""
+        """Whether a tile has 16 rows for each warp, the number that a matrix product assigns to a warp."""
         return self.tokens >= 16 * self.warps
 
 
@@ -92,31 +96,31 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("convolution", 256): Launch(tokens=32, stages=2, reserved=75),
     ("grad_filters", 256): Launch(tokens=32, strip=8, warps=4, stages=1, programs=396),
 }
-"""(pass, channels rounded up to a power of 2) -> launch for bfloat16. A benchmark may put other launches here."""
+"""(pass, channels rounded up to a power of 2) -> launch for bfloat16. Benchmarks may replace the launches."""
 PART = 64
-"""Channels of results that a program computes of a head of more than 128; each of them reads all channels."""
+"""Number of result channels per program, for heads of more than 128 channels. Each program reads all channels."""
 _WIDE = Launch(tokens=32, stages=1)
-"""The launch of every pass over other inputs, and where the table has no row."""
+"""The launch for other dtypes than bfloat16, and for passes without an entry in the table."""
 MAX_SPLITS = 64
-"""Programs that may share a head: one program adds up what they found."""
+"""Largest number of programs that share a head, because one program adds up their sums."""
 _AHEAD = 2
-"""Rows that a program of 5 x 5 taps reads before it writes one."""
+"""Rows that a program with a 5 x 5 filter reads before it writes the first row."""
 _SEEN_TWICE = 4
-"""Rows that a band reads beside its own."""
+"""Rows outside its band that a program reads, for a 5 x 5 filter."""
 _PROCESSORS = 132
-"""Of an H100. Fixed, so that results depend on no device."""
+"""Number of processors of an H100. It is fixed, so that results do not depend on the device."""
 
 
 def launch(name: str, query: Tensor) -> Launch:
-    """Return how a pass runs over these queries, keys or gradients."""
+    """Return the launch of a pass for these queries, keys or gradients."""
     listed = LAUNCHES.get((name, block_d(query.shape[-1])), _WIDE)
     return listed if query.dtype == torch.bfloat16 else _WIDE
 
 
 def splits(tokens: int, heads: int, how: Launch) -> tuple[int, int]:
-    """Return how many programs share the tokens of a head, and how many tiles each takes at most.
+    """Return the number of programs that share the tokens of a head, and the largest number of tiles per program.
 
-    It depends on no device and no batch size, so a sample's bits do not either.
+    Both are independent of the device and of the batch size, so the results of a sample are bitwise independent too.
     """
     tiles = triton.cdiv(tokens, how.tokens)
     wanted = max(1, min((how.programs or _even(heads)) // heads, MAX_SPLITS))
@@ -125,28 +129,33 @@ def splits(tokens: int, heads: int, how: Launch) -> tuple[int, int]:
 
 
 class Share(NamedTuple):
-    """How blocks of strips are shared out among programs: most take a block from top to bottom, the last a band."""
+    """The division of blocks of strips among programs: most programs process a whole block, the last ones a band."""
 
     blocks: int
-    """Of a head and part of its channels."""
+    """Blocks per head and part of its channels."""
     whole: int
-    """Programs that take a block each."""
+    """Programs that process one whole block each."""
     bands: int
     """Programs that share each of the other blocks."""
     band: int
-    """Rows of a band, the last one perhaps fewer."""
+    """Rows per band; the last band may have fewer."""
     programs: int
-    """All of them; the kernel need not be told."""
+    """Total number of programs; not an argument of the kernels."""
 
 
 @functools.cache
 def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, alike: bool = False) -> Share:
-    """Return how the strips of a frame are shared out; `copies` is samples x heads x parts of their channels.
+    """Return the division of the strips among programs.
 
-    With `alike` every block is cut into bands.
+    Programs with a whole block fill all processors in full rounds. The remaining blocks are divided into bands, so
+    that they keep all processors busy too. The division does not change results bitwise, because each row of results
+    is summed from top to bottom in any case.
 
-    Programs that take a block each come in full rounds, one or several on every processor; what is left is cut into
-    bands so that it keeps all of them busy too. Bits do not depend on it: a row of results is summed from above.
+    Args:
+        grid: frames, rows and columns.
+        copies: samples x heads x parts of the channels of a head.
+        how: launch parameters.
+        alike: whether to divide every block into bands.
     """
     frames, rows, columns = grid
     blocks = int(triton.cdiv(frames * triton.cdiv(columns, how.strip), how.tokens // how.strip))
@@ -167,7 +176,11 @@ def strips(grid: tuple[int, int, int], copies: int, how: Launch, *, alike: bool 
 
 
 def _even(heads: int) -> int:
-    """Return how many programs leave few of the processors idle at the end: the first number that leaves 3 %."""
+    """Return a number of programs that leaves few processors idle at the end.
+
+    The candidates are two, three and four programs per processor: the first one that uses 97 % of the processors, or
+    else the best one.
+    """
 
     def used(rounds: int) -> float:
         return rounds * _PROCESSORS // heads * heads / (rounds * _PROCESSORS)
@@ -176,30 +189,31 @@ def _even(heads: int) -> int:
 
 
 def block_d(channels: int) -> int:
-    """Return the channels of a tile: a power of 2, at least the 16 that a matrix product needs."""
+    """Return the number of channels of a tile: a power of 2, at least 16, which matrix products need."""
     return max(16, int(triton.next_power_of_2(channels)))
 
 
 def block_e(channels: int) -> int:
-    """Return how many channels of a result a program computes: those of a head, or a part of a wide one's."""
+    """Return the number of result channels per program: all channels of a head, or `PART` for wide heads."""
     return block_d(channels) if channels <= 128 else PART
 
 
 def parts_of(channels: int) -> int:
-    """Return the programs that share a tile of a head."""
+    """Return the number of programs that share a tile of a head."""
     return block_d(channels) // block_e(channels)
 
 
 def dot_type(x: Tensor) -> tl.dtype:
-    """Return the type that products of such tensors are fed with.
+    """Return the operand dtype of matrix products for such tensors.
 
-    Sums over all tokens leave the range of float16: it is computed as float32 is, in two terms of bfloat16.
+    float16 inputs use float32 operands (computed as products of bfloat16 terms), because sums over all tokens exceed
+    the range of float16.
     """
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
 
 
 def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
-    """Return the constants that all passes share."""
+    """Return the compile-time constants that all passes share."""
     frames, rows, columns = terms.grid or (1, 1, 1)
     return {
         "RELU": terms.feature_map == "relu",
@@ -213,7 +227,7 @@ def constants(x: Tensor, how: Launch, terms: Terms) -> dict[str, Any]:
         "BLOCK_D": block_d(x.shape[-1]),
         "BLOCK_E": block_e(x.shape[-1]),
         "DOT": dot_type(x),
-        # The interpreter knows no such products; its own are exact.
+        # Triton's interpreter has no bf16x3 products; its float32 products are exact.
         "PRECISION": "ieee" if triton.knobs.runtime.interpret else "bf16x3",
         "num_warps": how.warps,
         "num_stages": how.stages,

@@ -1,4 +1,4 @@
-"""The rotary table as the kernels of linear attention read it."""
+"""The rotary table in the format of the linear attention kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def spread_rope(
     FRAMES: tl.constexpr, ROWS: tl.constexpr, END_T: tl.constexpr, END_H: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write one row: of a line of tokens, of what has no line, of a column, or of what has no column."""
+    """Write one row of the table: of a line of tokens, of a column, or one of the two rows for text."""
     place = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     lines = FRAMES * ROWS
@@ -28,16 +28,17 @@ def spread_rope(
     position = tl.where(of_lines, position, FRAMES + ROWS + column)
     mine = (d < CHANNELS) & tl.where(of_lines, d < END_H, d >= END_H)
     angle = tl.load(rope + position * CHANNELS + d, mask=mine & (text == 0), other=0.0)
-    # Text is not turned: every cosine is 1.
+    # Text is not rotated: every cosine is 1.
     angle = tl.where(mine & text & (d % 2 == 0), 1.0, angle)
     tl.store(table + place * BLOCK_D + d, angle.to(table.dtype.element_ty))
 
 
 def rope_rows(terms: Terms, x: Tensor, width: int) -> Tensor | None:
-    """Return `Terms.rope` as (T * h + 1 + w + 1, width): a row for each line of tokens and one for each column.
+    """Return `Terms.rope` as a table (T * h + 1 + w + 1, width): one row per line of tokens, then one row per column.
 
-    A row has cosines and sines in turns, and 0 where channels turn with another axis. The last row of either kind is
-    of text, which is not turned. It is float16 where x is bfloat16, and products are rounded more coarsely.
+    A line is one row of one frame. Each row of the table alternates cosines and sines, with 0 for channels that the
+    other axis rotates. After the lines and after the columns follows one row for text, which is not rotated. The table
+    is float16 if x is bfloat16: products of bfloat16 round more coarsely anyway.
     """
     if terms.rope is None:
         return None

@@ -1,4 +1,4 @@
-"""Launches of the kernels that walk down the rows of frames: the convolutions, and the gradient of their weights."""
+"""Launches of the kernels that go down the rows of frames: the convolutions, and the gradient of their weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from postgen.kernels.linear_attention.triton_sums import Sums, contiguous, head_
 
 
 def convolves(terms: Terms) -> bool:
-    """Say whether there is a convolution."""
+    """Whether there is a convolution."""
     return terms.conv_space is not None or terms.conv_time is not None
 
 
 def convolve(
     x: Tensor, query: Tensor | None, sums: Sums | None, terms: Terms, table: Tensor | None, out: Tensor
 ) -> None:
-    """Write the convolutions of a video's values and attention of its queries; without queries, transposes of x."""
+    """Write to `out` the convolutions of the video tokens x plus the attention of their queries.
+
+    Without queries, write the transposed convolutions of x.
+    """
     batch, tokens, heads, channels = x.shape
     assert terms.grid is not None
     how = launch("convolution", x)
@@ -71,7 +74,7 @@ def convolve(
 
 
 def grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of both convolutions' weights, given those of the results."""
+    """Return the gradients of both convolutions' weights for a gradient of the results; None without weights."""
     if not convolves(terms):
         return None, None
     assert terms.grid is not None
@@ -110,13 +113,13 @@ def grad_filters(gradient: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor 
 
 
 def taps(terms: Terms) -> list[Tensor | None]:
-    """Return the weights of both convolutions tap by tap in float32."""
+    """Return the weights of both convolutions in float32, with the taps as the first axis."""
     weights = (terms.conv_space, terms.conv_time)
     return [None if weight is None else weight.float().flatten(1).t().contiguous() for weight in weights]
 
 
 def sides(terms: Terms) -> dict[str, int]:
-    """Return the taps along a side of each convolution, 0 where there is none."""
+    """Return the side length of each convolution in taps; 0 without this convolution."""
     return {
         "SPACE": 0 if terms.conv_space is None else terms.conv_space.shape[-1],
         "TIME": 0 if terms.conv_time is None else terms.conv_time.shape[-1],
@@ -124,16 +127,16 @@ def sides(terms: Terms) -> dict[str, int]:
 
 
 def _filter(by_tap: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Bring (taps, H * D) to the shape of the weight, adding up heads that share it."""
+    """Return gradients (taps, H * D) in the shape of the weight, summed over heads that share the weight."""
     return None if weight is None else by_tap.t().reshape(-1, *weight.shape).sum(dim=0).to(weight.dtype)
 
 
 def video_lengths(terms: Terms) -> Tensor | None:
-    """Return `Terms.key_lengths` counted from the video's first token on."""
+    """Return `Terms.key_lengths` counted from the first video token."""
     lengths = contiguous(terms.key_lengths)
     return lengths if lengths is None or terms.text_first == 0 else lengths - terms.text_first
 
 
 def without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return constants that a kernel takes: all but some."""
+    """Return the constants without the named ones, which a kernel does not have."""
     return {name: value for name, value in constants.items() if name not in names}

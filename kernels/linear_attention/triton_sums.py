@@ -1,4 +1,4 @@
-"""Sums over tokens on the host: room for those of every program, their total, and what else all passes ask for."""
+"""Host side of the sums over tokens: buffers for the sums of each program, their total, and helpers of all passes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from postgen.kernels.linear_attention.triton_forward import join_splits, token_r
 from postgen.kernels.linear_attention.triton_launch import block_d
 
 _JOINED = 2048
-"""Numbers that a program of `join_splits` holds."""
+"""Numbers that one program of `join_splits` holds."""
 
 
 class Sums(NamedTuple):
-    """A sum over tokens, of outer products and of vectors."""
+    """Sums over tokens: of outer products (matrix) and of vectors."""
 
     matrix: Tensor
-    """(B, H, D, D)."""
+    """Sum of outer products, (B, H, D, D)."""
     vector: Tensor
-    """(B, H, D)."""
+    """Sum of vectors, (B, H, D)."""
     terms: Tensor | None = None
-    """The matrix as queries are multiplied with it, see `join_splits`."""
+    """The matrix in the form for products with queries, see `join_splits`."""
 
 
 def head_stride(weight: Tensor | None, channels: int) -> int:
-    """Return how far apart the weights of two heads lie: 0 if heads share them."""
+    """Return the stride between the weights of two heads; 0 if all heads share the weights."""
     return 0 if weight is None or weight.shape[-1] == channels else channels
 
 
 def rstd(x: Tensor, terms: Terms) -> Tensor | None:
-    """Return 1 / RMS of every token over all heads, (B, N), where the norm is that."""
+    """Return 1 / RMS of every token over all heads, (B, N), for `rms_norm_across_heads`; None for other norms."""
     if terms.qk_norm != "rms_norm_across_heads":
         return None
     batch, tokens, heads, channels = x.shape
@@ -54,7 +54,13 @@ def rstd(x: Tensor, terms: Terms) -> Tensor | None:
 
 
 def join(parts: Sums, *given: Tensor | None, dot: tl.dtype | None = None) -> Sums:
-    """Add up the splits of a sum, (B, H, splits, ..) float32, and what it starts from; with `dot`, in terms too."""
+    """Add up the sums of the splits, (B, H, splits, ...), in float32.
+
+    Args:
+        parts: sums of the splits.
+        given: initial matrix and vector, each None for 0.
+        dot: operand dtype of products; if given, the result also has `terms`.
+    """
     batch, heads, splits, channels = parts.vector.shape
     width = block_d(channels)
     terms = None
@@ -66,7 +72,7 @@ def join(parts: Sums, *given: Tensor | None, dot: tl.dtype | None = None) -> Sum
     )
     block_s = triton.next_power_of_2(splits)
     block_r = max(1, _JOINED // (block_s * width))
-    # Rows beyond the channels are those of `terms`, and 0.
+    # `terms` is padded to `width` rows of zeros, so with `terms` the programs cover these rows too.
     join_splits[(triton.cdiv(channels if terms is None else width, block_r), batch * heads)](
         parts.matrix,
         parts.vector,
@@ -84,12 +90,12 @@ def join(parts: Sums, *given: Tensor | None, dot: tl.dtype | None = None) -> Sum
 
 
 def partial_sums(x: Tensor, parts: int) -> Sums:
-    """Return room for the sums of every split."""
+    """Return empty tensors for the sums of every split."""
     batch, _, heads, channels = x.shape
     matrices = torch.empty(batch, heads, parts, channels, channels, dtype=torch.float32, device=x.device)
     return Sums(matrices, matrices.new_empty(batch, heads, parts, channels))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """Return a small tensor without gaps."""
+    """Return a (small) tensor as contiguous, or None for None."""
     return None if x is None else x.contiguous()

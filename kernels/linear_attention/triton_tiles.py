@@ -1,7 +1,7 @@
-"""What the kernels of linear attention do with one tile of tokens: fetch, norm, feature map, rotation, convolution.
+"""Operations of the linear attention kernels on one tile: loads and stores, norm, feature map, rotation, products.
 
-A tile is BLOCK_N tokens by BLOCK_D channels of one head, in float32; what lies outside is 0. Its tokens are a number,
-`start`, and how far each of them lies behind it, `row`; those from `end` on are outside.
+A tile has BLOCK_N tokens and BLOCK_D channels of one head, in float32, with 0 for tokens and channels that do not
+exist. Its tokens are `start` + `row`, with a vector `row` of offsets; tokens from `end` on do not exist.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import triton.language as tl
 
 @triton.jit
 def fetch(base, start, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr):
-    """Return a tile in the dtype of memory."""
+    """Load a tile, in the dtype of the tensor."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (start + row < end) & (d < channels)
-    # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
+    # 64-bit integers, because a projection of two samples of a long clip has more than 2^31 numbers.
     tile = base + start.to(tl.int64) * stride_n + row.to(tl.int64) * stride_n + d.to(tl.int64) * stride_d
     return tl.load(tile, mask=inside, other=0.0)
 
 
 @triton.jit
 def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
-    """Write a tile; its channels are neighbours."""
+    """Store a tile in a tensor whose channels are contiguous."""
     row = row[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (start + row < end) & (d < channels)
@@ -33,7 +33,7 @@ def put(base, start, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def of_head(base, sample, head, stride_b, stride_h, by, WHOLE: tl.constexpr):
-    """Return the pointer to a head of a sample, moved by `by`; a descriptor stays that of all samples and heads."""
+    """Return the pointer to a head of a sample plus the offset `by`; a descriptor (WHOLE) does not change."""
     moved = base
     if not WHOLE:
         moved = base + sample * stride_b + head.to(tl.int64) * stride_h + by
@@ -42,7 +42,7 @@ def of_head(base, sample, head, stride_b, stride_h, by, WHOLE: tl.constexpr):
 
 @triton.jit
 def of_result(base, sample, head, by, tokens, heads, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
-    """Return `of_head` of a tensor without gaps, or None as it is."""
+    """Return the same as `of_head` for a contiguous tensor; None stays None."""
     moved = base
     if not WHOLE:
         moved = further(base, (sample * tokens * heads + head) * CHANNELS + by)
@@ -53,7 +53,7 @@ def of_result(base, sample, head, by, tokens, heads, CHANNELS: tl.constexpr, WHO
 def take(
     base, sample, start, column, row, stride_n, stride_d, end, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Return a tile in the dtype of memory, WHOLE by one copy from the place that a descriptor knows by numbers."""
+    """Load a tile, in the dtype of the tensor; with WHOLE, `base` is a descriptor and one copy loads the tile."""
     if WHOLE:
         tile = base.load([sample.to(tl.int32), start, tl.cast(column, tl.int32)])
         tile = tl.reshape(tile, (row.shape[0], BLOCK_D))
@@ -64,7 +64,7 @@ def take(
 
 @triton.jit
 def give(base, sample, start, column, row, stride_n, end, tile, channels, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
-    """Write a tile, as `take` reads it."""
+    """Store a tile; with WHOLE, `base` is a descriptor, as in `take`."""
     if WHOLE:
         tile = tl.reshape(tile.to(base.dtype), (1, row.shape[0], BLOCK_D))
         base.store([sample.to(tl.int32), start, tl.cast(column, tl.int32)], tile)
@@ -77,7 +77,7 @@ def fetch_block(
     base, which, row, column,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return HEIGHT rows and WIDTH columns of one of many (D, D) matrices, from a row and a column on."""
+    """Load HEIGHT rows and WIDTH columns, from `row` and `column` on, of the (D, D) matrix with index `which`."""
     r = (row + tl.arange(0, HEIGHT))[:, None]
     c = (column + tl.arange(0, WIDTH))[None, :]
     places = base + which * CHANNELS * CHANNELS + r * CHANNELS + c
@@ -86,7 +86,7 @@ def fetch_block(
 
 @triton.jit
 def fetch_vector(base, which, channels, BLOCK_D: tl.constexpr):
-    """Return one of many vectors of D numbers."""
+    """Load the vector of D numbers with index `which`."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(base + which * channels + d, mask=d < channels, other=0.0)
 
@@ -96,7 +96,7 @@ def put_sums(
     matrices, vectors, which, part, matrix, vector,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write BLOCK_E columns of one of many (D, D) matrices, and with the first of them a vector of D numbers."""
+    """Store BLOCK_E columns of the (D, D) matrix with index `which`; the program of part 0 stores the vector."""
     d = tl.arange(0, BLOCK_D)
     e = part * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     places = matrices + which * CHANNELS * CHANNELS + d[:, None] * CHANNELS + e
@@ -106,7 +106,7 @@ def put_sums(
 
 @triton.jit
 def place_of(BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return the head of a program, its part of a wide head's channels, its sample, and how many heads there are."""
+    """Return the head of this program, its part of the channels of a wide head, its sample, and the head count."""
     PARTS: tl.constexpr = BLOCK_D // BLOCK_E
     if PARTS == 1:
         head = tl.program_id(0)
@@ -119,7 +119,7 @@ def place_of(BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def further(pointer, by):
-    """Return a pointer moved, or None as it is."""
+    """Return the pointer plus the offset `by`; None stays None."""
     moved = pointer
     if pointer is not None:
         moved = pointer + by
@@ -128,7 +128,7 @@ def further(pointer, by):
 
 @triton.jit
 def end_of(lengths, sample, tokens):
-    """Return how many tokens of a sample exist."""
+    """Return the number of valid tokens of a sample."""
     end = tokens
     if lengths is not None:
         end = tl.minimum(tokens, tl.load(lengths + sample).to(tl.int32))
@@ -137,13 +137,13 @@ def end_of(lengths, sample, tokens):
 
 @triton.jit
 def numbers_of(base, start, row, end):
-    """Return a number for every token of a tile, 0 outside it."""
+    """Load one number for every token of a tile; 0 for tokens that do not exist."""
     return tl.load(base + start + row, mask=start + row < end, other=0.0)
 
 
 @triton.jit
 def channels_of(part, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return how many channels there are from those of a part on: a constant where all of its channels exist."""
+    """Return the number of channels from the start of a part on; a compile-time constant if the part is full."""
     if CHANNELS % BLOCK_E == 0:
         left = BLOCK_E
     elif CHANNELS < BLOCK_E:
@@ -155,7 +155,7 @@ def channels_of(part, CHANNELS: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def columns_of(x, part, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return BLOCK_E columns of a tile: all, or those of a part of a wide head."""
+    """Return the BLOCK_E columns of a tile that belong to a part; without parts, the whole tile."""
     PARTS: tl.constexpr = BLOCK_D // BLOCK_E
     if PARTS > 1:
         mine = (tl.arange(0, PARTS) == part)[None, :, None]
@@ -168,7 +168,7 @@ def normed(
     x, rstd, weight, start, row, end, norm_eps,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile after its RMSNorm: over the channels of the head, or by what was found for all heads."""
+    """Return a tile after RMSNorm, over the channels of the head, or across heads if `rstd` is given."""
     x = x.to(tl.float32)
     if NORM:
         if rstd is None:
@@ -187,7 +187,7 @@ def feature(
     x, start, row, end,
     RELU: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return phi(x): ReLU, or elu + 1, which is not 0 outside the tile by itself."""
+    """Return phi(x): ReLU, or elu(x) + 1 with a mask, because elu(0) + 1 is not 0 for tokens that do not exist."""
     if RELU:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -198,7 +198,7 @@ def feature(
 
 @triton.jit
 def slope(x, RELU: tl.constexpr):
-    """Return the derivative of phi at x; 0 at the kink."""
+    """Return the derivative of phi at x; for ReLU it is 0 at x = 0."""
     below = 0.0 if RELU else tl.exp(tl.minimum(x, 0.0))
     return tl.where(x > 0, 1.0, below)
 
@@ -209,10 +209,10 @@ def angles(
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TEXT: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return cosines and sines of WIDTH channels, alternating, as two tiles that are added: of lines and of columns.
+    """Load alternating cosines and sines of WIDTH channels as two tiles, of lines and of columns, whose sum is used.
 
-    Every channel turns with one axis, so one of the two is 0; each is a row of `spread_rope` for every token, which
-    threads read in one piece. What lies outside the tile is 0 and turns by any angle.
+    Each channel rotates with one axis, so one of the two tiles is 0. Every token loads a contiguous row of the table
+    of `spread_rope` for each tile. Tokens that do not exist are 0, so their angle does not matter.
     """
     token = tl.maximum(tl.minimum(start + row, end - 1), 0)
     if TEXT:
@@ -231,7 +231,7 @@ def angles(
 
 @triton.jit
 def turn(x, of_lines, of_columns, BACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rotate each pair of neighbouring channels by what `angles` returned, or turn it back."""
+    """Rotate each pair of neighbouring channels by the result of `angles`; BACK rotates in the other direction."""
     even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_D // 2, 2)))
     both = (of_lines + of_columns).to(tl.float32)
     cosine, sine = tl.split(tl.reshape(both, (BLOCK_N, BLOCK_D // 2, 2)))
@@ -243,23 +243,25 @@ def turn(x, of_lines, of_columns, BACK: tl.constexpr, BLOCK_N: tl.constexpr, BLO
 
 @triton.jit
 def fold(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add up rows that lie 16 apart: what one thread holds, so no threads have to meet."""
+    """Sum rows with a distance of 16, (16, BLOCK_D). One thread holds such rows, so threads need not exchange data."""
     return tl.sum(tl.reshape(x, (BLOCK_N // 16, 16, BLOCK_D)), axis=0)
 
 
 @triton.jit
 def fold_weighted(weight, x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add up rows that lie 16 apart, each times its weight."""
+    """Return the same as `fold`, with each row multiplied by its weight."""
     rows = tl.reshape(x, (BLOCK_N // 16, 16, BLOCK_D))
     return tl.sum(rows * tl.reshape(weight, (BLOCK_N // 16, 16))[:, :, None], axis=0)
 
 
 @triton.jit
 def times_state(x, high, low, scale, CHAINED: tl.constexpr, PRECISION: tl.constexpr):
-    """Return a tile times high + low, a matrix in two 16-bit terms or one of 32 bits; each row times its scale.
+    """Return a tile times a matrix, with each row multiplied by its scale.
 
-    Scaled one by one: chained products would have all warps along the tokens, more warps than rows need. CHAINED says
-    that there are as many rows; then one product's registers are enough.
+    The matrix is the sum of two 16-bit terms, `high` and `low`, or a single float32 term. Chained products (the second
+    adds to the result of the first) place all warps along the tokens, which needs 16 rows per warp. CHAINED states
+    that the tile has these rows; chained products then need registers for one result only. Otherwise the two products
+    are scaled and added separately.
     """
     product = tl.dot(x, high, input_precision=PRECISION)
     if CHAINED and x.dtype == tl.bfloat16:
@@ -273,7 +275,7 @@ def times_state(x, high, low, scale, CHAINED: tl.constexpr, PRECISION: tl.conste
 
 @triton.jit
 def existence(start, row, end):
-    """Return 1 for tokens of a tile that exist and 0 for others."""
+    """Return 1 for tokens of a tile that exist, and 0 for others."""
     return tl.where(start + row < end, 1.0, 0.0)
 
 
@@ -283,7 +285,7 @@ def question(
     RELU: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Return what a tile of queries multiplies the state with, and one over its divisors."""
+    """Return the rotated features of a tile of queries, to multiply with the state, and one over their divisors."""
     q = normed(q, rstd, weight, start, row, end, norm_eps, NORM, CHANNELS, BLOCK_D)
     q, inverse = with_divisor(q, key_sum, table, start, row, end, eps, RELU, NORM, CHANNELS, BLOCK_D, DOT)
     if table is not None:
@@ -296,10 +298,10 @@ def with_divisor(
     x, key_sum, table, start, row, end, eps,
     RELU: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Return the features of normed queries, not turned, and one over their divisors."""
+    """Return the features of normalised queries, not rotated, and one over their divisors."""
     q = feature(x, start, row, end, RELU, CHANNELS, BLOCK_D)
     if table is None and (NORM or not RELU):
-        # Numerator and divisor see the same numbers, and what is common to all tokens cancels.
+        # Round here, so that numerator and divisor use the same numbers and errors common to all tokens cancel.
         q = q.to(DOT).to(tl.float32)
     return q, 1.0 / (tl.sum(q * key_sum[None, :], axis=1) + eps)
 
@@ -308,9 +310,10 @@ def with_divisor(
 def terms_of(
     terms, which, part, BLOCK_E: tl.constexpr, STACKED: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
 ):
-    """Return BLOCK_E rows of a transposed state as the sum of two 16-bit terms; or both, one below the other.
+    """Load BLOCK_E rows of the transposed state as two 16-bit terms; with STACKED, as one matrix of both terms.
 
-    They come as `join_splits` wrote them: what is only loaded goes to the product without a thread's registers.
+    The format is that of `join_splits`. Since the terms need no computation, they go to the product without passing
+    through the registers of threads.
     """
     COUNT: tl.constexpr = 2 if tl.bfloat16 == DOT else 1
     STACK: tl.constexpr = COUNT if STACKED else 1
@@ -326,10 +329,11 @@ def terms_of(
 
 @triton.jit
 def state_times(high, low, x, scale, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the transpose of a tile times the state, each row times its scale, given the transposes of both.
+    """Return the transpose of (tile times state), with the result of each token multiplied by its scale.
 
-    The tile comes from shared memory here, so no warp repeats what another one did to it. Where both terms are one
-    below the other, more than BLOCK_E rows, one product is waited for instead of two, and takes more registers.
+    `x` is the transposed tile, `high` and `low` are the terms of the transposed state. Here the tile is the operand in
+    shared memory, so no warp repeats the work of another warp on it. If both terms are stacked in `high` (more than
+    BLOCK_E rows), there is one product to wait for instead of two, which takes more registers.
     """
     product = tl.dot(high, x, input_precision=PRECISION)
     if high.shape[0] > BLOCK_E:
@@ -343,7 +347,7 @@ def state_times(high, low, x, scale, BLOCK_E: tl.constexpr, PRECISION: tl.conste
 def share_of(
     program, blocks, whole, bands, band, HEADS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Return the sample, head, part of its channels and block of a program, and its rows, from and to."""
+    """Return the sample, head, part of the channels, block, first row and end row of a program; see `Share`."""
     others = tl.maximum(program - whole, 0)
     block = tl.minimum(program, whole + others // bands)
     top = others % bands * band

@@ -1,9 +1,9 @@
-"""Hybrid linear attention: convert a trained transformer's self-attention to it, block by block (LiT,
+"""Hybrid linear attention: convert the self-attention of a trained transformer, block by block (LiT,
 arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
 
     report = convert(pipe.transformer, LiTConfig(layers="every 2nd:window_delta"))
     save(pipe.transformer, "out")
-    transformer = load("out")  # without the one it was made of
+    transformer = load("out")  # does not need the stock model
     revert(pipe.transformer)
 
     scores = score(pipe.transformer, lambda: pipe(prompts))
@@ -11,7 +11,7 @@ arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
     print(chosen := plan(scores, costs, budget=0.6))
     convert(pipe.transformer, chosen.config(pipe.transformer))
 
-Training is imported when `transfer` is first used: a converted model that only makes videos does not wait for it.
+The training modules are imported when `transfer` is first used, so that inference does not wait for them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch `transfer` from its module, once."""
+    """Import `transfer` on first use."""
     if name != "transfer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from postgen.lit.attention_transfer import transfer

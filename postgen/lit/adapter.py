@@ -1,7 +1,7 @@
-"""An adapter: what a conversion and its training added to a transformer, in one small file beside the stock model.
+"""Adapters: a small file that turns a stock transformer into a trained converted one.
 
-A safetensors file with the new layers and those weights of converted attention modules that were trained; its metadata
-hold the settings of the conversion and the config of the model that it is for.
+An adapter is a safetensors file. It holds the new layers and the trained weights of the converted attention modules.
+Its metadata hold the settings of the conversion and the config of the stock model.
 """
 
 from __future__ import annotations
@@ -29,50 +29,51 @@ if TYPE_CHECKING:
     from postgen.lit.report import Report
 
 FORMAT = "postgen.lit.adapter"
-"""What the metadata of such a file say that it is."""
+"""Value of `format` in the metadata of an adapter file."""
 ADAPTER = "adapter.safetensors"
-"""Name of the file in a folder."""
+"""File name of an adapter in a folder."""
 _WRAPPED = "base_layer"
-"""Name that an adapter of peft gives to the layer that it is around."""
+"""Name under which a PEFT layer holds the layer that it wraps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """What an adapter's file says of itself."""
+    """The metadata of an adapter file."""
 
     path: Path
     """The file."""
     transformer: str
-    """Class name of the model."""
+    """Class name of the stock transformer."""
     base: Mapping[str, Any]
-    """Config of the model."""
+    """Config of the stock transformer."""
     config: LiTConfig
     """Settings of the conversion."""
 
     def check(self, transformer: str | None, config: Mapping[str, Any]) -> None:
-        """Hold it to a model.
+        """Check that the adapter is for this model.
 
         Args:
-            transformer: class name; None is a pipeline without one.
-            config: of the model; what only one of the two says is not compared.
+            transformer: class name of the model's transformer; None for a pipeline without a transformer.
+            config: config of the transformer. Entries that only one of the two configs has are not compared.
 
         Raises:
-            UserError: it is for another one.
+            UserError: the adapter is for another model.
         """
         if transformer != self.transformer:
-            raise UserError(f"the adapter {self.path} is for a {self.transformer}, this model has a {transformer}")
+            has = "no transformer" if transformer is None else f"a {transformer}"
+            raise UserError(f"the adapter {self.path} is for a {self.transformer}, but this model has {has}")
         for name, value in without_note(config).items():
             if name.startswith("_") or name not in self.base:
                 continue
             theirs, ours = (json.loads(json.dumps(each, default=str)) for each in (self.base[name], value))
             if theirs != ours:
                 raise UserError(
-                    f"the adapter {self.path} is for another {transformer}: its {name} is {shown(theirs)}, here it is"
-                    f" {shown(ours)}"
+                    f"the adapter {self.path} is for another {transformer}: it needs {name}={shown(theirs)}, this"
+                    f" model has {name}={shown(ours)}"
                 )
 
     def empty(self) -> nn.Module:
-        """Build the converted transformer without memory for its weights."""
+        """Create the converted transformer on the meta device, without memory for its weights."""
         import diffusers
 
         from postgen.lit.convert import convert
@@ -86,10 +87,13 @@ class Adapter:
 
 
 def adapter_file(named: str | Path) -> Path:
-    """Return the file that a user names: a file, a folder with one, or `embedded`, that of the embedded model.
+    """Return the path of an adapter file.
+
+    Args:
+        named: the file, a folder that contains it, or `embedded` for the adapter of the embedded model.
 
     Raises:
-        UserError: there is none, or a name that no file can have.
+        UserError: the embedded adapter is missing, or the name is not a valid file name.
     """
     if str(named) == EMBEDDED:
         return embedded_lit()
@@ -99,49 +103,57 @@ def adapter_file(named: str | Path) -> Path:
 
 
 def read_adapter(named: str | Path) -> Adapter:
-    """Read what an adapter says of itself, without its weights.
+    """Read the metadata of an adapter, without its weights.
+
+    Args:
+        named: see `adapter_file`.
 
     Raises:
-        UserError: there is no such file, or it is none or a damaged one.
+        UserError: the file is missing, damaged, or not an adapter.
     """
     path = adapter_file(named)
     with opened(path, f"the adapter {named} cannot be read", framework="numpy") as content:
         said = content.metadata() or {}
     if said.get("format") != FORMAT:
-        hint = ": a LoRA is given with --lora" if "lora" in path.name.lower() else ""
-        raise UserError(f"{path} is no adapter of postgen.lit{hint}")
+        hint = ". Pass a LoRA with --lora" if "lora" in path.name.lower() else ""
+        raise UserError(f"{path} is not an adapter of postgen.lit{hint}")
     try:
         base, config = json.loads(said["base"]), json.loads(said["config"])
         if not base or not config or not all(isinstance(each, dict) for each in (base, config)):
             raise ValueError("no settings")
         return Adapter(path=path, transformer=said["transformer"], base=base, config=LiTConfig.from_json(config))
     except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
-        raise UserError(f"the adapter {path} is damaged: what it says of itself cannot be read ({error})") from error
+        raise UserError(f"the adapter {path} is damaged: its metadata cannot be read ({error})") from error
 
 
 def check_adapter(named: str | Path, facts: ModelFacts, size: tuple[int, int, int] | None = None) -> None:
-    """Hold an adapter to a model, and its layers to a clip, before weights are read.
+    """Check that an adapter fits a model and a clip, before any weights are read.
 
     Args:
-        named: as of `adapter_file`.
-        facts: of the model.
-        size: frames, height and width of the clip in pixels, where they are known.
+        named: see `adapter_file`.
+        facts: the facts of the model.
+        size: frames, height and width (in pixels) of the clip; None if they are unknown.
 
     Raises:
-        UserError: as `read_adapter`, it is for another model, or layers are made for another grid and bound to it.
+        UserError: see `read_adapter`; or the adapter is for another model, or a layer is bound to another grid.
     """
     from postgen.families.model_folder import optional, small_files
     from postgen.lit.convert import LOADER
 
     adapter = read_adapter(named)
     if facts.experts:
-        raise UserError(f"the adapter {adapter.path} is for one network, and {facts.pipeline} here has two")
+        raise UserError(
+            f"the adapter {adapter.path} is for a pipeline with one transformer, but this {facts.pipeline} has two"
+        )
     folder = dict(facts.parts).get("transformer")
     found = small_files(facts.source)[0] / "transformer" if folder is None else Path(folder) / "transformer"
     config = optional(found / "config.json")
     adapter.check(facts.transformer, config)
     if read_note(config, LOADER) is not None:
-        raise UserError(f"the adapter {adapter.path} is for a stock model, and {facts.source} is converted already")
+        raise UserError(
+            f"the adapter {adapter.path} is for a stock model, but {facts.source} is converted already: use the stock"
+            " model"
+        )
     if size is not None:
         from postgen.lit.clips import check_layers
 
@@ -151,19 +163,19 @@ def check_adapter(named: str | Path, facts: ModelFacts, size: tuple[int, int, in
 def save_adapter(
     transformer: nn.Module, path: str | Path, *, base: nn.Module | None = None, dtype: torch.dtype | None = None
 ) -> int:
-    """Write the adapter of a converted transformer; return its bytes.
+    """Write the adapter of a converted transformer and return the size of the file in bytes.
 
     Args:
-        transformer: converted.
-        path: the file.
-        base: the stock transformer; None says that every weight of it stayed as it was, but for those that an applied
-            adapter had replaced.
-        dtype: of the file; None is float16, or bfloat16 where values are too large for that.
+        transformer: the converted transformer.
+        path: the file to write.
+        base: the stock transformer, to find the weights that were trained. None states that no weight of the stock
+            transformer was trained; weights that `apply_adapter` replaced are saved in any case.
+        dtype: dtype of the file; None for float16, or bfloat16 if a value is too large for float16.
 
     Raises:
-        UserError: it is not converted, a LoRA is attached or weights are offloaded, it is not made of this base,
-            weights outside of converted attention modules were trained, values that are not finite or that the dtype
-            does not hold, or a place that cannot be written.
+        UserError: the transformer is not converted, has a LoRA attached or offloaded weights, or was not converted
+            from `base`; weights outside the converted attention modules were trained; a value is not finite or does
+            not fit `dtype`; or the file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -181,19 +193,20 @@ def save_adapter(
 
 
 def apply_adapter(transformer: Any, named: str | Path) -> Report:
-    """Convert a stock transformer as an adapter says and give it the adapter's weights, in place.
+    """Convert a stock transformer with the settings of an adapter and load the adapter's weights, in place.
 
-    `postgen.lit.revert` gives the stock model back, bit by bit.
+    `postgen.lit.revert` restores the stock model, bit by bit.
 
     Args:
-        transformer: of the architecture that the adapter is for, or a pipeline with it.
-        named: as of `adapter_file`.
+        transformer: a transformer of the architecture for which the adapter is, or a pipeline with one.
+        named: see `adapter_file`.
 
     Returns:
-        What was done, as a table.
+        The report of the conversion.
 
     Raises:
-        UserError: as `read_adapter` and `convert`, it is for another model, or damaged; nothing is changed then.
+        UserError: see `read_adapter` and `convert`; or the adapter is for another model, or damaged. The transformer
+            is unchanged in these cases.
     """
     from postgen.lit.convert import convert, layers_of, revert, the_transformer
     from postgen.lit.student import give
@@ -202,13 +215,16 @@ def apply_adapter(transformer: Any, named: str | Path) -> Report:
     adapter, model = read_adapter(named), the_transformer(transformer)
     inner: Any = model
     adapter.check(type(model).__name__, inner.config)
-    # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
+    # Clones, because tensors in the mapped file have arbitrary alignment, and CPU products round differently with it.
     tensors = {
         name: value.clone()
         for name, value in read_tensors(adapter.path, f"the adapter {named} cannot be read").items()
     }
     if any(each.is_meta for each in model.parameters()):
-        raise UserError(f"the weights of this {type(model).__name__} are offloaded: apply the adapter before that")
+        raise UserError(
+            f"the weights of this {type(model).__name__} are offloaded: apply the adapter before you switch offloading"
+            " on"
+        )
     report = convert(model, adapter.config)
     try:
         layers = layers_of(model)
@@ -229,44 +245,46 @@ def apply_adapter(transformer: Any, named: str | Path) -> Report:
 
 
 def check_weights(model: nn.Module, names: Collection[str], what: str) -> None:
-    """See that weights of attention modules are where their names say, and that nobody computes with others.
+    """Check that the named weights of attention modules can be replaced: they are in place and the model computes with
+    them.
 
     Args:
-        model: a transformer.
-        names: of the weights, without the wrappers of a LoRA.
-        what: is to be done with them, for the error.
+        model: the transformer.
+        names: names of the weights in the stock transformer, without the name parts of PEFT wrappers.
+        what: the operation, for error messages: "cannot {what}: ...".
 
     Raises:
-        UserError: somebody replaced their layer, merged a LoRA into them, fused them with others or offloaded them.
+        UserError: another plug-in replaced the layer of a weight, a LoRA is merged into the weight, or the weight is
+            fused with others or offloaded.
     """
     from postgen.families.linear import replaced_linears
 
     for owner, handle in replaced_linears(model).items():
         if taken := [name for name in names if name.rpartition(".")[0] in handle.modules]:
-            raise UserError(f"cannot {what}: {owner} has replaced the layer of {taken[0]}. Take {owner} off before")
+            raise UserError(f"cannot {what}: {owner} has replaced the layer of {taken[0]}. Remove {owner} first")
     modules = dict(model.named_modules())
     for name in names:
         owner, _, key = name.rpartition(".")
         module: Any = modules.get(owner)
         if getattr(module, "merged", False):
-            raise UserError(f"cannot {what}: a LoRA is merged into {name}. Take it out before (unfuse_lora)")
+            raise UserError(f"cannot {what}: a LoRA is merged into {name}. Unmerge the LoRA first (unfuse_lora)")
         module = getattr(module, _WRAPPED, module)
         attention, _, projection = owner.rpartition(".")
         fused = projection in ("to_q", "to_k", "to_v") and getattr(modules[attention], "fused_projections", False)
         if fused or getattr(module, key, None) is None:
             raise UserError(
-                f"cannot {what}: {name} is fused with other projections. Undo that before (unfuse_qkv_projections)"
+                f"cannot {what}: {name} is fused with other projections. Unfuse them first (unfuse_qkv_projections)"
             )
         if getattr(module, key).is_meta:
-            raise UserError(f"cannot {what}: {name} is offloaded. Switch offloading off before")
+            raise UserError(f"cannot {what}: {name} is offloaded. Switch offloading off first")
 
 
 def put_back(attention: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """Give an attention module the weights that it had before an adapter came.
+    """Restore the weights that an attention module had before an adapter was applied.
 
     Args:
-        attention: perhaps with a LoRA around its projections meanwhile.
-        before: by their names at that time.
+        attention: the attention module. A LoRA may wrap its projections by now.
+        before: the original weights, by their names in the module at that time.
     """
     from torch import nn
 
@@ -281,7 +299,7 @@ def put_back(attention: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
 
 
 def _kept(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Return what an adapter of a converted transformer holds, by name."""
+    """Return the tensors for the adapter of a converted transformer, by name."""
     import torch
 
     from postgen.lit.convert import layers_of
@@ -289,9 +307,9 @@ def _kept(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Tensor]:
 
     state, layers = dict(model.state_dict()), layers_of(model)
     if any(f".{_WRAPPED}." in name for name in state):
-        raise UserError("a LoRA is attached, which an adapter does not hold: take it off (unload_lora)")
+        raise UserError("a LoRA is attached, and an adapter cannot hold it: remove the LoRA first (unload_lora)")
     if any(value.is_meta for value in state.values()):
-        raise UserError("weights are offloaded, so there is nothing to save: switch offloading off before")
+        raise UserError("weights are offloaded, so their values cannot be saved: switch offloading off first")
     replaced = {f"{module}.{name}" for module, layer in layers.items() for name in layer.before}
     kept = {name: value for name, value in state.items() if is_new(name) or name in replaced}
     if base is None:
@@ -302,27 +320,27 @@ def _kept(model: nn.Module, base: nn.Module | None) -> dict[str, torch.Tensor]:
     other = [name for name in {**ours, **theirs} if name not in ours or name not in theirs]
     if other := other or [name for name, value in theirs.items() if value.shape != ours[name].shape]:
         raise UserError(
-            f"base is another model, with another {other[0]}: give the stock transformer that this one was converted"
-            " from, without LoRA, both with fused projections or none"
+            f"base is another model, because {other[0]} differs: pass the stock transformer from which this one was"
+            " converted, without LoRA. Either both or neither must have fused projections"
         )
     for name, value in theirs.items():
         if torch.equal(ours[name].cpu().float(), value.cpu().float()):
             continue
         if not name.startswith(tuple(f"{module}." for module in layers)):
             raise UserError(
-                f"{name} was trained, and an adapter holds new layers and weights of their own attention modules:"
-                " save the whole transformer (postgen.lit.save)"
+                f"{name} was trained, but an adapter can only hold weights of converted attention modules: save the"
+                " whole transformer (postgen.lit.save)"
             )
         kept[name] = ours[name]
     return kept
 
 
 def _stored(kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return tensors as the file has them."""
+    """Return the tensors in the dtype of the file, on the CPU."""
     import torch
 
     if wrong := [name for name, value in kept.items() if not value.float().isfinite().all()]:
-        raise UserError(f"{wrong[0]} has values that are not finite: nothing was saved")
+        raise UserError(f"{wrong[0]} has values that are not finite, so no adapter was saved: check the training")
     tensors: dict[str, torch.Tensor] = {}
     for kind in [torch.float16, torch.bfloat16] if dtype is None else [dtype]:
         tensors = {
@@ -332,14 +350,14 @@ def _stored(kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict
         wrong = [name for name, value in tensors.items() if not value.float().isfinite().all()]
         if not wrong:
             return tensors
-    raise UserError(f"{wrong[0]} has values that {kind} does not hold: give dtype=torch.bfloat16 or torch.float32")
+    raise UserError(f"{wrong[0]} has values too large for {kind}: set dtype=torch.bfloat16 or torch.float32")
 
 
 def _checked(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Hold the tensors of an adapter to a converted model; return the names of those that replace weights of the base.
+    """Check the tensors of an adapter against a converted model; return the names that replace weights of the base.
 
     Raises:
-        UserError: some are missing, are for other places, or have values that the model does not hold.
+        UserError: tensors are missing, belong to other modules, or have values that the model cannot hold.
     """
     from postgen.lit.convert import layers_of
     from postgen.lit.student import is_new
@@ -350,22 +368,24 @@ def _checked(path: Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) 
     for name, value in tensors.items():
         if not name.startswith(modules):
             raise UserError(
-                f"the adapter {path} is damaged: it holds {name}, which is of no converted attention module"
+                f"the adapter {path} is damaged: it holds {name}, which belongs to no converted attention module"
             )
         if not value.float().isfinite().all():
             raise UserError(f"the adapter {path} is damaged: {name} has values that are not finite")
         there = state.get(name)
         if there is None:
-            continue  # a LoRA may be around it
+            continue  # a LoRA may wrap the layer; checked below
         if there.is_floating_point() != value.is_floating_point():
-            raise UserError(f"the adapter {path} is damaged: {name} is {value.dtype}, the layer takes {there.dtype}")
+            raise UserError(f"the adapter {path} is damaged: {name} is {value.dtype}, but the model has {there.dtype}")
         if not value.to(there.dtype).float().isfinite().all():
             raise UserError(
-                f"the adapter {path} has values in {name} that {there.dtype} does not hold: load the model in bfloat16"
-                " or float32"
+                f"the adapter {path} has values in {name} that are too large for {there.dtype}: load the model in"
+                " bfloat16 or float32"
             )
     if around := [name for name in tensors if "{0}.base_layer.{2}".format(*name.rpartition(".")) in state]:
-        raise UserError(f"a LoRA is around {around[0]}, which the adapter {path} replaces: load the LoRA afterwards")
+        raise UserError(
+            f"a LoRA wraps {around[0]}, which the adapter {path} replaces: apply the adapter first, then load the LoRA"
+        )
     return [name for name in tensors if name in state and not is_new(name)]
 
 

@@ -1,9 +1,10 @@
-"""Attention transfer: each new layer learns to give what softmax attention gave, block by block (the first stage of
-arXiv:2509.24899 and arXiv:2609.20744).
+"""Attention transfer: train each new layer to reproduce the output of softmax attention, block by block (the first
+stage of arXiv:2509.24899 and arXiv:2609.20744).
 
-A layer is shown what its block's attention is shown in the trained model, on that model's own trajectories, so errors
-of blocks before it do not reach it. What is compared is the result of attention before its output layer, the video's
-rows only, with a loss relative to what is left without the mean over tokens (`postgen.reconstruct.loss`).
+Each layer receives the inputs that its attention module has in the trained stock model, on sampling trajectories of
+the stock model. Errors of earlier converted blocks therefore do not reach it. The loss compares the attention outputs
+of the video tokens before the output projection, relative to the teacher's output minus its mean over the tokens
+(`postgen.reconstruct.loss`).
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ from postgen.training import Reason
 from postgen.training.run_folder import RunLock
 
 OUTPUT = "to_out.0"
-"""The output layer of an attention module; what comes into it is what attention gave."""
+"""Name of the output projection in an attention module; its input is the output of attention."""
 INHERITED = (*PROJECTIONS, "norm_q", "norm_k")
-"""Parts of a module that a layer reads, so that training them changes what it gives."""
+"""Parts of an attention module that `inherited=True` trains together with the new layer."""
 FOLDER = "transformer"
-"""Where the converted transformer is written, in the folder of the run."""
+"""Sub-folder of the run folder for the converted transformer."""
 
 
 def transfer(
@@ -78,32 +79,34 @@ def transfer(
     inherited: bool = False,
     share: Share | None = None,
 ) -> Report:
-    """Train the layers of a conversion block by block, then convert the pipeline's transformer with them, in place.
+    """Train the new layers of a conversion block by block, then convert the pipeline's transformer with them, in
+    place.
 
-    The converted transformer is also written to `output_dir/transformer`. Where blocks are missing yet (a signal came,
-    or other processes have them) the transformer stays the stock one: call again with `resume=True`. Killed at any
-    moment and called again so, a run on the CPU ends with the weights of one that was not.
+    `transfer` also writes the converted transformer to `output_dir/transformer`. If some blocks are not finished,
+    because a signal stopped the run or other processes train them, the transformer stays the stock one: call
+    `transfer` again with `resume=True`. On the CPU, a run that was killed and resumed ends with the same weights as an
+    uninterrupted run.
 
     Args:
-        pipe: with the trained transformer, which must not be converted.
-        config: which blocks become what.
-        prompts: texts, or rows as `postgen.reconstruct.collect` takes them; the last ones are held out.
-        records: which calls are recorded.
-        train: how layers are trained. `learning_rate_new` is that of the layers, None is .001; `learning_rate` that of
+        pipe: the pipeline with the trained stock transformer.
+        config: the conversion.
+        prompts: texts, or rows as for `postgen.reconstruct.collect`. The last ones are held out for evaluation.
+        records: the calls of the stock transformer to record.
+        train: settings of the training. `learning_rate_new` applies to the new layers (None: .001), `learning_rate` to
             inherited weights.
-        where: records are kept in memory ("cpu") or in a folder.
-        blocks_at_a_time: blocks that are recorded and trained before the next ones, so that fewer records are kept at
-            once; one process removes those of a folder when the blocks are done. Every time the trajectories are drawn
-            anew. None: all.
-        inherited: whether the base's queries, keys, values and their norms are trained too; else they stay.
-        share: blocks of this process; None is what its launcher says.
+        where: "cpu" to keep the records in memory, or a folder.
+        blocks_at_a_time: number of blocks to record and train before the next blocks, to keep fewer records at once;
+            the trajectories are then sampled again for each group. If only one process runs, the records of a group in
+            a folder are removed when its blocks are finished. None: all blocks at once.
+        inherited: whether to also train the base model's projections of queries, keys and values and their norms.
+        share: the blocks of this process; None for the division of the launcher (torchrun, accelerate).
 
     Returns:
-        Errors of each block before and after, on held-out records.
+        The errors of each block on held-out records, before and after training.
 
     Raises:
-        UserError: as `convert`, `collect` and `reconstruct`; no block is converted; a window that covers the whole
-            clip, so that there is nothing to learn.
+        UserError: see `convert`, `collect` and `reconstruct`; or no block is converted, or a window covers the whole
+            clip, so that the layer has nothing to learn.
 
     Example:
         size = {"num_frames": 81, "height": 480, "width": 832}
@@ -135,9 +138,9 @@ def train_layers(
     inherited: bool,
     share: Share,
 ) -> Report:
-    """Do the training of `transfer`; the transformer is left as it is."""
+    """Train the layers of `transfer` without changing the transformer; see `transfer` for the arguments."""
     if isinstance(prompts, str | Mapping) or not (rows := list(prompts)):
-        raise UserError(f"prompts are {shown(prompts)}, they must be a list of texts or rows")
+        raise UserError(f"prompts must be a list of texts or rows with at least one entry, got {shown(prompts)}")
     if train.learning_rate_new is None:
         train = replace(train, learning_rate_new=1e-3)
     tasks = attention_tasks(denoiser, config, grid_of(denoiser, rows[0], records.size), inherited=inherited)
@@ -161,29 +164,29 @@ def train_layers(
 
 @contextmanager
 def _held(where: Path) -> Iterator[None]:
-    """Keep a second run from records that are removed when their blocks are done."""
+    """Lock the folder of the records, because a second run must not use records that this run will remove."""
     check_place(where)
     where.mkdir(parents=True, exist_ok=True)
     with RunLock(where, setting="where"):
         try:
             yield
         finally:
-            (where / NAME_OF_LOCK).unlink(missing_ok=True)  # nothing is to be left there
+            (where / NAME_OF_LOCK).unlink(missing_ok=True)  # the folder is empty again after the run
 
 
 def attention_tasks(
     denoiser: Denoiser, config: LiTConfig, grid: Grid, *, inherited: bool = False
 ) -> list[ReconstructTask]:
-    """Return a task for each self-attention that a conversion changes.
+    """Return one reconstruction task for each self-attention module that the conversion changes.
 
     Args:
-        denoiser: of the stock transformer.
+        denoiser: the denoiser of the stock transformer.
         config: the conversion.
-        grid: of the video's tokens.
-        inherited: whether the base's queries, keys, values and their norms are trained too.
+        grid: the grid of the video tokens.
+        inherited: whether to also train the base model's projections of queries, keys and values and their norms.
 
     Raises:
-        UserError: as `convert`; nothing is converted; a window covers the whole clip.
+        UserError: see `convert`; or no block is converted, or a window covers the whole clip.
     """
     model = the_network(denoiser)
     modules = modules_of_blocks(model)
@@ -191,22 +194,22 @@ def attention_tasks(
     linear = [block for block, kind in enumerate(types) if kind != "softmax"]
     chosen = tuple(Converted(block, name, types[block]) for block in linear for name in modules[block])
     if not chosen:
-        raise UserError("every block stays softmax: there is nothing to transfer, name blocks in layers")
+        raise UserError("the config leaves every block softmax, so there is nothing to train: name blocks in layers")
     readers = readers_for(model, chosen)
     tasks = []
     for each in chosen:
         (layer,) = new_layers(model, config, (each,)).values()
         if layer.covers(grid):
             raise UserError(
-                f"{each.kind} in {each.module} is softmax on {grid.frames} frames of tokens, so it has nothing to"
-                " learn: take a smaller window, fewer anchors, or longer clips"
+                f"the {each.kind} layer of {each.module} equals softmax on {grid.frames} latent frames, so it has"
+                " nothing to learn: use a smaller window, fewer anchors, or longer clips"
             )
         tasks.append(_task(model, each, readers[each.module], config, grid, inherited=inherited))
     return tasks
 
 
 class Student(nn.Module):
-    """One layer with the attention module whose projections it reads; computes what comes before the output layer."""
+    """A new layer together with the attention module whose projections it uses, without the output projection."""
 
     def __init__(self, attention: nn.Module, layer: LitLayer, reader: AttentionReader, grid: Grid) -> None:
         super().__init__()
@@ -214,15 +217,18 @@ class Student(nn.Module):
         self._reader, self._grid = reader, grid
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the video's rows (B, N, C) for the arguments of the attention module.
+        """Return the attention outputs of the video tokens, (B, N, C), for the arguments of the attention module.
 
         Raises:
-            UserError: a call that the layer cannot compute.
+            UserError: the layer cannot compute this call.
         """
         call = self._reader.bind(self.attention, *args, **kwargs)
         reading = self._reader.read(call)
         if reading is None:
-            raise UserError(f"{self.layer.kind} cannot compute a call of this attention: leave its block softmax")
+            raise UserError(
+                f"a {self.layer.kind} layer cannot compute a call of this attention module, because the arguments are"
+                " not known: leave the block softmax"
+            )
         reading, hidden = reading.with_video(self._grid.tokens), call.hidden_states
         hidden = hidden if hidden.shape[1] == self._grid.tokens else hidden[:, reading.video]
         out: Tensor = self.layer(Tokens(reading, self._grid, hidden))
@@ -230,15 +236,15 @@ class Student(nn.Module):
 
 
 def put_in(transformer: nn.Module, config: LiTConfig, report: Report) -> None:
-    """Convert a stock transformer and give its layers the weights of a finished `transfer`.
+    """Convert a stock transformer and load the weights of a finished `transfer` into its layers, in place.
 
     Args:
-        transformer: whose attention was the teacher.
-        config: as it was transferred.
-        report: of the transfer, nothing unfinished.
+        transformer: the stock transformer, the teacher of the transfer.
+        config: the conversion of the transfer.
+        report: the report of the transfer, without unfinished blocks.
 
     Raises:
-        UserError: as `convert`, or weights of other layers; the transformer is the stock one then.
+        UserError: see `convert`; or the weights belong to other layers. The transformer is unchanged in these cases.
     """
     convert(transformer, config)
     try:
@@ -249,7 +255,7 @@ def put_in(transformer: nn.Module, config: LiTConfig, report: Report) -> None:
 
 
 def trained_tensors(report: Report) -> dict[str, Tensor]:
-    """Return what a finished `transfer` has trained, by the names of a converted transformer."""
+    """Return the tensors that a finished `transfer` trained, by their names in the converted transformer."""
     places = {"layer": f".{CHILD}", "attention": ""}
     found = {}
     for name in report.blocks:
@@ -260,15 +266,15 @@ def trained_tensors(report: Report) -> dict[str, Tensor]:
 
 
 def grid_of(denoiser: Denoiser, row: str | Mapping[str, Any], size: dict[str, int]) -> Grid:
-    """Return the grid of the video's tokens in calls of a denoiser, from a call that ends before the first block.
+    """Return the grid of the video tokens in calls of a denoiser. The probing call stops before the first block.
 
     Args:
-        denoiser: of the stock transformer.
-        row: a prompt, or a row with one.
-        size: `num_frames`, `height` and `width`.
+        denoiser: the denoiser of the stock transformer.
+        row: a prompt, or a row with a prompt.
+        size: `num_frames`, `height` and `width` (in pixels).
 
     Raises:
-        UserError: a size that the model cannot make, or calls that do not tell the grid.
+        UserError: the model cannot generate this size, or the arguments of a call do not determine the grid.
     """
     model = the_network(denoiser)
     parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -294,27 +300,33 @@ def grid_of(denoiser: Denoiser, row: str | Mapping[str, Any], size: dict[str, in
     finally:
         hook.remove()
     if not found or found[0] is None:
-        raise UserError(f"calls of {type(model).__name__} do not tell frames, rows and columns of their tokens")
+        raise UserError(
+            f"the arguments of calls of {type(model).__name__} do not determine the frames, rows and columns of its"
+            " tokens"
+        )
     return found[0]
 
 
 def the_network(denoiser: Denoiser) -> Any:
-    """Return the one network of a denoiser.
+    """Return the only transformer of a denoiser.
 
     Raises:
-        UserError: there are several, which take turns, or it is converted already.
+        UserError: the denoiser has several transformers, or the transformer is converted already.
     """
     if len(denoiser.transformers) != 1:
         names = " and ".join(denoiser.transformers)
-        raise UserError(f"this pipeline has {names}, which take turns: distillation takes pipelines with one network")
+        raise UserError(f"this pipeline has {names}, but attention transfer needs a pipeline with one transformer")
     (model,) = denoiser.transformers.values()
     if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted: revert it, softmax is the teacher")
+        raise UserError(
+            f"this {type(model).__name__} is converted, but the teacher must be the stock model: revert the conversion"
+            " first (postgen.lit.revert)"
+        )
     return model
 
 
 class _Seen(Exception):
-    """The arguments of a call were seen."""
+    """Ends the probing call of `grid_of` once its arguments are known."""
 
 
 def _task(
@@ -327,7 +339,8 @@ def _task(
     inherited: bool,
 ) -> ReconstructTask:
     output, order = f"{each.module}.{OUTPUT}", tokens_of(model).token_order
-    # Where the block itself projects (single blocks of FLUX and HunyuanVideo), the module returns what it computed.
+    # In single blocks of FLUX and HunyuanVideo the block itself projects, so the module has no output projection and
+    # its return value is the attention output.
     reads = (each.module, output) if output in dict(model.named_modules()) else (each.module,)
 
     def build() -> Student:
@@ -362,7 +375,7 @@ def _task(
 
 
 def _are_done(train: ReconstructConfig, tasks: Sequence[ReconstructTask]) -> bool:
-    """Whether blocks were finished before; their records may be gone."""
+    """Whether an earlier run finished these blocks. Their records may be removed already."""
     return not read_report(train.output_dir, [task.name for task in tasks]).unfinished
 
 

@@ -1,4 +1,4 @@
-"""Which grid of tokens a clip has, and whether the layers of a converted transformer compute on it."""
+"""Find the grid of tokens of a clip, and check that the layers of a converted transformer can compute on it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from postgen.lit.saving import empty
 
 
 def grid_of_clip(transformer: nn.Module, num_frames: int, height: int, width: int) -> Grid | None:
-    """Return the grid of the video's tokens for a clip of a size in pixels; None where calls do not tell it.
+    """Return the grid of the video tokens for a clip.
+
+    Args:
+        transformer: the transformer.
+        num_frames: frames of the clip.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        The grid, or None if the arguments of a call do not determine it.
 
     Raises:
-        UserError: an unknown class, or a size that the model cannot make.
+        UserError: an unknown class, or a size that the model cannot generate.
     """
     model: Any = transformer
     kind = registered_name(type(model))
@@ -27,29 +36,31 @@ def grid_of_clip(transformer: nn.Module, num_frames: int, height: int, width: in
 
 
 def check_clip(config: Mapping[str, Any], num_frames: int, height: int, width: int) -> None:
-    """Hold the layers of a converted transformer to the size of a clip, before any weights are read.
+    """Check that a converted transformer can compute a clip of this size, before any weights are read.
 
     Args:
-        config: of the transformer, as its config.json has it.
-        num_frames: of the clip.
+        config: the content of the transformer's config.json.
+        num_frames: frames of the clip.
         height: in pixels.
         width: in pixels.
 
     Raises:
-        UserError: as `empty` and `grid_of_clip`, or a layer is made for another grid and bound to it.
+        UserError: see `empty` and `grid_of_clip`; or a layer is bound to another grid.
     """
     check_layers(empty(config), num_frames, height, width)
 
 
 def check_layers(transformer: nn.Module, num_frames: int, height: int, width: int) -> None:
-    """Hold the layers of a converted transformer to the size of a clip; it may be without weights.
+    """Check that the layers of a converted transformer can compute a clip of this size.
+
+    The transformer may be without weights, as `empty` returns it.
 
     Raises:
-        UserError: as `check_clip`.
+        UserError: see `check_clip`.
     """
     grid = grid_of_clip(transformer, num_frames, height, width)
     if grid is None:
         return
     for layer in layers_of(transformer).values():
         if not layer.covers(grid):
-            layer.flops(grid, 0)  # refuses what the call would
+            layer.flops(grid, 0)  # raises the same error as a call

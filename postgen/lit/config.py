@@ -1,4 +1,4 @@
-"""How a transformer is converted."""
+"""The configuration of a conversion."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiTConfig:
-    """Which blocks become which layer type, and how."""
+    """The layer type of each block, and the options of the layer types."""
 
     layers: Layers = "every 2nd:window_delta"
-    """A type per block in running order, or a text such as `all:window_delta,every 4th:softmax` (see
+    """One layer type per block in running order, or a text such as `all:window_delta,every 4th:softmax` (see
     `postgen.lit.pattern`). Types: softmax, lit, mhla, anchor, chunk, window_delta, window_linear."""
     first_block: bool = False
     """Whether block 0, the most sensitive one (arXiv:2510.08318), may be converted."""
     inherit: str = "all"
-    """all: every weight of the base stays; output: queries, keys and values of converted blocks begin anew (LiT,
-    guideline 4)."""
+    """all: every weight of the base model stays; output: the projections of queries, keys and values of converted
+    blocks are initialised anew (LiT, guideline 4)."""
     grid: tuple[int, int, int] | None = None
-    """Frames, rows and columns of tokens that layers bound to a grid (mhla) are made for."""
+    """Frames, rows and columns of the token grid for which layers bound to a grid (`mhla`) are created."""
     seed: int = 0
-    """Of the weights that begin at random."""
+    """Seed of the random initial weights, at least 0."""
     lit: LitOptions = field(default_factory=LitOptions)
-    """Of layers `lit`."""
+    """Options of `lit` layers."""
     mhla: MhlaOptions = field(default_factory=MhlaOptions)
-    """Of layers `mhla`."""
+    """Options of `mhla` layers."""
     anchor: AnchorOptions = field(default_factory=AnchorOptions)
-    """Of layers `anchor`."""
+    """Options of `anchor` layers."""
     chunk: ChunkOptions = field(default_factory=ChunkOptions)
-    """Of layers `chunk`."""
+    """Options of `chunk` layers."""
     window: WindowOptions = field(default_factory=WindowOptions)
-    """Of layers `window_delta` and `window_linear`."""
+    """Options of `window_delta` and `window_linear` layers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", checked_layers(self.layers))
         check_choice("first_block", self.first_block, (True, False))
         check_choice("inherit", self.inherit, ("all", "output"))
         if not is_whole(self.seed, 0):
-            raise UserError(f"seed must be a whole number from 0 on, got {shown(self.seed)}")
+            raise UserError(f"seed must be a whole number of at least 0, got {shown(self.seed)}")
         if self.grid is not None:
             sizes = isinstance(self.grid, tuple | list) and len(self.grid) == 3
             if not sizes or not all(is_whole(size, 1) for size in self.grid):
                 raise UserError(
-                    f"grid must be three whole numbers from 1 on: frames, rows, columns; got {shown(self.grid)}"
+                    f"grid must be three whole numbers of at least 1 (frames, rows, columns), got {shown(self.grid)}"
                 )
             object.__setattr__(self, "grid", tuple(self.grid))
         for name, kind in _OPTIONS.items():
@@ -76,15 +76,15 @@ class LiTConfig:
         return getattr(self, "window" if kind.startswith("window") else kind)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the configuration as values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LiTConfig:
-        """Return what `as_json` gave.
+        """Create a configuration from the values that `as_json` returned.
 
         Raises:
-            UserError: unknown settings, or wrong ones.
+            UserError: an unknown setting, or a wrong value.
         """
         given = dict(values)
         for name, kind in _OPTIONS.items():

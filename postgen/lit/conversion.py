@@ -1,4 +1,4 @@
-"""What a conversion leaves on a transformer: it knows the grid of the call, and computes in the converted modules."""
+"""The run-time part of a conversion: read the token grid of each call, and compute the converted attention."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from postgen.lit.report import Report
 
 NAME = "lit"
-"""Among what is on a transformer, and on its processor stack."""
+"""Name of this plug-in on a transformer and on its processor stack."""
 CHILD = "postgen_lit"
-"""Name of the layer in its attention module."""
+"""Name of the new layer as a child of its attention module."""
 
 
 class _Here(threading.local):
-    """Grid of the forward under way in a thread."""
+    """The grid of the forward pass that is running in the current thread."""
 
     def __init__(self) -> None:
         self.grid: Grid | None = None
@@ -41,10 +41,10 @@ class _Here(threading.local):
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """One attention module that was converted."""
+    """One attention module to convert."""
 
     block: int
-    """In running order."""
+    """Index of its block, in running order."""
     module: str
     """Name of the attention module."""
     kind: str
@@ -52,12 +52,12 @@ class Converted:
 
 
 class Conversion:
-    """Everything on one transformer."""
+    """The conversion of one transformer: its settings, hooks and claimed attention modules."""
 
     def __init__(self, model: nn.Module, config: LiTConfig, converted: tuple[Converted, ...], report: Report) -> None:
         self.config, self.converted, self.report = config, converted, report
         self.fresh = False
-        """Whether projections began anew."""
+        """Whether the projections of converted blocks were initialised anew."""
         self._video = tokens_of(model)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._here = _Here()
@@ -65,9 +65,9 @@ class Conversion:
         self._hooks: list[Any] = []
 
     def install(self, model: nn.Module, readers: Mapping[str, AttentionReader]) -> None:
-        """Claim the modules and listen to the calls of the transformer."""
+        """Claim the attention modules and register the hooks of the transformer."""
         computes = {name: functools.partial(self.compute, reader) for name, reader in readers.items()}
-        # What goes through the dispatcher is diffusers' own attention, in calls that a window covers.
+        # `dispatches`: calls that a window covers run the stock processor, which uses the attention dispatcher.
         processor_stack(model).claim(NAME, computes, dispatches=True, of_model=True)
         self._hooks = [model.register_forward_pre_hook(self.before_forward, with_kwargs=True)]
         self._hooks.append(model.register_forward_hook(self.after_forward, always_call=True))
@@ -81,39 +81,44 @@ class Conversion:
         del installed(model).plug_ins[NAME]
 
     def describe(self) -> str:
-        """Say in one line what is converted."""
+        """Return one line that describes the conversion."""
         kinds = [each.kind for each in self.converted]
         parts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
         blocks = len({each.block for each in self.converted})
         text = f"{blocks} of {len(self.report.types)} blocks are linear: {', '.join(parts) or 'none'}"
-        return text + (", queries, keys and values begun anew" if self.fresh else "")
+        return text + (", projections of queries, keys and values initialised anew" if self.fresh else "")
 
     def set_grid(self, grid: Grid) -> None:
-        """Say the grid of blocks that are called alone, until the transformer is called; copies of blocks keep it."""
-        self._here.grid, self._last = None, grid  # a compiled call leaves its own
+        """Set the grid for blocks that are called without their transformer; copies of blocks keep this grid.
+
+        The next call of the transformer replaces it.
+        """
+        self._here.grid, self._last = None, grid  # a compiled call leaves a grid in `_here`
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the grid of a call.
+        """Forward pre-hook: read the grid of the call from its arguments.
 
         Raises:
-            UserError: the call does not tell it, or processors were replaced, so that softmax would run instead.
+            UserError: the arguments do not determine the grid, or somebody replaced the processors of converted
+                layers, so that softmax would run instead.
         """
         if lost := {each.module for each in self.converted} & {*processor_stack(model).displaced()}:
             raise UserError(
-                f"the processors of {len(lost)} converted layers were replaced (set_attn_processor and"
-                " fuse_qkv_projections do that), so softmax would run in them: put them back, or convert afterwards"
+                f"the attention processors of {len(lost)} converted layers were replaced, for example by"
+                " set_attn_processor or fuse_qkv_projections, so softmax would run in them: restore the processors, or"
+                " replace them before the conversion"
             )
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         grid = self._video.grid_rule(model.config, arguments)
         if grid is None and self.converted:
             raise UserError(
-                f"this call of {type(model).__name__} does not tell frames, rows and columns of its tokens, which a"
-                " converted model needs: pass num_frames, height and width, and no references"
+                f"the arguments of this call of {type(model).__name__} do not determine the frames, rows and columns"
+                " of its tokens, which a converted model needs: pass num_frames, height and width, and no references"
             )
         self._here.grid = self._last = grid
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        """End the call."""
+        """Forward hook: end the call, and keep its grid for gradient checkpointing in the backward pass."""
         if torch.compiler.is_compiling():
             return
         grid, self._here.grid = self._here.grid, None
@@ -123,23 +128,26 @@ class Conversion:
                 each.register_hook(functools.partial(self._before_backward, grid))
 
     def _before_backward(self, grid: Grid | None, gradient: torch.Tensor) -> None:
-        # Blocks that gradient checkpointing runs again now are of the call that ends here, not of the last one.
+        # Gradient checkpointing runs blocks again in the backward pass. They belong to the call of this output, which
+        # need not be the last call.
         self._last = grid
 
     def compute(
         self, reader: AttentionReader, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return what the processor `inner` returns, by the module's layer.
+        """Compute a call of an attention module with its new layer, in place of the processor `inner`.
 
         Raises:
-            UserError: a call that the layer cannot compute.
+            UserError: the layer cannot compute this call.
         """
-        # Gradient checkpointing runs blocks again outside of a call, perhaps in another thread.
-        # Where hooks and blocks are compiled apart, what the hooks leave in a thread's own place is not seen here.
+        # Gradient checkpointing runs blocks outside a call of the transformer, perhaps in another thread, so `_last`
+        # is the fallback. If hooks and blocks are compiled separately, the thread-local value of the hooks is not
+        # visible here.
         grid = self._last if torch.compiler.is_compiling() else self._here.grid or self._last
         if grid is None:
             raise UserError(
-                "a converted block was called alone, before its transformer: call postgen.lit.set_grid first"
+                "a converted block was called without its transformer, so the grid of its tokens is not known: call"
+                " postgen.lit.set_grid first"
             )
         return compute_layer(getattr(attention, CHILD), reader, grid, inner, attention, *args, **kwargs)
 
@@ -161,10 +169,22 @@ def compute_layer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return what the processor `inner` returns for a call of an attention module, by a layer on a grid.
+    """Compute a call of an attention module with a layer, in place of the processor `inner`.
+
+    Args:
+        layer: the layer.
+        reader: reads the arguments of the attention module.
+        grid: the grid of the video tokens.
+        inner: the stock processor; it runs if the layer equals softmax on this grid.
+        attention: the attention module.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The return value that the processor would have: a tensor or a tuple, after the output projection.
 
     Raises:
-        UserError: a call that the layer cannot compute.
+        UserError: the layer cannot compute this call.
     """
     if layer.covers(grid):
         return inner(attention, *args, **kwargs)
@@ -172,8 +192,8 @@ def compute_layer(
     reading = reader.read(call)
     if reading is None or attention_settings(attention.processor)[1] is not None:
         raise UserError(
-            f"a {layer.kind} layer got a call of its attention that it cannot compute (unknown arguments, or a split"
-            " among ranks)"
+            f"a {layer.kind} layer cannot compute this call of its attention module: the arguments are not known, or"
+            " the call is split across ranks (context parallelism). Leave the block softmax"
         )
     reading = reading.with_video(grid.tokens)
     hidden = call.hidden_states
@@ -189,6 +209,6 @@ def compute_layer(
 
 
 HALF = (
-    "{kind} in float16 without a norm of queries and keys overflows: load the model in bfloat16 or float32, or leave"
-    " these blocks softmax"
+    "{kind} layers overflow in float16 if the model does not normalise queries and keys: load the model in bfloat16 or"
+    " float32, or leave these blocks softmax"
 )

@@ -24,14 +24,19 @@ from postgen.lit.pattern import types_of_blocks
 from postgen.lit.report import Report, Row
 
 LOADER = "postgen.lit.load"
-"""What a saved model's config names."""
+"""Name of the loader in the config of a saved converted model."""
 PROJECTIONS = ("to_q", "to_k", "to_v")
-"""Layers that begin anew with `inherit="output"`, by the names that diffusers gives them everywhere."""
+"""Names of the layers that `inherit="output"` initialises anew; diffusers uses these names in all models."""
 ORDERS = ("video", "video-text", "text-video")
+"""Token orders that the layers support."""
 
 
 class Fresh(nn.Module):
-    """A projection that began anew. A LoRA of the base finds no layer of its kind here, and says so."""
+    """A projection that is initialised anew.
+
+    It is no `nn.Linear`, so loading a LoRA of the base model into it fails with an error instead of adapting weights
+    for which the LoRA was not trained.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -44,28 +49,30 @@ class Fresh(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Project."""
+        """Return the projection of x."""
         out: torch.Tensor = self.fresh(x)
         return out
 
 
 def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
-    """Convert self-attention over the video (or picture) of a stock transformer, block by block, in place.
+    """Convert the self-attention over the video (or image) of a stock transformer, block by block, in place.
 
-    New layers stand in the attention modules, under names of their own, on the device and in the dtype of the
-    projections; every weight of the base keeps its name, so its LoRAs still attach. `save_pretrained` writes both, and
-    what `load` needs into config.json. A model without any converted block computes the stock model's bits.
+    Each new layer is a child of its attention module, on the device and in the dtype of the projections. Every weight
+    of the base model keeps its name, so LoRAs of the base model still load. `save_pretrained` writes all weights, and
+    the settings for `load` go into config.json. If no block is converted, the outputs equal those of the stock model,
+    bit by bit.
 
     Args:
-        transformer: of diffusers, perhaps wrapped.
-        config: which blocks, and how; None is every second block `window_delta`.
+        transformer: a transformer of diffusers, possibly wrapped (compiled, DDP, ...).
+        config: the layer types and their options; None for `LiTConfig()`, every second block `window_delta`.
 
     Returns:
-        What was done, as a table.
+        The report; `print` shows a table.
 
     Raises:
-        UserError: an unknown class, one that is linear already, a U-Net, a processor whose code has changed; somebody
-            else computes the attention; float16 without qk-norm; settings that do not fit. Nothing is changed then.
+        UserError: the class is unknown, linear already, or a U-Net; the code of a processor differs from the known
+            versions; another plug-in computes the attention; float16 without qk-norm; or settings that do not fit.
+            The transformer is unchanged in these cases.
 
     Example:
         print(convert(pipe.transformer, LiTConfig(layers="every 2nd:window_delta")))
@@ -75,7 +82,9 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
         raise UserError(f"config must be a LiTConfig, got {type(config).__name__}")
     model = the_transformer(transformer)
     if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted already: revert it first")
+        raise UserError(
+            f"this {type(model).__name__} is converted already: revert the conversion first (postgen.lit.revert)"
+        )
     modules = modules_of_blocks(model)
     types = types_of_blocks(config.layers, len(modules), first_block=config.first_block)
     chosen = tuple(
@@ -89,7 +98,7 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
     layers = new_layers(model, config, chosen)
     report = _report(model, types, modules, layers, config)
     conversion = Conversion(model, config, chosen, report)
-    # Everything that can be wrong shows above or in these two, which change nothing where they fail.
+    # Every check is above, or in `_begin_anew` and `install`, which change nothing if they fail.
     write_note(model, LOADER, config.as_json())
     try:
         if config.inherit == "output" and chosen:
@@ -106,17 +115,16 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
 
 
 def revert(transformer: nn.Module) -> None:
-    """Take a conversion off: the transformer is the stock one again, with the weights of the base as they are now.
+    """Remove a conversion, in place. The transformer becomes a stock transformer with the current base weights.
 
-    Weights that an adapter had replaced (`apply_adapter`) are what they were before.
-
-    A stock model that `from_config` made of a converted one's config has the mark of a conversion in its own, and no
-    layer: of it the mark is taken off.
+    Weights that an adapter replaced (`apply_adapter`) return to their values before the adapter. `from_config` with
+    the config of a converted model creates a stock model whose config still has the entry of the conversion; for such
+    a model, `revert` removes the entry.
 
     Raises:
-        UserError: it is not converted, somebody holds a projection that began anew or a layer that would go, or
-            weights that an adapter had replaced cannot be put back: a LoRA is merged into them, they are fused or
-            offloaded. Nothing is changed then.
+        UserError: the transformer is not converted; another plug-in has replaced a layer that would be removed; or
+            weights that an adapter replaced cannot be restored, because a LoRA is merged into them, or they are fused
+            or offloaded. The transformer is unchanged in these cases.
     """
     model: Any = the_transformer(transformer)
     if NAME not in installed(model).plug_ins and read_note(model.config, LOADER) is not None:
@@ -134,10 +142,10 @@ def revert(transformer: nn.Module) -> None:
 
 
 def conversion_of(transformer: nn.Module) -> Conversion:
-    """Return what a conversion left on a transformer.
+    """Return the conversion of a converted transformer.
 
     Raises:
-        UserError: it is not converted.
+        UserError: the transformer is not converted.
     """
     model = the_transformer(transformer)
     found: Conversion | None = installed(model).plug_ins.get(NAME)
@@ -147,22 +155,22 @@ def conversion_of(transformer: nn.Module) -> Conversion:
 
 
 def layers_of(transformer: nn.Module) -> dict[str, LitLayer]:
-    """Return the new layers of a converted transformer by the name of their attention module.
+    """Return the new layers of a converted transformer, by the name of their attention module.
 
     Raises:
-        UserError: it is not converted.
+        UserError: the transformer is not converted.
     """
     model = the_transformer(transformer)
     return {each.module: getattr(model.get_submodule(each.module), CHILD) for each in conversion_of(model).converted}
 
 
 def set_grid(transformer: nn.Module, grid: Grid) -> None:
-    """Say the grid of tokens for blocks that are called alone, without their transformer; copies of blocks keep it.
+    """Set the token grid for blocks that are called without their transformer; copies of blocks keep this grid.
 
-    Calls of the transformer say their own.
+    Each call of the transformer sets the grid from its own arguments.
 
     Raises:
-        UserError: it is not converted.
+        UserError: the transformer is not converted.
     """
     conversion_of(transformer).set_grid(grid)
 
@@ -171,11 +179,14 @@ def modules_of_blocks(model: nn.Module) -> list[list[str]]:
     """Return the names of the self-attention modules of each block, in running order.
 
     Raises:
-        UserError: nothing is known of the class, or its tokens are in an order that no layer takes.
+        UserError: the class is unknown, or the layers do not support its tokens.
     """
     video, kind = tokens_of(model), type(model).__name__
     if video.token_order not in ORDERS or video.factorised:
-        raise UserError(f"{kind} cannot be converted: its attention sees tokens beside the video's grid and the text")
+        raise UserError(
+            f"{kind} cannot be converted: its attention has tokens other than the grid of the video and the text, or"
+            " does not attend over the whole grid at once"
+        )
     if video.causal_rule is not None and video.causal_rule(model.config):
         raise UserError(f"{kind} cannot be converted: its attention is block-causal")
     names = [*video.attention_modules(model)]
@@ -185,38 +196,40 @@ def modules_of_blocks(model: nn.Module) -> list[list[str]]:
 
 
 def the_transformer(transformer: nn.Module) -> nn.Module:
-    """Return the one transformer of a pipeline, or what is inside wrappers.
+    """Return the only transformer of a pipeline, or the transformer inside wrappers.
 
     Raises:
-        UserError: there are several.
+        UserError: the pipeline has several transformers.
     """
     found = transformers_of(transformer)
     if len(found) != 1:
-        raise UserError(f"a pipeline with {len(found)} transformers was given: convert one after the other")
+        raise UserError(f"this pipeline has {len(found)} transformers: pass the transformers one by one")
     return next(iter(found.values()))
 
 
 def stock_transformer(transformer: nn.Module, advice: str) -> nn.Module:
-    """Return what `the_transformer` does, which is to be softmax everywhere.
+    """Return the same as `the_transformer`, but refuse a converted transformer.
 
     Args:
-        transformer: perhaps wrapped.
-        advice: what to do with the one that a converted one was made from, for the error.
+        transformer: the stock transformer, possibly wrapped.
+        advice: the operation, as a verb for the error message, such as "score".
 
     Raises:
-        UserError: as `the_transformer`, or it is converted.
+        UserError: see `the_transformer`; or the transformer is converted.
     """
     model = the_transformer(transformer)
     if NAME in installed(model).plug_ins:
-        raise UserError(f"this {type(model).__name__} is converted: {advice} the one that it was made from")
+        raise UserError(
+            f"this {type(model).__name__} is converted: {advice} the stock transformer from which it was made"
+        )
     return model
 
 
 def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, AttentionReader]:
-    """Return what knows the calls of each module that is chosen.
+    """Return the attention reader of each chosen module, by the name of the module.
 
     Raises:
-        UserError: a module whose layer cannot be its type.
+        UserError: a module cannot be converted to its layer type.
     """
     anatomy = attention_of(model)
     readers = {}
@@ -230,14 +243,14 @@ def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, At
             raise UserError(HALF.format(kind=each.kind))
         if each.kind in OF_FRAMES and layout_of(model).video is None:
             raise UserError(
-                f"{each.kind} looks at frames, and {type(model).__name__} makes pictures: take"
+                f"the layer type {each.kind} needs frames, but {type(model).__name__} generates images: use one of"
                 f" {', '.join(kind for kind in LINEAR_TYPES if kind not in OF_FRAMES)}"
             )
     return readers
 
 
 def new_layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> dict[str, LitLayer]:
-    """Make the new layers; the random numbers of the process are left as they were."""
+    """Create the new layers of the chosen modules. The global random state does not change."""
     layers = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -250,7 +263,7 @@ def new_layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...
 
 
 def shape_of(module: Any, config: LiTConfig) -> Shape:
-    """Return what a layer must know of an attention module of a stock transformer."""
+    """Return the sizes of an attention module of a stock transformer, for its new layer."""
     grid = None
     if config.grid is not None:
         frames, rows, columns = config.grid
@@ -261,22 +274,24 @@ def shape_of(module: Any, config: LiTConfig) -> Shape:
 
 
 def _weight(module: Any) -> torch.Tensor:
-    """The weight that projects to queries."""
+    """Return the weight of the query projection, or of the fused projection."""
     layer = module.to_qkv if getattr(module, "fused_projections", False) else module.to_q
     weight: torch.Tensor = getattr(layer, "base_layer", layer).weight
     return weight
 
 
 def _check_free(model: nn.Module, conversion: Conversion) -> None:
+    """Refuse to revert while another plug-in, LoRA or offloading holds on to the layers or weights."""
     for owner, handle in replaced_linears(model).items():
         if owner != NAME and (held := [name for name in handle.modules if f".{CHILD}." in name]):
-            raise UserError(f"cannot revert: {owner} has replaced {held[0]}. Take {owner} off before")
+            raise UserError(f"cannot revert: {owner} has replaced {held[0]}. Remove {owner} first")
     layers = {each.module: getattr(model.get_submodule(each.module), CHILD) for each in conversion.converted}
     check_weights(model, [f"{module}.{name}" for module, layer in layers.items() for name in layer.before], "revert")
 
 
 def _end_anew(model: nn.Module, conversion: Conversion) -> None:
-    # A handle knows the model: kept in the conversion, it would go along with every copy of a block.
+    # The handle is looked up here, not stored in the conversion: it references the model, and a copy of a block would
+    # then copy the whole model.
     if conversion.fresh:
         replaced_linears(model)[NAME].remove()
 

@@ -1,4 +1,4 @@
-"""What each layer type costs in each block: counted in FLOPs, or measured on a device at a size."""
+"""The cost of each layer type in each block: counted in FLOPs, or measured as time on a device, at one size."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ UNITS = {"flops": "FLOPs", "us": "microseconds"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostTable(Record):
-    """Costs of one step of one model at one size, whole numbers."""
+    """The costs of one step (a forward pass) of one model at one size, as whole numbers."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     model: int
-    """A number for class and config."""
+    """Checksum of class name and config, which identifies the model."""
     device: str
-    """As `families.latency` names it; empty for FLOPs, which are the same everywhere."""
+    """Device name of `families.latency`; empty for FLOPs, which do not depend on the device."""
     unit: str
     """flops or us (microseconds)."""
     shape: tuple[int, int, int]
-    """num_frames, height and width in pixels."""
+    """num_frames, and height and width in pixels."""
     base: int
-    """A step with softmax in every block."""
+    """Cost of a step with softmax in every block, in `unit`."""
     attention: float
-    """Share of it that softmax attention in the blocks has, in FLOPs."""
+    """Share of the blocks' softmax attention in the FLOPs of such a step, 0 to 1."""
     changes: Mapping[str, tuple[int, ...]]
-    """Layer type -> what the step costs more when one block is that; negative where it costs less."""
+    """Layer type -> change of the cost of a step if one block has this type, for each block; negative if cheaper."""
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Read what `save` wrote.
+        """Read costs from a file that `save` wrote.
 
         Raises:
-            UserError: it is something else.
+            UserError: the file does not hold costs, or it is damaged.
         """
         content = read_record(cls, path, "costs")
         try:
@@ -67,17 +67,23 @@ class CostTable(Record):
             raise UserError(f"{path} holds damaged costs ({error})") from error
 
     def check(self, model: nn.Module, shape: tuple[int, int, int] | None = None, device: str | None = None) -> None:
-        """Refuse another model, size or device than the costs are of.
+        """Check that the costs are for this model, size and device.
+
+        Args:
+            model: the transformer.
+            shape: num_frames, height and width; None for any.
+            device: device name of `families.latency`; None for any.
 
         Raises:
-            UserError: it names both.
+            UserError: the costs are for another model, size or device.
         """
         if model_number(model) != self.model:
             raise UserError(
-                f"these costs are of a {self.transformer} with another configuration than this {type(model).__name__}"
+                f"these costs are for a {self.transformer} whose configuration differs from that of this"
+                f" {type(model).__name__}: compute the costs of this model"
             )
         if shape is not None and tuple(shape) != self.shape:
-            raise UserError(f"these costs are of {_size(self.shape)}, not of {_size(shape)}: measure that size")
+            raise UserError(f"these costs are for {_size(self.shape)}, not for {_size(shape)}: measure that size")
         if device is not None and self.device and device != self.device:
             raise UserError(f"these costs were measured on {self.device}, not on {device}: measure there")
 
@@ -91,18 +97,19 @@ def count(
     kinds: Sequence[str] | None = None,
     config: LiTConfig | None = None,
 ) -> CostTable:
-    """Count the FLOPs of a step, and what each layer type adds to or saves of them in each block.
+    """Count the FLOPs of a step, and how each layer type changes them in each block.
 
     Args:
-        transformer: the stock one.
-        num_frames: of the clip; 1 for pictures.
+        transformer: the stock transformer.
+        num_frames: frames of the clip; 1 for images.
         height: in pixels.
         width: in pixels.
-        kinds: layer types; None is `usual_kinds`.
-        config: their options.
+        kinds: layer types; None for `usual_kinds`.
+        config: options of the layer types; None for the defaults.
 
     Raises:
-        UserError: an unknown type, a class or size that cannot be counted, or it is converted already.
+        UserError: a layer type is unknown, the FLOPs of the class or size cannot be counted, or the transformer is
+            converted already.
     """
     model, config = stock_transformer(transformer, "count"), config or LiTConfig()
     kinds = usual_kinds(model) if kinds is None else kinds
@@ -111,7 +118,9 @@ def count(
     cost = forward_cost(model, num_frames=num_frames, height=height, width=width)
     grid = cost.grid
     if grid is None:
-        raise UserError(f"{cost.transformer} does not tell its tokens at {_size((num_frames, height, width))}")
+        raise UserError(
+            f"the grid of tokens of {cost.transformer} is not known at {_size((num_frames, height, width))}"
+        )
     soft = [_softmax(cost.blocks, names) for names in modules]
     changes = {
         kind: tuple(
@@ -142,22 +151,22 @@ def measure(
     config: LiTConfig | None = None,
     repeats: int = 5,
 ) -> CostTable:
-    """Time a step with softmax in every block, and with each layer type in every block but the first.
+    """Time a step with softmax in every block, and a step with each layer type in every block but the first.
 
-    What a type saves is shared equally by the blocks. The transformer is converted and reverted on the way; time it on
-    the device, in the dtype and with the plug-ins that it will run with.
+    The saved time of a layer type is divided equally among the blocks. `measure` converts the transformer for each
+    layer type and reverts it again. Use the device, dtype and plug-ins of the later inference.
 
     Args:
-        transformer: the stock one, on the device.
-        num_frames: as of `count`.
+        transformer: the stock transformer, on the device.
+        num_frames: frames of the clip; 1 for images.
         height: in pixels.
         width: in pixels.
-        kinds: layer types; None is `usual_kinds`.
-        config: their options.
-        repeats: timed forwards, whose median counts.
+        kinds: layer types; None for `usual_kinds`.
+        config: options of the layer types; None for the defaults.
+        repeats: number of timed forward passes; their median is used.
 
     Raises:
-        UserError: as `count`, or it has one block only.
+        UserError: see `count`; or the transformer has only one block.
     """
     model, config = the_transformer(transformer), config or LiTConfig()
     size: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
@@ -170,7 +179,10 @@ def measure(
         try:
             blocks = sum(each != "softmax" for each in report.types)
             if not blocks:
-                raise UserError(f"{counted.transformer} has one block: there is nothing to choose")
+                raise UserError(
+                    f"this {counted.transformer} has only one block, block 0, which stays softmax: there is no layer"
+                    " type to choose"
+                )
             found = measure_latency(model, [shape], repeats=repeats)
         finally:
             revert(model)
@@ -182,21 +194,21 @@ def measure(
 
 
 def model_number(model: nn.Module) -> int:
-    """Return a number for class and config, to know a model by."""
+    """Return a checksum of class name and config, which identifies a model."""
     inner: Any = the_transformer(model)
     config = {name: value for name, value in without_note(inner.config).items() if not name.startswith("_")}
     return zlib.crc32(json.dumps([type(inner).__name__, config], sort_keys=True, default=str).encode())
 
 
 def _softmax(blocks: Mapping[str, Any], names: list[str]) -> int:
-    """FLOPs of softmax attention in the block that has these modules."""
+    """Return the FLOPs of softmax attention in the block that contains these modules."""
     (block,) = (name for name in blocks if names[0].startswith(f"{name}."))
     flops: int = blocks[block]["self-attention"].flops
     return flops
 
 
 def _block_flops(model: nn.Module, names: list[str], kind: str, config: LiTConfig, grid: Grid, softmax: int) -> int:
-    """FLOPs of the layers of one block, which are not made: their weights are shapes."""
+    """Return the FLOPs of the new layers of one block. The layers are created on the meta device, without memory."""
     total = 0
     for place, name in enumerate(names):
         shape = shape_of(model.get_submodule(name), config)

@@ -1,12 +1,14 @@
-"""Distillation end to end: what a converted transformer predicts is held to what the stock one predicts.
+"""End-to-end distillation: train a converted transformer to reproduce the predictions of the stock one.
 
-LiT, guideline 5 (arXiv:2501.12976), with the hidden outputs of CLEAR (arXiv:2412.16112) and of later hybrids:
+The loss is guideline 5 of LiT (arXiv:2501.12976) plus a term on the outputs of the blocks, as in CLEAR
+(arXiv:2412.16112) and later hybrids:
 
     L = w_task |y_S - y|^2 + l1 |y_T - y_S|^2 + l2 |Sigma_T - Sigma_S|^2 + w_h mean_b d(h_T,b, h_S,b)
 
-y is what the model predicts (velocity, noise, ...), all squares are means. Sigma are the channels of the variance,
-which some noise models predict beside y; models of flows have none. h_b is what block b gives for the video, d its
-distance relative to what is left of the teacher's without the mean over tokens, so that blocks of all sizes count.
+T is the teacher (stock), S the student (converted). y is the target of the task, y_T and y_S are predictions
+(velocity, noise, ...). All squares are averaged. Sigma are the variance channels, which some noise-prediction models
+have; flow models have none. h_b is the output of block b for the video tokens. d is their distance relative to the
+teacher's output minus its mean over the tokens, so that blocks with small and large outputs count equally.
 """
 
 from __future__ import annotations
@@ -29,45 +31,47 @@ from postgen.sampling.transition import wide
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """Weights of the terms; one of them is above 0."""
+    """Weights of the loss terms; at least one is above 0."""
 
     task: float
-    """Of the model's own loss."""
+    """w_task, the weight of the task loss (the model's own training loss)."""
     output: float
-    """Of the difference of the predictions, l1."""
+    """l1, the weight of the difference of the predictions."""
     variance: float
-    """Of the difference of the variances, l2; 0 for a model that predicts none."""
+    """l2, the weight of the difference of the variance channels; 0 for a model without variance channels."""
     hidden: float
-    """Of the hidden outputs."""
+    """w_h, the weight of the difference of the block outputs."""
 
     @property
     def teacher(self) -> bool:
-        """Whether the teacher is asked at all."""
+        """Whether the loss needs a forward pass of the teacher."""
         return self.output > 0 or self.variance > 0 or self.hidden > 0
 
 
 @dataclass(slots=True)
 class Said:
-    """What a network says of noisy latents."""
+    """The outputs of one forward pass of a network."""
 
     prediction: Tensor | None = None
-    """Shaped like the latents."""
+    """The prediction, in the shape of the latents."""
     raw: Tensor | None = None
-    """All channels that the network gives."""
+    """All output channels of the network, including variance channels."""
     hidden: list[Tensor] = field(default_factory=list)
-    """Of each block."""
+    """The output of each block for the video tokens."""
 
 
 class Distillation(nn.Module):
-    """A student and its teacher; `forward` returns the loss and its terms. Both are always in evaluation mode: what
-    dropout would drop, captions too, must be the same for both.
+    """A student and its teacher; `forward` returns the loss and its terms.
+
+    Both networks are always in evaluation mode, because dropout (of captions too) would drop different values in the
+    two networks.
 
     Args:
-        student: converted.
-        teacher: frozen.
-        denoiser: of the teacher's pipeline.
-        name: of the network in it.
-        terms: of the loss.
+        student: the converted transformer.
+        teacher: the stock transformer; its parameters are frozen.
+        denoiser: the denoiser of the teacher's pipeline.
+        name: name of the transformer in the denoiser.
+        terms: weights of the loss terms.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, denoiser: Denoiser, name: str, terms: Terms) -> None:
@@ -79,19 +83,19 @@ class Distillation(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
+        """Keep evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     def forward(
         self, x: Tensor, sigma: Tensor, condition: Condition, wanted: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss and its terms, unweighted.
+        """Return the weighted loss, and the unweighted loss terms by name.
 
         Args:
-            x: (B, ...) noisy latents.
-            sigma: (B,) their noise levels.
-            condition: of the rows, the same for both.
-            wanted: (B, ...) what the task wants to be predicted.
+            x: noisy latents, (B, ...).
+            sigma: noise levels of the latents, (B,).
+            condition: the condition of each row, for both networks.
+            wanted: the target of the task, (B, ...); None leaves the task loss out.
         """
         terms = self.terms
         student = self._said("student", x, sigma, condition)
@@ -117,45 +121,45 @@ class Distillation(nn.Module):
 
 
 def with_network(denoiser: Denoiser, name: str, network: nn.Module) -> Denoiser:
-    """Return a denoiser that calls another network in the place of one of its own."""
+    """Return a copy of a denoiser that uses another network in place of the one with this name."""
     other = copy.copy(denoiser)
     other.transformers = {**denoiser.transformers, name: network}
     return other
 
 
 def variance_of(raw: Tensor | None, x: Tensor) -> Tensor:
-    """Return the channels of the variance among those that a network gives, behind those of the prediction.
+    """Return the variance channels of a network's output, which follow the channels of the prediction.
 
     Args:
-        raw: (B, 2 C, H, W).
-        x: (B, C, H, W), the latents.
+        raw: output of the network, (B, 2 C, H, W).
+        x: the latents, (B, C, H, W).
 
     Raises:
-        UserError: the model predicts none.
+        UserError: the model predicts no variance.
     """
     assert raw is not None
     if raw.dim() != x.dim() or raw.shape[1] != 2 * x.shape[1]:
         raise UserError(
-            f"variance_weight: this model predicts no variance, it gives {tuple(raw.shape)} for latents"
-            f" {tuple(x.shape)}: leave it out"
+            f"variance_weight needs a model that predicts a variance, but this model returns {tuple(raw.shape)} for"
+            f" latents of {tuple(x.shape)}: leave variance_weight out"
         )
     return raw[:, x.shape[1] :]
 
 
 def predicts_variance(network: Any) -> bool:
-    """Whether a network gives twice the channels that it takes, which is how models of images predict a variance."""
+    """Whether a network predicts a variance: image models that do so have twice as many output as input channels."""
     config = network.config
     return config.get("out_channels") is not None and config["out_channels"] == 2 * config["in_channels"]
 
 
 def wanted_of(clean: Tensor, noise: Tensor, levels: Levels, kind: PredictionType) -> Tensor:
-    """Return what a model should predict of noised latents.
+    """Return the training target for noised latents, (B, ...).
 
     Args:
-        clean: (B, ...).
-        noise: (B, ...).
-        levels: of the noise, (B,).
-        kind: meaning of its predictions.
+        clean: clean latents, (B, ...).
+        noise: the noise that was added, (B, ...).
+        levels: noise levels, (B,).
+        kind: prediction type of the model.
     """
     if kind == "flow":
         return noise - clean
@@ -167,7 +171,7 @@ def wanted_of(clean: Tensor, noise: Tensor, levels: Levels, kind: PredictionType
 
 @contextmanager
 def _listening(network: nn.Module, blocks: tuple[Block, ...] | Any, said: Said) -> Iterator[None]:
-    """Keep what a network and its blocks give in one call; nothing is left on them for the backward pass."""
+    """Record the outputs of a network and its blocks during one forward pass; the hooks are removed afterwards."""
 
     def of_network(module: nn.Module, args: Any, output: Any) -> None:
         said.raw = output[0] if isinstance(output, tuple) else output.sample
@@ -192,16 +196,19 @@ def _square(a: Tensor | None, b: Tensor | None) -> Tensor:
 
 
 def noised(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
-    """Return latents with noise of a level, (B, ...)."""
+    """Return clean latents mixed with noise at the given noise levels, (B, ...)."""
     (a, b), _ = levels.mix()
     return wide(a, clean) * clean + wide(b, noise) * noise
 
 
 def check_terms(terms: Mapping[str, float]) -> None:
-    """Refuse a loss that is nothing.
+    """Check that the loss has at least one term.
+
+    Args:
+        terms: the name of each weight in the settings -> its value.
 
     Raises:
-        UserError: no weight is above 0.
+        UserError: every weight is 0.
     """
     if not any(terms.values()):
-        raise UserError(f"all of {', '.join(terms)} are 0: give one of them a weight")
+        raise UserError(f"{', '.join(terms)} are all 0, so the loss is empty: set at least one of them above 0")

@@ -1,5 +1,5 @@
-"""What a student is trained on: latents that the teacher draws once for a list of prompts, kept in a folder, or
-finished ones of the user's own."""
+"""Latents to train a student on: sampled once by the teacher for a list of prompts and kept in a folder, or given by
+the user."""
 
 from __future__ import annotations
 
@@ -29,22 +29,20 @@ _KEY = "states"
 
 
 class Drawn:
-    """Latents of every prompt: the finished ones, or those before every step too.
+    """Latents of every prompt, sampled by the teacher: the final latents, or the latents before every step too.
 
-    Prompts that are drawn together are always the same ones, so what a file holds depends neither on the number of
-    processes nor on where a run was interrupted.
+    Each batch always holds the same prompts, so the content of a file depends neither on the number of processes nor
+    on where a run was interrupted.
 
     Args:
-        folder: where they are kept.
-        sampler: of the teacher.
-        prompts: how many there are; prompt n is drawn from a noise of its own.
-        batch: prompts that are drawn together.
-        seed: of the noise.
-        steps: whether the latents before every step are kept too, S + 1 in all, instead of the finished ones alone.
-        said: JSON values that say what else they depend on (teacher, prompts, size).
-
-    Raises:
-        UserError: the folder holds latents of something else.
+        folder: the folder of the latents.
+        sampler: the sampler of the teacher.
+        prompts: number of prompts; each prompt has its own initial noise.
+        batch: number of prompts that are sampled together.
+        seed: seed of the noise.
+        steps: whether to keep the latents before each of the S steps and the final ones, S + 1 in all; False keeps the
+            final ones only.
+        said: JSON values that identify everything else that determines the latents (teacher, prompts, size).
     """
 
     def __init__(
@@ -57,15 +55,15 @@ class Drawn:
         self._said["sigmas"] = sampler.schedule.sigmas.tolist()
 
     def make(self, conditions: Conditions, share: Share, *, progress: bool) -> None:
-        """Draw what is missing of this process's part, in evaluation mode of the network.
+        """Sample the missing latents of this process's part. The network must be in evaluation mode.
 
         Args:
-            conditions: of prompts by their numbers.
-            share: part of this process.
-            progress: whether to show a bar.
+            conditions: the conditions of the prompts, by prompt number.
+            share: the part of this process.
+            progress: whether to show a progress bar.
 
         Raises:
-            UserError: the folder holds latents of something else, or those that are drawn are not finite.
+            UserError: the folder holds latents of another run, or the sampled latents are not finite.
         """
         self._check()
         chunks = range(-(-self.prompts // self.batch))
@@ -80,11 +78,15 @@ class Drawn:
         bar.close()
 
     def complete(self) -> bool:
-        """Whether the latents of all prompts are there, those of other processes too."""
+        """Whether the latents of all prompts exist, including the parts of other processes."""
         return all(self._file(chunk).is_file() for chunk in range(-(-self.prompts // self.batch)))
 
     def at(self, prompt: int, step: int) -> Tensor:
-        """Return the latents of a prompt before a step, float32 on the CPU; the number of steps is the finished ones.
+        """Return the latents of a prompt before a step, in float32 on the CPU.
+
+        Args:
+            prompt: number of the prompt.
+            step: index of the step; the number of steps selects the final latents.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -95,7 +97,7 @@ class Drawn:
         return state
 
     def finished(self, prompts: Sequence[int], device: torch.device) -> Tensor:
-        """Return the finished latents of prompts, (B, ...), float32 on a device."""
+        """Return the final latents of prompts, (B, ...), in float32 on a device."""
         return stacked(self, prompts, [self.sampler.schedule.steps] * len(prompts), device)
 
     def _draw(self, chunk: int, conditions: Conditions) -> Tensor:
@@ -119,8 +121,8 @@ class Drawn:
             before = before if isinstance(before, dict) else {}
             if different := [name for name in said if before.get(name) != said[name]]:
                 raise UserError(
-                    f"{self.folder} holds latents of other {', '.join(different)}: name another output_dir, or remove"
-                    " that folder"
+                    f"{self.folder} holds latents of a run with other settings ({', '.join(different)}): choose"
+                    " another output_dir, or remove that folder"
                 )
             return
         with replacing(path) as part:
@@ -128,35 +130,35 @@ class Drawn:
 
 
 class Given:
-    """Finished latents of the user's own, one for each prompt, in memory.
+    """Final latents that the user provides, one for each prompt, in memory.
 
     Args:
-        place: a safetensors file with `latents` (N, ...).
-        prompts: how many there are.
-        shape: of one prompt's latents.
+        place: a safetensors file with a tensor `latents`, (N, ...).
+        prompts: N, the number of prompts.
+        shape: shape of the latents of one prompt.
 
     Raises:
-        UserError: the file cannot be read, or holds others.
+        UserError: the file cannot be read, or its tensor is missing, has another shape, or is not finite.
     """
 
     def __init__(self, place: str | Path, prompts: int, shape: Sequence[int]) -> None:
         found = read_tensors(Path(place), f"latents: {place} cannot be read").get("latents")
         if found is None:
-            raise UserError(f"latents: {place} holds no tensor of that name")
+            raise UserError(f"latents: {place} holds no tensor named latents")
         if tuple(found.shape) != (prompts, *shape):
             raise UserError(
-                f"latents: {place} has the shape {tuple(found.shape)}, and {prompts} prompts of this size need"
-                f" {(prompts, *shape)}: a row for each prompt of train_dataset"
+                f"latents: {place} has the shape {tuple(found.shape)}, but {prompts} prompts of this size need"
+                f" {(prompts, *shape)}, one row for each prompt of train_dataset"
             )
         if not bool(found.isfinite().all()):
-            raise UserError(f"latents: {place} holds numbers that are not finite")
+            raise UserError(f"latents: {place} holds values that are not finite")
         self._latents = found
 
     def finished(self, prompts: Sequence[int], device: torch.device) -> Tensor:
-        """Return the finished latents of prompts, (B, ...), float32 on a device."""
+        """Return the final latents of prompts, (B, ...), in float32 on a device."""
         return to_device(self._latents[list(prompts)], device).float()
 
 
 def stacked(drawn: Drawn, prompts: Sequence[int], steps: Sequence[int], device: torch.device) -> Tensor:
-    """Return the latents of prompts before their steps, (B, ...), on a device."""
+    """Return the latents of several prompts, each before its step, (B, ...), on a device."""
     return torch.stack([drawn.at(prompt, step) for prompt, step in zip(prompts, steps, strict=True)]).to(device)

@@ -1,4 +1,4 @@
-"""What the layers that sum over keys share: feature maps, rotation, sums, the joint divisor, convolutions."""
+"""Parts that the layer types share: feature maps, rotary embedding, sums over keys, joint divisor, convolutions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 
 def exact(x: Tensor) -> Tensor:
-    """Return float32, or float64 as it is: sums over tokens lose everything in half precision."""
+    """Return x in float32, or unchanged if it is float64: sums over tokens are too imprecise in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def by_frame_and_head(x: Tensor, frames: int) -> Tensor:
-    """Return (B, N, H, D) as (B, F, S, H, D) in `exact`'s dtype, of which the tokens of a head lie together.
+    """Return x (B, N, H, D) as (B, F, S, H, D) in the dtype of `exact`, with the tokens of a head contiguous in
+    memory.
 
-    Products over the tokens of a frame then copy nothing.
+    With this memory layout, matrix products over the tokens of a frame need no copy.
     """
     heads = x.unflatten(1, (frames, -1)).transpose(2, 3)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -35,29 +36,32 @@ def by_frame_and_head(x: Tensor, frames: int) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Keep autocast from doing the products of a block of code in half precision, on the device of a tensor."""
+    """Return a context that switches autocast off on the device of x, so that products inside keep their precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def feature(x: Tensor, name: str) -> Tensor:
-    """Return relu(x), or elu(x) + 1."""
+    """Return relu(x) if `name` is relu, else elu(x) + 1."""
     return x.relu() if name == "relu" else F.elu(x) + 1
 
 
 def centered(key: Tensor) -> Tensor:
-    """Return keys (B, N, H, D) less their mean over the tokens (arXiv:2605.02772)."""
-    # Summed in float32 without a copy of the keys in it.
+    """Return keys (B, N, H, D) minus their mean over the tokens (arXiv:2605.02772)."""
+    # `mean` sums in float32 without a float32 copy of the keys.
     dtype = torch.promote_types(key.dtype, torch.float32)
     return key - key.mean(dim=1, keepdim=True, dtype=dtype).to(key.dtype)
 
 
 def merged(x: Tensor, heads: int) -> Tensor:
-    """Return (B, N, H, D) with so many neighbouring heads as one, (B, N, H / heads, heads * D)."""
+    """Merge each group of `heads` neighbouring heads of x (B, N, H, D) into one, (B, N, H / heads, heads * D)."""
     return x if heads == 1 else x.unflatten(2, (-1, heads)).flatten(3)
 
 
 def rotate(x: Tensor, rope: Rope | None) -> Tensor:
-    """Rotate channel pairs (2i, 2i + 1) of (B, N, H, D) in the dtype of x; merged heads turn each of their parts."""
+    """Apply rotary embedding to the channel pairs (2i, 2i + 1) of x, (B, N, H, D), in the dtype of x.
+
+    If x has merged heads, each original head inside is rotated on its own.
+    """
     if rope is None:
         return x
     cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
@@ -69,7 +73,7 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
 
 
 def rotate_both(query: Tensor, key: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
-    """Return `rotate` of queries and keys (B, N, H, D), of as many tokens; in one kernel where it runs."""
+    """Return `rotate` of queries and keys of one shape, (B, N, H, D), in one fused kernel where it is available."""
     if rope is None or query.shape[-1] != 2 * rope.cos.shape[-1] or not for_triton(query, key):
         return rotate(query, rope), rotate(key, rope)
     turned_query, turned_key = qk_norm_rope(query, key, cos=rope.cos, sin=rope.sin, norm="none")
@@ -81,16 +85,16 @@ def _merged_table(table: Tensor, heads: int) -> Tensor:
 
 
 def linear_parts(query: Tensor, key: Tensor, value: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
-    """Return the numerator (B, N, H, D) and the divisor (B, N, H) of linear attention to all keys.
+    """Return the numerator (B, N, H, D) and the divisor (B, N, H) of linear attention over all keys.
 
-    With R the rotations, S = sum_j R_j k_j v_j^T and k' = sum_j k_j: R_i q_i S and q_i . k' (arXiv:2509.24695). The
-    divisor is not rotated: a sum of rotated features may cross zero.
+    With the rotary embedding R, S = sum_j R_j k_j v_j^T and k' = sum_j k_j, the numerator is R_i q_i S and the divisor
+    is q_i . k' (arXiv:2509.24695). The divisor is not rotated, because a sum of rotated features may cross zero.
 
     Args:
-        query: features, not rotated.
-        key: as `query`.
-        value: in the dtype of the features.
-        rope: of queries and keys.
+        query: features after the feature map, not rotated, (B, N, H, D).
+        key: features of the keys, not rotated, (B, N, H, D).
+        value: (B, N, H, D), in the dtype of the features.
+        rope: the rotary embedding of queries and keys; None for none.
     """
     turned_query, turned_key = rotate_both(query, key, rope)
     with no_autocast(value):
@@ -102,16 +106,16 @@ def linear_parts(query: Tensor, key: Tensor, value: Tensor, rope: Rope | None) -
 
 
 def joined(soft: Tensor, lse: Tensor, numerator: Tensor, divisor: Tensor) -> Tensor:
-    """Return softmax over some keys and linear attention to the others under one divisor, (B, N, H, D).
+    """Combine softmax attention over some keys and linear attention over the others under one divisor, (B, N, H, D).
 
-    y = (e^lse soft + numerator) / (e^lse + divisor), all times e^-c with c = max(0, lse), so that nothing overflows
-    and the value does not depend on c (arXiv:2509.24899, arXiv:2601.04342).
+    y = (e^lse soft + numerator) / (e^lse + divisor) (arXiv:2509.24899, arXiv:2601.04342). Both sides of the fraction
+    are multiplied by e^-c with c = max(0, lse). This avoids overflow and does not change the value.
 
     Args:
-        soft: (B, N, H, D), softmax attention to its keys.
-        lse: (B, H, N), the logarithm of its divisor.
-        numerator: (B, N, H, D) of the linear part.
-        divisor: (B, N, H) of the linear part, not negative.
+        soft: output of softmax attention, (B, N, H, D).
+        lse: logarithm of the softmax divisor, (B, H, N).
+        numerator: numerator of the linear part, (B, N, H, D).
+        divisor: divisor of the linear part, at least 0, (B, N, H).
     """
     lse = lse.transpose(1, 2)[..., None]
     level = lse.clamp(min=0).detach()
@@ -120,8 +124,10 @@ def joined(soft: Tensor, lse: Tensor, numerator: Tensor, divisor: Tensor) -> Ten
 
 
 class LearnedMap(nn.Module):
-    """A feature map per head: two layers, then parts of the channels to the powers 1, 2, ..., all positive
-    (arXiv:2509.24899)."""
+    """A learned feature map per head with positive outputs (arXiv:2509.24899).
+
+    Two linear layers with softplus; then the channels are split into `parts`, and part p is raised to the power p.
+    """
 
     def __init__(self, heads: int, channels: int, parts: int = 2) -> None:
         super().__init__()
@@ -130,12 +136,12 @@ class LearnedMap(nn.Module):
         self.second = nn.Parameter(torch.empty(heads, channels, channels))
         self.bias = nn.Parameter(torch.zeros(heads, channels))
         with torch.no_grad():
-            # Near the identity: at first the map is about softplus, which tells keys apart as it should.
+            # Near the identity. The new map is then close to softplus, which already tells keys apart.
             for weight in (self.first, self.second):
                 weight.normal_(std=0.02).add_(torch.eye(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, H, D)."""
+        """Map x to features, (B, N, H, D)."""
         with no_autocast(x):
             first, second, bias = exact(self.first), exact(self.second), exact(self.bias)
             hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), first))
@@ -145,33 +151,33 @@ class LearnedMap(nn.Module):
 
 
 class FixedMap(nn.Module):
-    """relu or elu(x) + 1, without weights."""
+    """A feature map without weights: relu(x) or elu(x) + 1."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, H, D)."""
+        """Map x to features, (B, N, H, D)."""
         return feature(exact(x), self.name)
 
 
 def feature_map(name: str, heads: int, channels: int) -> nn.Module:
-    """Return the map of that name: learned, relu or elu."""
+    """Return a new feature map: learned, relu or elu."""
     return LearnedMap(heads, channels) if name == "learned" else FixedMap(name)
 
 
 class GridConvolution(nn.Module):
-    """Depth-wise convolution of tokens in their grid: within each frame, plus along time (LiT, guideline 1).
+    """Depth-wise convolutions of tokens in their grid: one within each frame, one along time (LiT, guideline 1).
 
-    No weights are shared by heads. Zeros lie outside the grid.
+    Heads share no weights. The padding outside the grid is zero.
 
     Args:
         channels: H * D.
-        space: side within a frame, odd; 0 for none.
-        time: length along time, odd; 0 for none.
-        causal: along time it looks back only.
-        init: zero or default.
+        space: kernel side within a frame, odd; 0 for none.
+        time: kernel length along time, odd; 0 for none.
+        causal: whether the convolution along time reads earlier frames only.
+        init: zero, or default for the initialisation that torch gives a convolution.
     """
 
     def __init__(self, channels: int, space: int, time: int, *, causal: bool = False, init: str = "zero") -> None:
@@ -186,25 +192,28 @@ class GridConvolution(nn.Module):
 
     @property
     def taps_before(self) -> int:
-        """Frames that a causal convolution looks back."""
+        """Number of earlier frames that a causal convolution along time reads."""
         return 0 if self.time is None else self.time.shape[1] - 1
 
     def in_space(self, x: Tensor, grid: Grid, *, added: bool = False) -> Tensor:
-        """Convolve (B, N, H, D) within each frame; without weights a single 0.
+        """Convolve tokens within each frame.
 
         Args:
-            x: tokens of the frames.
-            grid: of them.
-            added: whether to x itself, which is what is left without weights.
+            x: tokens, (B, N, H, D).
+            grid: the grid of these tokens.
+            added: whether to add x to the result.
+
+        Returns:
+            (B, N, H, D). Without weights: x if `added`, else a scalar 0.
         """
         out: Tensor = self("space", x, grid, added)
         return out
 
     def forward(self, part: str, *args: Any) -> Any:
-        """Do one part of the work.
+        """Run one part: space, time or weights.
 
-        Every part is a call of the module: offloading brings weights for the time of a call, and whoever reads them
-        outside of one gets memory without values.
+        All three go through a call of the module, because offloading hooks load the weights only during a call. Code
+        that reads a weight outside a call would see memory without values.
         """
         parts: dict[str, Callable[..., Any]] = {
             "space": self._in_space,
@@ -214,7 +223,10 @@ class GridConvolution(nn.Module):
         return parts[part](*args)
 
     def weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return those within frames (H * D, side, side) and along time (H * D, length), for a kernel."""
+        """Return the weights within frames (H * D, side, side) and along time (H * D, length), for a fused kernel.
+
+        None stands for a convolution that the layer does not have.
+        """
         out: tuple[Tensor | None, Tensor | None] = self("weights")
         return out
 
@@ -232,13 +244,17 @@ class GridConvolution(nn.Module):
         return x + out if added else out
 
     def in_time(self, x: Tensor, grid: Grid, before: Tensor | None = None, *, added: bool = False) -> Tensor:
-        """Convolve (B, N, H, D) along time; without weights a single 0.
+        """Convolve tokens along time.
 
         Args:
-            x: tokens of the frames.
-            grid: of them.
-            before: (B, taps_before * S, H, D), the frames before them, of a causal convolution in a stream.
-            added: as of `in_space`.
+            x: tokens, (B, N, H, D).
+            grid: the grid of these tokens.
+            before: the tokens of the `taps_before` frames before x, (B, taps_before * S, H, D), for a causal
+                convolution in a stream; None pads with zeros.
+            added: whether to add x to the result.
+
+        Returns:
+            (B, N, H, D). Without weights: x if `added`, else a scalar 0.
         """
         out: Tensor = self("time", x, grid, before, added)
         return out

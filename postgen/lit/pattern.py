@@ -1,4 +1,4 @@
-"""Which block gets which layer type, from a list or from a short text."""
+"""The layer type of each block, from a list or from a short text such as `every 2nd:window_delta`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ _EVERY = re.compile(r"every (\d{1,9})(st|nd|rd|th)?")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 Layers = str | tuple[str, ...]
-"""A type for each block in running order; or a text: parts `WHERE:TYPE` with commas between, of which later ones win,
-and what none names stays softmax. WHERE is `all`, `every N` (the last of each N), a block `3` or blocks `1-8`."""
+"""Either one layer type per block, in running order, or a text of comma-separated parts `WHERE:TYPE`.
+
+WHERE is `all`, `every N` (the last block of each N), one block such as `3`, or a range such as `1-8`. If several parts
+name a block, the last part decides. Blocks that no part names stay softmax."""
 
 
 def checked_layers(layers: str | Sequence[str]) -> Layers:
-    """Return layers as a config keeps them.
+    """Check `layers` and return the value that a config stores: the text itself, or a tuple.
 
     Raises:
-        UserError: a type that there is not, or a text that cannot be read.
+        UserError: an unknown layer type, or a text with a wrong form.
     """
     if isinstance(layers, str):
         _parsed(layers)
         return layers
     if not isinstance(layers, list | tuple) or not layers:
         raise UserError(
-            f"layers must be a text such as 'every 2nd:window_delta' or a type per block, got {shown(layers)}"
+            f"layers must be a text such as 'every 2nd:window_delta' or a list with one layer type per block, got"
+            f" {shown(layers)}"
         )
     for kind in layers:
         _check_type(kind)
@@ -35,15 +38,15 @@ def checked_layers(layers: str | Sequence[str]) -> Layers:
 
 
 def types_of_blocks(layers: Layers, count: int, *, first_block: bool) -> tuple[str, ...]:
-    """Return a type for each of a model's blocks.
+    """Return the layer type of each block of a model.
 
     Args:
-        layers: as `checked_layers` gives them.
-        count: blocks of the model.
-        first_block: whether block 0 may be converted; `all` and `every N` leave it out otherwise.
+        layers: a value that `checked_layers` returned.
+        count: number of blocks of the model.
+        first_block: whether block 0 may be converted. If False, `all` and `every N` leave block 0 out.
 
     Raises:
-        UserError: another number of blocks, or block 0 is named and may not be.
+        UserError: `layers` is for another number of blocks, or converts block 0 although `first_block` is False.
     """
     if isinstance(layers, str):
         found = ["softmax"] * count
@@ -53,11 +56,11 @@ def types_of_blocks(layers: Layers, count: int, *, first_block: bool) -> tuple[s
     else:
         found = list(layers)
     if len(found) != count:
-        raise UserError(f"layers names {len(found)} blocks, the model has {count}")
+        raise UserError(f"layers has {len(found)} layer types, but the model has {count} blocks: give one per block")
     if found[0] != "softmax" and not first_block:
         raise UserError(
-            f"block 0 is the most sensitive one and stays softmax: give first_block=True (--first-block) to make it"
-            f" {found[0]}"
+            f"layers converts block 0 to {found[0]}, but block 0 is the most sensitive one and stays softmax by"
+            " default: leave it out, or set first_block=True (--first-block)"
         )
     return tuple(found)
 
@@ -67,26 +70,29 @@ def _parsed(text: str) -> list[tuple[_Where, str]]:
     for part in text.split(","):
         where, colon, kind = (each.strip() for each in part.partition(":"))
         if not colon:
-            raise UserError(f"layers is a text of WHERE:TYPE such as 'every 2nd:window_delta', got {shown(text)}")
+            raise UserError(f"layers must be a text of WHERE:TYPE such as 'every 2nd:window_delta', got {shown(text)}")
         _check_type(kind)
         parts.append((_where(where, text), kind))
     return parts
 
 
 class _Where:
-    """Blocks from `first` on, every `step`-th, up to `last`; or all."""
+    """A selection of blocks: every `step`-th from `first` to `last`, or to the end if `last` is None.
+
+    `pattern` marks `all` and `every N`, which leave block 0 out unless it may be converted.
+    """
 
     def __init__(self, first: int, step: int, last: int | None, *, pattern: bool) -> None:
         self.first, self.step, self.last, self.pattern = first, step, last, pattern
 
     def __call__(self, count: int, first_block: bool) -> range:
-        """Return the blocks of a model with so many.
+        """Return the selected blocks of a model with `count` blocks.
 
         Raises:
-            UserError: it has fewer.
+            UserError: the model has fewer blocks than the selection names.
         """
         if self.last is not None and self.last >= count:
-            raise UserError(f"layers names block {self.last}, the model has blocks 0 to {count - 1}")
+            raise UserError(f"layers names block {self.last}, but the model has blocks 0 to {count - 1}")
         first = self.first
         if self.pattern and first == 0 and not first_block:
             first += self.step
@@ -104,12 +110,13 @@ def _where(where: str, text: str) -> _Where:
         if first <= last:
             return _Where(first, 1, last, pattern=False)
     raise UserError(
-        f"layers names {shown(where)}: give all, every N, a block or blocks such as 1-8; got {shown(text)}"
+        f"layers has {shown(where)} in place of blocks: use all, every N, a block such as 3 or a range such as 1-8;"
+        f" got {shown(text)}"
     )
 
 
 def _check_type(kind: object) -> None:
     if kind not in TYPES:
         raise UserError(
-            f"there is no layer type {shown(kind)}. Known: {', '.join(TYPES)}.{did_you_mean(str(kind), TYPES)}"
+            f"unknown layer type {shown(kind)}. Known: {', '.join(TYPES)}.{did_you_mean(str(kind), TYPES)}"
         )

@@ -1,4 +1,4 @@
-"""Choose a layer type for each block, so that a step costs at most a given share and the errors add up to least."""
+"""Choose a layer type for each block: the least sum of errors within a budget for the cost of a denoising step."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from postgen.lit.score import Scores
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan(Record):
-    """A layer type per block, what it was chosen for, and what it is expected to cost; `print` it."""
+    """A layer type per block, with the errors and costs that decided it. `print` shows a table."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     model: int
-    """As of `CostTable`."""
+    """See `CostTable.model`."""
     device: str
-    """As of `CostTable`."""
+    """See `CostTable.device`."""
     unit: str
-    """As of `CostTable`."""
+    """See `CostTable.unit`."""
     shape: tuple[int, int, int]
-    """As of `CostTable`."""
+    """See `CostTable.shape`."""
     types: tuple[str, ...]
-    """Of each block."""
+    """Layer type of each block."""
     errors: tuple[float, ...]
-    """Of each block."""
+    """Error of each block, from the scores; 0 for softmax."""
     costs: tuple[int, ...]
-    """What each block changes of `base`."""
+    """Change of the cost of a step by each block, in `unit`; negative if the block becomes cheaper."""
     base: int
-    """A step with softmax in every block."""
+    """Cost of a step with softmax in every block, in `unit`."""
     attention: float
-    """Share of it that attention has, in FLOPs."""
+    """Share of attention in the FLOPs of such a step, 0 to 1."""
     budget: float
-    """Share of `base` that was allowed."""
+    """The allowed cost of a step, as a share of `base`."""
 
     @property
     def share(self) -> float:
-        """Share of `base` that a step is expected to cost."""
+        """Expected cost of a step as a share of `base`."""
         return (self.base + sum(self.costs)) / self.base
 
     @property
     def ceiling(self) -> float:
-        """How much faster a step could be if the converted attention cost nothing: 1 / (1 - attention x converted)."""
+        """Upper bound of the speed-up: 1 / (1 - attention x converted), as if the converted attention cost nothing."""
         converted = sum(kind != "softmax" for kind in self.types) / len(self.types)
         return 1 / (1 - self.attention * converted)
 
@@ -80,36 +80,38 @@ class Plan(Record):
         shape: tuple[int, int, int] | None = None,
         device: str | None = None,
     ) -> LiTConfig:
-        """Return settings for `convert`.
+        """Return a `LiTConfig` for `convert` with the layer types of this plan.
 
         Args:
-            transformer: that the plan is for.
-            config: everything but the layers; None is the defaults.
-            shape: num_frames, height and width that it is to run at, to hold the plan to.
-            device: that it is to run on, as `families.latency` names it, to hold the plan to.
+            transformer: the transformer to convert.
+            config: all other settings; None for the defaults.
+            shape: num_frames, height and width for which the model will run. If given, the plan must be for this
+                shape.
+            device: the device on which the model will run, as `families.latency` names it. If given, a plan from
+                measured costs must be for this device.
 
         Raises:
-            UserError: the plan is of another model, shape or device.
+            UserError: the plan is for another model, shape or device.
         """
         if model_number(transformer) != self.model:
             raise UserError(
-                f"this plan is of a {self.transformer} with another configuration than this"
-                f" {type(transformer).__name__}: make a new one"
+                f"this plan is for a {self.transformer} whose configuration differs from that of this"
+                f" {type(transformer).__name__}: make a new plan"
             )
         if shape is not None and tuple(shape) != self.shape:
             raise UserError(
-                f"this plan is for {self.shape} (frames, height, width), not {tuple(shape)}: make a new one"
+                f"this plan is for {self.shape} (frames, height, width), not {tuple(shape)}: make a new plan"
             )
         if device is not None and self.device and device != self.device:
-            raise UserError(f"this plan was measured on {self.device}, not on {device}: make a new one")
+            raise UserError(f"this plan was measured on {self.device}, not on {device}: make a new plan")
         return dataclasses.replace(config or LiTConfig(), layers=self.types, first_block=self.types[0] != "softmax")
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read what `save` wrote.
+        """Read a plan from a file that `save` wrote.
 
         Raises:
-            UserError: it is something else.
+            UserError: the file is not a plan, or it is damaged.
         """
         content = read_record(cls, path, "plan")
         try:
@@ -122,32 +124,33 @@ class Plan(Record):
 
 
 def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool = False) -> Plan:
-    """Choose the types with the least sum of errors of all that keep to the budget, exactly.
+    """Choose the layer types with the least sum of errors among all choices within the budget. The result is exact.
 
     Args:
-        scores: errors of the types.
-        costs: of the same model; types that are in both are tried, and softmax.
-        budget: the most that a step may cost, as a share of a step with softmax in every block.
+        scores: errors of the layer types.
+        costs: costs of the layer types of the same model. Candidates are softmax and the types in both tables.
+        budget: largest allowed cost of a step, as a share of a step with softmax in every block, above 0, up to 1.
         first_block: whether block 0 may be converted.
 
     Raises:
-        UserError: scores and costs of different models, no common type, a score that is not finite, or a budget that
-            no choice keeps to.
+        UserError: scores and costs belong to different models or have no common type, a score is not finite, or no
+            choice is within the budget.
     """
     kinds = [kind for kind in scores.errors if kind in costs.changes]
     blocks = {len(row) for row in (*scores.errors.values(), *costs.changes.values())}
     if scores.transformer != costs.transformer or len(blocks) != 1 or not kinds:
         raise UserError(
             f"scores of a {scores.transformer} ({', '.join(scores.errors)}) and costs of a {costs.transformer}"
-            f" ({', '.join(costs.changes)}) do not belong together: make both of one model and of the same types"
+            f" ({', '.join(costs.changes)}) do not belong together: compute both for one model and the same layer"
+            " types"
         )
     for kind in kinds:
         for block, error in enumerate(scores.errors[kind]):
             if math.isfinite(error) or not (block or first_block):
                 continue
             raise UserError(
-                f"the score of {kind} in block {block} is {error}, which cannot be compared:"
-                " leave the type out, or score in a dtype in which it does not overflow"
+                f"the score of {kind} in block {block} is {error}, but scores must be finite: leave this layer type"
+                " out, or score in a dtype that does not overflow"
             )
     choices = [[("softmax", 0.0, 0)] for _ in range(blocks.pop())]
     for block, choice in enumerate(choices):
@@ -173,41 +176,45 @@ def plan(scores: Scores, costs: CostTable, budget: float, *, first_block: bool =
 
 
 def check_budget(costs: CostTable, budget: float, kinds: Sequence[str], *, first_block: bool = False) -> None:
-    """Refuse a budget that no choice keeps to, which costs alone tell: before blocks are scored.
+    """Refuse a budget that no choice of layer types can meet. Only costs are needed, so this can run before scoring.
 
     Args:
-        costs: as of `plan`.
-        budget: as of `plan`.
-        kinds: types that may be chosen, besides softmax.
-        first_block: as of `plan`.
+        costs: costs of the layer types.
+        budget: see `plan`.
+        kinds: candidate layer types besides softmax.
+        first_block: whether block 0 may be converted.
 
     Raises:
-        UserError: it is such a budget.
+        UserError: no choice is within the budget.
     """
     check_number("budget", budget, 1e-6, 1)
     of_blocks = list(zip(*(costs.changes[kind] for kind in kinds), strict=True))
     least = sum(min(0, *changes) for changes in (of_blocks if first_block else of_blocks[1:]))
     if costs.base + least > _most(costs, budget):
-        # Rounded up, so that it can be given as it stands.
+        # Rounded up, so that the printed number is a valid budget.
         share = math.ceil(10_000 * Fraction(costs.base + least, costs.base)) / 10_000
         raise UserError(
-            f"budget={budget:g} cannot be kept with {', '.join(kinds)}: the smallest possible is {share:.4f} at"
-            f" {' x '.join(map(str, costs.shape))}: allow more, or give other types or a longer or larger clip"
+            f"budget={budget:g} cannot be met with {', '.join(kinds)}: the smallest possible budget is {share:.4f} at"
+            f" {' x '.join(map(str, costs.shape))}. Use a larger budget, other layer types, or a longer or larger clip"
         )
 
 
 def _most(costs: CostTable, budget: float) -> int:
-    """What a step may cost, by the digits of the budget: 100 * 0.57 is less than 57."""
+    """Return the largest allowed cost of a step.
+
+    The budget is read by its decimal digits, because the float product 100 * 0.57 is less than 57.
+    """
     return math.floor(costs.base * Fraction(str(budget)))
 
 
 def knapsack(choices: list[list[tuple[float, int]]], allowed: int) -> list[int]:
-    """Return which choice to take of each list of (error, cost): least error with costs up to `allowed`, exactly.
+    """Return the index to take from each list of (error, cost): the least total error with a total cost up to
+    `allowed`.
 
-    Kept are, block by block, the partial sums that no other one beats in both error and cost; costs are whole numbers,
-    so they are at most as many as there are costs.
+    The search is exact. Block by block it keeps the partial sums that no other partial sum beats in both error and
+    cost. Costs are whole numbers, so there are at most as many partial sums as different costs.
     """
-    # What the blocks to come can save at most decides which partial sums can still keep to the budget.
+    # The most that the remaining blocks can save decides which partial sums can still end within the budget.
     later = [0]
     for choice in reversed(choices):
         later.append(later[-1] + min(cost for _, cost in choice))

@@ -1,4 +1,4 @@
-"""Scores, costs and plans as JSON files."""
+"""JSON files of scores, costs and plans."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from postgen.reading import read_json
 
 
 class Record:
-    """A frozen dataclass that is kept in a file."""
+    """Base class of frozen dataclasses that are saved to JSON files."""
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the record to a JSON file; an existing file is replaced."""
         values: Any = self
         with replacing(path) as part:
             part.write_text(json.dumps(dataclasses.asdict(values), indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(kind: Any, path: Path, what: str) -> dict[str, Any]:
-    """Return the fields of a record as JSON has them: lists and numbers are still to be made what they were.
+    """Read the fields of a record as plain JSON values; the caller converts them to the types of the dataclass.
 
     Args:
         kind: the dataclass.
-        path: of the file.
-        what: it holds, for the error.
+        path: the file.
+        what: the name of the content for error messages, such as "plan".
 
     Raises:
-        UserError: it is something else.
+        UserError: the file cannot be read, or its fields are not those of the dataclass.
     """
     content = read_json(path, f"{path} cannot be read")
     known = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(content, dict) or content.keys() != known:
-        raise UserError(f"{path} holds no {what}: write them with {kind.__name__}.save")
+        raise UserError(f"{path} holds no {what}: give a file that {kind.__name__}.save wrote")
     return content

@@ -1,4 +1,4 @@
-"""What a conversion did, block by block."""
+"""The report of a conversion, block by block."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One attention module."""
+    """One self-attention module."""
 
     block: int
-    """In running order."""
+    """Index of its block, in running order."""
     module: str
-    """Its name."""
+    """Name of the module in the transformer."""
     kind: str
     """Layer type."""
     new: int
-    """Parameters that it has beside the base's."""
+    """Number of parameters of the new layer, without those of the base model."""
     inherited: tuple[str, ...]
-    """Weights of the base that it goes on with."""
+    """Weights of the base model that the module keeps."""
     fresh: tuple[str, ...] = ()
-    """Weights of the base that begin anew."""
+    """Weights of the base model that are initialised anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """A conversion; `print` it."""
+    """The report of one conversion. `print` shows a table."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     types: tuple[str, ...]
     """Layer type of each block."""
     rows: tuple[Row, ...]
     """Every self-attention module, in running order."""
     base_parameters: int
-    """Of the whole transformer."""
+    """Number of parameters of the whole transformer before the conversion."""
 
     @property
     def new_parameters(self) -> int:
-        """Parameters that were added."""
+        """Number of parameters that the conversion added."""
         return sum(row.new for row in self.rows)
 
     def __str__(self) -> str:

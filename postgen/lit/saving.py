@@ -1,4 +1,4 @@
-"""Save a converted transformer, and load it without the one that it was made of."""
+"""Save a converted transformer, and load it without the stock transformer."""
 
 from __future__ import annotations
 
@@ -31,33 +31,38 @@ _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _WRAPPED = ".base_layer."
-"""In the names of weights that an adapter of peft is around."""
+"""Part of the name of a weight inside a PEFT layer."""
 
 
 def save(transformer: nn.Module, folder: str | Path) -> None:
-    """Write a converted transformer: what its `save_pretrained` writes, safetensors and config.json with the spec.
+    """Write a converted transformer to a folder: safetensors, and config.json with the settings of the conversion.
 
-    A pipeline's `save_pretrained` writes the same into its folder of the transformer. diffusers refuses to load it by
-    itself ("Unknown quantization type, got postgen.lit.load(folder)"), as it would leave the new layers out. Files of
-    an earlier saving are replaced when the new ones are complete; others in the folder stay.
+    The files are those of `save_pretrained`; `save_pretrained` of a pipeline writes the same files into its
+    transformer folder. Plain diffusers refuses to load them ("Unknown quantization type, got
+    postgen.lit.load(folder)"), because it would ignore the new layers. Files of an earlier `save` are replaced once
+    the new files are complete. Other files in the folder stay.
 
     Args:
-        transformer: converted.
-        folder: where to.
+        transformer: the converted transformer.
+        folder: the folder to write.
 
     Raises:
-        UserError: it is not converted, a LoRA is attached, or the folder cannot be written, or is a whole pipeline's.
+        UserError: the transformer is not converted, a LoRA is attached, the folder cannot be written, or the folder
+            contains a whole pipeline.
     """
     conversion_of(transformer)
     place = Path(folder)
     check_place(place, folder=True)
     if (place / "model_index.json").exists():
-        raise UserError(f"{place} is a whole pipeline: give the folder of its transformer, {place / 'transformer'}")
+        raise UserError(
+            f"{place} contains a whole pipeline, and this would write a transformer over it: use the folder of its"
+            f" transformer, {place / 'transformer'}"
+        )
     model: Any = next(iter(transformers_of(transformer).values()))
     if any(_WRAPPED in f".{name}" for name in model.state_dict()):
         raise UserError(
-            "a LoRA is attached, whose names of weights `load` could not read: save it by itself (save_lora_adapter)"
-            " and take it off (unload_lora), or merge it before that (fuse_lora)"
+            "a LoRA is attached, and a saved converted transformer cannot hold it: save the LoRA separately"
+            " (save_lora_adapter) and remove it (unload_lora); call fuse_lora before unload_lora to keep its effect"
         )
     try:
         _write(model, place)
@@ -70,7 +75,7 @@ def _write(model: Any, place: Path) -> None:
         with replacing(place) as part:
             model.save_pretrained(part)
         return
-    with TemporaryDirectory(dir=place, prefix=".") as folder:  # there, so that names change and nothing is copied
+    with TemporaryDirectory(dir=place, prefix=".") as folder:  # on the same disk, so files are renamed, not copied
         made = Path(folder)
         model.save_pretrained(made)
         names = sorted(file.name for file in made.iterdir())
@@ -78,21 +83,21 @@ def _write(model: Any, place: Path) -> None:
             for name, part in zip(names, parts, strict=True):
                 (made / name).rename(part)
     for old in (*place.glob("diffusion_pytorch_model*.safetensors"), place / _INDEX):
-        if old.name not in names:  # parts of an earlier saving, whose list would be read first
+        if old.name not in names:  # shards of an earlier save; loaders would read their index first
             old.unlink(missing_ok=True)
 
 
 def load(source: str | Path, *, subfolder: str | None = None) -> Any:
-    """Load a converted transformer, in evaluation mode on the CPU, with the dtypes that were saved.
+    """Load a converted transformer, in evaluation mode on the CPU, with the saved dtypes.
 
-    The transformer that it was converted from is not needed.
+    The stock transformer is not needed.
 
     Args:
         source: a folder, or a hub id.
-        subfolder: of it, as "transformer" in the folder of a pipeline.
+        subfolder: sub-folder of the source, such as "transformer" for the folder of a pipeline.
 
     Raises:
-        UserError: no such folder, no converted transformer in it, or weights that are not those of its layers.
+        UserError: the folder does not exist or holds no converted transformer, or its weights do not fit its config.
 
     Example:
         transformer = postgen.lit.load("out", subfolder="transformer")
@@ -109,20 +114,22 @@ def load(source: str | Path, *, subfolder: str | None = None) -> Any:
 
 
 def empty(config: Mapping[str, Any]) -> Any:
-    """Build a converted transformer whose weights are still to be given: it has no memory for them, as far as it can.
+    """Create a converted transformer with weights on the meta device, which take no memory.
 
-    Tables of angles, which are no weights, are computed. What began anew is put in the place of layers that are in
-    memory, so such a transformer has memory.
+    Buffers, such as tables of rotary angles, are computed. With `inherit="output"` the weights do take memory, because
+    the new projections replace layers that must be in memory.
 
     Args:
-        config: of a converted transformer, as its config.json has it.
+        config: the content of the config.json of a converted transformer.
 
     Raises:
-        UserError: it is none of a converted transformer.
+        UserError: the config is not that of a converted transformer.
     """
     note = read_note(config, LOADER)
     if note is None:
-        raise UserError("no transformer that postgen.lit converted: its config says nothing of it")
+        raise UserError(
+            "this is not a transformer that postgen.lit converted: its config has no entry of a conversion"
+        )
     settings = LiTConfig.from_json(note)
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
@@ -131,39 +138,39 @@ def empty(config: Mapping[str, Any]) -> Any:
     with no_memory() if settings.inherit == "all" else nullcontext():
         try:
             model = kind.from_config(dict(config))
-        except Exception as error:  # a class does with values that it does not know whatever Python does
+        except Exception as error:  # wrong values in a config can raise anything
             raise UserError(
-                f"its {_CONFIG} does not make a {name} ({type(error).__name__}: {first_line(error)}): it is damaged,"
-                " or of another diffusers"
+                f"cannot create a {name} from its {_CONFIG} ({type(error).__name__}: {first_line(error)}): the file is"
+                " damaged, or another version of diffusers wrote it"
             ) from error
         convert(model, settings)
     return model
 
 
 def _local(source: str, subfolder: str | None) -> Path:
-    """Return the folder of the transformer, fetched from the hub where that is meant."""
+    """Return the local folder of the transformer; a hub id is downloaded."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(source):
-            raise UserError(f"there is no folder {shown(source)} (a hub id has the form owner/name)")
+            raise UserError(f"there is no folder {shown(source)}, and this is no hub id (owner/name)")
         from huggingface_hub import snapshot_download
 
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "*.safetensors")]
         try:
             folder = Path(snapshot_download(source, allow_patterns=patterns))
-        except Exception as error:  # every kind of network and hub trouble means the same here
+        except Exception as error:  # any network or hub error has the same consequence here
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
+            raise UserError(f"there is no folder {source}, and the download from the hub failed: {reason}") from error
     folder = folder / subfolder if subfolder else folder
     if not (folder / _CONFIG).is_file():
         inside = [each.parent.name for each in sorted(folder.glob(f"transformer*/{_CONFIG}"))]
-        hint = f": give subfolder={inside[0]!r}" if inside else ""
+        hint = f": set subfolder={inside[0]!r}" if inside else ""
         raise UserError(f"{folder} has no {_CONFIG} of a transformer{hint}")
     return folder
 
 
 def no_memory() -> AbstractContextManager[Any]:
-    """While open, weights of modules that are made have shapes and no memory."""
+    """Return a context in which new modules have their weights on the meta device, without memory."""
     from accelerate import init_empty_weights
 
     context: AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
@@ -171,7 +178,7 @@ def no_memory() -> AbstractContextManager[Any]:
 
 
 def _fill(model: nn.Module, folder: Path) -> None:
-    """Give every weight what the files say: none may be missing or left over."""
+    """Load every weight from the files of a folder; no weight may be missing or left over."""
     files = _files(folder)
     wanted, unknown = dict(model.state_dict()), []
     for path in files:
@@ -184,13 +191,15 @@ def _fill(model: nn.Module, folder: Path) -> None:
                     unknown.append(name)
                 elif there.shape != tensor.shape:
                     raise UserError(
-                        f"{path}: {name} has the shape {tuple(tensor.shape)}, the layer takes {tuple(there.shape)}:"
-                        " it was saved with other options than its config.json says"
+                        f"{path}: {name} has the shape {tuple(tensor.shape)}, the layer needs {tuple(there.shape)}:"
+                        " the weights and the options in config.json do not belong together"
                     )
                 elif there.is_floating_point() != tensor.is_floating_point():
-                    raise UserError(f"{path}: {name} is {tensor.dtype}, the layer takes {there.dtype}: it is damaged")
+                    raise UserError(
+                        f"{path}: {name} is {tensor.dtype}, but the layer needs {there.dtype}: the file is damaged"
+                    )
                 else:
-                    # In memory of its own: in a file it begins anywhere, by which products on the CPU round.
+                    # Cloned: tensors in the mapped file have arbitrary alignment, which changes rounding on the CPU.
                     state[name] = tensor.clone()
             if not unknown:
                 model.load_state_dict(state, strict=False, assign=True)
@@ -199,13 +208,14 @@ def _fill(model: nn.Module, folder: Path) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             if any(_WRAPPED in name for name in names):
-                more += " (a LoRA was attached when it was saved: take it off or merge it before)"
+                more += " (a LoRA was attached when the model was saved: save again with the LoRA removed or merged)"
             elif layers and layers <= {*wanted}:
                 more += (
-                    " (a stock model, which from_config made of a converted one's config: convert it, or take the mark"
-                    " off with postgen.lit.revert, and save it again)"
+                    " (these are weights of a stock model that from_config created from the config of a converted one:"
+                    " call postgen.lit.convert on that model, or postgen.lit.revert to clean its config, and save it"
+                    " again)"
                 )
-            raise UserError(f"{folder} is not what its {_CONFIG} says: {problem} weights {names[0]}{more}")
+            raise UserError(f"the weights in {folder} do not fit its {_CONFIG}: {problem} weights {names[0]}{more}")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -214,8 +224,8 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted({str(name) for name in index["weight_map"].values()})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / _INDEX} is no index of weights: it has no weight_map") from error
+            raise UserError(f"{folder / _INDEX} is not an index of weights: it has no valid weight_map") from error
         if any(Path(name).name != name for name in names):
-            raise UserError(f"{folder / _INDEX} names files outside of its folder: {json.dumps(names)[:80]}")
+            raise UserError(f"{folder / _INDEX} names files outside its folder: {json.dumps(names)[:80]}")
         return [folder / name for name in names]
     return [folder / _WEIGHTS]

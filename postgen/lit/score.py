@@ -1,4 +1,4 @@
-"""How much a block's attention changes by each layer type: what a plan is made from."""
+"""Measure how much each layer type changes the attention of each block. A plan is made from these scores."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from postgen.lit.record import Record, read_record
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores(Record):
-    """Errors of layer types, block by block; `print` it."""
+    """Errors of layer types, block by block. `print` shows a table."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     errors: Mapping[str, tuple[float, ...]]
-    """Layer type -> of each block, |y - y'| over |y - mean of y over the tokens|, both summed, averaged over calls; y
-    is what softmax attention returns, y' what the layer does."""
+    """Layer type -> error of each block: sum |y - y'| / sum |y - mean of y over the tokens|, averaged over calls. y is
+    the output of softmax attention, y' the output of the layer."""
     calls: int
-    """Calls of the transformer that were averaged."""
+    """Number of calls of the transformer in the average."""
 
     def __str__(self) -> str:
         lines = [f"{self.transformer}, {self.calls} calls", "block" + "".join(f"{kind:>15}" for kind in self.errors)]
@@ -44,10 +44,10 @@ class Scores(Record):
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote.
+        """Read scores from a file that `save` wrote.
 
         Raises:
-            UserError: it is something else.
+            UserError: the file does not hold scores, or it is damaged.
         """
         content = read_record(cls, path, "scores")
         try:
@@ -65,20 +65,25 @@ def score(
     config: LiTConfig | None = None,
     students: Mapping[str, nn.Module] | None = None,
 ) -> Scores:
-    """Measure how far each block's attention is from softmax with each layer type, on the model's own trajectories.
+    """Measure how far each layer type is from softmax attention in each block, on the model's own sampling
+    trajectories.
 
-    In every call of a block's attention each candidate gets the same input as softmax; the model goes on with softmax.
-    New layers tell little: give transformers whose layers were trained block by block.
+    In every call of a block's attention, each candidate layer receives the same input as softmax. The model itself
+    continues with the softmax output. Untrained layers say little about trained ones, so pass `students`, transformers
+    whose layers were trained block by block.
 
     Args:
-        transformer: the stock one, or one with other plug-ins on.
-        run: calls it, at best at every noise level with several prompts: `lambda: pipe(prompts)`.
-        kinds: layer types to try; None is `usual_kinds`.
-        config: their options.
-        students: layer type -> a converted transformer in which every block but the first (or with it) has that type.
+        transformer: the stock transformer; other plug-ins may be attached.
+        run: a function that samples with the transformer, if possible at every noise level with several prompts, such
+            as `lambda: pipe(prompts)`.
+        kinds: layer types to try; None for `usual_kinds`.
+        config: options of the layer types; None for the defaults.
+        students: layer type -> a converted transformer in which every block, or every block but the first, has this
+            type.
 
     Raises:
-        UserError: an unknown type, a class that cannot be converted, it is converted already, or `run` calls it never.
+        UserError: a layer type is unknown, the class cannot be converted, the transformer is converted already, or
+            `run` does not call the transformer.
     """
     model, config = stock_transformer(transformer, "score"), config or LiTConfig()
     kinds = usual_kinds(model) if kinds is None else kinds
@@ -91,7 +96,10 @@ def score(
     with probe:
         run()
     if not probe.calls:
-        raise UserError("the run did not call the transformer: give a function that samples with it")
+        raise UserError(
+            "run() did not call the transformer, so there is nothing to score: pass a function that samples with this"
+            " transformer"
+        )
     blocks = {name: block for block, names in enumerate(modules) for name in names}
     errors = {kind: [0.0] * len(modules) for kind in kinds}
     for (name, kind), found in probe.errors.items():
@@ -104,24 +112,24 @@ def score(
 
 
 def usual_kinds(model: nn.Module) -> tuple[str, ...]:
-    """Return the layer types that blocks are chosen from where none are named.
+    """Return the default candidate layer types of a model.
 
-    window_delta for video: `lit` costs less and its new layers score alike, so that plans would prefer it, but a video
-    model with it fails without long training. A picture has no frames: lit.
+    Video models: `window_delta`. `lit` costs less and its untrained layers have similar scores, so a plan would prefer
+    `lit`, but a video model with `lit` in many blocks fails without long training. Image models have no frames: `lit`.
     """
     return ("lit",) if layout_of(model).video is None else ("window_delta",)
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
-    """Refuse what is no layer type.
+    """Check a list of layer types.
 
     Raises:
-        UserError: one is none, or there are none.
+        UserError: an unknown layer type, an empty list, or a single text instead of a list.
     """
     for kind in kinds:
         if kind not in LINEAR_TYPES:
             hint = did_you_mean(str(kind), LINEAR_TYPES)
-            raise UserError(f"there is no layer type {shown(kind)}. Known: {', '.join(LINEAR_TYPES)}.{hint}")
+            raise UserError(f"unknown layer type {shown(kind)}. Known: {', '.join(LINEAR_TYPES)}.{hint}")
     if not kinds or isinstance(kinds, str):
         raise UserError(f"kinds must be a list of layer types, got {shown(kinds)}")
 
@@ -137,14 +145,17 @@ def _candidates(
         return new_layers(model, config, chosen)
     trained = layers_of(students[kind])
     if wrong := {layer.kind for layer in trained.values()} - {kind}:
-        raise UserError(f"the transformer given for {kind} has layers {', '.join(sorted(wrong))}")
-    # Blocks that stayed softmax in the student (the first one) are scored by a new layer.
+        raise UserError(
+            f"students[{kind!r}] has layers of the types {', '.join(sorted(wrong))}: pass a transformer converted to"
+            f" {kind} only"
+        )
+    # A block that stayed softmax in the student, such as block 0, is scored with an untrained layer.
     missing = tuple(each for each in chosen if each.module not in trained)
     return {**new_layers(model, config, missing), **trained}
 
 
 class _Probe:
-    """Wrapped around the attention of a model while it runs."""
+    """Records the errors of candidate layers while a model runs: a context manager that wraps its attention."""
 
     name = "lit_score"
 
@@ -175,7 +186,8 @@ class _Probe:
         self._grid = tokens_of(model).grid_rule(model.config, arguments)
         if self._grid is None:
             raise UserError(
-                f"this call of {type(model).__name__} does not tell frames, rows and columns of its tokens"
+                f"the arguments of this call of {type(model).__name__} do not determine the frames, rows and columns"
+                " of its tokens"
             )
         self.calls += 1
 
@@ -191,7 +203,10 @@ class _Probe:
         return out
 
     def _rows(self, out: Any) -> Tensor:
-        """The video's rows of what an attention returns, (B, N, C); it may return the text's too, behind or among."""
+        """Return the outputs of the video tokens, (B, N, C), from the return value of an attention module.
+
+        Some modules return the text tokens in the same tensor, before or after the video, others as a second tensor.
+        """
         rows: Tensor = out[0] if isinstance(out, tuple) else out
         tokens = self._grid.tokens
         return (rows[:, -tokens:] if self._text_first else rows[:, :tokens]).double()

@@ -1,4 +1,4 @@
-"""A converted copy of a trained transformer beside it, which shares every weight that it does not train."""
+"""The student: a converted copy of the trained transformer that shares every untrained weight with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from postgen.lit.convert import conversion_of, convert, layers_of
 from postgen.lit.saving import load
 
 TRAINED = ("new", "attention", "all")
-"""What may be trained: the new layers; all of the converted attention modules too; everything."""
+"""Values of the setting `train`: the new layers; the converted attention modules with the new layers; all weights."""
 
 
 def make_student(
@@ -31,20 +31,21 @@ def make_student(
     trained: str,
     shared: bool = True,
 ) -> nn.Module:
-    """Return a converted copy of a teacher, in evaluation mode, in which only what is trained requires a gradient.
+    """Return a converted copy of the teacher, in evaluation mode, in which only trained parameters require gradients.
 
-    What is trained is float32 and the student's own. What is not is the teacher's own memory, but for values that
-    `tensors` says otherwise.
+    Trained parameters are float32 copies. The other parameters share the memory of the teacher, except those for which
+    `tensors` has other values.
 
     Args:
-        teacher: the stock transformer; it is left as it is, and frozen.
+        teacher: the stock transformer; its parameters are frozen, nothing else changes.
         config: the conversion.
-        tensors: trained before, of the layers or of everything (`read_student`), by their names in the student.
+        tensors: values from an earlier training, of the new layers or of all weights (`read_student`), by their names
+            in the student.
         trained: one of `TRAINED`.
-        shared: False copies what could be shared: weights that are cut over processes must not be in two networks.
+        shared: False copies the untrained parameters too. Sharded parameters (FSDP) must not be in two networks.
 
     Raises:
-        UserError: as `convert`, or tensors of other layers.
+        UserError: see `convert`; or `tensors` belong to other layers.
     """
     teacher.requires_grad_(False)
     student = _twin(teacher, shared=shared)
@@ -58,10 +59,10 @@ def make_student(
 
 
 def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dict[str, Tensor]]:
-    """Return the conversion and the weights of a folder that `postgen.lit.save` wrote.
+    """Return the settings of the conversion and the weights from a folder that `postgen.lit.save` wrote.
 
     Raises:
-        UserError: as `load`, or it was converted from a model with other layers or settings than the teacher.
+        UserError: see `load`; or the folder was converted from a model with other layers or settings than the teacher.
     """
     made = load(folder)
     tensors = dict(made.state_dict())
@@ -69,36 +70,47 @@ def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dic
     fresh = {name.replace(".fresh.", ".") for name in tensors if ".fresh." in name}
     theirs = {name: value.shape for name, value in teacher.state_dict().items() if name not in fresh}
     if type(made) is not type(teacher) or kept != theirs:
-        raise UserError(f"{folder} was converted from another model than the teacher, a {type(teacher).__name__}")
-    # Weights of the same shapes do not tell: heads are parts of one matrix, and positions may be no weights.
+        raise UserError(
+            f"{folder} was converted from another model than the teacher, a {type(teacher).__name__}: set model to the"
+            " model from which it was converted"
+        )
+    # Equal shapes are not enough: the number of heads does not change a shape, and positions may be no weights.
     own, other = _settings(made), _settings(teacher)
     if changed := [name for name in other if own.get(name) != other[name]]:
         told = ", ".join(f"{name} {own.get(name)} and not {other[name]}" for name in changed)
-        raise UserError(f"{folder} was converted from a model with other settings than the teacher: {told}")
+        raise UserError(
+            f"{folder} was converted from a model with other settings than the teacher: {told}. Set model to the model"
+            " from which it was converted"
+        )
     return conversion_of(made).config, tensors
 
 
 def _settings(model: Any) -> dict[str, str]:
-    """Return what makes a network, as JSON has it: files have no tuples, and our note is none of its settings."""
+    """Return the config of a network as JSON texts, which have no tuples, without the entry of the conversion."""
     config = without_note(model.config)
     return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
 
 @torch.no_grad()
 def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a converted transformer weights, in memory of its own where they are not the values that it has.
+    """Load weights into a converted transformer. Weights whose values differ get new memory.
+
+    The model may share its weights with another model; the other model does not change.
 
     Args:
-        model: which may share its weights with another one, which is left alone.
-        tensors: by their names in it.
+        model: the converted transformer.
+        tensors: new values, by their names in the model.
 
     Raises:
-        UserError: it has no such weights.
+        UserError: the model has no weight of this name and shape.
     """
     there = dict(model.state_dict(keep_vars=True))
     for name, value in tensors.items():
         if name not in there or there[name].shape != value.shape:
-            raise UserError(f"{name} {tuple(value.shape)} is no weight of this conversion: take the settings it had")
+            raise UserError(
+                f"{name} with the shape {tuple(value.shape)} is not a weight of this conversion: convert with the"
+                " settings with which the weights were trained"
+            )
     for name, value in tensors.items():
         before = there[name]
         value = value.to(before.device, before.dtype)
@@ -108,9 +120,10 @@ def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def shell_of(teacher: nn.Module, config: LiTConfig) -> nn.Module:
-    """Return a converted copy of a teacher whose weights have shapes and no values, to write a student with.
+    """Return a converted copy of the teacher without values, to export a student.
 
-    They take no memory, but on the CPU where projections begin anew: these take the place of layers that have some.
+    Its weights are on the meta device and take no memory. With `inherit="output"` they are on the CPU, because the new
+    projections replace layers that must be in memory.
     """
     device = "meta" if config.inherit == "all" else "cpu"
     memo: dict[int, Any] = {
@@ -123,7 +136,12 @@ def shell_of(teacher: nn.Module, config: LiTConfig) -> nn.Module:
 
 
 def named_parameters(student: nn.Module, trained: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of a student that are trained, by name; `is_new` tells which the teacher does not have."""
+    """Return the trained parameters of a student, by name.
+
+    Args:
+        student: the converted transformer.
+        trained: one of `TRAINED`.
+    """
     everything = dict(student.named_parameters())
     if trained == "all":
         return everything
@@ -136,12 +154,12 @@ def named_parameters(student: nn.Module, trained: str) -> dict[str, nn.Parameter
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter of a converted transformer is one that the stock one does not have."""
+    """Whether a parameter of a converted transformer is new, so that the stock transformer does not have it."""
     return f".{CHILD}." in f".{name}" or ".fresh." in name
 
 
 def bytes_of(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
-    """Return the bytes of the weights that the two share, and of those that the student alone has."""
+    """Return the bytes of weights that student and teacher share, and the bytes of weights of the student alone."""
     theirs = {id(tensor) for tensor in teacher.parameters()}
     sizes: dict[bool, int] = {True: 0, False: 0}
     for tensor in chain(student.parameters(), student.buffers()):
@@ -150,11 +168,11 @@ def bytes_of(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
 
 
 def export_state(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the state of a converted transformer without adapters, LoRA added to the weights that it adapts.
+    """Return the state dict of a converted transformer with LoRA merged into the weights that it adapts.
 
     Args:
-        weights: all of the student's, by their names in its `state_dict`.
-        scales: of the LoRA of each adapted layer, by its name.
+        weights: all weights of the student, by their names in its state dict.
+        scales: LoRA scale of each adapted layer, by the name of the layer.
     """
     state = {}
     for name, value in weights.items():
@@ -168,7 +186,7 @@ def export_state(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> 
 
 
 def lora_scales(student: nn.Module) -> dict[str, float]:
-    """Return lora_alpha / lora_r of each layer that has an adapter, by its name."""
+    """Return the LoRA scale, lora_alpha / lora_r, of each adapted layer, by the name of the layer."""
     return {
         name: float(module.scaling["default"])
         for name, module in student.named_modules()
@@ -177,8 +195,10 @@ def lora_scales(student: nn.Module) -> dict[str, float]:
 
 
 def _twin(teacher: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy the modules of a network; its weights are the same objects where they are shared. Buffers, which are small,
-    are not: checkpoints keep those of both."""
+    """Copy a network; if `shared`, the copy has the same parameter objects.
+
+    Buffers are always copied. They are small, and checkpoints contain the buffers of both networks.
+    """
     return copy.deepcopy(teacher, {id(each): each for each in teacher.parameters()} if shared else {})
 
 

@@ -1,4 +1,4 @@
-"""The rotation of a grid's tokens as the kernel of linear attention takes it: angles per axis, found once per grid."""
+"""Rotary embeddings in the form of the linear attention kernel: one table of angles per axis of the token grid."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ if TYPE_CHECKING:
     from postgen.families.attention.reading import Rope
 
 Pairs = tuple[int, int, int]
-"""How many channel pairs turn with the frame, the row and the column."""
+"""Numbers of channel pairs that are rotated by the frame, the row and the column of a token."""
 
 
 class SeparableRope:
-    """Tells whether every channel pair turns with one axis of the grid alone, in the order frames, rows, columns.
+    """Converts a rotary embedding to tables per axis, if its angles depend on one axis for each channel pair.
 
-    Which pair turns with which axis is a matter of the architecture and the grid: it is found in the first call and
-    kept. The angles are taken from each call. Compiled code that meets a new grid goes without the kernel.
+    The kernel needs pairs in the order frames, rows, columns. The assignment of pairs to axes depends on the
+    architecture and the grid: the first call determines it, later calls reuse it. The angles come from each call.
+    Compiled code that meets a new grid does not use the kernel.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[int, ...], Pairs | None] = {}
 
     def table(self, rope: Rope | None, grid: Grid, heads: int = 1) -> tuple[Tensor, Pairs] | None:
-        """Return (T + h + w, D / 2, 2) and the pairs of each axis, as the kernel takes them; None: it cannot.
+        """Return the tables for the kernel, or None if the kernel cannot use this rotary embedding.
 
         Args:
-            rope: of the tokens; None rotates nothing.
-            grid: of them.
-            heads: heads that are merged: their channels are no contiguous pairs of one axis.
+            rope: the rotary embedding of the tokens; None for none.
+            grid: the grid of the tokens.
+            heads: number of heads that are merged into one. Merged heads have no contiguous pairs per axis, so only 1
+                is supported.
+
+        Returns:
+            Cosines and sines of the frames, rows and columns, (T + h + w, D / 2, 2), and the pairs of each axis.
         """
         if rope is None or heads != 1 or rope.cos.shape[0] != 1 or rope.cos.shape[2] != 1:
             return None
@@ -50,13 +55,13 @@ class SeparableRope:
 
 
 def _axes(table: Tensor, grid: Grid) -> list[Tensor]:
-    """Rows of a table at the tokens along each axis that begin at the first token."""
+    """Return the rows of a table for the tokens on each axis of the grid through the first token."""
     rows, places = table[0, :, 0], grid.height * grid.width
     return [rows[::places], rows[: places : grid.width], rows[: grid.width]]
 
 
 def _pairs(rope: Rope, grid: Grid) -> Pairs | None:
-    """How many pairs turn with each axis; None where one turns with several, or they are in another order."""
+    """Return the number of pairs of each axis, or None if a pair depends on several axes or the order differs."""
     axes = torch.zeros(3, rope.cos.shape[-1], dtype=torch.bool)
     for place in range(3):
         shape = [1, 1, 1]

@@ -1,4 +1,4 @@
-"""What a layer sees of one call of self-attention: the video's tokens in their grid, and the text beside them."""
+"""The input of a layer in one call of self-attention: the video tokens in their grid, and the text tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 
 class Tokens:
-    """Queries, keys and values of one call, (B, N, H, D) for the N tokens of the video but where "all" is said.
+    """Queries, keys and values of one call of self-attention.
+
+    Tensors are (B, N, H, D) for the N video tokens. Only methods that mention "all tokens" include the text tokens.
 
     Args:
-        reading: as the architecture's file in `families.attention` gives it.
-        grid: of the video's tokens.
-        hidden: (B, N, C), what the video's queries, keys and values were projected from.
+        reading: the result of the architecture's reader in `families.attention`.
+        grid: the grid of the video tokens.
+        hidden: the hidden states from which the video's queries, keys and values are projected, (B, N, C).
 
     Raises:
-        UserError: another number of tokens than the grid has, or a mask that says more than how long the texts are.
+        UserError: the number of video tokens differs from the grid, or the mask does more than hide padding of texts.
     """
 
     def __init__(self, reading: Reading, grid: Grid, hidden: Tensor) -> None:
@@ -40,39 +42,41 @@ class Tokens:
         self._lengths = [stream.query.shape[1] for stream in reading.streams]
         if sum(self._lengths) - self.text != grid.tokens:
             raise UserError(
-                f"{sum(self._lengths) - self.text} tokens of the video are no grid of {grid.frames} x {grid.height} x"
-                f" {grid.width}: a converted model takes no references, history or split among ranks"
+                f"this call has {sum(self._lengths) - self.text} video tokens, but the grid {grid.frames} x"
+                f" {grid.height} x {grid.width} has {grid.tokens}: converted models support no references, history or"
+                " context parallelism"
             )
         if reading.mask is not None and (reading.key_lengths is None or (self.text and reading.text_first)):
             raise UserError(
-                "a mask between tokens of the video: a converted model takes none but that of padded texts"
+                "this call has an attention mask between video tokens: converted models support only masks of padded"
+                " texts"
             )
         self.key_lengths = reading.key_lengths
-        """(B,): how many of all keys count, text included, which is last then; None: all."""
+        """Number of valid keys per sample, text included, (B,), where padded text keys come last; None for all."""
 
     @property
     def text_lengths(self) -> Tensor | None:
-        """(B,): how many of the text's keys count; None: all."""
+        """Number of valid text keys per sample, (B,); None for all."""
         return None if self.key_lengths is None else self.key_lengths - self.grid.tokens
 
     @property
     def text_rows(self) -> slice:
-        """The text's tokens among all."""
+        """Positions of the text tokens among all tokens."""
         return slice(self.text) if self._text_first else slice(self.grid.tokens, None)
 
     @property
     def video_rows(self) -> slice:
-        """The video's tokens among all."""
+        """Positions of the video tokens among all tokens."""
         return self._video
 
     @property
     def value(self) -> Tensor:
-        """Values."""
+        """Values of the video tokens."""
         return self._of_video(lambda stream: stream.value)
 
     @property
     def rope(self) -> Rope | None:
-        """The rotation of the video's tokens, with tables (1 or B, N, 1 or H, D / 2); None: they are not rotated."""
+        """Rotary embedding of the video tokens, with tables (1 or B, N, 1 or H, D / 2); None if there is none."""
         first = self._video.start or 0
         for stream, length in zip(self._streams, self._lengths, strict=True):
             if first < length:
@@ -81,22 +85,23 @@ class Tokens:
         raise AssertionError("the video is in one of the streams")
 
     def raw(self) -> tuple[Tensor, Tensor]:
-        """Return queries and keys as they were projected, without norm and rotation."""
+        """Return projected queries and keys, before norm and rotary embedding."""
         return self._of_video(lambda stream: stream.query), self._of_video(lambda stream: stream.key)
 
     def normed(self) -> tuple[Tensor, Tensor]:
-        """Return queries and keys after their norms, without rotation."""
+        """Return queries and keys after their norms, before rotary embedding."""
         query, key = (list(part) for part in zip(*self._all_normed(), strict=True))
         return self._cut(query), self._cut(key)
 
     def centered(self) -> tuple[Tensor, Tensor]:
-        """Return `normed`, the keys less their mean over the tokens."""
+        """Return `normed`, with the mean over the tokens subtracted from the keys."""
         stream = self._streams[0]
         alone = len(self._streams) == 1 and not self.text
         if alone and for_triton(stream.query, stream.key) and not torch.is_grad_enabled():
             query, key, left = stream.for_one_kernel()
             if left and left["norm"] != "none":
-                # The difference in the kernel of the norms: another call of a norm is cheaper than a pass of its own.
+                # The fused norm kernel subtracts the mean. One more call of the norm, to compute the mean, is cheaper
+                # than a separate pass over the keys for the subtraction.
                 dtype = torch.promote_types(stream.key.dtype, torch.float32)
                 shift = stream.norms.called_on_keys(stream.key).mean(dim=1, dtype=dtype)
                 rope = {"cos": None, "sin": None, "first_token": 0}
@@ -106,9 +111,9 @@ class Tokens:
         return query, centered(key)
 
     def rotated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys of all tokens as softmax attention reads them, and the values."""
+        """Return queries, keys and values of all tokens for softmax attention: normalised and rotated."""
         if self._rotated is None:
-            # On a GPU one kernel norms and rotates; elsewhere both are as in diffusers.
+            # On a GPU one fused kernel normalises and rotates. Elsewhere the operations of diffusers run.
             if all(for_triton(stream.query, stream.key) for stream in self._streams):
                 turned = [_normed_and_rotated(stream) for stream in self._streams]
             else:
@@ -120,23 +125,23 @@ class Tokens:
         return self._rotated
 
     def softmax_parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `rotated` of the video alone."""
+        """Return `rotated` for the video tokens only."""
         query, key, value = (each[:, self._video] for each in self.rotated())
         return query, key, value
 
     def text_keys(self) -> tuple[Tensor, Tensor] | None:
-        """Return keys and values (B, L, H, D) of the text; None: there is none among the tokens."""
+        """Return keys and values of the L text tokens, (B, L, H, D); None without text tokens."""
         if not self.text:
             return None
         _, key, value = self.rotated()
         return key[:, self.text_rows], value[:, self.text_rows]
 
     def with_text(self, video: Tensor, text: Tensor) -> Tensor:
-        """Return what attention gave for the video and for the text in the order of all tokens."""
+        """Concatenate attention outputs of the video and of the text, in the order of all tokens."""
         return torch.cat([text, video] if self._text_first else [video, text], dim=1)
 
     def _all_normed(self) -> list[tuple[Tensor, Tensor]]:
-        """Queries and keys of every stream after their norms."""
+        """Return queries and keys of every stream after their norms."""
         if self._normed is None:
             self._normed = [stream.norms.called(stream.query, stream.key) for stream in self._streams]
         return self._normed
@@ -146,7 +151,7 @@ class Tokens:
 
     def _cut(self, parts: list[Tensor]) -> Tensor:
         first = self._video.start or 0
-        for part in parts:  # the video is within one of the streams
+        for part in parts:  # one stream contains the whole video
             if first < part.shape[1]:
                 whole = part.shape[1] == self.grid.tokens
                 return part if whole else part[:, first : first + self.grid.tokens]
@@ -166,7 +171,7 @@ def _turned(rope: Rope | None, x: Tensor) -> Tensor:
 
 
 def _rows(rope: Rope | None, first: int, tokens: int) -> Rope | None:
-    """Return the rotation of some rows; all of them are rotated in the architectures that there are."""
+    """Return the rotary embedding of the tokens from `first` on. Known architectures rotate all video tokens."""
     if rope is None:
         return None
     start = first - rope.first_token

@@ -1,4 +1,4 @@
-"""Settings of method `lit`."""
+"""Settings of the training method `lit`."""
 
 from __future__ import annotations
 
@@ -16,89 +16,91 @@ from postgen.training.policy import ModelConfig
 from postgen.training.prompts import PromptsConfig
 
 VARIANCE_WEIGHT = 0.05
-"""Of a model that predicts a variance, as published."""
+"""Default of `variance_weight` for models that predict a variance, as published."""
 
 
 @dataclass(kw_only=True)
 class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfig, RecordsConfig):
     """Settings of `LitTrainer`.
 
-    `num_frames` to `negative_prompt` say how the teacher draws the latents, `batch_size` how many prompts it draws
-    together, `held_out_prompts` how many of those of the transfer only measure errors. `learning_rate` is that of
-    what the teacher has too, weights and their adapters.
+    The settings from `num_frames` to `negative_prompt` determine how the teacher samples the latents, and `batch_size`
+    is the number of prompts that it samples together. `held_out_prompts` is the number of prompts of the attention
+    transfer that only measure errors. `learning_rate` applies to inherited weights, which the teacher has too, and to
+    their LoRA adapters.
 
     Raises:
-        UserError: a value outside its range, or two that do not go together.
+        UserError: a value is outside its range, or two settings exclude each other.
     """
 
     files: ClassVar[tuple[str, ...]] = ("latents",)
 
     conversion: dict[str, Any] = field(default_factory=dict)
-    """Settings of `postgen.lit.LiTConfig`, as `{layers: "1-6:window_delta", window: {radius: 1}}`. Of the paper's
-    guidelines the convolution is `lit: {conv_space: 5}`, few heads `lit: {merge_heads: 4}`, inheritance
-    `inherit: output`."""
+    """Settings of the conversion (`postgen.lit.LiTConfig`), such as `{layers: "1-6:window_delta", window: {radius:
+    1}}`. For the guidelines of LiT: `lit: {conv_space: 5}` is the convolution, `lit: {merge_heads: 4}` are few heads,
+    `inherit: output` is the inheritance."""
 
     student: str | None = None
-    """Folder of a converted transformer to go on from, as `postgen.lit.save` and this method write it; instead of
+    """Folder of a converted transformer to continue from, written by `postgen.lit.save` or by this method. It replaces
     `conversion`."""
 
     train: Literal["new", "attention", "all"] = "attention"
-    """What is trained: the new layers, the converted attention modules too, or everything."""
+    """Trained weights. new: the new layers; attention: also the converted attention modules; all: every weight."""
 
     use_peft: bool = False
-    """Train LoRA adapters on the attention of all blocks, and the new layers beside them; with `train: new` only."""
+    """Train LoRA adapters on the attention of all blocks, in addition to the new layers; needs `train: new`."""
 
     latents: str | None = None
-    """Safetensors file with finished latents of your own as `latents`, (N, ...), one for each prompt of
-    `train_dataset` in its order, as the denoiser takes them (`encode_video`); none lets the teacher draw them. Kept
-    in memory."""
+    """Safetensors file with your own final latents as the tensor `latents`, (N, ...): one row for each prompt of
+    `train_dataset`, in the same order, in the format of the denoiser (`encode_video`). They are kept in memory. none:
+    the teacher samples the latents."""
 
     learning_rate_new: float | None = None
-    """Peak rate of what the teacher does not have; none is `learning_rate`."""
+    """Peak learning rate of new weights, which the teacher does not have; none uses `learning_rate`."""
 
     task_weight: float = 1.0
-    """Weight of the model's own loss, of noised latents that the teacher has drawn."""
+    """Weight of the task loss, the model's own training loss on noised latents."""
 
     output_weight: float = 0.5
-    """Weight of the difference of predictions, lambda 1 of LiT."""
+    """Weight of the difference between the predictions of student and teacher, lambda 1 of LiT."""
 
     variance_weight: float | None = None
-    """Weight of the difference of variances, lambda 2 of LiT; none is .05 where the model predicts one and 0 where it
-    does not (models of flows)."""
+    """Weight of the difference between the predicted variances, lambda 2 of LiT. none: .05 for models that predict a
+    variance, 0 for models that do not (flow models)."""
 
     hidden_weight: float = 0.0
-    """Weight of the difference of what blocks give, relative to the teacher's."""
+    """Weight of the difference between the block outputs, relative to the teacher's."""
 
     states: Literal["noised", "trajectory"] = "noised"
-    """Latents that the networks are shown: finished ones with fresh noise, or those on the teacher's way to them, with
-    which `task_weight` must be 0."""
+    """Inputs of both networks. noised: final latents with fresh noise; trajectory: latents from the teacher's sampling
+    trajectories, which needs `task_weight: 0`."""
 
     caption_dropout: float = 0.1
-    """Share of rows whose text is empty, for the student and the teacher alike."""
+    """Share of rows with an empty prompt, the same rows for student and teacher; 0 to 1."""
 
     transfer_steps: int = 0
-    """Steps of attention transfer of each converted block before the training end to end, a tenth of them warm-up; 0
-    is none."""
+    """Steps of attention transfer for each converted block before the end-to-end training; a tenth of them is warm-up.
+    0 skips the attention transfer."""
 
     transfer_prompts: int = 64
-    """Prompts of the transfer, the first ones, `held_out_prompts` among them."""
+    """Number of prompts of the attention transfer, from the start of the dataset, including `held_out_prompts`."""
 
     transfer_learning_rate: float = 1e-3
-    """Peak rate of new layers in the transfer."""
+    """Peak learning rate of new layers in the attention transfer."""
 
     transfer_inherited: bool = False
-    """Train the base's queries, keys and values in the transfer too, at `transfer_learning_rate` / 10."""
+    """Also train the base model's projections of queries, keys and values and their norms in the attention transfer,
+    at `transfer_learning_rate` / 10."""
 
     transfer_loss: Loss = "centred_l2"
-    """Loss of the transfer, see `postgen.reconstruct.loss`."""
+    """Loss of the attention transfer, see `postgen.reconstruct.loss`."""
 
     transfer_blocks: int | None = None
-    """Blocks that are recorded and transferred at a time; none is all."""
+    """Number of blocks to record and transfer at a time; none is all blocks at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.conversion, dict):
-            raise UserError(f"conversion is {shown(self.conversion)}, it must be a mapping of settings of LiTConfig.")
+            raise UserError(f"conversion must be a mapping of LiTConfig settings, got {shown(self.conversion)}")
         LiTConfig.from_json(self.conversion)
         self.require(not (self.student and self.conversion), "conversion", "left out with student, which has its own")
         weights = ("task_weight", "output_weight", "hidden_weight")
@@ -122,16 +124,16 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
 
     @property
     def lit(self) -> LiTConfig:
-        """The conversion."""
+        """The settings of the conversion."""
         return LiTConfig.from_json(self.conversion)
 
     def records(self) -> RecordsConfig:
-        """Return what the transfer records."""
+        """Return the settings of the recording for the attention transfer."""
         names = [item.name for item in dataclasses.fields(RecordsConfig)]
         return RecordsConfig(**{name: getattr(self, name) for name in names})
 
     def transfer(self) -> ReconstructConfig:
-        """Return how blocks are transferred. What the run has done before is gone on with."""
+        """Return the training settings of the attention transfer. It always resumes earlier work of this run."""
         shared = ("bf16", "device", "seed", "disable_tqdm", "logging_steps", "save_steps", "weight_decay")
         return ReconstructConfig(
             output_dir=str(self.folder / "transfer"),

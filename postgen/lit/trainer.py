@@ -1,8 +1,8 @@
-"""Method `lit`: a converted transformer is trained against the stock one (`postgen.lit.distillation`).
+"""The training method `lit`: distil the stock transformer into a converted one (`postgen.lit.distillation`).
 
-Stages of one run: attention transfer block by block where it is wanted (`postgen.lit.attention_transfer`), latents
-that the teacher draws once for all prompts (or those that are given), training end to end. A later stage is another
-run with the export of this one as `student`.
+A run has three stages: an optional attention transfer, block by block (`postgen.lit.attention_transfer`); sampling of
+the teacher's latents for all prompts, unless the user provides latents; and end-to-end training. To continue in a
+later run, pass the export of this run as `student`.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ _MODEL = "distillation"
 
 
 class LitTrainer(Trainer[LitTrainingConfig]):
-    """Distillation of a converted transformer.
+    """Trainer of a converted transformer, with the stock transformer as teacher.
 
     Args:
         args: the configuration.
-        model: pipeline, folder or hub id of the teacher; None is `args.model`, and the embedded model without it.
-        train_dataset: prompts, instead of `args.train_dataset`.
-        eval_dataset: held-out prompts, instead of `args.eval_dataset`.
+        model: pipeline, folder or hub id of the teacher; None for `args.model`, or the embedded model if that is not
+            set.
+        train_dataset: prompts, in place of `args.train_dataset`.
+        eval_dataset: held-out prompts, in place of `args.eval_dataset`.
         callbacks: `transformers.TrainerCallback`s.
 
     Raises:
-        UserError: no prompts, a model that cannot be converted, settings that do not go together.
+        UserError: no prompts, a model that cannot be converted, or settings that exclude each other.
     """
 
     config_class: ClassVar[type[TrainingConfig]] = LitTrainingConfig
@@ -83,11 +84,11 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self.source = args.model if model is None else model
         given = args.train_dataset if train_dataset is None else train_dataset
         if given is None:
-            raise UserError("there are no prompts: give train_dataset")
+            raise UserError("there are no prompts to train on: give train_dataset")
         self.rows = Prompts(given, "train_dataset", seed=args.seed, shuffle=False).rows
         given = args.eval_dataset if eval_dataset is None else eval_dataset
         if given is None and (args.eval_steps or args.eval_on_start or args.evaluate_only):
-            raise UserError("eval_steps and the like need held-out prompts: give eval_dataset")
+            raise UserError("eval_steps, eval_on_start and evaluate_only need held-out prompts: give eval_dataset")
         self.eval_rows = [] if given is None else Prompts(given, "eval_dataset", seed=args.seed, shuffle=False).rows
         self.share = Share(
             rank=self.accelerator.process_index,
@@ -99,13 +100,13 @@ class LitTrainer(Trainer[LitTrainingConfig]):
 
     @classmethod
     def from_config(cls, args: LitTrainingConfig) -> Self:
-        """Return the trainer of a recipe."""
+        """Create the trainer from the configuration of a recipe."""
         return cls(args)
 
     # Set-up.
 
     def build(self) -> Mapping[str, nn.Module]:
-        """Load the teacher, do the transfer, draw the latents, and put the student beside the teacher."""
+        """Load the teacher, run the attention transfer, create the student, and sample the teacher's latents."""
         args = self.args
         self.pipe, _ = load_model(self.source, args, self.device)
         self.denoiser: Denoiser = frozen(self.pipe, args)
@@ -113,8 +114,8 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         kinds = {parameter.dtype for parameter in teacher.parameters()} & {torch.float16, torch.bfloat16}
         if kinds and not args.bf16:
             raise UserError(
-                f"the teacher's weights are {', '.join(map(str, kinds))}, and trained ones are float32: set bf16: true"
-                " or dtype: float32"
+                f"the teacher's weights are {', '.join(map(str, kinds))}, but trained weights are float32: set"
+                " bf16: true to train under autocast, or dtype: float32"
             )
         shape = self.denoiser.latent_shape(**args.size)
         given = Given(args.latents, len(self.rows), shape) if args.latents else None
@@ -125,7 +126,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         layers = layers_of(student).values()
         if args.train == "new" and layers and all(layer.covers(grid) for layer in layers):
             raise UserError(
-                f"all new layers are softmax on {grid.frames} frames of tokens, so they have nothing to learn: take"
+                f"all new layers equal softmax on {grid.frames} latent frames, so they have nothing to learn: use"
                 " smaller windows or longer clips"
             )
         self._adapt(student, config)
@@ -135,16 +136,17 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         self._draw(teacher, given)
         if self.accelerator.is_main_process:
             both, alone = (size / 1e9 for size in bytes_of(student, teacher))
-            say(f"student and teacher share weights of {both:.3g} GB, the student has {alone:.3g} GB of its own")
+            say(f"student and teacher share {both:.3g} GB of weights, the student has {alone:.3g} GB of its own")
         (name,) = self.denoiser.transformers
         return {_MODEL: Distillation(student, teacher, self.denoiser, name, terms)}
 
     def _terms(self, teacher: nn.Module) -> Terms:
+        """Return the weights of the loss terms for this teacher."""
         args = self.args
         if args.variance_weight and not predicts_variance(teacher):
             raise UserError(
-                f"variance_weight is {args.variance_weight:g}, and {type(teacher).__name__} predicts no variance:"
-                " leave it out"
+                f"variance_weight is {args.variance_weight:g}, but {type(teacher).__name__} predicts no variance:"
+                " leave variance_weight out"
             )
         default = VARIANCE_WEIGHT if predicts_variance(teacher) else 0.0
         return Terms(
@@ -155,7 +157,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         )
 
     def _transferred(self) -> tuple[LiTConfig, dict[str, Tensor]]:
-        """Return the conversion, and what the transfer has trained of it."""
+        """Run the attention transfer if it is enabled; return the conversion and the trained tensors."""
         args = self.args
         if not args.transfer_steps:
             return args.lit, {}
@@ -172,24 +174,27 @@ class LitTrainer(Trainer[LitTrainingConfig]):
             share=self.share,
         )
         if report.signal:
-            signal.raise_signal(report.signal)  # it was only noted; what is done is gone on with by the next run
+            signal.raise_signal(report.signal)  # `reconstruct` catches the signal; raise it now, the next run resumes
         names = (*report.blocks, *report.unfinished)
         _wait(lambda: not read_report(report.folder, names).unfinished)
         return args.lit, trained_tensors(read_report(report.folder, names))
 
     def _adapt(self, student: nn.Module, config: LiTConfig) -> None:
-        """Put adapters into the student; the new layers are trained beside them."""
+        """Add LoRA adapters to the student; the new layers are trained too."""
         if not self.args.use_peft:
             return
         if config.inherit == "output":
-            raise UserError("use_peft adapts weights of the base, which begin anew with inherit: output")
+            raise UserError(
+                "use_peft adapts the base model's projections, but inherit: output initialises them anew: use inherit:"
+                " all, or leave use_peft out"
+            )
         (name,) = self.denoiser.transformers
         add_adapters(self.pipe, with_network(self.denoiser, name, student), self.args)
         for parameter in named_parameters(student, "new").values():
             parameter.requires_grad_(True)
 
     def _draw(self, teacher: nn.Module, given: Given | None) -> None:
-        """Draw the latents of all prompts, or read them, and encode the prompts."""
+        """Sample the latents of all prompts, or use the given ones, and encode the prompts."""
         args, size = self.args, self.args.size
         schedule = schedule_of(self.denoiser, args.num_inference_steps, self.denoiser.latent_shape(**size))
         self.schedule = schedule
@@ -233,7 +238,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return new and inherited weights, each with its rate."""
+        """Return parameter groups of inherited and of new weights, each with its learning rate."""
         args, trained = self.args, self.trained()
         new = [value for name, value in trained.items() if is_new(name)]
         rest = [value for name, value in trained.items() if not is_new(name)]
@@ -243,10 +248,10 @@ class LitTrainer(Trainer[LitTrainingConfig]):
     # Steps.
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Noise the latents of some prompts, drop some captions, and compare what the two networks say.
+        """Noise the latents of some prompts, drop some captions, and compare the predictions of both networks.
 
-        What is drawn follows from the position of a row in the whole run: two processes draw what one does with twice
-        the accumulation.
+        All random values depend on the position of a row in the whole run, so two processes use the same values as one
+        process with twice the gradient accumulation.
         """
         args, batch = self.args, self.args.per_device_train_batch_size
         first = (self._micro * self.share.processes + self.share.rank) * batch
@@ -264,10 +269,10 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         return loss, {f"{name}_loss": value for name, value in terms.items()}
 
     def evaluate(self) -> dict[str, float]:
-        """Return the means of the loss and its terms over the held-out prompts, each at one noise level."""
+        """Return the means of the loss and its terms over the held-out prompts, each prompt at one noise level."""
         count, batch = len(self.eval_rows), self.args.per_device_train_batch_size
         shape, found = self.denoiser.latent_shape(**self.args.size), []
-        # As many calls in each process, which cut weights need.
+        # Every process makes the same number of forward passes, which sharded weights need.
         each = -(-count // self.share.processes)
         own = [(self.share.rank * each + place) % count for place in range(each)] if count else []
         for low in range(0, each, batch):
@@ -282,7 +287,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
     def _states(
         self, kind: str, prompts: Sequence[int], steps: Tensor, noise: Tensor, told: Condition
     ) -> tuple[Tensor, Tensor, Condition, Tensor | None]:
-        """Return what the networks are shown, and what the task wants of them."""
+        """Return the arguments of `Distillation.forward`: latents, noise levels, condition and target of the task."""
         levels = self.schedule.levels(steps, steps + 1)
         sigma = levels.s.to(torch.float32)
         if self.args.states == "trajectory":
@@ -300,17 +305,17 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many micro-batches were taken."""
+        """Return the state for checkpoints: the number of micro-batches so far."""
         return {"micro": self._micro}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state from a checkpoint."""
         self._micro = int(state["micro"])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the student as `postgen.lit.load` reads it, adapters in their weights, and a note of its model.
+        """Write the student in the format of `postgen.lit.load`, with LoRA merged, and a note of the base pipeline.
 
-        Where only converted attention modules were trained, what that added stands beside it in one small file.
+        If only converted attention modules were trained, also write the small adapter file of the student.
         """
         student = self.unwrap(_MODEL).student
         assert isinstance(student, nn.Module)
@@ -320,16 +325,16 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         state = export_state(own, lora_scales(student))
         shell.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, assign=True)
         save(shell, folder / FOLDER)
-        if not self.sharded:  # else parts of the teacher are elsewhere
+        if not self.sharded:  # with sharding, other processes hold parts of the teacher
             try:
                 save_adapter(shell, folder / ADAPTER, base=self.unwrap(_MODEL).teacher)  # type: ignore[arg-type]
             except UserError as error:
-                say(f"there is no adapter beside the whole transformer: {error}")
+                say(f"the export has no adapter file, only the whole transformer: {error}")
         write_note(folder, self.pipe, [FOLDER])
 
 
 def chance(seed: int, place: int) -> float:
-    """Return a number in [0, 1) that decides on the caption of a row of the run."""
+    """Return the random number in [0, 1) that decides whether the caption of a row is dropped."""
     return seed_of(seed, "forward", place, 1) % 2**20 / 2**20
 
 
@@ -338,6 +343,6 @@ def _without_text(row: Row) -> Row:
 
 
 def _wait(done: Callable[[], bool]) -> None:
-    """Wait for files of other processes: barriers of a launcher give up after minutes."""
+    """Poll until the files of other processes exist. A barrier of the launcher would time out after some minutes."""
     while not done():
         time.sleep(0.5)

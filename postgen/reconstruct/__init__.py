@@ -1,7 +1,8 @@
-"""Block-wise reconstruction: a student for each block of a trained transformer that gives what the block gave.
+"""Block-wise reconstruction: train a replacement (student) for each block of a trained transformer (teacher) to
+reproduce the output of the block.
 
-Of no method: `collect` records a teacher, a `ReconstructTask` says what takes the place of a block, `reconstruct`
-trains it. Linear attention, quantisation and weight sparsity are such replacements.
+`collect` records calls of the teacher, a `ReconstructTask` describes the student of one block, and `reconstruct`
+trains the students. The engine serves linear attention, quantisation and weight sparsity.
 """
 
 from .collect import collect

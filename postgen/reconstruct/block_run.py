@@ -1,4 +1,4 @@
-"""Training of the student of one block, from a task to its finished folder, over any number of interruptions."""
+"""Train the student of one block, from its task to its finished folder, with checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from .report import STUDENT, BlockResult, block_folder, finished, read_meta, wri
 from .task import Call, ReconstructTask
 
 _STUDENT = "student"
-"""Name of the one model, as checkpoints have it."""
+"""Name of the student in checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What the blocks of a run share."""
+    """The parts of a run that all its blocks share."""
 
     records: Records
     config: ReconstructConfig
@@ -56,15 +56,20 @@ class Bench:
     """Whether this process shows a progress bar."""
 
     def meta(self, task: ReconstructTask) -> dict[str, Any]:
-        """Return what a resume must find again, but for the student's weights."""
-        settings = json.loads(json.dumps(dict(task.settings)))  # as files keep them
+        """Return the values that a resumed run must repeat, except the digest of the student's weights."""
+        settings = json.loads(json.dumps(dict(task.settings)))  # same types as after reading a file
         return {"config": self.config.to_dict(), "records": self.records.identity, "task": settings}
 
     def check(self, place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """Compare what a block was trained with before with what it is given now.
+        """Compare the values of an earlier run of a block with those of this run.
+
+        Args:
+            place: the checkpoint or finished folder of the earlier run, for the error message.
+            before: values of the earlier run.
+            now: values of this run.
 
         Raises:
-            UserError: one line that says what differs.
+            UserError: the values differ; the message names the differences.
         """
         changed = changed_settings(before["config"], self.config)
         told = [f"{name}: {said}" for name, said in changed.items() if name not in self.config.named_in("may_change")]
@@ -72,18 +77,18 @@ class Bench:
                  if name in before and name in now and before[name] != now[name]]  # fmt: skip
         if told:
             raise UserError(
-                f"{place} was made with other settings, records or weights: {', '.join(told)}. Go on with those, or"
-                " name another output_dir"
+                f"{place} is from a run with other settings, records or weights: {', '.join(told)}. Resume with the"
+                " earlier ones, or set another output_dir"
             )
 
 
 class BlockRun:
-    """One block in work.
+    """The training run of one block.
 
     Args:
-        task: the block.
-        bench: what it shares with others.
-        name: what the progress bar is called.
+        task: the task of the block.
+        bench: the parts that all blocks share.
+        name: title of the progress bar.
     """
 
     def __init__(self, task: ReconstructTask, bench: Bench, name: str) -> None:
@@ -95,10 +100,13 @@ class BlockRun:
         self._held_out = bench.records.calls(task.modules, held_out=True)
 
     def train(self, stop: Signals) -> bool:
-        """Train up to `max_steps` and leave the finished folder; False where a signal came before, after a checkpoint.
+        """Train up to `max_steps` and write the finished folder.
+
+        Returns:
+            True if the block is finished; False if a signal stopped the training, after writing a checkpoint.
 
         Raises:
-            UserError: nothing to train, a checkpoint of other settings, or targets that are not finite.
+            UserError: no parameter to train, a checkpoint of other settings, or recorded outputs that are not finite.
             FloatingPointError: the loss is not finite.
         """
         self._build()
@@ -127,14 +135,16 @@ class BlockRun:
     # Set-up.
 
     def _build(self) -> None:
-        # By its name: neither the blocks beside it nor the process that it falls to change it.
+        # The seed depends on the task's name, so it is independent of the other blocks and of the process.
         seed = rng.stream_seed(self.config.seed, zlib.crc32(self.task.name.encode()))
         set_seed(seed % 2**32)
         self.student = _in_single(self.task.build()).to(self.bench.device)
         models = {_STUDENT: self.student}
         self._named = {name: each for name, each in self.student.named_parameters() if each.requires_grad}
         if not self._named:
-            raise UserError(f"{self.task.name}: nothing to train, no parameter of its student requires a gradient")
+            raise UserError(
+                f"{self.task.name}: no parameter of the student requires a gradient, so there is nothing to train"
+            )
         self.generator = torch.Generator(self.bench.device).manual_seed(seed)
         optimizer = adamw(self._groups(), self.config, self.bench.device)
         scheduler = get_scheduler(
@@ -155,9 +165,10 @@ class BlockRun:
         return groups + decay_groups(new, lr=self.config.learning_rate_new or rate, rate="learning_rate_new")
 
     def _inherited_digest(self) -> str:
-        """Identify names and shapes of the student, and the values that it has from its teacher.
+        """Return a digest of the names and shapes of the student's tensors, and of its inherited values.
 
-        What is new may be computed (a decomposition), which another machine rounds in another way.
+        Values of new parameters are left out: they may be computed, for example by a decomposition, and another
+        machine may round differently.
         """
         said = hashlib.sha256()
         for name, tensor in self.student.state_dict().items():
@@ -168,13 +179,13 @@ class BlockRun:
         return said.hexdigest()[:16]
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint that is sound; a damaged one is put aside."""
+        """Resume from the newest intact checkpoint. Damaged checkpoints are renamed and skipped."""
         for folder in checkpoint.named(self.folder)[::-1]:
             try:
                 snapshot = checkpoint.read(folder)
             except DamagedCheckpoint as found:
                 if folder == checkpoint.named(self.folder)[0]:
-                    raise UserError(f"{found}; remove {self.folder} to train the block anew") from found
+                    raise UserError(f"{found}; remove {self.folder} to train the block from the start") from found
                 put_aside({folder: str(found)})
                 continue
             self.bench.check(folder, snapshot.meta, self.meta)
@@ -184,7 +195,7 @@ class BlockRun:
             self._before, self._earlier = snapshot.meta["before"], float(snapshot.meta["seconds"])
             rng.restore({name.removeprefix("rng."): value for name, value in own.items()}, self.generator)
             self.step = snapshot.step
-            say(f"{self.task.name} goes on from step {self.step}")
+            say(f"{self.task.name}: resuming from step {self.step}")
             return
 
     # Steps.
@@ -197,8 +208,8 @@ class BlockRun:
             loss = distance(self.config.loss, outputs, targets)
             if not loss.requires_grad:
                 raise UserError(
-                    f"{self.task.name}: what its student gives depends on no parameter that is trained: none of it"
-                    " requires a gradient, or for inputs of this size the new ones are not used"
+                    f"{self.task.name}: the output of the student does not depend on any trained parameter: either no"
+                    " used parameter requires a gradient, or inputs of this size do not use the new parameters"
                 )
             (loss / count).backward()
             self._averages.add({"loss": loss})
@@ -216,7 +227,7 @@ class BlockRun:
             self._log()
 
     def _outputs(self, recorded: Sequence[RecordedCall]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return what the student gives and what the teacher gave."""
+        """Return the outputs of the student and the recorded outputs of the teacher."""
         device, half = self.bench.device, self.config.bf16
         calls = [Call(each, device, widen=not half) for each in recorded]
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -225,21 +236,21 @@ class BlockRun:
 
     @torch.no_grad()
     def _errors(self) -> dict[str, float]:
-        """Return the mean errors on held-out records, in eval mode; random states are as before afterwards."""
+        """Return the mean errors on held-out records, in evaluation mode. Random states do not change."""
         sums: dict[Literal["l1", "l2"], float] = {"l1": 0.0, "l2": 0.0}
         with evaluating([self.student]), rng.preserved(self.generator):
             for recorded in self._held_out:
                 outputs, targets = self._outputs(recorded)
-                distance(self.config.loss, outputs, targets)  # looks at shapes
+                distance(self.config.loss, outputs, targets)  # checks that the shapes match
                 for kind in sums:
                     sums[kind] += float(error(kind, outputs, targets))
         return {str(kind): total / len(self._held_out) for kind, total in sums.items()}
 
     def _check_targets(self) -> None:
-        """Refuse records in which what the teacher gave is not finite: no rate of learning helps against them.
+        """Refuse records with teacher outputs that are not finite, because no learning rate can help with them.
 
         Raises:
-            UserError: how many there are.
+            UserError: there are such records; the message has their number.
         """
         records = [*self._training, *self._held_out]
         calls = ([Call(each, self.bench.device, widen=True) for each in recorded] for recorded in records)
@@ -247,16 +258,16 @@ class BlockRun:
         if bad:
             raise UserError(
                 f"{bad} of {len(records)} records of {self.task.name} hold outputs of the teacher that are not finite:"
-                " it overflows in its dtype, or its weights are damaged. Load it in bfloat16 or float32, and collect"
-                " into an empty folder"
+                " the teacher overflows in its dtype, or its weights are damaged. Load it in bfloat16 or float32, and"
+                " collect into an empty folder"
             )
 
     def _check_finite(self) -> None:
         if not all(torch.isfinite(torch.tensor(total)) for total in self._averages.state()["sums"].values()):
             self._check_targets()
             raise FloatingPointError(
-                f"the loss or gradient of {self.task.name} was not finite, up to step {self.step}; lower learning_rate"
-                " or max_grad_norm, or take loss mse where the teacher gives the same for all tokens"
+                f"the loss or gradient of {self.task.name} is not finite, up to step {self.step}: lower learning_rate"
+                " or max_grad_norm, or set loss to mse if the teacher's output is the same for all tokens"
             )
 
     def _log(self) -> None:
@@ -277,7 +288,7 @@ class BlockRun:
     def _seconds(self) -> float:
         return self._earlier + time.monotonic() - self._began
 
-    # What is left behind.
+    # Checkpoints and results.
 
     def _save(self) -> None:
         self._check_finite()
@@ -314,17 +325,17 @@ class BlockRun:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a finished block, also those that a kill has left."""
+    """Remove the checkpoints of a finished block, including incomplete ones of a killed run."""
     for path in checkpoint.named(folder):
         shutil.rmtree(path)
     checkpoint.sweep(folder)
 
 
 def is_finished(task: ReconstructTask, bench: Bench) -> bool:
-    """Whether a block was finished before, with these settings and records.
+    """Whether an earlier run finished this block with the same settings and records.
 
     Raises:
-        UserError: it was finished with others.
+        UserError: an earlier run finished it with other settings or records.
     """
     place = finished(bench.config.folder, task.name)
     if not place.is_dir():
@@ -334,7 +345,7 @@ def is_finished(task: ReconstructTask, bench: Bench) -> bool:
 
 
 def _in_single(student: nn.Module) -> nn.Module:
-    """Make what is in half precision float32; whole numbers of a quantised layer stay what they are."""
+    """Convert half-precision tensors of the student to float32; integers of quantised layers do not change."""
     for tensor in chain(student.parameters(), student.buffers()):
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor.data = tensor.data.float()

@@ -1,8 +1,8 @@
-"""Record what goes in and out of a teacher's modules on its own trajectories.
+"""Record the inputs and outputs of a teacher's modules on its own sampling trajectories.
 
-Every prompt is drawn as sampling draws it, from its own noise and over all steps; of the states on the way some are
-shown to the teacher once more, and that forward is recorded. Rows of a record stand at different noise levels, and
-over all prompts every level comes equally often.
+Each prompt is sampled from its own initial noise over all steps. `collect` then selects some latents of the
+trajectory, runs the teacher on them once more, and records this forward pass. The rows of a record are at different
+noise levels, and over all prompts each noise level occurs equally often.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .share import Share
 from .teacher import Teacher
 
 LOCK = ".collect-{rank}.lock"
-"""Name of the file in a folder of records that the process of a rank locks while it records."""
+"""Lock file in a folder of records, held by the process of this rank while it records."""
 
 
 def collect(
@@ -45,26 +45,28 @@ def collect(
     share: Share | None = None,
     progress: bool = True,
 ) -> Records:
-    """Record calls of modules of a teacher; what that will take is said, and refused where it is too much.
+    """Record calls of a teacher's modules. The size is measured and printed first, and refused if it is too large.
 
-    A folder in which some of the same records are is completed. Several processes share the work into one folder, and
-    each waits until all of it is there.
+    If the folder already has some of these records, the missing ones are added. Several processes divide the work into
+    one folder, and each process returns when all records exist.
 
     Args:
-        denoiser: of the teacher's pipeline.
-        modules: blocks, as `blocks_of` gives them or by name, and modules inside them by name.
-            `ReconstructTask.modules` says what a task needs.
-        prompts: texts, or rows with `prompt` and perhaps `negative_prompt` and `image`. The last ones are held out.
-        config: what is recorded of them.
-        where: "cpu" keeps everything in memory; a folder gets safetensors files.
-        transformer: which network of the pipeline, where there are two; steps in which it does not run are left out.
-        share: part of this process; None is what its launcher says. In memory each process records everything.
-        progress: whether the first process shows a bar.
+        denoiser: the denoiser of the teacher's pipeline.
+        modules: blocks (from `blocks_of`, or their names) and names of modules inside blocks.
+            `ReconstructTask.modules` are the modules that a task needs.
+        prompts: texts, or rows with `prompt` and optionally `negative_prompt` and `image`. The last ones are held out.
+        config: settings of the recording.
+        where: "cpu" to keep the records in memory, or a folder for safetensors files.
+        transformer: name of the transformer to record, for pipelines with two. Steps in which it does not run are left
+            out.
+        share: the part of this process; None for the division of the launcher. With "cpu" each process records
+            everything.
+        progress: whether the first process shows a progress bar.
 
     Raises:
-        UserError: too few prompts, an unknown module or network, more than `max_gb` or than the disk has room for, a
-            folder with other records, another process that records the same part into it, or a teacher whose latents
-            are not finite.
+        UserError: too few prompts, an unknown module or transformer, records larger than `max_gb` or the free disk
+            space, a folder with other records, another process that records the same part into the folder, or a
+            teacher whose latents are not finite.
     """
     share = share or Share.launched()
     named = [modules] if isinstance(modules, str) else list(modules)
@@ -83,7 +85,7 @@ def collect(
             if not (folder / PLAN).is_file():
                 _write_plan(folder, plan)
             with RunLock(folder, LOCK.format(rank=share.rank), "where"):
-                _check_folder(folder, plan)  # another run may have come between
+                _check_folder(folder, plan)  # another run may have written to the folder before the lock
                 there = set(plan["records"]) - _missing(folder, plan)
                 _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
     _wait(folder, plan)
@@ -98,7 +100,7 @@ def _record(
     folder: Path | None,
     progress: bool,
 ) -> None:
-    """Make the records of this process that are not done, and put those in memory into `done`."""
+    """Record the missing records of this process and add them to `done`, which holds the records by name."""
     bar = Progress(step=0, max_steps=len(teacher.chunks), shown=progress and share.rank == 0, name="record")
     for chunk in share.of(teacher.chunks):
         steps = teacher.steps(plan, chunk)
@@ -119,7 +121,7 @@ def _record(
 
 
 def _announce(teacher: Teacher, plan: Mapping[str, Any], folder: Path | None, there: set[str]) -> None:
-    """Say what the records take, and refuse what is too much."""
+    """Print the size of the records, and refuse it if it is too large."""
     per_row = teacher.bytes(plan) / len(teacher.chunks[0].prompts)
     sizes = {name: said["rows"] * per_row for name, said in plan["records"].items()}
     total, left = sum(sizes.values()), sum(size for name, size in sizes.items() if name not in there)
@@ -127,12 +129,15 @@ def _announce(teacher: Teacher, plan: Mapping[str, Any], folder: Path | None, th
     told = f"{len(sizes)} records of {len(teacher.modules)} modules take {total / 1e9:.3g} GB"
     if total > limit:
         raise UserError(
-            f"{told}, max_gb is {teacher.config.max_gb:g}: raise it, or record fewer prompts, levels_per_prompt or"
+            f"{told}, but max_gb is {teacher.config.max_gb:g}: raise it, or record fewer prompts, levels_per_prompt or"
             " modules at a time"
         )
     if folder is not None and left > (free := shutil.disk_usage(_existing(folder)).free):
-        raise UserError(f"{told}, {left / 1e9:.3g} GB of them are missing, and {folder} has room for {free / 1e9:.3g}")
-    say(f"{told} {f'in {folder}' if folder else 'of memory'}" + (f", {len(there)} are there" if there else ""))
+        raise UserError(
+            f"{told}, of which {left / 1e9:.3g} GB are still to be written, but the disk of {folder} has only"
+            f" {free / 1e9:.3g} GB free: make room, or choose another folder"
+        )
+    say(f"{told} {f'in {folder}' if folder else 'of memory'}" + (f", {len(there)} exist already" if there else ""))
 
 
 def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
@@ -140,7 +145,7 @@ def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         with replacing(folder / PLAN) as part:
             part.write_text(json.dumps(plan, indent=1), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder / PLAN} cannot be written ({error}): make room or name another place") from error
+        raise UserError(f"{folder / PLAN} cannot be written ({error}): make room or choose another folder") from error
 
 
 def _missing(folder: Path, plan: Mapping[str, Any]) -> set[str]:
@@ -148,7 +153,7 @@ def _missing(folder: Path, plan: Mapping[str, Any]) -> set[str]:
 
 
 def _wait(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Wait for the records of other processes."""
+    """Wait until the records of other processes exist."""
     if missing := _missing(folder, plan):
         say(f"waiting for {len(missing)} records of other processes in {folder}")
     while _missing(folder, plan):
@@ -160,12 +165,13 @@ def _existing(folder: Path) -> Path:
 
 
 def _check_folder(folder: Path, plan: Mapping[str, Any]) -> None:
-    """See that a folder is empty, or holds records of the same plan."""
+    """Check that a folder is empty or holds records of the same plan."""
     check_place(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     before = read_plan(folder)
     if different := [name for name in plan if before.get(name) != plan[name]]:
         raise UserError(
-            f"{folder} holds records of other {', '.join(different)}: name another folder, or collect as before"
+            f"{folder} holds records with other values of {', '.join(different)}: choose another folder, or collect"
+            " with the same settings as before"
         )

@@ -1,4 +1,4 @@
-"""Settings of the two halves: what is recorded of a teacher, and how students are trained on it."""
+"""Settings of block-wise reconstruction: the recording of the teacher, and the training of the students."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from .loss import Loss
 
 @dataclass(kw_only=True)
 class RecordsConfig(Part):
-    """Which calls of the teacher are recorded.
+    """Settings of `collect`: which calls of the teacher are recorded.
 
     Raises:
         UserError: a value has the wrong type or lies outside its range.
     """
 
     num_frames: int
-    """Frames of the teacher's clips, 1 for image models."""
+    """Frames of the teacher's clips; 1 for image models."""
 
     height: int
-    """Pixels."""
+    """Height in pixels."""
 
     width: int
-    """Pixels."""
+    """Width in pixels."""
 
     num_inference_steps: int = 16
-    """Steps of a trajectory: the noise levels that there are."""
+    """Steps of a trajectory. Each step has one noise level."""
 
     levels_per_prompt: int | None = None
-    """Noise levels that are recorded of each trajectory, spread over it; none records all. All levels of the schedule
-    come equally often, give or take one."""
+    """Number of noise levels to record from each trajectory; none records all. Over all prompts each level occurs
+    equally often, give or take one."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance of the trajectories; up to 1 is off. Above 1 the calls with the negative prompt are
-    recorded as well."""
+    """Guidance scale of the trajectories; values up to 1 switch guidance off. Above 1 the calls with the negative
+    prompt are recorded as well."""
 
     negative_prompt: str = ""
-    """Text of the unconditional pass for rows without one of their own."""
+    """Negative prompt of rows that have none of their own."""
 
     batch_size: int = 1
-    """Prompts that go through the teacher together. A record has a row of each, of different noise levels, and it is a
-    micro-batch of training."""
+    """Prompts that go through the teacher together. A record has one row for each, at different noise levels, and
+    serves as one micro-batch of training."""
 
     held_out_prompts: int = 1
-    """The last prompts, whose records only measure errors. At least 1, and fewer than all."""
+    """Number of prompts at the end of the list whose records only measure errors. At least 1, and fewer than all."""
 
     seed: int = 0
-    """Of the initial noise, and of the order in which noise levels are given to prompts."""
+    """Seed of the initial noise, and of the assignment of noise levels to prompts."""
 
     max_gb: float = 50.0
-    """Gigabytes (10^9 bytes) that the records may take; more is refused before anything is recorded."""
+    """Largest allowed size of the records in gigabytes (10^9 bytes). Larger sizes are refused before recording."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,16 +72,16 @@ class RecordsConfig(Part):
 
     @property
     def size(self) -> dict[str, int]:
-        """`num_frames`, `height` and `width`."""
+        """The values of `num_frames`, `height` and `width`."""
         return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
 
 
 @dataclass(kw_only=True)
 class ReconstructConfig(UpdatesConfig):
-    """How the student of every block is trained.
+    """Settings of `reconstruct`: how the student of every block is trained.
 
-    `max_steps` is for each block. A micro-batch is a record, so `gradient_accumulation_steps` records make a step.
-    `learning_rate` is that of inherited parameters.
+    `max_steps` counts the optimiser steps of each block. One micro-batch is one record, so a step takes
+    `gradient_accumulation_steps` records. `learning_rate` applies to inherited parameters.
 
     Raises:
         UserError: a value has the wrong type or lies outside its range.
@@ -93,17 +93,17 @@ class ReconstructConfig(UpdatesConfig):
     """Folder of the run."""
 
     resume: bool = False
-    """Go on with what `output_dir` holds: finished blocks are not trained again. Without it a folder that holds an
-    earlier run of these blocks is refused. Where there is none, a run begins."""
+    """Resume the run in `output_dir`; finished blocks are not trained again. If there is no earlier run, a new one
+    starts. With False, a folder with an earlier run of these blocks is refused."""
 
     learning_rate_new: float | None = None
-    """Peak rate of parameters that the teacher does not have; none is `learning_rate`."""
+    """Peak learning rate of new parameters, which the teacher does not have; none uses `learning_rate`."""
 
     loss: Loss = "centred_l2"
-    """What is minimised, see `postgen.reconstruct.loss`."""
+    """Loss function, see `postgen.reconstruct.loss`."""
 
     save_steps: int = 500
-    """Write a checkpoint of the block in work every so many steps; 0 only when the run is interrupted."""
+    """Interval of checkpoints of the current block, in steps; 0 writes one only when the run is interrupted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: each student is trained to give what its block of the teacher gave for the same input."""
+"""Block-wise reconstruction: train each student to reproduce the output of its block for the same input."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ def reconstruct(
     *,
     share: Share | None = None,
 ) -> Report:
-    """Train the students of blocks, one after the other; several processes have blocks of their own.
+    """Train the students of blocks, one after the other. Several processes divide the blocks.
 
-    A block depends on its own records alone, so that neither the other blocks nor the number of processes change its
-    weights. Ctrl-C, SIGTERM and SIGHUP end the run after the step in work, with a checkpoint. Killed at any moment and
-    started again with `resume`, a run on the CPU ends with the weights of one that was not. Random states of the
-    program are afterwards as they were.
+    The training of a block depends only on its own records, so neither the other blocks nor the number of processes
+    change its weights. Ctrl-C, SIGTERM and SIGHUP end the run after the current step, with a checkpoint. On the CPU, a
+    run that was killed and started again with `resume` ends with the same weights as an uninterrupted run. The random
+    states of the caller do not change.
 
     Args:
-        tasks: the blocks.
-        records: of the teacher, see `postgen.reconstruct.collect`.
-        config: how they are trained.
-        share: which of the blocks this process trains; None is what its launcher says.
+        tasks: the tasks of the blocks.
+        records: the records of the teacher, see `postgen.reconstruct.collect`.
+        config: settings of the training.
+        share: the blocks of this process; None for the division of the launcher.
 
     Returns:
-        What is finished in `output_dir`, by this and all other processes. The first one writes its table to stderr.
+        The report of all finished blocks in `output_dir`, including those of other processes. The first process also
+        prints the table to stderr.
 
     Raises:
-        UserError: two tasks of one name, a module that was not recorded, an earlier run in `output_dir` without
-            `resume` or with other settings, records, or weights of the teacher, another run in the same folder.
-        FloatingPointError: the loss of a block was not finite; what was saved before is kept.
+        UserError: two tasks have the same name, a module was not recorded, `output_dir` holds an earlier run (without
+            `resume`, or with other settings, records or teacher weights), or another run uses the folder.
+        FloatingPointError: the loss of a block is not finite; earlier checkpoints are kept.
     """
     tasks, share = list(tasks), share or Share.launched()
     _check(tasks, records)
@@ -67,7 +68,7 @@ def reconstruct(
         ignore_mixed_norms()
     with ExitStack() as stack:
         if bench.device.type == "cuda":
-            stack.enter_context(torch.cuda.device(bench.device))  # kernels are launched on the current one
+            stack.enter_context(torch.cuda.device(bench.device))  # Triton launches kernels on the current device
         stack.enter_context(written(config.folder))
         stack.enter_context(rng.preserved(torch.Generator(bench.device)))
         stop = stack.enter_context(Signals())
@@ -80,7 +81,7 @@ def reconstruct(
 
 
 def _train(tasks: Sequence[ReconstructTask], bench: Bench, stop: Signals) -> bool:
-    """Train the blocks that are not finished; False where a signal came before the last was."""
+    """Train the unfinished blocks. Return False if a signal stopped the run before all blocks were finished."""
     for number, task in enumerate(tasks, 1):
         folder = block_folder(bench.config.folder, task.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +96,16 @@ def _train(tasks: Sequence[ReconstructTask], bench: Bench, stop: Signals) -> boo
 
 def _check(tasks: Sequence[ReconstructTask], records: Records) -> None:
     if not tasks:
-        raise UserError("there is nothing to reconstruct: give a task for each block")
+        raise UserError("tasks is empty, so there is nothing to reconstruct: pass a task for each block")
     names = [task.name for task in tasks]
     if doubled := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two tasks are called {', '.join(sorted(doubled))}: each needs a name of its own")
+        raise UserError(f"two tasks have the name {', '.join(sorted(doubled))}: give each task its own name")
     for name in names:
         check_name(name, f"the name of a task, {shown(name)}")
         if "/" in name or name.startswith("."):
-            raise UserError(f"the name of a task, {shown(name)}, must be that of a folder")
+            raise UserError(
+                f"the task name {shown(name)} must be a valid folder name: without / and without a dot at the start"
+            )
     for task in tasks:
         try:
             json.dumps(dict(task.settings))
@@ -112,11 +115,11 @@ def _check(tasks: Sequence[ReconstructTask], records: Records) -> None:
 
 
 def _check_folders(tasks: Sequence[ReconstructTask], config: ReconstructConfig) -> None:
-    """Refuse an earlier run where this one is not to go on with it."""
+    """Refuse a folder with an earlier run unless `resume` is set."""
     for task in tasks if not config.resume else ():
         folder = block_folder(config.folder, task.name)
         if finished(config.folder, task.name).exists() or checkpoint.named(folder):
             raise UserError(
-                f"{config.folder} holds an earlier run of {task.name}: go on with it (resume=True), or name another"
+                f"{config.folder} holds an earlier run of {task.name}: continue it with resume=True, or choose another"
                 " output_dir"
             )

@@ -1,14 +1,15 @@
-"""How far what a student gives is from what its teacher gave.
+"""Losses and errors between the outputs of a student and its teacher.
 
-With o the teacher's output, d = student - o and m the mean of o over its tokens, for each row of the batch:
+For each row of the batch, with the teacher's output o, the difference d = student - o, and the mean m of o over the
+tokens:
 
     centred_l1   sum |d| / sum |o - m|          centred_l2   sum d^2 / sum (o - m)^2
     relative_l1  sum |d| / sum |o|              relative_l2  sum d^2 / sum o^2
     mse          mean d^2
 
-Attention over many tokens gives almost the same output everywhere, so that an error that is small beside o may still
-be all that tells tokens apart: the centred ones are relative to what is left without the mean. A wrong mean counts in
-all of them. Outputs are (B, tokens ..., channels); those without tokens, (B, channels), have no mean taken off.
+Attention over many tokens has almost the same output for all of them. An error that is small relative to o can then
+still be as large as the differences between tokens. The centred losses are therefore relative to o - m. All losses
+include an error of the mean. Outputs are (B, tokens ..., channels). For outputs without tokens, (B, channels), m is 0.
 """
 
 from __future__ import annotations
@@ -25,58 +26,62 @@ Loss = Literal["centred_l1", "centred_l2", "relative_l1", "relative_l2", "mse"]
 
 
 def check_teacher(latents: Tensor, prompts: Sequence[int]) -> None:
-    """Refuse latents that a teacher drew and that hold NaN or infinity: nothing can be learnt from them.
+    """Check that the latents sampled by a teacher are finite.
 
     Args:
-        latents: (prompts, ...), floating.
-        prompts: their numbers, for the error.
+        latents: floating-point latents, (prompts, ...).
+        prompts: numbers of the prompts, for the error message.
 
     Raises:
-        UserError: some are not finite.
+        UserError: some latents are not finite.
     """
     bad = [prompt for prompt, row in zip(prompts, latents, strict=True) if not row.isfinite().all()]
     if bad:
         raise UserError(
             f"the teacher's own latents are not finite for prompt {bad[0]} (counted from 0)"
-            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: it overflows in its dtype, or its weights are"
-            " damaged. See what `postgen generate` makes of that prompt, and load it in bfloat16 or float32"
+            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: the teacher overflows in its dtype, or its"
+            " weights are damaged. Run `postgen generate` with this prompt to see the result, and load the model in"
+            " bfloat16 or float32"
         )
 
 
 def distance(kind: Loss, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return a loss, the mean over rows and over outputs (video and text of a block with two streams, say).
+    """Return a loss, averaged over rows and over outputs (such as the video and text outputs of a block).
 
     Args:
-        kind: which one.
-        outputs: of the student, (B, tokens ..., channels) each.
-        targets: of the teacher, of the same shapes.
+        kind: the loss.
+        outputs: outputs of the student, each (B, tokens ..., channels).
+        targets: outputs of the teacher, with the same shapes.
 
     Raises:
-        UserError: the two differ in number or shape, which broadcasting might hide.
+        UserError: outputs and targets differ in number or shape; broadcasting could hide this.
     """
     shapes = [[tuple(tensor.shape) for tensor in side] for side in (outputs, targets)]
     if shapes[0] != shapes[1] or not targets:
-        raise UserError(f"a student returned the shapes {shapes[0]}, its teacher {shapes[1]}: they must be the same")
+        raise UserError(
+            f"the outputs of the student have the shapes {shapes[0]}, those of the teacher {shapes[1]}: they must be"
+            " equal"
+        )
     each = [_rows(kind, *map(_exact, pair)).mean() for pair in zip(outputs, targets, strict=True)]
     return torch.stack(each).mean()
 
 
 def error(kind: Literal["l1", "l2"], outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return the relative error |d| / |o - m| in the L1 or L2 norm, the mean over rows and outputs; 0 is equal."""
+    """Return the relative error |d| / |o - m| in the L1 or L2 norm, averaged over rows and outputs; 0 means equal."""
     each = [_rows(f"centred_{kind}", *map(_exact, pair)) for pair in zip(outputs, targets, strict=True)]
     return torch.stack([(rows.sqrt() if kind == "l2" else rows).mean() for rows in each]).mean()
 
 
 def _rows(kind: str, output: Tensor, target: Tensor) -> Tensor:
-    """Return the loss of each row, (B,). L2 stays squared: a root has no gradient where student and teacher agree."""
+    """Return the loss of each row, (B,). L2 losses stay squared, because a square root has no gradient at 0."""
     difference, power = (output - target).flatten(1), 2 if kind.endswith("l2") else 1
     if kind == "mse":
         return difference.square().mean(1)
     tokens = tuple(range(1, target.dim() - 1))
     against = target - target.mean(tokens, keepdim=True) if kind.startswith("centred") and tokens else target
     far, whole = (side.abs().pow(power).sum(1) for side in (difference, against.flatten(1)))
-    # A teacher that gives the same everywhere leaves nothing to compare with: any difference is then infinite, which
-    # ends the run, and none is 0.
+    # If the teacher's output is the same for all tokens, the divisor is 0: the loss is then infinite, which ends the
+    # run, unless the student is exactly equal, which gives 0.
     return far / torch.where((far == 0) & (whole == 0), 1, whole)
 
 

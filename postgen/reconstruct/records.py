@@ -1,9 +1,9 @@
 """Recorded calls of a teacher's modules, in a folder or in memory.
 
 folder/
-  records.json     what was to be recorded: settings, noise levels, what identifies the teacher; written first
-  00000-000/       a record: one forward of the teacher on a batch of rows, as `postgen.families.recording` keeps it;
-                   whole or absent
+  records.json     the plan: settings, noise levels, digest of the teacher, names of the records; written first
+  00000-000/       a record: one forward pass of the teacher on a batch of rows, in the format of
+                   `postgen.families.recording`; it is complete or does not exist
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from postgen.reading import read_json
 PLAN = "records.json"
 FORMAT = 1
 _VALUES = 64
-"""Values of each tensor that identify a teacher: all of them would be read for minutes."""
+"""Values per tensor in the digest of a teacher. Reading all values of a large model would take minutes."""
 
 
 class Records:
-    """Calls of some modules of a teacher on its own trajectories, a part of them held out.
+    """Recorded calls of a teacher's modules on its own trajectories. Some records are held out for evaluation.
 
     Args:
-        plan: what was recorded, see `postgen.reconstruct.collect`.
-        recordings: by the name of the record.
+        plan: the content of `records.json`, see `postgen.reconstruct.collect`.
+        recordings: the recordings, by the name of the record.
     """
 
     def __init__(self, plan: Mapping[str, Any], recordings: Mapping[str, Recording]) -> None:
@@ -41,23 +41,23 @@ class Records:
 
     @classmethod
     def read(cls, folder: Path | str) -> Records:
-        """Return the records of a folder; tensors are read when they are asked for.
+        """Open the records of a folder. Tensors are read on first use.
 
         Raises:
-            UserError: none were collected there, or not all of them.
+            UserError: the folder has no records, or not all of them.
         """
         folder = Path(folder).absolute()
         plan = read_plan(folder)
         if missing := [name for name in plan["records"] if not is_complete(folder / name)]:
             raise UserError(
-                f"{folder} has {len(plan['records']) - len(missing)} of {len(plan['records'])} records: collect them"
-                " again with the same settings, which goes on"
+                f"{folder} has only {len(plan['records']) - len(missing)} of {len(plan['records'])} records: call"
+                " collect again with the same settings to add the missing ones"
             )
         return cls(plan, {name: Recording.read(folder / name) for name in plan["records"]})
 
     @property
     def identity(self) -> str:
-        """A digest of settings, prompts, noise levels and teacher; which modules were recorded is not in it."""
+        """A digest of settings, prompts, noise levels and teacher. It does not include the list of modules."""
         return digest({name: value for name, value in self.plan.items() if name != "modules"})
 
     @property
@@ -69,14 +69,14 @@ class Records:
         return f"Records({len(self._recordings)} of {', '.join(self.modules)})"
 
     def calls(self, modules: Sequence[str], *, held_out: bool) -> list[tuple[RecordedCall, ...]]:
-        """Return the calls of some modules that belong together, in a fixed order.
+        """Return the recorded calls of some modules, in a fixed order. Each entry has one call of each module.
 
         Args:
-            modules: their names.
-            held_out: whether those of the held-out prompts, or the others.
+            modules: names of the modules.
+            held_out: True for the records of held-out prompts, False for the others.
 
         Raises:
-            UserError: a module was not recorded, or was not called as often as the others.
+            UserError: a module was not recorded, or the modules were not called equally often.
         """
         if missing := [name for name in modules if name not in self.modules]:
             raise UserError(f"{', '.join(missing)} was not recorded. Recorded: {', '.join(self.modules)}")
@@ -86,28 +86,34 @@ class Records:
                 each = [self._recordings[name][module] for module in modules]
                 counts = {module: len(calls) for module, calls in zip(modules, each, strict=True)}
                 if len(set(counts.values())) > 1:
-                    raise UserError(f"modules that do not go together were called differently often: {counts}")
+                    raise UserError(
+                        f"the modules of a task must be called equally often, but record {name} has these numbers of"
+                        f" calls: {counts}"
+                    )
                 found += zip(*each, strict=True)
         return found
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """Return what was to be recorded in a folder.
+    """Read the plan of a folder of records.
 
     Raises:
-        UserError: nothing was, or by another version.
+        UserError: the folder has no plan, or one of another format version.
     """
     said = f"{folder} holds no records"
     plan = read_json(folder / PLAN, said)
     if not isinstance(plan, dict) or not isinstance(plan.get("records"), dict):
-        raise UserError(f"{said}: {PLAN} says something else")
+        raise UserError(f"{said}: its {PLAN} is not a plan of records")
     if plan.get("format") != FORMAT:
-        raise UserError(f"{folder / PLAN} has format {plan.get('format')}, this version reads {FORMAT}: collect anew")
+        raise UserError(
+            f"{folder / PLAN} has format {plan.get('format')}, but this version reads format {FORMAT}: collect again"
+            " into another folder"
+        )
     return plan
 
 
 def is_complete(record: Path) -> bool:
-    """Whether a record is there; a folder takes its name only when it is whole."""
+    """Whether a record exists. A record's folder gets its name only when it is complete."""
     return (record / INDEX).is_file()
 
 
@@ -117,7 +123,7 @@ def digest(value: Any) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return a short digest of a model's weights: names, shapes, types, and values evenly spaced in each tensor."""
+    """Return a short digest of a model's weights: names, shapes, dtypes, and evenly spaced values of each tensor."""
     said = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -128,7 +134,7 @@ def weights_digest(module: nn.Module) -> str:
 
 @torch.no_grad()
 def _sampled(tensor: Tensor) -> bytes:
-    if tensor.device.type == "meta" or not tensor.numel():  # offloaded: its values are elsewhere
+    if tensor.device.type == "meta" or not tensor.numel():  # values of offloaded tensors are not available
         return b""
     places = torch.linspace(0, tensor.numel() - 1, min(_VALUES, tensor.numel()), dtype=torch.float64).long()
     values = tensor.reshape(-1)[places.to(tensor.device)].cpu().contiguous()

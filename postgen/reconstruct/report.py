@@ -1,4 +1,4 @@
-"""What a run leaves: errors of each block before and after, seconds, and the weights of its student."""
+"""The results of a run: errors of each block before and after training, times, and the weights of the students."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ STUDENT, RESULT = "student.safetensors", "result.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockResult:
-    """How the reconstruction of one block ended. Errors are those of `loss.error`, on held-out records."""
+    """The result of one finished block. Errors are those of `loss.error` on held-out records."""
 
     name: str
-    """Of the task."""
+    """Name of the task."""
     error_before: float
-    """Relative L2 error of the student as it was built."""
+    """Relative L2 error of the student before training."""
     error_after: float
-    """Relative L2 error at the end, of the averaged weights where there is an average."""
+    """Relative L2 error after training, of the EMA weights if there is an EMA."""
     l1_before: float
-    """Relative L1 error of the student as it was built."""
+    """Relative L1 error of the student before training."""
     l1_after: float
-    """Relative L1 error at the end."""
+    """Relative L1 error after training, of the EMA weights if there is an EMA."""
     steps: int
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     parameters: int
-    """Trained parameters."""
+    """Number of trained parameters."""
     new: int
-    """Those of them that the teacher does not have."""
+    """Number of trained parameters that the teacher does not have."""
     seconds: float
-    """Seconds of training, those before a resume included."""
+    """Seconds of training, including the time before a resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a call of `reconstruct` has done."""
+    """The state of a run of `reconstruct`, over all processes."""
 
     folder: Path
-    """`output_dir`."""
+    """`output_dir` of the run."""
     blocks: dict[str, BlockResult] = field(default_factory=dict)
-    """Of the tasks that are finished, by name, in the order of the tasks; of all processes."""
+    """Results of the finished tasks of all processes, by name, in the order of the tasks."""
     unfinished: tuple[str, ...] = ()
-    """Tasks that are not: the run was interrupted, or another process has them."""
+    """Names of the unfinished tasks: the run was interrupted, or another process trains them."""
     reason: Reason = Reason.DONE
     """Why this process ended: done or interrupted."""
     signal: int = 0
-    """Number of the signal that it got; 0 for none."""
+    """Number of the signal that this process received; 0 for none."""
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Return the `state_dict` of a trained student, on the CPU, averaged where there is an average.
+        """Return the state dict of a trained student, on the CPU. If there is an EMA, the weights are those of the
+        EMA.
 
         Raises:
             UserError: the task is not finished.
@@ -66,7 +67,7 @@ class Report:
         return read_tensors(finished(self.folder, name) / STUDENT, f"{name} is not finished in {self.folder}")
 
     def table(self) -> str:
-        """Return a table of the finished blocks, one a line."""
+        """Return a text table of the finished blocks, one per line."""
         names = "block,error before,after,L1 before,after,trained,new,steps,seconds"
         rows: list[tuple[str, ...]] = [tuple(names.split(","))]
         for row in self.blocks.values():
@@ -82,11 +83,11 @@ class Report:
 
 
 def read_report(output_dir: Path | str, names: Iterable[str] | None = None) -> Report:
-    """Return what is finished in the folder of a run, of all its processes.
+    """Read the report of a run from its folder, over all processes.
 
     Args:
-        output_dir: the folder.
-        names: of the tasks; none is those that have a folder there.
+        output_dir: the folder of the run.
+        names: names of the tasks; None for all tasks that have a folder in the run.
 
     Raises:
         UserError: a result cannot be read.
@@ -99,25 +100,25 @@ def read_report(output_dir: Path | str, names: Iterable[str] | None = None) -> R
 
 
 def block_folder(folder: Path, name: str) -> Path:
-    """Return the folder of a task in that of a run: its checkpoints, `metrics.jsonl`, and what is finished."""
+    """Return the folder of a task within a run: checkpoints, `metrics.jsonl` and the finished student."""
     return folder / "blocks" / name
 
 
 def finished(folder: Path, name: str) -> Path:
-    """Return where the student of a task stands when it is finished; whole or absent."""
+    """Return the folder of the finished student of a task. The folder is complete or does not exist."""
     return block_folder(folder, name) / "finished"
 
 
 def write_result(place: Path, result: BlockResult, meta: dict[str, Any]) -> None:
-    """Write the result of a block, and what it was made with, beside the weights of its student."""
+    """Write the result of a block and the values that identify its run (`meta`) beside the weights of its student."""
     (place / RESULT).write_text(json.dumps({"result": asdict(result), "meta": meta}, indent=1), encoding="utf-8")
 
 
 def read_meta(place: Path) -> dict[str, Any]:
-    """Return what a finished block was made with.
+    """Read the values that identify the run of a finished block.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     meta: dict[str, Any] = _read(place)["meta"]
     return meta
@@ -127,11 +128,15 @@ def _result(place: Path) -> BlockResult:
     try:
         return BlockResult(**_read(place)["result"])
     except TypeError as error:
-        raise UserError(f"{place / RESULT} is of another version ({error}): remove {place.parent}") from error
+        raise UserError(
+            f"{place / RESULT} is from another version ({error}): remove {place.parent} to train the block again"
+        ) from error
 
 
 def _read(place: Path) -> dict[str, Any]:
-    read = read_json(place / RESULT, f"{place} is no finished block")
+    read = read_json(place / RESULT, f"{place} is not a finished block")
     if not isinstance(read, dict) or not all(isinstance(read.get(key), dict) for key in ("result", "meta")):
-        raise UserError(f"{place / RESULT} does not say what it is: remove {place.parent} to train the block again")
+        raise UserError(
+            f"{place / RESULT} is damaged, it lacks result or meta: remove {place.parent} to train the block again"
+        )
     return read

@@ -1,4 +1,4 @@
-"""What a method says of one block: its student, what the student is shown, what it should give."""
+"""The task of one block, which a method defines: its student, the inputs of the student and its targets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One recorded call of a module of the teacher, read when it is asked for."""
+    """One recorded call of a module of the teacher. Its tensors are read on use."""
 
     recorded: RecordedCall
     device: torch.device
-    """Where its tensors are put."""
+    """Device of the returned tensors."""
     widen: bool
-    """Whether half precision becomes float32: a student in float32 without autocast needs it."""
+    """Whether half precision tensors are converted to float32, which a float32 student without autocast needs."""
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments."""
+        """Return the positional and keyword arguments of the call."""
         args, kwargs = self.recorded.inputs(self.device)
         return (_widened(args), _widened(kwargs)) if self.widen else (args, kwargs)
 
     def output(self) -> Any:
-        """Return what the module returned."""
+        """Return the output of the module in this call."""
         output = self.recorded.output(self.device)
         return _widened(output) if self.widen else output
 
@@ -43,36 +43,37 @@ def _nothing(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructTask:
-    """One block, or a part of one, and the student that takes its place."""
+    """The reconstruction of one block, or of a part of a block, by a student."""
 
     name: str
-    """Of the task, and of its folder: that of the block, or of the part."""
+    """Name of the task and of its folder; by default also the name of the module whose calls it reads."""
 
     build: Callable[[], nn.Module]
-    """Makes the student, when its turn comes. What requires a gradient is trained; half precision becomes float32.
-    Random states are seeded by the run's seed and `name` before. Modules keep the mode (training or eval) that they
-    have here."""
+    """Creates the student. Parameters that require a gradient are trained; half-precision tensors become float32. The
+    engine seeds the random states from the run's seed and `name` first. Each module keeps the mode (training or
+    evaluation) that `build` sets."""
 
     run: Callable[[nn.Module, Sequence[Call]], Sequence[Tensor]]
-    """(student, one call of each of `reads`) -> what the student gives, (B, tokens ..., channels) each. Its arguments
-    are the teacher's own, so errors of one block do not reach the next."""
+    """(student, one call of each module in `reads`) -> outputs of the student, each (B, tokens ..., channels). The
+    calls hold the teacher's inputs, so errors of one block do not reach the next."""
 
     target: Callable[[Sequence[Call]], Sequence[Tensor]]
-    """The same calls -> what the teacher gave, of the same shapes."""
+    """The same calls -> outputs of the teacher, with the same shapes."""
 
     reads: tuple[str, ...] = ()
-    """Modules of the teacher whose calls it needs; empty is the one called `name`. The n-th calls of all of them go
-    together."""
+    """Names of the teacher's modules whose calls the task needs; empty for the module `name`. The n-th calls of all
+    modules belong together."""
 
     is_new: Callable[[str], bool] = _nothing
-    """Name of a parameter of the student -> whether it is new, with the rate `learning_rate_new`, or inherited."""
+    """Name of a parameter of the student -> True if the parameter is new (learning rate `learning_rate_new`), False if
+    it is inherited from the teacher (`learning_rate`)."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values that say what the student is (kind, rank, ...): a resume with others is refused."""
+    """JSON values that identify the student (kind, rank, ...). A resume with other values is refused."""
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that it reads."""
+        """Names of the modules whose calls the task reads."""
         return self.reads or (self.name,)
 
 
@@ -83,13 +84,13 @@ def block_task(
     is_new: Callable[[str], bool] = _nothing,
     settings: Mapping[str, Any] | None = None,
 ) -> ReconstructTask:
-    """Return the task of a whole block: what its changed copy returns should be what it returned.
+    """Return the task of a whole block: a changed copy of the block is trained to reproduce the block's output.
 
-    Both streams count where a block returns two, latents and text.
+    If the block returns two streams, latents and text, both are targets.
 
     Args:
-        block: of the teacher, as `blocks_of` gives it.
-        change: copy of the block -> the student; what of it requires a gradient is trained.
+        block: a block of the teacher, from `blocks_of`.
+        change: copy of the block -> student. Parameters that require a gradient are trained.
         is_new: see `ReconstructTask`.
         settings: see `ReconstructTask`.
     """

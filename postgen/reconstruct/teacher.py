@@ -1,4 +1,4 @@
-"""A teacher on its own trajectories: what is to be recorded of it, and the forwards that are."""
+"""The teacher: the plan of the records, its sampling trajectories, and its forward passes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .records import FORMAT, digest, weights_digest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Prompts that go through the teacher together."""
+    """A batch of prompts that go through the teacher together."""
 
     number: int
     prompts: tuple[int, ...]
     held_out: bool
 
     def record(self, place: int) -> str:
-        """Return the name of one of its records."""
+        """Return the name of the record with index `place` of this batch."""
         return f"{self.number:05}-{place:03}"
 
 
 class Teacher:
-    """The network whose modules are recorded, and how its trajectories are drawn."""
+    """The transformer whose modules are recorded, with the sampler of its trajectories."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Teacher:
     ) -> None:
         if transformer not in denoiser.transformers:
             known = ", ".join(denoiser.transformers)
-            raise UserError(f"the pipeline has no network {shown(transformer)}. It has: {known}")
+            raise UserError(f"the pipeline has no transformer named {shown(transformer)}. It has: {known}")
         self.denoiser, self.config, self.name = denoiser, config, transformer
         self.network: nn.Module = denoiser.transformers[transformer]
         self.modules = sorted({each if isinstance(each, str) else each.name for each in modules})
@@ -71,7 +71,7 @@ class Teacher:
         self.chunks = _chunks(len(self.rows), config)
 
     def plan(self) -> dict[str, Any]:
-        """Return what is to be recorded, as `records.json` keeps it."""
+        """Return the plan of the records, the content of `records.json`."""
         levels = self._levels()
         each = min(self.config.levels_per_prompt or len(levels), len(levels))
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("max_gb",)}
@@ -91,7 +91,7 @@ class Teacher:
         }
 
     def steps(self, plan: Mapping[str, Any], chunk: Chunk) -> list[list[int]]:
-        """Return the steps at which the rows of each record of a chunk stand: (records, prompts)."""
+        """Return the step of each row in each record of a chunk, as nested lists (records, prompts)."""
         levels: list[int] = plan["levels"]
         each = sum(name.startswith(f"{chunk.number:05}-") for name in plan["records"])
         order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
@@ -100,10 +100,10 @@ class Teacher:
         ]
 
     def trajectory(self, chunk: Chunk) -> Tensor:
-        """Return the latents of the prompts of a chunk before every step: (steps, prompts, ...), on the CPU.
+        """Sample a chunk and return its latents before every step, (steps, prompts, ...), on the CPU.
 
         Raises:
-            UserError: they are not finite.
+            UserError: the latents are not finite.
         """
         seed = self.config.seed
         samples = [
@@ -115,11 +115,11 @@ class Teacher:
         return latents
 
     def forward(self, x: Tensor, steps: Sequence[int], condition: Condition) -> None:
-        """Call the teacher on rows at their steps."""
+        """Run the teacher on latents x, each row at its own step. Hooks record the calls."""
         self.sampler.predict(x.to(self.device), torch.tensor(steps, device=self.device), condition)
 
     def bytes(self, plan: Mapping[str, Any]) -> int:
-        """Return the bytes of a record of the first chunk, measured in one forward."""
+        """Return the size of a record of the first chunk in bytes, measured in one forward pass."""
         chunk = self.chunks[0]
         prompts = list(chunk.prompts)
         x = self.sampler.noise(range(len(prompts)))
@@ -128,7 +128,7 @@ class Teacher:
         return recorded_bytes(self.network, self.modules, lambda: self.forward(x, steps, told))
 
     def _levels(self) -> list[int]:
-        """Return the steps in which this network runs, without running it: Wan 2.2 has two that take turns."""
+        """Return the steps in which this transformer runs, without running it; Wan 2.2 has two that alternate."""
         x, told = self.sampler.noise([0]), self.conditions([0])
         found = []
         for step in range(self.sampler.schedule.steps):
@@ -141,12 +141,14 @@ class Teacher:
                 except _Reached as reached:
                     found += [step] * (reached.name == self.name)
         if not found:
-            raise UserError(f"{self.name} runs in none of {self.sampler.schedule.steps} steps: take more of them")
+            raise UserError(
+                f"{self.name} runs in none of the {self.sampler.schedule.steps} steps: increase num_inference_steps"
+            )
         return found
 
 
 class _Reached(Exception):
-    """A network is about to run."""
+    """Raised by a hook when a transformer is about to run."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -162,15 +164,15 @@ def _raises(name: str) -> Any:
 
 def _rows(prompts: Iterable[str | Mapping[str, Any]], config: RecordsConfig) -> list[Row]:
     if isinstance(prompts, str | Mapping):
-        raise UserError(f"prompts are {shown(prompts)}, they must be a list of texts or rows")
+        raise UserError(f"prompts must be a list of texts or rows, got {shown(prompts)}")
     rows = [
         prompt_row({"prompt": row} if isinstance(row, str) else row, f"row {number} of the prompts")
         for number, row in enumerate(prompts)
     ]
     if len(rows) <= config.held_out_prompts:
         raise UserError(
-            f"{len(rows)} prompts, of which {config.held_out_prompts} are held out: give more, or hold out fewer"
-            " (held_out_prompts)"
+            f"there are {len(rows)} prompts, and held_out_prompts={config.held_out_prompts} of them are held out, so"
+            " none is left for training: add prompts, or lower held_out_prompts"
         )
     return rows
 
@@ -186,7 +188,7 @@ def _chunks(count: int, config: RecordsConfig) -> list[Chunk]:
 
 
 def _said(row: Row, config: RecordsConfig) -> list[Any]:
-    """Return what the teacher is told of a row, as JSON."""
+    """Return the inputs of a row that change the trajectory, as JSON values: prompt, negative prompt, image digest."""
     image = row.get("image")
     if image is not None:
         picture = load_image(image, config.height, config.width).contiguous()

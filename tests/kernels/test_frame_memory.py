@@ -127,7 +127,7 @@ def test_are_registered_well() -> None:
     [
         ({"value": torch.ones(2, 6, 1, 3)}, r"key and value must be \(B, N, H, D\)"),
         ({"strength": torch.ones(2, 6, 2)}, r"strength \(B, N, H\), got .*\(2, 6, 2\)"),
-        ({"frames": 4}, "6 tokens are not 4 frames"),
+        ({"frames": 4}, "number of tokens, 6, must be a multiple of frames, 4"),
         ({"key": torch.ones(2, 6, 1, 4).long()}, "floating-point, got key torch.int64"),
         ({"strength": torch.ones(2, 6, 1).long()}, "floating-point, .*strength torch.int64"),
         ({"strength": torch.ones(2, 6, 1, device="meta")}, "one device, got cpu and meta"),
@@ -169,8 +169,8 @@ def test_what_cannot_be_added(far: torch.Tensor, gate: torch.Tensor, message: st
         ({1: torch.ones(2, 3, 2, 4, 3)}, r"content and inverse must be \(B, F, H, D, D\)"),
         ({2: torch.ones(2, 3, 2)}, r"log_decay \(B, F, H, D\), got .*\(2, 3, 2\)"),
         ({0: torch.ones(2, 3, 2, 4, 3)}, "content and inverse must be"),
-        ({1: torch.ones(2, 3, 2, 4, 4).bfloat16()}, "all must be float32, or float64, got torch.bfloat16"),
-        ({3: 0}, "chunk counts from 1 on"),
+        ({1: torch.ones(2, 3, 2, 4, 4).bfloat16()}, "all tensors must be float32, or all float64, got torch.bfloat16"),
+        ({3: 0}, "chunk must be at least 1"),
         ({0: torch.ones(2, 3, 2, 4, 4, device="meta")}, "one device, got cpu and meta"),
     ],
 )

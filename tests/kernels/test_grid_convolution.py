@@ -71,8 +71,8 @@ def test_autocast_leaves_it_in_float32() -> None:
     [
         (torch.ones(1, 6, 4), torch.ones(4, 3, 3), (1, 2, 3), r"x must be floating-point, \(B, N, H, D\)"),
         (torch.ones(1, 6, 1, 4).long(), torch.ones(4, 3, 3), (1, 2, 3), "floating-point.*int64"),
-        (torch.ones(1, 6, 1, 4), torch.ones(4, 3, 3), (1, 2, 2), r"of the 6 tokens, got \(1, 2, 2\)"),
-        (torch.ones(1, 6, 1, 4), None, (1, 2, 3), "nothing to convolve with"),
+        (torch.ones(1, 6, 1, 4), torch.ones(4, 3, 3), (1, 2, 2), r"the number of tokens, 6, got \(1, 2, 2\)"),
+        (torch.ones(1, 6, 1, 4), None, (1, 2, 3), "both space and time are None"),
         (torch.ones(1, 6, 1, 4), torch.ones(4, 2, 2), (1, 2, 3), r"space must be \(4, an odd side, an odd side\)"),
         (
             torch.ones(1, 6, 1, 4),

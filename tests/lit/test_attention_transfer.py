@@ -125,15 +125,15 @@ def test_refused(tmp_path: Path) -> None:
     def given(config: LiTConfig, prompts: Any = PROMPTS) -> None:
         transfer(pipe, config, prompts, records=records, train=train)
 
-    with pytest.raises(UserError, match="every block stays softmax"):
+    with pytest.raises(UserError, match="leaves every block softmax"):
         given(LiTConfig(layers="all:softmax"))
-    with pytest.raises(UserError, match=r"window_delta in blocks.1.attn1 is softmax on 3 frames"):
+    with pytest.raises(UserError, match=r"window_delta layer of blocks.1.attn1 equals softmax on 3 latent frames"):
         given(LiTConfig(layers="1:window_delta"))
-    with pytest.raises(UserError, match="they must be a list of texts"):
+    with pytest.raises(UserError, match="must be a list of texts"):
         given(LiTConfig(layers="1:lit"), "a ball")
     with RunLock(tmp_path), pytest.raises(UserError, match=rf"where {tmp_path} is in use by process {os.getpid()}"):
         transferred(tmp_path / "run", where=tmp_path, blocks_at_a_time=1)  # which removes records there
     convert(pipe.transformer, LiTConfig(layers="1:lit"))
     assert layers_of(pipe.transformer)
-    with pytest.raises(UserError, match="is converted: revert it"):
+    with pytest.raises(UserError, match="revert the conversion first"):
         given(LiTConfig(layers="1:lit"))

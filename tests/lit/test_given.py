@@ -38,9 +38,9 @@ def test_refused(tmp_path: Path) -> None:
     place = tmp_path / "own.safetensors"
     shape = (len(ROWS), 4, 8, 8)
     for content, said in (
-        ({"other": torch.zeros(shape)}, "holds no tensor of that name"),
+        ({"other": torch.zeros(shape)}, "holds no tensor named latents"),
         ({"latents": torch.zeros(1, *shape[1:])}, r"has the shape \(1, 4, 8, 8\)"),
-        ({"latents": torch.full(shape, torch.nan)}, "numbers that are not finite"),
+        ({"latents": torch.full(shape, torch.nan)}, "values that are not finite"),
     ):
         save_file(content, place)
         with pytest.raises(UserError, match=said):

@@ -99,7 +99,7 @@ def test_trained_layers_are_scored(wan: TinyModel) -> None:
     trained = score(wan.transformer, wan, kinds=("lit",), students={"lit": student.transformer})
     assert trained.errors["lit"][0] == new.errors["lit"][0]
     assert all(a != b for a, b in zip(trained.errors["lit"][1:], new.errors["lit"][1:], strict=True))
-    with pytest.raises(UserError, match="given for anchor has layers lit"):
+    with pytest.raises(UserError, match="has layers of the types lit: pass a transformer converted to anchor"):
         score(wan.transformer, wan, kinds=("anchor",), students={"anchor": student.transformer})
     with pytest.raises(UserError, match="is converted"):
         score(student.transformer, student)
@@ -179,11 +179,11 @@ def test_plans(tmp_path: Path) -> None:
     assert chosen.share == 0.72
     assert chosen.ceiling == pytest.approx(1 / (1 - 0.6 * 2 / 3))
     assert plan(SCORES, COSTS, 0.75, first_block=True).types[0] == "lit"
-    with pytest.raises(UserError, match=r"the smallest possible is 0\.6400"):
+    with pytest.raises(UserError, match=r"the smallest possible budget is 0\.6400"):
         plan(SCORES, COSTS, 0.5)
     assert plan(SCORES, COSTS, 0.64).share == 0.64  # what the message says can be given
     uneven = dataclasses.replace(COSTS, base=1003)
-    with pytest.raises(UserError, match=r"the smallest possible is 0\.6411"):
+    with pytest.raises(UserError, match=r"the smallest possible budget is 0\.6411"):
         plan(SCORES, uneven, 0.5)
     assert plan(SCORES, uneven, 0.6411).types == ("softmax", "lit", "lit")  # .64108, rounded up
     even = dataclasses.replace(COSTS, base=100, changes={"lit": (0, -43, 0), "window_delta": (0, 0, 0)})
@@ -206,14 +206,14 @@ def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
     costs = count(wan.transformer, **SIZE, kinds=("window_delta", "lit"))
     chosen = plan(SCORES, costs, 1)
     assert chosen.config(wan.transformer, shape=(13, 32, 48), device="H100").layers == ("softmax",) * 3
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="whose configuration differs"):
         chosen.config(tiny_model("Wan", layers=2).transformer)
     with pytest.raises(UserError, match="this plan is for"):
         chosen.config(wan.transformer, shape=(81, 480, 832))
     with pytest.raises(UserError, match=r"measured on cpu, not on H100"):
         dataclasses.replace(chosen, device="cpu").config(wan.transformer, device="H100")
     costs.check(wan.transformer, (13, 32, 48))
-    with pytest.raises(UserError, match="not of 13 x 480 x 832"):
+    with pytest.raises(UserError, match="not for 13 x 480 x 832"):
         costs.check(wan.transformer, (13, 480, 832))
     with pytest.raises(UserError, match="do not belong together"):
         plan(dataclasses.replace(SCORES, transformer="Other"), costs, 1)

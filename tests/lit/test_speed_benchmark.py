@@ -143,7 +143,7 @@ def test_parts_are_timed_with_and_without_kernels(
     assert len(compared) > len(KINDS) + 5
     assert all(line.endswith("differ by 0.0e+00") for line in compared)
     assert lit_parts.main(["--device", "cpu", "-o", "lit_parts"]) == 2
-    assert "no place for results" in capsys.readouterr().err
+    assert "must not replace" in capsys.readouterr().err
 
 
 def test_the_page_has_the_numbers_of_the_results() -> None:
@@ -153,7 +153,7 @@ def test_the_page_has_the_numbers_of_the_results() -> None:
     assert not [table for table in printed if f"\n\n{table}\n\n" not in page]
     found = {each["name"]: each["value"] for each in read_result("lit_speed")["gates"]}
     large, small = (found[f"step_over_ceiling_{model}_720p"] for model in ("14b", "1p3b"))
-    assert f"Half `lit` reaches {large:.3f} (14B) and {small:.3f} (1.3B) of the most" in page
+    assert f"Half `lit` reaches {large:.3f} (14B) and {small:.3f} (1.3B) of the upper bound" in page
     assert f"is {found['window_delta_step_14b_720p']:.2f} times as fast" in page
 
 
@@ -212,11 +212,11 @@ def test_clips_are_those_of_the_issue() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--only", "all"], "--only all: there is checks, curve"),
-        (["--device", "cpu", "--only", "14b-720p", "-o", "a.json"], "needs a GPU; on a CPU there is checks, tiny"),
+        (["--only", "all"], "--only has unknown parts all. Known: checks, curve"),
+        (["--device", "cpu", "--only", "14b-720p", "-o", "a.json"], "needs a GPU; the CPU supports checks, tiny"),
         (["--device", "cpu"], "name another file"),
         (["--device", "cpu", "--quick"], "--quick needs a GPU"),
-        (["--device", "cpu", "--kinds", "wide", "-o", "a.json"], "--kinds wide: there is lit, window_delta radius 2"),
+        (["--device", "cpu", "--kinds", "wide", "-o", "a.json"], "unknown layer types wide. Known: lit, window_delta"),
         (["--join", "a.json", "--plain"], "--join measures nothing"),
         (["--join", "none.json"], "none.json cannot be read"),
     ],

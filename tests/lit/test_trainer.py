@@ -148,7 +148,7 @@ def test_trajectories_and_finished_latents(tmp_path: Path) -> None:
             torch.testing.assert_close(x[0], drawn.at(prompt, step + 1), rtol=1e-4, atol=1e-4)
     (tmp_path / "c").mkdir()
     (tmp_path / "b" / "latents").rename(tmp_path / "c" / "latents")
-    with pytest.raises(UserError, match="holds latents of other kept"):
+    with pytest.raises(UserError, match="holds latents of a run with other settings \\(kept\\)"):
         distilled(tmp_path / "c", max_steps=1)
 
 
@@ -224,7 +224,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"conversion": {"layer": "all:lit"}}, "LiTConfig has no setting layer"),
-        ({"conversion": "all:lit"}, "must be a mapping of settings of LiTConfig"),
+        ({"conversion": "all:lit"}, "must be a mapping of LiTConfig settings"),
         ({"student": "x", "conversion": {"layers": "all:lit"}}, "left out with student"),
         ({"task_weight": 0.0, "output_weight": 0.0, "variance_weight": 0.0}, "above 0, or another weight"),
         ({"states": "trajectory"}, "task_weight is 1.0, it must be 0 with states"),
@@ -257,15 +257,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 def test_refused(tmp_path: Path) -> None:
     for changes, said in (
-        ({"conversion": {"layers": "1:window_delta"}, "train": "new"}, "softmax on 3 frames"),
-        ({"conversion": conversion("Wan", inherit="output"), "train": "new", "use_peft": True}, "begin anew"),
+        ({"conversion": {"layers": "1:window_delta"}, "train": "new"}, "softmax on 3 latent frames"),
+        (
+            {"conversion": conversion("Wan", inherit="output"), "train": "new", "use_peft": True},
+            "initialises them anew",
+        ),
         ({"student": str(tmp_path)}, r"has no config\.json"),
     ):
         with pytest.raises(UserError, match=said):
             distilled(tmp_path / "run", **changes)
     pipe, _ = teacher("Wan")
     pipe.transformer.to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"are torch\.bfloat16, and trained ones are float32: set bf16"):
+    with pytest.raises(UserError, match=r"are torch\.bfloat16, but trained weights are float32: set bf16"):
         distilled(tmp_path / "run", pipe=pipe)
 
 

@@ -55,7 +55,7 @@ def test_jobs_of_the_whole_experiment(tmp_path: Path) -> None:
     assert len(students) <= 30
     assert {f"{kind}.half.0" for kind in TYPES} <= students
     assert {f"delta_r0.{arm}.{seed}" for arm in ("quarter", "half", "three_quarters") for seed in range(3)} <= students
-    with pytest.raises(UserError, match="no group winner of delta_r9"):
+    with pytest.raises(UserError, match="unknown group 'winner' or layer type 'delta_r9'"):
         jobs_of("winner", "delta_r9", tmp_path, [])
     assert [job.name for job in jobs_of("embedded", "delta_r0", tmp_path, [])][-1] == f"{SHARED}.half.0"
 
@@ -157,7 +157,7 @@ def test_a_training_that_ends_early_gives_no_result(done: Path, small: Path, tmp
     vars(options).update({**lit_video.TINY, "max_steps": 10**6})
     work = Work(Job(name="delta_r0.half.0", out=done), options)
     early = {"conversion": {"layers": "1:lit"}, "output_dir": str(tmp_path / "run"), "max_seconds": 1e-6}
-    with pytest.raises(SystemExit, match="ended before its last step"):
+    with pytest.raises(SystemExit, match="interrupted before its last step"):
         whole(work.training(**early))
 
 
@@ -176,7 +176,7 @@ def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tm
         unpack(tmp_path, tmp_path / "no")
     (small.parent / "large").mkdir()
     (small.parent / "large" / "model_index.json").write_bytes(b" " * (LARGEST + 1))
-    with pytest.raises(UserError, match="a part takes"):
+    with pytest.raises(UserError, match="a part can hold only"):
         pack(small.parent / "large", tmp_path / "no")
 
 
@@ -269,11 +269,11 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
 def test_the_page_has_the_arms_and_wrong_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table() in lit_video_report.PAGE.read_text(encoding="utf-8")
     for words, text in (
-        ([], "say what to do"),
+        ([], "nothing to do: give one of"),
         (["--pack", str(tmp_path)], "--pack needs --back"),
-        (["--pack", str(tmp_path / "no"), "--back", str(tmp_path / "b")], "holds nothing that is kept"),
-        (["--report", "--out", str(tmp_path)], "holds no results of students"),
-        (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "no layer type was measured at half"),
+        (["--pack", str(tmp_path / "no"), "--back", str(tmp_path / "b")], "has no files to pack"),
+        (["--report", "--out", str(tmp_path)], "has no results of students"),
+        (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "no layer type has been measured at half"),
     ):
         assert lit_video.main(words) == 2
         assert text in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_a_stock_model_of_a_converted_ones_config(tmp_path: Path) -> None:
     marked = type(tiny.transformer).from_config(tiny.transformer.config)
     assert "nothing is on" in str(postgen.summary(marked))
     marked.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing weights .*postgen_lit.*\(a stock model, which from_config made"):
+    with pytest.raises(UserError, match=r"missing weights .*postgen_lit.*\(these are weights of a stock model"):
         load(tmp_path)
     revert(marked)
     assert {name: value for name, value in marked.config.items() if not name.startswith("_")} == clean

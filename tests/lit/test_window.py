@@ -243,7 +243,7 @@ def test_causal_windows_in_pieces(chunk: int, radius: int, kind: str) -> None:
         torch.testing.assert_close(torch.cat(found, dim=1), whole, **CLOSE)
         assert len(set(sizes)) == 1 or radius * chunk > pieces[1]
     if chunk == 2:
-        with pytest.raises(UserError, match="no whole chunks of 2"):
+        with pytest.raises(UserError, match="not a multiple of the chunk size 2"):
             layer.stream(call.part(6, 7), state)
 
 

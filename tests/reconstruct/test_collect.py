@@ -91,12 +91,12 @@ def test_a_folder_is_completed(
     folder = tmp_path / "records"
     records_of(*wan, where=folder)
     shutil.rmtree(folder / "00001-001")
-    with pytest.raises(UserError, match="has 5 of 6 records: collect them again with the same settings"):
+    with pytest.raises(UserError, match="has only 5 of 6 records: call collect again with the same settings"):
         Records.read(folder)
     kept = (folder / "00000-000" / "000000.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     again = records_of(*wan, where=folder)
-    assert "5 are there" in capsys.readouterr().err
+    assert "5 exist already" in capsys.readouterr().err
     assert (folder / "00000-000" / "000000.safetensors").stat().st_mtime_ns == kept
     assert again.identity == memory.identity
     for held_out in (False, True):
@@ -104,12 +104,12 @@ def test_a_folder_is_completed(
             memory.calls(["blocks.1"], held_out=held_out), again.calls(["blocks.1"], held_out=held_out), strict=True
         )
         assert all(torch.equal(one[0].output(), other[0].output()) for one, other in pairs)
-    with pytest.raises(UserError, match="holds records of other settings, records: name another folder"):
+    with pytest.raises(UserError, match="holds records with other values of settings, records: choose another folder"):
         records_of(*wan, where=folder, levels_per_prompt=1)
     other, size = pipeline("Wan")
     with torch.no_grad():
         other.transformer.proj_out.weight.mul_(1.001)
-    with pytest.raises(UserError, match="holds records of other teacher"):
+    with pytest.raises(UserError, match="holds records with other values of teacher"):
         records_of(other, size, where=folder)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
@@ -144,7 +144,7 @@ def test_the_size_is_told_and_held_to(
     stated = float(told.split(" take ")[1].split()[0]) * 1e9
     assert stated == pytest.approx(size, rel=0.1)  # the files have headers
     assert len(records.calls(["blocks.0"], held_out=True)) == 1
-    with pytest.raises(UserError, match=r"5 records of 2 modules take .* GB, max_gb is 1e-05: raise it"):
+    with pytest.raises(UserError, match=r"5 records of 2 modules take .* GB, but max_gb is 1e-05: raise it"):
         records_of(*wan, where=tmp_path / "small", batch_size=1, levels_per_prompt=1, max_gb=1e-5)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a full disk
@@ -185,19 +185,19 @@ def test_the_expert_of_each_level_is_recorded() -> None:
         denoiser_for(pipe), "blocks.1", PROMPTS[:3], config, transformer="transformer_2", progress=False
     )  # fmt: skip
     assert len(records.calls(["blocks.1"], held_out=False)) == 2 * 2
-    with pytest.raises(UserError, match=r"has no network 'unet'\. It has: transformer, transformer_2"):
+    with pytest.raises(UserError, match=r"has no transformer named 'unet'\. It has: transformer, transformer_2"):
         teacher(pipe, size, transformer="unet")
 
 
 def test_what_cannot_be_recorded_is_said(wan: tuple[Any, dict[str, int]]) -> None:
     pipe, size = wan
-    with pytest.raises(UserError, match="2 prompts, of which 2 are held out"):
+    with pytest.raises(UserError, match="there are 2 prompts, and held_out_prompts=2"):
         teacher(pipe, size, prompts=2, held_out_prompts=2)
     with pytest.raises(UserError, match=r"no block blocks\.9"):
         records_of(pipe, size, "blocks.9")
     with pytest.raises(UserError, match="levels_per_prompt is 5, it must be from 1 to num_inference_steps, 4"):
         RecordsConfig(**size, num_inference_steps=4, levels_per_prompt=5)
-    with pytest.raises(UserError, match="prompts are 'a ball', they must be a list"):
+    with pytest.raises(UserError, match="prompts must be a list of texts or rows, got 'a ball'"):
         collect(denoiser_for(pipe), "blocks.0", "a ball", RecordsConfig(**size))
 
 
@@ -222,6 +222,6 @@ def test_a_teacher_that_is_not_finite(tmp_path: Path) -> None:
     with torch.no_grad():
         pipe.transformer.proj_out.bias[0] = torch.inf
     with pytest.raises(
-        UserError, match=r"latents are not finite for prompt 0 \(counted from 0\) and 1 more: it overflows"
+        UserError, match=r"latents are not finite for prompt 0 \(counted from 0\) and 1 more: the teacher overflows"
     ):
         records_of(pipe, size, "blocks.0")

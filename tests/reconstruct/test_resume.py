@@ -119,14 +119,14 @@ def test_a_run_leaves_the_random_states_of_the_program(straight: Straight, tmp_p
 
 def test_another_run_is_refused(straight: Straight, tmp_path: Path) -> None:
     run, records = straight.folder / "run", straight.records
-    with pytest.raises(UserError, match=r"holds an earlier run of blocks.0: go on with it \(resume=True\)"):
+    with pytest.raises(UserError, match=r"holds an earlier run of blocks.0: continue it with resume=True"):
         reconstruct(straight.tasks(), records, settings(run))
-    with pytest.raises(UserError, match=r"other settings, records or weights: learning_rate: 0.001 -> 0.5. Go on"):
+    with pytest.raises(UserError, match=r"other settings, records or weights: learning_rate: 0.001 -> 0.5. Resume"):
         reconstruct(straight.tasks(), records, settings(run, resume=True, learning_rate=0.5))
     with pytest.raises(UserError, match=r"task: {'rank': 4} -> {'rank': 3}"):
         reconstruct(tasks(straight.pipe.transformer, "Wan", 3), records, settings(run, resume=True))
     others = records_of(straight.pipe, straight.size, seed=1)
-    with pytest.raises(UserError, match=r"records: \w+ -> \w+\. Go on"):
+    with pytest.raises(UserError, match=r"records: \w+ -> \w+\. Resume with"):
         reconstruct(straight.tasks(), others, settings(run, resume=True))
     # What changes nothing may change.
     reconstruct(straight.tasks(), records, settings(run, resume=True, logging_steps=1, save_steps=0))
@@ -146,5 +146,5 @@ def test_weights_of_another_teacher_are_refused(straight: Straight, tmp_path: Pa
     other, _ = pipeline("Wan")
     with torch.no_grad():
         other.transformer.blocks[0].attn1.to_q.bias[0] += 1e-6
-    with pytest.raises(UserError, match=r"checkpoint-1 was made with .*: student: \w+ -> \w+\. Go on"):
+    with pytest.raises(UserError, match=r"checkpoint-1 is from a run with .*: student: \w+ -> \w+\. Resume with"):
         reconstruct(tasks(other.transformer, "Wan"), straight.records, settings(tmp_path, resume=True))

@@ -1,4 +1,4 @@
-"""The layer types, one file each; `make_layer` makes one by its name."""
+"""The layer types, one file per type. `make_layer` creates a layer from the name of its type."""
 
 from postgen.lit.layers.base import LitLayer, Shape, make_layer
 

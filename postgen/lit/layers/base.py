@@ -1,4 +1,4 @@
-"""What every layer type is: a module that computes the video's rows of one self-attention."""
+"""The base class of all layer types: a module that computes the video tokens of one self-attention module."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ if TYPE_CHECKING:
     from postgen.lit.tokens import Tokens
 
 State = dict[str, Tensor]
-"""What a layer keeps between the pieces of a stream, by name."""
+"""Tensors that a causal layer carries from one piece of a stream to the next, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Of one attention module."""
+    """The sizes of one attention module."""
 
     heads: int
+    """H, attention heads."""
     channels: int
-    """D, of a head."""
+    """D, channels per head."""
     hidden: int
-    """C, of what is projected."""
+    """C, channels of the hidden states that the module projects to queries, keys and values."""
     grid: Grid | None = None
-    """That the layer is made for, where it is bound to one."""
+    """The grid of tokens for which the layer is created. Only `mhla`, which is bound to its grid, needs it."""
 
 
 class LitLayer(nn.Module):
-    """Computes what the video's tokens get, instead of softmax attention. Text is read, its rows are not computed.
+    """Replaces softmax attention for the video tokens of one attention module.
 
-    Results are before the output layer, (B, N, H, D), in the dtype of the queries.
+    The layer reads the text tokens, but it does not compute their outputs. It returns the attention output before the
+    output projection, (B, N, H, D), in the dtype of the queries.
     """
 
     kind: ClassVar[str]
@@ -46,44 +48,47 @@ class LitLayer(nn.Module):
         super().__init__()
         self.shape = shape
         self.before: dict[str, Tensor] = {}
-        """Weights of the attention module around it that an adapter has replaced, as they were."""
+        """The original weights of the surrounding attention module that an adapter has replaced, by name."""
 
     @abstractmethod
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the video's rows.
+        """Return the outputs of the video tokens, (B, N, H, D).
 
         Raises:
-            UserError: the layer cannot compute on this grid.
+            UserError: the layer cannot compute on the grid of these tokens.
         """
 
     def covers(self, grid: Grid) -> bool:
-        """Whether on this grid it is the base's softmax attention, which computes then."""
+        """Whether the layer equals the stock softmax attention on this grid; the stock attention then computes."""
         return False
 
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Return the rows of the next frames of a stream, and what the frames after them need, of constant size.
+        """Compute the next frames of a stream.
 
-        What comes out is what `forward` of a causal layer gives for all frames at once.
+        A causal layer returns the same outputs here, piece by piece, as `forward` returns for all frames at once.
 
         Args:
-            tokens: of the next frames; positions go on from those before.
-            state: what the call before returned; None begins a stream.
+            tokens: the tokens of the next frames. Their positions continue those of the previous piece.
+            state: the state that the previous call returned; None starts a stream.
+
+        Returns:
+            The outputs of these frames, (B, N, H, D), and the state for the next call, whose size is constant.
 
         Raises:
-            UserError: the layer is not causal, so that its rows depend on frames to come.
+            UserError: the layer is not causal, so its outputs depend on later frames.
         """
         raise UserError(
-            f"{self.kind} looks at later frames, so it cannot compute frame by frame: lit, chunk and the window types"
-            " can, with causal=True"
+            f"the layer type {self.kind} reads later frames here, so it cannot compute frame by frame. Use lit, chunk"
+            " or a window type with causal=True"
         )
 
     @abstractmethod
     def flops(self, grid: Grid, text: int) -> int:
-        """Return the FLOPs of a call of one sample, projections of the base left out.
+        """Return the FLOPs of one call with one sample, without the projections of the base model.
 
         Args:
-            grid: of the video.
-            text: tokens of text beside it.
+            grid: the grid of the video tokens.
+            text: number of text tokens in the same attention.
         """
 
 
@@ -98,15 +103,15 @@ _PLACES = {
 
 
 def make_layer(kind: str, shape: Shape, options: Any) -> LitLayer:
-    """Return a layer of a type, on the CPU, in float32.
+    """Create a layer, on the CPU, in float32.
 
     Args:
-        kind: one of `options.LINEAR_TYPES`.
-        shape: of the attention module.
-        options: of the type.
+        kind: the layer type, one of `options.LINEAR_TYPES`.
+        shape: the sizes of the attention module.
+        options: the options of this layer type, such as `LitOptions`.
 
     Raises:
-        UserError: options that do not go with the shape.
+        UserError: the options do not fit the sizes.
     """
     module, _, name = _PLACES[kind].partition(":")
     make: Callable[[Shape, Any], LitLayer] = getattr(import_module(module), name)
@@ -114,19 +119,24 @@ def make_layer(kind: str, shape: Shape, options: Any) -> LitLayer:
 
 
 def softmax_flops(queries: int, keys: int, shape: Shape) -> int:
-    """Return the FLOPs of softmax attention, scores and values."""
+    """Return the FLOPs of softmax attention: the scores and the weighted sum of the values."""
     return 4 * queries * keys * shape.heads * shape.channels
 
 
 def check_pushed(state: State | None, chunk: int) -> int:
-    """Return how many frames of a stream there were before.
+    """Return how many frames of the stream earlier calls computed.
+
+    Args:
+        state: the state of the previous call; None at the start of a stream.
+        chunk: frames per chunk.
 
     Raises:
-        UserError: they are no whole chunks, so that the next frame is in the middle of one.
+        UserError: the earlier frames are not a whole number of chunks, so the next frame would begin inside a chunk.
     """
     pushed = 0 if state is None else int(state["pushed"])
     if pushed % chunk:
         raise UserError(
-            f"{pushed} frames were given, which are no whole chunks of {chunk}: only the last piece may end so"
+            f"the earlier pieces of this stream have {pushed} frames, which is not a multiple of the chunk size"
+            f" {chunk}. Only the last piece may end inside a chunk"
         )
     return pushed

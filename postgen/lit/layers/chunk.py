@@ -1,8 +1,9 @@
-"""`chunk`: softmax within a chunk of frames and a few before it, linear attention to the other frames (ReHyAt,
-arXiv:2601.04342).
+"""`chunk`: softmax attention within a chunk of frames and a few frames before it, linear attention over the other
+frames (ReHyAt, arXiv:2601.04342).
 
-As `anchor` with other sets: T_S are the frames of the query's chunk, `overlap` frames before it and all of the text;
-T_L are the frames before those and, unless it is causal, those after. A chunk of everything is softmax.
+The formula is that of `anchor` (see `layers/anchor.py`) with other sets of keys. T_S holds the frames of the query's
+chunk, the `overlap` frames before the chunk, and all text tokens. T_L holds all earlier frames and, unless the layer
+is causal, all later frames. With one chunk for the whole clip the layer computes softmax attention.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ if TYPE_CHECKING:
 
 
 class Chunk(Hybrid):
-    """A hybrid of frames."""
+    """The layer type `chunk`: softmax over near frames, linear attention over the other frames."""
 
     kind = "chunk"
     options: ChunkOptions
 
     def covers(self, grid: Grid) -> bool:
-        """Whether the first chunk is the whole clip."""
+        """Whether one chunk holds the whole clip, so that the layer equals the stock attention."""
         return self.options.frames >= grid.frames
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the video's rows."""
+        """Return the outputs of the video tokens, (B, N, H, D)."""
         return self._rows(tokens, None)[0]
 
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Return the rows of the next frames: whole chunks but for the last piece of a stream.
+        """Compute the next frames of a stream; see `LitLayer.stream`.
 
-        Kept are the sums over all frames but the last `overlap`, and these frames.
+        Every piece but the last must be a whole number of chunks. The state holds the last `overlap` frames and the
+        sums over all frames before them.
         """
         if not self.options.causal:
             return super().stream(tokens, state)
@@ -49,7 +51,7 @@ class Chunk(Hybrid):
         return out, {**found, "pushed": torch.tensor(pushed)}
 
     def flops(self, grid: Grid, text: int) -> int:
-        """Return the FLOPs of a call of one sample."""
+        """Return the FLOPs of one call with one sample."""
         places = grid.height * grid.width
         pairs = sum((stop - first) * (stop - low) for first, stop, low in self._chunks(grid.frames))
         return (
@@ -60,11 +62,16 @@ class Chunk(Hybrid):
         )
 
     def _chunks(self, frames: int, kept: int = 0) -> Iterator[tuple[int, int, int]]:
-        """First frame, the one after the last, and the first that softmax sees, which counts kept frames too."""
+        """Yield (first, stop, low) of each chunk of a piece.
+
+        The chunk holds the frames from `first` to `stop` - 1, counted from the start of the piece. Its softmax begins
+        at frame `low`, counted from the first of the `kept` frames of earlier pieces.
+        """
         for first in range(0, frames, self.options.frames):
             yield first, min(first + self.options.frames, frames), max(0, first + kept - self.options.overlap)
 
     def _rows(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
+        """Compute all chunks of a piece and return their outputs and the state for the next piece."""
         grid, rope = tokens.grid, tokens.rope
         places, overlap = grid.height * grid.width, self.options.overlap
         query, key, value = tokens.softmax_parts()
@@ -75,7 +82,7 @@ class Chunk(Hybrid):
         with no_autocast(v):
             sums = torch.einsum("bfshd,bfshe->bfhde", turned, v)
         key_sums = k.unflatten(1, (grid.frames, -1)).sum(dim=2)
-        # Frames of earlier pieces that softmax still sees stand in front; what was before them is in the sums.
+        # The state's frames, which softmax still reads, come first. `past` sums up all frames before them.
         kept = 0 if state is None else state["sums"].shape[1]
         if state is not None:
             sums, key_sums = torch.cat([state["sums"], sums], dim=1), torch.cat([state["key_sums"], key_sums], dim=1)
@@ -95,7 +102,7 @@ class Chunk(Hybrid):
         return torch.cat(parts, dim=1), {
             "past": past[0] + sums[:, :last].sum(dim=1),
             "key_past": past[1] + key_sums[:, :last].sum(dim=1),
-            # Copies: a view would hold all that came before.
+            # Clones, because a view would keep the whole earlier tensor in memory.
             "sums": sums[:, last:].clone(),
             "key_sums": key_sums[:, last:].clone(),
             "key": key[:, last * places :].clone(),
@@ -103,6 +110,6 @@ class Chunk(Hybrid):
         }
 
     def _far(self, sums: Tensor, low: int, high: int) -> Tensor:
-        """Add up what is before frame `low` and, unless causal, from frame `high` on."""
+        """Sum over the frames before `low` and, unless the layer is causal, over the frames from `high` on."""
         before = sums[:, :low].sum(dim=1)
         return before if self.options.causal else before + sums[:, high:].sum(dim=1)

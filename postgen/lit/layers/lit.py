@@ -1,11 +1,12 @@
-"""`lit`: linear attention with one state of the whole clip, and a convolution of the values (arXiv:2501.12976).
+"""`lit`: linear attention with one state for the whole clip, plus a convolution of the values (arXiv:2501.12976).
 
-With q = phi(norm(Q)), k = phi(norm(K) - mean), R the rotation and v the values:
+With q = phi(norm(Q)), k = phi(norm(K) - mean), the rotary embedding R and the values v:
 
     S = sum_j R_j k_j v_j^T,  k' = sum_j k_j,  y_i = (R_i q_i)^T S / (q_i . k' + eps) + conv(v)_i
 
-A query without any positive feature gets the convolution alone. Text keys stay exact: softmax over them and the linear
-sum over the video share one divisor. Causal: S and k' are the sums up to the query's own frame.
+If all features of a query are zero, only the convolution remains. Text keys stay exact: the softmax over the text and
+the linear sum over the video share one divisor. In the causal form S and k' sum over the frames up to and including
+the frame of the query.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Lit(LitLayer):
-    """One linear state of the whole clip."""
+    """The layer type `lit`: linear attention with one state for the whole clip."""
 
     kind = "lit"
 
@@ -57,13 +58,15 @@ class Lit(LitLayer):
         self._separable = SeparableRope()
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the video's rows."""
+        """Return the outputs of the video tokens, (B, N, H, D)."""
         query, key, value = self._prepared(tokens)
         text = tokens.text_keys()
         if self.options.causal:
             return self.stream(tokens, None)[0]
         table = self._separable.table(tokens.rope, tokens.grid, self.options.merge_heads)
         if tokens.rope is None or table is not None:
+            # The fused operation also divides and convolves. With text the divisor must cover the text too, so the
+            # division is undone below and repeated over both.
             conv = (None, None) if text is not None else self.conv.weights()
             out, _, key_sum = linear_attention_with_state(
                 query,
@@ -89,7 +92,10 @@ class Lit(LitLayer):
         return self._finished(tokens, numerator, divisor, self.conv.in_time(tokens.value, tokens.grid))
 
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Return the rows of the next frames, and S, k' and the last frames that the convolution looks back to."""
+        """Compute the next frames of a stream; see `LitLayer.stream`.
+
+        The state holds S, k' and the values of the last frames, which the convolution along time reads.
+        """
         if not self.options.causal:
             return super().stream(tokens, state)
         query, key, value = self._prepared(tokens)
@@ -112,7 +118,7 @@ class Lit(LitLayer):
         return self._finished(tokens, numerator, divisor, self.conv.in_time(tokens.value, grid, last)), kept
 
     def flops(self, grid: Grid, text: int) -> int:
-        """Return the FLOPs of a call of one sample."""
+        """Return the FLOPs of one call with one sample."""
         shape, merge = self.shape, self.options.merge_heads
         products = grid.tokens * shape.heads * shape.channels * (4 * shape.channels * merge + 2)
         taps = sum(weight[0].numel() for weight in self.conv.parameters())
@@ -124,13 +130,13 @@ class Lit(LitLayer):
         )
 
     def _prepared(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before the feature map, heads merged."""
+        """Return queries, keys and values before the feature map, with merged heads."""
         query, key = tokens.centered() if self.options.center_keys else tokens.normed()
         query, key, value = (merged(x, self.options.merge_heads) for x in (query, key, tokens.value))
         return query, key, value
 
     def _finished(self, tokens: Tokens, numerator: Tensor, divisor: Tensor, in_time: Tensor) -> Tensor:
-        """Put the text under the same divisor, and add the convolution."""
+        """Divide, together with the softmax over the text if there is text, and add the convolution."""
         value, text = tokens.value, tokens.text_keys()
         numerator = numerator.reshape(value.shape)
         divisor = divisor.repeat_interleave(self.options.merge_heads, dim=2)
@@ -143,7 +149,10 @@ class Lit(LitLayer):
         return (out + in_time + self.conv.in_space(value, tokens.grid)).to(value.dtype)
 
     def _before(self, tokens: Tokens, state: State | None) -> Tensor | None:
-        """The frames before, which the convolution along time looks back to; zeros before the first."""
+        """Return the earlier frames that the causal convolution along time reads; zeros at the start of a stream.
+
+        None if the convolution reads no earlier frames.
+        """
         if not self.conv.taps_before:
             return None
         if state is not None:

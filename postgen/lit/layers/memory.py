@@ -1,14 +1,14 @@
-"""The frame-wise memory of the window layers: what a frame writes, and what the frames after it read
-(arXiv:2609.20744).
+"""The memory of the window layers: each frame writes to it once, and other frames read from it (arXiv:2609.20744).
 
-Of the tokens s of frame f, with keys k and values v of a head (D x D for A and B):
+For the tokens s of frame f, with the keys k, values v and write strengths b of one head (A, B and S are D x D):
 
     A_f = c sum_s b_s k_s k_s^T,  B_f = sqrt(c) sum_s b_s v_s k_s^T,  c = min(1, D / S)
     S_f = (S_{f-1} diag(alpha_f) + B_f)(I + A_f)^-1
 
-the minimiser of ||S - S_{f-1} diag(alpha_f)||^2 + sum_s b_s ||S sqrt(c) k_s - v_s||^2; so the order of the tokens in a
-frame does not matter. Without A it is a decayed sum. Memories run forward from the first frame and backward from the
-last one.
+Here c uses S, the number of tokens per frame, and S_f is the memory after frame f. S_f minimises
+||S - S_{f-1} diag(alpha_f)||^2 + sum_s b_s ||S sqrt(c) k_s - v_s||^2, so the order of the tokens within a frame does
+not matter. Without A the memory is a decayed sum. One memory runs forward from the first frame, another one backward
+from the last frame.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from postgen.lit.features import no_autocast
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Writes:
-    """What frames write, float32 or float64."""
+    """The terms that F frames write to the memory, in float32 or float64."""
 
     inverse: Tensor | None
-    """(I + A)^-1, (B, F, H, D, D); None: a decayed sum."""
+    """(I + A)^-1, (B, F, H, D, D); None for a decayed sum."""
     content: Tensor
     """B, (B, F, H, D of values, D of keys)."""
     log_decay: Tensor
-    """log(alpha), (B, F, H, D), not positive."""
+    """log(alpha), (B, F, H, D), at most 0."""
 
     def frames(self, first: int, stop: int | None = None) -> Writes:
-        """Return those of some frames."""
+        """Return the writes of the frames from `first` to `stop` - 1."""
         part = slice(first, stop)
         inverse = None if self.inverse is None else self.inverse[:, part]
         return Writes(inverse=inverse, content=self.content[:, part], log_decay=self.log_decay[:, part])
 
     def without(self, frames: list[int]) -> Writes:
-        """Return them as if some frames wrote nothing; time goes on."""
+        """Return the writes with the given frames written as empty; the decay of these frames stays."""
         if not frames:
             return self
         keep = torch.ones(self.content.shape[1], dtype=torch.bool, device=self.content.device)
@@ -49,7 +49,7 @@ class Writes:
         return Writes(inverse=inverse, content=torch.where(keep, self.content, 0), log_decay=self.log_decay)
 
     def followed_by(self, later: Writes) -> Writes:
-        """Return these and those of the frames after them."""
+        """Return these writes and the writes of the frames after them, joined along the frames."""
         parts = self.inverse, later.inverse
         return Writes(
             inverse=None if parts[0] is None or parts[1] is None else torch.cat([parts[0], parts[1]], dim=1),
@@ -59,15 +59,15 @@ class Writes:
 
 
 def written(key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor, *, delta: bool, scale: bool) -> Writes:
-    """Return what frames write.
+    """Compute the writes of frames from their tokens.
 
     Args:
-        key: (B, F, S, H, D), of length 1.
-        value: as `key`.
+        key: (B, F, S, H, D), of unit length.
+        value: (B, F, S, H, D).
         strength: b, (B, F, S, H), in (0, 1).
-        log_decay: (B, F, H, D).
-        delta: whether there is an A.
-        scale: whether c is min(1, D / S), else 1.
+        log_decay: log(alpha), (B, F, H, D).
+        delta: True for the ridge problem above; False leaves out A and makes the memory a decayed sum.
+        scale: True for c = min(1, D / S), False for c = 1.
     """
     weighed = key * strength[..., None]
     gram = torch.einsum("bfshd,bfshe->bfhde", weighed, key) if delta else None
@@ -76,14 +76,14 @@ def written(key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor, *, 
 
 
 def solved(gram: Tensor | None, content: Tensor, log_decay: Tensor, *, places: int, scale: bool) -> Writes:
-    """Return what frames write.
+    """Compute the writes of frames from sums over their tokens.
 
     Args:
-        gram: A without c, (B, F, H, D, D); None: there is none.
-        content: B without its root of c, (B, F, H, D, D).
-        log_decay: (B, F, H, D).
-        places: S, tokens of a frame.
-        scale: whether c is min(1, D / S), else 1.
+        gram: A without the factor c, (B, F, H, D, D); None for a decayed sum.
+        content: B without the factor sqrt(c), (B, F, H, D, D).
+        log_decay: log(alpha), (B, F, H, D).
+        places: S, tokens per frame.
+        scale: True for c = min(1, D / S), False for c = 1.
     """
     c = min(1.0, content.shape[-1] / places) if scale else 1.0
     inverse = None if gram is None else inverse_of(c * gram)
@@ -91,12 +91,14 @@ def solved(gram: Tensor | None, content: Tensor, log_decay: Tensor, *, places: i
 
 
 def inverse_of(gram: Tensor) -> Tensor:
-    """Return (I + A)^-1 of matrices A (..., D, D) that are symmetric and not negative: both scans need it.
+    """Return (I + A)^-1 for symmetric positive semi-definite matrices A, (..., D, D).
 
-    The eigenvalues of I + A are at least 1, so nothing is lost in float32; bfloat16 would lose a part in 400.
+    The forward and the backward scan both use this inverse. The eigenvalues of I + A are at least 1, so float32 is
+    precise enough; bfloat16 would have a relative error of 1/400.
     """
     identity = _identity(gram)
-    # Without the check of `cholesky`, for which the host would wait for the GPU in every layer; NaN stays NaN.
+    # `cholesky_ex` does not check its input. The check of `cholesky` would make the host wait for the GPU in every
+    # layer. NaN stays NaN.
     factor = torch.linalg.cholesky_ex(gram + identity).L
     return torch.cholesky_solve(identity.expand_as(gram), factor)
 
@@ -106,19 +108,22 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def step(memory: Tensor, writes: Writes, frame: int) -> Tensor:
-    """Return the memory (B, H, D, D) after a frame, S_f of S_{f-1}."""
+    """Return the memory S_f, (B, H, D, D), after frame f, computed from the memory S_{f-1} before the frame."""
     held = memory * writes.log_decay[:, frame].exp()[..., None, :] + writes.content[:, frame]
     with no_autocast(held):
         return held if writes.inverse is None else held @ writes.inverse[:, frame]
 
 
 def scan(writes: Writes, *, backward: bool = False, start: Tensor | None = None) -> list[Tensor]:
-    """Return the memory before each frame and after the last one, F + 1 of them; backward, after each frame in time.
+    """Return the F + 1 memories between the frames, each (B, H, D, D).
+
+    Forward, entry f holds the frames before f, so entry 0 is the start and entry F holds all frames. Backward, entry f
+    holds the frames f, f + 1, ..., so entry F is the start.
 
     Args:
-        writes: of the frames.
-        backward: from the last frame to the first: entry f holds frames f, f + 1, ... and entry F nothing.
-        start: what the first memory holds; None is nothing. Forward only.
+        writes: the writes of F frames.
+        backward: whether to go from the last frame to the first.
+        start: the memory before the first frame; None for zeros. Give it only with backward=False.
     """
     count = writes.content.shape[1]
     memory = torch.zeros_like(writes.content[:, 0]) if start is None else start
@@ -130,5 +135,10 @@ def scan(writes: Writes, *, backward: bool = False, start: Tensor | None = None)
 
 
 def decayed(memory: Tensor, log_decay: Tensor) -> Tensor:
-    """Return the memory (B, H, D, D) after frames that write nothing, with their log(alpha) (B, f, H, D)."""
+    """Return the memory after some frames that only decay it and write nothing.
+
+    Args:
+        memory: (B, H, D, D).
+        log_decay: log(alpha) of these f frames, (B, f, H, D).
+    """
     return memory * log_decay.sum(dim=1).exp()[..., None, :]

@@ -1,12 +1,15 @@
-"""`mhla`: linear states of blocks of the clip, mixed by learned weights for each block's queries (arXiv:2601.07832).
+"""`mhla`: one linear state per block of tokens, mixed with learned weights for the queries of each block
+(arXiv:2601.07832).
 
-With b the blocks of a grid of them, i the block of the query, m a weight per pair of blocks, the same for all heads:
+The grid of tokens is divided into blocks b. With the block i of the query, and a weight m per pair of blocks that all
+heads share:
 
     S_b = sum_{j in b} R_j k_j v_j^T,  z_b = sum_{j in b} k_j,  y = (R q)^T sum_b m_ib S_b / (q . sum_b m_ib z_b + eps)
 
-m is clipped to (0, 1) and its rows are made to add up to 1; at first m_ib = 1 - distance / (largest distance + 1).
-With one block it is `lit`. The weights are bound to the grid they were made for: on another one blocks keep their
-size, so that there are more or fewer, and the weights are interpolated along each axis.
+The layer clips m to (0, 1) and normalises its rows to the sum 1. A new layer begins with
+m_ib = 1 - distance / (largest distance + 1). With one block the layer is `lit`. The weights belong to the grid for
+which the layer was created. On another grid the blocks keep their size, so their number changes, and the layer
+interpolates the weights along each axis.
 """
 
 from __future__ import annotations
@@ -28,21 +31,27 @@ if TYPE_CHECKING:
     from postgen.lit.tokens import Tokens
 
 Sizes = tuple[int, int, int]
-"""Along frames, rows and columns."""
+"""Numbers along frames, rows and columns."""
 
 
 class Mhla(LitLayer):
-    """Mixed states of blocks."""
+    """The layer type `mhla`: mixed linear states of blocks of tokens."""
 
     kind = "mhla"
 
     def __init__(self, shape: Shape, options: MhlaOptions) -> None:
         super().__init__(shape)
         if shape.grid is None:
-            raise UserError("mhla needs the grid that it is made for: give grid=(frames, rows, columns) of tokens")
+            raise UserError(
+                "the layer type mhla needs the grid of tokens that it is made for, but none was given: set"
+                " grid=(frames, rows, columns)"
+            )
         self.options, self.grid = options, _sizes(shape.grid)
         if any(count > size for count, size in zip(options.blocks, self.grid, strict=True)):
-            raise UserError(f"mhla: {options.blocks} blocks do not fit into a grid of {self.grid} tokens")
+            raise UserError(
+                f"mhla: {options.blocks} blocks do not fit into a grid of {self.grid} tokens (frames, rows, columns):"
+                " use at most one block per token along each axis"
+            )
         self.mixing = nn.Parameter(first_mixing(options.blocks))
         self._by_block: dict[tuple[Grid, Sizes, torch.device], tuple[Tensor, Tensor, int]] = {}
         self.conv = GridConvolution(
@@ -50,7 +59,7 @@ class Mhla(LitLayer):
         )
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the video's rows."""
+        """Return the outputs of the video tokens, (B, N, H, D)."""
         query, key = tokens.centered() if self.options.center_keys else tokens.normed()
         q, k = (feature(exact(x), self.options.feature_map) for x in (query, key))
         blocks = self.blocks_on(tokens.grid)
@@ -71,18 +80,18 @@ class Mhla(LitLayer):
         return rows.to(value.dtype)
 
     def blocks_on(self, grid: Grid) -> Sizes:
-        """Return how many blocks there are along each axis of a grid.
+        """Return the number of blocks along each axis of a grid.
 
         Raises:
-            UserError: another grid than the layer was made for, which its options do not allow.
+            UserError: the layer was created for another grid, and its options have interpolate=False.
         """
         given = _sizes(grid)
         if given == self.grid:
             return self.options.blocks
         if not self.options.interpolate:
             raise UserError(
-                f"this mhla layer is made for a grid of {self.grid} tokens, got {given}: give latents of that size, or"
-                " convert with interpolate=True"
+                f"this mhla layer is made for a grid of {self.grid} tokens (frames, rows, columns), got {given}: use"
+                " latents of that size, or convert with interpolate=True"
             )
         scaled = [
             max(1, min(size, round(count * size / made)))
@@ -93,13 +102,13 @@ class Mhla(LitLayer):
     def _parts(
         self, tokens: Tokens, q: Tensor, k: Tensor, weights: Tensor, by_block: tuple[Tensor, Tensor, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return the numerator and the divisor; the states are summed by block and mixed."""
+        """Return the numerator (B, N, H, D) and the divisor (B, N, H): sum states per block, mix, multiply queries."""
         order, back, length = by_block
         rope, value = tokens.rope, exact(tokens.value)
         scale = 1 if self.options.divisor or tokens.text else 1 / tokens.grid.tokens
 
         def grouped(x: Tensor) -> Tensor:
-            # A last, empty token fills blocks that have fewer than the largest.
+            # Blocks differ in size. Index N, a token of zeros, fills up the smaller ones.
             padded = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)[:, order]
             return padded.reshape(x.shape[0], len(weights), length, *x.shape[2:])
 
@@ -114,7 +123,7 @@ class Mhla(LitLayer):
         return numerator.flatten(1, 2)[:, back], divisor.flatten(1, 2)[:, back]
 
     def flops(self, grid: Grid, text: int) -> int:
-        """Return the FLOPs of a call of one sample."""
+        """Return the FLOPs of one call with one sample."""
         shape, blocks = self.shape, torch.Size(self.blocks_on(grid)).numel()
         width = shape.heads * shape.channels
         taps = sum(weight[0].numel() for weight in self.conv.parameters())
@@ -127,7 +136,7 @@ class Mhla(LitLayer):
 
 
 def first_mixing(blocks: Sizes) -> Tensor:
-    """Return the weights (M, M) of a new layer: they fall with the distance of two blocks in the grid of blocks."""
+    """Return the mixing weights of a new layer for M blocks, (M, M): they decrease with the distance of two blocks."""
     axes = [torch.arange(count, dtype=torch.float32) for count in blocks]
     places = torch.cartesian_prod(*axes).view(-1, 3)
     distance = torch.cdist(places, places)
@@ -135,12 +144,12 @@ def first_mixing(blocks: Sizes) -> Tensor:
 
 
 def mixed(mixing: Tensor, made: Sizes, blocks: Sizes) -> Tensor:
-    """Return the weights as they are used, (M', M') with rows that add up to 1.
+    """Return the mixing weights for a call, (M', M'), with rows that sum to 1.
 
     Args:
-        mixing: (M, M), as learned.
-        made: blocks along each axis that they were learned for.
-        blocks: along each axis of this call.
+        mixing: the learned weights, (M, M).
+        made: number of blocks along each axis for which the weights were learned; M in total.
+        blocks: number of blocks along each axis in this call; M' in total.
     """
     weights = mixing.clamp(1e-6, 1)
     if made != blocks:
@@ -153,7 +162,7 @@ def mixed(mixing: Tensor, made: Sizes, blocks: Sizes) -> Tensor:
 
 
 def _interpolation(count: int, wanted: int) -> Tensor:
-    """(wanted, count): linear interpolation between the centres of blocks, constant beyond the outer ones."""
+    """Return the matrix (wanted, count) that interpolates linearly between block centres, constant at the ends."""
     places = ((torch.arange(wanted, dtype=torch.float64) + 0.5) * count / wanted - 0.5).clamp(0, count - 1)
     return (1 - (places[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
@@ -163,9 +172,14 @@ def _sizes(grid: Grid) -> Sizes:
 
 
 def _by_block(grid: Grid, blocks: Sizes, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Return the tokens in the order of their blocks, filled up with N, where each token is then, and their length.
+    """Return how tokens are sorted into blocks of equal length.
 
-    Blocks differ by at most one token along each axis.
+    Block sizes differ by at most one token along each axis, so smaller blocks are padded.
+
+    Returns:
+        order: token index of each slot, (blocks * length,); N marks padding.
+        back: slot of each token, (N,).
+        length: slots per block.
     """
     frames, rows, columns = (
         torch.arange(size) * count // size for size, count in zip(_sizes(grid), blocks, strict=True)

@@ -1,15 +1,17 @@
-"""`window_delta` and `window_linear`: softmax in a window of frames, a frame-wise memory of all frames outside it
-(Video DeltaNet, arXiv:2609.20744). The base's weights stay; the branch is added:
+"""`window_delta` and `window_linear`: softmax attention in a window of frames, plus a memory of all frames outside the
+window (Video DeltaNet, arXiv:2609.20744). The weights of the base model stay; the layer adds a branch:
 
     y = g_s winsoftmax(q, k, v) + W' (g_l RMSNorm(M_t q~))
     M_t = P_{lo-1} prod alpha_{lo..t} + Q_{hi} prod alpha_{t..hi-1}
 
-for a query of frame t whose window has the frames lo to hi - 1, with P and Q the memories forward and backward in time
-(`memory.py`). Near and far never overlap. q~, k~, v~ are the base's projections before norm and rotation.
+The query belongs to frame t, and its window holds the frames lo to hi - 1. P and Q are the memories that run forward
+and backward in time (`memory.py`). No frame is both in the window and in the memory that the query reads. q~, k~, v~
+are the projections of the base model before norm and rotary embedding.
 
-W' stands before the base's output layer, where the paper has one of its own behind it: whatever stands there (nothing,
-in some architectures) is the base's. It begins with zeros, and g_s = 2 sigmoid(0) = 1, so at first this is softmax in
-the window; a window over the whole clip is the base's own attention, without any branch.
+The paper adds the branch after the base model's output projection and gives the branch its own. Here W' comes before
+the base model's output projection, so architectures without an output projection work too. W' begins with zeros and
+g_s = 2 sigmoid(0) = 1, so a new layer computes softmax in the window. If the window holds the whole clip, the stock
+attention computes, without the branch.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Frames `first` to `stop` - 1 are queries, those from `low` to `high` - 1 are in their window."""
+    """A chunk of query frames, `first` to `stop` - 1, and the frames in its window, `low` to `high` - 1."""
 
     first: int
     stop: int
@@ -48,7 +50,7 @@ class Window:
 
 
 class _Gate(nn.Module):
-    """up(down(x)) per channel, (B, N, H * D), whose sigmoid is the gate."""
+    """Computes the logits of a gate per channel, up(down(x)), (B, N, H * D)."""
 
     def __init__(self, hidden: int, rank: int, channels: int) -> None:
         super().__init__()
@@ -61,13 +63,16 @@ class _Gate(nn.Module):
 
 
 class _Decay(nn.Module):
-    """log(alpha) = -exp(a_h) softplus(U D mean_s(x) + delta) per frame, head and key channel, (B, F, H, D)."""
+    """Computes the decay of the memory per frame, head and key channel, (B, F, H, D).
+
+    log(alpha) = -exp(a_h) softplus(up(down(mean over the frame's tokens)) + delta).
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.down = nn.Linear(shape.hidden, shape.channels, bias=False)
         self.up = nn.Linear(shape.channels, shape.heads * shape.channels, bias=False)
-        # exp(a) from 1 to 16, softplus(delta) from .001 to .1, as published.
+        # As in the paper: exp(a) from 1 to 16 over the heads, softplus(delta) from 0.001 to 0.1 over the channels.
         self.log_rate = nn.Parameter(torch.linspace(1, 16, shape.heads).log())
         rates = torch.logspace(-3, -1, shape.channels).repeat(shape.heads, 1)
         self.delta = nn.Parameter(rates.expm1().log())
@@ -79,9 +84,10 @@ class _Decay(nn.Module):
 
 
 class WindowLayer(LitLayer):
-    """Softmax in a window and a memory of the rest."""
+    """Base class of both window types: softmax in a window and a memory of the other frames."""
 
     delta = True
+    """Whether the memory solves the ridge problem of `memory.py`; False makes it a decayed sum."""
 
     def __init__(self, shape: Shape, options: WindowOptions) -> None:
         super().__init__(shape)
@@ -103,7 +109,7 @@ class WindowLayer(LitLayer):
             self.gain = nn.Parameter(torch.zeros(width))
 
     def covers(self, grid: Grid) -> bool:
-        """Whether every frame sees every other one by softmax."""
+        """Whether every frame attends to all frames by softmax, so that the layer equals the stock attention."""
         frames, anchors = {*range(grid.frames)}, {*self.anchors(grid.frames)}
         return all(
             {*range(each.first, each.stop)} <= anchors or {*range(each.low, each.high)} | anchors == frames
@@ -111,7 +117,7 @@ class WindowLayer(LitLayer):
         )
 
     def windows(self, frames: int) -> Iterator[Window]:
-        """Yield the chunks of a clip, each with its window."""
+        """Yield the chunks of a clip in order, each with its window."""
         size, radius = self.options.chunk, self.options.radius
         for first in range(0, frames, size):
             stop = min(first + size, frames)
@@ -119,11 +125,11 @@ class WindowLayer(LitLayer):
             yield Window(first, stop, max(0, first - radius * size), high)
 
     def anchors(self, frames: int) -> list[int]:
-        """Return the frames that are dense."""
+        """Return the dense frames: they attend to all frames by softmax, and all frames attend to them."""
         return {"none": [], "first": [0], "both": sorted({0, frames - 1})}[self.options.anchors]
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Return the video's rows."""
+        """Return the outputs of the video tokens, (B, N, H, D)."""
         if self.options.causal:
             return self.stream(tokens, None)[0]
         anchors = self.anchors(tokens.grid.frames)
@@ -132,7 +138,7 @@ class WindowLayer(LitLayer):
         return self._finished(tokens, near, query, self._reads(query, writes.without(anchors), anchors))
 
     def _reads(self, query: Tensor, writes: Writes, anchors: list[int]) -> Tensor:
-        """Return the memory that each frame reads, (B, F, H, D, D); dense frames read none."""
+        """Return the memory that each frame reads, (B, F, H, D, D); zeros for dense frames, which read no memory."""
         if takes(query):
             inverse, content, log_decay = writes.inverse, writes.content, writes.log_decay
             found: Tensor = frame_memories(inverse, content, log_decay, self.options.chunk, self.options.radius)
@@ -149,9 +155,10 @@ class WindowLayer(LitLayer):
         return torch.stack(reads, dim=1)
 
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Return the rows of the next frames: whole chunks but for the last piece of a stream.
+        """Compute the next frames of a stream; see `LitLayer.stream`.
 
-        Kept are the memory before the window, and keys, values and writes of the frames in it.
+        Every piece but the last must be a whole number of chunks. The state holds the memory of all frames before the
+        window, and the keys, values and writes of the frames in the window.
         """
         if not self.options.causal:
             return super().stream(tokens, state)
@@ -168,7 +175,7 @@ class WindowLayer(LitLayer):
             writes = past.followed_by(writes)
         near, reads, low = [], [], 0
         for each in self.windows(grid.frames):
-            # Frames that leave the window go into the memory.
+            # Frames that leave the window are written to the memory.
             for frame in range(low, max(0, each.first + kept - reach)):
                 memory, low = step(memory, writes, frame), frame + 1
             rows, seen = (
@@ -179,6 +186,7 @@ class WindowLayer(LitLayer):
             for frame in range(each.first + kept, each.stop + kept):
                 reads.append(decayed(memory, writes.log_decay[:, low : frame + 1]))
         out = self._finished(tokens, torch.cat(near, dim=1), memory_query, torch.stack(reads, dim=1))
+        # Keep only the frames that the window of the next chunk can reach; write the others to the memory.
         last = max(low, writes.content.shape[1] - reach)
         for frame in range(low, last):
             memory = step(memory, writes, frame)
@@ -187,11 +195,11 @@ class WindowLayer(LitLayer):
         if rest.inverse is not None:
             found["inverse"] = rest.inverse.clone()
         found["pushed"] = torch.tensor(pushed)
-        # Copies: a view would hold all that came before.
+        # Clones, because a view would keep the whole earlier tensor in memory.
         return out, {**found, "key": key[:, last * places :].clone(), "value": value[:, last * places :].clone()}
 
     def flops(self, grid: Grid, text: int) -> int:
-        """Return the FLOPs of a call of one sample."""
+        """Return the FLOPs of one call with one sample."""
         shape, places, frames = self.shape, grid.height * grid.width, grid.frames
         anchors, width = self.anchors(frames), shape.heads * shape.channels
         pairs = 0
@@ -216,7 +224,7 @@ class WindowLayer(LitLayer):
         )
 
     def _near(self, tokens: Tokens, anchors: list[int]) -> Tensor:
-        """Softmax attention of each chunk to its window, anchors and text: one dense call a chunk."""
+        """Compute softmax of each chunk over its window, the dense frames and the text, with one call per chunk."""
         query, key, value = (x.unflatten(1, (tokens.grid.frames, -1)) for x in tokens.softmax_parts())
         parts: dict[int, Tensor] = {}
         for frame in anchors:
@@ -225,7 +233,7 @@ class WindowLayer(LitLayer):
             rows = [frame for frame in range(each.first, each.stop) if frame not in anchors]
             if not rows:
                 continue
-            # Anchors are at the ends, so what is left of a chunk is contiguous.
+            # Dense frames are the first and the last frame of the clip, so the other frames of a chunk are contiguous.
             more = [frame for frame in anchors if not each.low <= frame < each.high]
             seen = [x[:, each.low : each.high] for x in (key, value)]
             if more:
@@ -243,7 +251,10 @@ class WindowLayer(LitLayer):
         return attention(query, key, value, key_lengths=lengths)
 
     def _written(self, tokens: Tokens, state: State | None = None) -> tuple[Tensor, Writes, State]:
-        """Return queries as projected, what the frames write, and what convolutions of a stream's next piece see."""
+        """Return the projected queries, the writes of the frames, and the state of the convolutions.
+
+        The state holds the last frames, which the causal convolutions along time read in the next piece of a stream.
+        """
         frames = tokens.grid.frames
         query, key = tokens.raw()
         tails: State = {}
@@ -257,7 +268,7 @@ class WindowLayer(LitLayer):
         return query, self._writes(convolved[0], convolved[1], tokens.hidden, frames), tails
 
     def _writes(self, key: Tensor, value: Tensor, hidden: Tensor, frames: int) -> Writes:
-        """Sum up what the convolved tokens (B, N, H, D) of each frame write."""
+        """Compute the writes of each frame from its convolved keys and values, (B, N, H, D)."""
         strength, log_decay, scale = self.strength(hidden), self.decay(hidden, frames), self.options.scale_memory
         with no_autocast(key):
             if takes(key, value, strength):
@@ -279,7 +290,7 @@ class WindowLayer(LitLayer):
         return x.new_zeros(x.shape[0], conv.taps_before * places, *x.shape[2:])
 
     def _finished(self, tokens: Tokens, near: Tensor, query: Tensor, reads: Tensor) -> Tensor:
-        """Read the memories (B, F, H, D, D), norm, gate and add to what softmax gave."""
+        """Read the memories `reads`, (B, F, H, D, D), and add them to the output `near` of softmax."""
         far = self._far(query, reads, self.gate(tokens.hidden), near.dtype)
         added = self.mix(far) if self.options.output == "full" else far * self.gain
         gate = self.soft_gate(tokens.hidden)
@@ -291,7 +302,7 @@ class WindowLayer(LitLayer):
         return out.to(tokens.value.dtype)
 
     def _far(self, query: Tensor, reads: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """What queries (B, N, H, D) read, normed and gated, (B, N, H * D)."""
+        """Return what the queries (B, N, H, D) read from the memories, normalised and gated, (B, N, H * D)."""
         with no_autocast(query):
             if takes(query, gate):
                 found: Tensor = frame_reads(query, reads, self.norm, gate.view(query.shape), NORM_EPS)
@@ -303,21 +314,21 @@ class WindowLayer(LitLayer):
 
 
 def _activated(x: Tensor, frames: int, *, unit: bool) -> Tensor:
-    """Return silu of (B, N, H, D), of length 1 or not, (B, F, S, H, D)."""
-    # Gradients stay as they lie: laid out by head, their last bits would be others.
+    """Return silu(x) as (B, F, S, H, D) for x (B, N, H, D), scaled to unit length if `unit`."""
+    # With gradients the memory layout stays: another layout would change the last bits of the gradients.
     x = exact(x) if torch.is_grad_enabled() else by_frame_and_head(x, frames)
     x = F.normalize(F.silu(x), dim=-1) if unit else F.silu(x)
     return x if x.dim() == 5 else x.unflatten(1, (frames, -1))
 
 
 class WindowDelta(WindowLayer):
-    """The memory is the minimiser of each frame's error."""
+    """The layer type `window_delta`: the memory minimises the error of each frame (see `memory.py`)."""
 
     kind = "window_delta"
 
 
 class WindowLinear(WindowLayer):
-    """The memory is a decayed sum: A = 0."""
+    """The layer type `window_linear`: the memory is a decayed sum (A = 0 in `memory.py`)."""
 
     kind = "window_linear"
     delta = False
