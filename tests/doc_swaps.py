@@ -60,21 +60,6 @@ def my_image_reward(completions, **columns):
 """,
     "lora.md": _LORA + _PROMPTS + "lora('runs/my-run')\nlora('style')",
     "dancegrpo.md": _LORA + _PROMPTS + "lora('runs/my-run/export')\nlora('FOLDER')",
-    "kernels.md": """
-import torch
-from diffusers import WanPipeline
-
-stock = WanPipeline.from_pretrained("postgen/assets/tiny-wan")
-
-def pipe(prompt):
-    return stock(prompt, height=64, width=64, num_frames=5, num_inference_steps=2)
-
-prompt = "a red ball rolls left"
-query, key, value = torch.randn(3, 2, 40, 2, 16)
-lengths = torch.tensor([40, 30])
-qkv, w5x5, w3 = torch.randn(1, 60, 3, 2, 16), torch.randn(16, 5, 5), torch.randn(16, 3)
-norm_q = norm_k = torch.nn.RMSNorm(32)
-""",
     "lit_video.md": """
 import pathlib
 from diffusers import WanPipeline
@@ -129,13 +114,6 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("fast-video --lora_path", "fast-tiny --use_peft true --output_dir runs/lora --lora_path"),
         ("--model runs/my-run/export", "--model runs/fast-tiny/export"),
         ("recipes/fast-video.yaml", "fast-tiny --dry-run"),  # one process, a model that is here, and only the estimate
-    ),
-    "kernels.md": (
-        ("apply_fused_ops(pipe)", "apply_fused_ops(stock)"),
-        ("routed_attention(pipe)", "routed_attention(stock)"),
-        ("pipe.transformer.set_attention_backend", "stock.transformer.set_attention_backend"),
-        ("grid = 21, 30, 52", "grid = 3, 4, 5"),
-        ("pairs = 22, 21, 21", "pairs = 4, 2, 2"),
     ),
     # Rewards whose weights are here.
     "rewards.md": (("hps_v2_1", "world_clip"), ("clip_score(frames=8)", "world_clip")),

@@ -12,8 +12,8 @@ import torch
 from benchmarks.docs_blocks import ROOT, blocks_of_page, pages
 from tests.doc_blocks import Page
 
-WORKED = ("CONTRIBUTING.md",)
-"""Its Python blocks are files of a worked example: tests/test_worked_*.py write them where they belong."""
+WORKED = ("CONTRIBUTING.md", "kernels.md")
+"""Other tests run their Python blocks: tests/test_worked_*.py, tests/kernels/test_docs.py."""
 CHECKED = re.findall(r'parametrize\("ran", \["(.+?)"\]', Path(__file__).read_text(encoding="utf-8"))
 """Pages of which this file asserts more than that they run."""
 OTHERS = [page for page in pages() if page.name not in CHECKED and any(b.no_run is None for b in blocks_of_page(page))]
