@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,30 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.docs_blocks import ROOT, blocks_of_page, pages
+from tests.doc_blocks import Page
+
+WORKED = ("CONTRIBUTING.md", "kernels.md")
+"""Other tests run their Python blocks: tests/test_worked_*.py, tests/kernels/test_docs.py."""
+CHECKED = re.findall(r'parametrize\("ran", \["(.+?)"\]', Path(__file__).read_text(encoding="utf-8"))
+"""Pages of which this file asserts more than that they run."""
+OTHERS = [page for page in pages() if page.name not in CHECKED and any(b.no_run is None for b in blocks_of_page(page))]
 
 
 @pytest.fixture
 def ran(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
     """Run a page; return its names and what it prints."""
-    (tmp_path / "postgen").symlink_to(ROOT / "postgen")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / request.param).read_text(encoding="utf-8")
-    names: dict[str, Any] = {"__name__": "page"}
-    torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-            exec(compile(code, request.param, "exec"), names)
-    return names, printed.getvalue()
+    page = Page(ROOT / "docs" / request.param)
+    printed = page.run()
+    return page.names, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", OTHERS, ids=[page.stem for page in OTHERS])
+def test_other_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Page(page).run(("bash",) if page.name in WORKED else ("python", "bash"))
 
 
 @pytest.mark.parametrize("ran", ["models.md"], indirect=True)

@@ -56,7 +56,7 @@ class Served:
 
 @contextmanager
 def serving(
-    words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0, python: Path | None = None
+    words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0, python: Path | None = None, page: bool = True
 ) -> Iterator[Served]:
     """Start Python with these words in a folder, give the server, and end it with all its children.
 
@@ -67,6 +67,7 @@ def serving(
         folder: where it is started.
         seconds: how long it may take.
         python: another interpreter, which is told nothing of this checkout; None is this one, which is.
+        page: wait for its page; without, for the address that it prints.
 
     Raises:
         AssertionError: it ended, or did not answer in time; the message has what it wrote.
@@ -83,7 +84,7 @@ def serving(
             start_new_session=True,
         )
     try:
-        url = _answering(process, folder / "server.log", begin + seconds)
+        url = _answering(process, folder / "server.log", begin + seconds, page)
         yield Served(url=url, folder=folder, process=process, seconds=time.monotonic() - begin)
     finally:
         _end(process)
@@ -106,13 +107,16 @@ def _environment(folder: Path, *, checkout: bool) -> dict[str, str]:
     return kept | own | (paths if checkout else {})
 
 
-def _answering(process: subprocess.Popen[bytes], log: Path, end: float) -> str:
-    """Return the address that the program has printed, as soon as its page is there."""
+def _answering(process: subprocess.Popen[bytes], log: Path, end: float, page: bool) -> str:
+    """Return the address that the program has printed, as soon as its page is there, where that is waited for."""
     asking = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end:
         text = log.read_text(encoding="utf-8", errors="replace")
         assert process.poll() is None, f"the server ended with code {process.returncode}:\n{text[-4000:]}"
-        if found := _URL.search(text):
+        found = _URL.search(text)
+        if found and not page:
+            return found[0]
+        if found:
             with suppress(urllib.error.URLError, ConnectionError, TimeoutError), asking.open(found[0], timeout=5):
                 return found[0]
         time.sleep(0.1)
