@@ -187,6 +187,8 @@ def call_cost(
     """
     if passes < 1:
         raise UserError(f"passes must be at least 1, got {passes}")
+    from diffusers import attention_backend
+
     kind, config = _kind_and_config(model)
     registered_name(kind)
     arguments = tree_map_only(Tensor, _on_cpu, dict(arguments))
@@ -196,7 +198,8 @@ def call_cost(
         built: Any = kind(**{name: value for name, value in config.items() if name in known and name != "self"}).eval()
     counter = _Counter(fake, dtype.itemsize)
     try:
-        with torch.no_grad(), counter.modules, counter:
+        # Setting the backend of any model sets that of the process, and torch counts its own attention alone.
+        with torch.no_grad(), attention_backend("native"), counter.modules, counter:
             built(**arguments)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         told = " ".join(str(error).split())

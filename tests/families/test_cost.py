@@ -31,6 +31,18 @@ def test_every_class_is_known() -> None:
         assert (row.call is None) == (row.video is None and row.image is None), row.transformer
 
 
+def test_another_attention_backend_changes_nothing() -> None:
+    """What computes attention in this process does not change what a model costs."""
+    from diffusers import attention_backend
+
+    import postgen
+
+    postgen.register_attention_backend()
+    expected = forward_cost(WAN_14B, num_frames=5, height=64, width=64)
+    with attention_backend("postgen"):
+        assert forward_cost(WAN_14B, num_frames=5, height=64, width=64).flops == expected.flops
+
+
 @pytest.mark.parametrize("name", [name for name in (*BUILDERS, *IMAGES) if name not in TWICE])
 def test_every_family(name: str) -> None:
     """At a size in pixels: the same FLOPs as torch counts, blocks and parts that add up, all weights read."""
