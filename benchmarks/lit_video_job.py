@@ -208,7 +208,8 @@ class Work:
         drawn = self.job.out / "drawn" / f"latents.{seed}"
         (run / "latents").unlink(missing_ok=True)
         (run / "latents").symlink_to(drawn.resolve())  # so the run does not sample the latents again
-        whole(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed))
+        resumed = {"resume_from_checkpoint": "auto"}  # a call that ended in time left a checkpoint
+        whole(self.training(student=str(begin), output_dir=str(run), train=what, seed=seed, **resumed))
         pipe = self.teacher()
         apply_adapter(pipe.transformer, run / "export")
         return pipe
