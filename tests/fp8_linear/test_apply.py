@@ -64,7 +64,7 @@ def test_what_it_says(wan: TinyModel) -> None:
         handle.update(emulate=True)
         wan()
     assert [str(each.message) for each in told] == [
-        "linear layers in FP8 are emulated, slower than without: cpu has no FP8 matrix product"
+        "FP8 linear layers are emulated, which is slower than exact layers: cpu has no FP8 matrix product"
     ]
     handle.disable()
     assert text.format("off") in str(postgen.summary(wan.transformer))
