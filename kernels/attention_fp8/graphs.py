@@ -220,6 +220,7 @@ def _graph(shape: Shape) -> Any:
     def lengths(uid: int) -> Any:
         return graph.tensor(uid=uid, dim=(shape.batch, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32)
 
+    # Key lengths are a padding mask.
     padding = {}
     if shape.lengths:
         seq_lens = {"seq_len_q": lengths(_QUERY_LENGTHS), "seq_len_kv": lengths(_KEY_LENGTHS)}
@@ -230,6 +231,7 @@ def _graph(shape: Shape) -> Any:
         descale_s=number(_S_INVERSE), scale_s=number(_S_SCALE), scale_o=number(_O_SCALE),
         generate_stats=shape.lse, attn_scale=shape.scale, **padding,
     )  # fmt: skip
+    # Describe the outputs: attention, the largest exponential and output, and the LSE.
     dim, stride = _layout(shape, shape.queries)
     kind = kinds.FP8_E4M3 if shape.dtype == E4M3 else kinds.BFLOAT16
     out.set_uid(_OUT).set_output(True).set_dim(dim).set_stride(stride).set_data_type(kind)

@@ -183,6 +183,7 @@ class Plan(NamedTuple):
 
 def planned(query: Channels, key: Channels, value: Channels, preparation: Preparation) -> Plan:
     """Compute the transformations from the statistics of the channels, without waiting for a GPU."""
+    # Queries and keys: mean, balance, and the bounds from which their scales follow.
     centre = key.mean if preparation.key_mean else None
     ratio = torch.ones_like(query.square)
     if preparation.balance:
@@ -192,6 +193,7 @@ def planned(query: Channels, key: Channels, value: Channels, preparation: Prepar
         # A rotated number is at most as large as the norm of its row, and the channels bound the norm of all rows.
         query_reach, key_reach = (x.square().sum(-1, keepdim=True).sqrt() for x in (query_reach, key_reach))
     query_scale, key_scale = (fp8_scale(x).view(()).clamp_min(_SMALLEST_SCALE) for x in (query_reach, key_reach))
+    # Values: mean, factors of the channels, and scale.
     value_mean = value.mean if preparation.value_mean else None
     factor, value_reach = None, value.reach(value_mean)
     if preparation.value_scale:

@@ -16,8 +16,8 @@ class FP8LinearsHandle(PlugInHandle[FP8LinearConfig, FP8Linears]):
 
     name = NAME
     config_class = FP8LinearConfig
-    removed = "the linear layers in FP8 were removed: apply them again"
-    doubled = "linear layers in FP8 are on {where} already: update or remove them"
+    removed = "the FP8 linear layers were removed: apply them again"
+    doubled = "FP8 linear layers are on {where} already: update or remove them"
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Return the number of layers that compute in FP8, by pipeline component and by part of the blocks.
@@ -60,7 +60,7 @@ def remove_fp8_linears(target: Any) -> None:
     """
     handle = FP8LinearsHandle.of(target)
     if handle is None:
-        raise UserError(f"there are no linear layers in FP8 on this {type(target).__name__}")
+        raise UserError(f"there are no FP8 linear layers on this {type(target).__name__}")
     handle.remove()
 
 

@@ -96,10 +96,10 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
         else:
             layers[name] = part
     if not layers:
-        why = f"{len(left)} have channels that {MULTIPLE} does not divide" if left else "the settings exclude all"
+        why = f"{len(left)} layers have channels not divisible by {MULTIPLE}" if left else "the settings exclude all"
         if narrow:
             why = (
-                f"{narrow} have fewer than {least} inputs or outputs and would be no faster;"
+                f"{narrow} layers have fewer than {least} inputs or outputs and would be no faster;"
                 " set min_features=0 to use them"
             )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")

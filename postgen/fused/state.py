@@ -85,6 +85,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         readers = {name: reader for plan in plans for name, reader in plan.readers.items()}
         if readers:
             processor_stack(model).check_claim(NAME, readers)
+        # Blocks first; if the attention modules then fail, the blocks return to their earlier state.
         before = self._blocks
         self._arrange_blocks(model, blocks)
         try:

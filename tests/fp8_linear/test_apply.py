@@ -94,7 +94,7 @@ def test_copies_have_their_own(wan: TinyModel) -> None:
     wan.transformer = original
     assert torch.equal(wan(), on)
     postgen.remove_fp8_linears(original)
-    with pytest.raises(postgen.UserError, match="no linear layers in FP8 on this WanTransformer3DModel"):
+    with pytest.raises(postgen.UserError, match="no FP8 linear layers on this WanTransformer3DModel"):
         postgen.remove_fp8_linears(original)
 
 

@@ -110,7 +110,7 @@ def test_odd_channels_are_left_and_told_of() -> None:
     text = "4 layers exact because 16 does not divide their channels (transformer_blocks.0.ff.net.0.proj: 32 x 170)"
     assert text in str(postgen.summary(model))
     handle.remove()
-    with pytest.raises(UserError, match="4 have channels that 16 does not divide"):
+    with pytest.raises(UserError, match="4 layers have channels not divisible by 16"):
         postgen.apply_fp8_linears(model, FP8LinearConfig(attention=False))
 
 

@@ -355,7 +355,7 @@ def test_settings_that_are_wrong(settings: dict[str, Any], message: str) -> None
 
 
 def test_what_is_refused(wan: TinyModel, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(postgen.UserError, match="no layer matches 'nothing'"):
+    with pytest.raises(postgen.UserError, match="no layer matches the pattern 'nothing'"):
         apply_fp8_attention(wan.transformer, FP8AttentionConfig(exact_layers=("nothing",), simulate=True))
     if not torch.cuda.is_available():
         for refused in (

@@ -213,12 +213,14 @@ def calibrate_fp8_attention(
 
 @contextmanager
 def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iterator[None]:
+    """Measure every attention call of the pipeline's transformers inside a `with` block."""
     install_attention_tap()
     with ExitStack() as undo:
         for model in transformers_of(pipe).values():
             tokens, stack = video_tokens_of(model), processor_stack(model)
             arguments: dict[str, Any] = {}
 
+            # The step is computed from the arguments of the transformer's forward, so a hook keeps the latest ones.
             def remember(module: Any, args: Any, kwargs: Any, into: dict[str, Any] = arguments) -> None:
                 into.clear()
                 into.update(kwargs)

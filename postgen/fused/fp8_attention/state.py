@@ -83,7 +83,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         for pattern in (*config.exact_layers, *named):
             if not any(re.fullmatch(pattern, name) for name in self.layers):
                 known = ", ".join(list(self.layers)[:3])
-                raise UserError(f"no layer matches {pattern!r}. Layers: {known}, ...")
+                raise UserError(f"no layer matches the pattern {pattern!r}. Layers of this model: {known}, ...")
         changed = processor_stack(model).changed_layers
         found: dict[str, Preparation | None] = {}
         for name in self.layers:
@@ -133,6 +133,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         super().before_forward(model, args, kwargs)
         now = self.now
         config = now.config
+        # FP8 runs unless the step below turns out to be exact.
         self.here.exact = False
         if not torch.compiler.is_compiling():
             self._model = weakref.ref(model)  # a copy of the plug-in has no reference yet
