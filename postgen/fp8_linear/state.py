@@ -52,7 +52,7 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
         return plan_for(model, config, _least(device, config))
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8LinearConfig]]) -> None:
-        """Replace every layer that any live setting selects, and restore the other layers.
+        """Replace every layer that a setting in use selects, and restore the other layers.
 
         Layers that are already replaced are not touched, because another thread may be computing with them.
 
@@ -93,7 +93,7 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
     def wants(self, layer: FP8Linear) -> bool:
         """Return whether the current call computes this layer in FP8."""
         now = self.now
-        # Read the name only where live settings differ: torch.compile would recompile for each block otherwise.
+        # Read the name only where the settings in use differ: torch.compile would recompile for each block otherwise.
         return now.enabled and (not self._mixed or layer.place in now.prepared.layers)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

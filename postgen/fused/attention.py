@@ -34,7 +34,7 @@ def register_attention_backend() -> Any:
     `reset_attention_backend` does not restore this default. `routed_attention` does not change the default.
 
     Returns:
-        The member of diffusers' backend enum for this name.
+        The object that diffusers keeps on processors as `_attention_backend`.
 
     Raises:
         UserError: the attention dispatcher of the installed diffusers is not the expected one.

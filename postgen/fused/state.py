@@ -74,7 +74,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         return Plan(readers=readers, forwards=forwards, skipped=skipped)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FusedOpsConfig]]) -> None:
-        """Change every module that any live setting selects, and restore the other modules.
+        """Change every module that a setting in use selects, and restore the other modules.
 
         Raises:
             UserError: other code replaced the forward or the class of a block, or another method computes the

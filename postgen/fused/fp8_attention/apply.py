@@ -120,7 +120,7 @@ def register_fp8_attention_backend() -> Any:
     computes calls with a mask, causal calls and cross-attention, which has different numbers of queries and keys.
 
     Returns:
-        The member of diffusers' backend enum for this name.
+        The object that diffusers keeps on processors as `_attention_backend`.
 
     Raises:
         UserError: this machine cannot compute FP8 attention, or the attention dispatcher of the installed diffusers

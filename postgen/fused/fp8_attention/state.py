@@ -96,7 +96,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         return Plan(found)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
-        """Put the wrappers on the attention processors while there is any live setting, and remove them otherwise."""
+        """Put the wrappers on the attention processors while any setting is in use, and remove them otherwise."""
         self._forget()
         for each in live:
             self._number(each.prepared, {each.prepared.number for each in live})
