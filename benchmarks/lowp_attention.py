@@ -1,11 +1,11 @@
-"""Attention in 8 bits at the shapes of real models: time with rounding included, and error, beside exact attention.
+"""FP8 attention at the shapes of real models: its time, rounding included, and its error, next to exact attention.
 
 `python -m benchmarks.lowp_attention` needs a GPU that computes FP8 attention and writes `results/lowp_attention.json`.
-All kernels are recorded in CUDA graphs and replayed in turns, as in `benchmarks.kernel_attention`. Errors are relative
-L2 errors against float64 from the same bfloat16 inputs, on some queries of all heads, by kind of inputs
-(`benchmarks.lowp_inputs`). `--without-fa4` hides FlashAttention-4, beside which xformers cannot be imported, so that
-xformers has its row: give it another `-o`. `--tiny` runs the same code on tiny shapes on any device, with FP8
-attention simulated where there is none, and writes nothing.
+All kernels are recorded in CUDA graphs, which are replayed in turns, as in `benchmarks.kernel_attention`. Errors are
+relative L2 errors against float64 from the same bfloat16 inputs, on some queries of all heads, for each kind of input
+(`benchmarks.lowp_inputs`). xformers cannot be imported beside FlashAttention-4. So `--without-fa4` hides
+FlashAttention-4 to measure xformers; use it with another `-o`. `--tiny` runs the same code with tiny shapes on any
+device, with simulated FP8 attention where there is no kernel, and writes nothing.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ TINY = (
     AttentionShape(name="tiny 128", tokens=129, heads=3, channels=128),
 )
 QUERIES = 64
-"""Queries that are compared with float64, spread evenly."""
+"""How many queries are compared with float64, spread evenly over the tokens."""
 LARGEST = "Wan 14B 720p"
-"""The shape that the gates of speed are about."""
+"""The shape of the speed gates."""
 Runs = dict[str, Callable[[], Any]]
 
 
 def measure(shape: AttentionShape, device: str, *, simulate: bool) -> dict[str, Any]:
-    """Return the row of one shape."""
+    """Measure one shape and return its row."""
     refused: dict[str, str] = {}
     call = call_of(shape, "normal", device)
     runs = exact_runs(call, refused)
     runs["cudnn_fp8"] = partial(attention_fp8, *call[:3], simulate=simulate)
     runs |= in_8_bits(call) if device == "cuda" else {}
-    # Alone, not in turns with the others, which would count as hopeless beside it; it is a part of `cudnn_fp8` too.
+    # The rounding is timed separately: next to it all other runs would count as hopelessly slow.
     alone: Runs = {"rounding": partial(quantised, *call[:3], Preparation())}
     times, rounding = (in_turns(x, refused) if device == "cuda" else timed(x) for x in (runs, alone))
     if "cudnn_fp8" not in times:
@@ -74,13 +74,16 @@ def measure(shape: AttentionShape, device: str, *, simulate: bool) -> dict[str, 
 
 
 def call_of(shape: AttentionShape, kind: str, device: str) -> Call:
-    """Draw the inputs of a shape."""
+    """Return an attention call with random inputs of a shape and kind."""
     tensors = drawn(kind, shape.tokens, shape.heads, shape.channels, device=device)
     return Call(*tensors, shape.channels**-0.5, None, False)
 
 
 def exact_runs(call: Call, refused: dict[str, str]) -> Runs:
-    """Return torch's default and every kernel of the router that works here."""
+    """Return torch's default and every kernel of the router that works here.
+
+    The reasons of the kernels that do not work are added to `refused`.
+    """
     runs: Runs = {"default": partial(default, *call[:3])}
     for backend in TIMED:
         if backend.races_without_lengths:
@@ -92,13 +95,13 @@ def exact_runs(call: Call, refused: dict[str, str]) -> Runs:
 
 
 def timed(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return milliseconds where there are no CUDA graphs."""
+    """Return the median milliseconds of each run on a CPU, without CUDA graphs."""
     device = torch.device("cpu")
     return {name: statistics.median(milliseconds(run, device) for _ in range(3)) for name, run in runs.items()}
 
 
 def errors_of(call: Call, *, simulate: bool) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return the errors of every method, of all heads and of the worst, and those of FP8 by preparation."""
+    """Return the errors of every method (over all heads and of the worst head), and those of FP8 by preparation."""
     rows = torch.linspace(
         0, call.query.shape[1] - 1, min(call.query.shape[1], QUERIES), device=call.query.device
     ).long()
@@ -117,14 +120,16 @@ def errors_of(call: Call, *, simulate: bool) -> tuple[dict[str, dict[str, float]
 
 
 def error_of(out: Tensor, expected: Tensor) -> dict[str, float]:
-    """Return the relative error of all heads together, and of the worst."""
+    """Return the relative L2 error over all heads, and that of the worst head."""
     wrong, whole = ((x.double().square().sum((0, 1, 3))) for x in (out.double() - expected, expected))
     return {"error": float((wrong.sum() / whole.sum()).sqrt()), "worst_head": float((wrong / whole).sqrt().max())}
 
 
 def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates: speed at the largest shape, the error of all heads together at the worst one; exact kernels
-    that are not installed pass none."""
+    """Return the gates: the speed at the largest shape, and the largest error over all shapes.
+
+    The gate against an exact kernel that is not installed has no value and does not pass.
+    """
     whole = [row for row in rows if row["shape"].startswith(LARGEST)]
 
     def speed(peer: str) -> float | None:
@@ -142,10 +147,10 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_kernel(shapes: tuple[AttentionShape, ...]) -> None:
-    """Refuse a machine that would measure exact attention under the name of FP8.
+    """Check that this machine runs FP8 attention; otherwise the benchmark would measure the exact fallback as FP8.
 
     Raises:
-        ValueError: what is missing.
+        ValueError: it does not; the message names what is missing.
     """
     for shape in shapes:
         reason = graphs.refusal(torch.device("cuda"), shape.channels)
@@ -157,25 +162,26 @@ def check_kernel(shapes: tuple[AttentionShape, ...]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the rows and write the result."""
+    """Measure all shapes, print the rows and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lowp_attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes on any device; nothing is written")
+    parser.add_argument("--tiny", action="store_true", help="use tiny shapes on any device and write nothing")
     parser.add_argument("--without-fa4", action="store_true", help="hide FlashAttention-4, for xformers")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="shapes whose names begin so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only shapes whose names begin with NAME")
     parser.add_argument("-o", "--output", default="lowp_attention", help="name or path of the result file")
     options = parser.parse_args(argv)
     if options.without_fa4:
-        # Python then finds no such package.
+        # With None in sys.modules every import of the package fails.
         sys.modules["flash_attn"] = None  # type: ignore[assignment]
     shapes = TINY if options.tiny else SHAPES
     shapes = tuple(each for each in shapes if not options.only or each.name.startswith(tuple(options.only)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if not shapes:
-            raise ValueError(f"no shape begins with {', '.join(options.only)}")
+            known = ", ".join(each.name for each in (TINY if options.tiny else SHAPES))
+            raise ValueError(f"no shape begins with {', '.join(options.only)}. Known: {known}")
         if not options.tiny:
             if device == "cpu":
-                raise ValueError("benchmarks.lowp_attention needs a GPU: torch sees none (--tiny runs anywhere)")
+                raise ValueError("benchmarks.lowp_attention needs a GPU, and torch finds none: use --tiny on a CPU")
             check_kernel(shapes)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -189,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
                 torch.cuda.empty_cache()
     if options.tiny:
         return 0
-    # Gates are about all shapes and all kernels.
+    # The gates need all shapes and all kernels.
     found = [] if options.only or options.without_fa4 else gates(rows)
     print(write_result(options.output, {"queries": QUERIES, "rows": rows, "gates": found}))
     return 0

@@ -1,4 +1,4 @@
-"""Queries, keys and values that 8 bits bear easily, and such that they do not; the same for tests and benchmarks."""
+"""Random queries, keys and values that are easy or hard to round to 8 bits, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("normal", "hard", "clustered")
-"""normal: all N(0, 1). hard: four channels of the keys are 8 times as wide, and all keys of a head share an offset of
-4 N(0, 1). clustered: tokens lie about 64 centres, as those of smooth parts of a video do."""
+"""normal: all numbers are N(0, 1). hard: four channels of the keys are 8 times as wide, and all keys of a head share
+an offset of 4 N(0, 1). clustered: tokens are close to 64 centres, like tokens of smooth regions of a video."""
 _CENTRES = 64
 
 
@@ -22,10 +22,10 @@ def drawn(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, (B, N, H, D).
+    """Draw random queries, keys and values, each (B, N, H, D).
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is not one of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}. Known: {', '.join(KINDS)}")

@@ -1,13 +1,13 @@
-"""What low precision does to the clips of the embedded model: the world's judge and PSNR, paired by prompt and seed.
+"""The effect of low precision on clips of the embedded model: scores of the world's judge and PSNR, paired by prompt.
 
     python -m benchmarks.lowp_judge [--prompts 512] [--modes fp8_linears] [--model FOLDER] [--device cuda]
 
-Clip i is from prompt i and seed i in every mode; `exact` is the model as it is, which the others are compared with.
-Half the prompts are of one body, half of two. Differences of the judge's score have 95 % bootstrap intervals over
-prompts; PSNR is of a mode's clip against the exact one. Where a kernel is missing, the rounding is emulated. Writes
-`results/lowp_judge.json`, again after every 64 clips of each mode, with the gate `judge_drop`: the upper end of the
-interval of the drop, the worst mode.
-`MODES` takes further modes, a function from a pipeline to a context manager each.
+In every mode clip i comes from prompt i and seed i. The mode `exact` is the unchanged model, with which the other
+modes are compared. Half of the prompts have one body, half have two. Differences of the judge's score have 95 %
+bootstrap intervals over prompts. PSNR compares a mode's clip with the exact clip. Where a kernel is missing, its
+rounding is emulated. The benchmark writes `results/lowp_judge.json` after every 64 clips of each mode. Its gate
+`judge_drop` is the upper end of the interval of the score's drop, in the worst mode. Further modes can be added to
+`MODES`: each is a function from a pipeline to a context manager.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from postgen.world.check import check_batch
 from postgen.world.spec import Spec
 
 Mode = Callable[[Any], AbstractContextManager[Any]]
-"""From a pipeline to what is open while its clips are made."""
+"""A function from a pipeline to the context manager in which its clips are generated."""
 
 LINEARS = postgen.FP8LinearConfig(emulate=True)
 
 
 def attention_of(pipe: Any) -> postgen.FP8AttentionConfig:
-    """Return the usual setting for the few tokens of the embedded model, simulated where there is no such kernel."""
+    """Return the default config without `min_tokens`, as the embedded model has few tokens; simulated if necessary."""
     return postgen.FP8AttentionConfig(min_tokens=0, simulate=graphs.refusal(pipe.transformer.device, 64) is not None)
 
 
 @contextmanager
 def both(pipe: Any) -> Iterator[None]:
-    """Put both on for one call."""
+    """Apply FP8 linear layers and FP8 attention inside a `with` block."""
     with fp8_linears_for_call(pipe, LINEARS), fp8_attention_for_call(pipe, attention_of(pipe)):
         yield
 
@@ -61,13 +61,13 @@ MODES: dict[str, Mode] = {
     "fp8_attention": lambda pipe: fp8_attention_for_call(pipe, attention_of(pipe)),
     "fp8_both": lambda pipe: both(pipe),
 }
-"""What is compared, by name."""
+"""The modes to compare, by name."""
 AT_ONCE = 64
-"""Clips that are made, judged and forgotten together."""
+"""How many clips are generated and judged together, and then dropped."""
 
 
 def clips_of(pipe: Any, mode: Mode, specs: Sequence[Spec], first: int, how: Defaults, label: str) -> Tensor:
-    """Clips (B,F,3,H,W) in [0,1] of some scenes, clip i from seed first + i."""
+    """Generate clips (B,F,3,H,W) in [0,1] of some scenes; clip i has the seed first + i."""
     prompts = [world.simple_caption(spec) for spec in specs]
     seeds = list(range(first, first + len(prompts)))
     with mode(pipe):
@@ -75,7 +75,7 @@ def clips_of(pipe: Any, mode: Mode, specs: Sequence[Spec], first: int, how: Defa
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
-    """Decibels between clips (B,F,3,H,W), (B,); 100 and more is the same."""
+    """Return the PSNR in decibels between two batches of clips (B,F,3,H,W), as (B,), at most 100 (for equal clips)."""
     error = (one.double() - other.double()).square().flatten(1).mean(1).clamp_min(1e-10)
     return -10 * error.log10()
 
@@ -83,7 +83,7 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 def measure(
     pipe: Any, specs: Sequence[Spec], how: Defaults, modes: Mapping[str, Mode], workers: int
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Yield numbers of every clip so far by mode: the judge's score, motion, and PSNR to the exact clip."""
+    """Yield the numbers of all clips so far, (B,), by mode and name: judge score, motion, PSNR to the exact clip."""
     found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in modes}
     for low in range(0, len(specs), AT_ONCE):
         part = specs[low : low + AT_ONCE]
@@ -103,7 +103,7 @@ def measure(
 
 
 def rows_of(numbers: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
-    """Return a row a mode: means, and the drop of the score against the first mode with its interval."""
+    """Return one row per mode: means, and the drop of the score against the first mode with its interval."""
     plain = next(iter(numbers.values()))
     rows = []
     for name, values in numbers.items():
@@ -116,24 +116,24 @@ def rows_of(numbers: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]
 
 
 def gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gate: the upper end of the drop of the worst mode."""
+    """Return the gate: the upper end of the interval of the drop, in the worst mode."""
     worst = max((row["drop"]["high"] for row in rows[1:]), default=None)
     return [gate("judge_drop", worst, "<=", 0.01)]
 
 
 def main(argv: list[str] | None = None, modes: Mapping[str, Mode] = MODES) -> int:
-    """Make the clips, print the rows, write the result."""
+    """Generate and judge the clips, print the rows and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lowp_judge", description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=512, help="clips of each mode (default: 512)")
-    parser.add_argument("--modes", nargs="+", choices=list(modes), default=list(modes), help="exact is always first")
-    parser.add_argument("--model", type=Path, help="another folder than the embedded model's")
+    parser.add_argument("--prompts", type=int, default=512, help="number of clips of each mode, even (default: 512)")
+    parser.add_argument("--modes", nargs="+", choices=list(modes), default=list(modes), help="exact always runs first")
+    parser.add_argument("--model", type=Path, help="folder of another model than the embedded one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workers", type=int, help="processes that judge beside this one")
+    parser.add_argument("--workers", type=int, help="number of additional processes that judge clips")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("-o", "--output", default="lowp_judge", help="name or path of the result file")
     options = parser.parse_args(argv)
     if options.prompts < 2 or options.prompts % 2:
-        parser.error("--prompts must be an even number of at least 2")
+        parser.error(f"--prompts must be an even number of at least 2, got {options.prompts}")
     folder = options.model or Path(postgen.embedded_model())
     how = Defaults.of(folder)
     how = how if options.steps is None else dataclasses.replace(how, steps=options.steps)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None, modes: Mapping[str, Mode] = MODES) -> in
     workers = judging(options.workers, options.device)
     half = options.prompts // 2
     specs = scenes(half, how.frames)
-    # In turns, so that what an interrupted run leaves has as many of two bodies as of one.
+    # Alternate one and two bodies, so that the results of an interrupted run have as many of each.
     specs = [each for pair in zip(specs[:half], specs[half:], strict=True) for each in pair]
     for numbers in measure(pipe, specs, how, chosen, workers):
         rows = rows_of(numbers)

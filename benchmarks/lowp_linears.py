@@ -1,10 +1,10 @@
-"""Linear layers in FP8: layers of real models, with the quantisation included.
+"""FP8 linear layers at the shapes of real models: times, quantisation included, and errors.
 
-`python -m benchmarks.lowp_linears` needs a GPU with FP8 and writes `results/lowp_linears.json`; `--quick` takes Wan
-1.3B only, `--tiny` runs everything once on a processor with tiny layers and writes nothing (its times mean nothing).
-Shapes are the published ones, weights are random: time does not depend on them. What is compared runs in one process
-on the same inputs; times are medians. Errors are those of Gaussian numbers against float64. Whole steps:
-`benchmarks.lowp_steps`.
+`python -m benchmarks.lowp_linears` needs a GPU with FP8 and writes `results/lowp_linears.json`. `--quick` measures Wan
+1.3B only. `--tiny` runs the code once on a CPU with tiny layers and writes nothing (its times have no meaning). Shapes
+are the published ones, and weights are random, because time does not depend on them. All forms run in one process on
+the same inputs; times are medians. Errors are relative to float64, for Gaussian inputs and weights.
+`benchmarks.lowp_steps` measures whole denoising steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPEATS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Linear layers that read the same tokens."""
+    """One or more linear layers that read the same tokens."""
 
     model: str
     layers: str
@@ -39,11 +39,11 @@ class Shape:
     inputs: int
     outputs: int
     count: int = 1
-    """So many layers one after the other, which share one quantisation."""
+    """The number of layers that run one after the other and share one quantisation."""
 
 
 def shapes_of(model: str, tokens: int, width: int, wide: int) -> tuple[Shape, ...]:
-    """Layers of a block: projections of a `width`, a feed-forward layer of another."""
+    """Return the layers of a block: projections with `width` channels, a feed-forward layer with `wide` channels."""
     return (
         Shape(model=model, layers="q, k, v", tokens=tokens, inputs=width, outputs=width, count=3),
         Shape(model=model, layers="attention out", tokens=tokens, inputs=width, outputs=width),
@@ -66,7 +66,7 @@ TINY = shapes_of("tiny", 40, 64, 128)
 def layer_row(shape: Shape, device: str, repeats: int = REPEATS) -> dict[str, Any]:
     """Time layers in bfloat16 and in FP8: the product alone, and with the quantisation done in three ways."""
     torch.manual_seed(0)
-    torch.compiler.reset()  # each shape is compiled for itself
+    torch.compiler.reset()  # compile each shape separately
     x = torch.randn(1, shape.tokens, shape.inputs, device=device, dtype=torch.bfloat16)
     weight = torch.randn(shape.outputs, shape.inputs, device=device, dtype=torch.bfloat16) / shape.inputs**0.5
     bias = torch.randn(shape.outputs, device=device, dtype=torch.bfloat16)
@@ -106,7 +106,7 @@ def layer_row(shape: Shape, device: str, repeats: int = REPEATS) -> dict[str, An
 
 
 def fast(product: Callable[[], Any], weight: Tensor, device: str, repeats: int) -> tuple[float, float]:
-    """Return the time of a product whose sums stay in the tensor cores, and its error where they do not cancel."""
+    """Return the time of a product with fast accumulation in the tensor cores, and its `coherent_error`."""
     usual = ops.FAST_ACCUMULATION
     ops.FAST_ACCUMULATION = True
     try:
@@ -117,7 +117,7 @@ def fast(product: Callable[[], Any], weight: Tensor, device: str, repeats: int) 
 
 
 def coherent_error(weight: Tensor) -> float:
-    """Return the error of tokens that are rows of the weights: the sums on the diagonal are of positive numbers."""
+    """Return the relative error of the product of rows of the weights with themselves, whose terms do not cancel."""
     codes, scale = quantize_rows(weight[:256])
     found: Tensor = rows_matmul(codes, scale, codes, scale, None, torch.bfloat16)
     exact = (codes.double() @ codes.double().mT) * scale.double() * scale.double().view(-1)
@@ -130,11 +130,11 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def lora_on_fp8(device: str, model: Any | None = None) -> int:
-    """Return 1 where LoRA on layers in FP8 adds what it adds, and taking them off gives the bits of before; else 0.
+    """Return 1 if LoRA on FP8 layers adds exactly its branch and removal restores the outputs bit by bit, else 0.
 
     Args:
-        device: where the embedded model runs.
-        model: another transformer of Wan's, instead of that of the embedded model.
+        device: the device of the embedded model.
+        model: another Wan transformer instead of that of the embedded model.
     """
     from diffusers import WanTransformer3DModel
     from peft import LoraConfig
@@ -161,7 +161,7 @@ def lora_on_fp8(device: str, model: Any | None = None) -> int:
 
 
 def gates(layers: Sequence[Mapping[str, Any]], lora: int) -> list[dict[str, Any]]:
-    """Return the gates of this file: LoRA and errors of layers."""
+    """Return the gates of this file: LoRA on FP8 layers, and the largest error of a layer."""
     return [
         gate("lora_on_fp8", lora, "==", 1),
         gate("layer_error", max((row["error"] for row in layers), default=None), "<=", 0.04),
@@ -169,15 +169,15 @@ def gates(layers: Sequence[Mapping[str, Any]], lora: int) -> list[dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the rows and write the result."""
+    """Measure all layers, print the rows and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lowp_linears", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p only")
-    parser.add_argument("--tiny", action="store_true", help="tiny layers, on a processor too; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="measure Wan 1.3B at 480p only")
+    parser.add_argument("--tiny", action="store_true", help="use tiny layers on any device and write nothing")
     parser.add_argument("-o", "--output", default="lowp_linears", help="name or path of the result file")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not options.tiny and (reason := why_not_fp8(torch.device(device))):
-        print(f"benchmarks.lowp_linears needs a GPU with FP8: {reason}", file=sys.stderr)
+        print(f"benchmarks.lowp_linears needs a GPU with FP8: {reason}. Use --tiny on other devices", file=sys.stderr)
         return 2
     shapes = (
         TINY if options.tiny else tuple(each for each in SHAPES if not options.quick or each.model == SHAPES[0].model)

@@ -1,8 +1,8 @@
-"""What eight bits cost, in one place: gates and tables of results that other benchmarks measured.
+"""The report of low precision: gates and tables from the results of the other benchmarks.
 
-`python -m benchmarks.lowp_report` puts the gates about steps, LoRA and the judge beside those of attention in
-`results/lowp_attention.json`, and writes the tables of `docs/low_precision.md` and `docs/low_precision_linears.md`.
-Nothing is measured; a result that is missing leaves its gate without a value and its table empty.
+`python -m benchmarks.lowp_report` adds the gates of steps, LoRA and the judge to those of attention in
+`results/lowp_attention.json`, and writes the tables of `docs/low_precision.md` and `docs/low_precision_linears.md`. It
+measures nothing. If a result file is missing, its gate has no value and its table is empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOINED = {
     "judge_drop": ("<=", 0.01),
     "lora_on_fp8": ("==", 1),
 }
-"""Gates of other files that belong beside those of attention."""
+"""Gates of other result files that are repeated in the file of attention: name -> (comparison, target)."""
 KERNELS = {
     "default": "torch's default",
     "cudnn": "cuDNN, bfloat16",
@@ -37,12 +37,12 @@ PAGES = RESULTS.parent.parent / "docs"
 
 
 def results() -> dict[str, Result]:
-    """Return the results that are there, by name."""
+    """Return the contents of the existing result files, by name."""
     return {name: read_result(name) for name in NAMES if (RESULTS / f"{name}.json").is_file()}
 
 
 def joined(found: Mapping[str, Result]) -> list[Gate]:
-    """Return the gates of attention and those of `JOINED`; None of what was not measured."""
+    """Return the gates of attention and those of `JOINED`; a gate that was not measured has the value None."""
     own = [each for each in found["lowp_attention"]["gates"] if each["name"] not in JOINED]
     files = [result for name, result in found.items() if name != "lowp_attention"]
     others = {each["name"]: each["value"] for result in files for each in result["gates"]}
@@ -50,7 +50,7 @@ def joined(found: Mapping[str, Result]) -> list[Gate]:
 
 
 def attention(found: Mapping[str, Result]) -> Iterator[str]:
-    """Yield milliseconds of every kernel, and of rounding; xformers' from a run of its own."""
+    """Yield the table of milliseconds of every kernel and of rounding; those of xformers come from a separate run."""
     rows = {row["shape"]: row for row in found.get("lowp_attention", {}).get("rows", ())}
     more = {row["shape"]: row for row in found.get("lowp_attention_without_fa4", {}).get("rows", ())}
     there = [name for name in KERNELS if any(name in row["ms"] for row in (*rows.values(), *more.values()))]
@@ -67,7 +67,7 @@ def _attention_row(row: Result, more: Result, there: Sequence[str]) -> list[str]
 
 
 def errors(found: Mapping[str, Result]) -> Iterator[str]:
-    """Yield errors of FP8 attention by kind of inputs, of all heads and of the worst."""
+    """Yield the table of errors of FP8 attention by kind of inputs, over all heads and of the worst head."""
     rows = found.get("lowp_attention", {}).get("rows", ())
     kinds = list(rows[0]["errors"]) if rows else []
     others = [name for name in KERNELS if rows and all(name in row["errors"][kind] for row in rows for kind in kinds)]
@@ -84,7 +84,7 @@ def _error_row(row: Result, kinds: Sequence[str], others: Sequence[str]) -> list
 
 
 def layers(found: Mapping[str, Result]) -> Iterator[str]:
-    """Yield times of linear layers: in bfloat16, in FP8 with its parts, and what fast accumulation would lose."""
+    """Yield the table of linear layers: times in bfloat16 and FP8, and the error of fast accumulation."""
     heads = [
         "",
         "Layers",
@@ -114,7 +114,7 @@ def layers(found: Mapping[str, Result]) -> Iterator[str]:
 
 
 def steps(found: Mapping[str, Result]) -> Iterator[str]:
-    """Yield whole steps: milliseconds, and how often as fast as the best exact form."""
+    """Yield the table of whole steps: milliseconds, and the speed relative to the best exact form and to stock."""
     heads = ["", "stock", "compiled", "best exact", *(f"{name} (x best exact, x stock)" for name in FORMS.values())]
     rows = [
         [
@@ -131,7 +131,7 @@ def steps(found: Mapping[str, Result]) -> Iterator[str]:
 
 
 def judged(found: Mapping[str, Result]) -> Iterator[str]:
-    """Yield what the judge says of clips of the embedded model."""
+    """Yield the table of the judge's scores of clips of the embedded model."""
     heads = ["", "judge", "drop, 95 %", "PSNR to exact, dB", "lowest", "motion ratio"]
     rows = [
         [
@@ -149,14 +149,14 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def write_pages(found: Mapping[str, Result], folder: Path = PAGES) -> None:
-    """Write the tables of both pages."""
+    """Write the tables of both documentation pages."""
     of_attention = {"fp8_attention": attention(found), "fp8_errors": errors(found), "fp8_steps": steps(found)}
     docs_tables.write(folder / "low_precision.md", of_attention)
     docs_tables.write(folder / "low_precision_linears.md", {"fp8_layers": layers(found), "fp8_judge": judged(found)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Join the gates and write the pages."""
+    """Join the gates and write the tables of the pages."""
     del argv
     found = results()
     if "lowp_attention" in found:

@@ -1,11 +1,11 @@
-"""Whole denoising steps in eight bits: stock, exact kernels, FP8 linear layers, FP8 attention, and both.
+"""Whole denoising steps in low precision: stock, exact kernels, FP8 linear layers, FP8 attention, and both.
 
-`python -m benchmarks.lowp_steps` needs a GPU with FP8 and writes `results/lowp_steps.json`, a model at a time;
-`--only` takes models whose names begin so, and keeps the rows of the others that the file has; `--tiny` runs a small
-model once on any device, with FP8 attention simulated, and writes nothing (its times mean nothing). Shapes are the
-published ones, weights are random: time does not depend on them. What is compared runs in one process on the same
-inputs. Times are medians of five calls, of fewer where calls are long, and every form is timed as it is and compiled.
-Forms of a step of more than `LONG` seconds, all but stock and the exact kernels, are timed compiled alone.
+`python -m benchmarks.lowp_steps` needs a GPU with FP8 and writes `results/lowp_steps.json` after each model. `--only`
+measures the models whose names begin with a given text and keeps the rows of the other models in the file. `--tiny`
+runs a small model once on any device, with simulated FP8 attention, and writes nothing (its times have no meaning).
+Shapes are the published ones, and weights are random, because time does not depend on them. All forms run in one
+process on the same inputs. Times are medians of five calls, or of two long calls. Every form is timed without and with
+torch.compile, but if a stock step takes more than `LONG` seconds, the FP8 forms are timed with torch.compile only.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from postgen.kernels.attention_fp8 import graphs
 from postgen.kernels.fp8_rows.ops import why_not_fp8
 
 Apply = Callable[[Any], Any]
-"""Puts a plug-in on a transformer and returns its handle."""
+"""A function that applies a plug-in to a transformer and returns its handle."""
 
 QUIET = postgen.FP8LinearConfig(emulate=True)
 REPEATS = 5
 LONG = 1.5
-"""Seconds of a step that is long: two calls of it are enough."""
+"""Steps of more than so many seconds are timed in two calls only."""
 
 
 def hunyuan_video() -> Case:
-    """HunyuanVideo, 129 frames of 720 x 1280: 33 latent frames of 90 x 160, 256 tokens of text."""
+    """Return HunyuanVideo with 129 frames of 720 x 1280: 33 latent frames of 90 x 160, and 256 text tokens."""
 
     def arguments() -> dict[str, Any]:
         return {
@@ -65,7 +65,7 @@ CASES = (
 
 
 def tiny() -> Case:
-    """A small Wan, to run all of this anywhere."""
+    """Return a small Wan model, which runs on any device."""
     case = CASES[0]
 
     def arguments() -> dict[str, Any]:
@@ -78,7 +78,7 @@ def tiny() -> Case:
 
 
 def forms_of(attention: Apply) -> dict[str, tuple[Apply, ...]]:
-    """Return what is put on the model in each form: nothing, exact kernels, and what is in eight bits."""
+    """Return the plug-ins of each form: none for stock, exact kernels, and exact kernels with FP8."""
     fused = postgen.apply_fused_ops
     linears: Apply = lambda model: postgen.apply_fp8_linears(model, QUIET)  # noqa: E731
     return {
@@ -91,20 +91,20 @@ def forms_of(attention: Apply) -> dict[str, tuple[Apply, ...]]:
 
 
 def fp8_attention(simulate: bool = False) -> Apply:
-    """Return what puts FP8 attention on all layers, at every step: what a step in the middle of a run costs."""
+    """Return a function that applies FP8 attention in all layers and steps, as in a step in the middle of a run."""
     config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, min_tokens=0, simulate=simulate)
     return lambda model: postgen.apply_fp8_attention(model, config)
 
 
 @torch.no_grad()
 def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply | None = None) -> dict[str, Any]:
-    """Time a whole step of a model with random weights, in every form as it is and compiled.
+    """Time a whole step of a model with random weights, in every form, without and with torch.compile.
 
     Args:
-        case: the model and its call.
-        device: where it runs.
-        repeats: timed calls of each form.
-        attention: what puts FP8 attention on; None is `fp8_attention()`.
+        case: the model and its inputs.
+        device: the device of the model.
+        repeats: the number of timed calls of each form.
+        attention: the function that applies FP8 attention; None is `fp8_attention()`.
 
     Returns:
         Milliseconds by form, `<form>_ms` and `<form>_compiled_ms`, and `<form>_difference`, relative to stock.
@@ -144,7 +144,7 @@ def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply |
 
 
 def timed(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Return the median milliseconds of a call that has run once: of two calls where these take more than `LONG`."""
+    """Return the median milliseconds of a call that has run once before; two calls if one takes more than `LONG`."""
     times: list[float] = []
     while len(times) < (2 if times and times[0] > LONG else repeats):
         wait(device)
@@ -160,13 +160,13 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def best(row: Mapping[str, Any], form: str) -> float:
-    """Return the milliseconds of a form, as it is or compiled, whichever is faster; compiled stock counts as exact."""
+    """Return the milliseconds of a form, compiled or not, whichever is faster; compiled stock also counts as exact."""
     names = (form, f"{form}_compiled", *(("stock_compiled",) if form == "exact" else ()))
     return min(float(row[f"{name}_ms"]) for name in names if f"{name}_ms" in row)
 
 
 def gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates about steps; what was not measured misses its gate."""
+    """Return the gates of steps; a gate whose model was not measured has no value and does not pass."""
     by_model = {row["model"]: row for row in rows}
     small, large = by_model.get("Wan 14B 480p 81f"), by_model.get("Wan 14B 720p 81f")
     slowest = min((row[f"{form}_vs_exact"] for row in rows for form in ("fp8_linears", "fp8_attention")), default=None)
@@ -178,15 +178,15 @@ def gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Return why this machine cannot run it."""
+    """Return why this machine cannot run the benchmark, or None."""
     return why_not_fp8(device) or graphs.refusal(device, 128)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the rows and write the result after each of them."""
+    """Measure all models, print the rows, and write the result file after each row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lowp_steps", description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on any device; nothing is written")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="models whose names begin so")
+    parser.add_argument("--tiny", action="store_true", help="run a tiny model on any device and write nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only models whose names begin with NAME")
     parser.add_argument("-o", "--output", default="lowp_steps", help="name or path of the result file")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the Triton kernel where it can, else plain torch, and never silently."""
+"""The choice between the Triton kernel of an operation and plain torch, with a warning if a GPU gets plain torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What our kernels read."""
+"""The dtypes that the Triton kernels read."""
 THERE = importlib.util.find_spec("triton") is not None
-"""Whether the package triton is installed: a constant where torch.compile traces."""
+"""Whether the package triton is installed; a constant, so that torch.compile can trace it."""
 
 
 def for_triton(*tensors: Tensor) -> bool:
-    """Say whether a Triton kernel of ours could take these tensors; without a warning, and traced by torch.compile."""
+    """Return whether a Triton kernel could run on these tensors, without a warning; torch.compile can trace it."""
     return THERE and all(tensor.is_cuda and tensor.dtype in DTYPES for tensor in tensors)
 
 
 def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -> bool:
-    """Say whether the Triton kernel runs; tensors on a GPU that it cannot take give one warning with the reason.
+    """Return whether the Triton kernel runs; warn once with the reason if tensors on a GPU prevent it.
 
     Args:
-        operation: its name, for the warning.
-        tensors: what the kernel would read.
-        obstacle: what the operation itself finds in the way.
+        operation: the name of the operation, for the warning.
+        tensors: the inputs of the kernel.
+        obstacle: a reason of the operation itself why the kernel cannot run, or None.
     """
     if not tensors[0].is_cuda:
         return False
@@ -37,7 +37,7 @@ def uses_triton(operation: str, *tensors: Tensor, obstacle: str | None = None) -
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
-    """Return why no Triton kernel of ours can take these tensors, or None when one can."""
+    """Return why no Triton kernel can run on these tensors, or None if one can."""
     if any(tensor.dtype not in DTYPES for tensor in tensors):
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         return f"the kernel reads bfloat16, float16 and float32, not {dtypes}"
@@ -45,29 +45,30 @@ def why_not_triton(*tensors: Tensor) -> str | None:
 
 
 def check_devices(operation: str, first: Tensor, *others: Tensor | None) -> None:
-    """Refuse tensors of several devices; for fake implementations too, which run where one of them is a meta tensor.
+    """Check that all tensors are on one device; fake implementations call this too, for example on meta tensors.
 
     Raises:
-        ValueError: it names the devices.
+        ValueError: the tensors are on several devices; the message names them.
     """
     strange = sorted({str(each.device) for each in others if each is not None and each.device != first.device})
     if strange:
         raise ValueError(
-            f"{operation} takes tensors of one device, got {first.device} and {', '.join(strange)}: move them to one"
+            f"{operation} needs all tensors on one device, got {first.device} and {', '.join(strange)}: move them to"
+            " one device"
         )
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which Triton launches on the tensor's device: it takes the current one otherwise."""
+    """Return a context in which Triton launches on the tensor's device instead of the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 TOLD: set[str] = set()
-"""What `warn_once` has said in this process."""
+"""The messages that `warn_once` has issued in this process."""
 
 
 def warn_once(message: str, stacklevel: int = 2) -> None:
-    """Warn, the first time that this is said in the process; `stacklevel` counts from the caller, as in `warnings`."""
+    """Issue a warning once per process and message; `stacklevel` counts from the caller, as in `warnings.warn`."""
     if message not in TOLD:
         TOLD.add(message)
         warnings.warn(message, stacklevel=stacklevel + 1)

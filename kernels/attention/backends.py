@@ -1,7 +1,7 @@
 """The attention kernels that may be installed, each behind one function that takes a `Call`.
 
-Nothing is imported before it is tried. A function raises where its kernel is missing or refuses the call; whether
-what it returns is right is for `router.py` to find out.
+The package of a kernel is imported when its function runs for the first time. A function raises if its kernel is not
+installed or refuses the call. `router.py` checks whether the results are right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from postgen.kernels.attention import naive
 from postgen.kernels.dispatch import launching_on
 
 Result = tuple[Tensor, Tensor | None]
-"""(B, N, H, D), and (B, H, N) in float32 where the call asks for it."""
+"""The output (B, N, H, D), and the LSE (B, H, N) in float32, or None where the call does not need it."""
 
 
 class Call(NamedTuple):
@@ -34,75 +34,80 @@ class Call(NamedTuple):
     key_lengths: Tensor | None
     """(B,), int32, on the device of the queries."""
     lse: bool
-    """Whether the logarithm of the divisor is asked for."""
+    """Whether the caller also needs the LSE, the logarithm of the softmax divisor."""
     preparation: str | None = None
-    """What FP8 attention does before it rounds, as `attention_fp8.preparation` names it; None is the usual."""
+    """The preparation of FP8 attention as text (`attention_fp8.preparation`); None is the default one."""
 
     @property
     def grouped(self) -> bool:
-        """Whether several query heads read one key head."""
+        """Return whether several query heads share one key head."""
         return self.query.shape[2] != self.key.shape[2]
 
     @property
     def work(self) -> int:
-        """How many multiplications it takes."""
+        """Return the number of multiplications."""
         return 2 * self.query.numel() * self.key.shape[1]
 
     @property
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as (B, H, N, D) views."""
+        """Return query, key and value as (B, H, N, D) views."""
         return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """An implementation of attention."""
+    """An implementation of attention and the calls that it supports."""
 
     name: str
     run: Callable[[Call], Result]
     packages: tuple[str, ...] = ("torch",)
-    """Distributions whose versions decide how fast it is and whether it works."""
+    """Distributions on whose versions its speed and its correctness depend."""
     takes_lengths: bool = True
+    """Whether it supports key lengths on the GPU."""
     takes_groups: bool = True
-    """Whether query heads may share key heads."""
+    """Whether it supports grouped heads: several query heads share one key head."""
     gives_lse: bool = True
+    """Whether it returns the LSE."""
     gives_lse_with_lengths: bool = True
+    """Whether it returns the LSE in calls with key lengths."""
     fewest_keys: int = 1
+    """The smallest number of keys that it supports."""
     needs_gpu: bool = True
     races_without_lengths: bool = True
-    """Whether the router times it where no keys are masked."""
+    """Whether the router times it for calls without key lengths."""
     tolerance: float | None = None
-    """Largest relative error of a backend that rounds to fewer bits than its inputs have; None: as few as they."""
+    """The largest relative error of a backend that computes with fewer bits than its inputs have. None means the
+    tolerance of the input's dtype (`router.TOLERANCE`)."""
     differentiable: bool = True
     refuses: Callable[[Call], str | None] = lambda call: None
-    """What else it says of a call without trying."""
+    """A further check: returns why the backend does not support a call, or None, without running a kernel."""
 
     def refusal(self, call: Call) -> str | None:
-        """Return why it cannot take a call, as far as can be said without trying."""
+        """Return why the backend does not support a call, or None, without running a kernel."""
         if self.needs_gpu and not call.query.is_cuda:
             return "needs a CUDA GPU"
         if call.key_lengths is not None and not self.takes_lengths:
-            return "takes no key lengths that are on the GPU"
+            return "does not support key lengths on the GPU"
         if call.grouped and not self.takes_groups:
-            return "takes no grouped heads"
+            return "does not support grouped heads"
         if call.lse and not self.gives_lse:
             return "returns no LSE"
         if call.lse and call.key_lengths is not None and not self.gives_lse_with_lengths:
-            return "returns no LSE where keys are masked"
+            return "returns no LSE for calls with key lengths"
         if call.key.shape[1] < self.fewest_keys:
-            return f"takes {self.fewest_keys} keys or more"
+            return f"needs {self.fewest_keys} keys or more"
         return self.refuses(call)
 
 
 def _math(call: Call) -> Result:
-    # Autocast would do the products in half precision.
+    # Autocast would compute the products in half precision.
     with torch.autocast(call.query.device.type, enabled=False):
         out, lse = naive.attention(*call[:3], scale=call.scale, key_lengths=call.key_lengths)
     return out, lse if call.lse else None
 
 
 def _sdpa(call: Call, kernel: SDPBackend | None = None) -> Result:
-    """Call torch's scaled_dot_product_attention, which picks a kernel of its own where none is named."""
+    """Call torch's scaled_dot_product_attention with the given kernel, or with the kernel that torch chooses."""
     mask = None if call.key_lengths is None else naive.key_mask(call.key_lengths, call.key.shape[1])
     attend = functools.partial(
         F.scaled_dot_product_attention, *call.heads_first, attn_mask=mask, scale=call.scale, enable_gqa=call.grouped
@@ -117,7 +122,7 @@ def _cudnn(call: Call) -> Result:
     if not call.lse:
         return _sdpa(call, SDPBackend.CUDNN_ATTENTION)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(*call.heads_first, None, True, scale=call.scale)
-    # Newer torch returns (B, H, N, 1).
+    # Newer versions of torch return the LSE as (B, H, N, 1).
     return found[0].transpose(1, 2), found[1].view(found[1].shape[:3])
 
 
@@ -131,7 +136,7 @@ def _flash(call: Call) -> Result:
 
 
 def _flash_with_lengths(call: Call) -> Result:
-    # The form for packed samples, told that the samples begin at multiples of M and end where their keys end.
+    # The variant for packed samples: sample b begins at key b * M, and `seqused_k` sets how many keys it uses.
     assert call.key_lengths is not None
     batch, tokens, heads, _ = call.query.shape
     keys = call.key.shape[1]
@@ -140,7 +145,7 @@ def _flash_with_lengths(call: Call) -> Result:
         *(x.flatten(0, 1) for x in call[:3]), starts * tokens, starts * keys, tokens, keys, 0.0, False, False,
         scale=call.scale, seqused_k=call.key_lengths,
     )  # fmt: skip
-    # (H, B * N) from newer torch, (B, H, N) from older.
+    # Newer versions of torch return (H, B * N), older ones (B, H, N).
     lse = lse.view(heads, batch, tokens).transpose(0, 1) if lse.dim() == 2 else lse
     return out.unflatten(0, (batch, tokens)), lse if call.lse else None
 
@@ -149,7 +154,7 @@ def _efficient(call: Call) -> Result:
     if not call.lse:
         return _sdpa(call, SDPBackend.EFFICIENT_ATTENTION)
     found = torch.ops.aten._scaled_dot_product_efficient_attention(*call.heads_first, None, True, scale=call.scale)
-    # Its rows are padded to a multiple of 32.
+    # The kernel pads the rows of the LSE to a multiple of 32.
     return found[0].transpose(1, 2), found[1][..., : call.query.shape[1]]
 
 
@@ -166,7 +171,7 @@ def _flash_4(call: Call) -> Result:
 
 def _flash_3(call: Call) -> Result:
     attend = import_module("flash_attn_interface").flash_attn_func
-    # Builds differ: older ones return the LSE always, newer ones where it is asked for.
+    # Older builds always return the LSE, newer builds only with `return_attn_probs`.
     asked = {"return_attn_probs": True} if call.lse else {}
     with launching_on(call.query):
         return _pair(attend(*call[:3], softmax_scale=call.scale, **asked), call.lse)
@@ -191,7 +196,7 @@ def _flex(call: Call) -> Result:
 
 
 def _asking_for_lse() -> dict[str, Any]:
-    """Return the argument that makes Flex attention return it; older torch knows another."""
+    """Return the argument that makes Flex attention return the LSE; its name differs between versions of torch."""
     from torch.nn.attention import flex_attention
 
     request = getattr(flex_attention, "AuxRequest", None)
@@ -202,14 +207,21 @@ def _asking_for_lse() -> dict[str, Any]:
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # `fullgraph` makes it raise where torch gives up compiling: uncompiled it would hold all N * M logits.
+    # With `fullgraph` a failed compilation raises. Uncompiled Flex attention would hold all N * M logits in memory.
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def key_blocks(key_lengths: Tensor, queries: int, keys: int, size: int = 128) -> Any:
-    """Return the block mask of Flex attention that shows sample b its first `key_lengths[b]` keys.
+    """Return the block mask of Flex attention that lets sample b attend to its first `key_lengths[b]` keys.
 
-    Blocks beyond them are skipped. Made without a map of all queries and keys, and without waiting for the GPU.
+    Flex attention skips the blocks beyond these keys. The function builds no (N, M) mask and does not wait for the
+    GPU.
+
+    Args:
+        key_lengths: (B,) integers.
+        queries: the number of queries, N.
+        keys: the number of keys, M.
+        size: queries and keys per block.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -238,12 +250,12 @@ def _no_fp8(call: Call) -> str | None:
     from postgen.kernels.attention_fp8 import graphs
 
     if call.query.dtype == torch.float64:
-        return "takes bfloat16, float16 and float32"
+        return "supports bfloat16, float16 and float32 only"
     return graphs.refusal(call.query.device, call.query.shape[-1]) or graphs.unrecorded(call)
 
 
 def _pair(found: Any, lse: bool) -> Result:
-    """Return what a kernel returned as (out, LSE or None): most return one tensor or a tuple that begins so."""
+    """Convert the result of a kernel to (out, LSE or None): kernels return a tensor, or a tuple (out, LSE, ...)."""
     out = found[0] if isinstance(found, tuple) else found
     return out, found[1] if lse else None
 
@@ -254,7 +266,7 @@ FLASH_3 = Backend(name="fa3", run=_flash_3, packages=("flash-attn-3",), takes_le
 XFORMERS = Backend(name="xformers", run=_xformers, packages=("xformers",), takes_lengths=False, takes_groups=False)
 FLASH = Backend(name="flash", run=_flash)
 EFFICIENT = Backend(name="efficient", run=_efficient, takes_groups=False, gives_lse_with_lengths=False)
-# It compiles for many seconds, and only among those that mask keys has it ever been the fastest.
+# Flex attention compiles for many seconds, and it has been the fastest only in calls with key lengths.
 FLEX = Backend(name="flex", run=_flex, packages=("torch", "triton"), races_without_lengths=False)
 SDPA = Backend(name="sdpa", run=_sdpa, gives_lse=False, needs_gpu=False)
 MATH = Backend(name="math", run=_math, needs_gpu=False)
@@ -265,8 +277,10 @@ CUDNN_FP8 = Backend(
 )  # fmt: skip
 
 TIMED = (FLASH_4, FLASH_3, CUDNN, XFORMERS, FLASH, EFFICIENT, FLEX)
-"""Those that the router times against each other. cuDNN's masks are left out: their gradients were wrong."""
+"""The backends that the router times against each other. cuDNN runs without masks only: with a mask its gradients were
+wrong."""
 LAST_RESORTS = (SDPA, FLASH, MATH)
-"""Those that run, untimed, where none of the above can or where timing is not worth it: the first that can."""
+"""The fallbacks, which are not timed. The first one that supports a call runs if no backend above can run, or if the
+call is too small to be worth timing."""
 ASKED_FOR = (CUDNN_FP8,)
-"""Those that run where they are asked for by name only: they round to fewer bits than their inputs have."""
+"""The backends that run only if the caller names them, because they compute with fewer bits than their inputs have."""

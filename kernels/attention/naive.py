@@ -1,23 +1,24 @@
 """Softmax attention (arXiv:1706.03762, eq. 1) in plain torch: the reference.
 
-Shapes: query is (B, N, H, D), key and value are (B, M, Hk, D) with H a multiple of Hk: query head h reads key head
-h * Hk // H. `key_lengths` is (B,): of sample b only the first `key_lengths[b]` keys count. The maths is done in
-float32 (float64 for float64) and rounded once.
+Shapes: query is (B, N, H, D), key and value are (B, M, Hk, D), where H is a multiple of Hk and query head h uses key
+head h * Hk // H. `key_lengths` is (B,): sample b attends to its first `key_lengths[b]` keys only. The functions
+compute in float32 (float64 for float64 inputs) and round once.
 """
 
 import torch
 from torch import Tensor
 
 _BUDGET = 2**26
-"""Logits that one chunk of queries may take."""
+"""The largest number of logits of one chunk of queries."""
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), and the logarithm of its divisor, (B, H, N).
+    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), and the LSE, (B, H, N).
 
-    A few queries at a time, so that memory grows with N and not with N * M. A sample of no keys gives 0 and -inf.
+    The LSE is the logarithm of the softmax divisor. The function processes the queries in chunks, so that memory grows
+    with N and not with N * M. A sample with key length 0 has output 0 and LSE -inf.
     """
     batch, _, heads, channels = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -33,12 +34,12 @@ def attention(
 
 
 def key_mask(key_lengths: Tensor, keys: int) -> Tensor:
-    """Return which keys count, (B, 1, 1, M), as `scaled_dot_product_attention` takes it."""
+    """Return the bool mask (B, 1, 1, M) of the keys to attend to, for `scaled_dot_product_attention`."""
     return ~_beyond(key_lengths, keys).squeeze(1)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join what the same queries got from disjoint sets of keys: (out, lse) of each -> (out, lse) of their union."""
+    """Combine the results (out, LSE) of the same queries over disjoint sets of keys into those over all keys."""
     lse = torch.logsumexp(torch.stack([each for _, each in parts]), dim=0)
     shares = [(each - lse).exp().transpose(1, 2).unsqueeze(-1) for _, each in parts]
     out = sum(share * out.to(share.dtype) for share, (out, _) in zip(shares, parts, strict=True))
@@ -51,7 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Ten
     if hidden is not None:
         logits = logits.masked_fill(hidden, float("-inf"))
     lse = logits.logsumexp(dim=-1, keepdim=True)
-    # Where no key counts everything is -inf: the difference must stay so, not become nan.
+    # Without any key all logits are -inf: the difference must stay -inf and not become NaN.
     share = (logits - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
     return share @ v, lse
 

@@ -1,7 +1,7 @@
-"""`attention`: exact softmax attention on the fastest kernel that is installed, with key lengths and LSE.
+"""`attention`: exact softmax attention on the fastest installed kernel, with key lengths and LSE.
 
-`router.py` chooses among `backends.py`; `naive.py` is the reference. On a CPU, and where a gradient is asked for,
-torch's own `scaled_dot_product_attention` runs.
+`router.py` chooses among the kernels of `backends.py`; `naive.py` is the reference. On a CPU, and for inputs that
+require a gradient, torch's `scaled_dot_product_attention` runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from postgen.kernels.attention.store import Store, cache_file
 from postgen.kernels.dispatch import warn_once
 
 WORTH_TIMING = 1e9
-"""Multiplications of a call below which kernels are not timed: it takes as long as its launch, whoever runs it."""
+"""Calls with fewer multiplications than this are not timed: their time is that of the launch with every kernel."""
 
 _BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS, *ASKED_FOR)}
 
@@ -43,29 +43,34 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), in the dtype of the query (or that of autocast).
+    """Compute exact softmax attention, softmax(scale * query @ key^T) @ value, on the fastest installed kernel.
 
-    The first call of a shape on a GPU times the kernels that work there, on its own tensors, and the choice is kept
-    on disk (`postgen.kernels.attention.store.cache_file`). Not timed: calls too small to tell, and shapes that a CUDA
-    graph meets first while it is recorded (torch's choice runs: call once before recording). In compiled code the
-    operation is opaque, so tracing times nothing. Where a gradient is asked for, torch's
-    `scaled_dot_product_attention` computes (plain torch if the LSE is asked for too), or the named backend.
+    The first call of a shape on a GPU times the kernels that work there, on the tensors of the call, and keeps the
+    choice on disk (`postgen.kernels.attention.store.cache_file`). Two kinds of calls are not timed: small calls, and
+    calls whose shape first occurs while a CUDA graph is recorded. The latter run on torch's choice; call the function
+    once before the recording to avoid that. torch.compile does not trace into the operation, so tracing times nothing.
+    For inputs that require a gradient the named backend runs, or else torch's `scaled_dot_product_attention` (plain
+    torch with `return_lse`).
 
     Args:
         query: (B, N, H, D), any strides.
-        key: (B, M, Hk, D); H is a multiple of Hk, and query head h reads key head h * Hk // H.
+        key: (B, M, Hk, D), where H is a multiple of Hk and query head h uses key head h * Hk // H.
         value: (B, M, Hk, D).
         scale: factor of the logits; None is D ** -0.5.
-        key_lengths: (B,) integers from 1 to M: of sample b only the first `key_lengths[b]` keys count. On the CPU they
-            are known before the launch: samples are cut to their keys, and nothing is masked. On the device of the
-            query nothing waits for them; a CUDA graph reads them anew at every replay.
-        return_lse: also return log(sum(exp(scale * query @ key^T))), (B, H, N), float32 (float64 for float64).
-        backend: one of `backend_names()`, for this call; one that does not work here gives one warning that says why,
-            and the fastest runs. None is the fastest. `cudnn_fp8` rounds to 8 bits
-            (`postgen.kernels.attention_fp8.ops.attention_fp8`) and runs only where it is named.
+        key_lengths: (B,) integers from 1 to M: sample b attends to its first `key_lengths[b]` keys only. With lengths
+            on the CPU, each sample is cut to its keys before the launch and no mask is needed. With lengths on the
+            device of the query, nothing waits for the GPU, and a CUDA graph reads them again at every replay.
+        return_lse: also return the LSE.
+        backend: one of `backend_names()`; None is the fastest one. If the named backend cannot run, the fastest one
+            runs, with one warning that names the reason. `cudnn_fp8` computes in 8 bits
+            (`postgen.kernels.attention_fp8.ops.attention_fp8`) and runs only if it is named.
+
+    Returns:
+        (B, N, H, D), in the dtype of the query or the autocast dtype. With `return_lse` also
+        log(sum(exp(scale * query @ key^T))), (B, H, N), float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not belong together, an unknown backend, lengths on the CPU out of range.
+        ValueError: the shapes do not match, the backend is unknown, or a length on the CPU is out of range.
     """
     query, key, value = as_autocast(query, key, value)
     _check(query, key, value, key_lengths)
@@ -83,14 +88,14 @@ def attention(
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return the names that `attention` takes as `backend`."""
+    """Return the names that `attention` accepts as `backend`."""
     return tuple(_BY_NAME)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast does for torch's own attention."""
+    """Cast tensors to the autocast dtype, if autocast is on, as it does for torch's own attention."""
     device = tensors[0].device.type
-    # Where shapes are asked for and no numbers, torch knows of no autocast.
+    # torch has no autocast for meta tensors.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -98,10 +103,10 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_lengths(key_lengths: Tensor, query: Tensor) -> None:
-    """Hold key lengths to what `attention` takes; not yet to a range, of which a GPU would have to be waited for.
+    """Check the shape, dtype and device of key lengths, but not their range, which would wait for the GPU.
 
     Raises:
-        ValueError: their shape, dtype or device.
+        ValueError: the shape, dtype or device is wrong.
     """
     batch = query.shape[0]
     if key_lengths.shape != (batch,) or key_lengths.dtype not in (torch.int32, torch.int64):
@@ -112,18 +117,18 @@ def check_lengths(key_lengths: Tensor, query: Tensor) -> None:
 
 
 def check_range(lengths: list[int], keys: int) -> None:
-    """Hold key lengths to the keys that there are.
+    """Check that key lengths are between 1 and the number of keys.
 
     Raises:
-        ValueError: one is below 1 or above.
+        ValueError: a length is out of range.
     """
     if not all(1 <= length <= keys for length in lengths):
-        raise ValueError(f"key_lengths must be from 1 to {keys}, the keys there are, got {lengths}")
+        raise ValueError(f"key_lengths must be from 1 to {keys}, the number of keys, got {lengths}")
 
 
 @functools.cache
 def router() -> Router:
-    """Return the router that `attention` asks, one for the process."""
+    """Return the router that chooses the kernels of `attention`; there is one per process."""
     packages = {package for backend in TIMED for package in backend.packages}
     return Router(store=Store(cache_file(), tuple(sorted(packages))))
 
@@ -185,7 +190,7 @@ def _first_keys(call: Call, samples: slice, keys: int) -> Call:
 
 
 def _differentiable(call: Call, name: str | None) -> Result:
-    """Run a call through which gradients flow; torch.compile can trace it."""
+    """Run a call that needs gradients; torch.compile can trace it."""
     tracing = torch.compiler.is_compiling()
     if call.key_lengths is not None:
         if call.key_lengths.device.type == "cpu" and not tracing:
@@ -193,11 +198,11 @@ def _differentiable(call: Call, name: str | None) -> Result:
         call = call._replace(key_lengths=call.key_lengths.to(call.query.device, torch.int32))
     if name is not None and not _BY_NAME[name].differentiable:
         if not tracing:
-            warn_once(f"attention is exact, not on {name}: that has no gradient")
+            warn_once(f"attention is exact, not on {name}: {name} has no gradient")
         name = None
     if name is None:
         return (MATH if call.lse else SDPA).run(call)
-    # What is traced is never tried: that takes numbers.
+    # While torch.compile traces, there are no numbers with which the router could try a backend.
     return _BY_NAME[name].run(call) if tracing else router().run(call, name)
 
 
@@ -207,12 +212,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None
         raise ValueError(f"query must be (B, N, H, D), key and value (B, M, Hk, D), got {shapes}")
     batch, _, heads, channels = query.shape
     if query.numel() == 0 or key.numel() == 0:
-        raise ValueError(f"nothing to attend to: {shapes}")
+        raise ValueError(f"attention needs at least one query and one key, got {shapes}")
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != channels or heads % key.shape[2]:
-        raise ValueError(f"query (B, N, H, D), key and value (B, M, Hk, D), H a multiple of Hk, do not fit: {shapes}")
+        raise ValueError(
+            f"query must be (B, N, H, D), key and value (B, M, Hk, D) with H a multiple of Hk, got {shapes}"
+        )
     if len({x.dtype for x in (query, key, value)}) > 1 or len({x.device for x in (query, key, value)}) > 1:
-        raise ValueError("query, key and value must have one dtype and one device")
+        raise ValueError("query, key and value must have the same dtype and the same device")
     if query.dtype not in TOLERANCE:
-        raise ValueError(f"attention takes float16, bfloat16, float32 and float64, not {query.dtype}")
+        raise ValueError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
     if key_lengths is not None:
         check_lengths(key_lengths, query)

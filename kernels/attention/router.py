@@ -1,8 +1,8 @@
-"""Which attention kernel runs: the fastest on this GPU at this shape, among those whose numbers are right.
+"""The router of attention: it runs the fastest kernel for a shape on this GPU, among the kernels with right results.
 
-A backend is tried on a tiny input before it is trusted: one that raises, or differs from plain torch by more than its
-number format explains, is left alone in this process. The rest are timed once for a shape, on the tensors of the
-call, and the choice is kept, in memory and on disk.
+Before its first use each backend is tried on a tiny input. A backend that raises, or differs from plain torch by more
+than its number format explains, is not used in this process. The other backends are timed once per shape, on the
+tensors of the call, and the choice is kept in memory and on disk.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from postgen.kernels.attention.store import Store
 from postgen.kernels.dispatch import warn_once
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-"""Largest relative L2 error, against float64, of a backend that is trusted. float32 leaves room for TF32."""
+"""The largest relative L2 error, against float64, of a backend that is used. float32 leaves room for TF32."""
 ROUNDS = 5
-"""How often each backend is timed; the median counts."""
+"""How many times each backend is timed; the median is compared."""
 HOPELESS = 1.5
-"""A backend this many times slower than the best in the first round is not timed again."""
+"""A backend that takes this many times as long as the fastest one in the first round is not timed again."""
 
 Clock = Callable[[Callable[[], object], torch.device], float]
 """Runs a function on a device and returns how long it took, in milliseconds."""
 
 
 class Problem(NamedTuple):
-    """What a choice depends on; numbers of tokens are rounded, so that a model is not timed for every clip length."""
+    """The properties of a call on which the choice depends.
+
+    Numbers of tokens are rounded up (`bucket`), so that not every clip length is timed.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -51,7 +54,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Problem:
-        """Return the problem that a call is one of."""
+        """Return the problem of a call."""
         batch, queries, heads, channels = call.query.shape
         keys, key_heads = call.key.shape[1:3]
         of_tensor = call.query.device, call.query.dtype
@@ -59,14 +62,17 @@ class Problem(NamedTuple):
         return cls(*of_tensor, *sizes, call.key_lengths is not None, call.lse)
 
     def __str__(self) -> str:
-        """Return its name on disk, which says nothing of the device."""
+        """Return the key of the problem in the file of choices, without the device."""
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{dtype} B{self.batch} N{self.queries} M{self.keys} H{self.heads}/{self.key_heads} D{self.channels}"
         return sizes + " lengths" * self.lengths + " lse" * self.lse
 
 
 class Trait(NamedTuple):
-    """What decides whether a backend is right: everything but the number of samples, tokens and heads."""
+    """The properties of a call on which the correctness of a backend depends.
+
+    These are all properties but the numbers of samples, tokens and heads.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -83,14 +89,15 @@ class Trait(NamedTuple):
 
 
 class Router:
-    """Chooses a backend for every call, and remembers.
+    """Chooses a backend for every call and remembers the choices.
 
     Args:
-        timed: the backends it times against each other.
-        last_resorts: those that run, untimed, where none of these can; the first that can. The last must always run.
-        asked_for: those that it never chooses itself.
+        timed: the backends that the router times against each other.
+        last_resorts: the fallbacks, which are not timed. The first one that supports a call runs if no timed backend
+            can. The last one must support every call.
+        asked_for: backends that the router runs only by name.
         store: keeps choices on disk; None keeps them in memory only.
-        clock: how a backend is timed.
+        clock: the function that times a backend; None is `milliseconds`.
     """
 
     def __init__(
@@ -104,14 +111,14 @@ class Router:
     ) -> None:
         self.timed, self.last_resorts, self.asked_for = tuple(timed), tuple(last_resorts), tuple(asked_for)
         self.times: dict[Problem, dict[str, float]] = {}
-        """Milliseconds of what this process has timed."""
+        """Problem -> name of a backend -> milliseconds, for all problems that this process has timed."""
         self._store, self._clock = store, clock or milliseconds
         self._chosen: dict[Problem, Backend] = {}
         self._failures: dict[tuple[str, Trait], str | None] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all backends."""
+        """Return the names of all backends."""
         return tuple(dict.fromkeys(backend.name for backend in self._all))
 
     @property
@@ -119,28 +126,28 @@ class Router:
         return *self.timed, *self.last_resorts, *self.asked_for
 
     def why_not(self, backend: Backend, call: Call) -> str | None:
-        """Return why a backend is not to be trusted with calls like this one, or None; each is tried once."""
+        """Return why a backend cannot run calls like this one, or None; each kind of call is tried once."""
         if reason := backend.refusal(call):
             return reason
         trait = Trait.of(call)
         if (backend.name, trait) not in self._failures:
             if _recording(call):
-                # Nothing can be compared now; torch's own choice is as good as untried kernels get.
+                # Results cannot be checked during recording. Only the fallbacks, which are torch's own, run unchecked.
                 return None if backend in self.last_resorts else "it was not tried before a CUDA graph was recorded"
             self._failures[backend.name, trait] = _failure(backend, trait)
         return self._failures[backend.name, trait]
 
     def run(self, call: Call, name: str | None = None) -> Result:
-        """Run a call on the backend of this name, or on the fastest.
+        """Run a call on the backend with this name, or on the fastest one.
 
-        Where a backend that was fine so far raises, a last resort runs, with a warning, now and from then on.
+        If a backend raises that worked before, a fallback runs instead, now and in later calls, with one warning.
         """
         backend = self.choose(call) if name is None else self.named(name, call)
         try:
             return backend.run(call)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a kernel may dislike a size that nobody has tried
+        except Exception as error:  # a kernel may not support a size that has not been tried
             if backend is self.last_resorts[-1]:
                 raise
             reason = self._failures[backend.name, Trait.of(call)] = _first_line(error)
@@ -150,10 +157,10 @@ class Router:
         return instead.run(call)
 
     def named(self, name: str, call: Call) -> Backend:
-        """Return the backend of this name, or the chosen one, with a warning that says why, where it can't be had.
+        """Return the backend with this name; if it cannot run, warn with the reason and return the fastest one.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no backend has this name.
         """
         found = [backend for backend in self._all if backend.name == name]
         if not found:
@@ -166,9 +173,9 @@ class Router:
         return chosen
 
     def choose(self, call: Call) -> Backend:
-        """Return the fastest backend for a call; times them where that is not known yet.
+        """Return the fastest backend for a call, and time the backends if it is not known yet.
 
-        While a CUDA graph is recorded nothing is timed: what is not known then runs on a last resort.
+        While a CUDA graph is recorded nothing is timed, and a fallback runs for unknown problems.
         """
         problem = Problem.of(call)
         if (known := self._chosen.get(problem)) is not None:
@@ -180,7 +187,7 @@ class Router:
         return chosen
 
     def last_resort(self, call: Call) -> Backend:
-        """Return the backend that needs no timing."""
+        """Return the first fallback that can run a call."""
         usable = (backend for backend in self.last_resorts[:-1] if self.why_not(backend, call) is None)
         return next(usable, self.last_resorts[-1])
 
@@ -202,19 +209,19 @@ class Router:
         return next(backend for backend in usable if backend.name == fastest)
 
     def _time(self, backends: Sequence[Backend], call: Call) -> dict[str, float]:
-        """Return the median milliseconds of every backend that runs at this size."""
+        """Return the median milliseconds of every backend that runs at this size and is not hopelessly slow."""
         runs: dict[str, list[float]] = {}
         for backend in backends:
             try:
-                # The first run compiles and fills caches.
+                # The first run compiles and fills the caches, so it is not timed.
                 backend.run(call)
                 runs[backend.name] = [self._clock(partial(backend.run, call), call.query.device)]
-            except Exception as error:  # whatever a kernel does not like about this size
+            except Exception as error:  # a kernel may raise anything at a size that it does not support
                 warn_once(f"attention backend {backend.name} is not used at this size: {_first_line(error)}")
         best = min((times[0] for times in runs.values()), default=0.0)
         runs = {name: times for name, times in runs.items() if times[0] <= HOPELESS * best}
         racing = [backend for backend in backends if backend.name in runs]
-        # In turns, so that a GPU that slows down slows all of them.
+        # The backends take turns, so that a slowdown of the GPU affects all of them.
         for _ in range(ROUNDS - 1 if len(racing) > 1 else 0):
             for backend in racing:
                 runs[backend.name].append(self._clock(partial(backend.run, call), call.query.device))
@@ -222,7 +229,7 @@ class Router:
 
 
 def bucket(tokens: int) -> int:
-    """Return a number of tokens rounded up to a power of 2 or halfway between two.
+    """Round a number of tokens up to a power of 2 or to the middle between two powers of 2.
 
     >>> [bucket(n) for n in (1, 100, 4992, 17776, 32760, 75600)]
     [1, 128, 6144, 24576, 32768, 98304]
@@ -232,7 +239,7 @@ def bucket(tokens: int) -> int:
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """Return how long a function takes on a device."""
+    """Return the milliseconds that a function takes on a device."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -251,13 +258,13 @@ def _recording(call: Call) -> bool:
 
 
 def _failure(backend: Backend, trait: Trait) -> str | None:
-    """Try a backend on a tiny input; return what is wrong with it, or None."""
+    """Try a backend on a tiny input and return its failure as text, or None if its result is right."""
     call = _tiny(trait)
     try:
         with _silence():
             out, lse = backend.run(call)
         error = _error(call, out, lse)
-    except Exception as raised:  # a kernel may break in any way, its import included
+    except Exception as raised:  # a kernel or its import may raise anything
         return f"{type(raised).__name__}: {_first_line(raised)}"
     limit = backend.tolerance or TOLERANCE[trait.dtype]
     return None if error <= limit else f"its numbers are wrong (relative error {error:.1e}, at most {limit:.0e})"
@@ -265,7 +272,7 @@ def _failure(backend: Backend, trait: Trait) -> str | None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep packages from saying at length what `_failure` says in a line."""
+    """Silence log messages and warnings of packages, because `_failure` reports the failure in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -277,7 +284,7 @@ def _silence() -> Iterator[None]:
 
 
 def _tiny(trait: Trait) -> Call:
-    """Return a small call of a kind: odd sizes, a scale that is not the usual one, the same numbers every time."""
+    """Return a small call with a trait: odd sizes, an unusual scale, and the same random numbers every time."""
     numbers = torch.Generator().manual_seed(0)
     heads, key_heads = (4, 2) if trait.grouped else (2, 2)
 
@@ -290,7 +297,7 @@ def _tiny(trait: Trait) -> Call:
 
 
 def _error(call: Call, out: Tensor, lse: Tensor | None) -> float:
-    """Return the larger of the relative errors of the output and of the LSE; infinite where something is missing."""
+    """Return the larger of the relative errors of output and LSE; infinity if one is missing or has a wrong shape."""
     exact = (x.double() for x in call[:3])
     expected, divisor = naive.attention(*exact, scale=call.scale, key_lengths=call.key_lengths)
     pairs = [(out, expected)]

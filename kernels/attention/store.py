@@ -1,4 +1,4 @@
-"""Choices of the router on disk: one JSON file that processes and GPUs share."""
+"""The choices of the router on disk: one JSON file for all processes and GPUs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ if TYPE_CHECKING:
 
 
 def cache_file() -> Path:
-    """Return where choices are kept: `$XDG_CACHE_HOME/postgen/attention.json`, by default below `~/.cache`."""
+    """Return the path of the file: `$XDG_CACHE_HOME/postgen/attention.json`, where the default is `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "postgen" / "attention.json"
 
 
 class Store:
-    """A JSON file: device and versions -> shape -> {"backend": name, "ms": {name: milliseconds}}.
+    """A JSON file: device and versions -> problem -> {"backend": name, "ms": {name: milliseconds}}.
 
-    What cannot be read counts as empty, and is replaced at the next choice. What cannot be written is said once.
+    An unreadable file counts as empty and is replaced at the next choice. If the file cannot be written, the store
+    warns once and keeps the choices in memory.
     """
 
     def __init__(self, path: Path, packages: tuple[str, ...] = ()) -> None:
-        """Keep choices in a file; they hold for these versions of the packages (and of torch) only."""
+        """Open a store.
+
+        Args:
+            path: the JSON file; it need not exist.
+            packages: distributions. A choice is valid only for the installed versions of them and of torch.
+        """
         self.path, self.packages = path, packages
         self._choices: dict[str, Any] | None = None
         self._writable = True
 
     def get(self, problem: Problem) -> str | None:
-        """Return the name of the backend that was chosen for a problem, or None."""
+        """Return the name of the backend that was chosen for a problem, or None if there is no choice."""
         if self._choices is None:
             self._choices = self._read()
         row = self._section(self._choices, problem).get(str(problem))
@@ -45,7 +51,7 @@ class Store:
         return name if isinstance(name, str) else None
 
     def put(self, problem: Problem, name: str, milliseconds: dict[str, float]) -> None:
-        """Keep a choice, beside those that other processes wrote meanwhile."""
+        """Save a choice; choices that other processes have written meanwhile are kept."""
         self._choices = self._read()
         row = {"backend": name, "ms": {each: round(value, 4) for each, value in milliseconds.items()}}
         section = self._section(self._choices, problem)
@@ -58,7 +64,7 @@ class Store:
                 part.write_text(json.dumps(self._choices, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
             self._writable = False
-            warnings.warn(f"attention times are not kept: {self.path} cannot be written ({error})", stacklevel=2)
+            warnings.warn(f"attention times are not saved: {self.path} cannot be written ({error})", stacklevel=2)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -66,7 +72,7 @@ class Store:
         except (OSError, ValueError):
             found = None
         known = found if isinstance(found, dict) else {}
-        # Where nothing can be written, what this process has chosen must not be forgotten.
+        # If the file cannot be written, keep the choices that this process has made in memory.
         return known if self._writable or self._choices is None else self._choices
 
     def _section(self, choices: dict[str, Any], problem: Problem) -> dict[str, Any]:

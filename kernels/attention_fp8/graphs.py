@@ -1,8 +1,8 @@
-"""`sdpa_fp8` of cuDNN through nvidia's Python front end (`pip install nvidia-cudnn-frontend`): one graph a shape.
+"""cuDNN's `sdpa_fp8` through NVIDIA's Python front end (`pip install nvidia-cudnn-frontend`), one graph per shape.
 
-The front end builds a graph for shapes, strides and formats; it is kept, and run with the pointers of each call on
-the stream that is current. Nothing waits for the GPU. The largest numbers of exponentials and output, which the graph
-gives beside the output, are not read.
+The front end builds a graph for given shapes, strides and dtypes. The graph is kept and runs with the pointers of each
+call on the current stream; nothing waits for the GPU. The graph also returns the largest exponential and the largest
+output, which are not used.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from postgen.kernels.attention.backends import Call
 
 LEAST_CAPABILITY = (9, 0)
-"""Hopper: the first whose tensor cores multiply E4M3 as cuDNN's kernel needs it."""
+"""The smallest compute capability (Hopper) whose tensor cores support cuDNN's kernel for E4M3."""
 WIDEST = {9: 256, 10: 128}
-"""The most channels of a head, by major compute capability; a later one is like the last."""
+"""Major compute capability -> largest number of channels per head; later GPUs have the last entry."""
 
 _MOST_GRAPHS = 256
-"""Graphs that are kept; the oldest goes first."""
+"""How many graphs are kept; the oldest graph is dropped first."""
 
-# Numbers of the graph's tensors.
+# Identifiers of the tensors of a graph.
 _QUERY, _KEY, _VALUE, _Q_SCALE, _K_SCALE, _V_SCALE, _S_SCALE, _S_INVERSE, _O_SCALE = range(1, 10)
 _OUT, _LSE, _S_LARGEST, _O_LARGEST, _QUERY_LENGTHS, _KEY_LENGTHS = range(10, 16)
 
 
 class Shape(NamedTuple):
-    """What a graph is built for; tensors are (B, N, H, D) without gaps."""
+    """The properties of a call for which a graph is built; the tensors are contiguous (B, N, H, D)."""
 
     device: torch.device
     batch: int
@@ -46,9 +46,11 @@ class Shape(NamedTuple):
     channels: int
     scale: float
     dtype: torch.dtype
-    """Of the output."""
+    """The dtype of the output."""
     lengths: bool
+    """Whether the call has key lengths."""
     lse: bool
+    """Whether the call needs the LSE."""
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, scale: float, dtype: torch.dtype, *, lengths: bool, lse: bool) -> Shape:
@@ -58,7 +60,7 @@ class Shape(NamedTuple):
 
 
 def refusal(device: torch.device, channels: int) -> str | None:
-    """Return why there is no FP8 attention on a device for heads of so many channels, as far as is known untried."""
+    """Return why a device has no FP8 attention for heads of `channels` channels, or None; it runs no kernel."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
         return "needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -66,26 +68,29 @@ def refusal(device: torch.device, channels: int) -> str | None:
         return f"needs compute capability 9.0 (Hopper) or later, this GPU has {capability[0]}.{capability[1]}"
     widest = WIDEST[min(capability[0], max(WIDEST))]
     if channels % 16 or channels > widest:
-        return f"takes heads of 16, 32, ... {widest} channels, not of {channels}"
+        return f"supports heads of 16, 32, ... {widest} channels, not of {channels}"
     return missing()
 
 
 @functools.cache
 def missing() -> str | None:
-    """Return what is not installed, or None."""
+    """Return which package is missing or unsuitable and how to install it, or None."""
     try:
         front_end = import_module("cudnn")
     except (ImportError, OSError) as error:
-        # Another package of this name may be there, and a library that it links may be missing.
+        # Another package of this name may be installed, or a library that it links may be missing.
         reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0][:120]})"
         return f"nvidia-cudnn-frontend cannot be imported{reason}: pip install 'postgen[fp8]'"
     if not hasattr(getattr(front_end, "pygraph", None), "sdpa_fp8"):
-        return "the installed nvidia-cudnn-frontend knows no sdpa_fp8: pip install 'postgen[fp8]'"
+        return "the installed nvidia-cudnn-frontend has no sdpa_fp8: pip install 'postgen[fp8]'"
     return None
 
 
 def unrecorded(call: Call) -> str | None:
-    """Return why a call cannot run while a CUDA graph is recorded: building waits for the GPU."""
+    """Return why a call cannot run while a CUDA graph is recorded, or None.
+
+    Building a graph of cuDNN waits for the GPU, so it must have been built before the recording.
+    """
     if not torch.cuda.is_current_stream_capturing():
         return None
     dtype = _OUTPUTS.get(call.query.device)
@@ -105,30 +110,32 @@ def attend(
     key_lengths: Tensor | None = None,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return attention of numbers in E4M3, what it must be multiplied by, and the LSE.
+    """Compute attention of E4M3 tensors with cuDNN.
 
     Args:
-        query: (B, N, H, D), E4M3, without gaps.
-        key: (B, M, H, D), as `query`.
-        value: as `key`.
-        scales: what the three stand for is so many times as large; one float32 number each, on the GPU.
+        query: (B, N, H, D), E4M3, contiguous.
+        key: (B, M, H, D), E4M3, contiguous.
+        value: (B, M, H, D), E4M3, contiguous.
+        scales: the scales of query, key and value, one float32 number each, on the GPU. A tensor represents its
+            codes times its scale.
         scale: factor of the logits.
-        dtype: of the output if the graph gives it (`output_dtype` knows), else E4M3.
-        key_lengths: (B,), int32, on the GPU: of sample b only the first keys count.
-        lse: whether to return it too.
+        dtype: the dtype of the output, from `output_dtype`: bfloat16 or E4M3.
+        key_lengths: (B,), int32, on the GPU: sample b attends to its first `key_lengths[b]` keys only.
+        lse: whether to return the LSE too.
 
     Returns:
-        (B, N, H, D); one float32 number; (B, H, N), float32, or None.
+        The output (B, N, H, D), the float32 number by which it must be multiplied, and the LSE (B, H, N) in float32
+        or None.
 
     Raises:
-        Exception: whatever the front end raises where it has no such graph.
+        Exception: the front end cannot build this graph; the type differs between its versions.
     """
     shape = Shape.of(query, key, scale, dtype, lengths=key_lengths is not None, lse=lse)
     with launching_on(query):
         graph, workspace_bytes = _built(shape)
         limit = output_scale(scales[2], shape.keys) if dtype == E4M3 else torch.ones_like(scales[2])
         tensors = _tensors(shape, query, key, value, scales, 1 / limit, key_lengths)
-        # Of torch's allocator, which knows streams and CUDA graphs and hands the same bytes out again.
+        # From torch's allocator, which handles streams and CUDA graphs and reuses the memory.
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=query.device)
         handles = _handles()
         with handles.lock:
@@ -146,7 +153,7 @@ def _tensors(
     of_output: Tensor,
     key_lengths: Tensor | None,
 ) -> dict[int, Tensor]:
-    """Return the tensors of a call by their numbers in the graph, results included."""
+    """Return the input and output tensors of a call by their identifiers in the graph."""
     one = scales[0].new_ones(())
     tensors = {
         _QUERY: query,
@@ -171,11 +178,11 @@ def _tensors(
 
 
 _GRAPHS: dict[Shape, tuple[Any, int]] = {}
-"""What was built in this process: graphs that can run, and the bytes that each needs."""
+"""Shape -> (the built graph, the bytes of its workspace), for this process."""
 
 
 def _built(shape: Shape) -> tuple[Any, int]:
-    # Building uses the handle too, and another thread may build the same.
+    # Building uses the handle too, and another thread may be building the same graph.
     with _handles().lock:
         return _GRAPHS[shape] if shape in _GRAPHS else _build(shape)
 
@@ -190,7 +197,7 @@ def _build(shape: Shape) -> tuple[Any, int]:
     graph.build_plans()
     if len(_GRAPHS) >= _MOST_GRAPHS:
         del _GRAPHS[next(iter(_GRAPHS))]
-    # A pointer is asked for even where nothing is needed.
+    # The front end needs a pointer even for an empty workspace.
     _GRAPHS[shape] = graph, max(1, graph.get_workspace_size())
     return _GRAPHS[shape]
 
@@ -213,6 +220,7 @@ def _graph(shape: Shape) -> Any:
     def lengths(uid: int) -> Any:
         return graph.tensor(uid=uid, dim=(shape.batch, 1, 1, 1), stride=(1, 1, 1, 1), data_type=kinds.INT32)
 
+    # Key lengths are a padding mask.
     padding = {}
     if shape.lengths:
         seq_lens = {"seq_len_q": lengths(_QUERY_LENGTHS), "seq_len_kv": lengths(_KEY_LENGTHS)}
@@ -223,6 +231,7 @@ def _graph(shape: Shape) -> Any:
         descale_s=number(_S_INVERSE), scale_s=number(_S_SCALE), scale_o=number(_O_SCALE),
         generate_stats=shape.lse, attn_scale=shape.scale, **padding,
     )  # fmt: skip
+    # Describe the outputs: attention, the largest exponential and output, and the LSE.
     dim, stride = _layout(shape, shape.queries)
     kind = kinds.FP8_E4M3 if shape.dtype == E4M3 else kinds.BFLOAT16
     out.set_uid(_OUT).set_output(True).set_dim(dim).set_stride(stride).set_data_type(kind)
@@ -236,7 +245,7 @@ def _graph(shape: Shape) -> Any:
 
 
 def _layout(shape: Shape, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return sizes in the order of the front end, (B, H, N, D), and strides of memory in the order (B, N, H, D)."""
+    """Return sizes and strides in the order of the front end, (B, H, N, D), for memory in the order (B, N, H, D)."""
     row = shape.heads * shape.channels
     return (shape.batch, shape.heads, tokens, shape.channels), (tokens * row, shape.channels, row, 1)
 
@@ -245,9 +254,10 @@ _OUTPUTS: dict[torch.device, torch.dtype] = {}
 
 
 def output_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where cuDNN gives it for inputs in E4M3, which is asked for once; else E4M3.
+    """Return the output dtype of cuDNN for E4M3 inputs: bfloat16 where cuDNN supports it, else E4M3.
 
-    Front ends up to 1.32 refuse bfloat16 below compute capability 10.0.
+    The first call for a device tries to build a graph with bfloat16 output. Front ends up to 1.32 refuse that below
+    compute capability 10.0.
     """
     if device not in _OUTPUTS:
         shape = Shape(device, 1, 128, 128, 1, 128, 0.1, torch.bfloat16, lengths=False, lse=False)
@@ -255,20 +265,20 @@ def output_dtype(device: torch.device) -> torch.dtype:
             with torch.cuda.device(device):
                 _built(shape)
             _OUTPUTS[device] = torch.bfloat16
-        except Exception:  # what the front end raises differs from version to version
+        except Exception:  # the type of the error differs between versions of the front end
             _OUTPUTS[device] = E4M3
     return _OUTPUTS[device]
 
 
 class _Handles:
-    """cuDNN's handles, one for each device; a handle has one stream, so those who use it take turns."""
+    """The cuDNN handles, one per device. A handle has one stream, so threads use it in turns, under `lock`."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._of_device: dict[torch.device, int] = {}
 
     def on_current_stream(self, device: torch.device) -> int:
-        """Return the handle of the device that is current, on its current stream."""
+        """Return the handle of a device, set to the current stream of this device."""
         front_end = import_module("cudnn")
         if device not in self._of_device:
             self._of_device[device] = front_end.create_handle()

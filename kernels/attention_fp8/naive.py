@@ -1,11 +1,11 @@
 """Attention with queries, keys, softmax and values in E4M3, in plain torch: the reference of the kernel.
 
-What is rounded: prepared queries, keys and values, each with one scale for the tensor; the exponentials
-exp(logits - the row's largest), times 256; the output. Sums, the divisor and everything else stay in float32 (float64
-for float64). A kernel that takes the largest logit met so far instead of the row's rounds at other places, no more
-often.
+Three things are rounded: the prepared queries, keys and values, with one scale per tensor; the exponentials
+exp(logit - largest logit of the row), times 256; and the output. Sums, the softmax divisor and everything else are
+computed in float32 (float64 for float64 inputs). An online kernel subtracts the largest logit seen so far instead of
+that of the whole row: it rounds other values, but as many.
 
-Shapes as in `postgen.kernels.attention.naive`. Formats: arXiv:2209.05433; FP8 attention: arXiv:2407.08608.
+Shapes as in `postgen.kernels.attention.naive`. Number formats: arXiv:2209.05433; FP8 attention: arXiv:2407.08608.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from postgen.kernels.attention_fp8.preparation import Channels, Plan, Preparatio
 from postgen.kernels.fp8 import E4M3, E4M3_MAX
 
 SOFTMAX_SCALE = 256.0
-"""What a row's exponentials, of which the largest is 1, are multiplied by: a power of two that E4M3 holds."""
+"""The factor of the exponentials of a row, whose largest is 1: a power of two within the range of E4M3."""
 _BUDGET = 2**26
-"""Logits that one chunk of queries may take."""
+"""The largest number of logits of one chunk of queries."""
 _SMALLEST = 2.0**-9
-"""The smallest number of E4M3 above 0."""
+"""The smallest positive E4M3 number."""
 
 
 def planned_for(query: Tensor, key: Tensor, value: Tensor, preparation: Preparation) -> Plan:
-    """Return what is done to these tensors."""
+    """Return the plan of the preparation for these queries, keys and values, each (B, N, H, D)."""
     return planned(Channels.of(query), Channels.of(key), Channels.of(value), preparation)
 
 
 def changed(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors within +-448 that are rounded to E4M3, in float32 (float64 for float64)."""
+    """Return the prepared tensors, within +-448 and not yet rounded, in float32 (float64 for float64 inputs)."""
     matrix = rotation(query.shape[-1], plan.query.times) if plan.rotates else None
     return plan.query(query, matrix), plan.key(key, matrix), plan.value(value, None)
 
 
 def output_scale(value_scale: Tensor, keys: int) -> Tensor:
-    """Return a scale of the output that cannot overflow, whatever the queries and keys are.
+    """Return a scale of the output with which it cannot overflow, for all queries and keys.
 
-    A row of softmax is not negative and sums to 1, so the output of a channel lies between its smallest and its
-    largest value: |o| <= max |v| <= 448 * value_scale, so the scale of the values would do. Rounded exponentials may
-    sum to more than the divisor that was summed before: by 1/16, half a step of E4M3, and by half its smallest number
-    a key. What a wide scale costs is small: an output is rounded to 3 bits down to 2^-15 of the largest value, and
-    errs by 2^-19 of it below.
+    The weights of softmax are not negative and sum to 1. So the output of a channel lies between its smallest and its
+    largest value, |o| <= max |v| <= 448 * value_scale, and the scale of the values would be enough. But the divisor is
+    summed before the exponentials are rounded. The rounded exponentials may sum to more: by 1/16 of the divisor (half
+    a step of E4M3), plus half of the smallest E4M3 number per key. The returned scale allows for both. A wide scale
+    costs little: an output keeps 3 bits down to 2^-15 of the largest value, and smaller outputs err by 2^-19 of it.
+
+    Args:
+        value_scale: the scale of the values, one float32 number.
+        keys: the number of keys.
     """
     return value_scale * (1 + 2.0**-4 + keys * _SMALLEST / 2 / SOFTMAX_SCALE)
 
@@ -59,17 +63,21 @@ def attention_fp8(
     rows: Tensor | None = None,
     rounds_output: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return attention as the kernel computes it, (B, N, H, D), and its LSE, (B, H, N).
+    """Compute attention with the rounding of the FP8 kernel.
 
     Args:
         query: (B, N, H, D).
         key: (B, M, H, D).
         value: (B, M, H, D).
         scale: factor of the logits; None is D ** -0.5.
-        preparation: the exact changes before rounding; None is the usual one.
-        key_lengths: (B,): of sample b only the first `key_lengths[b]` keys count; all are looked at for scales.
-        rows: indices of queries, (R,): only theirs is computed, with the scales of all; N is R then.
-        rounds_output: whether the output is rounded to E4M3 before what was prepared is undone.
+        preparation: the exact transformations before the rounding; None is the default.
+        key_lengths: (B,): sample b attends to its first `key_lengths[b]` keys only. The scales depend on all keys.
+        rows: (R,), indices of queries. Only these queries are computed, with the scales of all queries; N is R in the
+            results.
+        rounds_output: whether the output is rounded to E4M3 before the preparation is undone.
+
+    Returns:
+        The output (B, N, H, D) in the dtype of the query, and the LSE (B, H, N).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     plan = planned_for(query, key, value, Preparation() if preparation is None else preparation)
@@ -89,12 +97,12 @@ def attention_fp8(
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Round to E4M3 and return it in the format that it had."""
+    """Round to E4M3, limited to +-448, and return the result in the dtype of x."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attend with rounded exponentials; q holds all scales of the logits."""
+    """Return output and LSE with rounded exponentials; q already includes all scales of the logits."""
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))

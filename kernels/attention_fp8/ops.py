@@ -1,7 +1,7 @@
-"""`attention_fp8`: softmax attention in E4M3 by cuDNN, after exact changes that lower its error.
+"""`attention_fp8`: softmax attention in FP8 (E4M3) with cuDNN, after exact transformations that lower its error.
 
-Shapes as in `naive.py`, which is the reference. Never chosen by the router of `postgen.kernels.attention` itself: its
-numbers are not those of the inputs' format.
+Shapes as in `naive.py`, which is the reference. The router of `postgen.kernels.attention` never chooses this kernel
+by itself, because it computes with fewer bits than its inputs have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from postgen.kernels.dispatch import DTYPES, THERE, warn_once
 from postgen.kernels.fp8 import E4M3, to_fp8
 
 NAME = "cudnn_fp8"
-"""What `attention(backend=)` and diffusers' `set_attention_backend` call it."""
+"""The name of the kernel for `attention(backend=)` and for diffusers' `set_attention_backend`."""
 
 _guarded = {"not_finite": 0}
 
@@ -46,27 +46,30 @@ def attention_fp8(
     simulate: bool = False,
     guard: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return softmax(scale * query @ key^T) @ value, (B, N, H, D), computed in E4M3.
+    """Compute softmax attention, softmax(scale * query @ key^T) @ value, in FP8 (E4M3).
 
-    It has the dtype of the query, or that of autocast, which is heeded as by torch's own attention.
-
-    Where cuDNN cannot compute it, exact attention does, with one warning that says why. There is no gradient: inputs
-    that ask for one get exact attention, with one warning too.
+    Where cuDNN cannot compute a call, exact attention runs, with one warning that names the reason. The FP8 kernel has
+    no gradient: for inputs that require a gradient exact attention runs, with one warning.
 
     Args:
         query: (B, N, H, D), any strides.
         key: (B, M, H, D).
         value: (B, M, H, D).
         scale: factor of the logits; None is D ** -0.5.
-        preparation: the exact changes before rounding; None is the usual one.
-        key_lengths: (B,) integers from 1 to M: of sample b only the first `key_lengths[b]` keys count.
-        return_lse: also return log(sum(exp(logits))), (B, H, N), float32 (float64 for float64).
-        simulate: compute the reference in plain torch, on any device: slow, for tests and calibration.
-        guard: look whether the output is finite, which waits for the GPU; one that is not is computed exactly, counted
-            (`not_finite`) and warned of once.
+        preparation: the exact transformations before the rounding; None is the default.
+        key_lengths: (B,) integers from 1 to M: sample b attends to its first `key_lengths[b]` keys only.
+        return_lse: also return the LSE.
+        simulate: compute the reference in plain torch, on any device. This is slow and meant for tests and
+            calibration.
+        guard: check whether the output is finite, which waits for the GPU. An output with NaN or infinity is computed
+            again exactly, counted (`not_finite`), and reported by one warning.
+
+    Returns:
+        (B, N, H, D), in the dtype of the query or the autocast dtype. With `return_lse` also log(sum(exp(logits))),
+        (B, H, N), float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not belong together, lengths on the CPU out of range.
+        ValueError: the shapes do not match, or a length on the CPU is out of range.
     """
     query, key, value = as_autocast(query, key, value)
     _check(query, key, value)
@@ -76,7 +79,7 @@ def attention_fp8(
     text = str(Preparation() if preparation is None else preparation)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         if not torch.compiler.is_compiling():
-            warn_once("FP8 attention has no gradient: exact attention computes where one is asked for")
+            warn_once("FP8 attention has no gradient: exact attention runs for inputs that require one")
         if return_lse:
             return attention(query, key, value, scale=scale, key_lengths=key_lengths, return_lse=True)
         return attention(query, key, value, scale=scale, key_lengths=key_lengths)
@@ -85,7 +88,7 @@ def attention_fp8(
 
 
 def not_finite() -> int:
-    """Return how many outputs were not finite and were computed again, in this process, by calls with `guard`."""
+    """Return how many outputs of calls with `guard` were not finite and computed again in this process."""
     return _guarded["not_finite"]
 
 
@@ -99,7 +102,23 @@ def attend(
     lse: bool = False,
     preparation: Preparation | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute on the GPU by cuDNN; it raises where there is no graph. Arguments as those of `attention_fp8`."""
+    """Compute FP8 attention with cuDNN and without a fallback; arguments as in `attention_fp8`.
+
+    Args:
+        query: (B, N, H, D), on a GPU.
+        key: (B, M, H, D).
+        value: (B, M, H, D).
+        scale: factor of the logits.
+        key_lengths: (B,), int32, on the GPU, or None.
+        lse: whether to return the LSE too.
+        preparation: the exact transformations before the rounding; None is the default.
+
+    Returns:
+        (B, N, H, D) in the dtype of the query, and the LSE (B, H, N) in float32 or None.
+
+    Raises:
+        Exception: the front end of cuDNN cannot build the graph.
+    """
     plan, tensors = quantised(query, key, value, Preparation() if preparation is None else preparation)
     dtype = graphs.output_dtype(query.device)
     scales = plan.query_scale, plan.key_scale, plan.value_scale
@@ -113,7 +132,11 @@ def attend(
 def quantised(
     query: Tensor, key: Tensor, value: Tensor, preparation: Preparation
 ) -> tuple[Plan, tuple[Tensor, Tensor, Tensor]]:
-    """Return what was done to queries, keys and values, and the three in E4M3, (B, N, H, D) without gaps."""
+    """Prepare queries, keys and values (B, N, H, D) and round them to E4M3.
+
+    Returns:
+        The plan, which holds the scales and undoes the preparation, and the three contiguous E4M3 tensors.
+    """
     plan = planned(_channels_of(query), _channels_of(key), _channels_of(value), preparation)
     q = _changed(query, plan.query, rotates=plan.rotates)
     k = _changed(key, plan.key, rotates=plan.rotates)
@@ -131,7 +154,7 @@ def _channels_of(x: Tensor) -> Channels:
 def _changed(
     x: Tensor, change: Change, *, rotates: bool = False, plus: Tensor | None = None, dtype: torch.dtype = E4M3
 ) -> Tensor:
-    """Return `triton.changed`, as plain torch where there is no Triton."""
+    """Compute `triton.changed`, in plain torch on a CPU or without Triton."""
     if THERE and x.is_cuda:
         from postgen.kernels.attention_fp8 import triton
 
@@ -156,13 +179,13 @@ def _attention_fp8(
 ) -> tuple[Tensor, Tensor]:
     if key_lengths is not None and key_lengths.device.type == "cpu":
         check_range(key_lengths.tolist(), key.shape[1])
-    # Autocast would round to sixteen bits what is computed in float32 here.
+    # Autocast would round the float32 computations to 16 bits.
     with torch.autocast(query.device.type, enabled=False):
         call = Call(query, key, value, scale, key_lengths, return_lse, preparation)
         out, lse = _simulated(call) if simulate else _routed(call)
         if guard and not _recording(query) and not bool(out.isfinite().all()):
             _guarded["not_finite"] += 1
-            warn_once("FP8 attention gave numbers that are not finite: exact attention computes such calls again")
+            warn_once("FP8 attention returned NaN or infinity: exact attention computes such calls again")
             out, lse = _exact(call)
     return out.contiguous(), query.new_empty(0) if lse is None or not return_lse else lse.contiguous()
 
@@ -175,7 +198,7 @@ def _simulated(call: Call) -> tuple[Tensor, Tensor | None]:
 def _routed(call: Call) -> tuple[Tensor, Tensor | None]:
     lengths = call.key_lengths
     lengths = None if lengths is None else lengths.to(call.query.device, torch.int32).contiguous()
-    # It tries a kernel before it trusts it, and says why exact attention computes where it does not.
+    # The router checks the kernel on a small input first, and warns with the reason if exact attention must run.
     return router().run(call._replace(key_lengths=lengths), NAME)
 
 
@@ -213,8 +236,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query must be (B, N, H, D), key and value (B, M, H, D), got {shapes}")
     same = [(x.shape[0], x.shape[2], x.shape[3]) for x in (query, key)]
     if same[0] != same[1] or query.numel() == 0 or key.numel() == 0:
-        raise ValueError(f"FP8 attention takes as many heads of keys as of queries, and some tokens, got {shapes}")
+        raise ValueError(
+            f"query and key must have the same batch, heads and channels, and at least one token, got {shapes}"
+        )
     if len({(x.dtype, x.device) for x in (query, key, value)}) > 1:
-        raise ValueError("query, key and value must have one dtype and one device")
+        raise ValueError("query, key and value must have the same dtype and the same device")
     if query.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"FP8 attention takes bfloat16, float16, float32 and float64, not {query.dtype}")
+        raise ValueError(f"query must be bfloat16, float16, float32 or float64, got {query.dtype}")

@@ -1,18 +1,21 @@
-"""What is done to queries, keys and values before they are rounded to E4M3, and undone afterwards: nothing is lost.
+"""The preparation of queries, keys and values before they are rounded to E4M3, which lowers the error of rounding.
 
-Every change leaves softmax(scale * q @ k^T) @ v as it is, up to the rounding of float32:
+Every transformation is exact: softmax(scale * q @ k^T) @ v stays the same, up to the rounding of float32, once the
+transformation is undone in the output and the LSE.
 
-- key_mean: softmax does not see a vector that is added to all keys, so each head's mean key is taken off
-  (arXiv:2410.02367, eq. 6); the LSE gets scale * (q @ mean) back.
-- balance: each channel of the queries is multiplied by a number and that of the keys divided by it, so that both have
-  the same root mean square. A product of rounded rows errs by their lengths, |q| |k|, which is smallest then.
-- rotation: queries and keys are multiplied by one orthogonal matrix, a Hadamard matrix with signs, which spreads
-  channels of outliers over all (arXiv:2407.08608, section 3.3).
-- value_mean: rows of softmax sum to 1, so each channel's mean value can be taken off and added to the output. What
-  rounding changed the mean of the rest by is taken off the output too: of keys that weigh alike nothing is left of it.
-- value_scale: each channel of the values is divided by its largest number, and the output multiplied by it.
+- key_mean: softmax does not change when the same vector is added to all keys. So the mean key of each head is
+  subtracted (arXiv:2410.02367, eq. 6), and scale * (q @ mean) is added to the LSE.
+- balance: each channel of the queries is multiplied by a factor, and the same channel of the keys is divided by it, so
+  that both have the same root mean square. The error of a logit grows with |q| |k|, which this choice minimises.
+- rotation: queries and keys are multiplied by the same orthogonal matrix, a Hadamard matrix with random signs, which
+  spreads outlier channels over all channels (arXiv:2407.08608, section 3.3).
+- value_mean: the weights of softmax sum to 1. So the mean of each channel of the values is subtracted, and added to
+  the output again. Rounding shifts the mean of the remaining values. This shift is subtracted from the output too,
+  which removes its effect completely where all keys have equal weights.
+- value_scale: each channel of the values is divided by its largest absolute value, and the output is multiplied by it.
 
-All of it is one product and one difference a channel, then perhaps the matrix: (x - minus) * times @ matrix.
+Together they are one subtraction and one factor per channel, then optionally the matrix:
+((x - minus) * times) @ matrix.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from torch import Tensor
 from postgen.kernels.fp8 import fp8_scale
 
 _SMALLEST_SCALE = 2.0**-60
-"""Of queries and of keys. cuDNN multiplies both and the scale of the logits in float32: if that underflows, as with
-the scales of zeros, its outputs are NaN."""
+"""The smallest scale of queries and of keys. cuDNN multiplies both scales and the factor of the logits in float32. If
+this product underflows, as it would for tensors of zeros, the outputs of cuDNN are NaN."""
 _FURTHEST = 1e4
-"""The most that a channel is multiplied by to balance it."""
+"""The largest factor of a channel in `balance`; the smallest factor is its inverse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
-    """Which of the exact changes are made; see the head of this file."""
+    """Which of the exact transformations are used; the docstring of this module explains each."""
 
     key_mean: bool = True
     balance: bool = True
@@ -44,15 +47,15 @@ class Preparation:
     value_scale: bool = False
 
     def __str__(self) -> str:
-        """Return what `parsed` reads."""
+        """Return the text that `parsed` reads: the names joined by "+", or "plain" for none."""
         return "+".join(each.name for each in fields(self) if getattr(self, each.name)) or "plain"
 
     @classmethod
     def parsed(cls, text: str) -> Preparation:
-        """Return the preparation of this text.
+        """Parse the text of a preparation: names joined by "+", or "plain".
 
         Raises:
-            ValueError: it names something else; what there is is listed.
+            ValueError: a name is unknown; the message lists the known names.
 
         >>> str(Preparation.parsed("rotation+key_mean"))
         'key_mean+rotation'
@@ -61,7 +64,7 @@ class Preparation:
         names = set() if text == "plain" else set(text.split("+"))
         if strange := sorted(names - set(known)):
             raise ValueError(
-                f"unknown preparation {strange[0]!r}. Known: plain, or some of {', '.join(known)} with + between"
+                f"unknown preparation {strange[0]!r}. Known: plain, or some of {', '.join(known)} joined by +"
             )
         return cls(**{name: name in names for name in known})
 
@@ -79,70 +82,72 @@ CANDIDATES = tuple(
         ),
     )
 )
-"""From the one of the fewest operations to that of the most: what calibration chooses from."""
+"""The preparations that calibration compares, from the fewest operations to the most."""
 
 
 class Channels(NamedTuple):
-    """What is known of the channels of queries, keys or values over all tokens; each is (B, 1, H, D)."""
+    """Statistics of the channels of queries, keys or values over all tokens; each is (B, 1, H, D)."""
 
     mean: Tensor
     square: Tensor
-    """Mean of the squares."""
+    """The mean of the squares."""
     low: Tensor
+    """The smallest value."""
     high: Tensor
+    """The largest value."""
 
     @classmethod
     def of(cls, x: Tensor) -> Channels:
-        """Look at a tensor (B, N, H, D), in float32 (float64 for float64)."""
+        """Compute the statistics of a tensor (B, N, H, D), in float32 (float64 for float64)."""
         x = x.to(wide(x))
         low, high = x.aminmax(dim=1, keepdim=True)
         return cls(x.mean(1, keepdim=True), x.square().mean(1, keepdim=True), low, high)
 
     def reach(self, centre: Tensor | None) -> Tensor:
-        """Return how far the numbers of each channel lie from a centre, or from 0."""
+        """Return the largest distance of the values of each channel from a centre, or from 0 for None."""
         if centre is None:
             return torch.maximum(self.high, -self.low)
         return torch.maximum(self.high - centre, centre - self.low)
 
     def spread(self, centre: Tensor | None) -> Tensor:
-        """Return the mean of the squared distances from the mean, or from 0."""
+        """Return the mean squared distance from the mean of the channel (`centre`), or from 0 for None."""
         return self.square if centre is None else (self.square - centre.square()).clamp_min(0)
 
 
 class Change(NamedTuple):
-    """What is done to one tensor before the matrix: (x - minus) * times; both are (B, 1, H, D)."""
+    """The transformation of one tensor before the rotation, (x - minus) * times; both are (B, 1, H, D)."""
 
     minus: Tensor | None
     times: Tensor
 
     def __call__(self, x: Tensor, matrix: Tensor | None) -> Tensor:
-        """Return the changed tensor."""
+        """Return the transformed tensor (B, N, H, D); with a matrix (D, D) it is also rotated."""
         x = x.to(self.times.dtype)
         x = (x if self.minus is None else x - self.minus) * self.times
         return x if matrix is None else x @ matrix
 
 
 class Undo(NamedTuple):
-    """How the output and LSE of what was changed become those of the inputs; tensors are (B, 1, H, D)."""
+    """Converts output and LSE of the prepared tensors to those of the original inputs; tensors are (B, 1, H, D)."""
 
     factor: Tensor | None
-    """What the output is multiplied by."""
+    """The factor of the output (`value_scale`)."""
     value_mean: Tensor | None
-    """What is added to it then."""
+    """Added to the output after the factor (`value_mean`)."""
     key_mean: Tensor | None
-    """What was taken off the keys."""
+    """The mean that was subtracted from the keys (`key_mean`)."""
 
     def output(self, out: Tensor) -> Tensor:
-        """Return the output (B, N, H, D) of the inputs."""
+        """Return the output (B, N, H, D) for the original inputs."""
         out = out if self.factor is None else out * self.factor
         return out if self.value_mean is None else out + self.value_mean
 
     def lse(self, lse: Tensor, query: Tensor, scale: float) -> Tensor:
-        """Return the LSE (B, H, N) of the inputs.
+        """Return the LSE (B, H, N) for the original inputs.
 
         Args:
-            lse: of what was changed.
-            query: as it was given, (B, N, H, D).
+            lse: the LSE for the prepared tensors, (B, H, N).
+            query: the original queries, (B, N, H, D).
             scale: factor of the logits.
         """
         if self.key_mean is None:
@@ -151,23 +156,23 @@ class Undo(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What becomes of the inputs: the changed tensors lie within +-448, and stand for `..._scale` times as much."""
+    """The transformations of all inputs; a prepared tensor lies within +-448 and represents itself times its scale."""
 
     query: Change
     key: Change
     value: Change
     rotates: bool
     query_scale: Tensor
-    """One number, as the others; float32."""
+    """One float32 number per tensor, like the other two scales."""
     key_scale: Tensor
     value_scale: Tensor
     undo: Undo
 
     def corrected(self, rounded_mean: Tensor) -> Undo:
-        """Return the undoing that knows what rounding did to the mean of the values.
+        """Return an `Undo` that also removes the shift of the values' mean by rounding.
 
         Args:
-            rounded_mean: (B, 1, H, D), of the changed values after rounding; before it was 0.
+            rounded_mean: (B, 1, H, D), the mean of the prepared values after rounding; before rounding it is 0.
         """
         if self.undo.value_mean is None:
             return self.undo
@@ -177,16 +182,18 @@ class Plan(NamedTuple):
 
 
 def planned(query: Channels, key: Channels, value: Channels, preparation: Preparation) -> Plan:
-    """Return what is done to tensors of these channels. Nothing waits for a GPU."""
+    """Compute the transformations from the statistics of the channels, without waiting for a GPU."""
+    # Queries and keys: mean, balance, and the bounds from which their scales follow.
     centre = key.mean if preparation.key_mean else None
     ratio = torch.ones_like(query.square)
     if preparation.balance:
         ratio = _ratio(query.spread(None), key.spread(centre))
     query_reach, key_reach = query.reach(None) * ratio, key.reach(centre) / ratio
     if preparation.rotation:
-        # A rotated number is no longer than its row; how long the longest row may be follows from the channels.
+        # A rotated number is at most as large as the norm of its row, and the channels bound the norm of all rows.
         query_reach, key_reach = (x.square().sum(-1, keepdim=True).sqrt() for x in (query_reach, key_reach))
     query_scale, key_scale = (fp8_scale(x).view(()).clamp_min(_SMALLEST_SCALE) for x in (query_reach, key_reach))
+    # Values: mean, factors of the channels, and scale.
     value_mean = value.mean if preparation.value_mean else None
     factor, value_reach = None, value.reach(value_mean)
     if preparation.value_scale:
@@ -207,23 +214,27 @@ def planned(query: Channels, key: Channels, value: Channels, preparation: Prepar
 
 
 def _ratio(query: Tensor, key: Tensor) -> Tensor:
-    """Return what queries are multiplied by to be as wide as the keys; 1 where either has no width."""
-    # The fourth root of a quotient, root by root: the quotient may be infinite in float32.
+    """Return the factor of the queries in `balance`: the fourth root of key / query, or 1 where either is 0.
+
+    Both are mean squares of the channels, (B, 1, H, D).
+    """
+    # Take the roots before the quotient, which could overflow in float32.
     ratio = (key.sqrt().sqrt() / query.sqrt().sqrt()).clamp(1 / _FURTHEST, _FURTHEST)
     return torch.where((query == 0) | (key == 0), torch.ones_like(ratio), ratio)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Return the format in which statistics and changes are computed."""
+    """Return the dtype in which statistics and transformations are computed: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @functools.cache
 def signs(channels: int) -> Tensor:
-    """Return a Hadamard matrix with signs that are always the same, (D, D) of -1, 0 and 1, on the CPU.
+    """Return a Hadamard matrix with fixed random signs, (D, D) of -1, 0 and 1, on the CPU.
 
-    Where D is no power of two it rotates blocks of the largest one that divides D: 16 channels of 112 or 80, 32 of 96.
-    Signs keep a vector of equal channels from becoming one channel.
+    If D is not a power of two, the matrix is block-diagonal. A block has the largest power of two that divides D: 16
+    channels for D = 112 or 80, and 32 for D = 96. Without signs a vector of equal channels would become one large
+    channel.
     """
     size = channels & -channels
     block = torch.ones(1, 1)
@@ -235,11 +246,11 @@ def signs(channels: int) -> Tensor:
 
 
 def row_length(channels: int) -> float:
-    """Return the length of the rows of `signs`."""
+    """Return the Euclidean norm of the rows of `signs`."""
     return float((channels & -channels) ** 0.5)
 
 
 def rotation(channels: int, like: Tensor) -> Tensor:
-    """Return the orthogonal matrix, (D, D), in the format and on the device of a tensor."""
+    """Return the orthogonal matrix (D, D) of `rotation`, in the dtype and on the device of a tensor."""
     matrix: Tensor = (signs(channels).double() / row_length(channels)).to(like)
     return matrix

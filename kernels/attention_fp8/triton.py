@@ -1,4 +1,7 @@
-"""Statistics of channels, and the changes with the cast to E4M3 and back: tensors are read twice and written once."""
+"""Triton kernels for the statistics of channels and for the transformations with the cast to E4M3 and back.
+
+Each tensor is read twice and written once.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from postgen.kernels.dispatch import launching_on
 from postgen.kernels.fp8 import E4M3
 
 _TOKENS = 64
-"""Tokens of a tile that is changed."""
+"""Tokens of a tile of the transformation kernel."""
 _SUMMED = 16
-"""Tokens of a tile of which statistics are made."""
+"""Tokens of a tile of the statistics kernel."""
 _TILES = 8
-"""Tiles that a program changes one after the other: the matrix and the factors are loaded once for them."""
+"""Tiles that one program of the transformation kernel processes in a row, so that it loads matrix and factors once."""
 _WARPS = 4
-"""Of a program that changes tiles. Of 24 choices of this, `_TOKENS` and `_TILES` these were the fastest on an H200."""
+"""Warps of a program of the transformation kernel. Of 24 combinations of `_WARPS`, `_TOKENS` and `_TILES` this one was
+the fastest on an H200."""
 _PROGRAMS = 1056
-"""Programs that the statistics of a tensor are split among: eight for each processor of an H100 or H200."""
+"""Programs of the statistics kernel: eight for each multiprocessor of an H100 or H200."""
 
 
 @triton.jit
@@ -28,15 +32,15 @@ def _channel_sums(
     x, out, tokens, heads, splits, share, x_b, x_n, x_h, x_d,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum, sum of squares, smallest and largest number of each channel over some tokens of a head."""
-    # Heads first, which lie beside each other: programs that run together read whole stretches of memory.
+    """Compute sum, sum of squares, minimum and maximum of each channel over a range of tokens of one head."""
+    # Heads are the first grid axis, because they are neighbours in memory: concurrent programs read contiguous memory.
     row, split = tl.program_id(0), tl.program_id(1)
     sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     start = split * share
     end = tl.minimum(start + share, tokens)
     base = x + sample * x_b + head * x_h + d[None, :] * x_d
-    # By place of the tile: threads put their numbers together once, at the end.
+    # Accumulate for each position of the tile, and reduce across threads only once, at the end.
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     low = tl.full((BLOCK_N, BLOCK_D), float("inf"), tl.float32)
@@ -44,7 +48,7 @@ def _channel_sums(
     for first in range(start, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)[:, None]
         there = (n < end) & (d[None, :] < CHANNELS)
-        # 64 bits: two samples of a long clip's projection are more than 2^31 numbers.
+        # 64-bit offsets: two samples of a long clip's projection have more than 2^31 numbers.
         tile = tl.load(base + n.to(tl.int64) * x_n, mask=there, other=0.0).to(tl.float32)
         total += tile
         square += tile * tile
@@ -63,7 +67,7 @@ def _change(
     x, minus, times, plus, matrix, out, tokens, heads, x_b, x_n, x_h, x_d, length,
     CHANNELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """(x - minus) * times + plus, turned by the matrix, within +-BOUND (0: no bound), for some tokens of a head."""
+    """Compute ((x - minus) * times + plus) @ matrix, limited to +-BOUND (0: no limit), for tiles of one head."""
     row = tl.program_id(0)
     sample, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -91,19 +95,19 @@ def _change(
         if matrix is not None:
             tile = tl.dot(tile.to(turn.dtype), turn) / length
         if BOUND > 0:
-            # A number that is none stays one.
+            # NaN stays NaN.
             tile = tl.clamp(tile, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
         result = out + ((sample * tokens + n.to(tl.int64)) * heads + head) * CHANNELS + d[None, :]
         tl.store(result, tile.to(out.dtype.element_ty), mask=there)
 
 
 def channels_of(x: Tensor) -> Channels:
-    """Return what `Channels.of` does for a tensor (B, N, H, D) of any strides, in one read of it."""
+    """Compute `Channels.of` for a tensor (B, N, H, D) with any strides, in one pass over its memory."""
     batch, tokens, heads, channels = x.shape
     rows = batch * heads
     splits = max(1, min(-(-_PROGRAMS // rows), -(-tokens // _SUMMED)))
     share = -(-tokens // splits)
-    # Whole tiles, so that only the last program has a part of one; the last programs may have none.
+    # Each program gets whole tiles, so that only the last one has a partial tile.
     share = -(-share // _SUMMED) * _SUMMED
     splits = -(-tokens // share)
     sums = x.new_empty(batch, heads, splits, 4, channels, dtype=torch.float32)
@@ -120,14 +124,17 @@ def channels_of(x: Tensor) -> Channels:
 def changed(
     x: Tensor, change: Change, *, rotates: bool = False, plus: Tensor | None = None, dtype: torch.dtype = E4M3
 ) -> Tensor:
-    """Return what `change` makes of a tensor (B, N, H, D) of any strides, without gaps, in another format.
+    """Apply a `Change` to a tensor and cast the result.
 
     Args:
-        x: numbers of any format.
-        change: its tensors are (B, 1, H, D), float32.
-        rotates: whether the rotation follows.
-        plus: (B, 1, H, D), float32: added before the rotation.
-        dtype: of the result; E4M3 is bounded to +-448.
+        x: (B, N, H, D), any floating-point dtype and strides.
+        change: the transformation; its tensors are (B, 1, H, D), float32.
+        rotates: whether the rotation is applied after the change.
+        plus: (B, 1, H, D), float32, added before the rotation; or None.
+        dtype: the dtype of the result; for E4M3 the values are limited to +-448.
+
+    Returns:
+        (B, N, H, D), contiguous.
     """
     batch, tokens, heads, channels = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -146,8 +153,8 @@ _SIGNS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _signs(channels: int, device: torch.device) -> Tensor:
-    # Of the numbers that tensor cores multiply; the interpreter multiplies no bfloat16. Kept: a copy from the CPU
-    # waits, and cannot be recorded in a CUDA graph.
+    # In a dtype of the tensor cores; Triton's interpreter cannot multiply bfloat16. The matrix is kept on the device,
+    # because a copy from the CPU waits and cannot be recorded in a CUDA graph.
     if (channels, device) not in _SIGNS:
         term = torch.float16 if triton.knobs.runtime.interpret else torch.bfloat16
         _SIGNS[channels, device] = signs(channels).to(device, term)

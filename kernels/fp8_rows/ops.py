@@ -1,8 +1,8 @@
-"""Rows in E4M3 and linear layers of them as torch custom operations.
+"""Row-wise quantisation to E4M3 and FP8 linear layers as torch custom operations.
 
-Quantisation is a Triton kernel on a GPU with FP8 (compute capability 8.9 and more), the product is torch's own scaled
-one there, with sums in float32. Elsewhere both are the same rounding in plain torch: exact, and slow.
-Shapes as in `naive.py`.
+On a GPU with FP8 (compute capability 8.9 or later) a Triton kernel quantises, and torch's scaled matrix product
+multiplies with float32 sums. Elsewhere plain torch computes with the same rounding, which is slow. Shapes as in
+`naive.py`.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ from postgen.kernels.fp8 import E4M3
 from postgen.kernels.fp8_rows import naive
 
 MULTIPLE = 16
-"""The scaled product takes input and output channels that this divides."""
+"""torch's scaled product needs numbers of input and output channels that are multiples of this."""
 FAST_ACCUMULATION = False
-"""Whether Hopper's tensor cores keep the whole sum, with few bits. Where products do not cancel, as in a token that is
-like a row of the weights, 7 % of it is lost over 5,120 channels and 16 % over 13,824 (H200)."""
+"""Whether Hopper's tensor cores accumulate the whole sum, which has few bits. Where products do not cancel, as for a
+token that resembles a row of the weights, the sum loses 7 % over 5,120 channels and 16 % over 13,824 (H200)."""
 MAX_CHANNELS = 32768
-"""The longest row that a program of the kernel holds in registers."""
+"""The longest row that one program of the Triton kernel can hold in registers."""
 
 
 @functools.cache
 def why_not_fp8(device: torch.device) -> str | None:
-    """Return why a device has no FP8 matrix product, or None where it has one."""
+    """Return why a device has no FP8 matrix product, or None if it has one."""
     if device.type != "cuda":
         return f"{device.type} has no FP8 matrix product"
     if torch.version.hip is not None:
-        return "AMD's GPUs have another E4M3, which is not supported"
+        return "AMD GPUs use another E4M3 format, which is not supported"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
         name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {major}.{minor}, and FP8 begins at 8.9"
+        return f"{name} has compute capability {major}.{minor}, and FP8 needs 8.9 or later"
     return None
 
 
 @library.custom_op("postgen::fp8_rows", mutates_args=())
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of x in E4M3, and their scales (..., 1) in float32. It has no gradient.
+    """Quantise the rows of x to E4M3; the operation has no gradient.
 
     Args:
         x: (..., K), any floating-point dtype.
 
+    Returns:
+        Codes (..., K) in E4M3 and scales (..., 1) in float32.
+
     Raises:
-        ValueError: no rows of floating-point numbers.
+        ValueError: x is a scalar, its rows are empty, or its dtype is not floating-point.
     """
     _check_rows(x)
     if x.numel() and why_not_fp8(x.device) is None and uses_triton("fp8_rows", x, obstacle=_obstacle(x)):
@@ -63,18 +66,21 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def rows_matmul(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows times weights, plus the bias.
+    """Compute the product of quantised rows and weights, plus the bias.
 
     Args:
-        codes: (..., K), E4M3.
-        scale: (..., 1), float32.
+        codes: the rows, (..., K), E4M3.
+        scale: the scales of the rows, (..., 1), float32.
         weight: (N, K), E4M3.
         weight_scale: (N, 1), float32.
-        bias: (N,), any dtype.
-        dtype: of the result. Sums of the scaled product are rounded to bfloat16 first.
+        bias: (N,), any dtype, or None.
+        dtype: the dtype of the result. On a GPU with FP8 the sums are rounded to bfloat16 before they are cast to it.
+
+    Returns:
+        (..., N).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: the shapes, dtypes or devices do not match.
     """
     _check_matmul(codes, scale, weight, weight_scale, bias)
     if codes.numel() and why_not_fp8(codes.device) is None and not any(n % MULTIPLE for n in weight.shape):
@@ -92,16 +98,25 @@ def rows_linear(
     bias: Tensor | None,
     original: Tensor | None,
 ) -> Tensor:
-    """`rows_matmul` with gradients that pass the rounding by: of x by the rounded weights, of the weights by x itself.
+    """Compute `rows_matmul` with straight-through gradients, which ignore the rounding.
+
+    The gradient of x uses the rounded weights, and the gradient of the weights uses the unrounded x.
 
     Args:
-        x: (..., K), what `codes` and `scale` were made of; the result has its dtype.
-        codes: as in `rows_matmul`, like the four that follow.
-        scale: of the rows.
-        weight: in E4M3.
-        weight_scale: of its rows.
-        bias: may have a gradient.
-        original: what `weight` was made of, which gets its gradient; None has none, and x is not kept for it then.
+        x: (..., K), the tensor that was quantised to `codes` and `scale`. The result has its dtype.
+        codes: (..., K), E4M3.
+        scale: the scales of the rows, (..., 1), float32.
+        weight: (N, K), E4M3.
+        weight_scale: (N, 1), float32.
+        bias: (N,), or None; it can get a gradient.
+        original: the weight (N, K) before its quantisation, which gets the gradient of the weights. With None no
+            gradient is computed for the weights, and x is not kept for the backward pass.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: the shapes, dtypes or devices do not match.
     """
     out: Tensor = rows_matmul(codes, scale, weight, weight_scale, bias, x.dtype)
     return out
@@ -175,12 +190,12 @@ def _scaled(
 
 
 def _obstacle(x: Tensor) -> str | None:
-    return f"rows of {x.shape[-1]}, at most {MAX_CHANNELS} fit" if x.shape[-1] > MAX_CHANNELS else None
+    return f"rows have {x.shape[-1]} numbers, at most {MAX_CHANNELS} fit" if x.shape[-1] > MAX_CHANNELS else None
 
 
 def _check_rows(x: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be (..., K) of floating-point numbers, got {tuple(x.shape)} of {x.dtype}")
+        raise ValueError(f"x must be (..., K) with K > 0, in a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
 
 
 def _check_matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
@@ -189,11 +204,12 @@ def _check_matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
         raise ValueError(f"codes and weight must be {E4M3}, got {codes.dtype} and {weight.dtype}")
     if weight.dim() != 2 or codes.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"codes (..., K) and weight (N, K) do not fit: {tuple(codes.shape)} and {tuple(weight.shape)}"
+            f"codes must be (..., K) and weight (N, K) with the same K, got {tuple(codes.shape)} and"
+            f" {tuple(weight.shape)}"
         )
     scales = (scale, (*codes.shape[:-1], 1)), (weight_scale, (weight.shape[0], 1))
     for each, shape in scales:
         if each.dtype != torch.float32 or each.shape != shape:
-            raise ValueError(f"a scale must be float32 {shape}, got {each.dtype} {tuple(each.shape)}")
+            raise ValueError(f"this scale must be float32 of shape {shape}, got {each.dtype} {tuple(each.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")

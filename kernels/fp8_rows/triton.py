@@ -1,4 +1,4 @@
-"""Rows in E4M3 in one pass: a program reads a row, finds its scale, and writes its codes. No number is read twice."""
+"""Row-wise quantisation to E4M3 in one pass: each program reads one row once, finds its scale and writes its codes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def _quantize(x, codes, scale, columns, stride, LARGEST: tl.constexpr, SMALLEST:
     column = tl.arange(0, BLOCK)
     inside = column < columns
     v = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    # A maximum may leave NaN out, so it is looked for by itself.
+    # The maximum may ignore NaN, so NaN is detected separately.
     strange = tl.max((v != v).to(tl.int32), axis=0) > 0
     found = tl.maximum(tl.div_rn(tl.max(tl.abs(v), axis=0), LARGEST), SMALLEST)
     found = tl.where(strange, float("nan"), found)
-    # As in the reference, correctly rounded: a product with the inverse would move numbers that lie between two codes.
+    # A correctly rounded division as in the reference: multiplying by the inverse would change the codes of numbers
+    # halfway between two codes.
     w = tl.div_rn(v, found)
     w = tl.where(w > LARGEST, LARGEST, tl.where(w < -LARGEST, -LARGEST, w))
     tl.store(codes + row * columns + column, w.to(codes.dtype.element_ty), mask=inside)
@@ -29,7 +30,7 @@ def _quantize(x, codes, scale, columns, stride, LARGEST: tl.constexpr, SMALLEST:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `naive.quantize_rows`; `ops.py` has checked that a row fits. Gaps between rows cost no copy."""
+    """Compute `naive.quantize_rows` for rows of at most `ops.MAX_CHANNELS` numbers; row strides need no copy."""
     columns = x.shape[-1]
     rows = x.reshape(-1, columns)
     if rows.stride(1) != 1:
@@ -46,5 +47,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warps(block: int) -> int:
-    """Return the warps of a program with so many numbers: at most 64 numbers in the registers of a thread."""
+    """Return the number of warps of a program for a block of `block` numbers.
+
+    A thread holds at most 32 numbers up to a block of 16,384, and 64 at the largest block of 32,768.
+    """
     return min(16, max(1, block // 1024))

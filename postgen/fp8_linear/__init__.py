@@ -1,8 +1,8 @@
-"""Linear layers of stock diffusers transformers in FP8: rows of weights and tokens in E4M3, each with a scale.
+"""Linear layers of stock diffusers transformers in FP8 (E4M3), with one scale per output channel and per token.
 
-No calibration and no other checkpoint: weights are rounded when it is put on, tokens in every call. On a GPU with FP8
-(compute capability 8.9 and more) the matrix products are those of FP8; the rounding costs a relative error of about
-.0375 a layer. Taking it off gives the model back bit by bit.
+The plug-in needs no calibration and no other checkpoint. The weights are quantised when the plug-in is applied, and
+the tokens in every forward pass. On a GPU with FP8 (compute capability 8.9 or later) the matrix products run in FP8.
+The rounding costs a relative error of about .0375 per layer. Removing the plug-in restores the model bit by bit.
 """
 
 from postgen.fp8_linear.apply import FP8LinearsHandle, apply_fp8_linears, fp8_linears_for_call, remove_fp8_linears

@@ -1,4 +1,4 @@
-"""Put linear layers in FP8 on a pipeline or a transformer, change them, take them off."""
+"""Apply FP8 linear layers to a pipeline or a transformer, change their settings and remove them."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from postgen.fp8_linear.state import NAME, FP8Linears
 
 
 class FP8LinearsHandle(PlugInHandle[FP8LinearConfig, FP8Linears]):
-    """The linear layers in FP8 as they stand on one or more transformers."""
+    """The handle of the FP8 linear layers on one or more transformers."""
 
     name = NAME
     config_class = FP8LinearConfig
-    removed = "the linear layers in FP8 were removed: apply them again"
-    doubled = "linear layers in FP8 are on {where} already: update or remove them"
+    removed = "the FP8 linear layers were removed: apply them again"
+    doubled = "FP8 linear layers are on {where} already: update or remove them"
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """Return how many layers of which part compute in FP8, by component of the pipeline.
+        """Return the number of layers that compute in FP8, by pipeline component and by part of the blocks.
 
-        `left` counts those that the settings ask for and whose channels the product does not take.
+        The key `left` counts the layers that the settings select but that stay exact, because 16 does not divide
+        their numbers of channels.
         """
         return {part: linears.setting.prepared.counts() for part, (_, linears) in self.still_on.items()}
 
 
 def apply_fp8_linears(target: Any, config: FP8LinearConfig | None = None) -> FP8LinearsHandle:
-    """Let linear layers of a transformer compute in FP8: E4M3 with a scale for each token and each output channel.
+    """Make linear layers of a transformer compute in FP8: E4M3 with one scale per token and per output channel.
 
-    The weights stay beside their codes, so memory grows by half of theirs, `save_pretrained` writes what it wrote
-    before, and LoRA goes on top, before and after.
+    The model keeps its own weights beside the FP8 codes. So memory grows by half the size of these weights,
+    `save_pretrained` writes the same files as before, and LoRA adapters can be loaded before or after this call.
 
     Args:
-        target: a diffusers pipeline (all its transformers are taken) or a transformer.
-        config: which layers; None is the default policy.
+        target: a diffusers pipeline (all its transformers are changed) or a transformer.
+        config: which layers compute in FP8; None is the default config.
 
     Returns:
-        The handle to switch, change and remove them.
+        The handle that enables, disables, updates and removes the FP8 layers.
 
     Raises:
-        UserError: an unknown model, layers that cannot be replaced (with the reason), a GPU without FP8, or they are
-            on already.
+        UserError: the model is unknown, a layer cannot be replaced (the message names the reason), the GPU has no
+            FP8, or FP8 linear layers are already on this model.
 
     Example:
         handle = apply_fp8_linears(pipe, FP8LinearConfig(exact_first=1, exact_last=1))
@@ -52,26 +53,26 @@ def apply_fp8_linears(target: Any, config: FP8LinearConfig | None = None) -> FP8
 
 
 def remove_fp8_linears(target: Any) -> None:
-    """Take linear layers in FP8 off a pipeline or transformer: it is as before, bit by bit.
+    """Remove FP8 linear layers from a pipeline or transformer, which restores the model bit by bit.
 
     Raises:
-        UserError: they are not on.
+        UserError: the model has no FP8 linear layers.
     """
     handle = FP8LinearsHandle.of(target)
     if handle is None:
-        raise UserError(f"there are no linear layers in FP8 on this {type(target).__name__}")
+        raise UserError(f"there are no FP8 linear layers on this {type(target).__name__}")
     handle.remove()
 
 
 def fp8_linears_for_call(target: Any, setting: FP8LinearConfig | bool | None) -> AbstractContextManager[None]:
-    """Set linear layers in FP8 for the calls in a block; afterwards they are as before.
+    """Set the FP8 linear layers for the calls inside a `with` block; the earlier state returns after the block.
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves them as they are; False or 0 switches them off; True is the default policy; a config is
-            taken as it is.
+        setting: None changes nothing, False or 0 disables FP8 linear layers, True uses the default config, and a
+            config is used unchanged.
 
     Raises:
-        UserError: an unknown model, or layers that cannot be replaced.
+        UserError: the model is unknown, or a layer cannot be replaced.
     """
     return FP8LinearsHandle.for_call(target, setting, FP8Linears)

@@ -1,4 +1,4 @@
-"""Which linear layers compute in FP8."""
+"""The settings of FP8 linear layers: which layers compute in FP8."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from dataclasses import dataclass
 from postgen.errors import UserError, shown, why_no_pattern
 
 PARTS = ("attention", "cross_attention", "feed_forward", "feed_forward_out")
-"""What `--fp8-linears` can name; `FP8LinearConfig` says what they are."""
+"""The parts that `--fp8-linears` can name; `FP8LinearConfig` describes each part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FP8LinearConfig:
     """Which linear layers of the repeated blocks compute in FP8.
 
-    Never taken: embeddings, modulation, the output layer, and what serves the few tokens of a text: keys and values of
-    cross-attention, projections and feed-forward layers of a text stream of its own.
+    These layers always stay exact: embeddings, modulation, the output layer, and all layers that process only the few
+    text tokens (keys and values of cross-attention, projections and feed-forward layers of a separate text stream).
     """
 
     attention: bool = True
-    """Queries, keys, values and output of self-attention."""
+    """The projections of queries, keys, values and output in self-attention."""
     cross_attention: bool = True
-    """Queries and output of attention to a text."""
+    """The projections of queries and output in cross-attention to text."""
     feed_forward: bool = True
-    """The first layer of feed-forward layers."""
+    """The first linear layer of each feed-forward network."""
     feed_forward_out: bool = True
-    """The layer after the activation, whose input has the longest tails."""
+    """The linear layer after the activation. Its inputs have the longest tails, so rounding costs most here."""
     exact_first: int = 0
-    """So many blocks at the beginning are left as they are."""
+    """The number of blocks at the beginning that stay exact."""
     exact_last: int = 0
-    """So many blocks at the end are left as they are."""
+    """The number of blocks at the end that stay exact."""
     exact: str | None = None
-    """Layers whose name this pattern matches in full are left as they are."""
+    """A regular expression. A layer stays exact if the expression matches its full name."""
     min_features: int = 2048
-    """Layers of fewer input or output channels stay exact in a model that computes on a GPU: FP8 gains nothing there
-    (with the 1,536 channels of Wan 1.3B it took as long or up to twice as long on an H200). Ignored with `emulate`."""
+    """On a GPU, layers with fewer input or output channels stay exact, because FP8 gains nothing for them (on an H200
+    the 1,536 channels of Wan 1.3B took as long as bfloat16, or up to twice as long). Ignored with `emulate`."""
     emulate: bool = False
-    """Compute the same rounding where there is no FP8 matrix product, without a word about it: slower than without."""
+    """Compute the same rounding on devices without an FP8 matrix product, and do not warn. This is slower than the
+    exact layers."""
 
     def __post_init__(self) -> None:
         for name in (*PARTS, "emulate"):
@@ -47,16 +48,19 @@ class FP8LinearConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise UserError(f"{name} must be a whole number of at least 0, below 2**31, got {shown(value)}")
         if not any(getattr(self, name) for name in PARTS):
-            raise UserError(f"no layer is left for FP8: set some of {', '.join(PARTS)}")
+            raise UserError(f"no layer is left for FP8: set at least one of {', '.join(PARTS)} to True")
         if self.exact is not None and (reason := why_no_pattern(self.exact)):
-            raise UserError(f"exact must be a pattern of layer names, got {shown(self.exact)}: {reason}")
+            raise UserError(f"exact must be a regular expression for layer names, got {shown(self.exact)}: {reason}")
 
 
 def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
-    """Return the setting that a text of the command line or of a sidecar names: auto is all, off and None nothing.
+    """Parse the value of `--fp8-linears` or of a sidecar entry.
+
+    Args:
+        text: "auto" for the default config, "off" or None for no FP8, or names of `PARTS` separated by commas.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the text holds an unknown name.
 
     >>> fp8_linears_setting("attention,feed_forward").cross_attention
     False
@@ -68,6 +72,6 @@ def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(PARTS):
         raise UserError(
-            f"fp8_linears must be auto, off or some of {', '.join(PARTS)} with commas between, got {shown(text)}"
+            f"fp8_linears must be auto, off or some of {', '.join(PARTS)} separated by commas, got {shown(text)}"
         )
     return FP8LinearConfig(**{part: part in names for part in PARTS})  # type: ignore[arg-type]

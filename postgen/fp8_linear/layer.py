@@ -1,4 +1,4 @@
-"""A linear layer in FP8 beside the weight that it was made of."""
+"""A linear layer that computes in FP8 and keeps its original weight."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from postgen.kernels.fp8_rows.ops import rows_linear, rows_matmul, why_not_fp8
 
 
 class FP8Linear(nn.Linear):
-    """A linear layer whose weight and input are rounded to E4M3, a scale for each output channel and each token.
+    """A linear layer whose weight and input are rounded to E4M3, with one scale per output channel and per token.
 
-    It has the very parameters of the layer it was made of, so checkpoints, LoRA and `.to()` see those, and only the
-    product is another one. Gradients pass the rounding by: that of the input is of the rounded weight, that of the
-    weight of the input itself. The codes are no floating-point buffers: `.to(dtype)` leaves them.
+    The layer holds the parameters of the layer that it replaces. So checkpoints, LoRA and `.to()` work on the
+    original weight, and only the matrix product differs. Gradients ignore the rounding (straight-through): the
+    gradient of the input uses the rounded weight, and the gradient of the weight uses the unrounded input. The codes
+    are stored as integer buffers, so `.to(dtype)` does not change them.
     """
 
     codes: Tensor
@@ -33,14 +34,16 @@ class FP8Linear(nn.Linear):
         wanted: Callable[[FP8Linear], bool] | None = None,
         shared: bool = False,
     ) -> None:
-        """Round the weight of a layer.
+        """Quantise the weight of a linear layer.
 
         Args:
-            linear: the layer; input and output channels are multiples of 16 where the product is to be fast.
-            place: its name in the model, for `wanted`.
-            wanted: asked in every call, with this layer, whether to compute in FP8; None is always. It must survive
-                deepcopy and pickle.
-            shared: whether layers that are called next read the same tensor.
+            linear: the layer to replace. The FP8 matrix product needs numbers of channels that are multiples of 16;
+                other layers are emulated in plain torch.
+            place: the name of the layer in the model; `wanted` reads it.
+            wanted: a function that every forward pass calls with this layer. It returns whether the layer computes in
+                FP8. None means always. It must survive deepcopy and pickle.
+            shared: whether the layers that run next read the same input tensor (queries, keys and values), so that
+                they can share one quantisation.
         """
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -52,11 +55,18 @@ class FP8Linear(nn.Linear):
         self._of = self._weight_now((), sample_of(self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (..., out_features) in the dtype of the input, or in that of mixed precision."""
+        """Compute the layer.
+
+        Args:
+            input: (..., in_features).
+
+        Returns:
+            (..., out_features), in the dtype of the input, or in the autocast dtype where autocast is on.
+        """
         if self.wanted is not None and not self.wanted(self):
             return super().forward(input)
         device, dtype = input.device.type, input.dtype
-        # As torch itself, which leaves float64 alone.
+        # Like torch itself: autocast does not cast float64.
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         codes, scale = quantized(input, dtype, shared=self.shared, inline=self.inline)
@@ -69,36 +79,36 @@ class FP8Linear(nn.Linear):
         return plain
 
     def refresh(self, merged: tuple[str, ...] = (), sample: bytes | None = None) -> None:
-        """Round the weight again if it changed since: loaded anew, or with LoRA fused into it.
+        """Quantise the weight again if it has changed, for example because a checkpoint was loaded or LoRA fused.
 
         Args:
-            merged: names of the adapters that are fused into it.
-            sample: of the weight as it is now (`samples.samples_of`): peft writes past the version of a tensor. None
-                goes without.
+            merged: names of the adapters that are fused into the weight.
+            sample: a sample of the current weight (`samples.samples_of`). It is needed because peft changes weights
+                without increasing the tensor's version. None skips this check.
         """
         now = self._weight_now(merged, self._of[2] if sample is None else sample)
         if now == self._of or self.weight.is_meta:
             return
-        # In place: compiled code and CUDA graphs know the memory.
+        # In place, because compiled code and CUDA graphs hold the addresses of these buffers.
         codes, scales = self._rounded()
         self.codes.copy_(codes)
         self.scales.copy_(scales)
         self._of = now
 
-    # Tensors that are made in inference mode could not be written into outside of it, nor kept for a gradient.
+    # A tensor made in inference mode can neither be written outside inference mode nor be saved for backward.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        # What diffusers stores in eight bits (`enable_layerwise_casting`) has no arithmetic of its own.
+        # Weights that diffusers stores in 8 bits (`enable_layerwise_casting`) support no arithmetic.
         weight = self.weight.float() if self.weight.element_size() == 1 else self.weight
         codes, scales = quantize_rows(weight)
         return codes.view(torch.uint8), scales.view(torch.int32)
 
     def _weight_now(self, merged: tuple[str, ...], sample: bytes) -> tuple[int, tuple[str, ...], bytes]:
-        # Tensors of inference mode have no version.
+        # Tensors made in inference mode have no version counter.
         return 0 if self.weight.is_inference() else self.weight._version, merged, sample
 
 
 def may_be_inline(device: torch.device) -> bool:
-    """Whether a compiler may fuse the rounding on a device: Triton has no E4M3 on GPUs without FP8."""
+    """Return whether torch.compile may fuse the rounding on a device: Triton has no E4M3 on GPUs without FP8."""
     return device.type != "cuda" or why_not_fp8(device) is None

@@ -1,4 +1,4 @@
-"""Which layers of a transformer are taken, by their names and by where the video's attention is."""
+"""The choice of the layers that compute in FP8, by their names and by the place of the video's self-attention."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 OWNER = "fp8_linears"
-"""Among those who replace linear layers; also the name of the plug-in."""
+"""The name of this owner in the registry of replaced linear layers; also the name of the plug-in."""
 
 _FEW_TOKENS = re.compile(r"context|txt|text|audio|\bav_|\badd_|to_add_out")
 _ADDED = re.compile(r"\bpostgen_")
-"""Layers that a method of ours gave the model: gates of linear attention, say."""
+"""Names of layers that a postgen method added to the model, such as the gates of linear attention."""
 _KEY_OR_VALUE = re.compile(r"(to_)?(k|v|kv|key|value)(_proj)?")
 _QUERY_KEY_VALUE = re.compile(r"(to_)?(q|k|v|query|key|value)(_proj)?")
 _AFTER_ACTIVATION = re.compile(r".*\.(net\.2|proj_out|out_layer|linear_2|fc2|w2|down_proj)")
@@ -30,17 +30,17 @@ _AFTER_ACTIVATION = re.compile(r".*\.(net\.2|proj_out|out_layer|linear_2|fc2|w2|
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What settings take on one transformer."""
+    """The layers of one transformer that compute in FP8 under given settings."""
 
     layers: Mapping[str, str]
-    """Name of a layer -> its part, one of `PARTS`."""
+    """Layer name -> its part, one of `PARTS`."""
     left: Mapping[str, str]
-    """Layers that settings ask for and the product cannot take -> their shape in words."""
+    """Layers that the settings select but the FP8 product does not accept: layer name -> shape as text."""
     least: int = 0
-    """Layers of fewer input or output channels were left."""
+    """Layers with fewer input or output channels than this stay exact."""
 
     def counts(self) -> dict[str, int]:
-        """Return how many layers of each part are taken, and how many are left for their shape."""
+        """Return the number of FP8 layers by part, and under `left` the number that stay exact for their shape."""
         counts: dict[str, int] = {}
         for part in self.layers.values():
             counts[part] = counts.get(part, 0) + 1
@@ -48,24 +48,27 @@ class Plan:
 
 
 def check_known(transformer: str) -> None:
-    """Refuse a transformer class, by its name, of which it is not known where its video or picture is.
+    """Check that the positions of the video or image tokens are known for a transformer class.
+
+    Args:
+        transformer: the name of the class.
 
     Raises:
-        UserError: it names those that are.
+        UserError: the class is unknown; the message lists the known classes.
     """
     tokens_named(transformer)
 
 
 def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
-    """Find the layers that settings take on a transformer as it is now.
+    """Find the layers of a transformer that compute in FP8, in its current state.
 
     Args:
         model: the transformer.
         config: the settings.
-        least: input and output channels of a layer that is taken.
+        least: the smallest number of input or output channels of a layer that computes in FP8.
 
     Raises:
-        UserError: an unknown transformer, a layer that another owner replaced, or nothing to take.
+        UserError: the transformer is unknown, another owner has replaced a selected layer, or no layer is left.
     """
     parts = _Parts(model)
     exact = None if config.exact is None else re.compile(config.exact)
@@ -82,7 +85,7 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
 
     for other in replaced_linears(model).values():
         if other.owner != OWNER and (taken := [name for name in other.modules if asked(name)]):
-            raise UserError(f"{taken[0]} is replaced by {other.owner} already: remove that before {OWNER}")
+            raise UserError(f"{taken[0]} is already replaced by {other.owner}: remove {other.owner} before {OWNER}")
     for name, linear in find_linears(model).items():
         if (part := asked(name)) is None:
             continue
@@ -93,29 +96,30 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
         else:
             layers[name] = part
     if not layers:
-        why = f"{len(left)} have channels that {MULTIPLE} does not divide" if left else "the settings leave none"
+        why = f"{len(left)} layers have channels not divisible by {MULTIPLE}" if left else "the settings exclude all"
         if narrow:
             why = (
-                f"{narrow} have fewer than {least} inputs or outputs and would be no faster; min_features=0 takes them"
+                f"{narrow} layers have fewer than {least} inputs or outputs and would be no faster;"
+                " set min_features=0 to use them"
             )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")
     return Plan(layers=layers, left=left, least=least)
 
 
 def shares_input(name: str, part: str) -> bool:
-    """Whether a layer is one of those that read the same tokens one after the other."""
+    """Return whether a layer is one of the query, key and value projections, which read the same tokens in turn."""
     return part == "attention" and _QUERY_KEY_VALUE.fullmatch(name.rpartition(".")[2]) is not None
 
 
 class _Parts:
-    """What the layers of a transformer serve."""
+    """Assigns the layers of a transformer to the parts of `PARTS`."""
 
     def __init__(self, model: nn.Module) -> None:
-        # A module that attends to the same tokens in space has the name of the one that does in time.
+        # Last components of the names: where a model has spatial and temporal self-attention, both have the same one.
         self._own = {name.rpartition(".")[2] for name in self_attention_names(model)}
 
     def of(self, name: str) -> str | None:
-        """Return the part of a layer; None: it serves few tokens, or neither attention nor feed-forward."""
+        """Return the part of a layer, or None for a layer of text tokens or outside attention and feed-forward."""
         role = role_of(name)
         if role not in ("attention", "feed_forward") or _FEW_TOKENS.search(name) or _ADDED.search(name):
             return None
@@ -127,6 +131,6 @@ class _Parts:
 
 
 def _spared(blocks: tuple[str, ...], config: FP8LinearConfig) -> tuple[str, ...]:
-    """Return the beginnings of the names of layers in the blocks that are left as they are."""
+    """Return the name prefixes of the blocks that stay exact (`exact_first`, `exact_last`)."""
     last = max(0, len(blocks) - config.exact_last)
     return tuple(f"{name}." for name in (*blocks[: config.exact_first], *blocks[last:]))

@@ -1,7 +1,8 @@
-"""A few numbers of a weight, to see that it changed where torch does not count it.
+"""Samples of weights, which reveal a change that torch's version counter does not record.
 
-peft fuses LoRA into `weight.data`, whose writes leave the version of the parameter as it is; adapters that are fused
-and unloaded between two calls leave no other trace. A fused LoRA changes the whole weight, so some numbers show it.
+peft fuses LoRA through `weight.data`, which does not increase the version of the parameter. Adapters that are fused
+and then unloaded between two forward passes leave no other trace. A fused LoRA changes the whole weight, so a few
+numbers are enough to detect it.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUMBERS = 64
-"""Of each weight, spread over rows and columns."""
+"""How many numbers of each weight are sampled (about), spread over rows and columns."""
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sample_of(weight: Tensor) -> bytes:
-    """Return the bits of some numbers of a weight; the same ones of each weight of its shape."""
+    """Return the bits of a few numbers of a weight, at positions that depend on its shape only.
+
+    The result is empty for the weights that `samples_of` leaves out.
+    """
     return samples_of({"": weight}).get("", b"")
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def samples_of(weights: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Return `sample_of` of weights by their names: one copy from each device, which waits for it.
+    """Return the samples of several weights, by name.
 
-    Weights without memory of their own (meta, sharded) and those on a GPU whose CUDA graph is being recorded are left
-    out.
+    The function makes one copy to the CPU per device, dtype and sample size, and waits for it. It leaves out weights
+    without memory of their own (meta or sharded tensors), weights that are not contiguous, and weights on a GPU while
+    a CUDA graph is recorded.
     """
     alike: dict[tuple[torch.device, torch.dtype, int], dict[str, Tensor]] = {}
     for name, weight in weights.items():
@@ -50,7 +55,7 @@ def _some(weight: Tensor) -> Tensor | None:
         return None
     if data.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    # An odd step, so that columns change along with rows.
+    # The step is odd, so that the columns vary along with the rows.
     step = max(1, data.numel() // NUMBERS) | 1
-    # By their bits: NaN is equal to nothing.
+    # Compare bits, because NaN is not equal to itself.
     return data.view(-1)[::step].view(_WHOLE[data.element_size()])

@@ -1,8 +1,8 @@
-"""One quantisation for the queries, keys and values that are made of the same tokens.
+"""One shared quantisation of the tokens that the query, key and value projections read.
 
-Layers are called one after the other, so each thread keeps the last result, for as long as the tokens live and nobody
-has written into them. In a CUDA graph and in inference mode, where writing cannot be seen, nothing is kept; compiled
-code puts the three into one pass itself.
+The three layers run one after the other. So each thread keeps the last result until the input tensor is freed or
+written to. Nothing is kept while a CUDA graph is recorded or in inference mode, where a write cannot be detected.
+torch.compile merges the three quantisations itself.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from postgen.kernels.fp8_rows.ops import quantize_rows
 
 
 class _Kept:
-    """Codes of a tensor, dropped when it dies."""
+    """The codes of a tensor, which are dropped when the tensor is freed."""
 
     __slots__ = ("__weakref__", "dtype", "result", "source", "version")
 
     def __init__(self, x: Tensor, dtype: torch.dtype, result: tuple[Tensor, Tensor]) -> None:
-        # Weak in both directions: a cycle would keep the codes until Python looks for cycles.
+        # Weak references in both directions: a cycle would keep the codes until the garbage collector runs.
         own = weakref.ref(self)
         self.source = weakref.ref(x, lambda _: _forget(own))
         self.version, self.dtype = x._version, dtype
         self.result: tuple[Tensor, Tensor] | None = result
 
     def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the codes of x as it is now, if these are they."""
+        """Return the kept codes if they are those of the current content of x in this dtype, else None."""
         same = self.source() is x and self.version == x._version and self.dtype == dtype
         return self.result if same else None
 
@@ -43,13 +43,16 @@ _last = _Last()
 
 
 def quantized(x: Tensor, dtype: torch.dtype, *, shared: bool, inline: bool) -> tuple[Tensor, Tensor]:
-    """Return the rows of x in E4M3, and their scales.
+    """Quantise the rows of x to E4M3.
 
     Args:
         x: (..., K).
-        dtype: x is rounded to it first, as mixed precision does.
-        shared: whether layers that follow read the same tensor.
-        inline: whether a compiler may fuse it with what is around it.
+        dtype: x is cast to this dtype first, as mixed precision does.
+        shared: whether the layers that run next read the same tensor, so that the result is worth keeping.
+        inline: whether torch.compile may fuse the quantisation with its neighbours.
+
+    Returns:
+        Codes (..., K) in E4M3 and scales (..., 1) in float32.
     """
     if torch.compiler.is_compiling() and inline:
         return naive.quantize_rows(x.detach().to(dtype))
@@ -69,7 +72,7 @@ def _fresh(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _captured(x: Tensor) -> bool:
-    # What was computed before a graph was recorded would be missing in its replays.
+    # A CUDA graph would not contain a quantisation that ran before its recording.
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

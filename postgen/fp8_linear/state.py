@@ -1,4 +1,4 @@
-"""Linear layers in FP8 on one transformer: put in place, brought up to date, put back."""
+"""The state of FP8 linear layers on one transformer: replace layers, requantise changed weights, restore layers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = OWNER
-"""Name among the plug-ins of a transformer."""
+"""The name among the plug-ins of a transformer."""
 
 
 class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
-    """Everything on one transformer. What is in place computes as the stock layer in calls that do not want it."""
+    """The FP8 linear layers of one transformer.
+
+    A replaced layer computes exactly like the stock layer in calls whose settings do not select it.
+    """
 
     name = NAME
 
     def __init__(self, model: nn.Module, config: FP8LinearConfig) -> None:
-        """Check settings on a transformer, as `prepare` does; nothing is put there."""
+        """Check the settings against a transformer (see `prepare`) without changing it."""
         self._mixed = False
         super().__init__(model, config)
 
     def prepare(self, model: nn.Module, config: FP8LinearConfig) -> Plan:
-        """Find the layers on the transformer as it is now.
+        """Find the layers that compute in FP8, in the current state of the transformer.
 
         Raises:
-            UserError: an unknown transformer, a layer that another owner replaced, nothing to take, or a GPU without
-                FP8.
+            UserError: the transformer is unknown, another owner has replaced a selected layer, no layer is left, or
+                the GPU has no FP8.
         """
         device = computes_on(model)
         if device.type == "cuda":
@@ -49,12 +52,12 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
         return plan_for(model, config, _least(device, config))
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8LinearConfig]]) -> None:
-        """Put layers in place that any of the settings wants, and the others back.
+        """Replace every layer that a setting in use selects, and restore the other layers.
 
-        Those that stand stay as they are: another thread may be computing with them.
+        Layers that are already replaced are not touched, because another thread may be computing with them.
 
         Raises:
-            UserError: a layer that cannot be replaced, or put back; nothing is changed then.
+            UserError: a layer cannot be replaced or restored; nothing is changed then.
         """
         plans = [each.prepared.layers for each in live if each.enabled]
         wanted = {name: part for layers in plans for name, part in layers.items()}
@@ -88,13 +91,17 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             standing.replace_more(make, pattern=pattern)
 
     def wants(self, layer: FP8Linear) -> bool:
-        """Whether the call under way computes a layer in FP8."""
+        """Return whether the current call computes this layer in FP8."""
         now = self.now
-        # Names are asked only where settings differ: compiled code would be made anew for each block otherwise.
+        # Read the name only where the settings in use differ: torch.compile would recompile for each block otherwise.
         return now.enabled and (not self._mixed or layer.place in now.prepared.layers)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the settings of who calls, and the weights as they are now."""
+        """Activate the settings of the current call, and requantise the weights that have changed.
+
+        Raises:
+            UserError: the call runs on a GPU without FP8.
+        """
         super().before_forward(model, args, kwargs)
         if torch.compiler.is_compiling() or not self.now.enabled:
             return
@@ -112,14 +119,14 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             layer.refresh(() if there is layer else tuple(getattr(there, "merged_adapters", ())), samples.get(name))
 
     def _leave_narrow(self, model: nn.Module, device: torch.device) -> None:
-        """Plan anew for a model that was elsewhere when its settings were made, and came to a GPU since."""
+        """Apply `min_features` to a model that moved to a GPU after its layers were chosen."""
         now = self.now
         with CHANGING:
             now.prepared = plan_for(model, now.config, _least(device, now.config))
             try:
                 self._changed(model)
             except UserError:
-                # Offloading holds the layers: they stay, and compute what the stock ones do.
+                # Hooks of offloading prevent the restoring. The narrow layers stay, and compute like stock layers.
                 self._mixed = True
 
     def _layers(self, model: nn.Module) -> dict[str, FP8Linear]:
@@ -127,33 +134,33 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
         return {} if standing is None else cast(dict[str, FP8Linear], standing.modules)
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line that describes the state and the settings."""
         plan: Plan = self.setting.prepared
         counts = plan.counts()
         left = counts.pop("left", 0)
         parts = [f"{name} in {count} layers" for name, count in counts.items()]
         if left:
             name, shape = next(iter(plan.left.items()))
-            parts.append(f"{left} left, whose channels 16 does not divide ({name}: {shape})")
+            parts.append(f"{left} layers exact because 16 does not divide their channels ({name}: {shape})")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
 
 
 def _least(device: torch.device, config: FP8LinearConfig) -> int:
-    """Return how many channels a layer must have on a device: the rounding must not take longer than it saves."""
+    """Return the smallest number of channels for which FP8 saves more time on a device than the rounding takes."""
     return config.min_features if device.type == "cuda" and not config.emulate else 0
 
 
 def _check_device(device: torch.device, config: FP8LinearConfig) -> None:
-    """Refuse a GPU on which it would only be slower; on a processor say so once."""
+    """Refuse a GPU without FP8, where the layers would be slower; on a CPU, warn once that they are emulated."""
     reason = None if config.emulate else why_not_fp8(device)
     if reason is None:
         return
     if device.type == "cuda":
         raise UserError(
-            f"linear layers in FP8 would be slower than without: {reason}. Leave them out, or set emulate=True in"
-            " FP8LinearConfig to see what the rounding does"
+            f"FP8 linear layers would be slower than exact layers: {reason}. Leave them out, or set emulate=True in"
+            " FP8LinearConfig to see the effect of the rounding"
         )
-    warn_once(f"linear layers in FP8 are emulated, slower than without: {reason}")
+    warn_once(f"FP8 linear layers are emulated, which is slower than exact layers: {reason}")
 
 
 def _any_of(names: Iterable[str]) -> str:

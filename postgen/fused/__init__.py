@@ -1,7 +1,8 @@
-"""Fused operations in the blocks of stock diffusers transformers: the same formulas, fewer trips through memory.
+"""Fused operations in the blocks of stock diffusers transformers: the same formulas with fewer memory accesses.
 
-Norm and rotation of queries and keys, the norms with modulation, gate and residual around the layers, and attention
-run as `postgen.kernels`. No weight changes, state-dict keys stay, and removing them gives the model back bit by bit.
+Three groups of operations run on `postgen.kernels`: norm and rotary embedding of queries and keys, the norms with
+modulation, gate and residual around the layers, and self-attention. Weights and state-dict keys do not change, and
+removing the plug-in restores the model bit by bit.
 """
 
 from postgen.fused.apply import FusedOpsHandle, apply_fused_ops, fused_for_call, remove_fused_ops

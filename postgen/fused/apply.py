@@ -1,4 +1,4 @@
-"""Put fused operations on a pipeline or a transformer, change them, take them off."""
+"""Apply fused operations to a pipeline or a transformer, change their settings and remove them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from postgen.fused.state import NAME, Fusion
 
 
 class FusedOpsHandle(PlugInHandle[FusedOpsConfig, Fusion]):
-    """The fused operations as they stand on one or more transformers."""
+    """The handle of the fused operations on one or more transformers."""
 
     name = NAME
     config_class = FusedOpsConfig
@@ -20,25 +20,27 @@ class FusedOpsHandle(PlugInHandle[FusedOpsConfig, Fusion]):
     doubled = "fused operations are on {where} already: update or remove them"
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """Return in how many layers or blocks which operation is fused, by component of the pipeline."""
+        """Return the number of layers or blocks in which each operation is fused, by pipeline component."""
         return {part: fusion.counts() for part, (_, fusion) in self.still_on.items()}
 
 
 def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedOpsHandle:
-    """Let the blocks of a stock transformer compute by fused kernels, with the same formulas and weights.
+    """Make the blocks of a stock transformer compute with fused kernels, with the same formulas and weights.
 
-    On a GPU each fused operation is one kernel; elsewhere it is the same formula in plain torch. Numbers differ from
-    the stock model's by rounding only: sums, norms and rotations are in float32 and rounded once.
+    On a GPU each fused operation is one kernel; elsewhere it is the same formula in plain torch. The predictions
+    differ from those of the stock model by rounding only: sums, norms and rotations are computed in float32 and
+    rounded once.
 
     Args:
-        target: a diffusers pipeline (all its transformers are taken) or a transformer.
-        config: what to fuse; None is everything.
+        target: a diffusers pipeline (all its transformers are changed) or a transformer.
+        config: which operations are fused; None fuses all.
 
     Returns:
-        The handle to switch, change and remove them.
+        The handle that enables, disables, updates and removes the fused operations.
 
     Raises:
-        UserError: an unknown model, code of diffusers that changed since, or they are on already.
+        UserError: the model is unknown, the installed diffusers has other code than the fused forms were written for,
+            or fused operations are already on this model.
 
     Example:
         handle = apply_fused_ops(pipe, FusedOpsConfig(attention=None))
@@ -48,10 +50,10 @@ def apply_fused_ops(target: Any, config: FusedOpsConfig | None = None) -> FusedO
 
 
 def remove_fused_ops(target: Any) -> None:
-    """Take the fused operations off a pipeline or transformer: it is as before, bit by bit.
+    """Remove the fused operations from a pipeline or transformer, which restores the model bit by bit.
 
     Raises:
-        UserError: they are not on.
+        UserError: the model has no fused operations.
     """
     handle = FusedOpsHandle.of(target)
     if handle is None:
@@ -60,14 +62,15 @@ def remove_fused_ops(target: Any) -> None:
 
 
 def fused_for_call(target: Any, setting: FusedOpsConfig | bool | None) -> AbstractContextManager[None]:
-    """Set the fused operations for the calls in a block; afterwards they are as before.
+    """Set the fused operations for the calls inside a `with` block; the earlier state returns after the block.
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves them as they are; False or 0 switches them off; True fuses everything; a config is taken
-            as it is.
+        setting: None changes nothing, False or 0 disables fused operations, True fuses all operations, and a config
+            is used unchanged.
 
     Raises:
-        UserError: an unknown model, or code of diffusers that changed since.
+        UserError: the model is unknown, or the installed diffusers has other code than the fused forms were written
+            for.
     """
     return FusedOpsHandle.for_call(target, setting, Fusion)

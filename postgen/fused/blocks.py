@@ -1,4 +1,4 @@
-"""Blocks whose forward is a fused one: a subclass of the block's class, so that hooks, caches and names go on."""
+"""Blocks with a fused forward: the block becomes a subclass of its class, so hooks, caches and names still work."""
 
 from __future__ import annotations
 
@@ -14,80 +14,81 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WANTED = "_postgen_wanted"
-"""Attribute of a block: whether the call under way wants the fused forward."""
+"""Attribute of a block: a function that returns whether the current call uses the fused forward."""
 
 
 def check_block(block: nn.Module) -> None:
-    """Refuse a block whose forward was replaced in a way that cannot be looked through.
+    """Check that the forward of a block can be replaced below its hooks.
 
     Raises:
-        UserError: what to do instead.
+        UserError: other code replaced the forward in a way that hides the original function.
     """
     kind: Any = type(block)
     if not rebind_forward(block, kind.forward, kind.forward):
         raise UserError(
-            f"the forward of a {kind.__name__} was replaced (torch.compile of it alone does that): apply the fused"
-            " operations first, or use block.compile()"
+            f"the forward of a {kind.__name__} was replaced (torch.compile(block) does that): apply the fused"
+            " operations before, or use block.compile()"
         )
 
 
 def fuse_block(block: nn.Module, forward: Callable[..., Any], wanted: Callable[[], bool]) -> None:
-    """Let a block compute by another forward in calls that want it, under whatever hooks it has.
+    """Make a block use a fused forward in the calls that select it; its hooks stay around the forward.
 
     Args:
         block: the block.
-        forward: the other forward.
-        wanted: asked in every call; it survives deepcopy and pickle.
+        forward: the fused forward, with the arguments of the block's own forward.
+        wanted: a function that every call runs; it returns whether this call uses the fused forward. It must survive
+            deepcopy and pickle.
 
     Raises:
-        UserError: somebody replaced its forward in a way that cannot be looked through; nothing is changed then.
+        UserError: other code replaced the forward of the block (see `check_block`); nothing is changed then.
     """
     check_block(block)
     kind: Any = type(block)
     fused = _fused_class(kind, forward)
-    # Another thread may be in the model: at no time is the block something that cannot be called.
+    # In this order another thread can call the block at any moment.
     block.__dict__[_WANTED] = wanted
     block.__class__ = fused
     rebind_forward(block, kind.forward, fused.forward)
 
 
 def fused_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model that compute by a fused forward, also those that somebody wrapped since.
+    """Return the blocks of a model that have a fused forward, including blocks that were wrapped afterwards.
 
     Raises:
-        UserError: somebody gave one of them another class, which `restore_block` would take away.
+        UserError: other code changed the class of such a block, and `restore_block` would undo that change too.
     """
     found = [block for block in model.modules() if is_fused(block)]
     for block in found:
         if "postgen_parent" not in vars(type(block)):
             raise UserError(
-                f"a block with fused operations has become a {type(block).__name__} (fully_shard does that):"
-                " take them off before, or make the model anew"
+                f"the class of a block with fused operations was changed to {type(block).__name__} (fully_shard does"
+                " that): remove the fused operations before that change, or load the model again"
             )
     return found
 
 
 def restore_block(block: nn.Module) -> None:
-    """Undo `fuse_block`; where somebody replaced the forward since, say that it still ends in the fused one."""
+    """Undo `fuse_block`; warn if other code replaced the forward meanwhile, as it may still call the fused forward."""
     fused: Any = type(block)
     block.__class__ = fused.postgen_parent
     block.__dict__.pop(_WANTED, None)
     if not rebind_forward(block, fused.forward, fused.postgen_parent.forward):
         warnings.warn(
-            f"the forward of a {fused.__name__} was replaced while fused operations were on, and what replaced it may"
-            " still call them: delete block.forward",
+            f"the forward of a {fused.__name__} was replaced while fused operations were on, and the replacement may"
+            " still call the fused forward: delete block.forward",
             stacklevel=2,
         )
 
 
 def is_fused(block: nn.Module) -> bool:
-    """Whether a block computes by a fused forward."""
+    """Return whether a block has a fused forward."""
     return hasattr(type(block), "postgen_stock_forward")
 
 
 @functools.cache
 def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
-    """Return the subclass of a block's class with this forward; one for each, so compiled code is shared."""
+    """Return the subclass of a block class with this forward; it is cached, so that blocks share compiled code."""
 
     stock = parent.forward
 
@@ -98,7 +99,7 @@ def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
             return stock(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
-    # The class is made at run time, so an object of it is pickled as an object of its parent and made again.
+    # The class is made at run time and cannot be imported, so pickle stores its parent and forward and makes it again.
     def __reduce__(self: Any) -> tuple[Any, ...]:
         return _empty, (parent, forward), self.__getstate__()
 
@@ -110,7 +111,7 @@ def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
         "__module__": parent.__module__,
         "__doc__": parent.__doc__,
     }
-    # The same name: diffusers compiles blocks and places them on devices by it.
+    # The subclass has the name of its parent, because diffusers finds blocks to compile and to place by class name.
     made = type(parent.__name__, (parent,), body)
     register_block_class(made, parent)
     return made

@@ -1,4 +1,4 @@
-"""CogVideoX: `CogVideoXBlock` of diffusers, fused."""
+"""The fused form of CogVideoX: `CogVideoXBlock` of diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def block_forward(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `CogVideoXBlock.forward` does."""
+    """Compute the same as `CogVideoXBlock.forward`, with fused norms and residuals."""
     zeros = self.norm1, self.norm2
     if not plain(*zeros, *(zero.norm for zero in zeros)) or any(type(z.norm).__name__ != "LayerNorm" for z in zeros):
         stock: tuple[Tensor, Tensor] = self.postgen_stock_forward(
@@ -50,7 +50,7 @@ def block_forward(
 
 
 def _modulation(zero: Any, temb: Tensor) -> list[Tensor]:
-    """Six of (B, 1, C): shift, scale and gate of the video, then of the text."""
+    """Return six tensors (B, 1, C): shift, scale and gate of the video, then of the text."""
     return list(zero.linear(zero.silu(temb)).unsqueeze(1).chunk(6, dim=2))
 
 

@@ -1,4 +1,4 @@
-"""Which operations are fused."""
+"""The settings of fused operations."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from postgen.errors import UserError, shown
 
 FUSED = ("norm_rope", "adaln", "attention")
-"""What `--fused` can name; `FusedOpsConfig` says what they are."""
+"""The operations that `--fused` can name; `FusedOpsConfig` describes each operation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedOpsConfig:
-    """Which operations of a transformer run fused. Everything else stays diffusers' own."""
+    """Which operations of a transformer are fused. All other operations stay those of diffusers."""
 
     norm_rope: bool = True
-    """Norm and rotation of queries and keys in self-attention: `postgen.kernels.qk_norm_rope`."""
+    """Norm and rotary embedding of queries and keys in self-attention: `postgen.kernels.qk_norm_rope`."""
     adaln: bool = True
     """Norm with modulation, gate and residual around the layers: `postgen.kernels.adaln`."""
     attention: str | None = "auto"
-    """Self-attention: auto takes the fastest installed kernel of each shape, a name one of
-    `postgen.kernels.attention.ops.backend_names()`, None leaves it to diffusers. A backend that was set on the model
-    in diffusers' own way wins."""
+    """The kernel of self-attention. "auto" uses the fastest installed kernel for each shape, a name of
+    `postgen.kernels.attention.ops.backend_names()` uses this kernel, and None leaves self-attention to diffusers. A
+    backend that was set with diffusers' `set_attention_backend` has priority."""
 
     def __post_init__(self) -> None:
         for name in ("norm_rope", "adaln"):
@@ -29,11 +29,11 @@ class FusedOpsConfig:
                 raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         self._check_attention()
         if not self.norm_rope and not self.adaln and self.attention is None:
-            raise UserError("there is nothing to fuse: set norm_rope, adaln or attention")
+            raise UserError("the settings fuse nothing: set norm_rope=True, adaln=True or attention='auto'")
 
     @property
     def in_attention(self) -> bool:
-        """Whether anything in the attention modules is fused."""
+        """Return whether any operation inside the attention modules is fused."""
         return self.norm_rope or self.attention is not None
 
     def _check_attention(self) -> None:
@@ -43,14 +43,17 @@ class FusedOpsConfig:
 
         if self.attention not in backend_names():
             known = ", ".join(["auto", *backend_names()])
-            raise UserError(f"unknown attention {shown(self.attention)}. Known: {known}, or None")
+            raise UserError(f"unknown attention backend {shown(self.attention)}. Known: {known}, or None")
 
 
 def fused_setting(text: str | None) -> FusedOpsConfig | bool:
-    """Return the setting that a text of the command line or of a sidecar names: auto is all, off and None nothing.
+    """Parse the value of `--fused` or of a sidecar entry.
+
+    Args:
+        text: "auto" for all operations, "off" or None for none, or names of `FUSED` separated by commas.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the text holds an unknown name.
 
     >>> fused_setting("norm_rope,adaln").attention is None
     True
@@ -62,7 +65,7 @@ def fused_setting(text: str | None) -> FusedOpsConfig | bool:
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(FUSED):
         raise UserError(
-            f"fused must be auto, off or some of {', '.join(FUSED)} with commas between, got {shown(text)}"
+            f"fused must be auto, off or some of {', '.join(FUSED)} separated by commas, got {shown(text)}"
         )
     attention = "auto" if "attention" in names else None
     return FusedOpsConfig(norm_rope="norm_rope" in names, adaln="adaln" in names, attention=attention)

@@ -1,4 +1,4 @@
-"""HunyuanVideo: the blocks of two streams and of one of diffusers, fused."""
+"""The fused forms of HunyuanVideo: the two-stream and the single-stream block of diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def double_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `HunyuanVideoTransformerBlock.forward` does."""
+    """Compute the same as `HunyuanVideoTransformerBlock.forward`, with fused norms and residuals."""
     norms = self.norm1.norm, self.norm1_context.norm, self.norm2, self.norm2_context
     if not _replaceable(norms, self.norm1, self.norm1_context):
         stock: tuple[Tensor, Tensor] = self.postgen_stock_forward(
@@ -59,7 +59,7 @@ def single_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `HunyuanVideoSingleTransformerBlock.forward` does."""
+    """Compute the same as `HunyuanVideoSingleTransformerBlock.forward`, with fused norm and residual."""
     if not _replaceable((self.norm.norm,), self.norm):
         stock: tuple[Tensor, Tensor] = self.postgen_stock_forward(
             hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
@@ -82,13 +82,16 @@ def single_forward(
 
 
 def _replaceable(norms: tuple[Any, ...], *zeros: Any) -> bool:
-    """Whether these are norms without weights, and neither they nor the modules around them must be called."""
+    """Return whether a fused kernel may replace these norms.
+
+    That needs LayerNorms without weights, no hooks on them or on the modules around them (`zeros`), and no `emb`.
+    """
     known = all(type(norm).__name__ == "LayerNorm" and norm.weight is None and norm.bias is None for norm in norms)
     return known and plain(*norms, *zeros) and all(getattr(zero, "emb", None) is None for zero in zeros)
 
 
 def _modulation(zero: Any, temb: Tensor, parts: int) -> list[Tensor]:
-    """Shift, scale and gate, (B, 1, C) each; those of the feed-forward layer after them."""
+    """Return shift, scale and gate of attention, then those of the feed-forward layer; each is (B, 1, C)."""
     return list(zero.linear(zero.silu(temb)).unsqueeze(1).chunk(parts, dim=2))
 
 

@@ -1,4 +1,4 @@
-"""Which transformers have fused blocks, and where they are."""
+"""The transformers that have fused blocks, and the modules that hold them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class FusedBlock:
     """The fused form of a block of diffusers."""
 
     forward: Callable[..., Any]
-    """What runs instead of its forward, with the same arguments."""
+    """The function that replaces the forward of the block, with the same arguments."""
     fingerprints: tuple[str, ...]
-    """Of the texts of the block's forward that it was written for."""
+    """Fingerprints of the source texts of the block's forward for which the fused form was written."""
 
 
 def fused_blocks_of(model: nn.Module) -> Mapping[str, FusedBlock]:
-    """Return the fused forms of a transformer's blocks, by the name of the class of the block.
+    """Return the fused forms of a transformer's blocks: name of the block's class -> fused form.
 
     Raises:
-        UserError: nothing is known of its class.
+        UserError: there are no fused forms for this transformer class.
     """
     name = type(model).__name__
     check_known(name)
@@ -36,10 +36,13 @@ def fused_blocks_of(model: nn.Module) -> Mapping[str, FusedBlock]:
 
 
 def check_known(transformer: str) -> None:
-    """Refuse a transformer class, by its name, of which nothing is known.
+    """Check that fused forms exist for a transformer class.
+
+    Args:
+        transformer: the name of the class.
 
     Raises:
-        UserError: it names those that are.
+        UserError: there are none; the message lists the known classes.
     """
     if transformer not in _FILES:
         raise UserError(f"no fused operations for {transformer}. Known: {', '.join(_FILES)}")
@@ -51,4 +54,4 @@ _FILES = {
     "LTXVideoTransformer3DModel": "ltx",
     "WanTransformer3DModel": "wan",
 }
-"""Transformer class -> file that knows its blocks."""
+"""Transformer class -> module of this package that holds its fused blocks."""

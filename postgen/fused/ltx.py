@@ -1,4 +1,4 @@
-"""LTX: `LTXVideoTransformerBlock` of diffusers, fused."""
+"""The fused form of LTX: `LTXVideoTransformerBlock` of diffusers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def block_forward(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Any:
-    """Do what `LTXVideoTransformerBlock.forward` does."""
+    """Compute the same as `LTXVideoTransformerBlock.forward`, with fused norms and residuals."""
     if not plain(self.norm1, self.norm2) or type(self.norm1).__name__ != "RMSNorm":
         return self.postgen_stock_forward(
             hidden_states, encoder_hidden_states, temb, image_rotary_emb, encoder_attention_mask

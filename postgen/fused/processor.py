@@ -1,4 +1,4 @@
-"""Attention with fused operations, in the compute slot of a module: norm and rotation, then attention."""
+"""The attention of a module with fused operations: norm and rotary embedding, then attention."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ def compute_fused(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return what the processor `inner` returns; it computes where the call wants nothing fused or is not known.
+    """Compute the attention of a module, with the same result as its attention processor `inner`.
+
+    The processor itself runs where this call fuses nothing, or where the reader does not know this kind of call.
 
     Args:
-        fusion: says which operations are fused in this call.
-        reader: of the module's processor.
-        inner: the processor.
+        fusion: the plug-in, which holds the settings of the current call.
+        reader: reads queries, keys and values of the module's processor.
+        inner: the attention processor.
         module: the attention module.
-        args: as the processor takes them.
-        kwargs: as the processor takes them.
+        args: positional arguments of the processor.
+        kwargs: keyword arguments of the processor.
+
+    Returns:
+        The return value of the processor.
     """
     now = fusion.now
     config = now.config
@@ -46,17 +51,17 @@ def compute_fused(
         return inner(module, *args, **kwargs)
     query, key, value = reading.joined(functools.partial(normed_and_rotated, config))
     mask, key_lengths = reading.mask, reading.key_lengths
-    del reading  # the memory of what was projected
+    del reading  # frees the memory of the projections
     out = _attended(config, module, query, key, value, mask, key_lengths)
     return reader.finish(call, out, query.dtype)
 
 
 def normed_and_rotated(config: FusedOpsConfig, stream: Stream) -> tuple[Tensor, Tensor]:
-    """Return queries and keys as attention reads them, in one kernel or as plain torch.
+    """Return queries and keys after norm and rotary embedding, (B, N, H, D).
 
     Args:
-        config: says which.
-        stream: norms that cannot be left out are called.
+        config: `norm_rope` selects the fused kernel; without it the same formulas run in plain torch.
+        stream: raw queries and keys with their norms. A norm that has hooks is called as a module.
     """
     query, key, left = stream.for_one_kernel()
     if not left:
@@ -81,7 +86,11 @@ def _attended(
     mask: Tensor | None,
     key_lengths: Tensor | None,
 ) -> Tensor:
-    """Attention where Enhance-A-Video sees it; a backend or a split among ranks set in diffusers goes first."""
+    """Compute attention with the configured kernel, and show the call to plug-ins such as Enhance-A-Video.
+
+    diffusers' dispatcher computes instead where the user set an attention backend or context parallelism in diffusers,
+    or where the mask is not one of key lengths.
+    """
     backend, parallel = attention_settings(module.processor)
     unknown_mask = mask is not None and key_lengths is None
     if config.attention is None or backend is not None or parallel is not None or unknown_mask:

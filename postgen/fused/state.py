@@ -1,4 +1,4 @@
-"""Fused operations on one transformer: what they take the place of, put on and taken off."""
+"""The state of fused operations on one transformer: plan which modules change, change them, restore them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 NAME = "fused_ops"
-"""Name on the processor stack and among the plug-ins of a transformer."""
+"""The name on the processor stack and among the plug-ins of a transformer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What settings take the place of on one transformer."""
+    """The modules of one transformer that given settings change."""
 
     readers: dict[str, AttentionReader]
-    """By attention module."""
+    """Name of an attention module -> the reader of its processor."""
     forwards: dict[str, Callable[..., Any]]
-    """By block."""
+    """Name of a block -> its fused forward."""
     skipped: dict[str, str]
-    """Attention modules that are other layers than softmax, and whose they are."""
+    """Name of an attention module that another method turned into a layer without softmax -> this method."""
 
 
 class Fusion(AttachedPlugIn[FusedOpsConfig]):
-    """Everything on one transformer. What is in place computes as the stock model in calls that do not want it."""
+    """The fused operations of one transformer.
+
+    A changed module computes exactly like the stock module in calls whose settings do not select it.
+    """
 
     name = NAME
 
@@ -47,11 +50,11 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         super().__init__(model, config)
 
     def prepare(self, model: nn.Module, config: FusedOpsConfig) -> Plan:
-        """Find what is replaced by what on the transformer as it is now; layers may have come or gone since.
+        """Find the modules to change, in the current state of the transformer.
 
         Raises:
-            UserError: an unknown transformer, processor or block, somebody replaced the forward of a block, or
-                somebody else computes attention.
+            UserError: the transformer, an attention processor or a block is unknown, other code replaced the forward
+                of a block, or another method computes the attention of a module.
         """
         known, layout = fused_blocks_of(model), layout_of(model)
         readers: dict[str, AttentionReader] = {}
@@ -65,23 +68,24 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
             for name, block in layout.block_modules(model).items():
                 kind: Any = type(block)
                 kind = getattr(kind, "postgen_parent", kind)
-                advice = "leave it as it is with adaln=False"
+                advice = "leave the blocks unchanged with adaln=False"
                 forwards[name] = known_for(kind, kind.forward, known, what="fused form", advice=advice).forward
                 check_block(block)
         return Plan(readers=readers, forwards=forwards, skipped=skipped)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FusedOpsConfig]]) -> None:
-        """Put in place what any of the settings wants, and take off what none does.
+        """Change every module that a setting in use selects, and restore the other modules.
 
         Raises:
-            UserError: somebody replaced the forward of a block, or computes attention, or a block has another class
-                by now; nothing is changed then.
+            UserError: other code replaced the forward or the class of a block, or another method computes the
+                attention of a module; nothing is changed then.
         """
         plans = [setting.prepared for setting in live if setting.enabled]
         blocks = {name: forward for plan in plans for name, forward in plan.forwards.items()}
         readers = {name: reader for plan in plans for name, reader in plan.readers.items()}
         if readers:
             processor_stack(model).check_claim(NAME, readers)
+        # Blocks first; if the attention modules then fail, the blocks return to their earlier state.
         before = self._blocks
         self._arrange_blocks(model, blocks)
         try:
@@ -128,7 +132,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         return now.enabled and now.config.in_attention
 
     def counts(self) -> dict[str, int]:
-        """Return in how many attention layers and blocks which operation is fused."""
+        """Return the number of attention layers or blocks in which each operation is fused."""
         plan = self.setting.prepared
         config, layers = self.config, len(plan.readers)
         counts = {
@@ -139,7 +143,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         return {name: count for name, count in counts.items() if count}
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line that describes the state and the settings."""
         units = {"norm_rope": "layers", "adaln": "blocks", "attention": "layers"}
         parts = [f"{name} in {count} {units[name]}" for name, count in self.counts().items()]
         if self.config.attention is not None:
@@ -150,8 +154,8 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
 
 
 def _readers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, AttentionReader]:
-    """Return what knows the calls of each module's processor."""
-    anatomy, advice = attention_of(model), "leave it as it is with norm_rope=False, attention=None"
+    """Return the reader of each attention module's processor."""
+    anatomy, advice = attention_of(model), "leave attention unchanged with norm_rope=False, attention=None"
     return {
         name: anatomy.reader(module.processor, what="fused form", advice=advice) for name, module in modules.items()
     }

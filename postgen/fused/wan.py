@@ -1,4 +1,4 @@
-"""Wan: `WanTransformerBlock` of diffusers, fused."""
+"""The fused form of Wan: `WanTransformerBlock` of diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from postgen.kernels.adaln.ops import gate_residual, gate_residual_norm_modulate
 def block_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
 ) -> Any:
-    """Do what `WanTransformerBlock.forward` does."""
+    """Compute the same as `WanTransformerBlock.forward`, with fused norms and residuals."""
     cross_norm = type(self.norm2).__name__
     if cross_norm not in ("FP32LayerNorm", "Identity") or not plain(self.norm1, self.norm2, self.norm3):
         return self.postgen_stock_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
@@ -33,7 +33,7 @@ def block_forward(
 
 
 def _modulation(table: Tensor, temb: Tensor) -> list[Tensor]:
-    """Six of (B, 1, C), or of (B, N, C) where every token has a timestep of its own, float32."""
+    """Return six float32 tensors: (B, 1, C), or (B, N, C) where every token has its own timestep."""
     if temb.ndim == 4:
         return [each.squeeze(2) for each in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2)]
     return list((table + temb.float()).chunk(6, dim=1))

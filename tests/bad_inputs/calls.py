@@ -122,7 +122,7 @@ PLUG_INS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "progress": (_config(progress=0.5), "progress"),
     "train": (_config(train="yes"), "train"),
     "gain of 1": (_config(max_gain=1.0), "max_gain"),
-    "nothing fused": (_fused(norm_rope=False, adaln=False, attention=None), "nothing to fuse"),
+    "nothing fused": (_fused(norm_rope=False, adaln=False, attention=None), "fuse nothing"),
     "fused a word": (_fused(norm_rope="yes"), "norm_rope"),
     "fused a number": (_fused(adaln=1), "adaln"),
     "attention unknown": (_fused(attention="nobody"), "unknown attention"),

@@ -64,7 +64,7 @@ def test_what_it_says(wan: TinyModel) -> None:
         handle.update(emulate=True)
         wan()
     assert [str(each.message) for each in told] == [
-        "linear layers in FP8 are emulated, slower than without: cpu has no FP8 matrix product"
+        "FP8 linear layers are emulated, which is slower than exact layers: cpu has no FP8 matrix product"
     ]
     handle.disable()
     assert text.format("off") in str(postgen.summary(wan.transformer))
@@ -94,7 +94,7 @@ def test_copies_have_their_own(wan: TinyModel) -> None:
     wan.transformer = original
     assert torch.equal(wan(), on)
     postgen.remove_fp8_linears(original)
-    with pytest.raises(postgen.UserError, match="no linear layers in FP8 on this WanTransformer3DModel"):
+    with pytest.raises(postgen.UserError, match="no FP8 linear layers on this WanTransformer3DModel"):
         postgen.remove_fp8_linears(original)
 
 
@@ -202,7 +202,7 @@ def test_the_command_line(cli: Any, wide_wan: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_the_command_line(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    for text, message in (("int8", "fp8_linears must be auto, off or some of"), ("auto", "that 16 does not divide")):
+    for text, message in (("int8", "fp8_linears must be auto, off or some of"), ("auto", "not divisible by 16")):
         words = ("--model", tiny_wan, "-o", tmp_path / "x", *SIZE, "--fp8-linears", text)
         outcome = cli("generate", "a ball", *words)
         assert (outcome.code, list(tmp_path.iterdir())) == (2, [])

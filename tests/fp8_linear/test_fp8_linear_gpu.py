@@ -147,5 +147,5 @@ def test_lora_is_trained_on_top() -> None:
 
 def test_narrow_layers_are_no_faster_and_stay_exact() -> None:
     model, _ = wan()
-    with pytest.raises(postgen.UserError, match=r"fewer than 2048 inputs or outputs .* min_features=0 takes them"):
+    with pytest.raises(postgen.UserError, match=r"fewer than 2048 inputs or outputs .* set min_features=0"):
         postgen.apply_fp8_linears(model)

@@ -55,7 +55,7 @@ def capable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("capable")
 def test_narrow_layers_of_an_offloaded_model(wan: TinyModel) -> None:
     offloaded(wan.transformer)
-    with pytest.raises(postgen.UserError, match=r"fewer than 2048 inputs or outputs .* min_features=0 takes them"):
+    with pytest.raises(postgen.UserError, match=r"fewer than 2048 inputs or outputs .* set min_features=0"):
         postgen.apply_fp8_linears(wan.transformer)
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_left_on_the_gpu(wan: TinyModel, monkeypatch: pytest.MonkeyPa
     handle = postgen.apply_fp8_linears(wan.transformer)
     monkeypatch.setattr(state, "computes_on", lambda model, inputs=(): GPU)
     for _ in range(2):
-        with pytest.raises(postgen.UserError, match="min_features=0 takes them"):
+        with pytest.raises(postgen.UserError, match="set min_features=0 to use them"):
             wan()
     handle.update(min_features=0)
     assert not torch.equal(wan(), stock)
@@ -121,6 +121,6 @@ def test_a_gpu_that_the_model_is_offloaded_from(wan: TinyModel, monkeypatch: pyt
     TOLD.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(postgen.UserError, match=r"slower than without: it is old\. Leave them out"):
+        with pytest.raises(postgen.UserError, match=r"slower than exact layers: it is old\. Leave them out"):
             wan()
     handle.remove()

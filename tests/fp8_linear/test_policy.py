@@ -99,7 +99,7 @@ def test_settings_spare_layers() -> None:
     named = plan_for(model, FP8LinearConfig(exact=r".*\.to_out\.0|blocks\.2\..*")).layers
     assert named.keys() == {n for n in every if not n.startswith("blocks.2") and "to_out" not in n}
     for nothing in (FP8LinearConfig(exact_first=9), FP8LinearConfig(exact=".*")):
-        with pytest.raises(UserError, match="no layer for FP8 in this WanTransformer3DModel: the settings leave none"):
+        with pytest.raises(UserError, match="no layer for FP8 in this WanTransformer3DModel: the settings exclude"):
             plan_for(model, nothing)
 
 
@@ -107,10 +107,10 @@ def test_odd_channels_are_left_and_told_of() -> None:
     model = tiny_model("Mochi").transformer
     handle = postgen.apply_fp8_linears(model)
     assert handle.stats()[""]["left"] == 4
-    text = "4 left, whose channels 16 does not divide (transformer_blocks.0.ff.net.0.proj: 32 x 170)"
+    text = "4 layers exact because 16 does not divide their channels (transformer_blocks.0.ff.net.0.proj: 32 x 170)"
     assert text in str(postgen.summary(model))
     handle.remove()
-    with pytest.raises(UserError, match="4 have channels that 16 does not divide"):
+    with pytest.raises(UserError, match="4 layers have channels not divisible by 16"):
         postgen.apply_fp8_linears(model, FP8LinearConfig(attention=False))
 
 
@@ -119,7 +119,7 @@ def test_narrow_layers_are_left_where_they_would_be_no_faster() -> None:
     widths = {name: min(each.in_features, each.out_features) for name, each in find_linears(model).items()}
     width = max(widths[name] for name in plan_for(model, FP8LinearConfig()).layers)
     assert {widths[name] for name in plan_for(model, FP8LinearConfig(), width).layers} == {width}
-    with pytest.raises(UserError, match=f"fewer than {width + 1} inputs or outputs .* min_features=0 takes them"):
+    with pytest.raises(UserError, match=f"fewer than {width + 1} inputs or outputs .* set min_features=0"):
         plan_for(model, FP8LinearConfig(), width + 1)
 
 
@@ -134,7 +134,7 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
         postgen.apply_fp8_linears(nn.Sequential(nn.Linear(16, 16)))
     model = tiny_model("Wan").transformer
     other = replace_linears(model, double, owner="sparse", roles=["feed_forward"])
-    with pytest.raises(UserError, match=r"blocks.0.ffn.net.0.proj is replaced by sparse already: remove that before"):
+    with pytest.raises(UserError, match=r"blocks.0.ffn.net.0.proj is already replaced by sparse: remove sparse"):
         postgen.apply_fp8_linears(model)
     # What it does not want may be another's.
     handle = postgen.apply_fp8_linears(model, FP8LinearConfig(feed_forward=False, feed_forward_out=False))
@@ -155,11 +155,11 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
         ({"exact_first": -1}, "exact_first must be a whole number of at least 0"),
         ({"exact_last": 1.5}, "exact_last must be a whole number"),
         ({"exact_first": True}, "exact_first must be"),
-        (dict.fromkeys(PARTS, False), "no layer is left for FP8: set some of attention, cross_attention"),
-        ({"exact": "blocks.("}, r"exact must be a pattern of layer names, got 'blocks.\('"),
-        ({"exact": 3}, "exact must be a pattern"),
-        ({"exact": b"x"}, "exact must be a pattern of layer names, got b'x': a text is needed"),
-        ({"exact": "a{" + "9" * 30 + "}"}, "exact must be a pattern .*: the repetition number is too large"),
+        (dict.fromkeys(PARTS, False), "no layer is left for FP8: set at least one of attention, cross_attention"),
+        ({"exact": "blocks.("}, r"exact must be a regular expression for layer names, got 'blocks.\('"),
+        ({"exact": 3}, "exact must be a regular expression"),
+        ({"exact": b"x"}, "exact must be a regular expression for layer names, got b'x': a text is needed"),
+        ({"exact": "a{" + "9" * 30 + "}"}, "exact must be a regular .*: the repetition number is too large"),
     ],
 )
 def test_wrong_settings(words: dict[str, Any], message: str) -> None:
@@ -181,8 +181,8 @@ def test_texts() -> None:
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from postgen.fp8_linear import state
 
-    monkeypatch.setattr(state, "why_not_fp8", lambda device: "A100 has compute capability 8.0, and FP8 begins at 8.9")
+    monkeypatch.setattr(state, "why_not_fp8", lambda device: "A100 has compute capability 8.0, and FP8 needs 8.9 or")
     device = torch.device("cuda", 0)
-    with pytest.raises(UserError, match=r"would be slower than without: A100 has compute capability 8.0"):
+    with pytest.raises(UserError, match=r"would be slower than exact layers: A100 has compute capability 8.0"):
         state._check_device(device, FP8LinearConfig())
     state._check_device(device, FP8LinearConfig(emulate=True))

@@ -149,8 +149,8 @@ def test_twice_is_refused(wan: TinyModel) -> None:
     ("settings", "message"),
     [
         ({"norm_rope": 1}, "norm_rope must be True or False, got 1"),
-        ({"attention": "fastest"}, "unknown attention 'fastest'. Known: auto, "),
-        ({"norm_rope": False, "adaln": False, "attention": None}, "nothing to fuse"),
+        ({"attention": "fastest"}, "unknown attention backend 'fastest'. Known: auto, "),
+        ({"norm_rope": False, "adaln": False, "attention": None}, "the settings fuse nothing"),
     ],
 )
 def test_settings_that_are_wrong(settings: dict[str, Any], message: str, wan: TinyModel) -> None:
@@ -240,7 +240,7 @@ def test_a_forward_that_is_replaced_later_is_told_of(wan: TinyModel) -> None:
     twin = dataclasses.replace(wan, transformer=copy.deepcopy(wan.transformer))
     handle = postgen.apply_fused_ops(twin.transformer)
     replace_forward(twin.transformer.blocks[0])
-    with pytest.warns(UserWarning, match=r"still call them: delete block\.forward"):
+    with pytest.warns(UserWarning, match=r"still call the fused forward: delete block\.forward"):
         handle.disable()
     with pytest.raises(postgen.UserError, match="was replaced"):
         handle.enable()
@@ -312,7 +312,7 @@ def test_a_class_that_a_block_was_given_since_is_not_taken_away(wan: TinyModel) 
     block: Any = twin.transformer.blocks[1]
     before = type(block)
     block.__class__ = type("FSDPWanTransformerBlock", (before,), {})
-    with pytest.raises(postgen.UserError, match="has become a FSDPWanTransformerBlock"):
+    with pytest.raises(postgen.UserError, match="was changed to FSDPWanTransformerBlock"):
         handle.remove()
     assert handle.enabled
     assert runs(twin) == EVERYTHING

@@ -126,7 +126,7 @@ def test_other_families(name: str) -> None:
     masked = name == "HunyuanVideo"
     if masked:
         # The text has a mask, which diffusers gives to attention.
-        with pytest.warns(UserWarning, match="stays exact, not FP8: its calls have a mask"):
+        with pytest.warns(UserWarning, match="stays exact, not FP8: the call has a mask"):
             found = tiny()
         assert torch.equal(found, stock)
     else:
@@ -188,7 +188,7 @@ def test_compiled_blocks(wan: TinyModel) -> None:
 def test_gradients_are_those_of_the_stock_model(wan: TinyModel) -> None:
     apply_fp8_attention(wan.transformer, ALWAYS)
     TOLD.clear()
-    with pytest.warns(UserWarning, match="no gradient: exact attention computes"):
+    with pytest.warns(UserWarning, match="no gradient: exact attention runs"):
         wan.transformer(**wan.arguments).sample.sum().backward()
     wan.transformer.zero_grad()
 
@@ -215,7 +215,7 @@ def test_steps_of_a_pipeline(pipe: Any) -> None:
 def test_without_a_pipeline_no_step_is_known(wan: TinyModel) -> None:
     apply_fp8_attention(wan.transformer, FP8AttentionConfig(simulate=True))
     TOLD.clear()
-    with pytest.warns(UserWarning, match="no pipeline is running that tells the step"):
+    with pytest.warns(UserWarning, match="the denoising step is unknown outside a pipeline call"):
         assert calls(wan) == 3
 
 
@@ -232,7 +232,7 @@ def test_debug_computes_again_what_is_not_finite(wan: TinyModel) -> None:
     weights.fill_(1e30)  # squares are not finite in float32; logits are
     try:
         TOLD.clear()
-        with pytest.warns(UserWarning, match="not finite"):
+        with pytest.warns(UserWarning, match="NaN or infinity"):
             again = wan()
         assert handle.stats()[""]["not_finite"] > before
         assert again.isfinite().all()
@@ -313,11 +313,11 @@ def test_reports_keep_what_is_not_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no report"),
-        ("[]", "is no report"),
-        ('{"rows": [{}], "max_error": 1, "steps": 1}', "is no report"),
+        ("{", "is not a report"),
+        ("[]", "is not a report"),
+        ('{"rows": [{}], "max_error": 1, "steps": 1}', "is not a report"),
         (None, "cannot be read"),
-        ('{"rows": [{"preparation": "x"}], "max_error": 1, "steps": 1}', "is no report"),
+        ('{"rows": [{"preparation": "x"}], "max_error": 1, "steps": 1}', "is not a report"),
     ],
 )
 def test_reports_that_are_none(tmp_path: Path, content: str | None, message: str) -> None:
@@ -343,8 +343,8 @@ def test_a_report_with_an_unknown_preparation(tmp_path: Path) -> None:
         ({"last_exact": True}, "last_exact must be a whole number"),
         ({"min_tokens": -1}, "min_tokens must be a whole number"),
         ({"simulate": 1}, "simulate must be True or False"),
-        ({"exact_layers": "blocks"}, "exact_layers must be patterns"),
-        ({"exact_layers": ("(",)}, "is no pattern of layers"),
+        ({"exact_layers": "blocks"}, "exact_layers must be a tuple or list"),
+        ({"exact_layers": ("(",)}, "is not a regular expression"),
         ({"preparation": "turn"}, "unknown preparation 'turn'"),
         ({"preparation": {"a": "turn"}}, "unknown preparation 'turn'"),
     ],
@@ -355,7 +355,7 @@ def test_settings_that_are_wrong(settings: dict[str, Any], message: str) -> None
 
 
 def test_what_is_refused(wan: TinyModel, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(postgen.UserError, match="no layer matches 'nothing'"):
+    with pytest.raises(postgen.UserError, match="no layer matches the pattern 'nothing'"):
         apply_fp8_attention(wan.transformer, FP8AttentionConfig(exact_layers=("nothing",), simulate=True))
     if not torch.cuda.is_available():
         for refused in (
@@ -368,10 +368,10 @@ def test_what_is_refused(wan: TinyModel, pipe: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(graphs, "refusal", lambda device, channels: f"takes heads of 16, not of {channels}")
     with pytest.raises(postgen.UserError, match=r"takes heads of 16, not of \d+\. Leave it off"):
         apply_fp8_attention(wan.transformer)
-    with pytest.raises(postgen.UserError, match="give the pipeline, not its transformer"):
+    with pytest.raises(postgen.UserError, match="pass the pipeline, not its transformer"):
         calibrate_fp8_attention(wan.transformer, ["a ball"])
     for wrong, message in (
-        ({"prompts": []}, "needs a prompt"),
+        ({"prompts": []}, "prompts must be"),
         ({"steps": 0}, "steps must be"),
         ({"max_error": 0}, "max_error must be"),
         ({"slack": 0.5}, "slack must be"),

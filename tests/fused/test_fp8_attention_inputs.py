@@ -47,14 +47,14 @@ def pipe(tiny_wan: Path) -> Any:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preparation": Preparation()}, "preparation must be a text, or one for each pattern of layers, got Prep"),
+        ({"preparation": Preparation()}, "preparation must be a text, or a mapping .* to texts, got Prep"),
         ({"preparation": None}, "preparation must be a text"),
-        ({"preparation": {".*": Preparation()}}, r"a preparation must be a text, as str\(\) gives of one, got Prep"),
-        ({"preparation": {3: "plain"}}, "3 is no pattern of layers: a text is needed"),
-        ({"preparation": {b"x": "plain"}}, "b'x' is no pattern of layers"),
+        ({"preparation": {".*": Preparation()}}, "a preparation must be a text such as .*, got Prep"),
+        ({"preparation": {3: "plain"}}, "3 is not a regular expression for layer names: a text is needed"),
+        ({"preparation": {b"x": "plain"}}, "b'x' is not a regular expression for layer names"),
         ({"preparation": "x" * 10**5}, r"unknown preparation 'x{30,40}\.\.\.x+'\. \(100003 characters\) Known: plain"),
         ({"exact_layers": ("a{" + "9" * 30 + "}",)}, "the repetition number is too large"),
-        ({"exact_layers": ("(" * 5000 + ")" * 5000,)}, "is no pattern of layers: maximum recursion depth"),
+        ({"exact_layers": ("(" * 5000 + ")" * 5000,)}, "is not a regular expression .*: maximum recursion depth"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -98,7 +98,7 @@ WRONG_REPORTS = [
 
 def damaged(folder: Path, text: str) -> str:
     (folder / "r.json").write_text(text)
-    with pytest.raises(postgen.UserError, match="is no report of FP8 attention") as told:
+    with pytest.raises(postgen.UserError, match="is not a report of FP8 attention") as told:
         FP8AttentionReport.load(folder / "r.json")
     return str(told.value)
 
@@ -120,14 +120,14 @@ def test_reports_that_are_no_files(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "pipe.json", "a\0.json", tmp_path / "none.json"):
         with pytest.raises(postgen.UserError, match="cannot be read"):
             FP8AttentionReport.load(place)
-    with pytest.raises(postgen.UserError, match="3 is no report of FP8 attention: give the path of a file"):
+    with pytest.raises(postgen.UserError, match="3 is not a report of FP8 attention: pass the path of a file"):
         FP8AttentionReport.load(3)  # type: ignore[arg-type]
 
 
 def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
     report = FP8AttentionReport(rows=(ROW,), max_error=0.1, steps=1)
     for place in ("", tmp_path, str(tmp_path / "a\0"), tmp_path / ("x" * 300), 3, None):
-        with pytest.raises(postgen.UserError, match=r"cannot write|is written to a file"):
+        with pytest.raises(postgen.UserError, match=r"cannot write|must be the path of the report file"):
             report.save(place)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     with pytest.raises(postgen.UserError, match=r"unknown settings simulated\. Known: first_exact"):
@@ -137,18 +137,18 @@ def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"prompts": None}, r"needs a prompt: give one text or more, got \[None\]"),
-        ({"prompts": [3]}, "needs a prompt"),
+        ({"prompts": None}, r"prompts must be one or more texts, got \[None\]"),
+        ({"prompts": [3]}, "prompts must be"),
         ({"steps": 2**40}, "steps must be a whole number from 1 to 1,000"),
         ({"seed": "x"}, "seed must be a whole number from 0"),
         ({"seed": 2**70}, "seed must be a whole number from 0"),
-        ({"call": "x"}, "call must be arguments of the pipeline by their names, got 'x'"),
-        ({"call": {3: 3}}, "call must be arguments"),
-        ({"call": {"prompt": "x"}}, "call cannot have prompt: prompts= of calibration says it"),
-        ({"call": {"num_inference_steps": 9}}, "call cannot have num_inference_steps: steps="),
-        ({"call": {"generator": None}}, "call cannot have generator: seed="),
-        ({"call": {"fp8_attention": True}}, "call cannot have fp8_attention: exact attention is what is measured"),
-        ({"call": {"hight": 32}}, "a call of WanPipeline has no 'hight': leave it out of call. Did you mean 'height'"),
+        ({"call": "x"}, "call must be a dict of arguments of the pipeline by name, got 'x'"),
+        ({"call": {3: 3}}, "call must be a dict"),
+        ({"call": {"prompt": "x"}}, "call must not contain prompt: use the argument prompts of calib"),
+        ({"call": {"num_inference_steps": 9}}, "call must not contain num_inference_steps: use the argument steps"),
+        ({"call": {"generator": None}}, "call must not contain generator: use the argument seed"),
+        ({"call": {"fp8_attention": True}}, "call must not contain fp8_attention: calibration runs .* exact"),
+        ({"call": {"hight": 32}}, "WanPipeline has no argument 'hight': remove it from call. Did you mean 'height'"),
     ],
 )
 def test_calibration_looks_at_its_arguments(pipe: Any, words: dict[str, Any], message: str) -> None:
@@ -192,7 +192,7 @@ def test_calibration_where_all_calls_have_a_mask() -> None:
     made.set_progress_bar_config(disable=True)
     prompt, steps = call.pop("prompt"), call.pop("num_inference_steps")
     with pytest.raises(
-        postgen.UserError, match=r"without a mask was seen.*apply_fused_ops before reads the text mask"
+        postgen.UserError, match=r"every self-attention call had a mask.*apply_fused_ops before, which turns"
     ):
         calibrate_fp8_attention(made, prompt, steps=steps, call=call)
     postgen.apply_fused_ops(made)
@@ -239,9 +239,9 @@ def test_the_summary_says_which_calls_stay_exact() -> None:
     tiny = tiny_model("HunyuanVideo")
     handle = apply_fp8_attention(tiny.transformer, ALWAYS)
     TOLD.clear()
-    with pytest.warns(UserWarning, match="stays exact, not FP8: its calls have a mask"):
+    with pytest.warns(UserWarning, match="stays exact, not FP8: the call has a mask"):
         tiny()
-    text = "simulated in 4 of 4 layers, note: 4 layers stayed exact in the last call: its calls have a mask"
+    text = "simulated in 4 of 4 layers, note: 4 layers stayed exact in the last call: the call has a mask"
     assert text in str(postgen.summary(tiny.transformer))
     postgen.apply_fused_ops(tiny.transformer)  # which read the mask as key lengths
     tiny()

@@ -34,7 +34,7 @@ CALLS: list[tuple[str, Callable[[Any], Any]]] = [
 def test_several_devices(name: str, call: Callable[[Any], Any]) -> None:
     """Weights that an offloading hook left on the meta device gave memory that nobody had written."""
     call(lambda x: x)
-    with pytest.raises(ValueError, match=f"{name} takes tensors of one device, got cpu and meta: move them to one"):
+    with pytest.raises(ValueError, match=f"{name} needs all tensors on one device, got cpu and meta: move them"):
         call(lambda x: x.to("meta"))
 
 
@@ -92,7 +92,7 @@ def test_terms_of_the_wrong_kind(terms: dict[str, Any], message: str) -> None:
         (lambda: linear_attention(Q, Q.double(), Q), "all or none float64"),
         (lambda: temporal_self_share(FRAMES, FRAMES, causal_block=-1), "causal_block must be .* got -1"),
         (lambda: qk_norm_rope(Q, Q, k_shift=torch.tensor(1.0)), r"k_shift must be \(1 or B, Hk, D\).*got \(\)"),
-        (lambda: attention(Q, Q[:, :, :0], Q[:, :, :0]), "nothing to attend to"),
+        (lambda: attention(Q, Q[:, :, :0], Q[:, :, :0]), "at least one query and one key"),
     ],
 )
 def test_others(call: Callable[[], Tensor], message: str) -> None:

@@ -192,10 +192,10 @@ def test_the_operation_keeps_the_rules_of_torch() -> None:
     ("change", "message"),
     [
         ({"query": torch.ones(2, 3, 4)}, "query must be"),
-        ({"value": torch.ones(2, 52, 4, 16)}, "do not fit"),
+        ({"value": torch.ones(2, 52, 4, 16)}, "with H a multiple of Hk"),
         ({"key": torch.ones(2, 53, 3, 16), "value": torch.ones(2, 53, 3, 16)}, "H a multiple of Hk"),
-        ({"key": torch.ones(2, 0, 4, 16), "value": torch.ones(2, 0, 4, 16)}, "nothing to attend to"),
-        ({"query": torch.ones(2, 37, 4, 16, dtype=torch.float64)}, "one dtype"),
+        ({"key": torch.ones(2, 0, 4, 16), "value": torch.ones(2, 0, 4, 16)}, "at least one query and one key"),
+        ({"query": torch.ones(2, 37, 4, 16, dtype=torch.float64)}, "the same dtype"),
         ({"key_lengths": torch.tensor([1, 2, 3])}, r"key_lengths must be \(2,\)"),
         ({"key_lengths": torch.tensor([1.0, 2.0])}, "int32 or int64"),
         ({"key_lengths": torch.tensor([0, 2])}, "from 1 to 53"),
@@ -214,5 +214,5 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"not torch\.int32"):
+    with pytest.raises(ValueError, match=r"got torch\.int32"):
         attention(*(x.int() for x in drawn()))

@@ -119,7 +119,7 @@ def test_the_context_of_diffusers(models: dict[str, TinyModel], calls: list[tupl
 
 def test_a_model_that_asks_diffusers_for_no_backend_is_refused(models: dict[str, TinyModel]) -> None:
     with (
-        pytest.raises(UserError, match="CogVideoXTransformer3DModel calls torch's attention itself"),
+        pytest.raises(UserError, match="CogVideoXTransformer3DModel calls torch's attention directly"),
         routed_attention(models["CogVideoX 1.0"].transformer),
     ):
         pass
@@ -175,7 +175,7 @@ def test_other_masks_are_left_to_diffusers_with_a_warning(
 ) -> None:
     monkeypatch.setattr(kernel_dispatch, "TOLD", set())
     tensors = random_inputs()
-    with pytest.warns(UserWarning, match="is not one bool a key"):
+    with pytest.warns(UserWarning, match="is not one bool per key"):
         found = dispatch.dispatch_attention_fn(*tensors, attn_mask=mask, backend=register_attention_backend())
     assert torch.equal(found, dispatch.dispatch_attention_fn(*tensors, attn_mask=mask))
     assert not calls
@@ -275,7 +275,7 @@ def test_processors_without_a_backend_are_refused(models: dict[str, TinyModel]) 
     transformer.blocks[1].attn1.processor = AttnProcessor2_0()
     with (
         pytest.raises(
-            UserError, match=r"AttnProcessor2_0 of blocks\.1\.attn1 asks diffusers for no attention backend"
+            UserError, match=r"AttnProcessor2_0 of blocks\.1\.attn1 does not use attention backends of diffusers"
         ),
         routed_attention(transformer),
     ):

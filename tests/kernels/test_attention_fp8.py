@@ -179,7 +179,7 @@ def test_a_guarded_call_is_computed_again() -> None:
     query, key = torch.zeros_like(query), torch.full_like(key, 3e38)
     assert not attention_fp8(query, key, value, simulate=True).isfinite().all()
     TOLD.clear()
-    with pytest.warns(UserWarning, match="not finite: exact attention computes"):
+    with pytest.warns(UserWarning, match="returned NaN or infinity: exact attention computes"):
         found = attention_fp8(query, key, value, simulate=True, guard=True)
     assert torch.equal(found, attention(query, key, value))
     assert not_finite() == before + 1
@@ -215,8 +215,8 @@ def test_mixed_precision_is_heeded_as_by_attention(simulate: bool) -> None:
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([0], "from 1 to 20, the keys there are"),
-        ([21], "from 1 to 20, the keys there are"),
+        ([0], "from 1 to 20, the number of keys"),
+        ([21], "from 1 to 20, the number of keys"),
         ([3, 4], r"\(1,\) int32 or int64"),
         ([3.0], r"\(1,\) int32 or int64"),
     ],
@@ -235,10 +235,10 @@ def test_wrong_lengths_are_refused_as_by_attention(lengths: list[float], message
     [
         (lambda q, k, v: (q[0], k, v), "query must be"),
         (lambda q, k, v: (q, k, v[:, 1:]), "query must be"),
-        (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), "as many heads of keys"),
-        (lambda q, k, v: (q[:, :0], k, v), "some tokens"),
-        (lambda q, k, v: (q.float(), k, v), "one dtype"),
-        (lambda q, k, v: (q.int(), k.int(), v.int()), "not torch.int32"),
+        (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), "the same batch, heads and channels"),
+        (lambda q, k, v: (q[:, :0], k, v), "at least one token"),
+        (lambda q, k, v: (q.float(), k, v), "the same dtype"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "got torch.int32"),
     ],
 )
 def test_what_nobody_can_compute(change: Any, message: str) -> None:

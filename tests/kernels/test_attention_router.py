@@ -157,7 +157,8 @@ def test_reasons_name_what_is_wrong() -> None:
     assert mine.why_not(replace(wrong(_raises), name="x"), call_of()) == (
         "ImportError: libcudart.so.12: cannot open shared object file"
     )
-    assert mine.why_not(replace(FAST, name="y", takes_groups=False), call_of(heads=4)) == "takes no grouped heads"
+    ungrouped = replace(FAST, name="y", takes_groups=False)
+    assert mine.why_not(ungrouped, call_of(heads=4)) == "does not support grouped heads"
     assert mine.why_not(replace(FAST, name="z", needs_gpu=True), call_of()) == "needs a CUDA GPU"
 
 
@@ -212,8 +213,8 @@ def test_what_fails_after_it_was_chosen_gives_way_for_good() -> None:
 @pytest.mark.parametrize(
     ("limit", "declined", "reason"),
     [
-        ({"fewest_keys": 2}, call_of(1), "takes 2 keys or more"),
-        ({"gives_lse_with_lengths": False}, call_of(lengths=True, lse=True), "returns no LSE where keys are masked"),
+        ({"fewest_keys": 2}, call_of(1), "needs 2 keys or more"),
+        ({"gives_lse_with_lengths": False}, call_of(lengths=True, lse=True), "returns no LSE for calls with key"),
     ],
 )
 def test_a_call_that_is_declined_costs_a_backend_no_other(limit: dict[str, Any], declined: Call, reason: str) -> None:
@@ -328,7 +329,7 @@ def blocked(tmp_path: Path) -> Path:
 
 def test_where_nothing_can_be_written_one_warning_says_so(blocked: Path) -> None:
     mine = Router([SLOW, FAST], store=Store(blocked))
-    with pytest.warns(UserWarning, match="attention times are not kept"):
+    with pytest.warns(UserWarning, match="attention times are not saved"):
         mine.choose(call_of())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -131,11 +131,11 @@ GOOD = {"codes": CODES, "scale": SCALE, "weight": WEIGHT, "weight_scale": WEIGHT
     ("change", "message"),
     [
         ({"codes": torch.ones(3, 32)}, "must be torch.float8_e4m3fn, got torch.float32"),
-        ({"codes": CODES[:, :16]}, r"do not fit: \(3, 16\) and \(16, 32\)"),
-        ({"scale": SCALE[:2]}, r"a scale must be float32 \(3, 1\)"),
+        ({"codes": CODES[:, :16]}, r"with the same K, got \(3, 16\) and \(16, 32\)"),
+        ({"scale": SCALE[:2]}, r"scale must be float32 of shape \(3, 1\)"),
         ({"weight_scale": WEIGHT_SCALE.bfloat16()}, "got torch.bfloat16"),
         ({"bias": torch.ones(3)}, r"bias must be \(16,\), got \(3,\)"),
-        ({"scale": SCALE.to("meta")}, "tensors of one device"),
+        ({"scale": SCALE.to("meta")}, "all tensors on one device"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

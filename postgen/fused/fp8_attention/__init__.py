@@ -1,7 +1,8 @@
-"""Self-attention of stock diffusers transformers in E4M3, by step and layer, with what it costs measured before.
+"""Self-attention of stock diffusers transformers in FP8 (E4M3), selected by denoising step and layer.
 
-cuDNN computes it on Hopper and later (`postgen.kernels.attention_fp8`). It is never on unless it was asked for: the
-first and last steps and the layers that calibration finds sensitive stay exact.
+cuDNN computes FP8 attention on Hopper and later GPUs (`postgen.kernels.attention_fp8`). FP8 attention is off unless
+the user applies it. The first and last steps stay exact, and so do the layers that calibration finds sensitive;
+calibration measures the error of each layer beforehand.
 """
 
 from postgen.fused.fp8_attention.apply import (

@@ -1,4 +1,4 @@
-"""Put FP8 attention on a pipeline or a transformer, change it, take it off."""
+"""Apply FP8 attention to a pipeline or a transformer, change its settings and remove it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from postgen.kernels.attention_fp8.ops import attention_fp8
 
 
 class FP8AttentionHandle(PlugInHandle[FP8AttentionConfig, FP8Attention]):
-    """FP8 attention as it stands on one or more transformers."""
+    """The handle of FP8 attention on one or more transformers."""
 
     name = NAME
     config_class = FP8AttentionConfig
@@ -29,29 +29,31 @@ class FP8AttentionHandle(PlugInHandle[FP8AttentionConfig, FP8Attention]):
     doubled = "FP8 attention is on {where} already: update or remove it"
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """Return in how many layers it is on and how many stay exact, by component of the pipeline.
+        """Return the numbers of FP8 layers (`fp8`) and exact layers (`exact`), by pipeline component.
 
-        `not_finite` counts the outputs that `debug` found not finite, in this process.
+        `not_finite` is the number of outputs with NaN or infinity that `debug` found in this process.
         """
         return {part: plug_in.counts() for part, (_, plug_in) in self.still_on.items()}
 
 
 def apply_fp8_attention(target: Any, config: FP8AttentionConfig | None = None) -> FP8AttentionHandle:
-    """Let self-attention over the video run in E4M3 by cuDNN, in the steps and layers that the settings leave to it.
+    """Run self-attention over the video in FP8 (E4M3) with cuDNN, in the steps and layers that the config selects.
 
-    Inputs are prepared by exact changes that lower the error (`postgen.kernels.attention_fp8.preparation`). Calls that
-    cuDNN does not take, cross-attention and masked calls stay as they were; the former two give one warning.
+    Exact transformations of queries, keys and values before the rounding lower its error
+    (`postgen.kernels.attention_fp8.preparation`). Cross-attention stays exact. Calls with a mask and calls that cuDNN
+    does not support stay exact too, with one warning per reason.
 
     Args:
-        target: a diffusers video pipeline (all its transformers are taken) or a transformer.
-        config: the settings; None is the usual ones.
+        target: a diffusers video pipeline (all its transformers are changed) or a transformer.
+        config: the settings; None is the default config.
 
     Returns:
-        The handle to switch, change and remove it.
+        The handle that enables, disables, updates and removes FP8 attention.
 
     Raises:
-        UserError: an unknown model, no GPU of compute capability 9.0 or later, `nvidia-cudnn-frontend` is missing,
-            heads that cuDNN does not take, a pattern that no layer matches, or it is on already.
+        UserError: the model is unknown, there is no GPU of compute capability 9.0 or later, `nvidia-cudnn-frontend` is
+            not installed, cuDNN does not support the number of channels per head, no layer matches a pattern of the
+            config, or FP8 attention is already on this model.
 
     Example:
         report = calibrate_fp8_attention(pipe, ["a ball rolls", "a red cube falls"])
@@ -63,10 +65,10 @@ def apply_fp8_attention(target: Any, config: FP8AttentionConfig | None = None) -
 
 
 def remove_fp8_attention(target: Any) -> None:
-    """Take FP8 attention off a pipeline or transformer: it is as before, bit by bit.
+    """Remove FP8 attention from a pipeline or transformer, which restores the model bit by bit.
 
     Raises:
-        UserError: it is not on.
+        UserError: the model has no FP8 attention.
     """
     handle = FP8AttentionHandle.of(target)
     if handle is None:
@@ -75,15 +77,15 @@ def remove_fp8_attention(target: Any) -> None:
 
 
 def fp8_attention_for_call(target: Any, setting: FP8AttentionConfig | bool | None) -> AbstractContextManager[None]:
-    """Set FP8 attention for the calls in a block; afterwards it is as it was before.
+    """Set FP8 attention for the calls inside a `with` block; the earlier state returns after the block.
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves it as it is; False or 0 switches it off; True is the usual settings; a config is taken as
-            it is.
+        setting: None changes nothing, False or 0 disables FP8 attention, True uses the default config, and a config
+            is used unchanged.
 
     Raises:
-        UserError: as `apply_fp8_attention`.
+        UserError: for the same reasons as in `apply_fp8_attention`.
     """
     progress = None if setting is None else progress_of(target)
 
@@ -95,30 +97,34 @@ def fp8_attention_for_call(target: Any, setting: FP8AttentionConfig | bool | Non
 
 
 def check_known(transformer: str) -> None:
-    """Refuse a transformer class, by its name, of which it is not known where its video attends to itself.
+    """Check that the self-attention modules over the video are known for a transformer class.
+
+    Args:
+        transformer: the name of the class.
 
     Raises:
-        UserError: it names those that are known.
+        UserError: the class is unknown; the message lists the known classes.
     """
     video_tokens_named(transformer)
 
 
 def progress_of(target: Any) -> PipelineProgress:
-    """Return what reads the step off the pipeline that is running."""
+    """Return the object that reads the current denoising step of a pipeline or transformer."""
     return PipelineProgress(None if "" in transformers_of(target) else target, who="FP8 attention")
 
 
 def register_fp8_attention_backend() -> Any:
-    """Make "cudnn_fp8" a name that diffusers' `set_attention_backend` knows; a second time changes nothing.
+    """Register "cudnn_fp8" as an attention backend of diffusers; a second call changes nothing.
 
-    It computes self-attention in every step and layer that it is set for; masks, causal calls and cross-attention,
-    told by another number of keys than queries, are left to diffusers' native backend.
+    The backend computes self-attention in every step and in every layer for which it is set. diffusers' native backend
+    computes calls with a mask, causal calls and cross-attention, which has different numbers of queries and keys.
 
     Returns:
-        diffusers' own object for the name.
+        The object that diffusers keeps on processors as `_attention_backend`.
 
     Raises:
-        UserError: this machine computes no FP8 attention, or the installed diffusers has another attention dispatcher.
+        UserError: this machine cannot compute FP8 attention, or the attention dispatcher of the installed diffusers
+            is not the expected one.
     """
     check_available()
     return dispatch.register_attention_backend(BACKEND, backend_attention)
@@ -127,7 +133,18 @@ def register_fp8_attention_backend() -> Any:
 def backend_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
 ) -> Tensor | None:
-    """Return self-attention (B, N, H, D) in E4M3, or None for calls that are left to diffusers."""
+    """Compute self-attention in FP8, or return None for calls that diffusers must compute.
+
+    Args:
+        query: (B, N, H, D).
+        key: (B, N, H, D).
+        value: (B, N, H, D).
+        attn_mask: None; diffusers computes calls with a mask.
+        scale: factor of the logits; None is D ** -0.5.
+
+    Returns:
+        (B, N, H, D), or None.
+    """
     if attn_mask is not None or query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
         return None
     return attention_fp8(query, key, value, scale=scale)

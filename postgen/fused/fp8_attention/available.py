@@ -1,4 +1,4 @@
-"""Whether this machine computes attention in E4M3."""
+"""Checks whether this machine can compute FP8 attention."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from postgen.kernels.attention_fp8 import graphs
 
 
 def check_available(device: torch.device | None = None, channels: int = 128) -> None:
-    """Refuse a device that computes no FP8 attention for heads of so many channels, as far as is known untried.
+    """Check that a device can compute FP8 attention; the check runs no kernel.
 
     Args:
-        device: None, or a CPU on which a model waits for its turn, is the current GPU.
-        channels: of a head.
+        device: the device of the model. For None and for a CPU (an offloaded model) the current GPU is checked.
+        channels: the number of channels per head.
 
     Raises:
-        UserError: what it needs.
+        UserError: the device cannot; the message names what is missing.
     """
     if (device is None or device.type != "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     reason = graphs.refusal(device or torch.device("cpu"), channels)
     if reason is not None:
-        raise UserError(f"FP8 attention {reason}. Leave it off; simulate computes it slowly anywhere, for its numbers")
+        raise UserError(
+            f"FP8 attention {reason}. Leave it off, or use simulate to compute the same numbers slowly on any device"
+        )
 
 
 def head_channels(module: Any) -> int | None:
-    """Return the channels of a head of an attention module; None where it does not say."""
+    """Return the number of channels per head of an attention module, or None if the module does not show it."""
     for name in ("to_q", "to_qkv"):
         width = getattr(getattr(module, name, None), "out_features", None)
         heads = getattr(module, "heads", None)

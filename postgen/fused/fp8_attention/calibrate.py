@@ -1,4 +1,4 @@
-"""Measure on the user's own model what FP8 attention would do to each layer and step, before it is switched on."""
+"""Calibration: measure the error of FP8 attention in each layer and step of a user's model before applying it."""
 
 from __future__ import annotations
 
@@ -29,34 +29,44 @@ from postgen.kernels.attention_fp8.preparation import CANDIDATES, Preparation
 
 _NAME = "fp8_attention_calibration"
 _QUERIES = 256
-"""Queries of a call whose outputs are compared, spread evenly; keys are all."""
+"""How many queries of a call are compared, spread evenly over the tokens; each of them attends to all keys."""
 
 
 _MOST_STEPS = 1000
 _OWN = {
-    "prompt": "prompts= of calibration says it",
-    "num_inference_steps": "steps= of calibration says it",
-    "generator": "seed= of calibration says it",
-    "fp8_attention": "exact attention is what is measured",
+    "prompt": "use the argument prompts of calibrate_fp8_attention",
+    "num_inference_steps": "use the argument steps of calibrate_fp8_attention",
+    "generator": "use the argument seed of calibrate_fp8_attention",
+    "fp8_attention": "calibration runs the pipeline with exact attention",
 }
-"""Arguments of a pipeline that calibration itself gives, and why."""
+"""Arguments of a pipeline that calibration sets itself -> what the user does instead, or the reason."""
 
 
 class Measurements:
-    """Errors by layer, step and preparation, the worst of all calls; and times by layer."""
+    """The measured errors by layer, step and preparation (the worst of all calls), and the times by layer."""
 
     def __init__(self, candidates: Sequence[Preparation]) -> None:
         self.candidates = tuple(candidates)
         self.errors: dict[tuple[str, int], dict[Preparation, tuple[float, float]]] = {}
-        """(layer, step) -> preparation -> error of all heads together, and of the worst head."""
+        """(layer, step) -> preparation -> relative L2 error over all heads, and of the worst head."""
         self.times: dict[str, tuple[float, float]] = {}
-        """Layer -> milliseconds of exact attention and of FP8 attention."""
+        """Layer -> milliseconds of one call of exact attention and of FP8 attention."""
 
     @torch.no_grad()
     def take(
         self, layer: str, step: int, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Tensor | None
     ) -> None:
-        """Measure one call."""
+        """Measure one attention call with every candidate.
+
+        Args:
+            layer: the name of the attention module.
+            step: the index of the denoising step.
+            query: (B, N, H, D).
+            key: (B, N, H, D).
+            value: (B, N, H, D).
+            scale: factor of the logits.
+            lengths: key lengths (B,), or None.
+        """
         tokens = query.shape[1]
         rows = torch.linspace(0, tokens - 1, min(tokens, _QUERIES), device=query.device).long()
         some = (x.float() for x in (query[:, rows], key, value))
@@ -80,12 +90,12 @@ class Measurements:
             functools.partial(attention_fp8, *call[:3], **options),
         ]
         for run in runs:
-            run()  # the first one chooses and builds
+            run()  # the first run chooses a kernel and builds its graph
         exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
         self.times[layer] = exact_ms, fp8_ms
 
     def report(self, max_error: float, slack: float, steps: int) -> FP8AttentionReport:
-        """Return the report: of each layer the first candidate that is nearly as good as its best."""
+        """Return the report; each layer gets the first candidate whose error is within `slack` of the best one."""
         layers = dict.fromkeys(layer for layer, _ in self.errors)
         chosen = {layer: self._chosen(layer, slack) for layer in layers}
         rows = []
@@ -115,7 +125,7 @@ class Measurements:
 
 
 class _Probe:
-    """Measures the attention calls of one module, and leaves them to whoever computes them."""
+    """Measures the attention calls of one module without changing their results."""
 
     def __init__(self, found: Measurements, layer: str, step: Callable[[], int], calls_sdpa: bool) -> None:
         self._found, self._layer, self._step, self._calls_sdpa = found, layer, step, calls_sdpa
@@ -149,26 +159,30 @@ def calibrate_fp8_attention(
     candidates: Sequence[Preparation] = CANDIDATES,
     seed: int = 0,
 ) -> FP8AttentionReport:
-    """Run a pipeline for a few steps and measure FP8 attention on its own queries, keys and values, layer by layer.
+    """Run a pipeline for a few steps and measure the error of FP8 attention in each layer and step.
 
-    Errors are those of the reference in plain torch (`postgen.kernels.attention_fp8.naive`) on 256 queries of a call,
-    on any device; cuDNN rounds as it does. On a GPU that computes FP8 attention it is timed too. Nothing that the
-    pipeline makes is changed. Calls with masks are not measured, and stay exact later on.
+    The errors are measured on the model's own queries, keys and values, on any device. They are those of the reference
+    in plain torch (`postgen.kernels.attention_fp8.naive`), which rounds like cuDNN, on 256 queries of each call. On a
+    GPU with FP8 attention, exact and FP8 attention are also timed. The pipeline itself computes exact attention, so
+    its results do not change. Calls with a mask are not measured; they stay exact when FP8 attention is applied.
 
     Args:
         pipe: a diffusers video pipeline.
-        prompts: what it makes; the worst counts.
-        steps: steps of each call, `num_inference_steps`; all are measured. Pipelines that have no such argument (that
-            of Helios Pyramid, of LTX-2 DFR) make the steps that `call` says.
-        call: other arguments of the pipeline: height, width, num_frames as they will be used.
-        max_error: layers whose relative error is larger at any step stay exact.
-        slack: of the candidates, the first whose error is at most so many times the least is chosen.
-        candidates: preparations, from the cheapest on.
-        seed: of the noise.
+        prompts: one prompt or several; the report holds the worst error over all of them.
+        steps: the number of denoising steps of each call (`num_inference_steps`); every step is measured. Pipelines
+            without this argument (Helios Pyramid, LTX-2 DFR) run the steps that `call` sets.
+        call: further arguments of the pipeline. Use the same height, width and num_frames as later.
+        max_error: layers with a larger relative L2 error in any step stay exact.
+        slack: each layer gets the first candidate whose error is at most `slack` times the smallest error.
+        candidates: the preparations to compare, from the cheapest to the most expensive.
+        seed: the seed of the initial noise.
+
+    Returns:
+        The report, which computes the settings for `apply_fp8_attention`.
 
     Raises:
-        UserError: no pipeline or no prompts, a model whose attention is not known, settings that are wrong, or no
-            attention call that could be measured.
+        UserError: `pipe` is no pipeline, there are no prompts, the attention of the model is unknown, an argument is
+            invalid, or there was no attention call without a mask.
 
     Example:
         report = calibrate_fp8_attention(pipe, ["a ball"], call={"height": 480, "width": 832, "num_frames": 81})
@@ -184,27 +198,29 @@ def calibrate_fp8_attention(
     with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
         for prompt in texts:
             generator = torch.Generator().manual_seed(seed)
-            # By name: the first argument of a pipeline may be an image.
+            # Pass the prompt by name: the first argument of a pipeline may be an image.
             words = {"prompt": prompt, "num_inference_steps": steps, "generator": generator}
             if not counts:
                 del words["num_inference_steps"]
             pipe(**{"output_type": "latent", **(call or {}), **words})
     if not found.errors:
         raise UserError(
-            "no self-attention call without a mask was seen: there is nothing that FP8 attention could do."
-            " postgen.apply_fused_ops before reads the text mask of HunyuanVideo as key lengths"
+            "every self-attention call had a mask, or there was none: FP8 attention would have no effect. For"
+            " HunyuanVideo call postgen.apply_fused_ops before, which turns the text mask into key lengths"
         )
     return found.report(max_error, slack, steps if counts else 1 + max(step for _, step in found.errors))
 
 
 @contextmanager
 def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iterator[None]:
+    """Measure every attention call of the pipeline's transformers inside a `with` block."""
     install_attention_tap()
     with ExitStack() as undo:
         for model in transformers_of(pipe).values():
             tokens, stack = video_tokens_of(model), processor_stack(model)
             arguments: dict[str, Any] = {}
 
+            # The step is computed from the arguments of the transformer's forward, so a hook keeps the latest ones.
             def remember(module: Any, args: Any, kwargs: Any, into: dict[str, Any] = arguments) -> None:
                 into.clear()
                 into.update(kwargs)
@@ -226,9 +242,9 @@ def _check(
     pipe: Any, prompts: Sequence[str], steps: int, max_error: float, slack: float, candidates: Sequence[Preparation]
 ) -> None:
     if "" in transformers_of(pipe):
-        raise UserError("calibration calls the pipeline: give the pipeline, not its transformer")
+        raise UserError("calibration calls the whole pipeline: pass the pipeline, not its transformer")
     if not prompts or not all(isinstance(each, str) for each in prompts):
-        raise UserError(f"calibration needs a prompt: give one text or more, got {shown(prompts)}")
+        raise UserError(f"prompts must be one or more texts, got {shown(prompts)}")
     if not is_whole(steps, 1, _MOST_STEPS):
         raise UserError(f"steps must be a whole number from 1 to {_MOST_STEPS:,}, got {shown(steps)}")
     if not is_number(max_error) or not max_error > 0:
@@ -236,37 +252,43 @@ def _check(
     if not is_number(slack) or not slack >= 1:
         raise UserError(f"slack must be a number of at least 1, got {shown(slack)}")
     if not candidates or not all(isinstance(each, Preparation) for each in candidates):
-        raise UserError("candidates must be preparations of postgen.kernels.attention_fp8.preparation, one or more")
+        raise UserError(
+            "candidates must be one or more objects postgen.kernels.attention_fp8.preparation.Preparation, got"
+            f" {shown(candidates)}"
+        )
 
 
 def _check_call(pipe: Any, call: Any, seed: Any) -> None:
     if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
-        raise UserError(f"call must be arguments of the pipeline by their names, got {shown(call)}")
+        raise UserError(f"call must be a dict of arguments of the pipeline by name, got {shown(call)}")
     if own := sorted(_OWN.keys() & call.keys()):
-        raise UserError(f"call cannot have {own[0]}: {_OWN[own[0]]}")
+        raise UserError(f"call must not contain {own[0]}: {_OWN[own[0]]}")
     known = inspect.signature(pipe.__call__).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
     if not takes_any and (unknown := sorted(call.keys() - known.keys())):
         near = did_you_mean(unknown[0], known)
-        raise UserError(f"a call of {type(pipe).__name__} has no {shown(unknown[0])}: leave it out of call.{near}")
+        raise UserError(f"{type(pipe).__name__} has no argument {shown(unknown[0])}: remove it from call.{near}")
     if not is_whole(seed, 0, 2**63 - 1):
         raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {shown(seed)}")
 
 
 def _listed(given: Any) -> list[Any]:
-    """Return texts or candidates that may come from a generator as a list; what is neither is refused later."""
+    """Return an iterable as a list; a text or another value becomes the only item, which is checked later."""
     return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
 
 
 def _errors(out: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Relative error of all heads together, and of the worst; a head of zeros has none."""
+    """Return the relative L2 errors over all heads and of the worst head.
+
+    The error of a head whose expected output is all zeros is its absolute L2 error.
+    """
     squares = (out - expected).double().square().sum((1, 3)), expected.double().square().sum((1, 3))
     heads = torch.where(squares[1] == 0, squares[0], squares[0] / squares[1]).sqrt()
     return float((squares[0].sum() / squares[1].sum().clamp_min(1e-300)).sqrt()), float(heads.max())
 
 
 def _worse(new: float, old: float) -> float:
-    """The larger; what is not a number is worst."""
+    """Return the larger error; NaN counts as larger than every number."""
     return new if not new <= old else old
 
 

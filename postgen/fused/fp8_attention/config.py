@@ -1,4 +1,4 @@
-"""When and where self-attention runs in E4M3."""
+"""The settings of FP8 attention: in which steps and layers self-attention runs in E4M3."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from pathlib import Path
 from postgen.errors import UserError, cut_words, shown, why_no_pattern
 
 USUAL = "key_mean+balance+rotation+value_mean"
-"""The preparation where none is named: `str(postgen.kernels.attention_fp8.preparation.Preparation())`."""
+"""The default preparation: `str(postgen.kernels.attention_fp8.preparation.Preparation())`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FP8AttentionConfig:
-    """Which steps and layers stay exact, and how the others are prepared.
+    """Which steps and layers stay exact, and how queries, keys and values of the other layers are prepared.
 
-    Layers are attention modules by their names in the transformer (`blocks.0.attn1`).
+    A layer is an attention module, named by its path in the transformer (`blocks.0.attn1`).
     """
 
     first_exact: int = 2
-    """Steps at the beginning of a pipeline's call that stay exact."""
+    """The number of denoising steps at the beginning of a pipeline call that stay exact."""
     last_exact: int = 1
-    """Steps at its end that stay exact."""
+    """The number of denoising steps at the end of a pipeline call that stay exact."""
     exact_layers: tuple[str, ...] = ()
-    """Layers that stay exact: patterns that match their names in full. `FP8AttentionReport.config` fills them in."""
+    """Layers that stay exact: regular expressions that match full layer names. `FP8AttentionReport.config` sets
+    them."""
     preparation: str | Mapping[str, str] = USUAL
-    """The exact changes before rounding (`postgen.kernels.attention_fp8.preparation`); or one for each pattern of
-    layers, the usual one for layers that none matches."""
+    """The exact transformations before the rounding (`postgen.kernels.attention_fp8.preparation`): one text for all
+    layers, or a mapping from regular expressions of layer names to texts. Layers without a match use the default."""
     min_tokens: int = 16384
-    """Self-attention of fewer tokens stays exact: there FP8 gains nothing (measured on an H200: 4 % at 17,776 tokens,
-    and twice the time at 4,992). Ignored with `simulate`; 0 in the settings of a report that has times."""
+    """Self-attention over fewer tokens stays exact, because FP8 gains nothing there (on an H200: 4 % at 17,776 tokens,
+    and twice the time at 4,992). Ignored with `simulate`. A report with times sets 0, as its times decide instead."""
     simulate: bool = False
-    """Compute what cuDNN would in plain torch, on any device: slow, and only for its numbers."""
+    """Compute the numbers of cuDNN in plain torch, on any device. This is slow and only shows the effect."""
     debug: bool = False
-    """Look at every output, which waits for the GPU: one that is not finite is computed exactly and counted."""
+    """Check every output, which waits for the GPU. An output with NaN or infinity is computed again exactly and
+    counted in `stats()`."""
 
     def __post_init__(self) -> None:
         for name in ("first_exact", "last_exact", "min_tokens"):
@@ -47,22 +49,28 @@ class FP8AttentionConfig:
                 raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         layers: object = self.exact_layers
         if not isinstance(layers, tuple | list) or not all(isinstance(each, str) for each in layers):
-            raise UserError(f"exact_layers must be patterns of layers, got {shown(self.exact_layers)}")
+            raise UserError(
+                f"exact_layers must be a tuple or list of regular expressions for layer names,"
+                f" got {shown(self.exact_layers)}"
+            )
         given: object = self.preparation
         if not isinstance(given, str | Mapping):
-            raise UserError(f"preparation must be a text, or one for each pattern of layers, got {shown(given)}")
+            raise UserError(
+                f"preparation must be a text, or a mapping from regular expressions for layer names to texts,"
+                f" got {shown(given)}"
+            )
         named = dict(given) if isinstance(given, Mapping) else {}
         for pattern in (*self.exact_layers, *named):
             if reason := why_no_pattern(pattern):
-                raise UserError(f"{shown(pattern)} is no pattern of layers: {reason}")
+                raise UserError(f"{shown(pattern)} is not a regular expression for layer names: {reason}")
         for text in (given,) if isinstance(given, str) else named.values():
             _check_preparation(text)
-        # What is changed by its owner later on would not be checked.
+        # Keep copies: the caller could change a list or dict later, and the change would not be checked.
         object.__setattr__(self, "exact_layers", tuple(self.exact_layers))
         object.__setattr__(self, "preparation", given if isinstance(given, str) else named)
 
     def of_layer(self, name: str) -> str | None:
-        """Return the preparation of a layer; None: it stays exact."""
+        """Return the preparation of a layer, or None if the layer stays exact."""
         if any(re.fullmatch(pattern, name) for pattern in self.exact_layers):
             return None
         if isinstance(self.preparation, str):
@@ -70,18 +78,22 @@ class FP8AttentionConfig:
         return next((text for pattern, text in self.preparation.items() if re.fullmatch(pattern, name)), USUAL)
 
     def exact_step(self, step: int, steps: int) -> bool:
-        """Whether a step of so many stays exact."""
+        """Return whether the step with index `step` of `steps` steps stays exact."""
         return step < self.first_exact or step >= steps - self.last_exact
 
 
 def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:
-    """Return the setting that a text of the command line or of a sidecar names; off and None are off.
+    """Parse the value of `--fp8-attention` or of a sidecar entry.
 
-    auto is the usual setting, simulate the same computed slowly on any device, and a .json file what calibration
-    saved. What cannot run on this machine is said at once.
+    The function also checks that this machine can compute FP8 attention, so that the error comes before a model is
+    loaded.
+
+    Args:
+        text: "auto" for the default config, "simulate" for the same numbers computed slowly on any device, the path
+            of a .json report of calibration for its settings, "off" or None for no FP8 attention.
 
     Raises:
-        UserError: another text, a file that is no report, or a machine that cannot run it.
+        UserError: the text is none of these, the file is not a report, or this machine cannot compute FP8 attention.
 
     >>> fp8_attention_setting("simulate").simulate
     True
@@ -92,7 +104,7 @@ def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:
         return FP8AttentionConfig(simulate=True)
     if text != "auto" and not str(text).endswith(".json"):
         raise UserError(
-            f"fp8_attention must be auto, simulate, off or the file of a report (.json), got {shown(text)}"
+            f"fp8_attention must be auto, simulate, off or the path of a report (.json), got {shown(text)}"
         )
     from postgen.fused.fp8_attention.available import check_available
     from postgen.fused.fp8_attention.report import FP8AttentionReport
@@ -106,7 +118,7 @@ def _check_preparation(text: object) -> None:
     from postgen.kernels.attention_fp8.preparation import Preparation
 
     if not isinstance(text, str):
-        raise UserError(f"a preparation must be a text, as str() gives of one, got {shown(text)}")
+        raise UserError(f"a preparation must be a text such as {USUAL}, got {shown(text)}")
     try:
         Preparation.parsed(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What calibration measured: an error by layer and step, and the settings that follow from it."""
+"""The report of calibration: the error of each layer and step, and the settings that follow from the errors."""
 
 from __future__ import annotations
 
@@ -19,46 +19,50 @@ from postgen.reading import parse_json, read_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportRow:
-    """One layer at one step, the worst of all calls (prompts, guidance, transformers of a pipeline)."""
+    """One layer at one step: the worst of all calls (prompts, guidance passes, transformers of a pipeline)."""
 
     layer: str
     step: int
     error: float
-    """Relative L2 error of the output in E4M3, of all heads together, with the chosen preparation."""
+    """Relative L2 error of the FP8 output over all heads, with the chosen preparation."""
     worst_head: float
+    """Relative L2 error of the worst head."""
     preparation: str
-    """Chosen for the layer, the same at every step."""
+    """The preparation that calibration chose for the layer, the same in every step."""
     exact_ms: float | None = None
-    """Of one call of exact attention, the fastest kernel installed; None where nothing was timed."""
+    """Milliseconds of one call of exact attention with the fastest installed kernel; None if it was not timed."""
     fp8_ms: float | None = None
-    """Of one call in E4M3, rounding included."""
+    """Milliseconds of one call of FP8 attention, rounding included; None if it was not timed."""
 
     @property
     def slower(self) -> bool:
-        """Whether both were timed and E4M3 is not the faster."""
+        """Return whether both were timed and FP8 attention is not faster than exact attention."""
         return self.exact_ms is not None and self.fp8_ms is not None and self.fp8_ms >= self.exact_ms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FP8AttentionReport:
-    """What `calibrate_fp8_attention` found."""
+    """The result of `calibrate_fp8_attention`."""
 
     rows: tuple[ReportRow, ...]
     max_error: float
-    """Layers that err by more at any step stay exact."""
+    """Layers with a larger error in any step stay exact."""
     steps: int
-    """Steps of the calls that were measured."""
+    """The number of denoising steps of the measured calls."""
 
     @property
     def exact_layers(self) -> tuple[str, ...]:
-        """Layers that stay exact: they err by too much, as what is not a number does, or are known to gain no time."""
+        """The layers that stay exact: their error is above `max_error` or NaN, or FP8 attention was not faster."""
         return tuple(dict.fromkeys(row.layer for row in self.rows if not row.error <= self.max_error or row.slower))
 
     def config(self, **changes: Any) -> FP8AttentionConfig:
-        """Return the settings that follow, with some fields changed.
+        """Return the settings that follow from the report.
+
+        Args:
+            changes: fields of `FP8AttentionConfig` that replace the computed ones.
 
         Raises:
-            UserError: an unknown field, or a wrong value.
+            UserError: a field is unknown, or a value is invalid.
         """
         known = [each.name for each in fields(FP8AttentionConfig)]
         if unknown := sorted(changes.keys() - known):
@@ -66,11 +70,11 @@ class FP8AttentionReport:
         preparations = {re.escape(row.layer): row.preparation for row in self.rows}
         found: dict[str, Any] = {"exact_layers": tuple(map(re.escape, self.exact_layers)), "preparation": preparations}
         if self.rows and all(row.fp8_ms is not None for row in self.rows):
-            found["min_tokens"] = 0  # layers that are no faster are exact already
+            found["min_tokens"] = 0  # the measured times already keep slower layers exact
         return FP8AttentionConfig(**{**found, **changes})
 
     def table(self) -> str:
-        """Return the rows as text, one a line."""
+        """Return the report as a text table with one line per layer and step."""
         head = ("layer", "step", "error", "worst head", "exact ms", "fp8 ms", "kept", "preparation")
         exact = self.exact_layers
         lines = [head, *(_cells(row, row.layer in exact) for row in self.rows)]
@@ -78,13 +82,13 @@ class FP8AttentionReport:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON; an old file goes only when the new one is complete.
+        """Write the report as JSON; an existing file is replaced only when the new one is complete.
 
         Raises:
-            UserError: the place cannot be written.
+            UserError: the file cannot be written.
         """
         if not isinstance(path, str | os.PathLike):
-            raise UserError(f"the report is written to a file: give its path, not {shown(path)}")
+            raise UserError(f"path must be the path of the report file, got {shown(path)}")
         check_place(Path(path), folder=False)
         try:
             with replacing(Path(path)) as part:
@@ -94,21 +98,21 @@ class FP8AttentionReport:
 
     @classmethod
     def load(cls, path: Path | str) -> FP8AttentionReport:
-        """Read what `save` wrote.
+        """Read a report that `save` has written.
 
         Raises:
-            UserError: there is no such file, or it is no report.
+            UserError: the file does not exist, or it is not such a report.
         """
-        none = f"{path} is no report of FP8 attention"
+        none = f"{path} is not a report of FP8 attention"
         if not isinstance(path, str | os.PathLike):
-            raise UserError(f"{none}: give the path of a file")
+            raise UserError(f"{none}: pass the path of a file")
         found = parse_json(read_text(path, f"the report {path} cannot be read"), none)
         try:
             rows = tuple(_row(each) for each in found["rows"])
             report = cls(rows=rows, max_error=_number(found["max_error"], 0.0), steps=_whole(found["steps"], 1))
             if not rows or not 0 < report.max_error < math.inf:
-                raise ValueError("it has no rows, or its max_error is no number above 0")
-            report.config()  # unknown preparations
+                raise ValueError("it has no rows, or its max_error is not a number above 0")
+            report.config()  # refuses unknown preparations
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{none} ({first_line(error)}): make one with calibrate_fp8_attention") from error
         return report
@@ -117,7 +121,7 @@ class FP8AttentionReport:
 def _row(values: Any) -> ReportRow:
     known = [each.name for each in fields(ReportRow)]
     if not isinstance(values, dict) or values.keys() ^ known:
-        raise ValueError(f"a row has other fields than {', '.join(known)}")
+        raise ValueError(f"each row must have exactly the fields {', '.join(known)}")
     if not all(isinstance(values[name], str) and values[name] for name in ("layer", "preparation")):
         raise ValueError("layer and preparation must be texts")
     times = {name: None if values[name] is None else _number(values[name], 0.0) for name in ("exact_ms", "fp8_ms")}
@@ -132,15 +136,15 @@ def _row(values: Any) -> ReportRow:
 
 
 def _number(value: Any, least: float) -> float:
-    """Return a number, which may be infinite or none: calibration writes what it measured."""
+    """Return a number of a report, which may be infinite or NaN, because calibration writes what it measured."""
     if not (isinstance(value, float) or is_number(value)) or value < least:
-        raise ValueError(f"a number of at least {least:g} is needed, got {shown(value)}")
+        raise ValueError(f"expected a number of at least {least:g}, got {shown(value)}")
     return float(value)
 
 
 def _whole(value: Any, least: int) -> int:
     if not is_whole(value, least):
-        raise ValueError(f"a whole number of at least {least} is needed, got {shown(value)}")
+        raise ValueError(f"expected a whole number of at least {least}, got {shown(value)}")
     return int(value)
 
 

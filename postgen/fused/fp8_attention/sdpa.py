@@ -1,4 +1,4 @@
-"""Compute the attention of processors that call torch's attention themselves, past diffusers' dispatcher."""
+"""Replace the attention of processors that call torch's attention directly, without diffusers' dispatcher."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class divert_sdpa(TorchFunctionMode):
-    """While open, let a function compute the calls of `F.scaled_dot_product_attention`, those that it takes.
+    """Let a function compute calls of `F.scaled_dot_product_attention` inside a `with` block.
 
-    `attend` is as that of `divert_dispatched`, with the axes of diffusers' dispatcher.
+    Args:
+        attend: a function as in `divert_dispatched`, with tensors (B, N, H, D). torch computes the calls for which it
+            returns None, and all calls with dropout, causal masking or grouped heads.
     """
 
     def __init__(self, attend: Callable[..., Tensor | None]) -> None:
@@ -34,5 +36,5 @@ class divert_sdpa(TorchFunctionMode):
                 out = self.attend(*tensors, call.get("attn_mask"), call.get("scale"), None)
                 if out is not None:
                     return out.transpose(1, 2)
-        # The method calls `super()`, which torch.compile cannot trace inside a mode; the function it can.
+        # `Tensor.unflatten` calls `super()`, which torch.compile cannot trace inside a mode; `torch.unflatten` works.
         return (torch.unflatten if function is Tensor.unflatten else function)(*args, **kwargs)

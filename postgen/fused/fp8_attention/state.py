@@ -1,4 +1,4 @@
-"""FP8 attention on one transformer: which layers it computes, and whether the step under way is one of its own."""
+"""The state of FP8 attention on one transformer: which layers run in FP8, and whether the current step does."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from postgen.kernels.attention_fp8.preparation import Preparation
 from postgen.kernels.dispatch import warn_once
 
 NAME = "fp8_attention"
-"""Name on the processor stack and among the plug-ins of a transformer."""
+"""The name on the processor stack and among the plug-ins of a transformer."""
 _MOST_PLANS = 16
-"""Of settings that nobody calls with any more so many stay known, so that compiled code of them is found again."""
+"""How many plans are kept, including those of earlier settings, so that their compiled code can be reused."""
 
 
 class _Here(threading.local):
-    """What is known of the call under way in this thread."""
+    """The state of the current call in this thread."""
 
     def __init__(self) -> None:
         self.exact = False
-        """Whether the step stays exact."""
+        """Whether the current step stays exact."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Here, ()
@@ -47,17 +47,17 @@ class _Here(threading.local):
 
 @dataclass(eq=False, slots=True)
 class Plan:
-    """What settings do to each layer."""
+    """The preparation of each layer under given settings."""
 
     layers: dict[str, Preparation | None]
-    """None: it stays exact."""
+    """Layer name -> preparation, or None if the layer stays exact."""
     number: int = -1
-    """Place among the plans that this transformer has had. Layers look up their preparation by it and not by their
-    names: code that reads a name is compiled again for every block."""
+    """Index of the plan among the plans of this transformer. A layer finds its preparation by this index and not by
+    its name, because torch.compile compiles code that reads a name again for every block."""
 
 
 class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
-    """Everything on one transformer."""
+    """FP8 attention on one transformer."""
 
     name = NAME
 
@@ -77,13 +77,13 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         """Return the preparation of each layer.
 
         Raises:
-            UserError: a pattern that no layer matches, or layers that this machine cannot compute.
+            UserError: no layer matches a pattern, or this machine cannot compute FP8 attention for these layers.
         """
         named = config.preparation if isinstance(config.preparation, Mapping) else {}
         for pattern in (*config.exact_layers, *named):
             if not any(re.fullmatch(pattern, name) for name in self.layers):
                 known = ", ".join(list(self.layers)[:3])
-                raise UserError(f"no layer matches {pattern!r}. Layers: {known}, ...")
+                raise UserError(f"no layer matches the pattern {pattern!r}. Layers of this model: {known}, ...")
         changed = processor_stack(model).changed_layers
         found: dict[str, Preparation | None] = {}
         for name in self.layers:
@@ -96,7 +96,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         return Plan(found)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
-        """Put the wrappers on the processors, whoever is enabled, or take them off."""
+        """Put the wrappers on the attention processors while any setting is in use, and remove them otherwise."""
         self._forget()
         for each in live:
             self._number(each.prepared, {each.prepared.number for each in live})
@@ -113,29 +113,30 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             free = [number for number in range(len(self._plans)) if number not in used]
             place = free[0] if len(self._plans) >= _MOST_PLANS and free else len(self._plans)
             for name, layer in self.layers.items():
-                # Other threads read the old one meanwhile, at other places.
+                # A new tuple, not a change in place: other threads may be reading other entries of the old one.
                 layer.choices = (*layer.choices[:place], plan.layers[name], *layer.choices[place + 1 :])
             self._plans[place : place + 1] = [plan.layers]
         plan.number = self._plans.index(plan.layers)
 
     def tell_left(self, name: str, reason: str) -> None:
-        """Take down why a layer stays exact in this call, and warn of it once."""
+        """Record why a layer stays exact in the current call, and warn once per reason."""
         self._left[name] = reason
         warn_once(f"attention stays exact, not FP8: {reason}")
 
     def _forget(self) -> None:
-        """Forget what was said of calls with other settings."""
+        """Clear the notes about earlier calls."""
         self._note = ""
         self._left.clear()
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out which step comes."""
+        """Determine whether the current step stays exact, and set the notes for `describe`."""
         super().before_forward(model, args, kwargs)
         now = self.now
         config = now.config
+        # FP8 runs unless the step below turns out to be exact.
         self.here.exact = False
         if not torch.compiler.is_compiling():
-            self._model = weakref.ref(model)  # a copy has none yet
+            self._model = weakref.ref(model)  # a copy of the plug-in has no reference yet
         if not now.enabled:
             return
         if not (config.first_exact or config.last_exact):
@@ -144,9 +145,12 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         try:
             step, steps = self._progress.step({**dict(zip(self._parameters, args, strict=False)), **kwargs}, model)
         except UserError:
-            self._note = "no pipeline is running that tells the step, so no step stays exact"
+            self._note = "the denoising step is unknown outside a pipeline call, so no step stays exact"
             if not torch.compiler.is_compiling():
-                warn_once(f"FP8 attention: {self._note} (first_exact=0, last_exact=0 says that this is meant)")
+                warn_once(
+                    f"FP8 attention: {self._note}. Set first_exact=0 and last_exact=0 if this is intended, which stops"
+                    " this warning"
+                )
             return
         self.here.exact = config.exact_step(step, steps)
         self._note = ""
@@ -158,16 +162,16 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
                 warn_once(f"FP8 attention: {self._note}: lower first_exact or last_exact")
 
     def counts(self) -> dict[str, int]:
-        """Return in how many layers it is on, how many stay exact, and how many outputs a guard found not finite."""
+        """Return the number of FP8 layers, of exact layers, and of outputs that the guard found not finite."""
         model = None if self._model is None else self._model()
-        # Layers may have become others since the settings were made.
+        # Another method may have changed layers after the settings were made.
         changed = () if model is None else processor_stack(model).changed_layers
         plan = self.setting.prepared.layers
         exact = sum(each is None or name in changed for name, each in plan.items())
         return {"fp8": len(plan) - exact, "exact": exact, "not_finite": not_finite()}
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line that describes the state, the settings and the notes about the last call."""
         config, counts = self.config, self.counts()
         how = "simulated" if config.simulate else CUDNN_FP8.name
         parts = [f"{how} in {counts['fp8']} of {len(self.layers)} layers"]
@@ -176,7 +180,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         if config.first_exact or config.last_exact:
             parts.append(f"first {config.first_exact} and last {config.last_exact} steps exact")
         if config.debug:
-            parts.append(f"guarded, {counts['not_finite']} outputs not finite")
+            parts.append(f"outputs checked, {counts['not_finite']} not finite")
         if self._note:
             parts.append(f"note: {self._note}")
         if self._left:
@@ -189,16 +193,16 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
 
 
 class FP8Layer:
-    """The wrapper of one module's processor; `around` is pushed on the processor stack."""
+    """The wrapper of one module's attention processor; `around` is pushed on the processor stack."""
 
     def __init__(self, whole: FP8Attention, name: str) -> None:
         self._whole, self._name = whole, name
-        # Of one length from the beginning: code is compiled for it, and anew for another.
+        # The length is constant from the beginning: torch.compile would recompile for another length.
         self.choices: tuple[Preparation | None, ...] = (None,) * _MOST_PLANS
-        """By the number of the plan."""
+        """The preparation of this layer for each plan number; None: the layer stays exact."""
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the processor; its attention is computed here where step and layer say so."""
+        """Call the processor, with FP8 attention inside it if the current step and this layer use FP8."""
         now = self._whole.now
         if not now.enabled or self._whole.here.exact or self.choices[now.prepared.number] is None:
             return inner(attention, *args, **kwargs)
@@ -217,7 +221,11 @@ class FP8Layer:
         scale: float | None,
         key_lengths: Tensor | None,
     ) -> Tensor | None:
-        """Return self-attention in E4M3, or None for what is left to whoever computed it before."""
+        """Compute self-attention in FP8, (B, N, H, D), or return None if the call must stay exact.
+
+        Calls stay exact that are cross-attention, have grouped heads or fewer than `min_tokens` tokens, or that cuDNN
+        does not support.
+        """
         if query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]:
             return None
         query, key, value = as_autocast(query, key, value)
@@ -243,8 +251,8 @@ class FP8Layer:
         key_lengths: Tensor | None,
     ) -> str | None:
         if mask is not None:
-            return "its calls have a mask"
-        # What is traced is tried when it runs, by the operation itself.
+            return "the call has a mask"
+        # A traced call is checked when the compiled code runs, by the operation itself.
         if self._whole.now.config.simulate or torch.compiler.is_compiling():
             return None
         given = query.shape[-1] ** -0.5 if scale is None else scale
