@@ -2,12 +2,11 @@
 
 python -m benchmarks.docs  # a minute on a CPU; builds the site in a folder of its own and writes docs.json
 
-`code_blocks_run` is read from docs_blocks.json. Where that is not there it is None, which misses the gate.
+`code_blocks_run` is the share of code blocks that the tests run (`benchmarks.docs_blocks`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -15,11 +14,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from benchmarks.docs_blocks import code_blocks_run
 from benchmarks.docs_links import broken_in_repository, broken_on_site
 from benchmarks.docs_names import ROOT, public_names
-from benchmarks.gates import RESULTS, gate, write_result
+from benchmarks.gates import gate, write_result
 
 PAPERS = tuple(line.split()[0] for line in (Path(__file__).parent / "data" / "papers.txt").read_text().splitlines())
 """arXiv numbers of the papers that the project is about."""
@@ -43,7 +42,7 @@ def main() -> None:
         "public_names": {"count": len(names), "without_docstring": bare},
         "papers": {"missing": [number for number in PAPERS if number not in rows]},
         "gates": [
-            gate("code_blocks_run", blocks_run(), ">=", 0.8),
+            gate("code_blocks_run", code_blocks_run(), ">=", 0.8),
             gate("broken_links", len(links) + len(warnings), "==", 0),
             gate("public_names_documented", 1 - len(bare) / len(names), "==", 1.0),
             gate("papers_in_index", sum(number in rows for number in PAPERS), "==", 22),
@@ -67,17 +66,6 @@ def build(folder: Path) -> list[str]:
     if done.returncode:
         raise RuntimeError(f"the site cannot be built: {done.stderr[-2000:]}")
     return [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
-
-
-def blocks_run() -> float | None:
-    """Return the share of code blocks that were run, as `docs_blocks.json` says; None without it."""
-    path = RESULTS / "docs_blocks.json"
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    gates = {each["name"]: each["value"] for each in found.get("gates", ())}
-    value = gates.get("code_blocks_run", found.get("code_blocks_run"))
-    return None if value is None else float(value)
 
 
 if __name__ == "__main__":

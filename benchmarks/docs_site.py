@@ -72,10 +72,13 @@ def on_files(files: Files, config: Any) -> Files:
     for uri, text in reference():
         files.append(File.generated(config, uri, content=text))
     pages = [file.src_uri for file in files.documentation_pages() if file.generated_by is None]
-    added = {place: None for uri in pages for place in outside(uri)}
-    for place in ("CONTRIBUTING.md", "CHANGELOG.md", *added):
+    waiting = ["CONTRIBUTING.md", "CHANGELOG.md", *(place for uri in pages for place in outside(f"docs/{uri}"))]
+    while waiting:
+        place = waiting.pop(0)
         if files.get_file_from_path(uri := site_uri(place)) is None:
             files.append(_file(uri, place, config))
+            # A Markdown file outside docs/, such as examples/README.md, has links of its own.
+            waiting += outside(place) if place.endswith(".md") else ()
     return files
 
 
@@ -110,10 +113,10 @@ def api_uri(package: str) -> str:
     return f"api/{package.replace('.', '_')}.md"
 
 
-def outside(uri: str) -> Iterator[str]:
-    """Yield the files outside docs/ that a page of it links to, from the root of the repository on."""
-    base = ROOT / "docs" / PurePosixPath(uri).parent
-    for _, target, _ in _LINK.findall((ROOT / "docs" / uri).read_text(encoding="utf-8")):
+def outside(page: str) -> Iterator[str]:
+    """Yield the files outside docs/ that a Markdown file links to; both are paths from the root of the repository."""
+    base = ROOT / PurePosixPath(page).parent
+    for _, target, _ in _LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         place = _place(target, base)
         if place is not None and (ROOT / place).is_file() and not place.startswith("docs/"):
             yield place
