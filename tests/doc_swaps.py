@@ -90,6 +90,8 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("FOLDER_OR_HUB_ID", MODEL),
         ("style.safetensors", "style"),
         ("postgen demo ", "postgen demo --help "),  # docs/app.md starts it
+        ('"height": 128, "width": 128, "num_frames": 33', '"height": 64, "width": 64, "num_frames": 5'),
+        ('"num_inference_steps": 20', '"num_inference_steps": 2'),
     ),
     "pipelines.md": (
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", MODEL),

@@ -65,8 +65,11 @@ def test_by_frame_has_the_bits_of_a_call_by_token(family: str) -> None:
 
 
 @torch.no_grad()
-def test_ltx_by_frame_has_the_bits_of_a_call_by_token() -> None:
-    """Its tokens come packed, its blocks and their self-attention are called by names."""
+def test_ltx_by_frame_is_a_call_by_token() -> None:
+    """Its tokens come packed, its blocks and their self-attention are called by names.
+
+    The same bits on most processors; where a matrix product of fewer rows is summed in another order, float32's.
+    """
     pipe = MAKERS["LTX"]()
     model, config, source = pipe.transformer, pipe.transformer.config, torch.Generator().manual_seed(0)
     times = torch.rand(2, FRAMES, generator=source) * 1000
@@ -86,13 +89,13 @@ def test_ltx_by_frame_has_the_bits_of_a_call_by_token() -> None:
     names = {block: "block", block.attn1: "attn1", block.attn2: "attn2", block.ff: "ff"}
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
     with modulated_by_frame(model, FRAMES):
-        assert torch.equal(model(**call)[0], expected)
+        torch.testing.assert_close(model(**call)[0], expected, rtol=1e-5, atol=1e-6)
     assert seen == {"block": (2, 6 * FRAMES), "attn1": (2, 6 * FRAMES), "attn2": (2, 6 * FRAMES), "ff": FOLDED}
     one = {**call, "timestep": times[:, :1]}
     with modulated_by_frame(model, FRAMES):
         found = model(**one)[0]
     assert seen["ff"] == (2, 6 * FRAMES)
-    assert torch.equal(found, model(**one)[0])
+    torch.testing.assert_close(found, model(**one)[0], rtol=1e-5, atol=1e-6)
     for hook in hooks:
         hook.remove()
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())

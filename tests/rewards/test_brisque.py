@@ -55,7 +55,7 @@ def test_scores_of_the_reference_code(name):
     frame = waves() if name == "waves" else scored_picture(name)
     score = float(Regression()(features(luma(eight_bit(frame)[None])))[0])
     assert score == pytest.approx(REFERENCE[name], abs=0.05)
-    assert Brisque(frames=1)([""], [eight_bit(frame)[None]]) == pytest.approx([1 - score / 100], abs=1e-5)
+    assert Brisque(frames=1)([""], [eight_bit(frame)[None]]) == pytest.approx([1 - score / 100], abs=1e-4)  # float32
 
 
 def test_the_table():
