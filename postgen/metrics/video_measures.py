@@ -51,7 +51,7 @@ def warp_error(clips: Tensor, flow: Tensor, mask: Tensor | None = None) -> Tenso
     _check(clips, 2)
     batch, frames, _, height, width = clips.shape
     if flow.shape != (batch, frames - 1, 2, height, width):
-        raise UserError(f"flow must have the shape {(batch, frames - 1, 2, height, width)}, got {tuple(flow.shape)}")
+        raise UserError(f"flow must be {(batch, frames - 1, 2, height, width)}, got {tuple(flow.shape)}")
     y, x = (torch.arange(n, device=clips.device, dtype=clips.dtype) for n in (height, width))
     target = torch.stack([x[None, :] + flow[:, :, 0], y[:, None] + flow[:, :, 1]], dim=-1)
     size = clips.new_tensor([width, height])

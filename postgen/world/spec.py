@@ -190,8 +190,8 @@ class Spec:
             or min(self.camera_turn - 1, self.camera_start) < 0
         ):
             raise UserError(
-                f"camera_turn={self.camera_turn}, camera_start={self.camera_start}: give integers, at least 1 and"
-                " at least 0."
+                f"camera_turn={self.camera_turn}, camera_start={self.camera_start}: give whole frames, at least 1"
+                " and at least 0."
             )
         if self.camera in ("static", "dolly return"):
             raise UserError(

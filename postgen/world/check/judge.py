@@ -141,7 +141,7 @@ def _sights(clips: Tensor, cameras: Sequence[str] = ()) -> Iterator[tuple[int, S
 
 def _check_workers(workers: int) -> None:
     if workers < 0:
-        raise UserError(f"workers is {workers}: give 0 or more.")
+        raise UserError(f"check got workers={workers}: give 0 or more.")
 
 
 def _reading(asked: Spec | str | Reading) -> Reading:

@@ -109,7 +109,7 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
         if film is not None:
             film.add(pictures, body)
     if frames != before:
-        raise UserError(f"windows must return the same clip at each call, got {before} frames, then {frames}.")
+        raise UserError(f"check needs the same clip at each call, got {before} frames at first, then {frames}.")
     return Sight(
         rows_NC=np.concatenate([part[0] for part in parts]),
         count_BF=np.concatenate([part[1] for part in parts])[None],

@@ -58,8 +58,7 @@ class Track:
         return self.leap(self.visible)
 
     def leap(self, frames: list[int]) -> float:
-        """Return the largest move per frame among the given frames, relative to the allowed move (above 1: too far).
-        """
+        """Return the largest move per frame among the given frames, relative to the allowed move; above 1: too far."""
         points = [(f, p.x, p.y) for f in frames if (p := self.pieces[f]) is not None]
         steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
         return max(steps, default=0.0) / JUMP
