@@ -143,7 +143,7 @@ def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
         end = nouns[index + 1].start() if index + 1 < len(nouns) else len(text)
         tail = text[noun.end() : end]
         event, partner = "stays", None
-        if index not in taken:
+        if index not in taken:  # the partner of another body has no event of its own
             event = _event(tail + ("{other}" if _expects_other(tail) and index + 1 < len(nouns) else ""))
             if event in ("collides", "passes behind"):
                 if index + 1 < len(nouns):

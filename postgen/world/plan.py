@@ -93,6 +93,7 @@ def sample(
     if num_bodies is not None and not 1 <= num_bodies <= 3:
         raise UserError(f"num_bodies must be 1, 2 or 3, not {num_bodies}.")
     rng = random.Random(f"postgen-world-{seed}-{num_frames}-{num_bodies}-{event}-{camera}-{split}")
+    # Draw until the split and the layout fit.
     for _ in range(1000):
         wishes, chosen = _draw(rng, num_frames, num_bodies, event, camera)
         held = any(is_held_out(w.colour, w.shape, w.event) for w in wishes)

@@ -98,9 +98,11 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
             frames, size = frames + len(window), pictures.shape[-2:]
             yield pictures
 
+    # First passes: the colour of the ground over the whole clip, and the number of frames.
     gain = balance_along(counted)
     check_form((1, frames, 3, *size))
     film = None if camera == "static" else Film(camera, frames)
+    # Last pass: the observations.
     parts, before = [], frames
     for pictures in counted():
         own = None if gain is None else gain.to(pictures.device).expand(len(pictures), 3, 1, 1)

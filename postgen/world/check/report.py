@@ -185,6 +185,7 @@ class _Candidate:
 
 
 def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int, film: float | None) -> Report:
+    # The count: bodies in the clip, and the share of frames that show the requested number.
     wanted, frames = len(reading.scene.bodies), len(tracks[0].pieces) if tracks else 1
     there = [sum(present) for present in zip(*(track.present for track in tracks), strict=True)] or [0] * frames
     share = there.count(wanted) / frames
@@ -193,6 +194,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
     candidates = [_Candidate(*both) for both in zip(tracks, contact.apart(tracks), strict=True)]
     sharp = [c.misfit[1] for c in candidates if c.misfit is not None]
     likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
+    # The score: a product over bodies, surroundings, count, camera and prompt.
     judged = _match(candidates, reading)
     alone = events.ramp(strange / frames, 0.5, 0.0) if strange < 2 else 0.4 * events.ramp(strange / frames, 1.0, 0.1)
     parts = [[b.colour, b.shape, b.steady, _motion(b)] for b in judged]
@@ -202,6 +204,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
     score *= 1.0 if filmed is None else _kept(filmed)
     readable = all(clause.readable for clause in reading.clauses)
     score *= 1.0 if readable else _UNREADABLE
+    # The verdicts.
     colour, shape = all(b.colour >= 0.5 for b in judged), all(b.shape >= 0.5 for b in judged)
     direction, event = _all([b.direction for b in judged]), _all([b.event for b in judged])
     same = alone >= 0.5 and all(b.steady >= 0.5 for b in judged)

@@ -156,17 +156,17 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     inside = labels >= 0
     index = labels.clamp_min(0)
     count = torch.zeros(pictures, pixels, device=kind.device).scatter_add_(1, index, inside.float())
-    area, top = count.topk(SLOTS, dim=1)
+    area, top = count.topk(SLOTS, dim=1)  # the largest regions get the slots
     slot_of = torch.full((pictures, pixels), -1, device=kind.device).scatter_(
         1, top, torch.arange(SLOTS, device=kind.device).expand(pictures, -1)
     )
     slot = torch.where(inside, slot_of.gather(1, index), -1)
     slot = torch.where(area.gather(1, slot.clamp_min(0)) >= _FRAGMENT * pixels, slot, -1)
     core = _same_around(slot.reshape(kind.shape))
-    sums = _Sums(slot, SLOTS)
+    sums = _Sums(slot, SLOTS)  # to find the regions that are more than a thin seam
     core_area = sums.add(core.flatten(1).float())
     slot = torch.where((core_area.gather(1, slot.clamp_min(0)) >= 4) & (slot >= 0), slot, -1)
-    sums = _Sums(slot, SLOTS)
+    sums = _Sums(slot, SLOTS)  # over the regions that remain
     x, y = _places(kind)
     inner = (core.flatten(1) & (slot >= 0)).float()
     size = area.clamp_min(1)

@@ -67,11 +67,13 @@ def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track,
         along = any(_along(spot.box, piece) for _, piece in seen)
         if spot.odd >= (_ODD_BESIDE if owners or along else _ODD) and not (along and spot.odd < 0.3 * spot.area):
             strange = max(strange, 1 + (spot.odd >= (_ODD_BESIDE if owners or along else 2 * _ODD)))
+        # A spot that no body touches: it may be the shadow of a body in the air, below.
         if not owners:
             # A spot over a body's rim may be the rest of a body behind it.
             if not along or spot.area >= _ODD_BESIDE:
                 air.append(spot)
             continue
+        # A spot next to a body: the shadow of the nearest one, unless it is too large.
         track, piece = seen[min(owners)[1]]
         if spot.area >= 0.1 * piece.area:
             standing.add(id(track))
