@@ -69,11 +69,11 @@ class Report:
 
     `score` in [0,1] is a product of the judged values of each body (their geometric mean over the bodies), of the
     count, and of `world` in [0,1]: does the picture show this world at all, with calm, nearly grey surroundings and
-    bodies with a sharp rim? A value of 0 multiplies the score by 0.15, so no other value can compensate for it.
-    `count`, `colour`, `shape`, `direction`, `event`: whether the property is right for every body; None if nothing
-    requests it (no move, or a camera that moves). `steady`: every body is present in every frame and keeps its size
-    and its brightness, and nothing else appears. `found_count` is the number of visible bodies, `strange` the number
-    of frames with other objects.
+    bodies with a sharp rim? A value v enters the product as 0.15 + 0.85 v, so no other value can compensate for a
+    wrong one. `count`, `colour`, `shape`, `direction`, `event`: whether the property is right for every body; None if
+    nothing requests it (no move, or a camera that moves). `steady`: every body is present in every frame and keeps its
+    size and its brightness, and nothing else appears. `found_count` is the number of visible bodies, `strange` the
+    number of frames with other objects.
     """
 
     score: float
