@@ -15,7 +15,10 @@ from postgen.world.check.tracks import Track
 
 
 def ramp(value: float, low: float, high: float) -> float:
-    """Return 0 at `low`, 1 at `high` and linear values between; `low` may be larger than `high`."""
+    """Return 0 at `low`, 1 at `high` and linear values between; `low` may be larger than `high`.
+
+    Constants of the judge that are the ends of a ramp have this order: (low, high).
+    """
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 

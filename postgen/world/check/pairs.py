@@ -97,7 +97,8 @@ def passes_behind(first: Track, second: Track) -> float:
         ramp(sign * side[-1], 0.0, 0.6),
         ramp(min(areas) / large([area for area in areas if area > 0]), 0.9, 0.4),
         ramp(min(front) / median(front), 0.82, 0.97),
-        # Parts visible on both sides of the front body are further apart than a body moves in a frame.
+        # Only clean frames count: slivers on both sides of the front body lie further apart than a body moves in a
+        # frame.
         ramp(first.leap(first.clean), 1.2, 0.8),
         ramp(w.seen, 0.5, 0.9),
     )
