@@ -1,1 +1,1 @@
-"""Measurements of a clip or of a run. They know no model."""
+"""Measurements of a clip or of a run. They use no model."""

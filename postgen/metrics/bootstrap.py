@@ -1,4 +1,4 @@
-"""How sure a mean over clips is: percentile bootstrap (Efron 1979)."""
+"""Confidence interval of a mean over clips: percentile bootstrap (Efron 1979)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from postgen.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A statistic of a sample and the interval that holds the middle 95 % of its bootstrap values."""
+    """A statistic of a sample, and the interval that holds the middle 95 % of its bootstrap values."""
 
     value: float
     low: float
@@ -21,12 +21,12 @@ class Interval:
 
 
 def mean(rows: Tensor) -> Tensor:
-    """Mean over the second last axis: the statistic of one column."""
+    """Return the mean over the second last axis: the default statistic, for rows of one column."""
     return rows.mean(dim=-2)[..., 0]
 
 
 def ratio_of_means(rows: Tensor) -> Tensor:
-    """Mean of the first column over the mean of the second."""
+    """Return the mean of the first column divided by the mean of the second."""
     means = rows.mean(dim=-2)
     return means[..., 0] / means[..., 1]
 
@@ -34,16 +34,16 @@ def ratio_of_means(rows: Tensor) -> Tensor:
 def bootstrap(
     rows: Tensor, statistic: Callable[[Tensor], Tensor] = mean, *, draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """Return a statistic and its 95 % interval; what belongs to one clip is drawn together.
+    """Return a statistic and its 95 % interval. All columns of one clip are drawn together.
 
     Args:
-        rows: (N,) or (N, columns), one row a clip.
-        statistic: from (..., N, columns) to (...).
-        draws: samples of N rows drawn with replacement.
-        seed: of the draws.
+        rows: (N,) or (N, columns), one row per clip.
+        statistic: function from (..., N, columns) to (...).
+        draws: number of resamples; each has N rows, drawn with replacement.
+        seed: seed of the draws.
 
     Raises:
-        UserError: fewer than 2 rows, or a value that is no finite number.
+        UserError: fewer than 2 rows, or a value that is not finite.
 
     >>> interval = bootstrap(torch.tensor([0.0, 1.0, 1.0, 2.0]))
     >>> interval.value, interval.low < 1.0 < interval.high

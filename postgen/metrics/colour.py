@@ -1,6 +1,6 @@
-"""Colour and contrast of frames: CIELAB, distances and the appearance measures of long-video papers.
+"""Colour and contrast of frames: CIELAB, colour distances and the appearance measures of long-video papers.
 
-Shapes: F frames, values in [0, 1] as displayed (sRGB).
+Shapes: F frames. Values are in [0, 1] as displayed (sRGB).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from postgen.errors import UserError
 
-#: Linear sRGB to XYZ over the white point D65 (IEC 61966-2-1).
+#: Matrix from linear sRGB to XYZ, divided by the white point D65 (IEC 61966-2-1).
 _TO_XYZ = (
     (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
     (0.2126729, 0.7151522, 0.0721750),
@@ -20,7 +20,7 @@ _TO_XYZ = (
 
 
 def lab(rgb: Tensor, dim: int = -3) -> Tensor:
-    """Return CIELAB (L in [0, 100], a, b) of sRGB colours in [0, 1], along the same axis of size 3.
+    """Convert sRGB colours in [0, 1] to CIELAB (L in [0, 100], a, b). The axis `dim` of size 3 keeps its position.
 
     >>> lab(torch.ones(3), dim=0).round().abs().tolist()
     [100.0, 0.0, 0.0]
@@ -35,28 +35,29 @@ def lab(rgb: Tensor, dim: int = -3) -> Tensor:
 
 
 def delta_e(a: Tensor, b: Tensor, dim: int = -3) -> Tensor:
-    """Return the distance (CIE 1976) of two fields of CIELAB colours, without their axis of size 3."""
+    """Return the colour distance (CIE 1976) between two tensors of CIELAB colours; axis `dim` is removed."""
     distance: Tensor = torch.linalg.vector_norm(a - b, dim=dim)
     return distance
 
 
 def luma(frames: Tensor) -> Tensor:
-    """Return the brightness of frames (F, 3, H, W) as displayed (ITU-R BT.601), (F, H, W)."""
+    """Return the displayed brightness (ITU-R BT.601) of frames (F, 3, H, W) as (F, H, W)."""
     red, green, blue = frames.unbind(1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def appearance(frames: Tensor) -> dict[str, Tensor]:
-    """Return what frames look like, each (F,).
+    """Return four appearance measures of frames, each of shape (F,).
 
-    `sharpness`: variance of the Laplacian of luma. `colourfulness`: Hasler and Suesstrunk 2003, of values in [0, 1].
-    `saturation`: mean of max - min over max of the channels. `luma_std`: standard deviation of luma.
+    `sharpness`: variance of the Laplacian of luma. `colourfulness`: the measure of Hasler and Suesstrunk 2003, on
+    values in [0, 1]. `saturation`: mean over pixels of (max - min) / max of the channels. `luma_std`: standard
+    deviation of luma.
 
     Args:
         frames: (F, 3, H, W) in [0, 1], at least 3 pixels high and wide.
 
     Raises:
-        UserError: another form.
+        UserError: frames of another shape or dtype, or values that are not finite.
     """
     check_frames(frames, 1, "frames")
     if min(frames.shape[-2:]) < 3:
@@ -82,7 +83,9 @@ def _variance(values_FHW: Tensor) -> Tensor:
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """Return the Wasserstein-1 distance of two samples of numbers, exactly: the area between their distributions.
+    """Return the exact Wasserstein-1 distance of two samples of numbers.
+
+    The distance is the area between the two distribution functions.
 
     >>> wasserstein(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0, 3.0, 3.0]))
     2.0
@@ -92,18 +95,27 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.flatten().double().sort().values, b.flatten().double().sort().values
     if not len(a) or not len(b):
-        raise UserError(f"a distance of samples needs numbers in both, got {len(a)} and {len(b)}")
+        raise UserError(f"both samples must hold at least one number, got samples of {len(a)} and {len(b)} numbers")
     places = torch.cat((a, b)).sort().values
     below = [torch.searchsorted(sample, places[:-1], right=True) / len(sample) for sample in (a, b)]
     return float(((below[0] - below[1]).abs() * places.diff()).sum())
 
 
 def check_frames(frames: Tensor, least: int, name: str) -> None:
-    """Raise `UserError` unless frames are (F, 3, H, W), floating, finite, with F >= `least`."""
+    """Check that frames are floating point, finite, of shape (F, 3, H, W), with F >= `least`.
+
+    Args:
+        frames: the tensor to check.
+        least: smallest number of frames.
+        name: name of the argument for error messages.
+
+    Raises:
+        UserError: any of these conditions does not hold.
+    """
     if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) < least or not frames.is_floating_point():
         raise UserError(
-            f"{name} must be floating (F, 3, H, W) with at least {least} frames, got {frames.dtype}"
+            f"{name} must be floating point (F, 3, H, W) with at least {least} frames, got {frames.dtype}"
             f" {tuple(frames.shape)}"
         )
     if not frames.isfinite().all():
-        raise UserError(f"{name} hold values that are no finite numbers: a clip that broke has no measures")
+        raise UserError(f"{name} must hold finite numbers, got NaN or infinity: check the model that made the clip")

@@ -1,7 +1,8 @@
-"""Frechet distance of two sets of features, each taken as a Gaussian (arXiv:1706.08500).
+"""Frechet distance of two sets of features, each fitted by a Gaussian (arXiv:1706.08500).
 
 d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2). The distance depends on the features and on the number of
-samples (it falls towards its limit as there are more): compare distances of equal numbers and equal features only.
+samples: it decreases towards its limit as the number grows. Compare only distances from equal numbers of samples and
+the same features.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Gaussian:
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Gaussian:
-        """Fit one to features (N, D), with the unbiased covariance.
+        """Fit a Gaussian to features (N, D), with the unbiased covariance.
 
         Raises:
-            UserError: fewer than 2 rows, or a value that is no finite number.
+            UserError: fewer than 2 rows, or a value that is not finite.
         """
         rows = features_ND.double()
         if rows.dim() != 2 or len(rows) < 2 or not bool(rows.isfinite().all()):
@@ -41,19 +42,19 @@ class Gaussian:
 
 
 def frechet_distance(reference: Gaussian, other: Gaussian, *, root: Tensor | None = None) -> float:
-    """Return the squared distance d^2, which is what is called FID of features of Inception.
+    """Return the squared distance d^2. With Inception features this number is the FID.
 
     Args:
-        reference: one of both.
-        other: the other one.
-        root: `reference.root()`, where many are compared with one.
+        reference: one Gaussian.
+        other: the other Gaussian.
+        root: `reference.root()`; pass it to avoid recomputing it when many Gaussians are compared with one reference.
 
     >>> a = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
     >>> round(frechet_distance(a, Gaussian(torch.ones(2).double(), 4 * torch.eye(2).double())), 6)
     4.0
     """
     root = reference.root() if root is None else root
-    # Symmetric, so that its roots are real also where there are fewer samples than features.
+    # The product is symmetric, so its eigenvalues are real even with fewer samples than features.
     values = torch.linalg.eigvalsh(root @ other.covariance_DD @ root).clamp_min(0)
     between = (reference.mean_D - other.mean_D).square().sum()
     traces = reference.covariance_DD.trace() + other.covariance_DD.trace()

@@ -1,4 +1,4 @@
-"""How like two pictures are, over the pixels of a mask: PSNR and SSIM."""
+"""Similarity of two pictures over the pixels of a mask: PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn import functional
 from .colour import luma
 
 PSNR_CAP = 100.0
-"""dB of equal pictures, and the most that any two have."""
+"""Largest PSNR in dB that `psnr` returns; equal pictures have this value."""
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the PSNR in dB of pictures in [0, 1], (F,), at most `PSNR_CAP`; NaN where the mask of a frame is empty.
+    """Return the PSNR in dB of each pair of pictures, (F,), at most `PSNR_CAP`; NaN for a frame whose mask is empty.
 
     Args:
-        a, b: (F, C, H, W).
-        mask: bool (F, H, W), pixels that count. None: all.
+        a, b: pictures (F, C, H, W) in [0, 1].
+        mask: bool (F, H, W), True for the pixels that count. None: all pixels.
     """
     error = (a - b).double().square().mean(1)
     error = error.mean((1, 2)) if mask is None else (error * mask).sum((1, 2)) / mask.sum((1, 2))
@@ -25,14 +25,14 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the structural similarity of pictures in [0, 1], (F,): Gaussian windows on luma (Wang et al. 2004).
+    """Return the structural similarity of each pair of pictures, (F,): Gaussian windows on luma (Wang et al. 2004).
 
-    Windows are 11 pixels wide, or as wide as the picture allows, and count where all of their pixels are in the mask;
-    NaN where a frame has no such window.
+    A window is 11 pixels wide, or the largest odd width that the picture allows. A window counts when the mask holds
+    all of its pixels. The result is NaN for a frame without such a window.
 
     Args:
-        a, b: (F, 3, H, W).
-        mask: bool (F, H, W). None: all.
+        a, b: pictures (F, 3, H, W) in [0, 1].
+        mask: bool (F, H, W), True for the pixels that count. None: all pixels.
     """
     size = min(11, *a.shape[-2:])
     size -= 1 - size % 2

@@ -1,8 +1,9 @@
-"""How a clip behaves in time: flicker, what is left after exact flow, how much moves. No network, no reference clip.
+"""Measures of a clip over time: flicker, error after exact warping, motion.
 
-Each is one number a clip. Flicker and warp error are lowest for a frozen clip, so read them beside `motion`.
+The measures need no network and no reference clip. Each measure is one number per clip. Flicker and warp error are
+lowest for a frozen clip, so read them together with `motion`.
 
-Shapes: B clips, F frames, values in [0, 1].
+Shapes: B clips, F frames. Values are in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from postgen.errors import UserError
 
 
 def flicker(clips: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return how much of the change between frames reverses at once, (B,): mean |x[t-1] - 2 x[t] + x[t+1]| / 2.
+    """Return the part of the change between frames that reverses at once, (B,): mean |x[t-1] - 2 x[t] + x[t+1]| / 2.
 
-    A steady drift or fade counts nothing, a value that jumps to and fro by a counts a.
+    A steady drift or fade contributes nothing. A value that alternates by an amount a contributes a.
 
     Args:
         clips: (B, F, 3, H, W), F >= 3.
-        mask: bool (B, F, H, W), pixels that count; a pixel is taken where all three frames have it. None: all.
+        mask: bool (B, F, H, W), True for the pixels that count; a pixel is used when it counts in all three frames.
+            None: all pixels.
 
     Raises:
-        UserError: fewer than 3 frames, or another form.
+        UserError: fewer than 3 frames, or another shape.
     """
     _check(clips, 3)
     change = (clips[:, :-2] - 2 * clips[:, 1:-1] + clips[:, 2:]).abs().mean(dim=2) / 2
@@ -34,16 +36,17 @@ def flicker(clips: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def warp_error(clips: Tensor, flow: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean absolute difference between a frame and the next one carried back along the flow, (B,).
+    """Return the mean absolute difference between each frame and the next frame warped back along the flow, (B,).
 
     Args:
         clips: (B, F, 3, H, W), F >= 2.
-        flow: (B, F-1, 2, H, W), pixels (right, down) from a frame to the next, as `postgen.world.render` gives it.
-        mask: bool (B, F-1, H, W), pixels whose flow is right and whose target is visible. None: all. A target outside
-            the picture never counts.
+        flow: (B, F-1, 2, H, W), displacement in pixels (right, down) from a frame to the next, as
+            `postgen.world.render` returns it.
+        mask: bool (B, F-1, H, W), True for pixels whose flow is correct and whose target is visible. None: all pixels.
+            A target outside the picture never counts.
 
     Raises:
-        UserError: forms that do not belong together.
+        UserError: shapes that do not match.
     """
     _check(clips, 2)
     batch, frames, _, height, width = clips.shape
@@ -53,7 +56,7 @@ def warp_error(clips: Tensor, flow: Tensor, mask: Tensor | None = None) -> Tenso
     target = torch.stack([x[None, :] + flow[:, :, 0], y[:, None] + flow[:, :, 1]], dim=-1)
     size = clips.new_tensor([width, height])
     inside = ((target >= 0) & (target <= size - 1)).all(dim=-1)
-    # Pixel centres stand at (i + 1/2) / n of the picture.
+    # Pixel i of n has its centre at (i + 1/2) / n of the picture.
     grid = ((2 * target + 1) / size - 1).flatten(0, 1)
     carried = functional.grid_sample(clips[:, 1:].flatten(0, 1), grid, padding_mode="border", align_corners=False)
     error = (carried.unflatten(0, (batch, frames - 1)) - clips[:, :-1]).abs().mean(dim=2)
@@ -61,29 +64,33 @@ def warp_error(clips: Tensor, flow: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> Tensor:
-    """Return how far things move in a frame, (B,): pixels, mean over the blocks of all frames (a still one counts 0).
+    """Return the mean distance in pixels that blocks move per frame, (B,). A block that stands still counts as 0.
 
-    Every block is looked for `gap` frames later by its mean squared difference, so the answer comes in steps of 1/gap.
-    A shift of n pixels must gain n / 10000 over none: flat ground and its noise do not move.
+    Each block is searched in the picture `gap` frames later by its mean squared difference, so the resolution is
+    1/gap. A shift of n pixels must lower the difference by more than n / 10000 compared with no shift: flat ground and
+    its noise do not count as motion.
 
     Args:
         clips: (B, F, 3, H, W), F > gap.
-        gap: frames from a picture to the one it is compared with.
+        gap: number of frames between a picture and the picture that it is compared with.
         block: side of a block in pixels.
-        reach: largest shift looked for, in pixels along each axis.
+        reach: largest shift in pixels that is searched along each axis.
 
     Raises:
-        UserError: too few frames, or a picture smaller than a block.
+        UserError: too few frames, a parameter below 1, or a picture smaller than a block.
     """
     _check(clips, gap + 1)
     if min(gap, block, reach) < 1 or min(clips.shape[-2:]) < block:
-        raise UserError(f"{gap=}, {block=}, {reach=} do not suit pictures of {tuple(clips.shape[-2:])}")
+        raise UserError(
+            f"{gap=}, {block=}, {reach=} with pictures of {tuple(clips.shape[-2:])} pixels: each must be at least 1,"
+            " and a picture must be at least one block high and wide"
+        )
     now, later = clips[:, :-gap].flatten(0, 1), clips[:, gap:].flatten(0, 1)
     height, width = now.shape[-2:]
     later = functional.pad(later, (reach,) * 4, mode="replicate")
     best = now.new_full((len(now), height // block, width // block), torch.inf)
     length = torch.zeros_like(best)
-    error = torch.empty_like(now)  # one for all shifts: allocating takes longer than subtracting
+    error = torch.empty_like(now)  # shared by all shifts: an allocation takes longer than a subtraction
     for down in range(-reach, reach + 1):
         for right in range(-reach, reach + 1):
             top, left, far = reach + down, reach + right, math.hypot(down, right)
@@ -96,7 +103,7 @@ def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> T
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over (F, H, W); NaN where a clip has no pixel that counts."""
+    """Return the mean over (F, H, W); NaN for a clip without a pixel that counts."""
     if mask is None:
         return values.mean(dim=(1, 2, 3))
     return (values * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))

@@ -1,4 +1,7 @@
-"""A small synthetic 3-D world whose ground truth is exact: a clip is a pure function of a spec, a spec of a seed."""
+"""A small synthetic 3-D world with exact ground truth.
+
+A clip is a pure function of its spec, and a spec is a pure function of its seed.
+"""
 
 from .grammar import caption, simple_caption
 from .long import caption_at, sample_long

@@ -1,4 +1,4 @@
-"""The camera: a pinhole 7.5 m in front of the arena, 3 m up, and the paths that it can take."""
+"""The camera: a pinhole 7.5 m in front of the arena and 3 m above the floor, and the paths that it can follow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from .spec import Spec
 
 POSITION = (0.0, -7.5, 3.0)
 TARGET = (0.0, 0.3, 0.75)
-#: Focal length in half picture heights (half field of view 19.9 degrees).
+#: Focal length in half picture heights; half the field of view is 19.9 degrees.
 FOCAL = 2.77
 
 
 def project_point(point: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Project a world point with the first camera: (u, v, depth); u right, v down in half heights, depth in m."""
+    """Project a world point with the camera at frame 0.
+
+    Args:
+        point: (x, y, z) in metres.
+
+    Returns:
+        (u, v, depth): u to the right and v down in half picture heights, depth in metres.
+    """
     forward, right, up = _FIRST_AXES
     x, y, z = point[0] - POSITION[0], point[1] - POSITION[1], point[2] - POSITION[2]
     depth = forward[0] * x + forward[1] * y + forward[2] * z
@@ -44,10 +51,11 @@ _FIRST_AXES = _axes(POSITION, TARGET)
 
 
 def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]:
-    """Pose at a frame: position, and rows right, down, forward of the world-to-camera rotation.
+    """Return the camera pose at a frame: the position, and the rows right, down, forward of the world-to-camera
+    rotation.
 
-    Beyond `spec.num_frames` the camera runs its path back and forth, so it returns to its first pose for good measure.
-    With `spec.camera_turn` it does so in whole frames, and a pose that comes again has the same bits.
+    After `spec.num_frames` frames the camera follows its path backwards, then forwards again, so it returns to its
+    first pose. With `spec.camera_turn` it turns at whole frames, and a pose that recurs has the same bits.
     """
     if spec.camera_turn is not None:
         there_and_back = _folded(spec.camera_start + frame, spec.camera_turn) / spec.camera_turn
@@ -71,19 +79,19 @@ def camera_pose(spec: Spec, frame: int) -> tuple[list[float], list[list[float]]]
 
 
 def _folded(step: int, turn: int) -> int:
-    """Where a walk of whole steps from 0 to `turn` and back stands, again and again."""
+    """Return the position after `step` steps of a walk that goes from 0 to `turn` and back, repeatedly."""
     return turn - abs(turn - step % (2 * turn))
 
 
 def goes_back(spec: Spec, frame: int) -> bool:
-    """Whether a camera with `spec.camera_turn` is on the way back to its first pose after a frame."""
+    """Return whether a camera with `spec.camera_turn` moves back towards its first pose after a frame."""
     return spec.camera_turn is not None and (spec.camera_start + frame) // spec.camera_turn % 2 == 1
 
 
 def project_from(
     pose: tuple[Sequence[float], Sequence[Sequence[float]]], point: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Project a world point with a pose of `camera_pose`: (u, v, depth) as `project_point` does."""
+    """Project a world point with a pose of `camera_pose`; the result (u, v, depth) is as in `project_point`."""
     position, rotation = pose
     offset = [a - b for a, b in zip(point, position, strict=True)]
     u, v, depth = (sum(r * o for r, o in zip(row, offset, strict=True)) for row in rotation)
@@ -91,7 +99,10 @@ def project_from(
 
 
 def intrinsics(size: int) -> Tensor:
-    """Matrix K (3,3) of pictures of `size` pixels, float32; centres of pixels lie at half numbers.
+    """Return the intrinsic matrix K (3,3), float32, of square pictures; pixel centres lie at half-integer coordinates.
+
+    Args:
+        size: height and width in pixels.
 
     >>> intrinsics(200)[0].tolist()
     [277.0, 0.0, 100.0]
@@ -107,7 +118,7 @@ def _turn(point: list[float], centre: list[float], angle: float) -> list[float]:
 
 
 def camera_path(spec: Spec, start: int, stop: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Poses of frames start..stop-1: positions (F,3) and world-to-camera rotations (F,3,3), float32."""
+    """Return the poses of frames start to stop - 1: positions (F,3) and world-to-camera rotations (F,3,3), float32."""
     if spec.camera == "static":
         poses = [camera_pose(spec, 0)] * (stop - start)
     else:

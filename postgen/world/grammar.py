@@ -1,4 +1,4 @@
-"""Captions: what is visible in a scene, said in many ways."""
+"""Captions: sentences that describe what a scene shows, in many wordings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .words import (
 
 _PLACED = ("stays", "bounces", "falls")
 _CLEAR = 0.25
-"""Metres from the border of two places within which a caption names neither."""
+"""Distance in metres from the border between two places, within which a caption names no place."""
 
 
 def caption(spec: Spec, seed: int = 0) -> str:
-    """Describe a scene in one sentence; another seed words it differently.
+    """Describe a scene in one sentence. Different seeds word the sentence differently.
 
-    Colour, shape and event of every body are always said; size, place, camera and floor sometimes.
+    The sentence always names the colour, shape and event of every body. It names sizes, places, the camera and the
+    floor only sometimes; a camera that moves is always named.
 
     Args:
         spec: the scene.
@@ -49,7 +50,10 @@ def caption(spec: Spec, seed: int = 0) -> str:
 
 
 def simple_caption(spec: Spec) -> str:
-    """The plainest wording: canonical words, no size, no place. The form of the prompts that benchmarks use."""
+    """Describe a scene in its plainest wording: canonical words, no sizes, no places.
+
+    The prompts of the benchmarks have this form.
+    """
     partners = {b.partner for b in spec.bodies if b.partner is not None}
     parts = []
     for index, body in enumerate(spec.bodies):

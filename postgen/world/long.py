@@ -1,7 +1,7 @@
-"""Scenes of any length: bodies go to and fro while the camera does, hide behind each other, leave the view and return.
+"""Scenes of any length: bodies move to and fro, as does the camera; bodies hide behind each other or leave and return.
 
-Nothing ends and nothing collides: every body has a lane (along x) or a column (along y) of its own between the walls,
-so what a frame shows is a function of the first frames, however late it is.
+A scene never ends, and bodies never collide: every body has its own lane (along x) or column (along y) between the
+walls. So any frame, however late, follows from the first frames.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .physics import SUBSTEPS, WALL_X, WALL_Y
 from .spec import BACKGROUNDS, CAMERAS, COLOURS, HALF_WIDTH, SHAPES, SIZES, Body, Spec, Split, is_held_out
 
 HORIZON = 97
-"""Frames within which the first absence begins and ends."""
+"""Number of frames within which the first absence begins and ends."""
 LEAST_ABSENCE = 8
-"""Frames that it lasts at least."""
+"""Smallest length of this absence in frames."""
 
 Absence = Literal["leaves", "hidden"]
 Layout = Literal["lanes", "columns"]
 _CAMERAS = tuple(name for name in CAMERAS if name != "dolly return")
 _TURN = (24, 48)
-#: Way of the camera in a frame, radians or factor of the distance, and the farthest that it goes.
+#: Camera motion per frame (lowest, highest) and largest total motion: radians, or a factor of the distance for dolly.
 _RATE = {"pan": (0.008, 0.014, 0.6), "orbit": (0.018, 0.030, 0.9), "dolly": (0.006, 0.009, 0.33)}
 _SPEED = {"lanes": (0.6, 1.2), "columns": (0.5, 0.9)}
 _OPPOSITE = {"moves left": "moves right", "moves closer": "moves away", "left": "right", "in": "out"}
 _OPPOSITE |= {there: back for back, there in _OPPOSITE.items()}
 _ROOM = 1.2
-"""Distance of two lanes in contact radii: corners of cubes stand out of their contact circle."""
+"""Distance of two lanes in contact radii; above 1, as the corners of cubes lie outside their contact circle."""
 _LARGEST, _SMALLEST = 0.75, 0.1
-"""Radii in half picture heights between which a body stays that is in the view: 5 px of 96 at least."""
+"""Bounds of the radius of a visible body in half picture heights; the lower one is about 5 px at 96 px."""
 _TRIES = 2000
 
 
@@ -50,20 +50,22 @@ def sample_long(
     absence: Absence | None = None,
     split: Split = "train",
 ) -> Spec:
-    """Draw a scene that goes on for ever; the same arguments give the same scene everywhere, at every length.
+    """Draw a scene without an end. The same arguments give the same scene on every machine and at every length.
 
-    At least one body moves, all of them are seen in the first frame, and within the first 97 frames one that was seen
-    is gone for 8 frames or more and comes back. The camera stands still or goes to and fro between two poses in whole
-    frames; poses recur bit for bit.
+    At least one body moves, and all bodies are visible in the first frame. Within the first 97 frames at least one
+    body is absent for 8 frames or more and comes back. The camera stands still, or moves to and fro between two poses
+    in whole frames; its poses recur bit for bit.
 
     Args:
         seed: any integer.
-        num_frames: what `render` takes by default and nothing else; a longer clip begins like a shorter one.
+        num_frames: default length of `render` for this scene, without any other effect: a longer clip begins like a
+            shorter one.
         num_bodies: 1 to 3; None draws 2 (60 %), 1 or 3 (20 % each).
-        camera: name from `CAMERAS` without "dolly return" (every move returns here); None draws "static" in 20 %.
-        absence: "leaves": a body leaves the view and returns, on its own way or by the camera's. "hidden": one passes
-            behind another; needs two bodies. None draws "leaves" in 60 %, always with one body.
-        split: as in `sample`; a body that turns counts with both of its ways.
+        camera: name from `CAMERAS` except "dolly return" (every camera move returns here); None draws "static" in 20
+            %.
+        absence: "leaves": a body leaves the view and returns, by its own motion or by the camera's. "hidden": a body
+            passes behind another one; needs two bodies or more. None draws "leaves" in 60 %, and always for one body.
+        split: as in `sample`; a body that turns around counts with both of its directions.
 
     Raises:
         UserError: an argument outside these ranges.
@@ -78,7 +80,7 @@ def sample_long(
         held = any(is_held_out(b.colour, b.shape, event) for b in spec.bodies for event in _events(b))
         if (split == "all" or held == (split == "held_out")) and _shows(spec, kind):
             return spec
-    raise UserError(f"No long scene found for {num_bodies=}, {camera=}, {absence=}, {split=}.")
+    raise UserError(f"No long scene found for {num_bodies=}, {camera=}, {absence=}, {split=}: try another seed.")
 
 
 def _check(num_frames: int, num_bodies: int | None, camera: str | None, absence: str | None, split: str) -> None:
@@ -91,18 +93,19 @@ def _check(num_frames: int, num_bodies: int | None, camera: str | None, absence:
     if absence not in (None, "leaves", "hidden"):
         raise UserError(f"Unknown absence {absence!r}. Known: leaves, hidden.")
     if absence == "hidden" and num_bodies == 1:
-        raise UserError("absence='hidden' with num_bodies=1: there is nothing to hide behind, ask for 2 or 3.")
+        raise UserError("absence='hidden' with num_bodies=1: a body hides behind another one; give num_bodies=2 or 3.")
     if split not in ("train", "held_out", "all"):
         raise UserError(f"Unknown split {split!r}. Known: train, held_out, all.")
 
 
 def caption_at(spec: Spec, frame: int, seed: int | None = None) -> str:
-    """Say what a scene of `sample_long` does from a frame on: bodies and camera may have turned since the first one.
+    """Describe a scene of `sample_long` from a frame on; bodies and camera may have turned around since the first
+    frame.
 
     Args:
         spec: the scene.
-        frame: from 0 on.
-        seed: of the wording, as in `caption`; None is that of `simple_caption`.
+        frame: index of the frame, 0 or more.
+        seed: seed of the wording, as in `caption`; None uses the wording of `simple_caption`.
 
     >>> spec = sample_long(3, num_bodies=1, camera="static")
     >>> sorted({caption_at(spec, frame) for frame in range(200)})
@@ -124,7 +127,7 @@ def _events(body: Body) -> tuple[str, ...]:
 
 def _bodies(rng: random.Random, count: int, camera: str, kind: Absence) -> list[Body]:
     layout: Layout = "lanes"
-    # A camera that comes nearer would have a body of a column stand before its lens.
+    # A camera that dollies would have a body of a column right in front of its lens.
     if kind == "leaves" and not camera.startswith("dolly") and rng.random() < 0.3:
         layout = "columns"
     sizes = [rng.choice(list(SIZES)) for _ in range(count)]
@@ -132,7 +135,8 @@ def _bodies(rng: random.Random, count: int, camera: str, kind: Absence) -> list[
     speeds = [rng.choice((-1.0, 1.0)) * rng.uniform(*_SPEED[layout]) if rng.random() < 0.7 else 0.0 for _ in sizes]
     mover = rng.randrange(count)
     if kind == "hidden":
-        # A large body hides a small one for 8 frames where it stands, or goes the same way at a third of its speed.
+        # A large body hides a small one for 8 frames if it stands still or moves in the same direction at a third of
+        # the speed.
         mover = rng.randrange(1, count)
         sizes[0], shapes[0], sizes[mover] = "large", rng.choice(("ball", "cube")), "small"
     speeds[mover] = speeds[mover] or rng.choice((-1.0, 1.0)) * rng.uniform(*_SPEED[layout])
@@ -163,7 +167,9 @@ def _event(layout: Layout, speed: float) -> str:
 
 
 def _places(rng: random.Random, radii: Sequence[float]) -> list[float]:
-    """Where lanes lie, the nearest first: as far apart as the bodies need, from -1.9 to 1.9 or a little more."""
+    """Return the positions of the lanes, the nearest first: as far apart as the bodies need, from -1.9 m to about 1.9
+    m.
+    """
     gaps = [_ROOM * (a + b) for a, b in itertools.pairwise(radii)]
     spare = max(0.0, 3.8 - sum(gaps))
     cuts = sorted(rng.uniform(0, spare) for _ in radii)
@@ -183,13 +189,13 @@ def _with_camera(bodies: Sequence[Body], camera: str, rng: random.Random, num_fr
     turn = rng.randint(*_TURN)
     low, high, farthest = _RATE[camera.split()[0]]
     amount = min(farthest, turn * rng.uniform(low, high))
-    # Not just before it turns: what the caption says of the camera holds for a while.
+    # The camera does not start just before it turns: what the caption tells of the camera must hold for a while.
     start = rng.randint(0, turn - LEAST_ABSENCE)
     return replace(spec, camera=camera, camera_amount=amount, camera_turn=turn, camera_start=start)
 
 
 def _course(body: Body, frame: int, fps: int) -> tuple[tuple[float, float, float], bool]:
-    """Where a body of a long scene is at a frame, and whether it goes against its first way."""
+    """Return the position of a body of a long scene at a frame, and whether it moves against its first direction."""
     (x, y, z), (vx, vy, _) = body.position, body.velocity
     steps, dt = frame * SUBSTEPS, 1 / (fps * SUBSTEPS)
     x, x_back = _between_walls(x, vx * dt, steps, WALL_X)
@@ -198,8 +204,10 @@ def _course(body: Body, frame: int, fps: int) -> tuple[tuple[float, float, float
 
 
 def _between_walls(place: float, stride: float, steps: int, wall: float) -> tuple[float, bool]:
-    """Where a body is after steps of which the first beyond a wall turns it, as in `physics`, and whether it is turned
-    against its first way."""
+    """Return the position of a body after some steps, and whether the body moves against its first direction.
+
+    The body turns around at the first step that ends beyond a wall, as in `physics`.
+    """
     back = False
     while stride:
         until = math.floor((wall - math.copysign(place, place * stride)) / abs(stride)) + 1
@@ -211,7 +219,7 @@ def _between_walls(place: float, stride: float, steps: int, wall: float) -> tupl
 
 @dataclass(slots=True)
 class _Disc:
-    """A body as a disc in the picture: centre, the radius that holds all of it and the one that it fills, depth."""
+    """A body as a disc in the picture: centre, radius that encloses the body, radius that the body fills, depth."""
 
     u: float
     v: float
@@ -228,11 +236,11 @@ class _Disc:
         return max(abs(self.u), abs(self.v)) < 0.95 - 0.6 * self.outer
 
     def behind(self, others: Sequence[_Disc]) -> bool:
-        """Whether another disc leaves an eighth of it at most."""
+        """Return whether another disc leaves at most an eighth of this disc visible."""
         return any(o.depth < self.depth and self._off(o) < o.inner - 0.7 * self.outer for o in others)
 
     def clear(self, others: Sequence[_Disc]) -> bool:
-        """Whether no other disc hides any of it."""
+        """Return whether no other disc hides any part of this disc."""
         return all(o.depth > self.depth or self._off(o) > o.outer + self.outer for o in others if o is not self)
 
     def _off(self, other: _Disc) -> float:
@@ -250,7 +258,10 @@ def _row(spec: Spec, frame: int) -> list[_Disc]:
 
 
 def _shows(spec: Spec, kind: str) -> bool:
-    """Whether all bodies are seen at first, none is too small or before the lens, and one is gone and comes back."""
+    """Return whether a scene keeps the promises of `sample_long` within the first `HORIZON` frames.
+
+    All bodies are visible at first, no body is too small or too close to the camera, and one is absent and comes back.
+    """
     row = _row(spec, 0)
     if not all(disc.inside for disc in row) or not all(disc.clear(row) for disc in row):
         return False

@@ -1,4 +1,4 @@
-"""Prompts back to scenes: which bodies, events and camera a sentence asks for, and which of its words are not read."""
+"""Read prompts as scenes: the bodies, events and camera move of a sentence, and the words that are not understood."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def _any(words: Iterable[str]) -> str:
 _NOUN = re.compile(rf"(?:\b({_any(NUMBERS)})\s+)?(?:\b({_any(_SIZE)})\s+)?\b({_any(_COLOUR)})\s+({_any(_SHAPE)})s?\b")
 _REST = re.compile(r"\b(does|do) not move\b(?! (left|right|closer|away|to|toward))")
 _GOES = "to the|moves?|rolls?|slides?|goes|heads?|travels?|moving|rolling|sliding"
-#: Readings of the verbs, tried before the phrases; the order matters (a two-body event names a direction too).
+#: Patterns of the verbs, tried before the phrases. The order matters: a text about two bodies may name a direction
+#: too.
 _LOOSE: tuple[tuple[str, str], ...] = (
     ("passes behind", r"\bbehind\b"),
     ("collides", r"\b(hit|hits|hitting|collid\w+|bump\w*|crash\w*|knock\w*)\b|\binto (an? |the )?\{other\}"),
@@ -56,11 +57,11 @@ _LOOSE: tuple[tuple[str, str], ...] = (
 
 
 def parse(prompt: str) -> Spec | None:
-    """Read a prompt as a scene with a fixed layout, or None when it names no body of the world.
+    """Read a prompt as a scene with a fixed layout, or return None when the prompt names no body of the world.
 
-    A body is `[number] [size] colour shape`; what follows it up to the next one that is not its partner says what it
-    does. Without a known verb it stays. When the wishes cannot be laid out together (more than three bodies, say),
-    None as well.
+    A body is written as `[number] [size] colour shape`. The words after a body, up to the next body that is not its
+    partner, describe its event. A body without a known verb stays. The function also returns None when the bodies
+    cannot be laid out together, for example when there are more than three.
 
     Args:
         prompt: any text.
@@ -75,10 +76,16 @@ def parse(prompt: str) -> Spec | None:
 
 
 def read(prompt: str) -> Reading | None:
-    """Read a prompt as `parse` does, and say of each clause whether all of it was understood.
+    """Read a prompt as `parse` does, and report for each clause whether all of it is understood.
 
-    Not read are sizes, floors, negations, moves of the camera beside moves of a body, and every word that the world
-    does not know.
+    Sizes, floors, negations, camera moves next to body moves, and words that the world does not know are not
+    understood.
+
+    Args:
+        prompt: any text.
+
+    Returns:
+        The reading, or None where `parse` returns None.
 
     >>> [clause.why for clause in read("a red ball moves left and a cat sleeps").clauses]
     ['', 'unknown: cat, sleeps']
@@ -101,7 +108,7 @@ def read(prompt: str) -> Reading | None:
 
 
 def _clauses(text: str, both: bool) -> tuple[Clause, ...]:
-    """The clauses of a prompt, each with what was not read of it; `both`: the camera and a body move."""
+    """Split a prompt into clauses, each with the reason why it is not understood; `both`: camera and a body move."""
     said = sorted((p for phrases in CAMERA_READINGS.values() for p in phrases), key=len, reverse=True)
     filmed = [p for p in said if p in text]
     for phrase in filmed:
@@ -136,7 +143,7 @@ def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
         end = nouns[index + 1].start() if index + 1 < len(nouns) else len(text)
         tail = text[noun.end() : end]
         event, partner = "stays", None
-        if index not in taken:
+        if index not in taken:  # the partner of another body has no event of its own
             event = _event(tail + ("{other}" if _expects_other(tail) and index + 1 < len(nouns) else ""))
             if event in ("collides", "passes behind"):
                 if index + 1 < len(nouns):
@@ -157,12 +164,12 @@ def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
         if index in taken:
             wishes[taken[index]] = replace(wishes[taken[index]], partner=len(wishes))
         wishes += [wish] * NUMBERS.get(number or "a", 1)
-    # A partner that did not come leaves a body that only moves.
+    # Without its partner, a body with an event of two bodies only stays.
     return [w if w.partner is not None or w.event not in PAIR_EVENTS else replace(w, event="stays") for w in wishes]
 
 
 def _expects_other(tail: str) -> bool:
-    """A tail that ends in a preposition and an article at most: the next noun is the partner."""
+    """Return whether a text ends in a preposition and at most an article, so that the next noun is the partner."""
     return re.search(r"(into|with|behind|hits?)\s*(an?|the)?\s*$", tail) is not None
 
 
@@ -189,7 +196,7 @@ def _phrase_in(text: str, table: dict[str, tuple[str, ...]]) -> str | None:
 
 
 def _without(text: str, table: dict[str, tuple[str, ...]]) -> str:
-    """The text without the phrases of a table: "the camera backs off" must not move a body."""
+    """Remove the phrases of a table from a text: "the camera backs off" must not move a body."""
     for phrase in sorted((p for phrases in table.values() for p in phrases), key=len, reverse=True):
         text = text.replace(phrase, "")
     return text

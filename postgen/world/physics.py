@@ -1,4 +1,4 @@
-"""Motion of the bodies: gravity, bouncing floor, rolling, collisions, walls; batched over scenes, in torch."""
+"""Motion of the bodies in torch, batched over scenes: gravity, a floor that bounces, rolling, collisions, walls."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _COLLISION_RESTITUTION = 0.9
 
 @dataclass(slots=True)
 class Motion:
-    """State of every body at every frame (B scenes, F frames, K body slots; an absent body lies 1 km away).
+    """State of every body at every frame, for B scenes, F frames and K body slots. An absent body lies 1 km away.
 
-    `positions_BFK3` in metres, `rotations_BFK33` body to world, `contact_BFK` int8: since the frame before, bit 1 is a
-    landing on the floor, bit 2 a hit between bodies.
+    `positions_BFK3` in metres. `rotations_BFK33`: rotation from body to world. `contact_BFK`, int8: contacts since the
+    previous frame; bit 1 is a landing on the floor, bit 2 a hit between bodies.
     """
 
     positions_BFK3: Tensor
@@ -32,7 +32,7 @@ class Motion:
     contact_BFK: Tensor
 
     def first(self, frames: int) -> Motion:
-        """The same for the first frames alone."""
+        """Return the motion of the first `frames` frames only."""
         return Motion(self.positions_BFK3[:, :frames], self.rotations_BFK33[:, :frames], self.contact_BFK[:, :frames])
 
 
@@ -41,7 +41,7 @@ class Simulation:
 
     Args:
         specs: scenes with the same fps.
-        device: where the state lives.
+        device: device of the state.
 
     Raises:
         UserError: no scene, or different frame rates.
@@ -66,7 +66,10 @@ class Simulation:
         self._started = False
 
     def run(self, num_frames: int) -> Motion:
-        """Advance and return the next `num_frames` frames; the first call starts with the specs' own state."""
+        """Advance the scenes and return their next `num_frames` frames.
+
+        The first call starts at frame 0, with the state of the specs.
+        """
         positions, rotations, contacts = [], [], []
         for _ in range(num_frames):
             if self._started:
@@ -85,7 +88,7 @@ class Simulation:
         vx, vy, vz = velocity.unbind(-1)
         resting = (z <= self.rest + 1e-6) & (vz.abs() <= 1.5 * GRAVITY * dt)
         fall = torch.where(self.present & ~resting, GRAVITY * dt, 0.0)
-        # Semi-implicit with the half-step correction: a free fall is exact at every step.
+        # A semi-implicit step with a half-step correction: a free fall is exact at every step.
         z = z + (vz - 0.5 * fall) * dt
         vz = torch.where(resting, 0.0, vz - fall)
         x, y = x + vx * dt, y + vy * dt
@@ -126,19 +129,19 @@ class Simulation:
                 self.touched = self.touched | pair
 
     def _roll(self) -> None:
-        """Rotate the balls by v x dt / r about the horizontal axis across their way (rolling without slipping)."""
+        """Rotate the balls by v x dt / r about the horizontal axis across their motion (rolling without slipping)."""
         radius = self.radius.clamp_min(1e-3)
         axis = torch.stack((-self.velocity[..., 1], self.velocity[..., 0], torch.zeros_like(radius)), -1)
         turn = axis * (self.rolls * self.dt / radius)[..., None]
         a, b, c = turn.unbind(-1)
         zero = torch.zeros_like(a)
         skew = torch.stack((zero, -c, b, c, zero, -a, -b, a, zero), -1).unflatten(-1, (3, 3))
-        # Two terms of exp(skew): the angle of a substep is below 0.05 rad; see _orthonormal for the drift.
+        # Two terms of exp(skew) suffice, as a substep turns by less than 0.05 rad; `_orthonormal` corrects the drift.
         self.rotation = _orthonormal(self.rotation + skew @ self.rotation + 0.5 * (skew @ (skew @ self.rotation)))
 
 
 def _orthonormal(rotation: Tensor) -> Tensor:
-    """One Newton step to the nearest rotation matrix."""
+    """Take one Newton step towards the nearest rotation matrix."""
     return 1.5 * rotation - 0.5 * rotation @ rotation.mT @ rotation
 
 

@@ -1,4 +1,4 @@
-"""From words to a scene: where each body starts and how fast it goes, so that the event is seen within the clip."""
+"""From words to a scene: start positions and speeds of the bodies, such that every event happens within the clip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .spec import (
 )
 
 GRAVITY = 2.5
-"""m/s^2. Slower than on earth, so that a fall at 8 frames a second moves a few pixels a frame at 96 px."""
+"""Gravity in m/s^2; weaker than on earth, so that a fall at 8 fps moves a few pixels per frame at 96 px."""
 
 _MAX_SPEED = 1.5
 _ROLL_X = (1.6, 2.9)
@@ -38,7 +38,7 @@ _TRIES = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What is asked of one body; None leaves it to chance."""
+    """What is requested of one body; None leaves the choice to chance."""
 
     colour: str
     shape: str
@@ -50,7 +50,10 @@ class Wish:
 
 
 def eligible_events(num_frames: int, num_bodies: int) -> tuple[str, ...]:
-    """Events that can be seen within `num_frames` frames at 8 fps: the two-body ones and a bounce need 17."""
+    """Return the events that fit into `num_frames` frames at 8 fps.
+
+    Events of two bodies and "bounces" need 17 frames.
+    """
     long_enough = num_frames >= 17
     names = [e for e in EVENTS if e not in PAIR_EVENTS and (long_enough or e != "bounces")]
     if num_bodies >= 2 and long_enough:
@@ -67,28 +70,30 @@ def sample(
     camera: str | None = None,
     split: Split = "train",
 ) -> Spec:
-    """Draw a scene; the same arguments give the same scene everywhere.
+    """Draw a scene. The same arguments give the same scene on every machine.
 
     Args:
         seed: any integer.
-        num_frames: length of the clip that shows the events, at 8 fps; at least 5.
-        num_bodies: 1 to 3; None draws 1 (50 %), 2 (40 %) or 3.
+        num_frames: length of the clip within which the events happen, at 8 fps; at least 5.
+        num_bodies: 1 to 3; None draws 1 (50 %), 2 (40 %) or 3 (10 %).
         event: event of the first body; None draws one.
-        camera: name from `CAMERAS`; None draws "static" in 80 %. A camera other than static films bodies that stay.
-        split: "train" never holds a held-out (colour, shape, event), "held_out" always holds one, "all" may.
+        camera: name from `CAMERAS`; None draws "static" in 80 %. With a camera that moves, all bodies stay.
+        split: "train" never contains a held-out (colour, shape, event), "held_out" always contains one, "all" may
+            contain one.
 
     Raises:
         UserError: an argument outside these ranges.
     """
     if num_frames < 5:
-        raise UserError(f"A scene needs at least 5 frames to show an event, not {num_frames}.")
+        raise UserError(f"num_frames is {num_frames}: a scene needs at least 5 frames to show an event.")
     if split not in ("train", "held_out", "all"):
         raise UserError(f"Unknown split {split!r}. Known: train, held_out, all.")
     if event not in (None, "stays") and camera not in (None, "static"):
-        raise UserError(f"Event {event!r} with camera {camera!r}: a camera that moves films bodies that stay.")
+        raise UserError(f"Event {event!r} with camera {camera!r}: a camera that moves needs event 'stays' or None.")
     if num_bodies is not None and not 1 <= num_bodies <= 3:
         raise UserError(f"num_bodies must be 1, 2 or 3, not {num_bodies}.")
     rng = random.Random(f"postgen-world-{seed}-{num_frames}-{num_bodies}-{event}-{camera}-{split}")
+    # Draw until the split and the layout fit.
     for _ in range(1000):
         wishes, chosen = _draw(rng, num_frames, num_bodies, event, camera)
         held = any(is_held_out(w.colour, w.shape, w.event) for w in wishes)
@@ -98,7 +103,8 @@ def sample(
         if spec is not None:
             return spec
     raise UserError(
-        f"No scene found for num_frames={num_frames}, event={event!r}, camera={camera!r}, split={split!r}."
+        f"No scene found for num_frames={num_frames}, event={event!r}, camera={camera!r}, split={split!r}: try another"
+        " seed."
     )
 
 
@@ -111,7 +117,7 @@ def _draw(
     known = eligible_events(num_frames, count)
     if event is not None and event not in known:
         raise UserError(
-            f"Event {event!r} with {count} bodies in {num_frames} frames: possible are {', '.join(known)}."
+            f"Event {event!r} with {count} bodies in {num_frames} frames: possible events are {', '.join(known)}."
         )
     colours = rng.sample(list(COLOURS), count)
     wishes = []
@@ -130,10 +136,10 @@ def _draw(
 
 
 def arrange(wishes: Sequence[Wish], rng: random.Random, *, num_frames: int, camera: str = "static") -> Spec | None:
-    """Find places and speeds for what is wished, or None when nothing fits.
+    """Find positions and speeds of the bodies for the wishes; return None when no layout fits.
 
-    Every body stays in the picture, is at least 13 px wide at 96 px and is never mostly hidden by another one, except
-    where the event says so.
+    Every body stays in the picture and is at least 13 px wide at 96 px. No other body hides most of it, unless its
+    event requires that.
     """
     duration = (num_frames - 1) / FPS
     for _ in range(_TRIES):
@@ -228,7 +234,7 @@ def _pair(wish: Wish, other: Wish, rng: random.Random, duration: float) -> tuple
 
 
 def _path(body: Body, seconds: float) -> tuple[float, float, float]:
-    """Where a body is if it meets nothing."""
+    """Return the position of a body after some seconds, if it meets no other body and no wall."""
     x, y, z = (p + v * seconds for p, v in zip(body.position, body.velocity, strict=True))
     if body.event in ("falls", "bounces"):
         z = body.half_height + _drop(z - body.half_height, body.restitution, seconds)
@@ -236,7 +242,10 @@ def _path(body: Body, seconds: float) -> tuple[float, float, float]:
 
 
 def _drop(lift: float, restitution: float, seconds: float) -> float:
-    """Height above the floor of a body let go at `lift` metres, which keeps a share of its speed at each landing."""
+    """Return the height in metres above the floor of a body that was released at `lift` metres.
+
+    At each landing the body keeps the share `restitution` of its speed.
+    """
     fall = math.sqrt(2 * lift / GRAVITY)
     if seconds < fall:
         return lift - 0.5 * GRAVITY * seconds**2

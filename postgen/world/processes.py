@@ -1,7 +1,8 @@
-"""A function over many parts, by processes that do not import the program which started them.
+"""Apply a function to many parts in several processes, which do not import the main program.
 
-Those of `multiprocessing` do ("spawn"), and a script without `if __name__ == "__main__":` then runs again in each of
-them and fails in words of its own. What goes to and fro is pickled, as there, and leaves no file.
+The processes of `multiprocessing` ("spawn") do import it: a script without `if __name__ == "__main__":` then runs
+again in each process and fails with an unrelated message. Tasks and results are pickled over pipes, as in
+`multiprocessing`, and leave no file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from postgen.errors import UserError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 _FEWEST = 4
-"""Processes that are worth their start, 2 s of importing torch."""
+"""Smallest number of processes that is worth the 2 s in which each imports torch."""
 _PROGRAM = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer);"
     " from postgen.world.processes import _serve; _serve()"
@@ -29,13 +30,14 @@ _PROGRAM = (
 def spread(
     task: Callable[[Part], Result], parts: Sequence[Part], what: str, *, workers: int | None = None
 ) -> list[Result]:
-    """Return what a function gives for each part, in their order.
+    """Return the results of a function for each part, in the order of the parts.
 
     Args:
-        task: a function of a module, or a `partial` of one; not of a script.
-        parts: each as long as the others.
-        what: the processes do, for messages: "draws scenes".
-        workers: how many; None: one for each core, shared with torchrun's other processes, and none for a few.
+        task: a function of a module, or a `partial` of one; a function of a script does not work.
+        parts: the arguments; each should take about the same time.
+        what: what a process does, for error messages: "draws scenes".
+        workers: number of processes. None: one per core, divided by the number of torchrun's processes on this
+            machine, and at most one per part; if that gives fewer than four, the calling process does the work itself.
 
     Raises:
         UserError: a process was killed.
@@ -61,7 +63,7 @@ def spread(
 
 
 def _started() -> subprocess.Popen[bytes]:
-    # In a session of its own: Ctrl-C is for this process, which ends it.
+    # The process has its own session, so Ctrl-C reaches this process only, which then ends the other one.
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _PROGRAM],
         stdin=subprocess.PIPE,
@@ -73,7 +75,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 def _told(process: subprocess.Popen[bytes], task: Any, parts: Any) -> None:
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it died, which its answer tells
+    with suppress(BrokenPipeError):  # the process died; reading its answer reports that
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((task, parts)))
         process.stdin.close()
 
@@ -83,8 +85,8 @@ def _answer(process: subprocess.Popen[bytes], what: str) -> list[Any]:
     data = process.stdout.read()
     if not data or process.wait():
         raise UserError(
-            f"a process that {what} ended with exit code {process.wait()}: look above for why, or for what killed it,"
-            " perhaps a lack of memory"
+            f"a process that {what} ended with exit code {process.wait()}: look for its error message above, or for"
+            " what killed it, perhaps a lack of memory"
         )
     answer = pickle.loads(data)
     if isinstance(answer, BaseException):
@@ -103,9 +105,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _serve() -> None:
-    """Do the parts of stdin, and write their results, or what failed, to stdout."""
+    """Read the task and its parts from stdin; write the results, or the exception, to stdout."""
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever is printed must not get among the answers
+    sys.stdout = sys.stderr  # printed text must not mix with the answers
     task, parts = pickle.load(jobs)
     answer: list[Any] | Exception
     try:
@@ -116,4 +118,4 @@ def _serve() -> None:
         answers.write(pickle.dumps(answer))
         answers.flush()
     except BrokenPipeError:
-        os._exit(0)  # nobody is left to hear it; a plain return would try to write the rest again
+        os._exit(0)  # no reader is left; a plain return would try to write the rest again

@@ -1,8 +1,8 @@
-"""Analytic ray casting of spheres, upright boxes and upright cylinders over a floor, batched in plain torch.
+"""Analytic ray casting of spheres, upright boxes and upright cylinders above a floor, batched in plain torch.
 
-Suffixes: M pictures, P rays of a picture, K body slots, N (picture, body) pairs of one shape. Rays have forward
-component 1, so the ray parameter t is the depth along the optical axis. Shapes are looked up on the host, so nothing
-waits for the GPU.
+Suffixes: M pictures, P rays per picture, K body slots, N (picture, body) pairs of one shape. The direction of a ray
+has forward component 1, so the ray parameter t is the depth along the optical axis. Shapes are looked up on the host,
+so that no step waits for the GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ FLOOR, BACKDROP = -1, -2
 
 @dataclass(slots=True)
 class Solids:
-    """Geometry of the bodies in M pictures. `members`: per shape, picture and slot indices (N,) where it occurs."""
+    """Geometry of the bodies in M pictures.
+
+    `members`: for each shape, the picture indices and slot indices, each (N,), of the bodies with this shape.
+    """
 
     centre_MK3: Tensor
     radius_MK: Tensor
@@ -31,7 +34,10 @@ class Solids:
 
 
 def camera_rays(rotation_M33: Tensor, size: int, supersample: int) -> tuple[Tensor, Tensor, Tensor]:
-    """World directions (x, y, z), each (M, P) with P = (size * supersample)^2, through the sub-pixels' centres."""
+    """Return the world directions (x, y, z) of rays through the centres of the sub-pixels.
+
+    Each of the three has the shape (M, P) with P = (size * supersample)^2.
+    """
     n = size * supersample
     steps = (torch.arange(n, device=rotation_M33.device, dtype=torch.float32) + 0.5) * (2.0 / n) - 1.0
     v, u = torch.meshgrid(steps / FOCAL, steps / FOCAL, indexing="ij")
@@ -43,11 +49,12 @@ def camera_rays(rotation_M33: Tensor, size: int, supersample: int) -> tuple[Tens
 def nearest(
     origin: tuple[Tensor, Tensor, Tensor], ray: tuple[Tensor, Tensor, Tensor], solids: Solids
 ) -> tuple[Tensor, Tensor]:
-    """First hit of every ray: depth t (M,P), `FAR` if none, and body slot (M,P) or -1.
+    """Return the first hit of every ray: the depth t (M,P), `FAR` without a hit, and the body slot (M,P), or -1.
 
     Args:
         origin: start points (x, y, z), each (M,1) or (M,P).
         ray: directions (x, y, z), each (M,P) or (M,1).
+        solids: the bodies.
     """
     slots = solids.radius_MK.shape[1]
     pictures = solids.radius_MK.shape[0]
@@ -126,7 +133,10 @@ def _cylinder(
 
 
 def normals(point: tuple[Tensor, Tensor, Tensor], slot_MP: Tensor, solids: Solids) -> tuple[Tensor, Tensor, Tensor]:
-    """Outward unit normals (x, y, z), each (M,P), at hit points on the bodies; up where `slot_MP` is negative."""
+    """Return the outward unit normals (x, y, z), each (M,P), at hit points on the bodies.
+
+    The normal points up where `slot_MP` is negative.
+    """
     index = slot_MP.clamp_min(0)
     cx, cy, cz = (solids.centre_MK3[..., i].gather(1, index) for i in range(3))
     radius = solids.radius_MK.gather(1, index).clamp_min(1e-3)

@@ -1,4 +1,4 @@
-"""What was understood of a prompt. Plain data, no tensors."""
+"""The parts of a prompt that the world understands. Plain data, no tensors."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from .spec import Spec
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """A part of a prompt, and why it cannot be judged (empty: it can)."""
+    """A part of a prompt, and the reason why it cannot be judged; an empty reason means that it can."""
 
     text: str
     why: str = ""
 
     @property
     def readable(self) -> bool:
-        """Whether all of it is understood."""
+        """Whether the whole clause is understood."""
         return not self.why
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A prompt as it was read: the scene, the clauses, and of each body where it should be and which way it goes.
+    """A prompt as the world understands it: the scene, the clauses, and for each body its place and its direction.
 
-    `places` are names of `spec.PLACES`; `headings` "left" or "right", of two-body events; None where nothing is said.
+    `places` are names of `spec.PLACES`; `headings` are "left" or "right", for events of two bodies. An entry is None
+    where the prompt does not specify it.
     """
 
     scene: Spec
@@ -35,12 +36,12 @@ class Reading:
 
     @classmethod
     def of(cls, scene: Spec) -> Reading:
-        """A scene without words."""
+        """Return the reading of a scene that has no prompt."""
         nothing = (None,) * len(scene.bodies)
         return cls(scene, (), nothing, nothing)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back."""
+        """Return the JSON form; `from_dict` reads it back."""
         return {
             "scene": self.scene.to_dict(),
             "clauses": [[c.text, c.why] for c in self.clauses],

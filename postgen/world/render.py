@@ -1,6 +1,6 @@
-"""Pictures of a scene: RGB, metric depth, instance ids, exact optical flow and camera poses, on any device.
+"""Pictures of a scene on any device: RGB, metric depth, instance ids, exact optical flow and camera poses.
 
-The same code runs on CPU and GPU; a clip is a pure function of its spec (and its spec of a seed).
+CPU and GPU run the same code. A clip is a pure function of its spec, and a spec is a pure function of its seed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from .spec import BACKGROUNDS, COLOURS, SHAPES, Spec
 _BACKDROP_TOP = (0.80, 0.84, 0.88)
 _BACKDROP_LOW = (0.72, 0.74, 0.76)
 _AMBIENT, _DIFFUSE = 0.42, 0.68
-# (ray, body) pairs of one pass: small on a CPU for its caches, large on a GPU so that launches do not count.
+# Number of (ray, body) pairs per pass: small on a CPU for its caches, large on a GPU to hide launch overhead.
 _RAYS_AT_ONCE = {"cpu": 24_000_000, "cuda": 160_000_000}
 
 
 @dataclass(slots=True)
 class Frames:
-    """What the renderer gives for B scenes and F frames (`flow` has one less; `None` where not asked for).
+    """Output of the renderer for B scenes and F frames. Flow has F-1 frames; `None` stands for outputs not requested.
 
-    rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8,
-    0 for floor and backdrop, k + 1 for body k. flow_BF2HW: pixels (u right, v down) from a frame to the next,
-    exact at every pixel centre also where the target is hidden. pose_BF34: world-to-camera rotation (right, down,
-    forward), position. positions_BFK3: centres of the bodies in metres.
+    rgb_BF3HW: float32 in [0,1]. depth_BFHW: metres along the optical axis, `inf` at the backdrop. ids_BFHW: uint8, 0
+    for floor and backdrop, k + 1 for body k. flow_BF2HW: displacement in pixels (u right, v down) from a frame to the
+    next, exact at every pixel centre even if the target is hidden. pose_BF34: world-to-camera rotation (right, down,
+    forward) and position. positions_BFK3: centres of the bodies in metres. contact_BFK: as in `physics.Motion`.
 
-    What follows from these is computed when it is asked for: `disparity_BFHW`, `points_BF3HW`, `texels_BF2HW`,
+    The properties are computed from these tensors at each access: `disparity_BFHW`, `points_BF3HW`, `texels_BF2HW`,
     `extrinsics_BF44`, `intrinsics_33`.
     """
 
@@ -50,12 +50,16 @@ class Frames:
 
     @property
     def disparity_BFHW(self) -> Tensor:
-        """1 / depth in 1/m, 0 at the backdrop. Raises `UserError` for frames without geometry, as the next two do."""
+        """1 / depth in 1/m, 0 at the backdrop.
+
+        Raises:
+            UserError: frames without geometry; `points_BF3HW` and `texels_BF2HW` raise it too.
+        """
         return self._depth().reciprocal()
 
     @property
     def points_BF3HW(self) -> Tensor:
-        """World coordinates in metres of what the pixels' centres see; NaN at the backdrop."""
+        """World coordinates in metres of the point that each pixel centre sees; NaN at the backdrop."""
         depth = self._depth()
         pose = self.pose_BF34.flatten(0, 1)
         ray = camera_rays(pose[..., :3], depth.shape[-1], 1)
@@ -66,9 +70,9 @@ class Frames:
 
     @property
     def texels_BF2HW(self) -> Tensor:
-        """Place on the floor, (x, y) in metres, that each pixel's centre sees; NaN at bodies and at the backdrop.
+        """Place on the floor, (x, y) in metres, that each pixel centre sees; NaN at bodies and at the backdrop.
 
-        The floor stands still, so one place has one pair of numbers in every frame, up to rounding.
+        The floor does not move, so a place has the same coordinates in every frame, up to rounding.
         """
         points = self.points_BF3HW[:, :, :2]
         assert self.ids_BFHW is not None
@@ -76,7 +80,7 @@ class Frames:
 
     @property
     def extrinsics_BF44(self) -> Tensor:
-        """World to camera [R, t; 0, 1] with t = -R position: x right, y down, z forward."""
+        """World-to-camera matrices [R, t; 0, 1] with t = -R position: x right, y down, z forward."""
         rotation, position = self.pose_BF34[..., :3], self.pose_BF34[..., 3:]
         top = torch.cat((rotation, -rotation @ position), -1)
         last = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:2], 1, 4)
@@ -84,7 +88,7 @@ class Frames:
 
     @property
     def intrinsics_33(self) -> Tensor:
-        """Matrix K of every frame, in pixels; centres of pixels lie at half numbers."""
+        """Intrinsic matrix K of every frame, in pixels; pixel centres lie at half-integer coordinates."""
         return intrinsics(self.rgb_BF3HW.shape[-1]).to(self.rgb_BF3HW.device)
 
     def _depth(self) -> Tensor:
@@ -106,14 +110,14 @@ def render(
     """Render the first frames of several scenes at once.
 
     Args:
-        specs: scenes; those with fewer bodies are padded.
-        num_frames: length; default: what the first spec was planned for. All clips of a call have one length.
+        specs: scenes; scenes with fewer bodies are padded.
+        num_frames: length of all clips; default: the planned length of the first spec.
         size: height and width in pixels.
-        supersample: rays per pixel and axis for antialiasing; 1 is none.
-        geometry: also return depth, ids and flow (one more pass with one ray a pixel).
-        device: where to compute.
-        motion: how the bodies go instead of what the scenes say, one row per scene and at least as many frames and
-            body slots as are rendered, on the device; for pictures of what cannot happen.
+        supersample: rays per pixel along each axis, for antialiasing; 1 means no antialiasing.
+        geometry: also return depth, ids and flow, which takes one more pass with one ray per pixel.
+        device: device of the computation and of the result.
+        motion: replaces the motion that the specs describe, to show impossible events; on the device, one row per
+            scene, with at least as many frames and body slots as are rendered.
 
     Raises:
         UserError: no spec, or a size, length or supersample below 1.
@@ -136,16 +140,17 @@ def stream(
     geometry: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[Frames]:
-    """Render scenes of any length in pieces of at most `chunk` frames, in constant memory and time a frame.
+    """Render scenes of any length in pieces, with constant memory and constant time per frame.
 
-    The pieces joined are the same as `render` of the whole, flow across the seams included (the first frame of a later
-    piece's flow belongs to the last frame of the one before, so a later piece has as many flow fields as frames).
+    The concatenated pieces equal `render` of the whole clip, including the flow between pieces: the first flow field
+    of a later piece belongs to the last frame of the previous piece, so a later piece has as many flow fields as
+    frames.
 
     Args:
-        spec: a scene, or several that are rendered side by side.
-        num_frames: length; None goes on for as long as pieces are taken.
+        spec: a scene, or several scenes that are rendered side by side.
+        num_frames: length; None yields pieces without end.
         size, supersample, geometry, device: as in `render`.
-        chunk: frames of a piece.
+        chunk: largest number of frames per piece.
 
     Raises:
         UserError: no spec, or a number below 1.
@@ -167,9 +172,9 @@ def stream(
 
 
 def shades(colours: Sequence[str] = tuple(COLOURS), count: int = 8) -> Tensor:
-    """RGB (C, count, 3) of named colours from the deepest shade that the light of the world leaves to the brightest.
+    """Return RGB (C, count, 3) of named colours, from the darkest to the brightest shade under the light of the world.
 
-    What a body of that colour looks like in a rendered picture lies near one of them.
+    The pixels of a body in a rendered picture lie near the shades of its colour.
     """
     darkest, brightest = _AMBIENT * 0.6, _AMBIENT + _DIFFUSE
     light = torch.linspace(darkest, brightest, count)
@@ -178,8 +183,13 @@ def shades(colours: Sequence[str] = tuple(COLOURS), count: int = 8) -> Tensor:
 
 
 def ground_shades(background: str, count: int = 8) -> Tensor:
-    """RGB (2 * count + 2, 3) of what is no body before a background: its floor from shadow to light, near and half in
-    the haze, and the two ends of the backdrop. A colour nearer to one of them than to any of `shades` is no body's.
+    """Return RGB (2 * count + 2, 3) of everything except bodies in front of a background.
+
+    These are the floor from shadow to light, near and half in the haze, and the two ends of the backdrop. A pixel that
+    is nearer to one of them than to any of `shades` does not belong to a body.
+
+    Raises:
+        UserError: an unknown background.
     """
     if background not in BACKGROUNDS:
         raise UserError(f"Unknown background {background!r}. Known: {', '.join(BACKGROUNDS)}.")
@@ -220,7 +230,7 @@ def _render_motion(
 ) -> Frames:
     frames = motion.positions_BFK3.shape[1]
     poses = [camera_path(spec, start, start + frames) for spec in specs]
-    # Stacked on the host: one copy to the device instead of two a scene.
+    # Poses are stacked on the host: one copy to the device instead of two per scene.
     position, rotation = torch.stack([p for p, _ in poses]).to(device), torch.stack([r for _, r in poses]).to(device)
     per_scene = frames * (size * supersample) ** 2 * motion.positions_BFK3.shape[2]
     limit = _RAYS_AT_ONCE.get(torch.device(device).type, _RAYS_AT_ONCE["cpu"])
@@ -247,7 +257,7 @@ class _Scene:
         self.solids = self._solids()
 
     def _repeat(self, values: Sequence[Any]) -> Tensor:
-        """A value per scene (nested lists) -> tensor with one row per picture."""
+        """Turn one value per scene (nested lists) into a tensor with one row per picture."""
         return torch.tensor(values, device=self.device).repeat_interleave(self.frames, 0)
 
     def _solids(self) -> Solids:
@@ -272,7 +282,7 @@ class _Scene:
         return Solids(centres, self._repeat(radii), self._repeat(yaws), self._repeat(shapes), members)
 
     def _trace(self, size: int, supersample: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Depth, slot (body, FLOOR or BACKDROP), hit points and rays of every pixel."""
+        """Return depth, slot (body, FLOOR or BACKDROP), hit point and ray of every pixel."""
         ray = camera_rays(self.rotation, size, supersample)
         ox, oy, oz = (self.position[:, i, None] for i in range(3))
         t, slot = nearest((ox, oy, oz), ray, self.solids)
@@ -283,7 +293,7 @@ class _Scene:
         return t, slot, point, ray
 
     def shade(self, size: int, supersample: int) -> Tensor:
-        """RGB (B,F,3,H,W) in [0,1]: Lambert with a hard shadow, pixels averaged over supersample^2 rays."""
+        """Return RGB (B,F,3,H,W) in [0,1]: Lambert shading, hard shadows, averages of supersample^2 rays per pixel."""
         t, slot, point, ray = self._trace(size, supersample)
         normal = normals((point[0], point[1], point[2]), slot, self.solids)
         light = self._light()
@@ -324,14 +334,14 @@ class _Scene:
         )
 
     def _floor_pattern(self, point: tuple[Tensor, ...], t: Tensor) -> Tensor:
-        """Brightness factor of the floor, faded out with the distance so that it never aliases at the horizon."""
+        """Return the brightness factor of the floor, which fades with distance to avoid aliasing at the horizon."""
         phase = self._repeat([list(s.floor_phase) for s in self.specs])
         x, y = point[0].clamp(-60, 60), point[1].clamp(-60, 60)
         fade = 0.09 * torch.exp(-((t / 13.0) ** 2))
         return 1.0 + fade * torch.sin(1.1 * x + phase[:, :1]) * torch.sin(0.9 * y + phase[:, 1:])
 
     def geometry(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Depth (B,F,H,W), ids (B,F,H,W) uint8 and flow (B,F-1,2,H,W) at pixel centres."""
+        """Return depth (B,F,H,W), ids (B,F,H,W) uint8 and flow (B,F-1,2,H,W) at pixel centres."""
         t, slot, point, ray = self._trace(size, 1)
         scenes, shape = len(self.specs), (-1, self.frames, size, size)
         depth = torch.where(slot == BACKDROP, torch.inf, t).reshape(shape)
@@ -354,7 +364,7 @@ class _Scene:
         return depth, ids, flow.movedim(-1, 2).unflatten(-1, (size, size))
 
     def _carried(self, point_MP3: Tensor, slot_MP: Tensor) -> Tensor:
-        """Where the material point seen at frame f is at frame f + 1: (B, F-1, P, 3)."""
+        """Return the position at frame f + 1 of the material point seen at frame f: (B, F-1, P, 3)."""
         scenes = len(self.specs)
         centre, rotation = self.motion.positions_BFK3, self.motion.rotations_BFK33
         point = point_MP3.unflatten(0, (scenes, self.frames))[:, :-1]

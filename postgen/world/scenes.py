@@ -1,4 +1,4 @@
-"""Many scenes with their wordings, and their renders: what models and judges of the world are trained on."""
+"""Many scenes with captions, and their renders: training data for models and judges of the world."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .render import render
 from .spec import PAIR_EVENTS, Spec, Split
 from .wording import captions as worded
 
-#: Clips of the training split start here; evaluation uses seeds below it.
+#: First seed of the training scenes; evaluation uses smaller seeds.
 FIRST_TRAINING_SEED = 1_000_000
 _CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene and its wordings, the plainest first."""
+    """A scene and its captions, the plainest first."""
 
     spec: Spec
     captions: tuple[str, ...]
@@ -42,14 +42,16 @@ def draw_scenes(
     synonym_share: float = 0.0,
     unknown_share: float = 0.0,
 ) -> list[Scene]:
-    """Scenes of consecutive seeds with so many wordings each; large numbers are drawn by several processes.
+    """Draw the scenes of consecutive seeds, each with some captions. Several processes share a large number of scenes.
 
     Args:
-        first_seed, count, num_frames, split: as in `world.sample`.
-        captions: wordings of each scene, the plainest first.
-        bodies: shares of scenes with one, two and three bodies; None leaves that to `world.sample`.
-        pair_share: share of the scenes with more bodies that are made to show a collision or a body that passes behind
-            another, besides those that `world.sample` draws; needs `bodies`.
+        first_seed: seed of the first scene.
+        count: number of scenes.
+        num_frames, split: as in `world.sample`.
+        captions: number of captions per scene, the plainest first.
+        bodies: shares of scenes with one, two and three bodies; None uses the shares of `world.sample`.
+        pair_share: share of the scenes with several bodies that must show a collision or a body that passes behind
+            another one, in addition to those that `world.sample` draws; needs `bodies`.
         synonym_share, unknown_share: as in `wording.captions`.
     """
     shares = (synonym_share, unknown_share)
@@ -81,7 +83,7 @@ def _sample(seed: int, *, num_frames: int, split: Split, bodies: tuple[float, ..
 
 
 def specs_of(first_seed: int, count: int, num_frames: int, split: Split = "train") -> list[Spec]:
-    """Scenes of consecutive seeds."""
+    """Return the scenes of consecutive seeds."""
     return [scene.spec for scene in draw_scenes(first_seed, count, num_frames, split=split)]
 
 
@@ -93,8 +95,19 @@ def render_in_batches(
     mask: bool,
     label: str = "rendering",
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None) of consecutive scenes, with a progress bar."""
-    # On a GPU the physics takes as long for one clip as for thousands.
+    """Render consecutive scenes batch by batch, with a progress bar.
+
+    Args:
+        specs: the scenes.
+        size: height and width in pixels.
+        device: device of the computation.
+        mask: also yield the instance ids.
+        label: text of the progress bar.
+
+    Yields:
+        (rgb_BT3HW float in [0,1], ids_BTHW uint8 or None).
+    """
+    # On a GPU the physics takes as long for one clip as for thousands, so batches are large.
     batch = 256 if torch.device(device).type == "cpu" else 2048
     starts = range(0, len(specs), batch)
     for low in tqdm(starts, desc=label, unit="batch", disable=len(starts) < 4, leave=False):

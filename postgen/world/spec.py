@@ -1,6 +1,6 @@
 """What a clip of the synthetic world shows: bodies, events, camera, light. Plain data, no tensors.
 
-World axes: x to the right of the first camera, y away from it, z up; lengths in metres, time in seconds.
+World axes: x points to the right of the camera at frame 0, y away from it, z up. Lengths in metres, time in seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from postgen.errors import UserError
 
-#: Linear-light-free albedo (RGB in [0,1]) of the eight named colours; saturated, while all else is grey-ish.
+#: Albedo of the eight named colours, RGB in [0,1] as displayed, without conversion to linear light. They are
+#: saturated, everything else is nearly grey.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
     "orange": (0.98, 0.50, 0.05),
@@ -36,11 +37,11 @@ EVENTS: tuple[str, ...] = (
     "collides",
     "passes behind",
 )
-#: Events of a body together with another one, its partner (which has the event "stays").
+#: Events of a body with a second body, its partner; the partner has the event "stays".
 PAIR_EVENTS: tuple[str, ...] = ("collides", "passes behind")
 PLACES: tuple[str, ...] = ("left", "middle", "right")
 PLACE_BORDER = 0.75
-"""Metres to either side of the middle where left and right begin."""
+"""Distance in metres from the middle at which the places left and right begin."""
 CAMERAS: tuple[str, ...] = (
     "static",
     "pan left",
@@ -51,7 +52,7 @@ CAMERAS: tuple[str, ...] = (
     "dolly out",
     "dolly return",
 )
-#: Floor albedo of each background; saturation is at most 0.2, so that a body is told from it by saturation.
+#: Floor albedo of each background; saturation is at most 0.2, so saturation separates bodies from the floor.
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "grey": (0.62, 0.62, 0.63),
     "sand": (0.68, 0.64, 0.57),
@@ -64,7 +65,9 @@ Split = Literal["train", "held_out", "all"]
 
 
 def is_held_out(colour: str, shape: str, event: str) -> bool:
-    """Whether training never sees this (colour, shape, event): one colour of each (shape, event); every word is seen.
+    """Return whether a (colour, shape, event) is held out of training.
+
+    For each (shape, event) one colour is held out, so training still contains every word.
 
     Args:
         colour, shape, event: names from `COLOURS`, `SHAPES`, `EVENTS`.
@@ -80,23 +83,25 @@ def _check(kind: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Body:
-    """One solid and what it does.
+    """One solid with its event.
 
     Raises:
-        UserError: a colour, shape, size, event or place that the world does not know.
+        UserError: an unknown colour, shape, size or event, a restitution outside [0,1], or a partner that does not
+            match the event.
     """
 
     colour: str
     shape: str
     size: str = "medium"
     event: str = "stays"
-    #: Index of the body that a `PAIR_EVENTS` event happens with.
+    #: Index of the second body of an event in `PAIR_EVENTS`.
     partner: int | None = None
     #: Centre at frame 0 in metres, velocity in m/s, rotation about z in radians.
     position: tuple[float, float, float] = (0.0, 0.0, 0.6)
     velocity: tuple[float, float, float] = (0.0, 0.0, 0.0)
     yaw: float = 0.0
-    #: Share of the vertical speed that is kept at the floor, in [0,1]; up to 0.5 a body lands and rests.
+    #: Share of the vertical speed that the body keeps at the floor, in [0,1]; with at most 0.5 the body lands and
+    #: rests.
     restitution: float = 0.0
 
     def __post_init__(self) -> None:
@@ -105,10 +110,10 @@ class Body:
         _check("size", self.size, tuple(SIZES))
         _check("event", self.event, EVENTS)
         if not 0 <= self.restitution <= 1:
-            raise UserError(f"restitution is {self.restitution}, it must be in [0, 1].")
+            raise UserError(f"restitution is {self.restitution}: it must be in [0, 1].")
         if (self.partner is not None) != (self.event in PAIR_EVENTS):
             raise UserError(
-                f"Event {self.event!r} with partner {self.partner!r}: a partner goes with {PAIR_EVENTS} only."
+                f"Event {self.event!r} with partner {self.partner!r}: exactly the events {PAIR_EVENTS} need a partner."
             )
 
     @property
@@ -118,47 +123,47 @@ class Body:
 
     @property
     def half_height(self) -> float:
-        """Height of the centre above the floor at rest, in metres."""
+        """Height of the centre in metres above the floor, for a body that rests on it."""
         return self.radius * HALF_HEIGHT[self.shape]
 
     @property
     def place(self) -> str:
-        """Where the body stands at frame 0 of a first camera: left, middle or right."""
+        """Place of the body at frame 0, as the camera at frame 0 sees it: left, middle or right."""
         x = self.position[0]
         return "left" if x < -PLACE_BORDER else "right" if x > PLACE_BORDER else "middle"
 
 
-#: Half height of each solid in radii, and half width (edge of the cube, radius of the cylinder).
+#: Half height of each solid in radii; below, half width in radii (half an edge of the cube, radius of the cylinder).
 HALF_HEIGHT = {"ball": 1.0, "cube": 0.85, "cylinder": 1.2}
 HALF_WIDTH = {"ball": 1.0, "cube": 0.85, "cylinder": 0.68}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """A whole scene; with a seed it fixes every pixel of a clip of any length.
+    """A whole scene. It determines every pixel of a clip of any length.
 
     Raises:
-        UserError: no body, more than four, an unknown camera or background, a partner that does not exist, or a
-            `camera_turn` or `camera_start` that no path has.
+        UserError: no body, more than four bodies, an unknown camera or background, a partner that does not exist, a
+            length or frame rate below 1, or a `camera_turn` or `camera_start` that the camera cannot have.
     """
 
     bodies: tuple[Body, ...]
     camera: str = "static"
-    #: How far the camera goes within `num_frames` (or `camera_turn`): radians for pan and orbit, a factor of the
-    #: distance for dolly.
+    #: Camera motion within `num_frames` (or `camera_turn`): radians for pan and orbit, a factor of the distance for
+    #: dolly.
     camera_amount: float = 0.0
     background: str = "grey"
     #: Direction to the light: azimuth and elevation in radians.
     light: tuple[float, float] = (-0.9, 0.95)
     #: Phases of the floor's low-frequency pattern, in radians.
     floor_phase: tuple[float, float] = (0.0, 0.0)
-    #: Length that the motion was planned for; a clip may be longer (bodies turn at walls, the camera goes back).
+    #: Planned length of the motion; a clip may be longer (bodies turn around at walls, the camera returns).
     num_frames: int = 17
     fps: int = FPS
-    #: Frames from one end of the camera's path to the other, for scenes of any length: it then goes to and fro, and
-    #: poses recur bit for bit. None: `num_frames` - 1, and poses recur but for rounding.
+    #: Frames from one end of the camera's path to the other, for scenes of any length: the camera moves to and fro,
+    #: and poses recur bit for bit. None: `num_frames` - 1, and poses recur only up to rounding.
     camera_turn: int | None = None
-    #: Frames of its path that the camera is past at frame 0; goes with `camera_turn`.
+    #: Number of frames of its path that the camera has passed at frame 0; needs `camera_turn`.
     camera_start: int = 0
 
     def __post_init__(self) -> None:
@@ -185,21 +190,22 @@ class Spec:
             or min(self.camera_turn - 1, self.camera_start) < 0
         ):
             raise UserError(
-                f"camera_turn={self.camera_turn}, camera_start={self.camera_start}: whole frames, from 1 and 0 on."
+                f"camera_turn={self.camera_turn}, camera_start={self.camera_start}: give whole frames, at least 1"
+                " and at least 0."
             )
         if self.camera in ("static", "dolly return"):
             raise UserError(
-                f"Camera {self.camera!r} with camera_turn={self.camera_turn}: it goes with pan, orbit, dolly in and"
-                " dolly out."
+                f"Camera {self.camera!r} with camera_turn={self.camera_turn}: only pan, orbit, dolly in and dolly out"
+                " allow camera_turn."
             )
 
     @property
     def held_out(self) -> bool:
-        """Whether any body is a held-out (colour, shape, event)."""
+        """Whether at least one body is a held-out (colour, shape, event)."""
         return any(is_held_out(b.colour, b.shape, b.event) for b in self.bodies)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back."""
+        """Return the JSON form; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
@@ -207,7 +213,7 @@ class Spec:
         """Read the JSON form of `to_dict`.
 
         Raises:
-            UserError: keys or values that no spec has.
+            UserError: unknown or missing keys, or values that a spec cannot have.
         """
         try:
             bodies = tuple(

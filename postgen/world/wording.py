@@ -1,4 +1,7 @@
-"""Other words for a caption: synonyms, sizes, verb forms, so that every word that prompts are read with is trained."""
+"""Alternative wordings of a caption: synonyms, sizes, verb forms.
+
+With them, training covers every word that the world can read in a prompt.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .words import (
 )
 
 UNKNOWN = "<unk>"
-"""What a word that the model does not know becomes."""
+"""Token that replaces a word that the model does not know."""
 
 EVENT_FORMS: dict[str, tuple[str, ...]] = {
     "moves left": ("is moving left", "is {rolling} left", "goes left", "{roll} leftward", "moves leftwards"),
@@ -33,7 +36,7 @@ EVENT_FORMS: dict[str, tuple[str, ...]] = {
     "collides": ("knocks into {other}", "is hitting {other}", "crashes with {other}", "bumps against {other}"),
     "passes behind": ("goes behind {other}", "is moving behind {other}", "is {rolling} behind {other}"),
 }
-"""Readings of the verbs that `world.parse` takes and `world.caption` never writes; {rolling} goes with {roll}."""
+"""Verb forms that `world.parse` reads and `world.caption` never writes; {rolling} is the participle of {roll}."""
 
 _SYNONYMS = {
     name: tuple(word for word, colour in COLOUR_SYNONYMS.items() if colour == name)
@@ -43,14 +46,14 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def captions(spec: Spec, seeds: list[int], synonym_share: float, unknown_share: float = 0.0) -> tuple[str, ...]:
-    """The plainest wording of a scene, and one for each seed, some in other words.
+    """Return the plainest caption of a scene, and one caption for each seed, in part with other words.
 
     Args:
         spec: the scene.
         seeds: any integers.
-        synonym_share: chance of each colour, shape and verb to be said by a word that `world.caption` seldom or never
-            takes, in [0, 1].
-        unknown_share: chance of a stray word (`UNKNOWN`) in a wording, in [0, 1].
+        synonym_share: probability, in [0, 1], that a colour, shape or verb is replaced by a word that `world.caption`
+            rarely or never uses.
+        unknown_share: probability, in [0, 1], that a caption contains a stray word (`UNKNOWN`).
     """
     texts = (caption(spec, seed) for seed in seeds)
     if synonym_share or unknown_share:
@@ -61,7 +64,7 @@ def captions(spec: Spec, seeds: list[int], synonym_share: float, unknown_share: 
 
 
 def reworded(text: str, spec: Spec, synonym_share: float, unknown_share: float, seed: int) -> str:
-    """Say a caption of `world.caption` in other words; `world.parse` still reads the same scene.
+    """Reword a caption of `world.caption`. `world.parse` still reads the same scene from the result.
 
     Args:
         text: the caption.
@@ -90,7 +93,7 @@ def _noun(body: Body) -> str:
 
 
 def _other_verb(text: str, spec: Spec, body: Body, rng: random.Random) -> str:
-    """Replace the phrase that follows a body's noun by one of `EVENT_FORMS`."""
+    """Replace the phrase after a body's noun by one of `EVENT_FORMS`."""
     form = _filled(rng.choice(EVENT_FORMS[body.event]), body)
     for phrase in sorted(EVENT_PHRASES[body.event], key=len, reverse=True):
         before, _, after = _filled(phrase, body).partition("{other}")
@@ -113,7 +116,7 @@ def _filled(phrase: str, body: Body) -> str:
 
 
 def _other_noun(text: str, body: Body, share: float, rng: random.Random) -> str:
-    """Replace colour and shape of a body, and say the size of a medium one."""
+    """Replace the colour and shape of a body by synonyms, and sometimes add the size of a medium body."""
     found = re.search(_noun(body), text)
     if found is None:
         return text
@@ -128,7 +131,7 @@ def _other_noun(text: str, body: Body, share: float, rng: random.Random) -> str:
 
 
 def _other_camera(text: str, move: str, share: float, rng: random.Random) -> str:
-    """Say the move of the camera at the end of a caption by one of `CAMERA_FORMS`, or join it by "while"."""
+    """Replace the camera phrase at the end of a caption by one of `CAMERA_FORMS`, or join it with "while"."""
     before, comma, said = text.rpartition(", ")
     if said not in CAMERA_READINGS[move]:
         return text
@@ -140,7 +143,7 @@ def _other_camera(text: str, move: str, share: float, rng: random.Random) -> str
 
 
 def world_words() -> list[str]:
-    """Every word that captions use and prompts are read with, sorted; "medium-sized" counts as two."""
+    """Return all words of captions and of readable prompts, sorted; "medium-sized" counts as two words."""
     tables = (SHAPE_WORDS, SIZE_WORDS, EVENT_PHRASES, PLACE_PHRASES, CAMERA_READINGS, BACKGROUND_PHRASES, EVENT_FORMS)
     phrases = [phrase for table in tables for phrases in table.values() for phrase in phrases]
     phrases += [*COLOUR_SYNONYMS, *COLOUR_SYNONYMS.values(), *JOINERS]

@@ -1,8 +1,8 @@
-"""The words of the world: one table for writing captions and for reading prompts."""
+"""The words of the world: the same tables are used to write captions and to read prompts."""
 
 from __future__ import annotations
 
-#: First name of each list is the canonical one.
+#: The first word of each entry is the canonical one.
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "ball": ("ball", "sphere"),
     "cube": ("cube", "box", "block"),
@@ -13,7 +13,7 @@ SIZE_WORDS: dict[str, tuple[str, ...]] = {
     "medium": ("medium", "medium-sized"),
     "large": ("large", "big"),
 }
-#: Words that are understood in a prompt besides the eight names; never written in a caption.
+#: Words that a prompt may use instead of the eight colour names; captions never use them.
 COLOUR_SYNONYMS: dict[str, str] = {
     "crimson": "red",
     "scarlet": "red",
@@ -27,8 +27,8 @@ COLOUR_SYNONYMS: dict[str, str] = {
     "magenta": "pink",
 }
 
-#: At least five ways of saying each event. {roll} is "rolls" for a ball and "slides" for the others; {other} is the
-#: partner, {side} the way it goes.
+#: At least five phrases for each event. {roll} becomes "rolls" for a ball and "slides" for the other shapes; {other}
+#: becomes the partner.
 EVENT_PHRASES: dict[str, tuple[str, ...]] = {
     "moves left": (
         "moves left",
@@ -147,7 +147,7 @@ CAMERA_PHRASES: dict[str, tuple[str, ...]] = {
         "the camera comes nearer and goes back",
     ),
 }
-#: Readings of the moves that prompts are read with and `world.caption` never writes.
+#: Camera phrases that prompts may use and `world.caption` never writes.
 CAMERA_FORMS: dict[str, tuple[str, ...]] = {
     "static": ("the camera is still", "the camera is fixed"),
     "pan left": ("the camera pans to the left", "the camera is panning left", "the camera turns to the left"),
@@ -165,7 +165,7 @@ CAMERA_FORMS: dict[str, tuple[str, ...]] = {
 CAMERA_READINGS: dict[str, tuple[str, ...]] = {
     move: (*phrases, *CAMERA_FORMS[move]) for move, phrases in CAMERA_PHRASES.items()
 }
-"""All ways of saying a move of the camera."""
+"""All phrases for each camera move."""
 BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "grey": ("on a grey floor", "on a gray floor", "on grey ground", "over a grey floor", "grey floor"),
     "sand": ("on sand", "on a sandy floor", "on sandy ground", "over a sand floor", "sandy floor"),
@@ -184,7 +184,7 @@ _VERBS = (
     " jump jumps jumping fall falls falling drop drops dropping land lands landing hit hits hitting collide collides"
     " colliding bump bumps into crash crashes knock knocks against behind pass passes passing up down"
 )
-#: Every word besides colours, shapes, sizes and numbers that a prompt may hold without being misunderstood.
+#: All words, besides colours, shapes, sizes and numbers, that a readable prompt may contain.
 KNOWN_WORDS: frozenset[str] = frozenset(
     word
     for table in (EVENT_PHRASES, PLACE_PHRASES)

@@ -63,7 +63,7 @@ def test_fitted_disparity_has_a_least_value():
 
 def test_wrong_input_is_told(true):
     valid = true > 0
-    with pytest.raises(UserError, match="three of one shape"):
+    with pytest.raises(UserError, match="three tensors of the same shape"):
         aligned(true[:1], true, valid)
     with pytest.raises(UserError, match="no pixel is valid"):
         disparity_errors(true, true, ~valid)

@@ -251,7 +251,7 @@ def test_what_does_not_belong_together_is_refused(true: TrueClip) -> None:
     for call, text in (
         (lambda: measure_drift(frames[:9], true), "the true clip has"),
         (lambda: measure_drift(frames, replace(true, disparity=None), disparity=disparity), "needs a true disparity"),
-        (lambda: measure_drift(broken, true), "no finite numbers"),
+        (lambda: measure_drift(broken, true), "must hold finite numbers"),
         (lambda: drift.colour_drift(frames, frames, true.ids), "background must be bool"),
         (lambda: drift.colour_drift(frames, frames, still[:3]), "give \\(F, 3, H, W\\) for both clips"),
         (lambda: drift.colour_drift(frames, frames, still & False), "found none"),

@@ -86,7 +86,7 @@ def test_clips_of_another_form() -> None:
         flicker(torch.zeros(1, 2, 3, 8, 8))
     with pytest.raises(UserError, match="flow must be"):
         warp_error(torch.zeros(1, 2, 3, 8, 8), torch.zeros(1, 2, 2, 8, 8))
-    with pytest.raises(UserError, match="do not suit"):
+    with pytest.raises(UserError, match="at least one block high and wide"):
         motion(torch.zeros(1, 5, 3, 8, 8), block=9)
 
 

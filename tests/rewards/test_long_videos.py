@@ -116,7 +116,7 @@ def test_windows_are_of_any_length_and_of_one_form():
         with pytest.raises(UserError, match="needs windows"):
             check_long(lambda parts=parts: iter(parts), spec)
     once = iter([clip])
-    with pytest.raises(UserError, match="got 9 frames at first and 0 later"):
+    with pytest.raises(UserError, match="got 9 frames at first, then 0"):
         check_long(lambda: once, spec)
     with pytest.raises(UserError, match="workers=-1"):
         check_long(lambda: iter([clip]), spec, workers=-1)

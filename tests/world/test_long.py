@@ -190,7 +190,7 @@ def test_shades_hold_the_colours_of_bodies():
         ({"num_bodies": 4}, "num_bodies must be 1, 2 or 3, not 4"),
         ({"camera": "dolly return"}, "Unknown camera 'dolly return' of a long scene"),
         ({"absence": "sleeps"}, "Known: leaves, hidden"),
-        ({"absence": "hidden", "num_bodies": 1}, "nothing to hide behind"),
+        ({"absence": "hidden", "num_bodies": 1}, "a body hides behind another one"),
         ({"split": "most"}, "Known: train, held_out, all"),
     ],
 )
@@ -207,7 +207,7 @@ def test_long_scenes_that_cannot_be_drawn(arguments, text):
         ({"camera": "pan left", "camera_turn": 4.5}, "whole frames"),
         ({"camera": "pan left", "camera_turn": 4, "camera_start": -1}, "camera_start=-1"),
         ({"camera_turn": 4}, "Camera 'static' with camera_turn=4"),
-        ({"camera": "dolly return", "camera_turn": 4}, "it goes with pan, orbit, dolly in"),
+        ({"camera": "dolly return", "camera_turn": 4}, "only pan, orbit, dolly in"),
     ],
 )
 def test_paths_that_no_camera_takes(arguments, text):

@@ -95,7 +95,7 @@ def test_events_that_fit_a_clip():
         ({"num_frames": 4}, "at least 5 frames"),
         ({"num_bodies": 0}, "num_bodies must be 1, 2 or 3, not 0"),
         ({"num_bodies": 4}, "num_bodies must be 1, 2 or 3, not 4"),
-        ({"event": "explodes"}, "Event 'explodes' .* possible are moves left"),
+        ({"event": "explodes"}, "Event 'explodes' .* possible events are moves left"),
         ({"event": "collides", "num_bodies": 1}, "Event 'collides' with 1 bodies"),
         ({"event": "bounces", "num_frames": 9}, "Event 'bounces' .* in 9 frames"),
         ({"camera": "crane"}, "Unknown camera 'crane'. Known: static"),
@@ -115,9 +115,9 @@ def test_words_that_no_body_has(field, value):
 
 
 def test_partners_that_do_not_fit():
-    with pytest.raises(UserError, match="a partner goes with"):
+    with pytest.raises(UserError, match="need a partner"):
         Body(colour="red", shape="ball", event="stays", partner=1)
-    with pytest.raises(UserError, match="a partner goes with"):
+    with pytest.raises(UserError, match="need a partner"):
         Body(colour="red", shape="ball", event="collides")
     with pytest.raises(UserError, match=r"Body 0 has partner 2, but the bodies are 0\.\.0"):
         Spec(bodies=(Body(colour="red", shape="ball", event="collides", partner=2),))
@@ -140,7 +140,7 @@ def test_specs_that_are_refused():
     ("arguments", "message"),
     [
         ({"split": "bogus"}, "Known: train, held_out, all"),
-        ({"event": "bounces", "camera": "pan left"}, "bodies that stay"),
+        ({"event": "bounces", "camera": "pan left"}, "a camera that moves needs event"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, message):

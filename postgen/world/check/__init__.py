@@ -1,4 +1,7 @@
-"""The exact judge: does a clip show the bodies, colours, shapes and events that were asked for? From pixels alone."""
+"""The exact judge of clips of the world.
+
+From pixels alone, it decides whether a clip shows the requested bodies, colours, shapes and events.
+"""
 
 from .judge import check, check_batch, check_long, find_tracks, find_tracks_long
 from .report import BodyReport, Report

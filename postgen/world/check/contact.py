@@ -1,7 +1,8 @@
-"""Whether bodies stay apart where they meet in the picture: the one in front always shows all of its outline.
+"""Whether two bodies stay separate where they meet in the picture: the front body must show its whole outline.
 
-Where a model lets two bodies run into each other, neither is whole. Of every group that hangs together the body whose
-outline is the least spoilt is taken, so it does not matter which one is in front, or whether they only touch.
+If a model lets two bodies melt into each other, neither outline is whole. The test takes, of every connected group of
+bodies, the body whose outline is least damaged. So it does not matter which body is in front, or whether the bodies
+only touch.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from postgen.world.check.pieces import Piece
 from postgen.world.check.steady import whole
 from postgen.world.check.tracks import Track
 
-#: Misfit of the front body's outline beyond what it has when it stands alone: of a melt, and of a clean contact. Of
-#: the clips that persons looked at, right ones lie up to 0.025 but for one (0.056), melts from 0.026.
+#: Ends of the ramp over the additional misfit of the front body's outline, compared with the same body alone: a melt,
+#: a clean contact. In the clips that people judged by eye, right clips lie below 0.025 with one exception (0.056);
+#: melts start at 0.026.
 _MELT = (0.043, 0.021)
 
 
 def apart(tracks: list[Track]) -> list[float]:
-    """For each body, 1 where it never melts into another one, below 0.5 where it does; values as in `events`.
+    """Return one value per body: 1 if it never melts into another body, below 0.5 if it does; values as in `events`.
 
-    The frame counts in which it is the most spoilt: a melt often lasts for one or two only.
+    The worst frame counts, as a melt often lasts for only one or two frames.
     """
     usual = [_usual(track) for track in tracks]
     spoilt: list[list[float]] = [[0.0] for _ in tracks]
@@ -44,7 +46,7 @@ def apart(tracks: list[Track]) -> list[float]:
 def _covering(
     tracks: list[Track], usual: list[tuple[int, float] | None], frame: int, spoilt: list[list[float]]
 ) -> None:
-    """Where one of two bodies is behind the other one and cannot be seen, add how much that one is spoilt."""
+    """Add the damage of the front body where one of two bodies is hidden completely by the other one."""
     for k, track in enumerate(tracks):
         front = tracks[1 - k].pieces[frame] if len(tracks) == 2 else None
         if track.pieces[frame] is None and any(track.hidden[frame : frame + 1]) and front and not front.touch:
@@ -54,7 +56,7 @@ def _covering(
 
 
 def _usual(track: Track) -> tuple[int, float] | None:
-    """The shape that fits a body best while it stands alone, and its misfit; None where it hardly ever does."""
+    """Return the shape that best fits a body while it stands alone, and its misfit; None if it rarely stands alone."""
     rows = [p.misfit for p in whole(track).values() if p.misfit is not None]
     if len(rows) < 3:
         return None
@@ -63,7 +65,7 @@ def _usual(track: Track) -> tuple[int, float] | None:
 
 
 def _beyond(piece: Piece | None, usual: tuple[int, float] | None) -> float | None:
-    """How much more misfit a piece has than its body alone; None where that cannot be told."""
+    """Return how much a piece's misfit exceeds that of its body alone; None if either is unknown."""
     if piece is None or usual is None or piece.misfit is None or piece.border or piece.merged:
         return None
     return max(0.0, piece.misfit[usual[0]] - usual[1])

@@ -1,8 +1,9 @@
-"""A small network that tells a cube from a body with round sides: a drum, a half cylinder, a squat cylinder.
+"""A small network that separates cubes from bodies with round sides: a drum, a half cylinder, a squat cylinder.
 
-`facets` compares a blob with exact views of boxes and cylinders. What a model draws is often neither: round on one
-side only, or softer than any render. The network has seen such bodies, and cubes of generated clips that persons
-looked at (`postgen.judges.world_edges`). It sees outline and brightness without hue, and the mirror image as well.
+`facets` compares a blob with exact views of boxes and cylinders. The bodies that a model draws are often neither:
+round on one side only, or softer than any render. The network is trained on such bodies, and on cubes of generated
+clips that people judged by eye (`postgen.judges.world_edges`). Its input is the outline and the brightness, without
+hue; it averages over the window and its mirror image.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch.nn import functional
 
 from postgen.tensor_files import read_tensors
 
-#: Cells of a side of its window.
+#: Side of the window in cells.
 CELLS = 32
-#: Root of the area, in pixels, below which the autoencoder alone makes cubes round, and below which that is sure; so
-#: much is taken from the logit then.
+#: Bodies whose root of the area, in pixels, is below `_SMALL` may look round because of the autoencoder alone; below
+#: `_TINY` they surely do. `_LESS` is the largest amount that is subtracted from their logit.
 _SMALL, _TINY, _LESS = 15.0, 12.0, 4.0
 WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "world-edges" / "model.safetensors"
 
 
 class EdgeNet(nn.Module):
-    """Windows (N,2,CELLS,CELLS) of soft outline and brightness -> logits (N,), above 0 for round."""
+    """Classifier from windows (N,2,CELLS,CELLS) of soft outline and brightness to logits (N,); above 0 means round."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,13 +42,18 @@ class EdgeNet(nn.Module):
         self.say = nn.Sequential(nn.Linear(48 * 16, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def forward(self, window: Tensor, dropped: float = 0.0) -> Tensor:
-        """See the class; `dropped` is the part of the features that is left out while it learns."""
+        """Return the logits (N,) of windows (N,2,CELLS,CELLS).
+
+        Args:
+            window: soft outline and brightness.
+            dropped: dropout probability of the features during training.
+        """
         result: Tensor = self.say(functional.dropout(self.see(prepared(window)), dropped, dropped > 0))[:, 0]
         return result
 
 
 def prepared(window: Tensor) -> Tensor:
-    """Outline, and brightness within it over its mean."""
+    """Return the network's input: the outline, and the brightness within it relative to its mean."""
     mask, bright = window[:, :1], window[:, 1:]
     mean = (mask * bright).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp_min(1e-3)
     shade = mask * (bright / mean.clamp_min(1e-3) - 1)
@@ -56,16 +62,19 @@ def prepared(window: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def network(device: str) -> EdgeNet:
-    """The shipped network."""
+    """Return the shipped network on a device, in evaluation mode."""
     net = EdgeNet()
     net.load_state_dict({name: value.float() for name, value in read_tensors(WEIGHTS).items()})
     return net.requires_grad_(False).eval().to(device)
 
 
 def roundness(window_N2CC: Tensor, area_N: Tensor) -> Tensor:
-    """Mean logit of windows and of their mirror images (N,): below 0 for a cube, above it for one with round sides.
+    """Return the mean logit of windows and their mirror images (N,): below 0 for a cube, above 0 for round sides.
 
-    `area_N` is in pixels: the smaller a body, the less it is held to be round.
+    Args:
+        window_N2CC: soft outline and brightness.
+        area_N: area in pixels. The logit of a small body is lowered, as the autoencoder alone makes small cubes look
+            round.
     """
     net = network(str(window_N2CC.device))
     two: Tensor = net(torch.cat((window_N2CC, window_N2CC.flip(-1)))).unflatten(0, (2, -1)).mean(0)

@@ -1,4 +1,4 @@
-"""What a body does, from its way through the picture. Every test gives a value in [0,1]; 0.5 and more is "yes"."""
+"""Events of one body, from its trajectory in the picture. A test returns a value in [0,1]; 0.5 or more means yes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from postgen.world.check.tracks import Track
 
 
 def ramp(value: float, low: float, high: float) -> float:
-    """0 at `low`, 1 at `high`, linear between (either may be the larger one)."""
+    """Return 0 at `low`, 1 at `high` and linear values between; `low` may be larger than `high`.
+
+    Constants of the judge that are the ends of a ramp have this order: (low, high).
+    """
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 @dataclass
 class Way:
-    """A track in units of the body's own size (root of its area): x right, y down, and s the log of its size.
+    """Trajectory of a body in units of its own size (root of its area): x right, y down, s the log of its size.
 
-    `count` is the length of the clip, `step` the largest move from a frame to the next in allowed steps (above 1: it
-    was elsewhere at once), `seen` the share of frames in which it is there. What several events ask for is worked out
-    once.
+    `count` is the number of frames of the clip. `step` is the largest move from a frame to the next, relative to the
+    allowed one (above 1 the body jumped). `seen` is the share of frames in which the body is present. Quantities that
+    several events need are cached.
     """
 
     x: list[float]
@@ -34,11 +37,11 @@ class Way:
     count: int
     step: float
     seen: float
-    #: Root of its area in picture sizes.
+    #: Root of the body's area, relative to the picture.
     size: float = 0.2
-    #: Largest turn of the way from a frame to the next (second difference of x), in units of the size.
+    #: Largest second difference of x over consecutive frames, in units of the size.
     turn: float = 0.0
-    #: How far the body's own shadow reaches below it at the end, and where it is lowest, in units of the size.
+    #: How far the body's own shadow extends below it at the end and at its lowest position, in units of the size.
     end_shade: float = 0.0
     low_shade: float = 0.0
 
@@ -59,40 +62,44 @@ class Way:
 
     @cached_property
     def order_x(self) -> float:
-        """How steadily it goes to the right, in [-1,1]."""
+        """How steadily the body moves to the right, in [-1,1]."""
         return order(self.x)
 
     @cached_property
     def order_s(self) -> float:
-        """How steadily it grows, in [-1,1]."""
+        """How steadily the body grows, in [-1,1]."""
         return order(self.s)
 
     @cached_property
     def steady(self) -> float:
-        """1 for a body that is always there and never leaps."""
+        """1 for a body that is always present and never jumps."""
         return min(ramp(self.step, 1.2, 0.8), ramp(self.seen, 0.5, 0.9), ramp(self.turn, 0.5, 0.25))
 
     def runs(self, value: Sequence[float], sign: float) -> float:
-        """Whether a value goes one way all the time: neither at one stroke nor back in between; in [0,1]."""
+        """Return in [0,1] whether a value changes in one direction all the time.
+
+        The value is low if one step makes most of the change, or if the change goes back in between.
+        """
         steps = [sign * (b - a) for a, b in pairwise(value)]
         total = sum(steps)
         if total <= 0:
             return 0.0
         back = sum(-step for step in steps if step < 0)
-        # One of n equal steps is 1 / n; a step over a gap counts as one too.
+        # One of n equal steps is 1 / n of the change; a step across missing frames counts as one step too.
         most = max(0.35, 2.2 / len(steps))
         return min(ramp(back / total, 0.45, 0.15), ramp(max(steps) / total, most + 0.15, most))
 
     @property
     def needed(self) -> float:
-        """Part of the full move that a short clip has time for, and a very large body has room for."""
+        """Share of the full move that is required: less for a short clip and for a very large body."""
         return min(1.0, (self.count - 1) / 8, 0.27 / self.size)
 
 
 def ways(track: Track) -> list[Way]:
-    """The way through all frames where the body is seen and, if those are most, where it is nearly whole or clean.
+    """Return the trajectory over several choices of frames, so that a test can use the best one.
 
-    Something that passes in front moves the centroid of what is left, so a test may take the best one.
+    The choices are: all frames in which the body is visible; and those in which it is nearly whole, clean, or not
+    merged, if there are enough of them. A body that passes in front moves the centroid of the visible part.
     """
     visible = track.visible
     least = 0.65 * large([p.area for p in track.pieces if p is not None])
@@ -106,7 +113,7 @@ def ways(track: Track) -> list[Way]:
 
 
 def way(track: Track, frames: list[int]) -> Way:
-    """The way of a track through the given frames, in each of which it is seen."""
+    """Return the trajectory of a track over the given frames; the body must be visible in each of them."""
     pieces = [p for p in (track.pieces[f] for f in frames) if p is not None]
     area = [p.area for p in pieces]
     size = math.sqrt(median(area))
@@ -126,13 +133,16 @@ def way(track: Track, frames: list[int]) -> Way:
 
 
 def _turn(frames: list[int], x: list[float]) -> float:
-    """Largest second difference of x over three frames in a row."""
+    """Return the largest second difference of x over three consecutive frames."""
     rows = zip(frames, frames[2:], x, x[1:], x[2:], strict=False)
     return max((abs(a - 2 * b + c) for f, g, a, b, c in rows if g == f + 2), default=0.0)
 
 
 def _shades(track: Track, size: float) -> dict[str, float]:
-    """How far the shadow reaches below the body in the last frames and in the lowest ones; 0 where none is seen."""
+    """Return how far the shadow extends below the body, in the last frames and in the lowest frames.
+
+    The values are 0 if no shadow is visible.
+    """
     rows = [(p.y, s) for p, s in zip(track.pieces, track.shade, strict=False) if p is not None and s is not None]
     seen = [p.y for p in track.pieces if p is not None]
     if not rows or not seen:
@@ -142,32 +152,35 @@ def _shades(track: Track, size: float) -> dict[str, float]:
     low, high = max(seen), min(seen)
     deepest = [y for y in seen if y >= low - 0.08 * (low - high)]
     near = [s for y, s in rows if y >= low - 0.08 * (low - high)]
-    # A lowest frame without a shadow below is one on the ground.
+    # If a shadow is missing in one of the lowest frames, the body is on the ground there.
     least = 0.0 if len(near) < len(deepest) else min(near)
     return {"end_shade": end / size, "low_shade": least / size}
 
 
 def large(values: Sequence[float]) -> float:
-    """85th percentile, linear between the neighbours."""
+    """Return the 85th percentile, with linear interpolation."""
     ranked = sorted(values)
     place = 0.85 * (len(ranked) - 1)
     low = math.floor(place)
     if low + 1 >= len(ranked):
         return ranked[-1]
     part, gap = place - low, ranked[low + 1] - ranked[low]
-    # From the nearer neighbour, so that it is exact at both.
+    # Interpolated from the nearer neighbour, so that the result is exact at both.
     return ranked[low + 1] - gap * (1 - part) if part >= 0.5 else ranked[low] + gap * part
 
 
 def _net(value: Sequence[float]) -> float:
-    """Last against first, two values each where there are enough."""
+    """Return the last value minus the first; with at least 9 values, the mean of two values at each end."""
     if len(value) < 9:
         return value[-1] - value[0]
     return (value[-2] + value[-1]) / 2 - (value[0] + value[1]) / 2
 
 
 def order(value: Sequence[float]) -> float:
-    """Rank correlation with time in [-1,1], equal values with their mean rank; of two the sign of their difference."""
+    """Return the rank correlation of values with time, in [-1,1]; equal values get the mean of their ranks.
+
+    For two values, the result is the sign of their difference.
+    """
     n = len(value)
     if n < 3:
         return sign_of(value[-1] - value[0]) if n == 2 else 0.0
@@ -184,17 +197,17 @@ def order(value: Sequence[float]) -> float:
 
 
 def sign_of(value: float) -> float:
-    """-1, 0 or 1."""
+    """Return the sign of a number: -1, 0 or 1."""
     return float((value > 0) - (value < 0))
 
 
 def spread(value: Sequence[float]) -> float:
-    """Largest less smallest."""
+    """Return the largest value minus the smallest."""
     return max(value) - min(value)
 
 
 def moves(w: Way, sign: float) -> float:
-    """Goes to the right (sign 1) or left (-1) at one distance and height."""
+    """Return whether the body moves right (sign 1) or left (-1) at constant distance and height."""
     far = w.needed * 0.55
     return min(
         ramp(sign * w.dx, 0.0, 2 * far),
@@ -207,7 +220,7 @@ def moves(w: Way, sign: float) -> float:
 
 
 def approaches(w: Way, sign: float) -> float:
-    """Comes closer (sign 1: grows and goes down the picture) or goes away (-1)."""
+    """Return whether the body comes closer (sign 1: it grows and moves down the picture) or moves away (-1)."""
     far = min(1.0, (w.count - 1) / 8) * 0.11
     return min(
         ramp(sign * w.ds, 0.0, 2 * far),
@@ -219,17 +232,18 @@ def approaches(w: Way, sign: float) -> float:
 
 
 def stays(w: Way) -> float:
-    """Rests where it is."""
+    """Return whether the body stays where it is."""
     far = max(spread(w.x), spread(w.y))
     return min(ramp(far, 0.45, 0.05), ramp(spread(w.s), 0.25, 0.05), w.steady)
 
 
-#: How far below a body its shadow ends, in units of its size: above the ground, and on it.
+#: Ends of the ramp over the distance from a body down to the end of its shadow, in units of the body's size: above the
+#: ground, on the ground.
 _HANGING = (0.42, 0.18)
 
 
 def falls(w: Way) -> float:
-    """Goes down, never up again, and rests on the ground at the end."""
+    """Return whether the body moves down, never up again, and rests on the ground at the end."""
     drop = max(w.y) - w.y[0]
     steps = np.diff(w.y)
     rise = float(np.maximum(-steps, 0.0).sum())
@@ -246,7 +260,7 @@ def falls(w: Way) -> float:
 
 
 def bounces(w: Way) -> float:
-    """Goes down and up again at least once, not more often than gravity lets it."""
+    """Return whether the body moves down and up again at least once, and not more often than gravity allows."""
     height = spread(w.y)
     turns = _turns(w.y, 0.25 * height)
     down_first = len(turns) > 1 and turns[1] > turns[0]
@@ -263,7 +277,10 @@ def bounces(w: Way) -> float:
 
 
 def _turns(value: Sequence[float], least: float) -> list[float]:
-    """Values at the turning points of a curve whose swings below `least` do not count, first and last included."""
+    """Return the values at the turning points of a curve, including the first and the last value.
+
+    Swings smaller than `least` do not count.
+    """
     points, direction = [value[0]], 0
     for v in value[1:]:
         if direction and (v - points[-1]) * direction > 0:
@@ -287,7 +304,7 @@ SINGLE: dict[str, Callable[[Way], float]] = {
 
 
 def place(track: Track, name: str | None) -> float:
-    """Whether a body is where it should be in its first frame: in the left, the middle or the right of the picture."""
+    """Return whether a body is in the named part of the picture (left, middle, right) when it is first visible."""
     if name is None:
         return 1.0
     x = next(p.x for p in track.pieces if p is not None) - 0.5
@@ -295,7 +312,7 @@ def place(track: Track, name: str | None) -> float:
 
 
 def heads(track: Track, side: str | None) -> float:
-    """Whether a body goes to that side on the whole."""
+    """Return whether the net move of a body is towards the named side."""
     if side is None:
         return 1.0
     sign = 1.0 if side == "right" else -1.0
@@ -303,7 +320,10 @@ def heads(track: Track, side: str | None) -> float:
 
 
 def heading(w: Way, event: str) -> float:
-    """Whether the net move has the asked direction, however far it goes: the test `direction` of the four moves."""
+    """Return whether the net move has the requested direction, however far the body moves.
+
+    This is the test `direction` of the four moves.
+    """
     if event in ("moves left", "moves right"):
         sign = 1.0 if event == "moves right" else -1.0
         main = ramp(abs(w.dx) / max(abs(w.dy), 1e-6), 0.5, 1.5)

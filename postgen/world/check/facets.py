@@ -1,8 +1,9 @@
-"""Round or edged: whether a blob is better explained by an upright cylinder or by an upright box, of many heights.
+"""Round or edged: whether an upright cylinder or an upright box explains a blob better, over many heights.
 
-`shapes` tells the world's solids apart by their proportions too, and a squat cylinder has those of a cube. What it has
-not are corners, a straight foot, and sides that are of one shade each. Such things are small beside an outline that is
-a little off its place, too large or too soft, so these three are taken out of the misfit.
+`shapes` also separates the world's solids by their proportions, and a squat cylinder has the proportions of a cube.
+But it has no corners, no straight foot and no sides of one shade each. These features are small compared with the
+misfit of an outline that is slightly displaced, too large or too soft. Therefore the misfit does not count these three
+deviations.
 """
 
 from __future__ import annotations
@@ -18,30 +19,37 @@ from postgen.world.check.shapes import BLURS, GRID, WINDOW, blurred, by_blur, fr
 from postgen.world.raycast import FAR, Solids, camera_rays, nearest, normals
 from postgen.world.spec import HALF_HEIGHT, HALF_WIDTH, SHAPES
 
-#: Height over width; the first box is the world's cube.
+#: Ratios of height to width; the first box is the world's cube.
 _BOXES = (1.0, 0.85, 1.2, 1.5, 1.8)
 _CYLINDERS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.55, 1.8)
-#: How far from above, in radians.
+#: Angles of the view from above, in radians.
 _PITCH = (0.04, 0.12, 0.20, 0.28, 0.37, 0.46, 0.58)
 _YAWS = 16
 _DISTANCE, _RENDER = 5.0, 96
-#: Views that are rendered together.
+#: Number of views that are rendered together.
 _PART = 32
-#: Weight of the brightness that is not explained, squared, beside the misfit of the outline.
+#: Weight of the squared unexplained brightness, relative to the misfit of the outline.
 _SHADING = 0.3
 
 
 @functools.lru_cache(maxsize=8)
 def templates(device: str, shape: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of boxes ("cube") or cylinders, rendered by the world's own ray caster from 5 m: heights, pitches, yaws.
+    """Return views of boxes ("cube") or cylinders, rendered by the world's ray caster from 5 m.
 
-    Bases of the outlines (blurs,P,T,5) and of the shading (blurs,T,P,4), with orthonormal columns, and inner pixels
-    (T,P); T views, P pixels of a window.
+    The views cover all combinations of heights, pitches and yaws.
+
+    Args:
+        device: device of the result.
+        shape: "cube" or "cylinder".
+
+    Returns:
+        Bases of the outlines (blurs,P,T,5) and of the shading (blurs,T,P,4), with orthonormal columns, and inner
+            pixels (T,P); T views, P pixels per window.
     """
     yaws = (torch.arange(_YAWS) - _YAWS // 2) * (math.pi / 2 / _YAWS) if shape == "cube" else torch.zeros(1)
     heights = torch.tensor(_BOXES if shape == "cube" else _CYLINDERS) * HALF_WIDTH[shape] / HALF_HEIGHT[shape]
     stretch, pitch, yaw = (v.flatten() for v in torch.meshgrid(heights, torch.tensor(_PITCH), yaws, indexing="ij"))
-    # Some views at a time: all of them at once would take 1 GB.
+    # The views are rendered in parts, as all of them at once would take 1 GB.
     views = zip(stretch.split(_PART), pitch.split(_PART), yaw.split(_PART), strict=True)
     outline, shade, inner = zip(*(_rendered(shape, *part) for part in views), strict=True)
     return torch.cat(outline, 2).to(device), torch.cat(shade, 1).to(device), torch.cat(inner).to(device)
@@ -61,7 +69,7 @@ def _rendered(shape: str, stretch: Tensor, pitch: Tensor, yaw: Tensor) -> tuple[
         [(every, torch.zeros_like(every)) if k == kind else (none, none) for k in range(len(SHAPES))],
     )
     ray = camera_rays(rotation, _RENDER, 1)
-    # Space is pressed instead of the body stretched: what is upright or level stays so, and with it the normals.
+    # Space is compressed instead of stretching the body: vertical and horizontal faces keep their normals.
     ray = ray[0], ray[1], ray[2] / stretch[:, None]
     origin = zero, -_DISTANCE * cos, _DISTANCE * sin / stretch[:, None]
     t, slot = nearest(origin, ray, solids)
@@ -77,7 +85,7 @@ def _rendered(shape: str, stretch: Tensor, pitch: Tensor, yaw: Tensor) -> tuple[
 
 
 def _outline(soft_TGG: Tensor, sharp_T1GG: Tensor, blur: float) -> Tensor:
-    """Basis (P,T,5) of an outline, and of how it changes when it is moved, made larger, or softer."""
+    """Return a basis (P,T,5) of an outline and of its changes when it is moved, enlarged or softened."""
     around = functional.pad(soft_TGG, (1, 1, 1, 1))
     dx, dy = around[:, 1:-1, 2:] - around[:, 1:-1, :-2], around[:, 2:, 1:-1] - around[:, :-2, 1:-1]
     v, u = torch.meshgrid(*((torch.arange(GRID) + 0.5) / GRID * 2 - 1 for _ in range(2)), indexing="ij")
@@ -88,10 +96,13 @@ def _outline(soft_TGG: Tensor, sharp_T1GG: Tensor, blur: float) -> Tensor:
 
 
 def roundness(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
-    """How much rather a cylinder of any height explains blobs in their `shapes.windows` than a cube, and a box (N,2).
+    """Return how much better a cylinder of any height explains blobs than a cube, and than a box of any height (N,2).
 
-    Difference of the least misfits of outline and shading over their sum, in [-1,1]: below 0 for a cube, or a box of
-    any height. The fewer pixels a body has, the nearer to 0.
+    A value is the difference of the least misfits (outline and shading), divided by their sum, in [-1,1]. It is below
+    0 for a cube, or for a box of any height. Values of bodies with few pixels are closer to 0.
+
+    Args:
+        mask_NP, bright_NP, blur_N: windows of the blobs, from `shapes.windows`.
     """
     device = str(mask_NP.device)
     box, cylinder = (
@@ -105,7 +116,7 @@ def roundness(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
 
 
 def _least(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor, device: str, shape: str) -> Tensor:
-    """Least misfit of blobs with the views of each height (N,heights)."""
+    """Return the least misfit of blobs with the views of each height (N,heights)."""
     outline, shade, inner = templates(device, shape)
     heights = len(_BOXES if shape == "cube" else _CYLINDERS)
     least = mask_NP.new_empty(len(mask_NP), heights)

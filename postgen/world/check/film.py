@@ -1,8 +1,8 @@
-"""Whether the camera moves as it should: the flow of the ground against the exact one of such a path.
+"""Whether the camera moves as requested: the flow of the ground against the exact flow of the requested path.
 
-Where the camera goes along the asked path by `a` times the usual way, the brightness of the ground changes from one
-frame to the next by -a (gradient . flow); `a` is the least-squares answer over the whole clip. Bodies and what is
-around them are left out, so a body that goes by does not count as a camera that pans.
+If the camera follows the requested path by `a` times the usual distance, the brightness of the ground changes from one
+frame to the next by -a (gradient . flow); `a` is the least-squares solution over the whole clip. Bodies and their
+surroundings are excluded, so a body that moves by does not count as a camera pan.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from postgen.world.camera import FOCAL, camera_path
 from postgen.world.spec import Body, Spec
 
 _GRID = 48
-#: The usual way within a clip: the middle of what the world plans.
+#: Usual amount of the camera motion within a clip: the middle of the world's range.
 _AMOUNT = {"pan": 0.16, "orbit": 0.475, "dolly": 0.25}
 _KINDS = ("pan left", "orbit left", "dolly in", "dolly return")
-#: Rows below the horizon, where there is a ground to look at.
+#: Number of rows at the top that are skipped, as they show no ground.
 _TOP = 8
-#: Frames of a clip whose flow is kept for the next one.
+#: Largest length of a clip whose flow is cached for the next clip.
 _KEPT = 512
 
 
 def flow(camera: str, frames: int, low: int = 0, high: int | None = None) -> Tensor:
-    """Flow of the ground (F-1,2,GRID,GRID) in cells a frame, along the usual way of such a camera in so many frames.
+    """Return the flow of the ground (F-1,2,GRID,GRID) in cells per frame, for a camera that moves the usual distance.
 
     Args:
         camera: as in a `Spec`.
-        frames: of the whole clip.
-        low, high: which of the frame pairs are returned; None ends with the last one.
+        frames: length of the whole clip.
+        low, high: range of the frame pairs to return; None for `high` means the last one.
     """
     if frames <= _KEPT:
         return _flow(camera, frames, 0, frames - 1)[low:high]
@@ -63,7 +63,10 @@ def _flow(camera: str, frames: int, low: int, high: int) -> Tensor:
 
 
 def filmed(pictures_M3HW: Tensor, body_MHW: Tensor, cameras: Sequence[str]) -> list[float | None]:
-    """Way of the camera of each clip in parts of the usual one; less where another path explains the flow better."""
+    """Return the camera's distance along the requested path for each clip, relative to the usual distance.
+
+    The value is lower if another path explains the flow better. It is None for a static camera.
+    """
     frames = len(pictures_M3HW) // len(cameras)
     result: list[float | None] = [None] * len(cameras)
     for row, camera in enumerate(cameras):
@@ -76,11 +79,11 @@ def filmed(pictures_M3HW: Tensor, body_MHW: Tensor, cameras: Sequence[str]) -> l
 
 
 class Film:
-    """The flow of one clip, from its pictures in windows that follow each other.
+    """Estimate of the camera motion of one clip, from consecutive windows of its pictures.
 
     Args:
-        camera: the asked path.
-        frames: of the whole clip.
+        camera: the requested path.
+        frames: length of the whole clip.
     """
 
     def __init__(self, camera: str, frames: int) -> None:
@@ -88,11 +91,11 @@ class Film:
         self._last: tuple[Tensor, Tensor] | None = None
         self._pairs = 0
         self._total = 0.0
-        #: Squares of the change along each path, and their product with the change that there was.
+        #: Sum of squares of the predicted change along each path, and sum of its products with the observed change.
         self._power, self._product = (dict.fromkeys(_KINDS, 0.0) for _ in range(2))
 
     def add(self, pictures_F3HW: Tensor, body_FHW: Tensor) -> None:
-        """Look at the next frames, and what in them belongs to a body."""
+        """Add the next frames, and the mask of their body pixels."""
         small = _soft(functional.adaptive_avg_pool2d(pictures_F3HW, _GRID))
         body = functional.adaptive_max_pool2d(body_FHW.float()[:, None], _GRID)
         free = 1 - functional.max_pool2d(body, 9, 1, 4)
@@ -121,7 +124,7 @@ class Film:
             self._product[kind] += float((weight[:, None] * along * change).sum())
 
     def way(self) -> float:
-        """Return the way of the camera, as `filmed`."""
+        """Return the camera's distance along the requested path, as in `filmed`."""
         camera = self.camera
         best, own, way = 0.0, 0.0, 0.0
         for kind in _KINDS:
@@ -132,7 +135,7 @@ class Film:
                 own, way = held, amount if camera == kind else -amount
             else:
                 best = max(best, held)
-        # A path that another one explains better is not the path that was asked for.
+        # If another path explains the flow better, the camera does not follow the requested path.
         return way * min(1.0, own / max(best, 1e-9))
 
 

@@ -1,9 +1,10 @@
-"""What is not a coloured body: the colour of the ground, and spots on it that are shadows or things of no colour.
+"""Everything that is not a coloured body: the colour of the ground, and spots on it.
 
-The ground and the sky are smooth along a row and all light is white, so each row of a picture is a cubic in x but for
-bodies and shadows, and a shadow darkens all three channels alike, to between a third and nine tenths.
+Spots are shadows or grey objects. Ground and sky are smooth along a row, and all light is white. So each row of a
+picture is a cubic polynomial in x, except for bodies and shadows. A shadow darkens all three channels equally, to
+between a third and nine tenths.
 
-Suffixes: M pictures, S spots of a picture, G rows and columns of a coarse picture.
+Suffixes: M pictures, S spots per picture, G rows and columns of a coarse picture.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from torch.nn import functional
 
 from postgen.world.check.segment import label
 
-#: What is said of a spot, in parts of the picture: `odd` is the area that no shadow explains.
+#: Columns of a spot, relative to the picture; `odd` is the area that no shadow explains.
 SPOT_COLUMNS = ("area", "odd", "x", "y", "x0", "y0", "x1", "y1")
 SPOTS = 8
 _GRID = 48
-#: A spot differs from the ground by these parts of its brightness, and of its colour.
+#: Smallest relative differences between a spot and the ground, in brightness and in colour.
 _LEVEL, _TINT = 0.10, 0.055
 _SHADOW = (0.28, 0.92)
-#: Saturation from which the ground's own colour is taken out of the picture before bodies are looked for.
+#: Saturation at which the ground's own colour starts to be removed before the search for bodies, and is fully removed.
 _COLOURED = (0.22, 0.30)
-#: Bits of a value in [0,2) that are counted first, and then.
+#: Numbers of bits of a value in [0,2) that the first and the second pass count.
 _HIGH, _LOW = 16, 15
 
 
 def balance(pictures_M3HW: Tensor, frames: int) -> Tensor | None:
-    """Gains (M,3,1,1) that turn a ground of full colour grey; None where no clip has one."""
+    """Return gains (M,3,1,1) that turn a strongly coloured ground grey; None if no clip has such a ground."""
     tone = edges(pictures_M3HW).unflatten(0, (-1, frames)).movedim(1, 2).flatten(2).median(-1).values
     gain = _gain(tone)
     return None if gain is None else gain.repeat_interleave(frames, 0)[:, :, None, None]
 
 
 def edges(pictures_M3HW: Tensor) -> Tensor:
-    """The pixels (M,3,E) at the sides and the foot of pictures, where there is most likely nothing but ground."""
+    """Return the pixels (M,3,E) at the sides and the bottom of pictures, which most likely show only ground."""
     height, width = pictures_M3HW.shape[-2:]
     side = max(2, width // 12)
     low = pictures_M3HW[:, :, height // 3 :]
@@ -45,9 +46,13 @@ def edges(pictures_M3HW: Tensor) -> Tensor:
 
 
 def balance_along(windows: Callable[[], Iterator[Tensor]]) -> Tensor | None:
-    """As `balance`, for the pictures of one clip in windows (F,3,H,W), which are gone through once or twice: (3,1,1).
+    """Return the gain (3,1,1) of one clip as `balance` does, from windows (F,3,H,W).
 
-    The median is exact: values are counted by the upper half of their bits, then by the lower half.
+    The median is exact: a first pass counts the upper half of the values' bits, a second pass the lower half. The
+    second pass is skipped for a ground without a strong colour.
+
+    Args:
+        windows: function that returns the windows of the clip from its start, at each call.
     """
     counts = torch.zeros(3, 2**_HIGH, dtype=torch.long)
     for pictures in windows():
@@ -57,7 +62,7 @@ def balance_along(windows: Callable[[], Iterator[Tensor]]) -> Tensor | None:
     high = (below <= place[:, None]).sum(1)
     least, most = (_floats(bits) for bits in (high << _LOW, (high << _LOW) + 2**_LOW - 1))
     if float((most.amax() - least.amin()) / least.amax().clamp_min(1e-3)) <= _COLOURED[0]:
-        return None  # a second look would not change that
+        return None  # a second pass would not change that
     inner = torch.zeros(3, 2**_LOW, dtype=torch.long)
     for pictures in windows():
         bits = _bits(edges(pictures))
@@ -69,8 +74,8 @@ def balance_along(windows: Callable[[], Iterator[Tensor]]) -> Tensor | None:
 
 
 def _bits(edges_F3E: Tensor) -> Tensor:
-    """The bits (3,N) of values that are not negative, which have the order of the values."""
-    flat = (edges_F3E.movedim(1, 0).flatten(1) + 0.0).contiguous().cpu()  # -0.0 has other bits
+    """Return the bits (3,N) of non-negative values; as integers they have the order of the values."""
+    flat = (edges_F3E.movedim(1, 0).flatten(1) + 0.0).contiguous().cpu()  # + 0.0 as -0.0 has other bits
     return flat.view(torch.int32).long()
 
 
@@ -92,7 +97,10 @@ def _gain(tone_B3: Tensor) -> Tensor | None:
 
 
 def find_spots(pictures_M3HW: Tensor, body_MHW: Tensor) -> Tensor:
-    """Spots (M,SPOTS,8) off the bodies, the largest first, columns as `SPOT_COLUMNS`; area 0 where there is none."""
+    """Return the spots (M,SPOTS,8) outside the bodies, the largest first.
+
+    The columns are `SPOT_COLUMNS`. Unused entries have area 0.
+    """
     reach = 2 * round(2 * pictures_M3HW.shape[-1] / 96) + 1
     body = functional.max_pool2d(body_MHW.float()[:, None], reach, 1, reach // 2)
     body = functional.adaptive_max_pool2d(body, _GRID)[:, 0] > 0
@@ -107,13 +115,13 @@ def find_spots(pictures_M3HW: Tensor, body_MHW: Tensor) -> Tensor:
 
 
 def _ground(small_M3GG: Tensor, free_MGG: Tensor) -> Tensor:
-    """The ground without anything on it: a cubic in x for each row, fitted with little weight to what stands out."""
+    """Return the ground without objects: one cubic in x per row, fitted robustly so that objects get little weight."""
     x = torch.linspace(-1, 1, _GRID, device=small_M3GG.device)
     basis = torch.stack((torch.ones_like(x), x, 1.5 * x**2 - 0.5, 2.5 * x**3 - 1.5 * x))
     products = (basis[:, None] * basis[None]).flatten(0, 1)
     rows = small_M3GG.movedim(1, 2)
     masked = torch.where(free_MGG[:, :, None], rows, torch.nan)
-    # What stands on a row mostly darkens it, so well above the middle.
+    # Objects on a row mostly darken it, so the start value is well above the median.
     middle = masked.nanquantile(0.8, -1, keepdim=True).nan_to_num(0.5)
     fitted = middle.expand_as(rows)
     ridge = torch.diag(torch.tensor([1e-2, 0.5, 1.0, 1.0], device=x.device))
@@ -121,7 +129,7 @@ def _ground(small_M3GG: Tensor, free_MGG: Tensor) -> Tensor:
         far = ((rows - fitted) / fitted.clamp_min(0.05)).abs().amax(2)
         weight = free_MGG / (1 + (far / width) ** 2) ** 2
         normal = _with_neighbours((weight @ products.T).unflatten(-1, (4, 4))) + ridge
-        # Of the rest after the row's middle, so that the small ridge pulls towards a row of one colour.
+        # Fit the difference from the row's start value, so that the small ridge pulls towards a row of one colour.
         right = _with_neighbours(torch.einsum("mgcx,mgx,kx->mgkc", rows - middle, weight, basis))
         fitted = middle + torch.einsum("mgkc,kx->mgcx", torch.linalg.solve(normal, right), basis)
     ground: Tensor = fitted.movedim(2, 1)
@@ -129,7 +137,7 @@ def _ground(small_M3GG: Tensor, free_MGG: Tensor) -> Tensor:
 
 
 def _with_neighbours(x_MGKL: Tensor) -> Tensor:
-    """Each row and two above and below it: a row that is mostly covered takes the form of theirs."""
+    """Sum each row with two rows above and two below, so that a row that is mostly covered uses its neighbours."""
     rows = x_MGKL.flatten(2).mT
     summed: Tensor = (5 * functional.avg_pool1d(rows, 5, 1, 2)).mT.unflatten(2, x_MGKL.shape[2:])
     return summed

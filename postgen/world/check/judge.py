@@ -1,4 +1,4 @@
-"""The judge: what a clip shows against what was asked for."""
+"""The judge: compares what a clip shows with what the prompt or scene requests."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from postgen.world.check.workers import pool_of
 from postgen.world.reading import Reading
 from postgen.world.spec import Spec
 
-#: Clips looked at together, and most pixels of them; more are faster on a GPU and take memory, 110 bytes a pixel.
+#: Largest number of clips, and of their pixels, that are processed together; more are faster on a GPU but need memory:
+#: 110 bytes per pixel.
 _AT_ONCE = {"cpu": (16, 2**23), "cuda": (64, 2**26)}
-#: Most pixels of one clip that are looked at at once. A longer one is gone through in windows.
+#: Largest number of pixels of one clip that is processed at once. A larger clip is processed in windows.
 _ONE = {"cpu": 2**21, "cuda": 2**24}
 
 
 def check(frames: Tensor, spec_or_prompt: Spec | str | Reading) -> Report:
     """Judge one clip against a scene or a prompt, from its pixels alone.
 
-    Judged are the number of bodies, their colour, shape and event, where the prompt puts them and which way they go;
-    that each is the same thing in every frame, with nothing beside it but shadows; and the camera where one is asked
-    for (the events are not judged then). Not judged are the sizes, the floor, the light and the exact layout of a
-    spec; a prompt that names a size or a floor, denies something or holds unknown words has clauses that cannot be
-    judged (`Report.clauses`), and no clip of it is `all_right`.
+    The judge checks the number of bodies; their colour, shape and event; their place and direction, if the prompt
+    gives them; that each body stays the same object in every frame; that nothing else is visible except shadows; and
+    the camera move, if one is requested (events are not judged in that case). It does not judge sizes, the floor, the
+    light or the exact layout of a spec. If a prompt names a size or a floor, contains a negation or unknown words,
+    some of its clauses cannot be judged (`Report.clauses`), and no clip of it is `all_right`.
 
     Args:
-        frames: clip (F,3,H,W) in [0,1], F >= 5, meant for 64 to 192 px; one above 1,024 px is brought to 512 at most.
-            A still is a clip that repeats.
-        spec_or_prompt: what should be there; a prompt is read by `world.parse`.
+        frames: clip (F,3,H,W) in [0,1], F >= 5, designed for 64 to 192 px; a clip above 1,024 px is reduced to at most
+            512 px. For a still, repeat the picture.
+        spec_or_prompt: the requested content; `world.parse` reads a prompt.
 
     Raises:
-        UserError: frames of another form, bytes or values outside [0,1], or a prompt that names no body of the world.
+        UserError: frames of another shape or dtype, values outside [0,1], or a prompt that names no body of the world.
 
     >>> import torch
     >>> check(torch.rand(5, 3, 64, 64), "a red ball moves left").score < 0.2
     True
     """
     if frames.ndim != 4:
-        raise UserError(f"check needs a clip (F,3,H,W), not {tuple(frames.shape)}; check_batch takes several.")
+        raise UserError(f"check needs a clip (F,3,H,W), not {tuple(frames.shape)}; use check_batch for several clips.")
     return check_batch(frames[None], [spec_or_prompt])[0]
 
 
 @torch.no_grad()
 def check_batch(clips: Tensor, specs: Sequence[Spec | str | Reading], *, workers: int = 0) -> list[Report]:
-    """Judge clips (B,F,3,H,W) against one scene or prompt each; see `check`.
+    """Judge clips (B,F,3,H,W), each against its own scene or prompt; see `check`.
 
     Args:
-        clips, specs: as in `check`, one spec a clip.
-        workers: processes that follow and judge the bodies while the device looks at further clips; 0 does that here.
-            They are started at the first call and kept; the reports are the same. Worth it for clips on a GPU.
+        clips, specs: as in `check`, one spec per clip.
+        workers: number of processes that track and judge the bodies while the device processes further clips; 0 judges
+            in the calling process. The first call starts the processes, and later calls reuse them. The reports are
+            the same. Processes pay off for clips on a GPU.
 
     Raises:
-        UserError: as `check`, or fewer than 0 workers.
+        UserError: as in `check`, a different number of clips and specs, or a negative number of workers.
         WorkerDied: a process was killed; the next call starts new ones.
     """
     check_form(clips.shape)
@@ -78,10 +80,10 @@ def check_batch(clips: Tensor, specs: Sequence[Spec | str | Reading], *, workers
 
 @torch.no_grad()
 def find_tracks(clips: Tensor) -> list[list[Track]]:
-    """Return the bodies of each clip (B,F,3,H,W) with their way through the frames, whatever was asked for.
+    """Return the bodies of each clip (B,F,3,H,W) with their trajectories, independent of any request.
 
     Raises:
-        UserError: as `check`.
+        UserError: as in `check`.
     """
     check_form(clips.shape)
     check_values(clips)
@@ -90,17 +92,17 @@ def find_tracks(clips: Tensor) -> list[list[Track]]:
 
 @torch.no_grad()
 def check_long(windows: Windows, spec_or_prompt: Spec | str | Reading, *, workers: int = 0) -> Report:
-    """Judge one clip that is too long for the memory; the report is that of `check`, up to rounding.
+    """Judge one clip that does not fit into memory. The report equals that of `check`, up to rounding.
 
     Args:
-        windows: gives the clip from its start each time it is called (two or three times), in windows (f,3,H,W) of
-            any lengths that follow each other.
-        spec_or_prompt: as for `check`.
-        workers: as for `check_batch`.
+        windows: function that returns the clip from its start at each call (two or three calls), as consecutive
+            windows (f,3,H,W) of any lengths.
+        spec_or_prompt: as in `check`.
+        workers: as in `check_batch`.
 
     Raises:
-        UserError: as `check`.
-        WorkerDied: as `check_batch`.
+        UserError: as in `check`.
+        WorkerDied: as in `check_batch`.
     """
     _check_workers(workers)
     asked = [_reading(spec_or_prompt)]
@@ -113,16 +115,16 @@ def check_long(windows: Windows, spec_or_prompt: Spec | str | Reading, *, worker
 
 @torch.no_grad()
 def find_tracks_long(windows: Windows) -> list[Track]:
-    """As `find_tracks`, of one clip in windows as for `check_long`.
+    """Return the bodies of one clip as `find_tracks` does; the clip is given in windows as for `check_long`.
 
     Raises:
-        UserError: as `check`.
+        UserError: as in `check`.
     """
     return next(iter(look_along(windows).tracks()))
 
 
 def _sights(clips: Tensor, cameras: Sequence[str] = ()) -> Iterator[tuple[int, Sight]]:
-    """Number of the first clip, and what is seen in it and the next ones."""
+    """Yield the index of the first clip of each group, and the observations of the clips in the group."""
     kind = clips.device.type
     most, room = _AT_ONCE.get(kind, _AT_ONCE["cpu"])
     pixels = clips[0, :, 0].numel() if len(clips) else 1

@@ -1,4 +1,4 @@
-"""What is seen in clips: several at once, or a long one window by window, with the same result."""
+"""The observations in clips: for several clips at once, or for a long clip window by window, with the same result."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from postgen.world.check.tracks import BODY_AREA
 from postgen.world.spec import SHAPES
 
 Windows = Callable[[], Iterator[Tensor]]
-"""Gives a clip from its start, in windows (f,3,H,W) that follow each other."""
+"""Function that returns a clip from its start, as consecutive windows (f,3,H,W)."""
 
 _SHADING = 0.1
-#: Longest side of pictures that are looked at as they are, and to which larger ones are brought.
+#: Longest side of pictures that are not reduced, longest side after a reduction, and smallest side.
 _LARGE, _REDUCED, _LEAST = 1024, 512, 32
 _SLACK = 0.5
 
@@ -35,28 +35,32 @@ def check_form(shape: Sequence[int]) -> None:
     """Check the shape of clips (B,F,3,H,W).
 
     Raises:
-        UserError: another form, too short or too small.
+        UserError: another shape, too few frames, or pictures that are too small.
     """
     if len(shape) != 5 or shape[2] != 3 or shape[1] < 5 or min(shape[-2:]) < _LEAST:
         raise UserError(f"check needs clips (B,F,3,H,W) with F >= 5 and at least 32 px, not {tuple(shape)}.")
 
 
 def check_values(frames: Tensor) -> None:
-    """Check that frames are floats in [0,1], give or take what a decoder overshoots.
+    """Check that frames are floats in [0,1]; the overshoot of a decoder is allowed.
 
     Raises:
-        UserError: bytes, or values as models have them, in which nothing would be recognised.
+        UserError: integers, or values in another range such as [-1,1], in which the judge would recognise nothing.
     """
     if not frames.is_floating_point():
         raise UserError(f"check needs frames as floats in [0,1], got {frames.dtype}: divide bytes by 255.")
     if frames.numel():
         low, high = (float(end) for end in frames.aminmax())
         if low < -_SLACK or high > 1 + _SLACK:
-            raise UserError(f"check needs frames in [0,1], got values from {low:.3g} to {high:.3g}: bring them there.")
+            raise UserError(f"check needs frames in [0,1], got values from {low:.3g} to {high:.3g}: rescale them.")
 
 
 def look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
-    """Blobs and spots of each clip, how much it looks like the world, and how far its camera goes the asked way."""
+    """Return the observations in clips (B,F,3,H,W).
+
+    These are the blobs and spots, the similarity of each clip to the world, and its camera motion along the requested
+    path.
+    """
     frames, pictures = clips.shape[1], _clean(clips.flatten(0, 1))
     rows, count, spots, measures, body = _seen(pictures, balance(pictures, frames))
     static = all(camera == "static" for camera in cameras)
@@ -72,7 +76,10 @@ def look(clips: Tensor, cameras: Sequence[str] = ()) -> Sight:
 
 
 def look_along(clip: Windows, camera: str = "static") -> Sight:
-    """As `look`, for one clip in windows: all that is kept of a window are its blobs, spots and a few measures."""
+    """Return the observations of one clip as `look` does, from windows.
+
+    Memory stays small: only the blobs, the spots and a few measures of each window are kept.
+    """
     frames, size = 0, torch.Size((0, 0))
 
     def counted() -> Iterator[Tensor]:
@@ -82,7 +89,7 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
             form = form or window.shape[1:]
             if window.ndim != 4 or window.shape[1:] != form or form[0] != 3 or min(form[1:]) < _LEAST:
                 raise UserError(
-                    f"check needs windows (f,3,H,W) of one size, of at least {_LEAST} px, not {tuple(window.shape)}."
+                    f"check needs windows (f,3,H,W) of one size, at least {_LEAST} px, not {tuple(window.shape)}."
                 )
             if not len(window):
                 continue
@@ -91,9 +98,11 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
             frames, size = frames + len(window), pictures.shape[-2:]
             yield pictures
 
+    # First passes: the colour of the ground over the whole clip, and the number of frames.
     gain = balance_along(counted)
     check_form((1, frames, 3, *size))
     film = None if camera == "static" else Film(camera, frames)
+    # Last pass: the observations.
     parts, before = [], frames
     for pictures in counted():
         own = None if gain is None else gain.to(pictures.device).expand(len(pictures), 3, 1, 1)
@@ -102,7 +111,7 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
         if film is not None:
             film.add(pictures, body)
     if frames != before:
-        raise UserError(f"check needs the same clip at each call, got {before} frames at first and {frames} later.")
+        raise UserError(f"check needs the same clip at each call, got {before} frames at first, then {frames}.")
     return Sight(
         rows_NC=np.concatenate([part[0] for part in parts]),
         count_BF=np.concatenate([part[1] for part in parts])[None],
@@ -115,7 +124,7 @@ def look_along(clip: Windows, camera: str = "static") -> Sight:
 
 
 def _clean(frames_F3HW: Tensor) -> Tensor:
-    """Smoothed values in [0,1]; means over whole squares of pixels of what is far larger than a clip of the world."""
+    """Smooth values, clamp them to [0,1], and reduce very large pictures by averaging square blocks of pixels."""
     clean = frames_F3HW.detach().float().nan_to_num(0.5).clamp(0, 1)
     short, long = sorted(clean.shape[-2:])
     if long > _LARGE and (side := min(-(-long // _REDUCED), short // _LEAST)) > 1:
@@ -126,7 +135,7 @@ def _clean(frames_F3HW: Tensor) -> Tensor:
 def _seen(
     pictures: Tensor, gain: Tensor | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], Tensor, Tensor]:
-    """Rows of the blobs of pictures, how many each has, its spots, its `_measures`, and its pixels of bodies."""
+    """Return the rows of all blobs, their number per picture, the spots, the `_measures` and the body pixels."""
     blobs = find_blobs(pictures, gain)
     body = (blobs.slot_MP >= 0).reshape(-1, *pictures.shape[-2:])
     spots = find_spots(pictures if gain is None else pictures * gain, body).double().cpu().numpy()
@@ -137,7 +146,10 @@ def _seen(
 
 
 def _measures(pictures_M3HW: Tensor, blobs: Blobs) -> Tensor:
-    """Of the surroundings of each picture (M,4): their share of it, their roughness, stray colour, brightness."""
+    """Return measures (M,4) of the surroundings of the bodies in each picture.
+
+    The columns are the share of the picture, the roughness, the share of stray colour, and the brightness.
+    """
     height, width = pictures_M3HW.shape[-2:]
     body = (blobs.slot_MP >= 0).float().reshape(-1, height, width)
     ground = 1 - functional.max_pool2d(body[:, None], 5, 1, 2)[:, 0]
@@ -152,7 +164,7 @@ def _measures(pictures_M3HW: Tensor, blobs: Blobs) -> Tensor:
 
 
 def _world_likeness(measures_BF4: Tensor) -> list[float]:
-    """1 for clips whose surroundings are calm and nearly grey, 0 for anything else; one value a clip."""
+    """Return one value per clip: 1 if the surroundings are calm and nearly grey, 0 for any other content."""
     level = measures_BF4[..., 3]
     jumps = (level[:, 1:] / level[:, :-1].clamp_min(1e-3)).clamp_min(1e-3).log().abs().amax(1)
     rows = zip(measures_BF4.mean(1).tolist(), jumps.tolist(), strict=True)
@@ -170,7 +182,11 @@ def _likeness(space: float, rough: float, stray: float, level: float, jump: floa
 
 
 def _misfits(blobs: Blobs) -> Tensor:
-    """Of every blob: misfit with every shape, what fits better, both `roundness` (M,K,9); `inf` if not looked at."""
+    """Return the shape measures of every blob (M,K,9); `inf` for a blob that is not examined.
+
+    The columns are the misfit with each shape, the advantage of a foreign outline over each shape, and both kinds of
+    `roundness`.
+    """
     result = blobs.area.new_full((*blobs.area.shape, 2 * len(SHAPES) + 3), torch.inf)
     pixels = blobs.slot_MP.shape[1]
     chosen = blobs.valid & (blobs.area >= 0.5 * BODY_AREA * pixels)

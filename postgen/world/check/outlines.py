@@ -1,4 +1,4 @@
-"""Outlines that a ball, a cube or a cylinder never has: what a body is refused for."""
+"""Outlines that a ball, a cube or a cylinder never has; the judge rejects a body that matches one of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ Inside = Callable[[Tensor, Tensor], Tensor]
 
 
 def outlines(grid: int, window: float) -> tuple[Tensor, Tensor]:
-    """Soft outlines (T,grid,grid) of unit area around their centroid, and for which shape each counts (3,T) bool.
+    """Return soft outlines of foreign shapes (T,grid,grid), and the solids that each one rules out (3,T), bool.
 
-    `window` is half the side in roots of the area, as in `shapes.crop`.
+    Each outline has unit area and is centred at its centroid.
+
+    Args:
+        grid: side of the window in cells.
+        window: half the side of the window in roots of the area, as in `shapes.crop`.
     """
     ball = [_polygon(n, k * 2 * math.pi / n / 4) for n in (3, 4, 5, 6) for k in range(4)]
     ball += [_ellipse(aspect, k * math.pi / 6) for aspect in (1.35, 1.7) for k in range(6)]
@@ -32,7 +36,7 @@ def outlines(grid: int, window: float) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(inside: Inside, grid: int, window: float) -> Tensor:
-    """Part of each cell of the window that lies inside."""
+    """Return the share of each cell of the window that lies inside the outline."""
     steps = ((torch.arange(400) + 0.5) / 400 * 2 - 1) * 2.5
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     mask = inside(u, v).float()

@@ -1,4 +1,4 @@
-"""What two bodies do together. Every test gives a value in [0,1]; 0.5 and more is "yes"."""
+"""Events of two bodies. Every test returns a value in [0,1]; 0.5 or more means yes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from postgen.world.check.tracks import Track
 
 
 def collides(first: Track, second: Track) -> float:
-    """First comes up to second, which rests; then second goes on the same way, and first does not run through it."""
+    """Return whether the first body hits the second one.
+
+    The first body approaches the second, which rests. Then the second moves on in the same direction, and the first
+    does not pass through it.
+    """
     both = [f for f in range(len(first.pieces)) if first.pieces[f] is not None and second.pieces[f] is not None]
     if len(both) < 6:
         return 0.0
@@ -24,7 +28,7 @@ def collides(first: Track, second: Track) -> float:
         return 0.0
     gaps = [_gap(first, second, f) for f in both]
     least = min(gaps[max(0, start - 2) : start + 2])
-    # It is on its way before it is far enough to be told from noise.
+    # The body starts to move before its displacement is distinguishable from noise.
     onset = max(i for i in range(start) if sign * (b.x[i] - b.x[0]) <= 0.03) + 1
     contact = next(i for i, gap in enumerate(gaps) if gap <= max(least, min(gaps)) + 0.08)
     return min(
@@ -44,7 +48,7 @@ def collides(first: Track, second: Track) -> float:
 
 
 def _onward(x: list[float], start: int, sign: float) -> float:
-    """Speed of a body after a frame over that before it."""
+    """Return the speed of a body after a frame, divided by its speed before that frame."""
     before, after = x[max(0, start - 5) : start], x[start + 1 :]
     if len(before) < 2 or len(after) < 2:
         return 0.0
@@ -57,9 +61,10 @@ def _size(track: Track, frames: list[int]) -> float:
 
 
 def _gap(first: Track, second: Track, frame: int) -> float:
-    """Free space between two bodies along x in their mean width; negative where they overlap in the picture.
+    """Return the free space between two bodies along x, relative to their mean width; negative if they overlap.
 
-    The world lets bodies touch at their contact circles, which are wider than a cylinder by a quarter on either side.
+    In the world, bodies touch at their contact circles; on each side, these exceed a cylinder by a quarter of its
+    width.
     """
     a, b = first.pieces[frame], second.pieces[frame]
     if a is None or b is None:
@@ -71,7 +76,7 @@ def _gap(first: Track, second: Track, frame: int) -> float:
 
 
 def passes_behind(first: Track, second: Track) -> float:
-    """First goes across from one side of second to the other and is covered on the way, second never is."""
+    """Return whether the first body crosses behind the second one and is covered there, and the second never is."""
     front = [p.area for p in second.pieces if p is not None and not p.merged]
     if len(first.visible) < 2 or len(front) < 2:
         return 0.0
@@ -81,7 +86,7 @@ def passes_behind(first: Track, second: Track) -> float:
         if a is not None and b is not None
     ]
     if not side:
-        # Never in the picture together, as in a clip where one turns into the other.
+        # The two are never visible together, as in a clip where one turns into the other.
         return 0.0
     w = way(first, first.visible)
     sign = sign_of(w.dx)
@@ -92,11 +97,12 @@ def passes_behind(first: Track, second: Track) -> float:
         ramp(sign * side[-1], 0.0, 0.6),
         ramp(min(areas) / large([area for area in areas if area > 0]), 0.9, 0.4),
         ramp(min(front) / median(front), 0.82, 0.97),
-        # Slivers at either side of the front body lie further apart than a body moves in a frame.
+        # Only clean frames count: slivers on both sides of the front body lie further apart than a body moves in a
+        # frame.
         ramp(first.leap(first.clean), 1.2, 0.8),
         ramp(w.seen, 0.5, 0.9),
     )
 
 
-#: Events of a body with a second one.
+#: Tests of the events of a body with a second one.
 PAIR: dict[str, Callable[[Track, Track], float]] = {"collides": collides, "passes behind": passes_behind}

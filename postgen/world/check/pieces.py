@@ -1,4 +1,4 @@
-"""Blobs on the host, as pieces: fragments of one colour that hang together are one body."""
+"""Blobs on the host, as pieces: connected fragments of one colour are one body."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-#: What a row says of one blob, in pixels: what `segment.Blobs` says, then the misfit with each of `spec.SHAPES`, and
-#: how much better the outline of something else fits than each of them, then `facets.roundness`, `edges.roundness`.
+#: Columns of a row that describes one blob, in pixels: the fields of `segment.Blobs`; then the misfit with each of
+#: `spec.SHAPES`, the advantage of a foreign outline over each of them, `facets.roundness` and `edges.roundness`.
 _OF_BLOBS = (
     "colour",
     "group",
@@ -33,7 +33,7 @@ Row = Sequence[float]
 
 @dataclass(slots=True)
 class Piece:
-    """One body in one frame: centroid and box in picture sizes, area as a part of the picture."""
+    """One body in one frame: centroid and box relative to the picture's size, area as a share of the picture."""
 
     x: float
     y: float
@@ -43,29 +43,36 @@ class Piece:
     border: bool
     whole: bool
     sharp: float
-    #: Share of its colour in its pixels, and brightness of its lightest one over that of the named colour.
+    #: Share of its colour in its pixels, and its greatest brightness relative to that of the named colour.
     pure: float
     light: float
-    #: Part of the picture, in it and what hangs together with it, whose hue is no body's (`stains.stained`).
+    #: Area with a hue of no body (`stains.stained`) in this piece and in pieces connected with it, as a share of the
+    #: picture.
     stain: float
-    #: How far its hue is from that of its colour, of 6, and how much it differs within the rim.
+    #: Distance of its hue from that of its colour, and variation of the hue inside the rim; the hue circle has length
+    #: 6.
     tint: float
     mixed: float
-    #: Misfit with every shape (in the order of `spec.SHAPES`), or None where the outline is not clean.
+    #: Misfit with each shape (in the order of `spec.SHAPES`), or None if the outline is not clean.
     misfit: tuple[float, ...] | None
-    #: How much better than each shape the outline of none of them fits, or None as well.
+    #: Advantage of the best foreign outline over each shape, or None if the outline is not clean.
     odd: tuple[float, ...] | None
-    #: How much rather it is a cylinder than a cube, and than a box of any height, or None as well.
+    #: How much better a cylinder fits than a cube, and than a box of any height, or None if the outline is not clean.
     round: tuple[float, float] | None
-    #: By the network, how surely it has round sides (`edges.roundness`), or None as well.
+    #: Logit of the network for round sides (`edges.roundness`), or None if the outline is not clean.
     soft: float | None
     group: int
-    #: A second body of its colour is behind it, in one piece with it.
+    #: True if a second body of the same colour is behind this one, and both form one piece.
     merged: bool = False
 
 
 def pieces(rows: Sequence[Row], height: int, width: int) -> dict[int, list[Piece]]:
-    """Pieces of a picture of that many pixels by colour, the largest first; its rows are those of `COLUMNS`."""
+    """Group the blobs of a picture into pieces by colour, the largest first.
+
+    Args:
+        rows: one row per blob, with the columns `COLUMNS`.
+        height, width: size of the picture in pixels.
+    """
     parts: dict[tuple[float, float], list[Row]] = {}
     for row in rows:
         parts.setdefault((row[0], row[1]), []).append(row)
@@ -82,7 +89,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
     if len(rows) == 1:
         _, group, touch, border, area, x, y, sharp, pure, light, stain, tint, mixed, *box = rows[0]
         (x0, y0, x1, y1), misfit = box[:4], box[4:]
-        # Rounded as the weighted mean of several is.
+        # These operations round as the weighted mean of several rows does.
         x, y, sharp = x * area / area, y * area / area, sharp * area / area
         whole = misfit[0] < float("inf")
     else:
@@ -119,7 +126,7 @@ def _piece(rows: list[Row], height: int, width: int) -> Piece:
 
 @dataclass(slots=True)
 class Spot:
-    """Something that is no coloured body, in parts of the picture; `odd` is the area that is no shadow."""
+    """An object that is not a coloured body, relative to the picture; `odd` is the area that is not a shadow."""
 
     area: float
     odd: float
@@ -129,5 +136,5 @@ class Spot:
 
 
 def spots(rows: Sequence[Row]) -> list[Spot]:
-    """Spots of a picture; its rows are those of `ground.SPOT_COLUMNS`."""
+    """Return the spots of a picture from rows with the columns `ground.SPOT_COLUMNS`."""
     return [Spot(area, odd, x, y, (x0, y0, x1, y1)) for area, odd, x, y, x0, y0, x1, y1 in rows]

@@ -1,6 +1,6 @@
-"""What a clip shows against what was asked for: the part of the judge that is plain Python, of one clip at a time.
+"""Compare what a clip shows with the request: the part of the judge in plain Python, one clip at a time.
 
-Nothing here imports torch, so that a process of `workers` starts fast and stays small.
+This module does not import torch, so that a process of `workers` starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ from postgen.world.check.tracks import Track, bodies, follow
 from postgen.world.reading import Clause, Reading
 from postgen.world.spec import COLOURS, SHAPES, Spec
 
-#: How much better an outline that is none of the shapes may fit than a ball, a cube, a cylinder: no body, a sure one.
+#: Ends of the ramp over the advantage of a foreign outline over a ball, a cube, a cylinder: surely not this shape,
+#: surely this shape.
 _ODD = ((0.006, -0.002), (0.0, -0.04), (0.03, -0.01))
-#: Greatest brightness over that of the named colour, and share of that colour: another colour, this one.
+#: Ends of the ramps over the greatest brightness relative to that of the named colour, and over the share of that
+#: colour: another colour, this colour.
 _LIGHT, _PURE = (0.55, 0.72), (0.62, 0.8)
-#: Misfit of an outline that is no ball, cube, cylinder, and of a sure one; difference of misfits that is sure.
+#: Ends of the ramp over the misfit with a ball, a cube, a cylinder: not this shape, surely this shape; below, the
+#: difference of two misfits that is certain.
 _MISFIT = ((0.12, 0.06), (0.18, 0.07), (0.18, 0.07))
 _SURE = 0.03
 _SHARP = (0.10, 0.16)
-#: A body with a softer rim than this is a smear, and the picture none of this world.
+#: Ends of the ramp over the sharpness of the rims: below the first value, bodies are smears and the picture does not
+#: show this world.
 _SMEAR = (0.06, 0.12)
-#: What is left of a score for one value that is wholly wrong, and for a wrong number of bodies.
+#: Factor of the score for one value of 0, and for a wrong number of bodies.
 _FLOOR = 0.15
-#: What is left of the score under a prompt with a clause that cannot be judged.
+#: Factor of the score if a clause of the prompt cannot be judged.
 _UNREADABLE = 0.45
-#: Way of the camera in parts of the usual one: not what was asked for, and it.
+#: Ends of the ramp over the camera's distance, relative to the usual one: not the requested move, the requested move.
 _FILM = (0.2, 0.7)
 _MOVES = ("moves left", "moves right", "moves closer", "moves away")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BodyReport:
-    """What was found for one body that was asked for. Values in [0,1], yes from 0.5; None: was not judged.
+    """Findings for one requested body. Values are in [0,1], and 0.5 or more means yes; None means not judged.
 
-    `found_*` name what the pixels show (None: nothing). `track` is one (x, y, area) a frame in parts of the picture,
-    None where the body is not seen.
+    `found_*` name what the pixels show (None: nothing). `track` has one (x, y, area) per frame, relative to the
+    picture, and None where the body is not visible.
     """
 
     colour: float
@@ -63,12 +67,13 @@ class BodyReport:
 class Report:
     """Judgement of a clip.
 
-    `score` in [0,1] is a product: of the judged values of each body (their geometric mean over the bodies), of the
-    count, and of `world` in [0,1] (is it a picture of this world at all: calm, nearly grey surroundings, bodies with a
-    rim). A value that is wholly wrong leaves 0.15 of it, so nothing else can make up for it. `count`, `colour`,
-    `shape`, `direction`, `event`: whether that is right for every body; None where nothing asks for it (no move, a
-    camera that moves). `steady`: every body is there in every frame and keeps its size and its light, and nothing else
-    turns up. `found_count` is the number of bodies seen, `strange` the number of frames with something besides them.
+    `score` in [0,1] is a product of the judged values of each body (their geometric mean over the bodies), of the
+    count, and of `world` in [0,1]: does the picture show this world at all, with calm, nearly grey surroundings and
+    bodies with a sharp rim? A value v enters the product as 0.15 + 0.85 v, so no other value can compensate for a
+    wrong one. `count`, `colour`, `shape`, `direction`, `event`: whether the property is right for every body; None if
+    nothing requests it (no move, or a camera that moves). `steady`: every body is present in every frame and keeps its
+    size and its brightness, and nothing else appears. `found_count` is the number of visible bodies, `strange` the
+    number of frames with other objects.
     """
 
     score: float
@@ -83,18 +88,18 @@ class Report:
     bodies: tuple[BodyReport, ...]
     steady: bool = True
     strange: int = 0
-    #: Whether the camera moves as it should; None where it should stand.
+    #: Whether the camera moves as requested; None if it should stand still.
     camera: bool | None = None
-    #: Parts of the prompt, with why one cannot be judged; empty for a scene.
+    #: Parts of the prompt, each with the reason if it cannot be judged; empty for a scene.
     clauses: tuple[Clause, ...] = ()
 
     @property
     def readable(self) -> bool:
-        """Whether every clause of the prompt can be judged; a clip of one that cannot is never `all_right`."""
+        """Whether every clause of the prompt can be judged; otherwise no clip is `all_right`."""
         return all(clause.readable for clause in self.clauses)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back, floats to the last digit."""
+        """Return the JSON form; `from_dict` reads it back, with floats exact to the last digit."""
         return asdict(self)
 
     @classmethod
@@ -108,7 +113,12 @@ class Report:
 
 
 def judge(sight: Sight, asked: Sequence[Spec | Reading]) -> list[Report]:
-    """Judge clips against one scene each."""
+    """Judge clips, each against one scene.
+
+    Args:
+        sight: observations of the clips.
+        asked: one scene or reading per clip.
+    """
     reports = []
     clips = zip(sight.pieces(), sight.spots(), sight.likeness, sight.film, strict=True)
     for (found, spotted, likeness, film), wish in zip(clips, asked, strict=True):
@@ -121,7 +131,7 @@ def judge(sight: Sight, asked: Sequence[Spec | Reading]) -> list[Report]:
 
 
 class _Candidate:
-    """A body that was found, and what is asked of it again and again."""
+    """A body that was found, with cached values of the tests."""
 
     def __init__(self, track: Track, apart: float = 1.0) -> None:
         self.track = track
@@ -136,14 +146,14 @@ class _Candidate:
         return {name: max(map(value, self.ways)) for name, value in events.SINGLE.items()}
 
     def beside(self, event: str, other: _Candidate) -> float:
-        """Value of an event of two bodies, the other one its partner."""
+        """Return the value of an event of two bodies, with the other one as partner."""
         key = (event, id(other))
         if key not in self._pairs:
             self._pairs[key] = PAIR[event](self.track, other.track)
         return self._pairs[key]
 
     def colour(self, name: str) -> float:
-        """How surely it has a colour, in [0,1]."""
+        """Return how certainly the body has a colour, in [0,1]."""
         least = 0.3 * events.large([p.area for p in self.track.pieces if p is not None])
         pairs = zip(self.track.pieces, self.track.colours, strict=True)
         seen = [(p, c) for p, c in pairs if p is not None and p.area >= least]
@@ -158,14 +168,14 @@ class _Candidate:
 
     @cached_property
     def steady(self) -> float:
-        """Whether it is the same thing in every frame."""
+        """Whether the body stays the same object in every frame, in [0,1]."""
         track = self.track
         same = min(steady.presence(track), steady.size(track), steady.light(track), steady.hue(track))
         return min(same, self.apart)
 
     @cached_property
     def shapes(self) -> dict[str, float]:
-        """How surely it has each shape, in [0,1]."""
+        """How certainly the body has each shape, in [0,1]."""
         if self.misfit is None:
             return dict.fromkeys(SHAPES, 0.0)
         return {
@@ -175,6 +185,7 @@ class _Candidate:
 
 
 def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int, film: float | None) -> Report:
+    # The count: bodies in the clip, and the share of frames that show the requested number.
     wanted, frames = len(reading.scene.bodies), len(tracks[0].pieces) if tracks else 1
     there = [sum(present) for present in zip(*(track.present for track in tracks), strict=True)] or [0] * frames
     share = there.count(wanted) / frames
@@ -183,6 +194,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
     candidates = [_Candidate(*both) for both in zip(tracks, contact.apart(tracks), strict=True)]
     sharp = [c.misfit[1] for c in candidates if c.misfit is not None]
     likeness *= events.ramp(float(np.mean(sharp)), *_SMEAR) if sharp else 0.0
+    # The score: a product over bodies, surroundings, count, camera and prompt.
     judged = _match(candidates, reading)
     alone = events.ramp(strange / frames, 0.5, 0.0) if strange < 2 else 0.4 * events.ramp(strange / frames, 1.0, 0.1)
     parts = [[b.colour, b.shape, b.steady, _motion(b)] for b in judged]
@@ -192,6 +204,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
     score *= 1.0 if filmed is None else _kept(filmed)
     readable = all(clause.readable for clause in reading.clauses)
     score *= 1.0 if readable else _UNREADABLE
+    # The verdicts.
     colour, shape = all(b.colour >= 0.5 for b in judged), all(b.shape >= 0.5 for b in judged)
     direction, event = _all([b.direction for b in judged]), _all([b.event for b in judged])
     same = alone >= 0.5 and all(b.steady >= 0.5 for b in judged)
@@ -216,7 +229,7 @@ def _report(tracks: list[Track], reading: Reading, likeness: float, strange: int
 
 
 def _motion(body: BodyReport) -> float:
-    """Value of what a body does; half of the way there for the right direction alone."""
+    """Return the value of a body's motion; the right direction alone earns a part of it."""
     if body.event is None:
         return 1.0
     return (
@@ -225,7 +238,7 @@ def _motion(body: BodyReport) -> float:
 
 
 def _kept(value: float) -> float:
-    """What is left of a score for a value."""
+    """Return the factor of the score for a value."""
     return _FLOOR + (1 - _FLOOR) * value
 
 
@@ -235,7 +248,7 @@ def _all(values: list[float | None]) -> bool | None:
 
 
 def _match(found: list[_Candidate], reading: Reading) -> tuple[BodyReport, ...]:
-    """Give each body asked for one that is there, so that as much as possible is right; colour weighs most."""
+    """Assign found bodies to requested ones so that as much as possible is right; colour has the largest weight."""
     scene = reading.scene
     found = sorted(found, key=lambda c: -len(c.track.visible))[:5]
     slots: list[_Candidate | None] = [*found, *[None] * max(0, len(scene.bodies) - len(found))]
@@ -261,9 +274,9 @@ def _looks(found: _Candidate | None, colour: str, shape: str) -> tuple[float, fl
 
 
 def _misfit(track: Track) -> tuple[list[float], float, list[float]] | None:
-    """Median misfit with every shape over the frames with a clean outline, median sharpness of the rim, and oddness.
+    """Return medians over the frames with a clean outline: misfit with each shape, sharpness of the rim, oddness.
 
-    Without two clean frames, the third of the frames in which most of the body is seen.
+    If fewer than two frames are clean, use the third of the frames in which most of the body is visible.
     """
     least = 0.5 * events.large([p.area for p in track.pieces if p is not None])
     seen = [p for f in track.clean if (p := track.pieces[f]) is not None and p.area >= least]
@@ -271,7 +284,7 @@ def _misfit(track: Track) -> tuple[list[float], float, list[float]] | None:
     if len(outlines) < 2:
         seen = sorted((p for p in track.pieces if p is not None and p.misfit is not None), key=lambda p: -p.area)
         best = seen[: max(1, len(seen) // 3)]
-        # A part of a body may have the outline of anything.
+        # A part of a body may have any outline, so oddness does not count here.
         outlines = [(p.misfit, p.sharp, (-1.0, -1.0, -1.0)) for p in best if p.misfit is not None]
     if not outlines:
         return None
@@ -281,7 +294,7 @@ def _misfit(track: Track) -> tuple[list[float], float, list[float]] | None:
 
 
 def _shape_value(misfits: list[float], sharp: float, odd: list[float], shape: str) -> float:
-    """How surely a body with these misfits, this rim and this oddness has a shape, in [0,1]."""
+    """Return how certainly a body with these misfits, this sharpness and this oddness has a shape, in [0,1]."""
     index = SHAPES.index(shape)
     own = misfits[index]
     other = min(m for m, name in zip(misfits, SHAPES, strict=True) if name != shape)
@@ -294,7 +307,10 @@ def _shape_value(misfits: list[float], sharp: float, odd: list[float], shape: st
 
 
 def _event_value(reading: Reading, index: int, found: _Candidate | None, other: _Candidate | None) -> float | None:
-    """Value of the event of a body, `other` its partner; None for a moving camera and the partner of a collision."""
+    """Return the value of the event of a body; `other` is its partner.
+
+    The value is None for a camera that moves, and for the partner in a collision.
+    """
     scene, body = reading.scene, reading.scene.bodies[index]
     hit = any(b.partner == index and b.event == "collides" for b in scene.bodies)
     if scene.camera != "static" or hit:
@@ -333,10 +349,10 @@ def _body_report(reading: Reading, index: int, chosen: list[_Candidate | None]) 
 
 
 def _found_event(found: _Candidate, others: list[_Candidate]) -> str | None:
-    """What a body does, as far as it can be told."""
+    """Return the event that a body shows, or None if no event is certain enough."""
     ranked = dict(found.alone)
     for name in PAIR if others else ():
         ranked[name] = max(0.0, *(found.beside(name, other) for other in others))
-    # What a body does with another one says more than its own way does.
+    # An event with another body is more specific than the body's own trajectory.
     top = max(ranked, key=lambda name: (name in PAIR and ranked[name] >= 0.5, ranked[name]))
     return top if ranked[top] >= 0.5 else None

@@ -1,10 +1,10 @@
-"""Pixels to blobs: which pixels belong to a coloured body, which of them hang together, and where each piece lies.
+"""From pixels to blobs: which pixels belong to a coloured body, which of them are connected, and where each blob lies.
 
-Everything but the bodies is nearly grey and all light is white, so a body's pixel is `a` times its albedo and an edge
-pixel a mix of that and grey: p = a * albedo + b * (1, 1, 1). The colour share a / (a + b) tells body from floor
-whatever the light.
+Everything except the bodies is nearly grey, and all light is white. So a pixel of a body is `a` times its albedo, and
+a pixel at an edge is a mix of that and grey: p = a * albedo + b * (1, 1, 1). The colour share a / (a + b) separates
+bodies from the floor under any light.
 
-Suffixes: M pictures, K blob slots of a picture, P pixels.
+Suffixes: M pictures, K blob slots per picture, P pixels.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from postgen.world.check.stains import stained
 from postgen.world.spec import COLOURS
 
 SLOTS = 10
-#: Colour share above which a pixel belongs to a body; the floor stays below 0.2, bodies lie above 0.8.
+#: Colour share above which a pixel belongs to a body; the floor is below 0.2, bodies are above 0.8.
 SHARE = 0.45
 _MIN_CHROMA = 0.06
-#: Areas as parts of the picture: a fragment that is still looked at, and the largest thing that can be a body.
+#: Areas relative to the picture: the smallest fragment that counts, and the largest possible body.
 _FRAGMENT, _LARGEST = 0.0012, 0.6
 _NEAR = 2
-#: Rounds of `label` that nearly any picture needs: not asking whether they were the last saves waiting for the device.
+#: Number of rounds of `label` without a test for changes: nearly every picture needs them, and each test waits for the
+#: device.
 _BLIND_ROUNDS = 4
 
 
 @dataclass(slots=True)
 class Blobs:
-    """Connected one-coloured pieces of M pictures, the largest first.
+    """Connected regions of one colour in M pictures, the largest first.
 
-    `valid`, `touch` (other blob within 2 px), `border` (cut by the picture's edge) are bool (M,K); `colour` and
-    `group` (pieces that hang together whatever their colour) int64 (M,K); `area` in pixels, `x`, `y` centroid, `box`
-    (x0, y0, x1, y1) in pixels, `sharp` mean slope of the colour share at the rim per pixel, `pure` mean colour share
-    within the rim, `light` the greatest brightness there, `tint` and `mixed` mean and standard deviation of how far
-    the hue there, of 6, is from its colour's, `stain` the `stains.stained` pixels of its group, `kind` the colour by
-    which it was cut out (it differs from `colour` on a ground of full colour). Maps: `slot_MP` blob of a pixel or -1;
-    `share_MHW` colour share; `soft_M2HW` that as a soft mask, and brightness; `hue_MHW` nearest colour.
+    Bool (M,K): `valid`; `touch`: another blob lies within 2 px; `border`: the edge of the picture cuts the blob. Int64
+    (M,K): `colour`; `group`: regions that are connected if colours are ignored; `kind`: the colour by which the blob
+    was cut out, which differs from `colour` on a strongly coloured ground. Float (M,K), in pixels: `area`, centroid
+    `x` and `y`; `box` (x0, y0, x1, y1). `sharp`: mean slope of the colour share at the rim, per pixel. Inside the rim:
+    `pure`, mean colour share; `light`, greatest brightness; `tint` and `mixed`, mean and standard deviation of the
+    distance between the hue and the hue of the blob's colour, on a hue circle of length 6. `stain`: number of
+    `stains.stained` pixels in its group. Maps: `slot_MP`: blob of each pixel, or -1; `share_MHW`: colour share;
+    `soft_M2HW`: the share as a soft mask, and brightness; `hue_MHW`: nearest colour.
     """
 
     valid: Tensor
@@ -66,14 +68,18 @@ class Blobs:
 
 
 def smooth(rgb_M3HW: Tensor) -> Tensor:
-    """Binomial 3x3 filter: takes most of the pixel noise, costs half a pixel of sharpness."""
+    """Apply a binomial 3x3 filter, which removes most of the pixel noise and costs half a pixel of sharpness."""
     x = functional.pad(rgb_M3HW, (1, 1, 1, 1), mode="replicate")
     x = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
     return (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
 
 
 def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour share in [0,1], index of the nearest colour by hue, brightness relative to that albedo; each (M,H,W)."""
+    """Return colour share, nearest colour and brightness of each pixel, each (M,H,W).
+
+    The share is in [0,1]. The nearest colour is an index, chosen by hue. The brightness is relative to the albedo of
+    that colour.
+    """
     table = rgb_M3HW.new_tensor(list(COLOURS.values()))
     high, low = rgb_M3HW.amax(1), rgb_M3HW.amin(1)
     angle = hue_of(rgb_M3HW)
@@ -91,7 +97,7 @@ def colour_share(rgb_M3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hue_of(rgb: Tensor) -> Tensor:
-    """Hue in [0,6) of (M,3,H,W)."""
+    """Return the hue in [0,6) of (M,3,H,W)."""
     red, green, blue = rgb.unbind(1)
     high, low = rgb.amax(1), rgb.amin(1)
     chroma = (high - low).clamp_min(1e-6)
@@ -104,9 +110,11 @@ def hue_of(rgb: Tensor) -> Tensor:
 
 
 def label(kind_MHW: Tensor) -> Tensor:
-    """Connected pieces of equal kind (4 neighbours): a pixel gets the least number of its piece, -1 where kind < 0.
+    """Label connected regions of equal kind (4 neighbours).
 
-    Minimum over the neighbours, then twice the label's own label, until nothing changes: about ten rounds.
+    Each pixel gets the smallest pixel number of its region, or -1 where kind < 0. A round takes the minimum over the
+    neighbours and then, twice, replaces each label by the label of the pixel with that number. Rounds repeat until
+    nothing changes, about ten times.
     """
     pictures, height, width = kind_MHW.shape
     number = torch.arange(height * width, dtype=torch.int32, device=kind_MHW.device).reshape(1, height, width)
@@ -127,14 +135,19 @@ def label(kind_MHW: Tensor) -> Tensor:
 
 
 def _lower(one: Tensor, two: Tensor, apart: Tensor) -> None:
-    """Bring neighbours down to the lesser of the two, in place, except where they are apart."""
+    """Set each pair of neighbours to the smaller of their labels, in place, unless the pair is separated."""
     least = torch.minimum(one, two).masked_fill_(apart, torch.iinfo(one.dtype).max)
     torch.minimum(one, least, out=one)
     torch.minimum(two, least, out=two)
 
 
 def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
-    """Pieces of saturated colour in smoothed pictures; they are cut out of the pictures times `gain_M311`."""
+    """Find regions of saturated colour in smoothed pictures.
+
+    Args:
+        smooth_M3HW: smoothed pictures in [0,1].
+        gain_M311: gains of `ground.balance`; the regions are cut out of the pictures times these gains. None: no gain.
+    """
     share, hue, named, purity, bright = _coloured(smooth_M3HW, gain_M311)
     kind = torch.where(share > SHARE, hue, -1)
     pictures, height, width = kind.shape
@@ -143,17 +156,17 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
     inside = labels >= 0
     index = labels.clamp_min(0)
     count = torch.zeros(pictures, pixels, device=kind.device).scatter_add_(1, index, inside.float())
-    area, top = count.topk(SLOTS, dim=1)
+    area, top = count.topk(SLOTS, dim=1)  # the largest regions get the slots
     slot_of = torch.full((pictures, pixels), -1, device=kind.device).scatter_(
         1, top, torch.arange(SLOTS, device=kind.device).expand(pictures, -1)
     )
     slot = torch.where(inside, slot_of.gather(1, index), -1)
     slot = torch.where(area.gather(1, slot.clamp_min(0)) >= _FRAGMENT * pixels, slot, -1)
     core = _same_around(slot.reshape(kind.shape))
-    sums = _Sums(slot, SLOTS)
+    sums = _Sums(slot, SLOTS)  # to find the regions that are more than a thin seam
     core_area = sums.add(core.flatten(1).float())
     slot = torch.where((core_area.gather(1, slot.clamp_min(0)) >= 4) & (slot >= 0), slot, -1)
-    sums = _Sums(slot, SLOTS)
+    sums = _Sums(slot, SLOTS)  # over the regions that remain
     x, y = _places(kind)
     inner = (core.flatten(1) & (slot >= 0)).float()
     size = area.clamp_min(1)
@@ -187,14 +200,14 @@ def find_blobs(smooth_M3HW: Tensor, gain_M311: Tensor | None = None) -> Blobs:
 
 
 def _places(maps_MHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Column and row of each pixel, (M,P) each."""
+    """Return the column and the row of each pixel, (M,P) each."""
     pictures, height, width = maps_MHW.shape
     y, x = torch.meshgrid(*(torch.arange(n, device=maps_MHW.device).float() for n in (height, width)), indexing="ij")
     return x.reshape(1, -1).expand(pictures, -1), y.reshape(1, -1).expand(pictures, -1)
 
 
 def _sharpness(share_MHW: Tensor, slot_MP: Tensor, sums: _Sums) -> Tensor:
-    """Mean slope of the colour share at the rim of each blob (M,K)."""
+    """Return the mean slope of the colour share at the rim of each blob (M,K)."""
     rim = _rim(slot_MP.reshape(share_MHW.shape)).flatten(1)
     return sums.add(_slope(share_MHW).flatten(1) * rim) / sums.add(rim.float()).clamp_min(1)
 
@@ -202,7 +215,10 @@ def _sharpness(share_MHW: Tensor, slot_MP: Tensor, sums: _Sums) -> Tensor:
 def _hues(
     smooth_M3HW: Tensor, named_MHW: Tensor, groups_MP: Tensor, sums: _Sums, inner_MP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stained pixels of each group, under the number of the group (M,P); `tint` and `mixed` of each blob (M,K)."""
+    """Return the number of stained pixels of each group, and `tint` and `mixed` of each blob (M,K).
+
+    The first result (M,P) is indexed by the number of the group.
+    """
     hue, own = hue_of(smooth_M3HW), hue_of(smooth_M3HW.new_tensor(list(COLOURS.values()))[:, :, None, None])[:, 0, 0]
     body = (groups_MP >= 0).reshape(named_MHW.shape)
     strange = stained(hue, named_MHW, body, own).flatten(1).float()
@@ -215,12 +231,17 @@ def _hues(
 
 
 def _coloured(smooth_M3HW: Tensor, gain_M311: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Colour share and colour by which bodies are cut out; colour, share and brightness of the picture itself."""
+    """Return the maps that `find_blobs` needs, from the balanced and the original pictures.
+
+    The colour share and the colour by which bodies are cut out come from the balanced pictures; the colour, the share
+    and the brightness after them come from the original pictures.
+    """
     purity, named, bright = colour_share(smooth_M3HW)
     share, hue = purity, named
     if gain_M311 is not None:
         share, hue, _ = colour_share((smooth_M3HW * gain_M311).clamp(0, 1))
-        # What is grey itself, as the sky, or fog before it, is no body although the gain gives it a colour.
+        # Pixels that are grey themselves, such as the sky or fog in front of it, belong to no body, although the gain
+        # colours them.
         apart = (hue - named).abs()
         alike = torch.minimum(apart, len(COLOURS) - apart) <= 1
         mixed = torch.minimum(share, 1.5 * purity) * alike
@@ -236,18 +257,21 @@ class _Sums:
         self.slots = slots
 
     def add(self, value_MP: Tensor) -> Tensor:
-        """(M,P) -> (M,K). Sums of pixel numbers are exact in float32, so the order of adding does not matter there."""
+        """Sum values (M,P) per slot to (M,K).
+
+        Sums of pixel numbers are exact in float32, so their order of addition does not matter.
+        """
         out = value_MP.new_zeros(len(value_MP), self.slots + 1)
         return out.scatter_add_(1, self.index, value_MP)[:, :-1]
 
     def least(self, value_MP: Tensor, empty: float) -> Tensor:
-        """Minimum per slot, `empty` where a slot has no pixel."""
+        """Return the minimum per slot; `empty` for a slot without pixels."""
         out = value_MP.new_full((len(value_MP), self.slots + 1), float(empty))
         return out.scatter_reduce_(1, self.index, value_MP, "amin", include_self=False)[:, :-1]
 
 
 def _same_around(slot_MHW: Tensor) -> Tensor:
-    """Pixels whose 3x3 neighbourhood is of one blob: thin seams of mixed colour have none."""
+    """Return the pixels whose 3x3 neighbourhood belongs to one blob; thin seams of mixed colour have none."""
     value = slot_MHW[:, None].float()
     high = functional.max_pool2d(value, 3, 1, 1)
     low = -functional.max_pool2d(-value, 3, 1, 1)
@@ -255,7 +279,7 @@ def _same_around(slot_MHW: Tensor) -> Tensor:
 
 
 def _touching(slot_MHW: Tensor) -> Tensor:
-    """Pixels of a blob with another blob within `_NEAR` pixels."""
+    """Return the pixels of a blob that have another blob within `_NEAR` pixels."""
     window = 2 * _NEAR + 1
     value = slot_MHW[:, None].float()
     high = functional.max_pool2d(value, window, 1, _NEAR)
@@ -264,27 +288,27 @@ def _touching(slot_MHW: Tensor) -> Tensor:
 
 
 def _rim(slot_MHW: Tensor) -> Tensor:
-    """Pixels of a blob next to the background."""
+    """Return the pixels of a blob next to the background."""
     value = slot_MHW[:, None].float()
     low = -functional.max_pool2d(-value, 3, 1, 1)
     return (low < 0)[:, 0] & (slot_MHW >= 0)
 
 
 def _slope(share_MHW: Tensor) -> Tensor:
-    """Length of the gradient by central differences, per pixel."""
+    """Return the length of the gradient of each pixel, by central differences."""
     x = functional.pad(share_MHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     dx, dy = (x[:, 1:-1, 2:] - x[:, 1:-1, :-2]) / 2, (x[:, 2:, 1:-1] - x[:, :-2, 1:-1]) / 2
     return _exact((dx * dx + dy * dy).sqrt())
 
 
 def _exact(value: Tensor) -> Tensor:
-    """In steps of 1/1024, so that sums over a blob are exact in whatever order a device adds them."""
+    """Round to steps of 1/1024, so that sums over a blob are exact for any order of addition on a device."""
     exact: Tensor = (value * 1024).round() / 1024
     return exact
 
 
 def _named(hue_MP: Tensor, slot_MP: Tensor, inner_MP: Tensor) -> Tensor:
-    """The colour of most of the inner pixels of each blob (M,K)."""
+    """Return the most frequent colour among the inner pixels of each blob (M,K)."""
     names = len(COLOURS)
     index = torch.where(slot_MP >= 0, slot_MP * names + hue_MP, SLOTS * names)
     votes = inner_MP.new_zeros(len(inner_MP), SLOTS * names + 1).scatter_add_(1, index, inner_MP)

@@ -1,8 +1,8 @@
-"""Which solid a blob is: its outline and its shading against those of the world's solids seen from all sides.
+"""The shape of a blob: its outline and its shading, compared with those of the world's solids seen from all sides.
 
-Outlines are brought to unit area around their centroid. Shading: light is white and Lambertian, so within the lit part
-the brightness is linear in the surface normal; a template explains a blob when its own normals do (least squares, 4
-unknowns).
+Outlines are scaled to unit area around their centroid. Shading: light is white and Lambertian, so within the lit part
+the brightness is linear in the surface normal. A template explains the shading of a blob if a linear function of the
+template's normals does (least squares, 4 unknowns).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from postgen.world.raycast import FAR, Solids, camera_rays, nearest, normals
 from postgen.world.spec import SHAPES
 
 GRID = 24
-#: Half side of the normalised window in square roots of the blob's area.
+#: Half the side of the normalised window in square roots of the blob's area.
 WINDOW = 0.95
 _PITCH = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60)
 _YAWS = 9
-#: Blur of the templates in parts of the root of the area; a blob of sqrt(area) = s px is blurred by about 1.1 / s.
+#: Blur of the templates, relative to the root of the area; a blob of sqrt(area) = s px has a blur of about 1.1 / s.
 BLURS = (0.03, 0.05, 0.075, 0.11)
 _RENDER = 160
-#: Views that are rendered together.
+#: Number of views that are rendered together.
 _PART = 16
 
 
@@ -39,12 +39,19 @@ def _angles() -> list[tuple[int, float, float]]:
 
 @functools.lru_cache(maxsize=4)
 def templates(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outlines (blurs,T,P), shading bases (T,P,4) with orthonormal columns, inner pixels (T,P), shapes (T,).
+    """Return the templates: views of the solids, rendered from 5 m by the world's ray caster.
 
-    Rendered by the world's own ray caster from 5 m at several pitches and turns; T views, P = GRID^2.
+    The views cover several pitches and yaws.
+
+    Args:
+        device: device of the result.
+
+    Returns:
+        Outlines (blurs,T,P), shading bases (T,P,4) with orthonormal columns, inner pixels (T,P), shapes (T,); T views,
+            P = GRID^2.
     """
     turns = _angles()
-    # Some views at a time, as memory goes.
+    # The views are rendered in parts to save memory.
     parts = [_rendered(turns[low : low + _PART]) for low in range(0, len(turns), _PART)]
     masks, basis, inner = zip(*parts, strict=True)
     shape = torch.tensor([turn[0] for turn in turns])
@@ -76,7 +83,7 @@ def _rendered(views: list[tuple[int, float, float]]) -> tuple[Tensor, Tensor, Te
 
 
 def framed(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor]:
-    """Outline and normals (T,4,GRID,GRID) of rendered views in windows as in `crop`, and inner pixels (T,P)."""
+    """Return outline and normals (T,4,GRID,GRID) of rendered views in windows as in `crop`, and inner pixels (T,P)."""
     area = hit_TRR.sum((1, 2))
     steps = torch.arange(hit_TRR.shape[-1]).float()
     x, y = (hit_TRR * steps).sum((1, 2)) / area, (hit_TRR * steps[:, None]).sum((1, 2)) / area
@@ -85,7 +92,7 @@ def framed(hit_TRR: Tensor, normal_T3RR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal(normal_T3GG: Tensor, inner_TP: Tensor) -> Tensor:
-    """Basis (T,P,4), with orthonormal columns, of what is linear in the normal within the outline."""
+    """Return a basis (T,P,4), with orthonormal columns, of all linear functions of the normal within the outline."""
     basis = torch.cat((torch.ones_like(normal_T3GG[:, :1]), normal_T3GG), 1).flatten(2) * inner_TP[:, None]
     left, value, _ = torch.linalg.svd(basis.mT, full_matrices=False)
     result: Tensor = left * (value > 1e-3 * value[:, :1])[:, None]
@@ -94,14 +101,14 @@ def orthonormal(normal_T3GG: Tensor, inner_TP: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def strangers(device: str) -> tuple[Tensor, Tensor]:
-    """Outlines (blurs,T,P) that none of the solids has, and for which shape each of them counts (3,T)."""
+    """Return foreign outlines (blurs,T,P) that no solid has, and the shapes that each one rules out (3,T)."""
     window, belongs = outlines(GRID, WINDOW)
     masks = torch.stack([blurred(window[:, None], blur / (2 * WINDOW) * GRID)[:, 0] for blur in BLURS])
     return masks.flatten(2).to(device), belongs.to(device)
 
 
 def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor, grid: int = GRID) -> Tensor:
-    """Windows (N,C,grid,grid) around (x, y) px whose side is 2 * WINDOW * sqrt(area)."""
+    """Cut windows (N,C,grid,grid) out of maps, centred at (x, y) px; their side is 2 * WINDOW * sqrt(area)."""
     height, width = maps_NCHW.shape[-2:]
     steps = ((torch.arange(grid, device=x.device) + 0.5) / grid * 2 - 1) * WINDOW
     reach = area.clamp_min(1).sqrt()[:, None] * steps
@@ -111,7 +118,7 @@ def crop(maps_NCHW: Tensor, x: Tensor, y: Tensor, area: Tensor, grid: int = GRID
 
 
 def blurred(maps_NCHW: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of each channel, sigma in cells up to 2."""
+    """Apply a Gaussian blur to each channel; sigma is in cells, up to 2."""
     steps = torch.arange(-6, 7, device=maps_NCHW.device).float()
     kernel = torch.exp(-0.5 * (steps / max(sigma, 0.2)) ** 2)
     kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
@@ -120,7 +127,13 @@ def blurred(maps_NCHW: Tensor, sigma: float) -> Tensor:
 
 
 def views(blobs: Blobs, picture_N: Tensor, slot_N: Tensor, *grids: int) -> list[Tensor]:
-    """Soft outline and brightness of blobs in windows as in `crop` (N,2,grid,grid), one tensor for each grid."""
+    """Return soft outline and brightness of blobs (N,2,grid,grid) in windows as in `crop`, one tensor per grid.
+
+    Args:
+        blobs: the blobs.
+        picture_N, slot_N: picture and slot of each blob.
+        grids: sides of the windows in cells.
+    """
     area, x, y = (v[picture_N, slot_N] for v in (blobs.area, blobs.x, blobs.y))
     height, width = blobs.hue_MHW.shape[1:]
     own = (blobs.slot_MP[picture_N].reshape(-1, height, width) == slot_N[:, None, None]).float()
@@ -132,17 +145,21 @@ def views(blobs: Blobs, picture_N: Tensor, slot_N: Tensor, *grids: int) -> list[
 
 
 def windows(view_N2GG: Tensor, area_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outline and brightness (N,P) of `views` of GRID cells, and which of `BLURS` each has (N,), by its pixels."""
+    """Split `views` of GRID cells into outline and brightness (N,P), and choose the blur of each blob.
+
+    The third result (N,) is an index of `BLURS`, chosen by the area in pixels.
+    """
     window = view_N2GG.flatten(2)
     level = (1.1 / area_N.clamp_min(1).sqrt())[:, None] - window.new_tensor(BLURS)
     return window[:, 0], window[:, 1], level.abs().argmin(1)
 
 
 def shape_features(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor:
-    """How blobs look in their `windows`: (N, 3, 3) by shape.
+    """Return the features (N, 3, 3) of blobs in their `windows`; the last axis is the shape.
 
-    Misfit of outline and of shading with the best view of every shape, both 0 for a perfect match; and how much better
-    an outline fits that is none of this shape (`outlines`), 0 and less where none does.
+    The features are the misfit of the outline and the misfit of the shading with the best view of the shape, both 0
+    for a perfect match; and the advantage of the best foreign outline (`outlines`), at most 0 if no foreign outline
+    fits better.
     """
     masks, basis, inner, shape = templates(str(mask_NP.device))
     strange, belongs = strangers(str(mask_NP.device))
@@ -158,7 +175,7 @@ def shape_features(mask_NP: Tensor, bright_NP: Tensor, blur_N: Tensor) -> Tensor
 
 
 def misfits(mask_NP: Tensor, blur_N: Tensor, *banks: Tensor) -> list[Tensor]:
-    """Squared difference of outlines from those of each bank (blurs,T,P), over their mean area: (N,T) each."""
+    """Return squared differences between outlines and each bank (blurs,T,P), relative to the mean area: (N,T) each."""
     found = [mask_NP.new_empty(len(mask_NP), masks.shape[1]) for masks in banks]
     for blur, rows in by_blur(blur_N):
         for distance, masks in zip(found, banks, strict=True):
@@ -167,20 +184,23 @@ def misfits(mask_NP: Tensor, blur_N: Tensor, *banks: Tensor) -> list[Tensor]:
 
 
 def by_blur(blur_N: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each of `BLURS` by its number, with the rows that have it."""
-    # One wait for the device, where looking for the rows of each blur would take one a blur.
+    """Yield the index of each of `BLURS`, and the rows that use it."""
+    # This waits for the device once; a search for the rows of each blur would wait once per blur.
     counts = (blur_N[:, None] == torch.arange(len(BLURS), device=blur_N.device)).sum(0).tolist()
     return enumerate(blur_N.argsort(stable=True).split(counts))
 
 
 def _distance(mask_NP: Tensor, template_TP: Tensor) -> Tensor:
-    """Squared difference of soft outlines over their mean area (N,T)."""
+    """Return the squared difference of soft outlines relative to their mean area (N,T)."""
     one, two = (mask_NP**2).sum(1)[:, None], (template_TP**2).sum(1)
     return (one + two - 2 * mask_NP @ template_TP.T).clamp_min(0) / (0.5 * (one + two))
 
 
 def unexplained(bright_NP: Tensor, basis_TP4: Tensor, inner_TP: Tensor) -> Tensor:
-    """Root mean square brightness inside the outline that the template's normals leave over, over its mean (N,T)."""
+    """Return the root mean square brightness that the template's normals do not explain, relative to the mean (N,T).
+
+    Only pixels inside the outline count.
+    """
     power = (bright_NP**2) @ inner_TP.T
     held = torch.einsum("np,tpk->ntk", bright_NP, basis_TP4).square().sum(-1)
     count = inner_TP.sum(1)

@@ -1,4 +1,4 @@
-"""What the device saw in a batch of clips: plain arrays, no torch, so that they can go to another process."""
+"""Observations of the device in a batch of clips: plain arrays without torch, so another process can receive them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from postgen.world.check.tracks import Track, follow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sight:
-    """What the device saw in B clips of F pictures: N blobs, with C values each.
+    """Observations in B clips of F pictures: N blobs with C values each.
 
-    `rows_NC` float64, the blobs of one picture after those of another, columns as `pieces.COLUMNS`; `count_BF` of each
-    picture; `height` and `width` of all pictures; `likeness` how much each clip looks like the world, in [0,1].
+    `rows_NC`, float64: the blobs, picture after picture; the columns are `pieces.COLUMNS`. `count_BF`: number of blobs
+    per picture. `spots_MSC`: spots of each picture; the columns are `ground.SPOT_COLUMNS`. `height` and `width`: size
+    of all pictures. `likeness`: similarity of each clip to the world, in [0,1].
     """
 
     rows_NC: NDArray[np.float64]
@@ -27,14 +28,15 @@ class Sight:
     height: int
     width: int
     likeness: list[float]
-    #: How far the camera of each clip goes along the path that was asked for, in parts of the usual way; or None.
+    #: Camera distance of each clip along the requested path, relative to the usual distance; None if no move is
+    #: requested.
     film: list[float | None]
 
     def __len__(self) -> int:
         return len(self.likeness)
 
     def part(self, low: int, high: int) -> Sight:
-        """Return clips low to high - 1."""
+        """Return the observations of clips low to high - 1."""
         start, stop = (int(self.count_BF[:clip].sum()) for clip in (low, high))
         rows, likeness = self.rows_NC[start:stop], self.likeness[low:high]
         frames = self.count_BF.shape[1]
@@ -48,7 +50,7 @@ class Sight:
         )
 
     def pieces(self) -> Iterator[list[dict[int, list[Piece]]]]:
-        """Yield the coloured pieces of each frame of each clip."""
+        """Yield the coloured pieces of each frame, clip by clip."""
         rows = iter(self.rows_NC.tolist())
         for counts in self.count_BF.tolist():
             yield [pieces(list(itertools.islice(rows, count)), self.height, self.width) for count in counts]
@@ -58,7 +60,7 @@ class Sight:
         return map(follow, self.pieces())
 
     def spots(self) -> Iterator[list[list[Spot]]]:
-        """Yield the spots of each frame of each clip."""
+        """Yield the spots of each frame, clip by clip."""
         step = self.count_BF.shape[1]
         table = self.spots_MSC.tolist()
         for low in range(0, len(table), step):

@@ -1,7 +1,7 @@
-"""Colour that is no body's: where a body changes its hue in a part of it, or runs into its neighbour.
+"""Colours that belong to no body: where a part of a body changes its hue, or a body melts into its neighbour.
 
-Light is white, so all of a body has one hue. Hues mix only along an edge, in the two pixels that antialiasing and
-`segment.smooth` give it.
+Light is white, so a body has one hue. Hues mix only at edges, within the two pixels of antialiasing and
+`segment.smooth`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from torch.nn import functional
 
 from postgen.world.spec import COLOURS
 
-#: Distance from a colour's hue, of 6, up to which a pixel is of it; the nearest two colours are 0.42 apart.
+#: Largest distance between a pixel's hue and the hue of its colour, on a circle of length 6; the two nearest colours
+#: are 0.42 apart.
 _APART = 0.2
-#: Part of the picture that makes a colour one of the picture's.
+#: Share of the picture from which a colour counts as present in the picture.
 _PRESENT = 0.004
 
 
 def stained(hue_MHW: Tensor, named_MHW: Tensor, body_MHW: Tensor, own_8: Tensor) -> Tensor:
-    """Pixels of bodies whose 3x3 neighbourhood has no hue of any body of the picture: (M,H,W) bool.
+    """Return the stained pixels (M,H,W), bool.
+
+    A body pixel is stained if no pixel of its 3x3 neighbourhood has the hue of a body in the picture.
 
     Args:
         hue_MHW: hue in [0,6).
         named_MHW: index of the colour with the nearest hue.
-        body_MHW: whether a pixel is of a coloured body.
+        body_MHW: True for the pixels of coloured bodies.
         own_8: hue of each colour.
     """
     pictures, height, width = hue_MHW.shape

@@ -1,4 +1,7 @@
-"""Whether a body is the same in every frame: there, of one size, one colour and one shape. Values as in `events`."""
+"""Whether a body is the same in every frame: present, with one size, one colour and one shape.
+
+Values are as in `events`.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,43 @@ from postgen.world.check.events import large, ramp
 from postgen.world.check.pieces import Piece
 from postgen.world.check.tracks import Track
 
-#: Roundness (`facets.roundness`) of a body that is no cube, and of a sure one; the same of a cylinder. Of 300 cubes of
-#: true clips, and of such clips through the embedded autoencoder, 99 % lie below 0.08; squat cylinders above 0.09.
+#: Ends of the ramp over the roundness (`facets.roundness`): no cube, surely a cube; no cylinder, surely a cylinder. Of
+#: 300 cubes in true clips, and in such clips after the embedded autoencoder, 99 % lie below 0.08; squat cylinders lie
+#: above 0.09.
 _ROUND = {"cube": (0.13, 0.06), "cylinder": (-0.07, 0.01)}
 
-#: Of each frame the network's logit (`edges.roundness`) and so many times the roundness of `facets`, which is sure of
-#: the cubes of true clips; their value for a body that is no cube, and for a sure one; and the rank among the frames
-#: that show nearly all of it, from the roundest, whose value counts. By cross-validation over clips persons looked at.
+#: A frame's roundness is the logit of the network (`edges.roundness`) plus `_FACETS` times the roundness of `facets`,
+#: which is reliable for cubes of true clips. `_SOFT`: ends of the ramp, no cube and surely a cube. `_SOFT_RANK`: rank
+#: of the value that counts, among the frames that show nearly all of the cube, the roundest first. All were chosen by
+#: cross-validation over clips that people judged by eye.
 _FACETS, _SOFT, _SOFT_RANK = 2.0, (1.45, -0.95), 0.2
 
-#: Part of its usual area that has to be seen of a cube that touches another body.
+#: Share of its usual area that must be visible of a cube that touches another body.
 _NEARLY = 0.8
-#: Greatest change of a body's mean hue, of 6, and rise of the hue's deviation within it that lasts for three frames,
-#: or a sixteenth of the clip: of a spoilt body, and of a good one. Of 559 right clips one lies above the middle.
+#: Ends of the ramps over the greatest change of a body's mean hue, and over the rise of the hue's deviation that lasts
+#: for three frames or a sixteenth of the clip: a damaged body, a good one. The hue circle has length 6. One of 559
+#: right clips lies above the middle.
 _TINT, _MIXED = (0.056, 0.024), (0.042, 0.018)
 
-#: Part of the picture whose hue is no body's, of a spoilt clip and of a good one.
+#: Ends of the ramp over the stained share of the picture: a damaged clip, a good one.
 _STAIN = (0.0011, 0.0004)
 
 
 def whole(track: Track) -> dict[int, Piece]:
-    """Frames in which most of a body is seen and nothing covers its outline."""
+    """Return the frames, with their pieces, that show most of the body and its uncovered outline."""
     least = 0.25 * large([p.area for p in track.pieces if p is not None])
     return {f: p for f in track.clean if (p := track.pieces[f]) is not None and p.area >= least}
 
 
 def presence(track: Track) -> float:
-    """1 for a body that is never missing, below 0.5 for one that is: the less, the more frames it is gone."""
+    """Return 1 for a body that is never missing, and otherwise a value that falls from 0.4 with the missing share."""
     present = track.present
     missing = present.count(False) / len(present)
     return 1.0 if not missing else 0.4 * ramp(missing, 0.6, 0.0)
 
 
 def size(track: Track) -> float:
-    """Whether its size changes smoothly, in frames that follow each other and show all of it."""
+    """Return whether the body's size changes smoothly over consecutive frames that show the whole body."""
     seen = whole(track)
     logs = {f: 0.5 * math.log(p.area) for f, p in seen.items()}
     jumps = [abs(logs[f] - logs[g]) for f, g in pairwise(logs) if g == f + 1]
@@ -54,7 +60,7 @@ def size(track: Track) -> float:
 
 
 def light(track: Track) -> float:
-    """Whether its brightness stays, from a frame to the next and over the whole clip."""
+    """Return whether the body's brightness stays constant from each of its frames to the next."""
     seen = [p.light for p in whole(track).values()]
     if len(seen) < 2:
         return 1.0
@@ -63,13 +69,13 @@ def light(track: Track) -> float:
 
 
 def hue(track: Track) -> float:
-    """Whether it keeps its one hue and does not run into its neighbour: by its stains and its tint."""
+    """Return whether the body keeps its single hue and does not melt into its neighbour, by stains and tint."""
     power = sum(p.stain**2 for p in track.pieces if p is not None) / len(track.pieces)
     return min(ramp(math.sqrt(power), *_STAIN), _tints(track))
 
 
 def _tints(track: Track) -> float:
-    """Whether its hue is the same in all frames in which nearly all of it is seen, and all over it."""
+    """Return whether the hue is the same over the whole body, in all frames that show nearly all of it."""
     usual = list(whole(track).values()) or [p for p in track.pieces if p is not None]
     if not usual:
         return 1.0
@@ -83,7 +89,10 @@ def _tints(track: Track) -> float:
 
 
 def shape(track: Track, index: int) -> float:
-    """Whether in the frames with a clean outline no other shape fits much better; 0 where one does in a third."""
+    """Return whether no other shape fits much better in the frames with a clean outline.
+
+    The value is 0 if another shape does in about a third of these frames.
+    """
     outlines = [p.misfit for p in whole(track).values() if p.misfit is not None]
     if len(outlines) < 4:
         return 1.0
@@ -93,7 +102,10 @@ def shape(track: Track, index: int) -> float:
 
 
 def edges(track: Track, name: str) -> float:
-    """Whether it has the edges of its shape, or none, in nearly two thirds of the frames with a clean outline."""
+    """Return whether the body has the edges of its shape, or has none if its shape has none.
+
+    Nearly two thirds of the frames with a clean outline must agree.
+    """
     if name not in _ROUND:
         return 1.0
     clean = whole(track)
@@ -110,7 +122,10 @@ def edges(track: Track, name: str) -> float:
 
 
 def looked_at(track: Track) -> list[Piece]:
-    """Pieces of a cube on which the network is asked: nearly all of it is seen, be it that it touches another body."""
+    """Return the pieces of a cube that the network examines.
+
+    These show nearly all of the body; the body may touch another one.
+    """
     clean, least = whole(track), _NEARLY * large([p.area for p in track.pieces if p is not None])
     return [
         p
@@ -121,7 +136,12 @@ def looked_at(track: Track) -> list[Piece]:
 
 
 def soft_value(soft: Sequence[float], facets: Sequence[float]) -> float:
-    """How round a cube is by what the network and `facets` say of its frames: below `sum(_SOFT) / 2` it is one."""
+    """Return how round a cube is, by the network and by `facets`; below `sum(_SOFT) / 2` the body counts as a cube.
+
+    Args:
+        soft: logit of the network in each frame.
+        facets: roundness of `facets` in each frame.
+    """
     both = [one + _FACETS * other for one, other in zip(soft, facets, strict=True)]
     return _rank(sorted(both, reverse=True), _SOFT_RANK)
 

@@ -1,4 +1,4 @@
-"""What is in a clip besides the bodies that are followed: shadows, and whatever has no right to be there."""
+"""What a clip shows besides the tracked bodies: shadows, and objects that should not be there."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from postgen.world.check.pieces import Piece, Spot
 from postgen.world.check.tracks import Track
 
-#: Parts of the picture: what no shadow explains, alone and beside a body; a shadow that is nobody's; a coloured piece
-#: that is no body's, alone and beside one.
+#: Smallest areas that count, relative to the picture: an area that no shadow explains, alone and next to a body; a
+#: shadow without a body; a coloured piece that is not a body, alone and next to a body.
 _ODD, _ODD_BESIDE, _SHADOW, _PIECE, _PIECE_BESIDE = 0.0022, 0.010, 0.004, 0.0012, 0.0065
-#: How near a shadow lies to a body that stands, and how far to the side of one in the air, in picture widths.
+#: Largest distance of a shadow from a standing body, and sideways from a body in the air, in picture widths.
 _NEAR, _ASIDE = 0.05, 0.34
-#: A body's rim, where colours mix.
+#: Width of a body's rim, where colours mix.
 _RIM = 0.03
-#: How far the shadow of a body that stands may reach below it, in picture heights.
+#: How far the shadow of a standing body may extend below it, in picture heights.
 _FOOT = 0.06
 
 
 def strangers(tracks: Sequence[Track], frames: Sequence[Sequence[Spot]], pieces: Sequence[Sequence[Piece]]) -> int:
-    """Number of frames with something that is no body followed, nor a shadow; gives each body its own shadow.
+    """Return the number of frames that show an object which is neither a tracked body nor a shadow.
 
-    What is large counts twice: once is not by chance.
+    A large object is no coincidence, so its frame counts twice. The function also assigns to each body its own shadow
+    (`Track.shade`).
+
+    Args:
+        tracks: the tracked bodies.
+        frames: the spots of each frame.
+        pieces: the coloured pieces of each frame.
     """
     for track in tracks:
         track.shade = [None] * len(frames)
@@ -37,20 +43,20 @@ def strangers(tracks: Sequence[Track], frames: Sequence[Sequence[Spot]], pieces:
 
 
 def _flies(track: Track) -> bool:
-    """Whether a body goes up or down the picture, as one in the air does."""
+    """Return whether a body moves up or down the picture, as a body in the air does."""
     low = [piece.box[3] for piece in track.pieces if piece is not None]
     return max(low) - min(low) > 0.05
 
 
 def _alone(piece: Piece, bodies: Sequence[Piece]) -> int:
-    """Whether a coloured piece is a thing of its own and not a part, or a rim, of a body."""
+    """Return 0 for a coloured piece that belongs to a body or its rim, 1 for a separate object, 2 for a large one."""
     beside = piece.touch or any(piece.group == body.group or _along(piece.box, body) for body in bodies)
     least = _PIECE_BESIDE if beside else _PIECE
     return (piece.area >= least) + (piece.area >= max(least, 2.5 * _PIECE))
 
 
 def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track, Piece]], flying: set[int]) -> int:
-    """0 where every spot is a body's shadow, else 1 or 2."""
+    """Return 0 if every spot is the shadow of a body, otherwise 1 or 2."""
     air: list[Spot] = []
     standing: set[int] = set()
     strange = 0
@@ -61,11 +67,13 @@ def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track,
         along = any(_along(spot.box, piece) for _, piece in seen)
         if spot.odd >= (_ODD_BESIDE if owners or along else _ODD) and not (along and spot.odd < 0.3 * spot.area):
             strange = max(strange, 1 + (spot.odd >= (_ODD_BESIDE if owners or along else 2 * _ODD)))
+        # A spot that no body touches: it may be the shadow of a body in the air, below.
         if not owners:
-            # Over a body's rim lies what is left of one behind it.
+            # A spot over a body's rim may be the rest of a body behind it.
             if not along or spot.area >= _ODD_BESIDE:
                 air.append(spot)
             continue
+        # A spot next to a body: the shadow of the nearest one, unless it is too large.
         track, piece = seen[min(owners)[1]]
         if spot.area >= 0.1 * piece.area:
             standing.add(id(track))
@@ -81,7 +89,10 @@ def _unexplained(number: int, spots: Sequence[Spot], seen: Sequence[tuple[Track,
 
 
 def _in_the_air(number: int, spot: Spot, aloft: list[tuple[Track, Piece]]) -> int:
-    """Whether a dark spot is no shadow of a body in the air, of which each has one; its owner leaves `aloft`."""
+    """Return 0 if a dark spot is the shadow of a body in the air, otherwise 1 or 2.
+
+    Each body has one shadow, so its body is removed from `aloft`.
+    """
     owners = [(abs(spot.x - p.x), k) for k, (_, p) in enumerate(aloft) if _below(spot, p)]
     if not owners:
         return int(spot.area >= _SHADOW)
@@ -94,13 +105,13 @@ def _in_the_air(number: int, spot: Spot, aloft: list[tuple[Track, Piece]]) -> in
 
 
 def _along(box: tuple[float, float, float, float], piece: Piece) -> bool:
-    """Whether a box lies against a body's."""
+    """Return whether a box lies next to the box of a body."""
     x0, y0, x1, y1 = piece.box
     return box[0] <= x1 + _RIM and box[2] >= x0 - _RIM and box[1] <= y1 + _RIM and box[3] >= y0 - _RIM
 
 
 def _beside(spot: Spot, piece: Piece) -> bool:
-    """Whether a spot touches a body, at its sides or below: where the shadow of a body that stands begins."""
+    """Return whether a spot touches a body at its sides or below, where the shadow of a standing body begins."""
     sx0, _, sx1, sy1 = spot.box
     x0, y0, x1, y1 = piece.box
     across = sx0 <= x1 + _NEAR and sx1 >= x0 - _NEAR
@@ -108,5 +119,5 @@ def _beside(spot: Spot, piece: Piece) -> bool:
 
 
 def _below(spot: Spot, piece: Piece) -> bool:
-    """Whether a spot may be the shadow of a body in the air."""
+    """Return whether a spot can be the shadow of a body in the air."""
     return abs(spot.x - piece.x) <= _ASIDE and spot.box[3] >= piece.box[3]

@@ -1,4 +1,4 @@
-"""Blobs to bodies: pieces of one colour followed through the frames, whatever passes in front."""
+"""From blobs to bodies: pieces of one colour are tracked through the frames, even if other bodies cover them."""
 
 from __future__ import annotations
 
@@ -11,59 +11,61 @@ from statistics import median
 
 from postgen.world.check.pieces import Piece
 
-#: Area of the smallest body as a part of the picture, and the share of the frames that make it one.
+#: Area of the smallest body relative to the picture; below, the share of frames that a body needs, and a second one of
+#: its colour.
 BODY_AREA = 0.004
 _PERSISTENT, _SECOND = 0.2, 0.1
 _MOST_PER_COLOUR = 3
-#: Longest way of a body from a frame to the next in picture widths; the fastest fall of the world makes 0.08.
+#: Largest move of a body per frame in picture widths; the fastest fall of the world makes 0.08.
 JUMP = 0.11
 
 
 @dataclass
 class Track:
-    """A body through a clip of F frames; `pieces` has one entry a frame, None where it is not seen, and stays."""
+    """A body through a clip of F frames; `pieces` has one entry per frame, None where the body is not visible."""
 
     colour: int
     pieces: list[Piece | None]
-    #: Colour in each frame, -1 where it is not seen.
+    #: Colour in each frame, -1 where the body is not visible.
     colours: list[int]
-    #: Frames in which it is not seen but a body in front, or the picture's edge, explains that.
+    #: True for frames in which the body is not visible because a body in front, or the picture's edge, hides it.
     hidden: list[bool] = field(default_factory=list)
-    #: How far its shadow reaches below it, in picture heights, where one is seen that is its own.
+    #: How far the body's own shadow extends below it in each frame, in picture heights; None if no such shadow is
+    #: visible.
     shade: list[float | None] = field(default_factory=list)
 
     @cached_property
     def visible(self) -> list[int]:
-        """Frames where it is seen."""
+        """Frames in which the body is visible."""
         return [f for f, p in enumerate(self.pieces) if p is not None]
 
     @cached_property
     def clean(self) -> list[int]:
-        """Frames where its whole outline is seen: nothing near it, not cut by the picture's edge."""
+        """Frames that show its whole outline: nothing touches the body, and the picture's edge does not cut it."""
         return [
             f for f, p in enumerate(self.pieces) if p is not None and p.whole and not (p.touch or p.border or p.merged)
         ]
 
     @property
     def present(self) -> list[bool]:
-        """Whether it is there, seen or hidden, per frame."""
+        """Whether the body is present, visible or hidden, in each frame."""
         hidden = self.hidden or [False] * len(self.pieces)
         return [p is not None or h for p, h in zip(self.pieces, hidden, strict=True)]
 
     @cached_property
     def step(self) -> float:
-        """Largest move from a frame in which it is seen to the next, in allowed steps."""
+        """Largest move between consecutive visible frames, relative to the allowed move."""
         return self.leap(self.visible)
 
     def leap(self, frames: list[int]) -> float:
-        """Largest move from a frame to the next among the given ones, in allowed steps (above 1: too far)."""
+        """Return the largest move per frame among the given frames, relative to the allowed move; above 1: too far."""
         points = [(f, p.x, p.y) for f in frames if (p := self.pieces[f]) is not None]
         steps = [math.hypot(b[1] - a[1], b[2] - a[2]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
         return max(steps, default=0.0) / JUMP
 
 
 def follow(frames: Sequence[dict[int, list[Piece]]]) -> list[Track]:
-    """Bodies of a clip from the pieces of each colour in each frame (the largest first)."""
+    """Return the bodies of a clip from the pieces of each colour in each frame, the largest piece first."""
     tracks = []
     for colour in sorted({c for frame in frames for c in frame}):
         tracks += _one_colour(colour, [frame.get(colour, []) for frame in frames])
@@ -82,7 +84,7 @@ def _one_colour(colour: int, frames: list[list[Piece]]) -> list[Track]:
     count = len(frames)
     slots, least_share = 0, _PERSISTENT
     while slots < _MOST_PER_COLOUR and sum(len(f) > slots for f in main) >= least_share * count:
-        # A second one may be behind the first, of its own colour, most of the time.
+        # A second body of the same colour may be hidden by the first one most of the time, so it needs fewer frames.
         slots, least_share = slots + 1, _SECOND
     tracks = [Track(colour, [None] * count, [-1] * count) for _ in range(slots)]
     for track in tracks:
@@ -97,7 +99,10 @@ def _one_colour(colour: int, frames: list[list[Piece]]) -> list[Track]:
 
 
 def _merge(tracks: list[Track], last: list[Piece | None], number: int) -> None:
-    """Where two bodies of one colour are one piece, the one that has none is behind the other one."""
+    """Mark bodies that are hidden behind a body of their own colour.
+
+    Two such bodies form one piece: the body without a piece is hidden, and the piece of the other one is merged.
+    """
     for track, old in zip(tracks, last, strict=True):
         if track.pieces[number] is not None or old is None:
             continue
@@ -108,13 +113,16 @@ def _merge(tracks: list[Track], last: list[Piece | None], number: int) -> None:
 
 
 def _within(one: Piece, other: Piece) -> bool:
-    """Whether the middle of a body was in another one's box, or beside it."""
+    """Return whether the centre of a body was in the box of another one, or close to it."""
     x0, y0, x1, y1 = other.box
     return x0 - 0.03 <= one.x <= x1 + 0.03 and y0 - 0.03 <= one.y <= y1 + 0.03
 
 
 def _assign(last: list[Piece | None], pieces: list[Piece]) -> list[tuple[int, Piece]]:
-    """Pieces to slots with the least way in all, and change of size; an empty slot costs nothing but comes last."""
+    """Assign pieces to slots such that the sum of the moves and the changes of size is smallest.
+
+    An empty slot has a fixed cost, slightly higher for later slots.
+    """
     best: tuple[float, tuple[int, ...]] | None = None
     for order in itertools.permutations(range(len(last)), len(pieces)):
         cost = 0.0
@@ -130,7 +138,10 @@ def _assign(last: list[Piece | None], pieces: list[Piece]) -> list[tuple[int, Pi
 
 
 def _join_recoloured(tracks: list[Track]) -> list[Track]:
-    """A body that changes its colour on its way is one body: join tracks that follow each other in time and place."""
+    """Join tracks that continue each other in time and place.
+
+    A body that changes its colour on its way is one body.
+    """
     while pair := next((p for p in itertools.permutations(tracks, 2) if _continues(*p)), None):
         one, two = pair
         tracks = [_joined(one, two) if t is one else t for t in tracks if t is not two]
@@ -141,7 +152,7 @@ def _join_recoloured(tracks: list[Track]) -> list[Track]:
 
 
 def bodies(tracks: list[Track]) -> list[Track]:
-    """The tracks without the seams: strips of mixed colour that lie along larger bodies all the time."""
+    """Return the tracks without seams: strips of mixed colour that touch larger bodies in all frames."""
     areas = [median([p.area for p in t.pieces if p is not None]) for t in tracks]
     top = max(areas, default=0.0)
     seams = [
@@ -152,7 +163,7 @@ def bodies(tracks: list[Track]) -> list[Track]:
 
 
 def _joined(one: Track, two: Track) -> Track:
-    """Both as one track; where both are seen, it is the first."""
+    """Return two tracks as one; the first one has priority where both are visible."""
     pairs = list(zip(one.pieces, two.pieces, one.colours, two.colours, strict=True))
     colours = [d if a is None and b is not None else c for a, b, c, d in pairs]
     hidden = [a or b for a, b in zip(one.hidden, two.hidden, strict=True)]
@@ -174,7 +185,11 @@ def _continues(one: Track, two: Track) -> bool:
 
 
 def _explained(track: Track) -> list[bool]:
-    """A gap is explained when the body is cut off by another one before and after it, or has left over the edge."""
+    """Return the frames in which a body is missing for a known reason.
+
+    A gap is explained if another body touches the body before and after it, or if the body has left over the picture's
+    edge.
+    """
     count = len(track.pieces)
     hidden = [False] * count
     frame = 0

@@ -1,9 +1,10 @@
-"""What a process of `workers` runs: jobs come in at stdin, reports go out at stdout, until stdin ends.
+"""Program of a process of `workers`: it reads jobs from stdin and writes reports to stdout until stdin ends.
 
-A job is a line of JSON and the raw float64 of its rows and spots; an answer is one of JSON, the reports or the error.
+A job is one line of JSON, then the raw float64 values of its rows and spots. An answer is one line of JSON: the
+reports, or the error.
 
-It ends with the process that started it, however that one ends: then stdin is closed. It is run as a file, not as a
-module, and not by `multiprocessing`, which would import the parent's main program again.
+The process ends when its parent ends for any reason, because stdin is closed then. The parent runs this file as a
+script, not as a module and not by `multiprocessing`, which would import the parent's main program again.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer each job."""
+    """Answer the jobs one by one."""
     _bare_packages()
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    # Whatever is printed must not get among the answers.
+    # Printed text must not mix with the answers.
     sys.stdout = sys.stderr
     while line := jobs.readline():
         job = json.loads(line)
@@ -35,7 +36,7 @@ def main() -> None:
             answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()
         except BrokenPipeError:
-            # Nobody is left to hear it; a plain return would try to write the rest again.
+            # No reader is left; a plain return would try to write the rest again.
             os._exit(0)
 
 
@@ -59,7 +60,10 @@ def _reports(job: dict[str, Any], rows: bytes, spots: bytes) -> list[dict[str, A
 
 
 def _bare_packages() -> None:
-    """Make modules of these packages importable without the packages' own imports: torch, 2 s and 300 MB a process."""
+    """Make modules of these packages importable without running the packages' own imports.
+
+    The packages import torch, which costs 2 s and 300 MB per process.
+    """
     folder = Path(__file__).resolve().parent
     for name in ("postgen.world.check", "postgen.world", "postgen"):
         package = ModuleType(name)

@@ -1,4 +1,4 @@
-"""Processes that judge beside this one: started once, kept, and gone when this one is."""
+"""Processes of the judge next to the calling process: started once, reused, and ended together with the caller."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class WorkerDied(RuntimeError):
-    """A process of the judge ended in the middle of its work: it was killed, or there was no memory left."""
+    """A process of the judge ended during its work: it was killed, or memory ran out."""
 
 
 class Pool:
-    """So many processes, and a thread for each that hands it jobs and waits for the answers."""
+    """A number of processes; one thread per job passes the job to an idle process and waits for the answer."""
 
     def __init__(self, workers: int) -> None:
         self.processes = [_Process() for _ in range(workers)]
@@ -38,16 +38,20 @@ class Pool:
             self._idle.put(process)
         self._closed = False
         self.users = 0
-        """Calls under way, counted under the lock of the table of pools."""
+        """Number of running calls; `_lock` protects it."""
 
     def submit(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Future[list[Report]]]:
-        """Begin to judge clips, an equal number in each process; results in their order, or `WorkerDied`."""
+        """Start to judge clips, the same number in each process.
+
+        Returns:
+            Futures of the reports, in the order of the clips. A future raises `WorkerDied` if its process was killed.
+        """
         step = -(-len(sight) // len(self.processes))
         jobs = []
         for low in range(0, len(sight), step):
             jobs.append(Future[list[Report]]())
             work = (jobs[-1], sight.part(low, low + step), scenes[low : low + step])
-            # Of no executor: Python waits for its threads at the end, before anything can end the processes.
+            # Not an executor: Python waits for an executor's threads at exit, before anything can end the processes.
             threading.Thread(target=self._judge, args=work, name="judge", daemon=True).start()
         return jobs
 
@@ -55,7 +59,7 @@ class Pool:
         process = self._idle.get()
         try:
             if self._closed:
-                raise WorkerDied("the judge was ended before it came to this clip")
+                raise WorkerDied("the judge was closed before it reached this clip: call it again")
             job.set_result(process.judge(sight, scenes))
         except Exception as error:
             job.set_exception(error)
@@ -63,7 +67,7 @@ class Pool:
             self._idle.put(process)
 
     def close(self) -> None:
-        """End the processes at once; jobs that are not done fail."""
+        """End the processes at once; unfinished jobs fail."""
         self._closed = True
         for process in self.processes:
             process.end()
@@ -71,7 +75,7 @@ class Pool:
 
 class _Process:
     def __init__(self) -> None:
-        # In a session of its own, so that an interrupt from the keyboard is this process's business alone.
+        # The process has its own session, so a keyboard interrupt reaches only the calling process.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
@@ -102,26 +106,26 @@ class _Process:
         except (OSError, ValueError) as error:
             raise WorkerDied(
                 f"process {self.pid} of the judge died (exit code {self.end(1.0)}): look for what killed it, perhaps "
-                "a lack of memory; workers=0 judges in this process."
+                "a lack of memory; workers=0 judges without other processes."
             ) from error
         if "error" in answer:
             raise _error(**answer)
         return [Report.from_dict(report) for report in answer["reports"]]
 
     def end(self, grace: float = 0.0) -> int:
-        """Kill it if it lives for so many seconds more; its exit code."""
+        """Wait up to `grace` seconds for the process to end, then kill it; return its exit code."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
-            # What a job had left to write breaks once more.
+            # Unsent data of a job raises the error again.
             with suppress(OSError):
                 _pipe(pipe).close()
         return self._process.wait()
 
 
 def _error(error: str, message: str, trace: str) -> Exception:
-    """The error of a process, of its own kind where that is built in."""
+    """Return the error of a process as an exception, of the same class if the class is built in."""
     kind = getattr(builtins, error, None)
     found = kind(message) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(message)
     found.add_note(f"In a process of the judge:\n{trace}")
@@ -133,16 +137,17 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-# By process too: one that is forked must not talk to its parent's.
+# The key contains the process id: a forked process must not use the pipes of its parent.
 _pools: dict[tuple[int, int], Pool] = {}
 _lock = threading.Lock()
 
 
 @contextmanager
 def pool_of(workers: int) -> Iterator[Pool]:
-    """The pool with that many processes, started at its first use; ended after an interrupt, or when one died.
+    """Yield the pool with the given number of processes; the first use starts it.
 
-    Calls of other threads that are under way finish first: the last of them ends the processes.
+    An interrupt, or the death of a process, ends the pool. Calls of other threads that use the pool finish first; the
+    last of them ends the processes.
     """
     key = (os.getpid(), workers)
     with _lock:
@@ -170,7 +175,7 @@ def close_pools(*, under_way: bool = False) -> None:
     """End all processes of the judge; a later call starts new ones.
 
     Args:
-        under_way: end also those that have work, which then fails; else the call that is under way ends its own.
+        under_way: also end pools that are in use, whose calls then fail. Otherwise the last such call ends its pool.
     """
     with _lock:
         for key in [key for key in _pools if key[0] == os.getpid()]:
@@ -179,5 +184,5 @@ def close_pools(*, under_way: bool = False) -> None:
                 pool.close()
 
 
-# A call in another thread must not hold up the end of this process.
+# A running call in another thread must not delay the exit of the calling process.
 atexit.register(close_pools, under_way=True)
