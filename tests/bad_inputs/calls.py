@@ -261,10 +261,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "format": (lambda here: write_video(here / "x.mp4", CLIP, fps=8, format="mov"), "unknown video format"),
     "format a number": (lambda here: write_video(here / "x.mp4", CLIP, fps=8, format=3), "format"),  # type: ignore[arg-type]
     "read absent": (lambda here: read_video(here / "absent.mp4"), "absent"),
-    "read a pipe": (lambda here: read_video(here / "p.mp4"), "no regular file"),
-    "probe a pipe": (lambda here: probe(here / "p.mp4"), "no regular file"),
-    "probe a device": (lambda _: probe("/dev/zero"), "no regular file"),
-    "read a device": (lambda _: read_video("/dev/zero"), "no regular file"),
+    "read a pipe": (lambda here: read_video(here / "p.mp4"), "not a regular file"),
+    "probe a pipe": (lambda here: probe(here / "p.mp4"), "not a regular file"),
+    "probe a device": (lambda _: probe("/dev/zero"), "not a regular file"),
+    "read a device": (lambda _: read_video("/dev/zero"), "not a regular file"),
     "read nothing": (lambda _: read_video(""), "folder|name|frame"),
     **{f"start {value!r}": (lambda here, value=value: read_video(here / "v.mp4", start=value), "start")
        for value in (-1, 1.5, "0", True, 10**12)},
