@@ -41,7 +41,8 @@ def write_video(
     """Write a video with exactly the given size and rate; frames are never resized.
 
     - mp4: H.264 with 4:2:0 chroma, which every player supports. For an odd width or height it has 4:4:4 chroma,
-      because H.264 cannot store odd sizes with 4:2:0. ffmpeg, VLC and Chromium play 4:4:4; some hardware players do not.
+      because H.264 cannot store odd sizes with 4:2:0. ffmpeg, VLC and Chromium play 4:4:4; some hardware players do
+      not.
     - webm: VP9.
     - gif: one palette per frame and a clock of 1/100 s. A gif shows at most 50 frames per second and meets other rates
       than divisors of 100 only on average.
