@@ -322,7 +322,7 @@ def test_bad_frames(tmp_path, frames, message):
     ("name", "options", "message"),
     [
         ("v.mkv", {}, "unknown video format '.mkv'"),
-        ("v", {}, "known are mp4, webm, gif, frames"),
+        ("v", {}, "choose one of mp4, webm, gif, frames"),
         ("v.mp4", {"format": "avi"}, "unknown video format 'avi'"),
         ("v.mp4", {"format": "gif"}, "has the suffix of mp4, but the format is gif"),
         ("v.mp4", {"fps": 0}, "fps must be a number from 0.01"),

@@ -107,7 +107,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             return
         call.config = now.config
         if model.training and not now.config.train:
-            self._warn("training", "it does not act in training mode: call eval(), or set train=True")
+            self._warn("training", "no gain is applied in training mode: call eval(), or set train=True")
             return
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if not now.config.whole_range and not now.config.covers(self._progress(model, arguments)):
@@ -156,7 +156,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         by = [name for name, modules in self._stack.claims.items() if not set(modules).isdisjoint(unseen)]
         why = f"{' and '.join(by)} hides it" if by else "does it bypass diffusers' dispatcher?"
         layers = f"{len(unseen)} of {len(self.layers)} layers"
-        self._warn("unseen", f"no attention call was seen in {layers} ({why}). It does not act there")
+        self._warn("unseen", f"no attention call was seen in {layers} ({why}). No gain is applied there")
 
     def gains(self) -> dict[str, tuple[float, ...]]:
         """Return the gains of the last measured forward pass by layer, one gain per sample.
@@ -205,7 +205,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
                 raise UserError(f"num_frames={frames} does not divide the {tokens} video tokens: give another number")
             grid = Grid(frames=frames, height=1, width=tokens // frames)
         if grid is None:
-            self._warn("grid", "the forward arguments lack the number of frames: give num_frames=. It does not act")
+            self._warn("grid", "the call does not contain the number of frames: give num_frames=. No gain is applied")
         elif packed and video.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
             self.call.measure(grid)
             self._warn_of_tokens()
@@ -215,8 +215,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
     def _warn_of_tokens(self) -> None:
         self._warn(
             "tokens",
-            f"the tokens do not match {self.call.frames} frames of {self.call.places} tokens (reference frames?)."
-            " It does not act: give num_frames=, or remove it",
+            f"the tokens do not match {self.call.frames} frames of {self.call.places} tokens (reference frames?), so"
+            " no gain is applied: give num_frames=, or remove the plug-in",
         )
 
     def _warn_of_displaced(self) -> None:
@@ -225,7 +225,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             self._warn(
                 "displaced",
                 f"the attention processors of {len(displaced)} of {len(self.layers)} layers were replaced"
-                " (fuse_qkv_projections and set_attn_processor do that). It does not act there: remove and reapply it",
+                " (fuse_qkv_projections and set_attn_processor do that), so no gain is applied there: remove the"
+                " plug-in and apply it again",
             )
 
     def _warn_of_strength(self) -> None:

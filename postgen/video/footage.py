@@ -128,6 +128,6 @@ class Footage:
 
 
 def _give_back() -> None:
-    """Make glibc return free memory: small tensors kept from each window fragment the heap and hold its pages."""
+    """Make glibc return free memory: values kept from each window fragment the heap and hold its pages."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has no malloc_trim
         libc.malloc_trim(0)

@@ -174,7 +174,7 @@ def check_mark(path: Path, mark: Mark) -> None:
     elif there < size:
         other = f"it has {there} of {size} bytes"
     else:
-        other = "" if _known(path, frames, size) == known else "its content is another one"
+        other = "" if _known(path, frames, size) == known else "its content has changed"
     if other:
         raise VideoError(f"{path} is not the video to continue: {other}")
 

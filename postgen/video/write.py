@@ -125,8 +125,8 @@ def check_target(path: str | Path, format: str | None = None) -> str:
     kind = by_suffix if format is None else format
     if not isinstance(kind, str) or kind not in FORMATS:
         got = target.suffix if format is None else format
-        known = f"known are {', '.join(FORMATS)}"
-        raise VideoError(f"unknown video format {got!r} for {target}: {known} (by suffix or format)")
+        known = ", ".join(FORMATS)
+        raise VideoError(f"unknown video format {got!r} for {target}: choose one of {known}, by suffix or as format")
     if by_suffix not in (None, kind):
         raise VideoError(f"{target} has the suffix of {by_suffix}, but the format is {kind}: change one of them")
     try:
@@ -143,7 +143,10 @@ def check_target(path: str | Path, format: str | None = None) -> str:
 def _check_frames_folder(target: Path) -> None:
     others = [item.name for item in target.iterdir() if not item.match("frame_*.png")] if target.is_dir() else []
     if others:
-        raise VideoError(f"cannot replace the folder {target}: it holds {min(others)}, which is not a frame_*.png")
+        raise VideoError(
+            f"cannot replace the folder {target}: it holds {min(others)}, which is not a frame_*.png. Choose another"
+            " folder"
+        )
 
 
 def checked_rate(fps: float | Fraction, kind: str) -> Fraction:

@@ -168,7 +168,7 @@ def test_frames_that_the_call_does_not_tell() -> None:
     handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
     expected = tiny()
     untold = {"num_frames": None, "height": None, "width": None, "video_coords": torch.rand(1, 3, 24)}
-    with pytest.warns(UserWarning, match="the forward arguments lack the number of frames"):
+    with pytest.warns(UserWarning, match="the call does not contain the number of frames"):
         tiny(**untold)
     for num_frames in (4, lambda arguments: 4, lambda arguments: Grid(frames=4, height=2, width=3)):
         handle.update(num_frames=num_frames)
@@ -215,7 +215,7 @@ def test_training_is_left_alone_unless_asked(wan: TinyModel) -> None:
     wan.transformer.train()
     off = wan()
     handle = postgen.apply_enhance_a_video(wan.transformer, CONFIG)
-    with pytest.warns(UserWarning, match="does not act in training mode"):
+    with pytest.warns(UserWarning, match="no gain is applied in training mode"):
         assert torch.equal(wan(), off)
     handle.update(train=True)
     assert not torch.equal(wan(), off)
