@@ -181,7 +181,7 @@ def test_frames_that_the_call_does_not_tell() -> None:
 def test_frames_that_do_not_divide_the_tokens() -> None:
     tiny = tiny_model("Wan")
     postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(num_frames=5))
-    with pytest.raises(postgen.UserError, match="num_frames=5 does not divide the call's 24 tokens"):
+    with pytest.raises(postgen.UserError, match="num_frames=5 does not divide the 24 video tokens"):
         tiny()
 
 
