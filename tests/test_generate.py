@@ -143,7 +143,7 @@ def test_damaged_model_index(tmp_path: Path, text: str) -> None:
         ({"seed": True}, "seed must be int, got True"),
         ({"seed": None}, "seed must be int, got None"),
         ({"lora": ["x"]}, "lora must be tuple"),
-        ({"fps": 0}, "fps must be a number from 0.01"),
+        ({"fps": 0}, "fps must be above 0"),
     ],
 )
 def test_config_checks_itself(changes: dict[str, Any], message: str) -> None:
