@@ -18,4 +18,4 @@ class CogVideoXVideoToVideoPipeline(DropIn, diffusers.CogVideoXVideoToVideoPipel
 
 
 class CogVideoXFunControlPipeline(DropIn, diffusers.CogVideoXFunControlPipeline):
-    """Control video to video."""
+    """Text and a control video to video."""

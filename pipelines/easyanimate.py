@@ -10,7 +10,7 @@ class EasyAnimatePipeline(DropIn, diffusers.EasyAnimatePipeline):
 
 
 class EasyAnimateControlPipeline(DropIn, diffusers.EasyAnimateControlPipeline):
-    """Control video to video."""
+    """Text and a control video to video."""
 
 
 class EasyAnimateInpaintPipeline(DropIn, diffusers.EasyAnimateInpaintPipeline):
