@@ -1,11 +1,11 @@
-"""Drop-in diffusers pipelines: the same names, calls and folders, with a keyword argument for each plug-in.
+"""Drop-in diffusers pipelines: the same names, call arguments and folders, plus one keyword argument per plug-in.
 
     from postgen.pipelines import WanPipeline  # instead of: from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     pipe("a red ball rolls left", enhance_a_video="auto")
 
-A class is imported when it is first asked for, and only with its own family.
+A class is imported on first access, together with the module of its family only.
 """
 
 from importlib import import_module
@@ -78,13 +78,13 @@ if TYPE_CHECKING:
     from postgen.pipelines.wan import WanVideoToVideoPipeline as WanVideoToVideoPipeline
 
 _HOMES = homes(Path(__file__).parent)
-"""Class -> file of its family."""
+"""Module of its family by class name."""
 
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a pipeline class with its family, once."""
+    """Import a pipeline class from the module of its family on first access."""
     if name not in _HOMES:
         raise AttributeError(f"module 'postgen.pipelines' has no attribute {name!r}. It has: {', '.join(__all__)}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

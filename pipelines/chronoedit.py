@@ -1,4 +1,4 @@
-"""ChronoEdit, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of ChronoEdit: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -6,4 +6,4 @@ from postgen.pipelines.drop_in import DropIn
 
 
 class ChronoEditPipeline(DropIn, diffusers.ChronoEditPipeline):
-    """Image editing as a short video."""
+    """Image editing, computed as a short video."""

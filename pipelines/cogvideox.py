@@ -1,4 +1,4 @@
-"""CogVideoX, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of CogVideoX: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -18,4 +18,4 @@ class CogVideoXVideoToVideoPipeline(DropIn, diffusers.CogVideoXVideoToVideoPipel
 
 
 class CogVideoXFunControlPipeline(DropIn, diffusers.CogVideoXFunControlPipeline):
-    """Control video to video."""
+    """Text and a control video to video."""

@@ -1,4 +1,4 @@
-"""Cosmos, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Cosmos: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -22,4 +22,4 @@ class Cosmos2_5_PredictBasePipeline(DropIn, diffusers.Cosmos2_5_PredictBasePipel
 
 
 class Cosmos2_5_TransferPipeline(DropIn, diffusers.Cosmos2_5_TransferPipeline):
-    """Control video to video, generation 2.5."""
+    """Text and a control video to video, generation 2.5."""

@@ -1,4 +1,4 @@
-"""What every drop-in pipeline has in common: diffusers' own call, with a keyword argument for each plug-in."""
+"""Base class of the drop-in pipelines: diffusers' own call with one more keyword argument per plug-in."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from postgen.families.own_format import load_part, names_loader, noted_networks
 from postgen.plug_ins import PlugIn, known_plug_ins, plug_ins_for_call
 
 _OF_THE_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant"}
-"""Arguments of `from_pretrained` that say what is fetched."""
+"""Arguments of `from_pretrained` that select what is downloaded from the Hub."""
 
 _DOCUMENTATION = """
 
         {row.name} (*optional*):
-            {row.title} for this call: {row.values} is on, 0 or False is off, None leaves it as it is.
-            Afterwards it is as it was before, also after an error.
+            {row.title} for this call: {row.values} switches it on, 0 or False switches it off, None changes nothing.
+            The previous state is restored after the call, also after an error.
 """
 
 
 class DropIn:
-    """First parent of a drop-in pipeline; the second one is the class of diffusers that it stands for.
+    """First base class of a drop-in pipeline; the second base class is the diffusers class of the same name.
 
-    The pair has the diffusers class' name, its whole call and a keyword argument for each row of `postgen.plug_ins`. A
-    folder that it saves names the diffusers class, so it loads without postgen. Only where postgen has changed the
-    structure of a transformer it does not, and `from_pretrained` of the pair loads it.
+    The drop-in pipeline has all call arguments of the diffusers class, and one keyword argument for each row of
+    `postgen.plug_ins`. A saved folder names the diffusers class, so it loads without postgen. The exception is a
+    transformer whose structure postgen has changed: only `from_pretrained` of the drop-in class loads it.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as the class of diffusers does, with transformers that only postgen can load (`postgen.lit`).
+        """Load a pipeline as diffusers does, also with transformers that only postgen can load (`postgen.lit`).
 
         Args:
-            pretrained_model_name_or_path: as of diffusers; or a folder of networks and a note of the model around
-                them, as training and `postgen convert` write it.
-            kwargs: as of diffusers; a part that is given is not loaded.
+            pretrained_model_name_or_path: a folder or Hub id, as in diffusers; or a folder of networks with a
+                `base.json` that names their base model, as training and `postgen convert` write it.
+            kwargs: arguments of `from_pretrained` of diffusers; components that are given are not loaded.
 
         Raises:
-            UserError: such a transformer is not whole, or the note of another folder names no whole model.
+            UserError: such a transformer is not complete, or `base.json` does not name a complete model.
         """
         parent: Any = super()
         if Path(pretrained_model_name_or_path).is_dir():
@@ -54,7 +54,7 @@ class DropIn:
             export = None if (folder / "model_index.json").is_file() else read_note(folder)
             if export is not None:
                 if not is_hub_id(export.base) and not (Path(export.base) / "model_index.json").is_file():
-                    raise UserError(f"{folder / NOTE} names {export.base}, which is no whole model: name one there")
+                    raise UserError(f"{folder / NOTE} names {export.base}, which is no complete model: name one there")
                 dtype = _dtypes(kwargs)
                 parts = {name: load_part(folder, name, dtype(name)) for name in export.parts if name not in kwargs}
                 return cls.from_pretrained(export.base, **kwargs, **parts)
@@ -64,7 +64,7 @@ class DropIn:
         except ValueError as error:
             if not names_loader(str(error)):
                 raise
-        # From the hub, and fetched by now.
+        # The model is on the Hub and was downloaded by the call above: `download` returns its folder in the cache.
         place = {name: kwargs[name] for name in _OF_THE_HUB & kwargs.keys()}
         folder = Path(parent.download(pretrained_model_name_or_path, **place))
         return parent.from_pretrained(folder, **kwargs, **noted_networks(folder, _dtypes(kwargs), kwargs))
@@ -75,14 +75,14 @@ class DropIn:
             (parent,) = (base for base in cls.__bases__ if base is not DropIn)
             cls.__call__ = _Call(parent.__call__)  # type: ignore[assignment, method-assign]
 
-    if TYPE_CHECKING:  # at run time every class has its parent's signature and the keywords
+    if TYPE_CHECKING:  # at run time, every class has the signature of its parent plus the keyword arguments
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Run the pipeline with plug-ins set for this call. Every other argument is that of diffusers."""
+            """Run the pipeline with plug-ins set for this call. All other arguments are those of diffusers."""
 
 
 def _dtypes(kwargs: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Return the dtype of each part that arguments of `from_pretrained` ask for, as diffusers reads them."""
+    """Return a function from component name to the dtype that the arguments of `from_pretrained` select."""
     asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if isinstance(asked, Mapping):
         return lambda name: asked.get(name, asked.get("default", torch.float32))
@@ -90,7 +90,7 @@ def _dtypes(kwargs: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 class _Call:
-    """A pipeline's `__call__` with the keyword arguments that the table has when it is looked up."""
+    """Descriptor for the `__call__` of a pipeline; each access takes the current rows of `postgen.plug_ins`."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -102,15 +102,15 @@ class _Call:
 
 @functools.cache
 def _with_settings(call: Callable[..., Any], rows: tuple[PlugIn, ...]) -> Callable[..., Any]:
-    """Return a pipeline's `__call__` with our keyword arguments, which `inspect.signature` shows too.
+    """Return the `__call__` of a pipeline with a keyword argument per plug-in, also in `inspect.signature`.
 
     Raises:
-        UserError: the pipeline has an argument of the name of a plug-in.
+        UserError: the pipeline already has an argument with the name of a plug-in.
     """
     signature = inspect.signature(call)
     for row in rows:
         if row.name in signature.parameters:
-            raise UserError(f"{call.__qualname__} has an argument {row.name} itself: name the plug-in otherwise")
+            raise UserError(f"{call.__qualname__} already has an argument {row.name}: give the plug-in another name")
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:

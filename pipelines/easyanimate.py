@@ -1,4 +1,4 @@
-"""EasyAnimate, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of EasyAnimate: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -10,7 +10,7 @@ class EasyAnimatePipeline(DropIn, diffusers.EasyAnimatePipeline):
 
 
 class EasyAnimateControlPipeline(DropIn, diffusers.EasyAnimateControlPipeline):
-    """Control video to video."""
+    """Text and a control video to video."""
 
 
 class EasyAnimateInpaintPipeline(DropIn, diffusers.EasyAnimateInpaintPipeline):

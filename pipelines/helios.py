@@ -1,4 +1,4 @@
-"""Helios, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Helios: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -10,4 +10,4 @@ class HeliosPipeline(DropIn, diffusers.HeliosPipeline):
 
 
 class HeliosPyramidPipeline(DropIn, diffusers.HeliosPyramidPipeline):
-    """The same in stages of growing resolution."""
+    """Text, image or video to video of any length, in stages of growing resolution."""

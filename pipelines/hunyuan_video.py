@@ -1,4 +1,4 @@
-"""HunyuanVideo, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of HunyuanVideo: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -14,7 +14,7 @@ class HunyuanVideoImageToVideoPipeline(DropIn, diffusers.HunyuanVideoImageToVide
 
 
 class HunyuanSkyreelsImageToVideoPipeline(DropIn, diffusers.HunyuanSkyreelsImageToVideoPipeline):
-    """Image to video, the SkyReels models."""
+    """Image to video, for the SkyReels models."""
 
 
 class HunyuanVideoFramepackPipeline(DropIn, diffusers.HunyuanVideoFramepackPipeline):

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of HunyuanVideo 1.5: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 

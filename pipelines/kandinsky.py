@@ -1,4 +1,4 @@
-"""Kandinsky 5 and 6, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Kandinsky 5 and 6: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 

@@ -1,4 +1,4 @@
-"""LTX-Video, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of LTX-Video: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -18,4 +18,4 @@ class LTXConditionPipeline(DropIn, diffusers.LTXConditionPipeline):
 
 
 class LTXI2VLongMultiPromptPipeline(DropIn, diffusers.LTXI2VLongMultiPromptPipeline):
-    """Image to long video with a prompt per window."""
+    """Image to long video, with one prompt per window."""

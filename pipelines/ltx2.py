@@ -1,4 +1,4 @@
-"""LTX-2, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of LTX-2: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -30,4 +30,4 @@ class LTX2DFRPipeline(DropIn, diffusers.LTX2DFRPipeline):
 
 
 class LTX2DFRTemporalRefinePipeline(DropIn, diffusers.LTX2DFRTemporalRefinePipeline):
-    """Refinement of a video of high frame rate."""
+    """Temporal refinement of a video of high frame rate."""

@@ -1,4 +1,4 @@
-"""Lucy Edit, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Lucy Edit: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 
@@ -6,4 +6,4 @@ from postgen.pipelines.drop_in import DropIn
 
 
 class LucyEditPipeline(DropIn, diffusers.LucyEditPipeline):
-    """Editing of a video by text."""
+    """Video editing guided by text."""

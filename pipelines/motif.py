@@ -1,4 +1,4 @@
-"""Motif-Video, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Motif-Video: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 

@@ -1,6 +1,6 @@
-"""Which file of this folder holds which pipeline class, read off the files without importing them.
+"""The table of pipeline classes and their modules, read from the source files without importing them.
 
-python pipelines/names.py  # writes the imports in __init__.py that type checkers read; make style does so
+python pipelines/names.py  # writes the imports for type checkers into __init__.py; `make style` runs this
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _HEAD, _FOOT = "if TYPE_CHECKING:\n", "\n_HOMES = "
 
 
 def homes(folder: Path) -> dict[str, str]:
-    """Return class name -> name of the file without its suffix, both sorted, of every class that `DropIn` heads."""
+    """Return module name by class name, sorted by module, of every class whose first base is `DropIn`."""
     files = sorted(folder.glob("*.py"))
     found = {name: file.stem for file in files for name in _CLASS.findall(file.read_text(encoding="utf-8"))}
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
 
 def typed(folder: Path) -> str:
-    """Return the text of the folder's `__init__.py` with an import of every class for type checkers."""
+    """Return the source of the folder's `__init__.py` with an up-to-date import of every class for type checkers."""
     text = (folder / "__init__.py").read_text(encoding="utf-8")
     head, foot = text.index(_HEAD) + len(_HEAD), text.index(_FOOT)
     found = homes(folder).items()

@@ -1,4 +1,4 @@
-"""SkyReels-V2, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of SkyReels-V2: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 

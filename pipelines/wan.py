@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, as in diffusers, with a keyword argument for each plug-in."""
+"""Drop-in pipelines of Wan 2.1 and 2.2: the diffusers classes with one more keyword argument per plug-in."""
 
 import diffusers
 

@@ -82,7 +82,7 @@ def test_changed_file_is_refused(tmp_path, monkeypatch):
     path = fake_package(tmp_path, monkeypatch, b"other weights")
     assert locate("brisque-svm") == path
     with pytest.raises(
-        UserError, match=r"is not the file we know as brisque-svm.*pip install --no-deps brisque==0\.2\.0"
+        UserError, match=r"is not the expected file of brisque-svm.*pip install --no-deps brisque==0\.2\.0"
     ):
         verify("brisque-svm")
 

@@ -158,4 +158,4 @@ def test_a_state_of_a_program_is_refused(cli: Any, tiny_wan: Path, tmp_path: Pat
     assert f"the state, as {tmp_path / 'a.state'}" in cli("generate", "--continue", tmp_path / "a.mp4").err
     os.truncate(tmp_path / "a.mp4", 100)
     done = cli("generate", "--continue", tmp_path / "a.state", "--long", "3")
-    assert (done.code, "is not the video that was to go on" in done.err) == (2, True)
+    assert (done.code, "is not the video to continue" in done.err) == (2, True)

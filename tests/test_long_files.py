@@ -125,7 +125,7 @@ def test_an_old_state_does_not_go_on_with_another_video(long: Any, tmp_path: Pat
     shutil.move(tmp_path / "old", tmp_path / "a.state")
     for more in ([], ["-o", tmp_path / "b.mp4"]):
         done = long("--continue", tmp_path / "a.state", "--long", "3", *more)
-        assert (done.code, "something else has been written there" in done.err) == (2, True)
+        assert (done.code, "its content has changed" in done.err) == (2, True)
     assert probe(tmp_path / "a.mp4").frames == 33
 
 

@@ -112,7 +112,7 @@ def test_real_clips(name, info):
     assert first.shape == last.shape == (1, 3, info.height, info.width)
     assert 0.02 < float(first.std()) < 0.5
     assert psnr(first, last) < 30
-    with pytest.raises(VideoError, match=f"holds no frame {info.frames}"):
+    with pytest.raises(VideoError, match=f"has no frame {info.frames}"):
         read_video(path, start=info.frames)
 
 
@@ -284,7 +284,7 @@ def test_missing_sources(tmp_path):
             action(tmp_path / "none.mp4")
         with pytest.raises(VideoError, match="no such file"):
             action("http://example.org/v.mp4")
-    with pytest.raises(VideoError, match="no PNG picture"):
+    with pytest.raises(VideoError, match="holds no picture"):
         read_video(tmp_path)
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(VideoError, match=r"0\.png"):
@@ -302,8 +302,8 @@ def test_odd_names(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (iter(()), "no frame to write"),
-        (torch.zeros(0, 3, 8, 8), "no frame to write"),
+        (iter(()), "there is no frame"),
+        (torch.zeros(0, 3, 8, 8), "there is no frame"),
         (torch.rand(2, 3, 8, 8) * 2 - 1, r"must lie in \[0, 1\]"),
         (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\]"),
         (torch.zeros(2, 4, 8, 8), r"expected a tensor \(3, H, W\)"),
@@ -322,14 +322,14 @@ def test_bad_frames(tmp_path, frames, message):
     ("name", "options", "message"),
     [
         ("v.mkv", {}, "unknown video format '.mkv'"),
-        ("v", {}, "known are mp4, webm, gif, frames"),
+        ("v", {}, "choose one of mp4, webm, gif, frames"),
         ("v.mp4", {"format": "avi"}, "unknown video format 'avi'"),
-        ("v.mp4", {"format": "gif"}, "named like mp4 but the format is gif"),
-        ("v.mp4", {"fps": 0}, "fps must be above 0"),
-        ("v.mp4", {"fps": float("nan")}, "fps must be above 0"),
+        ("v.mp4", {"format": "gif"}, "has the suffix of mp4, but the format is gif"),
+        ("v.mp4", {"fps": 0}, "fps must be a number from 0.01"),
+        ("v.mp4", {"fps": float("nan")}, "fps must be a number from 0.01"),
         ("v.gif", {"fps": 60}, "at most 50 frames per second"),
         ("v.mp4", {"quality": 11}, "between 0 and 10"),
-        ("v.gif", {"quality": 5}, "no such setting"),
+        ("v.gif", {"quality": 5}, "quality is for mp4 and webm only"),
         ("folder", {"format": "mp4"}, "it is a folder"),
         ("file/v.mp4", {}, "is not a folder"),
         ("file", {"format": "frames"}, "it is a file"),
@@ -358,5 +358,5 @@ def test_check_target_makes_nothing(tmp_path):
 def test_bad_reading_window(tmp_path):
     write_video(tmp_path / "v.mp4", ramp(2), fps=8)
     for options in ({"chunk": 0}, {"start": -1}, {"count": 0}):
-        with pytest.raises(VideoError, match="must be >= 1"):
+        with pytest.raises(VideoError, match="must be whole numbers >= 1"):
             iter_video(tmp_path / "v.mp4", **options)

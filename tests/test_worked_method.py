@@ -75,7 +75,7 @@ def test_the_argument_of_a_drop_in_pipeline(boost: Any) -> None:
     """Twice the output of attention is what twice the weights of its last layer give, bit by bit."""
     parameter = inspect.signature(WanPipeline.__call__).parameters["boosted_attention"]
     assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, None)
-    assert "a weight, True or a `BoostConfig` is on" in WanPipeline.__call__.__doc__
+    assert "a weight, True or a `BoostConfig` switches it on" in WanPipeline.__call__.__doc__
     components = wan_components()
     pipe, plain = WanPipeline(**components), diffusers.WanPipeline(**components)
     doubled = diffusers.WanPipeline(**{**components, "transformer": copy.deepcopy(pipe.transformer)})

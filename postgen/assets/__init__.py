@@ -1,7 +1,7 @@
-"""The embedded model, and the table of optional offline files that tests and demos use.
+"""The embedded model, and a table of optional offline files that tests and demos use.
 
-Files of optional packages are found without importing the package: several of them import things we do not want, or
-break on current libraries.
+The functions locate files of optional packages without importing the packages: some packages import unwanted
+dependencies or fail with current versions of libraries.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ WORLD_WEAVER = "world-weaver"
 TINY_WAN_LIT = "tiny-wan-lit"
 
 EMBEDDED = "embedded"
-"""Word of recipes and of exports for the embedded model."""
+"""Name of the embedded model in recipes and exports."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,19 +25,19 @@ class Asset:
     """One file of an optional package."""
 
     package: str
-    """Name for pip."""
+    """Name of the package for pip."""
     version: str
-    """The one version that was checked."""
+    """The version that was checked."""
     module: str
-    """Name of the folder the package installs."""
+    """Name of the top-level module (folder) that the package installs."""
     file: str
     """Path of the file inside that folder."""
     sha256: str
-    """First 12 hexadecimal digits."""
+    """First 12 hexadecimal digits of the SHA-256 of the file."""
     licence: str
-    """Licence of the file, which may differ from the package's."""
+    """Licence of the file, which may differ from the licence of the package."""
     note: str
-    """What it is and what it may be used for."""
+    """Description of the file and its permitted use."""
 
 
 def _table() -> dict[str, Asset]:
@@ -46,14 +46,14 @@ def _table() -> dict[str, Asset]:
 
 
 ASSETS = _table()
-"""Name -> file. The names are what `locate`, `verify` and `explain` take."""
+"""Assets by name; `locate`, `verify` and `explain` accept these names."""
 
 
 def embedded_model() -> Path:
     """Return the folder of the embedded text-to-video model, a plain diffusers `WanPipeline` folder.
 
     Raises:
-        UserError: the folder is not there.
+        UserError: the folder does not exist.
     """
     folder = Path(__file__).resolve().parent / TINY_WAN
     if not (folder / "model_index.json").is_file():
@@ -64,16 +64,18 @@ def embedded_model() -> Path:
 
 
 def model_folder(named: str) -> Path:
-    """Return the folder that a recipe names: `embedded` is the embedded model, also beside a folder of this name.
+    """Return the folder of a model that a recipe names.
+
+    `embedded` is the embedded model, even if there is a folder with this name; any other name is a path.
 
     Raises:
-        UserError: the embedded model is named, and not there.
+        UserError: `embedded` is given and the embedded model does not exist.
     """
     return embedded_model() if named == EMBEDDED else Path(named)
 
 
 def embedded_adapter() -> Path | None:
-    """Return the folder of the embedded model's adapter for long videos; None where there is none."""
+    """Return the folder of the embedded model's adapter for long videos; None if this version has none."""
     folder = Path(__file__).resolve().parent / WORLD_WEAVER
     return folder if folder.is_dir() else None
 
@@ -82,13 +84,13 @@ def embedded_lit() -> Path:
     """Return the file of the embedded model's adapter for hybrid linear attention, for `--lit embedded`.
 
     Raises:
-        UserError: there is none in this version.
+        UserError: this version has no such adapter.
     """
     file = Path(__file__).resolve().parent / TINY_WAN_LIT / "adapter.safetensors"
     if not file.is_file():
         raise UserError(
-            f"this version ships no adapter of linear attention for the embedded model (there is no {file}): train one"
-            " with the recipe lit-tiny-wan and name its file, OUT/export/adapter.safetensors"
+            f"this version ships no linear-attention adapter for the embedded model (there is no {file}): train one"
+            " with the recipe lit-tiny-wan and give the path of its file, OUT/export/adapter.safetensors"
         )
     return file
 
@@ -97,10 +99,10 @@ def locate(name: str) -> Path:
     """Return the path of an installed asset, without importing its package.
 
     Raises:
-        UserError: unknown name, or the package is not installed (the message tells how to install it).
+        UserError: the name is unknown, or the package is not installed (the message contains the pip command).
     """
     asset = _asset(name)
-    # find_spec of a top-level name reads no code of the package.
+    # For a top-level name, find_spec executes no code of the package.
     spec = find_spec(asset.module)
     for root in (spec.submodule_search_locations or []) if spec else []:
         path = Path(root) / asset.file
@@ -113,24 +115,24 @@ def verify(name: str) -> Path:
     """Return the path of an asset after checking its bytes against the table.
 
     Raises:
-        UserError: as `locate`, or the file is not the one that was checked.
+        UserError: as `locate`, or the SHA-256 of the file differs from the table.
     """
     asset, path = _asset(name), locate(name)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[: len(asset.sha256)]
     if found != asset.sha256:
         raise UserError(
-            f"{path} is not the file we know as {name}: sha256 starts with {found}, expected {asset.sha256}; "
+            f"{path} is not the expected file of {name}: its SHA-256 starts with {found}, expected {asset.sha256}; "
             f"reinstall it: {_install(asset)}"
         )
     return path
 
 
 def explain(name: str) -> str:
-    """Say in a few lines what an asset is, under which licence, and how to install it.
+    """Return a few lines with the description, the licence and the install command of an asset.
 
     Raises:
-        UserError: unknown name.
+        UserError: the name is unknown.
     """
     asset = _asset(name)
     return (

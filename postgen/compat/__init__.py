@@ -1,6 +1,6 @@
-"""The only package that touches private symbols of diffusers, accelerate, peft, typer and the like.
+"""Access to private symbols of diffusers, accelerate, peft, typer and other libraries; no other package uses them.
 
-Light to import: every library is imported inside the function that needs it. `compat.attention` is about attention.
+The import is cheap, because each function imports the library that it needs. `compat.attention` covers attention.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the diffusers model inside DDP, FSDP, DeepSpeed, `torch.compile` and peft wrappers."""
+    """Return the diffusers model inside any wrappers of DDP, FSDP, DeepSpeed, `torch.compile` and peft."""
     inner = module
-    # Every wrapper has one of them. accelerate looks through all submodules of a model, at every call of a plug-in.
+    # Every wrapper has one of these attributes. Without the check, accelerate would walk over all submodules of the
+    # model at every call of a plug-in.
     if hasattr(module, "module") or hasattr(module, "_orig_mod"):
         from accelerate.utils import extract_model_from_parallel
 
@@ -30,25 +31,26 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` returned, or its own calls are compiled."""
+    """Return whether a module is the result of `torch.compile`, or was compiled in place (`module.compile()`)."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def block_classes(module: nn.Module) -> set[str]:
-    """Return the names of the classes of blocks that a model of diffusers or transformers says are to stay whole."""
+    """Return the class names of blocks that a diffusers or transformers model declares as repeated or unsplittable."""
     return {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
 
 
 def kept_in_float32(model: Any) -> tuple[str, ...]:
-    """Return the names of parts that a model of diffusers keeps in float32 when it is loaded in another dtype."""
+    """Return the names of modules that a diffusers model keeps in float32 when it is loaded in another dtype."""
     return tuple(model._keep_in_fp32_modules or ())
 
 
 def command_error(error: BaseException) -> tuple[str, int, str] | None:
-    """Return message, exit code and command of an error of the command line itself (unknown option, bad value).
+    """Return message, exit code and command of a usage error of the command line (unknown option, bad value).
 
-    None for any other. The command is that in which it happened, as `postgen generate`; empty where none is known.
-    Newer typer carries its own copy of click, older typer uses the click package: both mark such errors alike.
+    Returns None for any other error. The command is the one that raised the error, such as `postgen generate`; it is
+    empty if unknown. Newer versions of typer contain a copy of click and older ones use the click package; the usage
+    errors of both have the same attributes.
     """
     text, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if not callable(text) or not isinstance(code, int):
@@ -58,7 +60,7 @@ def command_error(error: BaseException) -> tuple[str, int, str] | None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers and transformers from writing progress bars and notices while a model is loaded."""
+    """Suppress progress bars and log messages of diffusers and transformers inside a `with` block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -77,16 +79,16 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def execution_device(pipe: Any) -> torch.device:
-    """Return the device that a pipeline computes on, also when offloading keeps its parts elsewhere."""
+    """Return the device on which a pipeline computes, also when offloading keeps its modules on another device."""
     place: torch.device = pipe._execution_device
     return place
 
 
 def interrupt(pipe: Any) -> bool:
-    """Let a pipeline that is in its loop skip the steps that are left, and decode what it has.
+    """Make a running pipeline skip its remaining denoising steps and decode the current latents.
 
     Returns:
-        Whether it can: one that cannot goes on.
+        Whether the pipeline supports this; a pipeline that does not continues normally.
     """
     if not isinstance(getattr(type(pipe), "interrupt", None), property):
         return False
@@ -95,37 +97,41 @@ def interrupt(pipe: Any) -> bool:
 
 
 def pack_latents(pipe: Any, latents: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """Turn latents into the tokens that FLUX's or LTX's network takes; `sizes` as the pipeline's class takes them."""
+    """Pack latents into tokens of a FLUX or LTX transformer; `sizes` are the size arguments of the pipeline class."""
     tokens: torch.Tensor = pipe._pack_latents(latents, *sizes)
     return tokens
 
 
 def unpack_latents(pipe: Any, tokens: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """Undo `pack_latents`."""
+    """Unpack tokens into latents; the inverse of `pack_latents`."""
     latents: torch.Tensor = pipe._unpack_latents(tokens, *sizes)
     return latents
 
 
 def token_places(pipe: Any, batch: int, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Return where FLUX's tokens lie, (rows * columns, 3), with the device and type of a tensor."""
+    """Return the position ids of FLUX's tokens, (rows * columns, 3), with the device and dtype of `like`."""
     places: torch.Tensor = pipe._prepare_latent_image_ids(batch, rows, columns, like.device, like.dtype)
     return places
 
 
 def rotary_table(pipe: Any, height: int, width: int, frames: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return cosines and sines of CogVideoX's tokens, from pixels and latent frames."""
+    """Return rotary cosines and sines of CogVideoX's tokens, from height and width in pixels and latent frames."""
     table: tuple[torch.Tensor, ...] = pipe._prepare_rotary_positional_embeddings(height, width, frames, device)
     return table
 
 
 def size_ids(pipe: Any, size: tuple[int, int], dtype: torch.dtype, text_width: int) -> torch.Tensor:
-    """Return the (1, 6) sizes that the UNet of Stable Diffusion XL is told for a picture that is not cropped."""
+    """Return the size conditioning (1, 6) of the UNet of Stable Diffusion XL for a picture that is not cropped."""
     ids: torch.Tensor = pipe._get_add_time_ids(size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=text_width)
     return ids
 
 
 def register_block_class(kind: type, parent: type) -> None:
-    """Tell diffusers' caches, which look blocks up by their exact class, what they know of the parent class."""
+    """Register a block class with diffusers' caches, with the metadata of its parent class.
+
+    The caches look blocks up by their exact class, so they do not find subclasses. Nothing is registered if the parent
+    class is unknown to them.
+    """
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     try:
@@ -136,15 +142,15 @@ def register_block_class(kind: type, parent: type) -> None:
 
 
 def rebind_forward(module: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> bool:
-    """Let hooks that keep a module's forward keep another one: those of diffusers and accelerate.
+    """Replace the forward function in the references that hooks of diffusers and accelerate hold for a module.
 
     Args:
-        module: its class has the function `new` as forward already.
-        old: function whose bound methods were kept.
-        new: function to keep instead.
+        module: the module; the forward of its class is already `new`.
+        old: the previous forward function, to whose bound methods the hooks refer.
+        new: the function that replaces `old` in these references.
 
     Returns:
-        Whether a call of the module ends in `new`: False where somebody else replaced its forward.
+        Whether a call of the module reaches `new`; False if other code has replaced the forward of the module.
     """
     references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
     places: list[tuple[Any, str]] = [(each, name) for each in references for name in ("forward", "original_forward")]
@@ -161,11 +167,11 @@ def rebind_forward(module: nn.Module, old: Callable[..., Any], new: Callable[...
 
 
 def module_hooks(module: nn.Module, *, itself: bool) -> str | None:
-    """Name what accelerate or diffusers hooked onto a module that knows the weights inside; None: nothing.
+    """Describe a hook of accelerate or diffusers on a module that depends on the weights inside; None without one.
 
     Args:
         module: the module.
-        itself: whether any hook counts, else only those that move or cast the weights of inner modules.
+        itself: True considers every hook; False only hooks that move or cast the weights of submodules.
     """
     from accelerate.hooks import AlignDevicesHook
 
@@ -179,7 +185,7 @@ def module_hooks(module: nn.Module, *, itself: bool) -> str | None:
 
 
 def hooked_device(module: nn.Module) -> torch.device | None:
-    """Return the device that a hook of accelerate brings a module to when it is called (offloading); None: no hook."""
+    """Return the device to which a hook of accelerate moves a module for a call (offloading); None without a hook."""
     import torch
 
     hook = getattr(module, "_hf_hook", None)
@@ -189,7 +195,7 @@ def hooked_device(module: nn.Module) -> torch.device | None:
 
 
 def lora_base_problem(module: nn.Module) -> str | None:
-    """Say why the layer inside a peft wrapper cannot be replaced; None: it can, or there is no wrapper."""
+    """Return why the layer inside a peft wrapper cannot be replaced; None if it can, or if there is no wrapper."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -202,23 +208,30 @@ def lora_base_problem(module: nn.Module) -> str | None:
 
 
 def put_lora(pipe: Any, network: Any, state: dict[str, torch.Tensor], name: str, settings: dict[str, Any]) -> None:
-    """Put a LoRA adapter, by layer names, into a network or text encoder of a pipeline.
+    """Load a LoRA adapter into a network or text encoder of a pipeline.
 
-    Hooks that offloading has put on a network are taken off for it, and put back.
+    Hooks of offloading on a diffusers network are removed for the load and installed again afterwards.
+
+    Args:
+        pipe: the pipeline.
+        network: the diffusers model, or transformers model, of the pipeline.
+        state: state dict of the adapter, with the names of the layers in `network`.
+        name: name of the adapter.
+        settings: arguments of `peft.LoraConfig`.
     """
     if hasattr(network, "load_lora_adapter"):
         network.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=settings, _pipeline=pipe)
-    else:  # a model of transformers
+    else:  # a transformers model
         from peft import LoraConfig
 
         network.load_adapter(adapter_name=name, adapter_state_dict=state, peft_config=LoraConfig(**settings))
 
 
 def loaded_from(model: Any) -> str:
-    """Return the folder or hub id that a model of diffusers was loaded from; empty for one that was not."""
+    """Return the folder or Hub id from which a diffusers model was loaded; empty if it was not loaded."""
     return str(model.config.get("_name_or_path") or "")
 
 
 def forget_config(model: Any, name: str) -> None:
-    """Take an entry out of the config of a model of diffusers, which can only add."""
+    """Remove an entry from the config of a diffusers model; diffusers itself can only add entries."""
     model._internal_dict = type(model.config)({key: value for key, value in model.config.items() if key != name})

@@ -1,4 +1,4 @@
-"""The attention of diffusers: its dispatcher, whose calls can be watched, and its processors."""
+"""Access to the attention of diffusers: observing and replacing dispatcher calls, backends, processors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class _Tap(threading.local):
-    """Who looks at the attention calls of this thread."""
+    """Functions that observe (`sink`) or compute (`attend`) the attention calls of the current thread."""
 
-    # Set in every thread rather than on the class: compiled code guards on the attribute being there.
+    # Instance attributes in every thread, not class attributes: compiled code guards on their presence.
     def __init__(self) -> None:
         self.sink: Callable[..., None] | None = None
         self.attend: Callable[..., torch.Tensor | None] | None = None
@@ -27,10 +27,12 @@ _tap = _Tap()
 
 
 class tap_dispatched:
-    """While open, show every attention call that goes through diffusers' dispatcher to a function.
+    """Context manager that passes the inputs of every call of diffusers' attention dispatcher to a function.
 
-    `sink(query, key, scale, parallel_config)` gets (B, L, heads, D) tensors, as the backend will see them: under
-    context parallelism the shard of this rank. It must not keep them. Taps nest: the innermost one sees.
+    The function is called as `sink(query, key, scale, parallel_config)` with tensors (B, L, heads, D), as the backend
+    receives them: under context parallelism, the shard of this rank. The function must not keep the tensors. If
+    several of these context managers are open, only the innermost one receives the calls. Only calls of the current
+    thread are passed on.
     """
 
     def __init__(self, sink: Callable[..., None]) -> None:
@@ -44,11 +46,12 @@ class tap_dispatched:
 
 
 class divert_dispatched:
-    """While open, let a function compute the attention calls of this thread that go through diffusers' dispatcher.
+    """Context manager in which a function computes the calls of diffusers' attention dispatcher in this thread.
 
-    `attend(query, key, value, attn_mask, scale, key_lengths)` gets (B, L, heads, D) tensors and returns the same, or
-    None for calls that it leaves to the backend. Calls with dropout, causal ones, those of grouped heads and of
-    context parallelism are never shown to it. `key_lengths` is None but where `attend_otherwise` was given them.
+    The function is called as `attend(query, key, value, attn_mask, scale, key_lengths)` with tensors (B, L, heads, D).
+    It returns a tensor of this shape, or None to leave a call to the backend. Calls with dropout, causal attention,
+    grouped heads or context parallelism always go to the backend. `key_lengths` is None, except for calls through
+    `attend_otherwise` that have key lengths.
     """
 
     def __init__(self, attend: Callable[..., torch.Tensor | None]) -> None:
@@ -64,15 +67,20 @@ class divert_dispatched:
 def attend_otherwise(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return what `divert_dispatched` makes of an attention call that does not go through the dispatcher, or None."""
+    """Compute an attention call outside the dispatcher with the function of `divert_dispatched`.
+
+    Returns:
+        The output (B, L, heads, D); None if no function is set, or if the function leaves the call to the caller.
+    """
     attend = _tap.attend
     return None if attend is None else attend(query, key, value, None, None, key_lengths)
 
 
 def install_attention_tap() -> None:
-    """Let `tap_dispatched` see every backend of diffusers' dispatcher, those registered later included.
+    """Wrap every backend of diffusers' dispatcher, also those registered later, for `tap_dispatched`.
 
-    Nothing changes for calls outside `tap_dispatched`. It is never taken off: deep copies of a model may rely on it.
+    Calls outside `tap_dispatched` and `divert_dispatched` do not change. The wrappers are never removed, because deep
+    copies of a model may rely on them.
     """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -101,19 +109,19 @@ def install_attention_tap() -> None:
 
 
 def show_attention_call(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
-    """Show `tap_dispatched` an attention call that does not go through the dispatcher; (B, L, heads, D) tensors."""
+    """Pass an attention call outside the dispatcher to `tap_dispatched`; the tensors are (B, L, heads, D)."""
     if (sink := _tap.sink) is not None:
         sink(query, key, scale, None)
 
 
 def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
-    # The dispatcher passes everything by name.
+    # The dispatcher passes every argument by name, so a call with positional arguments does not come from it.
     @functools.wraps(backend)
     def call(*args: Any, **kwargs: Any) -> Any:
         sink, attend = _tap.sink, _tap.attend
         if args or (sink is None and attend is None):
             return backend(*args, **kwargs)
-        _tap.sink = _tap.attend = None  # a backend may hand over to another one: a call is seen once
+        _tap.sink = _tap.attend = None  # a backend may call another backend: observe once
         try:
             if sink is not None:
                 sink(kwargs["query"], kwargs["key"], kwargs.get("scale"), kwargs.get("_parallel_config"))
@@ -127,6 +135,7 @@ def _tapped(backend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _diverted(attend: Callable[..., torch.Tensor | None], call: dict[str, Any]) -> torch.Tensor | None:
+    """Return the output of `attend`; None for calls that always go to the backend."""
     special = call.get("dropout_p") or call.get("is_causal") or call.get("enable_gqa") or call.get("_parallel_config")
     if special:
         return None
@@ -134,19 +143,20 @@ def _diverted(attend: Callable[..., torch.Tensor | None], call: dict[str, Any]) 
 
 
 def register_attention_backend(name: str, attend: Callable[..., torch.Tensor | None]) -> Any:
-    """Add a backend to diffusers' attention dispatcher, known to `set_attention_backend` and its context manager.
+    """Register a backend with diffusers' attention dispatcher, for `set_attention_backend` and `attention_backend`.
 
     Args:
-        name: in lower case, as diffusers looks it up. A name that is registered already is left as it is.
-        attend: `attend(query, key, value, attn_mask, scale)` with (B, L, heads, D) tensors -> the same, or None for
-            calls that it leaves to diffusers' native backend. Calls with dropout, causal or context parallel ones
-            are never shown to it.
+        name: name of the backend in lower case, because diffusers looks names up in lower case. A name that is already
+            registered keeps its backend.
+        attend: a function `attend(query, key, value, attn_mask, scale)` of tensors (B, L, heads, D). It returns a
+            tensor of this shape, or None to leave a call to diffusers' native backend. Calls with dropout, causal
+            attention or context parallelism always go to the native backend.
 
     Returns:
-        What diffusers keeps on processors as `_attention_backend`.
+        The member of `AttentionBackendName` that diffusers stores on processors as `_attention_backend`.
 
     Raises:
-        UserError: the installed diffusers has another dispatcher.
+        UserError: the dispatcher of the installed diffusers differs from the supported one.
     """
     import diffusers
 
@@ -154,8 +164,8 @@ def register_attention_backend(name: str, attend: Callable[..., torch.Tensor | N
         return _registered_backend(name, attend)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"diffusers {diffusers.__version__} has another attention dispatcher than 0.42, which postgen knows"
-            f" ({error}): install diffusers==0.42.1 to use the backend {name!r}"
+            f"the attention dispatcher of diffusers {diffusers.__version__} differs from that of 0.42, which postgen"
+            f" supports ({error}): install diffusers==0.42.1 to use the backend {name!r}"
         ) from error
 
 
@@ -167,7 +177,7 @@ def _registered_backend(name: str, attend: Callable[..., torch.Tensor | None]) -
     member = names._value2member_map_.get(name)
     if member is not None and member in registry._backends:
         return member
-    # Everything that may be missing is asked for before anything is changed.
+    # Access everything that another version may lack before changing anything.
     backend = _handing_over(attend, dispatch._native_attention)
     checks = [dispatch._check_device, dispatch._check_shape]
     register = registry.register
@@ -179,7 +189,7 @@ def _registered_backend(name: str, attend: Callable[..., torch.Tensor | None]) -
 
 
 def _add_member(names: Any, name: str) -> Any:
-    """Add a member to an enumeration of strings that has no way to do so."""
+    """Add a member to a string enumeration; Enum has no public way to do this."""
     member = str.__new__(names, name)
     member._name_, member._value_ = name.upper(), name
     member.__objclass__, member._sort_order_ = names, len(names._member_names_)
@@ -191,7 +201,7 @@ def _add_member(names: Any, name: str) -> Any:
 
 
 def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[..., torch.Tensor]) -> Any:
-    # The dispatcher drops arguments that are not in the signature, masks included.
+    # The full signature, because the dispatcher drops arguments (also masks) that the signature does not name.
     def backend(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -214,12 +224,15 @@ def _handing_over(attend: Callable[..., torch.Tensor | None], native: Callable[.
 
 
 def attention_settings(processor: Any) -> tuple[Any, Any]:
-    """Return the attention backend and the split among ranks that a processor was given; None where it was not."""
+    """Return the attention backend and the parallel configuration of a processor; each is None if not set."""
     return getattr(processor, "_attention_backend", None), getattr(processor, "_parallel_config", None)
 
 
 def computes_natively(processor: Any) -> bool:
-    """Whether a processor's attention is torch's own, which takes masks of numbers, and nothing stands on it."""
+    """Return whether a processor computes attention with diffusers' native backend and has no wrappers of postgen.
+
+    The native backend is torch's own attention, which accepts masks of floating-point numbers.
+    """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if getattr(processor, "postgen_wrappers", ()) or not takes_attention_backend(processor):
@@ -229,24 +242,28 @@ def computes_natively(processor: Any) -> bool:
 
 
 def takes_attention_backend(processor: Any) -> bool:
-    """Whether a processor asks diffusers' dispatcher for a backend, which `set_attention_backend` may then set."""
+    """Return whether a processor uses diffusers' dispatcher, so that `set_attention_backend` has an effect."""
     return hasattr(processor, "_attention_backend")
 
 
 def set_attention_backend(processor: Any, backend: Any) -> None:
-    """Let a processor ask for a backend, as diffusers keeps it; None asks for the default."""
+    """Set the attention backend of a processor, as returned by `register_attention_backend`; None is the default."""
     processor._attention_backend = backend
 
 
 def hand_settings_over(old: Any, new: Any) -> None:
-    """Give a processor the backend and the split among ranks that diffusers set on another one."""
+    """Copy the attention backend and the parallel configuration that diffusers set from one processor to another."""
     for name in ("_attention_backend", "_parallel_config"):
         if name in vars(old):
             setattr(new, name, getattr(old, name))
 
 
 def register_processor_class(kind: type, parent: type) -> None:
-    """Tell diffusers' hooks that look processors up by their exact class what they know of the parent class."""
+    """Register a processor class with diffusers' hooks, with the metadata of its parent class.
+
+    The hooks look processors up by their exact class, so they do not find subclasses. Nothing is registered if the
+    parent class is unknown to them.
+    """
     from diffusers.hooks._helpers import AttentionProcessorRegistry
 
     try:
@@ -257,6 +274,6 @@ def register_processor_class(kind: type, parent: type) -> None:
 
 
 def mesh_group(config: Any) -> dist.ProcessGroup:
-    """Return the processes among which a `ContextParallelConfig` of diffusers makes Ulysses attention trade heads."""
+    """Return the process group over which a `ContextParallelConfig` of diffusers splits heads in Ulysses attention."""
     group: dist.ProcessGroup = config._ulysses_mesh.get_group()
     return group

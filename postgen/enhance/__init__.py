@@ -1,7 +1,8 @@
-"""Enhance-A-Video (arXiv:2502.07508) on every video transformer that `postgen.families` knows.
+"""Enhance-A-Video (arXiv:2502.07508) for every video transformer that `postgen.families` knows.
 
-Each video self-attention is multiplied by a gain that grows with how much the frames attend to one another. Nothing is
-trained, no weight changes, and removing it gives the model back bit by bit.
+The output of each video self-attention is multiplied by a gain. The gain grows with the attention between different
+frames. The method needs no training and changes no weight; after its removal the model computes the same bits as
+before.
 """
 
 from postgen.enhance.apply import (

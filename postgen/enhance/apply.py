@@ -1,4 +1,4 @@
-"""Put Enhance-A-Video on a pipeline or a transformer, change it, take it off."""
+"""Functions that apply Enhance-A-Video to a pipeline or a transformer, change its settings, and remove it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EnhanceAVideoHandle(PlugInHandle[EnhanceAVideoConfig, Enhancement]):
-    """Enhance-A-Video as it stands on one or more transformers."""
+    """Handle of Enhance-A-Video on one or more transformers."""
 
     name = NAME
     config_class = EnhanceAVideoConfig
@@ -26,21 +26,22 @@ class EnhanceAVideoHandle(PlugInHandle[EnhanceAVideoConfig, Enhancement]):
 
     @classmethod
     def spelled_out(cls, setting: Any) -> EnhanceAVideoConfig:
-        """Return the settings that a weight, "auto" or True stands for."""
+        """Return the config for a weight, "auto" or True; a config is returned unchanged."""
         if isinstance(setting, EnhanceAVideoConfig):
             return setting
         return EnhanceAVideoConfig(weight="auto" if setting is True else setting)
 
     def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Let one of the two kinds of weight end the other."""
+        """Complete the changes of `update`: a new `weight` resets `relative_weight`, and the other way round."""
         if changes.get("relative_weight") is not None:
             return {"weight": "auto", **changes}
         return {"relative_weight": None, **changes} if "weight" in changes else changes
 
     def stats(self) -> dict[str, tuple[float, ...]]:
-        """Return the gains of the last measured call, one per sample, by layer (`transformer.blocks.0.attn1`).
+        """Return the gains of the last measured forward pass, one per sample, by layer (`transformer.blocks.0.attn1`).
 
-        Nothing is in it before the first call. Gains of exactly 1 everywhere mean that the weight is too small to act.
+        The dictionary is empty before the first forward pass. If all gains are exactly 1, the weight is too small to
+        have an effect.
         """
         return {
             f"{part}.{layer}" if part else layer: gains
@@ -50,17 +51,17 @@ class EnhanceAVideoHandle(PlugInHandle[EnhanceAVideoConfig, Enhancement]):
 
 
 def apply_enhance_a_video(target: Any, config: EnhanceAVideoConfig | None = None) -> EnhanceAVideoHandle:
-    """Amplify attention between frames (arXiv:2502.07508) in every video self-attention.
+    """Amplify the attention between frames (arXiv:2502.07508) in every video self-attention.
 
     Args:
-        target: a diffusers video pipeline (all its transformers are taken) or a transformer.
-        config: the settings; None is the model's recommended weight.
+        target: a diffusers video pipeline, whose transformers are all changed, or a transformer.
+        config: the settings; None uses the recommended weight of the model.
 
     Returns:
-        The handle to switch, change, watch and remove it.
+        The handle: `enable`, `disable`, `update`, `remove` and `stats`.
 
     Raises:
-        UserError: an unknown model, settings that do not fit it, or it is on already.
+        UserError: the model is unknown, the settings do not fit it, or Enhance-A-Video is already applied.
 
     Example:
         handle = apply_enhance_a_video(pipe, EnhanceAVideoConfig(weight=2.0))
@@ -71,15 +72,18 @@ def apply_enhance_a_video(target: Any, config: EnhanceAVideoConfig | None = None
 
 
 def handle_of(target: Any) -> EnhanceAVideoHandle | None:
-    """Return a handle to what is on a pipeline or transformer (a deep copy has its own); None where nothing is."""
+    """Return a handle of the Enhance-A-Video on a pipeline or transformer; None if it is not applied.
+
+    A deep copy of a model has an Enhance-A-Video of its own, and this function returns its handle.
+    """
     return EnhanceAVideoHandle.of(target)
 
 
 def remove_enhance_a_video(target: Any) -> None:
-    """Take Enhance-A-Video off a pipeline or transformer: it is as before, bit by bit.
+    """Remove Enhance-A-Video from a pipeline or transformer, which then computes the same bits as before.
 
     Raises:
-        UserError: it is not on.
+        UserError: Enhance-A-Video is not applied.
     """
     handle = handle_of(target)
     if handle is None:
@@ -88,15 +92,15 @@ def remove_enhance_a_video(target: Any) -> None:
 
 
 def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | None) -> AbstractContextManager[None]:
-    """Set Enhance-A-Video for the calls in a block; afterwards it is as it was before.
+    """Set Enhance-A-Video for the calls inside a `with` block, and restore the previous state at its end.
 
     Args:
         target: a pipeline or transformer.
-        setting: None leaves it as it is; False or 0 switches it off; True or "auto" takes the recommended weight; a
-            number is the weight; a config is taken as it is.
+        setting: None changes nothing; False or 0 switches Enhance-A-Video off; True or "auto" uses the recommended
+            weight; a number is the weight; an `EnhanceAVideoConfig` gives all settings.
 
     Raises:
-        UserError: an unknown model, or settings that are wrong.
+        UserError: the model is unknown, or the setting is not valid.
     """
     progress = None if setting is None else _progress_of(target)
 
@@ -107,5 +111,5 @@ def enhance_for_call(target: Any, setting: EnhanceAVideoConfig | float | str | N
 
 
 def _progress_of(target: Any) -> PipelineProgress | None:
-    """Return what reads the step off a pipeline; a bare transformer has none."""
+    """Return the object that reads the denoising step from a pipeline; None for a bare transformer."""
     return None if "" in transformers_of(target) else PipelineProgress(target)

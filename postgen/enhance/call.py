@@ -1,4 +1,4 @@
-"""What the layers of one transformer share of the call under way."""
+"""State of the current forward pass of one transformer, which its layers share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class PerThread(threading.local, Generic[T]):
-    """An object for each thread. Compiled code may read `own` and write into it (what it writes here is lost)."""
+    """One object per thread, in `own`.
+
+    Compiled code may read `own` and set attributes of that object; attributes that it sets on this class are lost.
+    """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -27,23 +30,26 @@ class PerThread(threading.local, Generic[T]):
 
 
 class Kept:
-    """What was kept of the last call under gradients, for whatever thread autograd runs layers again in."""
+    """Values of the last forward pass with gradients.
+
+    With gradient checkpointing, autograd may run the layers again in another thread, which reads these values.
+    """
 
     def __init__(self) -> None:
         self.values: tuple[Any, ...] | None = None
 
 
 class VideoCall:
-    """The settings, where the video's tokens are, and the geometry of the call under way in a thread.
+    """Settings, token order and geometry of the current forward pass in one thread.
 
-    The transformer's hooks write it before its layers run, the layers read it.
+    The hooks of the transformer write this object before the layers run; the layers read it.
     """
 
     def __init__(
         self, transformer: str, model_config: Any, video: VideoTokens, config: EnhanceAVideoConfig, kept: Kept
     ) -> None:
         self.transformer = transformer
-        """Name of the class, for messages."""
+        """Name of the transformer class, for messages."""
         self.model_config = model_config
         self.video = video
         self.config = config
@@ -51,44 +57,47 @@ class VideoCall:
         self.begun = False
         """Whether this thread has called the transformer."""
         self.active = False
-        """Whether the call under way is enhanced."""
+        """Whether Enhance-A-Video acts in the current forward pass."""
         self.frames, self.places = 0, 0
-        """T and S of the call under way."""
+        """T latent frames and S tokens per frame in the current forward pass."""
 
     @property
     def tokens(self) -> int:
-        """Video tokens of the call under way."""
+        """Number of video tokens in the current forward pass."""
         return self.frames * self.places
 
     @property
     def causal_frames(self) -> int:
-        """Frames in a block of block-causal attention; 0: every frame sees every frame."""
+        """Frames per block of block-causal attention; 0 if every frame attends to every frame."""
         rule = self.video.causal_rule
         return 0 if rule is None else rule(self.model_config)
 
     def keep(self) -> None:
-        """Keep the call for layers that are run again."""
+        """Save the state of the forward pass for layers that autograd runs again."""
         self.kept.values = self.active, self.config, self.frames, self.places
 
     def resume(self) -> None:
-        """Take what was kept."""
+        """Restore the saved state, if there is one."""
         if self.kept.values is not None:
             self.active, self.config, self.frames, self.places = self.kept.values
 
     def measure(self, grid: Grid) -> None:
-        """Take the geometry of a call."""
+        """Set the geometry of the current forward pass from its token grid."""
         self.frames, self.places = grid.frames, grid.height * grid.width
 
     def locate(self, query: Tensor, key: Tensor, text: int) -> tuple[Tensor, Tensor] | None:
-        """Cut the video tokens out of (B, L, heads, D) queries and keys, as (B, T, S, heads, D) views.
+        """Select the video tokens of queries and keys (B, L, heads, D), as views (B, T, S, heads, D).
+
+        With `max_locations`, S counts only the evenly spaced tokens per frame that are measured.
 
         Args:
-            query: as attention sees it.
-            key: as attention sees it; it may be longer than the queries where the video's tokens come first.
-            text: tokens of the text stream, as the module was called.
+            query: queries as the attention function receives them.
+            key: keys as the attention function receives them. There may be more keys than queries if the video tokens
+                come first.
+            text: number of text tokens in the call of the module.
 
         Returns:
-            None where the tokens do not match the geometry of the call.
+            Queries and keys; None if the tokens do not match the geometry of the forward pass.
         """
         frames, places, order = self.frames, self.places, self.video.token_order
         if self.video.factorised:

@@ -11,53 +11,55 @@ from postgen.errors import UserError, is_number, shown, why_no_pattern
 from postgen.families import Grid
 
 FrameCount = int | Callable[[Mapping[str, Any]], int | Grid]
-"""Latent frames of a call, or a function of the transformer's forward arguments giving them or the whole grid."""
+"""Number of latent frames, or a function from the forward arguments of the transformer to that number or a `Grid`."""
 
 STRONGEST = 1000.0
-"""Largest weight and gain, far beyond those that leave a picture: the official ones are below 10."""
+"""Largest weight and gain. Videos degrade far below this value: the weights of the authors are below 10."""
 
 _FROM_TO = f"from -{STRONGEST:g} to {STRONGEST:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnhanceAVideoConfig:
-    """How strongly, where and when attention between frames is amplified.
+    """Settings of Enhance-A-Video: how strongly, in which layers and at which steps the method acts.
 
-    A layer's gain is min(max(1, (T + w) (1 - d) / (T - 1)), max_gain) with T latent frames, weight w and d the mean
-    share of itself in a frame's attention over the frames (arXiv:2502.07508, eq. 6-8).
+    The gain of a layer is min(max(1, (T + w) (1 - d) / (T - 1)), max_gain) for T latent frames and weight w. d is the
+    mean share of its attention that a frame gives to itself (arXiv:2502.07508, eq. 6-8).
     """
 
     weight: float | Mapping[str, float] | Literal["auto"] = "auto"
-    """w. `auto`: the recommended strength of the model, scaled to the clip's length. A mapping gives weights by layer:
-    keys are patterns that layer names match in full, a layer that none matches is left alone."""
+    """The weight w, from -1000 to 1000. `auto` is the recommended strength of the model, scaled to the clip length. A
+    mapping assigns weights to layers: its keys are regular expressions that match full layer names; layers without a
+    match are not changed."""
     relative_weight: float | None = None
-    """w/T instead of w: the same strength at every clip length. Leave `weight` out then."""
+    """w/T instead of w, for the same strength at every clip length. `weight` must then stay at `auto`."""
     start: float = 0.0
-    """Fraction of the denoising steps before which nothing happens."""
+    """The method acts from this fraction of the denoising steps on, 0 to 1."""
     stop: float = 1.0
-    """Fraction of the denoising steps from which on nothing happens."""
+    """The method stops at this fraction of the denoising steps, above `start` and at most 1."""
     reduction: Literal["sample", "batch"] = "sample"
-    """One gain per sample, or one for the whole batch, as the official code has it."""
+    """`sample`: one gain per sample. `batch`: one gain for the whole batch, as in the code of the authors."""
     max_gain: float | None = None
-    """Upper bound of the gain, above 1; None has none."""
+    """Upper bound of the gain, above 1 and at most 1000; None sets no bound."""
     min_frames: int = 2
-    """Calls with fewer latent frames are left alone; at least 2."""
+    """Smallest number of latent frames for which the method acts; at least 2."""
     num_frames: FrameCount | None = None
-    """Latent frames, only where the call does not tell them (packed tokens without `num_frames`)."""
+    """Number of latent frames, for calls whose arguments do not contain it (packed tokens without `num_frames`)."""
     max_locations: int | None = None
-    """Measure on so many locations of the picture, evenly spread, instead of all."""
+    """d is measured on at most this many evenly spaced locations of a frame; None measures on all locations."""
     chunk_size: int | None = None
-    """Locations measured at a time; None takes as many as fit 64 MiB."""
+    """Number of locations measured at once; None takes as many as fit into 64 MiB."""
     progress: Callable[[], float] | None = None
-    """Where the denoising is, from 0 to 1; None reads it off the pipeline's scheduler. Only for start and stop."""
+    """Function that returns the denoising progress, from 0 to 1, for `start` and `stop`. None reads the progress from
+    the scheduler of the pipeline."""
     train: bool = False
-    """Whether to act also while the transformer is in training mode."""
+    """Whether the method also acts while the transformer is in training mode."""
 
     def __post_init__(self) -> None:
         self._check_weights()
         if not (is_number(self.start) and is_number(self.stop) and 0 <= self.start < self.stop <= 1):
             raise UserError(
-                f"0 <= start < stop <= 1 is needed, got start={shown(self.start)}, stop={shown(self.stop)}"
+                f"0 <= start < stop <= 1 is required, got start={shown(self.start)}, stop={shown(self.stop)}"
             )
         if self.reduction not in ("sample", "batch"):
             raise UserError(f"unknown reduction {shown(self.reduction)}. Known: sample, batch")
@@ -84,35 +86,35 @@ class EnhanceAVideoConfig:
                 )
             if self.weight != "auto":
                 raise UserError(
-                    f"weight={shown(self.weight)} and relative_weight={self.relative_weight}: give one of them"
+                    f"weight={shown(self.weight)} and relative_weight={self.relative_weight}: give only one of them"
                 )
         weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
         named = isinstance(self.weight, Mapping)
         if not all(_is_weight(weight) or (weight == "auto" and not named) for weight in weights):
             raise UserError(
-                "weight must be a finite number, auto, or numbers by layer pattern, each"
+                "weight must be a finite number, auto, or a mapping from layer patterns to numbers, each"
                 f" {_FROM_TO}, got {shown(self.weight)}"
             )
         for key in self.weight if isinstance(self.weight, Mapping) else ():
             _check_pattern(key)
         if named and not weights:
-            raise UserError("weight names no layer: give a pattern, or a number for all layers")
+            raise UserError("weight is an empty mapping: give at least one layer pattern, or a number for all layers")
 
     @property
     def whole_range(self) -> bool:
-        """Whether every denoising step is meant, so that nobody needs to know the step."""
+        """Whether the method acts at every denoising step, so that the progress is not needed."""
         return self.start == 0 and self.stop == 1
 
     def covers(self, progress: float) -> bool:
-        """Whether a step at this fraction of the denoising is meant."""
+        """Return whether the method acts at a step with this progress, from 0 to 1."""
         return self.whole_range or self.start <= progress < self.stop
 
 
 def enhance_setting(text: str | None) -> float | str:
-    """Return the setting that a text of the command line or of a sidecar names: auto or a weight; 0 and None are off.
+    """Parse a setting from the command line or a sidecar file: auto or a weight; 0 and None switch the method off.
 
     Raises:
-        UserError: neither.
+        UserError: the text is neither auto nor a valid weight.
 
     >>> enhance_setting("2.5")
     2.5
@@ -130,7 +132,7 @@ def enhance_setting(text: str | None) -> float | str:
 
 def _check_pattern(key: object) -> None:
     if reason := why_no_pattern(key):
-        raise UserError(f"weight names layers by patterns, and {shown(key)} is none: {reason}")
+        raise UserError(f"the keys of weight must be layer patterns (regular expressions), got {shown(key)}: {reason}")
 
 
 def _is_weight(value: object) -> bool:

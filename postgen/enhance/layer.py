@@ -1,4 +1,4 @@
-"""One self-attention module under Enhance-A-Video: watch its queries and keys, measure, scale what it returns."""
+"""Enhance-A-Video on one self-attention module: it measures queries and keys, and scales the output."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ if TYPE_CHECKING:
 
 
 class LayerCall:
-    """What is known of a layer in a thread: its factor in the call under way, and what was measured."""
+    """State of one layer in one thread: its factor in the current forward pass, and its measured gains."""
 
     def __init__(self, calls: PerThread[VideoCall]) -> None:
         self.call = calls.own
         self.on = True
-        """Whether the layer has a weight at all."""
+        """Whether the settings give this layer a weight."""
         self.factor = 1.0
-        """(T + w) / (T - 1). Computed outside compiled code: torch 2.11 compiles sums of numbers once per value."""
+        """(T + w) / (T - 1), computed outside compiled code: torch 2.11 recompiles a sum of numbers for each value."""
         self.gain: Tensor | None = None
-        """(B,) of the last call."""
+        """Gains (B,) of the last forward pass; None if nothing was measured."""
         self.dispatched = False
-        """Whether its attention calls go through diffusers' dispatcher, or are shown as if they did."""
+        """Whether attention calls go through diffusers' dispatcher, or reach its tap by `show_attention_call`."""
         self.unseen = False
-        """The last call showed no queries and keys."""
+        """Whether no queries and keys were seen in the last forward pass."""
         self.mismatch = False
-        """The last call showed tokens that are not the video's."""
+        """Whether the tokens of the last forward pass did not match the geometry of the video."""
 
     @property
     def active(self) -> bool:
-        """Whether the layer is enhanced in the call under way."""
+        """Whether the method acts on this layer in the current forward pass."""
         return self.call.active and self.on
 
 
 class EnhancedAttention:
-    """The wrapper of one module's processor; `around` is pushed on the processor stack.
+    """Wrapper of the attention processor of one module; `around` is pushed onto the processor stack.
 
-    Everything Python decides here is the same for every layer of a model, so compiled blocks share their code.
+    All Python branches of this class take the same path for every layer of a model, so that compiled blocks share one
+    graph.
     """
 
     def __init__(self, calls: PerThread[VideoCall]) -> None:
@@ -58,12 +59,12 @@ class EnhancedAttention:
 
     @property
     def here(self) -> LayerCall:
-        """What is known in this thread."""
+        """The state of the layer in this thread."""
         return self._threads.own
 
     @property
     def gain(self) -> Tensor | None:
-        """(B,) of the last call of this thread."""
+        """Gains (B,) of the last forward pass in this thread; None if nothing was measured."""
         return self.here.gain
 
     @gain.setter
@@ -71,7 +72,7 @@ class EnhancedAttention:
         self.here.gain = gain
 
     def around(self, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the attention and scale the video tokens of what it returns."""
+        """Call the attention processor and scale the video tokens of its output."""
         here = self._threads.own
         if not here.call.begun:
             self._resume()
@@ -92,7 +93,7 @@ class EnhancedAttention:
         if not shares:
             here.unseen, here.gain = True, None
             return output
-        # A processor may call attention once per sample.
+        # A processor may call the attention function once per sample.
         gain = _gain(here, shares[0] if len(shares) == 1 else torch.cat(shares))
         here.gain = gain
         if here.call.video.scale_target != "attention":
@@ -102,15 +103,15 @@ class EnhancedAttention:
         return _scaled(here.call, output, gain)
 
     def scale_norm(self, module: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the norm behind the attention, where that norm would cancel a scalar on the attention."""
+        """Forward hook of the norm after the attention; it scales the norm because the norm would cancel the gain."""
         here = self._threads.own
-        # A cache may have kept the attention's output from an earlier step: its gain is the one kept here.
+        # With a cache, the attention output may come from an earlier step; `here.gain` is the gain of that step.
         if here.gain is None or not here.active:
             return output
         return _times(output, here.gain.view(-1, *[1] * (output.dim() - 1)))
 
     def keep(self) -> None:
-        """Keep what is known of the call, for a thread of autograd that runs the layer again."""
+        """Save the state of the layer, for a thread in which autograd runs the layer again."""
         here = self._threads.own
         self._kept.values = here.on, here.factor, here.dispatched
 
@@ -124,11 +125,15 @@ class EnhancedAttention:
 def _share(
     here: LayerCall, query: Tensor, key: Tensor, scale: float | None, parallel_config: Any, text: int
 ) -> Tensor | None:
+    """Return the mean share (B,) of its attention that a frame gives to itself; None after a mismatch of tokens."""
     call = here.call
     group = ulysses_group(parallel_config)
     if group is not None:
         if call.video.token_order != "video":
-            raise UserError(f"Enhance-A-Video cannot split {call.transformer} among ranks: its tokens are mixed")
+            raise UserError(
+                f"Enhance-A-Video does not support context parallelism with {call.transformer}, whose attention mixes"
+                " video and other tokens: switch one of the two off"
+            )
         query, key = whole_sequence(query, group), whole_sequence(key, group)
     seen = call.locate(query, key, text)
     if seen is None:
@@ -148,6 +153,7 @@ def _gain(here: LayerCall, share: Tensor) -> Tensor:
 
 
 def _scaled(call: VideoCall, video: Tensor, gain: Tensor) -> Tensor:
+    """Multiply the video tokens in the output of an attention by the gains; history and reference tokens stay."""
     if call.video.factorised:
         return _times(video, gain.repeat_interleave(call.places).view(-1, 1, 1))
     gain = gain.view(-1, *[1] * (video.dim() - 1))
@@ -160,11 +166,11 @@ def _scaled(call: VideoCall, video: Tensor, gain: Tensor) -> Tensor:
 
 
 def _times(output: Tensor, gain: Tensor) -> Tensor:
-    """output * gain. bfloat16 has steps of 0.8 % near 1, so the excess over 1 is what is rounded, not the gain."""
+    """Return output * gain. bfloat16 has steps of 0.8 % near 1, so gain - 1 is rounded instead of the gain."""
     return torch.addcmul(output, output, (gain - 1).to(output.dtype))
 
 
 def _text_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of the text stream: processors take (attention, hidden_states, encoder_hidden_states, ...)."""
+    """Return the number of text tokens; processors take (attention, hidden_states, encoder_hidden_states, ...)."""
     text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
     return text.shape[1] if isinstance(text, Tensor) else 0

@@ -1,8 +1,9 @@
-"""Which weight to start from, per transformer class.
+"""Recommended weights per transformer class.
 
-The gain of a layer whose frames attend to one another evenly is 1 + w/T for weight w and T latent frames, so w/T is
-the strength, and a weight means little without the clip length it was chosen for. `auto` keeps the strength of the
-table at every length. None of these were tuned by us on the models they are for: each row names where it comes from.
+If each frame attends evenly to all T latent frames, the gain of a layer with weight w is 1 + w/T. The strength is
+therefore w/T, and a weight has a meaning only with the clip length for which it was chosen. `auto` keeps the
+strength of the table at every clip length. Each row names its source; postgen has not tuned these weights on the
+models of the table.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recommendation:
-    """A weight, the clip length it was chosen for, and who chose it."""
+    """A recommended weight, the clip length for which it was chosen, and its source."""
 
     weight: float
-    """The weight at that length."""
+    """Weight w at this clip length."""
     frames: int
-    """Latent frames after patching."""
+    """Clip length in latent frames, after patching."""
     source: str
-    """Where it is from."""
+    """Source of the weight."""
 
     @property
     def relative_weight(self) -> float:
-        """Strength w/T, the same at every length."""
+        """Strength w/T, which `auto` uses at every clip length."""
         return self.weight / self.frames
 
 
@@ -38,14 +39,14 @@ RECOMMENDED = {
     "LTXVideoTransformer3DModel": Recommendation(weight=4.0, frames=21, source=_COMMUNITY),
     "WanTransformer3DModel": Recommendation(weight=2.0, frames=21, source=_COMMUNITY),
 }
-"""By transformer class; a class that is not here gets `OTHERS`."""
+"""Recommendations by transformer class; other classes use `OTHERS`."""
 
 OTHERS = Recommendation(weight=2.0, frames=20, source="no source: weaker than every official value")
-"""For every other transformer class."""
+"""Recommendation for every other transformer class."""
 
 
 def recommended_weight(transformer: str) -> Recommendation:
-    """Return what `auto` stands for on a transformer class.
+    """Return the recommendation that `auto` uses for a transformer class.
 
     >>> recommended_weight("WanTransformer3DModel").relative_weight
     0.09523809523809523

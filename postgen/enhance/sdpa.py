@@ -1,4 +1,4 @@
-"""See the queries and keys of processors that call torch's attention themselves, past diffusers' dispatcher."""
+"""Access to queries and keys of processors that call torch's attention directly, without diffusers' dispatcher."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class tap_sdpa(TorchFunctionMode):
-    """While open, show every call of `F.scaled_dot_product_attention` to a function.
+    """Context manager that passes the inputs of every call of `F.scaled_dot_product_attention` to a function.
 
-    `sink(query, key, scale, None)` gets (B, L, heads, D) views, the axes of diffusers' dispatcher.
+    The function is called as `sink(query, key, scale, None)` with views (B, L, heads, D), the layout of diffusers'
+    dispatcher.
     """
 
     def __init__(self, sink: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""Context parallelism (Ulysses): each rank holds a stretch of the tokens, so the frames are spread over the ranks."""
+"""Context parallelism (Ulysses): each rank holds a part of the tokens, so the frames are spread over the ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from postgen.families.attention.dispatch import mesh_group
 
 
 def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:
-    """Return the group among which Ulysses attention splits the tokens; None where nothing is split.
+    """Return the process group over which Ulysses attention splits the tokens; None without context parallelism.
 
     Raises:
-        UserError: ring attention, or uneven shards.
+        UserError: the configuration uses ring attention or uneven shards.
     """
     config = getattr(parallel_config, "context_parallel_config", None)
     if config is None:
@@ -26,17 +26,17 @@ def ulysses_group(parallel_config: Any) -> dist.ProcessGroup | None:
             f"Enhance-A-Video does not work with ring attention (ring_degree={config.ring_degree}): use ulysses_degree"
         )
     if config.ulysses_anything:
-        raise UserError("Enhance-A-Video needs even shards: leave ulysses_anything off")
+        raise UserError("Enhance-A-Video needs shards of equal size: set ulysses_anything=False")
     return mesh_group(config)
 
 
 def whole_sequence(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Trade tokens for heads: (B, L/P, H, D) of every rank -> (B, L, H/P, D), all tokens of a P-th of the heads.
+    """Exchange tokens for heads (all-to-all): from (B, L/P, H, D) on each of P ranks to all tokens, (B, L, H/P, D).
 
-    What is averaged over tokens and heads is then the mean over the ranks. As much memory as `shard` twice.
+    A mean over tokens and heads is then the mean over the ranks. Needs twice the memory of `shard`.
 
     Raises:
-        UserError: the heads cannot be divided among the ranks.
+        UserError: the number of heads is not divisible by the number of ranks.
     """
     ranks = group.size()
     batch, tokens, heads, channels = shard.shape

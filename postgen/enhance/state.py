@@ -1,4 +1,4 @@
-"""Enhance-A-Video on one transformer: what its layers share, and what is known of the call under way."""
+"""Enhance-A-Video on one transformer: hooks, warnings and the state of the current forward pass."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from postgen.families.installed import processor_stack
 from postgen.families.progress import PipelineProgress
 
 NAME = "enhance_a_video"
-"""Name on the processor stack and among the plug-ins of a transformer."""
+"""Name of the plug-in on a transformer and on its processor stack."""
 
 STRONG = 0.5
-"""w/T from which on a warning is given; the strongest official setting has 0.26."""
+"""w/T above which a warning is given; the strongest setting of the authors has 0.26."""
 
 
 class Plan:
-    """What settings mean on one transformer, and what was warned of under them."""
+    """Settings resolved for one transformer, and the warnings that were given with them."""
 
     def __init__(self, weights: dict[str, tuple[float, float] | None], progress: Callable[..., float] | None) -> None:
         self.weights = weights
-        """(weight, relative weight) by layer; None leaves it alone."""
+        """(weight, relative weight) by layer; None does not change the layer."""
         self.progress = progress
-        """(forward arguments, transformer) -> where the denoising is; None: it was not needed."""
+        """Function from (forward arguments, transformer) to the denoising progress, 0 to 1; None if not needed."""
         self.notes: dict[str, str] = {}
-        """By kind."""
+        """Texts of the warnings by kind; each kind is given once."""
 
 
 class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
-    """Everything on one transformer."""
+    """Enhance-A-Video on one transformer."""
 
     name = NAME
 
@@ -61,27 +61,27 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
 
     @property
     def call(self) -> VideoCall:
-        """The call under way in this thread."""
+        """State of the current forward pass in this thread."""
         return self._threads.own
 
     def prepare(self, model: nn.Module, config: EnhanceAVideoConfig) -> Plan:
-        """Find the weight of each layer.
+        """Resolve the weight of each layer.
 
         Raises:
-            UserError: a pattern that no layer matches, or start and stop without a way to know the step.
+            UserError: a pattern matches no layer, or `start` and `stop` are set and the progress is not available.
         """
         if not config.whole_range and config.progress is None and self.progress is None:
-            raise UserError("start and stop need the denoising step: give the pipeline, or progress=, a function")
+            raise UserError("start and stop need the denoising step: give a pipeline, or a function as progress=")
         if isinstance(config.weight, Mapping):
             for pattern in config.weight:
                 if not any(re.fullmatch(pattern, name) for name in self.layers):
                     known = ", ".join(list(self.layers)[:3])
-                    raise UserError(f"weight: no layer matches {pattern!r}. Layers: {known}, ...")
+                    raise UserError(f"weight: no layer matches {pattern!r}. Layers of this model: {known}, ...")
         weights = {name: _weight_of(name, config, self.call.transformer) for name in self.layers}
         return Plan(weights, self.progress)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[EnhanceAVideoConfig]]) -> None:
-        """Put the wrappers on the processors, whoever is enabled, or take them off."""
+        """Install the wrappers if any setting is live, even a disabled one; remove them otherwise."""
         self._stack = processor_stack(model)
         on = NAME in self._stack.wrappers
         if live and not on:
@@ -99,7 +99,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             self._stack.pop(NAME)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the geometry of the call that comes."""
+        """Read the geometry of the forward pass that starts, and set the factor of each layer."""
         super().before_forward(model, args, kwargs)
         call, now = self.call, self.now
         call.begun, call.active = True, False
@@ -107,7 +107,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             return
         call.config = now.config
         if model.training and not now.config.train:
-            self._warn("training", "it is off in training mode: call eval(), or set train=True")
+            self._warn("training", "no gain is applied in training mode: call eval(), or set train=True")
             return
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if not now.config.whole_range and not now.config.covers(self._progress(model, arguments)):
@@ -129,13 +129,13 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         self._warn_of_strength()
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Say what went wrong in the layers, where a warning does not break compiled code."""
+        """Warn of problems in the layers; here a warning does not break the graph of compiled blocks."""
         call, eager = self.call, not torch.compiler.is_compiling()
         if call.active and output is not None:
             self._warn_of_layers()
             if eager:
                 self._last = call.frames, {name: x.gain for name, x in self.layers.items() if x.gain is not None}
-        # Gradient checkpointing runs the layers again, outside a call of the transformer.
+        # Gradient checkpointing runs the layers again after the forward pass of the transformer has returned.
         call.active = call.active and output is not None and torch.is_grad_enabled()
         if eager and torch.is_grad_enabled():
             call.keep()
@@ -154,12 +154,15 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
 
     def _warn_of_unseen(self, unseen: list[str]) -> None:
         by = [name for name, modules in self._stack.claims.items() if not set(modules).isdisjoint(unseen)]
-        why = f"{' and '.join(by)} does not show it to us" if by else "past diffusers' dispatcher?"
+        why = f"{' and '.join(by)} hides it" if by else "does it bypass diffusers' dispatcher?"
         layers = f"{len(unseen)} of {len(self.layers)} layers"
-        self._warn("unseen", f"no attention call was seen in {layers} ({why}). It is off there")
+        self._warn("unseen", f"no attention call was seen in {layers} ({why}). No gain is applied there")
 
     def gains(self) -> dict[str, tuple[float, ...]]:
-        """Return the gains of the last measured call, one per sample, by layer: of this thread, if it made one."""
+        """Return the gains of the last measured forward pass by layer, one gain per sample.
+
+        A thread that has called the transformer gets the gains of its own last call.
+        """
         return {name: tuple(gain.tolist()) for name, gain in self._measured()[1].items()}
 
     def _measured(self) -> tuple[int, dict[str, Tensor]]:
@@ -168,7 +171,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         return self.call.frames, {name: x.gain for name, x in self.layers.items() if x.gain is not None}
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line with the state and the settings."""
         config, relative = self.config, self.config.relative_weight
         if config.weight == "auto" and relative is None:
             relative = recommended_weight(self.call.transformer).relative_weight
@@ -188,7 +191,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         return float(self.now.prepared.progress(arguments, model))
 
     def _grid(self, arguments: Mapping[str, Any]) -> Grid | None:
-        """Return the token grid, or None after a warning."""
+        """Return the token grid; None, with a warning, if the grid is unknown or does not match the tokens."""
         video = self.call.video
         packed = video.latent_axes == "packed"
         grid = video.grid_rule(self.call.model_config, arguments)
@@ -199,10 +202,10 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
                 return frames
             tokens = arguments["hidden_states"].shape[1] if packed or grid is None else grid.tokens
             if tokens % frames:
-                raise UserError(f"num_frames={frames} does not divide the call's {tokens} tokens: give another number")
+                raise UserError(f"num_frames={frames} does not divide the {tokens} video tokens: give another number")
             grid = Grid(frames=frames, height=1, width=tokens // frames)
         if grid is None:
-            self._warn("grid", "the call does not tell its frames: give num_frames=. It is off")
+            self._warn("grid", "the call does not contain the number of frames: give num_frames=. No gain is applied")
         elif packed and video.token_order == "video" and arguments["hidden_states"].shape[1] != grid.tokens:
             self.call.measure(grid)
             self._warn_of_tokens()
@@ -212,8 +215,8 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
     def _warn_of_tokens(self) -> None:
         self._warn(
             "tokens",
-            f"the tokens do not match {self.call.frames} frames of {self.call.places} tokens (reference frames?)."
-            " It is off: give num_frames= or leave it off",
+            f"the tokens do not match {self.call.frames} frames of {self.call.places} tokens (reference frames?), so"
+            " no gain is applied: give num_frames=, or remove the plug-in",
         )
 
     def _warn_of_displaced(self) -> None:
@@ -221,8 +224,9 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         if displaced:
             self._warn(
                 "displaced",
-                f"the processors of {len(displaced)} of {len(self.layers)} layers were replaced since"
-                " (fuse_qkv_projections and set_attn_processor do that), so it is off there: remove and reapply it",
+                f"the attention processors of {len(displaced)} of {len(self.layers)} layers were replaced"
+                " (fuse_qkv_projections and set_attn_processor do that), so no gain is applied there: remove the"
+                " plug-in and apply it again",
             )
 
     def _warn_of_strength(self) -> None:
@@ -243,13 +247,13 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
         if kind in notes:
             return
         notes[kind] = text
-        # A warning would break the graph of a model that is compiled as a whole: the summary tells it.
+        # A warning would break the graph of a model that is compiled as a whole; `postgen.summary` shows the note.
         if not torch.compiler.is_compiling():
             warnings.warn(f"Enhance-A-Video on {self.call.transformer}: {text}", stacklevel=2)
 
 
 def _weight_of(layer: str, config: EnhanceAVideoConfig, transformer: str) -> tuple[float, float] | None:
-    """Return (weight, relative weight) of a layer; None leaves it alone."""
+    """Return (weight, relative weight) of a layer; None if the layer is not changed."""
     if config.relative_weight is not None:
         return 0.0, config.relative_weight
     if isinstance(config.weight, Mapping):

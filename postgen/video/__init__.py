@@ -1,6 +1,7 @@
-"""Read and write video. The only place of postgen that opens a video or picture file.
+"""Reading and writing of video. No other package of postgen opens a video or picture file.
 
-A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Both directions stream: a long video never sits in memory whole.
+A clip is a float32 tensor (F, 3, H, W) in [0, 1]. Reading and writing both stream, so a long video never has to fit
+into memory as a whole.
 """
 
 from postgen.video.compose import contact_sheet, side_by_side

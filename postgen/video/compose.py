@@ -1,4 +1,4 @@
-"""Views of clips: a contact sheet, two clips side by side."""
+"""Views of clips: a contact sheet, and two clips side by side."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import zip_longest
@@ -14,9 +14,11 @@ from postgen.video.ffmpeg import VideoError
 from postgen.video.footage import Footage
 from postgen.video.pictures import Frames, pictures
 
+# Margin between the frames of a sheet, size of its font and height of a line of text, in pixels.
 _MARGIN = 6
 _TEXT = 11
 _LINE = 15
+# An iterable is thinned out when more than this many times `limit` frames are in memory.
 _HELD = 4
 
 
@@ -29,31 +31,34 @@ def contact_sheet(
     limit: int = 36,
     indices: Sequence[int] | None = None,
 ) -> Path:
-    """Draw the frames of a clip in a grid, each under its index, and save the grid as a PNG.
+    """Draw the frames of a clip in a grid, each below its index, and save the grid as a PNG.
 
     Args:
-        clip: (F, 3, H, W), an iterable as for `write_video`, or a `Footage`. Of a long iterable a few times `limit`
-            frames are held in memory, as bytes.
-        path: where the picture goes; an old one is replaced.
+        clip: a clip (F, 3, H, W), an iterable as for `write_video`, or a `Footage`. For a long iterable, a few times
+            `limit` frames are in memory at once, as uint8.
+        path: the PNG file to write; an existing file is replaced.
         columns: frames per row, at least 1.
-        title: text above the grid, wrapped to its width.
-        limit: most frames shown; of a longer clip that many are drawn, evenly spread, first and last among them. Of an
-            iterable with more than 4 times as many frames, and no length, they are the nearest that are still held.
-        indices: what stands above the frames, one number each; default: 0, 1, ...
+        title: text above the grid, wrapped to the width of the grid.
+        limit: largest number of frames that are drawn, at least 2. Of a longer clip, `limit` evenly spaced frames are
+            drawn, the first and the last included. Frames of an iterable with more than 4 * `limit` frames are spaced
+            approximately: those nearest to even spacing among the frames still in memory are drawn.
+        indices: the number to print above each frame, one per frame of the clip; None prints 0, 1, ...
 
     Returns:
         `path` as a `Path`.
 
     Raises:
-        VideoError: no frame, a bad number, indices of another count, frames that `write_video` would refuse, or a
-            place that cannot be written.
+        VideoError: the clip has no frame, `columns` or `limit` is too small, the number of `indices` is not the number
+            of frames, `write_video` would refuse a frame, or `path` cannot be written.
     """
     if not (is_whole(columns, 1) and is_whole(limit, 2)):
-        raise VideoError(f"columns must be >= 1 and limit >= 2, whole numbers, got {columns=}, {limit=}")
+        raise VideoError(f"columns must be a whole number >= 1 and limit one >= 2, got {columns=}, {limit=}")
     count, shown = _spread(clip, limit)
     if indices is not None:
         if len(indices) != count:
-            raise VideoError(f"{count} frames need as many indices, got {len(indices)}")
+            raise VideoError(
+                f"indices must hold one number per frame: the clip has {count} frames, got {len(indices)} indices"
+            )
         shown = [(indices[index], picture) for index, picture in shown]
     target = Path(path)
     try:
@@ -65,10 +70,12 @@ def contact_sheet(
 
 
 def _spread(clip: Frames | Footage, limit: int) -> tuple[int, list[tuple[int, Tensor]]]:
-    """Number of frames, and up to `limit` of them with their indices, evenly spread, first and last among them."""
+    """Return the number of frames, and up to `limit` evenly spaced frames with their indices."""
     frames: Frames = clip.windows() if isinstance(clip, Footage) else clip
     known = isinstance(clip, Footage) or (isinstance(clip, Tensor) and clip.dim() == 4)
     wanted = set(_even(len(clip), limit)) if known and isinstance(clip, Sized) else None
+    # For a known length, hold exactly the frames to draw. Otherwise hold every `stride`-th frame, and double the
+    # stride whenever too many are held.
     held: dict[int, Tensor] = {}
     stride, count = 1, 0
     last: tuple[int, Tensor] | None = None
@@ -80,14 +87,14 @@ def _spread(clip: Frames | Footage, limit: int) -> tuple[int, list[tuple[int, Te
             stride *= 2
             held = {one: kept for one, kept in held.items() if one % stride == 0}
     if last is None:
-        raise VideoError("there is no frame to show")
+        raise VideoError("cannot draw a contact sheet: the clip has no frame")
     held[last[0]] = last[1]
     near = [min(held, key=lambda one: abs(one - place)) for place in _even(count, limit)]
     return count, [(index, held[index]) for index in near]
 
 
 def _even(count: int, limit: int) -> list[int]:
-    """Up to `limit` of so many indices, evenly spread, first and last among them."""
+    """Return up to `limit` evenly spaced indices below `count`, the first and the last included."""
     if count <= limit:
         return list(range(count))
     places: list[int] = torch.linspace(0, count - 1, limit).round().int().tolist()
@@ -95,13 +102,13 @@ def _even(count: int, limit: int) -> list[int]:
 
 
 def side_by_side(a: Frames, b: Frames, *, gap: int = 8) -> Iterator[Tensor]:
-    """Yield frames (3, H, W) with `a` on the left and `b` on the right, a white bar of `gap` pixels between them.
+    """Yield frames (3, H, W) with `a` on the left and `b` on the right, separated by a white bar of `gap` pixels.
 
-    Nothing is resized: the lower one gets black rows below it, and the shorter one holds its last frame. The result
-    feeds `write_video`; one frame of each is in memory at a time.
+    Frames are not resized: the clip of smaller height gets black rows at the bottom, and the clip with fewer frames
+    repeats its last frame. Pass the result to `write_video`; one frame of each clip is in memory at a time.
 
     Raises:
-        VideoError: a side without frames, or frames that `write_video` would refuse.
+        VideoError: a clip has no frame, or `write_video` would refuse a frame.
     """
     left = right = None
     for new_left, new_right in zip_longest(pictures(a), pictures(b)):
@@ -139,7 +146,7 @@ def _draw_sheet(shown: list[tuple[int, Tensor]], columns: int, title: str | None
 
 
 def _wrapped(text: str, measure: Callable[[str], float], width: float) -> list[str]:
-    """Break text into lines that fit; a word wider than the line is left to be cut by the edge."""
+    """Break a text into lines that fit a width; the edge of the sheet cuts a word that is wider than a line."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,8 +1,9 @@
-"""Is a video file whole? Read from the sizes and end marks of its container, without decoding.
+"""Detection of truncated and damaged video files from the structure of the container, without decoding.
 
-ffmpeg plays what it finds and takes the end of a file for the end of the video, so a cut file decodes to a shorter
-video without an error. Every container says in one way or another how long it should be; each function here reads how.
-Only headers are read: the time goes with the number of packets, not of bytes.
+ffmpeg decodes what it finds and treats the end of the file as the end of the video, so a truncated file decodes to a
+shorter video without an error. Each container format records its length in its own way: as sizes of its elements, as
+page numbers or as end marks. Each function of this module checks one format. Only headers are read, so the time grows
+with the number of packets, not with the number of bytes.
 """
 
 import struct
@@ -17,20 +18,20 @@ _ENDS_EARLY = "it ends early"
 
 
 class _BrokenError(Exception):
-    """What is missing or wrong, as the end of a sentence."""
+    """A file is cut or damaged. The message says what is wrong and completes the sentence of `check_whole`."""
 
 
 def check_whole(path: Path) -> None:
-    """Refuse a video file that was cut, or whose structure is damaged.
+    """Refuse a video file that is truncated or whose structure is damaged.
 
-    What cannot be told: a transport stream, a program stream, a fragmented mp4 or a live WebM cut exactly between two
-    of its packets is a whole, shorter file. A file of an unknown kind is left to ffmpeg.
+    A transport stream, a program stream, a fragmented mp4 or a live WebM that is cut exactly between two packets is a
+    valid shorter file, so such a cut is not detected. Files of unknown formats pass; ffmpeg checks them.
 
     Raises:
-        VideoError: the file is cut or damaged, is no regular file, or cannot be opened.
+        VideoError: the file is cut or damaged, is not a regular file, or cannot be opened.
     """
     if not path.is_file():
-        raise VideoError(f"cannot read {path}: it is no regular file")
+        raise VideoError(f"cannot read {path}: it is not a regular file")
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -44,7 +45,7 @@ def check_whole(path: Path) -> None:
 
 
 class _Bytes:
-    """A file that knows its end: reading or seeking past it means that the file was cut."""
+    """A binary file with its size and position; reading or seeking past the end raises `_BrokenError`."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.at = file, size, 0
@@ -70,7 +71,7 @@ class _Bytes:
         self.go(self.at + count)
 
     def only_zeros(self) -> bool:
-        """Whether nothing but zeros follows, with which some programs pad their files; moves to the end."""
+        """Return whether only zero bytes follow (some programs pad files with zeros), and move to the end."""
         while self:
             if self.take(min(1 << 16, self.size - self.at)).strip(b"\0"):
                 return False
@@ -78,6 +79,7 @@ class _Bytes:
 
 
 def _checker(start: bytes) -> Callable[[_Bytes], None] | None:
+    """Return the check for the container that starts with these bytes; None for an unknown format."""
     known = {
         b"GIF8": _gif,
         b"\x89PNG": _png,
@@ -98,7 +100,10 @@ def _checker(start: bytes) -> Callable[[_Bytes], None] | None:
 
 
 def _gif(data: _Bytes) -> None:
+    """Check that all blocks are complete up to the trailer 0x3b."""
+
     def colours(flags: int) -> None:
+        # A colour table has 3 bytes per entry; the low bits of the flags give its size, the high bit its presence.
         data.skip(3 << (flags & 7) + 1 if flags & 0x80 else 0)
 
     colours(data.take(13)[10])
@@ -106,7 +111,7 @@ def _gif(data: _Bytes) -> None:
         if kind == b"\x2c":
             colours(data.take(9)[8])
         elif kind not in (b"\x21", b"\0"):
-            raise _BrokenError(f"there is no block of a gif at byte {data.at - 1}")
+            raise _BrokenError(f"no gif block starts at byte {data.at - 1}")
         if kind != b"\0":
             data.skip(1)
             while length := data.take(1)[0]:
@@ -114,6 +119,7 @@ def _gif(data: _Bytes) -> None:
 
 
 def _png(data: _Bytes) -> None:
+    """Check the checksums of all chunks up to IEND; an animated PNG has the same structure."""
     data.skip(8)
     kind = b""
     while kind != b"IEND":
@@ -121,9 +127,10 @@ def _png(data: _Bytes) -> None:
         if length + 4 > data.size - data.at:
             raise _BrokenError(_ENDS_EARLY)
         if crc32(kind + data.take(length)) != int.from_bytes(data.take(4)):
-            raise _BrokenError(f"its checksum before byte {data.at} is wrong")
+            raise _BrokenError(f"the checksum before byte {data.at} is wrong")
 
 
+# Element ids of Matroska and WebM (RFC 9559): elements of the segment, padding, and elements of a cluster.
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 _TOP = {_CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367}
 _FILLING = {0xEC, 0xBF}
@@ -131,6 +138,7 @@ _IN_CLUSTER = {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0x5854, *_FILLING}
 
 
 def _matroska(data: _Bytes) -> None:
+    """Check that the segment and its clusters have the lengths that they declare."""
     _, length = _element(data)
     data.skip(length or 0)
     name, length = _element(data)
@@ -138,35 +146,35 @@ def _matroska(data: _Bytes) -> None:
         data.skip(length or 0)
         name, length = _element(data)
     if name != _SEGMENT:
-        raise _BrokenError("the segment that should follow its first element does not")
+        raise _BrokenError("no segment follows the first element")
     end = data.size if length is None else data.at + length
     if end > data.size:
         raise _BrokenError(_ENDS_EARLY)
     limit = end
     while data.at < end:
-        limit = end if data.at >= limit else limit  # a cluster of known length is over
+        limit = end if data.at >= limit else limit  # a cluster of known length has ended
         name, length = _element(data)
         if name == _CLUSTER:
             limit = end if length is None else data.at + length
         elif name in _TOP or name in _IN_CLUSTER:
             data.skip(length or 0)
         else:
-            raise _BrokenError(f"there is no element of a segment before byte {data.at}")
+            raise _BrokenError(f"the element before byte {data.at} is not one of a segment")
         if data.at > limit or limit > end:
             raise _BrokenError(f"elements overlap at byte {data.at}")
 
 
 def _element(data: _Bytes) -> tuple[int, int | None]:
-    """Return an element's name and the length of what follows, None when the file does not say."""
+    """Return the id of an element and the length of its content in bytes; None for an unknown length."""
     first = data.take(1)[0]
     width = 9 - first.bit_length()
     if width > 4:
-        raise _BrokenError(f"there is no element at byte {data.at - 1}")
+        raise _BrokenError(f"no element starts at byte {data.at - 1}")
     name = int.from_bytes(bytes([first]) + data.take(width - 1))
     first = data.take(1)[0]
     width = 9 - first.bit_length()
     if width > 8:
-        raise _BrokenError(f"there is no length of an element at byte {data.at - 1}")
+        raise _BrokenError(f"the length of an element is not valid at byte {data.at - 1}")
     length = int.from_bytes(bytes([first]) + data.take(width - 1)) - (1 << 7 * width)
     return name, None if length == (1 << 7 * width) - 1 else length
 
@@ -175,12 +183,13 @@ _OGG_VIDEO = (b"\x80theora", b"\x01video", b"OVP80", b"BBCD")
 
 
 def _ogg(data: _Bytes) -> None:
+    """Check that each video stream has consecutive page numbers and ends with a page that is flagged as its last."""
     unfinished: set[int] = set()
     numbers: dict[int, int] = {}
     while data:
         mark, _, flags, _, stream, number, _, parts = struct.unpack("<4sBBqIIIB", data.take(27))
         if mark != b"OggS":
-            raise _BrokenError(f"there is no page at byte {data.at - 27}")
+            raise _BrokenError(f"no page starts at byte {data.at - 27}")
         body = data.take(sum(data.take(parts)))
         if flags & 2 and body.startswith(_OGG_VIDEO):
             unfinished.add(stream)
@@ -190,10 +199,11 @@ def _ogg(data: _Bytes) -> None:
         if flags & 4:
             unfinished.discard(stream)
     if unfinished:
-        raise _BrokenError("its last page is missing")
+        raise _BrokenError("the last page is missing")
 
 
 def _flv(data: _Bytes) -> None:
+    """Check that all tags are complete, and compare the file size or the duration with the metadata."""
     data.go(int.from_bytes(data.take(9)[5:]))
     said: dict[str, float] = {}
     last = 0
@@ -210,12 +220,13 @@ def _flv(data: _Bytes) -> None:
         last = max(last, int.from_bytes(head[6:7] + head[3:6]))
     if said.get("filesize", 0) > data.size:
         raise _BrokenError(_ENDS_EARLY)
-    # Programs disagree on whether the last frame's own time counts, so a second is left to them.
+    # Programs disagree on whether the duration includes the last frame, so one second of difference is accepted.
     if "filesize" not in said and said.get("duration", 0) > last / 1000 + 1:
         raise _BrokenError(f"it ends at {last / 1000:g} of {said['duration']:g} seconds")
 
 
 def _flv_numbers(script: bytes) -> dict[str, float]:
+    """Return the file size in bytes and the duration in seconds from the metadata tag, each where it is present."""
     found = {}
     for name in ("filesize", "duration"):
         _, mark, rest = script.partition(struct.pack(">H", len(name)) + name.encode() + b"\0")
@@ -225,13 +236,14 @@ def _flv_numbers(script: bytes) -> dict[str, float]:
 
 
 def _avi(data: _Bytes) -> None:
+    """Check that the RIFF chunks, and the chunks inside them, have the lengths that they declare."""
     while data.size - data.at >= 8 or not data.at:
         name, length = _riff_chunk(data)
         if name != b"RIFF":
-            return  # what a program hung on behind is not the video
+            return  # data that a program appended after the video
         end = data.at + length
         data.skip(4)
-        if length in (0, 0xFFFFFFFF):  # never finished, or written into a pipe
+        if length in (0, 0xFFFFFFFF):  # the writer was interrupted, or wrote into a pipe
             end = data.size
         elif end > data.size:
             raise _BrokenError(_ENDS_EARLY)
@@ -239,12 +251,12 @@ def _avi(data: _Bytes) -> None:
 
 
 def _avi_chunks(data: _Bytes, end: int) -> None:
-    """Go through chunks, those in the lists of frames among them, to the end of what holds them."""
+    """Walk over the chunks up to byte `end`, and over the chunks inside the lists of frames (movi, rec)."""
     while data.at + 8 <= end:
         start = data.at
         name, length = _riff_chunk(data)
         if not name.isascii() or not name.decode().isprintable():
-            raise _BrokenError(f"there is no chunk at byte {start}")
+            raise _BrokenError(f"no chunk starts at byte {start}")
         if name == b"LIST" and data.take(4) in (b"movi", b"rec "):
             continue
         place = start + 8 + length
@@ -262,6 +274,7 @@ _BOXES = frozenset(b"ftyp styp moov mdat moof mfra sidx free skip wide uuid meta
 
 
 def _boxes(data: _Bytes) -> None:
+    """Check that all top-level boxes of an mp4 or mov are complete and that the last fragment has its frames."""
     seen: set[bytes] = set()
     name = b""
     while data:
@@ -272,23 +285,23 @@ def _boxes(data: _Bytes) -> None:
         start = data.at
         length, name = struct.unpack(">I4s", data.take(8))
         if name not in _BOXES and seen >= {b"moov", b"mdat"}:
-            return  # what a program hung on behind is not the video
+            return  # data that a program appended after the video
         seen.add(name)
         if length == 1:
             length = int.from_bytes(data.take(8))
-        if length == 0:  # to the end of the file; zeros alone are padding
+        if length == 0:  # the box reaches to the end of the file; only zeros are padding
             if name == b"\0\0\0\0" and not data.only_zeros():
-                raise _BrokenError(f"there is no box at byte {start}")
+                raise _BrokenError(f"no box starts at byte {start}")
             break
         if length < data.at - start:
-            raise _BrokenError(f"there is no box at byte {start}")
+            raise _BrokenError(f"no box starts at byte {start}")
         data.go(start + length)
     if name == b"moof" or b"mdat" not in seen:
-        raise _BrokenError("frames that it should hold are missing")
+        raise _BrokenError("the frames are missing")
 
 
 def _packet_length(start: bytes) -> int | None:
-    """Return the bytes from one transport packet to the next; None where this is no transport stream."""
+    """Return the distance between transport packets in bytes; None if this is not a transport stream."""
     for length, first in ((188, 0), (192, 4), (204, 0)):
         marks = start[first::length]
         if len(marks) > 2 and set(marks) == {0x47}:
@@ -297,6 +310,7 @@ def _packet_length(start: bytes) -> int | None:
 
 
 def _transport_stream(data: _Bytes) -> None:
+    """Check that each packet has its sync byte 0x47, and that the last packet is complete."""
     start = data.take(min(1024, data.size))
     length = _packet_length(start)
     assert length is not None
@@ -307,14 +321,15 @@ def _transport_stream(data: _Bytes) -> None:
     for done in range(0, packets, 4096):
         block = data.take(min(4096, packets - done) * length)
         if block[first::length].strip(b"\x47"):
-            raise _BrokenError(f"a packet has no mark at or after byte {done * length}")
+            raise _BrokenError(f"a packet at or after byte {done * length} has no sync byte")
     if rest:
-        raise _BrokenError("its last packet is not complete")
+        raise _BrokenError("the last packet is not complete")
     if int.from_bytes(block[first - length :][1:3]) & 0x1FFF == 0:
-        raise _BrokenError("it ends between the two tables that say what is in it")
+        raise _BrokenError("it ends between the two tables that describe its streams")
 
 
 def _program_stream(data: _Bytes) -> None:
+    """Check that all packets of an MPEG program stream are complete."""
     while data:
         if data.size - data.at < 4:
             if data.only_zeros():
@@ -324,7 +339,7 @@ def _program_stream(data: _Bytes) -> None:
         if mark != b"\0\0\1":
             if not any(mark) and kind < 2 and _to_next_start(data, kind):
                 continue
-            raise _BrokenError(f"there is no packet at byte {data.at - 4}")
+            raise _BrokenError(f"no packet starts at byte {data.at - 4}")
         if kind == 0xBA:
             second = data.take(1)[0] >> 6 == 1  # MPEG-2; the packs of MPEG-1 have a fixed length
             data.skip(8 if second else 7)
@@ -334,7 +349,7 @@ def _program_stream(data: _Bytes) -> None:
 
 
 def _to_next_start(data: _Bytes, last: int) -> bool:
-    """Skip zeros between packets; False when something else than a start code follows them."""
+    """Skip zeros between packets; return False if anything but a start code follows the zeros."""
     while data and last == 0:
         last = data.take(1)[0]
     if not data:
@@ -344,14 +359,16 @@ def _to_next_start(data: _Bytes, last: int) -> bool:
 
 
 def _asf(data: _Bytes) -> None:
+    """Check that all top-level objects are complete."""
     while data:
         length = int.from_bytes(data.take(24)[16:], "little")
         if length < 24:
-            return  # a live recording does not know: up to the end
+            return  # a live recording does not know its size: the object reaches to the end of the file
         data.go(data.at - 24 + length)
 
 
 def _ivf(data: _Bytes) -> None:
+    """Check that all frames are complete."""
     data.skip(int.from_bytes(data.take(8)[6:], "little") - 8)
     while data:
         data.skip(int.from_bytes(data.take(12)[:4], "little"))
@@ -361,9 +378,10 @@ _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
 
 
 def _nut(data: _Bytes) -> None:
-    # The last field of a nut file is the length of its index, then a checksum; the index begins with its own mark.
+    """Check that the file ends with its index."""
+    # A nut file ends with the length of its index and a checksum; the index begins with a start code.
     data.go(max(data.size - 12, 0))
     length = int.from_bytes(data.take(8))
     data.go(max(data.size - length, 0) if length <= data.size else 0)
     if data.take(8) != _NUT_INDEX:
-        raise _BrokenError("there is no index at its end")
+        raise _BrokenError("the index at its end is missing")

@@ -1,7 +1,7 @@
-"""Run the ffmpeg binary that imageio-ffmpeg brings along.
+"""Runs the ffmpeg program that imageio-ffmpeg ships or finds.
 
-The process is driven directly, not through `imageio_ffmpeg.read_frames` and `write_frames`: those take a damaged file
-that ends early for a shorter one, and a failed encoding for a good one.
+This module starts the process itself and does not use `imageio_ffmpeg.read_frames` and `write_frames`: these functions
+accept a damaged file as a shorter video, and a failed encoding as a success.
 """
 
 import io
@@ -19,14 +19,14 @@ from typing import IO, Any, Self
 from postgen.errors import UserError
 from postgen.interrupts import held
 
-# Real containers only: without this list ffmpeg would draw the text of a text file, or follow a playlist.
+# Containers that ffmpeg may open. Without this list, ffmpeg renders text files as video and follows playlists.
 CONTAINERS = "mov,mp4,matroska,webm,avi,gif,apng,ogg,mpeg,mpegts,flv,asf,ivf,nut"
 
-# Seconds without a byte after which a decoder is taken for dead. One frame of the slowest codec needs a few.
+# Seconds without output after which a decoder counts as stalled. One frame of the slowest codec takes a few seconds.
 PATIENCE = 60.0
 
-# What ffmpeg writes into its log where it has found damage and goes on all the same. Other complaints are not enough:
-# programs write streams that are a little wrong, and most damage ends a decoder (-xerror).
+# Texts in ffmpeg's log for damage after which ffmpeg continues. Other log messages do not count as damage: many
+# programs write streams with small errors, and most damage ends the decoder anyway (-xerror).
 _DAMAGE = (
     *("CRC mismatch", "invalid as first byte", "exceeds containing master element", "partial file"),
     *("packet_obj_size", "ff asf skip", "no checksum", "LZW decode failed", "reference picture missing"),
@@ -36,31 +36,30 @@ _READ = ["-nostdin", "-format_whitelist", CONTAINERS]
 
 
 class VideoError(UserError):
-    """A video that cannot be read or written, in one line."""
+    """A video cannot be read or written. The message is one line."""
 
 
 class NoFFmpegError(VideoError):
-    """There is no ffmpeg program to read or write videos with."""
+    """No ffmpeg program is found, or it cannot be started."""
 
 
 @contextmanager
 def decoder(path: Path, arguments: Sequence[str], *, codec: str | None = None, skip: int = 0) -> Iterator[IO[bytes]]:
-    """Decode the first video stream of `path` that is no cover picture, and give ffmpeg's output.
+    """Decode the first video stream of `path` that is not a cover picture, and yield the output of ffmpeg.
 
-    Leaving the block before that output has been read to its end (a break, an exception, a generator that is closed)
-    ends ffmpeg.
+    ffmpeg is killed if the block ends before the whole output is read (a break, an exception, a closed generator).
 
     Args:
-        path: a file.
-        arguments: ffmpeg's, for its output.
-        codec: the decoder; None lets ffmpeg choose.
-        skip: frames that are decoded before the first output, which may take their time.
+        path: a video file.
+        arguments: arguments of ffmpeg for its output.
+        codec: name of the decoder; None lets ffmpeg choose.
+        skip: number of frames that ffmpeg decodes before its first output. The time limit grows with it.
 
     Raises:
-        VideoError: at the end of the output, when ffmpeg found the file damaged; when nothing arrives for `PATIENCE`
-            seconds and a quarter of a second for each frame of `skip`.
+        VideoError: ffmpeg found the file damaged (raised at the end of the output), or produced no output for
+            `PATIENCE` seconds plus a quarter of a second for each frame of `skip`.
     """
-    # `file:` keeps a name such as "-i" or "http://x" from meaning anything else.
+    # With `file:`, ffmpeg takes names such as "-i" or "http://x" as plain file names.
     source = [*_READ, "-xerror", *(["-c:v", codec] if codec else []), "-i", f"file:{path}", "-map", "0:V:0"]
     with _process([*source, "-fps_mode", "passthrough", *arguments, "-"], stdout=subprocess.PIPE) as (process, log):
         assert process.stdout is not None
@@ -68,7 +67,7 @@ def decoder(path: Path, arguments: Sequence[str], *, codec: str | None = None, s
             output = io.BufferedReader(patient, 1 << 16)
             yield output
             at_end = not output.read(1)
-        stalled = VideoError(f"cannot read {path}: ffmpeg gave nothing for {patient.seconds:g} seconds")
+        stalled = VideoError(f"cannot read {path}: ffmpeg produced no output for {patient.seconds:g} seconds")
         if patient.stalled:
             raise stalled
         try:
@@ -80,17 +79,17 @@ def decoder(path: Path, arguments: Sequence[str], *, codec: str | None = None, s
 
 
 def header(path: Path) -> str:
-    """Return what ffmpeg prints about a file: its streams, their codecs, pixel formats and metadata.
+    """Return the text that ffmpeg prints about a file: streams, codecs, pixel formats and metadata.
 
     Raises:
-        VideoError: ffmpeg did not answer in time.
+        VideoError: ffmpeg does not finish within `PATIENCE` seconds, or cannot be started.
     """
     with tempfile.TemporaryFile() as log:
         arguments = [executable(), "-hide_banner", *_READ, "-i", f"file:{path}"]
-        try:  # it always ends with an error, as no output is named
+        try:  # ffmpeg always exits with an error here, because no output is named
             subprocess.run(arguments, stdout=subprocess.DEVNULL, stderr=log, timeout=PATIENCE, start_new_session=True)
         except subprocess.TimeoutExpired:
-            raise VideoError(f"cannot read {path}: ffmpeg gave nothing for {PATIENCE:g} seconds") from None
+            raise VideoError(f"cannot read {path}: ffmpeg did not finish within {PATIENCE:g} seconds") from None
         except OSError as error:
             raise NoFFmpegError(f"cannot start {arguments[0]}: {error.strerror or error}") from error
         log.seek(0)
@@ -98,10 +97,10 @@ def header(path: Path) -> str:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return what a file says of itself as a whole: texts by key in lower case, as title or comment.
+    """Return the metadata of the whole file, such as title or comment: texts by key, keys in lower case.
 
     Raises:
-        VideoError: ffmpeg cannot read it, or did not answer in time.
+        VideoError: ffmpeg cannot read the file, does not finish within `PATIENCE` seconds, or cannot be started.
     """
     with tempfile.TemporaryFile() as log:
         arguments = [
@@ -121,39 +120,40 @@ def metadata(path: Path) -> dict[str, str]:
                 arguments, stdout=subprocess.PIPE, stderr=log, timeout=PATIENCE, start_new_session=True
             )
         except subprocess.TimeoutExpired:
-            raise VideoError(f"cannot read {path}: ffmpeg gave nothing for {PATIENCE:g} seconds") from None
+            raise VideoError(f"cannot read {path}: ffmpeg did not finish within {PATIENCE:g} seconds") from None
         except OSError as error:
             raise NoFFmpegError(f"cannot start {arguments[0]}: {error.strerror or error}") from error
         if done.returncode:
             raise VideoError(f"cannot read {path} as a video: {_reason(log)}")
     text = done.stdout.decode(errors="replace")
     found: dict[str, str] = {}
-    # A backslash stands before what would mean something, line ends among them.
+    # The format (ffmetadata) escapes special characters, line ends included, with a backslash.
     for line in re.findall(r"((?:\\.|[^\\\n])+)", text, re.DOTALL):
         if line.startswith("["):
-            break  # what follows is about one stream
+            break  # the sections that follow describe single streams
         if match := re.fullmatch(r"((?:\\.|[^\\=])+)=(.*)", line, re.DOTALL):
             found[_bare(match[1]).lower()] = _bare(match[2])
     return found
 
 
 def _bare(text: str) -> str:
+    """Return a text of ffmetadata without the backslashes that escape characters."""
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 @contextmanager
 def encoder(path: Path, arguments: Sequence[str]) -> Iterator[IO[bytes]]:
-    """Give a pipe into an ffmpeg that writes `path`; leaving the block well waits for the file to be complete.
+    """Yield a pipe into an ffmpeg that writes `path`; a normal end of the block waits until the file is complete.
 
-    Leaving it with an exception kills ffmpeg; the half-written file is the caller's to remove.
+    An exception in the block kills ffmpeg; the caller then removes the incomplete file.
 
     Raises:
-        VideoError: ffmpeg refused the settings or failed to write.
+        VideoError: ffmpeg refuses the settings or fails to write.
     """
     with _process(["-y", *arguments, f"file:{path}"], stdin=subprocess.PIPE) as (process, log):
         assert process.stdin is not None
         complete = False
-        with suppress(BrokenPipeError):  # ffmpeg has stopped: its log says why
+        with suppress(BrokenPipeError):  # ffmpeg has exited; the reason is in its log
             yield process.stdin
             process.stdin.close()
             complete = True
@@ -162,7 +162,10 @@ def encoder(path: Path, arguments: Sequence[str]) -> Iterator[IO[bytes]]:
 
 
 class _Patient(io.RawIOBase):
-    """The output of a process that is killed when a read has waited for too long, which then ends like a file."""
+    """The output of a process, with a time limit per read.
+
+    A read that exceeds the limit kills the process, which ends the output, and sets `stalled`.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
         super().__init__()
@@ -170,7 +173,7 @@ class _Patient(io.RawIOBase):
         self._process = process
         self._since: float | None = None
         self._done = threading.Event()
-        # A thread, as not every system can wait for a pipe with a time limit.
+        # A thread, because not every system can wait for a pipe with a time limit.
         self._watch = threading.Thread(target=self._watched, daemon=True)
 
     def __enter__(self) -> Self:
@@ -202,20 +205,20 @@ class _Patient(io.RawIOBase):
 
 
 def executable() -> str:
-    """Return the ffmpeg program, which imageio-ffmpeg brings along or finds.
+    """Return the path of the ffmpeg program that imageio-ffmpeg ships or finds.
 
     Raises:
-        NoFFmpegError: there is none.
+        NoFFmpegError: imageio-ffmpeg finds no ffmpeg program.
     """
     try:
-        # Imported here: the contact sheets and the training loop need no ffmpeg.
+        # Imported here, because contact sheets and the training loop work without ffmpeg.
         import imageio_ffmpeg
 
         found: str = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise NoFFmpegError(
-            "there is no ffmpeg to read and write videos with: install imageio-ffmpeg with its program, or ffmpeg "
-            "itself, or name one in IMAGEIO_FFMPEG_EXE"
+            "no ffmpeg program was found to read and write videos: install imageio-ffmpeg (its wheels contain ffmpeg) "
+            "or ffmpeg, or set IMAGEIO_FFMPEG_EXE to the path of an ffmpeg program"
         ) from error
     return found
 
@@ -224,13 +227,14 @@ def executable() -> str:
 def _process(
     arguments: Sequence[str], *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """Start ffmpeg and yield the process and its log; kill the process at the end of the block."""
     program = executable()
-    # The log goes to a file, as nobody reads a pipe of it while frames flow. A session of its own keeps the terminal's
-    # Ctrl-C from reaching ffmpeg, which would otherwise finish its file as if all were well.
+    # The log goes to a file, because nothing reads a pipe with the log while frames are transferred. The process gets
+    # its own session, so that the terminal's Ctrl-C does not reach ffmpeg, which would end its file as if complete.
     with tempfile.TemporaryFile() as log:
         process: subprocess.Popen[bytes] | None = None
         try:
-            # Between its start and its name here, an interrupt would leave it running.
+            # An interrupt between the start of ffmpeg and this assignment would leave the process running.
             with held():
                 process = _started([program, "-hide_banner", "-v", "error", *arguments], stdin, stdout, log)
             yield process, log
@@ -256,13 +260,14 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def _tells_damage(log: IO[bytes]) -> bool:
+    """Return whether the log reports damage after which ffmpeg continues."""
     log.seek(0)
     text = log.read(1 << 20).decode(errors="replace")
     return any(words in text for words in _DAMAGE)
 
 
 def _reason(log: IO[bytes]) -> str:
-    """Return the first line of ffmpeg's log that says something, without its `[mov @ 0x55..]` prefix."""
+    """Return the first non-empty line of ffmpeg's log, without its `[mov @ 0x55..]` prefix."""
     log.seek(0)
     lines = [line.rsplit("] ", 1)[-1].strip() for line in log.read(10_000).decode(errors="replace").splitlines()]
     return next(filter(None, lines), "ffmpeg gave no reason")

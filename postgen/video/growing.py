@@ -1,8 +1,8 @@
-"""A video that is written while it is made: whole after every piece, and continued by another process.
+"""Videos that are written piece by piece: a complete file after every piece, which another process can continue.
 
-An mp4 that grows is a fragmented one (ISO/IEC 14496-12): a head, then a fragment for each piece, encoded by itself and
-appended in one step. So what stands there can be played at any time, and the bytes do not depend on where a process
-stopped and the next one went on.
+A growing mp4 is a fragmented mp4 (ISO/IEC 14496-12): a header, then one fragment per piece. Each piece is encoded on
+its own and appended in one step. The file is therefore playable at any time, and its bytes do not depend on where one
+process stopped and the next one continued.
 """
 
 import os
@@ -22,35 +22,36 @@ from postgen.video.pictures import Frames
 from postgen.video.write import check_target, checked_rate, write_piece, write_video
 
 GROWING = ("mp4", "frames")
-"""Formats that can grow."""
+"""Formats that `GrowingVideo` can write."""
 _HEAD, _BODY = (b"ftyp", b"moov"), (b"moof", b"mdat")
 _BLOCK = 2**20
 _TAIL = 2**16
-"""Bytes before a mark by which the video is known again."""
+"""Number of bytes before a mark whose checksum identifies the video."""
 _NUMBER = re.compile(r"frame_([0-9]{5,})\.png")
 Mark = tuple[int, int, int]
-"""Where a growing video ends: frames, bytes of the file, and a number for what stands before."""
+"""End of a growing video: number of frames, bytes of the file (mp4), and a checksum of the last bytes or picture."""
 
 
 class GrowingVideo:
     """A video to which frames are appended.
 
     Args:
-        path: the mp4 file, or the folder of frames; an old one is replaced by the first piece.
+        path: the mp4 file, or the folder of frames; the first piece replaces an existing one.
         fps: frames per second.
-        format: mp4 or frames; None takes it from the suffix.
-        mark: `mark` of an earlier writer of this file, to go on from: what stands behind it is cut off.
+        format: mp4 or frames; None takes the format from the suffix of `path`.
+        mark: the `mark` of an earlier `GrowingVideo` with this path, from which to continue. The next piece replaces
+            everything after the mark. None starts a new video.
 
     Raises:
-        VideoError: another format, a rate that it does not have, a place that cannot be written, or a video that is
-            not the one of the mark.
+        VideoError: the format is another one, the format does not support the rate, `path` cannot be written, or the
+            video at `path` does not match the mark.
     """
 
     def __init__(self, path: str | Path, *, fps: float, format: str | None = None, mark: Mark | None = None) -> None:
         self.path = Path(path)
         self.kind = check_target(self.path, format)
         if self.kind not in GROWING:
-            raise VideoError(f"a {self.kind} cannot be written as it is made: choose {' or '.join(GROWING)}")
+            raise VideoError(f"a {self.kind} cannot be written piece by piece: choose {' or '.join(GROWING)}")
         self.rate = checked_rate(fps, self.kind)
         self.frames, self._size, _ = mark or (0, 0, 0)
         if mark is not None and self.frames:
@@ -58,14 +59,14 @@ class GrowingVideo:
 
     @property
     def mark(self) -> Mark:
-        """Where the video ends."""
+        """The current end of the video; pass it to a later `GrowingVideo` to continue from there."""
         return self.frames, self._size, _known(self.path, self.frames, self._size) if self.frames else 0
 
     def cut(self, mark: Mark) -> None:
-        """Take away what stands behind a mark; before the first frame, the video itself.
+        """Remove everything after a mark; for a mark with 0 frames, delete the video.
 
         Raises:
-            VideoError: the place cannot be written.
+            VideoError: the video cannot be changed.
         """
         try:
             with held():
@@ -84,13 +85,13 @@ class GrowingVideo:
             raise VideoError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def append(self, frames: Frames) -> None:
-        """Write further frames; all of them stand there afterwards, or none.
+        """Append frames to the video: either all of them or, after an error, none.
 
         Args:
-            frames: as for `write_video`, at least one, of the size of those before.
+            frames: at least one frame, as for `write_video`, of the same size as the frames before.
 
         Raises:
-            VideoError: frames that cannot be written, or that do not fit those before.
+            VideoError: the frames cannot be written, or differ in size from the frames before.
         """
         try:
             if self.kind == "mp4":
@@ -101,10 +102,11 @@ class GrowingVideo:
             raise VideoError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def _append_fragment(self, frames: Frames) -> None:
-        # A tick is a part of a frame, so that no time is rounded.
+        # The duration of a frame is a whole number of ticks, so that no timestamp is rounded.
         parts = max(1, 1000 // self.rate.numerator)
         options = ["-movflags", "+empty_moov+default_base_moof+frag_keyframe", "-bf", "0", "-sc_threshold", "0"]
         options += ["-g", "1000000", "-video_track_timescale", str(self.rate.numerator * parts)]
+        # Encode the piece as a fragmented mp4 of its own, then take its header and its fragments.
         with TemporaryDirectory() as folder:
             piece = Path(folder) / "piece.mp4"
             count = write_piece(piece, frames, self.rate, options)
@@ -119,14 +121,14 @@ class GrowingVideo:
                 part.write_bytes(head + body)
             self.frames, self._size = count, len(head) + len(body)
             return
-        # No buffer: what cannot be written, on a full disk, must not wait until the file is closed.
+        # Without a buffer, so that an error of a full disk is raised here and not when the file is closed.
         with self.path.open("r+b", buffering=0) as file:
             if file.read(len(head)) != head:
                 raise VideoError(
-                    f"{self.path} has frames of another size, or is of another ffmpeg: what follows needs a new file"
+                    f"{self.path} has frames of another size, or was written by another ffmpeg: start a new file"
                 )
             if (size := file.seek(0, os.SEEK_END)) < self._size:
-                raise VideoError(f"{self.path} was changed by somebody else: it has {size} of {self._size} bytes")
+                raise VideoError(f"{self.path} was changed by another program: it has {size} of {self._size} bytes")
             with held(), _whole(file, self._size):
                 file.truncate(self._size)
                 file.seek(self._size)
@@ -154,16 +156,16 @@ class GrowingVideo:
         self.frames += made
 
     def _behind(self) -> list[Path]:
-        """Pictures that a process wrote that was killed before it could say so."""
+        """Return the pictures after the end of the video, which a process wrote before it was killed."""
         numbers = ((_NUMBER.fullmatch(file.name), file) for file in self.path.glob("frame_*.png"))
         return [file for number, file in numbers if number and int(number[1]) >= self.frames]
 
 
 def check_mark(path: Path, mark: Mark) -> None:
-    """Refuse a video that is not the one of a mark.
+    """Check that a video matches a mark.
 
     Raises:
-        VideoError: it is missing, shorter, or something else has been written there.
+        VideoError: the video is missing, is shorter than the mark, or has other content before the mark.
     """
     frames, size, known = mark
     there = path.stat().st_size if path.is_file() else 0
@@ -172,13 +174,13 @@ def check_mark(path: Path, mark: Mark) -> None:
     elif there < size:
         other = f"it has {there} of {size} bytes"
     else:
-        other = "" if _known(path, frames, size) == known else "something else has been written there"
+        other = "" if _known(path, frames, size) == known else "its content has changed"
     if other:
-        raise VideoError(f"{path} is not the video that was to go on: {other}")
+        raise VideoError(f"{path} is not the video to continue: {other}")
 
 
 def _known(path: Path, frames: int, size: int) -> int:
-    """Return a number for the last bytes before the end, or for the last picture."""
+    """Return the CRC-32 of the last bytes before `size`, or of the last picture in a folder."""
     try:
         if path.is_dir():
             return zlib.crc32((path / _name(frames - 1)).read_bytes())
@@ -191,7 +193,7 @@ def _known(path: Path, frames: int, size: int) -> int:
 
 @contextmanager
 def _whole(file: FileIO, size: int) -> Iterator[None]:
-    """Where the block fails, cut a file back to a size."""
+    """Truncate a file to a size if the block raises an exception."""
     try:
         yield
     except BaseException:
@@ -200,10 +202,10 @@ def _whole(file: FileIO, size: int) -> Iterator[None]:
 
 
 def copy_video(source: Path, target: Path, mark: Mark) -> None:
-    """Copy a growing video up to a mark, so that two can go on from there.
+    """Copy a growing video up to a mark, so that two videos can continue from there.
 
     Raises:
-        VideoError: the source is not the video of the mark, or a file cannot be read or written.
+        VideoError: the source does not match the mark, or a file cannot be read or written.
     """
     check_mark(source, mark)
     frames, size, _ = mark
@@ -226,7 +228,7 @@ def _name(number: int) -> str:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield name and bytes of each box, header included."""
+    """Yield the name and the bytes of each top-level box, header included."""
     place = 0
     while place < len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -237,7 +239,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _moved(moof: bytes, ticks: int, sequence: int) -> bytes:
-    """Return the head of a fragment with a later time, and a number above those before."""
+    """Return the header (moof) of a fragment with `ticks` added to its time and `sequence` to its number."""
     data = bytearray(moof)
     for kind, place in _inside(moof, 8, len(moof)):
         if kind == b"mfhd":
@@ -251,7 +253,7 @@ def _moved(moof: bytes, ticks: int, sequence: int) -> bytes:
 
 
 def _inside(data: bytes, place: int, stop: int) -> Iterator[tuple[bytes, int]]:
-    """Yield name and place of each box in a box, and of those in its tracks."""
+    """Yield the name and the offset of each box between two offsets, and of the boxes inside track fragments."""
     while place < stop:
         length, kind = struct.unpack_from(">I4s", data, place)
         yield kind, place

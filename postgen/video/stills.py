@@ -1,4 +1,4 @@
-"""Picture files -> pictures of 8 bits a channel, as a viewer shows them."""
+"""Reading of picture files as 8-bit pictures, as an image viewer shows them."""
 
 import struct
 import warnings
@@ -14,7 +14,7 @@ from postgen.errors import UserError
 from postgen.reading import check_readable
 from postgen.video.ffmpeg import VideoError
 
-# Pillow's modes of 16 bits, in either byte order.
+# Pillow's 16-bit modes, in either byte order.
 _SIXTEEN = {"I;16", "I;16L", "I;16B", "I;16N"}
 _BROKEN = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, UnidentifiedImageError),
@@ -23,10 +23,13 @@ _BROKEN = (
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file of any format that Pillow knows, as `rgb_picture`; of an animation, the first picture.
+    """Read a picture file of any format that Pillow knows, converted by `rgb_picture`.
+
+    Of an animation, the first picture is returned.
 
     Raises:
-        VideoError: no such file, no picture, more than 89 million pixels, or what `rgb_picture` refuses.
+        VideoError: the file does not exist, is not a picture, has more than 89 million pixels, or is refused by
+            `rgb_picture`.
     """
     file = Path(path).expanduser()
     with _told(file), Image.open(file) as picture:
@@ -35,10 +38,10 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def check_picture(path: str | Path) -> tuple[int, int]:
-    """Look whether a file begins as a picture, and return its width and height; what its middle holds is not read.
+    """Check that a file begins like a picture, and return its width and height; pixels are not decoded.
 
     Raises:
-        VideoError: no such file, no picture, or more than 89 million pixels.
+        VideoError: the file does not exist, is not a picture, or has more than 89 million pixels.
     """
     file = Path(path).expanduser()
     with _told(file), Image.open(file) as picture:
@@ -47,10 +50,10 @@ def check_picture(path: str | Path) -> tuple[int, int]:
 
 @contextmanager
 def _told(file: Path) -> Iterator[None]:
-    """Refuse what is no file, and say what Pillow says of a picture.
+    """Check that a file is readable, and turn errors of Pillow in the block into `VideoError`.
 
     Raises:
-        VideoError: it cannot be read.
+        VideoError: the file cannot be read as a picture.
     """
     said = f"cannot read the picture {file}"
     try:
@@ -63,38 +66,39 @@ def _told(file: Path) -> Iterator[None]:
     except UserError as error:
         raise VideoError(str(error)) from error
     except _BROKEN as error:
-        # str() of an OSError names the file once more, as does Pillow's own.
+        # str() of an OSError, and of Pillow's own error, repeats the name of the file.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is none that Pillow knows" if unknown else getattr(error, "strerror", None) or error
+        reason = "Pillow does not recognise its format" if unknown else getattr(error, "strerror", None) or error
         raise VideoError(f"{said}: {reason}") from error
 
 
 def rgb_picture(picture: Image.Image) -> Image.Image:
-    """Return a picture as RGB of 8 bits a channel, as a viewer shows it.
+    """Return a picture as RGB with 8 bits per channel, as an image viewer shows it.
 
-    It is turned as its EXIF orientation says; 16 bits are rounded to 8; what is transparent lies on white; colours of
-    an embedded ICC profile (CMYK, Display P3, ...) become sRGB. CMYK without a profile is converted by plain
-    arithmetic.
+    The EXIF orientation is applied. Values of 16 bits are rounded to 8 bits. Transparent pixels are composited onto
+    white. Colours of an embedded ICC profile (CMYK, Display P3, ...) are converted to sRGB; CMYK without a profile is
+    converted arithmetically.
 
     Raises:
-        VideoError: 32-bit integers or floating point, whose white nobody knows, or another form that has no RGB.
+        VideoError: the values are 32-bit integers or floating point, whose range is unknown, or Pillow cannot convert
+            the mode to RGB.
     """
     upright = ImageOps.exif_transpose(picture)
     shown = _in_srgb(upright)
-    if shown.mode in _SIXTEEN or (shown.mode == "I" and picture.format == "PNG"):  # older Pillows call it I
+    if shown.mode in _SIXTEEN or (shown.mode == "I" and picture.format == "PNG"):  # mode I in older Pillow
         wide = np.asarray(shown).astype(np.int64)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if shown.mode in ("I", "F"):
-        raise VideoError(f"its values (mode {shown.mode}) have no known range: save it with 8 or 16 bits a channel")
+        raise VideoError(f"its values (mode {shown.mode}) have no known range: save it with 8 or 16 bits per channel")
     try:
         transparent = shown.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in shown.info
         return _on_white(shown) if transparent else shown.convert("RGB")
     except ValueError as error:
-        raise VideoError(f"its form {shown.mode} is not known here ({error}): save it as RGB") from error
+        raise VideoError(f"its mode {shown.mode} cannot be converted to RGB ({error}): save it as RGB") from error
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    # La knows no other way than through LA, RGBa none but RGBA.
+    # Pillow converts La only to LA, and RGBa only to RGBA.
     straight = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
     white = Image.new("RGBA", straight.size, "white")
     return Image.alpha_composite(white, straight).convert("RGB")
@@ -109,6 +113,6 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         mode = "RGBA" if picture.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return picture  # a broken profile: viewers show the picture without it
+        return picture  # viewers ignore a broken profile
     assert converted is not None
     return converted

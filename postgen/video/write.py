@@ -1,4 +1,4 @@
-"""Clips -> video files and folders of pictures."""
+"""Writing of clips as video files and folders of pictures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +18,15 @@ from postgen.video.pictures import Frames, pictures
 from postgen.video.read import VideoInfo
 
 FORMATS = MappingProxyType({"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "frames": ""})
-"""Formats that `write_video` knows, and the suffix of each (`frames` is a folder of PNG pictures)."""
+"""Formats of `write_video`, and the suffix of each (`frames` is a folder of PNG pictures)."""
 
 Put = Callable[[Tensor], object]
 
 _DEFAULT_QUALITY = 7.0
 _LONGEST_COMMENT = 2**16
-"""Bytes: it goes through an argument of a program, which systems bound."""
+"""In bytes. The comment is an argument of ffmpeg, and operating systems limit the length of arguments."""
 _SLOWEST = 0.01
-"""Frames per second: slower ones are no fraction that a file can say."""
+"""In frames per second. A file cannot represent slower rates as a fraction."""
 
 
 def write_video(
@@ -38,27 +38,30 @@ def write_video(
     quality: float | None = None,
     comment: str | None = None,
 ) -> VideoInfo:
-    """Write a video whose size and rate are exactly those given; nothing is resized, whatever the size.
+    """Write a video with exactly the given size and rate; frames are never resized.
 
-    mp4 is H.264 with 4:2:0 chroma, which every player knows; an odd width or height gets 4:4:4 chroma instead, as
-    H.264 has no other way to keep it (ffmpeg, VLC and Chromium play that, some hardware players do not). webm is VP9.
-    gif has a palette of its own per frame and a clock of 1/100 s: it shows at most 50 frames per second and meets odd
-    rates on average only. frames is a folder of lossless `frame_00000.png` that remember the rate.
+    - mp4: H.264 with 4:2:0 chroma, which every player supports. For an odd width or height it has 4:4:4 chroma,
+      because H.264 cannot store odd sizes with 4:2:0. ffmpeg, VLC and Chromium play 4:4:4; some hardware players do
+      not.
+    - webm: VP9.
+    - gif: one palette per frame and a clock of 1/100 s. A gif shows at most 50 frames per second and meets other rates
+      than divisors of 100 only on average.
+    - frames: a folder of lossless pictures `frame_00000.png`, `frame_00001.png`, ... that store the rate.
 
     Args:
-        path: the file, or the folder for `frames`. It appears, or replaces an old one, only when it is complete.
-        frames: a clip (F, 3, H, W), or any iterable of clips and of frames (3, H, W), read one item at a time; values
-            are floating point in [0, 1] or uint8.
-        fps: frames per second, above 0.
-        format: mp4, webm, gif or frames; None takes it from the suffix of `path`.
-        quality: 0 (small) to 10 (best) for mp4 and webm; None is 7.
-        comment: a text that mp4 and webm carry with them, for `read_comment`; at most 64 KiB.
+        path: the file, or the folder for `frames`. It appears, or replaces an existing one, only when it is complete.
+        frames: a clip (F, 3, H, W), or an iterable of clips and of frames (3, H, W), which is read one item at a time.
+            Values are floating point in [0, 1], or uint8.
+        fps: frames per second, from 0.01 to 1000; for gif at most 50.
+        format: mp4, webm, gif or frames; None takes the format from the suffix of `path`.
+        quality: from 0 (smallest file) to 10 (best picture), for mp4 and webm; None is 7.
+        comment: a text to store in the metadata of mp4 and webm, at most 64 KiB; `read_comment` returns it.
 
     Returns:
-        What was written.
+        Size, rate and number of frames of the written video.
 
     Raises:
-        VideoError: a format, rate, quality, comment or frame that cannot be written, or a place that cannot.
+        VideoError: the format, rate, quality, comment or a frame is not valid, or `path` cannot be written.
     """
     target = Path(path)
     kind = check_target(target, format)
@@ -75,11 +78,13 @@ def write_video(
 
 
 def write_piece(path: Path, frames: Frames, rate: Fraction, options: Sequence[str]) -> int:
-    """Write an mp4 as `write_video` does, with further arguments of ffmpeg, and in place; return its frames.
+    """Write an mp4 directly to `path`, with further arguments of ffmpeg; return the number of frames.
+
+    Unlike `write_video`, an incomplete file stays at `path` after an error.
 
     Raises:
-        VideoError: frames that cannot be written.
-        OSError: the place cannot be written.
+        VideoError: the frames cannot be written.
+        OSError: `path` cannot be written.
     """
     first, stream = _begun(frames, path)
     height, width, _ = first.shape
@@ -87,18 +92,18 @@ def write_piece(path: Path, frames: Frames, rate: Fraction, options: Sequence[st
 
 
 def _begun(frames: Frames, target: Path) -> tuple[Tensor, Iterator[Tensor]]:
-    """Return the first picture, and all of them."""
+    """Return the first picture, and an iterator over all pictures, the first included."""
     stream = pictures(frames)
     first = next(stream, None)
     if first is None:
-        raise VideoError(f"there is no frame to write to {target}")
+        raise VideoError(f"cannot write {target}: there is no frame")
     return first, chain([first], stream)
 
 
 def _put_all(
     part: Path, kind: str, stream: Iterator[Tensor], size: tuple[int, int], rate: Fraction, arguments: list[str]
 ) -> int:
-    """Write all pictures; return how many."""
+    """Write all pictures and return their number."""
     written = 0
     with _sink(part, kind, size, rate, arguments) as put:
         for picture in stream:
@@ -108,21 +113,22 @@ def _put_all(
 
 
 def check_target(path: str | Path, format: str | None = None) -> str:
-    """Return the format that `write_video` would use, or say now, before any frame is made, why it could not write.
+    """Return the format that `write_video` would use, or refuse the target before any frame is computed.
 
     Raises:
-        VideoError: unknown format or suffix, a suffix that belongs to another format, a place that cannot be written,
-            a folder that holds other things; `NoFFmpegError` when the format needs an ffmpeg and there is none.
+        VideoError: the format or suffix is unknown, the suffix belongs to another format, `path` cannot be written, or
+            the folder for `frames` holds other files.
+        NoFFmpegError: the format needs ffmpeg and no ffmpeg is found.
     """
     target = Path(path)
     by_suffix = {suffix: name for name, suffix in FORMATS.items() if suffix}.get(target.suffix.lower())
     kind = by_suffix if format is None else format
     if not isinstance(kind, str) or kind not in FORMATS:
         got = target.suffix if format is None else format
-        known = f"known are {', '.join(FORMATS)}"
-        raise VideoError(f"unknown video format {got!r} for {target}: {known} (by suffix or format)")
+        known = ", ".join(FORMATS)
+        raise VideoError(f"unknown video format {got!r} for {target}: choose one of {known}, by suffix or as format")
     if by_suffix not in (None, kind):
-        raise VideoError(f"{target} is named like {by_suffix} but the format is {kind}: change one of the two")
+        raise VideoError(f"{target} has the suffix of {by_suffix}, but the format is {kind}: change one of them")
     try:
         check_place(target, folder=kind == "frames")
     except UserError as error:
@@ -137,34 +143,37 @@ def check_target(path: str | Path, format: str | None = None) -> str:
 def _check_frames_folder(target: Path) -> None:
     others = [item.name for item in target.iterdir() if not item.match("frame_*.png")] if target.is_dir() else []
     if others:
-        raise VideoError(f"cannot replace the folder {target}: it holds {min(others)}, which is no frame of ours")
+        raise VideoError(
+            f"cannot replace the folder {target}: it holds {min(others)}, which is not a frame_*.png. Choose another"
+            " folder"
+        )
 
 
 def checked_rate(fps: float | Fraction, kind: str) -> Fraction:
-    """Return the rate at which a video of a format is written, before anything is.
+    """Return the rate, as a fraction, with which `write_video` would write a video.
 
     Args:
-        fps: frames per second.
+        fps: frames per second, from 0.01 to 1000; for gif at most 50.
         kind: a key of `FORMATS`.
 
     Raises:
-        VideoError: a rate that is none, or that the format does not have.
+        VideoError: `fps` is not a number in this range.
     """
     number = is_number(fps) or isinstance(fps, Fraction)
     if not number or not _SLOWEST <= fps <= 1000:
-        raise VideoError(f"fps must be above 0 and at most 1000, got fps={shown(fps)}")
+        raise VideoError(f"fps must be a number from {_SLOWEST:g} to 1000, got fps={shown(fps)}")
     if kind == "gif" and fps > 50:
         raise VideoError(f"a gif shows at most 50 frames per second, got {fps}: choose mp4 or webm")
-    # 29.97 stays 2997/100 and the float nearest to 30000/1001 becomes that fraction again.
+    # 29.97 stays 2997/100, and the float nearest to 30000/1001 becomes 30000/1001.
     return Fraction(fps).limit_denominator(1001)
 
 
 def _coding(kind: str, quality: float | None) -> list[str]:
-    """Return ffmpeg's arguments for codec and quality."""
+    """Return the arguments of ffmpeg for codec and quality."""
     if kind in ("gif", "frames"):
         if quality is not None:
-            raise VideoError(f"quality is for mp4 and webm, {kind} has no such setting: leave it out")
-        # One palette per frame streams; a palette of the whole video would hold every frame until the end.
+            raise VideoError(f"quality is for mp4 and webm only, got {shown(quality)} for {kind}: leave it out")
+        # One palette per frame can be streamed; for one palette of the whole video, ffmpeg would hold every frame.
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
         return ["-vf", palette, "-f", "gif"]
     level = _DEFAULT_QUALITY if quality is None else quality
@@ -176,25 +185,25 @@ def _coding(kind: str, quality: float | None) -> list[str]:
 
 
 def holds_comment(kind: str, comment: str) -> bool:
-    """Whether a format can carry a text."""
+    """Return whether a video of this format can store this text as its comment."""
     return kind in ("mp4", "webm") and len(comment.encode()) <= _LONGEST_COMMENT and "\0" not in comment
 
 
 def _noting(kind: str, comment: str | None) -> list[str]:
-    """Return ffmpeg's arguments for a comment."""
+    """Return the arguments of ffmpeg for a comment."""
     if comment is None:
         return []
     if not holds_comment(kind, comment):
         raise VideoError(
-            f"a comment is for mp4 and webm, at most {_LONGEST_COMMENT:,} bytes and without a null character, got"
-            f" {len(comment.encode()):,} bytes for {kind}: leave it out"
+            f"a comment is for mp4 and webm only, with at most {_LONGEST_COMMENT:,} bytes and no null character,"
+            f" got {len(comment.encode()):,} bytes for {kind}: leave it out or shorten it"
         )
     return ["-metadata", f"comment={comment}"]
 
 
 @contextmanager
 def _sink(part: Path, kind: str, size: tuple[int, int], rate: Fraction, arguments: list[str]) -> Iterator[Put]:
-    """Give the function that takes one picture after the other; the output is complete when the block ends."""
+    """Yield a function that writes one picture; the output is complete when the block ends."""
     if kind == "frames":
         yield _png_writer(part, rate)
         return
@@ -204,7 +213,7 @@ def _sink(part: Path, kind: str, size: tuple[int, int], rate: Fraction, argument
 
 
 def _colours(kind: str, size: tuple[int, int]) -> list[str]:
-    """Return the arguments that say how RGB becomes YUV: BT.709, tagged as such, rounded with care."""
+    """Return the arguments of ffmpeg for the conversion from RGB to tagged BT.709, with accurate rounding."""
     if kind == "gif":
         return []
     odd = kind == "mp4" and (size[0] % 2 or size[1] % 2)
@@ -214,6 +223,7 @@ def _colours(kind: str, size: tuple[int, int]) -> list[str]:
 
 
 def _png_writer(folder: Path, rate: Fraction) -> Put:
+    """Create a folder and return a function that writes the next picture there, with the rate in its metadata."""
     folder.mkdir()
     note = PngInfo()
     note.add_text("fps", str(rate))

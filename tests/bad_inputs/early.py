@@ -43,7 +43,7 @@ OPTIONS: dict[tuple[str, ...], str] = {
     ("--offload", "disk"): "offload",
     ("--format", "mov"): "unknown video format",
     ("--format", ""): "format",
-    ("--format", "gif"): "named like mp4",
+    ("--format", "gif"): "has the suffix of mp4",
     ("--lora", "l:nan"): "scale of the LoRA",
     ("--lora", "l:1e30"): "scale of the LoRA",
     ("--lora", ""): "LoRA",

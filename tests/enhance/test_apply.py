@@ -168,7 +168,7 @@ def test_frames_that_the_call_does_not_tell() -> None:
     handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
     expected = tiny()
     untold = {"num_frames": None, "height": None, "width": None, "video_coords": torch.rand(1, 3, 24)}
-    with pytest.warns(UserWarning, match="does not tell its frames"):
+    with pytest.warns(UserWarning, match="the call does not contain the number of frames"):
         tiny(**untold)
     for num_frames in (4, lambda arguments: 4, lambda arguments: Grid(frames=4, height=2, width=3)):
         handle.update(num_frames=num_frames)
@@ -181,7 +181,7 @@ def test_frames_that_the_call_does_not_tell() -> None:
 def test_frames_that_do_not_divide_the_tokens() -> None:
     tiny = tiny_model("Wan")
     postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(num_frames=5))
-    with pytest.raises(postgen.UserError, match="num_frames=5 does not divide the call's 24 tokens"):
+    with pytest.raises(postgen.UserError, match="num_frames=5 does not divide the 24 video tokens"):
         tiny()
 
 
@@ -193,7 +193,7 @@ def test_weights_by_layer(wan: TinyModel) -> None:
     assert list(handle.stats()) == ["blocks.1.attn1"]
     assert "1 of 2 layers" in str(postgen.summary(wan.transformer))
     before = handle.config
-    with pytest.raises(postgen.UserError, match=r"no layer matches 'layers.*'. Layers: blocks.0.attn1"):
+    with pytest.raises(postgen.UserError, match=r"no layer matches 'layers.*'. Layers of this model: blocks.0.attn1"):
         handle.update(weight={r"layers.*": 1.0})
     assert handle.config is before
 
@@ -215,7 +215,7 @@ def test_training_is_left_alone_unless_asked(wan: TinyModel) -> None:
     wan.transformer.train()
     off = wan()
     handle = postgen.apply_enhance_a_video(wan.transformer, CONFIG)
-    with pytest.warns(UserWarning, match="off in training mode"):
+    with pytest.warns(UserWarning, match="no gain is applied in training mode"):
         assert torch.equal(wan(), off)
     handle.update(train=True)
     assert not torch.equal(wan(), off)
@@ -279,7 +279,7 @@ def test_recommended_weights_keep_their_strength() -> None:
     [
         ({"weight": "strong"}, "finite number, auto"),
         ({"weight": float("nan")}, "finite number, auto"),
-        ({"weight": {}}, "names no layer"),
+        ({"weight": {}}, "weight is an empty mapping"),
         ({"weight": {"a": "auto"}}, "finite number, auto"),
         ({"weight": 1.0, "relative_weight": 0.1}, "one of them"),
         ({"relative_weight": float("inf")}, "finite"),
@@ -303,7 +303,7 @@ def test_updates_that_are_wrong(wan: TinyModel) -> None:
     handle = postgen.apply_enhance_a_video(wan.transformer, CONFIG)
     with pytest.raises(postgen.UserError, match="unknown settings strength"):
         handle.update(strength=1.0)
-    with pytest.raises(postgen.UserError, match="give the pipeline, or progress="):
+    with pytest.raises(postgen.UserError, match="give a pipeline, or a function as progress="):
         handle.update(start=0.5)
     assert handle.config is CONFIG
     handle.update(start=0.5, progress=lambda: 0.25)

@@ -213,7 +213,7 @@ def test_enhance_a_video_says_that_it_sees_nothing(name: str) -> None:
 def test_enhance_a_video_says_where_it_sees_nothing(wan: TinyModel) -> None:
     processor_stack(wan.transformer).claim("zeros", {FIRST: nothing})
     handle = postgen.apply_enhance_a_video(wan.transformer, ENHANCED)
-    with pytest.warns(UserWarning, match=r"seen in 1 of 2 layers \(zeros does not show it to us\)"):
+    with pytest.warns(UserWarning, match=r"seen in 1 of 2 layers \(zeros hides it\)"):
         wan()
     assert list(handle.stats()) == [SECOND]
 

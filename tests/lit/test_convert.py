@@ -210,7 +210,7 @@ def test_with_enhance_a_video_and_fused_operations() -> None:
     torch.testing.assert_close(tiny(), plain, rtol=1e-4, atol=1e-4)
     assert "not in 2 layers of lit" in str(postgen.summary(tiny.transformer))
     enhance = postgen.apply_enhance_a_video(tiny.transformer, postgen.EnhanceAVideoConfig(weight=0.4))
-    with pytest.warns(UserWarning, match=r"2 of 4 layers \(lit does not show it to us\)"):
+    with pytest.warns(UserWarning, match=r"2 of 4 layers \(lit hides it\)"):
         enhanced = tiny()
     assert not torch.equal(enhanced, plain)
     assert [*enhance.stats()] == ["blocks.0.attn1", "blocks.2.attn1"]

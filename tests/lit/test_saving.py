@@ -91,7 +91,7 @@ def test_drop_in_classes_load_exports(cli: Any, tiny_wan: Path, tmp_path: Path) 
     assert type(pipe.vae) is diffusers.AutoencoderKLWan
     for base in (out, tmp_path / "absent"):
         changed(out, "base.json", base=str(base))
-        with pytest.raises(UserError, match=r"base\.json names .*, which is no whole model"):
+        with pytest.raises(UserError, match=r"base\.json names .*, which is no complete model"):
             WanPipeline.from_pretrained(out)
     changed(out, "base.json", base=str(tiny_wan))
     again = cli("convert", "lit", out, "--layers", "1:lit", "-o", tmp_path / "no")

@@ -151,7 +151,7 @@ def test_pictures_are_stills_or_frames(cli, tmp_path):
     Image.new("RGB", (20, 16)).save(tmp_path / "more" / "two" / "5.png")
     done = cli("score", tmp_path / "more" / "two", "--frames", "--reward", OWN)
     assert done.code == 1
-    assert "frame 1 is 20x16, the frames before 16x16" in done.err
+    assert "frame 1 is 20x16, the frames before it are 16x16" in done.err
 
 
 def test_a_long_video_is_read_in_windows(cli, folder, tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_long_video_is_read_in_windows(cli, folder, tmp_path, monkeypatch):
     out.unlink()
     done = cli("score", folder, "--reward", rewards, "-o", out, "--whole-mb", "0.016")
     assert done.code == 1
-    assert "1 of 5 videos: TooLongError: it needs all frames at once, and 6 of 16x16" in done.err
+    assert "1 of 5 videos: TooLongError: all frames are needed at once, and 6 frames of 16x16" in done.err
     for one, other in zip(before, rows(out), strict=True):
         assert one["brightness_band"] == pytest.approx(other["brightness_band"], abs=1e-6)
     assert [row["error"] is None for row in rows(out)] == [True] * 4 + [False]

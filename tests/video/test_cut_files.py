@@ -87,7 +87,7 @@ def test_a_hole_between_the_frames_of_an_avi(films, tmp_path):
     data = films["avi"].read_bytes()
     start = data.index(b"00dc", data.index(b"movi") + 100)  # the head of the second frame
     (tmp_path / "hole.avi").write_bytes(data[:start] + bytes(8) + data[start + 8 :])
-    with pytest.raises(VideoError, match=f"there is no chunk at byte {start}"):
+    with pytest.raises(VideoError, match=f"no chunk starts at byte {start}"):
         probe(tmp_path / "hole.avi")
 
 

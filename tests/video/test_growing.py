@@ -57,7 +57,7 @@ def test_another_writer_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> 
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="a gif cannot be written as it is made: choose mp4 or frames"):
+    with pytest.raises(VideoError, match="a gif cannot be written piece by piece: choose mp4 or frames"):
         GrowingVideo(tmp_path / "a.gif", fps=8)
     video = GrowingVideo(tmp_path / "a.mp4", fps=8)
     with pytest.raises(VideoError, match="there is no frame"):
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="another size"):
         video.append(torch.zeros(2, 3, 64, 64))
     assert video.path.read_bytes() == before
-    with pytest.raises(VideoError, match="not the video that was to go on"):
+    with pytest.raises(VideoError, match="not the video to continue"):
         GrowingVideo(tmp_path / "a.mp4", fps=8, mark=(9, 10**6, 0))
 
 
@@ -92,12 +92,12 @@ def test_a_video_that_was_written_over_does_not_go_on(tmp_path: Path) -> None:
     mark = video.mark
     other = GrowingVideo(tmp_path / "a.mp4", fps=8)
     other.append(torch.rand(30, 3, 16, 16))
-    with pytest.raises(VideoError, match="something else has been written there"):
+    with pytest.raises(VideoError, match="its content has changed"):
         GrowingVideo(tmp_path / "a.mp4", fps=8, mark=mark)
-    with pytest.raises(VideoError, match="something else has been written there"):
+    with pytest.raises(VideoError, match="its content has changed"):
         copy_video(tmp_path / "a.mp4", tmp_path / "b.mp4", mark)
     os.truncate(tmp_path / "a.mp4", 2000)
-    with pytest.raises(VideoError, match="was changed by somebody else"):
+    with pytest.raises(VideoError, match="was changed by another program"):
         other.append(torch.rand(3, 3, 16, 16))
 
 

@@ -150,5 +150,5 @@ def test_broken_and_huge_pictures_are_one_line(tmp_path, monkeypatch):
 def test_frames_of_unequal_size_are_one_line(tmp_path):
     for index, size in enumerate([(4, 4), (4, 4), (6, 4)]):
         Image.new("RGB", size).save(tmp_path / f"{index}.png")
-    with pytest.raises(VideoError, match="frame 2 is 6x4, the frames before 4x4"):
+    with pytest.raises(VideoError, match="frame 2 is 6x4, the frames before it are 4x4"):
         read_video(tmp_path)
