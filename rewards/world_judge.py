@@ -2,7 +2,7 @@
 
 The judge has two heads, like VideoAlign's VQ and MQ (arXiv:2501.13918). `visual` decreases with faults visible in one
 frame (blur, noise, wrong outlines and colours, ghosts, specks). `motion` decreases with faults across frames (flicker;
-bodies that vanish, jump, tremble or change; floating; missing collisions). It is learned, and therefore exploitable.
+bodies that vanish, jump, tremble or change; floating; false collisions). It is learned, and therefore exploitable.
 Scores are in standard deviations of clean renders (one value for both heads): 0 is a typical render, less is worse.
 """
 
