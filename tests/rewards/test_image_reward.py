@@ -208,7 +208,7 @@ def test_the_published_constants():
 
 
 def test_errors(tmp_path, folder, clips):
-    with pytest.raises(UserError, match=r"holds no ImageReward\.pt"):
+    with pytest.raises(UserError, match=r"does not contain ImageReward\.pt"):
         ImageReward(str(tmp_path)).load()
     torch.save(random_state() | {"blip.extra": torch.zeros(1)}, tmp_path / "ImageReward.pt")
     with pytest.raises(UserError, match=r"another model: it has blip\.extra"):

@@ -323,7 +323,7 @@ def test_full_size_networks_take_the_published_names(size):
 def test_errors(make, tmp_path, base, folder, clips):
     with pytest.raises(UserError, match="give fps above 0, got None"):
         make()(PROMPTS, clips)
-    with pytest.raises(UserError, match=r"holds no checkpoint-11352/model\.pth"):
+    with pytest.raises(UserError, match=r"does not contain checkpoint-11352/model\.pth"):
         make(tmp_path).load()
     path = folder / "checkpoint-11352" / "model.pth"
     state = torch.load(path, weights_only=True)
