@@ -176,8 +176,8 @@ def test_time_limit():
     first, second = (runner(["a"], [clip()]) for _ in range(2))
     assert time.monotonic() - start < 0.5
     assert first.failed == {"slow": 1, "slow_too": 1, "level": 0}
-    assert "no answer within 0.1 s" in first.errors["slow"]
-    assert "no answer within 0.1 s" in first.errors["slow_too"]
+    assert "no result within 0.1 s" in first.errors["slow"]
+    assert "no result within 0.1 s" in first.errors["slow_too"]
     assert "still busy" in second.errors["slow"]
     time.sleep(0.6)
     runner.timeout = 0.8

@@ -161,7 +161,7 @@ def test_a_hung_server_is_survived():
         assert time.monotonic() - start < 3
         release.set()
     assert result.failed == {"r": 3, "level": 0}
-    assert "no answer within 0.2 s" in result.errors["r"]
+    assert "no response within 0.2 s" in result.errors["r"]
 
 
 def test_the_time_limit_of_the_runner_holds_for_a_hung_server():

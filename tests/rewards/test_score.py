@@ -200,7 +200,7 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
         (["motion_floor", "--max-mb", "inf"], "--max-mb must be above 0"),
         (["motion_floor", "--device", "abacus"], "unknown device 'abacus'"),
         (["motion_floor", "--timeout", "0"], "must be above 0"),
-        (["world_clip(model='nowhere')"], "no weights in nowhere"),
+        (["world_clip(model='nowhere')"], "nowhere has no weights"),
     ],
 )
 def test_mistakes_of_a_server_are_one_line(cli, words_, message):
