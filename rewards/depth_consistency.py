@@ -86,6 +86,7 @@ def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
     known = depth_FHW.isfinite() & (depth_FHW > 0)
     log = torch.where(known, depth_FHW, 1.0).log()
     calm = known & ~_widened(_outlines(depth_FHW))
+    # Sample the next frame's depth at the end point of each pixel's motion.
     height, width = log.shape[1:]
     ys, xs = (torch.arange(n, device=log.device) for n in (height, width))
     to_x, to_y = xs + flow_F2HW[:, 0], ys[:, None] + flow_F2HW[:, 1]
@@ -96,6 +97,7 @@ def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
     use = calm[:-1] & (after_calm > 0.99) & (grid.abs() < 1).all(-1)
     change = torch.where(use, after - log[:-1], torch.nan)
     kept = _ramp(change.abs().nan_to_num(0), _CHANGE)
+    # Score moving and static pixels separately, so that a large static background cannot hide errors.
     moving = flow_F2HW.norm(dim=1) > 0.5
     groups = [part for part in (use & moving, use & ~moving) if part.any()]
     if not groups:

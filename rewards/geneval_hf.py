@@ -227,6 +227,7 @@ class GenevalHF(RewardModel):
         """Score one frame from its detected objects."""
         parts: list[list[float]] = []
         groups: list[Sequence[Thing] | None] = []
+        # Each requested object gives a list of values: its count, then colour and position if requested.
         for asked in record.get("include", []):
             found = things.get(asked["class"], [])
             chosen = found[: asked["count"]]

@@ -107,12 +107,14 @@ def flight_score(track_F2: Array) -> float:
     points = track_F2[time.astype(int)]
     if len(time) < _LEAST or np.ptp(points[:, 1]) == 0:
         return 0.0
+    # Split the track into flights, and fit a parabola to each flight that is long enough.
     flights, airborne = _flights(time, points[:, 1])
     judged = [f for f in flights if len(f) >= _LEAST]
     if not judged:
         return 0.0
     arcs = [_fit(time[f], points[f]) for f in judged]
     lengths = np.array([len(f) for f in judged], dtype=np.float64)
+    # Measure errors and gaps relative to the height of the highest flight.
     height = max(float(np.ptp(points[f, 1])) for f in judged) or 1.0
     error = np.sqrt(sum(arc.error for arc in arcs) / lengths.sum()) / height
     gravity = np.array([arc.y[2] for arc in arcs])

@@ -158,12 +158,14 @@ def _registered(name: str, options: dict[str, Any]) -> Reward:
 
 def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str) -> Callable[..., Any]:
     """Instantiate a class with options, or bind options to a function; an unknown option is an error."""
+    # Collect the options of the target; a class with **keywords also has those of its base classes.
     parameters = dict(inspect.signature(target).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
         parameters |= _inherited(target)
     known = [o for o, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and o != "self"]
     if not inspect.isclass(target):
         known = [option for option in known if option not in GIVEN]  # arguments of the batch are not options
+    # Refuse unknown options. Columns of the dataset are not listed among the known ones.
     unknown = [o for o in options if o not in known]
     if unknown:
         columns = [o for o in known if str(parameters[o].annotation).startswith("Sequence[")]
@@ -178,6 +180,7 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
             _check_kind(option, value, parameters[option])
         except UserError as error:
             raise UserError(f"the reward {name} cannot be made with {option}={shown(value)}: {error}") from None
+    # Bind the options to a function, or instantiate a class.
     if not inspect.isclass(target):
         return _bound(target, options) if options else target
     try:

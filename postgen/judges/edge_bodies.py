@@ -47,6 +47,7 @@ class Prism:
 
 def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
     """Return the distance (P,) of rays (P,3) from `origin` (P,3) to a prism, `inf` for a miss, and normals (P,3)."""
+    # Footprint: the support of the hull of four discs in each direction of the polygon, in the frame of the body.
     angle = torch.arange(_SIDES) * (2 * math.pi / _SIDES)
     plane = torch.stack((angle.cos(), angle.sin()), -1)
     radius = torch.tensor(body.corners)
@@ -56,6 +57,7 @@ def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
     turn = torch.tensor([[math.cos(body.yaw), math.sin(body.yaw)], [-math.sin(body.yaw), math.cos(body.yaw)]])
     start = (origin[:, :2] - torch.tensor(body.foot[:2])) @ turn.T
     way = ray[:, :2] @ turn.T
+    # A ray is inside the body between the last half-space that it enters and the first that it leaves.
     speed = way @ plane.T
     gap = reach * body.half - start @ plane.T
     safe = torch.where(speed.abs() < 1e-7, 1e-7, speed)
@@ -67,6 +69,7 @@ def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
     first, second = torch.minimum(low / down, high / down), torch.maximum(low / down, high / down)
     top = first > enter
     enter, leave = torch.maximum(enter, first), torch.minimum(leave, second)
+    # Normals: flat on straight sides, round on the discs of rounded corners, and upwards on the top.
     point = start + enter.clamp(-1e3, 1e3)[:, None] * way
     corner = own[side]
     round_ = point - centre[corner] * body.half
@@ -100,11 +103,13 @@ def picture(bodies: list[Prism], spec: Spec, frame: int, size: int) -> Tensor:
     ray = torch.stack(camera_rays(rotation, size, _SUPERSAMPLE), -1)[0]
     origin = position.expand(len(ray), 3)
     way, which, normal = _first(origin, ray, bodies)
+    # Intersect the rays with the bodies and the floor; the nearer hit counts.
     down = ray[:, 2] < -1e-4
     floor = torch.where(down, -origin[:, 2] / ray[:, 2].clamp_max(-1e-4), torch.inf)
     body = way < floor
     t = torch.minimum(way, floor).clamp_max(1e3)
     normal = torch.where(body[:, None], normal, torch.tensor([0.0, 0.0, 1.0]))
+    # Shade the hit points: ambient light, and direct light outside of shadows.
     azimuth, elevation = spec.light
     light = torch.tensor(
         [
@@ -118,6 +123,7 @@ def picture(bodies: list[Prism], spec: Spec, frame: int, size: int) -> Tensor:
     lit = torch.where(dark, 0.0, (normal @ light).clamp_min(0))
     shade = 0.42 * (0.8 + 0.2 * normal[:, 2]) + 0.68 * lit
     albedo = torch.tensor([BACKGROUNDS[spec.background], *(b.rgb for b in bodies)])[torch.where(body, which + 1, 0)]
+    # Blend the floor into the sky with the distance.
     far = (-((t / 26) ** 2)).exp()[:, None]
     sky = torch.tensor([0.76, 0.79, 0.82])
     rgb = albedo * shade[:, None]

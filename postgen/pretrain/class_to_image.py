@@ -75,8 +75,8 @@ class ClassToImageConfig(TrainingConfig):
     """Share of samples without their class, for classifier-free guidance."""
 
     variance_weight: float = 1.0
-    """Weight of the variational bound that trains the variance, averaged in nats per latent value. 1 is .001 of the
-    sum over 1000 timesteps, as in the paper. 0 trains no variance."""
+    """Weight of the variational bound that trains the variance, averaged in nats per latent value. 1 equals .001
+    times the sum over 1000 timesteps, as in the paper. 0 trains no variance."""
 
     cuda_graphs: bool = False
     """Replay forward and backward passes as CUDA graphs; needs one GPU and gradient_accumulation_steps 1."""
