@@ -48,13 +48,13 @@ ABOUT = {
     "world_clip": About("It matches the prompt, according to a small network (synthetic world).", "-1 to 1"),
     "world_judge": About(
         "It looks and moves well, according to a small network (synthetic world).",
-        "up to about 1, below 0 for spoilt clips",
+        "up to about 1, below 0 for corrupted clips",
     ),
     "world_judge_motion": About(
-        "It moves well, according to a small network (synthetic world).", "up to about 1, below 0 for spoilt clips"
+        "It moves well, according to a small network (synthetic world).", "up to about 1, below 0 for corrupted clips"
     ),
     "world_judge_visual": About(
-        "It looks good, according to a small network (synthetic world).", "up to about 1, below 0 for spoilt clips"
+        "It looks good, according to a small network (synthetic world).", "up to about 1, below 0 for corrupted clips"
     ),
 }
 """Name of a reward, as in `known_rewards()` -> its description."""

@@ -288,8 +288,12 @@ def check_record(record: Mapping[str, Any]) -> None:
         if asked.get("class") not in CLASSES:
             raise UserError(f"geneval asks for the unknown class {asked.get('class')!r}: known are COCO's 80")
         if not isinstance(asked.get("count"), int) or asked["count"] < 1:
-            raise UserError(f"geneval asks for {asked.get('count')!r} of {asked['class']}: at least 1 is needed")
+            raise UserError(
+                f"geneval asks for {asked.get('count')!r} of {asked['class']}: the count must be at least 1"
+            )
         if asked.get("color", "red") not in COLOURS:
             raise UserError(f"geneval asks for the colour {asked['color']!r}: known are {', '.join(COLOURS)}")
         if asked.get("position", ["above"])[0] not in ("left of", "right of", "above", "below"):
-            raise UserError(f"geneval asks for the position {asked['position'][0]!r}: above, below, left of, right of")
+            raise UserError(
+                f"geneval asks for the position {asked['position'][0]!r}: known are above, below, left of, right of"
+            )

@@ -79,7 +79,7 @@ class HPSv3(FrameReward):
         parts = split_state(read_state(path))
         first = parts["head"].get("0.weight")
         if first is None or first.ndim != 2:
-            raise UserError(f"the weights of {path} are those of another model: it lacks rm_head.0.weight")
+            raise UserError(f"the weights of {path} are those of another model: they lack rm_head.0.weight")
         head = fill(rank_head(first.shape[1]), parts["head"], path)
         self.asker = Asker(self.base, [MARK], "image")
         return assemble_score(self.base, parts, head, "image", path)

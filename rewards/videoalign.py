@@ -180,5 +180,5 @@ def video_score(base: str, state: State, lora: dict[str, Any], source: object) -
 def _linear_head(state: State, source: object) -> nn.Module:
     weight = state.get("weight")
     if weight is None or weight.ndim != 2:
-        raise UserError(f"the weights of {source} are those of another model: it lacks rm_head.weight")
+        raise UserError(f"the weights of {source} are those of another model: they lack rm_head.weight")
     return fill(nn.Linear(weight.shape[1], weight.shape[0], bias=False), state, source)

@@ -167,10 +167,10 @@ def _compare(own: Mapping[str, Tensor], state: State, source: object) -> None:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         told = [
-            f"lacks {missing[0]} and {len(missing) - 1} more" if missing else "",
-            f"has {extra[0]}" if extra else "",
+            f"lack {missing[0]} and {len(missing) - 1} more" if missing else "",
+            f"have {extra[0]}" if extra else "",
         ]
-        raise UserError(f"the weights of {source} are those of another model: it {' and '.join(filter(None, told))}")
+        raise UserError(f"the weights of {source} are those of another model: they {' and '.join(filter(None, told))}")
     for name, weight in own.items():
         if state[name].shape != weight.shape:
             raise UserError(

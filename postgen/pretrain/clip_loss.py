@@ -36,7 +36,7 @@ def edges(x: Tensor) -> Tensor:
     """Return how much a picture (B,3,T,H,W) in [-1,1] changes around each pixel: (B,1,T,H,W), from 0 to 1.
 
     The measure is the range of values in a 3x3 window, in the channel where the range is largest. A range of 0.4 or
-    more, a fifth of the range of values, gives 1.
+    more, a fifth of the full range, gives 1.
     """
     frames = x.transpose(1, 2).flatten(0, 1)
     high = functional.max_pool2d(frames, 3, stride=1, padding=1)

@@ -211,7 +211,7 @@ def test_errors(tmp_path, folder):
     with pytest.raises(UserError, match=r"does not contain HPS_v2.1_compressed.pt"):
         HPSv21(str(tmp_path)).load()
     torch.save({"state_dict": open_clip.random_state(QUICK)}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(UserError, match=r"those of another model: it lacks .* more"):
+    with pytest.raises(UserError, match=r"those of another model: they lack .* more"):
         HPSv21(str(tmp_path)).load()
     wider = TINY | {"embed_dim": 20}
     with pytest.raises(UserError, match=r"visual_projection.weight is \(12, 16\), expected \(20, 16\)"):
