@@ -95,7 +95,7 @@ def test_open_clips_own_preparation_of_pictures(tmp_path, folder, clips):
     assert reward(PROMPTS, clips) == pytest.approx(want.tolist(), abs=1e-5)
     seen["resize_mode"] = "longest"
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": QUICK, "preprocess_cfg": seen}))
-    with pytest.raises(UserError, match="resize_mode='longest': known are shortest, squash"):
+    with pytest.raises(UserError, match="resize_mode='longest': supported are shortest, squash"):
         ClipScore(str(tmp_path), open_clip="net.bin").load()
 
 

@@ -162,7 +162,7 @@ def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
     ("words_", "message"),
     [
         (["b", "--reward", "wrold"], "Did you mean 'world'"),
-        (["nowhere.mp4"], "there is no"),
+        (["nowhere.mp4"], "does not exist: give videos"),
         (["b", "--prompt", "x", "--prompts", "y"], "not both"),
         (["b", "-o", "t.xlsx"], "must end in .jsonl or .csv"),
         (["b", "-o", "/proc/t.csv"], "cannot write /proc/t.csv"),
