@@ -306,8 +306,8 @@ def test_uneven_batches_are_refused(change, message):
     [
         ([], {}, "there is no reward"),
         ([level, level], {}, "two rewards are named 'level'"),
-        ([level], {"weights": [1.0, 2.0]}, "1 rewards need one finite weight each"),
-        ([level], {"weights": [math.nan]}, "finite weight"),
+        ([level], {"weights": [1.0, 2.0]}, "weights must be 1 finite numbers, one per reward"),
+        ([level], {"weights": [math.nan]}, "finite number"),
         ([level], {"weights": [0.0]}, "not all 0"),
         ([level], {"timeout": 0.0}, "must be above 0"),
         ([level], {"batch_bytes": 0}, "must be above 0"),

@@ -139,7 +139,11 @@ def test_a_folder_with_files_that_have_no_prompt(cli, tmp_path, suffix):
             "",
             "world: the prompt names no s",
         ]
-        assert [row["error"] or None for row in rows] == [None, "world: it needs a prompt, but the clip has none", None]
+        assert [row["error"] or None for row in rows] == [
+            None,
+            "world: it needs a prompt, but the clip has none",
+            None,
+        ]
     assert "2 of 3 are in" in done.err
     (tmp_path / "a.json").unlink()
     (tmp_path / "c.json").unlink()
