@@ -146,11 +146,9 @@ class RewardRunner:
         if weights is None:
             return
         if not isinstance(weights, Sequence):
-            raise UserError(f"weights must be a list of {count} finite numbers, one per reward, got {shown(weights)}")
+            raise UserError(f"weights must be a list of {count} finite numbers, got {shown(weights)}")
         if len(weights) != count or not all(map(_is_weight, weights)) or not any(weights):
-            raise UserError(
-                f"weights must be {count} finite numbers, one per reward, not all 0, got {shown(list(weights))}"
-            )
+            raise UserError(f"weights must be {count} finite numbers, not all 0, got {shown(list(weights))}")
 
     def _check(self) -> None:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})

@@ -166,7 +166,7 @@ def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
         (["b", "--prompt", "x", "--prompts", "y"], "not both"),
         (["b", "-o", "t.xlsx"], "must end in .jsonl or .csv"),
         (["b", "-o", "/proc/t.csv"], "cannot write /proc/t.csv"),
-        (["b", "--reward", "world", "--weights", "1,2"], "weights must be 1 finite numbers, one per reward"),
+        (["b", "--reward", "world", "--weights", "1,2"], "weights must be 1 finite numbers"),
         (["b", "--weights", "a"], "must be numbers"),
         (["b", "--device", "abacus"], "abacus"),
         (["empty"], "has neither videos"),
