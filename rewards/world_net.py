@@ -23,7 +23,7 @@ from postgen.rewards.weights import read_state
 
 
 class VideoTower(nn.Module):
-    """Encodes each clip as one vector: convolutions on every frame and its difference, then a transformer.
+    """Encodes each clip as one vector: convolutions on frames and their differences, then a transformer.
 
     Args:
         channels: channels of the stages; each stage halves the resolution.
